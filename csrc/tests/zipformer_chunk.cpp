@@ -166,8 +166,7 @@ void features(WeightFormat format) {
 void rounding(WeightFormat format, double most) {
   constexpr int64_t kBins = 14;
   Engine exact(4, 8, WeightFormat::fp32, 1), rounded(4, 8, format, 1);
-  const bool instruction = cpu::simd() == cpu::Simd::avx512_bf16 || cpu::simd() == cpu::Simd::neon_bf16;
-  const bool both = format == WeightFormat::int8 || instruction;
+  const bool both = cpu::reduced_gemm_kernels(format).gains();
   CHECK(rounded.plan.shape.rounds_inputs() == both && rounded.plan.conv3.rounds_inputs == both, "which products");
   CHECK(!rounded.plan.conv2.rounds_inputs && !exact.plan.stacks[0].layers[0].attention.rounds_inputs, "fp32 products");
   CHECK((rounded.plan.expand.format == WeightFormat::fp32) == !both, "the front end's weights");

@@ -60,6 +60,7 @@ def native_build_info() -> dict:
     info = {
         "simd": library.simd_level(),
         "simd_set": library.simd_name(),
+        "bf16_gains": library.bf16_gains(),
         "cuda_architectures": architectures,
         "cuda_devices": library.cuda_devices() if architectures else None,
     }

@@ -75,7 +75,7 @@ _PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
         "input_grad": _native,
         "weight_grad": lambda g, x: _native(g.t(), x),
     },
-    "few rows": {"forward": _few_rows},  # its bits are not those of "native"
+    "few rows": {"forward": _few_rows},  # "native" of fewer than 16 rows; its bits are other ones
 }
 
 
@@ -138,16 +138,20 @@ def _decide(key: tuple, operands: tuple) -> str:
     policy = os.environ.get("FASTASR_GEMM", "auto")
     if policy not in ("auto", "torch", "native"):
         raise ValueError(f"FASTASR_GEMM: expected auto, torch or native, got {policy!r}")
-    if policy != "auto" or reason():
-        return "torch" if reason() else policy
+    if policy == "torch" or reason():
+        return "torch"
     operation, m, *sizes, threads = key
+    # Its kernel takes 8 outputs or more, and a class of 16 has none with fewer. There "native" is no candidate: MKL's
+    # sums of so few rows may be short ones, and its error was 2.4 times theirs on an Intel processor.
+    few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and sizes[0] >= 16
+    own = "few rows" if few and not reason_cpu("linear_few_rows") else "native"
+    if policy == "native":
+        return own
     half_octaves = " ".join(str(round(2 * math.log2(size))) for size in sizes)
     name = f"{operation} {m} {half_octaves} {threads}"
     if _saved is None:
         _saved = _read(cache_file())
-    # its kernel takes 8 outputs or more, and a class of 16 has none with fewer
-    few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and sizes[0] >= 16
-    products = ["torch", "native", *(["few rows"] if few and not reason_cpu("linear_few_rows") else [])]
+    products = ["torch", own]
     # the file may be damaged, or of a version of fastasr with other products
     if _saved.get(name) not in products:
         _saved[name] = _measure(operation, operands, products)

@@ -20,16 +20,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastasr.ops import _dispatch
 
 FORMATS = {"bf16": 1, "int8": 2}  # cpu::WeightFormat
-# the instruction sets that multiply in these formats; with others float32 is as fast
-SETS = {"bf16": ("avx512_bf16", "neon_bf16")}
 MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
 
 
 def reason(format: str) -> str:
     """Says why no product runs on such copies on this machine, or returns ""."""
     why = _dispatch.reason_cpu("reduced_linear")
-    if not why and format in SETS and _dispatch.native_build_info()["simd_set"] not in SETS[format]:
-        return f"this processor has no instructions for {format}: float32 is as fast"
+    if not why and format == "bf16" and not _dispatch.native_build_info()["bf16_gains"]:
+        return "this processor has no instructions for bf16, or slow ones: float32 is as fast"
     return why
 
 

@@ -54,7 +54,9 @@ struct ReducedGemm {
 
 struct ReducedGemmKernels {
   int32_t levels;
-  bool gains;  // over float32: int8 always, bf16 where an instruction multiplies and adds words of it
+  // Says whether products gain over float32's: int8's always, bf16's where an instruction multiplies and adds words of it
+  // and, measured at the first call, is the faster one.
+  bool (*gains)();
   void (*rows)(const ReducedGemm& g, int64_t begin, int64_t end);  // converts rows of x
   int64_t (*tasks)(const ReducedGemm& g);
   void (*products)(const ReducedGemm& g, int64_t begin, int64_t end);  // runs tasks

@@ -126,7 +126,7 @@ ChunkShape::ChunkShape(const std::vector<int64_t>& numbers) {
   stacks = all;
 }
 
-bool ChunkShape::rounds_inputs() const { return weights != WeightFormat::fp32 && reduced_gemm_kernels(weights).gains; }
+bool ChunkShape::rounds_inputs() const { return weights != WeightFormat::fp32 && reduced_gemm_kernels(weights).gains(); }
 
 int64_t ChunkShape::output_dim() const {
   int64_t dim = 0;
