@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastasr.ops import _dispatch
+from fastasr.ops import _dispatch, _weight_formats
 
-FORMATS = {"bf16": 1, "int8": 2}  # cpu::WeightFormat
+FORMATS = {format: _weight_formats.FORMATS[format] for format in ("bf16", "int8")}
 # the instruction sets that multiply in these formats; with others float32 is as fast
 SETS = {"bf16": ("avx512_bf16", "neon_bf16")}
 MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h

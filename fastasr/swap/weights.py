@@ -80,8 +80,10 @@ class ReducedReport:
 def check(model, format, bound):
     """Raises ValueError unless ``accelerate`` can reduce the weights of this model."""
     if format not in _reduced_weights.FORMATS:
+        stored = ": it only stores weights, in StreamingEncoder, GreedySearch and LabelLooping"
         raise ValueError(
             f"accelerate: weights: expected None or one of {', '.join(_reduced_weights.FORMATS)}, got {format!r}"
+            + (stored if format == "fp16" else "")
         )
     if not 0 < bound < 1:
         raise ValueError(f"accelerate: weights_error: expected a number between 0 and 1, got {bound!r}")

@@ -136,7 +136,8 @@ def test_training_is_refused(model, inputs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int4"}, "expected None or one of bf16, int8, got 'int4'"),
+        ({"weights": "int4"}, "expected None or one of bf16, int8, got 'int4'$"),
+        ({"weights": "fp16"}, "got 'fp16': it only stores weights, in StreamingEncoder, GreedySearch"),
         ({"weights": "int8", "weights_error": 0}, "between 0 and 1, got 0"),
     ],
 )
