@@ -5,7 +5,7 @@
     arecord -t raw -f S16_LE -r 8000 | python examples/live.py - --model exp    # raw 16-bit PCM from standard input
     python examples/live.py recordings/ --model exp --fast           # every wav of a folder at once, in a live table
 
---weights bf16 or int8 packs smaller weights; --fast does not wait for real time; --endpoints cuts into segments.
+--weights bf16, fp16 or int8 packs smaller weights; --fast does not wait for real time; --endpoints cuts into segments.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def parser():
     made.add_argument("--model", type=Path, default=Path("exp"), help="run or checkpoint")
     made.add_argument("--method", default="greedy", choices=("greedy", "beam", "ctc-greedy", "ctc-beam"))
     made.add_argument("--beam", type=int, default=4, help="hypotheses (default: %(default)s)")
-    made.add_argument("--weights", default="fp32", choices=("fp32", "bf16", "int8"))
+    made.add_argument("--weights", default="fp32", choices=("fp32", "bf16", "fp16", "int8"))
     made.add_argument("--threads", type=int, default=1, help="of a call (default: %(default)s)")
     made.add_argument("--fast", action="store_true", help="do not wait for the samples as they would come")
     made.add_argument("--endpoints", action="store_true", help="cut into segments at silence")

@@ -18,7 +18,7 @@ GreedyLayout layout_of(const std::vector<int64_t>& n, const std::vector<double>&
   bool fits = n.size() == 12 && eps.size() == 2;
   for (size_t i = 0; fits && i < n.size(); i++) fits = n[i] >= 0 && n[i] < (int64_t{1} << 31);
   fits = fits && n[0] && n[2] && n[3] && n[4] <= cpu::kMostLayers && (n[4] ? n[5] > 0 : n[6] > 0) &&
-         (!n[7] || n[3] % n[7] == 0) && n[8] < cpu::kActivations && n[9] <= 1 && n[10] <= 1 && n[11] <= 2;
+         (!n[7] || n[3] % n[7] == 0) && n[8] < cpu::kActivations && n[9] <= 1 && n[10] <= 1 && n[11] <= 3;
   check(fits, "greedy_search", "the numbers describe no transducer");
   return GreedyLayout({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9] == 1, n[10] == 1, eps[0], eps[1],
                        static_cast<cpu::WeightFormat>(n[11])});

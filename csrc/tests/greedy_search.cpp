@@ -127,7 +127,7 @@ void companions(const GreedyShape& s) {
 }  // namespace
 
 TEST_CASE("greedy_search: a sequence depends on nothing but itself") {
-  for (const WeightFormat format : {WeightFormat::fp32, WeightFormat::bf16, WeightFormat::int8})
+  for (const WeightFormat format : {WeightFormat::fp32, WeightFormat::bf16, WeightFormat::int8, WeightFormat::fp16})
     for (const int64_t durations : {0, 3}) {
       companions({90, durations, 33, 24, 2, 37, 1, 0, static_cast<int64_t>(2), false, false, 0, 0, format});
       companions({20, durations, 9, 8, 1, 5, 1, 0, static_cast<int64_t>(3), true, true, 1e-3, 1e-5, format});

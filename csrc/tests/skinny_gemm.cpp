@@ -9,10 +9,8 @@ namespace {
 using cpu::kPanelColumns;
 using cpu::WeightFormat;
 
-constexpr WeightFormat kFormats[] = {WeightFormat::fp32, WeightFormat::bf16, WeightFormat::int8};
-const char* name_of(WeightFormat format) {
-  return format == WeightFormat::fp32 ? "fp32" : format == WeightFormat::bf16 ? "bf16" : "int8";
-}
+constexpr const char* kNames[] = {"fp32", "bf16", "int8", "fp16"};  // by WeightFormat
+const char* name_of(WeightFormat format) { return kNames[static_cast<int64_t>(format)]; }
 
 struct Problem {
   int64_t rows, n, k;
@@ -32,6 +30,7 @@ struct Problem {
   double kept(int64_t j, int64_t l) {
     const float v = w[j * (k + 3) + l];
     if (format == WeightFormat::bf16) return value(make<bfloat16>(v));
+    if (format == WeightFormat::fp16) return value(make<float16>(v));
     if (format == WeightFormat::fp32) return v;
     float most = 1e-30f;
     for (int64_t i = 0; i < k; i++) most = std::max(most, std::fabs(w[j * (k + 3) + i]));
@@ -53,7 +52,9 @@ void values(int64_t rows, int64_t n, int64_t k, WeightFormat format) {
   for (int64_t j = 0; j < n; j++)
     for (int64_t l = 0; l < k; l++) {
       const double v = kept[j * k + l] = p.kept(j, l), exact = p.w[j * (k + 3) + l];
-      const double most = format == WeightFormat::int8 ? p.scale[j] * 0.5001 : std::fabs(exact) * 0x1p-8;
+      const double most = format == WeightFormat::int8   ? p.scale[j] * 0.5001
+                          : format == WeightFormat::fp16 ? std::fabs(exact) * 0x1p-11 + 0x1p-25
+                                                         : std::fabs(exact) * 0x1p-8;
       CHECK(std::fabs(v - exact) <= most, "%g kept as %g", exact, v);
     }
   for (int64_t at = 0; at < y.size(); at++) {
@@ -114,15 +115,19 @@ void without_bias() {
     for (int64_t j = 0; j < 70; j++) CHECK(y[i * p.stride() + j] == z[i * p.stride() + j], "no bias is a bias of zero");
 }
 
-// bf16 panels give the bits of fp32 panels with the same values.
-void bf16_is_fp32_of_rounded_weights() {
-  Problem rounded(5, 100, 300, WeightFormat::bf16), exact(5, 100, 300);
-  for (int64_t i = 0; i < exact.w.size(); i++) exact.w[i] = static_cast<float>(value(make<bfloat16>(exact.w[i])));
-  exact.pack();
+// Panels of 16 bits give the bits of fp32 panels with the same values, however small.
+template <typename T>
+void as_fp32_of_rounded_weights(WeightFormat format) {
+  Problem rounded(5, 100, 300, format), exact(5, 100, 300);
+  for (int64_t i = 0; i < exact.w.size(); i++) {
+    rounded.w[i] *= std::ldexp(1.0f, static_cast<int>(-(i % 30)));
+    exact.w[i] = static_cast<float>(value(make<T>(rounded.w[i])));
+  }
+  rounded.pack(), exact.pack();
   Buffer<float> y(5 * exact.stride()), z(5 * exact.stride());
   rounded.run(y, 0, 5, 0, 2);
   exact.run(z, 0, 5, 0, 2);
-  CHECK(y.equals(z), "bf16 panels differ from fp32 panels of the same values");
+  CHECK(y.equals(z), "%s panels differ from fp32 panels of the same values", name_of(format));
 }
 
 // Columns of zeros, of tiny and huge numbers, and with numbers that are not finite: the latter stay in their column.
@@ -134,7 +139,8 @@ void unusual_weights(WeightFormat format) {
   };
   p.w[kNan * (kInputs + 3) + 7] = std::numeric_limits<float>::quiet_NaN();
   p.w[kInfinite * (kInputs + 3) + 9] = std::numeric_limits<float>::infinity();
-  column(1, 0), column(2, 1e-40f), column(4, 1e36f), column(5, -0.0f);
+  const float huge = format == WeightFormat::fp16 ? 65504 : 1e36f;
+  column(1, 0), column(2, 1e-40f), column(4, huge), column(5, -0.0f);
   for (int64_t j = 0; j < kInputs; j++) p.x[j] = 1;
   p.pack();
   Buffer<float> y(2 * p.stride());
@@ -143,7 +149,8 @@ void unusual_weights(WeightFormat format) {
     CHECK(std::isfinite(y[c]) == (c != kNan && c != kInfinite), "%s, column %ld: %g", name_of(format), long(c),
           static_cast<double>(y[c]));
   CHECK(y[1] == p.bias[1] && y[5] == p.bias[5], "columns of zeros");
-  CHECK(std::fabs(y[4] / (kInputs * 1e36) - 1) < 0.01, "huge weights: %g", static_cast<double>(y[4]));
+  CHECK(std::fabs(y[4] / (kInputs * static_cast<double>(huge)) - 1) < 0.01, "huge weights: %g",
+        static_cast<double>(y[4]));
 }
 
 void pages() {
@@ -155,7 +162,7 @@ void pages() {
 }  // namespace
 
 TEST_CASE("skinny_gemm") {
-  for (const WeightFormat format : kFormats) {
+  for (const WeightFormat format : {WeightFormat::fp32, WeightFormat::bf16, WeightFormat::int8, WeightFormat::fp16}) {
     for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16})
       for (const int64_t n : {1, 63, 64, 65, 130})
         for (const int64_t k : {1, 2, 16, 127, 128, 129, 300}) values(rows, n, k, format);
@@ -166,7 +173,8 @@ TEST_CASE("skinny_gemm") {
     packing_in_parts(format);
     unusual_weights(format);
   }
-  bf16_is_fp32_of_rounded_weights();
+  as_fp32_of_rounded_weights<bfloat16>(WeightFormat::bf16);
+  as_fp32_of_rounded_weights<float16>(WeightFormat::fp16);
   without_bias();
   pages();
 }

@@ -35,7 +35,7 @@ class GreedySearch:
         max_sym_per_frame: the most tokens that one frame may give. None: 1, for Parakeet its ``max_symbols_per_step``,
             for torchaudio's RNN-T 10.
         blank_penalty: subtracted from blank's logit, so that fewer tokens are deleted.
-        weights: "fp32", or "bf16" or "int8", the storage of the matrices in the native call.
+        weights: "fp32", or "bf16", "fp16" or "int8", the storage of the matrices in the native call.
 
     ``reason`` says why the native call does not serve: "" if it does.
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from fastasr.models.common.graph_capture import capture
-from fastasr.ops import _activation, _dispatch
+from fastasr.ops import _activation, _dispatch, _weight_formats
+from fastasr.ops._weight_formats import FORMATS
 
-FORMATS = ("fp32", "bf16", "int8")
 ACTIVATIONS = ("relu", "tanh")
 _MOST_LAYERS = 8  # of the native call
 _RECORDED = 256  # frames from which on a GPU a step is recorded: a recording costs as much as many steps
@@ -57,6 +57,13 @@ class Weights:
     @property
     def durations(self):
         return len(self.head[0]) - len(self.embedding)
+
+    def matrices(self):
+        """Yields names and tensors of the matrices that the native call stores in a format."""
+        for i, layer in enumerate(self.layers):
+            yield from ((f"LSTM layer {i}", matrix.detach()) for matrix in layer[:2])
+        yield "the predictor's linear layer", self.linear[0].detach()
+        yield "the head", self.head[0].detach()
 
     def tensors(self):
         every = [t for layer in self.layers for t in layer] + [*self.linear, *self.head, self.embedding]
@@ -103,10 +110,11 @@ class LabelLooping:
     """Greedy search with these weights. ``reason`` says why it does not run natively: "" if it does.
 
     Args:
-        format: "fp32", "bf16" or "int8", the storage of the native call's copy of the matrices; sums are float32.
+        format: "fp32", "bf16", "fp16" or "int8", the storage of the native call's copy of the matrices; sums are
+            float32.
 
     Raises:
-        ValueError: weights do not fit each other, or no such format or activation.
+        ValueError: weights do not fit each other or the format, or no such format or activation.
     """
 
     def __init__(self, weights, format="fp32"):
@@ -118,7 +126,8 @@ class LabelLooping:
         if self._never and format != "fp32":
             raise ValueError(f"LabelLooping: format {format} needs the native call: {self._never}")
         if not self._never:
-            self._pack(FORMATS.index(format))
+            _weight_formats.check("LabelLooping", format, weights.matrices())
+            self._pack(FORMATS[format])
 
     @property
     def reason(self):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastasr.ops import _dispatch
+from fastasr.ops import _dispatch, _weight_formats
 
-FORMATS = {"bf16": 1, "int8": 2}  # cpu::WeightFormat
+FORMATS = {format: _weight_formats.FORMATS[format] for format in ("bf16", "int8")}
 MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
 
 
@@ -53,9 +53,10 @@ class Copy:
     def _pack(self) -> None:
         weight = self._weight()
         assert weight is not None
-        self.version, self.address, self.outputs = _version(weight), weight.data_ptr(), len(weight)
-        matrix = weight.detach().flatten(1).contiguous()
+        version, matrix = _version(weight), weight.detach().flatten(1).contiguous()
         self._packed = torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format])
+        # at the end: until then, other threads see that the copy is old
+        self.version, self.address, self.outputs = version, weight.data_ptr(), len(weight)
 
     @property
     def bytes(self) -> int:
@@ -89,15 +90,18 @@ class Copy:
 _kept = WeakIdKeyDictionary()  # parameter -> its copy
 copies: dict[int, Copy] = {}  # by the address of the parameter
 _thread = threading.local()
+_lock = threading.RLock()  # of both dictionaries
 
 
 def keep(weight: Tensor, format: str) -> Copy:
     """Makes the copy of ``weight`` (N, K, 1...), float32 on the CPU, and has products read it."""
-    drop(weight)
-    copy = Copy(weight, format)
-    _kept[weight] = copies[copy.address] = copy
-    weakref.finalize(weight, _forget, copy.address)
-    return copy
+    with _lock:
+        before, copy = _kept.get(weight), Copy(weight, format)
+        _kept[weight] = copies[copy.address] = copy
+        if before is not None and copies.get(before.address) is before:
+            del copies[before.address]  # now: without any copies other threads would look for none
+        weakref.finalize(weight, _forget, copy.address)
+        return copy
 
 
 def copy_of(weight: Tensor) -> Copy | None:
@@ -122,16 +126,18 @@ def is_suspended() -> bool:
 
 def _forget(address: int) -> None:
     """Frees the copy at the address of a parameter that died, unless another has its memory by now."""
-    copy = copies.get(address)
-    if copy is not None and not copy.fresh():
-        del copies[address]
+    with _lock:
+        copy = copies.get(address)
+        if copy is not None and not copy.fresh():
+            del copies[address]
 
 
 def drop(weight: Tensor) -> bool:
     """Forgets the copy of ``weight``. Returns whether there was one."""
-    copy = _kept.pop(weight, None)
-    if copy is not None and copies.get(copy.address) is copy:
-        del copies[copy.address]
+    with _lock:
+        copy = _kept.pop(weight, None)
+        if copy is not None and copies.get(copy.address) is copy:
+            del copies[copy.address]
     return copy is not None
 
 
@@ -140,21 +146,23 @@ def of(x: Tensor, weight: Tensor) -> Copy | None:
     if is_suspended():
         return None
     copy = copies.get(weight.data_ptr())
-    if copy is None:
+    if copy is None or not copy.fresh():
         copy = _moved(weight)
         if copy is None:
             return None
-    elif not copy.fresh():
-        copies.pop(copy.address)
-        return of(x, weight)
     fits = x.dtype is torch.float32 and x.is_cpu and weight.dtype is torch.float32 and weight.dim() == 2
     return copy if fits and len(weight) == copy.outputs and x.numel() else None
 
 
 def _moved(weight: Tensor) -> Copy | None:
     """Returns the copy of a parameter that has other memory than when it was packed, packed again."""
-    for candidate in (weight, weight._base):
-        copy = None if candidate is None else _kept.get(candidate)
-        if copy is not None and candidate is not None and candidate.data_ptr() == weight.data_ptr():
-            return keep(candidate, copy.format) if candidate.is_cpu else None
+    with _lock:
+        copy = copies.get(weight.data_ptr())
+        if copy is not None and copy.fresh():  # another thread has packed it meanwhile
+            return copy
+        for candidate in (weight, weight._base):
+            copy = None if candidate is None else _kept.get(candidate)
+            if copy is not None and candidate is not None and candidate.data_ptr() == weight.data_ptr():
+                return keep(candidate, copy.format) if candidate.is_cpu else None
+        copies.pop(weight.data_ptr(), None)  # of a parameter that has left this memory
     return None

@@ -15,8 +15,8 @@ import torch
 
 from fastasr.export.wrappers import PAD_LENGTH, StreamingEncoderWrapper
 from fastasr.models.zipformer.stream_states import batch_dimension
-
-WEIGHTS = ("fp32", "bf16", "int8")
+from fastasr.ops import _weight_formats
+from fastasr.streaming.packing import matrices
 
 
 class Backend(abc.ABC):
@@ -25,7 +25,7 @@ class Backend(abc.ABC):
     Args:
         model: a model in eval mode and float32 with ``encoder`` and ``encoder_embed``.
         chunk_size, left_context_frames: frames of the encoder, 20 ms each.
-        weights: "fp32", "bf16" or "int8", the storage of the large matrices.
+        weights: "fp32", "bf16", "fp16" or "int8", the storage of the large matrices.
         threads: threads of a call on a CPU.
 
     ``streams_bytes`` counts the bytes of all states, ``weights_bytes`` those of the backend's own copy of the weights,
@@ -63,7 +63,7 @@ class Backend(abc.ABC):
 
 
 class EagerBackend(Backend):
-    """Calls the model's own ``streaming_forward`` on its device, for bf16 and int8 with rounded copies of its matrices.
+    """Calls the model's own ``streaming_forward`` on its device, with copies of its matrices rounded to ``weights``.
 
     It is the fallback of the other backends and their reference in tests. It does not change the model.
     """
@@ -74,6 +74,7 @@ class EagerBackend(Backend):
         self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1, scratch=0
     ):
         if weights != "fp32":
+            _weight_formats.check("EagerBackend", weights, matrices(model.encoder))
             model = EncoderPair(model.encoder, model.encoder_embed)
             model = copy.deepcopy(model)
             _round_matrices(model.encoder, weights)
@@ -163,17 +164,15 @@ class EncoderPair(torch.nn.Module):
 
 @torch.no_grad()
 def _round_matrices(encoder, weights):
-    """Rounds every matrix of the encoder's layers as storage in bf16 does, or in int8 with a scale per row:
-    w = s round(w / s), s = max|w| / 127. The projection of positions stays exact, as packing applies it beforehand.
+    """Rounds the encoder's matrices as storage does, in int8 with a scale per row: w = s round(w / s),
+    s = max|w| / 127.
     """
-    for name, parameter in encoder.named_parameters():
-        if parameter.ndim != 2 or name.endswith("linear_pos.weight"):
-            continue
-        if weights == "bf16":
-            parameter.copy_(parameter.bfloat16())
+    for _, matrix in matrices(encoder):
+        if weights == "int8":
+            scale = matrix.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
+            matrix.copy_((matrix / scale).round() * scale)
         else:
-            scale = parameter.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
-            parameter.copy_((parameter / scale).round() * scale)
+            matrix.copy_(matrix.bfloat16() if weights == "bf16" else matrix.half())
 
 
 class _threads:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
-from fastasr.streaming.backend import WEIGHTS, EagerBackend, EncoderPair
+from fastasr.ops._weight_formats import FORMATS
+from fastasr.streaming.backend import EagerBackend, EncoderPair
 from fastasr.streaming.cuda_graph import CudaGraphBackend
 from fastasr.streaming.features import StreamFeatures, frames_out, with_silence
 from fastasr.streaming.identify import identify
@@ -94,7 +95,7 @@ class StreamingEncoder:
 
         Args:
             chunk_size, left_context_frames: values that the model was trained with, in frames of 20 ms.
-            weights: "fp32", "bf16" or "int8", the storage of the large matrices.
+            weights: "fp32", "bf16", "fp16" or "int8", the storage of the large matrices.
             device: the device to run on; the model's own by default.
             max_streams: number of streams that can be open at once; their states are allocated here.
             release_weights: whether to free the model's own weights; the model cannot be used afterwards.
@@ -105,9 +106,9 @@ class StreamingEncoder:
 
         Raises TypeError if ``model`` has no encoder or front end, ValueError with the reason if no backend supports it.
         """
-        if weights not in WEIGHTS:
+        if weights not in FORMATS:
             raise ValueError(
-                f"StreamingEncoder: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}"
+                f"StreamingEncoder: weights must be one of {', '.join(FORMATS)}, got {weights!r}"
             )
         for name, value in (("max_streams", max_streams), ("threads", threads)):
             if not isinstance(value, int) or value < 1:

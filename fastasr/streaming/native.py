@@ -17,10 +17,10 @@ _COUNTERS = 2  # frames processed; chunks behind the front of the stream's rings
 class NativeBackend(Backend):
     """Runs ``model.encoder_embed`` and ``model.encoder``, which must be causal, in eval mode, in float32 on the CPU.
 
-    weights: "fp32", "bf16" or "int8" with a scale for each output, the storage of the encoder's matrices. In int8, and
-    in bf16 where the processor multiplies it, the inputs of products are rounded as well, and the front end's products
-    are among them. A call uses ``threads`` of torch's pool. A stream's bits depend neither on these nor on the other
-    streams of a call.
+    weights: "fp32", "bf16", "fp16" or "int8" with a scale for each output, the storage of the encoder's matrices. In
+    int8, and in bf16 where the processor multiplies it, the inputs of products are rounded as well, and the front end's
+    products are among them. A call uses ``threads`` of torch's pool. A stream's bits depend neither on these nor on the
+    other streams of a call.
 
     Raises ValueError for a model that cannot stream in chunks of this size, NotImplementedError for one that this
     backend does not support.

@@ -9,8 +9,9 @@ downsampling and exp(log_scale) of the norms.
 import torch
 
 from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer
+from fastasr.ops import _weight_formats
+from fastasr.ops._weight_formats import FORMATS
 
-WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2}
 CONVOLUTIONS = [((3, 3), (1, 1), (0, 1)), ((3, 3), (2, 2), (0, 0)), ((3, 3), (1, 2), (0, 0))]
 OUTPUT_DOWNSAMPLING = 2
 
@@ -25,20 +26,30 @@ def pack(model, chunk_size, left_context_frames, weights="fp32"):
     encoder, embed = model.encoder, model.encoder_embed
     _check_model(encoder, embed)
     _check_frames(encoder, chunk_size, left_context_frames)
-    if weights not in WEIGHTS:
-        raise ValueError(f"NativeBackend: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if weights not in FORMATS:
+        raise ValueError(f"NativeBackend: weights must be one of {', '.join(FORMATS)}, got {weights!r}")
+    _weight_formats.check("NativeBackend", weights, matrices(encoder))
     convolutions = _convolutions(embed)
     expand = embed.convnext.pointwise_conv1
     width = embed.out.in_features // convolutions[-1].out_channels
     most_bins = 4 * width + 6  # the most bins that give maps of this width
     packed = Packed([chunk_size, left_context_frames, most_bins])
     packed.numbers += [conv.out_channels for conv in convolutions]
-    packed.numbers += [expand.out_channels, WEIGHTS[weights]]
+    packed.numbers += [expand.out_channels, FORMATS[weights]]
     _pack_front_end(packed, embed, width, most_bins)
     for stack in encoder.encoders:
         _pack_stack(packed, stack, chunk_size, left_context_frames)
     packed.table(encoder.downsample_output.bias.softmax(0))
     return packed
+
+
+def matrices(encoder):
+    """Yields names and parameters of the matrices that are stored in fewer bits: all of the encoder's layers but the
+    projection of positions, which packing applies beforehand.
+    """
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim == 2 and not name.endswith("linear_pos.weight"):
+            yield name, parameter.detach()
 
 
 def _check_model(encoder, embed):

@@ -50,7 +50,8 @@ def accelerate(
     only, exclude: the modules to consider or to leave out: glob patterns on module paths ("encoder.*.norm"), classes,
         callables ``(path, module) -> bool``, or a list of these.
     verify: inputs (a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the
-        model and runs it). Every swapped module then runs both ways and is rolled back if the results disagree.
+        model, runs it and returns the outputs). Every swapped module then runs both ways and is rolled back if the
+        results disagree.
     strict: False also accepts modules that fit in structure but run an unknown version of the code, provided
         that they pass ``verify``.
     weights: "int8" or "bf16" to run the products of linear layers on copies of their weights in this format, in

@@ -38,7 +38,8 @@ class SwapReport:
     ``ragged`` says of ``accelerate(ragged=True)``, and in ``explain`` after it, why an encoder runs on padding
     (path -> reason, None: it does not).
     ``weights`` is the :class:`fastasr.swap.weights.ReducedReport` of ``accelerate(weights=...)``, or None.
-    ``print(report)`` shows equal rows as one line; ``report.table(every=True)`` has one line per module.
+    ``print(report)`` shows equal rows as one line; ``report.table(every=True)`` has one line per module
+    and, after them, one per weight.
     """
 
     model: str
@@ -128,7 +129,8 @@ class SwapReport:
             text = _rich_table(columns, lines)
         except ImportError:
             text = _plain_table(columns, lines)
-        return f"{text}\n{self.summary}"
+        weights = self.weights.every() if every and self.weights is not None else []
+        return "\n".join([text, *weights, self.summary])
 
     def _lines(self, every):
         columns = ["module", "class", "kernels", "status", "error", "reason"]

@@ -45,8 +45,8 @@ class WeightRow:
 
 @dataclass
 class ReducedReport:
-    """The weights of a model, the relative rms error of the model's outputs (None without inputs), and the bytes of
-    these weights in float32 and as products read them."""
+    """The weights of a model, the relative rms error of the model's outputs (None without inputs or outputs), and the
+    bytes of these weights in float32 and as products read them."""
 
     format: str
     rows: list
@@ -65,6 +65,15 @@ class ReducedReport:
         count = f"{len(self.reduced)} of {len(self.rows)} weights in {self.format}"
         return f"{count}: products read {share:.2f} of float32's bytes{error}"
 
+    def every(self):
+        """Returns a line per weight, with the error of its product and the reason why it stays in float32."""
+        lines = []
+        for row in self.rows:
+            error = "" if row.error is None else f"error {row.error:.1e}"
+            parts = f"{row.path} {row.shape}: {row.format}", error, row.reason
+            lines.append(", ".join(filter(None, parts)))
+        return lines
+
     def lines(self):
         """Returns a line per reason why weights stay in float32."""
         reasons = {}
@@ -80,8 +89,10 @@ class ReducedReport:
 def check(model, format, bound):
     """Raises ValueError unless ``accelerate`` can reduce the weights of this model."""
     if format not in _reduced_weights.FORMATS:
+        stored = ": it only stores weights, in StreamingEncoder, GreedySearch and LabelLooping"
         raise ValueError(
             f"accelerate: weights: expected None or one of {', '.join(_reduced_weights.FORMATS)}, got {format!r}"
+            + (stored if format == "fp16" else "")
         )
     if not 0 < bound < 1:
         raise ValueError(f"accelerate: weights_error: expected a number between 0 and 1, got {bound!r}")
@@ -129,7 +140,8 @@ def release(model):
 
 
 def _train(self, mode=True):
-    if mode and not _reduced_weights.is_suspended():  # as inside verify
+    kept = any(_reduced_weights.copy_of(parameter) for parameter in self.parameters())  # not in a deepcopy
+    if mode and kept and not _reduced_weights.is_suspended():  # as inside verify
         raise RuntimeError(
             f"{type(self).__name__}.train: its weights are reduced for inference (fastasr.accelerate with weights=); "
             "call fastasr.restore(model) first"
@@ -198,7 +210,7 @@ def _measure(model, kept, run, report, bound):
             random.restore()
             report.error = _error(_outputs(run()), expected)
             left = sorted((p for p in kept if p[0].format != FLOAT32), key=lambda pair: -pair[0].error)
-            if report.error <= bound or not left:
+            if report.error is None or report.error <= bound or not left:
                 return
             for row, weight in left[: max(1, len(left) // STEP)]:
                 _give_back(row, weight, f"the outputs would change by more than {bound:g}")
@@ -224,10 +236,11 @@ def _outputs(result):
 
 
 def _error(got, expected):
-    """Returns the largest relative rms error of the outputs; infinity where one has another shape or is a NaN."""
-    errors = [0.0]
+    """Returns the largest relative rms error of the outputs, infinity where one has another shape or is a NaN; None
+    where there are none."""
+    errors = []
     for a, b in zip(got, expected, strict=True):
         size = b.square().sum().item() if a.shape == b.shape else 0.0
         error = ((a - b).square().sum().item() / size) ** 0.5 if size else float(a.numel() > 0)
         errors.append(error if error == error else float("inf"))
-    return max(errors)
+    return max(errors, default=None)

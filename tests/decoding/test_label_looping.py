@@ -274,7 +274,7 @@ def test_a_stream_in_chunks(seed):
         assert pieces[n] == list(expected)
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8"])
+@pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
 @pytest.mark.parametrize("seed", range(3))
 def test_storage_in_fewer_bits(seed, format):
     """A copy in fewer bits decodes as fp32 does with the rounded weights."""
@@ -282,8 +282,8 @@ def test_storage_in_fewer_bits(seed, format):
     w = drawn_weights(40, 3, layers=2, embedding=24, hidden=33, joint=50)
 
     def rounded(t):
-        if format == "bf16":
-            return t.bfloat16().float()
+        if format != "int8":
+            return t.to({"bf16": torch.bfloat16, "fp16": torch.float16}[format]).float()
         scale = t.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
         return (t / scale).round() * scale
 
@@ -399,8 +399,11 @@ def test_weights_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             LabelLooping(dataclasses.replace(w, **change))
-    with pytest.raises(ValueError, match="format: expected one of fp32, bf16, int8, got 'fp16'"):
-        LabelLooping(w, "fp16")
+    with pytest.raises(ValueError, match="format: expected one of fp32, bf16, fp16, int8, got 'fp8'"):
+        LabelLooping(w, "fp8")
+    huge = dataclasses.replace(w, head=(w.head[0] * 1e6, w.head[1]))
+    with pytest.raises(ValueError, match=r"the head holds .*, and the numbers of fp16 end at 65504"):
+        LabelLooping(huge, "fp16")
     with pytest.raises(ValueError, match="first: expected 1 tokens"):
         LabelLooping(w).start(1, [0, 0])
     double = dataclasses.replace(

@@ -146,7 +146,7 @@ def test_without_the_native_call(name):
     assert found.scores == pytest.approx(native.scores, rel=1e-4)
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8"])
+@pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
 def test_weights_in_fewer_bits(format):
     seeded(3)
     model, x = asr_model(), torch.randn(2, 20, 24)

@@ -132,6 +132,21 @@ def test_copy_follows_its_parameter(layer):
         assert not torch.equal(product(layer, x), F.linear(x, layer.weight, layer.bias).detach())
 
 
+@pytest.mark.parametrize("change", [lambda w: w.data, lambda w: w.data.clone()], ids=["in place", "moved"])
+def test_threads_share_a_new_copy(layer, change):
+    """All threads that meet a changed parameter at once read what one thread would."""
+    x = torch.randn(9, 72, generator=numbers(12))
+    _reduced_weights.keep(layer.weight, "int8")
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            with torch.no_grad():
+                layer.weight.mul_(-1.5)
+                layer.weight.data = change(layer.weight)
+            found = list(pool.map(lambda _: product(layer, x), range(8)))
+            _reduced_weights.keep(layer.weight, "int8")
+            assert all(torch.equal(y, product(layer, x)) for y in found)
+
+
 def test_view_of_a_pointwise_convolution():
     conv = torch.nn.Conv1d(72, 100, 1)
     x = torch.randn(9, 72, generator=numbers(8))

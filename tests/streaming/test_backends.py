@@ -100,7 +100,7 @@ def test_what_is_not_finite_stays_in_its_stream(model, kind):
 
 
 @every_backend
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("weights", ["bf16", "fp16", "int8"])
 def test_rounded_weights(model, kind, weights):
     before = copy.deepcopy(model.state_dict())
     backend, alone = BACKENDS[kind](model, CHUNK, LEFT, weights=weights), Alone(model, CHUNK, LEFT)

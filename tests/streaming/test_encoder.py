@@ -216,7 +216,7 @@ def test_wrong_samples(model):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"weights": "fp8"}, "weights must be one of fp32, bf16, int8"),
+        ({"weights": "fp8"}, "weights must be one of fp32, bf16, fp16, int8"),
         ({"max_streams": 0}, "max_streams must be"),
         ({"threads": 0}, "threads must be"),
         ({"backend": "tpu"}, "backend must be one of"),

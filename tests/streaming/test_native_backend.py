@@ -17,10 +17,11 @@ from fastasr.streaming.native import NativeBackend
 LIMIT = 5e-6  # relative to the rms of the output, in fp32
 ROUNDED = {
     "bf16": 1.5e-3,
+    "fp16": 2e-4,
     "int8": 4e-3,
 }  # the documented change by rounded weights, in int8 of inputs as well
 # from the model's own code with equally rounded weights: some native products round their inputs too
-ROUNDS_INPUTS = {"bf16": not _reduced_weights.reason("bf16"), "int8": True}
+ROUNDS_INPUTS = {"bf16": not _reduced_weights.reason("bf16"), "fp16": False, "int8": True}
 OWN_CODE = {kind: ROUNDED[kind] if both else LIMIT for kind, both in ROUNDS_INPUTS.items()}
 every_format = pytest.mark.parametrize("weights", ["fp32", *ROUNDED])
 
@@ -76,7 +77,8 @@ def test_published_sizes(size, chunk_size, left, steps):
 
 
 @pytest.mark.parametrize(
-    ("size", "weights"), [("small", "bf16"), ("small", "int8"), ("medium", "bf16"), ("large", "int8")]
+    ("size", "weights"),
+    [("small", "bf16"), ("small", "fp16"), ("small", "int8"), ("medium", "bf16"), ("large", "int8")],
 )
 def test_rounded_weights(size, weights):
     """The result is that of the model's own code with equally rounded weights, to the accuracy of fp32 where inputs are
@@ -91,7 +93,7 @@ def test_rounded_weights(size, weights):
         assert _error(got, rounded.step(x, [0]).double()) <= OWN_CODE[weights]
         assert 1e-5 < _error(got, y) <= ROUNDED[weights]
     parameters = sum(p.numel() for m in (model.encoder, model.encoder_embed) for p in m.parameters())
-    assert backend.weights_bytes <= {"bf16": 2, "int8": 1}[weights] * parameters + 6e6
+    assert backend.weights_bytes <= {"bf16": 2, "fp16": 2, "int8": 1}[weights] * parameters + 6e6
 
 
 @pytest.mark.parametrize("weights", ROUNDED)
@@ -100,6 +102,21 @@ def test_rounded_weights_of_odd_sizes(weights):
     backend, rounded = (kind(model, 4, 8, weights=weights) for kind in (NativeBackend, EagerBackend))
     for x in zipformers.features(1, 9, 4):
         assert _error(backend.step(x, [0]), rounded.step(x, [0]).double()) <= OWN_CODE[weights]
+
+
+@pytest.mark.parametrize("kind", [NativeBackend, EagerBackend])
+def test_weights_beyond_fp16_are_refused(kind):
+    model = copy.deepcopy(_odd())
+    weight = model.encoder.encoders[0].layers[0].feed_forward1.in_proj.weight
+    with torch.no_grad():
+        weight[3, 5] = -65504.0
+        kind(model, 4, 8, weights="fp16")
+        weight[3, 5] = 7e4
+    name = r"encoders.0.layers.0.feed_forward1.in_proj.weight holds 70000, .* fp16 end at 65504"
+    with pytest.raises(ValueError, match=name):
+        kind(model, 4, 8, weights="fp16")
+    x = zipformers.features(1, 1, 4)[0]
+    assert kind(model, 4, 8, weights="bf16").step(x, [0]).isfinite().all()
 
 
 @pytest.mark.parametrize(("chunk_size", "left"), [(2, 2), (4, 8), (6, 6), (10, 40), (8, 0)])
@@ -246,7 +263,7 @@ def test_memory_of_packed_weights(size):
         ({"chunk_size": 0}, "chunk_size must be"),
         ({"left_context_frames": 7}, "left_context_frames must be"),
         ({"left_context_frames": -1}, "left_context_frames must be"),
-        ({"weights": "fp8"}, "weights must be one of fp32, bf16, int8, got 'fp8'"),
+        ({"weights": "fp8"}, "weights must be one of fp32, bf16, fp16, int8, got 'fp8'"),
         ({"max_streams": 0}, "max_streams must be an int of 1 or more, got 0"),
         ({"threads": 1.5}, "threads must be an int of 1 or more, got 1.5"),
     ],

@@ -73,6 +73,8 @@ def test_report_and_bound(model, inputs, format):
     assert "not reach" in rows["layers.0.self_attn.relative_k_proj"].reason
     assert f"in {format}" in str(report)
     assert "not reach" in str(report)
+    row = rows["layers.0.feed_forward1.linear1"]
+    assert f"{row.path} (128, 64): {format}, error {row.error:.1e}" in report.table(every=True).splitlines()
     assert report.to_dict()["weights"]["format"] == format
     assert report.weights.bytes_after < 0.8 * report.weights.bytes_before
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
@@ -84,6 +86,33 @@ def test_without_inputs(model, inputs):
     assert report.weights.error is None
     assert report.weights.reduced
     assert 0 < relative(hidden(model, inputs), exact) < 0.05
+
+
+def test_any_calls_choose(model, inputs):
+    """A callable measures as many calls as it makes, and bounds nothing if it returns nothing."""
+    one, other = inputs, {"input_features": 9 * torch.randn(1, 90, 40)}
+
+    def both(model):
+        return [hidden(model, x) for x in (one, other)]
+
+    exact = both(model)
+    error = fastasr.accelerate(model, weights="int8", verify=both).weights.error
+    assert error == pytest.approx(max(map(relative, both(model), exact)), rel=1e-3)
+    report = fastasr.accelerate(model, weights="int8", verify=lambda model: both(model) and None)
+    assert report.weights.error is None
+    assert report.weights.reduced[0].error > 0
+    assert "outputs change" not in str(report)
+
+
+def test_processors_without_bf16_keep_float32(model, inputs, monkeypatch):
+    exact = hidden(model, inputs)
+    monkeypatch.setitem(_reduced_weights.SETS, "bf16", ())
+    report = fastasr.accelerate(model, weights="bf16", verify=inputs)
+    reason = "this processor has no instructions for bf16: float32 is as fast"
+    assert {(row.format, row.reason) for row in report.weights.rows} == {("float32", reason)}
+    assert reason in str(report)
+    assert relative(hidden(model, inputs), exact) < 1e-5
+    assert model.train().training
 
 
 def test_a_weight_that_stands_out_stays(model, inputs):
@@ -136,7 +165,8 @@ def test_training_is_refused(model, inputs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int4"}, "expected None or one of bf16, int8, got 'int4'"),
+        ({"weights": "int4"}, "expected None or one of bf16, int8, got 'int4'$"),
+        ({"weights": "fp16"}, "got 'fp16': it only stores weights, in StreamingEncoder, GreedySearch"),
         ({"weights": "int8", "weights_error": 0}, "between 0 and 1, got 0"),
     ],
 )
@@ -181,7 +211,8 @@ def test_saved_loaded_and_copied(model, inputs):
     # new values in the same model: the copies follow
     model.load_state_dict({key: value * 1.01 for key, value in model.state_dict().items()})
     fresh = copy.deepcopy(model)
-    fastasr.restore(fresh)
+    assert fresh.train().training  # it has the swap, and no reduced weights
+    fastasr.restore(fresh.eval())
     assert 0 < relative(hidden(model, inputs), hidden(fresh, inputs)) < 0.05
 
 

@@ -248,11 +248,8 @@ class Search {
   }
 
   // How many frames of a sequence a product serves at once: reading the weights takes as long as multiplying them with
-  // so many rows. A run of blanks is read off them.
-  int64_t frames_at_once(int64_t seeking) const {
-    const int64_t rows = s_.format == WeightFormat::fp32 ? 4 : s_.format == WeightFormat::bf16 ? 2 : 1;
-    return std::max<int64_t>(1, rows / seeking);
-  }
+  // so many rows, one for each byte of a weight. A run of blanks is read off them.
+  int64_t frames_at_once(int64_t seeking) const { return std::max<int64_t>(1, weight_bytes(s_.format) / seeking); }
 
   void join(int64_t goal, int64_t seeking) {
     const int64_t ahead = frames_at_once(seeking);

@@ -58,6 +58,10 @@ void pack_panels(const float* w, int64_t n, int64_t k, int64_t stride, WeightFor
       each_weight(rows, columns, k, stride, [&](int64_t j, int64_t c, float v) {
         store(out + j * kPanelColumns + c % kHalf * 2 + c / kHalf, v);
       });
+    } else if (format == WeightFormat::fp16) {
+      float16* const out = static_cast<float16*>(packed) + at;
+      each_weight(rows, columns, k, stride,
+                  [&](int64_t j, int64_t c, float v) { store(out + j * kPanelColumns + c, v); });
     } else {
       pack_int8(rows, columns, k, stride, static_cast<int8_t*>(packed) + at, scale + p * kPanelColumns);
     }

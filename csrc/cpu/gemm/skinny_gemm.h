@@ -15,13 +15,13 @@
 // number of rows, nor on how rows and panels are split over calls and threads. Short chains keep the error at or below
 // that of a blocked BLAS.
 //
-// Weights may be kept in fewer bits than the sums: bfloat16, rounded to nearest even; or integers of 8 bits with a
-// scale for each column, w = scale q, scale = max |w| / 127. They are widened in registers; x, products and sums are
-// fp32. So bfloat16 gives the bits that fp32 panels of the rounded weights give. Where x may be rounded as well,
-// reduced_gemm.h multiplies int8 faster, because it widens nothing.
+// Weights may be kept in fewer bits than the sums: bfloat16 or half (fp16), rounded to nearest even; or integers of 8
+// bits with a scale for each column, w = scale q, scale = max |w| / 127. They are widened in registers; x, products and
+// sums are fp32. So bfloat16 and half give the bits that fp32 panels of the rounded weights give. Where x may be
+// rounded as well, reduced_gemm.h multiplies int8 faster, because it widens nothing.
 namespace fastasr::cpu {
 
-enum class WeightFormat : int64_t { fp32 = 0, bf16 = 1, int8 = 2 };
+enum class WeightFormat : int64_t { fp32 = 0, bf16 = 1, int8 = 2, fp16 = 3 };
 
 constexpr int64_t kPanelColumns = 64;
 
@@ -29,10 +29,10 @@ FASTASR_INLINE constexpr int64_t panel_count(int64_t columns) { return (columns 
 // Returns the elements of n output columns and k inputs in packed form.
 FASTASR_INLINE constexpr int64_t packed_size(int64_t n, int64_t k) { return panel_count(n) * kPanelColumns * k; }
 FASTASR_INLINE constexpr int64_t weight_bytes(WeightFormat format) {
-  return format == WeightFormat::fp32 ? 4 : format == WeightFormat::bf16 ? 2 : 1;
+  return format == WeightFormat::fp32 ? 4 : format == WeightFormat::int8 ? 1 : 2;
 }
 
-// Panels in a format: data has packed_size elements, fp32 and bf16 aligned to 4 bytes; int8 has a scale for each column
+// Panels in a format: data has packed_size elements, aligned to 4 bytes but for int8, which has a scale for each column
 // of whole panels.
 struct Panels {
   const void* data;
@@ -42,7 +42,7 @@ struct Panels {
 
 // Packs panels [begin, end) of w (n, k), rows `stride` elements apart, to `packed` (which starts at panel 0), and the
 // scales of their columns to `scale` for int8. Columns beyond n are zero. A column that is not finite is not finite in
-// bf16; in int8 its scale is not.
+// bf16 and fp16; in int8 its scale is not. The caller sees to it that no weight leaves fp16's range.
 void pack_panels(const float* w, int64_t n, int64_t k, int64_t stride, WeightFormat format, void* packed, float* scale,
                  int64_t begin, int64_t end);
 

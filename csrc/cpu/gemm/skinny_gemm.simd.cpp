@@ -5,6 +5,12 @@
 #include <type_traits>
 
 #include "cpu/math/number.h"
+#include "cpu/simd/vectors.simd.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace fastasr::cpu {
 namespace {
@@ -35,6 +41,26 @@ struct Int8 {
   static constexpr bool kWidened = true, kScaled = true;
   FASTASR_INLINE float widen(Word w, int64_t) { return static_cast<float>(static_cast<int32_t>(w)); }
 };
+struct Fp16 {
+  using Word = float16;
+  static constexpr int64_t kParts = 1;
+  static constexpr bool kWidened = true, kScaled = false;
+};
+
+// Returns the halves from p on, as many as a vector has floats.
+FASTASR_INLINE Vector<float> widen(const float16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(p)));
+#else
+  Vector<float> wide;
+  for (int i = 0; i < Lanes<float>::count; i++) wide[i] = load(p[i]);
+  return wide;
+#endif
+}
 
 // Describes inputs [begin, end) of a panel, at most kChain, for part `part` of the rows.
 struct Panel {
@@ -75,10 +101,15 @@ FASTASR_INLINE void chain(const Panel& p, int64_t at, const char* ahead, int64_t
     for (int64_t line = 0; line < kLines; line++) __builtin_prefetch(ahead + line * kLine, 0, kLevel);
     if constexpr (Format::kWidened) {
       float wide[kColumns];
+      if constexpr (std::is_same_v<Format, Fp16>) {  // the compiler would not find the instruction
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < kLanes; c += Lanes<float>::count) put(wide + c, widen(w + c));
+      } else {
 #pragma GCC unroll 2
-      for (int64_t part = 0; part < kParts; part++)
+        for (int64_t part = 0; part < kParts; part++)
 #pragma omp simd
-        for (int64_t c = 0; c < kLanes; c++) wide[part * kLanes + c] = Format::widen(w[c], part);
+          for (int64_t c = 0; c < kLanes; c++) wide[part * kLanes + c] = Format::widen(w[c], part);
+      }
       add_rows(wide, j);
     } else {
       add_rows(w, j);
@@ -163,7 +194,7 @@ constexpr Tiles tiles() {
   return {2, {panel_rows<F, 1, 32>, panel_rows<F, 2, 16>}};  // 16 registers of 4 floats
 #endif
 }
-constexpr Tiles kFormats[] = {tiles<Fp32>(), tiles<Bf16>(), tiles<Int8>()};  // by WeightFormat
+constexpr Tiles kFormats[] = {tiles<Fp32>(), tiles<Bf16>(), tiles<Int8>(), tiles<Fp16>()};  // by WeightFormat
 
 void run(const float* x, int64_t x_stride, int64_t rows, int64_t k, const Panels& panels, const float* bias, float* y,
          int64_t y_stride, int64_t begin, int64_t end) {

@@ -114,7 +114,7 @@ ChunkShape::ChunkShape(const std::vector<int64_t>& numbers) {
   const int64_t* n = numbers.data();
   chunk = n[0], left = n[1], bins = n[2], expanded = n[6];
   for (int i = 0; i < 3; i++) maps[i] = n[3 + i];
-  if (chunk < 2 || chunk % 2 != 0 || left < 0 || bins < 7 || expanded < 1 || n[7] < 0 || n[7] > 2) return;
+  if (chunk < 2 || chunk % 2 != 0 || left < 0 || bins < 7 || expanded < 1 || n[7] < 0 || n[7] > 3) return;
   if (std::min({maps[0], maps[1], maps[2]}) < 1) return;
   weights = static_cast<WeightFormat>(n[7]);
   std::vector<ChunkStack> all;
@@ -126,7 +126,10 @@ ChunkShape::ChunkShape(const std::vector<int64_t>& numbers) {
   stacks = all;
 }
 
-bool ChunkShape::rounds_inputs() const { return weights != WeightFormat::fp32 && reduced_gemm_kernels(weights).gains(); }
+bool ChunkShape::rounds_inputs() const {
+  const bool reduced = weights == WeightFormat::bf16 || weights == WeightFormat::int8;
+  return reduced && reduced_gemm_kernels(weights).gains();
+}
 
 int64_t ChunkShape::output_dim() const {
   int64_t dim = 0;
