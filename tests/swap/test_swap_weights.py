@@ -231,11 +231,12 @@ def test_from_several_threads(model, inputs):
 
 def test_plain_linears_of_any_model():
     seeded(5)
-    model = torch.nn.Sequential(torch.nn.Linear(80, 90), torch.nn.ReLU(), torch.nn.Linear(90, 80)).eval()
-    x = torch.randn(7, 80)
+    model = torch.nn.Sequential(torch.nn.Linear(320, 500), torch.nn.ReLU(), torch.nn.Linear(500, 320)).eval()
+    x = torch.randn(7, 320)
     exact = model(x).detach()
     report = fastasr.accelerate(model, weights="int8", verify=x)
     assert [row.format for row in report.weights.rows] == ["int8", "int8"]
+    assert report.weights.bytes_after <= 0.3 * report.weights.bytes_before
     with torch.no_grad():
         assert 0 < relative(model(x), exact) < 0.05
     fastasr.restore(model)
