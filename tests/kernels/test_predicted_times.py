@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model behind the predicted times, on kernels whose times are known: a copy, and a product of matrices."""
 
-import struct
+import ctypes
 
 import pytest
 import torch
@@ -65,17 +65,28 @@ extern "C" __global__ void nested(Arguments a) {
 extern "C" __global__ void waiting(Arguments a) {
   while (a.x[threadIdx.x] > 0) a.y[threadIdx.x]++;
 }
+extern "C" void start(bool waits, Arguments a) { waits ? waiting<<<2, 64>>>(a) : nested<<<2, 64>>>(a); }
 """
 
 
-def _in_cuda(folder, name, columns, unrolled=1):
-    source = folder / f"kernels{unrolled}.cu"
+class Arguments(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in "xy"] + [(n, ctypes.c_longlong) for n in ("rows", "columns")]
+    _fields_ += [("twice", ctypes.c_bool)]
+
+
+def _in_cuda(folder, waits, columns, unrolled=1):
+    """Records the launch of a kernel on 6 rows and returns what the model makes of it."""
+    source = folder / f"kernels_{waits}_{unrolled}.cu"  # a name of its own: a library is opened once
     source.write_text(IN_CUDA.replace("UNROLLED", str(unrolled)))
+    library = ctypes.CDLL(str(cuda.build(source)))
     x, y = torch.zeros(6, columns), torch.zeros(columns)
-    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (x, y)]
-    parameters = struct.pack("<QQqq?7x", x.data_ptr(), y.data_ptr(), *x.shape, False)
-    launch = cuda.Launch(name, (2, 1, 1), 64, 0, parameters, ranges, sorted(r[0] for r in ranges), source)
-    return cuda.run(launch, 90)
+    with cuda.listening(library, source) as launches:
+        library.start(ctypes.c_bool(waits), Arguments(x.data_ptr(), y.data_ptr(), *x.shape, False))
+    cuda.place(launches, [x, y])
+    assert [(one.name, one.grid, one.threads) for one in launches] == [
+        ("waiting" if waits else "nested", (2, 1, 1), 64)
+    ]
+    return cuda.run(launches[0], 80)
 
 
 def _predict(card, kernel, grid, *arguments, **constants):
@@ -132,7 +143,7 @@ def test_the_instructions_of_a_cuda_kernel_run_as_often_as_its_source_says(tmp_p
     """Two programs of two warps take 3 rows each. Of 600 columns in blocks of 64, the first lanes of the warps have 10
     and 9, however the loop is unrolled; a branch that is not taken does not count.
     """
-    parts, registers, bytes_ = _in_cuda(tmp_path, "nested", 600, unrolled)
+    parts, registers, bytes_ = _in_cuda(tmp_path, False, 600, unrolled)
 
     def runs(head, counts):
         return sum(getattr(part, counts) for part in parts for i in part.own if i.head == head)
@@ -147,7 +158,7 @@ def test_the_instructions_of_a_cuda_kernel_run_as_often_as_its_source_says(tmp_p
 @pytest.mark.skipif(cuda.compiler() is None, reason="there is no nvcc")
 def test_a_loop_of_a_cuda_kernel_that_waits_for_memory_has_no_prediction(tmp_path):
     with pytest.raises(LookupError, match="depends on values in memory"):
-        _in_cuda(tmp_path, "waiting", 8)
+        _in_cuda(tmp_path, True, 8)
 
 
 def test_every_pass_has_a_prediction():

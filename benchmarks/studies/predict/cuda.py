@@ -50,9 +50,9 @@ class Launch:
     threads: int
     shared: int
     parameters: bytes
+    source: Path
     memory: list[tuple[int, int]] = field(default_factory=list)
     cuts: list[int] = field(default_factory=list)
-    source: Path = SOURCE
 
 
 def compiler() -> str | None:
@@ -70,12 +70,17 @@ def _folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
 
 
+def build(source: Path) -> Path:
+    """Compiles launchers so that :func:`listening` hears them."""
+    target = Path(_folder().name) / f"{source.stem}.so"
+    host = ("-arch=compute_80", "-code=compute_80", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC")
+    _nvcc(*host, source, HERE / "recorder.cpp", "-o", target)
+    return target
+
+
 @cache
 def _library() -> ctypes.CDLL:
-    target = Path(_folder().name) / "recorder.so"
-    host = ("-arch=compute_80", "-code=compute_80", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC")
-    _nvcc(*host, SOURCE, HERE / "recorder.cpp", "-o", target)
-    return cuda_launchers.load(target)
+    return cuda_launchers.load(build(SOURCE))
 
 
 class _Memory(TorchDispatchMode):
@@ -92,25 +97,42 @@ class _Memory(TorchDispatchMode):
 
 
 @contextmanager
-def recording(op: str) -> Iterator[list[Launch]]:
-    """Makes the op record its launches, on CPU tensors, inside the ``with`` block."""
-    library, launches = _library(), []
-    sizes = dict(re.findall(r"\b(\w+)_param_0\[(\d+)\]", _ptx(SOURCE, 80)))
+def listening(library: ctypes.CDLL, source: Path) -> Iterator[list[Launch]]:
+    """Collects what a library launches inside the ``with`` block."""
+    launches = []
+    sizes = dict(re.findall(r"\b(\w+)_param_0\[(\d+)\]", _ptx(source, 80)))
 
     def listen(name: bytes, blocks: int, threads: int, shared: int, parameters: int) -> None:
         given = ctypes.string_at(parameters, int(sizes[name.decode()]))
-        launches.append(Launch(name.decode(), (blocks, 1, 1), threads, shared, given))
+        launches.append(Launch(name.decode(), (blocks, 1, 1), threads, shared, given, source))
 
     listener = Listener(listen)
     ctypes.c_void_p.in_dll(library, "fastasr_listener").value = ctypes.cast(listener, ctypes.c_void_p).value
-    with cuda_launchers.serving(library, op), backend("cuda"), _Memory() as memory:
-        yield launches
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in memory.tensors}
+    yield launches
+
+
+def place(launches: list[Launch], tensors: list[torch.Tensor]) -> None:
+    """Tells launches where the tensors lie that they may use."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     ranges = sorted((first, first + size) for first, size in found.items() if size)
     words = {w for launch in launches for w in _words(launch.parameters)} | {first for first, _ in ranges}
     cuts = sorted(w for w in words if any(first <= w < last for first, last in ranges))
     for launch in launches:
         launch.memory, launch.cuts = ranges, cuts
+
+
+@contextmanager
+def recording(op: str) -> Iterator[list[Launch]]:
+    """Makes the op record its launches, on CPU tensors, inside the ``with`` block."""
+    library = _library()
+    with (
+        listening(library, SOURCE) as launches,
+        cuda_launchers.serving(library, op),
+        backend("cuda"),
+        _Memory() as memory,
+    ):
+        yield launches
+    place(launches, memory.tensors)
 
 
 def _words(parameters: bytes) -> tuple[int, ...]:
@@ -139,7 +161,9 @@ def cubin(source: Path, architecture: int, name: str) -> bytes:
 
 @cache
 def _assembled(source: Path, architecture: int, name: str):
-    """Returns the loops of the SASS, the copies of each block that ptxas has made, and the registers."""
+    """Returns the loops of the SASS, how many copies ptxas has made of each block, and the registers. Copies show by
+    accesses to memory, which ptxas neither adds nor leaves out.
+    """
     code = cubin(source, architecture, name)
     loops = sass.disassemble(code)
     accesses = Counter(i.place for loop in loops for i in loop.own if i.head in ("LDG", "STG", "LDS", "STS"))
@@ -185,8 +209,7 @@ def run(launch: Launch, architecture: int) -> tuple[list[Part], int, int]:
     mean = {n: sum(counts[n] for counts in runs) / len(runs) for n in copies}
     calls = [i for loop in loops for i in loop.own if i.head == "CALL" and i.target.endswith(CALLED)]
     for counts in (mean, longest):
-        counts |= Counter()  # a subroutine runs as often as the blocks that call it
-        for i in calls:
+        for i in calls:  # a subroutine runs as often as the blocks that call it
             counts[i.target] = counts.get(i.target, 0) + counts[i.place]
     parts: dict[tuple, Part] = {}
     slow = {i.straight for loop in loops for i in loop.own if i.head == "CALL"} - {i.straight for i in calls}
