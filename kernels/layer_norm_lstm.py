@@ -27,6 +27,7 @@ Launches: forward 1 (2 for one step), and a copy of the state; backward 1 and 4 
 import logging
 import os
 import re
+from functools import reduce
 
 import torch
 import triton
@@ -112,8 +113,8 @@ def _scale(square, eps):
 @triton.jit
 def _gate(n, q, WEIGHT, BIAS, u, units):
     """Returns a quarter of the normalised gates with its weight and bias applied."""
-    w = tl.load(WEIGHT + q * units + u, mask=u < units, other=0.0)
-    b = tl.load(BIAS + q * units + u, mask=u < units, other=0.0)
+    w = _load(WEIGHT, q * units + u, u < units)
+    b = _load(BIAS, q * units + u, u < units)
     return tl.fma(n, w[None, :], b[None, :])
 
 
@@ -172,7 +173,7 @@ def _step(
     h = o * act
     tl.store(CELL + own, c, mask=keep)
     tl.store(HIDDEN + own, h, mask=keep)
-    tl.store(Y + (row * units)[:, None] + u[None, :], h, mask=keep)
+    tl.store(Y + (row * units)[:, None] + u[None, :], h.to(Y.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["batch", "has_hidden", "has_cell", "first", "last"])
@@ -237,7 +238,7 @@ def _step_back(
     do = dh * act * (o * o_rest)
     dc = tl.fma(dh, o * slope, _load(DCELL, own, keep))
     tl.store(BEFORE + kept + 4 * units, dc, mask=keep)
-    dc *= tl.load(CELL_WEIGHT + u, mask=u < units, other=0.0)[None, :]
+    dc *= _load(CELL_WEIGHT, u, u < units)[None, :]
     mean, along = _mean(dc, units, PRECISE).to(tl.float32), _mean(dc * nc, units, PRECISE).to(tl.float32)
     dc = tl.fma(-nc, along[:, None], dc - mean[:, None]) * cell_scale[:, None]
     # the gates
@@ -257,10 +258,10 @@ def _step_back(
     tl.store(BEFORE + kept + 2 * units, dv, mask=keep)
     tl.store(BEFORE + kept + 3 * units, do, mask=keep)
     # the gates' norm
-    di *= tl.load(GATE_WEIGHT + u, mask=u < units, other=0.0)[None, :]
-    df *= tl.load(GATE_WEIGHT + units + u, mask=u < units, other=0.0)[None, :]
-    dv *= tl.load(GATE_WEIGHT + 2 * units + u, mask=u < units, other=0.0)[None, :]
-    do *= tl.load(GATE_WEIGHT + 3 * units + u, mask=u < units, other=0.0)[None, :]
+    di *= _load(GATE_WEIGHT, u, u < units)[None, :]
+    df *= _load(GATE_WEIGHT, units + u, u < units)[None, :]
+    dv *= _load(GATE_WEIGHT, 2 * units + u, u < units)[None, :]
+    do *= _load(GATE_WEIGHT, 3 * units + u, u < units)[None, :]
     mean = (_mean(di + df, units, PRECISE) + _mean(dv + do, units, PRECISE)).to(tl.float32) * 0.25
     along = _mean(di * ni + df * nf, units, PRECISE) + _mean(dv * nv + do * no, units, PRECISE)
     along = along.to(tl.float32) * 0.25
@@ -420,19 +421,23 @@ def layer_norm_lstm_forward(
     eps: float,
     keep: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Returns (y (T, B, H), hidden, cell, kept), in float32, from x W_x^T (T, B, 4H) and ``weight`` (4H, H) of one
-    dtype. The norms' parameters and the state are float32; all tensors are contiguous. ``input_weight`` is None.
+    """Returns (y (T, B, H), hidden, cell, kept) from x W_x^T (T, B, 4H) and ``weight`` (4H, H) of one dtype. The norms'
+    parameters and the state have dtypes of their own; y has that of the product and the norms together, the others are
+    float32. All tensors are contiguous. ``input_weight`` is None.
     """
     steps, batch, units = product.shape[0], product.shape[1], weight.shape[1]
 
-    def new(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=product.device)
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=product.device)
 
-    y, rows = new(steps, batch, units), steps * batch
+    norms = (t.dtype for t in (gate_weight, gate_bias, cell_weight, cell_bias))
+    y, rows = new(steps, batch, units, dtype=reduce(torch.promote_types, norms, product.dtype)), steps * batch
     kept = new(rows * (5 * units + 2) if keep else 0)
     nothing = torch.zeros if not steps else torch.empty
     after = [
-        nothing(batch, units, dtype=torch.float32, device=product.device) if t is None else t.clone()
+        nothing(batch, units, dtype=torch.float32, device=product.device)
+        if t is None
+        else t.to(torch.float32, copy=True)
         for t in (hidden, cell)
     ]
     if rows:
@@ -474,7 +479,8 @@ def layer_norm_lstm_backward(
     steps: int, batch: int, eps: float, need_state: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Returns (dgates (T, B, 4H) in weight's dtype, dgate_weight, dgate_bias, dcell_weight, dcell_bias, dhidden,
-    dcell). The gradients are float32 or None; dhidden has no elements unless ``need_state``.
+    dcell). Gradients given are of any dtype or None, those of the norms have the dtypes of the parameters, and those of
+    the state are float32; dhidden has no elements unless ``need_state``.
     """
     units, device = weight.shape[1], weight.device
 

@@ -100,8 +100,8 @@ def forward_kernel(
         s, _ = sigmoid_pair(update, PRECISE)
         t = tl.fma(s, a - x, x)
     t, scale = _centred(t, keep, eps, C, PRECISE)
-    w = tl.load(WEIGHT + c, mask=c < C, other=0.0)
-    b = tl.load(BIAS + c, mask=c < C, other=0.0)
+    w = tl.load(WEIGHT + c, mask=c < C, other=0.0).to(tl.float32)
+    b = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
     y = tl.fma(t * scale[:, None], w[None, :], b[None, :])
     tl.store(Y + r[:, None] * C + c[None, :], y.to(Y.dtype.element_ty), mask=keep)
 
@@ -116,7 +116,7 @@ def backward_kernel(
     part = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     in_row = c < C
-    w = tl.load(WEIGHT + c, mask=in_row, other=0.0)
+    w = tl.load(WEIGHT + c, mask=in_row, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     first = part * rows_per_part
@@ -172,9 +172,9 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, BLOCK_P: tl.constexpr, BLO
     table = tl.load(PARTS + rows[:, None] * C + c[None, :], mask=keep, other=0.0)  # [BLOCK_P, BLOCK_C]
     total = tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
     if second == 0:
-        tl.store(DWEIGHT + c, total, mask=c < C)
+        tl.store(DWEIGHT + c, total.to(DWEIGHT.dtype.element_ty), mask=c < C)
     else:
-        tl.store(DBIAS + c, total, mask=c < C)
+        tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
 
 
 def _blocks(channels: int, elements: int) -> tuple[int, int, int]:
@@ -210,7 +210,7 @@ def residual_norm_forward(
     keep_statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns y, contiguous, in x's dtype. Either both candidate and hidden are None or neither is; mask, weight and
-    bias are contiguous float32.
+    bias are contiguous, each in its own dtype.
 
     The rows of x, update, candidate and hidden are evenly spaced. It keeps no statistics, even if asked for: the
     backward has the rows in registers and computes them again. Raises ``ValueError`` if C > ``MAX_CHANNELS``.
@@ -242,8 +242,8 @@ def residual_norm_backward(
     activation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dx, dupdate, dsum, dweight, dbias) for a contiguous ``grad`` of the output; dsum is the gradient of
-    candidate and of hidden. Without them dx is the gradient of both x and update, and dupdate and dsum have no
-    elements.
+    candidate and of hidden, dweight and dbias have the dtypes of weight and bias. Without candidate and hidden, dx is
+    the gradient of both x and update, and dupdate and dsum have no elements.
     """
     channels, gated = x.shape[-1], candidate is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

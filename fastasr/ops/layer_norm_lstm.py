@@ -45,6 +45,15 @@ def _norms(a) -> tuple[Tensor, ...]:
     return a.gate_weight, a.gate_bias, a.cell_weight, a.cell_bias
 
 
+def _read(kernels, work: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns tensors as kernels read them: in the dtype of the computation, or in their own for Triton's, which
+    convert what they load.
+    """
+    if kernels.backend == "cpu":
+        tensors = (None if t is None else t.to(work) for t in tensors)
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 def _launch(op, kernels, a, dtype, keep: bool):
     work = torch.promote_types(dtype, torch.float32)
     few = kernels.backend == "cpu" and a.x.dtype is work and _few(a.x)  # narrow weights cost more to widen
@@ -59,8 +68,7 @@ def _launch(op, kernels, a, dtype, keep: bool):
         product.contiguous(),
         input_weight.to(work).contiguous() if few else None,
         weight.contiguous(),
-        *(t.to(work).contiguous() for t in _norms(a)),
-        *(None if t is None else t.to(work).contiguous() for t in (a.hidden, a.cell)),
+        *_read(kernels, work, *_norms(a), a.hidden, a.cell),
         a.eps,
         keep,
     )
@@ -70,10 +78,7 @@ def _gradients(op, kernels, grads, s, needs):
     work = torch.promote_types(s.y.dtype, torch.float32)
     need_state = needs.hidden and s.hidden is not None
     dgates, *dnorms, dhidden, dcell = kernels.backward(
-        *(None if g is None else g.to(work).contiguous() for g in grads),
-        (s.hidden_weight.to(work) if kernels.backend == "cpu" else s.hidden_weight).contiguous(),
-        *(t.to(work).contiguous() for t in _norms(s)),
-        None if s.cell is None else s.cell.to(work).contiguous(),
+        *_read(kernels, work, *grads, s.hidden_weight, *_norms(s), s.cell),
         s.kept,
         s.x.shape[0],
         s.x.shape[1],

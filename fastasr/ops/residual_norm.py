@@ -28,15 +28,21 @@ PARAMETERS = ("dropout_mask", "weight", "bias")
 
 
 # --------------------------------------------------------------------------- kernels
-def _operands(a, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Returns the inputs in one dtype with evenly spaced rows, and the parameters in the dtype of the computation."""
+def _operands(kernels, a, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Returns the inputs in one dtype with evenly spaced rows, and the parameters: in the dtype of the computation, or
+    in their own for Triton's kernels, which convert what they load.
+    """
     work = torch.float64 if torch.float64 in (a.weight.dtype, a.bias.dtype) else dtype
     wide = torch.promote_types(work, torch.float32)
     inputs = (getattr(a, name, None) for name in INPUTS)
     parameters = (getattr(a, name, None) for name in PARAMETERS)
+
+    def read(t: Tensor) -> Tensor:
+        return t if kernels.backend == "triton" and t.is_floating_point() else t.to(wide)
+
     return (
         *(None if t is None else _layout.rows(t.to(work)) for t in inputs),
-        *(None if t is None else t.to(wide).contiguous() for t in parameters),
+        *(None if t is None else read(t).contiguous() for t in parameters),
     )
 
 
@@ -45,14 +51,14 @@ def _number(a) -> int:
 
 
 def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
-    y, statistics = kernels.forward(*_operands(a, dtype), a.eps, _number(a), keep)
+    y, statistics = kernels.forward(*_operands(kernels, a, dtype), a.eps, _number(a), keep)
     if statistics is None:  # Triton's kernels compute them again
-        statistics = a.weight.new_empty(3 * y[..., 0].numel())
+        statistics = a.weight.new_empty(3 * y[..., 0].numel(), dtype=torch.float32)
     return y, statistics.view(*y.shape[:-1], 3) if keep else statistics
 
 
 def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
-    x, *operands = _operands(saved, op.dtype(saved, op.outputs[0]))
+    x, *operands = _operands(kernels, saved, op.dtype(saved, op.outputs[0]))
     (grad,) = grads
     grad = grad.to(x.dtype).contiguous()
     dx, dupdate, dsum, *others = kernels.backward(

@@ -31,6 +31,10 @@ class Launch:
     options: dict
     source: ASTSource  # what Triton compiles of the kernel for these arguments
 
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
 
 @dataclass
 class FakeGPU:

@@ -189,18 +189,22 @@ def _residual_norm():
 
     elements = {"forward": residual_norm.FORWARD_ELEMENTS, "backward": residual_norm.BACKWARD_ELEMENTS}
     inputs, outputs = ("X", "UPDATE", "CANDIDATE", "HIDDEN", "GRAD"), ("Y", "DX", "DUPDATE", "DSUM")
-    wide = dict.fromkeys(("MASK", "WEIGHT", "BIAS", "DWEIGHT", "DBIAS"), "fp32")
+    parameters = ("MASK", "WEIGHT", "BIAS", "DWEIGHT", "DBIAS")
     shares = {"fp32": "fp64", "bf16": "fp32", "fp16": "fp32"}
     plain = {"CANDIDATE": None, "HIDDEN": None, "MASK": None, "ACTIVATION": 0}
     gated, masked = {"MASK": None, "ACTIVATION": 1}, {"ACTIVATION": 1}
     strides = ("C", "x_stride", "update_stride", "candidate_stride", "hidden_stride")
 
-    def configuration(label: str, kernel: str, dtype: str, channels: int, constants: dict):
+    def configuration(
+        label: str, kernel: str, dtype: str, channels: int, constants: dict, parameter: str = "fp32"
+    ):
         block_r, block_c, warps = residual_norm._blocks(channels, elements[kernel])
         return Configuration(
             f"residual_norm {kernel}, {label}, {dtype}",
             getattr(residual_norm, f"{kernel}_kernel"),
-            dict.fromkeys((*inputs, *outputs), dtype) | wide | {"PARTS": shares[dtype]},
+            dict.fromkeys((*inputs, *outputs), dtype)
+            | dict.fromkeys(parameters, parameter)
+            | {"PARTS": shares[dtype]},
             constants | {"BLOCK_R": block_r, "BLOCK_C": block_c},
             warps,
             strides if channels > 1 else (),
@@ -216,13 +220,14 @@ def _residual_norm():
         for number, name in ((0, "identity"), (3, "tanh"), (4, "gelu")):
             yield configuration(f"{name}, C=512", kernel, "fp32", 512, {**gated, "ACTIVATION": number})
         yield configuration("gated, C=512", kernel, "fp16", 512, gated)
+        yield configuration("gated, bf16 parameters, C=512", kernel, "bf16", 512, gated, "bf16")
     ones = dict.fromkeys(strides, 1)  # Triton makes integers that are 1 constants
     yield configuration("C=1, gated", "backward", "fp32", 1, {**gated, **ones})
     for block_p, warps in ((128, 4), (2048, 16)):
         constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
-        for dtype in ("fp32", "fp64"):
-            name = f"residual_norm parts, {block_p}, {dtype}"
-            types = wide | {"PARTS": dtype}
+        for dtype, parameter in (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "bf16")):
+            name = f"residual_norm parts, {block_p}, {dtype}" + ", bf16 sums" * (parameter == "bf16")
+            types = dict.fromkeys(parameters, parameter) | {"PARTS": dtype}
             yield Configuration(name, residual_norm.add_parts_kernel, types, constants, warps, ("C",))
 
 
@@ -378,11 +383,11 @@ def _layer_norm_lstm():
     from fastasr.kernels import layer_norm_lstm as module
 
     like = ("PRODUCT", "WEIGHT", "DGATES")
-    wide = ("GATE_WEIGHT", "GATE_BIAS", "CELL_WEIGHT", "CELL_BIAS", "RECURRENT", "HIDDEN", "CELL", "Y")
-    wide += ("NORMED", "SCALES", "GRAD", "DHIDDEN", "DCELL", "BEFORE")
-    for dtype in PRODUCTS:
+    own = ("GATE_WEIGHT", "GATE_BIAS", "CELL_WEIGHT", "CELL_BIAS", "Y", "GRAD")
+    wide = ("RECURRENT", "HIDDEN", "CELL", "NORMED", "SCALES", "DHIDDEN", "DCELL", "BEFORE")
+    for dtype, parameters in (*((dtype, "fp32") for dtype in PRODUCTS), ("bf16", "bf16")):
         types = dict.fromkeys(like, _element(dtype)) | dict.fromkeys(wide, "fp32")
-        types |= {"ARRIVED": "i32", "PARTS": "fp64"}
+        types |= dict.fromkeys(own, parameters) | {"ARRIVED": "i32", "PARTS": "fp64"}
         for units, batch, label in ((512, 16, ""), (512, 1, ", one step")):
             with _setting(dtype) as torch_dtype:
                 shape = module.shapes(units, batch, 128, torch_dtype)
@@ -390,7 +395,8 @@ def _layer_norm_lstm():
             absent = {"ARRIVED": None, "NORMED": None, "SCALES": None} if batch == 1 else {}
             for name in ("forward",) if batch == 1 else ("forward", "backward"):
                 kernel = getattr(module, f"{name}_kernel")
-                name = f"layer_norm_lstm {name}, H={units}{label}, {dtype}"
+                narrow = ", bf16 parameters" * (parameters == "bf16")
+                name = f"layer_norm_lstm {name}, H={units}{label}{narrow}, {dtype}"
                 numbers = ("units",), ("eps",), stages
                 yield Configuration(
                     name, kernel, types, shape | absent, warps, *numbers, most_registers=registers

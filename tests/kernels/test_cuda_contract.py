@@ -6,6 +6,7 @@ import pytest
 import fastasr
 from fastasr.testing import tables
 from fastasr.testing.checks import cases
+from fastasr.testing.cuda_launchers import OPS, serving
 from tests.kernels import cuda_emulated
 
 pytestmark = [
@@ -23,10 +24,10 @@ def library(tmp_path_factory):
     "case",
     [
         pytest.param(case, id=case.id, marks=pytest.mark.long if case.long else ())
-        for op in cuda_emulated.OPS
+        for op in OPS
         for case in cases(tables()[op], "cpu", forced=True)
     ],
 )
 def test_contract(case, library):
-    with cuda_emulated.serving(library, case.table.op), fastasr.backend("cuda"):
+    with serving(library, case.table.op), fastasr.backend("cuda"):
         case()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model behind the predicted times, on kernels whose times are known: a copy, and a product of matrices."""
 
+import ctypes
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ import triton.language as tl
 
 from fastasr.benchmarks import predictions
 from fastasr.benchmarks.studies.predict import __main__ as study
-from fastasr.benchmarks.studies.predict import model, torch_ops, trips
+from fastasr.benchmarks.studies.predict import cuda, model, torch_ops, trips
 from fastasr.benchmarks.studies.predict.cards import CARDS
 from fastasr.testing.fake_gpu import fake_gpu
 
@@ -49,6 +51,42 @@ def nested_kernel(X, n, BOUNDS, BLOCK: tl.constexpr):
             x = X + first * n + start + tl.arange(0, BLOCK)
             tl.store(x, tl.load(x) + 1)
         first += tl.num_programs(0)
+
+
+IN_CUDA = r"""
+struct Arguments { const float* x; float* y; long long rows, columns; bool twice; };
+extern "C" __global__ void nested(Arguments a) {
+  for (long long r = blockIdx.x; r < a.rows; r += gridDim.x) {
+#pragma unroll UNROLLED
+    for (long long c = threadIdx.x; c < a.columns; c += blockDim.x) a.y[c] += a.x[r * a.columns + c];
+    if (a.twice) a.y[0] = a.x[r];
+  }
+}
+extern "C" __global__ void waiting(Arguments a) {
+  while (a.x[threadIdx.x] > 0) a.y[threadIdx.x]++;
+}
+extern "C" void start(bool waits, Arguments a) { waits ? waiting<<<2, 64>>>(a) : nested<<<2, 64>>>(a); }
+"""
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in "xy"] + [(n, ctypes.c_longlong) for n in ("rows", "columns")]
+    _fields_ += [("twice", ctypes.c_bool)]
+
+
+def _in_cuda(folder, waits, columns, unrolled=1):
+    """Records the launch of a kernel on 6 rows and returns what the model makes of it."""
+    source = folder / f"kernels_{waits}_{unrolled}.cu"  # a name of its own: a library is opened once
+    source.write_text(IN_CUDA.replace("UNROLLED", str(unrolled)))
+    library = ctypes.CDLL(str(cuda.build(source)))
+    x, y = torch.zeros(6, columns), torch.zeros(columns)
+    with cuda.listening(library, source) as launches:
+        library.start(ctypes.c_bool(waits), Arguments(x.data_ptr(), y.data_ptr(), *x.shape, False))
+    cuda.place(launches, [x, y])
+    assert [(one.name, one.grid, one.threads) for one in launches] == [
+        ("waiting" if waits else "nested", (2, 1, 1), 64)
+    ]
+    return cuda.run(launches[0], 80)
 
 
 def _predict(card, kernel, grid, *arguments, **constants):
@@ -97,6 +135,30 @@ def test_passes_of_loops_follow_grid_arguments_and_memory():
     arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
     body = model.compiled(launch, 90).body
     assert trips.trips(body, arguments, launch.grid) == [10, 50]  # rows of a program, and 5 blocks of each
+
+
+@pytest.mark.skipif(cuda.compiler() is None, reason="there is no nvcc")
+@pytest.mark.parametrize("unrolled", [1, 4])
+def test_the_instructions_of_a_cuda_kernel_run_as_often_as_its_source_says(tmp_path, unrolled):
+    """Two programs of two warps take 3 rows each. Of 600 columns in blocks of 64, the first lanes of the warps have 10
+    and 9, however the loop is unrolled; a branch that is not taken does not count.
+    """
+    parts, registers, bytes_ = _in_cuda(tmp_path, False, 600, unrolled)
+
+    def runs(head, counts):
+        return sum(getattr(part, counts) for part in parts for i in part.own if i.head == head)
+
+    assert runs("STG", "longest") == pytest.approx(3 * 10)
+    assert runs("STG", "mean") == pytest.approx(3 * 9.5)
+    assert runs("LDG", "longest") == pytest.approx(2 * 3 * 10)
+    assert bytes_ == 4 * (6 * 600 + 600)
+    assert 8 <= registers <= 64
+
+
+@pytest.mark.skipif(cuda.compiler() is None, reason="there is no nvcc")
+def test_a_loop_of_a_cuda_kernel_that_waits_for_memory_has_no_prediction(tmp_path):
+    with pytest.raises(LookupError, match="depends on values in memory"):
+        _in_cuda(tmp_path, True, 8)
 
 
 def test_every_pass_has_a_prediction():

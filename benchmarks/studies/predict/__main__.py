@@ -5,12 +5,15 @@
     --card NAME ...   only these GPUs; rows of others stay
     --verbose         prints the prediction of every kernel
 
-No GPU is needed: a fake one records the launches, and Triton compiles their kernels ahead of time. Rows go to
-``results/predicted.json``. They are predictions, not measurements: docs/gpu-predictions.md says how far to trust them.
+No GPU is needed: a fake one records the launches, and Triton and nvcc compile the kernels ahead of time. Where nvcc is
+missing, the rows of kernels in CUDA C++ stay as they are. Rows go to ``results/predicted.json``. They are predictions,
+not measurements: docs/gpu-predictions.md says how far to trust them.
 """
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from unittest import mock
 
@@ -22,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from fastasr.benchmarks import ops, predictions
 from fastasr.benchmarks.case import variant
 from fastasr.benchmarks.environment import stamp
-from fastasr.benchmarks.studies.predict import model, torch_ops
+from fastasr.benchmarks.studies.predict import cuda, model, torch_ops
 from fastasr.benchmarks.studies.predict.cards import CARDS, Card
 from fastasr.kernels import _launch, rnnt_joiner
 from fastasr.ops._dispatch import gpu_backends
@@ -45,23 +48,34 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b) if a.dtype is torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-@lru_cache(maxsize=1)
-def record(
-    case: Case, phase: str, capability: int, processors: int
-) -> tuple[list[Launch], list[torch_ops.Operation]]:
-    """Returns what a pass of the op launches on a GPU: our kernels, and torch's operations between them."""
+@contextmanager
+def _recording(op: str, capability: int, processors: int) -> Iterator[list[Launch] | list[cuda.Launch]]:
+    """Makes the op run on a GPU that only records what is launched, inside the ``with`` block."""
+    if gpu_backends()[op] == "cuda":
+        with cuda.recording(op) as launches:
+            yield launches
+        return
     with (
         fake_gpu(capability=divmod(capability, 10), processors=processors) as gpu,
         mock.patch.object(_launch, "_compiled", _Forgetful()),
         mock.patch.object(rnnt_joiner, "_product", _product),
     ):
+        yield gpu.launches
+
+
+@lru_cache(maxsize=1)
+def record(
+    case: Case, phase: str, capability: int, processors: int
+) -> tuple[list[Launch] | list[cuda.Launch], list[torch_ops.Operation]]:
+    """Returns what a pass of the op launches on a GPU: our kernels, and torch's operations between them."""
+    with _recording(case.op, capability, processors) as launches:
         with torch_ops.Recorder():  # which multiplies as _product asks
             made = variant(case.make("cpu", DTYPE)["fastasr"](), phase)
             state = () if made.prepare is None else (made.prepare(),)
-        before = len(gpu.launches)
+        before = len(launches)
         with torch_ops.Recorder() as between:
             made.run(*state)
-        return gpu.launches[before:], between.operations
+        return launches[before:], between.operations
 
 
 @lru_cache(maxsize=1)
@@ -72,6 +86,10 @@ def formulas(case: Case, phase: str) -> dict[str, tuple[list[torch_ops.Operation
     found = {}
     for name, build in case.make("cpu", DTYPE).items():
         if name in ("fastasr", "compile", "upstream", "FlexAttention"):
+            continue
+        if (
+            name == "eager" and gpu_backends()[case.op] == "cuda"
+        ):  # a scan by doubling, whose passes cannot be fused
             continue
         try:
             implementation = build()
@@ -101,7 +119,7 @@ def row(case: Case, phase: str, card: Card, verbose: bool) -> dict:
         total += one.microseconds
         bounds[one.bound] += one.microseconds
         if verbose:
-            print(f"    {launch.kernel.__name__} {launch.grid}: {one}")
+            print(f"    {launch.name} {launch.grid}: {one}")
     cost = case.costs(DTYPE.itemsize)[phase]
     torch_us = {
         name: torch_ops.compiled(operations, kept, card)
@@ -130,13 +148,13 @@ KEY = "device", "op", "case", "phase"
 
 
 def passes() -> list[tuple[Card, Case, str]]:
-    """Returns what has a prediction: every pass of the GPU cases of the ops with Triton kernels, for every GPU."""
+    """Returns what has a prediction: every pass of the GPU cases of the ops with GPU kernels, for every GPU."""
     backends = gpu_backends()
     return [
         (card, case, phase)
         for module in ops.MODULES
         for case in getattr(module, "ON_DEVICE", ())
-        if backends.get(case.op) == "triton"
+        if case.op in backends
         for phase in case.passes
         if phase != BOTH or len(case.passes) == 2  # else it is the sum of the others
         for card in CARDS

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastasr.benchmarks.studies.predict import sass, torch_ops, trips
+from fastasr.benchmarks.studies.predict import cuda, sass, torch_ops, trips
 from fastasr.benchmarks.studies.predict.cards import Card
 from fastasr.testing.fake_gpu import Launch
 
@@ -181,29 +181,64 @@ def size(t: torch.Tensor) -> int:
     return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
 
 
-def predict(launch: Launch, card: Card) -> Prediction:
-    """Predicts the time of a launch that :func:`fake_gpu` recorded. Raises LookupError where a loop's passes are not
-    known.
+@dataclass
+class Program:
+    """What a launch runs. ``products`` are a program's cycles on tcgen05, ``cached`` the bytes that it copies to shared
+    memory; ``bytes`` are those of the launch's memory.
     """
+
+    parts: list[sass.Part]
+    registers: int
+    shared: int
+    threads: int
+    bytes: int
+    products: float = 0.0
+    cached: float = 0.0
+
+
+def _in_triton(launch: Launch, card: Card) -> Program:
     code = compiled(launch, card.capability)
     arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
     counts = trips.trips(code.body, arguments, launch.grid)
-    passes = _passes(code, counts)
-    warps = code.threads // 32
-    busy, delay, cached = Counter(), 0.0, 0.0
-    for index, loop in enumerate(code.loops):
+    parts = [sass.Part(loop.own, n, n) for loop, n in zip(code.loops, _passes(code, counts), strict=True)]
+    tensors = {id(t): t for t in arguments.values() if isinstance(t, torch.Tensor)}
+    cached = sum(
+        part.mean * code.threads * 4 * i.pieces for part in parts for i in part.own if i.head == "LDGSTS"
+    )
+    return Program(
+        parts,
+        code.registers,
+        code.shared,
+        code.threads,
+        sum(map(size, tensors.values())),
+        _tcgen05_cycles(code, counts, card),
+        cached,
+    )
+
+
+def _in_cuda(launch: cuda.Launch, card: Card) -> Program:
+    parts, registers, bytes_ = cuda.run(launch, card.capability)
+    return Program(parts, registers, launch.shared, launch.threads, bytes_)
+
+
+def predict(launch: Launch | cuda.Launch, card: Card) -> Prediction:
+    """Predicts the time of a launch that :func:`fake_gpu` or :func:`cuda.recording` recorded. Raises LookupError where
+    the passes of a loop are not known.
+    """
+    program = (_in_cuda if isinstance(launch, cuda.Launch) else _in_triton)(launch, card)
+    warps = program.threads // 32
+    busy, delay = Counter({"tensor": program.products}), 0.0
+    for n, part in enumerate(program.parts):
         costs = Counter()
-        for i in loop.own:
+        for i in part.own:
             pipe, cycles, _ = i.cost(card)
             costs[pipe] += cycles
             costs["issue"] += 1
-            cached += passes[index] * warps * 128 * i.pieces if i.head == "LDGSTS" else 0
         for pipe, cycles in costs.items():
-            busy[pipe] += passes[index] * cycles * warps / 4
-        delay += passes[index] * sass.latency(loop.own, card, 1 if index == 0 else 4)
-    busy["tensor"] += _tcgen05_cycles(code, counts, card)
+            busy[pipe] += part.mean * cycles * warps / 4
+        delay += part.longest * sass.latency(part.own, card, 1 if n == 0 else 4)
     grid = math.prod(launch.grid)
-    most = sass.occupancy(code.registers, code.threads, code.shared, card)
+    most = sass.occupancy(program.registers, program.threads, program.shared, card)
 
     def cycles(resident: int) -> float:
         return sum(t**NORM for t in (delay, *(resident * t for t in busy.values()))) ** (1 / NORM)
@@ -212,13 +247,10 @@ def predict(launch: Launch, card: Card) -> Prediction:
     total = full * cycles(most) + (cycles(math.ceil(rest / card.processors)) if rest else 0)
     resident = most if full else math.ceil(rest / card.processors)
     pipe, most_busy = max(busy.items(), key=lambda item: item[1])
-    bytes_ = sum(
-        size(t) for t in {id(t): t for t in arguments.values() if isinstance(t, torch.Tensor)}.values()
-    )
     times = {
         pipe if resident * most_busy > delay else "latency": total / card.ghz / 1e3,
-        "memory bandwidth": bytes_ / card.memory / 1e3,
-        "cache bandwidth": cached * grid / card.cache / 1e3,
+        "memory bandwidth": program.bytes / card.memory / 1e3,
+        "cache bandwidth": program.cached * grid / card.cache / 1e3,
     }
     bound = max(times, key=times.get)
     return Prediction(torch_ops.START + times[bound], bound, resident)

@@ -46,7 +46,9 @@ CONTROL = (
 
 @dataclass
 class Instruction:
-    """``write`` and ``read`` are scoreboards, 7 for none; ``wait`` is a mask of them."""
+    """``write`` and ``read`` are scoreboards, 7 for none; ``wait`` is a mask of them. ``place`` is the line that the
+    compiler noted, or the name of the subroutine; ``straight`` numbers the runs between labels and branches.
+    """
 
     name: str
     text: str
@@ -55,6 +57,8 @@ class Instruction:
     read: int
     wait: int
     target: str | None = None
+    place: int | str = 0
+    straight: int = 0
 
     @property
     def head(self) -> str:
@@ -121,6 +125,15 @@ class Loop:
         }
 
 
+@dataclass
+class Part:
+    """Instructions that run equally often: in a warp on average, and in the one with most to do."""
+
+    own: list[Instruction]
+    mean: float
+    longest: float
+
+
 def _controls(cubin: bytes) -> dict[int, tuple[int, int, int, int]]:
     """Returns stall, write, read and wait by address."""
     table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
@@ -134,25 +147,31 @@ def _controls(cubin: bytes) -> dict[int, tuple[int, int, int, int]]:
     return found
 
 
-def _tool(cubin: bytes, name: str, option: str) -> str:
+def _tool(cubin: bytes, name: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(TOOLS / name), option, file.name]
+        command = [str(TOOLS / name), *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def disassemble(cubin: bytes) -> list[Loop]:
     """Returns the program's loops in order of their first instructions; the first one is the program itself."""
-    text = _tool(cubin, "nvdisasm", "-c")
-    controls, code, labels = _controls(cubin), [], {}
+    text = _tool(cubin, "nvdisasm", "-c", "-g")
+    controls, code, labels, place, straight = _controls(cubin), [], {}, 0, 0
     for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+        if label := re.match(r"(\.L_x_\d+|\$[\w$]+):", line.strip()):
             labels[label[1]] = len(code)
+            straight += 1
+            place = label[1] if label[1][0] == "$" else place
+        elif (noted := re.match(r'\s*//## File ".*?", line (\d+)', line)) and isinstance(place, int):
+            place = int(noted[1])
         elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
             at, name, rest = found.groups()
-            target = re.search(r"`\((\.L_x_\d+)\)", rest)
-            code.append(Instruction(name, name + rest, *controls[int(at, 16)], target and target[1]))
+            target = re.search(r"`\((\.L_x_\d+|\$[\w$]+)\)", rest)
+            controls_of = controls[int(at, 16)]
+            code.append(Instruction(name, name + rest, *controls_of, target and target[1], place, straight))
+            straight += name.startswith("BRA")
     ends: dict[int, int] = {}
     for index, instruction in enumerate(code):
         first = labels.get(instruction.target, index)

@@ -22,7 +22,7 @@ PRODUCTS = 0.7  # of the peak, which a library's products reach
 ATTENTION = 0.5  # of the peak, which torch's fused attention with an additive mask reaches
 DEPTHWISE = 0.5  # of the peak of float32 multiply-adds, which a library's depthwise convolution reaches
 FREE = ("empty", "new_empty", "promote_types", "aminmax", "_local_scalar_dense", "detach", "lift_fresh")
-SCANS = ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk")
+SCANS = ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk", "_fft")
 
 
 @dataclass
