@@ -131,8 +131,7 @@ void convolve_reversed(const C* grad, const C* taps, int64_t K, int64_t rows, C*
 template <typename C>
 class Rows {
  public:
-  __attribute__((noinline)) explicit Rows(int64_t rows)
-      : memory_(static_cast<size_t>(rows * kStripe + kSlack)) {
+  __attribute__((noinline)) explicit Rows(int64_t rows) : memory_(static_cast<size_t>(rows * kStripe + kSlack)) {
     rows_ = memory_.data();
     while (reinterpret_cast<uintptr_t>(rows_) % 64) rows_++;
   }

@@ -70,8 +70,8 @@ class Team {
   }
 
   int64_t units_;
-  std::vector<std::atomic<int64_t>> next_;  // the phase a unit is to do next
-  alignas(64) std::atomic<int64_t> done_{0};      // units, over all phases
+  std::vector<std::atomic<int64_t>> next_;    // the phase a unit is to do next
+  alignas(64) std::atomic<int64_t> done_{0};  // units, over all phases
 };
 
 }  // namespace fastasr::cpu
