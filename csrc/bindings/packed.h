@@ -20,6 +20,15 @@ inline std::vector<int64_t> packed_starts(const std::vector<int64_t>& lengths, i
   return starts;
 }
 
+// Returns the numbers of the sequences that have rows, the longest first, so that equal lengths are neighbours.
+inline std::vector<size_t> longest_first(const std::vector<int64_t>& lengths) {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < lengths.size(); i++)
+    if (lengths[i]) order.push_back(i);
+  std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return lengths[i] > lengths[j]; });
+  return order;
+}
+
 // Runs f(begin, end) over [0, tasks), into which the attention of every sequence to itself is cut, for all heads.
 inline void parallel_packed(int64_t tasks, const std::vector<int64_t>& starts, int64_t heads, RangeFunction f) {
   int64_t pairs = 0;

@@ -192,7 +192,7 @@ struct PackedSequences {
     int64_t first;  // row
     cpu::KeyRange range;
   };
-  std::vector<One> all;  // the longest first, so that equal lengths are neighbours; without those of no rows
+  std::vector<One> all;  // in the order of longest_first
   std::vector<int64_t> starts;
 
   PackedSequences(const RelAttentionTensors& t, const std::vector<int64_t>& lengths, const char* op) {
@@ -219,8 +219,7 @@ struct PackedSequences {
       seeds = data<int64_t>(*t.seed);
     }
     const RelAttentionOperands<T> operands = t.operands<T>();
-    for (size_t i = 0; i < lengths.size(); i++) {
-      if (!lengths[i]) continue;
+    for (const size_t i : longest_first(lengths)) {
       const int64_t first = starts[i];
       One one{{}, operands, first, {0, lengths[i], -1}};
       AttentionProblem& a = one.r.problem;
@@ -233,10 +232,8 @@ struct PackedSequences {
                          1 / (1 - t.dropout_p)};
       all.push_back(one);
     }
-    std::stable_sort(all.begin(), all.end(), [](const One& x, const One& y) { return frames(x) > frames(y); });
   }
 
-  static int64_t frames(const One& one) { return one.r.problem.frames; }
   int64_t count() const { return static_cast<int64_t>(all.size()); }
   const One& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
 };

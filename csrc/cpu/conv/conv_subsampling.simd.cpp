@@ -2,7 +2,6 @@
 #include "cpu/conv/conv_subsampling.h"
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -21,14 +20,14 @@ constexpr int64_t kChainPixels = 16;               // products added up in float
 template <typename C>
 class Vectors {
  public:
-  explicit Vectors(int64_t n) : memory_(new Memory[static_cast<size_t>(n)]()) {}
+  explicit Vectors(int64_t n) : memory_(static_cast<size_t>(n)) {}
   Vector<C>* operator[](int64_t i) { return &memory_[static_cast<size_t>(i)].v; }
 
  private:
   struct Memory {
     Vector<C> v;
   };
-  std::unique_ptr<Memory[]> memory_;
+  std::vector<Memory> memory_;
 };
 
 // Lanes [0, n) of the elements at p, 0 in the others.

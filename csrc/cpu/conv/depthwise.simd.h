@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/conv/depthwise_tiles.h"
 #include "cpu/math/number.h"
@@ -131,16 +131,15 @@ void convolve_reversed(const C* grad, const C* taps, int64_t K, int64_t rows, C*
 template <typename C>
 class Rows {
  public:
-  __attribute__((noinline)) explicit Rows(int64_t rows)
-      : memory_(new C[static_cast<size_t>(rows * kStripe + kSlack)]()) {
-    rows_ = memory_.get();
+  __attribute__((noinline)) explicit Rows(int64_t rows) : memory_(static_cast<size_t>(rows * kStripe + kSlack)) {
+    rows_ = memory_.data();
     while (reinterpret_cast<uintptr_t>(rows_) % 64) rows_++;
   }
   C* operator[](int64_t row) { return rows_ + row * kStripe; }
 
  private:
   static constexpr int64_t kSlack = 64 / sizeof(C);
-  std::unique_ptr<C[]> memory_;
+  std::vector<C> memory_;
   C* rows_;
 };
 

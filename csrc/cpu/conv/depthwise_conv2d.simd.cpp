@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "cpu/conv/depthwise.simd.h"
@@ -20,21 +19,20 @@ constexpr int kPixels = kRegisters == 32 ? 10 : 6;  // 20 of 32, 12 of 16 regist
 constexpr int64_t kTaps = 8;                        // taps of the weight gradient at a time
 constexpr int64_t kFlushed = 8;  // frames added up in floats, then in double: else less exact than eager
 
-// Uninitialised memory is never read: the constructor clears it.
+// Memory of zeros, 64-byte aligned.
 template <typename C>
 class Cleared {
  public:
-  explicit Cleared(int64_t n) : n_(n), memory_(new C[static_cast<size_t>(n + 64 / sizeof(C))]) {
-    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+  explicit Cleared(int64_t n) : n_(n), memory_(static_cast<size_t>(n + 64 / sizeof(C))) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.data());
     data_ = reinterpret_cast<C*>((at + 63) & ~uintptr_t{63});
-    clear();
   }
   void clear() { std::memset(static_cast<void*>(data_), 0, sizeof(C) * static_cast<size_t>(n_)); }
   C* operator[](int64_t i) { return data_ + i; }
 
  private:
   int64_t n_;
-  std::unique_ptr<C[]> memory_;
+  std::vector<C> memory_;
   C* data_;
 };
 

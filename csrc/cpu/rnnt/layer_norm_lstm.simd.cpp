@@ -146,6 +146,12 @@ FASTASR_INLINE void by_sequences(int64_t batch, const F& f) {
 template <typename C>
 constexpr int64_t kPanelRows = 2 * Lanes<C>::count;
 
+// Does this for the rest of a row, and for a row beyond the last.
+template <typename C>
+__attribute__((noinline)) void pack_rest(const C* row, int64_t k, int64_t depth, C* to) {
+  for (; k < depth; k++) to[k * kPanelRows<C>] = row ? row[k] : C(0);
+}
+
 template <typename C>
 __attribute__((noinline)) void pack_rows(const C* w, int64_t rows, int64_t depth, C* out) {
   constexpr int n = Lanes<C>::count;
@@ -161,8 +167,7 @@ __attribute__((noinline)) void pack_rows(const C* w, int64_t rows, int64_t depth
 #pragma GCC unroll 16
       for (int i = 0; i < n; i++) put(to + (k + i) * kPanelRows<C>, square[i]);
     }
-    for (; k < depth; k++)
-      for (int64_t i = 0; i < n; i++) to[k * kPanelRows<C> + i] = r + i < rows ? w[(r + i) * depth + k] : C(0);
+    for (int64_t i = 0; i < n; i++) pack_rest(r + i < rows ? w + (r + i) * depth : nullptr, k, depth, to + i);
   }
 }
 
