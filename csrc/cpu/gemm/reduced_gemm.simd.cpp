@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <ctime>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -218,19 +218,24 @@ void rows(const ReducedGemm& g, int64_t begin, int64_t end) {
   }
 }
 
+double seconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
 // Returns the seconds of a run of multiply-adds, `step`, in as many chains as fill the pipes; of several runs the fastest,
 // since another process may take the core.
 template <typename F>
 double fastest(const F& step) {
-  using Clock = std::chrono::steady_clock;
   double best = 1;
   for (int run = 0; run < 9; run++) {
     Floats sum[16] = {};
-    const auto begin = Clock::now();
+    const double begin = seconds();
     for (int i = 0; i < 256; i++)
 #pragma GCC unroll 16
       for (Floats& s : sum) s = step(s);
-    best = std::min(best, std::chrono::duration<double>(Clock::now() - begin).count());
+    best = std::min(best, seconds() - begin);
     for (const Floats& s : sum) [[maybe_unused]] volatile float used = s[0];
   }
   return best;
