@@ -5,8 +5,8 @@
     python -m fastasr.benchmarks.studies.int8_shares --page-only  # the page from the JSON; --check compares it
 
 torch's profiler gives the time of every operator in the swapped model, of each the shortest of several calls. What int8
-can reach has products at four times the rate of float32's best ones, since a word holds four bytes, and takes as long as
-float32 for the rest.
+can reach has products at four times the rate of float32's best ones, since a word holds four bytes, and takes float32's
+time for the rest.
 """
 
 import sys
@@ -23,14 +23,17 @@ BYTES = 4  # in a word that an instruction multiplies
 
 
 def measure(size="medium", batch=1, seconds=16, threads=2, calls=9, report=lambda _: None):
-    """Returns a dict of the milliseconds of each part in each format, and of the products at the machine's best rate."""
+    """Returns the milliseconds of each part in each format, and of the products at the machine's best rate."""
     import fastasr
     from fastasr.benchmarks.models.unit import inference, product_flops, product_limit, swapped
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        shipped, inputs = upstream.zipformer(size, inner_compile=False), upstream.example(batch, 100 * seconds)
+        shipped, inputs = (
+            upstream.zipformer(size, inner_compile=False),
+            upstream.example(batch, 100 * seconds),
+        )
         limit, rate = product_limit(product_flops(inference(shipped, *inputs)))
         found = {}
         for format in FORMATS:
@@ -39,7 +42,12 @@ def measure(size="medium", batch=1, seconds=16, threads=2, calls=9, report=lambd
                 fastasr.accelerate(model, weights=format)
             found[format] = profiled(inference(model, *inputs), calls)
             report(f"{batch} x {seconds} s, {format}: {sum(found[format].values()):.1f} ms")
-        where = {"size": size, "shape": f"{batch} x {seconds} s", "limit_ms": round(1e3 * limit, 3), "limit": rate}
+        where = {
+            "size": size,
+            "shape": f"{batch} x {seconds} s",
+            "limit_ms": round(1e3 * limit, 3),
+            "limit": rate,
+        }
         return {**where, "calls": calls, "parts": found, "environment": stamp()}
     finally:
         torch.set_num_threads(before)

@@ -13,7 +13,11 @@ def test_a_tiny_model(tmp_path):
     page, results = tmp_path / "page.md", tmp_path / "found.json"
     page.write_text("<!-- shares:start -->\n<!-- shares:end -->\n")
     files = ["--results", str(results), "--page", str(page)]
-    assert int8_shares.main([*files, "--size", "tiny", "--seconds", "1", "--calls", "1", "--batches", "1", "2"]) == 0
+    assert (
+        int8_shares.main([*files, "--size", "tiny", "--seconds", "1", "--calls", "1", "--batches", "1", "2"])
+        == 0
+    )
     assert page.read_text().count(f"| {breakdown.PRODUCTS} | ") == 2
-    assert "Zipformer tiny, 2 x 1 s" in page.read_text() and "if its products took no time" in page.read_text()
+    assert "Zipformer tiny, 2 x 1 s" in page.read_text()
+    assert "if its products took no time" in page.read_text()
     assert int8_shares.main([*files, "--check"]) == 0
