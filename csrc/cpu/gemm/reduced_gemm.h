@@ -54,8 +54,8 @@ struct ReducedGemm {
 
 struct ReducedGemmKernels {
   int32_t levels;
-  // Says whether products gain over float32's: int8's always, bf16's where an instruction multiplies and adds words of it
-  // and, measured at the first call, is the faster one.
+  // Says whether products gain over float32's: int8's always, bf16's where an instruction multiplies and adds words of
+  // it and, measured at the first call, is the faster one.
   bool (*gains)();
   void (*rows)(const ReducedGemm& g, int64_t begin, int64_t end);  // converts rows of x
   int64_t (*tasks)(const ReducedGemm& g);

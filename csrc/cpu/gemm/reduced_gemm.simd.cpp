@@ -224,8 +224,8 @@ double seconds() {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// Returns the seconds of a run of multiply-adds, `step`, in as many chains as fill the pipes; of several runs the fastest,
-// since another process may take the core.
+// Returns the seconds of a run of multiply-adds, `step`, in as many chains as fill the pipes; of several runs the
+// fastest, since another process may take the core.
 template <typename F>
 double fastest(const F& step) {
   double best = 1;
@@ -236,7 +236,8 @@ double fastest(const F& step) {
 #pragma GCC unroll 16
       for (Floats& s : sum) s = step(s);
     best = std::min(best, seconds() - begin);
-    for (const Floats& s : sum) [[maybe_unused]] volatile float used = s[0];
+    for (const Floats& s : sum) [[maybe_unused]]
+      volatile float used = s[0];
   }
   return best;
 }
@@ -258,11 +259,9 @@ bool gains() {
 
 }  // namespace
 
-FASTASR_TABLE(ReducedGemmTable, .kernels = {.levels = kLevels,
-                                            .gains = gains<T>,
-                                            .rows = rows<T>,
-                                            .tasks = tasks,
-                                            .products = products<T>})
+FASTASR_TABLE(ReducedGemmTable,
+              .kernels = {
+                  .levels = kLevels, .gains = gains<T>, .rows = rows<T>, .tasks = tasks, .products = products<T>})
 FASTASR_PROVIDE(ReducedGemmTable, int8_t)
 FASTASR_PROVIDE(ReducedGemmTable, bfloat16)
 
