@@ -45,4 +45,4 @@ def test_a_crowd(tmp_path, monkeypatch):
     ]
     (tmp_path / "crowd.json").write_text(json.dumps(rows))
     assert "| fastasr | 40.00 | 30.00 | 75% |" in crowd.table()
-    assert "keeps 0.94 of what" in crowd.table()
+    assert "make 3.75 times the calls of upstream's; the share that they keep is 0.94 of" in crowd.table()
