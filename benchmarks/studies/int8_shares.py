@@ -75,12 +75,14 @@ def _table(found):
     lines.append(f"| **all** | {totals[0]:.1f} | {totals[1]:.1f} | {totals[0] / totals[1]:.2f}× | 100% |")
     rest = totals[0] - exact[PRODUCTS]
     where = f"{place['device_name']}, torch {place['torch']}, commit {place['commit']}, {place['date'][:10]}"
-    bounds = (
-        f"With products at {BYTES} times float32's best rate here ({found['limit']}) and the rest as in float32, int8 "
-        f"would be {totals[0] / (rest + found['limit_ms'] / BYTES):.2f}× as fast as float32; if its products took no "
-        f"time, {totals[0] / rest:.2f}×."
-    )
-    return "\n".join([*lines, "", f"{bounds} {where}."])
+    bound = f"If the int8 products took no time, int8 would be {totals[0] / rest:.2f}× as fast as float32."
+    if "limit_ms" in found:
+        reached = totals[0] / (rest + found["limit_ms"] / BYTES)
+        bound += (
+            f" With products at {BYTES} times float32's best rate here ({found['limit']}) and the rest as in float32, "
+            f"{reached:.2f}×."
+        )
+    return "\n".join([*lines, "", f"{bound} {where}."])
 
 
 def main(arguments=None):

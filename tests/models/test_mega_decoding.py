@@ -139,8 +139,8 @@ def test_batch_score_is_espnets():
 
 
 def test_error_is_no_worse_than_torchs(monkeypatch):
-    # whose products add blocks of terms, as the step does. MKL adds shorter sums where rows are few, on some processors:
-    # with them the step's error is up to twice as large.
+    # Torch's products add blocks of terms here, as the step does. On some processors MKL adds shorter sums where rows
+    # are few: the step's error is up to twice that of theirs.
     monkeypatch.setenv("FASTASR_GEMM", "native")
     monkeypatch.setattr(_gemm, "_MOST_FEW", 0)
     _gemm.forget()
