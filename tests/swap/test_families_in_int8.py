@@ -3,6 +3,7 @@
 ``tests/parity/test_conformer.py`` does the same with the Conformers."""
 
 import pytest
+import tiny_emformer_rnnt
 import tiny_zipformer
 import torch
 from in_int8 import check
@@ -33,29 +34,9 @@ def emformer():
 def emformer_rnnt():
     module = pytest.importorskip("torchaudio.models.rnnt")
     x = torch.randn(2, 40, 16, generator=numbers(1))
-    model = module.emformer_rnnt_model(
-        input_dim=16,
-        encoding_dim=24,
-        num_symbols=11,
-        segment_length=16,
-        right_context_length=4,
-        time_reduction_input_dim=8,
-        time_reduction_stride=4,
-        transformer_num_heads=2,
-        transformer_ffn_dim=32,
-        transformer_num_layers=2,
-        transformer_dropout=0.1,
-        transformer_activation="gelu",
-        transformer_left_context_length=6,
-        transformer_max_memory_size=0,
-        transformer_weight_init_scale_strategy="depthwise",
-        transformer_tanh_on_mem=True,
-        symbol_embedding_dim=12,
-        num_lstm_layers=2,
-        lstm_layer_norm=True,
-        lstm_layer_norm_epsilon=1e-3,
-        lstm_dropout=0.1,
-    )
+    sizes = {"input_dim": 16, "encoding_dim": 24, "segment_length": 16, "time_reduction_stride": 4}
+    options = {"transformer_ffn_dim": 32, "transformer_num_layers": 2}
+    model = tiny_emformer_rnnt.tiny(module, **sizes, **options)
     return model, lambda model: model.transcribe(x, torch.tensor([40, 31]))[0]
 
 

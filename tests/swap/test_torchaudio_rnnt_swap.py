@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from steps import cotangent, numbers, seeded
+from tiny_emformer_rnnt import tiny
 
 import fastasr
 
@@ -121,15 +122,7 @@ def test_the_beam_search_of_torchaudio_runs_swapped():
 
 def test_a_whole_emformer_transducer_is_verified():
     seeded(3)
-    model = rnnt.emformer_rnnt_model(
-        input_dim=6, encoding_dim=14, num_symbols=9, segment_length=8, right_context_length=4,
-        time_reduction_input_dim=8, time_reduction_stride=2, transformer_num_heads=2, transformer_ffn_dim=12,
-        transformer_num_layers=1, transformer_dropout=0.1, transformer_activation="gelu",
-        transformer_left_context_length=5, transformer_max_memory_size=0,
-        transformer_weight_init_scale_strategy="depthwise", transformer_tanh_on_mem=True,
-        symbol_embedding_dim=12, num_lstm_layers=2, lstm_layer_norm=True, lstm_layer_norm_epsilon=1e-3,
-        lstm_dropout=0.3,
-    )  # fmt: skip
+    model = tiny(rnnt)
     labels, lengths = inputs()
     sources = torch.randn(3, 28, 6), torch.tensor([24, 24, 24])
     report = fastasr.accelerate(model, verify=(*sources, labels, lengths))
