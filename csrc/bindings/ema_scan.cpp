@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "bindings/dispatch.h"
+#include "bindings/pooled.h"
 
 namespace fastasr::bindings::ema_scan {
 namespace {
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& damping, const
   const Inputs in{x,    damping,    decay,     expansion,  projection, residual, state,
                   mask, truncation, direction, activation, layout,     complex};
   const EmaShape s = checked_shape(in, need_state, op);
-  Tensor y = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor y = new_pooled(x, {x.size(0), x.size(1), x.size(2)});
   Tensor final_state = !need_state ? new_without_elements(damping)
                        : complex   ? new_contiguous(damping, {s.batch, s.channels, s.states, 2})
                                    : new_contiguous(damping, {s.batch, s.channels, s.states});
@@ -143,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check(dtype_of(grad) == dtype_of(x) && grad.dim() == 3, op, "grad");
   for (int64_t d = 0; d < 3; d++) check(grad.size(d) == x.size(d), op, "grad has another shape");
   if (grad_state) check_state(*grad_state, dtype_of(damping), s, op, "grad_state");
-  Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor dx = new_pooled(x, {x.size(0), x.size(1), x.size(2)});
   Tensor ddamping = new_like(damping), ddecay = new_like(decay), dexpansion = new_like(expansion);
   Tensor dprojection = new_like(projection);
   Tensor dresidual = residual ? new_like(*residual) : new_without_elements(damping);

@@ -15,6 +15,10 @@ static_assert(kStripe == kResidualStripe);
 // A block has this many frames: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
 constexpr int64_t kResidualBlock = 64;
 
+// The backward pass takes this many stripes through a block before the next block: a frame's row is often a page of its
+// own, and its stripes then share one walk through the page table.
+constexpr int64_t kResidualGroup = 4;
+
 // The kernel prefetches this many rows ahead: rows lie C elements apart.
 constexpr int64_t kResidualAhead = 32;
 
@@ -34,10 +38,12 @@ struct Sequence {
         continue;
       }
       if (t + kResidualAhead < frames) prefetch_row(first + (t + kResidualAhead) * time);
-      if (channels == kStripe)
-        copy(first + t * time, kStripe, rows);
-      else
+      if (channels < kStripe)
         copy(first + t * time, channels, rows);
+      else if constexpr (std::is_same_v<T, C>)
+        std::memcpy(rows, first + t * time, sizeof(C) * kStripe);  // a loop became a call of memmove
+      else
+        copy(first + t * time, kStripe, rows);
     }
   }
 
@@ -76,37 +82,35 @@ class ResidualConvolution {
     for (int64_t task = begin, taken = -1; task < end; task++) {
       const int64_t stripe = task / p_.batch, b = task % p_.batch;
       if (stripe != taken) take(stripe), taken = stripe;
-      const Sequence<T> x = input(b);
-      for_each_block([&](int64_t t, int64_t n, bool fresh) {
-        advance(x, t, n, fresh, x_);
+      for (int64_t t = 0; t < p_.frames; t += kResidualBlock) {
+        const int64_t n = std::min(kResidualBlock, p_.frames - t);
+        advance(input(b), t, n, x_);
         convolve(x_[0], taps_[0], p_.taps, n, sum_[0], [](int64_t) {});
         add_rows(x_[pad_], n, vectors_[0], y + (b * p_.frames + t) * p_.channels + first_);
-      });
+      }
     }
   }
 
-  void backward(const T* grad, T* dx, C* dweight, C* dbias, int64_t begin, int64_t end) {
-    for (int64_t stripe = begin; stripe < end; stripe++) {
-      take(stripe);
-      sums_.clear();
-      for (int64_t b = 0; b < p_.batch; b++) {
-        const int64_t at = b * p_.frames * p_.channels + first_;
-        const Sequence<T> x = input(b), g{grad + at, p_.channels, p_.frames, channels_};
-        for_each_block([&](int64_t t, int64_t n, bool fresh) {
-          advance(x, t, n, fresh, x_);
-          advance(g, t, n, fresh, grad_);
-          convolve_reversed(grad_[0], taps_[0], p_.taps, n, sum_[0], [](int64_t) {});
-          add_rows(grad_[pad_], n, vectors_[1], dx + at + t * p_.channels);
-          sums_.add(0, grad_[pad_], n);
-          add_tap_gradients(x_[0], grad_[pad_], n, p_.taps, sums_.part(1));
-          sums_.carry(1, p_.taps);
-        });
-      }
-      for (int64_t c = 0; c < channels_; c++) {
-        dbias[first_ + c] = static_cast<C>(sums_.total(0)[c]);
-        for (int64_t k = 0; k < p_.taps; k++)
-          dweight[(first_ + c) * p_.taps + k] = static_cast<C>(sums_.total(1 + k)[c]);
-      }
+  void begin_backward(int64_t stripe) {
+    take(stripe);
+    sums_.clear();
+  }
+
+  void backward(const T* grad, T* dx, int64_t b, int64_t t) {
+    const int64_t n = std::min(kResidualBlock, p_.frames - t), at = b * p_.frames * p_.channels + first_;
+    advance(input(b), t, n, x_);
+    advance({grad + at, p_.channels, p_.frames, channels_}, t, n, grad_);
+    convolve_reversed(grad_[0], taps_[0], p_.taps, n, sum_[0], [](int64_t) {});
+    add_rows(grad_[pad_], n, vectors_[1], dx + at + t * p_.channels);
+    sums_.add(0, grad_[pad_], n);
+    add_tap_gradients(x_[0], grad_[pad_], n, p_.taps, sums_.part(1));
+    sums_.carry(1, p_.taps);
+  }
+
+  void end_backward(C* dweight, C* dbias) {
+    for (int64_t c = 0; c < channels_; c++) {
+      dbias[first_ + c] = static_cast<C>(sums_.total(0)[c]);
+      for (int64_t k = 0; k < p_.taps; k++) dweight[(first_ + c) * p_.taps + k] = static_cast<C>(sums_.total(1 + k)[c]);
     }
   }
 
@@ -119,16 +123,10 @@ class ResidualConvolution {
 
   Sequence<T> input(int64_t b) const { return {p_.x + b * p_.x_batch + first_, p_.x_time, p_.frames, channels_}; }
 
-  // Calls f(t, n, whether the block is the sequence's first).
-  template <typename F>
-  void for_each_block(const F& f) const {
-    for (int64_t t = 0; t < p_.frames; t += kResidualBlock) f(t, std::min(kResidualBlock, p_.frames - t), t == 0);
-  }
-
   // Row r of the ring is frame t - P + r, r < n + 2 P. A block before this one had kResidualBlock frames.
-  void advance(const Sequence<T>& source, int64_t t, int64_t n, bool fresh, Rows<C>& ring) const {
+  void advance(const Sequence<T>& source, int64_t t, int64_t n, Rows<C>& ring) const {
     const int64_t reach = 2 * pad_;
-    if (fresh)
+    if (t == 0)
       source.stage(t - pad_, reach, ring[0]);
     else
       std::memmove(ring[0], ring[kResidualBlock], sizeof(C) * static_cast<size_t>(reach * kStripe));
@@ -159,7 +157,17 @@ void forward(const DepthwiseConvResidual<T>& p, T* y, int64_t begin, int64_t end
 template <typename T, typename C = compute_t<T>>
 void backward(const DepthwiseConvResidual<T>& p, const T* grad, T* dx, C* dweight, C* dbias, int64_t begin,
               int64_t end) {
-  if (begin < end) ResidualConvolution<T>(p, true).backward(grad, dx, dweight, dbias, begin, end);
+  std::vector<ResidualConvolution<T>> group;
+  group.reserve(kResidualGroup);
+  for (int64_t i = 0; i < std::min(kResidualGroup, end - begin); i++) group.emplace_back(p, true);
+  for (int64_t first = begin; first < end; first += kResidualGroup) {
+    const int64_t n = std::min(kResidualGroup, end - first);
+    for (int64_t i = 0; i < n; i++) group[i].begin_backward(first + i);
+    for (int64_t b = 0; b < p.batch; b++)
+      for (int64_t t = 0; t < p.frames; t += kResidualBlock)
+        for (int64_t i = 0; i < n; i++) group[i].backward(grad, dx, b, t);
+    for (int64_t i = 0; i < n; i++) group[i].end_backward(dweight, dbias);
+  }
 }
 
 }  // namespace
