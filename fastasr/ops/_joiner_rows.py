@@ -64,7 +64,7 @@ class Joiner:
     def rows(self, *grads: Tensor) -> Tensor:
         """Returns (rows, 4): place among the results, frame, context and symbol of every row to compute."""
         tokens, grads = len(self.weight) - self.durations, grads or (None, None)
-        find = torch.ops.fastasr_cpu.rnnt_joiner_rows
+        find = torch.ops.fastasr_cpu.rnnt_joiner_rows.default
         return find(self.starts, self.symbols, self.boundary, self.s_range, tokens, *grads)
 
     def compute(self, rows: Tensor) -> Iterator[Chunk]:
@@ -74,14 +74,14 @@ class Joiner:
         for first in range(0, len(rows), step):
             chunk = rows[first : first + step]
             hidden = self.weight.new_empty(len(chunk), self.weight.shape[1], dtype=self.wide)
-            torch.ops.fastasr_cpu.rnnt_joiner_hidden(self.am, self.lm, chunk, self.activation, hidden)
+            torch.ops.fastasr_cpu.rnnt_joiner_hidden.default(self.am, self.lm, chunk, self.activation, hidden)
             self.drop(chunk, hidden)
             yield chunk, hidden, self.logits(hidden)
             del hidden  # frees it before the next chunk is made
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.short:
-            return torch.ops.fastasr_cpu.gemm(hidden.bfloat16(), self.weight.t(), self.bias)
+            return torch.ops.fastasr_cpu.gemm.default(hidden.bfloat16(), self.weight.t(), self.bias)
         return _gemm.forward(hidden, self.weight, self.bias)
 
     def product_gradients(self, d: Tensor, hidden: Tensor, dweight: Tensor, needs) -> Tensor | None:
@@ -89,18 +89,18 @@ class Joiner:
         if self.short:
             d, hidden = d.bfloat16(), hidden.bfloat16()
         if needs[2]:
-            add = torch.ops.fastasr_cpu.gemm_add if self.short else Tensor.addmm_
+            add = torch.ops.fastasr_cpu.gemm_add.default if self.short else Tensor.addmm_
             add(dweight, d.t(), hidden)
         if not (needs[0] or needs[1]):
             return None
         if self.short:
-            return torch.ops.fastasr_cpu.gemm(d, self.weight, None)
+            return torch.ops.fastasr_cpu.gemm.default(d, self.weight, None)
         return _gemm.input_grad(d, self.weight)
 
     def drop(self, rows: Tensor, x: Tensor) -> None:
         """Applies dropout to hidden values or to their gradient, in place."""
         if self.dropout:
-            torch.ops.fastasr_cpu.rnnt_joiner_dropout(rows, self.seed, self.dropout, x)
+            torch.ops.fastasr_cpu.rnnt_joiner_dropout.default(rows, self.seed, self.dropout, x)
 
 
 def _without_autocast():
@@ -113,14 +113,14 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Chunk] | N
     p = Joiner.of(*operands)
     shape = (*p.starts.shape, p.s_range)
     px, py = (torch.full(shape, -torch.inf, dtype=p.wide) for _ in range(2))
-    durations = torch.full((*shape, p.durations), -torch.inf, dtype=p.wide)
+    durations = px.new_full((*shape, p.durations), -torch.inf) if p.durations else px.new_empty((*shape, 0))
     normaliser = torch.zeros(shape, dtype=torch.float64)
     kept = [] if keep and need_gradients else None
     with _without_autocast():
         for chunk in p.compute(p.rows()):
             rows, hidden, logits = chunk
             scores = px, py, durations, normaliser
-            torch.ops.fastasr_cpu.rnnt_joiner_scores(logits, rows, p.blank, p.hat, *scores)
+            torch.ops.fastasr_cpu.rnnt_joiner_scores.default(logits, rows, p.blank, p.hat, *scores)
             if kept is not None:
                 kept.append(chunk)
             del chunk, logits, hidden
@@ -148,7 +148,7 @@ def backward(grad_symbol, grad_blank, grad_durations, *arguments) -> tuple[Tenso
                 if room is None or len(room) < len(logits):
                     room = torch.empty_like(logits)
                 d = room[: len(logits)]
-            torch.ops.fastasr_cpu.rnnt_joiner_logits_gradient(
+            torch.ops.fastasr_cpu.rnnt_joiner_logits_gradient.default(
                 logits, chunk, normaliser, gx, gy, gz, p.blank, p.hat, d, dbias
             )
             dhidden = p.product_gradients(d, hidden, dweight, needs)
@@ -156,7 +156,7 @@ def backward(grad_symbol, grad_blank, grad_durations, *arguments) -> tuple[Tenso
                 if p.dropout:
                     p.drop(chunk, dhidden)
                     hidden = hidden * (1 - p.dropout)  # tanh' needs what was kept as it was
-                torch.ops.fastasr_cpu.rnnt_joiner_hidden_gradient(
+                torch.ops.fastasr_cpu.rnnt_joiner_hidden_gradient.default(
                     dhidden, hidden, chunk, p.activation, dam, dlm
                 )
             del hidden, logits, d, dhidden
