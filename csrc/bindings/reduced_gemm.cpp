@@ -47,11 +47,14 @@ Tensor reduced_pack(const Tensor& weight, int64_t format) {
   return packed;
 }
 
-// Multiplies x (..., K) by a packed weight (N, K), plus a bias (N) or none, in float32.
-Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bias, int64_t n, int64_t format) {
+// Multiplies x (M, K), or swoosh(x), by a packed weight (N, K), plus a bias (N) or none, in float32.
+Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bias, int64_t n, int64_t format,
+                      int64_t input) {
   check(x.is_cpu() && x.dim() == 2 && dtype_of(x) == ScalarType::Float, kOp, "x is a float32 matrix on the CPU");
   cpu::ReducedGemm g{};
   g.format = format_of(format);
+  check(input >= 0 && input <= 2, kOp, "the input is x (0), SwooshL (1) or SwooshR (2) of it");
+  g.input = static_cast<cpu::ReducedInput>(input);
   const auto& kernel = cpu::reduced_gemm_kernels(g.format);
   g.m = x.size(0), g.n = n, g.k = x.size(1);
   check(g.k > 0 && n > 0 && is_dense(packed, ScalarType::Float, {size_of(n, g.k, g.format)}), kOp,
@@ -70,8 +73,12 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
   const int64_t words = cpu::reduced_words(g.k, g.format);
   const Scratch<int32_t> rows(g.m * (words + 2));
   g.rows = rows.data(), g.zero = g.rows + g.m * words, g.step = reinterpret_cast<float*>(g.zero + g.m);
-  parallel_tasks(g.m, g.k, [&](int64_t begin, int64_t end) { kernel.rows(g, begin, end); });
   const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, 16 * kGrain * tasks / (g.m * n * words / 32 + 1));
+  if (kernel.tasks_are_rows(g)) {
+    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) { kernel.rows_and_products(g, begin, end); });
+    return y;
+  }
+  parallel_tasks(g.m, g.k, [&](int64_t begin, int64_t end) { kernel.rows(g, begin, end); });
   parallel_range(tasks, grain, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
   return y;
 }
@@ -79,7 +86,7 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
 }  // namespace
 
 FASTASR_OPERATORS({"reduced_pack(Tensor weight, int format) -> Tensor", Boxed<reduced_pack>::call},
-                  {"reduced_linear(Tensor x, Tensor packed, Tensor? bias, int n, int format) -> Tensor",
+                  {"reduced_linear(Tensor x, Tensor packed, Tensor? bias, int n, int format, int input) -> Tensor",
                    Boxed<reduced_linear>::call})
 
 }  // namespace fastasr::bindings::reduced_gemm

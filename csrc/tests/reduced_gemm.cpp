@@ -59,6 +59,10 @@ void values(WeightFormat format, int64_t m, int64_t n, int64_t k) {
   p.run(int64_t{1} << 40);
   pieces.run(2);
   CHECK(p.y.equals(pieces.y), "the split shows");
+  if (p.kernel.tasks_are_rows(p.g)) {
+    in_pieces(p.kernel.tasks(p.g), 2, [&](int64_t begin, int64_t end) { p.kernel.rows_and_products(p.g, begin, end); });
+    CHECK(p.y.equals(pieces.y), "the order of rows and products shows");
+  }
   std::vector<double> x(m * k), w(n * k);
   for (int64_t j = 0; j < n; j++) {
     double most = 0;
@@ -104,6 +108,21 @@ TEST_CASE("reduced_gemm") {
         for (const int64_t k : {1, 3, 4, 17, 64, 203}) values(format, m, n, k);
   values(WeightFormat::int8, 17, 97, 8191);  // more than one block of columns
   values(WeightFormat::bf16, 17, 97, 4099);
+}
+
+TEST_CASE("reduced_gemm of swoosh(x)") {
+  const auto& swoosh = cpu::kernels<cpu::SwooshKernels<float>>();
+  for (const auto format : {WeightFormat::bf16, WeightFormat::int8})
+    for (const bool right : {false, true}) {
+      Problem p(format, 15, 33, 64), plain(format, 15, 33, 64);
+      for (int64_t i = 0; i < p.m; i++) {
+        float* const row = plain.x.data() + i * (p.k + 5);
+        swoosh.forward(row, nullptr, cpu::Mask::none, row, p.k, right ? cpu::Swoosh::R : cpu::Swoosh::L);
+      }
+      p.g.input = right ? cpu::ReducedInput::swoosh_r : cpu::ReducedInput::swoosh_l;
+      p.run(2), plain.run(2);
+      CHECK(p.y.equals(plain.y), "another activation");
+    }
 }
 
 TEST_CASE("reduced_gemm of the largest numbers") {  // sums of 16 bits would saturate, sums of 32 not

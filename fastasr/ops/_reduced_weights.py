@@ -72,14 +72,14 @@ class Copy:
             self._pack()
         return True
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Returns x weightᵀ + bias for x (..., K)."""
+    def product(self, x: Tensor, bias: Tensor | None, input: int = 0) -> Tensor:
+        """Returns x weightᵀ + bias for x (..., K). ``input`` is 1 for SwooshL(x) in place of x, 2 for SwooshR(x)."""
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        y = _product()(rows, self._packed, bias, self.outputs, FORMATS[self.format])
+        y = _product()(rows, self._packed, bias, self.outputs, FORMATS[self.format], input)
         if x.dim() != 2:
             y = y.view(*x.shape[:-1], self.outputs)
         if self.watch is not None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _gemm, swoosh
+from fastasr.ops import _gemm, _reduced_weights, swoosh
 from fastasr.ops._op import op
 from fastasr.ops.linear import FITS, bias_grad
 from fastasr.ops.swoosh import KINDS
@@ -26,6 +26,14 @@ def _activate(kernels, a) -> Tensor:
 
 def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
     return _gemm.forward(_activate(kernels, a), a.weight, a.bias)
+
+
+def _reduced(kernels, x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+    """Returns swoosh(x) Wᵀ + b where weights have copies in fewer bits, whose products activate x themselves."""
+    copy = _reduced_weights.of(x, weight)
+    if copy is None or copy.watch is not None:  # who watches sees the product's own input
+        return _gemm.forward(kernels.forward(x, kind, None, -1), weight, bias)
+    return copy.product(x, bias, 1 + kind)
 
 
 def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
@@ -50,7 +58,8 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     deciding="x",
     launch=_launch,
     gradients=_gradients,
-    fast="_gemm.forward(_kernels.forward(x, KINDS[kind], mask, shared_dim), weight, bias)",
+    fast="_gemm.forward(_kernels.forward(x, KINDS[kind], mask, shared_dim), weight, bias) "
+    "if mask is not None or not _reduced_weights.copies else _reduced(_kernels, x, weight, bias, KINDS[kind])",
     fast_strides="x",
     fits=FITS,
     summary="activation, dropout with a shared mask, linear layer; saves only x",

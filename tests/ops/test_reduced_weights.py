@@ -66,6 +66,19 @@ def test_formula(layer, format, shape):
     assert 1e-4 < relative(y, exact.double()) < 0.03
 
 
+@pytest.mark.parametrize("format", ["int8", "bf16"])
+@pytest.mark.parametrize("kind", ["SwooshL", "SwooshR"])
+def test_the_product_activates_its_input(layer, format, kind):
+    x = 3 * torch.randn(5, 7, 72, generator=numbers(6))
+    swoosh = ops.swoosh_l if kind == "SwooshL" else ops.swoosh_r
+    _reduced_weights.keep(layer.weight, format)
+    with torch.no_grad():
+        y = ops.swoosh_linear(x, layer.weight, layer.bias, kind)
+        torch.testing.assert_close(y, ops.linear(swoosh(x), layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+        strided = ops.swoosh_linear(x.transpose(0, 1), layer.weight, layer.bias, kind)
+        assert torch.equal(strided, y.transpose(0, 1))
+
+
 def test_rows_are_independent(layer):
     _reduced_weights.keep(layer.weight, "int8")
     x = torch.randn(33, 72, generator=numbers(3))
@@ -194,6 +207,6 @@ def test_not_finite(layer):
 def test_packed_of_another_size_is_declined(layer):
     for packed in (torch.zeros(64), torch.zeros(64, dtype=torch.uint8)):
         with pytest.raises(RuntimeError, match="another size"):
-            torch.ops.fastasr_cpu.reduced_linear(torch.ones(2, 72), packed, None, 100, 2)
+            torch.ops.fastasr_cpu.reduced_linear(torch.ones(2, 72), packed, None, 100, 2, 0)
     with pytest.raises(RuntimeError, match="float32 matrix"):
         torch.ops.fastasr_cpu.reduced_pack(layer.weight.detach().double(), 2)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/gemm/skinny_gemm.h"
+#include "cpu/rows/swoosh.h"
 #include "cpu/simd/kernels.h"
 
 // y = x Wᵀ + bias with both factors in fewer bits, for the products of a linear layer in inference:
@@ -12,6 +13,8 @@
 //          x = (p - zero_i) step_i for each row i, p in [0, levels], where step_i = (max - min) / levels over the row
 //          and 0, and zero_i is the p of 0. Products and sums are exact integers; y is rounded from them in float32.
 //   bf16   w and x rounded to nearest even; products and sums in float32.
+//
+// In place of x the product may take swoosh(x), in float32: no other pass over x is needed for it.
 //
 // A row of x with a NaN or an infinity gives NaN in int8, and so does a row of W in its column.
 //
@@ -38,6 +41,8 @@ struct ReducedWeights {
 void pack_reduced(const float* w, int64_t n, int64_t k, int64_t stride, WeightFormat format, int32_t* words,
                   float* scale, int32_t* sum, int64_t begin, int64_t end);
 
+enum class ReducedInput { x, swoosh_l, swoosh_r };
+
 struct ReducedGemm {
   const float* x;
   int64_t x_row;
@@ -50,6 +55,7 @@ struct ReducedGemm {
   int64_t y_row;
   int64_t m, n, k;
   WeightFormat format;
+  ReducedInput input = ReducedInput::x;
 };
 
 struct ReducedGemmKernels {
@@ -59,7 +65,11 @@ struct ReducedGemmKernels {
   bool (*gains)();
   void (*rows)(const ReducedGemm& g, int64_t begin, int64_t end);  // converts rows of x
   int64_t (*tasks)(const ReducedGemm& g);
-  void (*products)(const ReducedGemm& g, int64_t begin, int64_t end);  // runs tasks
+  void (*products)(const ReducedGemm& g, int64_t begin, int64_t end);  // runs tasks, after `rows`
+  // Says whether the weights are so few that each task has some rows and all columns. Then rows_and_products runs tasks
+  // with the rows that they need.
+  bool (*tasks_are_rows)(const ReducedGemm& g);
+  void (*rows_and_products)(const ReducedGemm& g, int64_t begin, int64_t end);
 };
 
 // T is int8_t or bfloat16.

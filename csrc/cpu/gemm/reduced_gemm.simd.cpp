@@ -7,6 +7,7 @@
 #include <cstring>
 #include <ctime>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -208,14 +209,29 @@ FASTASR_INLINE void bf16_row(const float* x, int64_t k, int64_t words, bfloat16*
 template <typename T>
 void rows(const ReducedGemm& g, int64_t begin, int64_t end) {
   const int64_t words = reduced_words(g.k, g.format);
+  std::vector<float> activated(static_cast<size_t>(g.input == ReducedInput::x ? 0 : g.k));
   for (int64_t i = begin; i < end; i++) {
-    const float* const x = g.x + i * g.x_row;
+    const float* x = g.x + i * g.x_row;
+    if (g.input != ReducedInput::x) {
+      const Swoosh kind = g.input == ReducedInput::swoosh_l ? Swoosh::L : Swoosh::R;
+      kernels<SwooshKernels<float>>().forward(x, nullptr, Mask::none, activated.data(), g.k, kind);
+      x = activated.data();
+    }
     int32_t* const out = g.rows + i * words;
     if constexpr (std::is_same_v<T, int8_t>)
       int8_row(x, g.k, words, reinterpret_cast<uint8_t*>(out), g.step[i], g.zero[i]);
     else
       bf16_row(x, g.k, words, reinterpret_cast<bfloat16*>(out));
   }
+}
+
+bool tasks_are_rows(const ReducedGemm& g) { return blocks(g) == 1; }
+
+template <typename T>
+void rows_and_products(const ReducedGemm& g, int64_t begin, int64_t end) {
+  const int64_t parts = row_parts(g);
+  rows<T>(g, g.m * begin / parts, g.m * end / parts);
+  products<T>(g, begin, end);
 }
 
 double seconds() {
@@ -259,9 +275,13 @@ bool gains() {
 
 }  // namespace
 
-FASTASR_TABLE(ReducedGemmTable,
-              .kernels = {
-                  .levels = kLevels, .gains = gains<T>, .rows = rows<T>, .tasks = tasks, .products = products<T>})
+FASTASR_TABLE(ReducedGemmTable, .kernels = {.levels = kLevels,
+                                            .gains = gains<T>,
+                                            .rows = rows<T>,
+                                            .tasks = tasks,
+                                            .products = products<T>,
+                                            .tasks_are_rows = tasks_are_rows,
+                                            .rows_and_products = rows_and_products<T>})
 FASTASR_PROVIDE(ReducedGemmTable, int8_t)
 FASTASR_PROVIDE(ReducedGemmTable, bfloat16)
 
