@@ -42,6 +42,7 @@ CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
 NEWCOMER_MARKERS = "<!-- newcomer:start -->", "<!-- newcomer:end -->"
 SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
+SUMS_MARKERS = "<!-- sums:start -->", "<!-- sums:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
@@ -176,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         transducer_memory.main(["--tdt"])
     found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
     found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
+    found += [put(DOCS / "gpu-predictions.md", predictions.sums(), check, *SUMS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", verdict.tables(verdict.records(GPU_RECORDS)), check)]
     return max(found)
 

@@ -3,6 +3,7 @@
 
     --op NAME ...     only these ops; rows of others stay
     --card NAME ...   only these GPUs; rows of others stay
+    --torch-only      renews what torch takes in the rows that there are, and compiles nothing
     --verbose         prints the prediction of every kernel
 
 No GPU is needed: a fake one records the launches, and Triton and nvcc compile the kernels ahead of time. Where nvcc is
@@ -33,7 +34,9 @@ from fastasr.testing.fake_gpu import Launch, fake_gpu
 from fastasr.testing.speed import BOTH, Case, Unavailable
 
 DTYPE = torch.bfloat16
-RECURRENCE = 300  # operations of a formula that goes step by step, whose steps torch.compile cannot fuse
+RECURRENCE = (
+    100  # more operations are a formula that goes step by step, whose steps torch.compile cannot fuse
+)
 
 
 class _Forgetful(dict):
@@ -80,33 +83,41 @@ def record(
 
 @lru_cache(maxsize=1)
 def formulas(case: Case, phase: str) -> dict[str, tuple[list[torch_ops.Operation], set[int]]]:
-    """Returns the operations of the case's formulas in torch, and the storages of their results. A formula that goes
-    step by step is left out.
-    """
+    """Returns the operations of the case's formulas in torch, and the storages of their results."""
     found = {}
     for name, build in case.make("cpu", DTYPE).items():
         if name in ("fastasr", "compile", "upstream", "FlexAttention"):
-            continue
-        if (
-            name == "eager" and gpu_backends()[case.op] == "cuda"
-        ):  # a scan by doubling, whose passes cannot be fused
             continue
         try:
             implementation = build()
         except Unavailable:
             continue
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                made = variant(implementation, phase)
-                with torch_ops.Recorder(RECURRENCE):
-                    state = () if made.prepare is None else (made.prepare(),)
-                with torch_ops.Recorder(RECURRENCE) as recorder:
-                    results = made.run(*state)
-        except torch_ops.TooMany:
-            continue
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            made = variant(implementation, phase)
+            state = () if made.prepare is None else (made.prepare(),)
+            with torch_ops.Recorder() as recorder:
+                results = made.run(*state)
         kept = {torch_ops.storage_of(t) for t in tree_leaves(results) if isinstance(t, torch.Tensor)}
         found[name] = recorder.operations, kept
     return found
+
+
+def in_torch(case: Case, phase: str, card: Card) -> dict:
+    """Returns the columns of a row for torch: the best formula compiled, and the op's definition in eager."""
+    found = formulas(case, phase)
+    at_best = {
+        name: torch_ops.compiled(operations, kept, card)
+        for name, (operations, kept) in found.items()
+        if len(operations) <= RECURRENCE
+    }
+    best = min(at_best, key=at_best.get, default=None)
+    definition, _ = found["eager"]
+    return {
+        "torch_us": best and round(at_best[best], 1),
+        "torch_best": best,
+        "eager_us": round(sum(operation.microseconds(card, eager=True) for operation in definition), 1),
+        "eager_launches": sum(operation.kernels for operation in definition),
+    }
 
 
 def row(case: Case, phase: str, card: Card, verbose: bool) -> dict:
@@ -121,11 +132,6 @@ def row(case: Case, phase: str, card: Card, verbose: bool) -> dict:
         if verbose:
             print(f"    {launch.name} {launch.grid}: {one}")
     cost = case.costs(DTYPE.itemsize)[phase]
-    torch_us = {
-        name: torch_ops.compiled(operations, kept, card)
-        for name, (operations, kept) in formulas(case, phase).items()
-    }
-    best = min(torch_us, key=torch_us.get, default=None)
     return {
         "kind": "prediction",
         "op": case.op,
@@ -135,13 +141,11 @@ def row(case: Case, phase: str, card: Card, verbose: bool) -> dict:
         "device": card.name,
         "predicted_us": round(total, 1),
         "roof_us": round(max(cost.bytes / card.memory / 1e3, cost.flops / card.peak / 1e6), 1),
-        "torch_us": best and round(torch_us[best], 1),
-        "torch_best": best,
         "launches": len(launches) + len(between),
         "bound": bounds.most_common(1)[0][0],
         "commit": stamp("cpu")["commit"],
         "triton": triton.__version__,
-    }
+    } | in_torch(case, phase, card)
 
 
 KEY = "device", "op", "case", "phase"
@@ -167,6 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--op", nargs="*")
     parser.add_argument("--card", nargs="*", choices=[card.name for card in CARDS])
+    parser.add_argument("--torch-only", action="store_true")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     every = passes()
@@ -175,13 +180,18 @@ def main() -> None:
     for card, case, phase in every:
         if case.op not in (options.op or [case.op]) or card.name not in (options.card or [card.name]):
             continue
-        try:
-            made = row(case, phase, card, options.verbose)
-        except LookupError as error:
-            print(f"# {case.op} {case.name} {phase}, {card.name}: no prediction: {error}", flush=True)
-            continue
-        print(" ".join(map(str, list(made.values())[1:12])), flush=True)
-        known[tuple(made[name] for name in KEY)] = made
+        key = card.name, case.op, case.name, phase
+        if options.torch_only:
+            columns = in_torch(case, phase, card)
+            made = {name: value for name, value in known[key].items() if name not in columns} | columns
+        else:
+            try:
+                made = row(case, phase, card, options.verbose)
+            except LookupError as error:
+                print(f"# {case.op} {case.name} {phase}, {card.name}: no prediction: {error}", flush=True)
+                continue
+        print(" ".join(map(str, list(made.values())[1:])), flush=True)
+        known[key] = made
         predictions.write([known[key] for key in sorted(known, key=places.get)])
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The predicted time of torch's own operations: those between our kernels, and those of a formula in their place.
 
-A formula's time is that of torch.compile at its best: operations between two products are one kernel that reads and
-writes each tensor once at the speed of a copy, and products run at a share of the peak.
+At best a formula takes the time of torch.compile's best code: operations between two products are one kernel that reads
+and writes each tensor once at the speed of a copy, and products run at a share of the peak. In eager each operation
+reads and writes its tensors, which is still optimistic: few operations are more than one kernel here.
 """
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
@@ -18,50 +18,51 @@ from torch.utils.flop_counter import flop_registry
 from fastasr.benchmarks.studies.predict.cards import Card
 
 START = 1.5  # µs from the end of a kernel to the work of the next one's first programs
-PRODUCTS = 0.7  # of the peak, which a library's products reach
-ATTENTION = 0.5  # of the peak, which torch's fused attention with an additive mask reaches
-DEPTHWISE = 0.5  # of the peak of float32 multiply-adds, which a library's depthwise convolution reaches
+# Shares of the peak, which products reach at best and in eager. A depthwise convolution's are of float32 multiply-adds.
+# In eager and bfloat16, one that is channels last is cuDNN's: reported as 1.2 times as fast as torch's own kernels, and
+# 3.9 at best (pytorch/pytorch#91735). Any other is torch's own, with about 15 or more instructions for a multiply-add:
+# this model gives it at most 14 % of the peak.
+SHARES = {
+    "product": (0.7, 0.7),
+    "attention": (0.5, 0.5),  # torch's fused attention with an additive mask
+    "depthwise": (0.5, 0.25),
+    "own depthwise": (0.5, 0.15),
+}
 FREE = ("empty", "new_empty", "promote_types", "aminmax", "_local_scalar_dense", "detach", "lift_fresh")
 SCANS = ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk", "_fft")
 
 
 @dataclass
 class Operation:
-    """One operation. ``inputs`` and ``outputs`` are bytes by storage; ``rate`` says at which rate it multiplies."""
+    """One operation. ``inputs`` and ``outputs`` are bytes by storage; ``rate`` says at which rate it multiplies.
+
+    ``again`` are the bytes that each of its kernels but the first reads once more.
+    """
 
     name: str
     inputs: dict[int, int]
     outputs: dict[int, int]
     flops: int
-    rate: str | None  # "product", "attention", "depthwise", "scan"; None for what can be fused
+    rate: str | None  # of SHARES, "scan", or None for what can be fused
+    kernels: int = 1
+    again: int = 0
 
-    def microseconds(self, card: Card) -> float:
+    def microseconds(self, card: Card, eager: bool = False) -> float:
         """Returns the time of the operation alone."""
-        bytes_ = sum(self.inputs.values()) + sum(self.outputs.values())
-        return START + max(bytes_ / card.memory / 1e3, self.products(card))
+        bytes_ = sum(self.inputs.values()) + sum(self.outputs.values()) + (self.kernels - 1) * self.again
+        products = self.flops / self._rate(card, eager) / 1e6 if self.flops else 0.0
+        return self.kernels * START + max(bytes_ / card.memory / 1e3, products)
 
-    def products(self, card: Card) -> float:
-        if self.rate in (None, "scan"):
-            return 0.0
+    def _rate(self, card: Card, eager: bool) -> float:
         vector = card.processors * card.ghz / 1e3 * 256 / card.fma  # TFLOP/s of float32
-        peak = {
-            "product": PRODUCTS * card.peak,
-            "attention": ATTENTION * card.peak,
-            "depthwise": DEPTHWISE * vector,
-        }
-        return self.flops / peak[self.rate] / 1e6
-
-
-class TooMany(Exception):
-    """More operations than a recorder was told to list."""
+        return SHARES[self.rate][eager] * (vector if "depthwise" in self.rate else card.peak)
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the operations that read or write memory inside the ``with`` block, at most ``most``."""
+    """Lists the operations that read or write memory inside the ``with`` block."""
 
-    def __init__(self, most: float = math.inf):
+    def __init__(self):
         super().__init__()
-        self.most = most
         self.operations: list[Operation] = []
         self.kept: list[torch.Tensor] = []  # so that no storage is named twice
 
@@ -86,13 +87,16 @@ class Recorder(TorchDispatchMode):
         if rate == "attention" and not flops:
             q, _, v = given[:3]
             flops = 2 * prod(q.shape[:-1]) * v.shape[-2] * (q.shape[-1] + v.shape[-1])
-        if rate == "depthwise":  # a library multiplies the channels of a group alone
+        if rate in ("depthwise", "own depthwise"):  # the channels of a group are multiplied alone
             backward = "backward" in name
             weight, rows = (given[2], given[0]) if backward else (given[1], made[0])
             flops = (4 if backward else 2) * rows.numel() * prod(weight.shape[1:])
-        if len(self.operations) == self.most:
-            raise TooMany
-        self.operations.append(Operation(name, _bytes(given), _bytes(made), flops, rate))
+        # a gradient each, for which the outputs' is read again; those of weight and bias of a norm are one kernel
+        kernels = {"convolution_backward": len(made), "native_layer_norm_backward": min(len(made), 2)}
+        again = given[0].nbytes if given else 0
+        self.operations.append(
+            Operation(name, _bytes(given), _bytes(made), flops, rate, kernels.get(name, 1), again)
+        )
         return result
 
     @staticmethod
@@ -101,7 +105,10 @@ class Recorder(TorchDispatchMode):
             return "attention"
         if "convolution" in name:
             weight = next(t for t in reversed(given) if t.dim() == given[0].dim())
-            return "depthwise" if weight.shape[1] == 1 and given[0].shape[1] > 1 else "product"
+            if weight.shape[1] > 1 or given[0].shape[1] == 1:
+                return "product"
+            last = given[0].dim() == 4 and given[0].is_contiguous(memory_format=torch.channels_last)
+            return "depthwise" if last else "own depthwise"
         if name.startswith(SCANS):
             return "scan"
         return "product" if name.split("_")[0] in ("mm", "bmm", "addmm", "baddbmm") else None
