@@ -74,7 +74,8 @@ class Op(Errors):
     # The calls of the kernels are names, literals, "keep", "grad" and expressions in parentheses. By default they get
     # all tensors, then all options, as in the signature.
     forward: str = ""
-    backward: str = ""  # "... -> x y _" names the results; "x=y" is the gradient of both
+    # "... -> x y _" names the results; "x=y" is the gradient of both; "*needs" and "needs.x" say which ones are wanted
+    backward: str = ""
     # (op, kernels, a, dtype of the first output, keep) -> outputs and keeps
     launch: Callable | None = None
     # (op, kernels, grads, saved, needs) -> gradients of the floating tensors
@@ -148,8 +149,8 @@ class Op(Errors):
         self.sizes = self.sizes or {}
         self.strides, self.needs = self.strides or {}, self.needs or {}
         self.cast = self._cast_rule()
-        # the part for gradients gets the wanted ones, unless the kernels' own call gives them all
-        self.asks = bool(self.gradients) and not self.backward
+        # the kernels' call, or the part for gradients, asks which ones are wanted; other calls give them all
+        self.asks = "needs" in self.backward or (bool(self.gradients) and not self.backward)
         self.unread = self.unread.split()
         self.saves = self.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
         self._kernel_calls()
