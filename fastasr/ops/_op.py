@@ -176,11 +176,6 @@ class Op(Errors):
         given = {name for names in self.sizes for name in names.split()}
         return given | {a.name for a in self.options if a.kind == "int" and not a.optional}
 
-    def given_sizes(self, a) -> dict[str, int]:
-        """Returns what ``sizes`` gives for these arguments."""
-        given = ((names.split(), size(a)) for names, size in self.sizes.items())
-        return {name: value for names, values in given for name, value in zip(names, values, strict=True)}
-
     def in_binding_order(self) -> Iterator[_signature.Argument]:
         """Returns the tensors, each after those that bind the names in its shape: first the leader, then as in the
         signature. T + L binds L only where no tensor has it alone.
@@ -273,16 +268,6 @@ class Op(Errors):
     def needed(self, needs_input_grad) -> list[bool]:
         """Says which floating tensors need a gradient; an argument that the dispatcher left out needs none."""
         return [i < len(needs_input_grad) and needs_input_grad[i] for i in self.places]
-
-    def returned(self, arguments: dict, found):
-        """Turns the operator's results into those of the public function for its keyword arguments."""
-        a = self.Arguments(**arguments)
-        wanted = [
-            t
-            for o, t in zip(self.outputs, _parts.as_tuple(found), strict=False)
-            if not o.flag or getattr(a, o.flag)
-        ]
-        return wanted[0] if len(wanted) == 1 else tuple(wanted)
 
     # ----------------------------------------------------------------------- the written source
     def _compile(self) -> dict:

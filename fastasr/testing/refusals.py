@@ -30,6 +30,11 @@ class Refusal:
     blamed: str
 
 
+def _given_sizes(op: Op, a) -> dict[str, int]:
+    given = ((names.split(), size(a)) for names, size in op.sizes.items())
+    return {name: value for names, values in given for name, value in zip(names, values, strict=True)}
+
+
 def match(pattern: Pattern, shape: tuple[int, ...], names: dict) -> dict | None:
     """Returns the sizes in ``names`` with those that the shape binds, or None where it does not fit."""
     for alternative in pattern.alternatives:
@@ -74,7 +79,7 @@ def mismatch(op: Op, arguments: dict) -> str | None:
         found = match(a.pattern, tuple(value.shape), names)
         if found is None:
             return a.name
-        names = found | (op.given_sizes(op.Arguments(**arguments)) if a is op.leader and op.sizes else {})
+        names = found | (_given_sizes(op, op.Arguments(**arguments)) if a is op.leader and op.sizes else {})
     return None
 
 
