@@ -101,6 +101,14 @@ def same(found, expected, tolerance):
             close(found[name], value, tolerance, name)
 
 
+def same_gradients(found, expected):
+    """Asserts that gradients by name agree in float64, relative to the largest."""
+    assert found.keys() == expected.keys()
+    largest = max(g.abs().max() for g in expected.values())
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < 1e-10 * largest, name
+
+
 def same_tree(ours, theirs):
     """Asserts that modules, parameters and states have the same names, order, classes' names and values."""
 

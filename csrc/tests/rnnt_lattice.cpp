@@ -1,31 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rnnt/rnnt_lattice.h"
 
-#include "tests/check.h"
+#include "tests/lattice_case.h"
 
 namespace fastasr::test {
 namespace {
 
 using cpu::LatticeSize;
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
-double log_add(double a, double b) {
-  const double m = std::max(a, b);
-  return m == -kInf ? m : m + std::log(std::exp(a - m) + std::exp(b - m));
-}
-
-// Memory aligned to 64 bytes; Buffer checks what is behind it.
-template <typename C>
-struct Aligned {
-  Buffer<C> buffer;
-  int64_t size;
-  explicit Aligned(int64_t n) : buffer(n + 64), size(n) {}
-  C* data() {
-    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    return buffer + (64 - address % 64) % 64 / sizeof(C);
-  }
-};
 
 template <typename C>
 struct Case {
@@ -40,11 +21,11 @@ struct Case {
   Case(int64_t symbols_, int64_t frames, bool regular, double mean_, double scale_, int64_t gap_ = 0)
       : size{symbols_, frames, regular}, gap(gap_), mean(mean_), scale(scale_) {}
   C forward(bool keep = true) {
-    return cpu::kernels<cpu::LatticeKernels<C>>().forward(size, x, x_row, y, y_row, keep ? shares.data() : nullptr,
-                                                          scratch.data());
+    return cpu::kernels<cpu::LatticeKernels<C>>().forward(size, x, x_row, y, y_row,
+                                                          keep ? static_cast<C*>(shares) : nullptr, scratch);
   }
   void backward(C grad) {
-    cpu::kernels<cpu::LatticeKernels<C>>().backward(size, grad, shares.data(), dx, x_row, dy, y_row, scratch.data());
+    cpu::kernels<cpu::LatticeKernels<C>>().backward(size, grad, shares, dx, x_row, dy, y_row, scratch);
   }
 };
 

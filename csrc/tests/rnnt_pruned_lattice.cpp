@@ -2,7 +2,7 @@
 #include "cpu/rnnt/rnnt_pruned_lattice.h"
 
 #include "cpu/rnnt/rnnt_lattice.h"
-#include "tests/check.h"
+#include "tests/lattice_case.h"
 
 namespace fastasr::test {
 namespace {
@@ -10,13 +10,6 @@ namespace {
 using cpu::BandSequence;
 using cpu::BandSize;
 using cpu::kBandLanes;
-
-template <typename C>
-C* aligned(std::vector<C>& memory, int64_t n) {
-  memory.assign(static_cast<size_t>(n + 32), std::numeric_limits<C>::quiet_NaN());
-  const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return memory.data() + (64 - address % 64) % 64 / sizeof(C);
-}
 
 // Compares each of a batch of bands with the whole lattice that holds it among minus infinities, in double.
 template <typename C>
@@ -28,7 +21,6 @@ struct Batch {
   Buffer<C> dx{count * elements, 2}, dy{count * elements, 1};
   std::vector<int64_t> starts;
   std::vector<BandSequence<C>> sequences;
-  std::vector<C> share_memory, scratch_memory;
 
   Batch(int64_t count_, int64_t frames, int64_t window, bool modified, int64_t step_)
       : size{frames, window, modified}, count(count_), step(step_), starts(static_cast<size_t>(count * frames)) {
@@ -53,8 +45,7 @@ struct Batch {
 
   void run() {
     const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
-    C* const shares = aligned(share_memory, cpu::band_shares(size));
-    C* const scratch = aligned(scratch_memory, cpu::band_scratch(size));
+    Aligned<C> shares(cpu::band_shares(size)), scratch(cpu::band_scratch(size));
     for (int64_t first = 0; first < count; first += kBandLanes) {
       const int64_t here = std::min(kBandLanes, count - first);
       kernel.forward(size, sequences.data() + first, here, static_cast<C*>(nullptr), scratch);
@@ -77,9 +68,8 @@ struct Batch {
     const int64_t frames = size.frames, window = size.window, extent = q.t_end - q.t_begin;
     const cpu::LatticeSize whole{q.s_end - q.s_begin, extent, !size.modified};
     const int64_t symbols = whole.symbols, columns = whole.columns();
-    const double none = -std::numeric_limits<double>::infinity();
-    std::vector<double> wx(static_cast<size_t>(symbols * columns), none), wdx(wx.size(), 0);
-    std::vector<double> wy(static_cast<size_t>((symbols + 1) * extent), none), wdy(wy.size(), 0);
+    std::vector<double> wx(static_cast<size_t>(symbols * columns), -kInf), wdx(wx.size(), 0);
+    std::vector<double> wy(static_cast<size_t>((symbols + 1) * extent), -kInf), wdy(wy.size(), 0);
     const auto each = [&](const auto& f) {  // every arc of the band, and whether the boundary holds it
       for (int64_t t = 0; t < frames; t++)
         for (int64_t r = 0; r < window; r++) {
@@ -94,9 +84,7 @@ struct Batch {
       if (has_x) wx[ix] = value(q.x[i]);
       if (has_y) wy[iy] = value(q.y[i]);
     });
-    std::vector<double> kept, memory;
-    double* const shares = aligned(kept, whole.steps() * cpu::lattice_row(whole));
-    double* const scratch = aligned(memory, cpu::lattice_scratch(symbols));
+    Aligned<double> shares(whole.steps() * cpu::lattice_row(whole)), scratch(cpu::lattice_scratch(symbols));
     const double score = cpu::kernels<cpu::LatticeKernels<double>>().forward(whole, wx.data(), columns, wy.data(),
                                                                              extent, shares, scratch);
     const double allowed = sizeof(C) == 8 ? 1e-12 : 1e-5;

@@ -1,17 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rnnt/tdt_lattice.h"
 
-#include "tests/check.h"
+#include "tests/lattice_case.h"
 
 namespace fastasr::test {
 namespace {
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
-double log_add(double a, double b) {
-  const double m = std::max(a, b);
-  return m == -kInf ? m : m + std::log(std::exp(a - m) + std::exp(b - m));
-}
 
 // Compares the kernel with the recursion in double and in the log domain, and its gradients with the recursion's.
 template <typename C>
@@ -25,16 +18,10 @@ void values(int64_t symbols, int64_t frames, const std::vector<int64_t>& duratio
   Buffer<C> x(x_cells, 1, random, scale, mean), y(cells, 2, random, scale, mean),
       z(cells * count, 3, random, scale, mean);
   Buffer<C> dx(x_cells, 1), dy(cells, 2), dz(cells * count, 3);
-  const int64_t kept = frames * 2 * count * cpu::tdt_row(row);
-  std::vector<C> shares_room(static_cast<size_t>(kept + 16)),
-      scratch_room(static_cast<size_t>(cpu::tdt_scratch(size) + 16));
-  const auto aligned = [](std::vector<C>& v) {
-    const auto address = reinterpret_cast<uintptr_t>(v.data());
-    return v.data() + (64 - address % 64) % 64 / sizeof(C);
-  };
+  Aligned<C> shares(frames * 2 * count * cpu::tdt_row(row)), scratch(cpu::tdt_scratch(size));
   const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
-  const C score = kernel.forward(size, x, y, z, aligned(shares_room), aligned(scratch_room));
-  CHECK(same_bits(score, kernel.forward(size, x, y, z, nullptr, aligned(scratch_room))), "shares change the score");
+  const C score = kernel.forward(size, x, y, z, shares, scratch);
+  CHECK(same_bits(score, kernel.forward(size, x, y, z, nullptr, scratch)), "shares change the score");
 
   const auto at = [&](int64_t t, int64_t s) { return static_cast<size_t>(t * (symbols + 1) + s); };
   const auto arc = [&](int64_t t, int64_t s, int64_t i, bool symbol) {
@@ -59,7 +46,7 @@ void values(int64_t symbols, int64_t frames, const std::vector<int64_t>& duratio
   CHECK((std::isinf(truth) ? score == truth : std::fabs(score - truth) < allowed + 1e-6 * std::fabs(truth)),
         "score %.9g, expected %.9g", double(score), truth);
   if (!(truth > -kInf)) return;
-  kernel.backward(size, C(1), aligned(shares_room), dx, dy, dz, aligned(scratch_room));
+  kernel.backward(size, C(1), shares, dx, dy, dz, scratch);
   std::vector<double> ex(static_cast<size_t>(cells)), ey(ex), ez(static_cast<size_t>(cells * count));
   g.back() = 1;
   for (int64_t t = frames; t >= 0; t--)

@@ -12,8 +12,7 @@ A search has three methods, the same for whole utterances and for streams:
 utterances in one call, and so do those of the other searches. See docs/decoding.md.
 """
 
-import warnings
-
+from fastasr._renamed import old_names as _old_names
 from fastasr.decoding.batching import join_states, split_state
 from fastasr.decoding.chunks import FeatureChunks
 from fastasr.decoding.ctc_greedy_search import CtcGreedySearch, ctc_greedy_search
@@ -44,11 +43,4 @@ __all__ = [
     "split_state",
 ]
 
-_RENAMED = {"StreamingEncoder": "ChunkEncoder"}
-
-
-def __getattr__(name):
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.{name} is now {__name__}.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+__getattr__ = _old_names(globals(), {"StreamingEncoder": "ChunkEncoder"})

@@ -5,9 +5,9 @@ Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` pri
 """
 
 import pkgutil
-import warnings
 from importlib import import_module
 
+from fastasr._renamed import old_names as _old_names
 from fastasr.ops import _dispatch
 from fastasr.ops._op import OPS
 
@@ -23,14 +23,5 @@ NAMES = tuple(sorted(OPS))
 GRADIENTS = tuple(name for name, op in OPS.items() if op.is_gradient)
 __all__ = list(NAMES)
 
-_RENAMED = {  # names of the previous release; the next one drops them
-    "rel_position_attention": "zipformer_attention",
-    "rel_position_attention_weights": "zipformer_attention_weights",
-}
-
-
-def __getattr__(name: str):
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"fastasr.ops.{name} is now fastasr.ops.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+_RENAMED = {f"rel_position_{name}": f"zipformer_{name}" for name in ("attention", "attention_weights")}
+__getattr__ = _old_names(globals(), _RENAMED)

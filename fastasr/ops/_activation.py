@@ -13,18 +13,13 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-# Kernels receive the position of a name in this tuple.
+# Kernels receive the position of a name in NAMES.
 Activation = Literal["identity", "silu", "relu", "tanh", "gelu"]
 NAMES = get_args(Activation)
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": _identity,
     "silu": F.silu,
     "relu": torch.relu,
     "tanh": torch.tanh,
     "gelu": F.gelu,  # x Φ(x), by erf
 }
-
-
-def function(name: str) -> Callable[[Tensor], Tensor]:
-    """Returns the activation in eager PyTorch."""
-    return _FUNCTIONS[name]

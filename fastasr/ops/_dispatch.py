@@ -314,16 +314,24 @@ def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
     return _served(family, x.device.type, x.device.index, widest(x, others), _forced)
 
 
-def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
-    """Returns the C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
-    reason = partial(reason_cpu, f"{name}_forward", f"{name}_backward")
-    return Implementation("cpu", ("cpu",), dtypes, reason, partial(_registered, "cpu", name))
+def native_kernels(
+    name: str,
+    operator: str = "",
+    load: Callable[[], Kernels] | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATING,
+) -> Implementation:
+    """Returns the C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``, or what ``load`` returns for
+    calls of ``operator``.
+    """
+    operators = [operator] if operator else [f"{name}_forward", f"{name}_backward"]
+    load = load or partial(_registered, "cpu", name)
+    return Implementation("cpu", ("cpu",), dtypes, partial(reason_cpu, *operators), load)
 
 
-def cuda_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
+def cuda_kernels(name: str) -> Implementation:
     """Returns the CUDA kernels ``torch.ops.fastasr_cuda.<name>_forward`` and ``_backward``."""
     load = partial(_registered, "cuda", name)
-    return Implementation("cuda", ("cuda",), dtypes, partial(_reason_cuda, name), load, _unfit_for_cuda)
+    return Implementation("cuda", ("cuda",), FLOATING, partial(_reason_cuda, name), load, _unfit_for_cuda)
 
 
 def registered(backend: str, name: str) -> Callable:
@@ -336,14 +344,14 @@ def _registered(backend: str, name: str) -> Kernels:
     return Kernels(backend, *(registered(backend, f"{name}_{pass_}") for pass_ in ("forward", "backward")))
 
 
-def triton_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING[:3]) -> Implementation:
+def triton_kernels(name: str) -> Implementation:
     """Returns the Triton launchers ``fastasr.kernels.<name>.<name>_forward`` and ``_backward``."""
 
     def load() -> Kernels:
         module = importlib.import_module(f"fastasr.kernels.{name}")
         return Kernels("triton", getattr(module, f"{name}_forward"), getattr(module, f"{name}_backward"))
 
-    return Implementation("triton", ("cuda",), dtypes, _reason_triton, load, _unfit_for_triton)
+    return Implementation("triton", ("cuda",), FLOATING[:3], _reason_triton, load, _unfit_for_triton)
 
 
 def table() -> list[dict]:
@@ -357,27 +365,22 @@ def table() -> list[dict]:
                 reason = implementation.reason()
                 if not reason and torch.cuda.is_available():
                     reason = implementation.unfit()
-                rows.append(
-                    {
-                        "op": op,
-                        "backend": implementation.backend,
-                        "available": not reason,
-                        "reason": reason or family.eager_on_gpu * ("cuda" in implementation.device_types),
-                        "devices": list(implementation.device_types),
-                        "dtypes": [str(d).removeprefix("torch.") for d in implementation.dtypes],
-                    }
+                row = _row(
+                    op, implementation.backend, reason, implementation.device_types, implementation.dtypes
                 )
-            rows.append(
-                {
-                    "op": op,
-                    "backend": "eager",
-                    "available": True,
-                    "reason": "",
-                    "devices": ["any"],
-                    "dtypes": [str(d).removeprefix("torch.") for d in FLOATING],
-                }
-            )
+                if "cuda" in implementation.device_types:
+                    row["reason"] = reason or family.eager_on_gpu
+                rows.append(row)
+            rows.append(_row(op, "eager", "", ("any",), FLOATING))
     return rows
+
+
+def _row(
+    op: str, backend: str, reason: str, devices: tuple[str, ...], dtypes: tuple[torch.dtype, ...]
+) -> dict:
+    names = [str(d).removeprefix("torch.") for d in dtypes]
+    row = {"op": op, "backend": backend, "available": not reason, "reason": reason}
+    return row | {"devices": list(devices), "dtypes": names}
 
 
 def explain_choice(family: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:

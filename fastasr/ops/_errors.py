@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops._dispatch import FLOATING
+from fastasr.ops._signature import TENSORS
 
 INT = int, torch.SymInt
 TYPES = {
@@ -34,16 +35,10 @@ class Errors:
             self.fail(name, f"dtype {_listed(FLOATING)}", _listed([value.dtype]), TypeError)
         if kind == "floating":
             self.fail(name, "a strided tensor", f"layout {value.layout}", TypeError)
-        what = {
-            bool: "a bool tensor",
-            int: "a tensor of integers",
-            torch.int64: "an int64 tensor",
-            "constant": "a bool or floating tensor",
-        }[kind]
         got = type(value).__name__
         if isinstance(value, Tensor):
             got = value.dtype if value.layout is torch.strided else value.layout
-        self.fail(name, f"{what}, strided", got, TypeError)
+        self.fail(name, f"{TENSORS[kind][1]}, strided", got, TypeError)
 
     def wrong_shape(self, name: str, value: Tensor, sizes: dict):
         pattern = self.argument(name).pattern

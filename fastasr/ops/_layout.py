@@ -11,7 +11,7 @@ def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
     """Returns ``f(x, *like)`` of an elementwise ``f`` on contiguous tensors; the result has the strides of
     ``empty_like(x)``.
 
-    ``like`` have x's shape and are brought into its order. ``f`` may return a tuple of tensors of x's shape.
+    ``like`` have x's shape and are brought into its order.
     """
     if x.is_contiguous():
         return f(x, *(t.contiguous() for t in like))
@@ -24,8 +24,6 @@ def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
             return f(x.contiguous(), *(t.contiguous() for t in like))
     inverse = [order.index(d) for d in range(x.dim())]
     out = f(dense.permute(order), *(t.permute(order).contiguous() for t in like))
-    if isinstance(out, tuple):
-        return tuple(t.permute(inverse) if t.dim() == x.dim() else t for t in out)
     return out.permute(inverse)
 
 

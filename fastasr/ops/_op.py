@@ -74,7 +74,8 @@ class Op(Errors):
     # The calls of the kernels are names, literals, "keep", "grad" and expressions in parentheses. By default they get
     # all tensors, then all options, as in the signature.
     forward: str = ""
-    backward: str = ""  # "... -> x y _" names the results; "x=y" is the gradient of both
+    # "... -> x y _" names the results; "x=y" is the gradient of both; "*needs" and "needs.x" say which ones are wanted
+    backward: str = ""
     # (op, kernels, a, dtype of the first output, keep) -> outputs and keeps
     launch: Callable | None = None
     # (op, kernels, grads, saved, needs) -> gradients of the floating tensors
@@ -154,8 +155,8 @@ class Op(Errors):
         self.sizes = self.sizes or {}
         self.strides, self.needs = self.strides or {}, self.needs or {}
         self.cast = self._cast_rule()
-        # the part for gradients gets the wanted ones, unless the kernels' own call gives them all
-        self.asks = bool(self.gradients) and not self.backward
+        # the kernels' call, or the part for gradients, asks which ones are wanted; other calls give them all
+        self.asks = "needs" in self.backward or (bool(self.gradients) and not self.backward)
         self.unread = self.unread.split()
         self.saves = self.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
         self._kernel_calls()
@@ -180,11 +181,6 @@ class Op(Errors):
         """Returns the names that shapes may use before a tensor binds them: options, and the results of ``sizes``."""
         given = {name for names in self.sizes for name in names.split()}
         return given | {a.name for a in self.options if a.kind == "int" and not a.optional}
-
-    def given_sizes(self, a) -> dict[str, int]:
-        """Returns what ``sizes`` gives for these arguments."""
-        given = ((names.split(), size(a)) for names, size in self.sizes.items())
-        return {name: value for names, values in given for name, value in zip(names, values, strict=True)}
 
     def in_binding_order(self) -> Iterator[_signature.Argument]:
         """Returns the tensors, each after those that bind the names in its shape: first the leader, then as in the
@@ -278,16 +274,6 @@ class Op(Errors):
     def needed(self, needs_input_grad) -> list[bool]:
         """Says which floating tensors need a gradient; an argument that the dispatcher left out needs none."""
         return [i < len(needs_input_grad) and needs_input_grad[i] for i in self.places]
-
-    def returned(self, arguments: dict, found):
-        """Turns the operator's results into those of the public function for its keyword arguments."""
-        a = self.Arguments(**arguments)
-        wanted = [
-            t
-            for o, t in zip(self.outputs, _parts.as_tuple(found), strict=False)
-            if not o.flag or getattr(a, o.flag)
-        ]
-        return wanted[0] if len(wanted) == 1 else tuple(wanted)
 
     # ----------------------------------------------------------------------- the written source
     def _compile(self) -> dict:

@@ -2,6 +2,7 @@
 """Registration of ``torch.ops.fastasr.<name>``: implementation, fake, autograd and autocast rule of an op."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def register(
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is None:
-        backward = _no_double_backward(name.removesuffix("_backward"))
+        backward = partial(refuse_double_backward, name.removesuffix("_backward"))
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     op = getattr(torch.ops.fastasr, name).default
     if autocast is not None:
@@ -48,24 +49,14 @@ def _autocast_kernel(op, device_type: str, key: str, autocast: Callable) -> Call
     return kernel
 
 
-def _no_double_backward(name: str) -> Callable:
-    def backward(ctx, *grads):
-        raise RuntimeError(double_backward_message(name))
-
-    return backward
-
-
-def double_backward_message(name: str) -> str:
-    return (
+def refuse_double_backward(name: str, *_) -> None:
+    """Raises RuntimeError. A backward on the direct path calls this where grad mode is on at its start, which is so
+    under ``create_graph=True`` alone.
+    """
+    raise RuntimeError(
         f"fastasr.{name}: gradients of gradients are not implemented by the kernels; "
         f"compute them under `with fastasr.backend('eager'):`"
     )
-
-
-def refuse_double_backward(name: str) -> None:
-    """Raises under ``create_graph=True``: only then is grad mode on at the start of a backward on the direct path."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(double_backward_message(name))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes as a declaration writes them: parsed once, then written as code, printed in a message, or matched by hand.
+"""Shapes as a declaration writes them: parsed once, then written as code or printed in a message.
 
 T B 2*C          three dimensions; a name is bound where it first stands and must agree from there on
 (T and 2*T-1) C  an expression with spaces stands in parentheses
@@ -8,25 +8,11 @@ C 1 K | C K      one shape or the other
 C 1 K, K odd     with conditions: ``<name> odd``, or a comparison: C >= 1
 """
 
-import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-_NODES = (
-    ast.Expression,
-    ast.BinOp,
-    ast.Add,
-    ast.Sub,
-    ast.Mult,
-    ast.FloorDiv,
-    ast.BoolOp,
-    ast.And,
-    ast.Constant,
-    ast.Name,
-    ast.Load,
-)
 Names = dict[str, object]  # sizes by name; of *S a tuple
 _compiled = cache(compile)
 
@@ -38,15 +24,10 @@ class Dim:
     text: str
 
     @cached_property
-    def tree(self) -> ast.expr:
-        tree = ast.parse(self.text, mode="eval")
-        if not all(isinstance(node, _NODES) for node in ast.walk(tree)):
-            raise ValueError(f"{self.text}: expected names and numbers with + - * // and")
-        return tree.body
-
-    @cached_property
     def names(self) -> frozenset[str]:
-        return frozenset(node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name))
+        if not re.fullmatch(r"([\w ()+*-]|//)+", self.text):
+            raise ValueError(f"{self.text}: expected names and numbers with + - * // and")
+        return frozenset(re.findall(r"[A-Za-z_]\w*", self.text)) - {"and"}
 
     def value(self, names: Names) -> int:
         return eval(_compiled(self.text, "<shape>", "eval"), {"__builtins__": {}}, names)
@@ -132,28 +113,6 @@ class Shape:
             known.add(name)
         return rank, conditions, bindings
 
-    def match(self, shape: tuple[int, ...], names: Names) -> Names | None:
-        """Does directly what the code of :meth:`solve` does: returns the names with those bound here, or None."""
-        names, count = dict(names), len(self.dims)
-        if len(shape) < count or (not self.rest and len(shape) > count):
-            return None
-        cut = len(shape) - count
-        if self.rest not in ("", "...") and names.setdefault(self.rest, tuple(shape[:cut])) != tuple(
-            shape[:cut]
-        ):
-            return None
-        for dim, size in zip(self.dims, shape[cut:], strict=True):
-            solved = dim.unknown(set(names))
-            if solved is not None:
-                name, a, b = solved
-                value, a = size - Dim(b).value(names), Dim(a).value(names)
-                if value < 0 or value % a:
-                    return None
-                names[name] = value // a
-            elif dim.value(names) != size:
-                return None
-        return names
-
 
 @dataclass(frozen=True)
 class Pattern:
@@ -187,13 +146,6 @@ class Pattern:
         shapes = " or ".join(shape.text(names) for shape in self.alternatives)
         return ", ".join((shapes, *(_put(c, names) for c in self.conditions)))
 
-    def match(self, shape: tuple[int, ...], names: Names) -> Names | None:
-        for alternative in self.alternatives:
-            found = alternative.match(shape, names)
-            if found is not None and all(eval(_condition(c), {}, found) for c in self.conditions):
-                return found
-        return None
-
     def bind(self, known: set[str], tensor: str) -> Iterator[str]:
         """Returns lines that bind the names of a shape that fits."""
         before, shape = set(known), f"{tensor}.shape"
@@ -211,7 +163,7 @@ class Pattern:
     def check(self, known: set[str], tensor: str, wrong: str) -> Iterator[str]:
         """Returns lines that bind the names, and run ``wrong`` where the shape does not fit."""
         before = set(known)
-        conditions = [_condition(c) for c in self.conditions]
+        conditions = [condition(c) for c in self.conditions]
         if not conditions and any(shape.anything(before) for shape in self.alternatives):
             yield from self.bind(known, tensor)
             return
@@ -237,7 +189,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"(?:\([^()]*\)|\S)+", text)
 
 
-def _condition(text: str) -> str:
+def condition(text: str) -> str:
     return re.sub(r"^(\w+) odd$", r"\1 % 2 == 1", text)
 
 

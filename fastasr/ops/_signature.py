@@ -30,8 +30,14 @@ from torch import Tensor
 
 from fastasr.ops._shapes import Pattern
 
-TENSORS = dict.fromkeys(("floating", "constant", bool, int, torch.int64), "Tensor")
-SCHEMA = TENSORS | {"int": "SymInt", "pair": "SymInt[2]", "float": "float", "flag": "bool", "choice": "str"}
+TENSORS = {  # a kind -> the dtypes that are right (a name of _parts.py), and what an error expects
+    "floating": ("FLOATING", ""),  # three errors, see ``Errors.wrong_tensor``
+    "constant": ("MASKS", "a bool or floating tensor"),
+    bool: ("BOOL", "a bool tensor"),
+    int: ("INTEGERS", "a tensor of integers"),
+    torch.int64: ("INT64", "an int64 tensor"),
+}
+SCHEMA = {"int": "SymInt", "pair": "SymInt[2]", "float": "float", "flag": "bool", "choice": "str"}
 PYTHON = {"int": "int", "pair": "tuple", "float": "float", "flag": "bool", "choice": "str"}
 WORDS = ((">=", "at least"), ("<=", "at most"), (">", "more than"), ("<", "less than"))
 
@@ -59,7 +65,7 @@ class Argument:
     def schema(self) -> str:
         value = f'"{self.default}"' if isinstance(self.default, str) else self.default
         value = list(value) if isinstance(value, tuple) else value
-        type_ = SCHEMA[self.kind] + "?" * self.optional
+        type_ = SCHEMA.get(self.kind, "Tensor") + "?" * self.optional
         return f"{type_} {self.name}" + ("" if self.required else f"={value}")
 
     @property

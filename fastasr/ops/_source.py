@@ -11,6 +11,8 @@ from textwrap import indent
 
 import torch
 
+from fastasr.ops._signature import TENSORS
+
 FORWARD = """
 def _check({names}):
     {checks}
@@ -358,14 +360,8 @@ def _given_sizes(op) -> list[str]:
 
 def _tensor(op, a, known: set[str]) -> Iterator[str]:
     name, leader = a.name, op.leader.name
-    dtypes = {
-        "floating": "_FLOATING",
-        "constant": "_MASKS",
-        bool: "_BOOL",
-        int: "_INTEGERS",
-        torch.int64: "_INT64",
-    }[a.kind]
-    yield f"if not isinstance({name}, _Tensor) or {name}.dtype not in {dtypes} or {name}.layout is not _strided:"
+    dtypes, _ = TENSORS[a.kind]
+    yield f"if not isinstance({name}, _Tensor) or {name}.dtype not in _{dtypes} or {name}.layout is not _strided:"
     yield f'    _op.wrong_tensor("{name}", {name})'
     if a.kind == "constant":
         yield f'if {name}.requires_grad:\n    _op.fail("{name}", "a constant", "a tensor that requires a gradient")'
@@ -500,9 +496,12 @@ def _differentiate(op, grads: list[str]) -> list[str]:
     saved = f"_make(_Saved, ({', '.join((*op.saves, *(a.name for a in op.options)))},))"
     if op.gradients is None:
         used = [token for token in op.backward if token in grads]
-        lines = [*_operands(op, _dtype(op, op.outputs[0]), used)]
+        lines = ["needs = _make(_Needs, _needs)"] * op.asks
+        lines += _operands(op, _dtype(op, op.outputs[0]), used)
         call = _arguments(op, op.backward, {n: f"_o_{n}" for n in (*used, *(a.name for a in op.tensors))})
         lines += [*_backward_call(op, call), *_add_flagged(op)]
+        names = [a.name for a in op.differentiable] if op.asks else ()
+        lines += [f"if not needs.{name}:\n    _d_{name} = None" for name in names]
     else:
         needs = "_make(_Needs, _needs)" if op.asks else None
         lines = [f"{', '.join(found)}, = _gradients(_op, _kernels, ({', '.join(grads)},), {saved}, {needs})"]

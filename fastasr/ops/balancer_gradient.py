@@ -15,27 +15,23 @@ term is active for m outside its range, with the sign e of the excess, the secon
 Upstream: ``BalancerFunction`` in ``zipformer.modules.scaling``, by a second autograd graph.
 """
 
-from functools import partial
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, reason_cpu, registered
+from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered
 from fastasr.ops._op import op
 
 FLOOR = 1.0e-20  # least u − μ², u, and root mean square of d loss / dx
 
 
-def _load_native() -> Kernels:
+def _load() -> Kernels:
     return Kernels("cpu", registered("cpu", "balancer_gradient"), None)
 
 
-FAMILY = KernelFamily(
-    "balancer_gradient",
-    (),
-    (Implementation("cpu", ("cpu",), FLOATING, partial(reason_cpu, "balancer_gradient"), _load_native),),
-)
+_NATIVE = native_kernels("balancer_gradient", "balancer_gradient", _load)
+FAMILY = KernelFamily("balancer_gradient", (), (_NATIVE,))
 
 
 # --------------------------------------------------------------------------- kernels

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastasr.ops import _activation
 from fastasr.ops._op import op
+from fastasr.ops.gated_depthwise_conv import depthwise_conv
 
 
 @op(
@@ -63,9 +64,6 @@ def conv_spatial_gate(
     u = F.layer_norm(g, (channels,), norm_weight.to(g.dtype), norm_bias.to(g.dtype), eps)
     if padding_mask is not None:
         u = u.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-    frames = u.shape[1]
-    # a convolution to no frames is an error
-    u = F.pad(u.transpose(1, 2), (taps // 2, taps // 2 + (frames == 0)))
-    bias = bias if bias is None else bias.to(u.dtype)
-    z = F.conv1d(u, weight.reshape(channels, 1, taps).to(u.dtype), bias, groups=channels)
-    return r * _activation.function(activation)(z[..., :frames].transpose(1, 2))
+    u = F.pad(u.transpose(1, 2), (taps // 2, taps // 2))
+    z = depthwise_conv(u, weight.to(u.dtype), bias if bias is None else bias.to(u.dtype))
+    return r * _activation.FUNCTIONS[activation](z.transpose(1, 2))

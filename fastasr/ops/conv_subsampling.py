@@ -22,19 +22,11 @@ from torch import Tensor
 from fastasr.ops._op import op
 
 
-def _gradients(op, kernels, grads, saved, needs):
-    mask = None if saved.mask is None else saved.mask.contiguous()
-    tensors = (saved.x, saved.weight, saved.bias, saved.depthwise_weight)
-    tensors = [None if t is None else t.contiguous() for t in tensors]
-    found = kernels.backward(grads[0].contiguous(), *tensors, mask, saved.left, needs.x)
-    return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
-
-
 @op(
     "cpu triton",
     one_dtype="x weight bias depthwise_weight depthwise_bias",
     autocast="one dtype",
-    gradients=_gradients,
+    backward="grad x weight bias depthwise_weight mask left needs.x",
     summary="the first two convolutions of FastConformer's front end, without their intermediate map",
 )
 def conv_subsampling(

@@ -30,12 +30,6 @@ def _padding_fits(op, a) -> None:
         op.fail("x", expected, tuple(a.x.shape))
 
 
-def _gradients(op, kernels, grads, saved, needs):
-    x, weight = saved.x.contiguous(), saved.weight.contiguous()
-    found = kernels.backward(grads[0].contiguous(), x, weight, *saved.padding, *needs)
-    return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
-
-
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
@@ -43,8 +37,8 @@ def _gradients(op, kernels, grads, saved, needs):
     autocast="one dtype",
     sizes={"P Q": lambda a: a.padding},
     forward="x weight bias *padding",
+    backward="grad x weight *padding *needs",
     check=_padding_fits,
-    gradients=_gradients,
     summary="depthwise convolution of maps, channels last, as in ConvNeXt",
 )
 def depthwise_conv2d(

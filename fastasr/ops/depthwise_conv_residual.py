@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops._op import op
+from fastasr.ops.gated_depthwise_conv import depthwise_conv
 
 
 @op(
@@ -46,9 +47,7 @@ def depthwise_conv_residual(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not match.
     """
-    channels, taps, frames = weight.shape[0], weight.shape[-1], x.shape[1]
-    # a convolution to no frames is an error
-    padded = F.pad(x.transpose(1, 2), (taps // 2, taps // 2 + (frames == 0)))
-    bias = bias if bias is None else bias.to(x.dtype)
-    z = F.conv1d(padded, weight.reshape(channels, 1, taps).to(x.dtype), bias, groups=channels)
-    return x + z[..., :frames].transpose(1, 2)
+    past = weight.shape[-1] // 2
+    padded = F.pad(x.transpose(1, 2), (past, past))
+    z = depthwise_conv(padded, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
+    return x + z.transpose(1, 2)

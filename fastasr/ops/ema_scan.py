@@ -86,7 +86,8 @@ def _average(
             z = z + scan(masked.flip(-1), slice(channels, None))[0].flip(-1)
     if residual is not None:
         z = z + residual.to(dtype).flatten().unsqueeze(-1) * u
-    y = _activation.function(activation)(z).to(x.dtype).permute(["BDL".index(d) for d in layout]).contiguous()
+    y = _activation.FUNCTIONS[activation](z).to(x.dtype)
+    y = y.permute(["BDL".index(d) for d in layout]).contiguous()
     if not return_state:
         return y
     return y, torch.stack((last.real, last.imag), -1) if last.is_complex() else last
@@ -240,10 +241,7 @@ def complex_ema_scan(
             With ``direction="reverse"`` the first step is the last.
         return_state: return h after the last step too, in complex64 (complex128 when any argument is of 64 bits), or
             in real numbers where ``state`` is.
-        padding_mask: (B, L), bool, True where x is padding: it does not enter the average; the residual term stays.
-        truncation: keep the first so many taps of the convolution, None: all. Not together with a state.
-        direction: "forward", "reverse" or "bidirectional".
-        activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
+        padding_mask, truncation, direction, activation: as for :func:`fastasr.ops.ema_scan`.
     Returns:
         y of x's shape and dtype, contiguous, computed in float32 or better and rounded once; with ``return_state``
         (y, state).

@@ -67,13 +67,14 @@ def _cache_gradient(op, grads, found, saved) -> None:
     dh[frames - taken :] += torch.cat([du * gate, du * x * gate * (1.0 - gate)], dim=-1).to(dh.dtype)
 
 
-def _conv(u: Tensor, weight: Tensor, bias: Tensor | None, frames: int) -> Tensor:
-    """Returns ``frames`` frames of the depthwise convolution of u (B, C, frames + K - 1)."""
+def depthwise_conv(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns the T frames of the depthwise convolution of u (B, C, T + K - 1)."""
     channels, taps = weight.shape[0], weight.shape[-1]
+    frames = u.shape[2] - taps + 1
     if not channels:  # torch refuses a convolution of no groups
         empty = weight.reshape(0, taps).sum(1, keepdim=True)
         return u[..., :frames] + (empty if bias is None else empty + bias.unsqueeze(1))
-    if not frames:
+    if not frames:  # torch refuses a convolution to no frames
         u = F.pad(u, (0, 1))
     return F.conv1d(u, weight.reshape(channels, 1, taps), bias, groups=channels)[..., :frames]
 
@@ -85,7 +86,7 @@ def _within_chunks(u, weight, bias, chunk_scale, chunk_size) -> Tensor:
     count = -(-frames // size)
     chunks = F.pad(u, (0, count * size - frames)).reshape(batch, channels, count, size).transpose(1, 2)
     chunks = F.pad(chunks.reshape(batch * count, channels, size), (pad, pad))
-    z = _conv(chunks, weight, bias, size) * edge_scale(chunk_scale, size)
+    z = depthwise_conv(chunks, weight, bias) * edge_scale(chunk_scale, size)
     z = z.reshape(batch, count, channels, size).transpose(1, 2)
     return z.reshape(batch, channels, count * size)[..., :frames]
 
@@ -171,9 +172,9 @@ def gated_depthwise_conv(
     new_cache = context[..., frames:]
     context = context.to(u.dtype)
     if causal_weight is None:
-        z = _conv(F.pad(context, (0, taps - 1 - past)), weight, bias, frames)
+        z = depthwise_conv(F.pad(context, (0, taps - 1 - past)), weight, bias)
     else:
-        z = _conv(context, causal_weight, causal_bias, frames)
+        z = depthwise_conv(context, causal_weight, causal_bias)
         z = z + _within_chunks(u, weight, bias, chunk_scale, chunk_size)
     y = z.permute(2, 0, 1)  # [T, B, C]
     if activation == "swoosh_r":

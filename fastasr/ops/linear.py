@@ -12,19 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _gemm
-from fastasr.ops._dispatch import Implementation, KernelFamily, Kernels
+from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels
 from fastasr.ops._op import op
 
-FAMILY = KernelFamily(
-    "linear",
-    (),
-    (
-        Implementation(
-            "cpu", ("cpu",), (torch.float32,), _gemm.reason, lambda: Kernels("cpu", _gemm.forward, None)
-        ),
-    ),
-    vendor=True,
-)
+_NATIVE = native_kernels("linear", "gemm", lambda: Kernels("cpu", _gemm.forward, None), (torch.float32,))
+FAMILY = KernelFamily("linear", (), (_NATIVE,), vendor=True)
 
 # These checks cover what the product itself does not refuse.
 FITS = (

@@ -64,4 +64,4 @@ def linear_activation(
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; activation is not one of these.
     """
-    return _activation.function(activation)(F.linear(x, weight, bias))
+    return _activation.FUNCTIONS[activation](F.linear(x, weight, bias))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops import _dispatch, _gemm, _layout
-from fastasr.ops._dispatch import FLOATING, KernelFamily, Kernels, native_kernels, reason_cpu, triton_kernels
+from fastasr.ops._dispatch import FLOATING, KernelFamily, Kernels, native_kernels, triton_kernels
 from fastasr.ops._op import op
 
 
@@ -49,15 +49,9 @@ def _load(backend: str) -> _Passes:
     return _Passes(backend, *(getattr(module, name) for name in names))
 
 
-_NATIVE, _TRITON = native_kernels("nonlin_attention"), triton_kernels("nonlin_attention")
-FAMILY = KernelFamily(
-    "nonlin_attention",
-    ("nonlin_attention",),
-    (
-        replace(_NATIVE, reason=partial(reason_cpu, "nonlin_attention_gate"), load=partial(_load, "cpu")),
-        replace(_TRITON, load=partial(_load, "triton")),
-    ),
-)
+_NATIVE = native_kernels("nonlin_attention", "nonlin_attention_gate", partial(_load, "cpu"))
+_TRITON = replace(triton_kernels("nonlin_attention"), load=partial(_load, "triton"))
+FAMILY = KernelFamily("nonlin_attention", (), (_NATIVE, _TRITON))
 
 
 def _fits(weights: Tensor, projected: Tensor) -> bool:
@@ -75,10 +69,6 @@ def _fast(kernels: _Passes, keep: bool, weights: Tensor, projected: Tensor) -> t
     return kernels.product(projected, o), o
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
-    return _fast(kernels, keep, *a)
-
-
 def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
     projected, grad = _layout.rows(s.projected), grads[0].contiguous()
     x, u = kernels.backward(grad, projected)
@@ -94,7 +84,7 @@ def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
     one_dtype="projected weights",
     autocast="formula",
     keeps={"o": Annotated[Tensor, "B T D", "projected"]},
-    launch=_launch,
+    launch=lambda op, kernels, a, dtype, keep: _fast(kernels, keep, *a),
     gradients=_gradients,
     fast=_fast,
     fits=_fits,

@@ -119,7 +119,7 @@ def gated_residual_norm(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or names do not match.
     """
-    proposal = _activation.function(activation)(candidate + hidden)
+    proposal = _activation.FUNCTIONS[activation](candidate + hidden)
     if dropout_mask is not None:
         proposal = proposal * dropout_mask
     return _layer_norm(x + torch.sigmoid(update) * (proposal - x), weight, bias, eps)

@@ -26,7 +26,6 @@ N (20 V + 4 D) bytes at the peak of its backward.
 """
 
 import math
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -34,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation, _joiner_rows, _weights_dropout
-from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, reason_cpu, triton_kernels
+from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, triton_kernels
 from fastasr.ops._lattice import check_boundary, values_are_checked, whole, within
 from fastasr.ops._op import op
 from fastasr.ops._register import autocast_dtype
@@ -42,20 +41,9 @@ from fastasr.ops._register import autocast_dtype
 ACTIVATIONS = {name: _activation.NAMES.index(name) for name in ("tanh", "relu")}
 KEPT_BYTES = 1 << 28  # up to this size the logits of all rows are kept unless the caller decides
 
-FAMILY = KernelFamily(
-    "rnnt_joiner",
-    (),
-    (
-        Implementation(
-            "cpu",
-            ("cpu",),
-            FLOATING,
-            partial(reason_cpu, "rnnt_joiner_rows"),
-            lambda: Kernels("cpu", _joiner_rows.forward, _joiner_rows.backward),
-        ),
-        triton_kernels("rnnt_joiner"),
-    ),
-)
+_CHUNKS = Kernels("cpu", _joiner_rows.forward, _joiner_rows.backward)
+_NATIVE = native_kernels("rnnt_joiner", "rnnt_joiner_rows", lambda: _CHUNKS)
+FAMILY = KernelFamily("rnnt_joiner", (), (_NATIVE, triton_kernels("rnnt_joiner")))
 
 
 # --------------------------------------------------------------------------- parts
@@ -108,11 +96,15 @@ def _check(op, a) -> None:
     check(op, a, a.starts, a.weight.shape[0])
 
 
-def _operands(a) -> tuple:
-    """Returns the kernels' operands for both directions: the tensors, then the options."""
-    indices = (None if t is None else t.long() for t in (a.symbols, a.starts, a.boundary, a.dropout_seed))
-    options = a.s_range, a.termination_symbol, ACTIVATIONS[a.activation], a.hat, 0, a.dropout_p
+def operands(a, starts: Tensor, s_range: int, hat: bool, durations: int) -> tuple:
+    """Returns a joiner's operands for kernels in both directions: the tensors, then the options."""
+    indices = (None if t is None else t.long() for t in (a.symbols, starts, a.boundary, a.dropout_seed))
+    options = s_range, a.termination_symbol, ACTIVATIONS[a.activation], hat, durations, a.dropout_p
     return (a.am, a.lm, a.weight, a.bias, *indices, *options)
+
+
+def _operands(a) -> tuple:
+    return operands(a, a.starts, a.s_range, a.hat, 0)
 
 
 def launched(kernels, a, operands: tuple, rows: int, keep: bool) -> tuple[Tensor, ...]:
@@ -126,9 +118,7 @@ def launched(kernels, a, operands: tuple, rows: int, keep: bool) -> tuple[Tensor
 
 
 def _launch(op, kernels, a, dtype, keep: bool):
-    px, py, _, normaliser = launched(
-        kernels, a, _operands(a), a.am.shape[0] * a.am.shape[1] * a.s_range, keep
-    )
+    px, py, _, normaliser = launched(kernels, a, _operands(a), a.starts.numel() * a.s_range, keep)
     return px, py, normaliser
 
 
@@ -199,7 +189,7 @@ def rnnt_joiner(
     s, inside, has_symbol = _band(symbols, starts, boundary, s_range)
     index = s.flatten(1)
     context = lm.gather(1, index.unsqueeze(-1).expand(-1, -1, lm.shape[2])).view(*s.shape, lm.shape[2])
-    hidden = _activation.function(activation)(am.unsqueeze(2) + context)
+    hidden = _activation.FUNCTIONS[activation](am.unsqueeze(2) + context)
     if dropout_p:
         hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
     logits = F.linear(hidden, weight, bias)

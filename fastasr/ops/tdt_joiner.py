@@ -23,7 +23,7 @@ from torch import Tensor
 from fastasr.ops import _activation, _weights_dropout
 from fastasr.ops._lattice import within
 from fastasr.ops._op import op
-from fastasr.ops.rnnt_joiner import ACTIVATIONS, FAMILY, check, launched, rnnt_joiner
+from fastasr.ops.rnnt_joiner import ACTIVATIONS, FAMILY, check, launched, operands, rnnt_joiner
 
 
 # --------------------------------------------------------------------------- parts
@@ -32,11 +32,7 @@ def _check(op, a) -> None:
 
 
 def _operands(a) -> tuple:
-    batch, frames, _ = a.am.shape
-    starts = torch.zeros(batch, frames, dtype=torch.int64, device=a.am.device)
-    indices = (None if t is None else t.long() for t in (a.symbols, starts, a.boundary, a.dropout_seed))
-    options = a.lm.shape[1], a.termination_symbol, ACTIVATIONS[a.activation], False, a.durations, a.dropout_p
-    return (a.am, a.lm, a.weight, a.bias, *indices, *options)
+    return operands(a, a.symbols.new_zeros(a.am.shape[:2]), a.lm.shape[1], False, a.durations)
 
 
 def _launch(op, kernels, a, dtype, keep: bool):
@@ -83,19 +79,13 @@ def tdt_joiner(
     """Returns the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × S × V logits.
 
     Args:
-        am: (B, T, D), the projected frames; lm: (B, S + 1, D), the projected contexts. float32, bfloat16, float16 or
-            float64.
+        am, lm, symbols, termination_symbol, boundary, activation, dropout_p, dropout_seed: as for
+            :func:`fastasr.ops.rnnt_joiner`, with V tokens.
         weight: (V + durations, D); bias: (V + durations,) or None: the output layer, in the dtype of am + lm, except
             under autocast, which casts them.
-        symbols: int64 (B, S), values in [0, V) within the boundary; what lies behind it is not read.
         durations: N, the number of outputs behind the tokens.
-        termination_symbol: the output of blank.
-        boundary: int64 (B, 4) of s_begin, t_begin, s_end, t_end; None: all of every sequence.
-        activation: "tanh" or "relu".
         keep_logits: keep logits for the backward (4 B T (S + 1) (V + D) bytes) or compute them again; None: by their
             size.
-        dropout_p: the share of h that is set to 0; the others are divided by 1 − dropout_p.
-        dropout_seed: int64 (1,), which chooses these values; needed where dropout_p is more than 0.
     Returns:
         (B, T, S), (B, T, S + 1) and (B, T, S + 1, N), float32 (float64 for float64), which ``tdt_lattice`` takes. All
         are -inf outside the boundary, symbol_logprobs at s_end too. Rows outside it, and in the backward pass
@@ -117,7 +107,7 @@ def tdt_joiner(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    hidden = _activation.function(activation)(am.unsqueeze(2) + lm.unsqueeze(1))
+    hidden = _activation.FUNCTIONS[activation](am.unsqueeze(2) + lm.unsqueeze(1))
     if dropout_p:
         hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
     logits = F.linear(hidden, weights[1], biases[1])

@@ -153,7 +153,7 @@ def toeplitz_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or names do not match.
     """
-    act = _activation.function(activation)
+    act = _activation.FUNCTIONS[activation]
     length, batch, channels = query_key.shape
     size, count = chunks(length, chunk_size)
 

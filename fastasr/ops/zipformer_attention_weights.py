@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastasr.ops._op import op
 from fastasr.ops._register import autocast_dtype
+from fastasr.ops.rel_attention import relative_shift
 
 MASKED = -1000.0  # a row with nothing to attend to is uniform, not NaN
 ROW_PADDING = 16  # as in csrc/bindings and kernels: rows of W start at multiples of this many elements
@@ -46,18 +47,7 @@ def scores(x: Tensor, pos: Tensor | None, cached_key: Tensor | None, heads: int,
     if pos is None or not products.numel():
         return products if pos is None else products + 0 * (p.sum() + pos.sum())
     by_offset = torch.matmul(by_head(p), by_head(pos.transpose(0, 1)).transpose(-1, -2))
-    return products + by_key(by_offset, k.shape[0])
-
-
-def by_key(by_offset: Tensor, keys: int) -> Tensor:
-    """Maps (..., T, W) by offset, W = T - 1 + keys, to (..., T, keys): row i starts at column T-1-i. These starts are W
-    - 1 apart in memory.
-    """
-    frames, width = by_offset.shape[-2:]
-    if frames == 1:
-        return by_offset
-    rows = by_offset.flatten(-2)[..., frames - 1 : frames * width - 1]
-    return rows.unflatten(-1, (frames, width - 1))[..., :keys]
+    return products + relative_shift(by_offset)
 
 
 def outside_chunks(scores: Tensor, chunk_size: int, left_context_chunks: int) -> Tensor:

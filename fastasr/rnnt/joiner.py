@@ -115,7 +115,7 @@ def joiner_loss(
         if boundary is not None:
             s_begin, t_begin, s_end, t_end = boundary.unbind(1)
             am, lm = _cleared(am, t_begin, t_end - 1), _cleared(lm, s_begin, s_end)
-        logits = F.linear(_activation.function(activation)(am.unsqueeze(2) + lm.unsqueeze(1)), weight, bias)
+        logits = F.linear(_activation.FUNCTIONS[activation](am.unsqueeze(2) + lm.unsqueeze(1)), weight, bias)
         rows = F.pad(symbols, (0, 1), value=termination_symbol).unsqueeze(1).expand(logits.shape[:3])
         loss = logits_losses.losses(logits, rows, boundary, termination_symbol, factor)
         return losses.reduced(op, loss, reduction, zero_infinity)

@@ -7,8 +7,7 @@
 ``StreamingRecogniser`` makes words of it. See docs/streaming.md.
 """
 
-import warnings
-
+from fastasr._renamed import old_names as _old_names
 from fastasr.audio.features import FbankStream
 from fastasr.streaming.backend import Backend, EagerBackend
 from fastasr.streaming.cuda_graph import CudaGraphBackend
@@ -32,11 +31,4 @@ __all__ = [
     "utterance_chunks",
 ]
 
-_RENAMED = {"StreamingRecognizer": "StreamingRecogniser", "recognise": "identify"}
-
-
-def __getattr__(name):
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.{name} is now {__name__}.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+__getattr__ = _old_names(globals(), {"StreamingRecognizer": "StreamingRecogniser", "recognise": "identify"})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops._op import Op
+from fastasr.ops._shapes import Dim, Pattern, Shape, condition
 
 NUMBERS = (-2, -1, 0, 1, 99, 1.5, -0.5, float("nan"))
 
@@ -29,6 +30,39 @@ class Refusal:
     blamed: str
 
 
+def _given_sizes(op: Op, a) -> dict[str, int]:
+    given = ((names.split(), size(a)) for names, size in op.sizes.items())
+    return {name: value for names, values in given for name, value in zip(names, values, strict=True)}
+
+
+def match(pattern: Pattern, shape: tuple[int, ...], names: dict) -> dict | None:
+    """Returns the sizes in ``names`` with those that the shape binds, or None where it does not fit."""
+    for alternative in pattern.alternatives:
+        found = _match(alternative, shape, names)
+        if found is not None and all(eval(condition(c), {}, found) for c in pattern.conditions):
+            return found
+    return None
+
+
+def _match(alternative: Shape, shape: tuple[int, ...], names: dict) -> dict | None:
+    names, cut = dict(names), len(shape) - len(alternative.dims)
+    if cut < 0 or (cut and not alternative.rest):
+        return None
+    if alternative.rest not in ("", "...") and names.setdefault(alternative.rest, shape[:cut]) != shape[:cut]:
+        return None
+    for dim, size in zip(alternative.dims, shape[cut:], strict=True):
+        solved = dim.unknown(set(names))
+        if solved is not None:
+            name, a, b = solved
+            value, a = size - Dim(b).value(names), Dim(a).value(names)
+            if value < 0 or value % a:
+                return None
+            names[name] = value // a
+        elif dim.value(names) != size:
+            return None
+    return names
+
+
 @cache
 def _tensors(op: Op) -> tuple:
     return tuple(op.in_binding_order())
@@ -42,10 +76,10 @@ def mismatch(op: Op, arguments: dict) -> str | None:
         if value is None:
             names |= {name: 0 for name in a.pattern.names if name not in names}
             continue
-        found = a.pattern.match(tuple(value.shape), names)
+        found = match(a.pattern, tuple(value.shape), names)
         if found is None:
             return a.name
-        names = found | (op.given_sizes(op.Arguments(**arguments)) if a is op.leader and op.sizes else {})
+        names = found | (_given_sizes(op, op.Arguments(**arguments)) if a is op.leader and op.sizes else {})
     return None
 
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -88,6 +88,14 @@ class Invalid:
         object.__setattr__(self, "arguments", placed(self.arguments))
 
 
+def _returned(op, arguments: dict, found):
+    """Turns the operator's results into those of the public function for its keyword arguments."""
+    asked = [not o.flag or arguments.get(o.flag) for o in op.outputs]
+    found = (found,) if isinstance(found, Tensor) else found
+    wanted = [t for t, is_asked in zip(found, asked, strict=False) if is_asked]
+    return wanted[0] if len(wanted) == 1 else tuple(wanted)
+
+
 @dataclass(frozen=True)
 class OpTable:
     """Everything that the checks need to know about an op.
@@ -119,7 +127,7 @@ class OpTable:
         for name, value in (
             ("definition", declared.function.definition),
             ("registered", lambda a: declared.Arguments(**a)),
-            ("result", declared.returned),
+            ("result", partial(_returned, declared)),
         ):
             object.__setattr__(self, name, value)
 

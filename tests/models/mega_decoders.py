@@ -57,6 +57,15 @@ def labels_of(batch=1):
     return torch.randint(1, SIZES["vocab_size"], (batch, 1))
 
 
+def unbatched(states):
+    """Converts the states of ``init_state`` or of a batch of one to those of one hypothesis, as ``select_state``."""
+    ranks = {"ema_state": 2, "prev_key": 2, "prev_value": 2}
+    return [
+        {name: t.squeeze(0) if t.ndim > ranks.get(name, t.ndim) else t for name, t in state.items()}
+        for state in states
+    ]
+
+
 def block_by_block(decoder, labels, states):
     """Runs the path that ``step`` replaces."""
     decoder.packed_decoding = False

@@ -22,6 +22,7 @@ from mega_decoders import (
     ours,
     same,
     swapped,
+    unbatched,
 )
 
 from fastasr.models.mega import MEGADecoder, decoding
@@ -42,7 +43,7 @@ def _no_gradients():
 def test_steps_are_espnets(batch, options):
     upstream = espnet(**options)
     decoder = swapped(upstream)
-    states = upstream.create_batch_states([decoding.unbatched(upstream.init_state())] * batch)
+    states = upstream.create_batch_states([unbatched(upstream.init_state())] * batch)
     mine = states
     for _ in range(12):
         labels = labels_of(batch)
@@ -83,7 +84,7 @@ def test_streaming_is_the_whole_sequence(batch, options):
 def test_a_random_search(options, phantom):
     """Hypotheses of different lengths are selected, dropped, joined and continued in any order."""
     decoder = ours(phantom, **options)
-    hypotheses = [([1], decoding.unbatched(decoder.init_state()))]
+    hypotheses = [([1], unbatched(decoder.init_state()))]
     for _ in range(60):
         chosen = random.choices(hypotheses, k=random.randint(1, 5))
         labels = labels_of(len(chosen))
@@ -243,7 +244,7 @@ def test_a_stacked_batch_grows_in_place():
     state = decoder.init_state()
     for _ in range(3):
         _, state = decoding.step(decoder, labels_of(), state)
-    states = decoder.create_batch_states([decoding.unbatched(state)] * 4)
+    states = decoder.create_batch_states([unbatched(state)] * 4)
     _, after = decoding.step(decoder, labels_of(4), states)
     assert after[0]["prev_value"].data_ptr() == states[0]["prev_value"].data_ptr()
 

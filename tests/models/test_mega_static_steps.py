@@ -16,6 +16,7 @@ from mega_decoders import (
     labels_of,
     ours,
     same,
+    unbatched,
 )
 
 from fastasr.models.mega import decoding
@@ -59,7 +60,7 @@ def test_static_steps(static, batch, options, phantom):
 @pytest.mark.parametrize("options", KINDS, ids=KIND_IDS)
 def test_static_steps_in_a_random_search(static, options, phantom):
     decoder = ours(phantom, **options)
-    states = [decoding.unbatched(decoder.init_state())]
+    states = [unbatched(decoder.init_state())]
     for _ in range(40):
         batch = decoder.create_batch_states(random.choices(states, k=random.randint(1, 3)))
         labels = labels_of(len(batch[0]["ema_state"]))

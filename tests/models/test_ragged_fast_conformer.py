@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import close, moved, numbers, seeded, step
+from steps import close, moved, numbers, same_gradients, seeded, step
 from tiny_parakeet import SIZES, STILL
 
 import fastasr
@@ -69,13 +69,6 @@ def gradients(model, loss, x=None):
     leaves = dict(model.named_parameters()) | ({} if x is None else {"features": x})
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
-
-
-def same_gradients(found, expected):
-    assert found.keys() == expected.keys()
-    largest = max(g.abs().max() for g in expected.values())
-    for name, value in expected.items():
-        assert (found[name] - value).abs().max() < 1e-10 * largest, name
 
 
 @by_one_call_or_copies

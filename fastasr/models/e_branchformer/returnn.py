@@ -14,8 +14,6 @@ their own random numbers, so the swap cannot bind our forward to them. Their par
     merge.{depthwise_conv_fusion.filter, merge_proj}   depthwise_conv_fusion.weight, merge_proj
 """
 
-import re
-
 import torch
 
 from fastasr.models.e_branchformer.layer import EBranchformerLayer
@@ -227,16 +225,6 @@ def to_returnn(module):
     for i, layer in enumerate(module.layers):
         out |= {f"layers.{i}.{name}": tensor for name, tensor in to_returnn(layer).items()}
     return out
-
-
-def split_layers(state):
-    """Splits the entries ``layers.{i}.name`` of an encoder's state dict into one dict per layer."""
-    found = {}
-    for name, tensor in state.items():
-        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-        if match:
-            found.setdefault(int(match[1]), {})[match[2]] = tensor
-    return [found[i] for i in sorted(found)]
 
 
 def _pop(state, names):

@@ -59,7 +59,8 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_double_backward("linear_activation")
+        if torch.is_grad_enabled():
+            refuse_double_backward("linear_activation")
         x, weight1, weight2, z, keep = ctx.saved_tensors
         activation, p = ctx.options
         needs, grad = ctx.needs_input_grad, grad.contiguous()

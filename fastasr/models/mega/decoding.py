@@ -86,15 +86,6 @@ def why_not(decoder, labels=None):
     return _why_not_now(decoder, labels) or _plan(decoder).reason
 
 
-def unbatched(states):
-    """Converts the states of ``init_state`` or of a batch of one to those of one hypothesis, as ``select_state``."""
-    ranks = {"ema_state": 2, "prev_key": 2, "prev_value": 2}
-    return [
-        {name: t.squeeze(0) if t.ndim > ranks.get(name, t.ndim) else t for name, t in state.items()}
-        for state in states
-    ]
-
-
 def forget(decoder):
     """Drops the packed weights; the next step packs them again."""
     _PLANS.pop(decoder, None)

@@ -7,7 +7,8 @@ unmaterialised weights that have no kernel use it.
 
 import torch
 
-from fastasr.ops.zipformer_attention_weights import MASKED, by_key
+from fastasr.ops.rel_attention import relative_shift
+from fastasr.ops.zipformer_attention_weights import MASKED
 
 BLOCK_ELEMENTS = 1 << 22  # the most scores in memory at once
 
@@ -43,7 +44,7 @@ class ScoreBlocks:
             scores = torch.matmul(self.q[:, :, first:end], self.k.mT)
             if self.r is not None:
                 products = torch.matmul(self.p[:, :, first:end], self.r[:, :, self.offsets(first, end)].mT)
-                scores += by_key(products, self.frames)
+                scores += relative_shift(products)
             yield first, end, scores
 
     def offsets(self, first, end):

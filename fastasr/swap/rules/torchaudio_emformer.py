@@ -12,7 +12,7 @@ _HIDDEN = -1e4  # hidden keys are left out, so their weights must be 0
 _ATTENTION = {"ee6e05a72cb08b4553be1888"}  # _EmformerAttention: forward and infer
 
 
-def _attention_functions(module):
+def _functions(module):
     cls = upstream_class(module)
     return [cls.forward, cls.infer]
 
@@ -65,16 +65,11 @@ def _layer_structure(module):
     for name, check in (("attention", _attention_structure), ("pos_ff", _feed_forward_structure)):
         part = reason is None and check(getattr(module, name))
         reason = f"submodule {name}: {part}" if part else reason
-    reason = reason or unread_code("attention", module.attention, _attention_functions, _ATTENTION)
+    reason = reason or unread_code("attention", module.attention, _functions, _ATTENTION)
     for name in ("segment_length", "left_context_length", "max_memory_size"):
         if reason is None and not isinstance(getattr(module, name), int):
             reason = f"{name} is {getattr(module, name)!r}, expected an int"
     return reason
-
-
-def _functions(module):
-    cls = upstream_class(module)
-    return [cls.forward, cls.infer]
 
 
 def _emformer_structure(module):

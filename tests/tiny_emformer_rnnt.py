@@ -3,7 +3,7 @@
 
 
 def tiny(rnnt, **sizes):
-    """Returns a model of ``rnnt``, the module torchaudio.models.rnnt, with these sizes in place of its own."""
+    """Returns a model of ``rnnt``, torchaudio.models.rnnt or our package, with these sizes in place of its own."""
     options = {
         "input_dim": 6,
         "encoding_dim": 14,
