@@ -63,7 +63,7 @@ class Joiner:
 
     def rows(self, *grads: Tensor) -> Tensor:
         """Returns (rows, 4): place among the results, frame, context and symbol of every row to compute."""
-        tokens, grads = len(self.weight) - self.durations, grads or (None, None)
+        tokens, grads = self.weight.shape[0] - self.durations, grads or (None, None)
         find = torch.ops.fastasr_cpu.rnnt_joiner_rows.default
         return find(self.starts, self.symbols, self.boundary, self.s_range, tokens, *grads)
 
@@ -71,9 +71,9 @@ class Joiner:
         """Yields hidden values and logits of the rows, a chunk at a time."""
         size = self.wide.itemsize * sum(self.weight.shape)
         step = max(16, min(CHUNK_ROWS, CHUNK_BYTES // size // 16 * 16))
-        for first in range(0, len(rows), step):
-            chunk = rows[first : first + step]
-            hidden = self.weight.new_empty(len(chunk), self.weight.shape[1], dtype=self.wide)
+        count = rows.shape[0]
+        for chunk in rows.split(step) if count > step else (rows,) * (count > 0):
+            hidden = self.weight.new_empty(chunk.shape[0], self.weight.shape[1], dtype=self.wide)
             torch.ops.fastasr_cpu.rnnt_joiner_hidden.default(self.am, self.lm, chunk, self.activation, hidden)
             self.drop(chunk, hidden)
             yield chunk, hidden, self.logits(hidden)
