@@ -212,7 +212,6 @@ class KernelFamily:
     implementations: tuple[Implementation, ...]
     # the definition calls a vendor library's kernel: using it loses nothing worth a warning
     vendor: bool = False
-    eager_on_gpu: str = ""  # at which sizes the op leaves a GPU's tensors to the definition all the same
     chosen: dict = field(default_factory=dict)
     # by device and dtype: the backend whose kernels the device could not launch, and why
     failed: dict = field(default_factory=dict)
@@ -365,28 +364,20 @@ def table() -> list[dict]:
                 reason = implementation.reason()
                 if not reason and torch.cuda.is_available():
                     reason = implementation.unfit()
-                row = _row(
-                    op, implementation.backend, reason, implementation.device_types, implementation.dtypes
-                )
-                if "cuda" in implementation.device_types:
-                    row["reason"] = reason or family.eager_on_gpu
-                rows.append(row)
-            rows.append(_row(op, "eager", "", ("any",), FLOATING))
+                devices = list(implementation.device_types)
+                rows.append(_row(op, implementation.backend, reason, devices, implementation.dtypes))
+            rows.append(_row(op, "eager", "", ["any"], FLOATING))
     return rows
 
 
-def _row(
-    op: str, backend: str, reason: str, devices: tuple[str, ...], dtypes: tuple[torch.dtype, ...]
-) -> dict:
+def _row(op: str, backend: str, reason: str, devices: list[str], dtypes: tuple[torch.dtype, ...]) -> dict:
     names = [str(d).removeprefix("torch.") for d in dtypes]
     row = {"op": op, "backend": backend, "available": not reason, "reason": reason}
-    return row | {"devices": list(devices), "dtypes": names}
+    return row | {"devices": devices, "dtypes": names}
 
 
 def explain_choice(family: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
-    """Returns (backend, reason) that a tensor of this kind gets now; the reason says why it is eager, or at which sizes
-    it is, else it is "".
-    """
+    """Returns (backend, reason) that a tensor of this kind gets now; the reason says why it is eager, else it is ""."""
     device = torch.device(device)
     reasons = []
     if _forced == "eager":
@@ -396,8 +387,7 @@ def explain_choice(family: str, device: torch.device | str, dtype: torch.dtype) 
             continue
         reason = FAMILIES[family].why_not(implementation, device, dtype)
         if not reason:
-            sized = device.type == "cuda" and _forced == "auto"
-            return implementation.backend, FAMILIES[family].eager_on_gpu if sized else ""
+            return implementation.backend, ""
         if device.type in implementation.device_types:
             reasons.append(f"{implementation.backend}: {reason}")
     return "eager", "; ".join(reasons) or f"no kernel for {device.type} tensors"
@@ -409,8 +399,8 @@ def eager_on_device(ops: tuple[str, ...], device: torch.device, dtype: torch.dty
     for family in FAMILIES.values():
         served = family.vendor or not any("cuda" in i.device_types for i in family.implementations)
         found = [] if served or device.type != "cuda" else [op for op in ops if op in family.ops]
-        if found and (choice := explain_choice(family.name, device, dtype))[0] == "eager":
-            ops_by_reason.setdefault(choice[1], []).extend(found)
+        if found and (reason := explain_choice(family.name, device, dtype)[1]):
+            ops_by_reason.setdefault(reason, []).extend(found)
     return "; ".join(f"{', '.join(names)} in eager: {reason}" for reason, names in ops_by_reason.items())
 
 

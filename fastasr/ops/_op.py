@@ -82,10 +82,6 @@ class Op(Errors):
     gradients: Callable | None = None
     flagged: Callable | None = None  # (op, grads, found, saved) adds the gradients of outputs behind a flag
 
-    # (a) -> whether the formula is predicted to be faster than kernels on a GPU; the docstring says where. The formula
-    # then serves the call, unless a backend is forced.
-    eager_on_gpu: Callable | None = None
-
     # conditions on several arguments, and those that the signature cannot express
     sizes: dict | None = None  # {names: function of a}: sizes for the shapes after the first
     needs: dict | None = None  # argument -> the one that it may not be given without
@@ -119,8 +115,6 @@ class Op(Errors):
         self.family = self.kernels
         if self.name not in self.family.ops:
             self.family.ops += (self.name,)
-        if self.eager_on_gpu:
-            self.family.eager_on_gpu = f"eager is chosen for {self.eager_on_gpu.__doc__}"
 
         self.source = _source.write(self)
         space = self._compile()
@@ -300,7 +294,7 @@ class Op(Errors):
         space |= {f"_sizes_{i}": size for i, size in enumerate(self.sizes.values())}
         space |= {f"_shape_{o.name}": o.pattern for o in self.keeps if callable(o.pattern)}
         parts = ("family", "definition", "Arguments", "Saved", "Needs", "launch", "gradients", "flagged")
-        parts = (*parts, "fast", "fits", "cast", "eager_on_gpu")
+        parts = (*parts, "fast", "fits", "cast")
         space |= {f"_{name}": getattr(self, name) for name in parts}
         space |= {f"_{name}": value for name, value in vars(_parts).items() if not name.startswith("_")}
         return space | {

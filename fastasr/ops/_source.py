@@ -61,7 +61,7 @@ def {name}({parameters}):
     {formula_under_autocast}
     if _is_compiling() or not ({plain}):
         return _traced({names})
-    _kernels = {leave_to_eager}_family.kernels({deciding})
+    _kernels = _family.kernels({deciding})
     if _kernels is None:
         return {definition}
     {cast}
@@ -75,7 +75,7 @@ def {name}({parameters}):
 
 
 def _traced({names}):
-    if {left_to_eager}not _served("{family}", {deciding}):
+    if not _served("{family}", {deciding}):
         return {definition}
     {results} = _op.operator({names}{keep_if_wanted})
     return {selected}
@@ -161,11 +161,7 @@ def write(op) -> str:
     found = (*op.outputs, *op.keeps)
     grads = [f"grad_{o.name}" for o in op.graded]
     rest = ", ".join((*(a.name for a in op.options), *["keep"] * bool(op.keeps)))
-    left = f"_eager_on_gpu(_Arguments({_names(op.arguments)}))"
-    left = f"{op.deciding[0]}.is_cuda and _forced_backend() == 'auto' and {left}"
     fragments = {
-        "left_to_eager": f"({left}) or " * bool(op.eager_on_gpu),
-        "leave_to_eager": f"None if {left} else " * bool(op.eager_on_gpu),
         "name": op.name,
         "class_name": op.class_name,
         "family": op.family.name,

@@ -82,24 +82,6 @@ def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor, ...]:
     return kernels.backward(*operands, s.mixed.to(operands[0].dtype).contiguous(), *_numbers(s))
 
 
-LEAST, MOST = 448, 1 << 25  # frames of a chunk; numbers of a tensor of pairs, 64 MB
-WIDE = (8, 0), (9, 0), (10, 0)  # A100, H100 and H200, B200: an RTX 4090 takes 1.7 times as long in eager
-
-
-@torch.compiler.assume_constant_result
-def _wide(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(torch.device("cuda", index)) in WIDE
-
-
-def _eager_on_gpu(a) -> bool:
-    """chunks of 448 frames or more with up to 2^25 pairs, in 16 bits, on A100, H100, H200 and B200"""
-    length, batch, _ = a.query_key.shape
-    size, count = chunks(length, a.chunk_size)
-    if size < LEAST or batch * count * size * size > MOST or a.query_key.dtype.itemsize > 2:
-        return False
-    return _wide(a.query_key.device.index)
-
-
 # --------------------------------------------------------------------------- the op
 PARAMETERS = "qk_weight qk_bias position_bias"
 
@@ -112,7 +94,6 @@ PARAMETERS = "qk_weight qk_bias position_bias"
     fits="query_key.dtype is _float32",
     launch=_launch,
     gradients=_gradients,
-    eager_on_gpu=_eager_on_gpu,
     summary="Mega's gated attention: softmax(q·k + β[j−i]) v · act(gate), all that lies between its products",
 )
 def toeplitz_attention(

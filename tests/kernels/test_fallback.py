@@ -51,34 +51,6 @@ def test_old_devices(devices, caplog):
     assert [r.message for r in caplog.records] == [f"swoosh on cuda, float32 runs in eager: triton: {OLD}"]
 
 
-def test_sizes_that_an_op_leaves_to_its_definition(devices, monkeypatch):
-    """`fastasr ops` says which. A forced backend serves all sizes."""
-    op = ops.toeplitz_attention.op
-    monkeypatch.setitem(op.function.__globals__, "_definition", lambda *_, **__: "the definition")
-
-    def left(length: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-        with FakeTensorMode():
-            sizes = (length, 2, 8), (length, 2, 16), (length, 2, 16), (2, 8), (2, 8), (2 * length - 1,)
-            y = op.function(*(torch.empty(size, device="cuda:1", dtype=dtype) for size in sizes))
-        return isinstance(y, str)
-
-    least = 448
-    assert [left(length) for length in (least - 1, least, 5000)] == [False, True, False]
-    assert not left(least, torch.float32)
-    reason = op.family.eager_on_gpu
-    assert f"{least} frames" in reason
-    assert explain_choice(op.name, "cuda:1", torch.float32) == ("triton", reason)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    rows = {row["backend"]: row["reason"] for row in _dispatch.table() if row["op"] == op.name}
-    assert rows == {"cpu": rows["cpu"], "triton": reason, "eager": ""}
-    assert rows["cpu"] != reason
-    with fastasr.backend("triton"):
-        assert not left(least)
-        assert explain_choice(op.name, "cuda:1", torch.float32) == ("triton", "")
-    with fastasr.backend("eager"):
-        assert left(least - 1)
-
-
 def test_other_backends_of_triton(devices, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     reason = "triton: the kernels are for NVIDIA GPUs, and this is torch for ROCm"
