@@ -38,7 +38,7 @@ from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 128 << 20
-HIDDEN = {"BLOCK_R": 4, "BLOCK_C": 256, "num_warps": 4}
+HIDDEN = {"BLOCK_R": 8, "BLOCK_C": 512, "num_warps": 4}
 FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 # Up to so many rows of a frame go one by one. Of 1,600 frames of 512 channels, 5 rows are predicted to take 10 us on an
 # H100 in place of 23, and 16 rows 26 in place of 36; of 160 frames with 64 rows, 51 in place of 14.

@@ -454,9 +454,9 @@ def _toeplitz_attention(generation: int):
     plain = {"HIDDEN": None, "DROPOUT": None}
     extra = {"prepare": module.PREPARE, "parameters": module.PARAMETERS}
 
-    def configuration(name: str, label: str, dtype: str, d: int = 128, v: int = 1024, **constants):
+    def configuration(name: str, label: str, dtype: str, d: int = 128, v: int = 1024, full=True, **constants):
         with _setting(dtype) as torch_dtype:
-            width, shapes = module.tiles(d, v, torch_dtype, generation, "DROPOUT" not in constants)
+            width, shapes = module.tiles(d, v, torch_dtype, generation, "DROPOUT" not in constants, full)
         options = dict(shapes[name] if name in shapes else extra.get(name, {"num_warps": 4}))
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         element = _element(dtype)
@@ -479,6 +479,10 @@ def _toeplitz_attention(generation: int):
             yield configuration(name, "both ways, padding, dropout", dtype, CAUSAL=False)
         yield configuration(name, "", "bf16", 256, 512, **plain)
     yield configuration("forward", "", "fp16", **plain)
+    for name in ("forward", "values") if generation in (90, 100) else ():
+        yield configuration(name, "few rows", "bf16", full=False, **plain)
+    for name in ("forward", "queries", "keys", "values"):
+        yield configuration(name, "both ways, padding", "bf16", CAUSAL=False, DROPOUT=None)
     for dtype in ("fp32", "bf16"):
         forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE", "ALONG"))
         yield configuration("prepare", "forward, padding", dtype, **forward)
