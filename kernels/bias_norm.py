@@ -185,7 +185,7 @@ def bias_norm_backward(
         return torch.empty_like(x), torch.zeros_like(bias), torch.zeros_like(log_scale)
     rows = x.numel() // channels
     block_c = _padded(channels)
-    block_r, rows_per_part, parts = deal(rows, block_c, x)
+    block_r, rows_per_part, parts = deal(rows, block_c, x, resident=2)
     dx, dbias, dlog_scale = torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
     dbias_parts = x.new_empty((parts, channels), dtype=torch.float32)
     dlog_scale_parts = x.new_empty(parts, dtype=torch.float32)

@@ -124,5 +124,7 @@ def bypass_backward(
         grad, x_orig, x, scale, dx_orig, dx, table, rows, rows_per_part, columns,
         BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
-    launch(add_parts_kernel, (triton.cdiv(columns, ADDING["BLOCK_C"]),), table, dscale, parts, columns, **adding(parts))
+    launch(add_parts_kernel, (triton.cdiv(columns, ADDING["BLOCK_C"]),),
+        table, dscale, parts, columns, **adding(parts),
+    )  # fmt: skip
     return dx_orig, dx, dscale

@@ -244,7 +244,7 @@ def tiles(
         few = {"BLOCK_V": min(128, columns), "num_warps": 4}
         shapes["values"] |= {"BLOCK": 32} | ({"BLOCK_V": min(512, columns)} if full else few)
         shapes["queries"]["num_stages"] = 3
-        shapes["keys"]["BLOCK_V"] = min(256 if generation == 90 else 128, columns)
+        shapes["keys"]["BLOCK_V"] = min(128, columns)
     if rounded(dtype) and not dropout:  # with dropout these spill
         shapes["queries"] |= {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
     return triton.cdiv(d, block_d) * block_d, shapes

@@ -153,7 +153,7 @@ def _bias_norm():
     block_r, block_c, warps = blocks("backward", 1)
     one = {"BLOCK_R": block_r, "BLOCK_C": block_c, "C": 1}  # Triton makes integers that are 1 constants
     yield Configuration("bias_norm backward, C=1, x bf16", bias_norm.backward_kernel, mixed, one, warps)
-    for block_p in (128, 256):
+    for block_p in (128, 256, 512):
         constants, warps = _adding(block_p)
         name = f"bias_norm parts, {block_p}"
         yield Configuration(name, bias_norm.add_parts_kernel, mixed, constants, warps, ("C",))
@@ -479,10 +479,10 @@ def _toeplitz_attention(generation: int):
             yield configuration(name, "both ways, padding, dropout", dtype, CAUSAL=False)
         yield configuration(name, "", "bf16", 256, 512, **plain)
     yield configuration("forward", "", "fp16", **plain)
-    for name in ("forward", "values") if generation in (90, 100) else ():
-        yield configuration(name, "few rows", "bf16", full=False, **plain)
-    for name in ("forward", "queries", "keys", "values"):
-        yield configuration(name, "both ways, padding", "bf16", CAUSAL=False, DROPOUT=None)
+    if generation in (90, 100):
+        for name in ("forward", "queries", "keys", "values"):
+            yield configuration(name, "both ways, padding", "bf16", CAUSAL=False, DROPOUT=None)
+            yield configuration(name, "few rows", "bf16", full=False, **plain)
     for dtype in ("fp32", "bf16"):
         forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE", "ALONG"))
         yield configuration("prepare", "forward, padding", dtype, **forward)
