@@ -10,9 +10,9 @@
 Bytes per element of e bytes: forward 5e, backward 8e; without a gate 3e and 4e; a mask adds 4. A 1024x4x512 bf16 tensor
 takes 5 us forward and 8 us backward at 4.3 TB/s.
 
-A program holds tiles of whole rows in registers, 8 elements in each thread. Forward, a row of up to 256 channels stays
-within one warp, so its sums need no barrier, and one of 512 takes two: with 16 elements in each thread of one, gated
-rows are predicted to take 9.5 us in place of 8.7 (1024x4x512 in bf16, H100).
+A program holds tiles of whole rows in registers. Forward, a warp has 512 elements of a row, or 256 from capability 9.0
+on, where a gated row of 512 channels is predicted to take 9.5 us in place of 8.7 within one warp, though its sums need
+no barrier (1024x4x512 in bf16, H100); backward 8 elements or more in each thread.
 Rows of the four inputs may lie apart, as slices of a projection do. In the backward, program p sums its rows' shares of
 dweight and dbias and writes them as row p of two tables, float64 ones for float32 tensors, and a second kernel adds the
 tables' rows in float64 (_parts.py).
@@ -30,7 +30,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Rows live in registers: up to 4096 channels take at most 8 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
-FORWARD_ELEMENTS = 256  # per warp
 
 
 @triton.jit
@@ -194,6 +193,11 @@ def _blocks(channels: int, elements: int) -> tuple[int, int, int]:
     return max(1, elements * warps // block_c), block_c, warps
 
 
+def forward_elements(generation: int) -> int:
+    """Returns the elements of a warp in the forward."""
+    return 256 if generation >= 90 else 512
+
+
 def backward_elements(dtype: torch.dtype, gated: bool, masked: bool, generation: int) -> int:
     """Returns the elements of a tile of the backward: half as many where all of them would spill."""
     return ELEMENTS // 2 if gated and (dtype == torch.float32 or masked or generation >= 100) else ELEMENTS
@@ -230,7 +234,7 @@ def residual_norm_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         rows = x.numel() // channels
-        block_r, block_c, warps = _blocks(channels, FORWARD_ELEMENTS)
+        block_r, block_c, warps = _blocks(channels, forward_elements(generation(x)))
         launch(forward_kernel, (triton.cdiv(rows, block_r),),
             x, update, candidate, hidden, mask, weight, bias, y, rows, channels,
             *map(_stride, (x, update, candidate, hidden)), eps,

@@ -215,7 +215,7 @@ def _residual_norm(generation: int):
     def configuration(
         label: str, kernel: str, dtype: str, channels: int, constants: dict, parameter: str = "fp32"
     ):
-        block_r, block_c, warps = residual_norm._blocks(channels, residual_norm.FORWARD_ELEMENTS)
+        block_r, block_c, warps = residual_norm._blocks(channels, residual_norm.forward_elements(generation))
         if kernel == "backward":
             few = residual_norm.backward_elements(
                 DTYPES[dtype], "CANDIDATE" not in constants, "MASK" not in constants, generation
@@ -479,10 +479,9 @@ def _toeplitz_attention(generation: int):
             yield configuration(name, "both ways, padding, dropout", dtype, CAUSAL=False)
         yield configuration(name, "", "bf16", 256, 512, **plain)
     yield configuration("forward", "", "fp16", **plain)
-    if generation in (90, 100):
-        for name in ("forward", "queries", "keys", "values"):
-            yield configuration(name, "both ways, padding", "bf16", CAUSAL=False, DROPOUT=None)
-            yield configuration(name, "few rows", "bf16", full=False, **plain)
+    for name in ("forward", "values"):
+        yield configuration(name, "both ways, padding", "bf16", CAUSAL=False, DROPOUT=None)
+        yield configuration(name, "few rows", "bf16", full=False, **plain)
     for dtype in ("fp32", "bf16"):
         forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE", "ALONG"))
         yield configuration("prepare", "forward, padding", dtype, **forward)
@@ -696,7 +695,6 @@ def _rnnt_joiner(generation: int):
     wide = dict.fromkeys(("PX", "PY", "GX", "GY", "DHIDDEN", "DA", "DLM"), "fp32")
     types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
     extra = {
-        "hidden": module.HIDDEN,
         "normalise": module.NORMALISE | {"BLOCK_S": 8},
         "frame_gradient": module.FRAME,
         "context_gradient": module.CONTEXT,
@@ -729,7 +727,7 @@ def _rnnt_joiner(generation: int):
                 yield configuration(name, "odd sizes", dtype, d=100)
         if dtype in ("tf32", "fp16"):
             continue
-        for name in extra:
+        for name in ("hidden", *extra):
             if dtype == "fp32" or name not in (
                 "normalise",
                 "context_gradient",
