@@ -8,12 +8,10 @@
 Bytes per element of e bytes: forward 2e, backward 3e. FLOPs per element: 4 and 10. A 1500x20x192 bf16 tensor
 takes 5 us forward and 8 us backward at 4.3 TB/s.
 
-A program holds tiles of whole rows in registers, 16 elements or more in each thread; a row of up to 256
-channels stays within one warp, so its sums need no barrier. In the backward, program p sums its rows' shares
-of dbias and dlog_scale and writes them as row p of a float32 table, and a second kernel adds the table's rows
-in float64. How rows are dealt out depends on the shape alone, never on the device, so results repeat bit for
-bit; there are no atomics. At most 2048 warps share the rows: all of them fit on an H200 at once, with 32 KB
-(bf16) of loads in flight in each multiprocessor, and the table (1.5 MB at C = 192) stays in the L2 cache.
+A program holds tiles of whole rows in registers: forward 16 elements or more in each thread, and a row of up
+to 256 channels stays within one warp, so its sums need no barrier; backward 8 elements or more. In the
+backward, program p sums its rows' shares of dbias and dlog_scale and writes them as row p of a float32 table,
+and a second kernel adds the table's rows in float64 (_parts.py).
 """
 
 import torch
@@ -21,12 +19,12 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import launch
+from fastasr.kernels._parts import ADDING, WARPS, adding, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Rows live in registers: up to 8192 channels take at most 16 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
-MAX_WARPS = 2048
 FORWARD_TILE = 1024  # a multiprocessor runs at most 32 programs: one-warp programs need larger tiles
 
 
@@ -142,17 +140,22 @@ def add_parts_kernel(
         tl.store(DLOG_SCALE, dlog_scale.to(DLOG_SCALE.dtype.element_ty))
 
 
-def _blocks(channels: int, least: int = 0) -> tuple[int, int, int]:
-    """Returns (rows per tile, padded channels, warps): one warp per 256 channels, at most 16; 512 elements per warp,
-    and
-    ``least`` per tile."""
+def _padded(channels: int) -> int:
+    """Returns the channels of a tile."""
     if channels > MAX_CHANNELS:
         raise ValueError(
             f"bias_norm: expected at most {MAX_CHANNELS} channels in the Triton kernel, got {channels}"
         )
-    block_c = max(32, triton.next_power_of_2(channels))
+    return max(32, triton.next_power_of_2(channels))
+
+
+def _forward_blocks(channels: int) -> tuple[int, int, int]:
+    """Returns (rows per tile, padded channels, warps): one warp per 256 channels, at most 16, and 512 elements or more
+    per warp.
+    """
+    block_c = _padded(channels)
     warps = max(1, min(16, block_c // 256))
-    return max(1, max(least, 512 * warps) // block_c), block_c, warps
+    return max(1, max(FORWARD_TILE, 512 * warps) // block_c), block_c, warps
 
 
 def bias_norm_forward(x: torch.Tensor, bias: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
@@ -164,7 +167,7 @@ def bias_norm_forward(x: torch.Tensor, bias: torch.Tensor, log_scale: torch.Tens
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, bias.dtype))
     if x.numel():
         rows = x.numel() // channels
-        block_r, block_c, warps = _blocks(channels, least=FORWARD_TILE)
+        block_r, block_c, warps = _forward_blocks(channels)
         launch(forward_kernel, (triton.cdiv(rows, block_r),),
             x, bias, log_scale, y, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
@@ -181,19 +184,16 @@ def bias_norm_backward(
     if not x.numel():
         return torch.empty_like(x), torch.zeros_like(bias), torch.zeros_like(log_scale)
     rows = x.numel() // channels
-    block_r, block_c, warps = _blocks(channels)
-    rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_WARPS // warps), block_r) * block_r
-    parts = triton.cdiv(rows, rows_per_part)
+    block_c = _padded(channels)
+    block_r, rows_per_part, parts = deal(rows, block_c, x, resident=2)
     dx, dbias, dlog_scale = torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
     dbias_parts = x.new_empty((parts, channels), dtype=torch.float32)
     dlog_scale_parts = x.new_empty(parts, dtype=torch.float32)
     launch(backward_kernel, (parts,),
         grad, x, bias, log_scale, dx, dbias_parts, dlog_scale_parts, rows, rows_per_part, channels,
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
-    block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
-    launch(add_parts_kernel, (triton.cdiv(channels, 16),),
-        dbias_parts, dlog_scale_parts, dbias, dlog_scale, parts, channels,
-        BLOCK_P=block_p, BLOCK_C=16, num_warps=warps,
+    launch(add_parts_kernel, (triton.cdiv(channels, ADDING["BLOCK_C"]),),
+        dbias_parts, dlog_scale_parts, dbias, dlog_scale, parts, channels, **adding(parts),
     )  # fmt: skip
     return dx, dbias, dlog_scale

@@ -11,9 +11,7 @@ Bytes per element of e bytes: forward 3e, backward 5e. FLOPs per element: 3 and 
 takes 8 us forward and 13 us backward at 4.3 TB/s.
 
 In the backward, each program walks its share of the rows of 256 columns, adds up dscale in registers, and
-writes it as one row of a float32 table; a second kernel adds the rows of the table in float64. How rows are
-dealt out depends on the shape alone, never on the device, so results repeat bit for bit; there are no
-atomics.
+writes it as one row of a float32 table; a second kernel adds the rows of the table in float64 (_parts.py).
 """
 
 import torch
@@ -21,12 +19,11 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import launch
+from fastasr.kernels._parts import ADDING, WARPS, adding, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Backward: about as many programs as an H200 holds at once, each with 12 KB (bf16) of loads in flight.
-MAX_PROGRAMS = 512
-NUM_WARPS = 4
+NUM_WARPS = 4  # forward
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -119,18 +116,15 @@ def bypass_backward(
     columns = scale.numel()
     rows = x.numel() // columns
     block_c = _block_columns(columns)
-    block_r = 2048 // block_c
     column_tiles = triton.cdiv(columns, block_c)
-    most_parts = max(1, MAX_PROGRAMS // column_tiles)
-    rows_per_part = triton.cdiv(triton.cdiv(rows, most_parts), block_r) * block_r
-    parts = triton.cdiv(rows, rows_per_part)
+    block_r, rows_per_part, parts = deal(rows, block_c, x, column_tiles)
     dscale = torch.empty_like(scale)
     table = x.new_empty((parts, columns), dtype=torch.float32)
     launch(backward_kernel, (parts * column_tiles,),
         grad, x_orig, x, scale, dx_orig, dx, table, rows, rows_per_part, columns,
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
-    launch(add_parts_kernel, (triton.cdiv(columns, 16),),
-        table, dscale, parts, columns, BLOCK_P=128 if parts <= 128 else MAX_PROGRAMS, BLOCK_C=16, num_warps=4,
+    launch(add_parts_kernel, (triton.cdiv(columns, ADDING["BLOCK_C"]),),
+        table, dscale, parts, columns, **adding(parts),
     )  # fmt: skip
     return dx_orig, dx, dscale

@@ -33,6 +33,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BLOCK_C, NUM_WARPS = 64, 4  # of a convolving program
 BLOCK_K = 32
+NORMALISE_ELEMENTS, GRADIENT_ELEMENTS = 512, 256  # of whole rows, per warp
+MAX_WARPS = 2048  # of the gradient of the norm
 
 
 # --------------------------------------------------------------------------- whole rows
@@ -226,7 +228,7 @@ class _Call:
         self.strides = x.stride(0), x.stride(1)
         self.u = torch.empty(self.batch, self.frames, self.channels, dtype=x.dtype, device=x.device)
         self.table = torch.empty(self.taps, self.channels, dtype=torch.float32, device=x.device)
-        block_r, block_c, warps = residual_norm._blocks(self.channels, residual_norm.FORWARD_ELEMENTS)
+        block_r, block_c, warps = residual_norm._blocks(self.channels, NORMALISE_ELEMENTS)
         programs = triton.cdiv(self.rows, block_r)
         tables = triton.cdiv(self.taps, BLOCK_K) * triton.cdiv(self.channels, BLOCK_C)
         launch(normalise_kernel, (programs + tables,),
@@ -243,8 +245,8 @@ class _Call:
 
     def norm_gradients(self, x, norm_weight, dx) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes dg over du in dx and returns (dnorm_weight, dnorm_bias)."""
-        block_r, block_c, warps = residual_norm._blocks(self.channels, residual_norm.BACKWARD_ELEMENTS)
-        rows_per_part = triton.cdiv(self.rows, residual_norm.MAX_WARPS // warps)
+        block_r, block_c, warps = residual_norm._blocks(self.channels, GRADIENT_ELEMENTS)
+        rows_per_part = triton.cdiv(self.rows, MAX_WARPS // warps)
         rows_per_part = triton.cdiv(rows_per_part, block_r) * block_r
         parts = triton.cdiv(self.rows, rows_per_part)
         shares = torch.float64 if x.dtype == torch.float32 else torch.float32

@@ -10,13 +10,12 @@
 Bytes per element of e bytes: forward 5e, backward 8e; without a gate 3e and 4e; a mask adds 4. A 1024x4x512 bf16 tensor
 takes 5 us forward and 8 us backward at 4.3 TB/s.
 
-A program holds tiles of whole rows in registers: forward 16 elements in each thread, and a row of up to 512 channels
-stays within one warp, so its sums need no barrier; backward, where nine values per element are alive, 8 elements.
+A program holds tiles of whole rows in registers. Forward, a warp has 512 elements of a row, or 256 from capability 9.0
+on, where a gated row of 512 channels is predicted to take 9.5 us in place of 8.7 within one warp, though its sums need
+no barrier (1024x4x512 in bf16, H100); backward 8 elements or more in each thread.
 Rows of the four inputs may lie apart, as slices of a projection do. In the backward, program p sums its rows' shares of
 dweight and dbias and writes them as row p of two tables, float64 ones for float32 tensors, and a second kernel adds the
-tables' rows in float64. How rows are dealt out depends on the shape alone, never on the device, so results repeat bit
-for bit; there are no atomics. At most 2048 warps share the rows: with 128 registers per thread all of them fit on an
-H200 at once.
+tables' rows in float64 (_parts.py).
 """
 
 import torch
@@ -24,14 +23,13 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import generation, launch
+from fastasr.kernels._parts import ADDING, ELEMENTS, WARPS, adding, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Rows live in registers: up to 4096 channels take at most 8 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
-MAX_WARPS = 2048
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 512, 256  # per warp
 
 
 @triton.jit
@@ -128,6 +126,7 @@ def backward_kernel(
         x = _load(X, r, c, x_stride, keep)
         update = _load(UPDATE, r, c, update_stride, keep)
         if CANDIDATE is None:
+            grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
             t = x + update
         else:
             a, slope = _proposal(
@@ -140,7 +139,8 @@ def backward_kernel(
         n, scale = _centred(t, keep, eps, C, PRECISE)
         # With eps = 0 the scale of a row past the end is infinite.
         n = tl.where(keep, n * scale[:, None], 0.0)
-        grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
+        if CANDIDATE is not None:
+            grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
         dweight = tl.fma(grad, n, dweight)
         dbias += grad
         d = grad * w[None, :]
@@ -177,15 +177,30 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, BLOCK_P: tl.constexpr, BLO
         tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
 
 
-def _blocks(channels: int, elements: int) -> tuple[int, int, int]:
-    """Returns (rows per tile, padded channels, warps) for ``elements`` per warp; at most 16 warps."""
+def _padded(channels: int) -> int:
+    """Returns the channels of a tile."""
     if channels > MAX_CHANNELS:
         raise ValueError(
             f"residual_norm: expected at most {MAX_CHANNELS} channels in the Triton kernel, got {channels}"
         )
-    block_c = max(32, triton.next_power_of_2(channels))
+    return max(32, triton.next_power_of_2(channels))
+
+
+def _blocks(channels: int, elements: int) -> tuple[int, int, int]:
+    """Returns (rows per tile, padded channels, warps) for ``elements`` per warp; at most 16 warps."""
+    block_c = _padded(channels)
     warps = max(1, min(16, block_c // elements))
     return max(1, elements * warps // block_c), block_c, warps
+
+
+def forward_elements(generation: int) -> int:
+    """Returns the elements of a warp in the forward."""
+    return 256 if generation >= 90 else 512
+
+
+def backward_elements(dtype: torch.dtype, gated: bool, masked: bool, generation: int) -> int:
+    """Returns the elements of a tile of the backward: half as many where all of them would spill."""
+    return ELEMENTS // 2 if gated and (dtype == torch.float32 or masked or generation >= 100) else ELEMENTS
 
 
 def _stride(t: torch.Tensor | None) -> int:
@@ -219,7 +234,7 @@ def residual_norm_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         rows = x.numel() // channels
-        block_r, block_c, warps = _blocks(channels, FORWARD_ELEMENTS)
+        block_r, block_c, warps = _blocks(channels, forward_elements(generation(x)))
         launch(forward_kernel, (triton.cdiv(rows, block_r),),
             x, update, candidate, hidden, mask, weight, bias, y, rows, channels,
             *map(_stride, (x, update, candidate, hidden)), eps,
@@ -253,19 +268,18 @@ def residual_norm_backward(
     if not x.numel():
         return dx, dupdate, dsum, torch.zeros_like(weight), torch.zeros_like(bias)
     rows = x.numel() // channels
-    block_r, block_c, warps = _blocks(channels, BACKWARD_ELEMENTS)
-    rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_WARPS // warps), block_r) * block_r
-    parts = triton.cdiv(rows, rows_per_part)
+    block_c = _padded(channels)
+    elements = backward_elements(x.dtype, gated, mask is not None, generation(x))
+    block_r, rows_per_part, parts = deal(rows, block_c, x, elements=elements)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     shares = torch.float64 if x.dtype == torch.float32 else torch.float32
     table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
     launch(backward_kernel, (parts,),
         grad, x, update, candidate, hidden, mask, weight, dx, dupdate, dsum, table, rows, rows_per_part, channels,
         *map(_stride, (x, update, candidate, hidden)), eps,
-        ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+        ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
-    block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
-    launch(add_parts_kernel, (triton.cdiv(channels, 16), 2),
-        table, dweight, dbias, parts, channels, BLOCK_P=block_p, BLOCK_C=16, num_warps=warps,
+    launch(add_parts_kernel, (triton.cdiv(channels, ADDING["BLOCK_C"]), 2),
+        table, dweight, dbias, parts, channels, **adding(parts),
     )  # fmt: skip
     return dx, dupdate, dsum, dweight, dbias

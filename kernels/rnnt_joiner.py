@@ -38,7 +38,6 @@ from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 128 << 20
-HIDDEN = {"BLOCK_R": 4, "BLOCK_C": 256, "num_warps": 4}
 FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 # Up to so many rows of a frame go one by one. Of 1,600 frames of 512 channels, 5 rows are predicted to take 10 us on an
 # H100 in place of 23, and 16 rows 26 in place of 36; of 160 frames with 64 rows, 51 in place of 14.
@@ -321,10 +320,10 @@ def context_gradient_kernel(
 
 # --------------------------------------------------------------------------- launchers
 def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, int]]:
-    """Returns tile shape, warps and stages of the two kernels that multiply (tests/kernels/budgets.toml: no spills; 128
-    rows spill on capability 12.0). On 9.0, 256 outputs at once read a quarter less from the second-level cache: for
-    30,832 rows of 640 channels and 8,193 outputs, ``scores`` is predicted to take 816 us on an H100 in place of 1,116.
-    ``logits_gradient`` would spill.
+    """Returns tile shape, warps and stages of ``hidden`` and of the two kernels that multiply
+    (tests/kernels/budgets.toml: no spills; 128 rows spill on capability 12.0). On 9.0, 256 outputs at once read a
+    quarter less from the second-level cache: for 30,832 rows of 640 channels and 8,193 outputs, ``scores`` is predicted
+    to take 816 us on an H100 in place of 1,116. ``logits_gradient`` would spill.
     """
     wide = dtype == torch.float32
     size = max(16, triton.next_power_of_2(d))
@@ -334,7 +333,8 @@ def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, in
     scores = found
     if generation == 90 and not wide:
         scores = found | {"BLOCK_N": 256, "BLOCK_K": min(32, size), "num_stages": 4}
-    return {"scores": scores, "logits_gradient": found}
+    hidden = {"BLOCK_R": 8, "BLOCK_C": 512} if generation >= 90 else {"BLOCK_R": 4, "BLOCK_C": 256}
+    return {"hidden": hidden | {"num_warps": 4}, "scores": scores, "logits_gradient": found}
 
 
 class _Plan:
@@ -376,7 +376,9 @@ class _Plan:
         self.length, self.s_range = symbols.shape[1], s_range
         self.blank, self.activation, self.hat = blank, activation, hat
         shapes = tiles(self.d, weight.dtype, generation(weight))
-        self.scores, self.logits_gradient = shapes["scores"], shapes["logits_gradient"]
+        self.tile, self.scores, self.logits_gradient = (
+            shapes[name] for name in ("hidden", "scores", "logits_gradient")
+        )
         self.width = triton.cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
         more = self.width - self.d
         self.padded = torch.nn.functional.pad(self.weight, (0, more)) if more else self.weight
@@ -414,10 +416,11 @@ class _Plan:
     def hidden(self, first: int, end: int) -> torch.Tensor:
         h = self.weight.new_empty(end - first, self.width)
         if self.width:
-            grid = triton.cdiv(end - first, HIDDEN["BLOCK_R"]) * triton.cdiv(self.width, HIDDEN["BLOCK_C"])
+            tile = self.tile
+            grid = triton.cdiv(end - first, tile["BLOCK_R"]) * triton.cdiv(self.width, tile["BLOCK_C"])
             launch(hidden_kernel, (grid,),
                 self.am, self.lm, *self.band, self.seed, h, *self.sizes(first, end), self.d, self.width, *self.dropout,
-                ACTIVATION=self.activation, **HIDDEN,
+                ACTIVATION=self.activation, **tile,
             )  # fmt: skip
         return h
 

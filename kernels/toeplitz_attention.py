@@ -17,16 +17,16 @@ A unit is a chunk of a sequence. Its N = L B frames have d channels of queries a
     values       keys x columns of v           d + columns          q, k, g; dv
     parameters   frames                        -                    x, dq, dk; dx
 
-Scores are computed again wherever they are needed; those of one tile serve all columns that fit registers: 128 of 16
-bits. Forward and queries sweep the keys once with a running maximum. The sweep of queries needs no statistics of the
+Scores are computed again wherever they are needed; those of one tile serve all columns that fit registers: up to 512 of
+16 bits. Forward and queries sweep the keys once with a running maximum. The sweep of queries needs no statistics of the
 forward: with D0 = g h, from h as it was rounded, it sums e = exp(S - max), e (dA - D0), and both times k, and from
 these D - D0 and dq follow. So rows of dS add up to zero as nearly as float32 allows, however h was rounded, which the
 sums over them rely on.
 
 Diagonal sums: a square tile of dS is rolled, row c by c, in registers; its columns are then halves of two neighbouring
 diagonal blocks, and one block is finished per tile. Parts are written per block of keys and added in float64, as are
-those of the parameters. What a program does depends on the shape and the generation of the GPU alone: results repeat
-bit for bit, without atomics.
+those of the parameters. What a program does depends on the shape and on the generation and the multiprocessors of the
+GPU: on one kind of device results repeat bit for bit, without atomics.
 """
 
 import torch
@@ -35,7 +35,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
-from fastasr.kernels._launch import dot_options, generation, launch, rounded
+from fastasr.kernels._launch import dot_options, generation, launch, processors, rounded
 from fastasr.kernels._toeplitz_attention_backward import (
     add_diagonals_kernel,
     add_parts_kernel,
@@ -185,8 +185,10 @@ class _Plan:
         self.causal, self.activation, self.activate_value = causal, activation, activate_value
         self.dtype, self.device = query_key.dtype, query_key.device
         self.scale = self.d**-0.5
+        # whether programs with half as many columns would only take turns
+        full = self.programs(32) * triton.cdiv(self.v, 512) >= processors(query_key)
         self.width, self.blocks = tiles(
-            self.d, self.v, self.dtype, generation(query_key), dropout is not None
+            self.d, self.v, self.dtype, generation(query_key), dropout is not None, full
         )
 
     def frames(self, block: int) -> tuple[int, int, int, int]:
@@ -201,15 +203,16 @@ class _Plan:
 
 
 def tiles(
-    d: int, v: int, dtype: torch.dtype, generation: int, dropout: bool
+    d: int, v: int, dtype: torch.dtype, generation: int, dropout: bool, full: bool
 ) -> tuple[int, dict[str, dict[str, int]]]:
-    """Returns (channels of a row of q and k, tile shapes, warps and stages by kernel).
+    """Returns (channels of a row of q and k, tile shapes, warps and stages by kernel). ``full`` says whether programs
+    of 32 rows and 512 columns fill the device.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed. In 16 bits a warp has 16 rows of a product, except on capability 10.0: four warps on
-    64 rows compute nothing twice. Eight do on capability 9.0, because four spill with 128 columns, and with 64 columns
-    forward and values are predicted slower (137 against 123 us, 127 against 105 us, 1024 frames on an H100), as are
-    keys with 32 rows (136 against 84 us).
+    64 rows compute nothing twice. Where registers hold them, 32 rows have up to 512 columns of v, whose scores are then
+    computed twice at V = 1024 instead of eight times: forward and values are predicted to take 62 and 74 us in place
+    of 123 and 105 (1024 frames on an H100).
     """
     wide = dtype == torch.float32
     from_shared = generation in (90, 100) and not wide  # operands of products, which leaves more registers
@@ -236,6 +239,12 @@ def tiles(
         shapes["keys"]["num_stages"] = 1
     if not wide and generation == 120:
         shapes["queries"]["num_stages"] = 1
+    if from_shared and not dropout and d <= block_d:
+        shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_V": min(512 if full else 256, columns)}
+        few = {"BLOCK_V": min(128, columns), "num_warps": 4}
+        shapes["values"] |= {"BLOCK": 32} | ({"BLOCK_V": min(512, columns)} if full else few)
+        shapes["queries"]["num_stages"] = 3
+        shapes["keys"]["BLOCK_V"] = min(128, columns)
     if rounded(dtype) and not dropout:  # with dropout these spill
         shapes["queries"] |= {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
     return triton.cdiv(d, block_d) * block_d, shapes

@@ -60,6 +60,14 @@ def _element(dtype: str) -> str:
     return "fp32" if dtype == "tf32" else dtype
 
 
+def _adding(parts: int) -> tuple[dict[str, int], int]:
+    """Returns (constants, warps) of a kernel that adds up so many parts."""
+    from fastasr.kernels import _parts
+
+    constants = _parts.adding(parts)
+    return constants, constants.pop("num_warps")
+
+
 def kernel_files() -> list[str]:
     """Returns the kernels' files, without those that several kernels share."""
     return sorted(path.stem for path in KERNELS.glob("[!_]*.py"))
@@ -116,14 +124,20 @@ def _swoosh():
 
 
 def _bias_norm():
-    from fastasr.kernels import bias_norm
+    from fastasr.kernels import _parts, bias_norm
+
+    def blocks(kernel: str, channels: int) -> tuple[int, int, int]:
+        if kernel == "forward":
+            return bias_norm._forward_blocks(channels)
+        block_c = bias_norm._padded(channels)
+        return max(1, _parts.ELEMENTS // block_c), block_c, _parts.WARPS
 
     parts = {"DBIAS_PARTS": "fp32", "DLOG_SCALE_PARTS": "fp32"}
     names = ("X", "BIAS", "LOG_SCALE", "Y", "GRAD", "DX", "DBIAS", "DLOG_SCALE")
 
     def both(channels: int, label: str, types: dict):
-        for kernel, least in (("forward", bias_norm.FORWARD_TILE), ("backward", 0)):
-            block_r, block_c, warps = bias_norm._blocks(channels, least)
+        for kernel in ("forward", "backward"):
+            block_r, block_c, warps = blocks(kernel, channels)
             constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
             name, function = (
                 f"bias_norm {kernel}, C={channels}, {label}",
@@ -136,17 +150,17 @@ def _bias_norm():
             yield from both(channels, dtype, dict.fromkeys(names, dtype) | parts)
     mixed = dict.fromkeys(names, "fp32") | parts | {"X": "bf16", "DX": "bf16"}
     yield from both(512, "x bf16", mixed)
-    block_r, block_c, warps = bias_norm._blocks(1)
+    block_r, block_c, warps = blocks("backward", 1)
     one = {"BLOCK_R": block_r, "BLOCK_C": block_c, "C": 1}  # Triton makes integers that are 1 constants
     yield Configuration("bias_norm backward, C=1, x bf16", bias_norm.backward_kernel, mixed, one, warps)
-    for block_p, warps in ((128, 4), (2048, 16)):
-        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+    for block_p in (128, 256, 512):
+        constants, warps = _adding(block_p)
         name = f"bias_norm parts, {block_p}"
         yield Configuration(name, bias_norm.add_parts_kernel, mixed, constants, warps, ("C",))
 
 
 def _bypass():
-    from fastasr.kernels import bypass
+    from fastasr.kernels import _parts, bypass
 
     names = ("X_ORIG", "X", "SCALE", "Y", "GRAD", "DX_ORIG", "DX", "DSCALE")
     every = {dtype: dict.fromkeys(names, dtype) for dtype in ("fp32", "bf16", "fp16")}
@@ -154,19 +168,23 @@ def _bypass():
     for dtype, types in every.items():
         types = types | {"PARTS": "fp32"}
         for block_c in (256, 32) if dtype in ("fp32", "bf16") else (256,):
-            constants = {"BLOCK_R": 2048 // block_c, "BLOCK_C": block_c}
-            for kernel in ("forward", "backward"):
+            for kernel, elements, warps in (
+                ("forward", 2048, bypass.NUM_WARPS),
+                ("backward", _parts.ELEMENTS, _parts.WARPS),
+            ):
+                constants = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c}
                 function = getattr(bypass, f"{kernel}_kernel")
-                name = f"bypass {kernel}, tile {2048 // block_c}x{block_c}, {dtype}"
-                yield Configuration(name, function, types, constants, 4, ("columns",))
-    one = {"BLOCK_R": 64, "BLOCK_C": 32, "columns": 1}
+                name = f"bypass {kernel}, tile {elements // block_c}x{block_c}, {dtype}"
+                yield Configuration(name, function, types, constants, warps, ("columns",))
+    one = {"BLOCK_R": _parts.ELEMENTS // 32, "BLOCK_C": 32, "columns": 1}
     types = every["fp32"] | {"PARTS": "fp32"}
-    yield Configuration("bypass backward, one column, fp32", bypass.backward_kernel, types, one, 4)
-    for block_p in (128, bypass.MAX_PROGRAMS):
-        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+    name = "bypass backward, one column, fp32"
+    yield Configuration(name, bypass.backward_kernel, types, one, _parts.WARPS)
+    for block_p in (128, 256):
+        constants, warps = _adding(block_p)
         types = {"PARTS": "fp32", "DSCALE": "fp32"}
         name = f"bypass parts, {block_p}"
-        yield Configuration(name, bypass.add_parts_kernel, types, constants, 4, ("columns",))
+        yield Configuration(name, bypass.add_parts_kernel, types, constants, warps, ("columns",))
 
 
 def _nonlin_attention():
@@ -184,10 +202,9 @@ def _nonlin_attention():
             yield Configuration(name, function, types, constants, module.NUM_WARPS, divisible)
 
 
-def _residual_norm():
-    from fastasr.kernels import residual_norm
+def _residual_norm(generation: int):
+    from fastasr.kernels import _parts, residual_norm
 
-    elements = {"forward": residual_norm.FORWARD_ELEMENTS, "backward": residual_norm.BACKWARD_ELEMENTS}
     inputs, outputs = ("X", "UPDATE", "CANDIDATE", "HIDDEN", "GRAD"), ("Y", "DX", "DUPDATE", "DSUM")
     parameters = ("MASK", "WEIGHT", "BIAS", "DWEIGHT", "DBIAS")
     shares = {"fp32": "fp64", "bf16": "fp32", "fp16": "fp32"}
@@ -198,7 +215,12 @@ def _residual_norm():
     def configuration(
         label: str, kernel: str, dtype: str, channels: int, constants: dict, parameter: str = "fp32"
     ):
-        block_r, block_c, warps = residual_norm._blocks(channels, elements[kernel])
+        block_r, block_c, warps = residual_norm._blocks(channels, residual_norm.forward_elements(generation))
+        if kernel == "backward":
+            few = residual_norm.backward_elements(
+                DTYPES[dtype], "CANDIDATE" not in constants, "MASK" not in constants, generation
+            )
+            block_r, warps = max(1, few // block_c), _parts.WARPS
         return Configuration(
             f"residual_norm {kernel}, {label}, {dtype}",
             getattr(residual_norm, f"{kernel}_kernel"),
@@ -211,7 +233,7 @@ def _residual_norm():
             ("eps",),
         )
 
-    for kernel in elements:
+    for kernel in ("forward", "backward"):
         for dtype in ("fp32", "bf16"):
             for channels in (128, 512, 4096):
                 yield configuration(f"gated, C={channels}", kernel, dtype, channels, gated)
@@ -223,8 +245,10 @@ def _residual_norm():
         yield configuration("gated, bf16 parameters, C=512", kernel, "bf16", 512, gated, "bf16")
     ones = dict.fromkeys(strides, 1)  # Triton makes integers that are 1 constants
     yield configuration("C=1, gated", "backward", "fp32", 1, {**gated, **ones})
-    for block_p, warps in ((128, 4), (2048, 16)):
-        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+    # layer_norm_lstm and conv_spatial_gate, which launch add_parts_kernel too, take 16 columns
+    sixteen = (({"BLOCK_P": 128, "BLOCK_C": 16}, 4), ({"BLOCK_P": 2048, "BLOCK_C": 16}, 16))
+    for constants, warps in (_adding(128), _adding(256), *sixteen):
+        block_p = "{BLOCK_P}x{BLOCK_C}".format(**constants)
         for dtype, parameter in (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "bf16")):
             name = f"residual_norm parts, {block_p}, {dtype}" + ", bf16 sums" * (parameter == "bf16")
             types = dict.fromkeys(parameters, parameter) | {"PARTS": dtype}
@@ -334,7 +358,7 @@ def _conv_spatial_gate():  # the weight's gradient is that of gated_depthwise_co
     parameters = ("NORM_WEIGHT", "NORM_BIAS", "WEIGHT", "BIAS", "TABLE", "DWEIGHT", "DBIAS")
     divisible = ("C", "x_batch", "x_time")
     tile = gate.convolving(31)
-    rows = {"normalise": residual_norm.FORWARD_ELEMENTS, "norm_gradient": residual_norm.BACKWARD_ELEMENTS}
+    rows = {"normalise": gate.NORMALISE_ELEMENTS, "norm_gradient": gate.GRADIENT_ELEMENTS}
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(like, dtype) | dict.fromkeys(parameters, "fp32") | {"MASK": "u8"}
         types |= {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
@@ -430,9 +454,9 @@ def _toeplitz_attention(generation: int):
     plain = {"HIDDEN": None, "DROPOUT": None}
     extra = {"prepare": module.PREPARE, "parameters": module.PARAMETERS}
 
-    def configuration(name: str, label: str, dtype: str, d: int = 128, v: int = 1024, **constants):
+    def configuration(name: str, label: str, dtype: str, d: int = 128, v: int = 1024, full=True, **constants):
         with _setting(dtype) as torch_dtype:
-            width, shapes = module.tiles(d, v, torch_dtype, generation, "DROPOUT" not in constants)
+            width, shapes = module.tiles(d, v, torch_dtype, generation, "DROPOUT" not in constants, full)
         options = dict(shapes[name] if name in shapes else extra.get(name, {"num_warps": 4}))
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         element = _element(dtype)
@@ -455,6 +479,9 @@ def _toeplitz_attention(generation: int):
             yield configuration(name, "both ways, padding, dropout", dtype, CAUSAL=False)
         yield configuration(name, "", "bf16", 256, 512, **plain)
     yield configuration("forward", "", "fp16", **plain)
+    for name in ("forward", "values"):
+        yield configuration(name, "both ways, padding", "bf16", CAUSAL=False, DROPOUT=None)
+        yield configuration(name, "few rows", "bf16", full=False, **plain)
     for dtype in ("fp32", "bf16"):
         forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE", "ALONG"))
         yield configuration("prepare", "forward, padding", dtype, **forward)
@@ -668,7 +695,6 @@ def _rnnt_joiner(generation: int):
     wide = dict.fromkeys(("PX", "PY", "GX", "GY", "DHIDDEN", "DA", "DLM"), "fp32")
     types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
     extra = {
-        "hidden": module.HIDDEN,
         "normalise": module.NORMALISE | {"BLOCK_S": 8},
         "frame_gradient": module.FRAME,
         "context_gradient": module.CONTEXT,
@@ -701,7 +727,7 @@ def _rnnt_joiner(generation: int):
                 yield configuration(name, "odd sizes", dtype, d=100)
         if dtype in ("tf32", "fp16"):
             continue
-        for name in extra:
+        for name in ("hidden", *extra):
             if dtype == "fp32" or name not in (
                 "normalise",
                 "context_gradient",

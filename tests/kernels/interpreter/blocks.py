@@ -6,15 +6,14 @@ several parts of a sum and several pieces of a workspace, and masks hide somethi
 """
 
 from fastasr.kernels import (
-    bias_norm,
-    bypass,
+    _parts,
+    conv_spatial_gate,
     conv_subsampling,
     depthwise_conv2d,
     gated_depthwise_conv,
     layer_norm_lstm,
     linear_activation,
     rel_attention,
-    residual_norm,
     rnnt_joiner,
     rnnt_lattice,
     segment_attention,
@@ -62,9 +61,8 @@ def shrink(monkeypatch) -> None:
         monkeypatch.setattr(module, "PIECE_BYTES", 1)  # a block of queries at a time
     for module in WITH_PARTS:
         monkeypatch.setattr(module, "MAX_PARTS", 2)
-    for module in (bias_norm, residual_norm):
-        monkeypatch.setattr(module, "MAX_WARPS", 16)
-    monkeypatch.setattr(bypass, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(conv_spatial_gate, "MAX_WARPS", 16)
+    monkeypatch.setattr(_parts, "processors", lambda t: 2)
     for module in (conv_subsampling, depthwise_conv2d):
         monkeypatch.setattr(module, "LEAST_ROWS", 1)
     monkeypatch.setattr(rel_attention, "PROGRAMS", 1)  # the sequences are one group
