@@ -30,7 +30,10 @@ MOST_SUMS = 28  # of a thread and channel there
 LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
 LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
 BLOCK_G, BLOCK_C, NUM_WARPS = 4, 64, 4  # groups or segments, and channels, of a tile: two channels per thread
-FEW, WIDE = 5, 16  # below so many taps little is reused: groups or segments of a tile, of eight channels per thread
+FEW, WIDE = (
+    5,
+    16,
+)  # below so many taps little is reused: groups or segments of a tile, of eight channels per thread
 
 
 @triton.jit
@@ -74,14 +77,15 @@ def _add_frame(
     if LOADS:
         keep = None if in_row is None else tl.broadcast_to(in_row[None, :], TABLE.shape)
         newest = tl.load(TABLE + k * w_step, mask=keep).to(tl.float32)
-    w = (newest,) + w[: GROUP - 1]
+    moved = (newest,)
+    moved += w[: GROUP - 1]
     added = ()
     for r in tl.static_range(GROUP):
-        if FIRST <= r and r < END:
-            added = added + (tl.fma(x, w[r], z[r]),)
+        if r >= FIRST and r < END:
+            added += (tl.fma(x, moved[r], z[r]),)
         else:
-            added = added + (z[r],)
-    return added, w
+            added += (z[r],)
+    return added, moved
 
 
 @triton.jit
@@ -128,11 +132,12 @@ def sums(
 @triton.jit
 def _add_products(g, sums, windows, x, COLUMN: tl.constexpr, TAPS: tl.constexpr):
     """Adds the products of g with a column's frames, the newest of which is x. Returns the sums and the windows."""
-    window = windows[COLUMN * (TAPS - 1) : (COLUMN + 1) * (TAPS - 1)] + (x,)
+    window = windows[COLUMN * (TAPS - 1) : (COLUMN + 1) * (TAPS - 1)]
+    window += (x,)
     added = sums[: COLUMN * TAPS]
     for n in tl.static_range(TAPS):
-        added = added + (tl.fma(g, window[n], sums[COLUMN * TAPS + n]),)
-    added = added + sums[(COLUMN + 1) * TAPS :]
+        added += (tl.fma(g, window[n], sums[COLUMN * TAPS + n]),)
+    added += sums[(COLUMN + 1) * TAPS :]
     windows = windows[: COLUMN * (TAPS - 1)] + window[1:] + windows[(COLUMN + 1) * (TAPS - 1) :]
     return added, windows
 
@@ -197,7 +202,7 @@ def gradient_kernel(
         for m in tl.static_range(COLUMNS):
             seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
             for n in tl.static_range(TAPS - 1):
-                windows = windows + (_frame(x_at + (n * x_step + m * C), offset + n, seen, in_row),)
+                windows += (_frame(x_at + (n * x_step + m * C), offset + n, seen, in_row),)
         x_at += (TAPS - 1) * x_step
         offset += TAPS - 1
         for i in range(0, length, TAPS):
@@ -227,12 +232,15 @@ def shares(count: int, most: int) -> int:
 
 
 class Map(NamedTuple):
-    """The pixels of a frame of g and of x, the columns of taps, and the pixel of x that the first of them meets at 0."""
+    """The pixels of a frame of g and of x, the columns of taps, and how far left the first of them looks."""
 
     width: int = 1
     x_width: int = 1
     columns: int = 1
     pad: int = 0
+
+
+LINE = Map()  # frames of one pixel
 
 
 class Segments:
@@ -275,7 +283,7 @@ def tiles(batch: int, frames: int, channels: int, like: torch.Tensor) -> tuple[t
 
 def gradients(
     g, x, table, segments: Segments, g_steps: Steps, x_steps: Steps, batch: int, channels: int,
-    pad: int, shift: int, row: int, sum_row: int, chunked: bool, shape: Map = Map(),
+    pad: int, shift: int, row: int, sum_row: int, chunked: bool, shape: Map = LINE,
 ) -> None:  # fmt: skip
     """Writes rows of ``table`` (parts, rows, C), see ``gradient_kernel``."""
     form = segments.form(shape)

@@ -7,12 +7,12 @@
     and with d = du norm_weight, n the normalised row, per row: dg = (d - mean d - n mean(d n)) / sqrt(var g + eps)
 
 Rows are normalised once and written as u: applied in every tap, mean, scale, weight and bias would triple the
-arithmetic. A convolving program computes groups of four frames, which share each row of u and each tap's weights from
-registers; so do eight taps in their gradients (_sliding_taps.py). du stays where dg will be.
-Launches: forward 2 (the first writes u and the taps as rows of channels), backward 7.
+arithmetic. A convolving thread computes groups of 16 frames, which share each row of u and each tap's weights from
+registers; so do 16 taps in their gradients (_sliding_taps.py). u, q and the taps are in tiles of channels. du stays
+where dg will be. Launches: forward 2 (the first writes u and the taps as rows of channels), backward 7.
 
 Bytes per element of g, of e bytes: forward 3e, and 2e for u; backward 5e, and 9e between the kernels: u and q three
-times each, du twice, g once more (the taps' gradients read u and q once per eight taps, from the L2 cache where they
+times each, du twice, g once more (the taps' gradients read u and q once per 16 taps, from the L2 cache where they
 fit). A 4x400x1536 bf16 tensor at 4.3 TB/s: 6 us forward, 16 us backward; by count of instructions (about 2 per tap and
 element) 5 us and 17 us. Sums over rows are made in parts that depend on the shape alone, and the parts added in
 float64: results repeat bit for bit, there are no atomics.
@@ -115,7 +115,7 @@ def norm_gradient_kernel(
 # --------------------------------------------------------------------------- tiles of groups of frames
 @triton.jit
 def _place(frames, batch, C, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns (sequence, its first row, first frames of groups, tile of channels). Tiles vary fastest, then sequences."""
+    """Returns (sequence, its first row, first frames of groups, tile). Tiles vary fastest, then sequences."""
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
     b, t, _ = sliding.groups(pid // c_tiles, batch, frames, 0, GROUP, BLOCK_G)
@@ -161,7 +161,7 @@ def forward_kernel(
         keep = (first + n < frames)[:, None] & (c < C)[None, :]
         r = _load(at, n * step, keep)
         act, _ = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
-        results = results + ((r * act).to(Y.dtype.element_ty),)
+        results += ((r * act).to(Y.dtype.element_ty),)
     at = Y + ((base + first)[:, None] * C + c[None, :])
     for n in tl.static_range(GROUP):
         tl.store(at + n * C, results[n], mask=(first + n < frames)[:, None] & (c < C)[None, :])
@@ -186,7 +186,7 @@ def output_gradient_kernel(
         r = _load(at, n * step, keep)
         dy = _load(GRAD + (row * C + c[None, :]), n * C, keep)
         act, slope = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
-        results = results + ((dy * r * slope).to(Q.dtype.element_ty), (dy * act).to(DFACTOR.dtype.element_ty))
+        results += ((dy * r * slope).to(Q.dtype.element_ty), (dy * act).to(DFACTOR.dtype.element_ty))
     at = _in_tiles(tile, batch, b, frames, first, lane, BLOCK_C)
     for n in tl.static_range(GROUP):
         keep = tl.broadcast_to((first + n < frames)[:, None], at.shape)
@@ -211,7 +211,7 @@ def input_gradient_kernel(
         if MASK is not None:
             there = tl.load(MASK + base + first + n, mask=first + n < frames, other=1) == 0
             du = tl.where(there[:, None], du, 0.0)
-        results = results + (du.to(DGATE.dtype.element_ty),)
+        results += (du.to(DGATE.dtype.element_ty),)
     for n in tl.static_range(GROUP):
         tl.store(at + n * 2 * C, results[n], mask=(first + n < frames)[:, None] & (c < C)[None, :])
 
@@ -244,8 +244,8 @@ class _Call:
         programs = triton.cdiv(self.rows, block_r)
         tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles
         launch(normalise_kernel, (programs + tables,),
-            self.gate, self.mask, norm_weight, norm_bias, weight, self.u, self.table, *self.strides, self.frames, self.rows,
-            programs, self.channels, self.taps, eps,
+            self.gate, self.mask, norm_weight, norm_bias, weight, self.u, self.table, *self.strides,
+            self.frames, self.rows, programs, self.channels, self.taps, eps,
             BLOCK_R=block_r, BLOCK_C=block_c, TILE_K=BLOCK_K, TILE_C=BLOCK_C, num_warps=warps,
         )  # fmt: skip
         self.sizes = self.frames, self.batch, self.channels
@@ -264,7 +264,8 @@ class _Call:
         shares = torch.float64 if dgate.dtype == torch.float32 else torch.float32
         table = torch.empty((2, parts, self.channels), dtype=shares, device=dgate.device)
         launch(norm_gradient_kernel, (parts,),
-            self.gate, norm_weight, dgate, table, *self.strides, self.frames, self.rows, rows_per_part, self.channels, self.eps,
+            self.gate, norm_weight, dgate, table, *self.strides, self.frames, self.rows, rows_per_part,
+            self.channels, self.eps,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
         dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
@@ -303,7 +304,8 @@ def conv_spatial_gate_backward(
     q = torch.empty_like(call.u)
     dfactor, dgate = dx.chunk(2, -1)
     launch(output_gradient_kernel, call.grid,
-        grad, call.factor, call.u, call.table, bias, dfactor, q, *call.strides, *call.sizes, ACTIVATION=activation, **call.form
+        grad, call.factor, call.u, call.table, bias, dfactor, q, *call.strides, *call.sizes,
+        ACTIVATION=activation, **call.form,
     )  # fmt: skip
     launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dgate, *call.sizes, **call.form)
     dnorm_weight, dnorm_bias = call.norm_gradients(norm_weight, dgate)

@@ -5,13 +5,14 @@
     dx: the same of the gradient g, taps turned around, padding (K - 1 - P, L - 1 - Q)
     dw[c, i, j] = sum_(b, t, f) g[b, t, f, c] x[b, t + i - P, f + j - Q, c]     dbias[c] = sum g
 
-A program computes two frames of a tile of pixels and channels: each shifted tile of x is loaded once for both, from the
-first-level cache but for its first use. The weights lie as rows of channels (one small copy). Launches: forward 2;
-backward 3 for dx and dw with their parts, and one copy.
+Column by column of the taps, a thread convolves a group of frames of one pixel along time (_sliding_taps.py): each
+frame is loaded once for all taps of a column. Threads of a program have neighbouring pixels, so that most loads come
+from the first-level cache. The weights lie as rows of channels (one small copy). Launches: forward 2; backward 3 for dx
+and dw with their parts, and one copy.
 
 Bytes per element of e bytes: forward 2e; backward 2e for dx, 2e for dw. A 20x750x19x128 bf16 map at 4.3 TB/s: 34 us
-forward, 68 us backward. The kernels are bound by instructions: two pixels per thread share the loads of weights, and
-addresses and columns of a row are counted up (predicted for an H100 at 20x1500x19x128: 606 us, 900 with one pixel).
+forward, 68 us backward. The kernels are bound by instructions: predicted for an H100 at 20x1500x19x128, 290 us forward
+and 418 us for the weights' gradients, of which multiply-adds take 121 us each.
 The weights' gradients are added up in parts that depend on the shape alone, and the parts in float64: results repeat
 bit for bit, there are no atomics.
 """
@@ -29,7 +30,9 @@ BLOCK_G, BLOCK_C, NUM_WARPS = 8, sliding.BLOCK_C, 4  # groups and channels of a 
 MAX_PARTS = 128
 
 
-@triton.jit(do_not_specialize=["frames", "width", "out_frames", "out_width", "taps_f", "pad_t", "pad_f", "rows"])
+@triton.jit(
+    do_not_specialize=["frames", "width", "out_frames", "out_width", "taps_f", "pad_t", "pad_f", "rows"]
+)
 def forward_kernel(
     X, TABLE, BIAS, Y, frames, width, out_frames, out_width, C, taps_f, pad_t, pad_f, rows,
     TURNED: tl.constexpr, RESIDUAL: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -71,7 +74,7 @@ def forward_kernel(
         if RESIDUAL:
             keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]
             y += tl.load(X + at + r * y_step, mask=keep, other=0.0).to(tl.float32)
-        results = results + (y.to(Y.dtype.element_ty),)
+        results += (y.to(Y.dtype.element_ty),)
     for r in tl.static_range(GROUP):
         keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]
         tl.store(Y + at + r * y_step, results[r], mask=keep)

@@ -9,18 +9,16 @@
     du[t] = sum_k w[k] r[t - k + P] (in the chunk) + sum_j v[j] q[t - j + P]
     dw[k] = sum r[t] u[t + k - P] (in the chunk)     dv[j] = sum q[t] u[t + j - P]     dL, dR: sums of q e by position
 
-The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels. In the
-others a program computes groups of four frames, which share each row of u and each tap's weights from registers
-(_sliding_taps.py): a load and a conversion per four taps and element. A group lies in one chunk, so that sums within
-the chunk hide whole rows. Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per
-channel need channel-major memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7
-in chunk-causal form.
+The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels, both in
+tiles of channels. In the others a thread computes groups of up to 16 frames, which share each row of u and each tap's
+weights from registers (_sliding_taps.py). A group lies in one chunk, so that sums within the chunk hide whole rows.
+Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per channel need channel-major
+memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7 in chunk-causal form.
 
 Bytes per element of u, of e bytes: forward 3e and 2e for u; backward 5e, 2e for u and 2e for q (chunk-causal: 6e for
 q, r and q e). A 1500x20x192 bf16 tensor at 2.9 TB/s: 20 us forward, 35 us backward; predicted for an H100 with 31 taps
-about 27 us for each of two convolutions and for the weights' gradients (with a load per tap: 46 to 54 us each).
-The weights' gradients are added up in parts that depend on the
-shape alone, in registers, and the parts in float64: results repeat bit for bit, there are no atomics.
+about 17 to 22 us for each of two convolutions and for the weights' gradients. The latter are added up in parts that
+depend on the shape alone, in registers, and the parts in float64: results repeat bit for bit, there are no atomics.
 """
 
 import torch
@@ -125,7 +123,9 @@ def gate_kernel(
 
 
 @triton.jit
-def _place(batch, frames, C, chunk, before, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+def _place(
+    batch, frames, C, chunk, before, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Returns (first frames of groups, their chunks' first and end, sequence, tile of channels) of this program: tiles
     vary fastest, then sequences.
     """
@@ -166,15 +166,22 @@ def _convolve(
     every = tl.full([BLOCK_G], 0, tl.int32) + (frames + past)
     zero = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
     row = sliding.taps_at(TABLE, taps if CHUNKED else 0, BLOCK_G, BLOCK_C)
-    z = sliding.sums(
-        zero, at, t, every, row, None, BLOCK_C, BLOCK_C, CAUSAL_TAPS if CHUNKED else TAPS, GROUP
-    )
+    z = sliding.sums(zero, at, t, every, row, None, BLOCK_C, BLOCK_C, CAUSAL_TAPS if CHUNKED else TAPS, GROUP)
     e = z
     if CHUNKED:
         skip = (taps - TAPS) // 2
         row = sliding.taps_at(TABLE, skip, BLOCK_G, BLOCK_C)
         e = sliding.sums(
-            zero, at + skip * BLOCK_C, t - past + skip - first, last - first, row, None, BLOCK_C, BLOCK_C, TAPS, GROUP
+            zero,
+            at + skip * BLOCK_C,
+            t - past + skip - first,
+            last - first,
+            row,
+            None,
+            BLOCK_C,
+            BLOCK_C,
+            TAPS,
+            GROUP,
         )
     return z, e
 
@@ -220,14 +227,26 @@ def forward_kernel(
     for r in tl.static_range(GROUP):
         position = t + r - first
         z, _, _ = _finish(
-            of_all[r], of_chunk[r], TABLE, BIAS, CAUSAL_BIAS, position, lane, c, C, chunk, taps, CHUNKED, BLOCK_C
+            of_all[r],
+            of_chunk[r],
+            TABLE,
+            BIAS,
+            CAUSAL_BIAS,
+            position,
+            lane,
+            c,
+            C,
+            chunk,
+            taps,
+            CHUNKED,
+            BLOCK_C,
         )
         if ACTIVATION == SWOOSH_R:
             shifted, u = _exp_minus_abs(z, True, SHORT)
             z = _activation(z, shifted, u, True, SHORT)
         elif ACTIVATION == SILU:
             z *= _logistic(z, SHORT)
-        results = results + (z.to(Y.dtype.element_ty),)
+        results += (z.to(Y.dtype.element_ty),)
     for r in tl.static_range(GROUP):
         tl.store(at + r * step, results[r], mask=(t + r < last)[:, None] & (c < C)[None, :])
 
@@ -235,8 +254,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def output_gradient_kernel(
     GRAD, U, TABLE, BIAS, CAUSAL_BIAS, Q, R, V, grad_time_stride, grad_batch_stride, frames, batch, C, chunk, taps,
-    past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
+    past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
     # Tiles of Q = q; in chunk-causal form of R = q scale and V = q e.
     SHORT: tl.constexpr = Q.dtype.element_ty.primitive_bitwidth == 16
@@ -248,13 +267,27 @@ def output_gradient_kernel(
         U, TABLE, t, first, last, b, tile, frames, batch, taps, past, CHUNKED, TAPS, GROUP, BLOCK_G, BLOCK_C,
         CAUSAL_TAPS,
     )  # fmt: skip
-    at = GRAD + (t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :])
+    at = GRAD + (
+        t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
+    )
     step = tl.cast(grad_time_stride, tl.int64)
     results = ()
     for r in tl.static_range(GROUP):
         position = t + r - first
         z, e, scale = _finish(
-            of_all[r], of_chunk[r], TABLE, BIAS, CAUSAL_BIAS, position, lane, c, C, chunk, taps, CHUNKED, BLOCK_C
+            of_all[r],
+            of_chunk[r],
+            TABLE,
+            BIAS,
+            CAUSAL_BIAS,
+            position,
+            lane,
+            c,
+            C,
+            chunk,
+            taps,
+            CHUNKED,
+            BLOCK_C,
         )
         keep = (t + r < last)[:, None] & (c < C)[None, :]
         q = tl.load(at + r * step, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
@@ -264,9 +297,9 @@ def output_gradient_kernel(
         elif ACTIVATION == SILU:
             s = _logistic(z, SHORT)
             q *= s * tl.fma(z, 1.0 - s, 1.0)
-        results = results + (q.to(Q.dtype.element_ty),)
+        results += (q.to(Q.dtype.element_ty),)
         if CHUNKED:
-            results = results + ((q * scale).to(R.dtype.element_ty), (q * e).to(V.dtype.element_ty))
+            results += ((q * scale).to(R.dtype.element_ty), (q * e).to(V.dtype.element_ty))
     at = _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C)
     for r in tl.static_range(GROUP):
         keep = tl.broadcast_to((t + r < last)[:, None], at.shape)
@@ -341,7 +374,7 @@ def input_gradient_kernel(
             gate = _logistic(s, SHORT)
             du = tl.where(keep, du, 0.0)
             ds = du * (x * gate) * (1.0 - gate)
-            results = results + ((du * gate).to(DH.dtype.element_ty), ds.to(DH.dtype.element_ty))
+            results += ((du * gate).to(DH.dtype.element_ty), ds.to(DH.dtype.element_ty))
         for n in tl.static_range(BATCH):
             now = t + (r + n)
             keep = ((now >= 0) & (now < last))[:, None] & in_row[None, :]
@@ -417,7 +450,11 @@ def add_parts_kernel(
 
 def convolving(taps: int, chunk: int, chunked: bool) -> dict[str, int]:
     """Returns the constants of the convolving kernels. In a chunk no frame meets taps that are a chunk or more away."""
-    names = {"CHUNKED": chunked, "TAPS": min(taps, 2 * chunk - 1) if chunked else taps, "CAUSAL_TAPS": taps // 2 + 1}
+    names = {
+        "CHUNKED": chunked,
+        "TAPS": min(taps, 2 * chunk - 1) if chunked else taps,
+        "CAUSAL_TAPS": taps // 2 + 1,
+    }
     return names | {"GROUP": sliding.group_of(chunk), "BLOCK_G": sliding.BLOCK_G, "BLOCK_C": BLOCK_C}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastasr.kernels._sliding_taps import Map
+from fastasr.kernels._sliding_taps import LINE, Map
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 # Bytes of shared memory that a program may have, by architecture.
@@ -258,7 +258,9 @@ def _depthwise_conv2d():
         types = dict.fromkeys(("X", "TABLE", "BIAS", "Y", "G", "DWEIGHT", "DBIAS"), dtype) | {"PARTS": "fp32"}
         yield from _depthwise("depthwise_conv2d", dtype, types, 7, residual=False)
         name = f"depthwise_conv2d weight gradient, {dtype}"
-        yield _taps_gradients(name, types, 7, Map(19, 19, 7, 3), ("C", "g_batch", "g_time", "x_batch", "x_time"))
+        yield _taps_gradients(
+            name, types, 7, Map(19, 19, 7, 3), ("C", "g_batch", "g_time", "x_batch", "x_time")
+        )
         name = f"depthwise_conv2d parts, {dtype}"
         yield Configuration(name, conv.add_parts_kernel, types, parts, conv.NUM_WARPS, ("C",))
 
@@ -268,7 +270,7 @@ def _depthwise_conv_residual():
     for dtype in DTYPES:
         types = dict.fromkeys(("X", "Y", "G"), dtype) | dict.fromkeys(("TABLE", "BIAS", "PARTS"), "fp32")
         yield from _depthwise("depthwise_conv_residual", dtype, types, 3, residual=True)
-        yield _taps_gradients(f"depthwise_conv_residual weight gradient, {dtype}", types, 3, Map(), divisible)
+        yield _taps_gradients(f"depthwise_conv_residual weight gradient, {dtype}", types, 3, LINE, divisible)
 
 
 def _depthwise(op: str, dtype: str, types: dict, taps: int, residual: bool):
@@ -283,7 +285,9 @@ def _depthwise(op: str, dtype: str, types: dict, taps: int, residual: bool):
         yield Configuration(name, conv.forward_kernel, types, constants, conv.NUM_WARPS, ("C",))
 
 
-def _taps_gradients(name, types, taps: int, shape: Map, divisible, tiled=(False, False), chunked: bool = False):
+def _taps_gradients(
+    name, types, taps: int, shape: Map, divisible, tiled=(False, False), chunked: bool = False
+):
     from fastasr.kernels import _sliding_taps as sliding
 
     steps = {name: sliding.BLOCK_C * here for name, here in zip(("G_STEP", "X_STEP"), tiled, strict=True)}
@@ -321,9 +325,9 @@ def _gated_depthwise_conv():
                 yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
             name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
             strides = ("C", "g_batch", "g_time", "x_batch", "x_time")
-            yield _taps_gradients(name, types, 31, Map(), strides, (True, True), chunked)
+            yield _taps_gradients(name, types, 31, LINE, strides, (True, True), chunked)
         name = f"gated_depthwise_conv weight gradient, no activation, {dtype}"
-        yield _taps_gradients(name, types, 31, Map(), strides, (False, True))
+        yield _taps_gradients(name, types, 31, LINE, strides, (False, True))
         rows = absent | conv.convolving(31, 1500, False) | {"TILED": False}
         name = f"gated_depthwise_conv input gradient, no activation, {dtype}"
         yield Configuration(name, conv.input_gradient_kernel, types, rows, conv.NUM_WARPS, divisible)
