@@ -24,16 +24,17 @@ import triton.language as tl
 
 from fastasr.kernels._launch import launch
 
-MOST_FRAMES = 16  # of a group
+MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
 MOST_TAPS = 16  # of a program that computes gradients
 MOST_SUMS = 28  # of a thread and channel there
 LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
 LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
-BLOCK_G, BLOCK_C, NUM_WARPS = 4, 64, 4  # groups or segments, and channels, of a tile: two channels per thread
+BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four channels per thread
+BLOCK_S = 4  # segments of a tile: two channels per thread
 FEW, WIDE = (
     5,
     16,
-)  # below so many taps little is reused: groups or segments of a tile, of eight channels per thread
+)  # below so many taps a loaded frame is used little: segments of a tile, eight channels per thread
 
 
 @triton.jit
@@ -55,9 +56,9 @@ def groups(program, batch, chunk, before, GROUP: tl.constexpr, BLOCK_G: tl.const
     return program % batch, tl.where(number < 0, number * GROUP, first + number % per_chunk * GROUP), first
 
 
-def group_of(chunk: int) -> int:
+def group_of(chunk: int, most: int = MOST_FRAMES) -> int:
     """Returns the frames of a group."""
-    return min(MOST_FRAMES, triton.next_power_of_2(chunk))
+    return min(most, triton.next_power_of_2(chunk))
 
 
 def group_blocks(frames: int, chunk: int, before: int, group: int) -> int:
@@ -250,7 +251,7 @@ class Segments:
 
     def __init__(self, frames: int, sequences: int, chunk: int, count: int, others: int, most: int):
         self.frames, self.chunk, self.count = frames, chunk, count
-        self.taps, self.block = shares(count, MOST_TAPS), WIDE if count < FEW else BLOCK_G
+        self.taps, self.block = shares(count, MOST_TAPS), WIDE if count < FEW else BLOCK_S
         most = min(most, max(LEAST_PARTS, GOOD_PROGRAMS // (triton.cdiv(count, self.taps) * others)))
         chunks = sequences * triton.cdiv(frames, chunk)
         wanted = max(1, most * self.block // chunks)  # segments of a chunk

@@ -7,7 +7,7 @@
     and with d = du norm_weight, n the normalised row, per row: dg = (d - mean d - n mean(d n)) / sqrt(var g + eps)
 
 Rows are normalised once and written as u: applied in every tap, mean, scale, weight and bias would triple the
-arithmetic. A convolving thread computes groups of 16 frames, which share each row of u and each tap's weights from
+arithmetic. A convolving thread computes groups of eight frames, which share each row of u and each tap's weights from
 registers; so do 16 taps in their gradients (_sliding_taps.py). u, q and the taps are in tiles of channels. du stays
 where dg will be. Launches: forward 2 (the first writes u and the taps as rows of channels), backward 7.
 

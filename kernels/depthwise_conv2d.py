@@ -26,7 +26,8 @@ from fastasr.kernels._launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-BLOCK_G, BLOCK_C, NUM_WARPS = 8, sliding.BLOCK_C, 4  # groups and channels of a tile: four channels per thread
+MOST_FRAMES = 16  # of a group
+BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups, and channels, of a tile
 MAX_PARTS = 128
 
 
@@ -101,9 +102,7 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexp
 
 def form(taps: int, frames: int) -> dict[str, int]:
     """Returns the constants of the convolving kernel, for taps of a column."""
-    group = sliding.group_of(frames)
-    if taps < sliding.FEW:
-        group = min(4, group)
+    group = sliding.group_of(frames, 4 if taps < sliding.FEW else MOST_FRAMES)
     return {"TAPS": taps, "GROUP": group, "BLOCK_G": BLOCK_G, "BLOCK_C": BLOCK_C}
 
 
@@ -159,7 +158,7 @@ def parameter_gradients(
 
 
 def _check_rows(op: str, rows: int) -> None:
-    if rows + BLOCK_G * sliding.MOST_FRAMES >= 2**31:
+    if rows + BLOCK_G * MOST_FRAMES >= 2**31:
         raise ValueError(f"fastasr.{op}: x: expected fewer than 2**31 pixels on CUDA, got {rows}")
 
 

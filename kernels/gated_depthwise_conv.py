@@ -10,7 +10,7 @@
     dw[k] = sum r[t] u[t + k - P] (in the chunk)     dv[j] = sum q[t] u[t + j - P]     dL, dR: sums of q e by position
 
 The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels, both in
-tiles of channels. In the others a thread computes groups of up to 16 frames, which share each row of u and each tap's
+tiles of channels. In the others a thread has groups of at most eight frames, which share each row of u and each tap's
 weights from registers (_sliding_taps.py). A group lies in one chunk, so that sums within the chunk hide whole rows.
 Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per channel need channel-major
 memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7 in chunk-causal form.
