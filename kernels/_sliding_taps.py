@@ -26,7 +26,7 @@ from fastasr.kernels._launch import launch
 
 MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
 MOST_TAPS = 16  # of a program that computes gradients
-MOST_SUMS = 28  # of a thread and channel there
+MOST_SUMS = {2: 28, 4: 21}  # of a thread and channel there, by the bytes of an element
 LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
 LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
 BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four channels per thread
@@ -61,10 +61,10 @@ def group_of(chunk: int, most: int = MOST_FRAMES) -> int:
     return min(most, triton.next_power_of_2(chunk))
 
 
-def group_blocks(frames: int, chunk: int, before: int, group: int) -> int:
+def group_blocks(frames: int, chunk: int, before: int, group: int, block: int = BLOCK_G) -> int:
     """Returns the blocks of groups of a sequence."""
     number = -(-frames // chunk) * -(-chunk // group) + -(-before // group)
-    return -(-number // BLOCK_G)
+    return -(-number // block)
 
 
 @triton.jit
@@ -208,14 +208,14 @@ def gradient_kernel(
         offset += TAPS - 1
         for i in range(0, length, TAPS):
             for n in tl.static_range(TAPS):
-                g = _frame(at + n * g_step, tl.full([BLOCK_G], n, tl.int32) + i, left, in_row)
+                g = _frame(at, tl.full([BLOCK_G], n, tl.int32) + i, left, in_row)
                 total += g.to(total.dtype)
                 for m in tl.static_range(COLUMNS):
                     seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
-                    x = _frame(x_at + (n * x_step + m * C), offset + n, seen, in_row)
+                    x = _frame(x_at + m * C, offset + n, seen, in_row)
                     sums, windows = _add_products(g, sums, windows, x, m, TAPS)
-            at += TAPS * g_step
-            x_at += TAPS * x_step
+                at += g_step
+                x_at += x_step
             offset += TAPS
     at = PARTS + (part * rows).to(tl.int64) * C + c
     if (k == 0) & (j == 0):
@@ -261,9 +261,9 @@ class Segments:
         self.per_part = triton.cdiv(triton.cdiv(segments, self.block), most) * self.block
         self.parts = triton.cdiv(segments, self.per_part)
 
-    def form(self, shape: Map) -> dict[str, int]:
+    def form(self, shape: Map, dtype: torch.dtype) -> dict[str, int]:
         """Returns the constants of the kernel that depend on the taps."""
-        columns = shares(shape.columns, max(1, MOST_SUMS // self.taps))
+        columns = shares(shape.columns, max(1, MOST_SUMS[dtype.itemsize] // self.taps))
         return {"TAPS": self.taps, "COLUMNS": columns, "BLOCK_G": self.block, "BLOCK_C": BLOCK_C}
 
 
@@ -287,7 +287,7 @@ def gradients(
     pad: int, shift: int, row: int, sum_row: int, chunked: bool, shape: Map = LINE,
 ) -> None:  # fmt: skip
     """Writes rows of ``table`` (parts, rows, C), see ``gradient_kernel``."""
-    form = segments.form(shape)
+    form = segments.form(shape, g.dtype)
     programs = triton.cdiv(segments.count, segments.taps) * triton.cdiv(shape.columns, form["COLUMNS"])
     launch(gradient_kernel, (segments.parts * programs * triton.cdiv(channels, BLOCK_C),),
         g, x, table, *g_steps[:3], *x_steps[:3], segments.frames, batch, channels, segments.chunk, pad, shift, *shape,

@@ -26,7 +26,7 @@ from fastasr.kernels._launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-MOST_FRAMES = 16  # of a group
+MOST_FRAMES = 16  # of a group; in float32 they would spill
 BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups, and channels, of a tile
 MAX_PARTS = 128
 
@@ -100,9 +100,10 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexp
             tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
 
 
-def form(taps: int, frames: int) -> dict[str, int]:
+def form(taps: int, frames: int, dtype: torch.dtype) -> dict[str, int]:
     """Returns the constants of the convolving kernel, for taps of a column."""
-    group = sliding.group_of(frames, 4 if taps < sliding.FEW else MOST_FRAMES)
+    most = 4 if taps < sliding.FEW else sliding.MOST_FRAMES if dtype == torch.float32 else MOST_FRAMES
+    group = sliding.group_of(frames, most)
     return {"TAPS": taps, "GROUP": group, "BLOCK_G": BLOCK_G, "BLOCK_C": BLOCK_C}
 
 
@@ -115,7 +116,7 @@ def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: 
     y = x.new_empty(batch, *out_size, channels)
     if not y.numel():
         return y
-    constants = form(taps_t, out_size[0])
+    constants = form(taps_t, out_size[0], x.dtype)
     group = constants["GROUP"]
     rows = batch * triton.cdiv(out_size[0], group) * out_size[1]
     _check_rows(op, max(group * rows, batch * frames * width))

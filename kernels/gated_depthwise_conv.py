@@ -34,7 +34,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, sliding.BLOCK_C, 4  # a tile of 16 elements per thread
-BLOCK_R = 64
+BATCH = tl.constexpr(4)  # frames whose loads wait for no store
+BLOCK_R, EDGE_WARPS = 128, 8  # chunks that a program adds at once
 MAX_PARTS = 64
 BLOCK_K = 8
 
@@ -223,32 +224,22 @@ def forward_kernel(
     )  # fmt: skip
     at = Y + ((t[:, None].to(tl.int64) * batch + b) * C + c[None, :])
     step = batch.to(tl.int64) * C
-    results = ()
-    for r in tl.static_range(GROUP):
-        position = t + r - first
-        z, _, _ = _finish(
-            of_all[r],
-            of_chunk[r],
-            TABLE,
-            BIAS,
-            CAUSAL_BIAS,
-            position,
-            lane,
-            c,
-            C,
-            chunk,
-            taps,
-            CHUNKED,
-            BLOCK_C,
-        )
-        if ACTIVATION == SWOOSH_R:
-            shifted, u = _exp_minus_abs(z, True, SHORT)
-            z = _activation(z, shifted, u, True, SHORT)
-        elif ACTIVATION == SILU:
-            z *= _logistic(z, SHORT)
-        results += (z.to(Y.dtype.element_ty),)
-    for r in tl.static_range(GROUP):
-        tl.store(at + r * step, results[r], mask=(t + r < last)[:, None] & (c < C)[None, :])
+    for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
+        results = ()
+        for n in tl.static_range(min(GROUP, BATCH)):
+            z, _, _ = _finish(
+                of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, chunk,
+                taps, CHUNKED, BLOCK_C,
+            )  # fmt: skip
+            if ACTIVATION == SWOOSH_R:
+                shifted, u = _exp_minus_abs(z, True, SHORT)
+                z = _activation(z, shifted, u, True, SHORT)
+            elif ACTIVATION == SILU:
+                z *= _logistic(z, SHORT)
+            results += (z.to(Y.dtype.element_ty),)
+        for n in tl.static_range(min(GROUP, BATCH)):
+            keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
+            tl.store(at + (r + n) * step, results[n], mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
@@ -271,44 +262,33 @@ def output_gradient_kernel(
         t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
     )
     step = tl.cast(grad_time_stride, tl.int64)
-    results = ()
-    for r in tl.static_range(GROUP):
-        position = t + r - first
-        z, e, scale = _finish(
-            of_all[r],
-            of_chunk[r],
-            TABLE,
-            BIAS,
-            CAUSAL_BIAS,
-            position,
-            lane,
-            c,
-            C,
-            chunk,
-            taps,
-            CHUNKED,
-            BLOCK_C,
-        )
-        keep = (t + r < last)[:, None] & (c < C)[None, :]
-        q = tl.load(at + r * step, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
-        if ACTIVATION == SWOOSH_R:
-            shifted, u = _exp_minus_abs(z, True, SHORT)
-            q *= _slope(shifted, u, SHORT)
-        elif ACTIVATION == SILU:
-            s = _logistic(z, SHORT)
-            q *= s * tl.fma(z, 1.0 - s, 1.0)
-        results += (q.to(Q.dtype.element_ty),)
-        if CHUNKED:
-            results += ((q * scale).to(R.dtype.element_ty), (q * e).to(V.dtype.element_ty))
-    at = _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C)
-    for r in tl.static_range(GROUP):
-        keep = tl.broadcast_to((t + r < last)[:, None], at.shape)
-        if CHUNKED:
-            tl.store(Q + at + r * BLOCK_C, results[3 * r], mask=keep)
-            tl.store(R + at + r * BLOCK_C, results[3 * r + 1], mask=keep)
-            tl.store(V + at + r * BLOCK_C, results[3 * r + 2], mask=keep)
-        else:
-            tl.store(Q + at + r * BLOCK_C, results[r], mask=keep)
+    out = _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C)
+    for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
+        results = ()
+        for n in tl.static_range(min(GROUP, BATCH)):
+            z, e, scale = _finish(
+                of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, chunk,
+                taps, CHUNKED, BLOCK_C,
+            )  # fmt: skip
+            keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
+            q = tl.load(at + (r + n) * step, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
+            if ACTIVATION == SWOOSH_R:
+                shifted, u = _exp_minus_abs(z, True, SHORT)
+                q *= _slope(shifted, u, SHORT)
+            elif ACTIVATION == SILU:
+                s = _logistic(z, SHORT)
+                q *= s * tl.fma(z, 1.0 - s, 1.0)
+            results += (q.to(Q.dtype.element_ty),)
+            if CHUNKED:
+                results += ((q * scale).to(R.dtype.element_ty), (q * e).to(V.dtype.element_ty))
+        for n in tl.static_range(min(GROUP, BATCH)):
+            keep = tl.broadcast_to((t + (r + n) < last)[:, None], out.shape)
+            if CHUNKED:
+                tl.store(Q + out + (r + n) * BLOCK_C, results[3 * n], mask=keep)
+                tl.store(R + out + (r + n) * BLOCK_C, results[3 * n + 1], mask=keep)
+                tl.store(V + out + (r + n) * BLOCK_C, results[3 * n + 2], mask=keep)
+            else:
+                tl.store(Q + out + (r + n) * BLOCK_C, results[n], mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
@@ -354,10 +334,9 @@ def input_gradient_kernel(
     step = tl.cast(time_stride, tl.int64)
     out = DH + ((t[:, None].to(tl.int64) * batch + b) * (2 * C) + c[None, :])
     out_step = batch.to(tl.int64) * (2 * C)
-    BATCH: tl.constexpr = min(GROUP, 4)  # frames whose loads wait for no store
-    for r in tl.static_range(0, GROUP, BATCH):
+    for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
         results = ()
-        for n in tl.static_range(BATCH):
+        for n in tl.static_range(min(GROUP, BATCH)):
             now = t + (r + n)
             du = of_chunk[r + n] + of_all[r + n] if CHUNKED else of_chunk[r + n]
             if DCACHE is not None:
@@ -375,7 +354,7 @@ def input_gradient_kernel(
             du = tl.where(keep, du, 0.0)
             ds = du * (x * gate) * (1.0 - gate)
             results += ((du * gate).to(DH.dtype.element_ty), ds.to(DH.dtype.element_ty))
-        for n in tl.static_range(BATCH):
+        for n in tl.static_range(min(GROUP, BATCH)):
             now = t + (r + n)
             keep = ((now >= 0) & (now < last))[:, None] & in_row[None, :]
             tl.store(out + (r + n) * out_step, results[2 * n], mask=keep)
@@ -449,13 +428,16 @@ def add_parts_kernel(
 
 
 def convolving(taps: int, chunk: int, chunked: bool) -> dict[str, int]:
-    """Returns the constants of the convolving kernels. In a chunk no frame meets taps that are a chunk or more away."""
+    """Returns the constants of the convolving kernels. In a chunk no frame meets taps that are a chunk or more away.
+    Two sums of each of eight groups would spill.
+    """
     names = {
         "CHUNKED": chunked,
         "TAPS": min(taps, 2 * chunk - 1) if chunked else taps,
         "CAUSAL_TAPS": taps // 2 + 1,
     }
-    return names | {"GROUP": sliding.group_of(chunk), "BLOCK_G": sliding.BLOCK_G, "BLOCK_C": BLOCK_C}
+    block = sliding.BLOCK_G // 2 if chunked else sliding.BLOCK_G
+    return names | {"GROUP": sliding.group_of(chunk), "BLOCK_G": block, "BLOCK_C": BLOCK_C}
 
 
 class _Call:
@@ -489,7 +471,9 @@ class _Call:
         )  # fmt: skip
 
     def grid(self, before: int = 0) -> tuple[int]:
-        blocks = sliding.group_blocks(self.frames, self.chunk, before, self.form["GROUP"])
+        blocks = sliding.group_blocks(
+            self.frames, self.chunk, before, self.form["GROUP"], self.form["BLOCK_G"]
+        )
         return (blocks * self.batch * self.c_tiles,)
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -597,7 +581,7 @@ def gated_depthwise_conv_backward(
     if call.chunked:
         sliding.gradients(q, call.u, table, of_causal, *steps, past, past, taps + 2, taps + 1, False)
         launch(edge_gradient_kernel, (2 * taps * call.c_tiles,),
-            v, dchunk_scale, *call.sizes()[:5], BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+            v, dchunk_scale, *call.sizes()[:5], BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=EDGE_WARPS,
         )  # fmt: skip
     launch(add_parts_kernel, (rows * call.c_tiles,),
         table, dweight, dbias, dcausal_weight, dcausal_bias, segments.parts, of_causal.parts, channels, taps, skip,

@@ -276,7 +276,7 @@ def _depthwise_conv_residual():
 def _depthwise(op: str, dtype: str, types: dict, taps: int, residual: bool):
     from fastasr.kernels import depthwise_conv2d as conv
 
-    tile = conv.form(taps, 1500) | {"RESIDUAL": residual}
+    tile = conv.form(taps, 1500, DTYPES[dtype]) | {"RESIDUAL": residual}
     for name, constants in (
         ("forward", {**tile, "TURNED": False}),
         ("input gradient", {**tile, "TURNED": True, "BIAS": None}),
@@ -291,7 +291,11 @@ def _taps_gradients(
     from fastasr.kernels import _sliding_taps as sliding
 
     steps = {name: sliding.BLOCK_C * here for name, here in zip(("G_STEP", "X_STEP"), tiled, strict=True)}
-    constants = sliding.Segments(1500, 20, 1500, taps, 1, 64).form(shape) | steps | {"CHUNKED": chunked}
+    constants = (
+        sliding.Segments(1500, 20, 1500, taps, 1, 64).form(shape, DTYPES[types["G"]])
+        | steps
+        | {"CHUNKED": chunked}
+    )
     divisible = (*divisible, "g_tile", "x_tile")
     return Configuration(name, sliding.gradient_kernel, types, constants, sliding.NUM_WARPS, divisible)
 
@@ -338,7 +342,7 @@ def _gated_depthwise_conv():
             yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
         name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
         constants = block_c | {"BLOCK_R": conv.BLOCK_R}
-        yield Configuration(name, conv.edge_gradient_kernel, types, constants, conv.NUM_WARPS, divisible)
+        yield Configuration(name, conv.edge_gradient_kernel, types, constants, conv.EDGE_WARPS, divisible)
 
 
 def _conv_spatial_gate():  # the weight's gradient is that of gated_depthwise_conv
