@@ -2,36 +2,51 @@
 """Sums over the taps of a depthwise convolution along time, and the gradients of its taps, from registers.
 
     sums        y[t + r] = sum_(k < K) w[k] x[t + r + k]     for GROUP frames, r < GROUP
-    gradients   dw[k + n] = sum_t g[t] x[t + k + n - P]      for TAPS taps, n < TAPS
+    gradients   dw[k + n] = sum_t g[t] x[t + k + n - P]      for TAPS taps, n < TAPS, of COLUMNS columns of a map
 
-A thread loads each frame of its channels once, 128 bits at a time, converts it once, and multiplies it with GROUP taps,
-or with the gradients of TAPS frames. What the next frame meets again stays in registers. Loops go GROUP or TAPS frames
-at a time, after which each value is in the variable that it began in, so that nothing is moved.
+A thread loads each frame of its channels once, converts it once, and multiplies it with GROUP taps, or with the
+gradients of TAPS frames. What the next frame meets again stays in registers. Code is written out for GROUP or TAPS
+frames at a time, after which each value is in the variable that it began in, so that nothing is moved. A thread has few
+channels and many frames: then loads, conversions and addresses are few beside the products.
+
+What kernels write for each other lies in tiles, (tiles, sequences, frames, BLOCK_C), and so do the taps, (tiles, taps,
+BLOCK_C): the step to the next frame or tap is then a constant, and costs no instruction.
 
 Frames outside a span count as zeros, whatever lies there. No frame is added to a sum that has no tap for it, since 0
 times infinity is not 0: the first and the last frames have code of their own.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import generation, launch
+from fastasr.kernels._launch import launch
 
-GROUP = tl.constexpr(4)  # 32 sums of 8 channels per thread
-TAPS = tl.constexpr(8)  # 64 sums per thread
-LEAST_FRAMES = 16  # of a segment, which loads TAPS - 1 more
-BLOCK_G, BLOCK_S, BLOCK_C, NUM_WARPS = 16, 16, 64, 4  # groups or segments, and channels, of a tile
+MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
+MOST_TAPS = 16  # of a program that computes gradients
+MOST_SUMS = {2: 28, 4: 21}  # of a thread and channel there, by the bytes of an element
+LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
+LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
+BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four channels per thread
+BLOCK_S = 4  # segments of a tile: two channels per thread
+FEW, WIDE = (
+    5,
+    16,
+)  # below so many taps a loaded frame is used little: segments of a tile, eight channels per thread
 
 
 @triton.jit
 def _frame(at, offset, span, in_row):
-    keep = (offset.to(tl.uint32) < span.to(tl.uint32))[:, None] & in_row[None, :]
-    return tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    keep = (offset.to(tl.uint32) < span.to(tl.uint32))[:, None]
+    if in_row is not None:
+        keep = keep & in_row[None, :]
+    return tl.load(at, mask=tl.broadcast_to(keep, at.shape), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def groups(program, batch, chunk, before, BLOCK_G: tl.constexpr):
+def groups(program, batch, chunk, before, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
     """Returns (sequence, first frames of groups, first frames of their chunks). A group lies in one chunk; ``before``
     frames before the first, which groups that end there cover, have no chunk.
     """
@@ -41,171 +56,241 @@ def groups(program, batch, chunk, before, BLOCK_G: tl.constexpr):
     return program % batch, tl.where(number < 0, number * GROUP, first + number % per_chunk * GROUP), first
 
 
-def group_blocks(frames: int, chunk: int, before: int, block: int) -> int:
+def group_of(chunk: int, most: int = MOST_FRAMES) -> int:
+    """Returns the frames of a group."""
+    return min(most, triton.next_power_of_2(chunk))
+
+
+def group_blocks(frames: int, chunk: int, before: int, group: int, block: int = BLOCK_G) -> int:
     """Returns the blocks of groups of a sequence."""
-    number = -(-frames // chunk) * -(-chunk // GROUP.value) + -(-before // GROUP.value)
+    number = -(-frames // chunk) * -(-chunk // group) + -(-before // group)
     return -(-number // block)
-
-
-def remainder(taps: int) -> tuple[int, bool]:
-    """Returns (TAIL, FEW) of ``sums``."""
-    return taps % GROUP.value, taps < GROUP.value
 
 
 @triton.jit
 def _add_frame(
-    sums, weights, k, X, offset, span, TABLE, in_row, x_step, w_step,
-    FIRST: tl.constexpr, END: tl.constexpr, LOADS: tl.constexpr,
+    z, w, k, X, offset, span, TABLE, in_row, x_step, w_step,
+    FIRST: tl.constexpr, END: tl.constexpr, LOADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Adds frame k to the sums [FIRST, END), with the weights of tap k where LOADS, and moves the others on."""
-    z0, z1, z2, z3 = sums
-    w1, w2, w3 = weights
     x = _frame(X + k * x_step, offset + k, span, in_row)  # [groups, channels]
-    w0 = w3
-    if LOADS:  # of this shape, as a row of them would be laid out anew in shared memory
-        keep = tl.broadcast_to(in_row[None, :], TABLE.shape)
-        w0 = tl.load(TABLE + k * w_step, mask=keep, other=0.0)
-    if FIRST <= 0:
-        z0 = tl.fma(x, w0, z0)
-    if FIRST <= 1 and END > 1:
-        z1 = tl.fma(x, w1, z1)
-    if FIRST <= 2 and END > 2:
-        z2 = tl.fma(x, w2, z2)
-    if FIRST <= 3 and END > 3:
-        z3 = tl.fma(x, w3, z3)
-    return (z0, z1, z2, z3), (w0, w1, w2)
+    newest = w[GROUP - 1]
+    if LOADS:
+        keep = None if in_row is None else tl.broadcast_to(in_row[None, :], TABLE.shape)
+        newest = tl.load(TABLE + k * w_step, mask=keep).to(tl.float32)
+    moved = (newest,)
+    moved += w[: GROUP - 1]
+    added = ()
+    for r in tl.static_range(GROUP):
+        if r >= FIRST and r < END:
+            added += (tl.fma(x, moved[r], z[r]),)
+        else:
+            added += (z[r],)
+    return added, moved
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns a tuple of COUNT tensors."""
+    return (tl.zeros([BLOCK_G, BLOCK_C], tl.float32),) * COUNT
+
+
+@triton.jit
+def taps_at(TABLE, row, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns where a row of a tile's taps lies, for each group: one row of them would be laid out anew in shared
+    memory.
+    """
+    return TABLE + tl.broadcast_to((row * BLOCK_C + tl.arange(0, BLOCK_C))[None, :], [BLOCK_G, BLOCK_C])
 
 
 @triton.jit
 def sums(
-    X, offset, span, TABLE, taps, in_row, x_step, w_step,
-    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    z, X, offset, span, TABLE, in_row, x_step, w_step, TAPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Returns the sums of groups, as a tuple. Their first tap meets the frames ``offset`` of [0, span), which lie at X
-    [groups, channels]; its weights lie at TABLE, of the same shape. A step goes to the next frame, or the next tap's
-    weights. TAIL is the remainder of ``taps`` by GROUP, FEW says that it is ``taps``.
+    """Returns the tuple z with the sums of groups added. Their first tap meets the frames ``offset`` of [0, span),
+    which lie at X [groups, channels]; its weights lie at TABLE, of the same shape. A step goes to the next frame, or
+    the next tap's weights.
     """
-    zero = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
-    z, w = (zero, zero, zero, zero), (zero, zero, zero)
-    if not FEW:
-        for n in tl.static_range(GROUP):
-            z, w = _add_frame(z, w, n, X, offset, span, TABLE, in_row, x_step, w_step, 0, n + 1, True)
-        for k in range(GROUP, taps - TAIL, GROUP):
+    w = z
+    HEAD: tl.constexpr = GROUP if TAPS >= GROUP else 0
+    TAIL: tl.constexpr = TAPS % GROUP
+    for n in tl.static_range(HEAD):
+        z, w = _add_frame(z, w, n, X, offset, span, TABLE, in_row, x_step, w_step, 0, n + 1, True, GROUP)
+    if TAPS >= 2 * GROUP:
+        for k in range(GROUP, TAPS - TAIL, GROUP):
             for n in tl.static_range(GROUP):
-                z, w = _add_frame(z, w, k + n, X, offset, span, TABLE, in_row, x_step, w_step, 0, GROUP, True)
+                z, w = _add_frame(
+                    z, w, k + n, X, offset, span, TABLE, in_row, x_step, w_step, 0, GROUP, True, GROUP
+                )
     for n in tl.static_range(TAIL + GROUP - 1):
         z, w = _add_frame(
-            z, w, taps - TAIL + n, X, offset, span, TABLE, in_row, x_step, w_step,
-            n - TAIL + 1, n + 1 if FEW else GROUP, n < TAIL,
+            z, w, TAPS - TAIL + n, X, offset, span, TABLE, in_row, x_step, w_step,
+            n - TAIL + 1, GROUP if HEAD else n + 1, n < TAIL, GROUP,
         )  # fmt: skip
     return z
 
 
+@triton.jit
+def _add_products(g, sums, windows, x, COLUMN: tl.constexpr, TAPS: tl.constexpr):
+    """Adds the products of g with a column's frames, the newest of which is x. Returns the sums and the windows."""
+    window = windows[COLUMN * (TAPS - 1) : (COLUMN + 1) * (TAPS - 1)]
+    window += (x,)
+    added = sums[: COLUMN * TAPS]
+    for n in tl.static_range(TAPS):
+        added += (tl.fma(g, window[n], sums[COLUMN * TAPS + n]),)
+    added += sums[(COLUMN + 1) * TAPS :]
+    windows = windows[: COLUMN * (TAPS - 1)] + window[1:] + windows[(COLUMN + 1) * (TAPS - 1) :]
+    return added, windows
+
+
 @triton.jit(
     do_not_specialize=[
-        *("frames", "batch", "chunk", "pad", "shift", "length", "per_part", "count", "row", "rows")
+        *("frames", "batch", "chunk", "pad", "shift", "width", "x_width", "columns", "pad_f"),
+        *("length", "per_part", "count", "row", "sum_row", "rows"),
     ]
 )
 def gradient_kernel(
-    G, X, PARTS, time_step, batch_step, frames, batch, C, chunk, pad, shift, length, per_part, count, row, rows,
-    CHUNKED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    G, X, PARTS, g_tile, g_batch, g_time, x_tile, x_batch, x_time, frames, batch, C, chunk, pad, shift, width,
+    x_width, columns, pad_f, length, per_part, count, row, sum_row, rows,
+    G_STEP: tl.constexpr, X_STEP: tl.constexpr, CHUNKED: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rows ``row`` (sum of G) and row + 1 + k (tap k < count) of a part's ``rows`` rows. X has the steps of
-    G, and ``shift`` frames more before the first.
+    """Writes the rows ``sum_row`` (sum of G) and row + k columns + j (tap k < count of column j) of a part's ``rows``
+    rows. A frame has ``width`` pixels of C channels in G, ``x_width`` in X, and tap 0 of column 0 meets the frame
+    ``pad`` and the pixel ``pad_f`` earlier. X has ``shift`` frames more before the first. Steps lead to the next tile
+    of channels, sequence and frame; that of a frame is G_STEP or X_STEP where that is not 0.
 
-    A part is of ``per_part`` segments. A segment is ``length`` frames, a multiple of TAPS, of a chunk of a sequence.
-    CHUNKED: taps meet frames of the chunk alone, else all that X has.
+    A part is of ``per_part`` segments. A segment is ``length`` frames of one pixel of a chunk of a sequence. CHUNKED:
+    taps meet frames of the chunk alone, else all that X has.
     """
-    c_tiles, tap_groups = tl.cdiv(C, BLOCK_C), tl.cdiv(count, TAPS)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    tap_groups, column_groups = tl.cdiv(count, TAPS), tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
-    c = program % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = program % c_tiles
     k = program // c_tiles % tap_groups * TAPS
-    part = program // (c_tiles * tap_groups)
+    j = program // (c_tiles * tap_groups) % column_groups * COLUMNS
+    part = program // (c_tiles * tap_groups * column_groups)
+    lane = tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
     in_row = c < C
-    zero = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    zero = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
     # in float32 the bias' gradient of few frames would else be less exact than eager's
     total = zero.to(tl.float64 if G.dtype.element_ty == tl.float32 else tl.float32)
-    t0, t1, t2, t3, t4, t5, t6, t7 = zero, zero, zero, zero, zero, zero, zero, zero
-    step = tl.cast(time_step, tl.int64)  # a number that is 1 is a constant, which has no ``to``
+    sums = zeros(TAPS * COLUMNS, BLOCK_G, BLOCK_C)
+    g_step = G_STEP if G_STEP else tl.cast(g_time, tl.int64)  # 1 is a constant, which has no ``to``
+    x_step = X_STEP if X_STEP else tl.cast(x_time, tl.int64)
+    g_first = G + tl.cast(tile, tl.int64) * g_tile
+    x_first = X + tl.cast(tile, tl.int64) * x_tile
     per_chunk = tl.cdiv(chunk, length)
     per_sequence = tl.cdiv(frames, chunk) * per_chunk
-    for block in range(0, per_part, BLOCK_S):
-        segment = part * per_part + block + tl.arange(0, BLOCK_S)
-        b, here = segment // per_sequence, segment % per_sequence
+    for block in range(0, per_part, BLOCK_G):
+        segment = part * per_part + block + tl.arange(0, BLOCK_G)
+        f, here = segment % width, segment // width
+        b, here = here // per_sequence, here % per_sequence
         first = here // per_chunk * chunk
         t = first + here % per_chunk * length
         last = tl.minimum(first + chunk, frames)
         there = b < batch
         left = tl.where(there, tl.minimum(length, last - t), 0)
-        at = t[:, None].to(tl.int64) * step + (b[:, None].to(tl.int64) * batch_step + c[None, :])
-        x_at = X + (at + (k + shift - pad) * step)
-        at = G + at
+        here = b.to(tl.int64) * g_batch + t.to(tl.int64) * g_step + f.to(tl.int64) * C
+        at = g_first + (here[:, None] + lane[None, :])
+        pixel = f + j - pad_f
+        here = b.to(tl.int64) * x_batch + (t + k + shift - pad).to(tl.int64) * x_step + pixel.to(tl.int64) * C
+        x_at = x_first + (here[:, None] + lane[None, :])
         offset = t + k - pad - first if CHUNKED else t + k - pad + shift
         span = tl.where(there, last - first if CHUNKED else frames + shift, 0)
-        x0 = _frame(x_at, offset, span, in_row)
-        x1 = _frame(x_at + step, offset + 1, span, in_row)
-        x2 = _frame(x_at + 2 * step, offset + 2, span, in_row)
-        x3 = _frame(x_at + 3 * step, offset + 3, span, in_row)
-        x4 = _frame(x_at + 4 * step, offset + 4, span, in_row)
-        x5 = _frame(x_at + 5 * step, offset + 5, span, in_row)
-        x6 = _frame(x_at + 6 * step, offset + 6, span, in_row)
-        x_at += 7 * step
-        offset += 7
+        windows = ()
+        for m in tl.static_range(COLUMNS):
+            seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
+            for n in tl.static_range(TAPS - 1):
+                windows += (_frame(x_at + (n * x_step + m * C), offset + n, seen, in_row),)
+        x_at += (TAPS - 1) * x_step
+        offset += TAPS - 1
         for i in range(0, length, TAPS):
             for n in tl.static_range(TAPS):
-                g = _frame(at, tl.full([BLOCK_S], i + n, tl.int32), left, in_row)
-                x7 = _frame(x_at, offset, span, in_row)
+                g = _frame(at, tl.full([BLOCK_G], n, tl.int32) + i, left, in_row)
                 total += g.to(total.dtype)
-                t0 = tl.fma(g, x0, t0)
-                t1 = tl.fma(g, x1, t1)
-                t2 = tl.fma(g, x2, t2)
-                t3 = tl.fma(g, x3, t3)
-                t4 = tl.fma(g, x4, t4)
-                t5 = tl.fma(g, x5, t5)
-                t6 = tl.fma(g, x6, t6)
-                t7 = tl.fma(g, x7, t7)
-                x0, x1, x2, x3, x4, x5, x6 = x1, x2, x3, x4, x5, x6, x7
-                at += step
-                x_at += step
-                offset += 1
-    at = PARTS + (part * rows + row).to(tl.int64) * C + c
-    if k == 0:
-        tl.store(at, tl.sum(total, axis=0).to(PARTS.dtype.element_ty), mask=in_row)
-    at += (k + 1) * C
-    tl.store(at, tl.sum(t0, axis=0), mask=in_row)
-    tl.store(at + C, tl.sum(t1, axis=0), mask=in_row & (k + 1 < count))
-    tl.store(at + 2 * C, tl.sum(t2, axis=0), mask=in_row & (k + 2 < count))
-    tl.store(at + 3 * C, tl.sum(t3, axis=0), mask=in_row & (k + 3 < count))
-    tl.store(at + 4 * C, tl.sum(t4, axis=0), mask=in_row & (k + 4 < count))
-    tl.store(at + 5 * C, tl.sum(t5, axis=0), mask=in_row & (k + 5 < count))
-    tl.store(at + 6 * C, tl.sum(t6, axis=0), mask=in_row & (k + 6 < count))
-    tl.store(at + 7 * C, tl.sum(t7, axis=0), mask=in_row & (k + 7 < count))
+                for m in tl.static_range(COLUMNS):
+                    seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
+                    x = _frame(x_at + m * C, offset + n, seen, in_row)
+                    sums, windows = _add_products(g, sums, windows, x, m, TAPS)
+                at += g_step
+                x_at += x_step
+            offset += TAPS
+    at = PARTS + (part * rows).to(tl.int64) * C + c
+    if (k == 0) & (j == 0):
+        tl.store(at + sum_row * C, tl.sum(total, axis=0).to(PARTS.dtype.element_ty), mask=in_row)
+    at += (row + k * columns + j) * C
+    for n in tl.static_range(TAPS):
+        for m in tl.static_range(COLUMNS):
+            keep = in_row & (k + n < count) & (j + m < columns)
+            tl.store(at + (n * columns + m) * C, tl.sum(sums[m * TAPS + n], axis=0), mask=keep)
+
+
+def shares(count: int, most: int) -> int:
+    """Returns the size of the equal shares, of at most ``most`` each, that ``count`` things fall into."""
+    return triton.cdiv(count, triton.cdiv(count, most))
+
+
+class Map(NamedTuple):
+    """The pixels of a frame of g and of x, the columns of taps, and how far left the first of them looks."""
+
+    width: int = 1
+    x_width: int = 1
+    columns: int = 1
+    pad: int = 0
+
+
+LINE = Map()  # frames of one pixel
 
 
 class Segments:
-    """How the frames of sequences in chunks are shared among at most ``most`` parts."""
-
-    def __init__(self, frames: int, batch: int, chunk: int, most: int):
-        wanted = max(1, most * BLOCK_S // (batch * -(-frames // chunk)))  # segments per chunk
-        length = max(min(LEAST_FRAMES, chunk), -(-chunk // wanted))
-        self.length = -(-length // TAPS.value) * TAPS.value
-        segments = batch * -(-frames // chunk) * -(-chunk // self.length)
-        blocks = -(-segments // BLOCK_S)
-        self.per_part = -(-blocks // most) * BLOCK_S
-        self.parts = -(-segments // self.per_part)
-
-
-def segment_block(dtype: torch.dtype, generation: int) -> int:
-    """Returns the segments that a program takes at once. With more of them, some spill."""
-    return BLOCK_S // 2 if dtype == torch.float32 or generation == 120 else BLOCK_S
-
-
-def gradients(g, x, table, segments: Segments, steps, sizes, pad, shift, count, row, chunked: bool) -> None:
-    """Writes rows of ``table`` (parts, rows, C), see ``gradient_kernel``. ``steps`` lead to the next frame and the next
-    sequence; ``sizes`` are (frames, batch, C, chunk).
+    """How the frames of sequences in chunks are shared among at most ``most`` parts, for gradients of ``count`` taps of
+    ``others`` tiles of channels or groups of columns.
     """
-    grid = segments.parts * triton.cdiv(count, TAPS.value) * triton.cdiv(sizes[2], BLOCK_C)
-    launch(gradient_kernel, (grid,),
-        g, x, table, *steps, *sizes, pad, shift, segments.length, segments.per_part, count, row, table.shape[1],
-        CHUNKED=chunked, BLOCK_S=segment_block(g.dtype, generation(g)), BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+
+    def __init__(self, frames: int, sequences: int, chunk: int, count: int, others: int, most: int):
+        self.frames, self.chunk, self.count = frames, chunk, count
+        self.taps, self.block = shares(count, MOST_TAPS), WIDE if count < FEW else BLOCK_S
+        most = min(most, max(LEAST_PARTS, GOOD_PROGRAMS // (triton.cdiv(count, self.taps) * others)))
+        chunks = sequences * triton.cdiv(frames, chunk)
+        wanted = max(1, most * self.block // chunks)  # segments of a chunk
+        length = max(min(LEAST_FRAMES, chunk), min(GOOD_FRAMES, triton.cdiv(chunk, wanted)))
+        self.length = triton.cdiv(length, self.taps) * self.taps
+        segments = chunks * triton.cdiv(chunk, self.length)
+        self.per_part = triton.cdiv(triton.cdiv(segments, self.block), most) * self.block
+        self.parts = triton.cdiv(segments, self.per_part)
+
+    def form(self, shape: Map, dtype: torch.dtype) -> dict[str, int]:
+        """Returns the constants of the kernel that depend on the taps."""
+        columns = shares(shape.columns, max(1, MOST_SUMS[dtype.itemsize] // self.taps))
+        return {"TAPS": self.taps, "COLUMNS": columns, "BLOCK_G": self.block, "BLOCK_C": BLOCK_C}
+
+
+class Steps(NamedTuple):
+    """The steps to the next tile of channels, sequence and frame. FRAME is the last one where it is a constant."""
+
+    tile: int
+    sequence: int
+    frame: int
+    FRAME: int = 0
+
+
+def tiles(batch: int, frames: int, channels: int, like: torch.Tensor) -> tuple[torch.Tensor, Steps]:
+    """Returns a tensor of tiles with the dtype and device of ``like``, and its steps."""
+    table = like.new_empty(triton.cdiv(channels, BLOCK_C), batch, frames, BLOCK_C)
+    return table, Steps(*table.stride()[:3], BLOCK_C)
+
+
+def gradients(
+    g, x, table, segments: Segments, g_steps: Steps, x_steps: Steps, batch: int, channels: int,
+    pad: int, shift: int, row: int, sum_row: int, chunked: bool, shape: Map = LINE,
+) -> None:  # fmt: skip
+    """Writes rows of ``table`` (parts, rows, C), see ``gradient_kernel``."""
+    form = segments.form(shape, g.dtype)
+    programs = triton.cdiv(segments.count, segments.taps) * triton.cdiv(shape.columns, form["COLUMNS"])
+    launch(gradient_kernel, (segments.parts * programs * triton.cdiv(channels, BLOCK_C),),
+        g, x, table, *g_steps[:3], *x_steps[:3], segments.frames, batch, channels, segments.chunk, pad, shift, *shape,
+        segments.length, segments.per_part, segments.count, row, sum_row, table.shape[1],
+        G_STEP=g_steps.FRAME, X_STEP=x_steps.FRAME, CHUNKED=chunked, **form, num_warps=NUM_WARPS,
     )  # fmt: skip

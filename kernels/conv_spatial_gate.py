@@ -7,12 +7,12 @@
     and with d = du norm_weight, n the normalised row, per row: dg = (d - mean d - n mean(d n)) / sqrt(var g + eps)
 
 Rows are normalised once and written as u: applied in every tap, mean, scale, weight and bias would triple the
-arithmetic. A convolving program computes groups of four frames, which share each row of u and each tap's weights from
-registers; so do eight taps in their gradients (_sliding_taps.py). du stays where dg will be.
-Launches: forward 2 (the first writes u and the taps as rows of channels), backward 7.
+arithmetic. A convolving thread computes groups of eight frames, which share each row of u and each tap's weights from
+registers; so do 16 taps in their gradients (_sliding_taps.py). u, q and the taps are in tiles of channels. du stays
+where dg will be. Launches: forward 2 (the first writes u and the taps as rows of channels), backward 7.
 
 Bytes per element of g, of e bytes: forward 3e, and 2e for u; backward 5e, and 9e between the kernels: u and q three
-times each, du twice, g once more (the taps' gradients read u and q once per eight taps, from the L2 cache where they
+times each, du twice, g once more (the taps' gradients read u and q once per 16 taps, from the L2 cache where they
 fit). A 4x400x1536 bf16 tensor at 4.3 TB/s: 6 us forward, 16 us backward; by count of instructions (about 2 per tap and
 element) 5 us and 17 us. Sums over rows are made in parts that depend on the shape alone, and the parts added in
 float64: results repeat bit for bit, there are no atomics.
@@ -26,13 +26,13 @@ from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels import gated_depthwise_conv, residual_norm
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import launch
-from fastasr.kernels.gated_depthwise_conv import _lay_out
+from fastasr.kernels.gated_depthwise_conv import _in_tiles, _lay_out
 from fastasr.kernels.residual_norm import MAX_CHANNELS, _centred, _mean
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-BLOCK_C, NUM_WARPS = 64, 4  # of a convolving program
-BLOCK_K = 32
+BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # of a convolving program
+BLOCK_K = 4
 NORMALISE_ELEMENTS, GRADIENT_ELEMENTS = 512, 256  # of whole rows, per warp
 MAX_WARPS = 2048  # of the gradient of the norm
 
@@ -51,36 +51,37 @@ def _load(POINTER, at, keep):
 
 @triton.jit(do_not_specialize=["frames", "rows", "row_programs", "taps"])
 def normalise_kernel(
-    X, MASK, NORM_WEIGHT, NORM_BIAS, WEIGHT, U, TABLE, x_batch, x_time, frames, rows, row_programs, C, taps, eps,
+    GATE, MASK, NORM_WEIGHT, NORM_BIAS, WEIGHT, U, TABLE, x_batch, x_time, frames, rows, row_programs, C, taps, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILE_K: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    # U (B, T, C) from the first programs; the taps as rows of channels, TABLE (K, C), from the others.
+    # U from the first programs; the taps as rows of channels, TABLE, from the others; both in tiles.
     pid = tl.program_id(0)
     if pid < row_programs:
         PRECISE: tl.constexpr = U.dtype.element_ty == tl.float32
         r = pid * BLOCK_R + tl.arange(0, BLOCK_R)
         c = tl.arange(0, BLOCK_C)
         keep = (r < rows)[:, None] & (c < C)[None, :]
-        at = _rows(r, frames, x_batch, x_time)[:, None] + (C + c)[None, :]
-        g = _load(X, at, keep)  # [BLOCK_R, BLOCK_C]
+        at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
+        g = _load(GATE, at, keep)  # [BLOCK_R, BLOCK_C]
         n, scale = _centred(g, keep, eps, C, PRECISE)
         w = tl.load(NORM_WEIGHT + c, mask=c < C, other=0.0)
         b = tl.load(NORM_BIAS + c, mask=c < C, other=0.0)
         u = tl.fma(n * scale[:, None], w[None, :], b[None, :])
         if MASK is not None:
             u = tl.where((tl.load(MASK + r, mask=r < rows, other=1) == 0)[:, None], u, 0.0)
-        tl.store(U + r[:, None].to(tl.int64) * C + c[None, :], u.to(U.dtype.element_ty), mask=keep)
+        at = ((c // TILE_C)[None, :].to(tl.int64) * rows + r[:, None]) * TILE_C + (c % TILE_C)[None, :]
+        tl.store(U + at, u.to(U.dtype.element_ty), mask=keep)
     else:
-        _lay_out(WEIGHT, TABLE, 0, taps, C, pid - row_programs, TILE_K, TILE_C)
+        _lay_out(WEIGHT, TABLE, 0, taps, taps, C, pid - row_programs, TILE_K, TILE_C)
 
 
 @triton.jit(do_not_specialize=["frames", "rows", "rows_per_part"])
 def norm_gradient_kernel(
-    X, NORM_WEIGHT, DX, PARTS, x_batch, x_time, frames, rows, rows_per_part, C, eps,
+    GATE, NORM_WEIGHT, DGATE, PARTS, x_batch, x_time, frames, rows, rows_per_part, C, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # dg in place of du; sums of du n and of du over a part's rows, as rows of two tables.
-    PRECISE: tl.constexpr = DX.dtype.element_ty == tl.float32
+    # dg in the place of du; sums of du n and of du over a part's rows, as rows of two tables.
+    PRECISE: tl.constexpr = DGATE.dtype.element_ty == tl.float32
     part = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     in_row = c < C
@@ -92,20 +93,20 @@ def norm_gradient_kernel(
     while first < end:
         r = first + tl.arange(0, BLOCK_R)
         keep = (r < end)[:, None] & in_row[None, :]
-        at = _rows(r, frames, x_batch, x_time)[:, None] + (C + c)[None, :]
-        g = _load(X, at, keep)  # [BLOCK_R, BLOCK_C]
+        at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
+        g = _load(GATE, at, keep)  # [BLOCK_R, BLOCK_C]
         n, scale = _centred(g, keep, eps, C, PRECISE)
         # With eps = 0 the scale of a row past the end is infinite.
         n = tl.where(keep, n * scale[:, None], 0.0)
-        at = r[:, None].to(tl.int64) * (2 * C) + (C + c)[None, :]
-        du = _load(DX, at, keep)
+        at = r[:, None].to(tl.int64) * (2 * C) + c[None, :]
+        du = _load(DGATE, at, keep)
         dweight = tl.fma(du, n, dweight)
         dbias += du
         d = du * w[None, :]
         mean = _mean(d, C, PRECISE).to(tl.float32)
         along = _mean(d * n, C, PRECISE).to(tl.float32)
         dg = tl.fma(-n, along[:, None], d - mean[:, None]) * scale[:, None]
-        tl.store(DX + at, dg.to(DX.dtype.element_ty), mask=keep)
+        tl.store(DGATE + at, dg.to(DGATE.dtype.element_ty), mask=keep)
         first += BLOCK_R
     row = PARTS + part.to(tl.int64) * C + c
     tl.store(row, tl.sum(dweight.to(PARTS.dtype.element_ty), axis=0), mask=in_row)
@@ -115,27 +116,26 @@ def norm_gradient_kernel(
 
 # --------------------------------------------------------------------------- tiles of groups of frames
 @triton.jit
-def _place(frames, batch, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns (sequence, its first row, first frames of groups, channels). Channels vary fastest, then sequences."""
+def _place(frames, batch, C, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns (sequence, its first row, first frames of groups, tile). Tiles vary fastest, then sequences."""
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
-    b, t, _ = sliding.groups(pid // c_tiles, batch, frames, 0, BLOCK_G)
-    b = b.to(tl.int64)
-    return b, b * frames, t, pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, t, _ = sliding.groups(pid // c_tiles, batch, frames, 0, GROUP, BLOCK_G)
+    return b, b.to(tl.int64) * frames, t, pid % c_tiles
 
 
 @triton.jit
 def _convolve(
-    POINTER, TABLE, base, t, c, frames, C, taps, TURNED: tl.constexpr,
-    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    POINTER, TABLE, tile, batch, b, t, frames, TURNED: tl.constexpr,
+    TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Returns the convolution of groups, without the bias, with the taps as they are or reversed."""
-    start = t - taps // 2
-    at = POINTER + ((base + start)[:, None] * C + c[None, :])
-    row = TABLE + tl.broadcast_to(c[None, :], [BLOCK_G, BLOCK_C])
+    start = t - TAPS // 2
+    at = POINTER + _in_tiles(tile, batch, b, frames, start, tl.arange(0, BLOCK_C), BLOCK_C)
+    row = sliding.taps_at(TABLE, tile * TAPS + (TAPS - 1 if TURNED else 0), BLOCK_G, BLOCK_C)
     return sliding.sums(
-        at, start, tl.full([BLOCK_G], 0, tl.int32) + frames, row + (taps - 1) * C if TURNED else row, taps, c < C,
-        C, -C if TURNED else C, TAIL, FEW, BLOCK_G, BLOCK_C,
+        sliding.zeros(GROUP, BLOCK_G, BLOCK_C), at, start, tl.full([BLOCK_G], 0, tl.int32) + frames, row, None,
+        BLOCK_C, -BLOCK_C if TURNED else BLOCK_C, TAPS, GROUP,
     )  # fmt: skip
 
 
@@ -146,71 +146,83 @@ def _with_bias(z, BIAS, c, C):
     return z
 
 
-@triton.jit
-def _factor(X, b, t, c, keep, x_batch, x_time):
-    at = b * x_batch + t.to(tl.int64) * x_time
-    return _load(X, at[:, None] + c[None, :], keep)
-
-
-@triton.jit(do_not_specialize=["frames", "batch", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch"])
 def forward_kernel(
-    X, U, TABLE, BIAS, Y, x_batch, x_time, frames, batch, C, taps, ACTIVATION: tl.constexpr,
-    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    FACTOR, U, TABLE, BIAS, Y, x_batch, x_time, frames, batch, C, ACTIVATION: tl.constexpr,
+    TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     PRECISE: tl.constexpr = Y.dtype.element_ty == tl.float32
-    b, base, first, c = _place(frames, batch, C, BLOCK_G, BLOCK_C)
-    found = _convolve(U, TABLE, base, first, c, frames, C, taps, False, TAIL, FEW, BLOCK_G, BLOCK_C)
-    for n in tl.static_range(sliding.GROUP):
-        t = first + n
-        keep = (t < frames)[:, None] & (c < C)[None, :]
-        r = _factor(X, b, t, c, keep, x_batch, x_time)
+    b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
+    lane = tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
+    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    at = FACTOR + ((b.to(tl.int64) * x_batch + first.to(tl.int64) * x_time)[:, None] + c[None, :])
+    step = tl.cast(x_time, tl.int64)
+    results = ()
+    for n in tl.static_range(GROUP):
+        keep = (first + n < frames)[:, None] & (c < C)[None, :]
+        r = _load(at, n * step, keep)
         act, _ = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
-        tl.store(Y + (base + t)[:, None] * C + c[None, :], (r * act).to(Y.dtype.element_ty), mask=keep)
+        results += ((r * act).to(Y.dtype.element_ty),)
+    at = Y + ((base + first)[:, None] * C + c[None, :])
+    for n in tl.static_range(GROUP):
+        tl.store(at + n * C, results[n], mask=(first + n < frames)[:, None] & (c < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch"])
 def output_gradient_kernel(
-    GRAD, X, U, TABLE, BIAS, DX, Q, x_batch, x_time, frames, batch, C, taps, ACTIVATION: tl.constexpr,
-    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    GRAD, FACTOR, U, TABLE, BIAS, DFACTOR, Q, x_batch, x_time, frames, batch, C, ACTIVATION: tl.constexpr,
+    TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # q, and dr in the first half of DX.
-    PRECISE: tl.constexpr = DX.dtype.element_ty == tl.float32
-    b, base, first, c = _place(frames, batch, C, BLOCK_G, BLOCK_C)
-    found = _convolve(U, TABLE, base, first, c, frames, C, taps, False, TAIL, FEW, BLOCK_G, BLOCK_C)
-    for n in tl.static_range(sliding.GROUP):
-        t = first + n
-        keep = (t < frames)[:, None] & (c < C)[None, :]
-        r = _factor(X, b, t, c, keep, x_batch, x_time)
-        row = (base + t)[:, None]
-        dy = _load(GRAD, row * C + c[None, :], keep)
+    PRECISE: tl.constexpr = DFACTOR.dtype.element_ty == tl.float32
+    b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
+    lane = tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
+    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    at = FACTOR + ((b.to(tl.int64) * x_batch + first.to(tl.int64) * x_time)[:, None] + c[None, :])
+    step = tl.cast(x_time, tl.int64)
+    row = (base + first)[:, None]
+    results = ()
+    for n in tl.static_range(GROUP):
+        keep = (first + n < frames)[:, None] & (c < C)[None, :]
+        r = _load(at, n * step, keep)
+        dy = _load(GRAD + (row * C + c[None, :]), n * C, keep)
         act, slope = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
-        tl.store(Q + row * C + c[None, :], (dy * r * slope).to(Q.dtype.element_ty), mask=keep)
-        tl.store(DX + row * (2 * C) + c[None, :], (dy * act).to(DX.dtype.element_ty), mask=keep)
+        results += ((dy * r * slope).to(Q.dtype.element_ty), (dy * act).to(DFACTOR.dtype.element_ty))
+    at = _in_tiles(tile, batch, b, frames, first, lane, BLOCK_C)
+    for n in tl.static_range(GROUP):
+        keep = tl.broadcast_to((first + n < frames)[:, None], at.shape)
+        tl.store(Q + at + n * BLOCK_C, results[2 * n], mask=keep)
+        keep = keep & (c < C)[None, :]
+        tl.store(DFACTOR + (row * (2 * C) + c[None, :]) + n * 2 * C, results[2 * n + 1], mask=keep)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch"])
 def input_gradient_kernel(
-    Q, MASK, TABLE, DX, frames, batch, C, taps,
-    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    Q, MASK, TABLE, DGATE, frames, batch, C,
+    TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # du, 0 at padding, in the second half of DX.
-    _, base, first, c = _place(frames, batch, C, BLOCK_G, BLOCK_C)
-    found = _convolve(Q, TABLE, base, first, c, frames, C, taps, True, TAIL, FEW, BLOCK_G, BLOCK_C)
-    for n in tl.static_range(sliding.GROUP):
-        t = first + n
-        keep = (t < frames)[:, None] & (c < C)[None, :]
+    # du, 0 at padding, in the place of dg.
+    b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    at = DGATE + ((base + first)[:, None] * (2 * C) + c[None, :])
+    results = ()
+    for n in tl.static_range(GROUP):
         du = found[n]
         if MASK is not None:
-            du = tl.where((tl.load(MASK + base + t, mask=t < frames, other=1) == 0)[:, None], du, 0.0)
-        at = (base + t)[:, None] * (2 * C) + (C + c)[None, :]
-        tl.store(DX + at, du.to(DX.dtype.element_ty), mask=keep)
+            there = tl.load(MASK + base + first + n, mask=first + n < frames, other=1) == 0
+            du = tl.where(there[:, None], du, 0.0)
+        results += (du.to(DGATE.dtype.element_ty),)
+    for n in tl.static_range(GROUP):
+        tl.store(at + n * 2 * C, results[n], mask=(first + n < frames)[:, None] & (c < C)[None, :])
 
 
 # --------------------------------------------------------------------------- launches
-def convolving(taps: int) -> dict[str, int]:
+def convolving(taps: int, frames: int) -> dict[str, int]:
     """Returns the constants of the convolving kernels."""
-    tail, few = sliding.remainder(taps)
-    return {"TAIL": tail, "FEW": few, "BLOCK_G": sliding.BLOCK_G, "BLOCK_C": BLOCK_C}
+    group = sliding.group_of(frames)
+    return {"TAPS": taps, "GROUP": group, "BLOCK_G": sliding.BLOCK_G, "BLOCK_C": BLOCK_C}
 
 
 class _Call:
@@ -219,40 +231,43 @@ class _Call:
     def __init__(self, x, norm_weight, norm_bias, weight, mask, eps: float):
         self.batch, self.frames, self.channels = x.shape[0], x.shape[1], x.shape[2] // 2
         self.taps, self.eps, self.rows = weight.shape[-1], eps, x.shape[0] * x.shape[1]
-        if self.channels > MAX_CHANNELS or self.rows + 4 * sliding.BLOCK_G >= 2**31:
+        if self.channels > MAX_CHANNELS or self.rows + sliding.BLOCK_G * sliding.MOST_FRAMES >= 2**31:
             raise ValueError(
                 f"fastasr.conv_spatial_gate: x: expected at most {MAX_CHANNELS} channels of each half and fewer than "
                 f"2**31 rows on CUDA, got shape {tuple(x.shape)}"
             )
+        self.factor, self.gate = x.chunk(2, -1)
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.strides = x.stride(0), x.stride(1)
-        self.u = torch.empty(self.batch, self.frames, self.channels, dtype=x.dtype, device=x.device)
-        self.table = torch.empty(self.taps, self.channels, dtype=torch.float32, device=x.device)
+        self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
+        self.u, self.u_steps = sliding.tiles(self.batch, self.frames, self.channels, x)
+        self.table = torch.empty(self.c_tiles, self.taps, BLOCK_C, dtype=torch.float32, device=x.device)
         block_r, block_c, warps = residual_norm._blocks(self.channels, NORMALISE_ELEMENTS)
         programs = triton.cdiv(self.rows, block_r)
-        tables = triton.cdiv(self.taps, BLOCK_K) * triton.cdiv(self.channels, BLOCK_C)
+        tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles
         launch(normalise_kernel, (programs + tables,),
-            x, self.mask, norm_weight, norm_bias, weight, self.u, self.table, *self.strides, self.frames, self.rows,
-            programs, self.channels, self.taps, eps,
+            self.gate, self.mask, norm_weight, norm_bias, weight, self.u, self.table, *self.strides,
+            self.frames, self.rows, programs, self.channels, self.taps, eps,
             BLOCK_R=block_r, BLOCK_C=block_c, TILE_K=BLOCK_K, TILE_C=BLOCK_C, num_warps=warps,
         )  # fmt: skip
-        self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
-        self.grid = (
-            sliding.group_blocks(self.frames, self.frames, 0, sliding.BLOCK_G) * self.batch * self.c_tiles,
-        )
-        self.sizes = self.frames, self.batch, self.channels, self.taps
-        self.form = convolving(self.taps) | {"num_warps": NUM_WARPS}
+        self.sizes = self.frames, self.batch, self.channels
+        self.form = convolving(self.taps, self.frames) | {"num_warps": NUM_WARPS}
+        blocks = sliding.group_blocks(self.frames, self.frames, 0, self.form["GROUP"])
+        self.grid = (blocks * self.batch * self.c_tiles,)
 
-    def norm_gradients(self, x, norm_weight, dx) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes dg over du in dx and returns (dnorm_weight, dnorm_bias)."""
+    def norm_gradients(self, norm_weight, dgate) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes dg over du in dgate and returns (dnorm_weight, dnorm_bias)."""
         block_r, block_c, warps = residual_norm._blocks(self.channels, GRADIENT_ELEMENTS)
-        rows_per_part = triton.cdiv(self.rows, MAX_WARPS // warps)
+        # Programs of many warps wait at barriers: it takes more of them.
+        most = MAX_WARPS // warps * (2 if warps > 4 else 1)
+        rows_per_part = triton.cdiv(self.rows, most)
         rows_per_part = triton.cdiv(rows_per_part, block_r) * block_r
         parts = triton.cdiv(self.rows, rows_per_part)
-        shares = torch.float64 if x.dtype == torch.float32 else torch.float32
-        table = torch.empty((2, parts, self.channels), dtype=shares, device=x.device)
+        shares = torch.float64 if dgate.dtype == torch.float32 else torch.float32
+        table = torch.empty((2, parts, self.channels), dtype=shares, device=dgate.device)
         launch(norm_gradient_kernel, (parts,),
-            x, norm_weight, dx, table, *self.strides, self.frames, self.rows, rows_per_part, self.channels, self.eps,
+            self.gate, norm_weight, dgate, table, *self.strides, self.frames, self.rows, rows_per_part,
+            self.channels, self.eps,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
         dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
@@ -273,7 +288,7 @@ def conv_spatial_gate_forward(
     if y.numel():
         call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
         launch(forward_kernel, call.grid,
-            x, call.u, call.table, bias, y, *call.strides, *call.sizes, ACTIVATION=activation, **call.form,
+            call.factor, call.u, call.table, bias, y, *call.strides, *call.sizes, ACTIVATION=activation, **call.form,
         )  # fmt: skip
     return y
 
@@ -289,22 +304,22 @@ def conv_spatial_gate_backward(
         return dx, *(torch.zeros_like(t) for t in (norm_weight, norm_bias, weight, norm_bias))
     call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
     q = torch.empty_like(call.u)
+    dfactor, dgate = dx.chunk(2, -1)
     launch(output_gradient_kernel, call.grid,
-        grad, x, call.u, call.table, bias, dx, q, *call.strides, *call.sizes, ACTIVATION=activation, **call.form
+        grad, call.factor, call.u, call.table, bias, dfactor, q, *call.strides, *call.sizes,
+        ACTIVATION=activation, **call.form,
     )  # fmt: skip
-    launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dx, *call.sizes, **call.form)
-    dnorm_weight, dnorm_bias = call.norm_gradients(x, norm_weight, dx)
-    frames, batch, channels, taps = call.sizes
-    parts = gated_depthwise_conv.MAX_PARTS
-    segments = sliding.Segments(frames, batch, frames, parts)
+    launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dgate, *call.sizes, **call.form)
+    dnorm_weight, dnorm_bias = call.norm_gradients(norm_weight, dgate)
+    (frames, batch, channels), taps = call.sizes, call.taps
+    segments = sliding.Segments(frames, batch, frames, taps, call.c_tiles, gated_depthwise_conv.MAX_PARTS)
     table = torch.empty(segments.parts, 1 + taps, channels, dtype=torch.float32, device=x.device)
     sliding.gradients(
-        q, call.u, table, segments, (channels, frames * channels), (frames, batch, channels, frames), taps // 2, 0,
-        taps, 0, False,
-    )  # fmt: skip
+        q, call.u, table, segments, call.u_steps, call.u_steps, batch, channels, taps // 2, 0, 1, 0, False
+    )
     dweight, dbias = torch.empty_like(weight), torch.empty_like(norm_bias)
     launch(gated_depthwise_conv.add_parts_kernel, ((1 + taps) * call.c_tiles,),
-        table, dweight, dbias, None, None, segments.parts, channels, taps,
-        BLOCK_P=parts, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        table, dweight, dbias, None, None, segments.parts, 0, channels, taps, 0,
+        BLOCK_P=gated_depthwise_conv.MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return dx, dnorm_weight, dnorm_bias, dweight, dbias

@@ -5,13 +5,14 @@
     dx: the same of the gradient g, taps turned around, padding (K - 1 - P, L - 1 - Q)
     dw[c, i, j] = sum_(b, t, f) g[b, t, f, c] x[b, t + i - P, f + j - Q, c]     dbias[c] = sum g
 
-A program computes two frames of a tile of pixels and channels: each shifted tile of x is loaded once for both, from the
-first-level cache but for its first use. The weights lie as rows of channels (one small copy). Launches: forward 2;
-backward 3 for dx and dw with their parts, and one copy.
+Column by column of the taps, a thread convolves a group of frames of one pixel along time (_sliding_taps.py): each
+frame is loaded once for all taps of a column. Threads of a program have neighbouring pixels, so that most loads come
+from the first-level cache. The weights lie as rows of channels (one small copy). Launches: forward 2; backward 3 for dx
+and dw with their parts, and one copy.
 
 Bytes per element of e bytes: forward 2e; backward 2e for dx, 2e for dw. A 20x750x19x128 bf16 map at 4.3 TB/s: 34 us
-forward, 68 us backward. The kernels are bound by instructions: two pixels per thread share the loads of weights, and
-addresses and columns of a row are counted up (predicted for an H100 at 20x1500x19x128: 606 us, 900 with one pixel).
+forward, 68 us backward. The kernels are bound by instructions: predicted for an H100 at 20x1500x19x128, 290 us forward
+and 418 us for the weights' gradients, of which multiply-adds take 121 us each.
 The weights' gradients are added up in parts that depend on the shape alone, and the parts in float64: results repeat
 bit for bit, there are no atomics.
 """
@@ -20,141 +21,64 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-BLOCK_R, BLOCK_C, NUM_WARPS = 32, 64, 4  # pixels and channels of a tile: 16 sums per thread and frame
-TAPS, BLOCK_S = 8, 16  # a program's share of the taps' gradients: 64 sums per thread
-MAX_PARTS = 64
-LEAST_ROWS = 256  # least rows of a part
-
-
-@triton.jit
-def _add_row(
-    X, TABLE, first, second, i, frame, f, pad_f, frames, width, taps_f, C, base, c, there,
-    ONE: tl.constexpr, TWO: tl.constexpr,
-):  # fmt: skip
-    """Adds row i of the taps to the first frame and row i - 1 to the second."""
-    in_time = (frame >= 0) & (frame < frames)
-    pixel = tl.where(in_time, f - pad_f, width)  # of no column
-    at = X + ((base + frame) * width + f - pad_f)[:, None] * C + c[None, :]
-    row = TABLE + i * taps_f * C + c
-    for _j in range(taps_f):
-        keep = there & (pixel.to(tl.uint32) < width.to(tl.uint32))[:, None]
-        x = tl.load(at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
-        if ONE:
-            w = tl.load(row, mask=c < C, other=0.0).to(tl.float32)
-            first = tl.fma(x, w[None, :], first)
-        if TWO:
-            w = tl.load(row - taps_f * C, mask=c < C, other=0.0).to(tl.float32)
-            second = tl.fma(x, w[None, :], second)
-        pixel += 1
-        at += C
-        row += C
-    return first, second
-
-
-@triton.jit(do_not_specialize=["frames", "width", "out_frames", "out_width", "pad_t", "pad_f", "rows"])
-def forward_kernel(
-    X, TABLE, BIAS, Y, frames, width, out_frames, out_width, C, taps_t, taps_f, pad_t, pad_f, rows,
-    RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    # A row: one pixel of two frames, (b, t / 2, f). TABLE: (taps, C). RESIDUAL: y is of x's size.
-    c_tiles = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = pid // c_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    pairs = tl.cdiv(out_frames, 2)
-    f = row % out_width
-    t = row // out_width % pairs * 2
-    b = row // out_width // pairs
-    there = (row < rows)[:, None] & (c < C)[None, :]
-    base = b.to(tl.int64) * frames
-    first = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    second = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    start = t - pad_t
-    first, second = _add_row(
-        X, TABLE, first, second, 0, start, f, pad_f, frames, width, taps_f, C, base, c, there,
-        ONE=True, TWO=False,
-    )  # fmt: skip
-    for i in range(1, taps_t):
-        first, second = _add_row(
-            X, TABLE, first, second, i, start + i, f, pad_f, frames, width, taps_f, C, base, c, there,
-            ONE=True, TWO=True,
-        )  # fmt: skip
-    first, second = _add_row(
-        X, TABLE, first, second, taps_t, start + taps_t, f, pad_f, frames, width, taps_f, C, base, c, there,
-        ONE=False, TWO=True,
-    )  # fmt: skip
-    if BIAS is not None:
-        bias = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        first += bias
-        second += bias
-    at = ((b.to(tl.int64) * out_frames + t) * out_width + f)[:, None] * C + c[None, :]
-    more = there & (t + 1 < out_frames)[:, None]
-    if RESIDUAL:  # this load comes from the first-level cache
-        first += tl.load(X + at, mask=there, other=0.0).to(tl.float32)
-        second += tl.load(X + at + out_width * C, mask=more, other=0.0).to(tl.float32)
-    tl.store(Y + at, first.to(Y.dtype.element_ty), mask=there)
-    tl.store(Y + at + out_width * C, second.to(Y.dtype.element_ty), mask=more)
+MOST_FRAMES = 16  # of a group; in float32 they would spill
+BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups, and channels, of a tile
+MAX_PARTS = 128
 
 
 @triton.jit(
-    do_not_specialize=[
-        "frames",
-        "width",
-        "out_frames",
-        "out_width",
-        "pad_t",
-        "pad_f",
-        "rows",
-        "rows_per_part",
-    ]
+    do_not_specialize=["frames", "width", "out_frames", "out_width", "taps_f", "pad_t", "pad_f", "rows"]
 )
-def weight_gradient_kernel(
-    G, X, PARTS, frames, width, out_frames, out_width, C, taps_t, taps_f, pad_t, pad_f, rows, rows_per_part,
-    TAPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+def forward_kernel(
+    X, TABLE, BIAS, Y, frames, width, out_frames, out_width, C, taps_f, pad_t, pad_f, rows,
+    TURNED: tl.constexpr, RESIDUAL: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # TAPS taps of one row of the kernel, over a part's pixels of the output. PARTS: (parts, taps + 1, C), G's sum last.
-    c_tiles, groups = tl.cdiv(C, BLOCK_C), tl.cdiv(taps_f, TAPS)
+    # A row: one pixel of GROUP frames, (b, t / GROUP, f). TABLE: (taps, C). RESIDUAL: y is of x's size.
+    c_tiles = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    rest = pid // c_tiles
-    j = rest % groups * TAPS + tl.arange(0, TAPS)
-    i = rest // groups % taps_t
-    part = rest // groups // taps_t
+    row = pid // c_tiles * BLOCK_G + tl.arange(0, BLOCK_G)
+    groups = tl.cdiv(out_frames, GROUP)
+    f = row % out_width
+    t = row // out_width % groups * GROUP
+    b = (row // out_width // groups).to(tl.int64)
     in_row = c < C
-    total = tl.zeros([TAPS, BLOCK_S, BLOCK_C], tl.float32)
-    # float64 and few programs: bias gradients of few pixels would else be less exact than eager's
-    sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
-    adds_bias = (i == 0) & (rest % groups == 0)
-    steps = (j * C)[:, None, None]  # from a pixel's first tap to the others
-    shifts = tl.where(j < taps_f, j, 1 << 30)
-    start = part * rows_per_part
-    end = tl.minimum(start + rows_per_part, rows)
-    while start < end:
-        r = start + tl.arange(0, BLOCK_S)
-        f, t, b = r % out_width, r // out_width % out_frames, r // out_width // out_frames
-        keep = (r < end)[:, None] & in_row[None, :]
-        g = tl.load(G + r[:, None].to(tl.int64) * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        frame = t + i - pad_t
-        near = tl.where((r < end) & (frame >= 0) & (frame < frames), f - pad_f, width)  # or of no column
-        pixel = (near[None, :] + shifts[:, None]).to(
-            tl.uint32
-        )  # [TAPS, BLOCK_S], large left of the first column
-        seen = pixel < width.to(tl.uint32)
-        at = ((b.to(tl.int64) * frames + frame) * width + f - pad_f)[:, None] * C + c[None, :]
-        x = tl.load(X + at[None, :, :] + steps, mask=seen[:, :, None] & in_row[None, None, :], other=0.0)
-        total += x.to(tl.float32) * g[None, :, :]
-        if adds_bias:
-            sums += g.to(tl.float64)
-        start += BLOCK_S
-    at = PARTS + part.to(tl.int64) * (taps_t * taps_f + 1) * C + c
-    keep = (j < taps_f)[:, None] & in_row[None, :]
-    tl.store(at[None, :] + (i * taps_f + j)[:, None] * C, tl.sum(total, axis=1), mask=keep)
-    if adds_bias:
-        tl.store(at + taps_t * taps_f * C, tl.sum(sums, axis=0).to(tl.float32), mask=in_row)
+    x_step, y_step = width.to(tl.int64) * C, out_width.to(tl.int64) * C
+    w_step = taps_f * C
+    pixel = f - pad_f
+    at = X + ((b * frames + (t - pad_t)) * x_step + pixel.to(tl.int64) * C)[:, None] + c[None, :]
+    # A tap per group, as a row of them would be laid out anew in shared memory.
+    taps = TABLE + tl.broadcast_to(c[None, :], at.shape)
+    if TURNED:
+        taps += (TAPS * taps_f - 1) * C
+        w_step = -w_step
+    z = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
+    for _j in range(taps_f):
+        span = tl.where((pixel.to(tl.uint32) < width.to(tl.uint32)) & (row < rows), frames, 0)
+        z = sliding.sums(z, at, t - pad_t, span, taps, in_row, x_step, w_step, TAPS, GROUP)
+        pixel += 1
+        at += C
+        taps += -C if TURNED else C
+    bias = tl.zeros([1, BLOCK_C], tl.float32)
+    if BIAS is not None:
+        bias += tl.load(BIAS + c, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    at = ((b * out_frames + t) * y_step + f.to(tl.int64) * C)[:, None] + c[None, :]
+    results = ()
+    for r in tl.static_range(GROUP):
+        y = z[r] + bias
+        if RESIDUAL:
+            keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]
+            y += tl.load(X + at + r * y_step, mask=keep, other=0.0).to(tl.float32)
+        results += (y.to(Y.dtype.element_ty),)
+    for r in tl.static_range(GROUP):
+        keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]
+        tl.store(Y + at + r * y_step, results[r], mask=keep)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -176,6 +100,13 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexp
             tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
 
 
+def form(taps: int, frames: int, dtype: torch.dtype) -> dict[str, int]:
+    """Returns the constants of the convolving kernel, for taps of a column."""
+    most = 4 if taps < sliding.FEW else sliding.MOST_FRAMES if dtype == torch.float32 else MOST_FRAMES
+    group = sliding.group_of(frames, most)
+    return {"TAPS": taps, "GROUP": group, "BLOCK_G": BLOCK_G, "BLOCK_C": BLOCK_C}
+
+
 def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: bool = False) -> torch.Tensor:
     """Returns the convolution of x with the taps (reversed if ``flip``), plus x itself if ``residual``. out_size is
     (frames, width) of the result. Errors name ``op``.
@@ -185,14 +116,15 @@ def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: 
     y = x.new_empty(batch, *out_size, channels)
     if not y.numel():
         return y
-    rows = batch * triton.cdiv(out_size[0], 2) * out_size[1]
-    _check_rows(op, max(2 * rows, batch * frames * width))
-    table = weight.view(channels, taps_t * taps_f).t()  # rows of channels
-    table = table.flip(0).contiguous() if flip else table.contiguous()
-    grid = (triton.cdiv(rows, BLOCK_R) * triton.cdiv(channels, BLOCK_C),)
+    constants = form(taps_t, out_size[0], x.dtype)
+    group = constants["GROUP"]
+    rows = batch * triton.cdiv(out_size[0], group) * out_size[1]
+    _check_rows(op, max(group * rows, batch * frames * width))
+    table = weight.view(channels, taps_t * taps_f).t().contiguous()  # rows of channels
+    grid = (triton.cdiv(rows, BLOCK_G) * triton.cdiv(channels, BLOCK_C),)
     launch(forward_kernel, grid,
-        x, table, bias, y, frames, width, *out_size, channels, taps_t, taps_f, *padding, rows,
-        RESIDUAL=residual, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        x, table, bias, y, frames, width, *out_size, channels, taps_f, *padding, rows,
+        TURNED=flip, RESIDUAL=residual, **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return y
 
@@ -203,30 +135,31 @@ def parameter_gradients(
     """Returns (dweight, dbias) of a convolution of x with this padding, None where not needed."""
     batch, frames, width, channels = x.shape
     taps_t, taps_f = weight.shape[-2:]
-    rows = grad.shape[:3].numel()
     if not grad.numel():
         dweight = torch.zeros_like(weight) if need_weight else None
         return dweight, weight.new_zeros(channels) if need_bias else None
-    _check_rows(op, max(rows, batch * frames * width))
-    rows_per_part = triton.cdiv(max(LEAST_ROWS, triton.cdiv(rows, MAX_PARTS)), BLOCK_S) * BLOCK_S
-    parts = triton.cdiv(rows, rows_per_part)
-    table = torch.empty(parts, taps_t * taps_f + 1, channels, dtype=torch.float32, device=x.device)
-    c_tiles = triton.cdiv(channels, BLOCK_C)
-    launch(weight_gradient_kernel, (parts * taps_t * triton.cdiv(taps_f, TAPS) * c_tiles,),
-        grad, x, table, frames, width, *grad.shape[1:3], channels, taps_t, taps_f, *padding, rows, rows_per_part,
-        TAPS=TAPS, BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    _check_rows(op, max(grad.shape[:3].numel(), batch * frames * width))
+    out_frames, out_width = grad.shape[1:3]
+    segments = sliding.Segments(out_frames, batch * out_width, out_frames, taps_t, 1, MAX_PARTS)
+    taps = taps_t * taps_f
+    table = torch.empty(segments.parts, taps + 1, channels, dtype=torch.float32, device=x.device)
+    steps = (sliding.Steps(BLOCK_C, t.stride(0), t.stride(1)) for t in (grad, x))
+    shape = sliding.Map(out_width, width, taps_f, padding[1])
+    more = frames - out_frames
+    sliding.gradients(
+        grad, x, table, segments, *steps, batch, channels, padding[0] + more, more, 0, taps, False, shape
+    )
     dweight = torch.empty_like(weight) if need_weight else None
     dbias = weight.new_empty(channels) if need_bias else None
-    launch(add_parts_kernel, ((taps_t * taps_f + 1) * c_tiles,),
-        table, dweight, dbias, parts, channels, taps_t * taps_f,
+    launch(add_parts_kernel, ((taps + 1) * triton.cdiv(channels, BLOCK_C),),
+        table, dweight, dbias, segments.parts, channels, taps,
         BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return dweight, dbias
 
 
 def _check_rows(op: str, rows: int) -> None:
-    if rows + BLOCK_R >= 2**31:
+    if rows + BLOCK_G * MOST_FRAMES >= 2**31:
         raise ValueError(f"fastasr.{op}: x: expected fewer than 2**31 pixels on CUDA, got {rows}")
 
 

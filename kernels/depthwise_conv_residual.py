@@ -4,9 +4,7 @@
     x (B, T, C); K taps, P = K // 2:    y[t] = x[t] + bias + sum_k w[k] x[t + k - P]
     dx[t] = g[t] + sum_k w[k] g[t - k + P]      dw[k] = sum g[t] x[t + k - P]       dbias = sum g
 
-For y and dx time is the first dimension of a map of width 1: each tile of x that is loaded serves two frames. For the
-weights' gradients it is the second: eight neighbouring taps share the tile of g. Launches: forward 2, backward 5, with
-a copy of the weights as rows of channels in each.
+The map has a width of 1. Launches: forward 2, backward 4, with a copy of the weights as rows of channels in each.
 
 Bytes per element of e bytes: forward 2e, backward 4e.
 """
@@ -37,6 +35,7 @@ def depthwise_conv_residual_backward(grad, x, weight) -> tuple[torch.Tensor, tor
     """Returns (dx, dweight, dbias); grad and weight are contiguous."""
     channels, taps = weight.shape[0], weight.shape[-1]
     dx = _add_convolution(grad, weight, None, True)
-    rows, kernel = x.contiguous().unsqueeze(1), weight.view(channels, 1, taps)
-    dweight, dbias = maps.parameter_gradients(OP, grad.unsqueeze(1), rows, kernel, (0, taps // 2), True, True)
+    maps_of = grad.unsqueeze(2), x.contiguous().unsqueeze(2)
+    kernel = weight.view(channels, taps, 1)
+    dweight, dbias = maps.parameter_gradients(OP, *maps_of, kernel, (taps // 2, 0), True, True)
     return dx, dweight.view(weight.shape), dbias

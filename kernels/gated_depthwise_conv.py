@@ -9,18 +9,16 @@
     du[t] = sum_k w[k] r[t - k + P] (in the chunk) + sum_j v[j] q[t - j + P]
     dw[k] = sum r[t] u[t + k - P] (in the chunk)     dv[j] = sum q[t] u[t + j - P]     dL, dR: sums of q e by position
 
-The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels. In the
-others a program computes groups of four frames, which share each row of u and each tap's weights from registers
-(_sliding_taps.py): a load and a conversion per four taps and element. A group lies in one chunk, so that sums within
-the chunk hide whole rows. Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per
-channel need channel-major memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7
-in chunk-causal form.
+The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels, both in
+tiles of channels. In the others a thread has groups of at most eight frames, which share each row of u and each tap's
+weights from registers (_sliding_taps.py). A group lies in one chunk, so that sums within the chunk hide whole rows.
+Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per channel need channel-major
+memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7 in chunk-causal form.
 
 Bytes per element of u, of e bytes: forward 3e and 2e for u; backward 5e, 2e for u and 2e for q (chunk-causal: 6e for
 q, r and q e). A 1500x20x192 bf16 tensor at 2.9 TB/s: 20 us forward, 35 us backward; predicted for an H100 with 31 taps
-about 27 us for each of two convolutions and for the weights' gradients (with a load per tap: 46 to 54 us each).
-The weights' gradients are added up in parts that depend on the
-shape alone, in registers, and the parts in float64: results repeat bit for bit, there are no atomics.
+about 17 to 22 us for each of two convolutions and for the weights' gradients. The latter are added up in parts that
+depend on the shape alone, in registers, and the parts in float64: results repeat bit for bit, there are no atomics.
 """
 
 import torch
@@ -35,10 +33,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
 
-BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 4  # a tile of 16 elements per thread
-BLOCK_R = 16
+BLOCK_T, BLOCK_C, NUM_WARPS = 32, sliding.BLOCK_C, 4  # a tile of 16 elements per thread
+BATCH = tl.constexpr(4)  # frames whose loads wait for no store
+BLOCK_R, EDGE_WARPS = 128, 8  # chunks that a program adds at once
 MAX_PARTS = 64
-BLOCK_K = 32
+BLOCK_K = 8
 
 
 @triton.jit
@@ -57,13 +56,22 @@ def _logistic(x, SHORT: tl.constexpr):
 
 
 @triton.jit
-def _lay_out(SOURCE, TABLE, row, taps, C, pid, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Copies SOURCE (C, taps) to the rows of TABLE (rows, C) from ``row`` on."""
+def _lay_out(SOURCE, TABLE, row, rows, taps, C, pid, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Copies SOURCE (C, taps) to the rows of TABLE (tiles, rows, BLOCK_C) from ``row`` on."""
+    tile = pid % tl.cdiv(C, BLOCK_C)
     k = pid // tl.cdiv(C, BLOCK_C) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = pid % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
     keep = (k < taps)[:, None] & (c < C)[None, :]
     w = tl.load(SOURCE + c[None, :] * taps + k[:, None], mask=keep, other=0.0)  # [BLOCK_K, BLOCK_C]
-    tl.store(TABLE + (row + k[:, None]) * C + c[None, :], w.to(TABLE.dtype.element_ty), mask=keep)
+    at = TABLE + (tile * rows + row + k)[:, None] * BLOCK_C + lane[None, :]
+    tl.store(at, w.to(TABLE.dtype.element_ty), mask=(k < taps)[:, None])
+
+
+@triton.jit
+def _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C: tl.constexpr):
+    """Returns the offsets of frames t of sequences b in tiles."""
+    return ((tile * batch + b).to(tl.int64) * frames + t)[:, None] * BLOCK_C + lane[None, :]
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "past", "gate_programs"])
@@ -72,13 +80,14 @@ def gate_kernel(
     time_stride, batch_stride, frames, batch, C, taps, past, gate_programs,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # U (P + T, B, C): P rows of the cache, or zeros, then u. TABLE: rows of w (K), v (P + 1), L (K), R (K).
+    # U, tiles of P + T frames: P of the cache, or zeros, then u. TABLE: rows of w (K), v (P + 1), L (K), R (K).
     pid = tl.program_id(0)
     if pid < gate_programs:
         SHORT: tl.constexpr = U.dtype.element_ty.primitive_bitwidth == 16
         c_tiles = tl.cdiv(C, BLOCK_C)
         row = pid // c_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
-        c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+        tile, lane = pid % c_tiles, tl.arange(0, BLOCK_C)
+        c = tile * BLOCK_C + lane
         t, b = row // batch - past, row % batch
         valid = (t >= 0) & (t < frames)
         if MASK is not None:
@@ -92,36 +101,41 @@ def gate_kernel(
             cached = (t < 0)[:, None] & (c < C)[None, :]
             before = (b[:, None].to(tl.int64) * C + c[None, :]) * past + past + t[:, None]
             u += tl.load(CACHE + before, mask=cached, other=0.0).to(tl.float32)
-        inside = (t < frames)[:, None] & (c < C)[None, :]
-        tl.store(U + row[:, None].to(tl.int64) * C + c[None, :], u.to(U.dtype.element_ty), mask=inside)
+        at = _in_tiles(tile, batch, b, past + frames, past + t, lane, BLOCK_C)
+        tl.store(U + at, u.to(U.dtype.element_ty), mask=(t < frames)[:, None])
     else:
         tiles = tl.cdiv(taps, BLOCK_K) * tl.cdiv(C, BLOCK_C)
         pid -= gate_programs
-        if pid < tiles:
-            _lay_out(WEIGHT, TABLE, 0, taps, C, pid, BLOCK_K, BLOCK_C)
+        if CAUSAL_WEIGHT is None:
+            _lay_out(WEIGHT, TABLE, 0, taps, taps, C, pid, BLOCK_K, BLOCK_C)
         else:
-            if CAUSAL_WEIGHT is not None:
-                if pid < 2 * tiles:
-                    _lay_out(CAUSAL_WEIGHT, TABLE, taps, taps // 2 + 1, C, pid - tiles, BLOCK_K, BLOCK_C)
-                elif pid < 3 * tiles:
-                    row = taps + taps // 2 + 1
-                    _lay_out(CHUNK_SCALE, TABLE, row, taps, C, pid - 2 * tiles, BLOCK_K, BLOCK_C)
-                else:
-                    row = 2 * taps + taps // 2 + 1
-                    _lay_out(CHUNK_SCALE + C * taps, TABLE, row, taps, C, pid - 3 * tiles, BLOCK_K, BLOCK_C)
+            rows = 4 * taps + 1
+            if pid < tiles:
+                _lay_out(WEIGHT, TABLE, 0, rows, taps, C, pid, BLOCK_K, BLOCK_C)
+            elif pid < 2 * tiles:
+                _lay_out(CAUSAL_WEIGHT, TABLE, taps, rows, taps // 2 + 1, C, pid - tiles, BLOCK_K, BLOCK_C)
+            else:  # L, then R
+                pid -= 2 * tiles
+                right = pid // tiles
+                row = taps + taps // 2 + 1 + right * taps
+                _lay_out(
+                    CHUNK_SCALE + right * C * taps, TABLE, row, rows, taps, C, pid % tiles, BLOCK_K, BLOCK_C
+                )
 
 
 @triton.jit
-def _place(batch, frames, C, chunk, before, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns (first frames of groups, their chunks' first and end, sequence, channels) of this program: channels vary
-    fastest, then sequences.
+def _place(
+    batch, frames, C, chunk, before, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Returns (first frames of groups, their chunks' first and end, sequence, tile of channels) of this program: tiles
+    vary fastest, then sequences.
     """
     c_tiles = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
-    b, t, first = sliding.groups(pid // c_tiles, batch, chunk, before, BLOCK_G)
+    b, t, first = sliding.groups(pid // c_tiles, batch, chunk, before, GROUP, BLOCK_G)
     last = tl.maximum(tl.minimum(first + chunk, frames), first)
     last = tl.where(t < 0, first, last)
-    return t, first, last, b, pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    return t, first, last, b, pid % c_tiles
 
 
 @triton.jit
@@ -130,43 +144,54 @@ def _row(POINTER, c, C):
 
 
 @triton.jit
-def _edge_scale(TABLE, position, c, C, chunk, taps):
-    """Returns the scale of rows at these positions of a chunk, [BLOCK_T, BLOCK_C]."""
+def _edge_scale(TABLE, position, lane, chunk, taps, BLOCK_C: tl.constexpr):
+    """Returns the scale of rows at these positions of a chunk, [BLOCK_G, BLOCK_C]."""
     left = taps + taps // 2 + 1 + position
-    right = 2 * taps + taps // 2 + 1 + position - (chunk - taps)
-    near = (position < taps)[:, None] & (c < C)[None, :]
-    far = ((position >= chunk - taps) & (position < chunk))[:, None] & (c < C)[None, :]
-    scale = tl.load(TABLE + left[:, None] * C + c[None, :], mask=near, other=0.0)
-    return 1.0 + (scale + tl.load(TABLE + right[:, None] * C + c[None, :], mask=far, other=0.0))
+    right = left + taps - (chunk - taps)
+    near = tl.broadcast_to((position < taps)[:, None], [position.shape[0], BLOCK_C])
+    far = ((position >= chunk - taps) & (position < chunk))[:, None]
+    scale = tl.load(TABLE + left[:, None] * BLOCK_C + lane[None, :], mask=near, other=0.0)
+    return 1.0 + (scale + tl.load(TABLE + right[:, None] * BLOCK_C + lane[None, :], mask=far, other=0.0))
 
 
 @triton.jit
 def _convolve(
-    U, TABLE, t, first, last, b, c, frames, batch, C, taps, past,
-    CHUNKED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    TAIL: tl.constexpr, FEW: tl.constexpr, CAUSAL_TAIL: tl.constexpr, CAUSAL_FEW: tl.constexpr,
+    U, TABLE, t, first, last, b, tile, frames, batch, taps, past,
+    CHUNKED: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
     """Returns the sums of groups over all frames, and over those of their chunks, without biases. In plain form the
     first are with w; else with v, and the others with w.
     """
-    step = batch.to(tl.int64) * C
-    at = U + (t[:, None].to(tl.int64) * step + (b.to(tl.int64) * C + c)[None, :])
-    row = TABLE + tl.broadcast_to(c[None, :], at.shape)
-    some = tl.full([BLOCK_G], 0, tl.int32)
-    z = sliding.sums(
-        at, t, some + frames + past, row + taps * C if CHUNKED else row, past + 1 if CHUNKED else taps, c < C, step, C,
-        CAUSAL_TAIL if CHUNKED else TAIL, CAUSAL_FEW if CHUNKED else FEW, BLOCK_G, BLOCK_C,
-    )  # fmt: skip
+    at = U + _in_tiles(tile, batch, b, past + frames, t, tl.arange(0, BLOCK_C), BLOCK_C)
+    every = tl.full([BLOCK_G], 0, tl.int32) + (frames + past)
+    zero = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
+    row = sliding.taps_at(TABLE, taps if CHUNKED else 0, BLOCK_G, BLOCK_C)
+    z = sliding.sums(zero, at, t, every, row, None, BLOCK_C, BLOCK_C, CAUSAL_TAPS if CHUNKED else TAPS, GROUP)
     e = z
     if CHUNKED:
+        skip = (taps - TAPS) // 2
+        row = sliding.taps_at(TABLE, skip, BLOCK_G, BLOCK_C)
         e = sliding.sums(
-            at, t - past - first, last - first, row, taps, c < C, step, C, TAIL, FEW, BLOCK_G, BLOCK_C
+            zero,
+            at + skip * BLOCK_C,
+            t - past + skip - first,
+            last - first,
+            row,
+            None,
+            BLOCK_C,
+            BLOCK_C,
+            TAPS,
+            GROUP,
         )
     return z, e
 
 
 @triton.jit
-def _finish(z, e, TABLE, BIAS, CAUSAL_BIAS, position, c, C, chunk, taps, CHUNKED: tl.constexpr):
+def _finish(
+    z, e, TABLE, BIAS, CAUSAL_BIAS, position, lane, c, C, chunk, taps,
+    CHUNKED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Returns (z, e, scale) of frames at positions of a chunk; e and scale in chunk-causal form alone."""
     scale = z
     if CHUNKED:
@@ -174,7 +199,7 @@ def _finish(z, e, TABLE, BIAS, CAUSAL_BIAS, position, c, C, chunk, taps, CHUNKED
             e += _row(BIAS, c, C)
         if CAUSAL_BIAS is not None:
             z += _row(CAUSAL_BIAS, c, C)
-        scale = _edge_scale(TABLE, position, c, C, chunk, taps)
+        scale = _edge_scale(TABLE, position, lane, chunk, taps, BLOCK_C)
         z = tl.fma(e, scale, z)
     else:
         if BIAS is not None:
@@ -185,115 +210,155 @@ def _finish(z, e, TABLE, BIAS, CAUSAL_BIAS, position, c, C, chunk, taps, CHUNKED
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def forward_kernel(
     U, TABLE, BIAS, CAUSAL_BIAS, Y, frames, batch, C, chunk, taps, past,
-    CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    TAIL: tl.constexpr, FEW: tl.constexpr, CAUSAL_TAIL: tl.constexpr, CAUSAL_FEW: tl.constexpr,
+    CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
     SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
-    t, first, last, b, c = _place(batch, frames, C, chunk, 0, BLOCK_G, BLOCK_C)
+    t, first, last, b, tile = _place(batch, frames, C, chunk, 0, GROUP, BLOCK_G, BLOCK_C)
+    lane = tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
+    TABLE += tile * (4 * taps + 1 if CHUNKED else taps) * BLOCK_C
     of_all, of_chunk = _convolve(
-        U, TABLE, t, first, last, b, c, frames, batch, C, taps, past, CHUNKED, BLOCK_G, BLOCK_C,
-        TAIL, FEW, CAUSAL_TAIL, CAUSAL_FEW,
+        U, TABLE, t, first, last, b, tile, frames, batch, taps, past, CHUNKED, TAPS, GROUP, BLOCK_G, BLOCK_C,
+        CAUSAL_TAPS,
     )  # fmt: skip
-    for r in tl.static_range(sliding.GROUP):
-        position = t + r - first
-        z, _, _ = _finish(
-            of_all[r], of_chunk[r], TABLE, BIAS, CAUSAL_BIAS, position, c, C, chunk, taps, CHUNKED
-        )
-        if ACTIVATION == SWOOSH_R:
-            shifted, u = _exp_minus_abs(z, True, SHORT)
-            z = _activation(z, shifted, u, True, SHORT)
-        elif ACTIVATION == SILU:
-            z *= _logistic(z, SHORT)
-        keep = (t + r < last)[:, None] & (c < C)[None, :]
-        at = (t + r)[:, None].to(tl.int64) * batch + b
-        tl.store(Y + at * C + c[None, :], z.to(Y.dtype.element_ty), mask=keep)
+    at = Y + ((t[:, None].to(tl.int64) * batch + b) * C + c[None, :])
+    step = batch.to(tl.int64) * C
+    for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
+        results = ()
+        for n in tl.static_range(min(GROUP, BATCH)):
+            z, _, _ = _finish(
+                of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, chunk,
+                taps, CHUNKED, BLOCK_C,
+            )  # fmt: skip
+            if ACTIVATION == SWOOSH_R:
+                shifted, u = _exp_minus_abs(z, True, SHORT)
+                z = _activation(z, shifted, u, True, SHORT)
+            elif ACTIVATION == SILU:
+                z *= _logistic(z, SHORT)
+            results += (z.to(Y.dtype.element_ty),)
+        for n in tl.static_range(min(GROUP, BATCH)):
+            keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
+            tl.store(at + (r + n) * step, results[n], mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def output_gradient_kernel(
     GRAD, U, TABLE, BIAS, CAUSAL_BIAS, Q, R, V, grad_time_stride, grad_batch_stride, frames, batch, C, chunk, taps,
-    past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    TAIL: tl.constexpr, FEW: tl.constexpr, CAUSAL_TAIL: tl.constexpr, CAUSAL_FEW: tl.constexpr,
+    past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
-    # Q = q (T, B, C); in chunk-causal form R = q scale and V = q e.
+    # Tiles of Q = q; in chunk-causal form of R = q scale and V = q e.
     SHORT: tl.constexpr = Q.dtype.element_ty.primitive_bitwidth == 16
-    t, first, last, b, c = _place(batch, frames, C, chunk, 0, BLOCK_G, BLOCK_C)
+    t, first, last, b, tile = _place(batch, frames, C, chunk, 0, GROUP, BLOCK_G, BLOCK_C)
+    lane = tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
+    TABLE += tile * (4 * taps + 1 if CHUNKED else taps) * BLOCK_C
     of_all, of_chunk = _convolve(
-        U, TABLE, t, first, last, b, c, frames, batch, C, taps, past, CHUNKED, BLOCK_G, BLOCK_C,
-        TAIL, FEW, CAUSAL_TAIL, CAUSAL_FEW,
+        U, TABLE, t, first, last, b, tile, frames, batch, taps, past, CHUNKED, TAPS, GROUP, BLOCK_G, BLOCK_C,
+        CAUSAL_TAPS,
     )  # fmt: skip
-    for r in tl.static_range(sliding.GROUP):
-        position = t + r - first
-        z, e, scale = _finish(
-            of_all[r], of_chunk[r], TABLE, BIAS, CAUSAL_BIAS, position, c, C, chunk, taps, CHUNKED
-        )
-        keep = (t + r < last)[:, None] & (c < C)[None, :]
-        at = (t + r)[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[
-            None, :
-        ]
-        q = tl.load(GRAD + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
-        if ACTIVATION == SWOOSH_R:
-            shifted, u = _exp_minus_abs(z, True, SHORT)
-            q *= _slope(shifted, u, SHORT)
-        elif ACTIVATION == SILU:
-            s = _logistic(z, SHORT)
-            q *= s * tl.fma(z, 1.0 - s, 1.0)
-        at = ((t + r)[:, None].to(tl.int64) * batch + b) * C + c[None, :]
-        tl.store(Q + at, q.to(Q.dtype.element_ty), mask=keep)
-        if CHUNKED:
-            tl.store(R + at, (q * scale).to(R.dtype.element_ty), mask=keep)
-            tl.store(V + at, (q * e).to(V.dtype.element_ty), mask=keep)
+    at = GRAD + (
+        t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
+    )
+    step = tl.cast(grad_time_stride, tl.int64)
+    out = _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C)
+    for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
+        results = ()
+        for n in tl.static_range(min(GROUP, BATCH)):
+            z, e, scale = _finish(
+                of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, chunk,
+                taps, CHUNKED, BLOCK_C,
+            )  # fmt: skip
+            keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
+            q = tl.load(at + (r + n) * step, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
+            if ACTIVATION == SWOOSH_R:
+                shifted, u = _exp_minus_abs(z, True, SHORT)
+                q *= _slope(shifted, u, SHORT)
+            elif ACTIVATION == SILU:
+                s = _logistic(z, SHORT)
+                q *= s * tl.fma(z, 1.0 - s, 1.0)
+            results += (q.to(Q.dtype.element_ty),)
+            if CHUNKED:
+                results += ((q * scale).to(R.dtype.element_ty), (q * e).to(V.dtype.element_ty))
+        for n in tl.static_range(min(GROUP, BATCH)):
+            keep = tl.broadcast_to((t + (r + n) < last)[:, None], out.shape)
+            if CHUNKED:
+                tl.store(Q + out + (r + n) * BLOCK_C, results[3 * n], mask=keep)
+                tl.store(R + out + (r + n) * BLOCK_C, results[3 * n + 1], mask=keep)
+                tl.store(V + out + (r + n) * BLOCK_C, results[3 * n + 2], mask=keep)
+            else:
+                tl.store(Q + out + (r + n) * BLOCK_C, results[n], mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def input_gradient_kernel(
     Q, R, H, MASK, TABLE, DH, DCACHE, time_stride, batch_stride, frames, batch, C, chunk, taps, past,
-    CHUNKED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    TAIL: tl.constexpr, FEW: tl.constexpr, CAUSAL_TAIL: tl.constexpr, CAUSAL_FEW: tl.constexpr,
+    CHUNKED: tl.constexpr, TILED: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
-    # Plain form: R is Q. With DCACHE the first groups are of the P frames before the first.
+    # Plain form: R is Q, in tiles where TILED, else (T, B, C). With DCACHE the first groups are of the P frames before
+    # the first.
     SHORT: tl.constexpr = DH.dtype.element_ty.primitive_bitwidth == 16
-    t, first, last, b, c = _place(
-        batch, frames, C, chunk, past if DCACHE is not None else 0, BLOCK_G, BLOCK_C
+    t, first, last, b, tile = _place(
+        batch, frames, C, chunk, past if DCACHE is not None else 0, GROUP, BLOCK_G, BLOCK_C
     )
+    lane = tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
     in_row = c < C
-    step = batch.to(tl.int64) * C
     column = (b.to(tl.int64) * C + c)[None, :]
-    start = t + (past - taps + 1)  # w and v are read from their last tap on
-    row = TABLE + tl.broadcast_to(c[None, :], [BLOCK_G, BLOCK_C])
+    TABLE += tile * (4 * taps + 1 if CHUNKED else taps) * BLOCK_C
+    skip = (taps - TAPS) // 2 if CHUNKED else 0
+    start = t + (past - taps + 1 + skip)  # w and v are read from their last tap on
     every = tl.full([BLOCK_G], 0, tl.int32) + frames
-    of_chunk = sliding.sums(
-        R + (start[:, None].to(tl.int64) * step + column), start - first if CHUNKED else start,
-        last - first if CHUNKED else every, row + (taps - 1) * C, taps, in_row, step, -C, TAIL, FEW, BLOCK_G, BLOCK_C,
-    )  # fmt: skip
+    row = sliding.taps_at(TABLE, taps - 1 - skip, BLOCK_G, BLOCK_C)
+    zero = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
+    if TILED:
+        of_chunk = sliding.sums(
+            zero, R + _in_tiles(tile, batch, b, frames, start, lane, BLOCK_C), start - first if CHUNKED else start,
+            last - first if CHUNKED else every, row, None, BLOCK_C, -BLOCK_C, TAPS, GROUP,
+        )  # fmt: skip
+    else:
+        step = batch.to(tl.int64) * C
+        of_chunk = sliding.sums(
+            zero, R + (start[:, None].to(tl.int64) * step + column), start, every, row, in_row, step, -BLOCK_C, TAPS,
+            GROUP,
+        )  # fmt: skip
     of_all = of_chunk
     if CHUNKED:
         of_all = sliding.sums(
-            Q + (t[:, None].to(tl.int64) * step + column), t, every, row + (taps + past) * C, past + 1, in_row, step,
-            -C, CAUSAL_TAIL, CAUSAL_FEW, BLOCK_G, BLOCK_C,
+            zero, Q + _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C), t, every,
+            sliding.taps_at(TABLE, taps + past, BLOCK_G, BLOCK_C), None, BLOCK_C, -BLOCK_C, CAUSAL_TAPS, GROUP,
         )  # fmt: skip
-    for r in tl.static_range(sliding.GROUP):
-        now = t + r
-        du = of_chunk[r] + of_all[r] if CHUNKED else of_chunk[r]
-        if DCACHE is not None:
-            before = ((now < 0) & (now >= -past))[:, None] & in_row[None, :]
-            tl.store(
-                DCACHE + column * past + past + now[:, None], du.to(DCACHE.dtype.element_ty), mask=before
-            )
-        stored = (now >= 0) & (now < last)
-        valid = stored
-        if MASK is not None:
-            valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + now, mask=stored, other=1) == 0)
-        keep = valid[:, None] & in_row[None, :]
-        at = now[:, None].to(tl.int64) * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :]
-        x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)
-        s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
-        gate = _logistic(s, SHORT)
-        du = tl.where(keep, du, 0.0)
-        at = (now[:, None].to(tl.int64) * batch + b) * (2 * C) + c[None, :]
-        tl.store(DH + at, (du * gate).to(DH.dtype.element_ty), mask=stored[:, None] & in_row[None, :])
-        ds = du * (x * gate) * (1.0 - gate)
-        tl.store(DH + at + C, ds.to(DH.dtype.element_ty), mask=stored[:, None] & in_row[None, :])
+    at = H + (t[:, None].to(tl.int64) * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :])
+    step = tl.cast(time_stride, tl.int64)
+    out = DH + ((t[:, None].to(tl.int64) * batch + b) * (2 * C) + c[None, :])
+    out_step = batch.to(tl.int64) * (2 * C)
+    for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
+        results = ()
+        for n in tl.static_range(min(GROUP, BATCH)):
+            now = t + (r + n)
+            du = of_chunk[r + n] + of_all[r + n] if CHUNKED else of_chunk[r + n]
+            if DCACHE is not None:
+                before = ((now < 0) & (now >= -past))[:, None] & in_row[None, :]
+                tl.store(
+                    DCACHE + column * past + past + now[:, None], du.to(DCACHE.dtype.element_ty), mask=before
+                )
+            valid = (now >= 0) & (now < last)
+            if MASK is not None:
+                valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + now, mask=valid, other=1) == 0)
+            keep = valid[:, None] & in_row[None, :]
+            x = tl.load(at + (r + n) * step, mask=keep, other=0.0).to(tl.float32)
+            s = tl.load(at + (r + n) * step + C, mask=keep, other=0.0).to(tl.float32)
+            gate = _logistic(s, SHORT)
+            du = tl.where(keep, du, 0.0)
+            ds = du * (x * gate) * (1.0 - gate)
+            results += ((du * gate).to(DH.dtype.element_ty), ds.to(DH.dtype.element_ty))
+        for n in tl.static_range(min(GROUP, BATCH)):
+            now = t + (r + n)
+            keep = ((now >= 0) & (now < last))[:, None] & in_row[None, :]
+            tl.store(out + (r + n) * out_step, results[2 * n], mask=keep)
+            tl.store(out + (r + n) * out_step + C, results[2 * n + 1], mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
@@ -303,7 +368,8 @@ def edge_gradient_kernel(
     # One column of (dL, dR): the sum of V over the frames at its position, chunk by chunk, sequence by sequence.
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
-    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile, lane = pid % c_tiles, tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
     column = pid // c_tiles  # of 2 K
     right = column >= taps
     position = tl.where(right, chunk - 2 * taps + column, column)
@@ -314,8 +380,8 @@ def edge_gradient_kernel(
         while start < here:
             i = start + tl.arange(0, BLOCK_R)
             t = i // batch * chunk + position
-            keep = ((i < here) & (t < frames))[:, None] & (c < C)[None, :]
-            at = (t * batch + i % batch)[:, None].to(tl.int64) * C + c[None, :]
+            keep = tl.broadcast_to(((i < here) & (t < frames))[:, None], [BLOCK_R, BLOCK_C])
+            at = _in_tiles(tile, batch, i % batch, frames, t, lane, BLOCK_C)
             total += tl.load(V + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
             start += BLOCK_R
     at = (tl.where(right, C, 0) + c).to(tl.int64) * taps + tl.where(right, column - taps, column)
@@ -328,19 +394,22 @@ def _store_column(POINTER, total, c, C, columns, column):
     tl.store(at, total.to(POINTER.dtype.element_ty), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["parts", "taps"])
+@triton.jit(do_not_specialize=["parts", "causal_parts", "taps", "skip"])
 def add_parts_kernel(
-    PARTS, DWEIGHT, DBIAS, DCAUSAL_WEIGHT, DCAUSAL_BIAS, parts, C, taps,
+    PARTS, DWEIGHT, DBIAS, DCAUSAL_WEIGHT, DCAUSAL_BIAS, parts, causal_parts, C, taps, skip,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # Rows of a part: dbias, dweight (K), and in chunk-causal form dcausal_bias, dcausal_weight (P + 1).
+    # Rows of a part: dbias, dweight (K), and in chunk-causal form dcausal_bias, dcausal_weight (P + 1). The first and
+    # last ``skip`` taps of dweight have no rows: no frame of a chunk meets them.
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     row = pid // c_tiles
     rows = tl.num_programs(0) // c_tiles
     p = tl.arange(0, BLOCK_P)
-    keep = (p < parts)[:, None] & (c < C)[None, :]
+    there = tl.where(row > taps, causal_parts, parts)
+    there = tl.where((row > 0) & (row <= skip) | (row > taps - skip) & (row <= taps), 0, there)
+    keep = (p < there)[:, None] & (c < C)[None, :]
     table = tl.load(
         PARTS + (p[:, None] * rows + row) * C + c[None, :], mask=keep, other=0.0
     )  # [BLOCK_P, BLOCK_C]
@@ -358,12 +427,17 @@ def add_parts_kernel(
             _store_column(DCAUSAL_WEIGHT, total, c, C, taps // 2 + 1, row - taps - 2)
 
 
-def convolving(taps: int, chunked: bool, dtype: torch.dtype) -> dict[str, int]:
-    """Returns the constants of the convolving kernels. Two sums of each of 16 groups would spill in float32."""
-    (tail, few), (causal_tail, causal_few) = sliding.remainder(taps), sliding.remainder(taps // 2 + 1)
-    names = {"TAIL": tail, "FEW": few, "CAUSAL_TAIL": causal_tail, "CAUSAL_FEW": causal_few}
-    block = sliding.BLOCK_G // 2 if chunked and dtype == torch.float32 else sliding.BLOCK_G
-    return names | {"CHUNKED": chunked, "BLOCK_G": block, "BLOCK_C": BLOCK_C}
+def convolving(taps: int, chunk: int, chunked: bool) -> dict[str, int]:
+    """Returns the constants of the convolving kernels. In a chunk no frame meets taps that are a chunk or more away.
+    Two sums of each of eight groups would spill.
+    """
+    names = {
+        "CHUNKED": chunked,
+        "TAPS": min(taps, 2 * chunk - 1) if chunked else taps,
+        "CAUSAL_TAPS": taps // 2 + 1,
+    }
+    block = sliding.BLOCK_G // 2 if chunked else sliding.BLOCK_G
+    return names | {"GROUP": sliding.group_of(chunk), "BLOCK_G": block, "BLOCK_C": BLOCK_C}
 
 
 class _Call:
@@ -377,17 +451,17 @@ class _Call:
         whole = self.chunked and 0 < chunk_size < self.frames
         self.chunk = chunk_size if whole else self.frames
         self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
-        if (self.frames + self.taps + 4 * sliding.BLOCK_G + BLOCK_T) * self.batch >= 2**31:
+        most = self.frames + self.taps + sliding.BLOCK_G * sliding.MOST_FRAMES + BLOCK_T
+        if most * self.batch >= 2**31:
             raise ValueError(
                 f"fastasr.gated_depthwise_conv: h: expected fewer than 2**31 rows on CUDA, got shape {tuple(h.shape)}"
             )
-        self.dtype = h.dtype if chunk_scale is None else torch.promote_types(h.dtype, chunk_scale.dtype)
-        self.form = convolving(self.taps, self.chunked, self.dtype) | {"num_warps": NUM_WARPS}
+        dtype = h.dtype if chunk_scale is None else torch.promote_types(h.dtype, chunk_scale.dtype)
+        self.like = h.new_empty(0, dtype=dtype)
+        self.form = convolving(self.taps, self.chunk, self.chunked) | {"num_warps": NUM_WARPS}
+        self.u, self.u_steps = self.tiles(self.past + self.frames)
         rows = 4 * self.taps + 1 if self.chunked else self.taps
-        self.u = torch.empty(
-            self.frames + self.past, self.batch, self.channels, dtype=self.dtype, device=h.device
-        )
-        self.table = torch.empty(rows, self.channels, dtype=torch.float32, device=h.device)
+        self.table = torch.empty(self.c_tiles, rows, BLOCK_C, dtype=torch.float32, device=h.device)
         gates = triton.cdiv((self.frames + self.past) * self.batch, BLOCK_T) * self.c_tiles
         tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
         launch(gate_kernel, (gates + tables,),
@@ -397,14 +471,21 @@ class _Call:
         )  # fmt: skip
 
     def grid(self, before: int = 0) -> tuple[int]:
-        blocks = sliding.group_blocks(self.frames, self.chunk, before, self.form["BLOCK_G"])
+        blocks = sliding.group_blocks(
+            self.frames, self.chunk, before, self.form["GROUP"], self.form["BLOCK_G"]
+        )
         return (blocks * self.batch * self.c_tiles,)
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         return self.frames, self.batch, self.channels, self.chunk, self.taps, self.past
 
-    def empty(self) -> torch.Tensor:
-        return torch.empty(self.frames, self.batch, self.channels, dtype=self.dtype, device=self.u.device)
+    def tiles(self, frames: int) -> tuple[torch.Tensor, sliding.Steps]:
+        return sliding.tiles(self.batch, frames, self.channels, self.like)
+
+    def cache(self) -> torch.Tensor:
+        """Returns u of the last frames, (B, C, P)."""
+        last = self.u[:, :, self.frames :].permute(1, 0, 3, 2)
+        return last.reshape(self.batch, -1, self.past)[:, : self.channels].contiguous()
 
 
 def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -434,11 +515,11 @@ def gated_depthwise_conv_forward(
         before = h.new_zeros(h.shape[1], h.shape[2] // 2, past) if cache is None else cache.clone()
         return y, before if need_cache else h.new_empty(0)
     call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
-    y = call.empty()
+    y = call.like.new_empty(call.frames, call.batch, call.channels)
     launch(forward_kernel, call.grid(),
         call.u, call.table, bias, causal_bias, y, *call.sizes(), ACTIVATION=activation, **call.form,
     )  # fmt: skip
-    return y, call.u[call.frames :].permute(1, 2, 0).contiguous() if need_cache else h.new_empty(0)
+    return y, call.cache() if need_cache else h.new_empty(0)
 
 
 def gated_depthwise_conv_backward(
@@ -469,34 +550,41 @@ def gated_depthwise_conv_backward(
     call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
     frames, batch, channels, _, taps, past = call.sizes()
     q = r = v = None
-    if call.chunked or activation:
-        q = call.empty()
+    tiled = call.chunked or activation != 0
+    if tiled:
+        q, q_steps = call.tiles(frames)
         if call.chunked:
-            r, v = call.empty(), call.empty()
+            r, v = torch.empty_like(q), torch.empty_like(q)
         launch(output_gradient_kernel, call.grid(),
             grad, call.u, call.table, bias, causal_bias, q, r, v, grad.stride(0), grad.stride(1),
             *call.sizes(), ACTIVATION=activation, **call.form,
         )  # fmt: skip
     else:
         q = grad.contiguous()
+        q_steps = sliding.Steps(BLOCK_C, channels, batch * channels)
     if r is None:
         r = q
     launch(input_gradient_kernel, call.grid(0 if dcache is None else past),
-        q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), **call.form,
+        q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), TILED=tiled,
+        **call.form,
     )  # fmt: skip
+    count = call.form["TAPS"]
+    skip = (taps - count) // 2
+    segments = of_causal = sliding.Segments(frames, batch, call.chunk, count, call.c_tiles, MAX_PARTS)
+    if call.chunked:
+        of_causal = sliding.Segments(frames, batch, frames, past + 1, call.c_tiles, MAX_PARTS)
     rows = 1 + taps + (2 + past if call.chunked else 0)
-    segments = sliding.Segments(frames, batch, call.chunk, MAX_PARTS)
-    table = torch.empty(segments.parts, rows, channels, dtype=torch.float32, device=h.device)
-    form = (batch * channels, channels), (frames, batch, channels, call.chunk), past, past
-    sliding.gradients(r, call.u, table, segments, *form, taps, 0, call.chunked)
+    parts = max(segments.parts, of_causal.parts)
+    table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)
+    steps = q_steps, call.u_steps, batch, channels
+    sliding.gradients(r, call.u, table, segments, *steps, past - skip, past, 1 + skip, 0, call.chunked)
     if call.chunked:
-        sliding.gradients(q, call.u, table, segments, *form, past + 1, taps + 1, False)
-    if call.chunked:
+        sliding.gradients(q, call.u, table, of_causal, *steps, past, past, taps + 2, taps + 1, False)
         launch(edge_gradient_kernel, (2 * taps * call.c_tiles,),
-            v, dchunk_scale, *call.sizes()[:5], BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+            v, dchunk_scale, *call.sizes()[:5], BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=EDGE_WARPS,
         )  # fmt: skip
     launch(add_parts_kernel, (rows * call.c_tiles,),
-        table, dweight, dbias, dcausal_weight, dcausal_bias, segments.parts, channels, taps,
+        table, dweight, dbias, dcausal_weight, dcausal_bias, segments.parts, of_causal.parts, channels, taps, skip,
         BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return dh, *(h.new_empty(0) if g is None else g for g in found)

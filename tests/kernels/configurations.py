@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from fastasr.kernels._sliding_taps import LINE, Map
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 # Bytes of shared memory that a program may have, by architecture.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -275,40 +277,54 @@ def _linear_activation():
 def _depthwise_conv2d():
     from fastasr.kernels import depthwise_conv2d as conv
 
-    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
     parts = {"BLOCK_P": conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_C}
     for dtype in DTYPES:
         types = dict.fromkeys(("X", "TABLE", "BIAS", "Y", "G", "DWEIGHT", "DBIAS"), dtype) | {"PARTS": "fp32"}
-        yield from _depthwise("depthwise_conv2d", dtype, types, residual=False)
-        for name, kernel, constants in (
-            ("weight gradient", conv.weight_gradient_kernel, sums),
-            ("parts", conv.add_parts_kernel, parts),
-        ):
-            name = f"depthwise_conv2d {name}, {dtype}"
-            yield Configuration(name, kernel, types, constants, conv.NUM_WARPS, ("C",))
-    types = {"G": "bf16", "X": "bf16", "PARTS": "fp32"}
-    sums |= {"taps_t": 1}  # Triton makes integers that are 1 constants
-    name = "depthwise_conv2d weight gradient, one row, bf16"
-    yield Configuration(name, conv.weight_gradient_kernel, types, sums, conv.NUM_WARPS, ("C",))
+        yield from _depthwise("depthwise_conv2d", dtype, types, 7, residual=False)
+        name = f"depthwise_conv2d weight gradient, {dtype}"
+        yield _taps_gradients(
+            name, types, 7, Map(19, 19, 7, 3), ("C", "g_batch", "g_time", "x_batch", "x_time")
+        )
+        name = f"depthwise_conv2d parts, {dtype}"
+        yield Configuration(name, conv.add_parts_kernel, types, parts, conv.NUM_WARPS, ("C",))
 
 
 def _depthwise_conv_residual():
-    for dtype in DTYPES:  # the weight's gradient is that of depthwise_conv2d
+    divisible = ("C", "g_batch", "g_time", "x_batch", "x_time")
+    for dtype in DTYPES:
         types = dict.fromkeys(("X", "Y", "G"), dtype) | dict.fromkeys(("TABLE", "BIAS", "PARTS"), "fp32")
-        yield from _depthwise("depthwise_conv_residual", dtype, types, residual=True)
+        yield from _depthwise("depthwise_conv_residual", dtype, types, 3, residual=True)
+        yield _taps_gradients(f"depthwise_conv_residual weight gradient, {dtype}", types, 3, LINE, divisible)
 
 
-def _depthwise(op: str, dtype: str, types: dict, residual: bool):
+def _depthwise(op: str, dtype: str, types: dict, taps: int, residual: bool):
     from fastasr.kernels import depthwise_conv2d as conv
 
-    tile = {"RESIDUAL": residual, "BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
-    for name, constants in (("forward", tile), ("input gradient", {**tile, "BIAS": None})):
+    tile = conv.form(taps, 1500, DTYPES[dtype]) | {"RESIDUAL": residual}
+    for name, constants in (
+        ("forward", {**tile, "TURNED": False}),
+        ("input gradient", {**tile, "TURNED": True, "BIAS": None}),
+    ):
         name = f"{op} {name}, {dtype}"
         yield Configuration(name, conv.forward_kernel, types, constants, conv.NUM_WARPS, ("C",))
 
 
-def _gated_depthwise_conv(generation: int):
+def _taps_gradients(
+    name, types, taps: int, shape: Map, divisible, tiled=(False, False), chunked: bool = False
+):
     from fastasr.kernels import _sliding_taps as sliding
+
+    steps = {name: sliding.BLOCK_C * here for name, here in zip(("G_STEP", "X_STEP"), tiled, strict=True)}
+    constants = (
+        sliding.Segments(1500, 20, 1500, taps, 1, 64).form(shape, DTYPES[types["G"]])
+        | steps
+        | {"CHUNKED": chunked}
+    )
+    divisible = (*divisible, "g_tile", "x_tile")
+    return Configuration(name, sliding.gradient_kernel, types, constants, sliding.NUM_WARPS, divisible)
+
+
+def _gated_depthwise_conv():
     from fastasr.kernels import gated_depthwise_conv as conv
 
     inputs = ("H", "CACHE", "WEIGHT", "CAUSAL_WEIGHT", "CHUNK_SCALE", "BIAS", "CAUSAL_BIAS", "GRAD")
@@ -317,47 +333,50 @@ def _gated_depthwise_conv(generation: int):
     chunk_causal = ("CACHE", "CAUSAL_WEIGHT", "CHUNK_SCALE", "CAUSAL_BIAS", "DCACHE", "DCAUSAL_WEIGHT")
     absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS"))
     divisible = ("C", "time_stride", "batch_stride", "grad_time_stride", "grad_batch_stride")
-    divisible += "time_step", "batch_step"
     block_c = {"BLOCK_C": conv.BLOCK_C}
     for dtype in ("fp32", "bf16"):
         types = dict.fromkeys((*inputs, *between, *outputs), dtype)
         types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32"}
         for form, none in (("plain", absent), ("chunks", {})):
             chunked = form == "chunks"
-            outer = none | conv.convolving(31, chunked, DTYPES[dtype])
+            outer = none | conv.convolving(31, 32 if chunked else 1500, chunked)
             only_q = dict.fromkeys(("R", "V")) if form == "plain" else {}
             for kernel, constants in (
                 ("gate", block_c | none | {"BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}),
                 ("forward", outer | {"ACTIVATION": 1}),
                 ("output_gradient", outer | only_q | {"ACTIVATION": 1}),
-                ("input_gradient", outer),
+                ("input_gradient", outer | {"TILED": True}),
                 ("add_parts", block_c | none | {"BLOCK_P": conv.MAX_PARTS}),
             ):
                 name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
                 function = getattr(conv, f"{kernel}_kernel")
                 yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
             name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
-            block_s = sliding.segment_block(DTYPES[dtype], generation)
-            constants = block_c | {"CHUNKED": chunked, "BLOCK_S": block_s}
-            yield Configuration(name, sliding.gradient_kernel, types, constants, sliding.NUM_WARPS, divisible)
-        silu = conv.convolving(31, False, DTYPES[dtype]) | absent | {"ACTIVATION": 2}
+            strides = ("C", "g_batch", "g_time", "x_batch", "x_time")
+            yield _taps_gradients(name, types, 31, LINE, strides, (True, True), chunked)
+        name = f"gated_depthwise_conv weight gradient, no activation, {dtype}"
+        yield _taps_gradients(name, types, 31, LINE, strides, (False, True))
+        rows = absent | conv.convolving(31, 1500, False) | {"TILED": False}
+        name = f"gated_depthwise_conv input gradient, no activation, {dtype}"
+        yield Configuration(name, conv.input_gradient_kernel, types, rows, conv.NUM_WARPS, divisible)
+        silu = conv.convolving(31, 1500, False) | absent | {"ACTIVATION": 2}
         for kernel, constants in (("forward", silu), ("output_gradient", silu | {"R": None, "V": None})):
             name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, SiLU, {dtype}"
             function = getattr(conv, f"{kernel}_kernel")
             yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
         name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
         constants = block_c | {"BLOCK_R": conv.BLOCK_R}
-        yield Configuration(name, conv.edge_gradient_kernel, types, constants, conv.NUM_WARPS, divisible)
+        yield Configuration(name, conv.edge_gradient_kernel, types, constants, conv.EDGE_WARPS, divisible)
 
 
 def _conv_spatial_gate():  # the weight's gradient is that of gated_depthwise_conv
     from fastasr.kernels import conv_spatial_gate as gate
     from fastasr.kernels import residual_norm
 
-    like = ("X", "U", "Y", "GRAD", "Q", "G", "DX")
+    like = ("FACTOR", "GATE", "U", "Y", "GRAD", "Q", "DFACTOR", "DGATE")
     parameters = ("NORM_WEIGHT", "NORM_BIAS", "WEIGHT", "BIAS", "TABLE", "DWEIGHT", "DBIAS")
     divisible = ("C", "x_batch", "x_time")
-    tile = gate.convolving(31)
+    tile = gate.convolving(31, 750)
     rows = {"normalise": gate.NORMALISE_ELEMENTS, "norm_gradient": gate.GRADIENT_ELEMENTS}
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(like, dtype) | dict.fromkeys(parameters, "fp32") | {"MASK": "u8"}

@@ -211,8 +211,9 @@ def test_budgets_repeat_no_work(rows, architecture):
 def test_budgets_have_128_bit_accesses(rows, architecture):
     """This holds at sizes that allow it (those with one column or tail elements do not). The joiner's scores and
     rel_attention's statistics read by asynchronous copies alone, which are not counted, and write few numbers per row.
-    Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk. On
-    sm_120 a thread has four channels of the gradients of gated_depthwise_conv's weights, as eight would spill."""
+    Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk. The
+    gradients of many taps (kernels/_sliding_taps.py) have two channels per thread and 16 taps or more of them in
+    registers, and depthwise_conv2d in 16 bits four: a warp still reads 128 or 256 neighbouring bytes."""
     others = (
         "one column",
         "C=1,",
@@ -223,11 +224,10 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "statistics",
         "lattice",
     )
-    if architecture == 120:
-        others += (
-            "gated_depthwise_conv weight gradient, plain, bf16",
-            "gated_depthwise_conv weight gradient, chunks, bf16",
-        )
+    others += tuple(f"{op} weight gradient" for op in ("gated_depthwise_conv", "depthwise_conv2d"))
+    others += tuple(
+        f"depthwise_conv2d {name}, {d}16" for name in ("forward", "input gradient") for d in ("bf", "fp")
+    )
     for name, row in rows.items():
         if not any(word in name for word in others):
             assert row["wide"] > 0, f"{name}: no 128-bit access"

@@ -107,6 +107,4 @@ def sized(frames: int, batch: int) -> Case:
 
 CASES = (_case(4, 400, 1536), _case(4, 400, 512))
 ON_DEVICE = (_case(BATCH, 750, 1536), _case(BATCH, 750, 512))
-WATCH = (
-    "groups of four frames from registers; rows of up to 65536 channels in registers; seven launches backward"
-)
+WATCH = "groups of eight frames from registers; rows of up to 65536 channels in registers; seven launches backward"

@@ -117,4 +117,6 @@ CASES = (
     _case((1, 22, 19, 128), (0, 3), ", one streaming step", passes=(FORWARD,)),
 )
 ON_DEVICE = (_case((BATCH, FRAMES, 19, 128)),)  # a front end
-WATCH = "two pixels per thread; the weights' gradients in parts"
+WATCH = (
+    "registers of the loop over columns; its pixels in the first-level cache; the weights' gradients in parts"
+)

@@ -96,4 +96,4 @@ def sized(frames: int, batch: int) -> Case:
 
 CASES = (_case(4, 400, 1024), _case(4, 400, 1024, taps=31))
 ON_DEVICE = (_case(BATCH, FRAMES // 2, 1024),)
-WATCH = "x read as a map of one pixel's width; eight taps per program where there are three"
+WATCH = "x read as a map of one pixel's width; groups of four frames where there are three taps"

@@ -214,4 +214,4 @@ ON_DEVICE = (
     *(_case((FRAMES, BATCH, 192), 31, chunk) for chunk in (None, 32)),
     *(_case((188, BATCH, 512), 15, chunk) for chunk in (None, 4)),
 )
-WATCH = "`ex2` of the gate and its correction; groups of four frames; the chunk-causal form; seven launches backward"
+WATCH = "`ex2` of the gate and its correction; groups of eight frames; the chunk-causal form; seven launches backward"
