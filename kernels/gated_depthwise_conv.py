@@ -385,6 +385,8 @@ def edge_gradient_kernel(
             total += tl.load(V + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
             start += BLOCK_R
     at = (tl.where(right, C, 0) + c).to(tl.int64) * taps + tl.where(right, column - taps, column)
+    if V.dtype.element_ty == tl.float32:  # in float32 this sum would else be less exact than eager's
+        total = total.to(tl.float64)
     tl.store(DCHUNK_SCALE + at, tl.sum(total, axis=0).to(DCHUNK_SCALE.dtype.element_ty), mask=c < C)
 
 
