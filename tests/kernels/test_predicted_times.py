@@ -25,8 +25,6 @@ BY_NAME = {card.name: card for card in CARDS}
 # Where a step is predicted to take over 1.1 times as long as the op's definition in eager, and keeps its kernels
 # all the same; "Against eager" in docs/gpu-predictions.md says why.
 BEHIND_EAGER = {
-    "conv_spatial_gate": {"B200"},
-    "depthwise_conv2d": {"RTX 4090", "H100", "H200", "B200"},
     "linear_activation": {"B200"},
     "rel_attention": {"B200"},
     "residual_norm": {"H200", "B200"},
