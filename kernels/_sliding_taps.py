@@ -25,8 +25,8 @@ import triton.language as tl
 from fastasr.kernels._launch import launch
 
 MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
-MOST_TAPS = 16  # of a program that computes gradients
-MOST_SUMS = {2: 28, 4: 21}  # of a thread and channel there, by the bytes of an element
+# Of a program that computes gradients, and sums of a thread and channel there, by the bytes of an element.
+MOST_TAPS, MOST_SUMS = {2: 16, 4: 8}, {2: 28, 4: 21}
 LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
 LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
 BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four channels per thread
@@ -249,9 +249,12 @@ class Segments:
     ``others`` tiles of channels or groups of columns.
     """
 
-    def __init__(self, frames: int, sequences: int, chunk: int, count: int, others: int, most: int):
+    def __init__(
+        self, frames: int, sequences: int, chunk: int, count: int, others: int, most: int, dtype: torch.dtype
+    ):
         self.frames, self.chunk, self.count = frames, chunk, count
-        self.taps, self.block = shares(count, MOST_TAPS), WIDE if count < FEW else BLOCK_S
+        self.bytes = dtype.itemsize
+        self.taps, self.block = shares(count, MOST_TAPS[self.bytes]), WIDE if count < FEW else BLOCK_S
         most = min(most, max(LEAST_PARTS, GOOD_PROGRAMS // (triton.cdiv(count, self.taps) * others)))
         chunks = sequences * triton.cdiv(frames, chunk)
         wanted = max(1, most * self.block // chunks)  # segments of a chunk
@@ -261,9 +264,9 @@ class Segments:
         self.per_part = triton.cdiv(triton.cdiv(segments, self.block), most) * self.block
         self.parts = triton.cdiv(segments, self.per_part)
 
-    def form(self, shape: Map, dtype: torch.dtype) -> dict[str, int]:
+    def form(self, shape: Map) -> dict[str, int]:
         """Returns the constants of the kernel that depend on the taps."""
-        columns = shares(shape.columns, max(1, MOST_SUMS[dtype.itemsize] // self.taps))
+        columns = shares(shape.columns, max(1, MOST_SUMS[self.bytes] // self.taps))
         return {"TAPS": self.taps, "COLUMNS": columns, "BLOCK_G": self.block, "BLOCK_C": BLOCK_C}
 
 
@@ -287,7 +290,7 @@ def gradients(
     pad: int, shift: int, row: int, sum_row: int, chunked: bool, shape: Map = LINE,
 ) -> None:  # fmt: skip
     """Writes rows of ``table`` (parts, rows, C), see ``gradient_kernel``."""
-    form = segments.form(shape, g.dtype)
+    form = segments.form(shape)
     programs = triton.cdiv(segments.count, segments.taps) * triton.cdiv(shape.columns, form["COLUMNS"])
     launch(gradient_kernel, (segments.parts * programs * triton.cdiv(channels, BLOCK_C),),
         g, x, table, *g_steps[:3], *x_steps[:3], segments.frames, batch, channels, segments.chunk, pad, shift, *shape,

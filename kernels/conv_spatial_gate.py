@@ -312,7 +312,9 @@ def conv_spatial_gate_backward(
     launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dgate, *call.sizes, **call.form)
     dnorm_weight, dnorm_bias = call.norm_gradients(norm_weight, dgate)
     (frames, batch, channels), taps = call.sizes, call.taps
-    segments = sliding.Segments(frames, batch, frames, taps, call.c_tiles, gated_depthwise_conv.MAX_PARTS)
+    segments = sliding.Segments(
+        frames, batch, frames, taps, call.c_tiles, gated_depthwise_conv.MAX_PARTS, q.dtype
+    )
     table = torch.empty(segments.parts, 1 + taps, channels, dtype=torch.float32, device=x.device)
     sliding.gradients(
         q, call.u, table, segments, call.u_steps, call.u_steps, batch, channels, taps // 2, 0, 1, 0, False

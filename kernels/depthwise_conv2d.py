@@ -26,7 +26,7 @@ from fastasr.kernels._launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-MOST_FRAMES = 16  # of a group; in float32 they would spill
+MOST_FRAMES = 16  # of a group
 BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups, and channels, of a tile
 MAX_PARTS = 128
 
@@ -102,9 +102,10 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexp
 
 def form(taps: int, frames: int, dtype: torch.dtype) -> dict[str, int]:
     """Returns the constants of the convolving kernel, for taps of a column."""
-    most = 4 if taps < sliding.FEW else sliding.MOST_FRAMES if dtype == torch.float32 else MOST_FRAMES
-    group = sliding.group_of(frames, most)
-    return {"TAPS": taps, "GROUP": group, "BLOCK_G": BLOCK_G, "BLOCK_C": BLOCK_C}
+    few = taps < sliding.FEW
+    group = sliding.group_of(frames, 4 if few else MOST_FRAMES)
+    block = BLOCK_G if few or dtype != torch.float32 else BLOCK_G // 2  # in float32 as many would spill
+    return {"TAPS": taps, "GROUP": group, "BLOCK_G": block, "BLOCK_C": BLOCK_C}
 
 
 def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: bool = False) -> torch.Tensor:
@@ -121,7 +122,7 @@ def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: 
     rows = batch * triton.cdiv(out_size[0], group) * out_size[1]
     _check_rows(op, max(group * rows, batch * frames * width))
     table = weight.view(channels, taps_t * taps_f).t().contiguous()  # rows of channels
-    grid = (triton.cdiv(rows, BLOCK_G) * triton.cdiv(channels, BLOCK_C),)
+    grid = (triton.cdiv(rows, constants["BLOCK_G"]) * triton.cdiv(channels, BLOCK_C),)
     launch(forward_kernel, grid,
         x, table, bias, y, frames, width, *out_size, channels, taps_f, *padding, rows,
         TURNED=flip, RESIDUAL=residual, **constants, num_warps=NUM_WARPS,
@@ -140,7 +141,7 @@ def parameter_gradients(
         return dweight, weight.new_zeros(channels) if need_bias else None
     _check_rows(op, max(grad.shape[:3].numel(), batch * frames * width))
     out_frames, out_width = grad.shape[1:3]
-    segments = sliding.Segments(out_frames, batch * out_width, out_frames, taps_t, 1, MAX_PARTS)
+    segments = sliding.Segments(out_frames, batch * out_width, out_frames, taps_t, 1, MAX_PARTS, x.dtype)
     taps = taps_t * taps_f
     table = torch.empty(segments.parts, taps + 1, channels, dtype=torch.float32, device=x.device)
     steps = (sliding.Steps(BLOCK_C, t.stride(0), t.stride(1)) for t in (grad, x))

@@ -572,9 +572,11 @@ def gated_depthwise_conv_backward(
     )  # fmt: skip
     count = call.form["TAPS"]
     skip = (taps - count) // 2
-    segments = of_causal = sliding.Segments(frames, batch, call.chunk, count, call.c_tiles, MAX_PARTS)
+    segments = of_causal = sliding.Segments(
+        frames, batch, call.chunk, count, call.c_tiles, MAX_PARTS, q.dtype
+    )
     if call.chunked:
-        of_causal = sliding.Segments(frames, batch, frames, past + 1, call.c_tiles, MAX_PARTS)
+        of_causal = sliding.Segments(frames, batch, frames, past + 1, call.c_tiles, MAX_PARTS, q.dtype)
     rows = 1 + taps + (2 + past if call.chunked else 0)
     parts = max(segments.parts, of_causal.parts)
     table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)

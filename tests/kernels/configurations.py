@@ -315,11 +315,8 @@ def _taps_gradients(
     from fastasr.kernels import _sliding_taps as sliding
 
     steps = {name: sliding.BLOCK_C * here for name, here in zip(("G_STEP", "X_STEP"), tiled, strict=True)}
-    constants = (
-        sliding.Segments(1500, 20, 1500, taps, 1, 64).form(shape, DTYPES[types["G"]])
-        | steps
-        | {"CHUNKED": chunked}
-    )
+    segments = sliding.Segments(1500, 20, 1500, taps, 1, 64, DTYPES[types["G"]])
+    constants = segments.form(shape) | steps | {"CHUNKED": chunked}
     divisible = (*divisible, "g_tile", "x_tile")
     return Configuration(name, sliding.gradient_kernel, types, constants, sliding.NUM_WARPS, divisible)
 
