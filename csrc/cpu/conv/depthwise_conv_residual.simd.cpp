@@ -38,20 +38,8 @@ struct Sequence {
         continue;
       }
       if (t + kResidualAhead < frames) prefetch_row(first + (t + kResidualAhead) * time);
-      if (channels < kStripe)
-        copy(first + t * time, channels, rows);
-      else if constexpr (std::is_same_v<T, C>)
-        std::memcpy(rows, first + t * time, sizeof(C) * kStripe);  // a loop became a call of memmove
-      else
-        copy(first + t * time, kStripe, rows);
+      copy_row<kStripe>(first + t * time, rows, channels);
     }
-  }
-
- private:
-  template <typename C>
-  FASTASR_INLINE void copy(const T* __restrict from, int64_t n, C* __restrict to) {
-#pragma omp simd
-    for (int64_t c = 0; c < n; c++) to[c] = load(from[c]);
   }
 };
 

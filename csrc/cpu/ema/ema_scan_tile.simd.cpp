@@ -131,20 +131,6 @@ __attribute__((noinline)) void activate_backward_as(C* __restrict z, const C* __
 
 // --- tensors and buffers
 
-// Copies a row between a tensor and a buffer. The copy of a whole row, whose length the compiler knows, is not a call
-// of memmove.
-template <typename From, typename To>
-FASTASR_INLINE void copy_row(const From* __restrict from, To* __restrict to, int64_t channels) {
-  if constexpr (std::is_same_v<From, To>) {
-    if (channels == kEmaLanes) {
-      std::memcpy(to, from, sizeof(To) * kEmaLanes);
-      return;
-    }
-  }
-#pragma omp simd
-  for (int64_t j = 0; j < channels; j++) store(&to[j], load(from[j]));
-}
-
 template <typename T>
 void load_rows(const void* tensor, int64_t at, int64_t step, int64_t channel, const uint8_t* __restrict mask,
                int64_t mask_step, int64_t steps, int64_t channels, int64_t lanes, compute_t<T>* __restrict buffer) {
@@ -158,7 +144,7 @@ void load_rows(const void* tensor, int64_t at, int64_t step, int64_t channel, co
           reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(kEmaSteps * step * int64_t(sizeof(T)));
       for (int64_t i = 0; i < channels * int64_t(sizeof(T)); i += 64)
         __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(i)));
-      copy_row(row, buffer + s * kEmaLanes, channels);
+      copy_row<kEmaLanes>(row, buffer + s * kEmaLanes, channels);
     }
   } else {
     for (int64_t j = 0; j < channels; j++) {
@@ -179,7 +165,7 @@ void store_rows(const compute_t<T>* __restrict buffer, void* tensor, int64_t at,
                 int64_t steps, int64_t channels) {
   T* __restrict p = static_cast<T*>(tensor) + at;
   if (channel == 1) {
-    for (int64_t s = 0; s < steps; s++) copy_row(buffer + s * kEmaLanes, p + s * step, channels);
+    for (int64_t s = 0; s < steps; s++) copy_row<kEmaLanes>(buffer + s * kEmaLanes, p + s * step, channels);
   } else {
     for (int64_t j = 0; j < channels; j++) {
       T* __restrict row = p + j * channel;

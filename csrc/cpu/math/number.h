@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/simd/simd.h"
 
@@ -71,6 +72,22 @@ FASTASR_INLINE void store(bfloat16* p, float v) {
   const uint32_t u = static_cast<uint32_t>(to_bits(v));
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   p->bits = v != v ? static_cast<uint16_t>(0x7fc0) : static_cast<uint16_t>(rounded);
+}
+
+// Copies n <= kWhole numbers and converts them. The compiler knows the length of a whole row, whose copy is then not a
+// call of memmove.
+template <int64_t kWhole, typename From, typename To>
+FASTASR_INLINE void copy_row(const From* __restrict from, To* __restrict to, int64_t n) {
+  const auto convert = [&](int64_t count) __attribute__((always_inline)) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) store(&to[i], load(from[i]));
+  };
+  if (n < kWhole)
+    convert(n);
+  else if constexpr (std::is_same_v<From, To>)
+    std::memcpy(to, from, sizeof(To) * kWhole);
+  else
+    convert(kWhole);
 }
 
 }  // namespace fastasr::cpu
