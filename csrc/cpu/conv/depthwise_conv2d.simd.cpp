@@ -38,8 +38,8 @@ class Cleared {
 
 // Copies `pixels` pixels of `channels` channels each, `stride` elements apart, to vectors.
 template <int64_t kLanes, typename T, typename C>
-__attribute__((noinline)) void stage_pixels(const T* __restrict from, int64_t stride, int64_t pixels, int64_t channels,
-                                            C* __restrict to) {
+FASTASR_INLINE void stage_pixels(const T* __restrict from, int64_t stride, int64_t pixels, int64_t channels,
+                                 C* __restrict to) {
   if (channels == kLanes) {
     for (int64_t f = 0; f < pixels; f++, from += stride, to += kLanes) {
 #pragma omp simd
@@ -52,8 +52,8 @@ __attribute__((noinline)) void stage_pixels(const T* __restrict from, int64_t st
 }
 
 template <int64_t kLanes, typename T, typename C>
-__attribute__((noinline)) void write_pixels(const C* __restrict from, const C* __restrict bias, int64_t pixels,
-                                            int64_t channels, T* __restrict to, int64_t stride) {
+FASTASR_INLINE void write_pixels(const C* __restrict from, const C* __restrict bias, int64_t pixels, int64_t channels,
+                                 T* __restrict to, int64_t stride) {
   if (channels == kLanes) {
     for (int64_t f = 0; f < pixels; f++, from += kLanes, to += stride) {
 #pragma omp simd
