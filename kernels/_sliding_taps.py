@@ -25,16 +25,14 @@ import triton.language as tl
 from fastasr.kernels._launch import launch
 
 MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
-# Of a program that computes gradients, and sums of a thread and channel there, by the bytes of an element.
+# By the bytes of an element: the taps of a program that computes gradients, and the sums of a thread there per channel.
 MOST_TAPS, MOST_SUMS = {2: 16, 4: 8}, {2: 28, 4: 21}
 LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
 LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
 BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four channels per thread
 BLOCK_S = 4  # segments of a tile: two channels per thread
-FEW, WIDE = (
-    5,
-    16,
-)  # below so many taps a loaded frame is used little: segments of a tile, eight channels per thread
+# Below so many taps a loaded frame is used little: a tile has this many segments then, and a thread eight channels.
+FEW, WIDE = 5, 16
 
 
 @triton.jit

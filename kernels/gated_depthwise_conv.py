@@ -173,17 +173,8 @@ def _convolve(
         skip = (taps - TAPS) // 2
         row = sliding.taps_at(TABLE, skip, BLOCK_G, BLOCK_C)
         e = sliding.sums(
-            zero,
-            at + skip * BLOCK_C,
-            t - past + skip - first,
-            last - first,
-            row,
-            None,
-            BLOCK_C,
-            BLOCK_C,
-            TAPS,
-            GROUP,
-        )
+            zero, at + skip * BLOCK_C, t - past + skip - first, last - first, row, None, BLOCK_C, BLOCK_C, TAPS, GROUP,
+        )  # fmt: skip
     return z, e
 
 

@@ -198,9 +198,12 @@ def forward_elements(generation: int) -> int:
     return 256 if generation >= 90 else 512
 
 
-def backward_elements(dtype: torch.dtype, gated: bool, masked: bool, generation: int) -> int:
-    """Returns the elements of a tile of the backward: half as many where all of them would spill."""
-    return ELEMENTS // 2 if gated and (dtype == torch.float32 or masked or generation >= 100) else ELEMENTS
+def backward_tile(dtype: torch.dtype, gated: bool, masked: bool, generation: int) -> tuple[int, int, int]:
+    """Returns (elements of a tile of the backward, its warps, programs on a multiprocessor). Where 16 warps would
+    spill, programs have eight, whose threads may have twice the registers.
+    """
+    spills = gated and (dtype == torch.float32 or masked or generation >= 100)
+    return (ELEMENTS // 2, WARPS // 2, 2) if spills else (ELEMENTS, WARPS, 1)
 
 
 def _stride(t: torch.Tensor | None) -> int:
@@ -269,15 +272,15 @@ def residual_norm_backward(
         return dx, dupdate, dsum, torch.zeros_like(weight), torch.zeros_like(bias)
     rows = x.numel() // channels
     block_c = _padded(channels)
-    elements = backward_elements(x.dtype, gated, mask is not None, generation(x))
-    block_r, rows_per_part, parts = deal(rows, block_c, x, elements=elements)
+    elements, warps, resident = backward_tile(x.dtype, gated, mask is not None, generation(x))
+    block_r, rows_per_part, parts = deal(rows, block_c, x, elements=elements, resident=resident)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     shares = torch.float64 if x.dtype == torch.float32 else torch.float32
     table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
     launch(backward_kernel, (parts,),
         grad, x, update, candidate, hidden, mask, weight, dx, dupdate, dsum, table, rows, rows_per_part, channels,
         *map(_stride, (x, update, candidate, hidden)), eps,
-        ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
+        ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
     launch(add_parts_kernel, (triton.cdiv(channels, ADDING["BLOCK_C"]), 2),
         table, dweight, dbias, parts, channels, **adding(parts),

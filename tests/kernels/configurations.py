@@ -205,7 +205,7 @@ def _nonlin_attention():
 
 
 def _residual_norm(generation: int):
-    from fastasr.kernels import _parts, residual_norm
+    from fastasr.kernels import residual_norm
 
     inputs, outputs = ("X", "UPDATE", "CANDIDATE", "HIDDEN", "GRAD"), ("Y", "DX", "DUPDATE", "DSUM")
     parameters = ("MASK", "WEIGHT", "BIAS", "DWEIGHT", "DBIAS")
@@ -219,10 +219,10 @@ def _residual_norm(generation: int):
     ):
         block_r, block_c, warps = residual_norm._blocks(channels, residual_norm.forward_elements(generation))
         if kernel == "backward":
-            few = residual_norm.backward_elements(
+            elements, warps, _ = residual_norm.backward_tile(
                 DTYPES[dtype], "CANDIDATE" not in constants, "MASK" not in constants, generation
             )
-            block_r, warps = max(1, few // block_c), _parts.WARPS
+            block_r = max(1, elements // block_c)
         return Configuration(
             f"residual_norm {kernel}, {label}, {dtype}",
             getattr(residual_norm, f"{kernel}_kernel"),

@@ -34,9 +34,8 @@ from fastasr.testing.fake_gpu import Launch, fake_gpu
 from fastasr.testing.speed import BOTH, Case, Unavailable
 
 DTYPE = torch.bfloat16
-RECURRENCE = (
-    100  # more operations are a formula that goes step by step, whose steps torch.compile cannot fuse
-)
+# A formula of more operations goes step by step, and torch.compile cannot fuse its steps.
+RECURRENCE = 100
 
 
 class _Forgetful(dict):
