@@ -14,8 +14,8 @@ where dg will be. Launches: forward 2 (the first writes u and the taps as rows o
 Bytes per element of g, of e bytes: forward 3e, and 2e for u; backward 5e, and 9e between the kernels: u and q three
 times each, du twice, g once more (the taps' gradients read u and q once per 16 taps, from the L2 cache where they
 fit). A 4x400x1536 bf16 tensor at 4.3 TB/s: 6 us forward, 16 us backward; by count of instructions (about 2 per tap and
-element) 5 us and 17 us. Sums over rows are made in parts that depend on the shape alone, and the parts added in
-float64: results repeat bit for bit, there are no atomics.
+element) 5 us and 17 us. Sums over rows are made in parts (_parts.py), and the parts added in float64: on one kind of
+device results repeat bit for bit, there are no atomics.
 """
 
 import torch
@@ -26,6 +26,7 @@ from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels import gated_depthwise_conv, residual_norm
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import launch
+from fastasr.kernels._parts import ADDING, adding, deal
 from fastasr.kernels.gated_depthwise_conv import _in_tiles, _lay_out
 from fastasr.kernels.residual_norm import MAX_CHANNELS, _centred, _mean
 
@@ -33,8 +34,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # of a convolving program
 BLOCK_K = 4
-NORMALISE_ELEMENTS, GRADIENT_ELEMENTS = 512, 256  # of whole rows, per warp
-MAX_WARPS = 2048  # of the gradient of the norm
+# Of whole rows: the elements per warp and the least warps of a program that normalises; the elements and warps of one
+# that computes gradients, of which a multiprocessor holds RESIDENT, as they wait at barriers.
+NORMALISE_ELEMENTS, NORMALISE_WARPS = 512, 4
+GRADIENT_ELEMENTS, GRADIENT_WARPS, RESIDENT = 2048, 8, 4
 
 
 # --------------------------------------------------------------------------- whole rows
@@ -242,7 +245,7 @@ class _Call:
         self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
         self.u, self.u_steps = sliding.tiles(self.batch, self.frames, self.channels, x)
         self.table = torch.empty(self.c_tiles, self.taps, BLOCK_C, dtype=torch.float32, device=x.device)
-        block_r, block_c, warps = residual_norm._blocks(self.channels, NORMALISE_ELEMENTS)
+        block_r, block_c, warps = residual_norm._blocks(self.channels, NORMALISE_ELEMENTS, NORMALISE_WARPS)
         programs = triton.cdiv(self.rows, block_r)
         tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles
         launch(normalise_kernel, (programs + tables,),
@@ -257,23 +260,20 @@ class _Call:
 
     def norm_gradients(self, norm_weight, dgate) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes dg over du in dgate and returns (dnorm_weight, dnorm_bias)."""
-        block_r, block_c, warps = residual_norm._blocks(self.channels, GRADIENT_ELEMENTS)
-        # Programs of many warps wait at barriers: it takes more of them.
-        most = MAX_WARPS // warps * (2 if warps > 4 else 1)
-        rows_per_part = triton.cdiv(self.rows, most)
-        rows_per_part = triton.cdiv(rows_per_part, block_r) * block_r
-        parts = triton.cdiv(self.rows, rows_per_part)
+        block_c = residual_norm._padded(self.channels)
+        block_r, rows_per_part, parts = deal(
+            self.rows, block_c, dgate, elements=GRADIENT_ELEMENTS, resident=RESIDENT
+        )
         shares = torch.float64 if dgate.dtype == torch.float32 else torch.float32
         table = torch.empty((2, parts, self.channels), dtype=shares, device=dgate.device)
         launch(norm_gradient_kernel, (parts,),
             self.gate, norm_weight, dgate, table, *self.strides, self.frames, self.rows, rows_per_part,
             self.channels, self.eps,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
         dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
-        block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
-        launch(residual_norm.add_parts_kernel, (triton.cdiv(self.channels, 16), 2),
-            table, dweight, dbias, parts, self.channels, BLOCK_P=block_p, BLOCK_C=16, num_warps=warps,
+        launch(residual_norm.add_parts_kernel, (triton.cdiv(self.channels, ADDING["BLOCK_C"]), 2),
+            table, dweight, dbias, parts, self.channels, **adding(parts),
         )  # fmt: skip
         return dweight, dbias
 

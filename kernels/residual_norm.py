@@ -186,10 +186,10 @@ def _padded(channels: int) -> int:
     return max(32, triton.next_power_of_2(channels))
 
 
-def _blocks(channels: int, elements: int) -> tuple[int, int, int]:
-    """Returns (rows per tile, padded channels, warps) for ``elements`` per warp; at most 16 warps."""
+def _blocks(channels: int, elements: int, least: int = 1) -> tuple[int, int, int]:
+    """Returns (rows per tile, padded channels, warps) for ``elements`` per warp; ``least`` to 16 warps."""
     block_c = _padded(channels)
-    warps = max(1, min(16, block_c // elements))
+    warps = max(least, min(16, block_c // elements))
     return max(1, elements * warps // block_c), block_c, warps
 
 

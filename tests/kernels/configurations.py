@@ -374,7 +374,6 @@ def _conv_spatial_gate():  # the weight's gradient is that of gated_depthwise_co
     parameters = ("NORM_WEIGHT", "NORM_BIAS", "WEIGHT", "BIAS", "TABLE", "DWEIGHT", "DBIAS")
     divisible = ("C", "x_batch", "x_time")
     tile = gate.convolving(31, 750)
-    rows = {"normalise": gate.NORMALISE_ELEMENTS, "norm_gradient": gate.GRADIENT_ELEMENTS}
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(like, dtype) | dict.fromkeys(parameters, "fp32") | {"MASK": "u8"}
         types |= {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
@@ -389,8 +388,9 @@ def _conv_spatial_gate():  # the weight's gradient is that of gated_depthwise_co
         if dtype == "fp16":
             continue
         for channels in (512, 1536):
-            for name, elements in rows.items():
-                block_r, block_c, warps = residual_norm._blocks(channels, elements)
+            whole = residual_norm._blocks(channels, gate.NORMALISE_ELEMENTS, gate.NORMALISE_WARPS)
+            parts = (max(1, gate.GRADIENT_ELEMENTS // whole[1]), whole[1], gate.GRADIENT_WARPS)
+            for name, (block_r, block_c, warps) in (("normalise", whole), ("norm_gradient", parts)):
                 constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "MASK": None}
                 constants |= {"TILE_K": gate.BLOCK_K, "TILE_C": gate.BLOCK_C}
                 kernel = getattr(gate, f"{name}_kernel")

@@ -7,7 +7,6 @@ several parts of a sum and several pieces of a workspace, and masks hide somethi
 
 from fastasr.kernels import (
     _parts,
-    conv_spatial_gate,
     conv_subsampling,
     depthwise_conv2d,
     gated_depthwise_conv,
@@ -61,7 +60,6 @@ def shrink(monkeypatch) -> None:
         monkeypatch.setattr(module, "PIECE_BYTES", 1)  # a block of queries at a time
     for module in WITH_PARTS:
         monkeypatch.setattr(module, "MAX_PARTS", 2)
-    monkeypatch.setattr(conv_spatial_gate, "MAX_WARPS", 16)
     monkeypatch.setattr(_parts, "processors", lambda t: 2)
     monkeypatch.setattr(conv_subsampling, "LEAST_ROWS", 1)
     monkeypatch.setattr(rel_attention, "PROGRAMS", 1)  # the sequences are one group
