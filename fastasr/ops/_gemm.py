@@ -40,6 +40,7 @@ _BUDGET_S = 0.5
 _MOST_FEW = 15  # rows: cpu::kFewRows
 _FEW_COLUMNS = 14  # as many rows as a tile of registers has with AVX-512
 SMALL = 1 << 17  # one row of 192 to 512 is below it
+CHAINS = 12  # columns: where a weight's gradient has fewer, torch adds in one chain of floats
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
 reason = partial(reason_cpu, "gemm")  # says why there is nothing to choose from; "" when there is
@@ -61,8 +62,7 @@ def _few_rows(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def _weight_grad(g: Tensor, x: Tensor, chain: int = 128) -> Tensor:
-    # torch adds in one chain of floats where g has few columns
-    if g.shape[1] >= 12 or len(g) < 2 * chain:
+    if g.shape[1] >= CHAINS or len(g) < 2 * chain:
         return torch.mm(g.t(), x)
     a, b = (t[len(g) % chain :].unflatten(0, (-1, chain)) for t in (g, x))
     return torch.addmm(torch.bmm(a.mT, b).sum(0), g[: len(g) % chain].t(), x[: len(g) % chain])
@@ -133,7 +133,10 @@ def forget() -> None:
     _saved = None
 
 
-def _decide(key: tuple, operands: tuple) -> str:
+def _decide(key: tuple, operands: tuple | None) -> str:
+    """Returns the product for calls of this class, which is measured on the operands; without any, "" if that has not
+    been done yet.
+    """
     global _saved
     policy = os.environ.get("FASTASR_GEMM", "auto")
     if policy not in ("auto", "torch", "native"):
@@ -154,6 +157,8 @@ def _decide(key: tuple, operands: tuple) -> str:
     products = ["torch", own]
     # the file may be damaged, or of a version of fastasr with other products
     if _saved.get(name) not in products:
+        if operands is None:
+            return ""
         _saved[name] = _measure(operation, operands, products)
         _remember(name, _saved[name])
     return _saved[name]
@@ -193,6 +198,13 @@ def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) ->
     if f is None:
         f = _choices[key] = _PRODUCTS[_decide(key, operands)][operation]
     return f
+
+
+def is_torch(key: tuple) -> bool:
+    """Says whether torch's product is known to serve calls of this operation, sizes and threads."""
+    if key not in _choices and (known := _decide(key, None)):
+        _choices[key] = _PRODUCTS[known][key[0]]
+    return _choices.get(key) is _PRODUCTS["torch"][key[0]]
 
 
 # --------------------------------------------------------------------------- what ops call, below autograd

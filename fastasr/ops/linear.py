@@ -40,6 +40,20 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     )
 
 
+def _torch_wins(x: Tensor, weight: Tensor) -> bool:
+    """Says whether torch's product serves each pass of this call: torch's own node of autograd then costs less than one
+    in Python.
+    """
+    (n, k), threads = weight.shape, torch.get_num_threads()
+    rows = x.numel() // k
+    passes = [("forward", rows.bit_length(), n, k, threads)]
+    if x.requires_grad:
+        passes.append(("input_grad", rows.bit_length(), k, n, threads))
+    if weight.requires_grad:
+        passes.append(("weight_grad", n.bit_length(), k, rows, threads))
+    return n >= _gemm.CHAINS and all(_gemm.is_torch(key) for key in passes)
+
+
 # --------------------------------------------------------------------------- the op
 @op(
     FAMILY,
@@ -50,9 +64,10 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     fast="_kernels.forward(x, weight, bias)",
     # Only float32 has a choice, and only float32 may be forced.
     fits=f"(_dtype is _float32 or _dtype in _FLOATING and _forced_backend() == 'auto') and {FITS}",
-    by_torch="if _dtype is not _float32 or ((_size := x.numel() * _rows[0]) < _gemm.SMALL or _size < 16 * _gemm.SMALL "
-    "and _is_grad_enabled() and (x.requires_grad or weight.requires_grad)) and (not _gemm._reduced_weights.copies "
-    "or _gemm._reduced_weights.of(x, weight) is None):\n    return F.linear(x, weight, bias)",
+    by_torch="if _dtype is not _float32 or ((_size := x.numel() * _rows[0]) < _gemm.SMALL or _is_grad_enabled() and "
+    "(x.requires_grad or weight.requires_grad) and (_size < 16 * _gemm.SMALL or _torch_wins(x, weight))) and "
+    "(not _gemm._reduced_weights.copies or _gemm._reduced_weights.of(x, weight) is None):\n"
+    "    return F.linear(x, weight, bias)",
     summary="a linear layer, by the matrix product that measured faster on this machine",
 )
 def linear(

@@ -196,6 +196,27 @@ def test_forced_choices(fresh, called, monkeypatch):
     assert not list(fresh.iterdir())
 
 
+@needs_both
+@pytest.mark.parametrize("winner", ["torch", "native"])
+@pytest.mark.parametrize("frozen", ["", "x", "weight"])
+def test_torch_has_its_own_node_where_its_products_win(fresh, monkeypatch, winner, frozen):
+    monkeypatch.setattr(_gemm, "_timed", lambda product, *_: float(product != winner))
+    x, w, b = torch.randn(2, 40, 192), torch.randn(192, 192), torch.randn(192)
+    wanted = [t.requires_grad_() for name, t in (("x", x), ("weight", w), ("bias", b)) if name != frozen]
+
+    def run():
+        y = ops.linear(x, w, b)
+        return type(y.grad_fn).__name__, torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+    first, expected = run()
+    assert first == "LinearBackward"  # nothing is known yet
+    for forget in (lambda: None, _gemm.forget):  # remembered by the process, then read from the file
+        forget()
+        second, found = run()
+        assert (second == first) == (winner == "native")
+        assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("op", [ops.linear, ops.linear_activation, ops.swoosh_linear])
 def test_a_weight_without_inputs_is_refused_at_any_size(op):
     name = op.__name__

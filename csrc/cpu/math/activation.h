@@ -109,19 +109,20 @@ FASTASR_INLINE C activate(C x, C* slope) {
 template <typename C>
 struct ActivationKernels {
   bool (*values)(int activation, C* x, int64_t n);
-  bool (*slopes)(int activation, C* x, int64_t n);
+  bool (*gradients)(int activation, const C* grad, const C* x, C* dx, C* sums, int64_t n);
   bool (*values_and_slopes)(int activation, C* x, C* slope, int64_t n);
 };
 
 // Computes x[i] = act(x[i]) over a buffer of the compute type, and with slope also slope[i] = act'(x[i]);
-// activation_slope computes x[i] = act'(x[i]). They return false and do nothing if no activation has this number.
+// activation_gradients computes dx[i] = grad[i] act'(x[i]), which may lie in grad or x, and adds it to sums[i] unless
+// that is null. They return false and do nothing if no activation has this number.
 template <typename C>
 FASTASR_INLINE bool activate(int activation, C* x, int64_t n) {
   return kernels<ActivationKernels<C>>().values(activation, x, n);
 }
 template <typename C>
-FASTASR_INLINE bool activation_slope(int activation, C* x, int64_t n) {
-  return kernels<ActivationKernels<C>>().slopes(activation, x, n);
+FASTASR_INLINE bool activation_gradients(int activation, const C* grad, const C* x, C* dx, C* sums, int64_t n) {
+  return kernels<ActivationKernels<C>>().gradients(activation, grad, x, dx, sums, n);
 }
 template <typename C>
 FASTASR_INLINE bool activate_with_slope(int activation, C* x, C* slope, int64_t n) {

@@ -10,13 +10,15 @@ void values_of(C* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; i++) x[i] = activate<A>(x[i]);
 }
 
-template <Activation A, typename C>
-void slopes_of(C* __restrict x, int64_t n) {
+template <Activation A, bool kSums, typename C>
+FASTASR_INLINE void gradients_of(const C* grad, const C* x, C* dx, C* __restrict sums, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    C d;
-    activate<A>(x[i], &d);  // the compiler drops what the value alone needs
-    x[i] = d;
+    C slope;
+    activate<A>(x[i], &slope);  // the compiler drops what the value alone needs
+    const C d = grad[i] * slope;
+    dx[i] = d;
+    if (kSums) sums[i] += d;
   }
 }
 
@@ -53,8 +55,13 @@ bool values(int activation, C* x, int64_t n) {
   return with_activation(activation, [&]<Activation A>() { values_of<A>(x, n); });
 }
 template <typename C>
-bool slopes(int activation, C* x, int64_t n) {
-  return with_activation(activation, [&]<Activation A>() { slopes_of<A>(x, n); });
+bool gradients(int activation, const C* grad, const C* x, C* dx, C* sums, int64_t n) {
+  return with_activation(activation, [&]<Activation A>() {
+    if (sums)
+      gradients_of<A, true>(grad, x, dx, sums, n);
+    else
+      gradients_of<A, false>(grad, x, dx, sums, n);
+  });
 }
 template <typename C>
 bool values_and_slopes(int activation, C* x, C* slope, int64_t n) {
@@ -63,7 +70,7 @@ bool values_and_slopes(int activation, C* x, C* slope, int64_t n) {
 
 }  // namespace
 
-FASTASR_KERNELS_COMPUTE(ActivationKernels, .values = values<T>, .slopes = slopes<T>,
+FASTASR_KERNELS_COMPUTE(ActivationKernels, .values = values<T>, .gradients = gradients<T>,
                         .values_and_slopes = values_and_slopes<T>)
 
 }  // namespace fastasr::cpu

@@ -30,31 +30,23 @@ void forward(int activation, const T* z, T* y, int64_t n) {
   }
 }
 
-// Computes dz = grad slope, and adds it to dbias unless that is null.
-template <bool kBias, typename T, typename C>
-FASTASR_INLINE void multiply(const T* grad, const C* __restrict slope, T* dz, C* __restrict dbias, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; j++) {
-    const C d = load(grad[j]) * slope[j];
-    store(&dz[j], d);
-    if (kBias) dbias[j] += d;
-  }
-}
-
 template <typename T, typename C = compute_t<T>>
 void backward(int activation, const T* grad, const T* z, T* dz, C* dbias, int64_t rows, int64_t channels) {
-  C slope[kPiece];
+  C values[kPiece], gradients[kPiece];
   if (dbias) std::fill_n(dbias, channels, C(0));
   for (int64_t row = 0; row < rows; row++)
     for (int64_t c = 0; c < channels; c += kPiece) {
       const int64_t m = std::min(kPiece, channels - c), i = row * channels + c;
+      C* const sums = dbias ? dbias + c : nullptr;
+      if constexpr (std::is_same_v<T, C>) {
+        activation_gradients(activation, grad + i, z + i, dz + i, sums, m);
+      } else {
 #pragma omp simd
-      for (int64_t j = 0; j < m; j++) slope[j] = load(z[i + j]);
-      activation_slope(activation, slope, m);
-      if (dbias)
-        multiply<true>(grad + i, slope, dz + i, dbias + c, m);
-      else
-        multiply<false>(grad + i, slope, dz + i, static_cast<C*>(nullptr), m);
+        for (int64_t j = 0; j < m; j++) values[j] = load(z[i + j]), gradients[j] = load(grad[i + j]);
+        activation_gradients(activation, gradients, values, gradients, sums, m);
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) store(&dz[i + j], gradients[j]);
+      }
     }
 }
 
