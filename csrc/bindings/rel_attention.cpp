@@ -63,6 +63,10 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   return r;
 }
 
+// The channels of the products of a pair: two for scores and one with the values; the gradients take eight in all.
+int64_t forward_channels(const RelAttention& r) { return 2 * r.problem.query_dim + r.value_dim; }
+int64_t backward_channels(const RelAttention& r) { return 6 * r.problem.query_dim + 2 * r.value_dim; }
+
 Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
   return new_contiguous(q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(q)));
 }
@@ -111,7 +115,8 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     T* yp = mutable_data<T>(y);
     C* lp = mutable_data<C>(lse);
     const int64_t rows = cpu::kRelAttentionQueries, tasks = (a.frames + rows - 1) / rows;
-    parallel_tasks(pairs * tasks, rows * a.keys(), [&](int64_t begin, int64_t end) {
+    const int64_t work = pairs_work(std::min(rows, a.frames), a.keys(), forward_channels(r));
+    parallel_tasks(pairs * tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
@@ -155,13 +160,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
     const Scratch<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
     const Scratch<double> biases(tasks * width);
     C *const rt = workspace.data(), *const rows = rt + a.heads * rt_size, *const sums = rows + a.heads * r_size;
-    const int64_t work = a.frames * a.keys();
-    parallel_tasks(a.heads, work, [&](int64_t begin, int64_t end) {
+    parallel_tasks(a.heads, rt_size + r_size, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++) kernel.pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
     });
     const T* gp = data<T>(grad);
     T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
-    parallel_tasks(tasks, work, [&](int64_t begin, int64_t end) {
+    parallel_tasks(tasks, each * pairs_work(a.frames, a.keys(), backward_channels(r)), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t h = i / parts, first = i % parts * each;
@@ -174,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
       }
     });
     T *pp = mutable_data<T>(dpos), *up = mutable_data<T>(du), *wp = mutable_data<T>(dw);
-    parallel_tasks(a.heads, work, [&](int64_t begin, int64_t end) {
+    parallel_tasks(a.heads, parts * r_size, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++)
         kernel.store_sums(r, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp, up, wp);
     });
@@ -254,7 +258,7 @@ Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tens
     const int64_t kt_size = longest.keys_transposed_size(), v_size = longest.values_size();
     const int64_t rt_size = longest.positions_transposed_size();
     T* yp = mutable_data<T>(y);
-    parallel_packed(heads * count, sequences.starts, heads, [&](int64_t begin, int64_t end) {
+    parallel_packed(heads * count, sequences.starts, heads, forward_channels(longest), [&](int64_t begin, int64_t end) {
       const Scratch<C> workspace(kt_size + v_size + rt_size), scratch(longest.forward_scratch());
       const Scratch<C> lse(heads * longest.problem.frames);  // which the backward pass computes again
       C *const kt = workspace.data(), *const values = kt + kt_size, *const rt = values + v_size;
@@ -297,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
     C* const sums = workspace.data();
     const T* gp = data<T>(grad);
     T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
-    parallel_packed(tasks, sequences.starts, heads, [&](int64_t begin, int64_t end) {
+    parallel_packed(tasks, sequences.starts, heads, backward_channels(longest), [&](int64_t begin, int64_t end) {
       const Scratch<C> positions(rt_size + r_size), scratch(longest.backward_scratch());
       C *const rt = positions.data(), *const rows = rt + rt_size;
       for (int64_t i = begin; i < end; i++) {

@@ -80,7 +80,7 @@ struct PackedSums {
   // made once for each thread.
   template <typename Context, typename F>
   void for_each(const Context& context, const F& f) const {
-    parallel_packed(heads * count, starts, heads, [&](int64_t begin, int64_t end) {
+    parallel_packed(heads * count, starts, heads, columns, [&](int64_t begin, int64_t end) {
       const auto memory = context();
       for (int64_t i = begin; i < end; i++) {
         const auto sequence = static_cast<size_t>(i % count);

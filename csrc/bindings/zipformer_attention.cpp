@@ -45,7 +45,8 @@ Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const T
     const T* xp = data<T>(x);
     T* yp = mutable_data<T>(y);
     const int64_t rows = cpu::kAttentionQueries, tasks = (a.frames + rows - 1) / rows;
-    parallel_tasks(pairs * tasks, rows * a.keys(), [&](int64_t begin, int64_t end) {
+    const int64_t channels = a.query_dim + a.pos_dim + v.dim;
+    parallel_tasks(pairs * tasks, pairs_work(std::min(rows, a.frames), a.keys(), channels), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(attention_values_scratch(a, v));
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
     parallel_tasks(pairs, vt_size, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) kernel.transpose_values(a, v, vp, i, w + vt_at + i * vt_size);
     });
-    const int64_t work = parts.rows * a.keys();
+    const int64_t work = pairs_work(std::min(parts.rows, a.frames), a.keys(), 3 * (a.query_dim + a.pos_dim + v.dim));
     parallel_tasks(tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(attention_values_backward_scratch(a, v));
       for (int64_t i = begin; i < end; i++) {

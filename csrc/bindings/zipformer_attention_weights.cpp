@@ -52,7 +52,8 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos,
     T* wp = mutable_data<T>(weights);
     // A task has four strips: its W fits in the second cache together with the packed keys.
     const int64_t rows = 4 * cpu::attention_rows(sizeof(C) == 8), tasks = (a.frames + rows - 1) / rows;
-    parallel_tasks(a.heads * a.batch * tasks, rows * a.keys(), [&](int64_t begin, int64_t end) {
+    const int64_t work = pairs_work(std::min(rows, a.frames), a.keys(), a.query_dim + a.pos_dim);
+    parallel_tasks(a.heads * a.batch * tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(a.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
     pack<T>(a, x, pos, cached_key, packed, w, true);
     const T *xp = data<T>(x), *wp = data<T>(weights), *gp = data<T>(grad);
     T *dxp = mutable_data<T>(dx), *dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
-    const int64_t work = parts.rows * a.keys();
+    const int64_t work = pairs_work(std::min(parts.rows, a.frames), a.keys(), 2 * (a.query_dim + a.pos_dim));
     parallel_tasks(tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(a.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
@@ -176,7 +177,8 @@ std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optiona
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const AttentionProblem& longest = problem.longest();
     const T *xp = data<T>(x), *pp = longest.pos_batch ? data<T>(*pos) : nullptr;
-    parallel_packed(heads * count, problem.starts, heads, [&](int64_t begin, int64_t end) {
+    const int64_t channels = longest.query_dim + longest.pos_dim;
+    parallel_packed(heads * count, problem.starts, heads, channels, [&](int64_t begin, int64_t end) {
       const Scratch<C> kt(longest.keys_transposed_size()), rt(longest.positions_size() + 1);
       const Scratch<C> scratch(longest.forward_scratch());
       int64_t packed = 0;  // frames of the sequence whose positions are packed
@@ -238,7 +240,8 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
     const int64_t parts = std::clamp<int64_t>((32 + heads - 1) / heads, 1, count), tasks = heads * parts;
     const int64_t offsets = longest.offsets(), size = longest.pos_dim * offsets;
     const Scratch<double> sums(std::max<int64_t>(1, tasks * size));  // (heads, parts, pos_dim, offsets)
-    parallel_packed(tasks, problem.starts, heads, [&](int64_t begin, int64_t end) {
+    const int64_t channels = 2 * (longest.query_dim + longest.pos_dim);
+    parallel_packed(tasks, problem.starts, heads, channels, [&](int64_t begin, int64_t end) {
       const Scratch<C> kt(longest.keys_transposed_size()), rows(longest.key_rows_size()), dk(longest.key_rows_size());
       const Scratch<C> rt(longest.positions_size() + 1), drt(longest.positions_size() + 1);
       const Scratch<C> scratch(longest.backward_scratch());

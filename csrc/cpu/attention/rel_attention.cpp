@@ -72,14 +72,26 @@ void zero(C* at, int64_t n) {
   std::memset(at, 0, sizeof(C) * static_cast<size_t>(n));
 }
 
-// Writes zeros behind the last of `count` columns.
-template <typename C>
-void zero_columns(C* by_channel, int64_t width, int64_t stride, int64_t count) {
-  for (int64_t d = 0; d < width; d++) zero(by_channel + d * stride + count, stride - count);
+// Writes (width, stride) by channel, zeros behind the last of `count` columns.
+template <typename T, typename C = compute_t<T>>
+void transpose_padded(const T* in, int64_t step, int64_t count, int64_t width, C* out, int64_t stride) {
+  const bool few = stride <= 4 * kAttentionPad;  // one call for all costs less than one for each channel
+  if (few) zero(out, width * stride);
+  transpose(in, step, count, width, out, stride);
+  if (few) return;
+  for (int64_t d = 0; d < width; d++) zero(out + d * stride + count, stride - count);
+}
+
+// Writes `rows` rows of `depth`, zeros behind `count` rows and behind the columns of each.
+template <typename T, typename C = compute_t<T>>
+void copy_padded(const T* in, int64_t step, int64_t count, int64_t width, C* out, int64_t depth, int64_t rows) {
+  const int64_t full = width == depth ? count : 0;
+  zero(out + full * depth, (rows - full) * depth);
+  copy_rows(in, step, count, width, out, depth);
 }
 
 // Prepares a strip's queries with the biases, times the scale: rows of `dim()`, zeros behind their channels, and by
-// channel.
+// channel. Rows behind the last frame are zeros.
 template <typename T, typename C = compute_t<T>>
 void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, int64_t hb, C* content_rows,
                  C* position_rows, C* content, C* position) {
@@ -87,15 +99,17 @@ void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const 
   const int64_t dim = a.query_dim, depth = r.dim();
   const T *u = t.bias_u + s.head * dim, *w = t.bias_v + s.head * dim;
   const C scale = scale_of<C>(r);
-  for (int m = 0; m < s.rows; m++) {
-    const T* q = row_of(a, t.q, dim, hb, s.frame(a, m));
+  for (int m = 0; m < s.stored; m++) {
+    const T* q = row_of(a, t.q, dim, hb, s.begin + m);
     C* __restrict c = content_rows + m * depth, * __restrict p = position_rows + m * depth;
     for (int64_t d = 0; d < dim; d++) c[d] = (load(q[d]) + load(u[d])) * scale;
     for (int64_t d = 0; d < dim; d++) p[d] = (load(q[d]) + load(w[d])) * scale;
     zero(c + dim, depth - dim), zero(p + dim, depth - dim);
   }
-  transpose(content_rows, depth, s.rows, dim, content, s.rows);
-  transpose(position_rows, depth, s.rows, dim, position, s.rows);
+  for (C* rows : {content_rows, position_rows}) zero(rows + s.stored * depth, (s.rows - s.stored) * depth);
+  if (s.stored < s.rows) zero(content, dim * s.rows), zero(position, dim * s.rows);
+  transpose(content_rows, depth, s.stored, dim, content, s.rows);
+  transpose(position_rows, depth, s.stored, dim, position, s.rows);
 }
 
 // Sets the scores s[j - begin] of hidden keys and of those behind the last to -inf.
@@ -159,10 +173,9 @@ template <typename T, typename C = compute_t<T>>
 void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t hb, C* keys_transposed, C* values) {
   const AttentionProblem& a = r.problem;
   const int64_t n = r.key_rows(), dim = a.query_dim;
-  zero(values, r.values_size());
-  transpose(key_row(a, t.k, dim, hb, 0), a.heads * dim, a.keys(), dim, keys_transposed, n);
-  zero_columns(keys_transposed, dim, n, a.keys());
-  copy_rows(key_row(a, t.v, r.value_dim, hb, 0), a.heads * r.value_dim, a.keys(), r.value_dim, values, r.values());
+  const T* in = key_row(a, t.v, r.value_dim, hb, 0);
+  transpose_padded(key_row(a, t.k, dim, hb, 0), a.heads * dim, a.keys(), dim, keys_transposed, n);
+  copy_padded(in, a.heads * r.value_dim, a.keys(), r.value_dim, values, r.values(), n);
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -307,11 +320,8 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
   const Window w = b.window;
   C *weights = m.weights + row0 * m.stride, *ds = m.ds + row0 * m.stride;
   load_biased(b.r, b.t, t, b.hb, m.q + row0 * depth, m.p + row0 * depth, m.content, m.position);
-  for (int i = 0; i < t.rows; i++) {
-    C* g = m.g + (row0 + i) * values;
-    copy_rows(row_of(a, b.grad, width, b.hb, t.frame(a, i)), 0, 1, width, g, values);
-    zero(g + width, values - width);
-  }
+  copy_padded(row_of(a, b.grad, width, b.hb, t.begin), a.heads * width, t.stored, width, m.g + row0 * values, values,
+              t.rows);
   transpose(m.g + row0 * values, values, t.rows, width, m.columns, t.rows);
   for (int64_t j = w.begin; j < w.end; j += kKeyBlock) {
     const int64_t end = std::min(j + kKeyBlock, w.end);
@@ -396,13 +406,10 @@ void backward(const RelAttention& r, const KeyRange* ranges, const T* grad, cons
   const int64_t n = r.key_rows(), depth = r.dim(), values = r.values(), dim = a.query_dim, width = r.value_dim;
   const KeyRange& range = ranges[hb % a.batch];
   BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, hb, m, {}};
-  zero(m.keys, depth * n);
   const T* keys = key_row(a, t.k, dim, hb, 0);
-  copy_rows(keys, a.heads * dim, a.keys(), dim, m.keys, depth);
-  transpose(keys, a.heads * dim, a.keys(), dim, m.kt, n);
-  zero_columns(m.kt, dim, n, a.keys());
-  transpose(key_row(a, t.v, width, hb, 0), a.heads * width, a.keys(), width, m.vt, n);
-  zero_columns(m.vt, width, n, a.keys());
+  copy_padded(keys, a.heads * dim, a.keys(), dim, m.keys, depth, n);
+  transpose_padded(keys, a.heads * dim, a.keys(), dim, m.kt, n);
+  transpose_padded(key_row(a, t.v, width, hb, 0), a.heads * width, a.keys(), width, m.vt, n);
   zero(m.dk, depth * n), zero(m.dv, values * n);
   for (int64_t first = 0; first < a.frames; first += kBackwardQueries) {
     const int64_t count = std::min(kBackwardQueries, a.frames - first);
@@ -478,8 +485,8 @@ void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, co
   product(m.content, key_row(a, t.k, dim, hb, 0), m.by_key, n, m.keys);
   product(m.position, t.pos + head * dim, m.by_offset, a.offsets(), m.offsets);
   float *const block = scratch + m.block, *const packed = scratch + m.packed;
-  zero(packed, m.values * m.keys);
-  copy_rows(key_row(a, t.v, r.value_dim, hb, 0), a.heads * r.value_dim, n, r.value_dim, packed, m.values);
+  const float* values = key_row(a, t.v, r.value_dim, hb, 0);
+  copy_padded(values, a.heads * r.value_dim, n, r.value_dim, packed, m.values, m.keys);
   for_each_strip<float>(a, hb, 0, a.frames, [&](const Strip& strip) {
     zero(block, kAttentionRows * kKeyBlock);
     RunningSoftmax<float> softmax;
