@@ -63,39 +63,63 @@ cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
   return p;
 }
 
-// Runs the units in groups that share a workspace: f(first unit, units, unit's operands by index).
+// The tasks of a group of units: of those that one thread has for itself, or shared out among the threads.
+template <typename T>
+struct Tasks {
+  using C = cpu::compute_t<T>;
+  const cpu::ToeplitzAttention<T>& p;
+  C* own;  // the thread's scratch, or null
+
+  // Runs f(unit in the group, task of the unit, scratch); `work` counts multiplications per task.
+  template <typename F>
+  void run(int64_t units, int64_t tasks, int64_t work, const F& f) const {
+    const auto some = [&](int64_t begin, int64_t end, C* scratch) {
+      for (int64_t t = begin; t < end; t++) f(t / tasks, t % tasks, scratch);
+    };
+    if (own) return some(0, units * tasks, own);
+    const int64_t grain = std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, work));
+    parallel_range(units * tasks, grain, [&](int64_t begin, int64_t end) {
+      const Scratch<C> scratch(cpu::toeplitz_scratch_elements(p));
+      some(begin, end, scratch.data());
+    });
+  }
+};
+
+// Runs the units in groups that share a workspace: f(first unit, units, unit's operands by index, tasks). Where there
+// are enough units, each thread takes whole ones: their operands stay in its own caches.
 template <typename T, typename F>
 void for_groups(const cpu::ToeplitzAttention<T>& p, bool backward, const F& f) {
   using C = cpu::compute_t<T>;
   const int64_t units = p.units(), elements = (cpu::toeplitz_unit_elements(p, backward) + 15) / 16 * 16;
   if (units == 0) return;
+  if (units >= 2 * torch::stable::get_num_threads()) {
+    const int64_t work = p.rows() * (p.rows() + cpu::kPanel) / 16 * (p.d + p.v);
+    parallel_tasks(units, work, [&](int64_t begin, int64_t end) {
+      const Scratch<C> memory(elements), scratch(cpu::toeplitz_scratch_elements(p));
+      const auto operands = cpu::toeplitz_unit(p, backward, memory.data());
+      for (int64_t unit = begin; unit < end; unit++) f(unit, 1, &operands, Tasks<T>{p, scratch.data()});
+    });
+    return;
+  }
   const int64_t most = kWorkspaceBytes / (elements * static_cast<int64_t>(sizeof(C)));
   const int64_t group = std::clamp<int64_t>(most, 1, units);
-  Scratch<C> memory(group * elements);
+  const Scratch<C> memory(group * elements);
   std::vector<cpu::ToeplitzUnit<C>> operands;
   for (int64_t i = 0; i < group; i++) operands.push_back(cpu::toeplitz_unit(p, backward, memory.data() + i * elements));
-  for (int64_t first = 0; first < units; first += group) f(first, std::min(group, units - first), operands.data());
-}
-
-// Runs f(unit in the group, task of the unit, scratch); `work` counts multiplications per task.
-template <typename T, typename F>
-void for_tasks(const cpu::ToeplitzAttention<T>& p, int64_t units, int64_t tasks, int64_t work, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, work));
-  parallel_range(units * tasks, grain, [&](int64_t b, int64_t e) {
-    Scratch<cpu::compute_t<T>> scratch(cpu::toeplitz_scratch_elements(p));
-    for (int64_t t = b; t < e; t++) f(t / tasks, t % tasks, scratch.data());
-  });
+  for (int64_t first = 0; first < units; first += group)
+    f(first, std::min(group, units - first), operands.data(), Tasks<T>{p, nullptr});
 }
 
 // Early and late blocks alternate: causal ones differ in cost, and a thread gets neighbours.
 int64_t folded(int64_t task, int64_t tasks) { return task % 2 ? tasks - 1 - task / 2 : task / 2; }
 
 template <typename T>
-void pack_units(const cpu::ToeplitzAttention<T>& p, bool backward, int64_t first, int64_t units,
+void pack_units(const Tasks<T>& all, bool backward, int64_t first, int64_t units,
                 const cpu::ToeplitzUnit<cpu::compute_t<T>>* operands) {
+  const cpu::ToeplitzAttention<T>& p = all.p;
   const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
   const int64_t panels = p.v_panels();
-  for_tasks(p, units, panels + 1, p.rows() * cpu::kPanel * 16, [&](int64_t u, int64_t task, auto* scratch) {
+  all.run(units, panels + 1, p.rows() * cpu::kPanel * 16, [&](int64_t u, int64_t task, auto* scratch) {
     if (task == panels)
       kernel.pack(p, first + u, backward, operands[u], scratch);
     else
@@ -119,9 +143,9 @@ std::tuple<Tensor, Tensor> toeplitz_attention_forward(const Tensor& query_key, c
     const auto p = checked<T>(in, op);
     T *yp = mutable_data<T>(y), *hp = need_gradients ? mutable_data<T>(mixed) : nullptr;
     const int64_t blocks = p.blocks();
-    for_groups(p, false, [&](int64_t first, int64_t units, const cpu::ToeplitzUnit<C>* operands) {
-      pack_units(p, false, first, units, operands);
-      for_tasks(p, units, blocks, cpu::kPanel * p.rows() * (p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
+    for_groups(p, false, [&](int64_t first, int64_t units, const cpu::ToeplitzUnit<C>* operands, const Tasks<T>& all) {
+      pack_units(all, false, first, units, operands);
+      all.run(units, blocks, cpu::kPanel * p.rows() * (p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
         kernel.forward(p, first + u, folded(task, blocks), operands[u], yp, hp, scratch);
       });
     });
@@ -149,15 +173,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
     const int64_t blocks = p.blocks(), panels = p.v_panels() + p.d_panels(), distances = 2 * p.size - 1;
     const int64_t width = 4 * p.d + distances;
     std::vector<double> parts(p.units() * width);
-    for_groups(p, true, [&](int64_t first, int64_t units, const cpu::ToeplitzUnit<C>* operands) {
-      pack_units(p, true, first, units, operands);
-      for_tasks(p, units, blocks, cpu::kPanel * p.rows() * (2 * p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
+    for_groups(p, true, [&](int64_t first, int64_t units, const cpu::ToeplitzUnit<C>* operands, const Tasks<T>& all) {
+      pack_units(all, true, first, units, operands);
+      all.run(units, blocks, cpu::kPanel * p.rows() * (2 * p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
         kernel.backward(p, g, first + u, folded(task, blocks), operands[u], scratch);
       });
-      for_tasks(p, units, panels, cpu::kPanel * p.rows() * p.rows(), [&](int64_t u, int64_t task, C* scratch) {
+      all.run(units, panels, cpu::kPanel * p.rows() * p.rows(), [&](int64_t u, int64_t task, C* scratch) {
         kernel.backward_keys(p, g, first + u, task, operands[u], scratch);
       });
-      for_tasks(p, units, 1, p.rows() * (16 * p.d + 4 * p.rows()), [&](int64_t u, int64_t, C* scratch) {
+      all.run(units, 1, p.rows() * (16 * p.d + 4 * p.rows()), [&](int64_t u, int64_t, C* scratch) {
         double* part = parts.data() + (first + u) * width;
         kernel.backward_parameters(p, g, first + u, operands[u], part, part + 4 * p.d, scratch);
       });

@@ -23,8 +23,9 @@ struct ToeplitzSizes {
   bool causal, activate_value;
   int activation;
 
-  // All sizes padded to whole panels: frames of a chunk, blocks, panels of d and v.
+  // All sizes but that of keys padded to whole panels: frames of a chunk, blocks, panels of d and v.
   FASTASR_MEMBER int64_t rows() const { return (size + kPanel - 1) / kPanel * kPanel; }
+  FASTASR_MEMBER int64_t keys() const { return (size + kTileRows - 1) / kTileRows * kTileRows; }  // in whole tiles
   FASTASR_MEMBER int64_t blocks() const { return rows() / kPanel; }
   FASTASR_MEMBER int64_t d_panels() const { return (d + kPanel - 1) / kPanel; }
   FASTASR_MEMBER int64_t v_panels() const { return (v + kPanel - 1) / kPanel; }

@@ -25,14 +25,19 @@ FASTASR_INLINE Span span_of(const ToeplitzSizes& p, int64_t unit) {
 
 // Returns the keys that a block's queries may see: [0, end), whole tiles.
 FASTASR_INLINE int64_t keys_of(const ToeplitzSizes& p, int64_t block) {
-  const int64_t all = (p.size + kTileRows - 1) / kTileRows * kTileRows;
-  return p.causal ? std::min(all, (block + 1) * kPanel) : all;
+  return p.causal ? std::min(p.keys(), (block + 1) * kPanel) : p.keys();
 }
 
-// out[j][l] = in[l][j], 32 by 32.
+// out[j][l] = in[l][j], 32 by 32, of which only `rows` rows of the input exist: the others are zeros.
 template <typename C>
-__attribute__((noinline)) void transpose(const C* __restrict in, C* __restrict out) {
-  for (int64_t l = 0; l < kPanel; l++)
+__attribute__((noinline)) void transpose(const C* __restrict in, int64_t rows, C* __restrict out) {
+  if (rows == kPanel) {
+    for (int64_t l = 0; l < kPanel; l++)
+      for (int64_t j = 0; j < kPanel; j++) out[j * kPanel + l] = in[l * kPanel + j];
+    return;
+  }
+  std::memset(out, 0, sizeof(C) * kTile);
+  for (int64_t l = 0; l < rows; l++)
     for (int64_t j = 0; j < kPanel; j++) out[j * kPanel + l] = in[l * kPanel + j];
 }
 
@@ -78,19 +83,19 @@ void pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const Toep
     C* __restrict key = u.key + panel * rows * kPanel;
     for (int64_t i0 = 0; i0 < rows; i0 += kPanel) {
       const int64_t frames = std::clamp<int64_t>(s.length - i0, 0, kPanel);
-      fetch(p.query_key, s.first + i0, s.batch, first, p.d, frames, kPanel, z);
-      activate(p.activation, z, kTile);
+      fetch(p.query_key, s.first + i0, s.batch, first, p.d, frames, frames, z);
+      activate(p.activation, z, frames * kPanel);
       alignas(64) C q[kTile];
-      for (int64_t i = 0; i < kPanel; i++) {
-        const C keep = i < frames ? C(1) : C(0);
+      for (int64_t i = 0; i < frames; i++) {
 #pragma omp simd
         for (int64_t j = 0; j < kPanel; j++) {
-          q[i * kPanel + j] = (z[i * kPanel + j] * qw[j] + qb[j]) * scale * keep;
-          key[(i0 + i) * kPanel + j] = (z[i * kPanel + j] * kw[j] + kb[j]) * keep;
+          q[i * kPanel + j] = (z[i * kPanel + j] * qw[j] + qb[j]) * scale;
+          key[(i0 + i) * kPanel + j] = z[i * kPanel + j] * kw[j] + kb[j];
         }
       }
-      transpose(q, u.query_t + i0 * p.d_panels() * kPanel + panel * kTile);
-      if (backward) std::memcpy(u.query + (panel * rows + i0) * kPanel, q, sizeof(q));
+      std::memset(key + (i0 + frames) * kPanel, 0, sizeof(C) * static_cast<size_t>(kPanel - frames) * kPanel);
+      transpose(q, frames, u.query_t + i0 * p.d_panels() * kPanel + panel * kTile);
+      if (backward) std::copy_n(q, frames * kPanel, u.query + (panel * rows + i0) * kPanel);
     }
   }
   // reversed_bias[rows + t] is the bias of distance -t: the lanes of a row of scores are neighbours
@@ -106,7 +111,7 @@ template <typename T, typename C = compute_t<T>>
 void pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel, const ToeplitzUnit<C>& u) {
   const Span s = span_of(p, unit);
   C* out = u.value + panel * p.rows() * kPanel;
-  fetch(p.value, s.first, s.batch, panel * kPanel, p.v, s.length, p.rows(), out);
+  fetch(p.value, s.first, s.batch, panel * kPanel, p.v, s.length, p.keys(), out);
   if (p.activate_value) activate(p.activation, out, s.length * kPanel);
 }
 
@@ -215,10 +220,10 @@ void forward(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const T
   if (p.dropout) drop(p, p.dropout, unit, i0, keys, s);
   for (int64_t panel = 0; panel < p.v_panels(); panel++) {
     const C* v = u.value + panel * rows * kPanel;
-    for (int64_t l = 0; l < kPanel; l += kTileRows)
+    for (int64_t l = 0; l < queries; l += kTileRows)
       tile_columns(s + l, v, p.causal ? std::min(keys, i0 + l + kTileRows) : keys, h + l * kPanel, false);
     const int64_t first = panel * kPanel, n = std::min(kPanel, p.v - first);
-    fetch(p.gate, span.first + i0, span.batch, first, p.v, queries, kPanel, gate);
+    fetch(p.gate, span.first + i0, span.batch, first, p.v, queries, queries, gate);
     activate(p.activation, gate, queries * kPanel);
     for (int64_t l = 0; l < queries; l++) {
       C* __restrict hl = h + l * kPanel, * __restrict gl = gate + l * kPanel;
@@ -240,18 +245,18 @@ FASTASR_INLINE void ungate(const ToeplitzAttention<T>& p, const ToeplitzGradient
   for (int64_t panel = 0; panel < p.v_panels(); panel++) {
     const int64_t first = panel * kPanel, n = std::min(kPanel, p.v - first);
     C* __restrict out = u.grad + (panel * p.rows() + i0) * kPanel;
-    fetch(p.gate, t, span.batch, first, p.v, queries, kPanel, gate);
-    fetch(g.grad, t, span.batch, first, p.v, queries, kPanel, out);
-    fetch(g.mixed, t, span.batch, first, p.v, queries, kPanel, mixed);
-    activate_with_slope(p.activation, gate, slope, kTile);
+    fetch(p.gate, t, span.batch, first, p.v, queries, queries, gate);
+    fetch(g.grad, t, span.batch, first, p.v, queries, queries, out);
+    fetch(g.mixed, t, span.batch, first, p.v, queries, queries, mixed);
+    activate_with_slope(p.activation, gate, slope, queries * kPanel);
 #pragma omp simd
-    for (int64_t i = 0; i < kTile; i++) {
+    for (int64_t i = 0; i < queries * kPanel; i++) {
       mixed[i] *= out[i] * slope[i];
       out[i] *= gate[i];
     }
     for (int64_t l = 0; l < queries; l++)
       put(g.dgate + ((t + l) * p.batch + span.batch) * p.v + first, mixed + l * kPanel, n);
-    transpose(out, gt + panel * kTile);
+    transpose(out, queries, gt + panel * kTile);
   }
 }
 
@@ -260,15 +265,9 @@ void backward(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int6
               const ToeplitzUnit<C>& u, C* __restrict scratch) {
   const Span span = span_of(p, unit);
   const int64_t i0 = block * kPanel, rows = p.rows(), keys = keys_of(p, block);
-  const int64_t queries = std::clamp<int64_t>(span.length - i0, 0, kPanel);
+  const int64_t queries = std::min(kPanel, span.length - i0);
+  if (queries <= 0) return;  // backward_keys ends with the last query
   C *a = u.weights + block * rows * kPanel, *ds = u.dscores + block * rows * kPanel;
-  if (queries == 0) {
-    std::memset(a, 0, sizeof(C) * rows * kPanel);
-    std::memset(ds, 0, sizeof(C) * rows * kPanel);
-    for (int64_t panel = 0; panel < p.v_panels(); panel++)
-      std::memset(u.grad + (panel * rows + i0) * kPanel, 0, sizeof(C) * kTile);
-    return;
-  }
   C *gt = scratch, *rest = gt + p.v_panels() * kTile;
   alignas(64) C m[kPanel];
   alignas(64) double total[kPanel];
@@ -283,7 +282,7 @@ void backward(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int6
   softmax_backward<kPanel>(keys, a, ds);
   if (p.dropout) drop(p, p.dropout, unit, i0, keys, a);
   for (int64_t panel = 0; panel < p.d_panels(); panel++)
-    for (int64_t l = 0; l < kPanel; l += kTileRows)
+    for (int64_t l = 0; l < queries; l += kTileRows)
       tile_columns(ds + l, u.key + panel * rows * kPanel, p.causal ? std::min(keys, i0 + l + kTileRows) : keys,
                    u.dquery + (panel * rows + i0 + l) * kPanel, false);
 }
@@ -292,7 +291,7 @@ template <typename T, typename C = compute_t<T>>
 void backward_keys(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t panel,
                    const ToeplitzUnit<C>& u, C* __restrict scratch) {
   const Span span = span_of(p, unit);
-  const int64_t rows = p.rows(), blocks = p.blocks();
+  const int64_t rows = p.rows();
   const bool of_key = panel >= p.v_panels();
   const C* a = of_key ? u.dscores : u.weights;
   const C* b = of_key ? u.query + (panel - p.v_panels()) * rows * kPanel : u.grad + panel * rows * kPanel;
@@ -301,15 +300,15 @@ void backward_keys(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g,
     const int64_t n = std::min(kPanel, span.length - j0), first = p.causal ? j0 / kPanel : 0;
     C* to = of_key ? u.dkey + ((panel - p.v_panels()) * rows + j0) * kPanel : out;
     for (int64_t j = 0; j < n; j += kTileRows)
-      tile_rows(a + (first * rows + j0 + j) * kPanel, rows * kPanel, b + first * kTile, (blocks - first) * kPanel,
-                to + j * kPanel, false);
+      tile_rows(a + (first * rows + j0 + j) * kPanel, rows * kPanel, b + first * kTile,
+                span.length - first * kPanel, to + j * kPanel, false);
     if (of_key) continue;
     const int64_t channel = panel * kPanel, width = std::min(kPanel, p.v - channel);
     if (p.activate_value) {
-      fetch(p.value, span.first + j0, span.batch, channel, p.v, n, kPanel, value);
-      activate_with_slope(p.activation, value, slope, kTile);
+      fetch(p.value, span.first + j0, span.batch, channel, p.v, n, n, value);
+      activate_with_slope(p.activation, value, slope, n * kPanel);
 #pragma omp simd
-      for (int64_t i = 0; i < kTile; i++) out[i] *= slope[i];
+      for (int64_t i = 0; i < n * kPanel; i++) out[i] *= slope[i];
     }
     for (int64_t j = 0; j < n; j++)
       put(g.dvalue + ((span.first + j0 + j) * p.batch + span.batch) * p.v + channel, out + j * kPanel, width);
