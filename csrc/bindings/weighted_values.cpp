@@ -15,20 +15,28 @@ namespace {
 
 constexpr int64_t kRows = 60;  // rows of a task
 
-// Maps weights (heads, batch, T, S), the last dimension contiguous, and contiguous values (S, batch, heads dim) to (T,
-// batch, heads dim).
+// Weights (heads, batch, rows, sources) of any strides but the last, contiguous values (sources, batch, width).
+struct Shape {
+  int64_t heads, batch, rows, sources, width, columns;
+
+  Shape(const Tensor& weights, const Tensor& values, const char* op) {
+    check(weights.dim() == 4 && values.dim() == 3, op, "dimensions");
+    heads = weights.size(0), batch = weights.size(1), rows = weights.size(2), sources = weights.size(3);
+    width = values.size(2);
+    for (const Tensor& t : {weights, values})
+      check(t.is_cpu() && dtype_of(t) == ScalarType::Float, op, "dtype or device");
+    check(weights.stride(3) == 1 || sources <= 1, op, "strides of weights");
+    check(values.is_contiguous() && values.size(0) == sources && values.size(1) == batch && heads > 0 &&
+              width % heads == 0,
+          op, "values");
+    columns = width / heads;
+  }
+};
+
+// Returns (rows, batch, width).
 Tensor weighted_values(Tensor weights, Tensor values) {
   const auto& kernel = cpu::kernels<cpu::WeightedValues>();
-  check(weights.dim() == 4 && values.dim() == 3, "weighted_values", "dimensions");
-  const int64_t heads = weights.size(0), batch = weights.size(1), rows = weights.size(2), sources = weights.size(3);
-  const int64_t width = values.size(2);
-  for (const Tensor& t : {weights, values})
-    check(t.is_cpu() && dtype_of(t) == ScalarType::Float, "weighted_values", "dtype or device");
-  check(weights.stride(3) == 1 || sources <= 1, "weighted_values", "strides of weights");
-  check(
-      values.is_contiguous() && values.size(0) == sources && values.size(1) == batch && heads > 0 && width % heads == 0,
-      "weighted_values", "values");
-  const int64_t columns = width / heads;
+  const auto [heads, batch, rows, sources, width, columns] = Shape(weights, values, "weighted_values");
   const Tensor out = new_contiguous(values, {rows, batch, width});
   const int64_t size = cpu::packed_values_size(sources, columns);
   const Scratch<float> packed(std::max<int64_t>(1, heads * batch * size));
@@ -112,9 +120,54 @@ Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values) {
   return out;
 }
 
-void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
-  for (int64_t c = 0; c < columns; c++)
-    for (int64_t r = 0; r < rows; r++) to[c * rows + r] = from[r * stride + c];
+// The rows of values or of their gradient that belong to one head and sequence.
+struct Rows {
+  const float* at;
+  int64_t stride;
+};
+
+// Computes the gradients of one head and sequence: dW = g v^T (targets, sources) and dv = W^T g. `memory` holds
+// gradient_size() numbers.
+struct Gradients {
+  int64_t targets, sources, columns;
+
+  int64_t size() const {
+    return sources * columns +
+           std::max(cpu::packed_values_size(columns, sources), cpu::packed_values_size(targets, columns));
+  }
+
+  void operator()(const float* w, int64_t w_stride, Rows g, Rows v, float* dw, float* dv, float* memory) const {
+    const auto& kernel = cpu::kernels<cpu::WeightedValues>();
+    float* const packed = memory + sources * columns;
+    for (int64_t c = 0; c < columns; c++)
+      for (int64_t j = 0; j < sources; j++) memory[c * sources + j] = v.at[j * v.stride + c];
+    kernel.pack(memory, sources, columns, sources, packed);
+    kernel.run(g.at, g.stride, targets, columns, packed, sources, dw, sources);
+    kernel.pack(g.at, g.stride, targets, columns, packed);
+    kernel.transposed(w, w_stride, sources, targets, packed, columns, dv, v.stride);
+  }
+};
+
+// Returns the gradients of weights (heads, batch, targets, sources) and values (sources, batch, width).
+std::tuple<Tensor, Tensor> weighted_values_backward(Tensor grad, Tensor weights, Tensor values) {
+  const char* op = "weighted_values_backward";
+  const Shape s(weights, values, op);
+  check(grad.is_contiguous() && dtype_of(grad) == ScalarType::Float && has_sizes(grad, {s.rows, s.batch, s.width}), op,
+        "grad");
+  const Tensor dweights = new_contiguous(weights), dvalues = new_contiguous(values);
+  const float *g = data<float>(grad), *v = data<float>(values), *w = data<float>(weights);
+  float *const dw = mutable_data<float>(dweights), *const dv = mutable_data<float>(dvalues);
+  const Gradients gradients{s.rows, s.sources, s.columns};
+  const int64_t row = s.batch * s.width;
+  parallel_tasks(s.heads * s.batch, 3 * s.rows * s.sources, [&](int64_t begin, int64_t end) {
+    const Scratch<float> memory(std::max<int64_t>(1, gradients.size()));
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t head = i / s.batch, b = i % s.batch, at = b * s.width + head * s.columns;
+      gradients(w + head * weights.stride(0) + b * weights.stride(1), weights.stride(2), {g + at, row}, {v + at, row},
+                dw + i * s.rows * s.sources, dv + at, memory.data());
+    }
+  });
+  return {dweights, dvalues};
 }
 
 // Returns the gradient of the values and, for each sequence, that of the weights, contiguous.
@@ -123,27 +176,18 @@ std::tuple<Tensor, std::vector<Tensor>> weighted_values_packed_backward(Tensor g
   const char* op = "weighted_values_packed_backward";
   const PackedSums sums(weights, values, op);
   check_same_size(grad, values, op, "grad");
-  const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   const Tensor dvalues = new_contiguous(values);
   std::vector<Tensor> dweights;
   for (const Tensor& w : weights) dweights.push_back(new_contiguous(w));
   const float *g = data<float>(grad), *v = data<float>(values);
   float* const dv = mutable_data<float>(dvalues);
-  const int64_t columns = sums.columns, width = sums.width, longest = sums.longest;
-  const int64_t size = std::max(longest, columns) * longest;
-  const int64_t packed_size =
-      std::max(cpu::packed_values_size(longest, columns), cpu::packed_values_size(columns, longest));
-  sums.for_each([&] { return scratch(size + packed_size); },
+  const int64_t width = sums.width;
+  sums.for_each([&] { return scratch(Gradients{sums.longest, sums.longest, sums.columns}.size()); },
                 [&](const Scratch<float>& memory, int64_t head, size_t sequence, int64_t frames, int64_t at) {
-                  const Tensor &w = weights[sequence], &dw = dweights[sequence];
-                  float *const packed = memory.data(), *const transposed = packed + packed_size;
-                  transpose(v + at, width, frames, columns, transposed);  // dW = g v^T
-                  kernel.pack(transposed, frames, columns, frames, packed);
-                  kernel.run(g + at, width, frames, columns, packed, frames,
-                             mutable_data<float>(dw) + head * frames * frames, frames);
-                  transpose(data<float>(w) + head * w.stride(0), w.stride(2), frames, frames, transposed);
-                  kernel.pack(g + at, width, frames, columns, packed);  // dv = W^T g
-                  kernel.run(transposed, frames, frames, frames, packed, columns, dv + at, width);
+                  const Tensor& w = weights[sequence];
+                  const Gradients gradients{frames, frames, sums.columns};
+                  gradients(data<float>(w) + head * w.stride(0), w.stride(2), {g + at, width}, {v + at, width},
+                            mutable_data<float>(dweights[sequence]) + head * frames * frames, dv + at, memory.data());
                 });
   return {dvalues, dweights};
 }
@@ -152,6 +196,8 @@ std::tuple<Tensor, std::vector<Tensor>> weighted_values_packed_backward(Tensor g
 
 FASTASR_OPERATORS(
     {"weighted_values(Tensor weights, Tensor values) -> Tensor", Boxed<weighted_values>::call},
+    {"weighted_values_backward(Tensor grad, Tensor weights, Tensor values) -> (Tensor, Tensor)",
+     Boxed<weighted_values_backward>::call},
     {"weighted_values_packed(Tensor[] weights, Tensor values) -> Tensor", Boxed<weighted_values_packed>::call},
     {"weighted_values_packed_backward(Tensor grad, Tensor[] weights, Tensor values) -> (Tensor, Tensor[])",
      Boxed<weighted_values_packed_backward>::call})

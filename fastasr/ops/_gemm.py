@@ -242,7 +242,8 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
 def batched(a: Tensor, b: Tensor) -> Tensor:
     """Returns a b for a (B, M, N), b (B, N, K): each of the products is what ``input_grad`` computes."""
     (batch, m, n), k = a.shape, b.shape[2]
-    product = _choice("input_grad", m, k, n, a[0], b[0]) if batch and m * n * k > SMALL else torch.matmul
+    large = batch and m * n * k > SMALL and _dispatch.direct(a, b)
+    product = _choice("input_grad", m, k, n, a[0], b[0]) if large else torch.matmul
     if product is torch.matmul:
         return torch.bmm(a, b)
     parts = [product(one, other) for one, other in zip(a, b, strict=True)]

@@ -73,8 +73,8 @@ def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
     projected, grad = _layout.rows(s.projected), grads[0].contiguous()
     x, u = kernels.backward(grad, projected)
     u = u.transpose(0, 1)  # [B, T, D]
-    dweights = torch.bmm(u, x.permute(1, 2, 0)) if needs.weights else None
-    dx = torch.bmm(s.weights.transpose(1, 2), u)
+    dweights = _gemm.batched(u, x.permute(1, 2, 0)) if needs.weights else None
+    dx = _gemm.batched(s.weights.transpose(1, 2), u)
     return dweights, kernels.gradient(dx, grad, projected, s.o)
 
 

@@ -23,6 +23,9 @@ struct WeightedValues {
   // Computes `rows` rows of w and out, w_stride and out_stride apart.
   void (*run)(const float* w, int64_t w_stride, int64_t rows, int64_t sources, const float* packed, int64_t columns,
               float* out, int64_t out_stride);
+  // Does the same for the transpose of w, of which it computes `rows` rows: out[i][c] = sum_j w[j][i] v[j][c].
+  void (*transposed)(const float* w, int64_t w_stride, int64_t rows, int64_t sources, const float* packed,
+                     int64_t columns, float* out, int64_t out_stride);
 };
 
 }  // namespace fastasr::cpu

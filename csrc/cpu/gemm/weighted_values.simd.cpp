@@ -18,10 +18,10 @@ struct Group {
 
 // Each number of rows has its own function: several tiles inlined into one function would spill. 6 rows are as many
 // chains of multiply-adds as hide the latency of one, and two vectors of each as many sums as the registers of AVX2
-// hold.
-template <int kRows>
+// hold. kTransposed: the columns of w in place of its rows.
+template <int kRows, bool kTransposed>
 __attribute__((noinline)) void group_tile(const Group& a, int64_t first) {
-  const float* __restrict w = a.w + first * a.w_stride;
+  const float* __restrict w = a.w + (kTransposed ? first : first * a.w_stride);
   float total[kRows][kLanes];
   for (int i = 0; i < kRows; i++)
     for (int c = 0; c < kLanes; c++) total[i][c] = 0;
@@ -34,7 +34,7 @@ __attribute__((noinline)) void group_tile(const Group& a, int64_t first) {
       const float* __restrict v = a.v + j * kLanes;
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; i++) {
-        const float s = w[i * a.w_stride + j];
+        const float s = w[kTransposed ? j * a.w_stride + i : i * a.w_stride + j];
 #pragma omp simd
         for (int c = 0; c < kLanes; c++) sum[i][c] += s * v[c];
       }
@@ -58,19 +58,20 @@ void pack(const float* v, int64_t stride, int64_t sources, int64_t columns, floa
   }
 }
 
+template <bool kTransposed>
 void run(const float* w, int64_t w_stride, int64_t rows, int64_t sources, const float* packed, int64_t columns,
          float* out, int64_t out_stride) {
   for (int64_t from = 0; from < columns; from += kLanes, packed += sources * kLanes) {
     const Group a{w, w_stride, sources, packed, out + from, out_stride, std::min(kLanes, columns - from)};
     int64_t i = 0;
-    for (; i + 6 <= rows; i += 6) group_tile<6>(a, i);
-    for (; i + 2 <= rows; i += 2) group_tile<2>(a, i);
-    for (; i < rows; i++) group_tile<1>(a, i);
+    for (; i + 6 <= rows; i += 6) group_tile<6, kTransposed>(a, i);
+    for (; i + 2 <= rows; i += 2) group_tile<2, kTransposed>(a, i);
+    for (; i < rows; i++) group_tile<1, kTransposed>(a, i);
   }
 }
 
 }  // namespace
 
-FASTASR_KERNELS_FLOAT(WeightedValues, .pack = pack, .run = run)
+FASTASR_KERNELS_FLOAT(WeightedValues, .pack = pack, .run = run<false>, .transposed = run<true>)
 
 }  // namespace fastasr::cpu

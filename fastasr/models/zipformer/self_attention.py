@@ -5,12 +5,15 @@ y = out_proj(concat over heads of W_h in_proj(x)_h)
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _dispatch
+
+MOST_COLUMNS = 32  # of a head, where the kernels for few columns serve with gradients
 
 
 class SelfAttention(torch.nn.Module):
@@ -52,13 +55,30 @@ def weighted(attn_weights, values):
     heads = attn_weights.shape[0]
     sources, batch, channels = values.shape
     if _is_native(attn_weights, values):
-        return torch.ops.fastasr_cpu.weighted_values.default(attn_weights, values.contiguous())
+        if not torch.is_grad_enabled() or not (attn_weights.requires_grad or values.requires_grad):
+            return torch.ops.fastasr_cpu.weighted_values.default(attn_weights, values.contiguous())
+        if channels <= heads * MOST_COLUMNS:
+            return _Weighted.apply(attn_weights, values.contiguous())
     values = values.reshape(sources, batch, heads, channels // heads).permute(2, 1, 0, 3)  # [H, B, S, dv]
     return (attn_weights @ values).permute(2, 1, 0, 3).flatten(2)
 
 
+class _Weighted(torch.autograd.Function):
+    """``weighted`` by the kernels for few columns, for which a BLAS is far from its rate."""
+
+    @staticmethod
+    def forward(ctx, attn_weights, values):
+        ctx.save_for_backward(attn_weights, values)
+        return torch.ops.fastasr_cpu.weighted_values.default(attn_weights, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return torch.ops.fastasr_cpu.weighted_values_backward.default(grad.contiguous(), *ctx.saved_tensors)
+
+
 def _is_native(weights, values):
-    """Says whether the kernel for few columns can be used: float32 on the CPU, without gradients."""
+    """Says whether the kernels for few columns can be used: float32 on the CPU."""
     return (
         type(weights) in _dispatch.PLAIN
         and type(values) in _dispatch.PLAIN
@@ -67,7 +87,6 @@ def _is_native(weights, values):
         and weights.dtype is values.dtype is torch.float32
         and weights.stride(-1) == 1
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (weights.requires_grad or values.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and _dispatch.forced_backend() in ("auto", "cpu")

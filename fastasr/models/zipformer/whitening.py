@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr.models.zipformer.checkpointing import decided
+from fastasr.ops import _gemm
 
 _EPS = 1.0e-20
 
@@ -33,7 +34,7 @@ def _grouped(x, num_groups):
 
 
 def _metric(frames):
-    covariance = torch.bmm(frames.transpose(1, 2), frames)  # [G, c, c]
+    covariance = _gemm.batched(frames.transpose(1, 2), frames)  # [G, c, c]
     d = covariance.diagonal(dim1=1, dim2=2).mean()
     size = covariance.shape[0] * covariance.shape[1]
     return covariance.square().sum() / size / (d * d + _EPS), covariance, d
@@ -52,7 +53,7 @@ def whitening_gradient(grad, x, num_groups, strength):
         return grad
     covariance.diagonal(dim1=1, dim2=2).sub_(metric * d)
     covariance *= 4.0 / (covariance.shape[0] * covariance.shape[1]) / (d * d + _EPS)
-    penalty = torch.bmm(frames, covariance)
+    penalty = _gemm.batched(frames, covariance)
     penalty -= penalty.mean(
         dim=1, keepdim=True
     )  # 0 but for rounding, which the gradient of a bias would add up
