@@ -46,15 +46,16 @@ Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const T
     T* yp = mutable_data<T>(y);
     const int64_t rows = cpu::kAttentionQueries, tasks = (a.frames + rows - 1) / rows;
     const int64_t channels = a.query_dim + a.pos_dim + v.dim;
-    parallel_tasks(pairs * tasks, pairs_work(std::min(rows, a.frames), a.keys(), channels), [&](int64_t begin, int64_t end) {
-      const Scratch<C> scratch(attention_values_scratch(a, v));
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t hb = i / tasks, first = i % tasks * rows;
-        kernel.forward(a, v, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
-                       positions_of(a, w + packed.rt, hb), w + values_at + hb * attention_values_size(a, v), hb, first,
-                       std::min(first + rows, a.frames), yp, scratch.data());
-      }
-    });
+    parallel_tasks(
+        pairs * tasks, pairs_work(std::min(rows, a.frames), a.keys(), channels), [&](int64_t begin, int64_t end) {
+          const Scratch<C> scratch(attention_values_scratch(a, v));
+          for (int64_t i = begin; i < end; i++) {
+            const int64_t hb = i / tasks, first = i % tasks * rows;
+            kernel.forward(a, v, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
+                           positions_of(a, w + packed.rt, hb), w + values_at + hb * attention_values_size(a, v), hb,
+                           first, std::min(first + rows, a.frames), yp, scratch.data());
+          }
+        });
   });
   return y;
 }

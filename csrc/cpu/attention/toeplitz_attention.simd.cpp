@@ -300,8 +300,8 @@ void backward_keys(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g,
     const int64_t n = std::min(kPanel, span.length - j0), first = p.causal ? j0 / kPanel : 0;
     C* to = of_key ? u.dkey + ((panel - p.v_panels()) * rows + j0) * kPanel : out;
     for (int64_t j = 0; j < n; j += kTileRows)
-      tile_rows(a + (first * rows + j0 + j) * kPanel, rows * kPanel, b + first * kTile,
-                span.length - first * kPanel, to + j * kPanel, false);
+      tile_rows(a + (first * rows + j0 + j) * kPanel, rows * kPanel, b + first * kTile, span.length - first * kPanel,
+                to + j * kPanel, false);
     if (of_key) continue;
     const int64_t channel = panel * kPanel, width = std::min(kPanel, p.v - channel);
     if (p.activate_value) {
