@@ -38,7 +38,7 @@ def root(
 
 @app.command()
 def env(json: Json = False) -> None:
-    """What is installed: versions, devices, native library, and what is missing and why."""
+    """List versions, devices and the native library, and say what is missing and why."""
     from fastasr.cli import env as command
 
     command.run(as_json=json)

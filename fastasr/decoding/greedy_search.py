@@ -17,7 +17,7 @@ from fastasr.decoding.transducers import as_transducer, first_context
 
 @dataclass
 class GreedyState:
-    """Where a batch of streams stands: tokens with the context before them, their frames, scores, frames so far."""
+    """The state of a batch of streams: tokens with the context before them, their frames, scores, frames so far."""
 
     tokens: list[list[int]]
     timestamps: list[list[int]]

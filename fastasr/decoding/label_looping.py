@@ -74,7 +74,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a search moves.
+    """The rules by which a search moves.
 
     Args:
         blank: the blank token. skipped: a token that counts as blank; -1: none.

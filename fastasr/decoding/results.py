@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a search returns, and the checks that all searches share."""
+"""The results of a search, and the checks that all searches share."""
 
 from dataclasses import dataclass
 

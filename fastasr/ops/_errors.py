@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An op's messages about wrong arguments: each names the op, the argument, what was expected and what came."""
+"""An op's messages about wrong arguments: each names the op, the argument, the expected value and the given one."""
 
 import torch
 from torch import Tensor

@@ -9,8 +9,8 @@ For x (B, T, F), already padded, and m (B, H), which frames of the first convolu
 
 With gradient g: dv[c, i, j] = Σ g[b, t, f, c] h[b, 2t + i, 2f + j − left, c]; with dz = dh where h > 0 and 0 elsewhere,
 dw[c, i, j] = Σ dz[b, t, f, c] x[b, 2t + i, 2f + j], dbias = Σ dz, and dx is the transposed convolution of dz by w. h is
-never in memory, which a batch of recordings would fill with gigabytes: backward computes it again from x. Bytes: x and
-y; backward x and g.
+never in memory, which a batch of recordings would fill with gigabytes: the backward pass computes it again from x.
+The forward pass moves the bytes of x and y, the backward pass those of x and g.
 Upstream: ``ParakeetEncoderSubsamplingConv2D`` in transformers, ``ConvSubsampling`` in NeMo.
 """
 

@@ -148,7 +148,7 @@ def gated_depthwise_conv(
         causal_bias: (C,).
         chunk_scale: (2, C, K): what the scale of the convolution within the chunk has beyond 1, by the distance from
             the chunk's first frame, and to its last.
-        padding_mask: (B, T), bool; True: the frame is padding, and counts as 0.
+        padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
         cache: (B, C, K // 2 + delay): x · sigmoid(s) of the frames before the first, which else are 0.
         chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
         activation: "swoosh_r", "silu" or "identity".

@@ -9,8 +9,8 @@ with LN(z) = (z − mean z) / √(var z + eps) ⊙ weight + bias over the 4H gat
 
 Backward, with n the normalised row, s = 1 / √(var + eps), and d the gradient before weight: d LN = (d − mean d − n mean
 d n) s; through the activations as they stand; dh of the step before is dgates W_h. The gradients of x, W_x and W_h are
-one matrix product each over all steps. Kept for it: n of gates and cell and the two s, 5H + 2 numbers per step and
-sequence; activations and cells are computed again.
+one matrix product each over all steps. The forward pass keeps n of gates and cell and the two s, 5H + 2
+numbers per step and sequence; the backward pass computes activations and cells again.
 
 FLOPs: 8 H (D + H) per step and sequence forward. The product with W_x runs over all steps at once; W_h, 4H × H numbers,
 is read in every step, from a cache that holds it.

@@ -10,8 +10,8 @@ frame is entered and d = starts[t+1] - starts[t]:
     modified  p[t,r] = c[t,r],  a[t,j] = log(e^(p[t,j-1] + x[t,j-1]) + e^(p[t,j] + y[t,j]))
     c[t+1,r] = a[t,r+d]
 
-a has R + 1 cells: the modified lattice may leave a window at its top, and enter the next one. What this gives is what
-the whole lattice gives with the band scattered into -inf. Bytes per cell of e bytes: forward 2 e (3 e when shares are
+a has R + 1 cells: the modified lattice may leave a window at its top, and enter the next one. The whole
+lattice, with the band scattered into -inf, gives the same. Bytes per cell of e bytes: forward 2 e (3 e when shares are
 kept), backward 3 e. Upstream scatters: ``rnnt_loss_pruned`` of k2 and fast_rnnt.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``examples/train_transducer.py`` and ``examples/transcribe.py`` are made of (extra ``recipe``).
+"""The parts of ``examples/train_transducer.py`` and ``examples/transcribe.py`` (extra ``recipe``).
 
 ``speech``: recordings, transcripts, features. ``units``: tokens of a text. ``batches``: utterances by duration.
 ``sizes``: the models. ``transducers``: those of other encoders than the Zipformer. ``scaled_adam``, ``eden``: the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks: every message names the function, the argument, what was expected and what came."""
+"""Argument checks: every message names the function, the argument, the expected value and the given one."""
 
 import torch
 from torch import Tensor

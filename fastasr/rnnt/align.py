@@ -31,7 +31,7 @@ from fastasr.rnnt import _check, joiner, lengths, logprobs, tdt
 
 @dataclass
 class Alignment:
-    """Where the tokens of a batch lie. Behind a sequence's last token, and for sequences that cannot be aligned, starts
+    """The places of a batch's tokens. Behind a sequence's last token, and for sequences that cannot be aligned, starts
     are -1, durations 0 and confidences 0.
 
     Attributes:

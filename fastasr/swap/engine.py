@@ -151,8 +151,8 @@ def _verify(model, inputs, report, bound, unproven):
 def explain(model, only=None, exclude=None):
     """Returns the report that ``accelerate`` would return, and changes nothing. It raises the same errors.
 
-    Of encoders that ``accelerate(ragged=True)`` made run without padding it says whether they still can, for example
-    that a module has got a hook since.
+    It also says whether encoders that ``accelerate(ragged=True)`` made run without padding still can: a module may have
+    got a hook since, for example.
     """
     report = SwapReport(type(model).__name__, dry_run=True)
     for path, module, decision in _plan(*_selection(model, only, exclude)):

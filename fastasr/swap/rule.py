@@ -41,8 +41,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Ragged:
-    """How an encoder leaves padding out: ``forward`` is bound in place of the rule's, ``obstacle(module)`` returns why
-    an instance, whose modules are swapped already, cannot do so, or None."""
+    """The way in which an encoder leaves padding out: ``forward`` is bound in place of the rule's, ``obstacle(module)``
+    returns the reason why an instance, whose modules are swapped already, cannot do so, or None."""
 
     forward: Callable
     obstacle: Callable

@@ -102,7 +102,7 @@ _local = threading.local()
 
 
 class Packing:
-    """Where the recordings of a batch lie in rows (N, ...), N the sum of ``lengths``; those may be 0.
+    """The places of a batch's recordings in rows (N, ...), N the sum of ``lengths``; those may be 0.
 
     ``pads`` is False where a function of one recording depends on its length: then only equal lengths share a call.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""What Nemotron's streaming FastConformer has for attention, convolution module and front end (Noroozi et al.,
+r"""Attention, convolution module and front end of Nemotron's streaming FastConformer (Noroozi et al.,
 "Stateful Conformer with cache-based inference for streaming automatic speech recognition", ICASSP 2024).
 
 Attention sees chunks: with a look-ahead of r frames, those of its own chunk of r + 1 frames and of the earlier ones

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attention mask of transformers or NeMo hides, read once for all layers that are given the same mask."""
+"""The keys that an attention mask of transformers or NeMo hides, read once for all layers that get the same mask."""
 
 from typing import NamedTuple
 

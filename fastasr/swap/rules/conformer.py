@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rules for the Conformers of all frameworks share: the ops that our forwards of its modules call."""
+"""The rules for the Conformers of all frameworks share this: the ops that our forwards of its modules call."""
 
 from functools import partial
 
