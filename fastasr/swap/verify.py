@@ -6,12 +6,12 @@ forwards: fastasr's and upstream's, each for inference (eval mode, no gradients)
 gradients of all inputs and parameters for a random gradient of the output), from the same random state. Both are
 compared with upstream's own code in fp64 with the same random draws. A module passes if
 
-* fastasr's error is at most twice upstream's, or a few units in the last place of the largest result (for each swapped
-  module in it), or a few times the effect of rounding the inputs once (which sums with cancellation need). Upstream's
-  error is the largest over inputs that differ in the last bit, where one input is not enough: Whiten's gradient loses
-  any number of digits where the covariance is nearly white, and each order of its sums loses others. The error of a result
-  that is zero except for rounding, such as the gradient of a key's bias, is taken relative to the largest of the other
-  results. Where gradients disagree for one gradient of the output, two more decide;
+* fastasr's error is at most twice upstream's, or a few units in the last place of the largest result (for each
+  swapped module in it), or a few times the effect of rounding the inputs once (which sums with cancellation need).
+  Upstream's error is the largest over inputs that differ in the last bit, where one input is not enough: Whiten's
+  gradient loses any number of digits where the covariance is nearly white, and each order of its sums loses others.
+  The error of a result that is zero except for rounding, such as the gradient of a key's bias, is taken relative to
+  the largest of the other results. Where gradients disagree for one gradient of the output, two more decide;
 * both produce the same shapes, dtypes and non-finite values, and leave the same random state behind.
 
 With dropout of attention weights, the training passes compare fastasr's formula with upstream's draws
