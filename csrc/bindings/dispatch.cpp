@@ -4,8 +4,6 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "cpu/attention/attention_tiles.h"
-
 namespace fastasr {
 
 void decline(const char* op, std::initializer_list<Piece> reason) {
@@ -94,11 +92,6 @@ void parallel_range(int64_t n, int64_t grain, RangeFunction f) {
 
 void parallel_tasks(int64_t n, int64_t work, RangeFunction f) {
   parallel_range(n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), f);
-}
-
-int64_t pairs_work(int64_t queries, int64_t keys, int64_t channels) {
-  const auto tiles = [](int64_t n, int64_t of) { return (n + of - 1) / of * of; };
-  return tiles(queries, cpu::kAttentionRows) * tiles(keys, cpu::kAttentionPad) * (channels + 32) / 32;
 }
 
 void wrong_count(uint64_t arguments, uint64_t results) {

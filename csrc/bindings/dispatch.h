@@ -143,10 +143,6 @@ void parallel_range(int64_t n, int64_t grain, RangeFunction f);
 // Runs f(begin, end) over [0, n), which cost `work` elements each.
 void parallel_tasks(int64_t n, int64_t work, RangeFunction f);
 
-// Returns the work of queries that meet keys, in whole tiles. Each pair costs an element for its weight, and another
-// for 32 multiply-adds, one for each of `channels`.
-int64_t pairs_work(int64_t queries, int64_t keys, int64_t channels);
-
 // Splits rows into blocks for deterministic reductions: their number depends on the shape alone, never on the thread
 // count. At most 16 rows are added in a chain of floats; the blocks are then added in double.
 struct RowBlocks {

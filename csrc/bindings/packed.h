@@ -29,16 +29,4 @@ inline std::vector<size_t> longest_first(const std::vector<int64_t>& lengths) {
   return order;
 }
 
-// Runs f(begin, end) over [0, tasks), into which the attention of every sequence to itself is cut, for all heads;
-// `channels` as in pairs_work.
-inline void parallel_packed(int64_t tasks, const std::vector<int64_t>& starts, int64_t heads, int64_t channels,
-                            RangeFunction f) {
-  int64_t work = 0;
-  for (size_t i = 1; i < starts.size(); i++) {
-    const int64_t frames = starts[i] - starts[i - 1];
-    work += heads * pairs_work(frames, frames, channels);
-  }
-  parallel_tasks(tasks, work / std::max<int64_t>(1, tasks), f);
-}
-
 }  // namespace fastasr

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/attention_problem.h"
+#include "bindings/attention_work.h"
 #include "bindings/packed.h"
 
 namespace fastasr::bindings::rel_attention {

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/attention_work.h"
 #include "bindings/dispatch.h"
 #include "bindings/packed.h"
 #include "bindings/pooled.h"

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings/attention_problem.h"
+#include "bindings/attention_work.h"
 
 namespace fastasr::bindings::zipformer_attention {
 namespace {
