@@ -155,7 +155,8 @@ std::tuple<Tensor, Tensor> weighted_values_backward(Tensor grad, Tensor weights,
   const Shape s(weights, values, op);
   check(grad.is_contiguous() && dtype_of(grad) == ScalarType::Float && has_sizes(grad, {s.rows, s.batch, s.width}), op,
         "grad");
-  const Tensor dweights = new_contiguous(weights), dvalues = new_contiguous(values);
+  const Tensor dweights = new_pooled(weights, {s.heads, s.batch, s.rows, s.sources});
+  const Tensor dvalues = new_contiguous(values);
   const float *g = data<float>(grad), *v = data<float>(values), *w = data<float>(weights);
   float *const dw = mutable_data<float>(dweights), *const dv = mutable_data<float>(dvalues);
   const Gradients gradients{s.rows, s.sources, s.columns};

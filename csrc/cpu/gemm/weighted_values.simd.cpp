@@ -16,9 +16,15 @@ struct Group {
   int64_t out_stride, columns;
 };
 
-// Each number of rows has its own function: several tiles inlined into one function would spill. 6 rows are as many
-// chains of multiply-adds as hide the latency of one, and two vectors of each as many sums as the registers of AVX2
-// hold. kTransposed: the columns of w in place of its rows.
+// Rows of a tile: as many chains of multiply-adds as hide the latency of one, with two sums of each in registers.
+#if defined(__AVX512F__)
+constexpr int kMostRows = 12;
+#else
+constexpr int kMostRows = 6;
+#endif
+
+// Each number of rows has its own function: several tiles inlined into one function would spill. kTransposed: the
+// columns of w in place of its rows.
 template <int kRows, bool kTransposed>
 __attribute__((noinline)) void group_tile(const Group& a, int64_t first) {
   const float* __restrict w = a.w + (kTransposed ? first : first * a.w_stride);
@@ -32,7 +38,7 @@ __attribute__((noinline)) void group_tile(const Group& a, int64_t first) {
       for (int c = 0; c < kLanes; c++) sum[i][c] = 0;
     for (int64_t j = begin; j < end; j++) {
       const float* __restrict v = a.v + j * kLanes;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kRows; i++) {
         const float s = w[kTransposed ? j * a.w_stride + i : i * a.w_stride + j];
 #pragma omp simd
@@ -43,8 +49,13 @@ __attribute__((noinline)) void group_tile(const Group& a, int64_t first) {
 #pragma omp simd
       for (int c = 0; c < kLanes; c++) total[i][c] += sum[i][c];
   }
-  for (int i = 0; i < kRows; i++)
-    for (int64_t c = 0; c < a.columns; c++) a.out[(first + i) * a.out_stride + c] = total[i][c];
+  for (int i = 0; i < kRows; i++) {
+    float* const out = a.out + (first + i) * a.out_stride;
+    if (a.columns == kLanes)
+      std::copy_n(total[i], kLanes, out);
+    else
+      std::copy_n(total[i], a.columns, out);
+  }
 }
 
 void pack(const float* v, int64_t stride, int64_t sources, int64_t columns, float* packed) {
@@ -58,16 +69,20 @@ void pack(const float* v, int64_t stride, int64_t sources, int64_t columns, floa
   }
 }
 
+// All columns of a few rows come first: where columns are many, they are written one after the other.
 template <bool kTransposed>
 void run(const float* w, int64_t w_stride, int64_t rows, int64_t sources, const float* packed, int64_t columns,
          float* out, int64_t out_stride) {
-  for (int64_t from = 0; from < columns; from += kLanes, packed += sources * kLanes) {
-    const Group a{w, w_stride, sources, packed, out + from, out_stride, std::min(kLanes, columns - from)};
-    int64_t i = 0;
-    for (; i + 6 <= rows; i += 6) group_tile<6, kTransposed>(a, i);
-    for (; i + 2 <= rows; i += 2) group_tile<2, kTransposed>(a, i);
-    for (; i < rows; i++) group_tile<1, kTransposed>(a, i);
-  }
+  const auto tiles = [&]<int kRows>(int64_t first) {
+    const float* v = packed;
+    for (int64_t from = 0; from < columns; from += kLanes, v += sources * kLanes)
+      group_tile<kRows, kTransposed>(
+          {w, w_stride, sources, v, out + from, out_stride, std::min(kLanes, columns - from)}, first);
+  };
+  int64_t i = 0;
+  for (; i + kMostRows <= rows; i += kMostRows) tiles.template operator()<kMostRows>(i);
+  for (; i + 2 <= rows; i += 2) tiles.template operator()<2>(i);
+  for (; i < rows; i++) tiles.template operator()<1>(i);
 }
 
 }  // namespace
