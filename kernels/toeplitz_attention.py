@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated attention of one head with a bias of the distance; no tensor of length x length reaches memory.
+"""Gated attention of one head with a bias of the distance; tensors of length x length reach memory in pieces.
 
     q = act(x) w0 + b0, k = act(x) w1 + b1, S_ij = q_i k_j / sqrt(d) + bias[j - i], s = softmax_j(S), h = (s M) v,
     y = h act(gate)
@@ -12,21 +12,21 @@ A unit is a chunk of a sequence. Its N = L B frames have d channels of queries a
     prepare      4 frames                      -                    x, q, k; v twice if activated; backward dy, gate, h,
                                                                     g, dgate
     forward      queries x columns of v        d + columns          q, k, v, gate; y, h
-    queries      queries x columns of d        d + V + 2 columns    q, k, v, g; dq (float32)
-    keys         keys x columns of d           d + V + columns      q, k, v, g; dk (float32), diagonal sums
-    values       keys x columns of v           d + columns          q, k, g; dv
+    slopes       queries                       -                    two elements per pair, twice
+    diagonals    rows x distances              -                    an element per pair
+    values       a frame                       -                    v, dv twice
     parameters   frames                        -                    x, dq, dk; dx
 
-Scores are computed again wherever they are needed; those of one tile serve all columns that fit registers: up to 512 of
-16 bits. Forward and queries sweep the keys once with a running maximum. The sweep of queries needs no statistics of the
-forward: with D0 = g h, from h as it was rounded, it sums e = exp(S - max), e (dA - D0), and both times k, and from
-these D - D0 and dq follow. So rows of dS add up to zero as nearly as float32 allows, however h was rounded, which the
-sums over them rely on.
+The forward pass sweeps the keys once with a running maximum; the scores of a tile serve all columns that fit registers:
+up to 512 of 16 bits. The backward pass works on whole units, or on queries of one unit, of which a tensor of pairs fits
+PIECE_BYTES: torch multiplies q k / sqrt(d) and g v^T; ``slopes`` turns them into s M and dS in place; torch multiplies
+these with g, k and q. So no product is computed twice, and memory stays O(L). Where a unit takes several pieces, dk and
+dv are added up in float32. D is the sum over the row of dA that was read, so rows of dS add up to zero as nearly as
+their elements can, which the sums over them rely on.
 
-Diagonal sums: a square tile of dS is rolled, row c by c, in registers; its columns are then halves of two neighbouring
-diagonal blocks, and one block is finished per tile. Parts are written per block of keys and added in float64, as are
-those of the parameters. What a program does depends on the shape and on the generation and the multiprocessors of the
-GPU: on one kind of device results repeat bit for bit, without atomics.
+A program of ``diagonals`` sums a block of distances over a part of the rows. Parts are added in float64, as are those
+of the parameters. What a program does depends on the shape and on the generation and the multiprocessors of the GPU: on
+one kind of device results repeat bit for bit, without atomics.
 """
 
 import itertools
@@ -227,10 +227,9 @@ def tiles(
     of 32 rows and 512 columns fill the device.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores unless TF32 is allowed. In 16 bits a warp has 16 rows of a product, except on capability 10.0: four warps on
-    64 rows compute nothing twice. Where registers hold them, 32 rows have up to 512 columns of v, whose scores are then
-    computed twice at V = 1024 instead of eight times: forward and values are predicted to take 62 and 74 us in place
-    of 123 and 105 (1024 frames on an H100).
+    cores unless TF32 is allowed. In 16 bits and without dropout 32 rows have up to 512 columns of v where operands come
+    from shared memory, 256 elsewhere. Their scores are then computed twice or four times at V = 1024 instead of eight
+    times: forward is predicted to take 62 us in place of 123 on an H100, 152 in place of 233 on an A100 (1024 frames).
     """
     wide = dtype == torch.float32
     from_shared = generation in (90, 100) and not wide  # operands of products, which leaves more registers
@@ -245,8 +244,9 @@ def tiles(
         "slopes": {"BLOCK_M": 4, "BLOCK_N": 128 if wide else 256, "num_warps": 4},
         "diagonals": {"BLOCK_R": 32, "BLOCK_T": 64, "num_warps": 4},
     }
-    if from_shared and not dropout and d <= block_d:
-        shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_V": min(512 if full else 256, columns)}
+    if not wide and not dropout and d <= block_d:
+        columns = min(512 if from_shared and full else 256, columns)
+        shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_V": columns, "num_warps": 8}
     return triton.cdiv(d, block_d) * block_d, shapes
 
 
