@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated attention of one head with a bias of the distance; no tensor of length x length reaches memory.
+"""Gated attention of one head with a bias of the distance; tensors of length x length reach memory in pieces.
 
     q = act(x) w0 + b0, k = act(x) w1 + b1, S_ij = q_i k_j / sqrt(d) + bias[j - i], s = softmax_j(S), h = (s M) v,
     y = h act(gate)
@@ -12,63 +12,70 @@ A unit is a chunk of a sequence. Its N = L B frames have d channels of queries a
     prepare      4 frames                      -                    x, q, k; v twice if activated; backward dy, gate, h,
                                                                     g, dgate
     forward      queries x columns of v        d + columns          q, k, v, gate; y, h
-    queries      queries x columns of d        d + V + 2 columns    q, k, v, g; dq (float32)
-    keys         keys x columns of d           d + V + columns      q, k, v, g; dk (float32), diagonal sums
-    values       keys x columns of v           d + columns          q, k, g; dv
+    slopes       queries                       -                    two elements per pair, twice
+    diagonals    rows x distances              -                    an element per pair
+    values       a frame                       -                    v, dv twice
     parameters   frames                        -                    x, dq, dk; dx
 
-Scores are computed again wherever they are needed; those of one tile serve all columns that fit registers: up to 512 of
-16 bits. Forward and queries sweep the keys once with a running maximum. The sweep of queries needs no statistics of the
-forward: with D0 = g h, from h as it was rounded, it sums e = exp(S - max), e (dA - D0), and both times k, and from
-these D - D0 and dq follow. So rows of dS add up to zero as nearly as float32 allows, however h was rounded, which the
-sums over them rely on.
+The forward pass sweeps the keys once with a running maximum; the scores of a tile serve all columns that fit registers:
+up to 512 of 16 bits. The backward pass works on whole units, or on queries of one unit, of which a tensor of pairs fits
+PIECE_BYTES: torch multiplies q k / sqrt(d) and g v^T; ``slopes`` turns them into s M and dS in place; torch multiplies
+these with g, k and q. So no product is computed twice, and memory stays O(L). Where a unit takes several pieces, dk and
+dv are added up in float32. D is the sum over the row of dA that was read, so rows of dS add up to zero as nearly as
+their elements can, which the sums over them rely on.
 
-Diagonal sums: a square tile of dS is rolled, row c by c, in registers; its columns are then halves of two neighbouring
-diagonal blocks, and one block is finished per tile. Parts are written per block of keys and added in float64, as are
-those of the parameters. What a program does depends on the shape and on the generation and the multiprocessors of the
-GPU: on one kind of device results repeat bit for bit, without atomics.
+A program of ``diagonals`` sums a block of distances over a part of the rows. Parts are added in float64, as are those
+of the parameters. What a program does depends on the shape and on the generation and the multiprocessors of the GPU: on
+one kind of device results repeat bit for bit, without atomics.
 """
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
-from fastasr.kernels._launch import dot_options, generation, launch, processors, rounded
+from fastasr.kernels._launch import dot_options, generation, launch, processors
 from fastasr.kernels._toeplitz_attention_backward import (
-    add_diagonals_kernel,
     add_parts_kernel,
-    keys_kernel,
+    diagonals_kernel,
     parameters_kernel,
-    queries_kernel,
+    slopes_kernel,
     values_kernel,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PARTS = 512
+PIECE_BYTES = 16 << 20  # of each tensor of pairs: both stay in the second-level cache of most GPUs
 
 
 # --------------------------------------------------------------------------- elementwise, per frame
 @triton.jit(do_not_specialize=["length", "size", "count", "blocks"])
 def prepare_kernel(
-    X, WEIGHT, SHIFT, PADDING, VALUE, GATE, GRAD, MIXED, QUERY, KEY, HIDDEN, ACTIVE, G, DGATE, ALONG,
+    X, WEIGHT, SHIFT, PADDING, VALUE, GATE, GRAD, MIXED, QUERY, KEY, HIDDEN, ACTIVE, G, DGATE,
     length, size, count, blocks, D, V, x_time, x_batch, value_time, value_batch, gate_time, gate_batch,
     grad_time, grad_batch, out_time,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes q, k, the keys that are hidden and act(value); in the backward also g, dgate and D0."""
+    """Writes q, k, the keys that are hidden and act(value); in the backward also g and dgate. Tables hold
+    ``size`` frames of every unit.
+    """
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    _unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
+    unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
     i = block * BLOCK_T + tl.arange(0, BLOCK_T)
     keep = i < n
-    row = batch * length + first  # row of the tables that hold a sequence's frames together
+    row = unit * size
     if HIDDEN is not None:
         visible = 0
         for start in range(0, n, BLOCK_C):
             j = start + tl.arange(0, BLOCK_C)
-            visible += tl.sum((tl.load(PADDING + row + j, mask=j < n, other=1) == 0).to(tl.int32))
-        padding = tl.load(PADDING + row + i, mask=keep, other=0).to(tl.int32)
+            visible += tl.sum(
+                (tl.load(PADDING + batch * length + first + j, mask=j < n, other=1) == 0).to(tl.int32)
+            )
+        padding = tl.load(PADDING + batch * length + first + i, mask=keep, other=0).to(tl.int32)
         tl.store(HIDDEN + row + i, ((padding != 0) & (visible > 0)).to(tl.int8), mask=keep)
     for start in range(0, WIDTH, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -82,14 +89,13 @@ def prepare_kernel(
         b = tl.load(SHIFT + D + c, mask=in_row, other=0.0)
         k = tl.fma(z, w[None, :], b[None, :])
         offsets = (row + i)[:, None] * WIDTH + c[None, :]
-        whole = keep[:, None] & (c < WIDTH)[None, :]  # zeros behind the last channel
+        whole = (i < size)[:, None] & (c < WIDTH)[None, :]
         tl.store(QUERY + offsets, q.to(QUERY.dtype.element_ty), mask=whole)
         tl.store(KEY + offsets, k.to(KEY.dtype.element_ty), mask=whole)
     if (ACTIVE is not None) or (G is not None):
-        along = tl.zeros([BLOCK_T], tl.float32)
         for start in range(0, V, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            whole = keep[:, None] & (c < V)[None, :]
+            whole = (i < size)[:, None] & (c < V)[None, :]
             offsets = (row + i)[:, None] * V + c[None, :]
             if ACTIVE is not None:
                 base = VALUE + batch * value_batch + first * value_time
@@ -100,16 +106,13 @@ def prepare_kernel(
             if G is not None:
                 gate = load_rows(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep, V)
                 dy = load_rows(GRAD + batch * grad_batch + first * grad_time, i, grad_time, c, keep, V)
-                out = (first + i)[:, None] * out_time + batch * V + c[None, :]
-                h = tl.load(MIXED + out, mask=whole, other=0.0).to(tl.float32)
                 dy = dy.to(tl.float32)
                 act, slope = activate_with_slope(gate.to(tl.float32), ACTIVATION, PRECISE)
-                g = (dy * act).to(G.dtype.element_ty)
-                tl.store(G + offsets, g, mask=whole)
+                tl.store(G + offsets, (dy * act).to(G.dtype.element_ty), mask=whole)
+                out = (first + i)[:, None] * out_time + batch * V + c[None, :]
+                whole = keep[:, None] & (c < V)[None, :]
+                h = tl.load(MIXED + out, mask=whole, other=0.0).to(tl.float32)
                 tl.store(DGATE + out, (dy * h * slope).to(DGATE.dtype.element_ty), mask=whole)
-                along += tl.sum(g.to(tl.float32) * h, axis=1)
-        if G is not None:
-            tl.store(ALONG + row + i, along, mask=keep)
 
 
 # --------------------------------------------------------------------------- forward
@@ -127,12 +130,11 @@ def forward_kernel(
     block = blocks - 1 - block  # the longest first
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_i = i < n
-    row = batch * length + first
-    QUERY += row * WIDTH
-    KEY += row * WIDTH
+    QUERY += unit * size * WIDTH
+    KEY += unit * size * WIDTH
     VALUE += batch * value_batch + first * value_time
     if HIDDEN is not None:
-        HIDDEN += row
+        HIDDEN += unit * size
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     if WIDTH == BLOCK_D:
         query = load_rows(QUERY, i, WIDTH, tl.arange(0, BLOCK_D), keep_i, WIDTH)  # [BLOCK_M, WIDTH]
@@ -181,6 +183,7 @@ class _Plan:
         self.size = max(1, min(chunk_size, self.length) if chunk_size > 0 else self.length)
         self.count = triton.cdiv(self.length, self.size)
         self.units = self.batch * self.count
+        self.padded = self.count * self.size  # frames of a sequence with those behind the last
         self.reach = position_bias.shape[0] // 2
         self.causal, self.activation, self.activate_value = causal, activation, activate_value
         self.dtype, self.device = query_key.dtype, query_key.device
@@ -198,6 +201,21 @@ class _Plan:
     def programs(self, block: int) -> int:
         return self.units * triton.cdiv(self.size, block)
 
+    def piece(self, stride: int) -> tuple[int, int]:
+        """Returns (units, queries of each) whose rows of ``stride`` pairs fit PIECE_BYTES: units or part of one."""
+        rows = max(1, PIECE_BYTES // (stride * self.dtype.itemsize))
+        return (
+            (min(rows // self.size, self.units), self.size)
+            if rows >= self.size
+            else (1, triton.cdiv(rows, 16) * 16)
+        )
+
+    def by_unit(self, t: torch.Tensor) -> torch.Tensor:
+        """Returns (frames, batch, channels) as (units, frames of a unit, channels), zeros behind the last frame."""
+        if len(t) < self.padded:
+            t = F.pad(t, (0, 0, 0, 0, 0, self.padded - len(t)))
+        return t.transpose(0, 1).reshape(self.units, self.size, self.v)
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
@@ -209,10 +227,9 @@ def tiles(
     of 32 rows and 512 columns fill the device.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores unless TF32 is allowed. In 16 bits a warp has 16 rows of a product, except on capability 10.0: four warps on
-    64 rows compute nothing twice. Where registers hold them, 32 rows have up to 512 columns of v, whose scores are then
-    computed twice at V = 1024 instead of eight times: forward and values are predicted to take 62 and 74 us in place
-    of 123 and 105 (1024 frames on an H100).
+    cores unless TF32 is allowed. In 16 bits and without dropout 32 rows have up to 512 columns of v where operands come
+    from shared memory, 256 elsewhere. Their scores are then computed twice or four times at V = 1024 instead of eight
+    times: forward is predicted to take 62 us in place of 123 on an H100, 152 in place of 233 on an A100 (1024 frames).
     """
     wide = dtype == torch.float32
     from_shared = generation in (90, 100) and not wide  # operands of products, which leaves more registers
@@ -222,31 +239,14 @@ def tiles(
     own |= dot_options(dtype)
     inner = own | {"BLOCK_V": min(32 if wide else 64, columns)}
     four = own if wide or from_shared else inner | {"num_warps": 4}
-    short = dropout and wide
     shapes = {
         "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if wide or (from_shared and d <= 128) else 32, **four},
-        "queries": {
-            "BLOCK_M": 64 if generation == 100 and not wide else 32,
-            "BLOCK_N": 32 if short else 64,
-            **inner,
-        },
-        "keys": {"BLOCK": 64, **inner},
-        "values": {"BLOCK": 32 if short else 64, **own},
+        "slopes": {"BLOCK_M": 4, "BLOCK_N": 128 if wide else 256, "num_warps": 4},
+        "diagonals": {"BLOCK_R": 32, "BLOCK_T": 64, "num_warps": 4},
     }
-    if dropout and not from_shared:
-        shapes["keys"] |= {"BLOCK": 32} if wide else {"BLOCK": 32, "num_warps": 4}
-    if not wide and (generation != 80 or dropout or d > block_d):
-        shapes["keys"]["num_stages"] = 1
-    if not wide and generation == 120:
-        shapes["queries"]["num_stages"] = 1
-    if from_shared and not dropout and d <= block_d:
-        shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_V": min(512 if full else 256, columns)}
-        few = {"BLOCK_V": min(128, columns), "num_warps": 4}
-        shapes["values"] |= {"BLOCK": 32} | ({"BLOCK_V": min(512, columns)} if full else few)
-        shapes["queries"]["num_stages"] = 3
-        shapes["keys"]["BLOCK_V"] = min(128, columns)
-    if rounded(dtype) and not dropout:  # with dropout these spill
-        shapes["queries"] |= {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
+    if not wide and not dropout and d <= block_d:
+        columns = min(512 if from_shared and full else 256, columns)
+        shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_V": columns, "num_warps": 8}
     return triton.cdiv(d, block_d) * block_d, shapes
 
 
@@ -255,28 +255,27 @@ def _strides(t: torch.Tensor | None) -> tuple[int, int]:
 
 
 PREPARE = {"BLOCK_T": 4, "BLOCK_C": 256, "num_warps": 4}
+VALUES = {"BLOCK_C": 1024, "num_warps": 4}
 PARAMETERS = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 
 
 def _prepared(p: _Plan, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad=None, mixed=None):
-    """Returns (q, k, keys that are hidden, value activated, g, dgate, D0), the last three for a backward
-    alone.
-    """
-    rows = p.length * p.batch
+    """Returns (q, k, keys that are hidden, value activated, g, dgate), the last two for a backward alone."""
+    rows = p.units * p.size
     query, key = p.empty(rows, p.width), p.empty(rows, p.width)
     hidden = None if padding_mask is None else p.empty(rows, dtype=torch.int8)
-    active = p.empty(p.batch, p.length, p.v).transpose(0, 1) if p.activate_value else None
-    g = dgate = along = None
+    active = p.empty(p.batch, p.padded, p.v).transpose(0, 1) if p.activate_value else None
+    g = dgate = None
     if grad is not None:
-        g, dgate, along = p.empty(rows, p.v), p.empty(*gate.shape), p.empty(rows, dtype=torch.float32)
+        g, dgate = p.empty(rows, p.v), p.empty(*gate.shape)
     launch(prepare_kernel, (p.programs(PREPARE["BLOCK_T"]),),
         query_key, qk_weight, qk_bias, None if hidden is None else padding_mask.view(torch.int8),
         value if p.activate_value else None, None if g is None else gate, grad, mixed,
-        query, key, hidden, active, g, dgate, along,
+        query, key, hidden, active, g, dgate,
         *p.frames(PREPARE["BLOCK_T"]), p.d, p.v, *_strides(query_key), *_strides(value), *_strides(gate),
         *_strides(grad), p.batch * p.v, ACTIVATION=p.activation, WIDTH=p.width, **PREPARE,
     )  # fmt: skip
-    return query, key, hidden, active if p.activate_value else value, g, dgate, along
+    return query, key, hidden, active if p.activate_value else value, g, dgate
 
 
 def toeplitz_attention_forward(
@@ -335,54 +334,78 @@ def toeplitz_attention_backward(
     tensors = query_key, gate, value, qk_weight, qk_bias, position_bias
     if not gate.numel():
         return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
-    rows, wide = p.length * p.batch, torch.float32
     dquery_key, dvalue = p.empty(*query_key.shape), p.empty(*value.shape)
-    parameters, dposition_bias = p.empty(4, p.d, dtype=wide), torch.empty_like(position_bias)
-    bias = position_bias[p.reach :]
-    query, key, hidden, active, g, dgate, along = _prepared(
+    parameters, dposition_bias = p.empty(4, p.d, dtype=torch.float32), torch.empty_like(position_bias)
+    query, key, hidden, active, g, dgate = _prepared(
         p, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad, mixed
     )
-    dquery, dkey = (p.empty(rows, p.width, dtype=wide) for _ in range(2))
-    maximum, inverse, rest = (p.empty(rows, dtype=wide) for _ in range(3))
-    common = {"CAUSAL": causal, "WIDTH": p.width}
+    query, key, g = (t.view(p.units, p.size, -1) for t in (query, key, g))
+    active = p.by_unit(active)
+    shares = torch.float64 if p.dtype == torch.float32 else torch.float32
+    stride = triton.cdiv(p.size, 16) * 16  # rows of pairs are aligned
+    each, step = p.piece(stride)
+    weights, slopes = p.empty(each * step * stride), p.empty(each * step * stride)
+    dquery = torch.empty_like(query)
+    if step == p.size:
+        dkey, dv, product = torch.empty_like(key), torch.empty_like(g), _put
+    else:
+        dkey, dv, product = *(torch.zeros_like(t, dtype=torch.float32) for t in (key, g)), _add
+    tile, diagonal = p.blocks["slopes"], p.blocks["diagonals"]
+    entries = position_bias.shape[0]
+    reaches = triton.cdiv(entries, diagonal["BLOCK_T"])
+    diagonals = p.empty(max(1, MAX_PARTS // reaches), entries, dtype=shares)
+    with torch.autocast(p.device.type, enabled=False):  # it would take products of float32 in 16 bits
+        for unit, first in itertools.product(range(0, p.units, each), range(0, p.size, step)):
+            units, rows = min(each, p.units - unit), min(step, p.size - first)
+            keys = first + rows if causal else p.size
+            q, gs = (t[unit : unit + units, first : first + rows] for t in (query, g))
+            k, v, dk, dvs = (t[unit : unit + units, :keys] for t in (key, active, dkey, dv))
+            w, ds = (
+                t[: units * rows * stride].view(units, rows, stride)[..., :keys] for t in (weights, slopes)
+            )
+            torch.baddbmm(w, q, k.mT, beta=0, alpha=p.scale, out=w)
+            torch.bmm(gs, v.mT, out=ds)
+            blocks = triton.cdiv(rows, tile["BLOCK_M"])
+            launch(slopes_kernel, (units * blocks,),
+                w, ds, position_bias[p.reach :], hidden, dropout,
+                p.length, p.size, p.count, unit, first, rows, blocks, keys, stride, CAUSAL=causal, **tile,
+            )  # fmt: skip
+            launch(diagonals_kernel, (reaches, len(diagonals)),
+                ds, diagonals, units, first, rows, keys, p.reach, int(unit + first == 0), stride, **diagonal,
+            )  # fmt: skip
+            torch.bmm(ds, k, out=dquery[unit : unit + units, first : first + rows])
+            product(dk, ds.mT, q)
+            product(dvs, w.mT, gs)
+    _add_parts(diagonals, dposition_bias)
 
-    tile = p.blocks["queries"]
-    launch(queries_kernel, (p.programs(tile["BLOCK_M"]), p.width // tile["BLOCK_D"]),
-        query, key, active, g, bias, hidden, dropout, along, dquery, maximum, inverse, rest,
-        *p.frames(tile["BLOCK_M"]), p.v, *_strides(active), p.scale, **common, **tile,
+    launch(values_kernel, (p.batch * p.length, triton.cdiv(p.v, VALUES["BLOCK_C"])),
+        dv, value if activate_value else None, dvalue, p.length, p.padded, p.v, *_strides(value), p.batch * p.v,
+        ACTIVATION=activation, **VALUES,
     )  # fmt: skip
 
-    tile = p.blocks["keys"]
-    block, programs = tile["BLOCK"], p.programs(tile["BLOCK"])
-    blocks = triton.cdiv(p.size, block)
-    shares = torch.float64 if p.dtype == wide else wide
-    diagonals = p.empty(programs, blocks + 1, block, dtype=shares)
-    launch(keys_kernel, (programs, p.width // tile["BLOCK_D"]),
-        query, key, active, g, bias, hidden, dropout, along, maximum, inverse, rest, dkey, diagonals,
-        *p.frames(block), p.v, *_strides(active), p.scale, **common, **tile,
-    )  # fmt: skip
-    least = -(p.reach // block)
-    launch(add_diagonals_kernel, (triton.cdiv(p.reach, block) - least + 1,),
-        diagonals, dposition_bias, p.units, blocks, p.reach, least,
-        CAUSAL=causal, BLOCK=block, BLOCK_P=16, num_warps=4,
-    )  # fmt: skip
-
-    tile = p.blocks["values"]
-    launch(values_kernel, (p.programs(tile["BLOCK"]), triton.cdiv(p.v, tile["BLOCK_V"])),
-        query, key, value if activate_value else None, g, bias, hidden, dropout, maximum, inverse, dvalue,
-        *p.frames(tile["BLOCK"]), p.v, *_strides(value), p.batch * p.v, p.scale,
-        ACTIVATION=activation, **common, **tile,
-    )  # fmt: skip
-
+    rows = p.length * p.batch
     rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), PARAMETERS["BLOCK_R"]) * PARAMETERS["BLOCK_R"]
     parts = triton.cdiv(rows, rows_per_part)
     table = p.empty(4, parts, p.d, dtype=shares)
     launch(parameters_kernel, (parts, triton.cdiv(p.d, PARAMETERS["BLOCK_C"])),
-        query_key, qk_weight, dquery, dkey, dquery_key, table, rows, p.length, rows_per_part, p.d, p.scale,
+        query_key, qk_weight, dquery, dkey, dquery_key, table, rows, p.length, p.padded, rows_per_part, p.d, p.scale,
         *_strides(query_key), p.batch * p.d, ACTIVATION=activation, WIDTH=p.width, **PARAMETERS,
     )  # fmt: skip
-    block_p = 128 if parts <= 128 else MAX_PARTS
-    launch(add_parts_kernel, (triton.cdiv(p.d, 16), 4),
-        table, parameters, parts, p.d, BLOCK_P=block_p, BLOCK_C=16, num_warps=4,
-    )  # fmt: skip
+    _add_parts(table, parameters)
     return dquery_key, dgate, dvalue, parameters[:2], parameters[2:], dposition_bias
+
+
+def _put(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.bmm(a, b, out=out)
+
+
+def _add(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    out += torch.bmm(a, b)
+
+
+def _add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the sums over the last dimension but one of ``table``."""
+    parts, columns = table.shape[-2:]
+    launch(add_parts_kernel, (triton.cdiv(columns, 16), out.numel() // columns),
+        table, out, parts, columns, BLOCK_P=128 if parts <= 128 else MAX_PARTS, BLOCK_C=16, num_warps=4,
+    )  # fmt: skip

@@ -461,14 +461,18 @@ def _toeplitz_attention(generation: int):
         "G",
         "DGATE",
         "Y",
+        "WEIGHTS",
+        "SLOPES",
+        "DQUERY",
+        "DKEY",
+        "DV",
         "DVALUE",
         "DX",
     )
-    wide = ("WEIGHT", "SHIFT", "BIAS", "DROPOUT", "ALONG", "DQUERY", "DKEY", "MAXIMUM", "INVERSE", "REST")
-    wide += ("PARTS", "OUT", "DBIAS")
+    wide = ("WEIGHT", "SHIFT", "BIAS", "DROPOUT", "PARTS", "OUT")
     strides = [f"{name}_{of}" for name in ("x", "value", "gate", "grad") for of in ("time", "batch")]
     plain = {"HIDDEN": None, "DROPOUT": None}
-    extra = {"prepare": module.PREPARE, "parameters": module.PARAMETERS}
+    extra = {"prepare": module.PREPARE, "values": module.VALUES, "parameters": module.PARAMETERS}
 
     def configuration(name: str, label: str, dtype: str, d: int = 128, v: int = 1024, full=True, **constants):
         with _setting(dtype) as torch_dtype:
@@ -484,28 +488,28 @@ def _toeplitz_attention(generation: int):
             pointers,
             {"CAUSAL": True, "ACTIVATION": 1, "WIDTH": width} | options | constants,
             warps,
-            ("D", "V", *strides, "out_time"),
+            ("D", "V", *strides, "out_time", "stride"),
             ("scale",),
             stages,
         )
 
-    for name in ("forward", "queries", "keys", "values"):
-        for dtype in PRODUCTS:
+    for name in ("forward", "slopes"):
+        for dtype in PRODUCTS if name == "forward" else ("fp32", "bf16", "fp16"):
             yield configuration(name, "", dtype, **plain)
             yield configuration(name, "both ways, padding, dropout", dtype, CAUSAL=False)
-        yield configuration(name, "", "bf16", 256, 512, **plain)
-    yield configuration("forward", "", "fp16", **plain)
-    for name in ("forward", "values"):
         yield configuration(name, "both ways, padding", "bf16", CAUSAL=False, DROPOUT=None)
-        yield configuration(name, "few rows", "bf16", full=False, **plain)
+    yield configuration("forward", "", "bf16", 256, 512, **plain)
+    yield configuration("forward", "", "fp16", **plain)
+    yield configuration("forward", "few rows", "bf16", full=False, **plain)
     for dtype in ("fp32", "bf16"):
-        forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE", "ALONG"))
+        forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE"))
         yield configuration("prepare", "forward, padding", dtype, **forward)
         yield configuration("prepare", "backward", dtype, PADDING=None, HIDDEN=None)
         yield configuration("parameters", "", dtype)
         for block_p in (128, module.MAX_PARTS):
             yield configuration("add_parts", f"parts, {block_p}", dtype, BLOCK_P=block_p, BLOCK_C=16)
-        yield configuration("add_diagonals", "", dtype, BLOCK=64, BLOCK_P=16)
+        yield configuration("diagonals", "", dtype)
+        yield configuration("values", "", dtype)
 
 
 def _segment_attention(generation: int):

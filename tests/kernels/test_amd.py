@@ -35,4 +35,4 @@ def test_kernels_compile_for_an_mi300(share):
     large = {name: row["shared"] for name, row in found.items() if row["shared"] > SHARED}
     assert not large, f"SEED={seed}"
     spilled = {name for name, row in found.items() if row["spills"]}
-    assert all(name.startswith("toeplitz_attention") for name in spilled), f"SEED={seed}: {spilled}"
+    assert not spilled, f"SEED={seed}"

@@ -28,7 +28,6 @@ BEHIND_EAGER = {
     "linear_activation": {"B200"},
     "rel_attention": {"B200"},
     "residual_norm": {"H200", "B200"},
-    "toeplitz_attention": {"A100", "H100", "H200", "B200"},
     "zipformer_attention": {"H200", "B200"},
     "zipformer_attention_weights": {"B200"},
 }

@@ -168,4 +168,4 @@ def sized(frames: int, batch: int) -> Case:
 
 
 CASES = ON_DEVICE = (_case(200, 4), _case(1024, 4, quick=False))
-WATCH = "rolled tiles (`tl.gather`) in the bias's gradient; float64 sums for float32; 150 channels"
+WATCH = "unaligned loads in the bias's gradient; float64 sums for float32; 150 channels"
