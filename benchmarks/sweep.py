@@ -235,9 +235,19 @@ def table(found: Sequence[Row]) -> str:
             lines.append(
                 f"| `{name}`{old} | {len(rated)} | {times(middle)} | {below} | {where} | {times(least)} |"
             )
-        pictures = [f"![Sweep of {name}](plots/sweep_{name}.png)" for name in of_names]
+        machine = measured[0].device_name
+        pictures = [
+            f"![Sweep of {name}](plots/sweep_{name}.png)"
+            for name in of_names
+            if _newest(found, name) == machine
+        ]
         blocks.append("\n".join([conditions(measured), "", *lines, "", *pictures]))
     return "\n\n".join(blocks) or NONE_YET
+
+
+def _newest(found: Sequence[Row], name: str) -> str:
+    """Returns the machine of the last sweep of ``name``, whose map is drawn."""
+    return max((row for row in found if row.name == name), key=lambda row: row.date).device_name
 
 
 def figure(found: Sequence[Row]):
@@ -287,7 +297,7 @@ def draw(found: Sequence[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for of_name in by_name([row for row in found if row.suite == SUITE], "name"):
-        newest = max(of_name, key=lambda row: row.date).device_name
+        newest = _newest(of_name, of_name[0].name)
         path = folder / f"sweep_{of_name[0].name}.png"
         files.write(path, png(figure([row for row in of_name if row.device_name == newest])))
         paths.append(path)
