@@ -40,20 +40,8 @@ def slopes_kernel(
     for start in range(0, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores, slope = _pairs(
-            WEIGHTS,
-            SLOPES,
-            BIAS,
-            HIDDEN,
-            DROPOUT,
-            unit,
-            i[:, None],
-            j[None, :],
-            keep_i,
-            n,
-            size,
-            stride,
-            CAUSAL,
-        )
+            WEIGHTS, SLOPES, BIAS, HIDDEN, DROPOUT, unit, i[:, None], j[None, :], keep_i, n, size, stride, CAUSAL,
+        )  # fmt: skip
         maximum, factor, e = running(maximum, scores, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
         along = along * factor + sums(e * slope, 1, PRECISE)
@@ -63,20 +51,8 @@ def slopes_kernel(
     for start in range(0, keys, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores, slope = _pairs(
-            WEIGHTS,
-            SLOPES,
-            BIAS,
-            HIDDEN,
-            DROPOUT,
-            unit,
-            i[:, None],
-            j[None, :],
-            keep_i,
-            n,
-            size,
-            stride,
-            CAUSAL,
-        )
+            WEIGHTS, SLOPES, BIAS, HIDDEN, DROPOUT, unit, i[:, None], j[None, :], keep_i, n, size, stride, CAUSAL,
+        )  # fmt: skip
         weights = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
         weights = tl.where(keep_i[:, None], weights, 0.0)
         slope = tl.where(keep_i[:, None], weights * (slope - along[:, None]), 0.0)  # dS
@@ -99,18 +75,8 @@ def _pairs(SCORES, SLOPES, BIAS, HIDDEN, DROPOUT, unit, i, j, keep_i, n, size, s
 
 @triton.jit(do_not_specialize=["units", "first", "rows", "keys", "reach", "fresh"])
 def diagonals_kernel(
-    SLOPES,
-    PARTS,
-    units,
-    first,
-    rows,
-    keys,
-    reach,
-    fresh,
-    stride,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    SLOPES, PARTS, units, first, rows, keys, reach, fresh, stride, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """Writes a part of the sums of dS over the diagonals j - i = t - reach, for a block of t, and adds it to that in
     PARTS unless ``fresh``.
     """
