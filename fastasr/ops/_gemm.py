@@ -40,6 +40,7 @@ _BUDGET_S = 0.5
 _MOST_FEW = 15  # rows: cpu::kFewRows
 _FEW_COLUMNS = 14  # as many rows as a tile of registers has with AVX-512
 SMALL = 1 << 17  # one row of 192 to 512 is below it
+_LARGE = 96 * SMALL  # torch multiplies a batch of smaller matrices at once, faster than fastasr one after the other
 CHAINS = 12  # columns: where a weight's gradient has fewer, torch adds in one chain of floats
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
@@ -240,9 +241,9 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def batched(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a b for a (B, M, N), b (B, N, K): each of the products is what ``input_grad`` computes."""
+    """Returns a b for a (B, M, N), b (B, N, K)."""
     (batch, m, n), k = a.shape, b.shape[2]
-    large = batch and m * n * k > SMALL and _dispatch.direct(a, b)
+    large = batch and m * n * k > _LARGE and _dispatch.direct(a, b)
     product = _choice("input_grad", m, k, n, a[0], b[0]) if large else torch.matmul
     if product is torch.matmul:
         return torch.bmm(a, b)
