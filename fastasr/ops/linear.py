@@ -65,7 +65,7 @@ def _torch_wins(x: Tensor, weight: Tensor) -> bool:
     # Only float32 has a choice, and only float32 may be forced.
     fits=f"(_dtype is _float32 or _dtype in _FLOATING and _forced_backend() == 'auto') and {FITS}",
     by_torch="if _dtype is not _float32 or ((_size := x.numel() * _rows[0]) < _gemm.SMALL or _is_grad_enabled() and "
-    "(x.requires_grad or weight.requires_grad) and (_size < 32 * _gemm.SMALL or _torch_wins(x, weight))) and "
+    "(x.requires_grad or weight.requires_grad) and (_size < 16 * _gemm.SMALL or _torch_wins(x, weight))) and "
     "(not _gemm._reduced_weights.copies or _gemm._reduced_weights.of(x, weight) is None):\n"
     "    return F.linear(x, weight, bias)",
     summary="a linear layer, by the matrix product that measured faster on this machine",

@@ -201,7 +201,7 @@ def test_forced_choices(fresh, called, monkeypatch):
 @pytest.mark.parametrize("frozen", ["", "x", "weight"])
 def test_torch_has_its_own_node_where_its_products_win(fresh, monkeypatch, winner, frozen):
     monkeypatch.setattr(_gemm, "_timed", lambda product, *_: float(product != winner))
-    x, w, b = torch.randn(4, 40, 192), torch.randn(192, 192), torch.randn(192)
+    x, w, b = torch.randn(2, 40, 192), torch.randn(192, 192), torch.randn(192)
     wanted = [t.requires_grad_() for name, t in (("x", x), ("weight", w), ("bias", b)) if name != frozen]
 
     def run():
