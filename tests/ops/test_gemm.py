@@ -217,6 +217,26 @@ def test_torch_has_its_own_node_where_its_products_win(fresh, monkeypatch, winne
         assert all(map(torch.equal, found, expected))
 
 
+@needs_both
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_large_matrices_of_a_batch_are_products_of_their_own(fresh, monkeypatch, batch, large):
+    monkeypatch.setenv("FASTASR_GEMM", "native")
+    a, b = torch.randn(batch, 70, 37).transpose(1, 2), torch.randn(70, batch, 45).transpose(0, 1)
+    monkeypatch.setattr(_gemm, "_LARGE", a.shape[1] * a.shape[2] * b.shape[2] - large)
+    sizes, native = [], _gemm._PRODUCTS["native"]["input_grad"]
+
+    def recorded(one, other):
+        sizes.append((*one.shape, other.shape[1]))
+        return native(one, other)
+
+    monkeypatch.setitem(_gemm._PRODUCTS["native"], "input_grad", recorded)
+    y = _gemm.batched(a, b)
+    assert sizes == [(37, 70, 45)] * batch * large
+    assert y.shape == (batch, 37, 45)
+    torch.testing.assert_close(y.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("op", [ops.linear, ops.linear_activation, ops.swoosh_linear])
 def test_a_weight_without_inputs_is_refused_at_any_size(op):
     name = op.__name__

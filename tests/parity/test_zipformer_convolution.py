@@ -248,7 +248,7 @@ def test_masks_of_another_shape_raise(upstream, shape):
 def test_compiled(causal):
     upstream = _module(causal=causal)
     x, mask = torch.randn(20, 3, 12), _mask(3, 20)
-    torch._dynamo.reset()  # it no longer compiles code that other tests gave more often than its limit
+    torch._dynamo.reset()  # its caches are the process's: once, after other tests, it compiled nothing here
     with torch.no_grad():
         compiled = torch.compile(swapped(upstream), backend="eager", fullgraph=True)
         assert_close(compiled(x, mask), upstream(x, mask), rtol=1e-5, atol=1e-5)
