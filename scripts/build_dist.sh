@@ -8,7 +8,8 @@
 # compiles what has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$(realpath -s "$1") machine=${2:-}
+python=$(command -v "$1") || { echo "build_dist.sh: no such Python: $1" >&2; exit 1; }
+python=$(realpath -s "$python") machine=${2:-}
 dist=$PWD/build/dist${machine:+-$machine}
 mkdir -p build
 exec 9>build/.dist.lock
