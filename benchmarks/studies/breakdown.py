@@ -4,10 +4,11 @@
     python -m fastasr.benchmarks.studies.breakdown              # measures; JSON beside the rows, and the page
     python -m fastasr.benchmarks.studies.breakdown --page-only  # the page from the JSON; --check compares it
 
-torch's profiler gives the time of every operator, of each the shortest of several calls. What the call takes beyond
-its operators' own time, without the profiler, is Python and dispatch.
+torch's profiler gives the time of every operator, of each the shortest of several calls; for that, layers call their
+submodules one by one. What the call takes beyond its operators' own time, without the profiler, is Python and dispatch.
 """
 
+import contextlib
 import sys
 import time
 
@@ -60,8 +61,25 @@ def part_of(name, shapes):
     return next((part for part, keys in PARTS.items() if any(key in name for key in keys)), OTHER)
 
 
-def profiled(call, calls):
+@contextlib.contextmanager
+def operators_apart(model):
+    """Gives a norm of each layer a hook that does nothing: a hooked layer is not one native call."""
+    norms = [module for name, module in model.named_modules() if name.endswith(".norm")]
+    hooks = [norm.register_forward_hook(lambda *call: None) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def profiled(model, call, calls):
     """Returns part -> the milliseconds of its operators, of each the shortest of so many calls."""
+    with operators_apart(model):
+        return _profiled(call, calls)
+
+
+def _profiled(call, calls):
     from torch.profiler import ProfilerActivity, profile
 
     shortest = {}
@@ -79,11 +97,12 @@ def profiled(call, calls):
     return {part: round(spent, 3) for part, spent in parts.items()}
 
 
-def breakdown(call, calls):
+def breakdown(model, call, calls):
     """Returns part -> milliseconds, which together are the shortest of so many calls without the profiler."""
-    parts = profiled(call, calls)
+    parts = profiled(model, call, calls)
     del parts[OTHER]
     taken = []
+    call(), call()
     for _ in range(calls):
         begun = time.perf_counter()
         call()
@@ -116,7 +135,7 @@ def measure(size="medium", batch=4, seconds=16, training_seconds=8, calls=5, rep
                     "limit_ms": round(1e3 * limit, 3),
                     "limit": rate,
                 }
-            found[pass_][name] = breakdown(call, calls)
+            found[pass_][name] = breakdown(model, call, calls)
             report(f"{pass_}, {name}: {sum(found[pass_][name].values()):.1f} ms")
     return {"size": size, "calls": calls, "passes": found, "environment": stamp()}
 

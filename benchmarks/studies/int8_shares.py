@@ -4,7 +4,8 @@
     python -m fastasr.benchmarks.studies.int8_shares              # measures; JSON beside the rows, and the page
     python -m fastasr.benchmarks.studies.int8_shares --page-only  # the page from the JSON; --check compares it
 
-torch's profiler gives the time of every operator in the swapped model, of each the shortest of several calls. What int8
+torch's profiler gives the time of every operator in the swapped model, of each the shortest of several calls, in which
+layers call their submodules one by one. What int8
 can reach has products at four times the rate of float32's best ones, since a word holds four bytes, and takes float32's
 time for the rest.
 """
@@ -40,7 +41,7 @@ def measure(size="medium", batch=1, seconds=16, threads=2, calls=9, report=lambd
             model = swapped(shipped)
             if format != "float32":
                 fastasr.accelerate(model, weights=format)
-            found[format] = profiled(inference(model, *inputs), calls)
+            found[format] = profiled(model, inference(model, *inputs), calls)
             report(f"{batch} x {seconds} s, {format}: {sum(found[format].values()):.1f} ms")
         where = {
             "size": size,

@@ -6,8 +6,9 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/dispatch.h"
+#include "bindings/layer_parts.h"
 #include "bindings/packed.h"
+#include "bindings/pooled.h"
 
 namespace fastasr::bindings::gated_depthwise_conv {
 namespace {
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor> forward(const Operands& operands, bool need_cache, co
   Tensor y = new_without_elements(h), new_cache = y;
   with_kernel_type(dtype_of(h), op, [&]<typename T>() {
     const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
-    y = new_contiguous(h, {h.size(0), h.size(1), conv.channels});
+    y = new_pooled(h, {h.size(0), h.size(1), conv.channels});
     if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.past});
     T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
     const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvForward<T>>();
@@ -156,6 +157,8 @@ Gradients backward(const Tensor& grad, const Operands& o, const char* op) {
   return {dh, dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
                                                         const Optional& causal_weight, const Optional& causal_bias,
                                                         const Optional& chunk_scale, const Optional& padding_mask,
@@ -165,6 +168,8 @@ std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const T
       {h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, delay, activation},
       need_cache, "gated_depthwise_conv_forward");
 }
+
+namespace {
 
 Gradients gated_depthwise_conv_backward(const Tensor& grad, const Tensor& h, const Tensor& weight, const Optional& bias,
                                         const Optional& causal_weight, const Optional& causal_bias,

@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/gemm.h"
 
-#include "bindings/dispatch.h"
+#include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 
 namespace fastasr::bindings::gemm {
+
+void multiply_few_rows(const cpu::Gemm<float>& g) {
+  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
+  const int64_t groups = kernel.groups(g);
+  check(groups > 0, "linear_few_rows", "expected 1 to ", cpu::kFewRows,
+        " rows, 8 columns or more, and contiguous inputs");
+  parallel_tasks(groups, g.n * g.k / groups, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
+}
+
 namespace {
 
 // Multiplies few rows of x, (K), (B, K) or (B, T, K), by the transposed weight (N, K), whose rows are contiguous.
 Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
   const char* op = "linear_few_rows";
   const int64_t dims = x.dim(), n = weight.size(0), k = weight.size(1);
   check(dims >= 1 && dims <= 3 && weight.dim() == 2 && x.size(dims - 1) == k && k > 0, op, "sizes of x or weight");
@@ -24,13 +32,11 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
     check(bias->numel() == n && bias->is_contiguous(), op, "sizes of bias");
     g.bias = data<float>(*bias);
   }
-  const int64_t groups = kernel.groups(g);
-  check(groups > 0, op, "expected 1 to ", cpu::kFewRows, " rows, 8 columns or more, and contiguous inputs");
   const Tensor y = dims == 1   ? new_pooled(x, {n})
                    : dims == 2 ? new_pooled(x, {x.size(0), n})
                                : new_pooled(x, {x.size(0), x.size(1), n});
   g.c = mutable_data<float>(y);
-  parallel_tasks(groups, n * k / groups, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
+  multiply_few_rows(g);
   return y;
 }
 
@@ -60,20 +66,27 @@ void multiply(const cpu::Gemm<T>& g) {
   if (const int64_t strips = kernel.strip_count(g, torch::stable::get_num_threads())) {
     parallel_range(rows, std::max<int64_t>(1, 4 * kGrain * rows / kernel.packed_a(g)),
                    [&](int64_t begin, int64_t end) { kernel.pack_a(g, pa.data(), begin, end); });
-    parallel_range(strips, std::max<int64_t>(1, 8 * kGrain * strips / (g.m * g.n * g.k / 32 + 1)),
+    parallel_range(strips, std::max<int64_t>(1, kGrain * strips / (g.m * g.n * g.k / 32 + 1)),
                    [&](int64_t begin, int64_t end) { kernel.strips(g, pa.data(), strips, begin, end); });
     return;
   }
   const Scratch<float> pb(kernel.packed_b(g));
-  const int64_t panel = std::max(kernel.packed_a(g) / rows, kernel.packed_b(g) / columns);
-  parallel_range(rows + columns, std::max<int64_t>(1, 4 * kGrain / panel), [&](int64_t begin, int64_t end) {
-    if (begin < rows) kernel.pack_a(g, pa.data(), begin, std::min(end, rows));
-    if (end > rows) kernel.pack_b(g, pb.data(), std::max<int64_t>(0, begin - rows), end - rows);
+  // A part of both for every thread: the panels of one may take longer than those of the other.
+  const int64_t parts = std::max(rows, columns), words = kernel.packed_a(g) + kernel.packed_b(g);
+  parallel_range(parts, std::max<int64_t>(1, 4 * kGrain * parts / words), [&](int64_t begin, int64_t end) {
+    kernel.pack_a(g, pa.data(), rows * begin / parts, rows * end / parts);
+    kernel.pack_b(g, pb.data(), columns * begin / parts, columns * end / parts);
   });
-  const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, 8 * kGrain * tasks / (g.m * g.n * g.k / 32 + 1));
+  const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, kGrain * tasks / (g.m * g.n * g.k / 32 + 1));
   parallel_range(tasks, grain,
                  [&](int64_t begin, int64_t end) { kernel.products(g, pa.data(), pb.data(), begin, end); });
 }
+
+}  // namespace
+
+void multiply(const cpu::Gemm<float>& g) { multiply<float>(g); }
+
+namespace {
 
 template <typename F>
 void with_factors(const Tensor& a, const char* op, const F& f) {
@@ -89,7 +102,7 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
     cpu::Gemm<T> g = described<T>(a, b, bias, "gemm");
     c = new_pooled(a, {g.m, g.n}, true);
     g.c = mutable_data<float>(c);
-    multiply(g);
+    multiply<T>(g);
   });
   return c;
 }
@@ -100,7 +113,7 @@ void gemm_add(Tensor c, const Tensor& a, const Tensor& b) {
     cpu::Gemm<T> g = described<T>(a, b, {}, "gemm_add");
     check(is_dense(c, ScalarType::Float, {g.m, g.n}), "gemm_add", "c");
     g.c = mutable_data<float>(c), g.add = true;
-    multiply(g);
+    multiply<T>(g);
   });
 }
 

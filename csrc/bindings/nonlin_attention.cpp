@@ -3,7 +3,8 @@
 
 #include <tuple>
 
-#include "bindings/dispatch.h"
+#include "bindings/layer_parts.h"
+#include "bindings/pooled.h"
 
 namespace fastasr::bindings::nonlin_attention {
 namespace {
@@ -14,7 +15,7 @@ cpu::NonlinAttentionRows checked(const Tensor& p, const char* op) {
 }
 
 Tensor make(const Tensor& like, const cpu::NonlinAttentionRows& rows, int64_t width) {
-  return new_contiguous(like, {rows.frames, rows.batch, width});
+  return new_pooled(like, {rows.frames, rows.batch, width});
 }
 
 void check_rows(const Tensor& t, const Tensor& p, bool batch_major, const char* op, const char* name) {
@@ -28,6 +29,8 @@ template <typename F>
 void over_rows(const cpu::NonlinAttentionRows& rows, F f) {
   parallel_tasks(rows.batch * rows.frames, rows.width, f);
 }
+
+}  // namespace
 
 Tensor gate(const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_gate");
@@ -53,6 +56,8 @@ Tensor product(const Tensor& p, const Tensor& o) {
   });
   return y;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_operands");

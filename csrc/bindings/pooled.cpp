@@ -3,6 +3,8 @@
 
 namespace fastasr {
 
+static constexpr size_t kPooled = size_t{1} << 16;
+
 static Tensor from_pool(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                         torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType dtype, size_t bytes) {
   void* memory = cpu::acquire_buffer(bytes);
@@ -14,7 +16,7 @@ Tensor new_pooled(const Tensor& t, size_t dim, const int64_t* sizes, const int64
   const ScalarType dtype = floats ? ScalarType::Float : dtype_of(t);
   const size_t element = floats ? sizeof(float) : t.element_size();
   const size_t bytes = static_cast<size_t>(sizes[0] * strides[0]) * element;
-  if (bytes < (size_t{1} << 20)) return new_strided(t, static_cast<int64_t>(dim), sizes, strides, dtype);
+  if (bytes < kPooled) return new_strided(t, static_cast<int64_t>(dim), sizes, strides, dtype);
   return from_pool(t, {sizes, dim}, {strides, dim}, dtype, bytes);
 }
 
@@ -26,7 +28,7 @@ Tensor new_pooled(const Tensor& t, std::initializer_list<int64_t> sizes, bool fl
 
 Tensor new_pooled_like(const Tensor& t) {
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
-  if (bytes < (size_t{8} << 20)) return new_like(t);
+  if (bytes < kPooled) return new_like(t);
   return from_pool(t, t.sizes(), t.strides(), dtype_of(t), bytes);
 }
 

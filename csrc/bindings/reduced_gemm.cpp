@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/reduced_gemm.h"
 
-#include "bindings/dispatch.h"
+#include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 
 namespace fastasr::bindings::reduced_gemm {
@@ -47,6 +47,29 @@ Tensor reduced_pack(const Tensor& weight, int64_t format) {
   return packed;
 }
 
+}  // namespace
+
+void multiply(cpu::ReducedGemm g, const Tensor& packed) {
+  const auto& kernel = cpu::reduced_gemm_kernels(g.format);
+  check(g.k > 0 && g.n > 0 && is_dense(packed, ScalarType::Float, {size_of(g.n, g.k, g.format)}), kOp,
+        "the packed weight has another size");
+  if (g.m == 0) return;
+  const Parts parts = parts_of(packed, g.n, g.k, g.format);
+  g.weights = {parts.words, parts.scale, parts.sum};
+  const int64_t words = cpu::reduced_words(g.k, g.format);
+  const Scratch<int32_t> rows(g.m * (words + 2));
+  g.rows = rows.data(), g.zero = g.rows + g.m * words, g.step = reinterpret_cast<float*>(g.zero + g.m);
+  const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, kGrain * tasks / (g.m * g.n * words / 32 + 1));
+  if (kernel.tasks_are_rows(g)) {
+    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) { kernel.rows_and_products(g, begin, end); });
+    return;
+  }
+  parallel_tasks(g.m, g.k, [&](int64_t begin, int64_t end) { kernel.rows(g, begin, end); });
+  parallel_range(tasks, grain, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
+}
+
+namespace {
+
 // Multiplies x (M, K), or swoosh(x), by a packed weight (N, K), plus a bias (N) or none, in float32.
 Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bias, int64_t n, int64_t format,
                       int64_t input) {
@@ -55,31 +78,17 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
   g.format = format_of(format);
   check(input >= 0 && input <= 2, kOp, "the input is x (0), SwooshL (1) or SwooshR (2) of it");
   g.input = static_cast<cpu::ReducedInput>(input);
-  const auto& kernel = cpu::reduced_gemm_kernels(g.format);
   g.m = x.size(0), g.n = n, g.k = x.size(1);
-  check(g.k > 0 && n > 0 && is_dense(packed, ScalarType::Float, {size_of(n, g.k, g.format)}), kOp,
-        "the packed weight has another size");
+  check(n > 0, kOp, "the packed weight has another size");
   g.x = data<float>(x), g.x_row = row_stride(x, kOp, "x");
-  const Parts parts = parts_of(packed, n, g.k, g.format);
-  g.weights = {parts.words, parts.scale, parts.sum};
   if (bias) {
     check_like(*bias, x, kOp, "bias");
     check(bias->numel() == n && bias->is_contiguous(), kOp, "sizes of bias");
     g.bias = data<float>(*bias);
   }
   const Tensor y = new_pooled(x, {g.m, n});
-  if (g.m == 0) return y;
   g.y = mutable_data<float>(y), g.y_row = n;
-  const int64_t words = cpu::reduced_words(g.k, g.format);
-  const Scratch<int32_t> rows(g.m * (words + 2));
-  g.rows = rows.data(), g.zero = g.rows + g.m * words, g.step = reinterpret_cast<float*>(g.zero + g.m);
-  const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, 16 * kGrain * tasks / (g.m * n * words / 32 + 1));
-  if (kernel.tasks_are_rows(g)) {
-    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) { kernel.rows_and_products(g, begin, end); });
-    return y;
-  }
-  parallel_tasks(g.m, g.k, [&](int64_t begin, int64_t end) { kernel.rows(g, begin, end); });
-  parallel_range(tasks, grain, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
+  multiply(g, packed);
   return y;
 }
 

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "bindings/dispatch.h"
+#include "bindings/layer_parts.h"
 #include "bindings/packed.h"
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
@@ -42,6 +42,8 @@ int64_t bypass_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale, 
   return period == 0 ? 0 : x.numel() / period;
 }
 
+}  // namespace
+
 Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale) {
   const int64_t rows = bypass_rows(x_orig, x, scale, "bypass_forward"), period = scale.numel();
   Tensor y = new_pooled_like(x);
@@ -55,6 +57,8 @@ Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale
   });
   return y;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Tensor& x_orig, const Tensor& x,
                                                    const Tensor& scale) {
@@ -160,6 +164,8 @@ double scale_of(const Tensor& log_scale) {
   return std::exp(value);
 }
 
+}  // namespace
+
 Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
   const int64_t rows = bias_norm_rows(x, bias, log_scale, "bias_norm_forward"), channels = bias.numel();
   Tensor y = new_pooled_like(x);
@@ -174,6 +180,8 @@ Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_
   });
   return y;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
                                                       const Tensor& log_scale) {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "bindings/dispatch.h"
+#include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 
 namespace fastasr::bindings::swoosh {
@@ -93,10 +93,14 @@ Tensor forward(const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask
   return y;
 }
 
+}  // namespace
+
 Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask, int64_t shared_dim) {
   check_like(x, x, "swoosh_forward", "x");
   return forward(x, swoosh_r, mask, mask_layout(x, mask, shared_dim, "swoosh_forward"));
 }
+
+namespace {
 
 Tensor swoosh_packed_forward(const Tensor& x, bool swoosh_r, const Tensor& mask, const Tensor& sequence) {
   return forward(x, swoosh_r, mask, packed_layout(x, mask, sequence, "swoosh_packed_forward"));

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bindings/attention_work.h"
-#include "bindings/dispatch.h"
+#include "bindings/layer_parts.h"
 #include "bindings/packed.h"
 #include "bindings/pooled.h"
 
@@ -34,11 +34,12 @@ struct Shape {
   }
 };
 
-// Returns (rows, batch, width).
+}  // namespace
+
 Tensor weighted_values(Tensor weights, Tensor values) {
   const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   const auto [heads, batch, rows, sources, width, columns] = Shape(weights, values, "weighted_values");
-  const Tensor out = new_contiguous(values, {rows, batch, width});
+  const Tensor out = new_pooled(values, {rows, batch, width});
   const int64_t size = cpu::packed_values_size(sources, columns);
   const Scratch<float> packed(std::max<int64_t>(1, heads * batch * size));
   const float *w = data<float>(weights), *v = data<float>(values);
@@ -60,6 +61,8 @@ Tensor weighted_values(Tensor weights, Tensor values) {
   });
   return out;
 }
+
+namespace {
 
 // Sequences that lie one after the other as rows of values (N, 1, heads dim), with weights (heads, 1, T, T) of each.
 struct PackedSums {

@@ -7,6 +7,7 @@
 
 #include "bindings/attention_problem.h"
 #include "bindings/attention_work.h"
+#include "bindings/layer_parts.h"
 #include "bindings/packed.h"
 #include "bindings/pooled.h"
 #include "cpu/attention/attention_tiles.h"
@@ -31,6 +32,8 @@ Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
   const int64_t strides[4] = {a.batch * a.frames * stride, a.frames * stride, stride, 1};
   return new_pooled(x, 4, sizes, strides);
 }
+
+}  // namespace
 
 Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos, const Optional& cached_key,
                                            const Optional& padding, const Optional& mask, int64_t heads,
@@ -66,6 +69,8 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos,
   });
   return weights;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
     const Tensor& grad, const Tensor& weights, const Tensor& x, const Optional& pos, const Optional& cached_key,

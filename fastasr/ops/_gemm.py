@@ -33,14 +33,16 @@ from fastasr.ops._dispatch import reason_cpu
 
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
-_REVISION = 5  # of fastasr's product and of how it is measured: choices of another one are not read
+_REVISION = 6  # of fastasr's product and of how it is measured: choices of another one are not read
 _REPETITIONS = 3  # at least, and more of them as long as all together take less than _SHORT_S
 _SHORT_S = 0.05
 _BUDGET_S = 0.5
 _MOST_FEW = 15  # rows: cpu::kFewRows
 _FEW_COLUMNS = 14  # as many rows as a tile of registers has with AVX-512
 SMALL = 1 << 17  # one row of 192 to 512 is below it
-_LARGE = 96 * SMALL  # torch multiplies a batch of smaller matrices at once, faster than fastasr one after the other
+_LARGE = (
+    96 * SMALL
+)  # torch multiplies a batch of smaller matrices at once, faster than fastasr one after the other
 CHAINS = 12  # columns: where a weight's gradient has fewer, torch adds in one chain of floats
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
@@ -106,6 +108,7 @@ def cache_file() -> Path:
 
 
 _choices: dict[tuple, Callable[..., Tensor]] = {}
+_forgotten = 0
 _saved: dict[str, str] | None = None
 
 
@@ -129,9 +132,15 @@ def _remember(key: str, choice: str) -> None:
 
 def forget() -> None:
     """Drops every remembered choice of this process: the next call of each shape class reads or measures again."""
-    global _saved
+    global _saved, _forgotten
     _choices.clear()
     _saved = None
+    _forgotten += 1
+
+
+def generation() -> int:
+    """Counts the calls of ``forget``: choices hold as long as the number."""
+    return _forgotten
 
 
 def _decide(key: tuple, operands: tuple | None) -> str:
@@ -208,6 +217,16 @@ def is_torch(key: tuple) -> bool:
     return _choices.get(key) is _PRODUCTS["torch"][key[0]]
 
 
+def known(operation: str, m: int, n: int, k: int) -> str | None:
+    """Returns the name of the product that serves such a call in float32 on the CPU, None before one has been chosen.
+    ``forward`` has m rows, n outputs and k inputs; ``input_grad`` multiplies (m, k) by (k, n).
+    """
+    if m * n * k < SMALL or torch.are_deterministic_algorithms_enabled():
+        return "torch"
+    f = _choices.get((operation, m.bit_length(), n, k, torch.get_num_threads()))
+    return next((name for name, products in _PRODUCTS.items() if products.get(operation) is f), None)
+
+
 # --------------------------------------------------------------------------- what ops call, below autograd
 # The cost of a small product is its call overhead, and torch's is the smallest.
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -238,6 +257,11 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     if grad.numel() * k < SMALL:
         return _weight_grad(grad, x)
     return _choice("weight_grad", n, k, rows, grad, x)(grad, x)
+
+
+def known_batched(m: int, n: int, k: int) -> str | None:
+    """Does what :func:`known` does for :func:`batched` of plain tensors."""
+    return known("input_grad", m, k, n) if m * n * k > _LARGE else "torch"
 
 
 def batched(a: Tensor, b: Tensor) -> Tensor:

@@ -54,14 +54,15 @@ class Copy:
         weight = self._weight()
         assert weight is not None
         version, matrix = _version(weight), weight.detach().flatten(1).contiguous()
-        self._packed = torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format])
+        self.packed = torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format])
         # at the end: until then, other threads see that the copy is old
         self.version, self.address, self.outputs = version, weight.data_ptr(), len(weight)
+        _changed()
 
     @property
     def bytes(self) -> int:
         """Returns the size of the copy in memory."""
-        return self._packed.nbytes
+        return self.packed.nbytes
 
     def fresh(self) -> bool:
         """Says whether the parameter is alive and is what was packed; packs it again where it only changed in place."""
@@ -79,7 +80,7 @@ class Copy:
             rows = rows.contiguous()
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        y = _product()(rows, self._packed, bias, self.outputs, FORMATS[self.format], input)
+        y = _product()(rows, self.packed, bias, self.outputs, FORMATS[self.format], input)
         if x.dim() != 2:
             y = y.view(*x.shape[:-1], self.outputs)
         if self.watch is not None:
@@ -91,6 +92,18 @@ _kept = WeakIdKeyDictionary()  # parameter -> its copy
 copies: dict[int, Copy] = {}  # by the address of the parameter
 _thread = threading.local()
 _lock = threading.RLock()  # of both dictionaries
+_changes = 0
+
+
+def generation() -> int:
+    """Counts the changes of copies: what was found among them holds as long as the number."""
+    return _changes
+
+
+def _changed() -> None:
+    global _changes
+    with _lock:
+        _changes += 1
 
 
 def keep(weight: Tensor, format: str) -> Copy:
@@ -101,6 +114,7 @@ def keep(weight: Tensor, format: str) -> Copy:
         if before is not None and copies.get(before.address) is before:
             del copies[before.address]  # now: without any copies other threads would look for none
         weakref.finalize(weight, _forget, copy.address)
+        _changed()
         return copy
 
 
@@ -130,6 +144,7 @@ def _forget(address: int) -> None:
         copy = copies.get(address)
         if copy is not None and not copy.fresh():
             del copies[address]
+            _changed()
 
 
 def drop(weight: Tensor) -> bool:
@@ -138,6 +153,7 @@ def drop(weight: Tensor) -> bool:
         copy = _kept.pop(weight, None)
         if copy is not None and copies.get(copy.address) is copy:
             del copies[copy.address]
+        _changed()
     return copy is not None
 
 

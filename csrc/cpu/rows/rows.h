@@ -48,4 +48,9 @@ struct SumBlocks {
   void (*run)(const compute_t<T>* parts, int64_t blocks, int64_t width, int64_t begin, int64_t end, T* out);
 };
 
+// y += x, n elements.
+struct AddKernel {
+  void (*run)(const float* x, float* y, int64_t n);
+};
+
 }  // namespace fastasr::cpu

@@ -14,7 +14,7 @@
 namespace fastasr::cpu {
 namespace {
 
-constexpr size_t kSmall = size_t{1} << 20;  // below this size the allocator keeps its memory
+constexpr size_t kSmall = size_t{1} << 16;  // below this size memory comes from the allocator
 constexpr size_t kHugePage = size_t{2} << 20;
 
 struct Block {

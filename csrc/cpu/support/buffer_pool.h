@@ -3,9 +3,9 @@
 
 #include <cstddef>
 
-// Large buffers that are reused. The allocator returns blocks above 32 MiB to the system at each release, and writing
-// fresh memory costs a page fault every 4 KiB: 10 to 15 ms for the attention weights of one layer (40 MB), three times
-// as long as computing them.
+// Buffers from 64 KiB on are reused. The allocator returns blocks above 32 MiB to the system at each release, and the
+// end of its heap whenever enough of it is free. Writing fresh memory costs a page fault every 4 KiB: 10 to 15 ms for
+// the attention weights of one layer (40 MB), three times as long as computing them.
 namespace fastasr::cpu {
 
 // Returns at least `bytes`, aligned to 64, or null when there is no memory. It reuses the released buffer that fits

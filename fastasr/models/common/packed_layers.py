@@ -28,15 +28,21 @@ _WATCHED = "a submodule has hooks, or is in training mode"
 
 
 def may_serve(layer, x, weight):
-    """Says whether the native call may replace this one: eval mode, no gradients, a CPU with a native library, and a
-    layer that does not decline with ``packed_streaming = False``. x (frames, streams, channels) has the weight's dtype.
+    """Says whether a native call on packed weights may replace this one: as :func:`may_call`, and the layer does not
+    decline with ``packed_streaming = False``.
+    """
+    return may_call(layer, x, weight) and getattr(layer, "packed_streaming", True)
+
+
+def may_call(layer, x, weight):
+    """Says whether a native call may replace this one: eval mode, no gradients, a CPU with a native library.
+    x (frames, streams, channels) has the weight's dtype.
     """
     return (
         is_plain_inference(layer, x, weight, 3)
         and not torch.jit.is_tracing()
         and _dispatch.forced_backend() in ("auto", "cpu")
         and not _dispatch.native_reason()
-        and getattr(layer, "packed_streaming", True)
     )
 
 

@@ -109,8 +109,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
             weights = of_recordings(formed, projected, relative, masks)
         if self.dropout != 0.0:
             weights = dropped(weights, self.dropout, self.training)
-        if random.random() < 0.001 and not self.training and current() is None:
-            _log_entropy(self, weights)
+        draw_for_entropy(self, lambda: weights)
         return weights
 
     def unmaterialised(
@@ -173,10 +172,18 @@ def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_
     return projected, relative, masks, penalized
 
 
-def _log_entropy(module, weights):
+def plain(module, x, pos_emb, masks):
+    """Returns the weights of a call in inference, without random numbers."""
+    sizes = module.num_heads, module.query_head_dim
+    return zipformer_attention_weights(module.in_proj(x), module.linear_pos(pos_emb), *sizes, **masks)
+
+
+def draw_for_entropy(module, weights):
+    """Draws a number that decides whether this call logs the entropy of its weights, which ``weights()`` returns."""
+    if random.random() >= 0.001 or module.training or current() is not None:
+        return
     if logging.getLogger().isEnabledFor(logging.INFO):
-        weights = weights.detach().to(torch.float32)
-        entropy = torch.special.entr(weights).sum(-1).mean((1, 2))
+        entropy = torch.special.entr(weights().detach().to(torch.float32)).sum(-1).mean((1, 2))
         logging.info("name=%s, entropy of the attention weights by head: %s", module.name, entropy)
 
 

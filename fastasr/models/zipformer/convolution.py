@@ -79,7 +79,7 @@ class ConvolutionModule(torch.nn.Module):
 
     def forward(self, x, src_key_padding_mask=None, chunk_size=-1):
         h = self.in_proj(x)
-        weights = _weights(self, h, src_key_padding_mask, chunk_size)
+        weights = kernel_weights(self, h, src_key_padding_mask, chunk_size)
         if weights is None:
             return self.out_proj(_by_submodules(self, h, src_key_padding_mask, chunk_size))
         options = {"padding_mask": _of_batch(src_key_padding_mask, h), "chunk_size": chunk_size}
@@ -100,7 +100,7 @@ class ConvolutionModule(torch.nn.Module):
         the cache for the next chunk. The module must be ``causal``.
         """
         h = self.in_proj(x)
-        weights = _weights(self, h, src_key_padding_mask, -1)
+        weights = kernel_weights(self, h, src_key_padding_mask, -1)
         if weights is None or not _continues(cache, h, weights):
             return _stream_by_submodules(self, h, cache, src_key_padding_mask)
         fused = not _needs_gradients(h, cache, *weights) and _is_swoosh_r_and_linear(self.out_proj)
@@ -128,7 +128,7 @@ def _convolved(h, weights, padding_mask, **options):
     )
 
 
-def _weights(module, h, mask, chunk_size):
+def kernel_weights(module, h, mask, chunk_size):
     """Returns the tensors of depthwise_conv that ``gated_depthwise_conv`` takes after h. It returns None if the
     submodules must be called one by one: they have hooks, are of another class, or would raise.
     """

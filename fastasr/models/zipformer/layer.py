@@ -17,7 +17,7 @@ import torch
 
 from fastasr.models.common.inference import any_hooked, is_plain_inference, runs
 from fastasr.models.common.ragged import current
-from fastasr.models.zipformer import streaming_layer
+from fastasr.models.zipformer import streaming_layer, whole_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
@@ -147,6 +147,16 @@ class ZipformerEncoderLayer(torch.nn.Module):
         left_context_chunks=None,
     ):
         """Runs the layer. ``may_be_constant``: whether nonlin_attention may get constant weights on this call."""
+        call = src, pos_emb, chunk_size, attn_mask, src_key_padding_mask
+        by_submodules = partial(ZipformerEncoderLayer._encode_by_submodules, self, may_be_constant)
+        done = None
+        if not may_be_constant and not _is_long(self, src):
+            done = whole_layer.encoded(self, *call, left_context_chunks, by_submodules)
+        return by_submodules(*call, left_context_chunks) if done is None else done
+
+    def _encode_by_submodules(
+        self, may_be_constant, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, left_context_chunks
+    ):
         src_orig = src
         attention_skip_rate = float(self.attention_skip_rate) if self.training else 0.0
         weights = self.self_attn_weights

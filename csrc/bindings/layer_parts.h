@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <tuple>
+
+#include "bindings/dispatch.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/gemm/reduced_gemm.h"
+
+// The functions of operators that the operator of a whole layer calls. The schemas beside their definitions describe
+// the arguments.
+namespace fastasr::bindings {
+
+namespace gemm {
+void multiply(const cpu::Gemm<float>& g);
+void multiply_few_rows(const cpu::Gemm<float>& g);
+}  // namespace gemm
+
+namespace reduced_gemm {
+// Takes x, y, bias, sizes, format and input from g.
+void multiply(cpu::ReducedGemm g, const Tensor& packed);
+}  // namespace reduced_gemm
+
+namespace swoosh {
+Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int64_t shared_dim);
+}  // namespace swoosh
+
+namespace rows {
+Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale);
+Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale);
+}  // namespace rows
+
+namespace nonlin_attention {
+Tensor gate(const Tensor& projected);
+Tensor product(const Tensor& projected, const Tensor& o);
+}  // namespace nonlin_attention
+
+namespace weighted_values {
+Tensor weighted_values(Tensor weights, Tensor values);  // returns (rows, batch, width)
+}  // namespace weighted_values
+
+namespace zipformer_attention_weights {
+Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos, const Optional& cached_key,
+                                           const Optional& padding, const Optional& mask, int64_t heads,
+                                           int64_t query_dim, int64_t chunk, int64_t left_chunks);
+}  // namespace zipformer_attention_weights
+
+namespace gated_depthwise_conv {
+std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
+                                                        const Optional& causal_weight, const Optional& causal_bias,
+                                                        const Optional& chunk_scale, const Optional& padding_mask,
+                                                        const Optional& cache, int64_t chunk_size, int64_t activation,
+                                                        bool need_cache, int64_t delay);
+}  // namespace gated_depthwise_conv
+
+}  // namespace fastasr::bindings

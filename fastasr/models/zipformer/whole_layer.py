@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a layer in inference in one native call, csrc/bindings/zipformer_layer.cpp.
+
+Its kernels are those of the layer's submodules, and so are its bits; Python and torch's dispatcher are left out, which
+take a millisecond for a layer. The first call of a layer compares an example with what its submodules compute. A layer
+that has changed since is looked at again; :mod:`fastasr.models.common.module_state` tells what counts as a change.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from fastasr.models.common.inference import runs
+from fastasr.models.common.linear import Linear
+from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_call
+from fastasr.models.common.ragged import current
+from fastasr.models.zipformer import attention, convolution
+from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
+from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.nonlin_attention import NonlinAttention
+from fastasr.models.zipformer.normalization import BiasNorm
+from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.ops import _gemm, _reduced_weights
+
+_WAYS = {"torch": 0, "native": 1, "few rows": 2, "bf16": 3, "int8": 4}  # of csrc/bindings/zipformer_layer.cpp
+
+_MODULES = {
+    "self_attn_weights": attention.RelPositionMultiheadAttentionWeights,
+    "self_attn1": SelfAttention,
+    "self_attn2": SelfAttention,
+    "nonlin_attention": NonlinAttention,
+    "conv_module1": convolution.ConvolutionModule,
+    "conv_module2": convolution.ConvolutionModule,
+    "bypass_mid": BypassModule,
+    "bypass": BypassModule,
+    "norm": BiasNorm,
+}
+_PAIRS = (
+    *("feed_forward1", "nonlin_attention", "self_attn1", "conv_module1", "feed_forward2"),
+    *("self_attn2", "conv_module2", "feed_forward3"),
+)
+_ACTIVATED = {f"feed_forward{i}.out_proj": "SwooshL" for i in (1, 2, 3)}
+_ACTIVATED |= {f"conv_module{i}.out_proj": "SwooshR" for i in (1, 2)}
+_PRODUCTS = (
+    *("self_attn_weights.in_proj", "self_attn_weights.linear_pos"),
+    *(f"{module}.{projection}" for module in _PAIRS for projection in ("in_proj", "out_proj")),
+)
+_MODULES |= {name: ActivationDropoutAndLinear if name in _ACTIVATED else Linear for name in _PRODUCTS}
+
+
+def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_context_chunks, by_submodules):
+    """Returns the layer's output, or None where its submodules compute it: with gradients, hooks, packed frames,
+    autocast or another dtype, where a submodule runs other code, and before all products have been measured.
+    ``by_submodules(src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_context_chunks)`` computes the same.
+    """
+    if not may_call(layer, src, layer.norm.bias) or current() is not None:
+        return None
+    native = _LAYERS.of(layer, by_submodules)
+    if native.reason or not native.fits(src, pos_emb, chunk_size, attn_mask, key_padding_mask):
+        return None
+    products = native.products(src, pos_emb)
+    if products is None:
+        return None
+    masks = {"key_padding_mask": None, "attn_mask": attn_mask, "chunk_size": -1, "left_context_chunks": -1}
+    if key_padding_mask is not None:
+        masks["key_padding_mask"] = key_padding_mask.to(torch.bool).contiguous()
+    if chunk_size > 0 and left_context_chunks is not None:
+        masks |= {"chunk_size": chunk_size, "left_context_chunks": left_context_chunks}
+    y = native.run(products, src.contiguous(), pos_emb.contiguous(), chunk_size, masks)
+    attention.draw_for_entropy(
+        layer.self_attn_weights, lambda: attention.plain(layer.self_attn_weights, src, pos_emb, masks)
+    )
+    return y
+
+
+@dataclass
+class _Products:
+    """What computes the products of calls of one size: matrices or their copies in fewer bits, and the ways."""
+
+    weights: list
+    ways: list
+    copies: list
+
+
+class _Layer(PackedLayer):
+    OPERATIONS = "submodules"
+
+    def _why_never(self, layer):
+        parts = dict(layer.named_modules())
+        for name, ours in _MODULES.items():
+            if name not in parts or not runs(parts[name], ours.forward):
+                return f"{name} runs other code than fastasr's"
+        for name, activation in _ACTIVATED.items():
+            if parts[name].activation != activation:
+                return f"{name} has another activation than {activation}"
+        return ""
+
+    def _pack(self, layer):
+        modules = [layer.get_submodule(name) for name in _PRODUCTS]
+        self._weights = [module.weight for module in modules]
+        none = layer.norm.bias.new_empty(0)
+        self._biases = [none if module.bias is None else module.bias for module in modules]
+        self._outputs = [len(weight) for weight in self._weights]
+        attention = layer.self_attn_weights
+        self._heads, self._query_dim = attention.num_heads, attention.query_head_dim
+        self._channels, self._positions = self._weights[0].shape[1], attention.linear_pos.in_features
+        self._convolutions = []
+        for conv_module in (layer.conv_module1, layer.conv_module2):
+            h = none.new_empty(1, 1, 2 * self._channels)
+            tensors = convolution.kernel_weights(conv_module, h, None, -1)
+            if tensors is None or any(tensor is None for tensor in tensors):
+                raise ValueError("a convolution that the kernel does not compute")
+            self._convolutions += tensors
+        self._causal = len(self._convolutions) > 4
+        norm = layer.norm
+        self._scales = [layer.bypass_mid.bypass_scale, norm.bias, norm.log_scale, layer.bypass.bypass_scale]
+        self._products = {}
+
+    def _example(self, by_submodules):
+        """Computes two sequences of 5 frames, of which one is shorter, both ways."""
+        frames, batch = 5, 2
+        src = torch.arange(1.0, frames * batch * self._channels + 1).mul_(0.7).sin_()
+        src = src.view(frames, batch, self._channels)
+        pos_emb = torch.arange(1.0, (2 * frames - 1) * self._positions + 1).mul_(0.3).sin_()
+        pos_emb = pos_emb.view(1, -1, self._positions)
+        padding = torch.zeros(batch, frames, dtype=torch.bool)
+        padding[1, -1] = True
+        state = random.getstate()
+        expected = by_submodules(src, pos_emb, -1, None, padding, None)
+        random.setstate(state)
+        masks = {"key_padding_mask": padding, "attn_mask": None, "chunk_size": -1, "left_context_chunks": -1}
+        return [self.run(self.products(src, pos_emb), src, pos_emb, -1, masks)], [expected]
+
+    def fits(self, src, pos_emb, chunk_size, attn_mask, key_padding_mask):
+        """Says whether the native call can read these arguments; the submodules raise for wrong ones."""
+        frames, batch, channels = src.shape
+        return (
+            channels == self._channels
+            and pos_emb.dtype is torch.float32
+            and pos_emb.is_cpu
+            and pos_emb.shape[1:] == (2 * frames - 1, self._positions)
+            and len(pos_emb) in (1, batch)
+            and (chunk_size < 0 or (chunk_size > 0 and self._causal))
+            and (key_padding_mask is None or key_padding_mask.is_cpu)
+            and (key_padding_mask is None or key_padding_mask.shape == (batch, frames))
+            and (attn_mask is None or (attn_mask.dtype is torch.bool and attn_mask.is_cpu))
+            and (attn_mask is None or attn_mask.shape in ((frames, frames), (batch, frames, frames)))
+        )
+
+    def products(self, src, pos_emb):
+        """Returns what computes the products of this call, or None where one has not been measured or is watched."""
+        sizes = *src.shape[:2], len(pos_emb), torch.get_num_threads()
+        key = (
+            *sizes,
+            torch.are_deterministic_algorithms_enabled(),
+            _gemm.generation(),
+            _reduced_weights.generation(),
+        )
+        key = *key, _reduced_weights.is_suspended()
+        found = self._products.get(key)
+        if found is None:
+            found = self._measured(src, pos_emb)
+            if found is None:
+                return None
+            while len(self._products) >= 16:
+                self._products.pop(next(iter(self._products)), None)
+            self._products[key] = found
+        return None if any(copy.watch is not None for copy in found.copies) else found
+
+    def _measured(self, src, pos_emb):
+        found = _Products([], [], [])
+        frames = len(src)
+        for name, weight in zip(_PRODUCTS, self._weights, strict=True):
+            x = pos_emb if name == "self_attn_weights.linear_pos" else src
+            copy = _reduced_weights.of(x, weight) if _reduced_weights.copies else None
+            if copy is None:
+                way = _gemm.known("forward", x.shape[0] * x.shape[1], *weight.shape)
+                found.weights.append(weight)
+            else:
+                way = copy.format
+                found.copies.append(copy)
+                found.weights.append(copy.packed)
+            if way is None:
+                return None
+            found.ways.append(_WAYS[way])
+        way = _gemm.known_batched(
+            frames, frames, self._weights[_PRODUCTS.index("nonlin_attention.out_proj")].shape[1]
+        )
+        if way is None:
+            return None
+        found.ways.append(_WAYS[way])
+        return found
+
+    def run(self, products, src, pos_emb, chunk_size, masks):
+        return torch.ops.fastasr_cpu.zipformer_layer.default(
+            src,
+            pos_emb,
+            masks["key_padding_mask"],
+            masks["attn_mask"],
+            products.weights,
+            self._biases,
+            self._convolutions,
+            self._scales,
+            products.ways,
+            self._outputs,
+            self._heads,
+            self._query_dim,
+            masks["chunk_size"],
+            masks["left_context_chunks"],
+            chunk_size,
+        )
+
+
+_LAYERS = PackedLayers(_Layer)
+why_not = _LAYERS.why_not
