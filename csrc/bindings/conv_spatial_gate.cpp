@@ -8,6 +8,7 @@
 
 #include "bindings/channel_parameters.h"
 #include "bindings/dispatch.h"
+#include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
 namespace fastasr::bindings::conv_spatial_gate {
@@ -83,7 +84,7 @@ Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, con
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
-    y = new_contiguous(x, {p.batch, p.frames, p.channels});
+    y = new_pooled(x, {p.batch, p.frames, p.channels});
     T* out = mutable_data<T>(y);
     const auto statistics = statistics_of(p);
     parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),

@@ -116,18 +116,29 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
 
 template <typename T, typename C = compute_t<T>>
 void pack_keys(const AttentionProblem& a, const T* x, const T* cached, int64_t hb, C* transposed, C* rows) {
+  constexpr int64_t kBlock = 16;
   const int64_t h = hb / a.batch, b = hb % a.batch, padded = a.padded_keys(), dim = a.padded_dim();
-  for (int64_t j0 = 0; j0 < padded; j0 += 16)
-    for (int64_t j = j0; j < j0 + 16; j++) {
-      const T* key = nullptr;
-      if (j < a.left)
-        key = cached + ((j * a.batch + b) * a.heads + h) * a.query_dim;
-      else if (j < a.keys())
-        key = x + ((j - a.left) * a.batch + b) * a.width() + (a.heads + h) * a.query_dim;
-      for (int64_t d = 0; d < a.query_dim; d++) transposed[d * padded + j] = key ? load(key[d]) : C(0);
-      if (rows)
-        for (int64_t d = 0; d < dim; d++) rows[j * dim + d] = key && d < a.query_dim ? load(key[d]) : C(0);
+  for (int64_t j0 = 0; j0 < padded; j0 += kBlock) {
+    const T* key[kBlock];
+    const int64_t n = std::clamp<int64_t>(a.keys() - j0, 0, kBlock);
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t j = j0 + i;
+      key[i] = j < a.left ? cached + ((j * a.batch + b) * a.heads + h) * a.query_dim
+                          : x + ((j - a.left) * a.batch + b) * a.width() + (a.heads + h) * a.query_dim;
     }
+    for (int64_t d = 0; d < a.query_dim; d++) {
+      C* const row = transposed + d * padded + j0;
+      if (n < kBlock) std::memset(row, 0, sizeof(C) * kBlock);
+      for (int64_t i = 0; i < n; i++) row[i] = load(key[i][d]);
+    }
+    if (!rows) continue;
+    for (int64_t i = 0; i < kBlock; i++) {
+      C* const row = rows + (j0 + i) * dim;
+      const int64_t filled = i < n ? a.query_dim : 0;
+      for (int64_t d = 0; d < filled; d++) row[d] = load(key[i][d]);
+      std::memset(row + filled, 0, sizeof(C) * static_cast<size_t>(dim - filled));
+    }
+  }
 }
 
 template <typename T, typename C = compute_t<T>>

@@ -31,6 +31,8 @@ class GateStripe {
       : p_(p),
         statistics_(statistics),
         pad_(p.pad()),
+        first_tap_(std::max<int64_t>(0, pad_ + 1 - p.frames)),
+        last_tap_(std::min(p.taps, pad_ + p.frames)),
         ring_rows_(kGateBlock + 2 * pad_ + 2 * kTile),
         taps_(p.taps),
         vectors_(3),
@@ -68,7 +70,7 @@ class GateStripe {
   // Computes z of the block's n frames, with its bias.
   template <typename F>
   void convolve_block(int64_t n, const F& ahead) {
-    convolve(u_[0], taps_[0], p_.taps, n, z_[0], ahead);
+    convolve(u_[first_tap_], taps_[first_tap_], last_tap_ - first_tap_, n, z_[0], ahead);
     C* __restrict z = z_[0];
     const C* __restrict bias = vectors_[0];
     for (int64_t i = 0; i < n; i++, z += kStripe) {
@@ -79,7 +81,9 @@ class GateStripe {
 
   const ConvSpatialGate<T>& p_;
   const Statistics* statistics_;
-  const int64_t pad_, ring_rows_;
+  const int64_t pad_;
+  const int64_t first_tap_, last_tap_;  // other taps see no frame of sequences this short
+  const int64_t ring_rows_;
   int64_t first_ = 0, channels_ = 0;
   Rows<C> taps_, vectors_, u_, z_;  // row r of u_ is frame t - P + r of the block that starts at t
 
@@ -104,7 +108,7 @@ FASTASR_INLINE void gated_row(const T* __restrict r, const C* __restrict z, int6
 template <typename T>
 class GateForward : GateStripe<T> {
   using Base = GateStripe<T>;
-  using Base::p_, Base::pad_, Base::u_, Base::z_, Base::first_, Base::channels_;
+  using Base::p_, Base::pad_, Base::u_, Base::z_, Base::first_, Base::channels_, Base::first_tap_;
   using typename Base::C;
 
  public:
@@ -120,11 +124,11 @@ class GateForward : GateStripe<T> {
 
  private:
   void sequence(int64_t b, T* y) {
-    const int64_t frames = p_.frames, reach = 2 * pad_;
-    this->stage(b, -pad_, reach, u_[0]);
+    const int64_t frames = p_.frames, reach = std::min(2 * pad_, pad_ + frames - 1);
+    this->stage(b, first_tap_ - pad_, reach - first_tap_, u_[first_tap_]);
     for (int64_t t = 0; t < frames;) {
       const int64_t end = std::min(t + kGateBlock, frames), n = end - t;
-      this->stage(b, t + pad_, n, u_[reach]);
+      this->stage(b, t + reach - pad_, n, u_[reach]);
       T* to = y + (b * frames + t) * p_.channels + first_;
       this->convolve_block(n, [&](int64_t i) {
         for (int64_t j = i; j < std::min(i + kTile, n); j++) {
@@ -140,7 +144,7 @@ class GateForward : GateStripe<T> {
         else
           gated_row(r, z_[i], channels_, to + i * p_.channels);
       }
-      std::memmove(u_[0], u_[n], sizeof(C) * static_cast<size_t>(reach * kStripe));
+      if (end < frames) std::memmove(u_[0], u_[n], sizeof(C) * static_cast<size_t>(reach * kStripe));
       t = end;
     }
   }
