@@ -32,7 +32,9 @@ def test_everything_verifies(model, inputs):
             row.class_name == "ZipformerEncoderLayer"
         ):  # these contain upstream's modules, which are verified by themselves
             assert row.errors["gradients"] == row.errors["upstream_gradients"]
-        elif row.errors["upstream_gradients"] < 1e-5:  # else whitening loses digits of both, which verify judges
+        elif (
+            row.errors["upstream_gradients"] < 1e-5
+        ):  # else whitening loses digits of both, which verify judges
             assert row.errors["gradients"] < 1e-4, row
 
 
