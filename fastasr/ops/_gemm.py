@@ -40,9 +40,7 @@ _BUDGET_S = 0.5
 _MOST_FEW = 15  # rows: cpu::kFewRows
 _FEW_COLUMNS = 14  # as many rows as a tile of registers has with AVX-512
 SMALL = 1 << 17  # one row of 192 to 512 is below it
-_LARGE = (
-    96 * SMALL
-)  # torch multiplies a batch of smaller matrices at once, faster than fastasr one after the other
+_LARGE = 96 * SMALL  # torch multiplies smaller matrices of a batch at once, faster than fastasr one by one
 CHAINS = 12  # columns: where a weight's gradient has fewer, torch adds in one chain of floats
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
@@ -226,7 +224,9 @@ def known(operation: str, m: int, n: int, k: int) -> str | None:
     if m * n * k < SMALL or torch.are_deterministic_algorithms_enabled():
         return "torch"
     f = _choices.get((operation, m.bit_length(), n, k, torch.get_num_threads()))
-    return next((name for name, products in _PRODUCTS.items() if products.get(operation) is f), None)
+    if f is None:
+        return None
+    return next(name for name, products in _PRODUCTS.items() if products.get(operation) is f)
 
 
 # --------------------------------------------------------------------------- what ops call, below autograd

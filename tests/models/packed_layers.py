@@ -4,8 +4,10 @@
 import contextlib
 
 import torch
+from steps import seeded
 
 import fastasr
+from fastasr.models.zipformer import ZipformerEncoderLayer
 
 LIMIT = 5e-6  # relative to the rms of each result, against float64
 
@@ -16,6 +18,25 @@ def assert_near(got, expected):
         assert ours.shape == theirs.shape
         if theirs.numel():
             assert ((ours.double() - theirs).norm() <= LIMIT * theirs.double().norm()).item()
+
+
+def zipformer_layer(dim=20, kernel=7, causal=False, **changes):
+    """Makes a layer in eval mode whose parameters are all random."""
+    seeded(3)
+    sizes = {
+        "num_heads": 2,
+        "query_head_dim": 6,
+        "pos_head_dim": 3,
+        "value_head_dim": 5,
+        "feedforward_dim": 24,
+    }
+    layer = ZipformerEncoderLayer(
+        dim, pos_dim=8, cnn_module_kernel=kernel, causal=causal, **{**sizes, **changes}
+    ).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer
 
 
 @contextlib.contextmanager

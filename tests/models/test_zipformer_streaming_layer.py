@@ -6,29 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from packed_layers import assert_near, check_declined, other_threads
-from steps import seeded
+from packed_layers import assert_near, check_declined, other_threads, zipformer_layer
 
-from fastasr.models.zipformer import ZipformerEncoderLayer, streaming_layer
+from fastasr.models.zipformer import streaming_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
 
-
-def _layer(dim=20, kernel=7, **changes):
-    seeded(3)
-    sizes = {
-        "num_heads": 2,
-        "query_head_dim": 6,
-        "pos_head_dim": 3,
-        "value_head_dim": 5,
-        "feedforward_dim": 24,
-    }
-    layer = ZipformerEncoderLayer(
-        dim, pos_dim=8, cnn_module_kernel=kernel, causal=True, **{**sizes, **changes}
-    ).eval()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return layer
+_layer = partial(zipformer_layer, causal=True)
 
 
 def _chunk(layer, frames=4, streams=2, left=6, masked=None):

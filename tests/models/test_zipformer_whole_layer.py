@@ -8,30 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from steps import seeded
+from packed_layers import zipformer_layer
 
 import fastasr
 from fastasr.models.common.ragged import Packing
 from fastasr.models.zipformer import ZipformerEncoderLayer, whole_layer
 from fastasr.ops import _gemm, _reduced_weights
-
-
-def _layer(dim=20, kernel=7, causal=False, **changes):
-    seeded(3)
-    sizes = {
-        "num_heads": 2,
-        "query_head_dim": 6,
-        "pos_head_dim": 3,
-        "value_head_dim": 5,
-        "feedforward_dim": 24,
-    }
-    layer = ZipformerEncoderLayer(
-        dim, pos_dim=8, cnn_module_kernel=kernel, causal=causal, **{**sizes, **changes}
-    ).eval()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return layer
 
 
 def _call(layer, frames=9, batch=2, chunk_size=-1, attn_mask=None, padding=None, left_context_chunks=None):
@@ -75,7 +57,7 @@ def products(request, monkeypatch):
 @pytest.mark.parametrize(("frames", "batch"), [(1, 1), (1, 3), (9, 2), (130, 1)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_bits(frames, batch, causal):
-    layer = _layer(causal=causal)
+    layer = zipformer_layer(causal=causal)
     padding = torch.rand(batch, frames) < 0.3
     mask = torch.rand(frames, frames) < 0.2
     masks = torch.rand(batch, frames, frames) < 0.2
@@ -92,7 +74,7 @@ def test_bits(frames, batch, causal):
 @pytest.mark.usefixtures("products")
 def test_large():
     """Products beyond the sizes that are torch's, and a first head beyond those of a batch."""
-    layer = _layer(dim=192, num_heads=4, query_head_dim=32, value_head_dim=12, feedforward_dim=512)
+    layer = zipformer_layer(dim=192, num_heads=4, query_head_dim=32, value_head_dim=12, feedforward_dim=512)
     call = _call(layer, 320, 2, padding=torch.arange(320) >= torch.tensor([[320], [200]]))
     _check(layer, call)
     _check(layer, _call(layer, 5, 2))
@@ -103,7 +85,7 @@ def test_large():
 def test_fewer_bits(format):
     if _reduced_weights.reason(format):
         pytest.skip(_reduced_weights.reason(format))
-    layer = _layer(dim=64, num_heads=4, feedforward_dim=128)
+    layer = zipformer_layer(dim=64, num_heads=4, feedforward_dim=128)
     call = _call(layer, 40, 2)
     exact = _by_submodules(layer, call)
     kept = [layer.feed_forward2.in_proj, layer.feed_forward2.out_proj, layer.self_attn1.in_proj]
@@ -125,8 +107,21 @@ def test_fewer_bits(format):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("products")
+def test_a_length_whose_products_are_not_measured():
+    """Lengths of one class share the products of linear layers, but not the first head's."""
+    layer = zipformer_layer(dim=192, num_heads=4, query_head_dim=32, value_head_dim=12, feedforward_dim=512)
+    _check(layer, _call(layer, 320, 1))
+    call = _call(layer, 331, 1)
+    before = _whole(layer, call)
+    expected = _by_submodules(layer, call)
+    assert before is None or torch.equal(before, expected)
+    _check(layer, call)
+
+
+@torch.no_grad()
 def test_changes_are_noticed():
-    layer = _layer()
+    layer = zipformer_layer()
     call = _call(layer)
     _check(layer, call)
     layer.norm.bias.add_(0.5)
@@ -142,7 +137,7 @@ def test_changes_are_noticed():
 
 
 def test_declines():
-    layer = _layer()
+    layer = zipformer_layer()
     call = _call(layer)
     assert _whole(layer, call) is None  # gradients
     with torch.no_grad():
@@ -177,7 +172,7 @@ def test_declines():
 
 @torch.no_grad()
 def test_another_formula_is_noticed():
-    layer = _layer()
+    layer = zipformer_layer()
     layer.feed_forward2.hidden_balancer = torch.nn.Tanh().eval()
     call = _call(layer)
     assert _whole(layer, call) is None
@@ -187,7 +182,7 @@ def test_another_formula_is_noticed():
 
 @torch.no_grad()
 def test_entropy_is_logged(caplog, monkeypatch):
-    layer = _layer()
+    layer = zipformer_layer()
     call = _call(layer)
     _check(layer, call)
     monkeypatch.setattr(random, "random", lambda: 0.0)
@@ -203,7 +198,7 @@ def test_in_parallel():
     """Threads share a layer whose copies in fewer bits come and go."""
     from concurrent.futures import ThreadPoolExecutor
 
-    layer = _layer(dim=64, num_heads=4, feedforward_dim=128)
+    layer = zipformer_layer(dim=64, num_heads=4, feedforward_dim=128)
     call, weight = _call(layer, 40, 2), layer.feed_forward2.in_proj.weight
     exact = _by_submodules(layer, call)
     _reduced_weights.keep(weight, "int8")
