@@ -5,9 +5,8 @@
     python -m fastasr.benchmarks.studies.int8_shares --page-only  # the page from the JSON; --check compares it
 
 torch's profiler gives the time of every operator in the swapped model, of each the shortest of several calls, in which
-layers call their submodules one by one. What int8
-can reach has products at four times the rate of float32's best ones, since a word holds four bytes, and takes float32's
-time for the rest.
+layers call their submodules one by one. What int8 can reach has products at four times the rate of float32's best ones,
+since a word holds four bytes, and takes float32's time for the rest.
 """
 
 import sys

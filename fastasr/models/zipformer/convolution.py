@@ -174,7 +174,8 @@ def _fits(mask, h):
 
 
 def _of_batch(mask, h):
-    return None if mask is None else mask.to(torch.bool).expand(h.shape[1], h.shape[0])
+    """Returns the mask as the kernel reads it: those of stacks at lower rates are strided."""
+    return None if mask is None else mask.to(torch.bool).expand(h.shape[1], h.shape[0]).contiguous()
 
 
 def _continues(cache, h, weights):

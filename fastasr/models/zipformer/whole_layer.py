@@ -2,8 +2,9 @@
 """Runs a layer in inference in one native call, csrc/bindings/zipformer_layer.cpp.
 
 Its kernels are those of the layer's submodules, and so are its bits; Python and torch's dispatcher are left out, which
-take a millisecond for a layer. The first call of a layer compares an example with what its submodules compute. A layer
-that has changed since is looked at again; :mod:`fastasr.models.common.module_state` tells what counts as a change.
+take half a millisecond for a layer. The first call of a layer compares an example with what its submodules compute. A
+layer that has changed since is looked at again; :mod:`fastasr.models.common.module_state` tells what counts as a
+change.
 """
 
 import random
@@ -150,14 +151,9 @@ class _Layer(PackedLayer):
 
     def products(self, src, pos_emb):
         """Returns what computes the products of this call, or None where one has not been measured or is watched."""
-        sizes = *src.shape[:2], len(pos_emb), torch.get_num_threads()
-        key = (
-            *sizes,
-            torch.are_deterministic_algorithms_enabled(),
-            _gemm.generation(),
-            _reduced_weights.generation(),
-        )
-        key = *key, _reduced_weights.is_suspended()
+        modes = torch.are_deterministic_algorithms_enabled(), _reduced_weights.is_suspended()
+        generations = _gemm.generation(), _reduced_weights.generation()
+        key = *src.shape[:2], len(pos_emb), torch.get_num_threads(), *modes, *generations
         found = self._products.get(key)
         if found is None:
             found = self._measured(src, pos_emb)
