@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 # The sets of each architecture in ascending order; every machine runs the first.
 SETS = (
-    ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
+    ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "avx512_amx"),
     ("neon", "neon_dot", "neon_bf16"),
 )
 WIDEST = max(map(len, SETS))

@@ -103,11 +103,13 @@ void values(WeightFormat format, int64_t m, int64_t n, int64_t k) {
 
 TEST_CASE("reduced_gemm") {
   for (const auto format : {WeightFormat::bf16, WeightFormat::int8})
-    for (const int64_t m : {1, 2, 5, 13, 14, 15, 29})
+    for (const int64_t m : {1, 2, 5, 14, 15, 16, 33})
       for (const int64_t n : {1, 16, 31, 33, 64})
-        for (const int64_t k : {1, 3, 4, 17, 64, 203}) values(format, m, n, k);
+        for (const int64_t k : {1, 3, 4, 17, 64, 96, 203}) values(format, m, n, k);
   values(WeightFormat::int8, 17, 97, 8191);  // more than one block of columns
   values(WeightFormat::bf16, 17, 97, 4099);
+  values(WeightFormat::int8, 67, 97, 8192);  // in tiles, too
+  values(WeightFormat::bf16, 67, 97, 4096);
 }
 
 TEST_CASE("reduced_gemm of swoosh(x)") {

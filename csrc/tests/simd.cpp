@@ -8,7 +8,8 @@ namespace fastasr::test {
 TEST_CASE("simd") {
   const cpu::Simd before = cpu::simd();
   using enum cpu::Simd;
-  for (const cpu::Simd set : {portable, avx2, avx512, avx512_vnni, avx512_bf16, neon, neon_dot, neon_bf16}) {
+  for (const cpu::Simd set :
+       {portable, avx2, avx512, avx512_vnni, avx512_bf16, avx512_amx, neon, neon_dot, neon_bf16}) {
     const bool possible = cpu::use_simd(set);
     CHECK(cpu::simd() == set || !possible, "%d was not taken", int(set));
 #if defined(__x86_64__)
@@ -16,6 +17,7 @@ TEST_CASE("simd") {
     CHECK(!possible || set < cpu::Simd::avx2 || __builtin_cpu_supports("avx2"), "no AVX2 here");
     CHECK(!possible || set < cpu::Simd::avx512 || __builtin_cpu_supports("avx512vl"), "no AVX-512 here");
     CHECK(!possible || set < avx512_vnni || __builtin_cpu_supports("avx512vnni"), "no VNNI here");
+    CHECK(!possible || set != avx512_amx || __builtin_cpu_supports("avx512bf16"), "no AMX here");
     CHECK(!possible || set < avx512_bf16 || __builtin_cpu_supports("avx512bf16"), "no BF16 here");
 #endif
     CHECK(std::strlen(cpu::simd_level()) > 0 && std::strlen(cpu::simd_name()) > 0, "a set has no name");

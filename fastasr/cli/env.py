@@ -98,7 +98,7 @@ def collect() -> dict:
             "cores granted": _granted(),
             "torch threads": torch.get_num_threads(),
             "torch SIMD level": torch.backends.cpu.get_cpu_capability(),
-            "AMX": "there; torch's products use it, fastasr's kernels do not" if _amx() else "none",
+            "AMX": "there" if _amx() else "none",
         },
         "cuda": _cuda(),
         "native": {

@@ -60,8 +60,8 @@ struct ReducedGemm {
 
 struct ReducedGemmKernels {
   int32_t levels;
-  // Says whether products gain over float32's: int8's always, bf16's where an instruction multiplies and adds words of
-  // it and, measured at the first call, is the faster one.
+  // Says whether products gain over float32's: int8's always, bf16's with AMX, and where an instruction multiplies and
+  // adds words of it and, measured at the first call, is the faster one.
   bool (*gains)();
   void (*rows)(const ReducedGemm& g, int64_t begin, int64_t end);  // converts rows of x
   int64_t (*tasks)(const ReducedGemm& g);
@@ -75,7 +75,7 @@ struct ReducedGemmKernels {
 // T is int8_t or bfloat16.
 template <typename T>
 struct ReducedGemmTable {
-  static constexpr bool kDotProducts = true;
+  static constexpr bool kDotProducts = true, kTileProducts = true;
   ReducedGemmKernels kernels;
 };
 FASTASR_INLINE const ReducedGemmKernels& reduced_gemm_kernels(WeightFormat format) {

@@ -16,11 +16,20 @@
 #endif
 
 #include "cpu/gemm/words.simd.h"
+#if defined(__AMX_TILE__)
+#include "cpu/gemm/amx.simd.h"
+#endif
 
 namespace fastasr::cpu {
 namespace {
 
 constexpr int kLanes = Lanes<float>::count;
+
+#if defined(__AMX_TILE__)
+constexpr bool kAmx = true;
+#else
+constexpr bool kAmx = false;
+#endif
 
 // Two vectors of columns make a tile; its sums take the registers that weights, a broadcast and, without an instruction
 // for the whole, halves of sums leave.
@@ -50,7 +59,11 @@ constexpr int32_t kShift = 128;
 constexpr int32_t kShift = 0;
 #endif
 
-constexpr int64_t kBlockBytes = int64_t{1} << 18;  // weights that several rows share while they are in a cache
+constexpr int64_t kTileProductRows = 32;  // of AMX
+
+// Weights that several rows share while they are in a cache; the processors that have AMX have one of 2 MiB. Few rows
+// are no more than a task for each block, and get more of them.
+constexpr int64_t kBlockBytes = int64_t{1} << 18, kTileBlockBytes = int64_t{1} << 20, kManyRows = 256;
 
 template <typename T>
 struct Format;
@@ -105,6 +118,22 @@ __attribute__((noinline)) void put_columns(const float* sum, const float* bias, 
   for (int64_t c = 0; c < columns; c++) y[c] = bias ? sum[c] + bias[c] : sum[c];
 }
 
+// Writes row `row` of y from the sums of the tile's two vectors of columns.
+template <typename Sum>
+FASTASR_INLINE void finish_row(const Tile& t, int64_t row, Sum left_sum, Sum right_sum) {
+  const ReducedGemm& g = t.g;
+  Floats left = finished(t, row, t.j, left_sum), right = finished(t, row, t.j + kLanes, right_sum);
+  float* const y = g.y + row * g.y_row + t.j;
+  if (t.columns == kTileColumns) {
+    if (g.bias) left += at(g.bias + t.j), right += at(g.bias + t.j + kLanes);
+    put(y, left), put(y + kLanes, right);
+  } else {
+    alignas(64) float out[kTileColumns];
+    put(out, left), put(out + kLanes, right);
+    put_columns(out, g.bias ? g.bias + t.j : nullptr, t.columns, y);
+  }
+}
+
 // Each number of rows has its own function: several tiles inlined into one function would spill.
 template <typename T, int64_t kTileRows>
 __attribute__((noinline)) void tile(const Tile& t) {
@@ -124,18 +153,7 @@ __attribute__((noinline)) void tile(const Tile& t) {
     }
   }
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < kTileRows; i++) {
-    alignas(64) float out[kTileColumns];
-    Floats left = finished(t, t.i + i, t.j, sum[i][0]), right = finished(t, t.i + i, t.j + kLanes, sum[i][1]);
-    float* const y = g.y + (t.i + i) * g.y_row + t.j;
-    if (t.columns == kTileColumns) {
-      if (g.bias) left += at(g.bias + t.j), right += at(g.bias + t.j + kLanes);
-      put(y, left), put(y + kLanes, right);
-    } else {
-      put(out, left), put(out + kLanes, right);
-      put_columns(out, g.bias ? g.bias + t.j : nullptr, t.columns, y);
-    }
-  }
+  for (int64_t i = 0; i < kTileRows; i++) finish_row(t, t.i + i, sum[i][0], sum[i][1]);
 }
 
 template <typename T>
@@ -143,33 +161,101 @@ constexpr auto kTiles = []<int64_t... i>(std::integer_sequence<int64_t, i...>) {
   return std::array<void (*)(const Tile&), kRows>{tile<T, i + 1>...};
 }(std::make_integer_sequence<int64_t, kRows>());
 
+// Says how many words along k AMX's tiles take; 0 where there are none or they would not gain. The bits of bf16 depend
+// on it, so that it looks at k alone.
+int64_t tile_step([[maybe_unused]] const ReducedGemm& g) {
+#if defined(__AMX_TILE__)
+  return amx_step(reduced_words(g.k, g.format));
+#else
+  return 0;
+#endif
+}
+
 // A task is some rows by a block of panels, and neighbours share the block. Rows are split evenly: 8 + 7, not 14 + 1.
-int64_t row_parts(const ReducedGemm& g) { return (g.m + kRows - 1) / kRows; }
+int64_t row_parts(const ReducedGemm& g) {
+  const int64_t most = tile_step(g) ? kTileProductRows : kRows;
+  return (g.m + most - 1) / most;
+}
 int64_t blocks(const ReducedGemm& g) {
   const int64_t bytes = reduced_panels(g.n) * kReducedColumns * reduced_words(g.k, g.format) * 4;
-  return std::min(reduced_panels(g.n), (bytes + kBlockBytes - 1) / kBlockBytes);
+  const int64_t block = tile_step(g) && g.m >= kManyRows ? kTileBlockBytes : kBlockBytes;
+  return std::min(reduced_panels(g.n), (bytes + block - 1) / block);
 }
 int64_t tasks(const ReducedGemm& g) { return row_parts(g) * blocks(g); }
 
-template <typename T>
-void products(const ReducedGemm& g, int64_t begin, int64_t end) {
+// Calls run(i, rows, first column, last column) for each task.
+template <typename F>
+FASTASR_INLINE void each_task(const ReducedGemm& g, int64_t begin, int64_t end, const F& run) {
   const int64_t parts = row_parts(g), panels = reduced_panels(g.n), count = blocks(g);
   for (int64_t task = begin; task < end; task++) {
-    const int64_t block = task / parts, part = task % parts;
-    const int64_t i = g.m * part / parts, rows = g.m * (part + 1) / parts - i;
-    const int64_t last = std::min(g.n, panels * (block + 1) / count * kReducedColumns);
-    for (int64_t j = panels * block / count * kReducedColumns; j < last; j += kTileColumns)
-      kTiles<T>[static_cast<size_t>(rows - 1)]({g, i, j, std::min(kTileColumns, g.n - j)});
+    const int64_t block = task / parts, part = task % parts, i = g.m * part / parts;
+    run(i, g.m * (part + 1) / parts - i, panels * block / count * kReducedColumns,
+        std::min(g.n, panels * (block + 1) / count * kReducedColumns));
   }
+}
+
+#if defined(__AMX_TILE__)
+template <typename T>
+void tile_products(const ReducedGemm& g, int64_t begin, int64_t end) {
+  using Sum = typename Format<T>::Sum;
+  const int64_t words = reduced_words(g.k, g.format), step = tile_step(g);
+  alignas(64) float sums[kTileProductRows][kReducedColumns];
+  AmxTiles tiles;
+  each_task(g, begin, end, [&](int64_t i, int64_t rows, int64_t first, int64_t last) __attribute__((always_inline)) {
+    tiles.shape(rows, step);
+    const auto finish = [&](int64_t j) __attribute__((always_inline)) {
+      const Tile t{g, i, j, std::min(kTileColumns, g.n - j)};
+      for (int64_t row = 0; row < rows; row++)
+        finish_row(t, i + row, reinterpret_cast<Sum>(load_words(sums[row])),
+                   reinterpret_cast<Sum>(load_words(sums[row] + kLanes)));
+    };
+    // the tiles multiply a panel while the sums of the one before are written
+    for (int64_t j = first; j < last; j += kReducedColumns) {
+      tiles.multiply<T>(g.rows + i * words, g.weights.words + j * words, words, step);
+      if (j > first) finish(j - kReducedColumns);
+      tiles.put(sums);
+    }
+    finish((last - 1) / kReducedColumns * kReducedColumns);
+  });
+}
+#endif
+
+template <typename T>
+void products(const ReducedGemm& g, int64_t begin, int64_t end) {
+#if defined(__AMX_TILE__)
+  if (tile_step(g)) return tile_products<T>(g, begin, end);
+#endif
+  each_task(g, begin, end, [&](int64_t i, int64_t rows, int64_t first, int64_t last) __attribute__((always_inline)) {
+    for (int64_t j = first; j < last; j += kTileColumns)
+      kTiles<T>[static_cast<size_t>(rows - 1)]({g, i, j, std::min(kTileColumns, g.n - j)});
+  });
 }
 
 // ---------------------------------------------------------------------------------------------- rows of x
 constexpr float kMagic = Bits<float>::magic;
 
 FASTASR_INLINE void int8_row(const float* x, int64_t k, int64_t words, uint8_t* out, float& step, int32_t& zero) {
-  float least = 0, most = 0, poison = 0;  // a NaN or an infinity makes NaN of it
-#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : poison)
-  for (int64_t j = 0; j < k; j++) {
+  constexpr int64_t kChains = 4;
+  Floats leasts[kChains] = {}, mosts[kChains] = {}, poisons[kChains] = {};
+  int64_t j = 0;
+  const auto take = [&](int64_t chain) __attribute__((always_inline)) {
+    const Floats v = at(x + j);
+    j += kLanes;
+    leasts[chain] = smaller(v, leasts[chain]), mosts[chain] = larger(v, mosts[chain]);
+    poisons[chain] += v * 0;  // a NaN or an infinity makes NaN of it
+  };
+  while (j + kChains * kLanes <= k)
+#pragma GCC unroll 4
+    for (int64_t chain = 0; chain < kChains; chain++) take(chain);
+  while (j + kLanes <= k) take(0);
+#pragma GCC unroll 4
+  for (int64_t chain = 1; chain < kChains; chain++) {
+    leasts[0] = smaller(leasts[chain], leasts[0]), mosts[0] = larger(mosts[chain], mosts[0]);
+    poisons[0] += poisons[chain];
+  }
+  float least = across<float>(leasts[0], smaller)[0], most = across<float>(mosts[0], larger)[0];
+  float poison = across<float>(poisons[0], [](Floats a, Floats b) { return a + b; })[0];
+  for (; j < k; j++) {
     least = x[j] < least ? x[j] : least;
     most = x[j] > most ? x[j] : most;
     poison += x[j] * 0;
@@ -186,19 +272,16 @@ FASTASR_INLINE void int8_row(const float* x, int64_t k, int64_t words, uint8_t* 
   const float per_step = 1 / step, origin = std::nearbyint(-least * per_step);
   zero = static_cast<int32_t>(origin);
   // beside the ends of the range the rounded zero leaves half a level; the low bits of the result are the integer
-  const auto level = [&](auto v, auto none, auto all) __attribute__((always_inline)) {
-    const auto p = v * per_step + origin, some = p > none ? p : none;
-    return (some < all ? some : all) + kMagic;
+  const Floats all = Floats{} + static_cast<float>(kLevels);
+  const auto level = [&](Floats v) __attribute__((always_inline)) {
+    return reinterpret_cast<Ints>(smaller(larger(v * per_step + origin, Floats{}), all) + kMagic) & 255;
   };
-  const Floats none{}, all = none + static_cast<float>(kLevels);
-  int64_t j = 0;
-  for (; j + kLanes <= k; j += kLanes) {
+  for (j = 0; j + kLanes <= k; j += kLanes) {
     typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-    const Ints low_bits = reinterpret_cast<Ints>(level(at(x + j), none, all)) & 255;
-    const Bytes bytes = __builtin_convertvector(low_bits, Bytes);
+    const Bytes bytes = __builtin_convertvector(level(at(x + j)), Bytes);
     std::memcpy(out + j, &bytes, kLanes);
   }
-  for (; j < k; j++) out[j] = static_cast<uint8_t>(to_bits(level(x[j], 0.0f, static_cast<float>(kLevels))));
+  for (; j < k; j++) out[j] = static_cast<uint8_t>(level(vector_of(x[j]))[0]);
 }
 
 FASTASR_INLINE void bf16_row(const float* x, int64_t k, int64_t words, bfloat16* out) {
@@ -262,7 +345,8 @@ double fastest(const F& step) {
 // rate of float32's: float32 is then twice as fast.
 template <typename T>
 bool gains() {
-  if constexpr (std::is_same_v<T, int8_t> || !kBf16Instruction) return std::is_same_v<T, int8_t>;
+  if constexpr (std::is_same_v<T, int8_t> || kAmx) return true;
+  if constexpr (!kBf16Instruction) return false;
   static const bool faster = [] {
     volatile float one = 1;
     const Floats x = Floats{} + one;

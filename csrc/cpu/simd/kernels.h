@@ -29,6 +29,9 @@ struct Provided {
 // then picked at run time, by a caller compiled for avx512 as well.
 template <typename Table>
 constexpr bool kDots = requires { Table::kDotProducts; };
+// What multiplies and adds whole matrices of them gets one from AMX's set, too.
+template <typename Table>
+constexpr bool kTiles = requires { Table::kTileProducts; };
 
 // The type that a table is for.
 template <typename Table>
@@ -51,6 +54,7 @@ constexpr bool own(Simd set) {
   if (set <= avx512 || set == neon) return true;
   const bool int8 = set == avx512_vnni || set == neon_dot || set == neon_bf16;
   const bool bf16 = set == avx512_bf16 || set == neon_bf16;
+  if (set == avx512_amx) return kTiles<Table>;
   return kDots<Table> && ((int8 && std::is_same_v<T, int8_t>) || (bf16 && std::is_same_v<T, bfloat16>));
 }
 

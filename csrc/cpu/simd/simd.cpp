@@ -9,12 +9,29 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 namespace fastasr::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// Says whether this process may use AMX's tiles. Linux saves their 8 KiB for a thread only after the process has asked.
+bool tiles_granted() {
+#ifdef __linux__
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, since Linux 5.16
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
 
 // Checks for all that the flags in CMakeLists.txt let the compiler use, and whether the operating system saves the
 // registers.
@@ -24,6 +41,7 @@ Simd of_machine() {
                               1u << 27 | 1u << 28 | 1u << 29;  // SSE3 to SSE4.2, FMA, MOVBE, POPCNT, OSXSAVE, AVX, F16C
   constexpr unsigned kLeaf7 = 1u << 3 | 1u << 5 | 1u << 8;     // BMI1, AVX2, BMI2
   constexpr unsigned kWide = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;  // AVX-512 F, DQ, CD, BW, VL
+  constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;                       // AMX BF16, TILE, INT8
   constexpr unsigned kExtended = 1u << 0 | 1u << 5;                                 // LAHF, LZCNT
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kLeaf1) != kLeaf1) return Simd::portable;
@@ -34,7 +52,9 @@ Simd of_machine() {
   if ((saved & 0x06u) != 0x06u) return Simd::portable;
   if ((b & kWide) != kWide || (saved & 0xe6u) != 0xe6u) return Simd::avx2;
   if (!(c & 1u << 11)) return Simd::avx512;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5 ? Simd::avx512_bf16 : Simd::avx512_vnni;
+  const bool tiles = (d & kTiles) == kTiles && (saved & 0x60000u) == 0x60000u;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return Simd::avx512_vnni;
+  return tiles && tiles_granted() ? Simd::avx512_amx : Simd::avx512_bf16;
 #elif defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long kDot = HWCAP_CRC32 | HWCAP_ATOMICS | HWCAP_ASIMDRDM | HWCAP_ASIMDDP;  // armv8.2-a+dotprod
   constexpr unsigned long kWide = HWCAP2_I8MM | HWCAP2_BF16;
@@ -63,6 +83,7 @@ constexpr Named kSets[] = {
     {"avx512", "x86-64-v4 (AVX-512)"},
     {"avx512_vnni", "x86-64-v4 (AVX-512, VNNI)"},
     {"avx512_bf16", "x86-64-v4 (AVX-512, VNNI, BF16)"},
+    {"avx512_amx", "x86-64-v4 (AVX-512, VNNI, BF16, AMX)"},
     {"neon", "aarch64 (NEON)"},
     {"neon_dot", "aarch64 (NEON, dot products)"},
     {"neon_bf16", "aarch64 (NEON, dot products, I8MM, BF16)"},

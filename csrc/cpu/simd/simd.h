@@ -11,12 +11,12 @@
 
 namespace fastasr::cpu {
 
-// The sets in ascending order. portable is x86-64; avx2 is x86-64-v3; avx512 is x86-64-v4. The two beyond it add
-// instructions that multiply and add four integers of 8 bits (VNNI), or two bfloat16: only files that use them are
-// compiled for these. The last three are aarch64's: neon is armv8-a, neon_dot adds dot products of signed integers of 8
-// bits (FEAT_DotProd), neon_bf16 those of unsigned by signed integers, and of bfloat16 (FEAT_I8MM and FEAT_BF16). On
-// every other architecture portable is what the compiler uses by itself.
-enum class Simd { portable, avx2, avx512, avx512_vnni, avx512_bf16, neon, neon_dot, neon_bf16 };
+// The sets in ascending order. portable is x86-64; avx2 is x86-64-v3; avx512 is x86-64-v4. The three beyond it add
+// instructions that multiply and add four integers of 8 bits (VNNI), two bfloat16, or matrices of either (AMX): only
+// files that use them are compiled for these. The last three are aarch64's: neon is armv8-a, neon_dot adds dot products
+// of signed integers of 8 bits (FEAT_DotProd), neon_bf16 those of unsigned by signed integers, and of bfloat16
+// (FEAT_I8MM and FEAT_BF16). On every other architecture portable is what the compiler uses by itself.
+enum class Simd { portable, avx2, avx512, avx512_vnni, avx512_bf16, avx512_amx, neon, neon_dot, neon_bf16 };
 
 // Returns the set in use: the widest that this machine runs and this library was built for, or the one that the
 // environment variable FASTASR_SIMD names. It is chosen when the library is loaded; until then it is the least.

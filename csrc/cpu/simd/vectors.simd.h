@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/simd/kernels.h"
 
 // Vectors of the instruction set that a *.simd.cpp is compiled for, their transposition and their sums.
@@ -108,6 +112,39 @@ FASTASR_INLINE void sum_each(Vector<C>* r) {
     r[i] = mixed<C, kBit, false>(a, b) + mixed<C, kBit, true>(a, b);
   }
   if constexpr (kBit > 1) sum_each<C, kBit / 2>(r);
+}
+
+// Returns op over all lanes, in every lane. op commutes.
+template <typename C, int kBit, typename Op, int... kJ>
+FASTASR_INLINE Vector<C> across(Vector<C> v, const Op& op, std::integer_sequence<int, kJ...> lanes) {
+  v = op(v, __builtin_shufflevector(v, v, (kJ ^ kBit)...));
+  if constexpr (kBit > 1) return across<C, kBit / 2>(v, op, lanes);
+  return v;
+}
+template <typename C, typename Op>
+FASTASR_INLINE Vector<C> across(Vector<C> v, const Op& op) {
+  return across<C, Lanes<C>::count / 2>(v, op, std::make_integer_sequence<int, Lanes<C>::count>());
+}
+
+// The smaller and the larger of each lane; those of b where one is NaN. The compiler makes two instructions of the
+// formula, since it keeps the sign of zeros.
+FASTASR_INLINE Vector<float> smaller(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+FASTASR_INLINE Vector<float> larger(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
 }
 
 }  // namespace FASTASR_SIMD
