@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/gemm/amx.simd.h"
 #include "cpu/gemm/words.simd.h"
 
 namespace fastasr::cpu {
@@ -12,11 +13,18 @@ namespace {
 // A tile's sums, two vectors wide, take all registers but those of one row of B and of a broadcast; on aarch64 GCC
 // keeps several broadcasts at a time, and would spill sums of 14 rows.
 constexpr int kLanes = Lanes<float>::count;
-constexpr int64_t kRows = kVectorBytes == 64 ? 14 : kRegisters == 32 ? 12 : kVectorBytes == 32 ? 6 : 4;
+constexpr int64_t kVectorRows = kVectorBytes == 64 ? 14 : kRegisters == 32 ? 12 : kVectorBytes == 32 ? 6 : 4;
 constexpr int64_t kColumns = 2 * kLanes;
 
+// AMX's tiles multiply bfloat16: they have more rows, and read those of A one after another.
+template <typename T>
+constexpr bool kInTiles = kAmx && sizeof(T) == 2;
+template <typename T>
+constexpr int64_t kRows = kInTiles<T> ? kAmxMostRows : kVectorRows;
+
 // A block has this many panels: its rows of A, of one chain, stay in the second cache, beside its part of C.
-constexpr int64_t kBlockRows = 96 / kRows;
+template <typename T>
+constexpr int64_t kBlockRows = 96 / kRows<T>;
 constexpr int64_t kBlockColumns = 512 / kColumns;
 
 // A strip of columns has at most this many panels: its part of C and a chain of A fill the second cache at kStripRows
@@ -29,7 +37,8 @@ template <typename T>
 struct Words {
   static constexpr int64_t kEach = 4 / sizeof(T);
   static constexpr bool kShort = kEach > 1;
-  FASTASR_INLINE int64_t count(int64_t k) { return (k + kEach - 1) / kEach; }
+  static constexpr int64_t kUnit = kInTiles<T> ? kAmxWords : 1;  // words of 0 fill the last one
+  FASTASR_INLINE int64_t count(int64_t k) { return (k + kEach * kUnit - 1) / (kEach * kUnit) * kUnit; }
   FASTASR_INLINE auto load(const float* p) {
     if constexpr (kShort)
       return load_words(p);
@@ -56,7 +65,7 @@ template <typename T>
 struct Chains {
   int64_t k, depth, count;
   explicit Chains(int64_t k_) : k(k_), depth(Words<T>::count(k)), count((depth + kGemmChain - 1) / kGemmChain) {}
-  int64_t begin(int64_t i) const { return depth * i / count; }
+  int64_t begin(int64_t i) const { return depth / Words<T>::kUnit * i / count * Words<T>::kUnit; }
   int64_t words(int64_t i) const { return begin(i + 1) - begin(i); }
   int64_t first(int64_t i) const { return begin(i) * Words<T>::kEach; }
   int64_t terms(int64_t i) const { return std::min(k, first(i + 1)) - first(i); }
@@ -143,15 +152,54 @@ void pack_chain(const T* from, int64_t across, int64_t along, int64_t width, int
   }
 }
 
-// Packs panels [begin, end) of an operand (width, depth), all its chains.
+// Does the same for the tiles of AMX: a panel holds the words of one row after those of another.
 template <int64_t kWidth, typename T>
+void pack_rows(const T* from, int64_t across, int64_t along, int64_t width, int64_t depth, float* out) {
+  constexpr int64_t kEach = Words<T>::kEach;
+  const int64_t words = Words<T>::count(depth), whole = depth / kEach / kLanes * kLanes;
+  int64_t turned = 0;  // rows whose first words are done
+  if (across == 1)
+    for (; turned + kLanes <= width; turned += kLanes)
+      for (int64_t k = 0; k < whole; k += kLanes) {
+        Floats r[kLanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; i++) {
+          float column[kLanes];
+          gather<kLanes>(from + turned + (k + i) * kEach * along, along, column);
+          r[i] = at(column);
+        }
+        transpose<float>(r);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; i++) put(out + (turned + i) * words + k, r[i]);
+      }
+  for (int64_t row = 0; row < (width + kWidth - 1) / kWidth * kWidth; row++) {
+    const T* const in = from + std::min(row, width - 1) * across;
+    char* const to = reinterpret_cast<char*>(out + row * words);
+    int64_t k = row < turned ? whole * kEach : 0;
+    if (along == 1) {
+      std::memcpy(to, in, static_cast<size_t>(depth) * sizeof(T));
+      k = depth;
+    }
+    for (; k < depth; k++) std::memcpy(to + k * sizeof(T), in + k * along, sizeof(T));
+    std::memset(to + depth * sizeof(T), 0, static_cast<size_t>(4 * words) - depth * sizeof(T));
+  }
+}
+
+// Packs panels [begin, end) of an operand (width, depth), all its chains.
+template <int64_t kWidth, bool kByRows, typename T>
 void pack(const T* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* packed, int64_t begin,
           int64_t end) {
   const int64_t panels = (width + kWidth - 1) / kWidth, i = begin * kWidth;
   const Chains<T> chains(depth);
-  for (int64_t chain = 0; chain < chains.count; chain++)
-    pack_chain<kWidth>(in + chains.first(chain) * along + i * across, across, along, std::min(end * kWidth, width) - i,
-                       chains.terms(chain), packed + chains.begin(chain) * kWidth * panels + i * chains.words(chain));
+  for (int64_t chain = 0; chain < chains.count; chain++) {
+    const T* const from = in + chains.first(chain) * along + i * across;
+    const int64_t here = std::min(end * kWidth, width) - i;
+    float* const out = packed + chains.begin(chain) * kWidth * panels + i * chains.words(chain);
+    if constexpr (kByRows)
+      pack_rows<kWidth>(from, across, along, here, chains.terms(chain), out);
+    else
+      pack_chain<kWidth>(from, across, along, here, chains.terms(chain), out);
+  }
 }
 
 // Computes a tile of C: its first chain sets it, unless the whole is added, the others are added, and the last adds the
@@ -159,11 +207,11 @@ void pack(const T* in, int64_t across, int64_t along, int64_t width, int64_t dep
 template <typename T>
 __attribute__((noinline)) void tile(const float* __restrict a, const float* __restrict b, int64_t words,
                                     const float* bias, float* __restrict c, int64_t c_row, bool first) {
-  Floats sum[kRows][2] = {};
-  for (int64_t k = 0; k < words; k++, a += kRows, b += kColumns) {
+  Floats sum[kVectorRows][2] = {};
+  for (int64_t k = 0; k < words; k++, a += kVectorRows, b += kColumns) {
     const auto left = Words<T>::load(b), right = Words<T>::load(b + kLanes);
 #pragma GCC unroll 16
-    for (int64_t m = 0; m < kRows; m++) {
+    for (int64_t m = 0; m < kVectorRows; m++) {
       const auto v = Words<T>::all(a + m);
       sum[m][0] = Words<T>::add(sum[m][0], v, left);
       sum[m][1] = Words<T>::add(sum[m][1], v, right);
@@ -171,25 +219,25 @@ __attribute__((noinline)) void tile(const float* __restrict a, const float* __re
   }
   if (!first) {
 #pragma GCC unroll 16
-    for (int64_t m = 0; m < kRows; m++) sum[m][0] += at(c + m * c_row), sum[m][1] += at(c + m * c_row + kLanes);
+    for (int64_t m = 0; m < kVectorRows; m++) sum[m][0] += at(c + m * c_row), sum[m][1] += at(c + m * c_row + kLanes);
   }
   if (bias) {
     const Vector<float> left = at(bias), right = at(bias + kLanes);
 #pragma GCC unroll 16
-    for (int64_t m = 0; m < kRows; m++) sum[m][0] += left, sum[m][1] += right;
+    for (int64_t m = 0; m < kVectorRows; m++) sum[m][0] += left, sum[m][1] += right;
   }
 #pragma GCC unroll 16
-  for (int64_t m = 0; m < kRows; m++) put(c + m * c_row, sum[m][0]), put(c + m * c_row + kLanes, sum[m][1]);
+  for (int64_t m = 0; m < kVectorRows; m++) put(c + m * c_row, sum[m][0]), put(c + m * c_row + kLanes, sum[m][1]);
 }
 
 // Computes the tile at the lower or right edge, whose part inside C is rows x columns.
 template <typename T>
 void edge_tile(const float* a, const float* b, int64_t words, const float* bias, float* c, int64_t c_row, bool first,
                int64_t rows, int64_t columns) {
-  alignas(64) float part[kRows * kColumns], some[kColumns] = {};
+  alignas(64) float part[kVectorRows * kColumns], some[kColumns] = {};
   for (int64_t m = 0; m < rows && !first; m++)
     for (int64_t j = 0; j < columns; j++) part[m * kColumns + j] = c[m * c_row + j];
-  for (int64_t m = first ? kRows : rows; m < kRows; m++)
+  for (int64_t m = first ? kVectorRows : rows; m < kVectorRows; m++)
     for (int64_t j = 0; j < kColumns; j++) part[m * kColumns + j] = 0;
   for (int64_t m = 0; m < rows && !first; m++)
     for (int64_t j = columns; j < kColumns; j++) part[m * kColumns + j] = 0;
@@ -199,9 +247,45 @@ void edge_tile(const float* a, const float* b, int64_t words, const float* bias,
     for (int64_t j = 0; j < columns; j++) c[m * c_row + j] = part[m * kColumns + j];
 }
 
+// Computes tiles, whose parts inside C are rows x columns.
+template <typename T>
+class Tiles {
+ public:
+  FASTASR_MEMBER void run(const float* a, const float* b, int64_t words, const float* bias, float* c, int64_t c_row,
+                          bool first, int64_t rows, int64_t columns) {
+    if constexpr (kInTiles<T>)
+      in_tiles(a, b, words, bias, c, c_row, first, rows, columns);
+    else if (rows == kVectorRows && columns == kColumns)
+      tile<T>(a, b, words, bias, c, c_row, first);
+    else
+      edge_tile<T>(a, b, words, bias, c, c_row, first, rows, columns);
+  }
+
+ private:
+  void in_tiles(const float* a, const float* b, int64_t words, const float* bias, float* c, int64_t c_row, bool first,
+                int64_t rows, int64_t columns) {
+    alignas(64) float sums[kAmxMostRows][kColumns];
+    tiles_.shape(rows > kAmxRows ? kAmxMostRows : kAmxRows, kAmxWords);
+    tiles_.multiply(a, b, words, kAmxWords);
+    tiles_.put(sums);
+    for (int64_t m = 0; m < rows; m++, c += c_row) {
+      if (columns < kColumns) {
+        for (int64_t j = 0; j < columns; j++) c[j] = sums[m][j] + (first ? 0 : c[j]) + (bias ? bias[j] : 0);
+        continue;
+      }
+      Floats left = at(sums[m]), right = at(sums[m] + kLanes);
+      if (!first) left += at(c), right += at(c + kLanes);
+      if (bias) left += at(bias), right += at(bias + kLanes);
+      put(c, left), put(c + kLanes, right);
+    }
+  }
+
+  AmxTiles<T> tiles_;
+};
+
 template <typename T>
 int64_t a_panels(const Gemm<T>& g) {
-  return (g.m + kRows - 1) / kRows;
+  return (g.m + kRows<T> - 1) / kRows<T>;
 }
 template <typename T>
 int64_t b_panels(const Gemm<T>& g) {
@@ -209,7 +293,7 @@ int64_t b_panels(const Gemm<T>& g) {
 }
 template <typename T>
 int64_t packed_a(const Gemm<T>& g) {
-  return a_panels(g) * kRows * Words<T>::count(g.k);
+  return a_panels(g) * kRows<T> * Words<T>::count(g.k);
 }
 template <typename T>
 int64_t packed_b(const Gemm<T>& g) {
@@ -228,56 +312,54 @@ int64_t tasks(const Gemm<T>& g) {
 
 template <typename T>
 void pack_a(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
-  pack<kRows>(g.a, g.a_row, g.a_depth, g.m, g.k, packed, begin, end);
+  pack<kRows<T>, kInTiles<T>>(g.a, g.a_row, g.a_depth, g.m, g.k, packed, begin, end);
 }
 template <typename T>
 void pack_b(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
-  pack<kColumns>(g.b, g.b_column, g.b_depth, g.n, g.k, packed, begin, end);
+  pack<kColumns, false>(g.b, g.b_column, g.b_depth, g.n, g.k, packed, begin, end);
 }
 
 // Multiplies panels [p0, p1) of A by panels [q0, q1) of B, whose parts of one chain begin at `b`; calls ahead() before
 // each tile.
 template <typename T, typename F>
 FASTASR_INLINE void one_chain(const Gemm<T>& g, const Chains<T>& chains, int64_t chain, const float* a, const float* b,
-                              int64_t p0, int64_t p1, int64_t q0, int64_t q1, const F& ahead) {
+                              int64_t p0, int64_t p1, int64_t q0, int64_t q1, Tiles<T>& tiles, const F& ahead) {
   const int64_t n = chains.words(chain);
-  const float* ac = a + chains.begin(chain) * kRows * a_panels(g);
+  const float* ac = a + chains.begin(chain) * kRows<T> * a_panels(g);
   const float* bias = chain + 1 == chains.count ? g.bias : nullptr;
   const bool sets = chain == 0 && !g.add;
   for (int64_t q = q0; q < q1; q++, b += n * kColumns) {
     const int64_t j = q * kColumns, width = std::min(kColumns, g.n - j);
     for (int64_t p = p0; p < p1; p++) {
       ahead();
-      const int64_t i = p * kRows, height = std::min(kRows, g.m - i);
-      float* c = g.c + i * g.c_row + j;
-      const float* ap = ac + p * n * kRows;
-      if (height == kRows && width == kColumns)
-        tile<T>(ap, b, n, bias ? bias + j : nullptr, c, g.c_row, sets);
-      else
-        edge_tile<T>(ap, b, n, bias ? bias + j : nullptr, c, g.c_row, sets, height, width);
+      const int64_t i = p * kRows<T>;
+      tiles.run(ac + p * n * kRows<T>, b, n, bias ? bias + j : nullptr, g.c + i * g.c_row + j, g.c_row, sets,
+                std::min(kRows<T>, g.m - i), width);
     }
   }
 }
 
 // Multiplies panels [p0, p1) of A by panels [q0, q1) of B, both packed.
 template <typename T>
-void block(const Gemm<T>& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1) {
+void block(const Gemm<T>& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1,
+           Tiles<T>& tiles) {
   const Chains<T> chains(g.k);
   for (int64_t chain = 0; chain < chains.count; chain++) {
     const float* bc = b + (chains.begin(chain) * b_panels(g) + q0 * chains.words(chain)) * kColumns;
-    one_chain(g, chains, chain, a, bc, p0, p1, q0, q1, [] {});
+    one_chain(g, chains, chain, a, bc, p0, p1, q0, q1, tiles, [] {});
   }
 }
 
 template <typename T>
 void products(const Gemm<T>& g, const float* a, const float* b, int64_t begin, int64_t end) {
   const int64_t rows = a_panels(g), columns = b_panels(g), blocks = column_blocks(g);
+  Tiles<T> tiles;
   while (begin < end) {
     const int64_t at = begin / rows, first = begin % rows, last = std::min(rows, first + end - begin);
     const int64_t q0 = columns * at / blocks, q1 = columns * (at + 1) / blocks;
-    const int64_t parts = (last - first + kBlockRows - 1) / kBlockRows;
+    const int64_t parts = (last - first + kBlockRows<T> - 1) / kBlockRows<T>;
     for (int64_t i = 0; i < parts; i++)
-      block(g, a, b, first + (last - first) * i / parts, first + (last - first) * (i + 1) / parts, q0, q1);
+      block(g, a, b, first + (last - first) * i / parts, first + (last - first) * (i + 1) / parts, q0, q1, tiles);
     begin += last - first;
   }
 }
@@ -326,6 +408,7 @@ void strips(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int6
   const int64_t rows = a_panels(g), panels = b_panels(g);
   const Chains<T> chains(g.k);
   alignas(64) float panel[kColumns * kGemmChain];
+  Tiles<T> tiles;
   for (int64_t strip = begin; strip < end; strip++) {
     const int64_t q0 = panels * strip / count, q1 = panels * (strip + 1) / count;
     for (int64_t chain = 0; chain < chains.count; chain++) {
@@ -338,7 +421,7 @@ void strips(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int6
                         : strip + 1 < end && q1 < panels ? part_of_b(g, q1, 0, chains.terms(0))
                                                          : part_of_b(g, q, 0, 0);
         const int64_t each = next.left() / rows + 1;
-        one_chain(g, chains, chain, a, panel, 0, rows, q, q + 1, [&] { next(each); });
+        one_chain(g, chains, chain, a, panel, 0, rows, q, q + 1, tiles, [&] { next(each); });
       }
     }
   }

@@ -75,7 +75,7 @@ struct ReducedGemmKernels {
 // T is int8_t or bfloat16.
 template <typename T>
 struct ReducedGemmTable {
-  static constexpr bool kDotProducts = true, kTileProducts = true;
+  static constexpr bool kDotProducts = true;
   ReducedGemmKernels kernels;
 };
 FASTASR_INLINE const ReducedGemmKernels& reduced_gemm_kernels(WeightFormat format) {

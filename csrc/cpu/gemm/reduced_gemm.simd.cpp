@@ -15,21 +15,13 @@
 #include <arm_neon.h>
 #endif
 
-#include "cpu/gemm/words.simd.h"
-#if defined(__AMX_TILE__)
 #include "cpu/gemm/amx.simd.h"
-#endif
+#include "cpu/gemm/words.simd.h"
 
 namespace fastasr::cpu {
 namespace {
 
 constexpr int kLanes = Lanes<float>::count;
-
-#if defined(__AMX_TILE__)
-constexpr bool kAmx = true;
-#else
-constexpr bool kAmx = false;
-#endif
 
 // Two vectors of columns make a tile; its sums take the registers that weights, a broadcast and, without an instruction
 // for the whole, halves of sums leave.
@@ -58,8 +50,6 @@ constexpr int32_t kShift = 128;
 #else
 constexpr int32_t kShift = 0;
 #endif
-
-constexpr int64_t kTileProductRows = 32;  // of AMX
 
 // Weights that several rows share while they are in a cache; the processors that have AMX have one of 2 MiB. Few rows
 // are no more than a task for each block, and get more of them.
@@ -163,17 +153,11 @@ constexpr auto kTiles = []<int64_t... i>(std::integer_sequence<int64_t, i...>) {
 
 // Says how many words along k AMX's tiles take; 0 where there are none or they would not gain. The bits of bf16 depend
 // on it, so that it looks at k alone.
-int64_t tile_step([[maybe_unused]] const ReducedGemm& g) {
-#if defined(__AMX_TILE__)
-  return amx_step(reduced_words(g.k, g.format));
-#else
-  return 0;
-#endif
-}
+int64_t tile_step(const ReducedGemm& g) { return kAmx ? amx_step(reduced_words(g.k, g.format)) : 0; }
 
 // A task is some rows by a block of panels, and neighbours share the block. Rows are split evenly: 8 + 7, not 14 + 1.
 int64_t row_parts(const ReducedGemm& g) {
-  const int64_t most = tile_step(g) ? kTileProductRows : kRows;
+  const int64_t most = tile_step(g) ? kAmxMostRows : kRows;
   return (g.m + most - 1) / most;
 }
 int64_t blocks(const ReducedGemm& g) {
@@ -194,13 +178,12 @@ FASTASR_INLINE void each_task(const ReducedGemm& g, int64_t begin, int64_t end, 
   }
 }
 
-#if defined(__AMX_TILE__)
 template <typename T>
 void tile_products(const ReducedGemm& g, int64_t begin, int64_t end) {
   using Sum = typename Format<T>::Sum;
   const int64_t words = reduced_words(g.k, g.format), step = tile_step(g);
-  alignas(64) float sums[kTileProductRows][kReducedColumns];
-  AmxTiles tiles;
+  alignas(64) float sums[kAmxMostRows][kReducedColumns];
+  AmxTiles<T> tiles;
   each_task(g, begin, end, [&](int64_t i, int64_t rows, int64_t first, int64_t last) __attribute__((always_inline)) {
     tiles.shape(rows, step);
     const auto finish = [&](int64_t j) __attribute__((always_inline)) {
@@ -211,20 +194,19 @@ void tile_products(const ReducedGemm& g, int64_t begin, int64_t end) {
     };
     // the tiles multiply a panel while the sums of the one before are written
     for (int64_t j = first; j < last; j += kReducedColumns) {
-      tiles.multiply<T>(g.rows + i * words, g.weights.words + j * words, words, step);
+      tiles.multiply(g.rows + i * words, g.weights.words + j * words, words, step);
       if (j > first) finish(j - kReducedColumns);
       tiles.put(sums);
     }
     finish((last - 1) / kReducedColumns * kReducedColumns);
   });
 }
-#endif
 
 template <typename T>
 void products(const ReducedGemm& g, int64_t begin, int64_t end) {
-#if defined(__AMX_TILE__)
-  if (tile_step(g)) return tile_products<T>(g, begin, end);
-#endif
+  if constexpr (kAmx) {
+    if (tile_step(g)) return tile_products<T>(g, begin, end);
+  }
   each_task(g, begin, end, [&](int64_t i, int64_t rows, int64_t first, int64_t last) __attribute__((always_inline)) {
     for (int64_t j = first; j < last; j += kTileColumns)
       kTiles<T>[static_cast<size_t>(rows - 1)]({g, i, j, std::min(kTileColumns, g.n - j)});

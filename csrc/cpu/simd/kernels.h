@@ -29,9 +29,6 @@ struct Provided {
 // then picked at run time, by a caller compiled for avx512 as well.
 template <typename Table>
 constexpr bool kDots = requires { Table::kDotProducts; };
-// What multiplies and adds whole matrices of them gets one from AMX's set, too.
-template <typename Table>
-constexpr bool kTiles = requires { Table::kTileProducts; };
 
 // The type that a table is for.
 template <typename Table>
@@ -52,9 +49,8 @@ constexpr bool own(Simd set) {
   if (set == sets[0]) return true;
   if (set == avx512 && std::is_same_v<T, double>) return false;  // for references and gradient checks avx2 will do
   if (set <= avx512 || set == neon) return true;
-  const bool int8 = set == avx512_vnni || set == neon_dot || set == neon_bf16;
-  const bool bf16 = set == avx512_bf16 || set == neon_bf16;
-  if (set == avx512_amx) return kTiles<Table>;
+  const bool int8 = set == avx512_vnni || set == avx512_amx || set == neon_dot || set == neon_bf16;
+  const bool bf16 = set == avx512_bf16 || set == avx512_amx || set == neon_bf16;
   return kDots<Table> && ((int8 && std::is_same_v<T, int8_t>) || (bf16 && std::is_same_v<T, bfloat16>));
 }
 
