@@ -5,8 +5,8 @@
     python -m fastasr.benchmarks.studies.int8_shares --page-only  # the page from the JSON; --check compares it
 
 torch's profiler gives the time of every operator in the swapped model, of each the shortest of several calls, in which
-layers call their submodules one by one. What int8 can reach has products at four times the rate of float32's best ones,
-since a word holds four bytes, and takes float32's time for the rest.
+layers call their submodules one by one. What int8 can reach with vectors has products at four times the rate of
+float32's best ones, since a word holds four bytes, and takes float32's time for the rest. AMX multiplies more at once.
 """
 
 import sys
@@ -79,8 +79,8 @@ def _table(found):
     if "limit_ms" in found:
         reached = totals[0] / (rest + found["limit_ms"] / BYTES)
         bound += (
-            f" With products at {BYTES} times float32's best rate here ({found['limit']}) and the rest as in float32, "
-            f"{reached:.2f}×."
+            f" With products at {BYTES} times float32's best rate here ({found['limit']}), as vectors can have "
+            f"them, and the rest as in float32, {reached:.2f}×."
         )
     return "\n".join([*lines, "", f"{bound} {where}."])
 
