@@ -9,11 +9,12 @@
 // for both gradients. A and B are float or bfloat16. Two bfloat16 that follow each other along k make a word of four
 // bytes, whose products one instruction adds (without it, kernels for bfloat16 are slower than those for float); sums
 // are floats all the same. AMX's instruction adds the products of 16 rows, 16 columns and 32 terms. Operands are packed
-// into panels as wide as a tile of registers; the products then read nothing but panels. With many rows both operands are packed once, beforehand. With few rows B is most of the memory
-// that a product touches, and packing it costs a fifth of the time of a product of 376 rows: `strips` packs it part by
-// part into memory that stays in the second cache, and asks for the next part ahead of time. Sums run in chains of at
-// most kGemmChain terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an
-// element depend on its row, its column and k alone, not on how the work is split.
+// into panels as wide as a tile of registers; the products then read nothing but panels. With many rows both operands
+// are packed once, beforehand. With few rows B is most of the memory that a product touches, and packing it costs a
+// fifth of the time of a product of 376 rows: `strips` packs it part by part into memory that stays in the second
+// cache, and asks for the next part ahead of time. Sums run in chains of at most kGemmChain terms, which are then
+// added: longer chains of floats would be less exact than a BLAS. The bits of an element depend on its row, its column
+// and k alone, not on how the work is split.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kGemmChain = 192;
