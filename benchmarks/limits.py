@@ -47,8 +47,10 @@ def _onednn_linear(x: torch.Tensor, weight: torch.Tensor):
 
 
 @functools.cache
-def gemm_flops_per_second(device: str = "cpu", dtype: torch.dtype = torch.float32, reps: int = 7) -> float:
-    """Returns the best rate of torch's own GEMMs on large matrices, in multiply and add operations per second."""
+def large_product(device: str = "cpu", dtype: torch.dtype = torch.float32, reps: int = 7):
+    """Returns a call of the fastest of torch's own GEMMs on large matrices, its multiply and add operations, and the
+    seconds of its fastest call.
+    """
     size = 1024 if torch.device(device).type == "cpu" else 8192
     x = torch.randn(2 * size, size, device=device, dtype=dtype)
     weight = torch.randn(size, size, device=device, dtype=dtype)
@@ -57,5 +59,11 @@ def gemm_flops_per_second(device: str = "cpu", dtype: torch.dtype = torch.float3
         variants["onednn"] = onednn
     with torch.no_grad():
         timings = interleave(variants, reps=reps, device=device)
-    flops = 2 * x.shape[0] * size * size
-    return flops / min(min(t.samples) for t in timings.values())
+    seconds, fastest = min((min(timing.samples), name) for name, timing in timings.items())
+    return torch.no_grad()(variants[fastest]), 2 * x.shape[0] * size * size, seconds
+
+
+def gemm_flops_per_second(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Returns the best rate of torch's own GEMMs on large matrices, in multiply and add operations per second."""
+    _, flops, seconds = large_product(device, dtype)
+    return flops / seconds

@@ -26,7 +26,6 @@ from fastasr.benchmarks.models.unit import (
     benchmark,
     inference,
     product_flops,
-    product_limit,
     swapped,
     weighted_step,
 )
@@ -115,7 +114,6 @@ def _rows(run, case, shape, pass_, shipped, inputs, share):
     return run.rows(
         {key: Variant(call) for key, call in runs.items()},
         flops,
-        product_limit(flops),
         case=case,
         shape=shape,
         pass_=pass_,

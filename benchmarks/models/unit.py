@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, wraps
 from math import prod
+from statistics import median
 
 import torch
 
@@ -82,20 +83,42 @@ class Run:
         """
         if sample_seconds is None:
             sample_seconds = self.settings.sample_seconds
-        load = LoadMeter()
-        timings = interleave(variants, reps=reps, warmup=warmup, sample_seconds=sample_seconds)
+        load, how = LoadMeter(), {"reps": reps, "warmup": warmup, "sample_seconds": sample_seconds}
+        if limit is None:
+            timings, shares, fields["limit"] = timed_with_products(variants, flops, **how)
+        else:
+            timings, (seconds, fields["limit"]) = interleave(variants, **how), limit
+            shares = {key: seconds / timing.median for key, timing in timings.items()}
         fields |= {"name": self.name, "flops": flops, "load": load.other_cores()}
-        seconds, fields["limit"] = limit or product_limit(flops)
         return [
             timed_row(
                 timing,
                 implementation=key,
                 peak_bytes=peak_bytes(variants[key]) if memory or self.settings.memory else None,
-                fraction_of_limit=round(seconds / timing.median, 4),
+                fraction_of_limit=round(shares[key], 4),
                 **fields,
             )
             for key, timing in timings.items()
         ]
+
+
+def timed_with_products(
+    variants: dict[str, Variant], flops: int, *, calls: int = 4, **how
+) -> tuple[dict[str, Timing], dict[str, float], str]:
+    """Times the variants in turns, and so many large products of torch's among them in every round.
+
+    Returns the timings, of each variant the share of its time that products of ``flops`` operations take at the rate of
+    the large ones, and that rate in words. A share is the median of those of the rounds: a clock or a load that changes
+    from round to round meets both.
+    """
+    product, each, _ = limits.large_product()
+    timings = interleave(variants | {"": Variant(lambda: [product() for _ in range(calls)])}, **how)
+    beside = [calls * each / seconds for seconds in timings.pop("").samples]
+    shares = {
+        key: median(flops / rate / seconds for rate, seconds in zip(beside, timing.samples, strict=True))
+        for key, timing in timings.items()
+    }
+    return timings, shares, f"GEMM {median(beside) / 1e9:.0f} GFLOP/s"
 
 
 def product_limit(flops: int) -> tuple[float, str]:

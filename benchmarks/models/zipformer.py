@@ -22,7 +22,7 @@ from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
 from fastasr.benchmarks.models import unit
-from fastasr.benchmarks.models.unit import product_limit, timed_row
+from fastasr.benchmarks.models.unit import timed_row, timed_with_products
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.time_limit import Expired, time_limit
 from fastasr.testing.speed import Case
@@ -236,11 +236,10 @@ def measure(
             del calls[key]
     if not skip(WHOLE):
         flops = _flops(size, inputs)
-        seconds, limit = product_limit(flops)
         report(f"{NAME}: timing {', '.join(calls)}, {reps} rounds")
         load = LoadMeter()
         runs = {key: Variant(call) for key, call in calls.items()}
-        timings = interleave(runs, reps=reps, warmup=1, sample_seconds=0.0)
+        timings, shares, limit = timed_with_products(runs, flops, reps=reps, warmup=1, sample_seconds=0.0)
         other = load.other_cores()
         yield [
             _row(
@@ -251,7 +250,7 @@ def measure(
                 other,
                 peak_bytes=peak_bytes(runs[key]) if settings.memory else None,
                 flops=flops,
-                fraction_of_limit=round(seconds / timing.median, 4),
+                fraction_of_limit=round(shares[key], 4),
                 limit=limit,
             )
             for key, timing in timings.items()

@@ -6,16 +6,6 @@
 
 namespace fastasr::bindings::gemm {
 
-void multiply_few_rows(const cpu::Gemm<float>& g) {
-  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
-  const int64_t groups = kernel.groups(g);
-  check(groups > 0, "linear_few_rows", "expected 1 to ", cpu::kFewRows,
-        " rows, 8 columns or more, and contiguous inputs");
-  parallel_tasks(groups, g.n * g.k / groups, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
-}
-
-namespace {
-
 // Multiplies few rows of x, (K), (B, K) or (B, T, K), by the transposed weight (N, K), whose rows are contiguous.
 Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bias) {
   const char* op = "linear_few_rows";
@@ -36,9 +26,14 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
                    : dims == 2 ? new_pooled(x, {x.size(0), n})
                                : new_pooled(x, {x.size(0), x.size(1), n});
   g.c = mutable_data<float>(y);
-  multiply_few_rows(g);
+  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
+  const int64_t groups = kernel.groups(g);
+  check(groups > 0, op, "expected 1 to ", cpu::kFewRows, " rows, 8 columns or more, and contiguous inputs");
+  parallel_tasks(groups, g.n * g.k / groups, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
   return y;
 }
+
+namespace {
 
 // Describes the product of (M, K) and (K, N), of any strides, plus a bias (N) or none.
 template <typename T>
@@ -61,24 +56,25 @@ template <typename T>
 void multiply(const cpu::Gemm<T>& g) {
   const auto& kernel = cpu::kernels<cpu::GemmKernels<T>>();
   if (g.m == 0 || g.n == 0) return;
-  const Scratch<float> pa(kernel.packed_a(g));
+  const int64_t words_a = kernel.packed_a(g), words_b = kernel.packed_b(g);
+  const Scratch<float> pa(words_a);
   const int64_t rows = kernel.a_panels(g), columns = kernel.b_panels(g);
   if (const int64_t strips = kernel.strip_count(g, torch::stable::get_num_threads())) {
-    parallel_range(rows, std::max<int64_t>(1, 4 * kGrain * rows / kernel.packed_a(g)),
+    parallel_range(rows, std::max<int64_t>(1, 4 * kGrain * rows / words_a),
                    [&](int64_t begin, int64_t end) { kernel.pack_a(g, pa.data(), begin, end); });
     parallel_range(strips, std::max<int64_t>(1, kGrain * strips / (g.m * g.n * g.k / 32 + 1)),
                    [&](int64_t begin, int64_t end) { kernel.strips(g, pa.data(), strips, begin, end); });
     return;
   }
-  const Scratch<float> pb(kernel.packed_b(g));
+  const Scratch<float> pb(words_b);
   // A part of both for every thread: the panels of one may take longer than those of the other.
-  const int64_t parts = std::max(rows, columns), words = kernel.packed_a(g) + kernel.packed_b(g);
-  parallel_range(parts, std::max<int64_t>(1, 4 * kGrain * parts / words), [&](int64_t begin, int64_t end) {
+  const int64_t parts = std::max(words_a ? rows : 0, columns), grain = 4 * kGrain * parts / (words_a + words_b);
+  parallel_range(parts, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
     kernel.pack_a(g, pa.data(), rows * begin / parts, rows * end / parts);
     kernel.pack_b(g, pb.data(), columns * begin / parts, columns * end / parts);
   });
-  const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, kGrain * tasks / (g.m * g.n * g.k / 32 + 1));
-  parallel_range(tasks, grain,
+  const int64_t tasks = kernel.tasks(g);
+  parallel_range(tasks, std::max<int64_t>(1, kGrain * tasks / (g.m * g.n * g.k / 32 + 1)),
                  [&](int64_t begin, int64_t end) { kernel.products(g, pa.data(), pb.data(), begin, end); });
 }
 

@@ -13,7 +13,7 @@ namespace fastasr::bindings {
 
 namespace gemm {
 void multiply(const cpu::Gemm<float>& g);
-void multiply_few_rows(const cpu::Gemm<float>& g);
+Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bias);
 }  // namespace gemm
 
 namespace reduced_gemm {

@@ -39,13 +39,26 @@ Tensor by_torch(const char* name, std::array<StableIValue, 3> stack) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Adds x to y and returns it.
+Tensor plus(const Tensor& x, Tensor y) {
+  check_same_size(x, y, kOp, "a sum");
+  const auto& kernel = cpu::kernels<cpu::AddKernel>();
+  const float* const xp = data<float>(x);
+  float* const yp = mutable_data<float>(y);
+  parallel_range(y.numel(), kGrain,
+                 [&](int64_t begin, int64_t end) { kernel.run(xp + begin, yp + begin, end - begin); });
+  return y;
+}
+
+// Its functions add what a module computes to `x`, the module's input.
 struct Layer {
   const Tensors &weights, &biases;
   const std::vector<int64_t>&ways, &outputs;
   int64_t first_head_way;
 
-  // Returns f(x) weightᵀ + bias, where f is SwooshL, SwooshR or nothing.
-  Tensor linear(size_t i, const Tensor& x, cpu::ReducedInput f = cpu::ReducedInput::x) const {
+  // Returns f(x) weightᵀ + bias, where f is SwooshL, SwooshR or nothing, and `onto` more if that is given.
+  Tensor linear(size_t i, const Tensor& x, cpu::ReducedInput f = cpu::ReducedInput::x,
+                const Optional& onto = {}) const {
     const Tensor& weight = weights[i];
     const Optional bias = biases[i].numel() ? Optional(biases[i]) : Optional();
     const int64_t k = x.size(2), n = outputs[i], rows = x.size(0) * x.size(1);
@@ -56,38 +69,48 @@ struct Layer {
       g.y = mutable_data<float>(y), g.y_row = n, g.m = rows, g.n = n, g.k = k;
       g.format = static_cast<cpu::WeightFormat>(ways[i] - kReduced), g.input = f;
       reduced_gemm::multiply(g, weight);
-      return y;
+      return onto ? plus(*onto, y) : y;
     }
-    check(weight.dim() == 2 && weight.size(0) == n && weight.size(1) == k, kOp, "a weight has another shape");
     if (f != cpu::ReducedInput::x)
-      return multiplied(i, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1), bias);
-    return multiplied(i, x, bias);
+      return multiplied(i, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1), bias, onto);
+    return multiplied(i, x, bias, onto);
   }
 
-  Tensor multiplied(size_t i, const Tensor& x, const Optional& bias) const {
+  Tensor multiplied(size_t i, const Tensor& x, const Optional& bias, const Optional& onto,
+                    bool swoosh_l = false) const {
     using torch::stable::detail::from;
     const Tensor& weight = weights[i];
-    if (ways[i] == kTorch) return by_torch("aten::linear", {from(x), from(weight), from(bias)});
-    const int64_t k = x.size(2), n = weight.size(0);
+    const int64_t k = x.size(2), n = outputs[i];
+    check(weight.dim() == 2 && weight.size(0) == n && weight.size(1) == k, kOp, "a weight has another shape");
+    if (ways[i] == kTorch || ways[i] == kFewRows) {
+      const Tensor y = ways[i] == kTorch ? by_torch("aten::linear", {from(x), from(weight), from(bias)})
+                                         : gemm::linear_few_rows(x, weight, bias);
+      return onto ? plus(*onto, y) : y;
+    }
     const Tensor y = new_pooled(x, {x.size(0), x.size(1), n});
     cpu::Gemm<float> g{};
     g.a = data<float>(x), g.a_row = k, g.a_depth = 1;
-    g.b = data<float>(weight), g.b_depth = weight.stride(1), g.b_column = weight.stride(0);
     g.bias = data_or_null<float>(bias);
     g.c = mutable_data<float>(y), g.c_row = n, g.m = x.size(0) * x.size(1), g.n = n, g.k = k;
-    if (ways[i] == kFewRows)
-      gemm::multiply_few_rows(g);
-    else
-      gemm::multiply(g);
+    g.swoosh_l = swoosh_l;
+    if (onto) {
+      check_same_size(y, *onto, kOp, "a sum");
+      g.onto = data<float>(*onto), g.onto_row = n;
+    }
+    g.b = data<float>(weight), g.b_depth = weight.stride(1), g.b_column = weight.stride(0);
+    gemm::multiply(g);
     return y;
   }
 
   Tensor feed_forward(size_t i, const Tensor& x) const {
-    return linear(i + 1, linear(i, x), cpu::ReducedInput::swoosh_l);
+    if (ways[i] != kGemm || ways[i + 1] > kReduced) return linear(i + 1, linear(i, x), cpu::ReducedInput::swoosh_l, x);
+    const Optional bias = biases[i].numel() ? Optional(biases[i]) : Optional();
+    return linear(i + 1, multiplied(i, x, bias, {}, true), cpu::ReducedInput::x, x);
   }
 
   Tensor self_attention(size_t i, const Tensor& x, const Tensor& attention) const {
-    return linear(i + 1, weighted_values::weighted_values(attention, linear(i, x)));
+    const Tensor y = weighted_values::weighted_values(attention, linear(i, x));
+    return linear(i + 1, y, cpu::ReducedInput::x, x);
   }
 
   // tensors are weight and bias, and in the chunk-causal form causal_weight, causal_bias and chunk_scale.
@@ -97,13 +120,13 @@ struct Layer {
     const auto swoosh_r = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
     const Tensor y = std::get<0>(gated_depthwise_conv::gated_depthwise_conv_forward(
         linear(i, x), tensors[first], at(1), at(2), at(3), at(4), padding, {}, chunk, swoosh_r, false, 0));
-    return linear(i + 1, y);
+    return linear(i + 1, y, cpu::ReducedInput::x, x);
   }
 
   Tensor nonlin_attention(const Tensor& x, const Tensor& attention) const {
     const Tensor projected = linear(kNonlinAttention, x);
     const Tensor o = of_first_head(attention, bindings::nonlin_attention::gate(projected));
-    return linear(kNonlinAttention + 1, bindings::nonlin_attention::product(projected, o));
+    return linear(kNonlinAttention + 1, bindings::nonlin_attention::product(projected, o), cpu::ReducedInput::x, x);
   }
 
   // Returns (batch, time, channels) for values (time, batch, channels).
@@ -128,17 +151,6 @@ struct Layer {
     return o;
   }
 };
-
-// Adds x to y and returns it.
-Tensor plus(const Tensor& x, Tensor y) {
-  check_same_size(x, y, kOp, "a sum");
-  const auto& kernel = cpu::kernels<cpu::AddKernel>();
-  const float* const xp = data<float>(x);
-  float* const yp = mutable_data<float>(y);
-  parallel_range(y.numel(), kGrain,
-                 [&](int64_t begin, int64_t end) { kernel.run(xp + begin, yp + begin, end - begin); });
-  return y;
-}
 
 // Takes src (time, batch, channels), contiguous, and positions (1 or batch, 2 time - 1, pos_dim). weights are matrices,
 // or packed copies where `ways` says so; an absent bias has no elements. convolutions are the tensors of both modules,
@@ -167,15 +179,15 @@ Tensor zipformer_layer(const Tensor& src, const Tensor& positions, const Optiona
   const Tensor attention = zipformer_attention_weights::zipformer_attention_weights_forward(
       layer.linear(kScores, src), layer.linear(kPositions, positions), {}, padding, mask, heads, query_dim, chunk,
       left_chunks);
-  Tensor x = plus(src, layer.feed_forward(kFeedForward1, src));
-  x = plus(x, layer.nonlin_attention(x, attention));
-  x = plus(x, layer.self_attention(kAttention1, x, attention));
-  x = plus(x, layer.convolution(kConvolution1, x, convolutions, 0, each, padding, conv_chunk));
-  x = plus(x, layer.feed_forward(kFeedForward2, x));
+  Tensor x = layer.feed_forward(kFeedForward1, src);
+  x = layer.nonlin_attention(x, attention);
+  x = layer.self_attention(kAttention1, x, attention);
+  x = layer.convolution(kConvolution1, x, convolutions, 0, each, padding, conv_chunk);
+  x = layer.feed_forward(kFeedForward2, x);
   x = rows::bypass_forward(src, x, scales[0]);
-  x = plus(x, layer.self_attention(kAttention2, x, attention));
-  x = plus(x, layer.convolution(kConvolution2, x, convolutions, each, each, padding, conv_chunk));
-  x = plus(x, layer.feed_forward(kFeedForward3, x));
+  x = layer.self_attention(kAttention2, x, attention);
+  x = layer.convolution(kConvolution2, x, convolutions, each, each, padding, conv_chunk);
+  x = layer.feed_forward(kFeedForward3, x);
   return rows::bypass_forward(src, rows::bias_norm_forward(x, scales[1], scales[2]), scales[3]);
 }
 

@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "cpu/rows/swoosh.h"
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -96,6 +97,40 @@ void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
   check_values(added, with_bias, terms + 1, 3);
 }
 
+// Another matrix is added last and SwooshL is of all that, whatever the split: the bits are those of separate steps.
+template <typename T>
+void addends(int64_t m, int64_t n, int64_t k) {
+  INFO(Type<T>::name, " ", m, "x", n, "x", k);
+  Problem<T> plain(m, n, k, 0, 1, true), pieces(m, n, k, 0, 1, true), strips(m, n, k, 0, 1, true);
+  Random random(7);
+  Buffer<float> onto(m * (n + 2), 1, random);
+  for (cpu::Gemm<T>* g : {&pieces.g, &strips.g}) g->onto = onto, g->onto_row = n + 2, g->swoosh_l = true;
+  plain.run(int64_t{1} << 40);
+  for (int64_t i = 0; i < m; i++) {
+    float* const c = plain.c + i * (n + 7);
+    for (int64_t j = 0; j < n; j++) c[j] += onto[i * (n + 2) + j];
+    cpu::kernels<cpu::SwooshKernels<float>>().forward(c, nullptr, cpu::Mask::none, c, n, cpu::Swoosh::L);
+  }
+  pieces.run(3), strips.run_strips(3);
+  CHECK(plain.c.equals(pieces.c), "tasks");
+  CHECK(plain.c.equals(strips.c), "strips");
+}
+
+// The first rows of a product whose rows are read where they lie have the bits of those rows alone, which are packed.
+void in_place(int64_t m, int64_t n, int64_t k) {
+  INFO(m, "x", n, "x", k);
+  const auto& kernel = cpu::kernels<cpu::GemmKernels<float>>();
+  Problem<float> all(m, n, k, 0, 1, true), some(m, n, k, 0, 1, true);
+  CHECK(kernel.packed_a(all.g) == 0, "packed");
+  all.run(int64_t{1} << 40);
+  some.g.m = m / 2;
+  CHECK(kernel.packed_a(some.g) > 0, "not packed");
+  some.run(5);
+  some.g.a += m / 2 * some.g.a_row, some.g.c += m / 2 * some.g.c_row, some.g.m = m - m / 2;
+  some.run(5);
+  CHECK(all.c.equals(some.c), "other bits");
+}
+
 // A few rows read B where it lies: any split gives the same bits, and so does any number of rows beside them.
 void few_rows(int64_t m, int64_t n, int64_t k) {
   INFO(m, " rows, ", n, "x", k);
@@ -144,6 +179,9 @@ TEST_CASE("gemm") {
     for (const int64_t n : {8, 13, 40})
       for (const int64_t k : {1, 16, 41, 1100}) few_rows(m, n, k);
   no_few_rows();
+  addends<float>(29, 65, 401), addends<float>(530, 40, 20), addends<bfloat16>(29, 65, 40);
+  values<float>(530, 9, 401, 0, 1), values<float>(520, 2, 1021, 0, 0);  // the second one's rows are 4 KiB apart
+  for (const int64_t m : {513, 518, 672}) in_place(m, 40, 210);
 }
 
 }  // namespace fastasr::test

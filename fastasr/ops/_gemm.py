@@ -2,12 +2,12 @@
 """The matrix product around a kernel: torch's or one of fastasr's own, whichever was measured faster on this machine.
 
 torch's float32 products go through MKL, which takes a slow path on some CPUs. fastasr's own product
-(csrc/cpu/gemm/gemm.h) packs every operand, whatever its strides, and writes to memory that was used before, which is
-faster for large results and for transposed operands, as gradients have. A third one, for fewer than 16 rows as in a
-stream's chunk, reads each weight once, where it lies. The choice is measured, never guessed from a vendor name: the
-first call of each shape class runs both on its own operands (a few calls' time), and the winner is kept on disk by
-CPU, torch version and thread count. It must beat torch by 3 % to be taken. Only float32 on CPU has a choice; torch
-computes everything else.
+(csrc/cpu/gemm/gemm.h) takes operands of any strides, reads long rows where they lie, packs the rest and writes to
+memory that was used before, which is faster for large results and for transposed operands, as gradients have. A third
+one, for fewer than 16 rows as in a stream's chunk, reads each weight once, where it lies. The choice is measured, never
+guessed from a vendor name: the first call of each shape class runs both on its own operands (a few calls' time), and
+the winner is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Only float32
+on CPU has a choice; torch computes everything else.
 
 Environment: ``FASTASR_GEMM=auto|torch|native``, ``FASTASR_CACHE=<folder>`` (default: the user's cache folder).
 """
@@ -33,7 +33,7 @@ from fastasr.ops._dispatch import reason_cpu
 
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
-_REVISION = 6  # of fastasr's product and of how it is measured: choices of another one are not read
+_REVISION = 7  # of fastasr's product and of how it is measured: choices of another one are not read
 _REPETITIONS = 3  # at least, and more of them as long as all together take less than _SHORT_S
 _SHORT_S = 0.05
 _BUDGET_S = 0.5

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastasr.benchmarks import harness, limits
+from fastasr.benchmarks.models import unit
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave
 
 
@@ -88,6 +89,16 @@ def test_peak_memory_sees_an_allocation():
     if found is None:
         pytest.skip("the high-water mark cannot be reset here")
     assert 0.9 * size < found < 1.5 * size
+
+
+def test_products_in_turns(monkeypatch):
+    """The machine is four times as slow in the second round: the share is the same."""
+    rounds = {"model": harness.Timing([1.0, 4.0]), "": harness.Timing([2.0, 8.0])}
+    monkeypatch.setattr(unit, "interleave", lambda variants, **how: dict(rounds))
+    monkeypatch.setattr(limits, "large_product", lambda: (lambda: None, 100, 0.1))
+    timings, shares, rate = unit.timed_with_products({"model": harness.Variant(print)}, 100, calls=4, reps=2)
+    assert timings == {"model": rounds["model"]}
+    assert shares == {"model": 0.5} and rate.startswith("GEMM ")
 
 
 def test_limits_are_measured_once():

@@ -6,6 +6,7 @@
 
 #include "cpu/gemm/amx.simd.h"
 #include "cpu/gemm/words.simd.h"
+#include "cpu/rows/swoosh.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -202,80 +203,124 @@ void pack(const T* in, int64_t across, int64_t along, int64_t width, int64_t dep
   }
 }
 
+// The rows of A for a tile: a packed panel, or where they lie, `row` floats apart. `next` are those of the next tile.
+struct Panel {
+  const float* a;
+  int64_t row;  // 0: packed
+  const float* next;
+};
+
+// What the last chain adds: a bias, and rows of another matrix, `row` floats apart.
+struct Addends {
+  const float *bias, *onto;
+  int64_t row;
+};
+
 // Computes a tile of C: its first chain sets it, unless the whole is added, the others are added, and the last adds the
-// bias.
-template <typename T>
-__attribute__((noinline)) void tile(const float* __restrict a, const float* __restrict b, int64_t words,
-                                    const float* bias, float* __restrict c, int64_t c_row, bool first) {
+// addends.
+template <typename T, bool kPacked>
+__attribute__((noinline)) void tile(const Panel& panel, const float* __restrict b, int64_t words,
+                                    const Addends& addends, float* __restrict c, int64_t c_row, bool first) {
+  constexpr int64_t kLine = 16, kEach = 3;  // one pointer reaches kEach rows
   Floats sum[kVectorRows][2] = {};
-  for (int64_t k = 0; k < words; k++, a += kVectorRows, b += kColumns) {
-    const auto left = Words<T>::load(b), right = Words<T>::load(b + kLanes);
+  const int64_t row = panel.row, twice = 2 * row;
+  const float *start[(kVectorRows + kEach - 1) / kEach], *next = panel.next;
+#pragma GCC unroll 16
+  for (int64_t m = 0; m < kVectorRows; m += kEach) start[m / kEach] = panel.a + (kPacked ? 0 : m * row);
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    const auto left = Words<T>::load(b + k * kColumns), right = Words<T>::load(b + k * kColumns + kLanes);
 #pragma GCC unroll 16
     for (int64_t m = 0; m < kVectorRows; m++) {
-      const auto v = Words<T>::all(a + m);
+      const int64_t away = m % kEach == 0 ? 0 : m % kEach == 1 ? row : twice;
+      const auto v = Words<T>::all(kPacked ? start[0] + k * kVectorRows + m : start[m / kEach] + away + k);
       sum[m][0] = Words<T>::add(sum[m][0], v, left);
       sum[m][1] = Words<T>::add(sum[m][1], v, right);
     }
-  }
+  };
+  if (!kPacked)
+    for (; words >= kLine; words -= kLine, next += kLine) {
+#pragma GCC unroll 16
+      for (int64_t m = 0; m < kVectorRows; m++) __builtin_prefetch(next + m * row, 0, 3);
+      for (int64_t i = 0; i < kLine; i++, b += kColumns) {
+        step(0);
+#pragma GCC unroll 16
+        for (auto& from : start) {
+          from++;
+          asm("" : "+r"(from));  // pointers to all rows would not stay in registers
+        }
+      }
+    }
+  for (int64_t k = 0; k < words; k++) step(k);
   if (!first) {
 #pragma GCC unroll 16
     for (int64_t m = 0; m < kVectorRows; m++) sum[m][0] += at(c + m * c_row), sum[m][1] += at(c + m * c_row + kLanes);
   }
-  if (bias) {
-    const Vector<float> left = at(bias), right = at(bias + kLanes);
+  if (addends.bias) {
+    const Vector<float> left = at(addends.bias), right = at(addends.bias + kLanes);
 #pragma GCC unroll 16
     for (int64_t m = 0; m < kVectorRows; m++) sum[m][0] += left, sum[m][1] += right;
+  }
+  if (addends.onto) {
+#pragma GCC unroll 16
+    for (int64_t m = 0; m < kVectorRows; m++) {
+      const float* const more = addends.onto + m * addends.row;
+      sum[m][0] += at(more), sum[m][1] += at(more + kLanes);
+    }
   }
 #pragma GCC unroll 16
   for (int64_t m = 0; m < kVectorRows; m++) put(c + m * c_row, sum[m][0]), put(c + m * c_row + kLanes, sum[m][1]);
 }
 
-// Computes the tile at the lower or right edge, whose part inside C is rows x columns.
+// Computes the tile at the lower or right edge, whose part inside C is rows x columns, from a panel that has all rows.
 template <typename T>
-void edge_tile(const float* a, const float* b, int64_t words, const float* bias, float* c, int64_t c_row, bool first,
-               int64_t rows, int64_t columns) {
-  alignas(64) float part[kVectorRows * kColumns], some[kColumns] = {};
+void edge_tile(const Panel& panel, const float* b, int64_t words, const Addends& addends, float* c, int64_t c_row,
+               bool first, int64_t rows, int64_t columns) {
+  alignas(64) float part[kVectorRows * kColumns] = {}, some[kColumns] = {};
   for (int64_t m = 0; m < rows && !first; m++)
     for (int64_t j = 0; j < columns; j++) part[m * kColumns + j] = c[m * c_row + j];
-  for (int64_t m = first ? kVectorRows : rows; m < kVectorRows; m++)
-    for (int64_t j = 0; j < kColumns; j++) part[m * kColumns + j] = 0;
-  for (int64_t m = 0; m < rows && !first; m++)
-    for (int64_t j = columns; j < kColumns; j++) part[m * kColumns + j] = 0;
-  if (bias) std::copy_n(bias, columns, some);
-  tile<T>(a, b, words, bias ? some : nullptr, part, kColumns, first);
+  if (addends.bias) std::copy_n(addends.bias, columns, some);
+  (panel.row ? tile<T, false> : tile<T, true>)(panel, b, words, {addends.bias ? some : nullptr, nullptr, 0}, part,
+                                               kColumns, first);
   for (int64_t m = 0; m < rows; m++)
-    for (int64_t j = 0; j < columns; j++) c[m * c_row + j] = part[m * kColumns + j];
+    for (int64_t j = 0; j < columns; j++) {
+      c[m * c_row + j] = part[m * kColumns + j];
+      if (addends.onto) c[m * c_row + j] += addends.onto[m * addends.row + j];
+    }
 }
 
 // Computes tiles, whose parts inside C are rows x columns.
 template <typename T>
 class Tiles {
  public:
-  FASTASR_MEMBER void run(const float* a, const float* b, int64_t words, const float* bias, float* c, int64_t c_row,
-                          bool first, int64_t rows, int64_t columns) {
+  FASTASR_MEMBER void run(const Panel& panel, const float* b, int64_t words, const Addends& addends, float* c,
+                          int64_t c_row, bool first, int64_t rows, int64_t columns) {
     if constexpr (kInTiles<T>)
-      in_tiles(a, b, words, bias, c, c_row, first, rows, columns);
+      in_tiles(panel.a, b, words, addends, c, c_row, first, rows, columns);
     else if (rows == kVectorRows && columns == kColumns)
-      tile<T>(a, b, words, bias, c, c_row, first);
+      (panel.row ? tile<T, false> : tile<T, true>)(panel, b, words, addends, c, c_row, first);
     else
-      edge_tile<T>(a, b, words, bias, c, c_row, first, rows, columns);
+      edge_tile<T>(panel, b, words, addends, c, c_row, first, rows, columns);
   }
 
  private:
-  void in_tiles(const float* a, const float* b, int64_t words, const float* bias, float* c, int64_t c_row, bool first,
-                int64_t rows, int64_t columns) {
+  void in_tiles(const float* a, const float* b, int64_t words, const Addends& addends, float* c, int64_t c_row,
+                bool first, int64_t rows, int64_t columns) {
+    const auto [bias, onto, onto_row] = addends;
     alignas(64) float sums[kAmxMostRows][kColumns];
     tiles_.shape(rows > kAmxRows ? kAmxMostRows : kAmxRows, kAmxWords);
     tiles_.multiply(a, b, words, kAmxWords);
     tiles_.put(sums);
     for (int64_t m = 0; m < rows; m++, c += c_row) {
+      const float* const more = onto ? onto + m * onto_row : nullptr;
       if (columns < kColumns) {
-        for (int64_t j = 0; j < columns; j++) c[j] = sums[m][j] + (first ? 0 : c[j]) + (bias ? bias[j] : 0);
+        for (int64_t j = 0; j < columns; j++)
+          c[j] = sums[m][j] + (first ? 0 : c[j]) + (bias ? bias[j] : 0) + (more ? more[j] : 0);
         continue;
       }
       Floats left = at(sums[m]), right = at(sums[m] + kLanes);
       if (!first) left += at(c), right += at(c + kLanes);
       if (bias) left += at(bias), right += at(bias + kLanes);
+      if (more) left += at(more), right += at(more + kLanes);
       put(c, left), put(c + kLanes, right);
     }
   }
@@ -291,9 +336,15 @@ template <typename T>
 int64_t b_panels(const Gemm<T>& g) {
   return (g.n + kColumns - 1) / kColumns;
 }
+// Says whether the products read the rows of A where they lie. A tile reads a few bytes of each of its rows at a time;
+// rows that are multiples of 4 KiB apart would share a set of the first cache. Strips read all of A for every panel.
+template <typename T>
+bool in_place(const Gemm<T>& g) {
+  return sizeof(T) == 4 && g.a_depth == 1 && g.a_row % 1024 && g.m > kStripRows;
+}
 template <typename T>
 int64_t packed_a(const Gemm<T>& g) {
-  return a_panels(g) * kRows<T> * Words<T>::count(g.k);
+  return in_place(g) ? 0 : a_panels(g) * kRows<T> * Words<T>::count(g.k);
 }
 template <typename T>
 int64_t packed_b(const Gemm<T>& g) {
@@ -312,7 +363,7 @@ int64_t tasks(const Gemm<T>& g) {
 
 template <typename T>
 void pack_a(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
-  pack<kRows<T>, kInTiles<T>>(g.a, g.a_row, g.a_depth, g.m, g.k, packed, begin, end);
+  if (!in_place(g)) pack<kRows<T>, kInTiles<T>>(g.a, g.a_row, g.a_depth, g.m, g.k, packed, begin, end);
 }
 template <typename T>
 void pack_b(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
@@ -320,26 +371,46 @@ void pack_b(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
 }
 
 // Multiplies panels [p0, p1) of A by panels [q0, q1) of B, whose parts of one chain begin at `b`; calls ahead() before
-// each tile.
+// each tile. Without packed A the products read its rows.
 template <typename T, typename F>
 FASTASR_INLINE void one_chain(const Gemm<T>& g, const Chains<T>& chains, int64_t chain, const float* a, const float* b,
                               int64_t p0, int64_t p1, int64_t q0, int64_t q1, Tiles<T>& tiles, const F& ahead) {
-  const int64_t n = chains.words(chain);
-  const float* ac = a + chains.begin(chain) * kRows<T> * a_panels(g);
-  const float* bias = chain + 1 == chains.count ? g.bias : nullptr;
-  const bool sets = chain == 0 && !g.add;
+  const bool lies = in_place(g);
+  const int64_t n = chains.words(chain), whole = lies ? g.m / kRows<T> : p1;
+  const bool last = chain + 1 == chains.count, sets = chain == 0 && !g.add;
+  const float* ac = a + (lies ? 0 : chains.begin(chain) * kRows<T> * a_panels(g));
+  [[maybe_unused]] alignas(64) float edge[kVectorRows * kGemmChain];  // the last panel, if A has rows for a part of it
+  if constexpr (sizeof(T) == 4) {
+    if (lies) ac = g.a + chains.first(chain);
+    if (whole < p1) pack_chain<kVectorRows>(ac + whole * kVectorRows * g.a_row, g.a_row, 1, g.m % kVectorRows, n, edge);
+  }
   for (int64_t q = q0; q < q1; q++, b += n * kColumns) {
     const int64_t j = q * kColumns, width = std::min(kColumns, g.n - j);
     for (int64_t p = p0; p < p1; p++) {
       ahead();
       const int64_t i = p * kRows<T>;
-      tiles.run(ac + p * n * kRows<T>, b, n, bias ? bias + j : nullptr, g.c + i * g.c_row + j, g.c_row, sets,
-                std::min(kRows<T>, g.m - i), width);
+      Panel panel{p == whole ? edge : ac + p * n * kRows<T>, 0, nullptr};
+      if (lies && p < whole)
+        panel = {ac + i * g.a_row, g.a_row, ac + (p + 1 < std::min(p1, whole) ? i + kRows<T> : i) * g.a_row};
+      const Addends addends{last && g.bias ? g.bias + j : nullptr,
+                            last && g.onto ? g.onto + i * g.onto_row + j : nullptr, g.onto_row};
+      tiles.run(panel, b, n, addends, g.c + i * g.c_row + j, g.c_row, sets, std::min(kRows<T>, g.m - i), width);
     }
   }
 }
 
-// Multiplies panels [p0, p1) of A by panels [q0, q1) of B, both packed.
+// Computes the activation of rows [i, last) and columns [j, j + count) of C.
+template <typename T>
+void activate(const Gemm<T>& g, int64_t i, int64_t last, int64_t j, int64_t count) {
+  if (!g.swoosh_l) return;
+  const auto& kernel = kernels<SwooshKernels<float>>();
+  for (; i < last; i++) {
+    float* const c = g.c + i * g.c_row + j;
+    kernel.forward(c, nullptr, Mask::none, c, count, Swoosh::L);
+  }
+}
+
+// Multiplies panels [p0, p1) of A by panels [q0, q1) of B, which is packed.
 template <typename T>
 void block(const Gemm<T>& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1,
            Tiles<T>& tiles) {
@@ -348,6 +419,7 @@ void block(const Gemm<T>& g, const float* a, const float* b, int64_t p0, int64_t
     const float* bc = b + (chains.begin(chain) * b_panels(g) + q0 * chains.words(chain)) * kColumns;
     one_chain(g, chains, chain, a, bc, p0, p1, q0, q1, tiles, [] {});
   }
+  activate(g, p0 * kRows<T>, std::min(g.m, p1 * kRows<T>), q0 * kColumns, std::min(g.n, q1 * kColumns) - q0 * kColumns);
 }
 
 template <typename T>
@@ -424,6 +496,7 @@ void strips(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int6
         one_chain(g, chains, chain, a, panel, 0, rows, q, q + 1, tiles, [&] { next(each); });
       }
     }
+    activate(g, 0, g.m, q0 * kColumns, std::min(g.n, q1 * kColumns) - q0 * kColumns);
   }
 }
 

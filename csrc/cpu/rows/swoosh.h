@@ -14,7 +14,7 @@ enum class Mask { none, scalar, elementwise };
 
 template <typename T>
 struct SwooshKernels {
-  // y[i] = swoosh(x[i]) * m[i], i in [0, n); m = 1, mask[0] or mask[i].
+  // y[i] = swoosh(x[i]) * m[i], i in [0, n); m = 1, mask[0] or mask[i]. y may be x.
   void (*forward)(const T* x, const T* mask, Mask mask_kind, T* y, int64_t n, Swoosh kind);
   // dx[i] = grad[i] m[i] swoosh'(x[i]); y[i] = swoosh(x[i]) m[i] unless y is null. dx may be grad.
   void (*backward)(const T* grad, const T* x, const T* mask, Mask mask_kind, T* dx, T* y, int64_t n, Swoosh kind);

@@ -40,10 +40,10 @@ FASTASR_INLINE void forward16(const FASTASR_SIMD::Registers& table, const T* x, 
 }
 #endif
 
-// Each (type, mask, output) has its own function: several bodies in one function would spill.
+// y may be the same memory as x. Each (type, mask, output) has its own function: several bodies in one function would
+// spill.
 template <typename T, Mask kMask>
-__attribute__((noinline)) void forward(const T* __restrict x, const T* __restrict mask, T* __restrict y, int64_t n,
-                                       Swoosh kind) {
+__attribute__((noinline)) void forward(const T* x, const T* __restrict mask, T* y, int64_t n, Swoosh kind) {
   using C = compute_t<T>;
   const Constants<C> k = constants<C>(kind);
   const C scalar = kMask == Mask::scalar ? load(mask[0]) : C(1);
