@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastasr.benchmarks import harness, limits
-from fastasr.benchmarks.models import unit
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave
+from fastasr.benchmarks.models import unit
 
 
 def test_median_and_quartiles():
@@ -98,7 +98,8 @@ def test_products_in_turns(monkeypatch):
     monkeypatch.setattr(limits, "large_product", lambda: (lambda: None, 100, 0.1))
     timings, shares, rate = unit.timed_with_products({"model": harness.Variant(print)}, 100, calls=4, reps=2)
     assert timings == {"model": rounds["model"]}
-    assert shares == {"model": 0.5} and rate.startswith("GEMM ")
+    assert shares == {"model": 0.5}
+    assert rate.startswith("GEMM ")
 
 
 def test_limits_are_measured_once():

@@ -248,6 +248,12 @@ def test_a_streamer_gets_the_tokens(native):
 
 @pytest.mark.parametrize("kind", ["double", "hook", "autocast", "gelu", "training"])
 def test_models_that_the_native_call_does_not_serve(kind, native):
+    if kind == "autocast":
+        try:
+            with torch.autocast("cpu"), torch.no_grad():
+                torch.nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
+        except RuntimeError as reason:  # oneDNN has no such LSTM without AVX-512
+            pytest.skip(f"torch has no LSTM in bfloat16 here: {reason}")
     seeded(8)
     model = parakeet(hidden_act="gelu" if kind == "gelu" else "relu")
     inputs = batch()
