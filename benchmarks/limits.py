@@ -47,7 +47,7 @@ def _onednn_linear(x: torch.Tensor, weight: torch.Tensor):
 
 
 @functools.cache
-def large_product(device: str = "cpu", dtype: torch.dtype = torch.float32, reps: int = 7):
+def large_product(device: str = "cpu", dtype: torch.dtype = torch.float32):
     """Returns a call of the fastest of torch's own GEMMs on large matrices, its multiply and add operations, and the
     seconds of its fastest call.
     """
@@ -58,7 +58,7 @@ def large_product(device: str = "cpu", dtype: torch.dtype = torch.float32, reps:
     if torch.device(device).type == "cpu" and (onednn := _onednn_linear(x, weight)):
         variants["onednn"] = onednn
     with torch.no_grad():
-        timings = interleave(variants, reps=reps, device=device)
+        timings = interleave(variants, reps=7, device=device)
     seconds, fastest = min((min(timing.samples), name) for name, timing in timings.items())
     return torch.no_grad()(variants[fastest]), 2 * x.shape[0] * size * size, seconds
 
