@@ -103,15 +103,14 @@ def _zipformer(options: Options, done: Callable[..., bool]) -> Iterator[dict]:
     recording, which only the whole model takes.
     """
     for size in (zipformer.QUICK,) if options.quick else ({}, {"batch": 1, "frames": 6000, "fresh": False}):
-        shape = zipformer.shape_name(**{k: v for k, v in size.items() if k != "fresh"})
         alone = "batch" in size and not options.quick
 
-        def skip(case: str, shape=shape, alone=alone) -> bool:
+        def skip(case: str, shape: str, pass_: str, alone=alone) -> bool:
             if alone and case != zipformer.WHOLE:
                 return True
             dtype = "bfloat16" if case == zipformer.AUTOCAST else "float32"
             case = "stack 0" if case == zipformer.STACKS else case
-            return done("models", zipformer.NAME, case, shape, "forward", dtype)
+            return done("models", zipformer.NAME, case, shape, pass_, dtype)
 
         yield {**size, "skip": skip, "compile_model": options.compile_model and not alone}
 

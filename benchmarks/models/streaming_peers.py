@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks import upstream
+from fastasr.benchmarks.environment import int8_saturates
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT, VOCABULARY, config
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.models.zipformer.stream_states import stack_states, unstack_states
@@ -177,7 +178,8 @@ def _exported(names, theirs, size, chunk, threads):
     ours.load_state_dict(theirs.state_dict(), strict=True)
     made = {}
     with tempfile.TemporaryDirectory() as folder:
-        files = export_onnx(ours, folder, int8=any(name.endswith("int8") for name in names))
+        int8 = any(name.endswith("int8") for name in names)
+        files = export_onnx(ours, folder, int8=int8, reduce_range=int8_saturates())
         tokens = Path(folder) / "tokens.txt"
         tokens.write_text("".join(f"t{i} {i}\n" for i in range(VOCABULARY)), encoding="utf-8")
         for name in names:

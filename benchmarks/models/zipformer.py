@@ -19,10 +19,10 @@ from functools import partial
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
+from fastasr.benchmarks.case import Report
+from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave
 from fastasr.benchmarks.models import unit
-from fastasr.benchmarks.models.unit import timed_row, timed_with_products
+from fastasr.benchmarks.models.unit import COMPILE, FASTASR, FORWARD, UPSTREAM, Run, benchmark, timed_row
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.time_limit import Expired, time_limit
 from fastasr.testing.speed import Case
@@ -30,7 +30,7 @@ from fastasr.testing.speed import Case
 NAME = "zipformer"
 WHOLE, STACKS, AUTOCAST = "whole model", "stacks", "whole model, autocast(bfloat16)"
 FIRST, SECOND, SWAP = "first call", "second call", "accelerate()"
-UPSTREAM, LINEAR, FASTASR, COMPILE = "upstream", "upstream+linear", "fastasr", "compile"
+LINEAR = "upstream+linear"
 BATCH, FRAMES = 4, 1600
 FIRST_CALL_TIMEOUT = 300  # seconds for one fresh process
 COMPILE_LIMIT = 900  # seconds for the calls of upstream's model that compile
@@ -139,10 +139,10 @@ class _Parts:
             handle.remove()
 
 
-def _row(case: str, implementation: str, timing: Timing, shape: str, load: float | None, **more) -> Row:
-    more |= {"name": NAME, "case": case, "shape": shape, "pass_": "forward", "load": load}
+def _row(case: str, implementation: str, timing: Timing, shape: str, load: float | None) -> Row:
+    fields = {"name": NAME, "case": case, "shape": shape, "pass_": FORWARD, "load": load}
     dtype = "bfloat16" if case == AUTOCAST else "float32"
-    return timed_row(timing, implementation=implementation, dtype=dtype, **more)
+    return timed_row(timing, implementation=implementation, dtype=dtype, **fields)
 
 
 def _fresh_process(implementation: str, size: str) -> dict[str, float]:
@@ -190,27 +190,21 @@ def sized(frames: int, batch: int) -> Case:
     return unit.sized(NAME, shape_name("medium", batch, frames), make, *inputs)
 
 
+@benchmark(NAME)
 def measure(
-    *,
-    size: str = "medium",
-    batch: int = BATCH,
-    frames: int = FRAMES,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    fresh: bool = True,
-    skip: Callable[[str], bool] = lambda _: False,
-    report: Report = lambda _: None,
+    run: Run, size: str = "medium", batch: int = BATCH, frames: int = FRAMES, fresh: bool = True
 ) -> Iterator[list[Row]]:
     """Yields the rows of the whole model, of its parts and of the first calls.
 
     ``compile_model`` adds upstream under torch.compile (minutes of compilation, given up after 15); ``fresh`` the first
-    calls in fresh processes; ``skip(case)`` leaves WHOLE, AUTOCAST, STACKS or FIRST out. Raises
-    ``upstream.MissingUpstream``.
+    calls in fresh processes. The cases are WHOLE, AUTOCAST, STACKS and FIRST. Raises ``upstream.MissingUpstream``.
     """
-    settings = settings or Settings()
-    reps = reps or min(settings.reps, 9)
+    reps, report = run.reps or min(run.settings.reps, 9), run.report
     name = shape_name(size, batch, frames)
+
+    def skip(case: str) -> bool:
+        return run.skip(case, name, FORWARD)
+
     inputs = upstream.example(batch, frames)
     if fresh and not skip(FIRST):
         yield from _first_calls(size, name, report)
@@ -226,7 +220,7 @@ def measure(
             report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
     calls = {key: _call(model, inputs) for key, model in models.items()}
     calls[LINEAR] = with_linear(calls[LINEAR])
-    if compile_model:
+    if run.compile_model:
         calls[COMPILE] = _call(torch.compile(copy.deepcopy(shipped)), inputs)
     for key, call in list(calls.items()):
         report(f"{NAME}: first call of {key}" + (" (compiles for minutes)" if key == COMPILE else ""))
@@ -235,26 +229,10 @@ def measure(
         elif not _compiles(call, report):
             del calls[key]
     if not skip(WHOLE):
-        flops = _flops(size, inputs)
         report(f"{NAME}: timing {', '.join(calls)}, {reps} rounds")
-        load = LoadMeter()
-        runs = {key: Variant(call) for key, call in calls.items()}
-        timings, shares, limit = timed_with_products(runs, flops, reps=reps, warmup=1, sample_seconds=0.0)
-        other = load.other_cores()
-        yield [
-            _row(
-                WHOLE,
-                key,
-                timing,
-                name,
-                other,
-                peak_bytes=peak_bytes(runs[key]) if settings.memory else None,
-                flops=flops,
-                fraction_of_limit=round(shares[key], 4),
-                limit=limit,
-            )
-            for key, timing in timings.items()
-        ]
+        made = {key: Variant(call) for key, call in calls.items()}
+        fields = {"case": WHOLE, "shape": name, "pass_": FORWARD}
+        yield run.rows(made, _flops(size, inputs), reps=reps, warmup=1, sample_seconds=0.0, **fields)
     if not skip(AUTOCAST):
         report(f"{NAME}: timing under autocast, {reps} rounds")
         load = LoadMeter()

@@ -28,7 +28,7 @@ import torch
 
 from fastasr import files
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.environment import int8_saturates, stamp
 from fastasr.benchmarks.plots import COLOURS, bars, png, pyplot
 from fastasr.benchmarks.studies import results
 from fastasr.decoding.chunks import SILENCE
@@ -218,7 +218,7 @@ def _prepare(folder, size, seconds):
 
     ours = zipformer.AsrModel(**config(size, None)).eval()
     ours.load_state_dict(model.state_dict(), strict=True)
-    export_onnx(ours, folder, int8=True)
+    export_onnx(ours, folder, int8=True, reduce_range=int8_saturates())
     names = ["<blk>", *(f"t{i}" for i in range(1, VOCABULARY))]
     (folder / "tokens.txt").write_text("".join(f"{n} {i}\n" for i, n in enumerate(names)), encoding="utf-8")
     noise = torch.randn(round(RATE * seconds), generator=torch.Generator().manual_seed(1)) * 3000
@@ -482,7 +482,7 @@ def readings(run, utterances, names=NAMES, report=lambda _: None):
         torch.save(
             {"config": sizes.streaming(found["arguments"]), "state": found["model_avg"]}, folder / "model.pt"
         )
-        export_onnx(loaded.model, folder, feature_dim=loaded.bins, int8=True)
+        export_onnx(loaded.model, folder, feature_dim=loaded.bins, int8=True, reduce_range=int8_saturates())
         loaded.units.table.to_file(folder / "tokens.txt")
         samples = [torch.nn.functional.pad(u.features[0], (0, 0, 0, TAIL)).flatten() for u in utterances]
         torch.save({"samples": samples, "rate": loaded.rate, "bins": loaded.bins}, folder / "recordings.pt")

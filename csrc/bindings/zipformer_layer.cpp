@@ -59,38 +59,37 @@ struct Layer {
   // Returns f(x) weightᵀ + bias, where f is SwooshL, SwooshR or nothing, and `onto` more if that is given.
   Tensor linear(size_t i, const Tensor& x, cpu::ReducedInput f = cpu::ReducedInput::x,
                 const Optional& onto = {}) const {
-    const Tensor& weight = weights[i];
-    const Optional bias = biases[i].numel() ? Optional(biases[i]) : Optional();
-    const int64_t k = x.size(2), n = outputs[i], rows = x.size(0) * x.size(1);
     if (ways[i] > kReduced) {
+      const int64_t n = outputs[i];
       const Tensor y = new_pooled(x, {x.size(0), x.size(1), n});
       cpu::ReducedGemm g{};
-      g.x = data<float>(x), g.x_row = k, g.bias = data_or_null<float>(bias);
-      g.y = mutable_data<float>(y), g.y_row = n, g.m = rows, g.n = n, g.k = k;
+      g.x = data<float>(x), g.x_row = g.k = x.size(2), g.bias = data_or_null<float>(bias(i));
+      g.y = mutable_data<float>(y), g.y_row = g.n = n, g.m = x.size(0) * x.size(1);
       g.format = static_cast<cpu::WeightFormat>(ways[i] - kReduced), g.input = f;
-      reduced_gemm::multiply(g, weight);
+      reduced_gemm::multiply(g, weights[i]);
       return onto ? plus(*onto, y) : y;
     }
     if (f != cpu::ReducedInput::x)
-      return multiplied(i, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1), bias, onto);
-    return multiplied(i, x, bias, onto);
+      return multiplied(i, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1), onto);
+    return multiplied(i, x, onto);
   }
 
-  Tensor multiplied(size_t i, const Tensor& x, const Optional& bias, const Optional& onto,
-                    bool swoosh_l = false) const {
+  Optional bias(size_t i) const { return biases[i].numel() ? Optional(biases[i]) : Optional(); }
+
+  Tensor multiplied(size_t i, const Tensor& x, const Optional& onto, bool swoosh_l = false) const {
     using torch::stable::detail::from;
     const Tensor& weight = weights[i];
     const int64_t k = x.size(2), n = outputs[i];
     check(weight.dim() == 2 && weight.size(0) == n && weight.size(1) == k, kOp, "a weight has another shape");
     if (ways[i] == kTorch || ways[i] == kFewRows) {
-      const Tensor y = ways[i] == kTorch ? by_torch("aten::linear", {from(x), from(weight), from(bias)})
-                                         : gemm::linear_few_rows(x, weight, bias);
+      const Tensor y = ways[i] == kTorch ? by_torch("aten::linear", {from(x), from(weight), from(bias(i))})
+                                         : gemm::linear_few_rows(x, weight, bias(i));
       return onto ? plus(*onto, y) : y;
     }
     const Tensor y = new_pooled(x, {x.size(0), x.size(1), n});
     cpu::Gemm<float> g{};
     g.a = data<float>(x), g.a_row = k, g.a_depth = 1;
-    g.bias = data_or_null<float>(bias);
+    g.bias = data_or_null<float>(bias(i));
     g.c = mutable_data<float>(y), g.c_row = n, g.m = x.size(0) * x.size(1), g.n = n, g.k = k;
     g.swoosh_l = swoosh_l;
     if (onto) {
@@ -104,8 +103,7 @@ struct Layer {
 
   Tensor feed_forward(size_t i, const Tensor& x) const {
     if (ways[i] != kGemm || ways[i + 1] > kReduced) return linear(i + 1, linear(i, x), cpu::ReducedInput::swoosh_l, x);
-    const Optional bias = biases[i].numel() ? Optional(biases[i]) : Optional();
-    return linear(i + 1, multiplied(i, x, bias, {}, true), cpu::ReducedInput::x, x);
+    return linear(i + 1, multiplied(i, x, {}, true), cpu::ReducedInput::x, x);
   }
 
   Tensor self_attention(size_t i, const Tensor& x, const Tensor& attention) const {

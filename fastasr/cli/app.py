@@ -202,6 +202,9 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the files.", file_okay=False)],
     suffix: Annotated[str, typer.Option(help="Goes into the files' names: encoder-SUFFIX.onnx.")] = "",
     int8: Annotated[bool, typer.Option("--int8", help="Write dynamically quantised files as well.")] = False,
+    reduce_range: Annotated[
+        bool, typer.Option("--reduce-range", help="Quantise to 7 bits, for x86 processors without VNNI.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a Zipformer recogniser as ONNX files for onnxruntime and sherpa-onnx.
@@ -211,7 +214,7 @@ def export(
     """
     from fastasr.cli import export as command
 
-    command.run(factory, folder, suffix=suffix, int8=int8, as_json=json)
+    command.run(factory, folder, suffix=suffix, int8=int8, reduce_range=reduce_range, as_json=json)
 
 
 @app.command()

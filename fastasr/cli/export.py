@@ -11,7 +11,7 @@ from fastasr.cli.console import escape, fail, out, table
 from fastasr.cli.swap import call, load
 
 
-def run(reference: str, folder: Path, *, suffix: str, int8: bool, as_json: bool) -> None:
+def run(reference: str, folder: Path, *, suffix: str, int8: bool, reduce_range: bool, as_json: bool) -> None:
     from fastasr.export import export_onnx
 
     model = call(load(reference, "MODULE:FACTORY"), "MODULE:FACTORY", reference)
@@ -19,7 +19,7 @@ def run(reference: str, folder: Path, *, suffix: str, int8: bool, as_json: bool)
         fail(f"{reference}() returned a {type(model).__name__}, not a torch.nn.Module")
     try:
         with fastasr.eager_mode(model):
-            files = export_onnx(model, folder, suffix=suffix, int8=int8)
+            files = export_onnx(model, folder, suffix=suffix, int8=int8, reduce_range=reduce_range)
     except (ValueError, ImportError) as error:
         fail(str(error))
     sizes = {name: (str(path), path.stat().st_size) for name, path in files.items()}

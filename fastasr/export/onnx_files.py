@@ -26,7 +26,7 @@ STATE_BATCH = (1, 1, 1, 1, 0, 0)  # the batch dimension of each state
 
 
 @torch.no_grad()
-def export_onnx(model, folder, suffix="", feature_dim=None, int8=False):
+def export_onnx(model, folder, suffix="", feature_dim=None, int8=False, reduce_range=False):
     """Writes the ONNX files of ``model``, an AsrModel of this package or of upstream's, in eval mode on the CPU.
 
     A transducer becomes the files ``encoder``, ``decoder`` and ``joiner``, a CTC output the file ``ctc``, which has the
@@ -40,12 +40,14 @@ def export_onnx(model, folder, suffix="", feature_dim=None, int8=False):
         feature_dim: channels of the features; by default the front end's.
         int8: whether to write a dynamically quantised file beside each file, ``encoder-SUFFIX.int8.onnx`` and so on:
             the weights of matrix products, and the decoder's embedding, in 8 bits.
+        reduce_range: whether these weights take 7 bits only, for x86 processors without VNNI. There onnxruntime adds
+            two products of 8 bits in 16 bits, which saturate.
 
     Returns the files as {"encoder": path, ...}, with int8 also as {"encoder.int8": path, ...}. Raises ValueError for a
     model that cannot be exported, ImportError if a package is missing.
     """
     _check(model)
-    quantise = _quantiser() if int8 else None
+    quantise = _quantiser(reduce_range) if int8 else None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     channels = feature_dim or _channels(model)
@@ -82,7 +84,7 @@ def export_onnx(model, folder, suffix="", feature_dim=None, int8=False):
     return written
 
 
-def _quantiser():
+def _quantiser(reduce_range):
     """Returns a function (file, quantised file)."""
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -95,7 +97,13 @@ def _quantiser():
         # a product of the embedding is a lookup, which ONNX calls Gather
         operators = ["MatMul", "Gather"] if file.name.startswith("decoder") else ["MatMul"]
         with files.replacing(quantised) as unfinished:
-            quantize_dynamic(file, unfinished, op_types_to_quantize=operators, weight_type=QuantType.QInt8)
+            quantize_dynamic(
+                file,
+                unfinished,
+                op_types_to_quantize=operators,
+                reduce_range=reduce_range,
+                weight_type=QuantType.QInt8,
+            )
 
     return quantise
 

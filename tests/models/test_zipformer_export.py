@@ -247,6 +247,21 @@ def test_int8_files(quantised):
     assert not list(files["encoder"].parent.glob("*.unfinished"))
 
 
+def test_int8_of_a_reduced_range(tmp_path):
+    """The weights have 7 bits."""
+    import onnx
+    from onnx import numpy_helper
+
+    seeded(0)
+    model = randomized(zipformer.AsrModel(**WHOLE))
+    largest = {}
+    for reduce_range in (False, True):
+        files = export_onnx(model, tmp_path, int8=True, reduce_range=reduce_range)
+        weights = [numpy_helper.to_array(t) for t in onnx.load(files["encoder.int8"]).graph.initializer]
+        largest[reduce_range] = max(abs(w.astype(int)).max() for w in weights if w.dtype == "int8")
+    assert largest == {False: 127, True: 64}
+
+
 def test_int8_without_onnxruntime(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime.quantization", None)
     model = randomized(zipformer.AsrModel(**WHOLE))

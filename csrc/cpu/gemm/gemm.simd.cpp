@@ -271,6 +271,14 @@ __attribute__((noinline)) void tile(const Panel& panel, const float* __restrict 
   for (int64_t m = 0; m < kVectorRows; m++) put(c + m * c_row, sum[m][0]), put(c + m * c_row + kLanes, sum[m][1]);
 }
 
+template <typename T>
+FASTASR_INLINE void whole_tile(const Panel& panel, const float* b, int64_t words, const Addends& addends, float* c,
+                               int64_t c_row, bool first) {
+  if constexpr (sizeof(T) == 4)  // see in_place
+    if (panel.row) return tile<T, false>(panel, b, words, addends, c, c_row, first);
+  tile<T, true>(panel, b, words, addends, c, c_row, first);
+}
+
 // Computes the tile at the lower or right edge, whose part inside C is rows x columns, from a panel that has all rows.
 template <typename T>
 void edge_tile(const Panel& panel, const float* b, int64_t words, const Addends& addends, float* c, int64_t c_row,
@@ -279,8 +287,7 @@ void edge_tile(const Panel& panel, const float* b, int64_t words, const Addends&
   for (int64_t m = 0; m < rows && !first; m++)
     for (int64_t j = 0; j < columns; j++) part[m * kColumns + j] = c[m * c_row + j];
   if (addends.bias) std::copy_n(addends.bias, columns, some);
-  (panel.row ? tile<T, false> : tile<T, true>)(panel, b, words, {addends.bias ? some : nullptr, nullptr, 0}, part,
-                                               kColumns, first);
+  whole_tile<T>(panel, b, words, {addends.bias ? some : nullptr, nullptr, 0}, part, kColumns, first);
   for (int64_t m = 0; m < rows; m++)
     for (int64_t j = 0; j < columns; j++) {
       c[m * c_row + j] = part[m * kColumns + j];
@@ -297,7 +304,7 @@ class Tiles {
     if constexpr (kInTiles<T>)
       in_tiles(panel.a, b, words, addends, c, c_row, first, rows, columns);
     else if (rows == kVectorRows && columns == kColumns)
-      (panel.row ? tile<T, false> : tile<T, true>)(panel, b, words, addends, c, c_row, first);
+      whole_tile<T>(panel, b, words, addends, c, c_row, first);
     else
       edge_tile<T>(panel, b, words, addends, c, c_row, first, rows, columns);
   }
