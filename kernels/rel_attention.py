@@ -33,135 +33,34 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
 from fastasr.kernels._launch import dot_options, generation, launch, rounded
-from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
-from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
+from fastasr.kernels._rel_attention_backward import (
+    biases_kernel,
+    delta_kernel,
+    keys_kernel,
+    offsets_kernel,
+    positions_kernel,
+    queries_kernel,
+    statistics_kernel,
+)
+from fastasr.kernels._rel_attention_scores import (
+    SIZES,
+    UNALIGNED,
+    band,
+    keys_seen,
+    of_head,
+    queries,
+    scores_of,
+)
+from fastasr.kernels._rel_position_tiles import head_block, place
+from fastasr.kernels._relative_shift import moved
 from fastasr.kernels._weights_dropout import constants as dropout_constants
 from fastasr.kernels._weights_dropout import dropped, row_words
-from fastasr.kernels.zipformer_attention import PIECE_BYTES, slopes_of
+from fastasr.kernels.zipformer_attention import PIECE_BYTES
 from fastasr.kernels.zipformer_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ["frames", "keys", "chunk", "left", "right", "batch", "blocks", "heads", "threshold"]
-UNALIGNED = ["PADDING", "MASK", "SEED"]
-
-
-# --------------------------------------------------------------------------- what a query sees
-# sizes: (frames, keys, chunk, left, right); negative: all of that side. Without WINDOW nothing reads the last three.
-@triton.jit
-def _context(i, sizes):
-    """Returns [first, end) of the keys in the context of queries i; those behind the last one have its context."""
-    frames, keys, chunk, left, right = sizes
-    start = (tl.minimum(i, frames - 1) + (keys - frames)) // chunk * chunk
-    first = tl.where(left < 0, 0, tl.maximum(start - left, 0))
-    return first, tl.where(right < 0, keys, tl.minimum(start + chunk + right, keys))
-
-
-@triton.jit
-def _keys_seen(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
-    """Returns [begin, end) of the keys in the context of any of the queries [first, last]; begin is a multiple of
-    BLOCK.
-    """
-    begin, end = 0, sizes[1]
-    if WINDOW:
-        begin, _ = _context(first, sizes)
-        begin = begin // BLOCK * BLOCK
-        _, end = _context(last, sizes)
-    return begin, end
-
-
-@triton.jit
-def _queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
-    """Returns [begin, end) of the queries with any of the keys [first, last] in their context; begin is a multiple of
-    BLOCK.
-    """
-    frames, keys, chunk, left, right = sizes
-    begin, end = 0, frames
-    if WINDOW:
-        cached = keys - frames
-        begin = tl.where(right < 0, 0, tl.maximum(tl.maximum(first - right, 0) // chunk * chunk - cached, 0))
-        begin = begin // BLOCK * BLOCK
-        end = tl.where(left < 0, frames, tl.minimum((last + left) // chunk * chunk + chunk - cached, frames))
-    return begin, end
-
-
-# --------------------------------------------------------------------------- scores
-# tensors: (Q, K, V, POS, U, W) of a head and a sequence; masks: (PADDING, MASK, sequence, mask_batch), either or None
-@triton.jit
-def _of_head(
-    Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
-):  # fmt: skip
-    """Returns the tensors of a head and a sequence."""
-    q = sequence * q_batch + head * DIM
-    k = sequence * k_batch + head * DIM
-    v = sequence * v_batch + head * VALUE_DIM
-    return Q + q, K + k, V + v, POS + head * DIM, U + head * DIM, W + head * DIM
-
-
-@triton.jit
-def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing
-    reads.
-    """
-    rows = tl.zeros([BLOCK_M, BLOCK_D], Q.dtype.element_ty)
-    if DIM <= BLOCK_D:
-        rows = load_rows(Q, i, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
-    return rows
-
-
-@triton.jit
-def _queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns (q + u, q + w) of rows, see ``_biased``."""
-    Q, _k, _v, _pos, U, W = tensors
-    return (
-        _biased(Q, U, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
-        _biased(Q, W, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
-    )
-
-
-@triton.jit
-def _band(
-    rows, tensors, i, q_time, keep_i, start, sizes,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Returns the [BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on."""
-    Q, _k, _v, POS, _u, W = tensors
-    r = start + tl.arange(0, BLOCK_N)
-    keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
-    return query_key(rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W)
-
-
-@triton.jit
-def _scores(
-    first, second, third, rows, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
-    ``rows`` and ``key`` hold q + u and k if they fit a block.
-    """
-    Q, K, _v, _pos, U, _w = tensors
-    PADDING, MASK, sequence, mask_batch = masks
-    frames, keys = sizes[0], sizes[1]
-    if PADDING is not None:
-        PADDING += sequence * keys
-    if MASK is not None:
-        MASK += sequence * mask_batch
-    keep_j = j < keys
-    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if DIM <= BLOCK_D:
-        scores = tl.dot(rows, tl.trans(key), scores)
-    else:
-        scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, U)
-    scores = (scores + by_key(first, second, third, BLOCK_M, BLOCK_N)) * scale
-    seen, end = i, i
-    if WINDOW:
-        seen, end = _context(i, sizes)
-    scores = masked(
-        scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, keys, seen[:, None], end[:, None], WINDOW
-    )  # fmt: skip
-    return tl.where(keep_j[None, :], scores, NONE)
 
 
 # --------------------------------------------------------------------------- forward
@@ -180,15 +79,15 @@ def forward_kernel(
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
-    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    tensors = of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     masks = (PADDING, MASK, sequence, mask_batch)
-    content, position = _queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
+    content, position = queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
-    begin, end = _keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
-    first = _band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    begin, end = keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
+    first = band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
     second = first
     if BLOCK_M > BLOCK_N:
-        second = _band(
+        second = band(
             position, tensors, i, q_time, keep_i, base + begin + BLOCK_N, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
     row = (sequence * heads + head) * frames + i
@@ -198,13 +97,13 @@ def forward_kernel(
     y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        third = _band(
+        third = band(
             position, tensors, i, q_time, keep_i, base + start + BLOCK_M, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
         if BLOCK_M == BLOCK_N:
             second = third
         key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
-        scores = _scores(
+        scores = scores_of(
             first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
         )  # fmt: skip
@@ -222,311 +121,6 @@ def forward_kernel(
     lse = tl.where(none, float("inf"), maximum + tl.log(total))
     once = keep_i & (tl.program_id(1) == 0)
     tl.store(LSE + row, lse, mask=once)
-
-
-# --------------------------------------------------------------------------- backward
-@triton.jit
-def _rows(
-    tensors, G, i, q_time, v_time, keep, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Returns (q + u, q + w, G) of queries, each if it fits a block of channels."""
-    content, position = _queries(tensors, i, q_time, keep, DIM, BLOCK, BLOCK_D)
-    g = tl.zeros([BLOCK, BLOCK_V], G.dtype.element_ty)
-    if VALUE_DIM <= BLOCK_V:
-        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep, VALUE_DIM)
-    return content, position, g
-
-
-@triton.jit
-def _tile(
-    lower, rows, key, tensors, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Returns (scores, dW, upper piece of the band) of a square tile. ``_rows`` gave the operands; the lower piece of
-    the band ends at row ``after`` of R.
-    """
-    content, position, g = rows
-    upper = _band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
-    scores = _scores(
-        lower, upper, upper, content, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
-        DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
-    )  # fmt: skip
-    slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < sizes[1], v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
-    return scores, slope, upper
-
-
-@triton.jit(do_not_specialize=["rows", "frames", "heads"])
-def delta_kernel(
-    G, Y, DELTA, rows, frames, heads, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """Writes the sums of G y over the columns, of a block of rows (sequence, frame, head) of both."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = r < rows
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, VALUE_DIM, BLOCK_V):
-        c = first + tl.arange(0, BLOCK_V)
-        g = load_rows(G, r, VALUE_DIM, c, keep, VALUE_DIM).to(tl.float32)  # [BLOCK, BLOCK_V]
-        total += tl.sum(g * load_rows(Y, r, VALUE_DIM, c, keep, VALUE_DIM).to(tl.float32), axis=1)
-    sequence, frame, head = r // (frames * heads), r // heads % frames, r % heads
-    tl.store(DELTA + (sequence * heads + head) * frames + frame, total, mask=keep)
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
-def statistics_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
-    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Writes 1 / sum of the weights and delta of a block of queries of float32."""
-    sizes = frames, keys, chunk, left, right
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
-    lanes = tl.arange(0, BLOCK)
-    i = block * BLOCK + lanes
-    keep_i = i < frames
-    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
-    masks = (PADDING, MASK, sequence, mask_batch)
-    G += sequence * g_batch + head * VALUE_DIM
-    held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
-    row = (sequence * heads + head) * frames + i
-    words = row_words(SEED, row)
-    lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
-    base = frames - (block + 1) * BLOCK
-    begin, end = _keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
-    lower = _band(held[1], tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
-    total = tl.zeros([BLOCK], tl.float64)
-    along = tl.zeros([BLOCK], tl.float64)
-    for start in range(begin, end, BLOCK):
-        j = start + lanes
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
-        scores, slope, lower = _tile(
-            lower, held, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes, scale,
-            DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
-        slope = dropped(slope, SEED, words, j, threshold, factor)
-        e = exp_nonpositive(scores - lse[:, None], True)
-        total += sums(e, 1, True)
-        along += sums(e * slope, 1, True)
-    total = tl.where(total == 0.0, 1.0, total)
-    tl.store(INVERSE + row, tl.div_rn(1.0, total.to(tl.float32)), mask=keep_i)
-    tl.store(DELTA + row, (along / total).to(tl.float32), mask=keep_i)
-
-
-@triton.jit(
-    do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
-)
-def queries_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
-    frames, keys, chunk, left, right, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch,
-    k_batch, v_batch, g_batch, mask_batch, ds_row, threshold, scale, factor,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Writes dS k of a block of the queries [start_row, start_row + rows) and of channels, in float32, and its sums.
-    Programs of the first block of channels also store dS by offset: one BLOCK of columns more than the keys that they
-    meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
-    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    sizes = frames, keys, chunk, left, right
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
-    lanes = tl.arange(0, BLOCK)
-    local = block * BLOCK + lanes
-    i = start_row + local
-    keep_i = local < rows
-    once = tl.program_id(1) == 0
-    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
-    masks = (PADDING, MASK, sequence, mask_batch)
-    G += sequence * g_batch + head * VALUE_DIM
-    held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
-    row = (sequence * heads + head) * frames + i
-    words = row_words(SEED, row)
-    lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
-    inverse = tl.load(INVERSE + row, mask=keep_i, other=0.0)
-    delta = tl.load(DELTA + row, mask=keep_i, other=0.0)
-    first = start_row + block * BLOCK
-    begin, end = _keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
-    base = frames - first - BLOCK + begin
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    all_lanes = (lanes >= 0)[None, :]
-    before = tl.zeros([BLOCK, BLOCK], Q.dtype.element_ty)
-    DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
-    lower = _band(held[1], tensors, i, q_time, keep_i, base, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
-    for start in range(0, end - begin, BLOCK):
-        j = begin + start + lanes
-        key = load_rows(tensors[1], j, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
-        scores, slope, lower = _tile(
-            lower, held, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes, scale,
-            DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
-        w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
-        ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
-        narrow = ds.to(key.dtype)
-        dq = tl.dot(narrow, key, dq)
-        after = by_offset(narrow, BLOCK)
-        tl.store(
-            DS + (start + lanes)[None, :], merged(after, before, before, BLOCK, BLOCK), mask=all_lanes & once
-        )
-        before = after
-    j = tl.cdiv(end - begin, BLOCK) * BLOCK + lanes
-    last = merged(tl.zeros([BLOCK, BLOCK], before.dtype), before, before, BLOCK, BLOCK)
-    tl.store(DS + j[None, :], last, mask=all_lanes & once)
-
-    keep_d = d < DIM
-    dq *= scale
-    out = DQ + sequence * q_batch + head * DIM + i.to(tl.int64)[:, None] * q_time + d[None, :]
-    tl.store(out, dq, mask=keep_i[:, None] & keep_d[None, :])
-    part = sequence * all_blocks + start_row // BLOCK + block
-    tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=keep_d)
-
-
-@triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
-def offsets_kernel(
-    DS, POS, CONTENT, DQ, PARTS, frames, keys, chunk, left, right, first_block, batch, blocks, all_blocks, heads,
-    q_time, q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Writes dq = CONTENT + dS' R of a block of channels and of queries, out of the ``blocks`` that DS holds, and sums
-    of dS' R.
-    """
-    PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
-    lanes = tl.arange(0, BLOCK)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    i = (first_block + block) * BLOCK + lanes
-    POS += head * DIM
-    DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[:, None] * ds_row
-    first = (first_block + block) * BLOCK
-    begin, end = _keys_seen(first, first + BLOCK - 1, (frames, keys, chunk, left, right), BLOCK, WINDOW)
-    base = frames - first - BLOCK + begin
-    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for start in range(0, tl.cdiv(end - begin, BLOCK) * BLOCK + BLOCK, BLOCK):
-        ds = tl.load(DS + (start + lanes)[None, :])  # [BLOCK, BLOCK]
-        r = base + start + lanes
-        pos = load_rows(POS, r, q_time, d, (r >= 0) & (r < frames + keys - 1), DIM)  # [BLOCK, BLOCK_D]
-        dq = tl.dot(ds, pos, dq)
-    dq *= scale
-    part = sequence * all_blocks + first_block + block
-    tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=d < DIM)
-    whole = (i < frames)[:, None] & (d < DIM)[None, :]
-    at = sequence * q_batch + head * DIM + i.to(tl.int64)[:, None] * q_time + d[None, :]
-    dq += tl.load(CONTENT + at, mask=whole, other=0.0)
-    tl.store(DQ + at, dq.to(DQ.dtype.element_ty), mask=whole)
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
-def keys_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV,
-    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Writes dS^T (q + u) and W^T G of a block of keys and of their channels."""
-    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
-    sizes = frames, keys, chunk, left, right
-    lanes = tl.arange(0, BLOCK)
-    j = block * BLOCK + lanes
-    keep_j = j < keys
-    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
-    masks = (PADDING, MASK, sequence, mask_batch)
-    G += sequence * g_batch + head * VALUE_DIM
-    row = (sequence * heads + head) * frames
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
-    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    begin, end = _queries_seeing(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
-    for start in range(begin, end, BLOCK):
-        i = start + lanes
-        keep_i = i < frames
-        content, position, g = _rows(
-            tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
-        )
-        first = frames + (block - 1) * BLOCK - start
-        lower = _band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
-        scores, slope, _ = _tile(
-            lower, (content, position, g), key, tensors, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK, sizes,
-            scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
-        lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
-        inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
-        delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
-        w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
-        words = row_words(SEED, row + i)
-        ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
-        w = dropped(w, SEED, words, j, threshold, factor)
-        if DIM > BLOCK_D:
-            content = load_rows(tensors[0], i, q_time, d, keep_i, DIM, tensors[4])
-        if VALUE_DIM > BLOCK_V:
-            g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
-        dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk)
-        dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv)
-    out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * q_time + d[None, :]
-    tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=keep_j[:, None] & (d < DIM)[None, :])
-    out = DV + sequence * v_batch + head * VALUE_DIM + j.to(tl.int64)[:, None] * v_time + c[None, :]
-    tl.store(out, dv.to(DV.dtype.element_ty), mask=keep_j[:, None] & (c < VALUE_DIM)[None, :])
-
-
-@triton.jit(do_not_specialize=[*SIZES, "first_block", "count", "lowest", "low", "high", "each", "groups"])
-def positions_kernel(
-    DS, Q, W, PARTS, frames, keys, chunk, left, right, first_block, count, lowest, low, high, each, groups, batch,
-    blocks, heads, q_time, q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Writes PARTS + dS'^T (q + w) of WIDE blocks of offsets and one of channels, over the ``count`` blocks of queries
-    that DS holds of each sequence of a group of ``each``; PARTS is (groups, high - low, heads DIM), for the offsets
-    from ``low`` to ``high``. Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b, counted from key
-    0; the first program begins with t = ``lowest``.
-    """
-    sizes = frames, keys, chunk, left, right
-    head, group, number = place(tl.program_id(0), blocks, groups)
-    lanes = tl.arange(0, BLOCK)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    t = lowest + number * WIDE
-    wide = tl.arange(0, WIDE * BLOCK)
-    Q += head * DIM
-    W += head * DIM
-    dr = tl.zeros([WIDE * BLOCK, BLOCK_D], tl.float32)
-    begin = tl.maximum(-t - WIDE, first_block)
-    met = tl.minimum(tl.cdiv(keys, BLOCK) - t, first_block + count) - begin
-    sequences = tl.minimum(batch - group * each, each).to(tl.int32)
-    for n in range(0, tl.maximum(met, 0) * sequences):
-        sequence = group * each + n // met
-        block = begin + n % met
-        i = block * BLOCK + lanes
-        rows = (block - first_block) * BLOCK + lanes
-        rows = ((head * batch + sequence) * count * BLOCK + rows) * ds_row
-        column = (t + block + 1) * BLOCK + wide
-        first, behind = _keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
-        inside = (column >= first) & (column < (tl.cdiv(behind, BLOCK) + 1) * BLOCK)  # as whole blocks
-        ds = tl.load(DS + rows[:, None] + (column - first)[None, :], mask=inside[None, :], other=0.0)
-        p = load_rows(Q + sequence * q_batch, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
-        dr = tl.dot(tl.trans(ds), p, dr)
-    r = frames + t * BLOCK + wide
-    out = PARTS + (group * (high - low) + r - low)[:, None] * (heads * DIM) + head * DIM + d[None, :]
-    whole = ((r >= low) & (r < high))[:, None] & (d < DIM)[None, :]
-    found = tl.load(out, mask=whole, other=0.0)
-    tl.store(out, found + (dr * scale).to(found.dtype), mask=whole)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Adds a block of columns of the two tables of ``parts`` rows."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    keep_c = c < width
-    PARTS += tl.program_id(1).to(tl.int64) * parts * width
-    total = tl.zeros([BLOCK_C], tl.float64)
-    for first in range(0, parts, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        found = load_rows(PARTS, p, width, c, p < parts, width)  # [BLOCK_P, BLOCK_C]
-        total += tl.sum(found.to(tl.float64), axis=0)
-    total = total.to(tl.float32)
-    if tl.program_id(1) == 0:
-        tl.store(DU + c, total.to(DU.dtype.element_ty), mask=keep_c)
-    else:
-        tl.store(DW + c, total.to(DW.dtype.element_ty), mask=keep_c)
 
 
 # --------------------------------------------------------------------------- launchers

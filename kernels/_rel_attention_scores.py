@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a query of rel_attention sees, and its scores, see rel_attention.py."""
+
+import triton
+import triton.language as tl
+
+from fastasr.kernels._attention_tiles import NONE, load_rows, products
+from fastasr.kernels._rel_position_tiles import masked, query_key
+from fastasr.kernels._relative_shift import by_key
+
+SIZES = ["frames", "keys", "chunk", "left", "right", "batch", "blocks", "heads", "threshold"]
+UNALIGNED = ["PADDING", "MASK", "SEED"]
+
+
+# --------------------------------------------------------------------------- what a query sees
+# sizes: (frames, keys, chunk, left, right); negative: all of that side. Without WINDOW nothing reads the last three.
+@triton.jit
+def _context(i, sizes):
+    """Returns [first, end) of the keys in the context of queries i; those behind the last one have its context."""
+    frames, keys, chunk, left, right = sizes
+    start = (tl.minimum(i, frames - 1) + (keys - frames)) // chunk * chunk
+    first = tl.where(left < 0, 0, tl.maximum(start - left, 0))
+    return first, tl.where(right < 0, keys, tl.minimum(start + chunk + right, keys))
+
+
+@triton.jit
+def keys_seen(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """Returns [begin, end) of the keys in the context of any of the queries [first, last]; begin is a multiple of
+    BLOCK.
+    """
+    begin, end = 0, sizes[1]
+    if WINDOW:
+        begin, _ = _context(first, sizes)
+        begin = begin // BLOCK * BLOCK
+        _, end = _context(last, sizes)
+    return begin, end
+
+
+@triton.jit
+def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """Returns [begin, end) of the queries with any of the keys [first, last] in their context; begin is a multiple of
+    BLOCK.
+    """
+    frames, keys, chunk, left, right = sizes
+    begin, end = 0, frames
+    if WINDOW:
+        cached = keys - frames
+        begin = tl.where(right < 0, 0, tl.maximum(tl.maximum(first - right, 0) // chunk * chunk - cached, 0))
+        begin = begin // BLOCK * BLOCK
+        end = tl.where(left < 0, frames, tl.minimum((last + left) // chunk * chunk + chunk - cached, frames))
+    return begin, end
+
+
+# --------------------------------------------------------------------------- scores
+# tensors: (Q, K, V, POS, U, W) of a head and a sequence; masks: (PADDING, MASK, sequence, mask_batch), either or None
+@triton.jit
+def of_head(
+    Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
+):  # fmt: skip
+    """Returns the tensors of a head and a sequence."""
+    q = sequence * q_batch + head * DIM
+    k = sequence * k_batch + head * DIM
+    v = sequence * v_batch + head * VALUE_DIM
+    return Q + q, K + k, V + v, POS + head * DIM, U + head * DIM, W + head * DIM
+
+
+@triton.jit
+def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Returns rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing
+    reads.
+    """
+    rows = tl.zeros([BLOCK_M, BLOCK_D], Q.dtype.element_ty)
+    if DIM <= BLOCK_D:
+        rows = load_rows(Q, i, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
+    return rows
+
+
+@triton.jit
+def queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Returns (q + u, q + w) of rows, see ``_biased``."""
+    Q, _k, _v, _pos, U, W = tensors
+    return (
+        _biased(Q, U, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
+        _biased(Q, W, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
+    )
+
+
+@triton.jit
+def band(
+    rows, tensors, i, q_time, keep_i, start, sizes,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Returns the [BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on."""
+    Q, _k, _v, POS, _u, W = tensors
+    r = start + tl.arange(0, BLOCK_N)
+    keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
+    return query_key(rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W)
+
+
+@triton.jit
+def scores_of(
+    first, second, third, rows, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
+    ``rows`` and ``key`` hold q + u and k if they fit a block.
+    """
+    Q, K, _v, _pos, U, _w = tensors
+    PADDING, MASK, sequence, mask_batch = masks
+    frames, keys = sizes[0], sizes[1]
+    if PADDING is not None:
+        PADDING += sequence * keys
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    keep_j = j < keys
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DIM <= BLOCK_D:
+        scores = tl.dot(rows, tl.trans(key), scores)
+    else:
+        scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, U)
+    scores = (scores + by_key(first, second, third, BLOCK_M, BLOCK_N)) * scale
+    seen, end = i, i
+    if WINDOW:
+        seen, end = _context(i, sizes)
+    scores = masked(
+        scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, keys, seen[:, None], end[:, None], WINDOW
+    )  # fmt: skip
+    return tl.where(keep_j[None, :], scores, NONE)
