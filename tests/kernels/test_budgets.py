@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels import budgets
-from tests.kernels.configurations import ARCHITECTURES, SHARED
+from tests.kernels.configurations.configuration import ARCHITECTURES, SHARED
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.needs("kernels", "tests/kernels")

@@ -44,7 +44,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which 
 
 import budgets
 import triton
-from configurations import Configuration, configurations
+from configurations import configurations
+from configurations.configuration import Configuration
 from repetition import repeated
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/bypass.py."""
+
+from fastasr.kernels import _parts, bypass
+
+from .configuration import Configuration, adding
+
+
+def configurations():
+    names = ("X_ORIG", "X", "SCALE", "Y", "GRAD", "DX_ORIG", "DX", "DSCALE")
+    every = {dtype: dict.fromkeys(names, dtype) for dtype in ("fp32", "bf16", "fp16")}
+    every["x bf16"] = every["fp32"] | {"X": "bf16", "DX": "bf16"}
+    for dtype, types in every.items():
+        types = types | {"PARTS": "fp32"}
+        for block_c in (256, 32) if dtype in ("fp32", "bf16") else (256,):
+            for kernel, elements, warps in (
+                ("forward", 2048, bypass.NUM_WARPS),
+                ("backward", _parts.ELEMENTS, _parts.WARPS),
+            ):
+                constants = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c}
+                function = getattr(bypass, f"{kernel}_kernel")
+                name = f"bypass {kernel}, tile {elements // block_c}x{block_c}, {dtype}"
+                yield Configuration(name, function, types, constants, warps, ("columns",))
+    one = {"BLOCK_R": _parts.ELEMENTS // 32, "BLOCK_C": 32, "columns": 1}
+    types = every["fp32"] | {"PARTS": "fp32"}
+    name = "bypass backward, one column, fp32"
+    yield Configuration(name, bypass.backward_kernel, types, one, _parts.WARPS)
+    for block_p in (128, 256):
+        constants, warps = adding(block_p)
+        types = {"PARTS": "fp32", "DSCALE": "fp32"}
+        name = f"bypass parts, {block_p}"
+        yield Configuration(name, bypass.add_parts_kernel, types, constants, warps, ("columns",))

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/depthwise_conv_residual.py."""
+
+from fastasr.kernels._sliding_taps import LINE
+
+from ._depthwise import depthwise, taps_gradients
+from .configuration import DTYPES
+
+
+def configurations():
+    divisible = ("C", "g_batch", "g_time", "x_batch", "x_time")
+    for dtype in DTYPES:
+        types = dict.fromkeys(("X", "Y", "G"), dtype) | dict.fromkeys(("TABLE", "BIAS", "PARTS"), "fp32")
+        yield from depthwise("depthwise_conv_residual", dtype, types, 3, residual=True)
+        yield taps_gradients(f"depthwise_conv_residual weight gradient, {dtype}", types, 3, LINE, divisible)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/gated_depthwise_conv.py."""
+
+from fastasr.kernels import gated_depthwise_conv as conv
+from fastasr.kernels._sliding_taps import LINE
+
+from ._depthwise import taps_gradients
+from .configuration import Configuration
+
+
+def configurations():
+    inputs = ("H", "CACHE", "WEIGHT", "CAUSAL_WEIGHT", "CHUNK_SCALE", "BIAS", "CAUSAL_BIAS", "GRAD")
+    between = ("U", "Q", "R", "V", "G", "X")
+    outputs = ("Y", "DH", "DCACHE", "DWEIGHT", "DBIAS", "DCAUSAL_WEIGHT", "DCAUSAL_BIAS", "DCHUNK_SCALE")
+    chunk_causal = ("CACHE", "CAUSAL_WEIGHT", "CHUNK_SCALE", "CAUSAL_BIAS", "DCACHE", "DCAUSAL_WEIGHT")
+    absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS"))
+    divisible = ("C", "time_stride", "batch_stride", "grad_time_stride", "grad_batch_stride")
+    block_c = {"BLOCK_C": conv.BLOCK_C}
+    for dtype in ("fp32", "bf16"):
+        types = dict.fromkeys((*inputs, *between, *outputs), dtype)
+        types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32"}
+        for form, none in (("plain", absent), ("chunks", {})):
+            chunked = form == "chunks"
+            outer = none | conv.convolving(31, 32 if chunked else 1500, chunked)
+            only_q = dict.fromkeys(("R", "V")) if form == "plain" else {}
+            for kernel, constants in (
+                ("gate", block_c | none | {"BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}),
+                ("forward", outer | {"ACTIVATION": 1}),
+                ("output_gradient", outer | only_q | {"ACTIVATION": 1}),
+                ("input_gradient", outer | {"TILED": True}),
+                ("add_parts", block_c | none | {"BLOCK_P": conv.MAX_PARTS}),
+            ):
+                name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
+                function = getattr(conv, f"{kernel}_kernel")
+                yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
+            name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
+            strides = ("C", "g_batch", "g_time", "x_batch", "x_time")
+            yield taps_gradients(name, types, 31, LINE, strides, (True, True), chunked)
+        name = f"gated_depthwise_conv weight gradient, no activation, {dtype}"
+        yield taps_gradients(name, types, 31, LINE, strides, (False, True))
+        rows = absent | conv.convolving(31, 1500, False) | {"TILED": False}
+        name = f"gated_depthwise_conv input gradient, no activation, {dtype}"
+        yield Configuration(name, conv.input_gradient_kernel, types, rows, conv.NUM_WARPS, divisible)
+        silu = conv.convolving(31, 1500, False) | absent | {"ACTIVATION": 2}
+        for kernel, constants in (("forward", silu), ("output_gradient", silu | {"R": None, "V": None})):
+            name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, SiLU, {dtype}"
+            function = getattr(conv, f"{kernel}_kernel")
+            yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
+        name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
+        constants = block_c | {"BLOCK_R": conv.BLOCK_R}
+        yield Configuration(name, conv.edge_gradient_kernel, types, constants, conv.EDGE_WARPS, divisible)

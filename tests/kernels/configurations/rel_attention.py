@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/rel_attention.py."""
+
+from fastasr.kernels import rel_attention as module
+
+from .configuration import PRODUCTS, Configuration, element_type, setting
+
+
+def configurations(generation: int):
+    like = ("Q", "K", "V", "POS", "U", "W", "Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
+    wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT"), "fp32")
+    strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
+    strides += ["k_batch", "g_batch", "ds_row", "width"]
+    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64"}
+
+    def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
+        hiding, dropping, element = "mask" in label, "dropout" in label, element_type(dtype)
+        with setting(dtype) as torch_dtype:
+            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, "context" in label)
+        shapes["biases"] = module.BIASES
+        options = dict(shapes[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        types = dict.fromkeys(like, element) | wide | masks
+        types |= {"PARTS": "fp64" if element == "fp32" else "fp32"}
+        words = (("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"))
+        absent = [name for name, word in words if word not in label]
+        return Configuration(
+            f"rel_attention {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            types | ({"DQ": "fp32"} if name == "queries" else {}),
+            {"DIM": dim, "VALUE_DIM": value, "WINDOW": "context" in label, **dict.fromkeys(absent)} | options,
+            warps,
+            strides,
+            ("scale", "factor"),
+            stages,
+        )
+
+    for value in (64, 100):
+        yield configuration("delta", "" if value == 64 else "odd sizes", "bf16", value=value)
+    for dtype in PRODUCTS:
+        for label in ("padding, mask", "padding, dropout", "padding, context"):
+            if dtype != "bf16" and (dtype != "tf32" or "mask" in label):
+                yield configuration("statistics", label, dtype)
+    for name in ("forward", "queries", "keys"):
+        yield configuration(name, "padding", "bf16")
+        for dtype in PRODUCTS:
+            yield configuration(name, "padding, mask", dtype)
+            if dtype != "tf32":
+                yield configuration(name, "padding, dropout", dtype)
+        for dim in (96, 128, 144):  # blocks of 64 channels or of 128
+            yield configuration(name, f"d={dim}, padding", "bf16", dim, dim)
+        for label in ("padding, mask", "padding, dropout", "padding, mask, dropout"):
+            yield configuration(name, f"d=128, {label}", "bf16", 128, 128)
+        yield configuration(name, "padding, mask, dropout", "bf16")
+        for dtype in ("fp32", "bf16"):
+            yield configuration(name, "padding, context", dtype)
+        for label in ("padding, dropout, context", "d=128, padding, context"):
+            dim = 128 if "d=128" in label else 64
+            yield configuration(name, label, "bf16", dim, dim)
+    for dtype in PRODUCTS:
+        for name in ("offsets", "positions"):
+            yield configuration(name, "", dtype)
+            if dtype != "tf32":
+                yield configuration(name, "context", dtype)
+    for dtype in ("fp32", "bf16"):
+        yield configuration("biases", "", dtype)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/rnnt_joiner.py."""
+
+from fastasr.kernels import rnnt_joiner as module
+
+from .configuration import PRODUCTS, Configuration, element_type, setting
+
+
+def configurations(generation: int):
+    like = dict.fromkeys(("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DAM"))
+    wide = dict.fromkeys(("PX", "PY", "GX", "GY", "DHIDDEN", "DA", "DLM"), "fp32")
+    types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
+    extra = {
+        "normalise": module.NORMALISE | {"BLOCK_S": 8},
+        "frame_gradient": module.FRAME,
+        "context_gradient": module.CONTEXT,
+    }
+
+    def configuration(name: str, label: str, dtype: str, d: int = 512, tile: dict | None = None, **constants):
+        with setting(dtype) as torch_dtype:
+            options = dict(tile or (extra | module.tiles(d, torch_dtype, generation))[name])
+        warps, stages, element = options.pop("num_warps"), options.pop("num_stages", 3), element_type(dtype)
+        precise = {"PRECISE": element == "fp32"} if name == "frame_gradient" else {}
+        return Configuration(
+            f"rnnt_joiner {name.replace('_', ' ')}{label and ', ' + label}, D={d}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            types
+            | dict.fromkeys(like, element)
+            | {"PARTS": "fp32" if name == "logits_gradient" and element != "fp32" else "fp64"},
+            {"ACTIVATION": 3, "HAT": False, "SEED": None} | options | precise | constants,
+            warps,
+            ("width", "d_stride", "share", *(("D", "V") if d % 16 == 0 else ())),
+            stages=stages,
+        )
+
+    for dtype in (*PRODUCTS, "fp16"):
+        for name in ("scores", "logits_gradient"):
+            yield configuration(name, "", dtype)
+            if dtype == "fp16":
+                continue
+            yield configuration(name, "HAT", dtype, HAT=True, BOUNDARY=None, BIAS=None)
+            if dtype == "bf16":
+                yield configuration(name, "odd sizes", dtype, d=100)
+        if dtype in ("tf32", "fp16"):
+            continue
+        for name in ("hidden", *extra):
+            if dtype == "fp32" or name not in (
+                "normalise",
+                "context_gradient",
+            ):  # their kernels are those of fp32
+                yield configuration(name, "", dtype)
+        yield configuration("frame_gradient", "few rows", dtype, tile=module.SHORT_FRAME)
+        yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/swoosh.py."""
+
+from fastasr.kernels import swoosh
+
+from .configuration import Configuration
+
+
+def configurations():
+    kinds = {"no mask": 0, "full mask": 1, "row mask": 2, "column mask": 3}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(("X", "MASK", "Y", "GRAD", "DX"), dtype)
+        for label, kind in kinds.items():
+            if dtype == "fp16" and label != "column mask":
+                continue
+            if kind >= 2:
+                forward, backward = swoosh.forward_tile, swoosh.backward_tile
+                tile = {"BLOCK_R": 8, "BLOCK_C": 256, "GROUPED": False}
+            else:
+                forward, backward = swoosh.forward_flat, swoosh.backward_flat
+                tile = {"TAIL": False, "BLOCK": swoosh.BLOCK}
+            common = {"RIGHT": False, "KIND": kind, **tile, **({"MASK": None} if kind == 0 else {})}
+            divisible = ("columns",)
+            yield Configuration(f"swoosh forward, {label}, {dtype}", forward, types, common, 4, divisible)
+            for output in (False, True):
+                constants = {**common, "OUTPUT": output, **({} if output else {"Y": None})}
+                name = f"swoosh backward{' + output' if output else ''}, {label}, {dtype}"
+                yield Configuration(name, backward, types, constants, 4, divisible)
+    types = dict.fromkeys(("X", "Y"), "bf16")
+    base = {"RIGHT": True, "KIND": 0, "MASK": None, "BLOCK": swoosh.BLOCK}
+    yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)
+    types = dict.fromkeys(("X", "Y", "MASK"), "bf16")
+    narrow = {"RIGHT": True, "KIND": 3, "GROUPED": True, "BLOCK_R": 64, "BLOCK_C": 32}
+    name = "swooshR forward, groups, column mask of 32, bf16"
+    yield Configuration(name, swoosh.forward_tile, types, narrow, 4, ("columns",))
+    one = {"RIGHT": True, "KIND": 2, "GROUPED": False, "BLOCK_R": 64, "BLOCK_C": 32, "columns": 1}
+    yield Configuration("swooshR forward, row mask, one column, bf16", swoosh.forward_tile, types, one, 4)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/zipformer_attention_weights.py."""
+
+from fastasr.kernels import zipformer_attention_weights as module
+
+from .configuration import PRODUCTS, Configuration, element_type, setting
+
+
+def configurations(generation: int):
+    like = ("X", "K", "R", "W", "GRAD", "DX", "DS", "DK")
+    strides = [f"{name}_{of}" for name in ("x", "k") for of in ("time", "batch")]
+    strides += [f"{name}_{of}" for name in ("g", "w") for of in ("head", "batch", "row")] + ["ds_row"]
+    masked = {"PADDING": "u8", "MASK": "u8"}
+
+    def configuration(
+        name: str, label: str, dtype: str, keys: int = 1500, dim: int = 32, pos_dim: int = 4, **constants
+    ):
+        with setting(dtype) as torch_dtype:
+            shapes = module.tiles(
+                keys, dim, pos_dim, torch_dtype, generation, "mask" in label, "PENALTY" in constants
+            )
+        options, element = dict(shapes[name]), element_type(dtype)
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        packed = pos_dim == 4 and element != "fp32"
+        pointers = dict.fromkeys(like, element) | masked | ({"R": "i64"} if packed else {})
+        pointers["PARTS"] = "fp64" if element == "fp32" else "fp32"
+        fixed = {"DIM": dim, "POS_DIM": pos_dim, "PACKED": packed, "WIDE_POS": pos_dim, "PENALTY": False}
+        fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
+        return Configuration(
+            f"zipformer_attention_weights {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            pointers,
+            fixed | options | constants,
+            warps,
+            strides,
+            ("penalty", "limit"),
+            stages,
+        )
+
+    for dtype in (*PRODUCTS, "fp16"):
+        for name in ("forward", "queries", "keys", "positions"):
+            yield configuration(name, "", dtype)
+            if dtype == "fp16":
+                continue
+            if name in ("forward", "queries"):
+                yield configuration(name, "chunks, padding, mask", dtype)
+            if name == "forward":
+                for keys in (100, 200, 400) if dtype == "bf16" else (50,):
+                    yield configuration(name, f"{keys} keys", dtype, keys)
+            if name == "queries":
+                yield configuration(name, "penalty", dtype, PENALTY=True)
+            if name == "keys":
+                yield configuration(name, "chunks", dtype)
+            yield configuration(name, "odd sizes", dtype, 1500, 40, 6)
+    for dtype in ("fp32", "bf16"):
+        types = {"PARTS": "fp64" if dtype == "fp32" else "fp32", "OUT": dtype}
+        constants, warps = {"BLOCK": module.PARTS["BLOCK"]}, module.PARTS["num_warps"]
+        name = f"zipformer_attention_weights parts, {dtype}"
+        yield Configuration(name, module.add_parts_kernel, types, constants, warps, ("size",))
