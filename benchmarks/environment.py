@@ -90,17 +90,24 @@ def _fastasr_version() -> str:
 
 
 @functools.cache
-def cpu_name() -> str:
-    """Returns the CPU's model name, and its family, model and widest vectors, as a virtual machine may give many CPUs
-    one name. It reads /proc/cpuinfo, else the name alone from lscpu, else the architecture.
-    """
+def _cpu() -> dict[str, str]:
+    """Returns the fields of /proc/cpuinfo's first processor; none where there is no such file."""
+    fields: dict[str, str] = {}
     try:
-        fields = {}
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             fields.setdefault(key.strip(), value.strip())
     except OSError:
-        fields = {}
+        pass
+    return fields
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Returns the CPU's model name, and its family, model and widest vectors, as a virtual machine may give many CPUs
+    one name. It reads /proc/cpuinfo, else the name alone from lscpu, else the architecture.
+    """
+    fields = _cpu()
     if "model name" in fields:
         name = fields["model name"]
         if "cpu family" in fields and "model" in fields:
@@ -125,10 +132,7 @@ def _widest_vectors(flags: str) -> str:
 
 def int8_saturates() -> bool:
     """Says whether onnxruntime adds two int8 products in 16 bits, which saturate: on x86 without VNNI."""
-    try:
-        return platform.machine() == "x86_64" and "vnni" not in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return platform.machine() == "x86_64" and "vnni" not in _cpu().get("flags", "vnni")
 
 
 def device_name(device: str = "cpu") -> str:

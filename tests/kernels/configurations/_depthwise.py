@@ -3,7 +3,6 @@
 
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels import depthwise_conv2d as conv
-from fastasr.kernels._sliding_taps import Map
 
 from .configuration import DTYPES, Configuration
 
@@ -19,9 +18,8 @@ def depthwise(op: str, dtype: str, types: dict, taps: int, residual: bool):
 
 
 def taps_gradients(
-    name, types, taps: int, shape: Map, divisible, tiled=(False, False), chunked: bool = False
+    name, types, taps: int, shape: sliding.Map, divisible, tiled=(False, False), chunked: bool = False
 ):
-
     steps = {name: sliding.BLOCK_C * here for name, here in zip(("G_STEP", "X_STEP"), tiled, strict=True)}
     segments = sliding.Segments(1500, 20, 1500, taps, 1, 64, DTYPES[types["G"]])
     constants = segments.form(shape) | steps | {"CHUNKED": chunked}
