@@ -4,12 +4,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "bindings/dispatch.h"
+#include "bindings/column_sums.h"
 
 namespace fastasr::bindings::balancer_gradient {
 namespace {
 
-constexpr int64_t kRowsPerBlock = 256, kShiftSamples = 8;
+constexpr int64_t kShiftSamples = 8;
 
 // x is seen as (outer, channels, inner): inner is 1 where channels come last, and rows of x are then `stride` apart.
 struct Layout {
@@ -42,25 +42,18 @@ std::vector<cpu::compute_t<T>> shifts(const T* x, const Layout& l) {
 
 template <typename T>
 std::vector<double> sums(const T* x, const Layout& l, const std::vector<cpu::compute_t<T>>& shift) {
-  const auto& kernel = cpu::kernels<cpu::BalancerKernels<T>>();
   const int64_t channels = l.channels;
-  const bool by_rows = l.inner == 1;
-  const int64_t blocks = by_rows ? (l.outer + kRowsPerBlock - 1) / kRowsPerBlock : l.outer;
-  std::vector<double> parts(blocks * 2 * channels), total(2 * channels, 0.0);
-  const int64_t block_elements = std::max<int64_t>(1, channels * (by_rows ? kRowsPerBlock : l.inner));
-  parallel_tasks(blocks, block_elements, [&](int64_t b, int64_t e) {
+  if (l.inner == 1) return column_sums<T>(x, l.outer, l.stride, channels, shift);
+  const auto& kernel = cpu::kernels<cpu::BalancerKernels<T>>();
+  std::vector<double> parts(l.outer * 2 * channels), total(2 * channels, 0.0);
+  parallel_tasks(l.outer, std::max<int64_t>(1, channels * l.inner), [&](int64_t b, int64_t e) {
     for (int64_t k = b; k < e; k++) {
       double* part = parts.data() + k * 2 * channels;
-      if (by_rows) {
-        const int64_t first = k * kRowsPerBlock, rows = std::min(kRowsPerBlock, l.outer - first);
-        kernel.sums_rows(x + first * l.stride, l.stride, shift.data(), part, part + channels, rows, channels);
-      } else {
-        for (int64_t c = 0; c < channels; c++)
-          kernel.sums_run(x + (k * channels + c) * l.inner, shift[c], part + c, part + channels + c, l.inner);
-      }
+      for (int64_t c = 0; c < channels; c++)
+        kernel.sums_run(x + (k * channels + c) * l.inner, shift[c], part + c, part + channels + c, l.inner);
     }
   });
-  for (int64_t k = 0; k < blocks; k++)
+  for (int64_t k = 0; k < l.outer; k++)
     for (int64_t j = 0; j < 2 * channels; j++) total[j] += parts[k * 2 * channels + j];
   return total;
 }

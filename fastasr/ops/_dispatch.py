@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -92,6 +92,16 @@ def reason_cpu(*operators: str) -> str:
     if all(hasattr(torch.ops.fastasr_cpu, operator) for operator in operators):
         return ""
     return "the native library has no kernel for it: it was built from another version, build it again"
+
+
+def serves_floats(operators: Sequence[str], *tensors: torch.Tensor) -> bool:
+    """Says whether ``torch.ops.fastasr_cpu.<operator>`` compute these: plain float32 on the CPU."""
+    return (
+        direct(*tensors)
+        and all(t.is_cpu and t.dtype is torch.float32 for t in tensors)
+        and _forced in ("auto", "cpu")
+        and not reason_cpu(*operators)
+    )
 
 
 def _reason_cuda(name: str) -> str:

@@ -50,9 +50,8 @@ def windows(like: Tensor, places: Tensor, sequences: int, keys: int, p: float) -
 def serves(p: float, *tensors: Tensor) -> bool:
     return (
         0 < p < 1
-        and _dispatch.direct(*tensors)
-        and all(t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
-        and _dispatch.forced_backend() in ("auto", "cpu")
+        and _dispatch.serves_floats(OPERATORS, *tensors)
+        and all(t.is_contiguous() for t in tensors)
         and _draws_are_torchs()
     )
 
@@ -60,8 +59,6 @@ def serves(p: float, *tensors: Tensor) -> bool:
 @cache
 def _draws_are_torchs() -> bool:
     """Says whether the kernel draws what this torch draws and leaves the generator in the same state."""
-    if _dispatch.reason_cpu(*OPERATORS):
-        return False
     generator = torch.Generator().manual_seed(2)
     for count, p in ((701, 0.1), (400, 0.5)):
         state = generator.get_state()

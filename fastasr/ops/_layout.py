@@ -50,3 +50,25 @@ def dense_channels(t: Tensor) -> Tensor:
     copy.
     """
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+
+
+class ChannelRows:
+    """``x`` as ``rows`` (count, channels): its dimension ``dim`` comes last, the other ones in the order of memory. Rows
+    are a copy only where they are not evenly spaced.
+    """
+
+    def __init__(self, x: Tensor, dim: int):
+        dim %= x.dim()
+        others = [d for d in range(x.dim()) if d != dim]
+        self.order = [*sorted(others, key=lambda d: (-x.stride(d), -x.size(d))), dim]
+        last = x.permute(self.order)
+        self.rows = last.reshape(last.shape[:-1].numel(), last.shape[-1])
+
+    def of(self, t: Tensor) -> Tensor:
+        """Returns ``t``, of x's shape, as contiguous rows in the same order."""
+        return t.permute(self.order).reshape(self.rows.shape).contiguous()
+
+    def back(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Returns contiguous rows as a tensor of x's ``shape``."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return rows.view([shape[d] for d in self.order]).permute(inverse)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered
+from fastasr.ops._layout import ChannelRows
 from fastasr.ops._op import op
 
 FLOOR = 1.0e-20  # least u − μ², u, and root mean square of d loss / dx
@@ -37,11 +38,9 @@ FAMILY = KernelFamily("balancer_gradient", (), (_NATIVE,))
 # --------------------------------------------------------------------------- kernels
 def _forward(kernels, keep: bool, grad: Tensor, x: Tensor, *options) -> Tensor:
     *limits, dim = options
-    rows = _rows(x.movedim(dim, -1))
-    if rows is not None:
-        last = grad.movedim(dim, -1)
-        y = kernels.forward(last.reshape(rows.shape).contiguous(), rows, *limits)
-        return y.view(last.shape).movedim(-1, dim)
+    if x.stride(dim) == 1 or x.shape[dim] == 1:
+        x_rows = ChannelRows(x, dim)
+        return x_rows.back(kernels.forward(x_rows.of(grad), x_rows.rows, *limits), x.shape)
     dim %= x.dim()
     shape = (x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel())
     return kernels.forward(grad.contiguous().view(shape), x.contiguous().view(shape), *limits).view(x.shape)
@@ -50,16 +49,6 @@ def _forward(kernels, keep: bool, grad: Tensor, x: Tensor, *options) -> Tensor:
 def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
     served = a.grad.dtype is a.x.dtype and a.x.numel()
     return _forward(kernels, keep, *a) if served else op.definition(*a)
-
-
-def _rows(x: Tensor) -> Tensor | None:
-    """Returns x (..., channels) as (rows, channels) without a copy, or None if its channels or rows are not regular."""
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        return None
-    try:
-        return x.view(-1, x.shape[-1])
-    except RuntimeError:
-        return None
 
 
 # --------------------------------------------------------------------------- the op

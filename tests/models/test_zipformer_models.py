@@ -272,6 +272,36 @@ def test_whitening_gradient_is_that_of_its_metric(groups):
     assert whitening_gradient(grad, x, groups, lambda metric: None) is grad
 
 
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize(
+    "shape, order",
+    [((40, 3, 20), (0, 1, 2)), ((2, 9, 7, 300), (0, 2, 1, 3)), ((61, 20), (0, 1)), ((2, 300, 11), (2, 0, 1))],
+    ids=str,
+)
+def test_whitening_gradient_of_floats(shape, order, groups):
+    """Beside float64, for frames in any order of memory; channels need not be dense."""
+    x = 2.0 + torch.randn(shape).permute(order) * torch.rand(shape[order[-1]])
+    grad = torch.randn(x.shape)
+    if x.shape[-1] % groups:
+        groups = 1
+    metrics = []
+
+    def strength(metric):
+        metrics.append(float(metric))
+        return 0.1
+
+    found = whitening_gradient(grad, x, groups, strength)
+    exact = whitening_gradient(grad.double(), x.double(), groups, strength)
+    assert (found - exact).norm() <= 5e-6 * (exact - grad).norm()
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
+
+
+def test_whitening_gradient_of_one_frame():
+    """A frame by itself has no covariance, and so its metric is 0."""
+    x, grad = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    assert whitening_gradient(grad, x, 2, lambda metric: None if metric < 1.5 else 0.1) is grad
+
+
 def test_whitening_metric_of_white_data():
     q, _ = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64) - 0)
     q = q - q.mean(0)

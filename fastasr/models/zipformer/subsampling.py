@@ -216,9 +216,7 @@ def _by_submodules(layer, x, mask):
 
 
 def _residual(layer, x, y, mask):
-    if mask is not None:
-        y = y * mask
-    y = layer.out_balancer(x + y)
+    y = layer.out_balancer(x + y if mask is None else torch.addcmul(x, y, mask.to(y.dtype)))
     if y.requires_grad:  # the whitening works on the last dimension
         y = layer.out_whiten(y.transpose(1, 3)).transpose(1, 3)
     return y

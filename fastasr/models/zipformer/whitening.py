@@ -18,9 +18,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr.models.zipformer.checkpointing import decided
-from fastasr.ops import _gemm
+from fastasr.ops import _dispatch, _gemm
+from fastasr.ops._layout import ChannelRows
 
 _EPS = 1.0e-20
+_OPERATORS = "whitening_covariance", "whitening_change"
 
 
 def whitening_metric(x, num_groups):
@@ -43,8 +45,11 @@ def _metric(frames):
 def whitening_gradient(grad, x, num_groups, strength):
     """Returns the new gradient in the dtype of ``grad``, computed in float32 or better.
 
-    ``strength(w)`` returns grad_scale, a number or a scalar tensor, or None if the gradient stays unchanged.
+    ``strength(w)`` returns grad_scale, a number or a scalar tensor, or None if the gradient stays unchanged; w is a
+    scalar tensor, or a float where the native kernels compute it.
     """
+    if x.numel() and grad.shape == x.shape and _dispatch.serves_floats(_OPERATORS, grad, x):
+        return _native_gradient(grad, x.detach(), num_groups, strength)
     compute = torch.promote_types(x.dtype, torch.float32)
     frames = _grouped(x.detach().to(compute), num_groups)
     metric, covariance, d = _metric(frames)
@@ -60,6 +65,21 @@ def whitening_gradient(grad, x, num_groups, strength):
     penalty = penalty.transpose(0, 1).reshape(x.shape)
     scale = grad_scale * (_norm(grad, compute) / (_norm(penalty, compute) + _EPS))
     return torch.addcmul(grad.to(compute), penalty, scale).to(grad.dtype)
+
+
+def _native_gradient(grad, x, num_groups, strength):
+    """Computes half of the covariance, since it is symmetric, and a few passes in place of torch's dozen."""
+    library, by_channel = torch.ops.fastasr_cpu, ChannelRows(x, -1)
+    rows = by_channel.rows if by_channel.rows.stride(1) == 1 else by_channel.rows.contiguous()
+    frames, covariance, found = library.whitening_covariance.default(rows, num_groups)
+    metric, d = found.tolist()
+    grad_scale = strength(metric)
+    if grad_scale is None:
+        return grad
+    change = covariance, metric, d, float(grad_scale)
+    return by_channel.back(
+        library.whitening_change.default(by_channel.of(grad), frames, *change), x.shape
+    )
 
 
 def _norm(x, dtype):
@@ -91,10 +111,10 @@ class _Whitening(torch.autograd.Function):
 def _strength(module, metric):
     """Returns grad_scale if the metric reaches its limit, and tells the module's next call which share holds."""
     white = metric < float(module.whitening_limit)
-    if metric.is_cuda:
+    if isinstance(white, torch.Tensor) and white.is_cuda:
         vars(module)["_verdict"] = _Verdict(white)
         return torch.where(white, 0.0, float(module.grad_scale))
-    white = white.item()
+    white = bool(white)
     module.prob = module.min_prob if white else module.max_prob
     return None if white else float(module.grad_scale)
 
@@ -104,7 +124,7 @@ def _log(module, x, metric):
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.debug(
             "Whiten: name=%s, num_groups=%d, num_channels=%d, metric=%.2f, limit=%.2f",
-            *(module.name, module.num_groups, x.shape[-1], metric.item(), limit),
+            *(module.name, module.num_groups, x.shape[-1], float(metric), limit),
         )
 
 
