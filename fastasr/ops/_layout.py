@@ -53,8 +53,8 @@ def dense_channels(t: Tensor) -> Tensor:
 
 
 class ChannelRows:
-    """``x`` as ``rows`` (count, channels): its dimension ``dim`` comes last, the other ones in the order of memory. Rows
-    are a copy only where they are not evenly spaced.
+    """``x`` as ``rows`` (count, channels): its dimension ``dim`` comes last, the other ones in the order of memory.
+    ``rows`` is a copy only where they are not evenly spaced.
     """
 
     def __init__(self, x: Tensor, dim: int):

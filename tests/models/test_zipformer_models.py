@@ -274,7 +274,7 @@ def test_whitening_gradient_is_that_of_its_metric(groups):
 
 @pytest.mark.parametrize("groups", [1, 5])
 @pytest.mark.parametrize(
-    "shape, order",
+    ("shape", "order"),
     [((40, 3, 20), (0, 1, 2)), ((2, 9, 7, 300), (0, 2, 1, 3)), ((61, 20), (0, 1)), ((2, 300, 11), (2, 0, 1))],
     ids=str,
 )

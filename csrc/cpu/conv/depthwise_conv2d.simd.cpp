@@ -152,7 +152,7 @@ __attribute__((noinline)) void tile_of_two(const C* const* rows, int64_t offset,
 // discarded.
 FASTASR_INLINE int64_t tile_pixels(int64_t width) {
   const int64_t tiles = (width + kPixels - 1) / kPixels, least = (width + tiles - 1) / tiles;
-  return least <= 2 ? 2 : least <= 4 ? 4 : least <= 6 ? 6 : kPixels;
+  return least <= 2 ? 2 : least <= 4 ? 4 : least <= 5 ? 5 : least <= 6 ? 6 : kPixels;
 }
 
 template <typename C>
@@ -160,6 +160,7 @@ FASTASR_INLINE void tile_of_two(int64_t pixels, const C* const* rows, int64_t of
                                 int64_t taps_f, C* out, C* next_out) {
   if (pixels == 2) return tile_of_two<2>(rows, offset, taps, taps_t, taps_f, out, next_out);
   if (pixels == 4) return tile_of_two<4>(rows, offset, taps, taps_t, taps_f, out, next_out);
+  if (pixels == 5) return tile_of_two<5>(rows, offset, taps, taps_t, taps_f, out, next_out);
   if (pixels == 6) return tile_of_two<6>(rows, offset, taps, taps_t, taps_f, out, next_out);
   tile_of_two<kPixels>(rows, offset, taps, taps_t, taps_f, out, next_out);
 }

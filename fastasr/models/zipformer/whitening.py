@@ -77,9 +77,7 @@ def _native_gradient(grad, x, num_groups, strength):
     if grad_scale is None:
         return grad
     change = covariance, metric, d, float(grad_scale)
-    return by_channel.back(
-        library.whitening_change.default(by_channel.of(grad), frames, *change), x.shape
-    )
+    return by_channel.back(library.whitening_change.default(by_channel.of(grad), frames, *change), x.shape)
 
 
 def _norm(x, dtype):
