@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from fastasr import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 # A change in these makes a measurement a different one; results and documentation do not.
 MEASURED_PATHS = ("fastasr", "kernels", "csrc", "benchmarks", "setup.py", "CMakeLists.txt")
@@ -89,17 +91,7 @@ def _fastasr_version() -> str:
         return "unknown"
 
 
-@functools.cache
-def _cpu() -> dict[str, str]:
-    """Returns the fields of /proc/cpuinfo's first processor; none where there is no such file."""
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    return fields
+_cpu = functools.cache(processor.fields)
 
 
 @functools.cache

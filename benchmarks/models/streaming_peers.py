@@ -179,7 +179,7 @@ def _exported(names, theirs, size, chunk, threads):
     made = {}
     with tempfile.TemporaryDirectory() as folder:
         int8 = any(name.endswith("int8") for name in names)
-        files = export_onnx(ours, folder, int8=int8, reduce_range=int8_saturates())
+        files = export_onnx(ours, folder, int8=int8, reduce_range=int8 and int8_saturates())
         tokens = Path(folder) / "tokens.txt"
         tokens.write_text("".join(f"t{i} {i}\n" for i in range(VOCABULARY)), encoding="utf-8")
         for name in names:

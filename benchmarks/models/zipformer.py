@@ -104,11 +104,7 @@ def with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 def _flops(size: str, inputs: tuple) -> int:
     """Returns multiply and add operations of the products and convolutions of one forward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        _call(upstream.zipformer(size, inner_compile=False), inputs)()
-    return counter.get_total_flops()
+    return unit.product_flops(_call(upstream.zipformer(size, inner_compile=False), inputs))
 
 
 class _Parts:

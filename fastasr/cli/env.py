@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fastasr
+from fastasr import processor
 from fastasr.benchmarks.environment import cpu_name
 from fastasr.cli.console import escape, out, table
 from fastasr.ops import _dispatch
@@ -63,10 +64,7 @@ def _granted(groups: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def _amx() -> bool:
-    try:
-        return " amx_tile" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return "amx_tile" in processor.fields().get("flags", "").split()
 
 
 def _native() -> dict:

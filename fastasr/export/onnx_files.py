@@ -44,8 +44,10 @@ def export_onnx(model, folder, suffix="", feature_dim=None, int8=False, reduce_r
             two products of 8 bits in 16 bits, which saturate.
 
     Returns the files as {"encoder": path, ...}, with int8 also as {"encoder.int8": path, ...}. Raises ValueError for a
-    model that cannot be exported, ImportError if a package is missing.
+    model that cannot be exported and for ``reduce_range`` without ``int8``, ImportError if a package is missing.
     """
+    if reduce_range and not int8:
+        raise ValueError("export_onnx: reduce_range is about int8 weights: expected int8=True, got False")
     _check(model)
     quantise = _quantiser(reduce_range) if int8 else None
     folder = Path(folder)

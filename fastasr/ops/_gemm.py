@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr import files
+from fastasr import files, processor
 from fastasr.ops import _dispatch, _reduced_weights
 from fastasr.ops._dispatch import reason_cpu
 
@@ -84,15 +84,12 @@ _PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
 
 # --------------------------------------------------------------------------- what has been measured
 @cache
-def _machine(facts: Path = Path("/proc/cpuinfo")) -> str:
-    """Returns a hash of the processor's name and features."""
+def _machine(*facts: Path) -> str:
+    """Returns a hash of the processor's name and features, from the file ``facts`` if one is given."""
+    known = ("model name", "cpu family", "model", "flags", "CPU ", "Features")  # the last two: Arm
+    fields = processor.fields(*facts)
     name = platform.processor() or platform.machine()
-    try:
-        known = ("model name", "cpu family", "model\t", "flags", "CPU ", "Features")  # the last two: Arm
-        first = facts.read_text().partition("\n\n")[0].splitlines()
-        name += "".join(line for line in first if line.startswith(known))
-    except OSError:
-        pass
+    name += "".join(f"{key}: {value}" for key, value in fields.items() if key.startswith(known))
     # FASTASR_SIMD may hold kernels of another set than the machine's widest
     name += _dispatch.native_build_info().get("simd_set", "")
     return hashlib.sha256(name.encode()).hexdigest()[:12]

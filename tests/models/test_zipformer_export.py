@@ -260,6 +260,8 @@ def test_int8_of_a_reduced_range(tmp_path):
         weights = [numpy_helper.to_array(t) for t in onnx.load(files["encoder.int8"]).graph.initializer]
         largest[reduce_range] = max(abs(w.astype(int)).max() for w in weights if w.dtype == "int8")
     assert largest == {False: 127, True: 64}
+    with pytest.raises(ValueError, match="expected int8=True, got False"):
+        export_onnx(model, tmp_path, reduce_range=True)
 
 
 def test_int8_without_onnxruntime(tmp_path, monkeypatch):
