@@ -14,7 +14,19 @@ from fastasr import ops
 # The layers start with the lowest: a package imports itself and those before it. "fastasr" is the package's own file.
 LAYERS = (
     "_renamed",
-    *("files", "kernels", "ops", "rnnt", "compat", "testing", "models", "export", "decoding", "swap"),
+    *(
+        "files",
+        "processor",
+        "kernels",
+        "ops",
+        "rnnt",
+        "compat",
+        "testing",
+        "models",
+        "export",
+        "decoding",
+        "swap",
+    ),
     "fastasr",
     *("audio", "streaming", "recipe", "benchmarks", "demo", "cli"),
 )
