@@ -91,15 +91,12 @@ def _fastasr_version() -> str:
         return "unknown"
 
 
-_cpu = functools.cache(processor.fields)
-
-
 @functools.cache
 def cpu_name() -> str:
     """Returns the CPU's model name, and its family, model and widest vectors, as a virtual machine may give many CPUs
     one name. It reads /proc/cpuinfo, else the name alone from lscpu, else the architecture.
     """
-    fields = _cpu()
+    fields = processor.fields()
     if "model name" in fields:
         name = fields["model name"]
         if "cpu family" in fields and "model" in fields:
@@ -124,7 +121,7 @@ def _widest_vectors(flags: str) -> str:
 
 def int8_saturates() -> bool:
     """Says whether onnxruntime adds two int8 products in 16 bits, which saturate: on x86 without VNNI."""
-    return platform.machine() == "x86_64" and "vnni" not in _cpu().get("flags", "vnni")
+    return platform.machine() == "x86_64" and "vnni" not in processor.fields().get("flags", "vnni")
 
 
 def device_name(device: str = "cpu") -> str:

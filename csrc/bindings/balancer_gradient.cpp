@@ -45,17 +45,10 @@ std::vector<double> sums(const T* x, const Layout& l, const std::vector<cpu::com
   const int64_t channels = l.channels;
   if (l.inner == 1) return column_sums<T>(x, l.outer, l.stride, channels, shift);
   const auto& kernel = cpu::kernels<cpu::BalancerKernels<T>>();
-  std::vector<double> parts(l.outer * 2 * channels), total(2 * channels, 0.0);
-  parallel_tasks(l.outer, std::max<int64_t>(1, channels * l.inner), [&](int64_t b, int64_t e) {
-    for (int64_t k = b; k < e; k++) {
-      double* part = parts.data() + k * 2 * channels;
-      for (int64_t c = 0; c < channels; c++)
-        kernel.sums_run(x + (k * channels + c) * l.inner, shift[c], part + c, part + channels + c, l.inner);
-    }
+  return sums_of_blocks(l.outer, channels * l.inner, channels, [&](int64_t k, double* s1, double* s2) {
+    for (int64_t c = 0; c < channels; c++)
+      kernel.sums_run(x + (k * channels + c) * l.inner, shift[c], s1 + c, s2 + c, l.inner);
   });
-  for (int64_t k = 0; k < l.outer; k++)
-    for (int64_t j = 0; j < 2 * channels; j++) total[j] += parts[k * 2 * channels + j];
-  return total;
 }
 
 Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, double max_mean, double min_rms,

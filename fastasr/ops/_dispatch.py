@@ -85,6 +85,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
 def reason_cpu(*operators: str) -> str:
     """Says why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, for one of ``operators``, or returns ""."""
     if native_reason():

@@ -62,13 +62,14 @@ class ChannelRows:
         others = [d for d in range(x.dim()) if d != dim]
         self.order = [*sorted(others, key=lambda d: (-x.stride(d), -x.size(d))), dim]
         last = x.permute(self.order)
+        self.shape = last.shape
         self.rows = last.reshape(last.shape[:-1].numel(), last.shape[-1])
 
     def of(self, t: Tensor) -> Tensor:
         """Returns ``t``, of x's shape, as contiguous rows in the same order."""
         return t.permute(self.order).reshape(self.rows.shape).contiguous()
 
-    def back(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Returns contiguous rows as a tensor of x's ``shape``."""
+    def back(self, rows: Tensor) -> Tensor:
+        """Returns contiguous rows as a tensor of x's shape."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return rows.view([shape[d] for d in self.order]).permute(inverse)
+        return rows.view(self.shape).permute(inverse)

@@ -40,7 +40,7 @@ def _forward(kernels, keep: bool, grad: Tensor, x: Tensor, *options) -> Tensor:
     *limits, dim = options
     if x.stride(dim) == 1 or x.shape[dim] == 1:
         x_rows = ChannelRows(x, dim)
-        return x_rows.back(kernels.forward(x_rows.of(grad), x_rows.rows, *limits), x.shape)
+        return x_rows.back(kernels.forward(x_rows.of(grad), x_rows.rows, *limits))
     dim %= x.dim()
     shape = (x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel())
     return kernels.forward(grad.contiguous().view(shape), x.contiguous().view(shape), *limits).view(x.shape)

@@ -13,6 +13,7 @@ from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _dispatch
 
+_OPERATORS = "weighted_values", "weighted_values_backward"
 MOST_COLUMNS = 32  # of a head, where the kernels for few columns serve with gradients
 
 
@@ -80,17 +81,10 @@ class _Weighted(torch.autograd.Function):
 def _is_native(weights, values):
     """Says whether the kernels for few columns can be used: float32 on the CPU."""
     return (
-        type(weights) in _dispatch.PLAIN
-        and type(values) in _dispatch.PLAIN
-        and weights.is_cpu
-        and values.is_cpu
-        and weights.dtype is values.dtype is torch.float32
+        _dispatch.serves_floats(_OPERATORS, weights, values)
         and weights.stride(-1) == 1
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
-        and _dispatch.forced_backend() in ("auto", "cpu")
-        and not _dispatch.native_reason()
     )
 
 

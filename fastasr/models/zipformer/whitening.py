@@ -68,7 +68,7 @@ def whitening_gradient(grad, x, num_groups, strength):
 
 
 def _native_gradient(grad, x, num_groups, strength):
-    """Computes half of the covariance, since it is symmetric, and a few passes in place of torch's dozen."""
+    """Computes two thirds of the covariance, which is symmetric, and takes a few passes in place of torch's dozen."""
     library, by_channel = torch.ops.fastasr_cpu, ChannelRows(x, -1)
     rows = by_channel.rows if by_channel.rows.stride(1) == 1 else by_channel.rows.contiguous()
     frames, covariance, found = library.whitening_covariance.default(rows, num_groups)
@@ -77,7 +77,7 @@ def _native_gradient(grad, x, num_groups, strength):
     if grad_scale is None:
         return grad
     change = covariance, metric, d, float(grad_scale)
-    return by_channel.back(library.whitening_change.default(by_channel.of(grad), frames, *change), x.shape)
+    return by_channel.back(library.whitening_change.default(by_channel.of(grad), frames, *change))
 
 
 def _norm(x, dtype):
