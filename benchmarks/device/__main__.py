@@ -89,8 +89,11 @@ def run(wanted: Sequence[Unit], machine: GPU, out: Path, minutes: float, resume:
         bad = [f"{how} ({title})" for title, (how, _) in found.items() if how in verdict.BAD]
         print(f"{unit.key}: {', '.join(bad) or 'done'}, {outcome.seconds:.0f} s", flush=True)
 
-    for together, group in groupby(book.left(wanted), key=lambda unit: (unit.stage, unit.together)):
-        jobs = machine.jobs(os.cpu_count() or 1) if together[1] or machine.dry else 1
+    for (_, _, shares), group in groupby(
+        book.left(wanted), key=lambda unit: (unit.stage, unit.kind, unit.shares)
+    ):
+        cores = os.cpu_count() or 1
+        jobs = machine.jobs(cores) if shares == "device" or machine.dry else cores if shares else 1
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 list(pool.map(one, group))

@@ -26,9 +26,8 @@ from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables
 from fastasr.testing.tolerance import JUDGED_DRAWS
 
 FLUSHED_BYTES = 2**30  # more than any L2 cache
-MEMORY_OF_A_UNIT = (
-    20e9  # bytes of the device that a check at a training shape takes, with its float64 reference
-)
+MOST_JOBS = 8  # units that share the device
+MEMORY_OF_A_UNIT = 13e9  # bytes of the device per unit that shares it; one that finds too few says so
 
 
 class Skipped(Exception):
@@ -80,7 +79,15 @@ class GPU:
     def jobs(self, cores: int) -> int:
         """Returns how many units may share the device while nothing is timed: compiling takes most of their time."""
         memory = torch.cuda.get_device_properties(0).total_memory
-        return max(1, min(4, cores // 2, int(memory // MEMORY_OF_A_UNIT)))
+        return max(1, min(MOST_JOBS, cores // 2, int(memory // MEMORY_OF_A_UNIT)))
+
+    def stand_in(self) -> dict:
+        """Returns the settings of a fake GPU for which Triton compiles what it compiles for this device."""
+        properties = torch.cuda.get_device_properties(0)
+        return {
+            "capability": (properties.major, properties.minor),
+            "processors": properties.multi_processor_count,
+        }
 
     @contextlib.contextmanager
     def serving(self, op: str) -> Iterator[None]:
@@ -175,6 +182,9 @@ class DryRun(GPU):
 
     def jobs(self, cores: int) -> int:
         return cores
+
+    def stand_in(self) -> dict:
+        return {"capability": (9, 0)}
 
     @contextlib.contextmanager
     def serving(self, op: str) -> Iterator[None]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast an op or a training step is on a machine, beside eager, ``torch.compile``, a copy and the prediction."""
 
+import contextlib
 import random
 import statistics
 from collections.abc import Callable
@@ -50,10 +51,8 @@ def _ready(build: Callable, pass_: str) -> Variant:
     return made
 
 
-def time_pass(tell: Callable, machine: GPU, case: Case, dtype: torch.dtype, pass_: str) -> None:
-    """Tells the rows of one pass of a case. ``fraction_of_limit`` is the time of a copy of the same bytes, or of the
-    products, over the median.
-    """
+def _variants(tell: Callable, machine: GPU, case: Case, dtype: torch.dtype, pass_: str) -> dict[str, Variant]:
+    """Returns what is timed of one pass of a case, each called once; tells which rival cannot run."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     builds = {name: build for name, build in case.make(machine.device, dtype).items() if name != "upstream"}
@@ -64,6 +63,14 @@ def time_pass(tell: Callable, machine: GPU, case: Case, dtype: torch.dtype, pass
                 variants[name] = _ready(build, pass_)
         except (Exception, Expired) as error:
             tell({"left_out": name, "pass": pass_, "message": f"{type(error).__name__}: {error}"[:300]})
+    return variants
+
+
+def time_pass(tell: Callable, machine: GPU, case: Case, dtype: torch.dtype, pass_: str) -> None:
+    """Tells the rows of one pass of a case. ``fraction_of_limit`` is the time of a copy of the same bytes, or of the
+    products, over the median.
+    """
+    variants = _variants(tell, machine, case, dtype, pass_)
     cost = case.costs(dtype.itemsize)[pass_]
     source, destination = limits.copy_buffers(cost.bytes, machine.device)
     variants["copy"] = Variant(lambda: destination.copy_(source))
@@ -88,16 +95,32 @@ def time_pass(tell: Callable, machine: GPU, case: Case, dtype: torch.dtype, pass
     tell({"rows": rows})
 
 
-def time_op(tell: Callable, machine: GPU, op: str, index: int, dtype: torch.dtype) -> None:
-    """Times one of an op's cases at sizes of training, forward and backward."""
+def _of_every_pass(measure: Callable, tell: Callable, machine: GPU, op: str, index: int, *more) -> None:
     case = machine.cases(op)[index]
 
     def every_pass() -> None:
         with machine.serving(op):
             for pass_ in case.passes[:2]:
-                time_pass(tell, machine, case, dtype, pass_)
+                measure(tell, machine, case, *more, pass_)
 
     reported(tell, "timing", every_pass)
+
+
+def time_op(tell: Callable, machine: GPU, op: str, index: int, dtype: torch.dtype) -> None:
+    """Times one of an op's cases at sizes of training, forward and backward."""
+    _of_every_pass(time_pass, tell, machine, op, index, dtype)
+
+
+def compile_op(tell: Callable, machine: GPU, op: str, index: int, dtype: torch.dtype) -> None:
+    """Calls once what ``time_op`` times: what torch.compile and Triton make of it is then in their caches, and several
+    ops may be compiled at a time. What cannot run here, ``time_op`` tells.
+    """
+
+    def silent(message: dict) -> None:
+        if "left_out" not in message:
+            tell(message)
+
+    _of_every_pass(_variants, silent, machine, op, index, dtype)
 
 
 def _zipformer(machine: GPU) -> tuple[str, torch.nn.Module, tuple]:
@@ -142,53 +165,60 @@ def time_model(tell: Callable, machine: GPU, name: str) -> None:
     reported(tell, "timing", partial(_time_model, tell, machine, name))
 
 
-def _time_model(tell: Callable, machine: GPU, name: str) -> None:
+def _steps(machine: GPU, name: str) -> tuple[str, list[torch.nn.Parameter], dict[str, Callable[[], None]]]:
+    """Returns shape, parameters, and implementation -> a training step, which leaves gradients behind."""
     build, compiles = MODELS[name]
     shape, model, inputs = build(machine)
     model, inputs = model.to(machine.device), tuple(t.to(machine.device) for t in inputs)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    norms, rows = {}, []
 
-    def step(call: Callable) -> None:
+    def step(backend: str, call: Callable) -> None:
         torch.manual_seed(0)
         random.seed(0)
         for p in parameters:
             p.grad = None
-        with torch.autocast(machine.device, torch.bfloat16):
-            y = call(*inputs)[0].float()
-        (y * torch.arange(y.numel(), device=y.device).sin().view_as(y)).sum().backward()
+        with fastasr.backend(backend):
+            with torch.autocast(machine.device, torch.bfloat16):
+                y = call(*inputs)[0].float()
+            (y * torch.arange(y.numel(), device=y.device).sin().view_as(y)).sum().backward()
 
     ways = {"fastasr": ("auto", model), "eager": ("eager", model)}
     if compiles and not machine.dry:
         ways["compile"] = ("eager", torch.compile(model))
-    for key, (backend, call) in ways.items():
-        with fastasr.backend(backend):
-            run = partial(step, call)
-            try:
-                with time_limit(2 * COMPILE_SECONDS):
-                    run()
-            except (Exception, Expired) as error:
-                if key != "compile":
-                    raise
-                tell(
-                    {
-                        "left_out": key,
-                        "pass": "training step",
-                        "message": f"{type(error).__name__}: {error}"[:300],
-                    }
-                )
-                break
-            norms[key] = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
-            device, host = _timed(machine, {key: Variant(run)})[key]
-            q1, median, q3 = _quartiles(device)
-            made = Row.measured(
-                suite="models", name=name, case="training step", shape=shape, dtype="bfloat16",
-                device=machine.device, pass_="forward+backward", implementation=key, median_ms=median, q1_ms=q1,
-                q3_ms=q3, reps=len(device), host_ms=statistics.median(host),
-                peak_bytes=None if machine.dry else peak_bytes(run, machine.device),
-            )  # fmt: skip
-            rows.append(made.to_dict())
-            tell({"busy_ms": machine.busy_milliseconds(run), "of": key})
+    return shape, parameters, {key: partial(step, *way) for key, way in ways.items()}
+
+
+def compile_model(tell: Callable, machine: GPU, name: str) -> None:
+    """Calls once each step that ``time_model`` times, as ``compile_op`` does for an op."""
+    for run in _steps(machine, name)[2].values():
+        with contextlib.suppress(Exception, Expired), time_limit(2 * COMPILE_SECONDS):  # time_model tells
+            run()
+
+
+def _time_model(tell: Callable, machine: GPU, name: str) -> None:
+    shape, parameters, steps = _steps(machine, name)
+    norms, rows = {}, []
+    for key, run in steps.items():
+        try:
+            with time_limit(2 * COMPILE_SECONDS):
+                run()
+        except (Exception, Expired) as error:
+            if key != "compile":
+                raise
+            message = f"{type(error).__name__}: {error}"[:300]
+            tell({"left_out": key, "pass": "training step", "message": message})
+            break
+        norms[key] = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+        device, host = _timed(machine, {key: Variant(run)})[key]
+        q1, median, q3 = _quartiles(device)
+        made = Row.measured(
+            suite="models", name=name, case="training step", shape=shape, dtype="bfloat16",
+            device=machine.device, pass_="forward+backward", implementation=key, median_ms=median, q1_ms=q1,
+            q3_ms=q3, reps=len(device), host_ms=statistics.median(host),
+            peak_bytes=None if machine.dry else peak_bytes(run, machine.device),
+        )  # fmt: skip
+        rows.append(made.to_dict())
+        tell({"busy_ms": machine.busy_milliseconds(run), "of": key})
     tell({"rows": rows})
     off = abs(norms["fastasr"] / norms["eager"] - 1)
     assert off < NORMS, f"the norm of the gradients differs from eager's by {off:.1%}"

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks.device.checks import check_op, reported
+from fastasr.benchmarks.device.compilation import PARTS, compile_kernels
 from fastasr.benchmarks.device.machine import GPU, Skipped, kernels
-from fastasr.benchmarks.device.timing import MODELS, time_model, time_op
+from fastasr.benchmarks.device.timing import MODELS, compile_model, compile_op, time_model, time_op
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -30,7 +31,7 @@ class Unit:
     """One process of a run: ``function(tell, machine, *arguments)`` within ``limit`` seconds.
 
     ``kind`` and ``name`` tell units apart; ``op`` is the op or model that it is about, if it is about one. Units of one
-    stage that are ``together`` may share the device.
+    stage may run at a time if they share the "device", or only the "cores" because they do not use the device.
     """
 
     stage: str
@@ -40,7 +41,7 @@ class Unit:
     arguments: tuple
     limit: float
     op: str = ""
-    together: bool = False
+    shares: str = ""
 
     @property
     def key(self) -> str:
@@ -50,20 +51,28 @@ class Unit:
 def units(machine: GPU) -> Iterator[Unit]:
     """Yields the units of all stages: A, is it right; B, is it fast in bfloat16; C, float32, sanitizers, tests."""
     ops = list(kernels())
+    for op in (op for op, backend in kernels().items() if backend == "triton"):
+        for part in range(PARTS):
+            name = f"{op} {part + 1}/{PARTS}"
+            yield Unit("A", "compile", name, compile_kernels, (op, part), 120, op, "cores")
     for op in ops:
         alone = op == "layer_norm_lstm"  # its programs wait for each other
-        yield Unit("A", "check", op, check_op, (op,), 120, op, not alone)
+        yield Unit("A", "check", op, check_op, (op,), 120, op, "" if alone else "device")
     bfloat16, float32 = torch.bfloat16, torch.float32
 
-    def timed(stage: str, op: str, index: int, dtype: torch.dtype) -> Unit:
+    def timed(stage: str, op: str, index: int, dtype: torch.dtype, ahead: bool = False) -> Unit:
         name = f"{op} {machine.cases(op)[index].name} {str(dtype).removeprefix('torch.')}"
-        return Unit(stage, "time", name, time_op, (op, index, dtype), 240, op)
+        kind, function, shares = ("compile", compile_op, "device") if ahead else ("time", time_op, "")
+        return Unit(stage, kind, name, function, (op, index, dtype), 240, op, shares)
 
+    for model in (model for model, (_, compiles) in MODELS.items() if compiles):
+        yield Unit("B", "compile", model, compile_model, (model,), 300, model, "device")
+    yield from (timed("B", op, 0, bfloat16, ahead=True) for op in ops)
     yield from (timed("B", op, 0, bfloat16) for op in ops)
     yield from (Unit("B", "time", model, time_model, (model,), 300, model) for model in MODELS)
     yield from (timed("C", op, 0, float32) for op in ops)
     for tool in SANITIZERS:
-        yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, True) for op in ops)
+        yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, "device") for op in ops)
     for name, arguments in TESTS.items():
         yield Unit("C", "tests", name, run_tests, arguments, 540)
     for op in ops:

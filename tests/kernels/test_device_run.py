@@ -21,6 +21,7 @@ from fastasr.benchmarks.device import machine, timing, verdict
 from fastasr.benchmarks.device import units as device_units
 from fastasr.benchmarks.device.__main__ import main, run
 from fastasr.benchmarks.device.checks import CHECKS, check_op, reported
+from fastasr.benchmarks.device.compilation import PARTS, compile_kernels, launches
 from fastasr.benchmarks.device.isolate import PRELOADED, isolated
 from fastasr.benchmarks.device.machine import GPU, DryRun, kernels, to_watch
 from fastasr.benchmarks.device.units import SANITIZERS, Unit, run_tests, sanitize, units
@@ -28,7 +29,7 @@ from fastasr.benchmarks.rows import Row, read
 from fastasr.testing import Make, tables
 from fastasr.testing.table import floating
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 pytestmark = pytest.mark.needs("benchmarks", "kernels", "tests/kernels")
 COMMAND = [sys.executable, "-m", "fastasr.benchmarks.device"]
@@ -99,12 +100,18 @@ def is_right(tell, machine) -> None:
     reported(tell, "small shapes", lambda: None)
 
 
-def unit(function, limit=60.0, together=False) -> Unit:
+def unit(function, limit=60.0, shares="") -> Unit:
     name = function.__name__
-    return Unit("A", "check", name, function, (), limit, name, together)
+    return Unit("A", "check", name, function, (), limit, name, shares)
 
 
-FAILING = (unit(hangs, 3, True), unit(crashes, together=True), unit(aborts), unit(is_wrong), unit(is_right))
+FAILING = (
+    unit(hangs, 3, "device"),
+    unit(crashes, shares="device"),
+    unit(aborts),
+    unit(is_wrong),
+    unit(is_right),
+)
 
 
 def test_what_fails_costs_itself_alone(tmp_path):
@@ -271,6 +278,26 @@ def test_the_checks_of_a_gpu(cuda):
     assert cuda.Stream.return_value.wait_stream.called
 
 
+def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path, monkeypatch):
+    """Triton compiles nothing of an op's small samples after the units that compile its kernels."""
+    from triton.backends.compiler import GPUTarget
+
+    from fastasr.kernels._launch import PRECISE
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(GPU, "stand_in", DryRun.stand_in)
+    for part in range(PARTS):
+        compile_kernels(print, GPU(), "swoosh_r", part)
+    kept = set(tmp_path.rglob("*.cubin"))
+    names = {launch.name for launch in launches(DryRun(), "swoosh_r")}
+    assert names == {file.stem for file in kept}
+    target = GPUTarget("cuda", 90, 32)
+    for launch in launches(GPU(), "swoosh_r"):
+        options = PRECISE | {"num_warps": launch.options["num_warps"]}  # as a launcher gives them
+        triton.compile(launch.source, target, options)
+    assert set(tmp_path.rglob("*.cubin")) == kept
+
+
 def test_after_a_cuda_error_an_op_is_left_alone(monkeypatch):
     def breaks(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -304,7 +331,7 @@ def test_the_facts_of_a_gpu(cuda):
     facts = GPU().facts()
     assert facts["device_name"] == "NVIDIA H100 80GB HBM3"
     assert (facts["capability"], facts["multiprocessors"]) == ("9.0", 132)
-    assert (GPU().jobs(16), GPU().jobs(2)) == (4, 1)
+    assert (GPU().jobs(16), GPU().jobs(2)) == (6, 1)
     cuda.get_device_capability.return_value = 7, 5
     assert "compute capability 8.0" in GPU().obstacle()
 
@@ -461,9 +488,17 @@ def test_every_op_has_its_units_and_its_note():
     checks = [one.op for one in found if (one.stage, one.kind) == ("A", "check")]
     assert checks == list(kernels())
     assert checks[-1] == "layer_norm_lstm"
-    assert not [one for one in found if one.op == "layer_norm_lstm" and one.stage == "A" and one.together]
+    assert not [
+        one for one in found if one.op == "layer_norm_lstm" and one.stage == "A" and one.shares == "device"
+    ]
     for op in kernels():
-        assert {one.kind for one in found if one.op == op} == {"check", "time", "tests", *SANITIZERS}
+        assert {one.kind for one in found if one.op == op} == {
+            "compile",
+            "check",
+            "time",
+            "tests",
+            *SANITIZERS,
+        }
         cases = GPU().cases(op)
         assert all(case.arguments is not None for case in cases)
         assert len({case.name for case in cases}) == len(cases)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles kernels on all cores before anything runs: a check of one op would compile its sixty one after another.
+
+Triton is imported in the functions, because ``fastasr gpu`` says without it that it is missing.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+from fastasr.benchmarks.device.checks import DTYPES
+from fastasr.benchmarks.device.machine import GPU
+from fastasr.testing.table import Make, flat, floating, tables
+
+PARTS = 4  # units that compile the kernels of one op
+
+
+def launches(machine: GPU, op: str) -> list:
+    """Returns the launches of an op's small samples on a fake GPU like this one, one of each compiled kernel."""
+    from fastasr.testing.fake_gpu import fake_gpu
+
+    settings, found = machine.stand_in(), {}
+    for sample in machine.samples(tables()[op]):
+        for dtype in DTYPES:
+            arguments = sample.arguments(Make(dtype))
+            arguments |= {name: t.requires_grad_() for name, t in floating(arguments).items()}
+            with fake_gpu(**settings) as gpu:
+                y = flat(tables()[op].function(**arguments))
+                if y.requires_grad:
+                    y.backward(torch.ones_like(y))
+            found |= {(launch.source.hash(), str(launch.options)): launch for launch in gpu.launches}
+    return list(found.values())
+
+
+def compile_kernels(tell: Callable, machine: GPU, op: str, part: int) -> None:
+    """Fills Triton's cache with one of ``PARTS`` parts of what an op's checks launch at small shapes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.errors import TritonError
+
+    major, minor = machine.stand_in()["capability"]
+    for launch in launches(machine, op)[part::PARTS]:
+        if machine.dry:
+            continue
+        with contextlib.suppress(TritonError):  # the check that launches it says so
+            triton.compile(launch.source, GPUTarget("cuda", 10 * major + minor, 32), launch.options)
