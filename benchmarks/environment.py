@@ -35,14 +35,16 @@ def commit() -> str:
     """Returns the commit of the working tree; ``<commit>-dirty.<hash of the changes>`` when measured files differ from
     it.
 
-    Outside a checkout it is what the environment variable FASTASR_COMMIT says, else ``v<version>``: an installed wheel
-    and a copy of the files know no commit.
+    Outside a checkout (an installed wheel) it is ``v<version>``. The environment variable FASTASR_COMMIT says it for a
+    copy of a commit's files.
     """
+    if "FASTASR_COMMIT" in os.environ:
+        return os.environ["FASTASR_COMMIT"]
     here = Path(__file__).resolve()
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
     head = _git(here.parent, "rev-parse", "--short=10", "HEAD") if tracked else None
     if not head:
-        return os.environ.get("FASTASR_COMMIT") or f"v{_fastasr_version()}"
+        return f"v{_fastasr_version()}"
     root = Path((_git(here.parent, "rev-parse", "--show-toplevel") or "").strip() or here.parent)
     paths = [p for p in MEASURED_PATHS if (root / p).exists()]
     changes = _git(root, "diff", "HEAD", "--", *paths, ":(exclude)benchmarks/results")

@@ -29,6 +29,7 @@ MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
 MOST_TAPS, MOST_SUMS = {2: 16, 4: 8}, {2: 28, 4: 21}
 LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
 LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
+RUN = tl.constexpr(4)  # rounds of TAPS frames that float32 sums run through in one chain
 BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four channels per thread
 BLOCK_S = 4  # segments of a tile: two channels per thread
 # Below so many taps a loaded frame is used little: a tile has this many segments then, and a thread eight channels.
@@ -91,6 +92,15 @@ def _add_frame(
 def zeros(COUNT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
     """Returns a tuple of COUNT tensors."""
     return (tl.zeros([BLOCK_G, BLOCK_C], tl.float32),) * COUNT
+
+
+@triton.jit
+def _added(a, b, COUNT: tl.constexpr):
+    """Returns the sums of two tuples' tensors."""
+    found = ()
+    for n in tl.static_range(COUNT):
+        found += (a[n] + b[n],)
+    return found
 
 
 @triton.jit
@@ -173,8 +183,10 @@ def gradient_kernel(
     in_row = c < C
     zero = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
     # in float32 the bias' gradient of few frames would else be less exact than eager's
-    total = zero.to(tl.float64 if G.dtype.element_ty == tl.float32 else tl.float32)
+    PRECISE: tl.constexpr = G.dtype.element_ty == tl.float32
+    total = zero.to(tl.float64 if PRECISE else tl.float32)
     sums = zeros(TAPS * COLUMNS, BLOCK_G, BLOCK_C)
+    totals = sums
     g_step = G_STEP if G_STEP else tl.cast(g_time, tl.int64)  # 1 is a constant, which has no ``to``
     x_step = X_STEP if X_STEP else tl.cast(x_time, tl.int64)
     g_first = G + tl.cast(tile, tl.int64) * g_tile
@@ -204,17 +216,22 @@ def gradient_kernel(
                 windows += (_frame(x_at + (n * x_step + m * C), offset + n, seen, in_row),)
         x_at += (TAPS - 1) * x_step
         offset += TAPS - 1
-        for i in range(0, length, TAPS):
-            for n in tl.static_range(TAPS):
-                g = _frame(at, tl.full([BLOCK_G], n, tl.int32) + i, left, in_row)
-                total += g.to(total.dtype)
-                for m in tl.static_range(COLUMNS):
-                    seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
-                    x = _frame(x_at + m * C, offset + n, seen, in_row)
-                    sums, windows = _add_products(g, sums, windows, x, m, TAPS)
-                at += g_step
-                x_at += x_step
-            offset += TAPS
+        run = RUN * TAPS if PRECISE else length
+        for start in range(0, length, run):
+            for i in range(start, tl.minimum(start + run, length), TAPS):
+                for n in tl.static_range(TAPS):
+                    g = _frame(at, tl.full([BLOCK_G], n, tl.int32) + i, left, in_row)
+                    total += g.to(total.dtype)
+                    for m in tl.static_range(COLUMNS):
+                        seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
+                        x = _frame(x_at + m * C, offset + n, seen, in_row)
+                        sums, windows = _add_products(g, sums, windows, x, m, TAPS)
+                    at += g_step
+                    x_at += x_step
+                offset += TAPS
+            if PRECISE:  # one chain of additions through all frames would round more than torch does
+                totals = _added(totals, sums, TAPS * COLUMNS)
+                sums = zeros(TAPS * COLUMNS, BLOCK_G, BLOCK_C)
     at = PARTS + (part * rows).to(tl.int64) * C + c
     if (k == 0) & (j == 0):
         tl.store(at + sum_row * C, tl.sum(total, axis=0).to(PARTS.dtype.element_ty), mask=in_row)
@@ -222,7 +239,8 @@ def gradient_kernel(
     for n in tl.static_range(TAPS):
         for m in tl.static_range(COLUMNS):
             keep = in_row & (k + n < count) & (j + m < columns)
-            tl.store(at + (n * columns + m) * C, tl.sum(sums[m * TAPS + n], axis=0), mask=keep)
+            found = totals[m * TAPS + n] if PRECISE else sums[m * TAPS + n]
+            tl.store(at + (n * columns + m) * C, tl.sum(found, axis=0), mask=keep)
 
 
 def shares(count: int, most: int) -> int:

@@ -54,7 +54,7 @@ class GPU:
     """The current CUDA device."""
 
     device, dry = "cuda", False
-    more_draws = JUDGED_DRAWS[:1]  # of a call at a shape of training, if the first draw fails
+    more_draws = JUDGED_DRAWS[:2]  # of a call at a shape of training, if the first draw fails
 
     def obstacle(self) -> str:
         """Says why nothing can run here, or returns ""."""

@@ -22,6 +22,7 @@ from fastasr.benchmarks.time_limit import Expired, time_limit
 from fastasr.models import fast_conformer, zipformer
 
 ROUNDS, CALLS, WARMUP = 5, 5, 3
+ROUNDS_OF_MODELS = 2
 COMPILE_SECONDS = 60  # the most for one graph; without it the other columns are there all the same
 NORMS = 0.05  # the most by which fastasr's norm of all gradients may differ from eager's, in bfloat16
 
@@ -30,10 +31,10 @@ Times = dict[
 ]  # milliseconds by implementation: on the device, on the host
 
 
-def _timed(machine: GPU, variants: dict[str, Variant]) -> Times:
+def _timed(machine: GPU, variants: dict[str, Variant], rounds: int = ROUNDS) -> Times:
     """Times the implementations in turns, so that a slow minute of the machine affects all of them."""
     times: Times = {name: ([], []) for name in variants}
-    for round_ in range(1 if machine.dry else ROUNDS):
+    for round_ in range(1 if machine.dry else rounds):
         for name, made in variants.items():
             found = machine.milliseconds(made, 0 if round_ else WARMUP, CALLS)
             for kept, new in zip(times[name], found, strict=True):
@@ -209,7 +210,7 @@ def _time_model(tell: Callable, machine: GPU, name: str) -> None:
             tell({"left_out": key, "pass": "training step", "message": message})
             break
         norms[key] = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
-        device, host = _timed(machine, {key: Variant(run)})[key]
+        device, host = _timed(machine, {key: Variant(run)}, ROUNDS_OF_MODELS)[key]
         q1, median, q3 = _quartiles(device)
         made = Row.measured(
             suite="models", name=name, case="training step", shape=shape, dtype="bfloat16",

@@ -68,8 +68,8 @@ def units(machine: GPU) -> Iterator[Unit]:
     for model in (model for model, (_, compiles) in MODELS.items() if compiles):
         yield Unit("B", "compile", model, compile_model, (model,), 300, model, "device")
     yield from (timed("B", op, 0, bfloat16, ahead=True) for op in ops)
-    yield from (timed("B", op, 0, bfloat16) for op in ops)
     yield from (Unit("B", "time", model, time_model, (model,), 300, model) for model in MODELS)
+    yield from (timed("B", op, 0, bfloat16) for op in ops)
     yield from (timed("C", op, 0, float32) for op in ops)
     for tool in SANITIZERS:
         yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, "device") for op in ops)

@@ -158,11 +158,13 @@ def times_table(found: dict[str, Subject]) -> str:
 
 
 def tables(records: Sequence[dict]) -> str:
-    """Returns what docs/gpu-queue.md shows of the records of one device and commit."""
+    """Returns what docs/gpu-queue.md shows of the records of one device."""
     found = subjects(records)
     where = "No GPU has run any of this yet."
     if records:
-        where = f"Records of {records[0]['device_name']}, commit {records[0]['commit']}."
+        commits = dict.fromkeys(record["commit"] for record in records)
+        where = f"Records of {records[0]['device_name']}, {'commits' if len(commits) > 1 else 'commit'} "
+        where += f"{', '.join(commits)}."
     watch = _table(("op", "what to look at"), ((f"`{op}`", to_watch(op) or "–") for op in kernels()))
     return "\n\n".join((where, checks_table(found), times_table(found), watch))
 

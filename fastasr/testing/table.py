@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample tables. A table has an op's valid calls and the calls that the op must refuse."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -13,11 +14,13 @@ from torch import Tensor
 from fastasr import ops
 from fastasr.testing.seeds import seeded
 
+MANY = 2**20  # numbers that a CPU takes long to draw
+
 
 @dataclass
 class Make:
     """Makes the tensors of a sample. Within a run of the tests, the same seed gives the same numbers in every dtype and
-    device.
+    device; but a GPU draws more than ``MANY`` numbers itself.
     """
 
     dtype: torch.dtype = torch.float32
@@ -26,15 +29,23 @@ class Make:
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(seeded(self.seed))
+        self._large = self._generator
+        if torch.device(self.device).type == "cuda":
+            self._large = torch.Generator(self.device).manual_seed(seeded(self.seed))
+
+    def _drawn(
+        self, draw: Callable[..., Tensor], shape: Sequence[int], scale: float, offset: float
+    ) -> Tensor:
+        # Numbers are drawn in float64 and rounded to the dtype, so that the float64 oracle sees the kernel's numbers.
+        generator = self._large if math.prod(shape) > MANY else self._generator
+        values = draw(shape, dtype=torch.float64, generator=generator, device=generator.device)
+        return values.mul_(scale).add_(offset).to(self.dtype).to(self.device)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        # Numbers are drawn in float64 and rounded to the dtype, so that the float64 oracle sees the kernel's numbers.
-        values = torch.randn(shape, dtype=torch.float64, generator=self._generator) * scale + mean
-        return values.to(self.dtype).to(self.device)
+        return self._drawn(torch.randn, shape, scale, mean)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        values = torch.rand(shape, dtype=torch.float64, generator=self._generator) * (high - low) + low
-        return values.to(self.dtype).to(self.device)
+        return self._drawn(torch.rand, shape, high - low, low)
 
     def values(self, *numbers: float) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64).to(self.dtype).to(self.device)

@@ -58,7 +58,7 @@ class Comparison:
 def compare(actual: Tensor, eager: Tensor, reference: Tensor) -> Comparison:
     """Compares a result and eager's with the float64 reference. Non-finite elements must agree exactly."""
     eps = torch.finfo(actual.dtype).eps if actual.dtype.is_floating_point else 0.0
-    actual, eager, reference = (t.detach().double().cpu() for t in (actual, eager, reference))
+    actual, eager, reference = (t.detach().to(reference.device).double() for t in (actual, eager, reference))
     if actual.shape != reference.shape:
         raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(reference.shape)}")
     finite = torch.isfinite(reference) & torch.isfinite(eager)
