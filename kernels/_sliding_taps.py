@@ -29,7 +29,6 @@ MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
 MOST_TAPS, MOST_SUMS = {2: 16, 4: 8}, {2: 28, 4: 21}
 LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
 LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
-RUN = tl.constexpr(4)  # rounds of TAPS frames that float32 sums run through in one chain
 BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four channels per thread
 BLOCK_S = 4  # segments of a tile: two channels per thread
 # Below so many taps a loaded frame is used little: a tile has this many segments then, and a thread eight channels.
@@ -216,19 +215,17 @@ def gradient_kernel(
                 windows += (_frame(x_at + (n * x_step + m * C), offset + n, seen, in_row),)
         x_at += (TAPS - 1) * x_step
         offset += TAPS - 1
-        run = RUN * TAPS if PRECISE else length
-        for start in range(0, length, run):
-            for i in range(start, tl.minimum(start + run, length), TAPS):
-                for n in tl.static_range(TAPS):
-                    g = _frame(at, tl.full([BLOCK_G], n, tl.int32) + i, left, in_row)
-                    total += g.to(total.dtype)
-                    for m in tl.static_range(COLUMNS):
-                        seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
-                        x = _frame(x_at + m * C, offset + n, seen, in_row)
-                        sums, windows = _add_products(g, sums, windows, x, m, TAPS)
-                    at += g_step
-                    x_at += x_step
-                offset += TAPS
+        for i in range(0, length, TAPS):
+            for n in tl.static_range(TAPS):
+                g = _frame(at, tl.full([BLOCK_G], n, tl.int32) + i, left, in_row)
+                total += g.to(total.dtype)
+                for m in tl.static_range(COLUMNS):
+                    seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
+                    x = _frame(x_at + m * C, offset + n, seen, in_row)
+                    sums, windows = _add_products(g, sums, windows, x, m, TAPS)
+                at += g_step
+                x_at += x_step
+            offset += TAPS
             if PRECISE:  # one chain of additions through all frames would round more than torch does
                 totals = _added(totals, sums, TAPS * COLUMNS)
                 sums = zeros(TAPS * COLUMNS, BLOCK_G, BLOCK_C)

@@ -40,6 +40,7 @@ MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
 SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
 NEWCOMER_MARKERS = "<!-- newcomer:start -->", "<!-- newcomer:end -->"
+GPU_MARKERS = "<!-- gpu:start -->", "<!-- gpu:end -->"
 SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 SUMS_MARKERS = "<!-- sums:start -->", "<!-- sums:end -->"
@@ -178,7 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
     found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
     found += [put(DOCS / "gpu-predictions.md", predictions.sums(), check, *SUMS_MARKERS)]
-    found += [put(DOCS / "gpu-queue.md", verdict.tables(verdict.records(GPU_RECORDS)), check)]
+    on_gpu = verdict.records(GPU_RECORDS)
+    found += [put(DOCS / "gpu-queue.md", verdict.tables(on_gpu), check)]
+    found += [put(ROOT / "README.md", verdict.sentence(on_gpu), check, *GPU_MARKERS)]
     return max(found)
 
 

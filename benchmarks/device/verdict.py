@@ -2,6 +2,7 @@
 """What the records of a run say: verdict.md, the table of docs/gpu-queue.md, and the exit code."""
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +158,30 @@ def times_table(found: dict[str, Subject]) -> str:
     return _table(head, lines, 6) if lines else "No times yet."
 
 
+def beside_predictions(found: dict[str, Subject]) -> str:
+    """Returns a sentence about the times over the predicted ones, "" where none has a prediction."""
+    ours = [unit.row("fastasr") for subject in found.values() for unit in subject.timed]
+    ratios = sorted(row.median_ms / row.predicted_ms for row in ours if row and row.predicted_ms)
+    if not ratios:
+        return ""
+    return (
+        f"The device took {ratios[0]:.2f} to {ratios[-1]:.2f} times as long as predicted, in the median "
+        f"{statistics.median(ratios):.2f} times, over {len(ratios)} passes."
+    )
+
+
+def sentence(records: Sequence[dict]) -> str:
+    """Returns what the README says of the checks of ops on a device."""
+    if not records:
+        return "No GPU has run the GPU kernels yet."
+    found = subjects(records)
+    checked = {op: found[op].bad for op in kernels() if found[op].found}
+    wrong = [f"`{op}` ({', '.join(bad)})" for op, bad in checked.items() if bad]
+    right = f"{len(checked) - len(wrong)} of the {len(kernels())} ops with GPU kernels passed every check that ran"
+    where = f"On one {records[0]['device_name']}, {right}{'; wrong: ' * bool(wrong)}{', '.join(wrong)}"
+    return f"{where} ([what was found](docs/gpu-queue.md#what-has-been-seen-on-hardware))."
+
+
 def tables(records: Sequence[dict]) -> str:
     """Returns what docs/gpu-queue.md shows of the records of one device."""
     found = subjects(records)
@@ -166,7 +191,8 @@ def tables(records: Sequence[dict]) -> str:
         where = f"Records of {records[0]['device_name']}, {'commits' if len(commits) > 1 else 'commit'} "
         where += f"{', '.join(commits)}."
     watch = _table(("op", "what to look at"), ((f"`{op}`", to_watch(op) or "–") for op in kernels()))
-    return "\n\n".join((where, checks_table(found), times_table(found), watch))
+    parts = where, checks_table(found), times_table(found), beside_predictions(found), watch
+    return "\n\n".join(part for part in parts if part)
 
 
 def exit_code(records: Sequence[dict], left: Sequence[str]) -> int:
