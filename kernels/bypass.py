@@ -25,7 +25,7 @@ from fastasr.kernels._parts import ADDING, WARPS, adding, deal
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 NUM_WARPS = 4  # forward
-BACKWARD_COLUMNS, BACKWARD_ELEMENTS, RESIDENT = 64, 2048, 2  # of a tile; programs on a multiprocessor
+BACKWARD_COLUMNS = 64  # of a tile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -119,7 +119,7 @@ def bypass_backward(
     rows = x.numel() // columns
     block_c = min(_block_columns(columns), BACKWARD_COLUMNS)
     column_tiles = triton.cdiv(columns, block_c)
-    block_r, rows_per_part, parts = deal(rows, block_c, x, column_tiles, BACKWARD_ELEMENTS, RESIDENT)
+    block_r, rows_per_part, parts = deal(rows, block_c, x, column_tiles)
     dscale = torch.empty_like(scale)
     table = x.new_empty((parts, columns), dtype=torch.float32)
     launch(backward_kernel, (parts * column_tiles,),

@@ -14,14 +14,14 @@ def configurations():
         types = types | {"PARTS": "fp32"}
         for kernel, elements, widest, warps in (
             ("forward", 2048, 256, bypass.NUM_WARPS),
-            ("backward", bypass.BACKWARD_ELEMENTS, bypass.BACKWARD_COLUMNS, _parts.WARPS),
+            ("backward", _parts.ELEMENTS, bypass.BACKWARD_COLUMNS, _parts.WARPS),
         ):
             for block_c in (widest, 32) if dtype in ("fp32", "bf16") else (widest,):
                 constants = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c}
                 function = getattr(bypass, f"{kernel}_kernel")
                 name = f"bypass {kernel}, tile {elements // block_c}x{block_c}, {dtype}"
                 yield Configuration(name, function, types, constants, warps, ("columns",))
-    one = {"BLOCK_R": bypass.BACKWARD_ELEMENTS // 32, "BLOCK_C": 32, "columns": 1}
+    one = {"BLOCK_R": _parts.ELEMENTS // 32, "BLOCK_C": 32, "columns": 1}
     types = every["fp32"] | {"PARTS": "fp32"}
     name = "bypass backward, one column, fp32"
     yield Configuration(name, bypass.backward_kernel, types, one, _parts.WARPS)
