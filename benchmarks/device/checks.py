@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastasr.benchmarks.device.machine import GPU, Skipped
 from fastasr.testing.checks import _same, compared, parity, poisoned, values_and_gradients
-from fastasr.testing.table import Make, OpTable, flat, floating, tables, with_tensors
+from fastasr.testing.table import Make, OpTable, flat, floating, forward_and_backward, tables, with_tensors
 from fastasr.testing.tolerance import Comparison, judged
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -162,8 +162,4 @@ def launch(op: str, device: str = "cuda") -> None:
     """Launches every kernel of an op on all of its samples, forward and backward. compute-sanitizer watches this."""
     for sample in tables()[op].samples:
         for dtype in DTYPES:
-            arguments = sample.arguments(Make(dtype, device))
-            arguments |= {name: t.requires_grad_() for name, t in floating(arguments).items()}
-            y = flat(tables()[op].function(**arguments))
-            if y.requires_grad:
-                y.backward(torch.ones_like(y))
+            forward_and_backward(tables()[op], sample, dtype, device)

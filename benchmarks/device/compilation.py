@@ -7,11 +7,9 @@ Triton is imported in the functions, because ``fastasr gpu`` says without it tha
 import contextlib
 from collections.abc import Callable
 
-import torch
-
 from fastasr.benchmarks.device.checks import DTYPES
 from fastasr.benchmarks.device.machine import GPU
-from fastasr.testing.table import Make, flat, floating, tables
+from fastasr.testing.table import forward_and_backward, tables
 
 PARTS = 4  # units that compile the kernels of one op
 
@@ -23,12 +21,8 @@ def launches(machine: GPU, op: str) -> list:
     settings, found = machine.stand_in(), {}
     for sample in machine.samples(tables()[op]):
         for dtype in DTYPES:
-            arguments = sample.arguments(Make(dtype))
-            arguments |= {name: t.requires_grad_() for name, t in floating(arguments).items()}
             with fake_gpu(**settings) as gpu:
-                y = flat(tables()[op].function(**arguments))
-                if y.requires_grad:
-                    y.backward(torch.ones_like(y))
+                forward_and_backward(tables()[op], sample, dtype)
             found |= {(launch.source.hash(), str(launch.options)): launch for launch in gpu.launches}
     return list(found.values())
 
@@ -40,8 +34,7 @@ def compile_kernels(tell: Callable, machine: GPU, op: str, part: int) -> None:
     from triton.errors import TritonError
 
     major, minor = machine.stand_in()["capability"]
-    for launch in launches(machine, op)[part::PARTS]:
-        if machine.dry:
-            continue
+    wanted = launches(machine, op)[part::PARTS]
+    for launch in () if machine.dry else wanted:
         with contextlib.suppress(TritonError):  # the check that launches it says so
             triton.compile(launch.source, GPUTarget("cuda", 10 * major + minor, 32), launch.options)

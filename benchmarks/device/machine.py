@@ -22,7 +22,7 @@ from fastasr.benchmarks.harness import Variant
 from fastasr.ops import _dispatch
 from fastasr.testing import samples
 from fastasr.testing.speed import Case, Cost, Implementation, computed, costs_of
-from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables
+from fastasr.testing.table import Make, OpTable, Sample, flat, forward_and_backward, tables
 from fastasr.testing.tolerance import JUDGED_DRAWS
 
 FLUSHED_BYTES = 2**30  # more than any L2 cache
@@ -191,11 +191,8 @@ class DryRun(GPU):
         if kernels()[op] == "triton":
             from fastasr.testing.fake_gpu import fake_gpu
 
-            arguments = tables()[op].richest.arguments(Make(torch.bfloat16))
-            arguments |= {name: t.requires_grad_() for name, t in floating(arguments).items()}
             with fake_gpu() as gpu:
-                y = flat(tables()[op].function(**arguments))
-                y.backward(torch.ones_like(y))
+                forward_and_backward(tables()[op], tables()[op].richest, torch.bfloat16)
             assert gpu.launches, "no kernel was launched"
         yield
 

@@ -190,6 +190,15 @@ def floating(arguments: dict) -> dict[str, Tensor]:
     return {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
+def forward_and_backward(table: "OpTable", sample: Sample, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Runs every kernel of a call: the op, and its gradients for a cotangent of ones if it has any."""
+    arguments = sample.arguments(Make(dtype, device))
+    leaves = {name: t.requires_grad_() for name, t in floating(arguments).items()}
+    y = flat(table.function(**arguments | leaves))
+    if y.requires_grad:
+        y.backward(torch.ones_like(y))
+
+
 def with_tensors(arguments: dict, f: Callable[[str, Tensor], Tensor]) -> dict:
     """Returns the call with every floating-point tensor replaced by ``f(name, tensor)``."""
     return {

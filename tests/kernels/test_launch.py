@@ -13,8 +13,8 @@ import torch
 from fastasr.benchmarks.device.checks import launch as launch_samples
 from fastasr.benchmarks.studies import launch_cost
 from fastasr.ops._dispatch import gpu_backends
-from fastasr.testing import Make, tables
-from fastasr.testing.table import flat, floating
+from fastasr.testing import tables
+from fastasr.testing.table import forward_and_backward
 from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
@@ -26,14 +26,6 @@ pytestmark = pytest.mark.needs("kernels", "tests/kernels")
 
 TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
 TABLES = {name: table for name, table in tables().items() if name in TRITON}
-
-
-def _run(table, sample, dtype) -> None:
-    arguments = sample.arguments(Make(dtype))
-    tensors = floating(arguments)
-    y = flat(table.function(**arguments | {name: t.requires_grad_() for name, t in tensors.items()}))
-    if y.requires_grad:
-        y.backward(torch.ones_like(y))
 
 
 @cache
@@ -127,7 +119,7 @@ def test_tiles_are_those_of_the_devices_generation():
     for capability, found in expected.items():
         with fake_gpu(capability=divmod(capability, 10)) as gpu:
             assert generation(torch.zeros(1)) == found
-            _run(TABLES["toeplitz_attention"], dropout, torch.bfloat16)
+            forward_and_backward(TABLES["toeplitz_attention"], dropout, torch.bfloat16)
             (forward,) = (one for one in gpu.launches if one.kernel.__name__ == "forward_kernel")
             tiles[capability] = dict(zip(forward.kernel.arg_names, forward.arguments, strict=True))["BLOCK_N"]
     assert {capability for capability, columns in tiles.items() if columns == 64} == {90, 100, 103}
@@ -146,7 +138,7 @@ def test_the_joiner_shares_outputs_as_multiprocessors_take_the_fewest_turns(proc
 def test_what_is_timed_both_ways_is_the_same_launch(op, monkeypatch):
     monkeypatch.setattr(launch_cost, "microseconds", lambda f: f() or 0.0)
     with fake_gpu() as gpu:
-        _run(TABLES[op], TABLES[op].thorough[0], torch.bfloat16)
+        forward_and_backward(TABLES[op], TABLES[op].thorough[0], torch.bfloat16)
         first = gpu.launches[0]
         before = len(gpu.launches)
         launch_cost.both_ways(first)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from fastasr.testing.table import Make, flat, floating, tables
+from fastasr.testing.table import forward_and_backward, tables
 
 triton = pytest.importorskip("triton")
 
@@ -24,11 +24,8 @@ def test_products_begin_at_zero(op):
 
     from fastasr.testing.fake_gpu import fake_gpu
 
-    arguments = tables()[op].richest.arguments(Make(torch.float32))
-    arguments |= {name: t.requires_grad_() for name, t in floating(arguments).items()}
     with fake_gpu(capability=(9, 0)) as gpu:
-        y = flat(tables()[op].function(**arguments))
-        y.backward(torch.ones_like(y))
+        forward_and_backward(tables()[op], tables()[op].richest, torch.float32)
     launches = {launch.name: launch for launch in gpu.launches if launch.name in KERNELS[op]}
     assert set(launches) == set(KERNELS[op])
     for name, launch in launches.items():
