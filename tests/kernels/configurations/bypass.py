@@ -12,11 +12,11 @@ def configurations():
     every["x bf16"] = every["fp32"] | {"X": "bf16", "DX": "bf16"}
     for dtype, types in every.items():
         types = types | {"PARTS": "fp32"}
-        for kernel, elements, widest, warps in (
-            ("forward", 2048, 256, bypass.NUM_WARPS),
-            ("backward", _parts.ELEMENTS, bypass.BACKWARD_COLUMNS, _parts.WARPS),
-        ):
-            for block_c in (widest, 32) if dtype in ("fp32", "bf16") else (widest,):
+        for block_c in (256, 32) if dtype in ("fp32", "bf16") else (256,):
+            for kernel, elements, warps in (
+                ("forward", 2048, bypass.NUM_WARPS),
+                ("backward", _parts.ELEMENTS, _parts.WARPS),
+            ):
                 constants = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c}
                 function = getattr(bypass, f"{kernel}_kernel")
                 name = f"bypass {kernel}, tile {elements // block_c}x{block_c}, {dtype}"
