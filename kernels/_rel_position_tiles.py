@@ -102,7 +102,8 @@ def position_scores(
         for c in range(POS_DIM):
             p = tl.load(P + c, mask=keep, other=0.0).to(tl.float32)
             total = tl.fma(p, tl.load(R + c * offsets + at).to(tl.float32), total)
-        scores += total
+        # Triton would make of a plain addition the start of the products' chain.
+        scores = tl.fma(total, 1.0, scores)
     return scores
 
 

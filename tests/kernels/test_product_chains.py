@@ -15,6 +15,8 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.needs("kernels")
 KERNELS = {
     "layer_norm_lstm": ("forward_kernel", "backward_kernel"),
+    "zipformer_attention": ("forward_kernel",),
+    "zipformer_attention_weights": ("forward_kernel",),
 }
 
 
