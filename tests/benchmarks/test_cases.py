@@ -10,6 +10,7 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Settings, measure
+from fastasr.benchmarks.harness import Timing
 from fastasr.testing.samples import linear
 from fastasr.testing.speed import BACKWARD, BOTH, FORWARD, Case, Cost, Unavailable, simple, upstream_member
 
@@ -414,3 +415,20 @@ def test_a_convolution_in_groups_counts_its_own_products():
     assert product_flops(lambda: conv(x)) == forward
     assert product_flops(lambda: conv(x).sum().backward()) == 3 * forward
     assert product_flops(lambda: conv(x.detach()).sum().backward()) == 2 * forward
+
+
+@pytest.mark.parametrize(("medians", "kept"), [((2.0,), [2.0]), ((0.9, 1.5), [1.5]), ((0.9, 0.8), [0.8])])
+def test_a_pass_in_doubt_is_measured_again_for_longer(monkeypatch, medians, kept):
+    """``medians`` are those of eager in one measurement after the other; ours takes 1 s in each."""
+    asked, left = [], list(medians)
+
+    def interleave(variants, *, reps, sample_seconds, **_):
+        asked.append((reps, sample_seconds))
+        return {"eager": Timing([left.pop(0)]), "fastasr": Timing([1.0])}
+
+    monkeypatch.setattr("fastasr.benchmarks.case.interleave", interleave)
+    settings = replace(QUICK, sample_seconds=0.5, memory=False, limits=False, doubted=0.97)
+    doubled = tiny({"eager": lambda x: 2 * x, "fastasr": lambda x: x + x})
+    (found,) = measure(doubled, passes=[FORWARD], settings=settings)
+    assert [row.median_ms / 1e3 for row in found if row.implementation == "eager"] == kept
+    assert asked == [(2, 0.5), (8, 2.0)][: len(medians)]
