@@ -75,9 +75,7 @@ def _weighted(
         maximum, factor, e = running(maximum, scores, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
         value = load_rows(V, j, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
-        if (
-            PRECISE
-        ):  # a product of its own: one chain of additions through all keys would round more than torch does
+        if PRECISE:  # one chain of additions through all keys would round more than torch does
             y = tl.fma(y, tl.broadcast_to(factor[:, None], y.shape), tl.dot(e, value))
         else:
             y = tl.dot(e.to(value.dtype), value, y * factor[:, None])
