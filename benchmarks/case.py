@@ -10,11 +10,11 @@ import torch
 from fastasr.benchmarks import limits
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
 from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.table import ratio_to_fastest
 from fastasr.testing.speed import BOTH, FORWARD, Case, Cost, Implementation, Unavailable
 
 Report = Callable[[str], None]
 TRAINING = "training forward"  # a call that keeps what its gradients need
-OURS = "fastasr"
 LONGER = 4  # times as many and as long repetitions decide about a pass in doubt
 
 
@@ -121,12 +121,6 @@ def _timed(
     )
 
 
-def _speed(timings: dict[str, Timing]) -> float:
-    """Returns the time of the fastest of the others over ours, infinite where one side is missing."""
-    others = [timing.median for name, timing in timings.items() if name not in (OURS, "copy")]
-    return min(others) / timings[OURS].median if others and OURS in timings else math.inf
-
-
 def measure(
     case: Case,
     *,
@@ -175,7 +169,8 @@ def measure(
             variants["copy"] = _copy_variant(cost.bytes, device)
         load = LoadMeter()
         timings = _timed(variants, settings, device)
-        if _speed(timings) < settings.doubted:
+        medians = {name: timing.median for name, timing in timings.items()}
+        if (ratio_to_fastest(medians) or math.inf) < settings.doubted:
             timings = _timed(variants, settings, device, LONGER)
         other = load.other_cores()
         floor, limit = None, None

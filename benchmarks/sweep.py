@@ -19,10 +19,10 @@ import torch
 
 from fastasr import files
 from fastasr.benchmarks import models, ops, rows, upstream
-from fastasr.benchmarks.case import OURS, TRAINING, Report, Settings, measure
+from fastasr.benchmarks.case import TRAINING, Report, Settings, measure
 from fastasr.benchmarks.harness import limit_memory
 from fastasr.benchmarks.rows import Row
-from fastasr.benchmarks.table import Unit, duration, times, units
+from fastasr.benchmarks.table import Unit, duration, fastest_other, ratio_to_fastest, times, units
 from fastasr.testing.speed import BOTH, FORWARD, Case
 
 SUITE = "sweep"
@@ -82,7 +82,9 @@ class Options:
     memory: int = field(default_factory=lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
 
     def settings(self) -> Settings:
-        """Returns settings with which a pass of three implementations takes no more than a quarter of the limit."""
+        """Returns settings with which a pass of three implementations takes no more than a quarter of the limit, even
+        if it is measured again.
+        """
         return Settings(
             self.reps,
             1,
@@ -90,7 +92,7 @@ class Options:
             compile=self.compile,
             memory=False,
             limits=False,
-            seconds=self.seconds / 4,
+            seconds=self.seconds / 8,
             doubted=ENOUGH,
         )
 
@@ -191,18 +193,8 @@ def run(
 
 
 # --------------------------------------------------------------------------- what a sweep found
-def best_other(unit: Unit) -> Row | None:
-    others = [row for row in unit.rows if row.implementation not in (OURS, "copy")]
-    return min(others, key=lambda row: row.median_ms, default=None)
-
-
 def ratio(unit: Unit) -> float | None:
-    """Returns the time of the fastest of the others over ours. Where only one side could be measured it is infinite
-    or 0, whichever side that is."""
-    other, ours = best_other(unit), unit.row(OURS)
-    if other is None or ours is None:
-        return None if other is ours else (0.0 if ours is None else float("inf"))
-    return other.median_ms / ours.median_ms
+    return ratio_to_fastest(unit.medians)
 
 
 def worst(found: Sequence[Unit]) -> str:
@@ -211,9 +203,9 @@ def worst(found: Sequence[Unit]) -> str:
     if not rated:
         return "no cell has both implementations"
     least, unit = min(rated, key=lambda pair: pair[0])
-    first, other = unit.first, best_other(unit)
+    first, other = unit.first, fastest_other(unit.medians)
     below = sum(r < ENOUGH for r, _ in rated)
-    beside = f": {duration(unit.median(OURS))} beside {duration(other.median_ms)} of {other.implementation}"
+    beside = f": {duration(unit.median('fastasr'))} beside {duration(unit.median(other))} of {other}"
     threads = f"{first.threads} thread{'s' * (first.threads != 1)}"
     return (
         f"{first.name}: {below} of {len(rated)} cells below {ENOUGH:g}×; the worst: {first.case}, {first.pass_}, "

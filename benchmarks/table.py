@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows side by side: a unit per line, an implementation per column."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastasr.benchmarks.rows import Row
@@ -25,6 +25,10 @@ class Unit:
     def row(self, implementation: str) -> Row | None:
         return next((row for row in self.rows if row.implementation == implementation), None)
 
+    @property
+    def medians(self) -> dict[str, float]:
+        return {row.implementation: row.median_ms for row in self.rows}
+
     def median(self, implementation: str) -> float | None:
         row = self.row(implementation)
         return row.median_ms if row else None
@@ -33,6 +37,21 @@ class Unit:
         """Returns how many times faster ``implementation`` is than ``baseline``."""
         slow, fast = self.median(baseline), self.median(implementation)
         return slow / fast if slow and fast else None
+
+
+def fastest_other(medians: Mapping[str, float]) -> str | None:
+    """Returns the fastest implementation other than ours, if there is one."""
+    return min((name for name in medians if name not in ("fastasr", "copy")), key=medians.get, default=None)
+
+
+def ratio_to_fastest(medians: Mapping[str, float]) -> float | None:
+    """Returns the time of the fastest of the others over ours. Where only one side could be measured it is infinite
+    or 0, whichever side that is; None without either.
+    """
+    other, ours = fastest_other(medians), medians.get("fastasr")
+    if other is None or ours is None:
+        return None if other is ours else (0.0 if ours is None else float("inf"))
+    return medians[other] / ours
 
 
 def units(rows: Iterable[Row]) -> list[Unit]:
