@@ -53,6 +53,7 @@ class Book:
     def add(self, unit: Unit, outcome: Outcome, wanted: Sequence[Unit]) -> dict:
         """Writes a unit's record, and the verdict anew."""
         about = {"stage": unit.stage, "kind": unit.kind, "name": unit.name, "op": unit.op, "unit": unit.key}
+        about["code"] = verdict.code_of(unit.op)
         came = {name: getattr(outcome, name) for name in ("seconds", "ended", "messages", "output")}
         record = self.same | about | came
         with self._lock:

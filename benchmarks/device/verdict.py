@@ -11,6 +11,8 @@ from fastasr.benchmarks.device.checks import CHECKS
 from fastasr.benchmarks.device.machine import kernels, to_watch
 from fastasr.benchmarks.device.timing import MODELS
 from fastasr.benchmarks.device.units import SANITIZERS
+from fastasr.benchmarks.environment import code
+from fastasr.benchmarks.markdown import OLD, OLD_NOTE
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, units
 
@@ -24,6 +26,11 @@ BAD = ("wrong", "hung", "crashed")
 def records(file: Path) -> list[dict]:
     """Returns the records of a file units.json, none where it is absent."""
     return json.loads(file.read_text()) if file.exists() else []
+
+
+def code_of(op: str) -> str:
+    """Returns the hash of the present GPU code of an op or a model, "" where it is not known."""
+    return code("models" if op in MODELS else "ops", op, "cuda") if op else ""
 
 
 def findings(record: dict) -> dict[str, tuple[str, str]]:
@@ -64,6 +71,7 @@ class Subject:
     found: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)  # of what is wrong
     reason: str = ""  # why it was left out
+    old: bool = False  # whether a check ran with other code than the present one
     timed: list[Unit] = field(default_factory=list)
 
     @property
@@ -107,6 +115,7 @@ def subjects(records: Sequence[dict]) -> dict[str, Subject]:
     made = {name: Subject() for name in (*kernels(), *MODELS)}
     for record in records:
         subject = made.setdefault(record["op"] or f"{record['kind']}: {record['name']}", Subject())
+        subject.old |= record["kind"] != "time" and record.get("code", "") != code_of(record["op"])
         for title, (how, message) in findings(record).items():
             if title == "kernels" and how == "right":
                 continue
@@ -130,7 +139,9 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], right: int = 0) 
 def checks_table(found: dict[str, Subject]) -> str:
     """Returns the table of what is right or wrong: a line per op, a column per check."""
     named = {name: s for name, s in found.items() if name not in MODELS and (name in kernels() or s.found)}
-    lines = [(name, *(s.found.get(column, "–") for column in COLUMNS)) for name, s in named.items()]
+    lines = [
+        (name + OLD * s.old, *(s.found.get(column, "–") for column in COLUMNS)) for name, s in named.items()
+    ]
     return _table(("op", *COLUMNS), lines)
 
 
@@ -190,6 +201,7 @@ def tables(records: Sequence[dict]) -> str:
         commits = dict.fromkeys(record["commit"] for record in records)
         where = f"Records of {records[0]['device_name']}, {'commits' if len(commits) > 1 else 'commit'} "
         where += f"{', '.join(commits)}."
+        where += OLD_NOTE if any(subject.old for subject in found.values()) else ""
     watch = _table(("op", "what to look at"), ((f"`{op}`", to_watch(op) or "–") for op in kernels()))
     parts = where, checks_table(found), times_table(found), beside_predictions(found), watch
     return "\n\n".join(part for part in parts if part)

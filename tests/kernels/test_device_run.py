@@ -391,7 +391,8 @@ for name in {PRELOADED!r}:
 def record(op: str, stage="A", kind="check", ended="", **found: str) -> dict:
     messages = [{"check": k.replace("_", " "), "found": v, "message": "why"} for k, v in found.items()]
     about = {"unit": f"{stage} {kind}: {op}", "stage": stage, "kind": kind, "name": op, "op": op}
-    return about | {"commit": "c", "device_name": "d", "messages": messages, "ended": ended, "output": ""}
+    about |= {"code": verdict.code_of(op), "commit": "c", "device_name": "d"}
+    return about | {"messages": messages, "ended": ended, "output": ""}
 
 
 def timed(op: str, predicted_ms: float | None = None, **milliseconds: float) -> dict:
@@ -423,6 +424,16 @@ def test_exit_codes():
     crashed = record("bypass", small_shapes="right", training_shape="started", ended="crashed: SIGSEGV")
     assert verdict.findings(crashed)["training shape"] == ("crashed", "crashed: SIGSEGV")
     assert verdict.exit_code([crashed], []) == verdict.WRONG
+
+
+def test_a_check_of_other_code_than_the_present_is_marked():
+    present, old = record("bypass", small_shapes="right"), record("swoosh_l", small_shapes="right")
+    old["code"] = "0123456789ab"
+    lines = verdict.checks_table(verdict.subjects([present, old])).splitlines()
+    assert any(line.startswith("| bypass | right |") for line in lines)
+    assert any(line.startswith("| swoosh_l † | right |") for line in lines)
+    assert "† |" not in verdict.tables([present]).partition("ema_scan")[0]
+    assert "with other code" in verdict.tables([old])
 
 
 def test_the_report_says_what_is_wrong_slow_off_and_left_out():
