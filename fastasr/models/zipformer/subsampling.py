@@ -14,6 +14,7 @@ memory four times.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from fastasr import ops
 from fastasr.models.common.inference import any_hooked, is_plain_inference, is_unmodified
@@ -26,7 +27,7 @@ from fastasr.models.zipformer.initial_scale import ScaledConv2d
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
-from fastasr.ops import _reduced_weights
+from fastasr.ops import _gemm, _reduced_weights
 
 # Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
 BLOCK_ROWS = 1024
@@ -87,7 +88,10 @@ class Conv2dSubsampling(torch.nn.Module):
         if _runs_channels_last(self, x):
             # With one channel, contiguous(memory_format=...) would return x itself and conv would stay in NCHW.
             x = x.to(memory_format=torch.channels_last)
-        x = self.convnext(self.conv(x))
+            x = _convolved(self.conv, x)
+        else:
+            x = self.conv(x)
+        x = self.convnext(x)
         y = self.dropout(self.out_norm(self.out_whiten(_projected(self.out, x))))
         return y, _lengths(y, (x_lens - 7) // 2)
 
@@ -104,6 +108,45 @@ class Conv2dSubsampling(torch.nn.Module):
         return torch.zeros(
             batch_size, self.layer3_channels, self.convnext.padding[0], self.out_width, device=device
         )
+
+
+class _Convolution(torch.autograd.Function):
+    """A Conv2d of maps whose channels are last, where the gradient of the weight may take another layout."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[:3]
+        return *_gemm.conv2d_grads(grad, *ctx.saved_tensors, *ctx.sizes, needs), None, None
+
+
+def _convolved(modules, x):
+    """Returns ``modules(x)`` of modules without hooks."""
+    cast = torch.is_autocast_enabled("cpu") or x.dtype is not torch.float32
+    if cast or not x.is_cpu or not torch.is_grad_enabled() or type(modules) is not torch.nn.Sequential:
+        return modules(x)
+    for module in modules:
+        if x.requires_grad and _is_simple(module):
+            x = _Convolution.apply(x, module.weight, module.bias, module.stride, module.padding)
+        else:
+            x = module(x)
+    return x
+
+
+def _is_simple(module):
+    """Says whether the module is a plain Conv2d in one group without dilation."""
+    return (
+        is_unmodified(module, (torch.nn.Conv2d,))
+        and "_conv_forward" not in vars(module)
+        and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
+        and isinstance(module.padding, tuple)
+    )
 
 
 def _frames(x):
