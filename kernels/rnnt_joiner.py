@@ -216,7 +216,9 @@ def logits_gradient_kernel(
     first, rows, frames, length, s_range, width, V, d_stride, blank,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes dl of a block of rows and of outputs, and its sum over the rows."""
+    """Writes dl of a block of rows and of outputs, and its sum over the rows. Behind the last output it writes zeros: rows
+    of DLOGITS are multiples of 16, and only a mask that is one too keeps stores of 128 bits.
+    """
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     tiles = tl.cdiv(V, BLOCK_N)
     block = (tl.program_id(0) // tiles).to(tl.int64)
@@ -235,7 +237,9 @@ def logits_gradient_kernel(
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     logits = products(logits, HIDDEN, local, width, active, WEIGHT, v, width, here, end, BLOCK_K)
     if BIAS is not None:
-        logits += tl.load(BIAS + v, mask=here, other=0.0).to(tl.float32)[None, :]
+        logits += tl.load(BIAS + v, mask=here, other=NONE).to(tl.float32)[None, :]
+    else:
+        logits = tl.where(here[None, :], logits, NONE)
     normaliser = tl.load(NORMALISER + row, mask=inside, other=0.0)
     high = normaliser.to(tl.float32)
     low = (normaliser - high.to(tl.float64)).to(tl.float32)  # its rounding would scale the whole row
@@ -251,7 +255,7 @@ def logits_gradient_kernel(
         own = tl.where(is_symbol, gx[:, None], 0.0) + tl.where(is_blank, gy[:, None], 0.0)
         d = own - (gx + gy)[:, None] * soft
     d = tl.where(active[:, None], d, 0.0)
-    keep = (row < rows)[:, None] & here[None, :]
+    keep = (row < rows)[:, None] & (v < d_stride)[None, :]
     tl.store(DLOGITS + local[:, None] * d_stride + v[None, :], d.to(DLOGITS.dtype.element_ty), mask=keep)
     tl.store(PARTS + block * V + v, sums(d, 0, PRECISE), mask=here)
 
@@ -501,8 +505,6 @@ def rnnt_joiner_backward(
         for first, end in p.chunks(stride * size + p.width * (size + 4)):
             hidden, count, blocks = p.hidden(first, end), end - first, p.blocks(end - first)
             dlogits = weight.new_empty(count, stride)
-            if more:
-                dlogits[:, outputs:].zero_()
             parts = torch.empty(blocks, p.v, dtype=sum_dtype, device=am.device)
             launch(logits_gradient_kernel, (blocks * triton.cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
                 hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, parts,
@@ -513,6 +515,7 @@ def rnnt_joiner_backward(
                     gz[first:end], p.duration_logprobs(hidden), 1, torch.float32
                 )
                 dlogits[:, p.v : outputs].copy_(found)
+                dlogits[:, outputs:].zero_()  # the kernel may end before
                 dbias[p.v :].add_(found.sum(0, dtype=torch.float64))
             if needs[2]:
                 product = _product(dlogits.t(), hidden[:, : p.d])
