@@ -130,8 +130,8 @@ def parameters_kernel(
     part = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = c < D
-    w0 = tl.load(WEIGHT + c, mask=in_row, other=0.0)
-    w1 = tl.load(WEIGHT + D + c, mask=in_row, other=0.0)
+    w0 = tl.load(WEIGHT + c, mask=in_row, other=0.0).to(tl.float32)
+    w1 = tl.load(WEIGHT + D + c, mask=in_row, other=0.0).to(tl.float32)
     dw0 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     dw1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     db0 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -173,4 +173,5 @@ def add_parts_kernel(PARTS, OUT, parts, D, BLOCK_P: tl.constexpr, BLOCK_C: tl.co
     p = tl.arange(0, BLOCK_P)
     keep = (p < parts)[:, None] & (c < D)[None, :]
     found = tl.load(PARTS + (table * parts + p)[:, None] * D + c[None, :], mask=keep, other=0.0)
-    tl.store(OUT + table * D + c, tl.sum(found.to(tl.float64), axis=0).to(tl.float32), mask=c < D)
+    total = tl.sum(found.to(tl.float64), axis=0).to(tl.float32)
+    tl.store(OUT + table * D + c, total.to(OUT.dtype.element_ty), mask=c < D)

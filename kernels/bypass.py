@@ -10,7 +10,7 @@ x is seen as a matrix (rows, K) with K = scale.numel(): scale is (C,) or (B, C),
 Bytes per element of e bytes: forward 3e, backward 5e. FLOPs per element: 3 and 5. A 1500x20x192 bf16 tensor
 takes 8 us forward and 13 us backward at 4.3 TB/s.
 
-In the backward, each program walks its share of the rows of 256 columns, adds up dscale in registers, and
+In the backward, each program walks its share of the rows of 64 or 256 columns, adds up dscale in registers, and
 writes it as one row of a float32 table; a second kernel adds the rows of the table in float64 (_parts.py).
 """
 
@@ -83,6 +83,15 @@ def _block_columns(columns: int) -> int:
     return 32 if columns <= 32 else 256
 
 
+def backward_columns(columns: int, dtype: torch.dtype) -> int:
+    """Returns the columns of a tile of the backward, for an output of that dtype.
+
+    With 256, a quarter of the lanes is idle at 192 columns: with 64, 30,000 rows took 26 us on an H200 in place of 30.
+    In float32 they stay, as a part of 64 columns has more rows: their sum, one chain, was further off than eager's.
+    """
+    return 64 if columns > 32 and dtype.itemsize == 2 else _block_columns(columns)
+
+
 def _output_dtype(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x_orig.dtype, x.dtype), scale.dtype)
 
@@ -115,7 +124,7 @@ def bypass_backward(
         return dx_orig, dx, torch.zeros_like(scale)
     columns = scale.numel()
     rows = x.numel() // columns
-    block_c = _block_columns(columns)
+    block_c = backward_columns(columns, grad.dtype)
     column_tiles = triton.cdiv(columns, block_c)
     block_r, rows_per_part, parts = deal(rows, block_c, x, column_tiles)
     dscale = torch.empty_like(scale)

@@ -53,21 +53,25 @@ PIECE_BYTES = 16 << 20  # of each tensor of pairs: both stay in the second-level
 
 
 # --------------------------------------------------------------------------- elementwise, per frame
-@triton.jit(do_not_specialize=["length", "size", "count", "blocks"])
+@triton.jit(do_not_specialize=["entries", "length", "size", "count", "blocks"])
 def prepare_kernel(
-    X, WEIGHT, SHIFT, PADDING, VALUE, GATE, GRAD, MIXED, QUERY, KEY, HIDDEN, ACTIVE, G, DGATE,
-    length, size, count, blocks, D, V, x_time, x_batch, value_time, value_batch, gate_time, gate_batch,
+    X, WEIGHT, SHIFT, NARROW, PADDING, VALUE, GATE, GRAD, MIXED, QUERY, KEY, BIAS, HIDDEN, ACTIVE, G, DGATE,
+    entries, length, size, count, blocks, D, V, x_time, x_batch, value_time, value_batch, gate_time, gate_batch,
     grad_time, grad_batch, out_time,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes q, k, the keys that are hidden and act(value); in the backward also g and dgate. Tables hold
-    ``size`` frames of every unit.
+    """Writes q, k, the bias of the distance in float32, the keys that are hidden and act(value); in the backward also g
+    and dgate. Tables hold ``size`` frames of every unit.
     """
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
     i = block * BLOCK_T + tl.arange(0, BLOCK_T)
     keep = i < n
     row = unit * size
+    if NARROW is not None:
+        for start in range(tl.program_id(0) * BLOCK_C, entries, tl.num_programs(0) * BLOCK_C):
+            t = start + tl.arange(0, BLOCK_C)
+            tl.store(BIAS + t, tl.load(NARROW + t, mask=t < entries).to(tl.float32), mask=t < entries)
     if HIDDEN is not None:
         visible = 0
         for start in range(0, n, BLOCK_C):
@@ -82,11 +86,11 @@ def prepare_kernel(
         x = load_rows(X + batch * x_batch + first * x_time, i, x_time, c, keep, D).to(tl.float32)
         z, slope = activate_with_slope(x, ACTIVATION, PRECISE)
         in_row = c < D
-        w = tl.load(WEIGHT + c, mask=in_row, other=0.0)
-        b = tl.load(SHIFT + c, mask=in_row, other=0.0)
+        w = tl.load(WEIGHT + c, mask=in_row, other=0.0).to(tl.float32)
+        b = tl.load(SHIFT + c, mask=in_row, other=0.0).to(tl.float32)
         q = tl.fma(z, w[None, :], b[None, :])
-        w = tl.load(WEIGHT + D + c, mask=in_row, other=0.0)
-        b = tl.load(SHIFT + D + c, mask=in_row, other=0.0)
+        w = tl.load(WEIGHT + D + c, mask=in_row, other=0.0).to(tl.float32)
+        b = tl.load(SHIFT + D + c, mask=in_row, other=0.0).to(tl.float32)
         k = tl.fma(z, w[None, :], b[None, :])
         offsets = (row + i)[:, None] * WIDTH + c[None, :]
         whole = (i < size)[:, None] & (c < WIDTH)[None, :]
@@ -259,23 +263,30 @@ VALUES = {"BLOCK_C": 1024, "num_warps": 4}
 PARAMETERS = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 
 
-def _prepared(p: _Plan, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad=None, mixed=None):
-    """Returns (q, k, keys that are hidden, value activated, g, dgate), the last two for a backward alone."""
+def _prepared(
+    p: _Plan, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, grad=None, mixed=None
+):
+    """Returns (q, k, the bias in float32, keys that are hidden, value activated, g, dgate), the last two for a backward
+    alone. The kernels that follow load the bias from float32: 2 bytes cannot be fetched ahead.
+    """
     rows = p.units * p.size
     query, key = p.empty(rows, p.width), p.empty(rows, p.width)
+    entries, narrow = len(position_bias), position_bias.dtype != torch.float32
+    bias = p.empty(entries, dtype=torch.float32) if narrow else position_bias
     hidden = None if padding_mask is None else p.empty(rows, dtype=torch.int8)
     active = p.empty(p.batch, p.padded, p.v).transpose(0, 1) if p.activate_value else None
     g = dgate = None
     if grad is not None:
         g, dgate = p.empty(rows, p.v), p.empty(*gate.shape)
     launch(prepare_kernel, (p.programs(PREPARE["BLOCK_T"]),),
-        query_key, qk_weight, qk_bias, None if hidden is None else padding_mask.view(torch.int8),
+        query_key, qk_weight, qk_bias, position_bias if narrow else None,
+        None if hidden is None else padding_mask.view(torch.int8),
         value if p.activate_value else None, None if g is None else gate, grad, mixed,
-        query, key, hidden, active, g, dgate,
-        *p.frames(PREPARE["BLOCK_T"]), p.d, p.v, *_strides(query_key), *_strides(value), *_strides(gate),
+        query, key, bias if narrow else None, hidden, active, g, dgate,
+        entries, *p.frames(PREPARE["BLOCK_T"]), p.d, p.v, *_strides(query_key), *_strides(value), *_strides(gate),
         *_strides(grad), p.batch * p.v, ACTIVATION=p.activation, WIDTH=p.width, **PREPARE,
     )  # fmt: skip
-    return query, key, hidden, active if p.activate_value else value, g, dgate
+    return query, key, bias, hidden, active if p.activate_value else value, g, dgate
 
 
 def toeplitz_attention_forward(
@@ -294,17 +305,19 @@ def toeplitz_attention_forward(
     need_gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (y, h), contiguous; h has no elements unless needed. The channels of the first three are dense; the
-    parameters and dropout are contiguous float32, padding_mask is contiguous.
+    parameters are contiguous, of any dtype, dropout is contiguous float32, padding_mask is contiguous.
     """
     p = _Plan(query_key, value, position_bias, dropout, causal, chunk_size, activation, activate_value)
     y = p.empty(*gate.shape)
     mixed = p.empty(*gate.shape) if need_gradients else p.empty(0)
     if not y.numel():
         return y, mixed
-    query, key, hidden, value, *_ = _prepared(p, query_key, gate, value, qk_weight, qk_bias, padding_mask)
+    query, key, bias, hidden, value, *_ = _prepared(
+        p, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask
+    )
     tile = p.blocks["forward"]
     launch(forward_kernel, (p.programs(tile["BLOCK_M"]), triton.cdiv(p.v, tile["BLOCK_V"])),
-        query, key, value, gate, position_bias[p.reach :], hidden, dropout, y, mixed if need_gradients else None,
+        query, key, value, gate, bias[p.reach :], hidden, dropout, y, mixed if need_gradients else None,
         *p.frames(tile["BLOCK_M"]), p.v, *_strides(value), *_strides(gate), p.batch * p.v, p.scale,
         CAUSAL=causal, ACTIVATION=activation, WIDTH=p.width, **tile,
     )  # fmt: skip
@@ -327,17 +340,18 @@ def toeplitz_attention_backward(
     activation: int,
     activate_value: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of the six tensors; those of the parameters are float32. ``grad`` has dense channels, h is
-    contiguous.
+    """Returns the gradients of the six tensors, those of qk_weight and qk_bias in one dtype. ``grad`` has dense
+    channels, h is contiguous.
     """
     p = _Plan(query_key, value, position_bias, dropout, causal, chunk_size, activation, activate_value)
     tensors = query_key, gate, value, qk_weight, qk_bias, position_bias
     if not gate.numel():
         return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
     dquery_key, dvalue = p.empty(*query_key.shape), p.empty(*value.shape)
-    parameters, dposition_bias = p.empty(4, p.d, dtype=torch.float32), torch.empty_like(position_bias)
-    query, key, hidden, active, g, dgate = _prepared(
-        p, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad, mixed
+    of_pair = torch.promote_types(qk_weight.dtype, qk_bias.dtype)
+    parameters, dposition_bias = p.empty(4, p.d, dtype=of_pair), torch.empty_like(position_bias)
+    query, key, bias, hidden, active, g, dgate = _prepared(
+        p, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, grad, mixed
     )
     query, key, g = (t.view(p.units, p.size, -1) for t in (query, key, g))
     active = p.by_unit(active)
@@ -367,7 +381,7 @@ def toeplitz_attention_backward(
             torch.bmm(gs, v.mT, out=ds)
             blocks = triton.cdiv(rows, tile["BLOCK_M"])
             launch(slopes_kernel, (units * blocks,),
-                w, ds, position_bias[p.reach :], hidden, dropout,
+                w, ds, bias[p.reach :], hidden, dropout,
                 p.length, p.size, p.count, unit, first, rows, blocks, keys, stride, CAUSAL=causal, **tile,
             )  # fmt: skip
             launch(diagonals_kernel, (reaches, len(diagonals)),

@@ -271,7 +271,9 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
 
 
 def _notes(record: dict) -> Iterable[str]:
-    """Yields what was left out of a unit, and why; and the time that a training step's kernels take."""
+    """Yields what was left out of a unit, and why; of a training step, the time of its kernels and how far the norm of
+    its gradients is from that in float32.
+    """
     name = f"{record['kind']} {record['name']}"
     for message in record["messages"]:
         if message.get("found") == "skipped":
@@ -280,3 +282,6 @@ def _notes(record: dict) -> Iterable[str]:
             yield f"{name}, {message['pass']}: {message['left_out']}: {_line(message['message'])}"
         if message.get("busy_ms"):
             yield f"{name}: the kernels of {message['of']} take {message['busy_ms']:.1f} ms of a step"
+        if "norm_off" in message:
+            off, of_eager = message["norm_off"], message["norm_of_eager_off"]
+            yield f"{name}: the norm of its gradients is {off:.2%} off that in float32, eager's {of_eager:.2%}"

@@ -52,9 +52,9 @@ def mask_of(
     return mask
 
 
-def _operands(s, *more: Tensor) -> tuple[Tensor | None, ...]:
+def _operands(kernels, s, *more: Tensor) -> tuple[Tensor | None, ...]:
     """Returns the operands as kernels read them: activations, of which ``more`` come first, in one dtype; the others in
-    the dtype of the computation.
+    the dtype of the computation, parameters in their own for Triton's kernels, which convert what they load.
     """
     parameters = s.qk_weight, s.qk_bias, s.position_bias
     dtype = torch.promote_types(torch.promote_types(s.gate.dtype, s.value.dtype), s.query_key.dtype)
@@ -63,7 +63,7 @@ def _operands(s, *more: Tensor) -> tuple[Tensor | None, ...]:
     padding, dropout = s.padding_mask, s.weights_dropout
     return (
         *(_layout.dense_channels(t.to(dtype)) for t in (*more, s.query_key, s.gate, s.value)),
-        *(t.to(work).contiguous() for t in parameters),
+        *((t if kernels.backend == "triton" else t.to(work)).contiguous() for t in parameters),
         padding if padding is None else padding.contiguous(),
         dropout if dropout is None else dropout.to(work).contiguous(),
     )
@@ -74,11 +74,11 @@ def _numbers(s) -> tuple[bool, int, int, bool]:
 
 
 def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
-    return kernels.forward(*_operands(a), *_numbers(a), keep)
+    return kernels.forward(*_operands(kernels, a), *_numbers(a), keep)
 
 
 def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor, ...]:
-    operands = _operands(s, *grads)
+    operands = _operands(kernels, s, *grads)
     return kernels.backward(*operands, s.mixed.to(operands[0].dtype).contiguous(), *_numbers(s))
 
 

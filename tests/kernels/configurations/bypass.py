@@ -12,11 +12,12 @@ def configurations():
     every["x bf16"] = every["fp32"] | {"X": "bf16", "DX": "bf16"}
     for dtype, types in every.items():
         types = types | {"PARTS": "fp32"}
-        for block_c in (256, 32) if dtype in ("fp32", "bf16") else (256,):
-            for kernel, elements, warps in (
-                ("forward", 2048, bypass.NUM_WARPS),
-                ("backward", _parts.ELEMENTS, _parts.WARPS),
-            ):
+        for kernel, elements, warps in (
+            ("forward", 2048, bypass.NUM_WARPS),
+            ("backward", _parts.ELEMENTS, _parts.WARPS),
+        ):
+            wide = 64 if kernel == "backward" and dtype in ("bf16", "fp16") else 256
+            for block_c in (wide, 32) if dtype in ("fp32", "bf16") else (wide,):
                 constants = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c}
                 function = getattr(bypass, f"{kernel}_kernel")
                 name = f"bypass {kernel}, tile {elements // block_c}x{block_c}, {dtype}"

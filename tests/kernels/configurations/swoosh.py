@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/swoosh.py."""
 
-from fastasr.kernels import swoosh
+from fastasr.kernels import _parts, swoosh
 
-from .configuration import Configuration
+from .configuration import Configuration, adding
 
 
 def configurations():
@@ -26,6 +26,16 @@ def configurations():
                 constants = {**common, "OUTPUT": output, **({} if output else {"Y": None})}
                 name = f"swoosh backward{' + output' if output else ''}, {label}, {dtype}"
                 yield Configuration(name, backward, types, constants, 4, divisible)
+    for dtype, shares in (("fp32", "fp64"), ("bf16", "fp32")):
+        types, block_c = {"X": dtype, "PARTS": shares}, swoosh.SUM_COLUMNS
+        tile = {"BLOCK_R": _parts.ELEMENTS // block_c, "BLOCK_C": block_c}
+        yield Configuration(
+            f"swoosh sum, {dtype}", swoosh.sum_kernel, types, tile, _parts.WARPS, ("columns",)
+        )
+        constants, warps = adding(512)
+        types = {"PARTS": shares, "DSCALE": dtype}
+        name = f"swoosh sum, parts, {dtype}"
+        yield Configuration(name, swoosh.add_parts_kernel, types, constants, warps, ("columns",))
     types = dict.fromkeys(("X", "Y"), "bf16")
     base = {"RIGHT": True, "KIND": 0, "MASK": None, "BLOCK": swoosh.BLOCK}
     yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)

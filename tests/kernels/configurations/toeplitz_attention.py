@@ -26,8 +26,12 @@ def configurations(generation: int):
         "DV",
         "DVALUE",
         "DX",
+        "WEIGHT",
+        "SHIFT",
+        "NARROW",
+        "OUT",
     )
-    wide = ("WEIGHT", "SHIFT", "BIAS", "DROPOUT", "PARTS", "OUT")
+    wide = ("BIAS", "DROPOUT", "PARTS")
     strides = [f"{name}_{of}" for name in ("x", "value", "gate", "grad") for of in ("time", "batch")]
     plain = {"HIDDEN": None, "DROPOUT": None}
     extra = {"prepare": module.PREPARE, "values": module.VALUES, "parameters": module.PARAMETERS}
@@ -60,9 +64,10 @@ def configurations(generation: int):
     yield configuration("forward", "", "fp16", **plain)
     yield configuration("forward", "few rows", "bf16", full=False, **plain)
     for dtype in ("fp32", "bf16"):
-        forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE"))
+        bias = {"NARROW": None, "BIAS": None} if dtype == "fp32" else {}
+        forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE")) | bias
         yield configuration("prepare", "forward, padding", dtype, **forward)
-        yield configuration("prepare", "backward", dtype, PADDING=None, HIDDEN=None)
+        yield configuration("prepare", "backward", dtype, PADDING=None, HIDDEN=None, **bias)
         yield configuration("parameters", "", dtype)
         for block_p in (128, module.MAX_PARTS):
             yield configuration("add_parts", f"parts, {block_p}", dtype, BLOCK_P=block_p, BLOCK_C=16)
