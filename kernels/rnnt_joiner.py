@@ -216,8 +216,8 @@ def logits_gradient_kernel(
     first, rows, frames, length, s_range, width, V, d_stride, blank,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes dl of a block of rows and of outputs, and its sum over the rows. Behind the last output it writes zeros: rows
-    of DLOGITS are multiples of 16, and only a mask that is one too keeps stores of 128 bits.
+    """Writes dl of a block of rows and of outputs, and its sum over the rows. Behind the last output it writes zeros:
+    rows of DLOGITS are multiples of 16, and only a mask that is one too keeps stores of 128 bits.
     """
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     tiles = tl.cdiv(V, BLOCK_N)
@@ -327,18 +327,20 @@ def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, in
     """Returns tile shape, warps and stages of ``hidden`` and of the two kernels that multiply
     (tests/kernels/budgets.toml: no spills; 128 rows spill on capability 12.0). On 9.0, 256 outputs at once read a
     quarter less from the second-level cache: for 30,832 rows of 640 channels and 8,193 outputs, ``scores`` is predicted
-    to take 816 us on an H100 in place of 1,116. ``logits_gradient`` would spill.
+    to take 816 us on an H100 in place of 1,116. ``logits_gradient`` would spill; 64 outputs at once in four warps took
+    282 us on an H200 for a fifth of these rows, 128 in eight warps 317.
     """
     wide = dtype == torch.float32
     size = max(16, triton.next_power_of_2(d))
     rows = 64 if wide or generation == 120 else 128
     found = {"BLOCK_M": rows, "BLOCK_N": 32 if wide else 128, "BLOCK_K": min(16 if wide else 64, size)}
     found |= {"num_warps": 8, "num_stages": 2 if wide else 3} | dot_options(dtype)
-    scores = found
+    scores = gradient = found
     if generation == 90 and not wide:
         scores = found | {"BLOCK_N": 256, "BLOCK_K": min(32, size), "num_stages": 4}
+        gradient = found | {"BLOCK_N": 64, "num_warps": 4}
     hidden = {"BLOCK_R": 8, "BLOCK_C": 512} if generation >= 90 else {"BLOCK_R": 4, "BLOCK_C": 256}
-    return {"hidden": hidden | {"num_warps": 4}, "scores": scores, "logits_gradient": found}
+    return {"hidden": hidden | {"num_warps": 4}, "scores": scores, "logits_gradient": gradient}
 
 
 class _Plan:

@@ -20,7 +20,7 @@ def configurations(generation: int):
         block_r, block_c, warps = residual_norm._blocks(channels, residual_norm.forward_elements(generation))
         if kernel == "backward":
             elements, warps, _ = residual_norm.backward_tile(
-                DTYPES[dtype], "CANDIDATE" not in constants, "MASK" not in constants, generation
+                channels, DTYPES[dtype], "CANDIDATE" not in constants, "MASK" not in constants, generation
             )
             block_r = max(1, elements // block_c)
         return Configuration(
@@ -49,7 +49,7 @@ def configurations(generation: int):
     yield configuration("C=1, gated", "backward", "fp32", 1, {**gated, **ones})
     # layer_norm_lstm and conv_spatial_gate, which launch add_parts_kernel too, take 16 columns
     sixteen = (({"BLOCK_P": 128, "BLOCK_C": 16}, 4), ({"BLOCK_P": 2048, "BLOCK_C": 16}, 16))
-    for constants, warps in (adding(128), adding(256), *sixteen):
+    for constants, warps in (adding(128), adding(256), adding(2048), *sixteen):
         block_p = "{BLOCK_P}x{BLOCK_C}".format(**constants)
         for dtype, parameter in (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "bf16")):
             name = f"residual_norm parts, {block_p}, {dtype}" + ", bf16 sums" * (parameter == "bf16")
