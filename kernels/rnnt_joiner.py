@@ -216,8 +216,8 @@ def logits_gradient_kernel(
     first, rows, frames, length, s_range, width, V, d_stride, blank,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes dl of a block of rows and of outputs, and its sum over the rows. Behind the last output it writes zeros: rows
-    of DLOGITS are multiples of 16, and only a mask that is one too keeps stores of 128 bits.
+    """Writes dl of a block of rows and of outputs, zeros behind the last output, and the sum over the rows. The zeros
+    reach to the end of the rows of DLOGITS, a multiple of 16: no other mask keeps stores of 128 bits.
     """
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     tiles = tl.cdiv(V, BLOCK_N)
