@@ -216,13 +216,14 @@ def logits_gradient_kernel(
     first, rows, frames, length, s_range, width, V, d_stride, blank,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes dl of a block of rows and of outputs, and its sum over the rows. Behind the last output it writes zeros:
-    rows of DLOGITS are multiples of 16, and only a mask that is one too keeps stores of 128 bits.
+    """Writes dl of a block of rows and of outputs, and its sum over the rows. It also writes behind the last output, up
+    to ``d_stride``: only a mask that ends at a multiple of 16 keeps stores of 128 bits.
     """
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     tiles = tl.cdiv(V, BLOCK_N)
     block = (tl.program_id(0) // tiles).to(tl.int64)
-    local = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_M)  # places counted from the block's first row fit 32 bits, in fewer registers
+    local = block * BLOCK_M + i
     v = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row = first + local
     _frame, _context, inside, symbol = locate(
@@ -237,9 +238,7 @@ def logits_gradient_kernel(
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     logits = products(logits, HIDDEN, local, width, active, WEIGHT, v, width, here, end, BLOCK_K)
     if BIAS is not None:
-        logits += tl.load(BIAS + v, mask=here, other=NONE).to(tl.float32)[None, :]
-    else:
-        logits = tl.where(here[None, :], logits, NONE)
+        logits += tl.load(BIAS + v, mask=here, other=0.0).to(tl.float32)[None, :]
     normaliser = tl.load(NORMALISER + row, mask=inside, other=0.0)
     high = normaliser.to(tl.float32)
     low = (normaliser - high.to(tl.float64)).to(tl.float32)  # its rounding would scale the whole row
@@ -255,8 +254,10 @@ def logits_gradient_kernel(
         own = tl.where(is_symbol, gx[:, None], 0.0) + tl.where(is_blank, gy[:, None], 0.0)
         d = own - (gx + gy)[:, None] * soft
     d = tl.where(active[:, None], d, 0.0)
-    keep = (row < rows)[:, None] & (v < d_stride)[None, :]
-    tl.store(DLOGITS + local[:, None] * d_stride + v[None, :], d.to(DLOGITS.dtype.element_ty), mask=keep)
+    left = tl.minimum(rows - first - block * BLOCK_M, BLOCK_M).to(tl.int32)
+    keep = (i < left)[:, None] & (v < d_stride)[None, :]
+    DLOGITS += block * BLOCK_M * d_stride
+    tl.store(DLOGITS + (i[:, None] * d_stride + v[None, :]), d.to(DLOGITS.dtype.element_ty), mask=keep)
     tl.store(PARTS + block * V + v, sums(d, 0, PRECISE), mask=here)
 
 
@@ -512,12 +513,13 @@ def rnnt_joiner_backward(
                 hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, parts,
                 *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.logits_gradient,
             )  # fmt: skip
+            if more:
+                dlogits[:, outputs:].zero_()
             if durations:
                 found = torch.ops.aten._log_softmax_backward_data(
                     gz[first:end], p.duration_logprobs(hidden), 1, torch.float32
                 )
                 dlogits[:, p.v : outputs].copy_(found)
-                dlogits[:, outputs:].zero_()  # the kernel may end before
                 dbias[p.v :].add_(found.sum(0, dtype=torch.float64))
             if needs[2]:
                 product = _product(dlogits.t(), hidden[:, : p.d])
