@@ -204,18 +204,17 @@ def backward_tile(
     """Returns (elements of a tile of the backward, its warps, programs on a multiprocessor). Where 16 warps would
     spill, programs have eight at most, whose threads may have twice the registers.
 
-    In 16 bits, many programs of one row or few hide the barriers of a row's sums: on an H200, 800 rows of 512 channels
-    took 10 us in place of 18 with one tile for each multiprocessor, 30,000 rows 66 in place of 85, gated 12.9 in place
-    of 20 and 101 in place of 138. Float32 was not measured, and its parts have sums of twice the bytes.
+    On 9.0, in 16 bits, many programs of one row or few hide the barriers of a row's sums: on an H200, 800 rows of 512
+    channels took 10 us in place of 18 with one tile for each multiprocessor, 30,000 rows 66 in place of 85, gated 13 in
+    place of 20 and 101 in place of 138. Elsewhere this is not measured, and predicted to take longer.
     """
     spills = gated and (dtype == torch.float32 or masked or generation >= 100)
     most = WARPS // 2 if spills else WARPS
-    if dtype == torch.float32:
+    if dtype == torch.float32 or generation != 90:
         return ELEMENTS * most // WARPS, most, WARPS // most
-    warps = (
-        max(2, min(most, _padded(channels) // 256)) if gated else max(4, min(most, _padded(channels) // 128))
-    )
-    return 512, warps, (16 if gated else 32) // warps
+    share = 256 if gated else 128  # elements of a warp
+    warps = max(512 // share, min(most, _padded(channels) // share))
+    return 512, warps, ELEMENTS // share // warps
 
 
 def _stride(t: torch.Tensor | None) -> int:
