@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 3  # the exit code of compute-sanitizer when it found an error
 TESTS = {  # the tests that need a GPU; those of the ops' contract are one unit per op
+    "decoding": ("tests/decoding", "-m", "gpu"),
     "kernels": ("tests/kernels", "-m", "gpu"),
     "models": ("tests/models", "-m", "gpu"),
     "streaming": ("tests/streaming", "-m", "gpu"),
