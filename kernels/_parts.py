@@ -8,12 +8,14 @@ number and on the device's multiprocessors: on one kind of device results repeat
 
 import torch
 import triton
+import triton.language as tl
 
-from fastasr.kernels._launch import processors
+from fastasr.kernels._launch import launch, processors
 
 ELEMENTS = 4096  # of a tile: 8 in each thread
 WARPS = 16
 ADDING = {"BLOCK_C": 8, "num_warps": 8}
+MOST_PARTS = 1024  # of a tile: more pass through in blocks
 
 
 def deal(
@@ -31,3 +33,23 @@ def deal(
 def adding(parts: int) -> dict[str, int]:
     """Returns the tile and the warps of a kernel that adds up so many parts."""
     return {"BLOCK_P": max(128, triton.next_power_of_2(parts)), **ADDING}
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Adds up the rows of a table."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_C], tl.float64)
+    for first in range(0, parts, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P).to(tl.int64)
+        keep = (p < parts)[:, None] & (c < columns)[None, :]
+        table = tl.load(PARTS + p[:, None] * columns + c[None, :], mask=keep, other=0.0)  # [BLOCK_P, BLOCK_C]
+        total += tl.sum(table.to(tl.float64), axis=0)
+    tl.store(OUT + c, total.to(tl.float32).to(OUT.dtype.element_ty), mask=c < columns)
+
+
+def add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the sums over the rows of a table (parts, columns), added up in float64."""
+    parts, columns = table.shape
+    tile = adding(min(parts, MOST_PARTS))
+    launch(add_parts_kernel, (triton.cdiv(columns, tile["BLOCK_C"]),), table, out, parts, columns, **tile)

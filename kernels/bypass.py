@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import launch
-from fastasr.kernels._parts import ADDING, WARPS, adding, deal
+from fastasr.kernels._parts import WARPS, add_parts, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,16 +67,6 @@ def backward_kernel(
         dscale = tl.fma(grad, x - x_orig, dscale)
         first += BLOCK_R
     tl.store(PARTS + part * columns + c, tl.sum(dscale, axis=0), mask=in_row)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def add_parts_kernel(PARTS, DSCALE, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    p = tl.arange(0, BLOCK_P).to(tl.int64)
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    keep = (p < parts)[:, None] & (c < columns)[None, :]
-    table = tl.load(PARTS + p[:, None] * columns + c[None, :], mask=keep, other=0.0)  # [BLOCK_P, BLOCK_C]
-    dscale = tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
-    tl.store(DSCALE + c, dscale.to(DSCALE.dtype.element_ty), mask=c < columns)
 
 
 def _block_columns(columns: int) -> int:
@@ -133,7 +123,5 @@ def bypass_backward(
         grad, x_orig, x, scale, dx_orig, dx, table, rows, rows_per_part, columns,
         BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
-    launch(add_parts_kernel, (triton.cdiv(columns, ADDING["BLOCK_C"]),),
-        table, dscale, parts, columns, **adding(parts),
-    )  # fmt: skip
+    add_parts(table, dscale)
     return dx_orig, dx, dscale

@@ -27,6 +27,8 @@ same h.
 At B = 20, T = 750, R = 5, D = 512, V = 5000 in bf16 the products need 0.49 ms forward and 1.46 backward at 790 TFLOP/s.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +36,7 @@ import triton.language as tl
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
 from fastasr.kernels._launch import dot_options, generation, launch, processors
+from fastasr.kernels._parts import add_parts
 from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +45,7 @@ FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 # Up to so many rows of a frame go one by one. Of 1,600 frames of 512 channels, 5 rows are predicted to take 10 us on an
 # H100 in place of 23, and 16 rows 26 in place of 36; of 160 frames with 64 rows, 51 in place of 14.
 SHORT, SHORT_FRAME = 16, {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
-CONTEXT = {"BLOCK_T": 16, "BLOCK_C": 128, "num_warps": 4}
+CONTEXT = {"BLOCK_T": 64, "BLOCK_C": 64, "num_warps": 4}
 NORMALISE = {"BLOCK_M": 32, "num_warps": 4}
 MAX_SHARES = 16  # programs of `scores` that share the outputs of a block of rows
 NO_SYMBOL, UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)
@@ -210,7 +213,8 @@ def normalise_kernel(
 
 
 # --------------------------------------------------------------------------- backward
-@triton.jit(do_not_specialize=[*SIZES, "blank"])
+# PARTS may begin at any row of a table
+@triton.jit(do_not_specialize=[*SIZES, "blank"], do_not_specialize_on_alignment=["PARTS"])
 def logits_gradient_kernel(
     HIDDEN, WEIGHT, BIAS, STARTS, SYMBOLS, BOUNDARY, GX, GY, NORMALISER, DLOGITS, PARTS,
     first, rows, frames, length, s_range, width, V, d_stride, blank,
@@ -492,25 +496,28 @@ def rnnt_joiner_backward(
     options = s_range, blank, activation, hat, durations, dropout
     p = _Plan(am, lm, weight, bias, symbols, starts, boundary, seed, *options)
     gx, gy = grad_symbol.contiguous(), grad_blank.contiguous()
-    dam = torch.zeros(am.shape, dtype=am.dtype, device=am.device)
+    to_hidden = p.d > 0 and (needs[0] or needs[1])
+    dam = torch.empty_like(p.am) if to_hidden else torch.zeros_like(p.am)
     dlm = torch.zeros(lm.shape, dtype=torch.float32, device=am.device)
     dweight, outputs = None, weight.shape[0]
-    dbias = torch.zeros(outputs, dtype=torch.float64, device=am.device)
+    duration_parts = []
     # Zeros stand behind the last output: on an H200 a product with 8,198 outputs took 1.32 ms, a padded one 0.40.
     stride = triton.cdiv(outputs, 16) * 16
     more = stride - outputs
     output_weight = torch.nn.functional.pad(p.outputs, (0, 0, 0, more)) if more else p.outputs
     size = weight.element_size()
+    chunks = list(p.chunks(stride * size + p.width * (size + 4)))
+    first_blocks = [0, *itertools.accumulate(p.blocks(end - first) for first, end in chunks)]
     sum_dtype = torch.float64 if weight.dtype is torch.float32 else torch.float32
+    parts = torch.empty(first_blocks[-1], p.v, dtype=sum_dtype, device=am.device)
     gz = p.hide(grad_durations.reshape(-1, durations).float(), 0.0) if durations else None
     # a backward inside autocast would take float32 products in 16 bits
     with torch.autocast(am.device.type, enabled=False):
-        for first, end in p.chunks(stride * size + p.width * (size + 4)):
+        for (first, end), block in zip(chunks, first_blocks[:-1], strict=True):
             hidden, count, blocks = p.hidden(first, end), end - first, p.blocks(end - first)
             dlogits = weight.new_empty(count, stride)
-            parts = torch.empty(blocks, p.v, dtype=sum_dtype, device=am.device)
             launch(logits_gradient_kernel, (blocks * triton.cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
-                hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, parts,
+                hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, parts[block:],
                 *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.logits_gradient,
             )  # fmt: skip
             if more:
@@ -520,17 +527,26 @@ def rnnt_joiner_backward(
                     gz[first:end], p.duration_logprobs(hidden), 1, torch.float32
                 )
                 dlogits[:, p.v : outputs].copy_(found)
-                dbias[p.v :].add_(found.sum(0, dtype=torch.float64))
+                duration_parts.append(found.sum(0, dtype=torch.float64))
             if needs[2]:
                 product = _product(dlogits.t(), hidden[:, : p.d])
                 dweight = product if dweight is None else dweight.add_(product)
-            if needs[3]:
-                dbias[: p.v].add_(parts.sum(0, dtype=torch.float64))
-            if p.d and (needs[0] or needs[1]):
+            if to_hidden:
                 _hidden_gradient(p, _product(dlogits, output_weight), first, end, dam, dlm)
     dweight = torch.zeros_like(weight) if dweight is None else dweight[:outputs].to(weight.dtype)
-    db = weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
-    return dam, dlm.to(lm.dtype), dweight, db
+    return dam, dlm.to(lm.dtype), dweight, _bias_gradient(p, parts, duration_parts, bias, needs[3])
+
+
+def _bias_gradient(p: _Plan, parts, duration_parts, bias, need: bool) -> torch.Tensor:
+    if bias is None:
+        return p.weight.new_empty(0)
+    if not (need and len(parts)):
+        return torch.zeros_like(bias)
+    found = torch.empty_like(bias)
+    add_parts(parts, found[: p.v])
+    if duration_parts:
+        found[p.v :] = torch.stack(duration_parts).sum(0)
+    return found
 
 
 def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, dlm) -> None:

@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import launch
-from fastasr.kernels._parts import ADDING, WARPS, adding, deal
-from fastasr.kernels.bypass import add_parts_kernel
+from fastasr.kernels._parts import WARPS, add_parts, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -315,7 +314,5 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
     launch(sum_kernel, (parts * column_tiles,),
         x, table, rows, rows_per_part, columns, BLOCK_R=block_r, BLOCK_C=SUM_COLUMNS, num_warps=WARPS,
     )  # fmt: skip
-    launch(add_parts_kernel, (triton.cdiv(columns, ADDING["BLOCK_C"]),),
-        table, total, parts, columns, **adding(parts),
-    )  # fmt: skip
+    add_parts(table, total)
     return total

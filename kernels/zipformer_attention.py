@@ -14,10 +14,11 @@ Per score, with d channels of q, P of p, V of v:
     positions   BLOCK_O offsets                       2 P; diagonals of a piece of dS read as columns
 
 The forward pass keeps nothing: ``queries`` finds maximum, sum and delta of each row in one sweep, and leaves them for
-``keys``. It works on as many rows at a time as dS of them fits PIECE_BYTES (one block of queries at least), each piece
-followed by its diagonals: memory is O(T), and dR is summed in the order of the pieces. Keys outside the chunk window of
-a block are not looked at, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a
-program does depends on the shape alone: results repeat bit for bit, without atomics.
+``keys``. It works on pieces of the rows, each followed by its diagonals: dS of a piece fits PIECE_BYTES (or is one
+block of queries), so memory is O(T), and dR is summed in the order of the pieces. Keys outside the chunk window of a
+block are not looked at, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a
+program does depends on the shape and on the device's number of multiprocessors: on one kind of device results repeat
+bit for bit, without atomics.
 """
 
 import torch
@@ -26,7 +27,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import dot_options, generation, launch, rounded
+from fastasr.kernels._launch import dot_options, generation, launch, processors, rounded
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -347,6 +348,18 @@ def keys_kernel(
 
 
 # --------------------------------------------------------------------------- launchers
+def blocks_of_piece(blocks: int, pairs: int, most: int, places: int) -> int:
+    """Returns the blocks of queries of a piece, at most ``most``: those for which ``queries``, of which ``places``
+    programs run at once, takes the fewest turns, and of these the most.
+    """
+
+    def turns(each: int) -> int:
+        whole, rest = divmod(blocks, each)
+        return whole * triton.cdiv(pairs * each, places) + triton.cdiv(pairs * rest, places)
+
+    return min(range(max(1, min(most, blocks)), 0, -1), key=turns)
+
+
 def tiles(
     dim: int, pos_dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding: bool = False
 ) -> dict[str, dict]:
@@ -371,7 +384,8 @@ def tiles(
     inner = common | {"BLOCK_V": min(32 if wide else 64, columns)}
     forward = common | narrow | {"BLOCK_V": min(32 if wide else 128, columns)}
     queries = inner | {"BLOCK_P": block_p, "BLOCK_N": 32}
-    keys = inner | ({} if wide else {"BLOCK_N": 32})
+    # 64 keys at a time took less time than 32 in a trial on an H200. On other generations they were not timed.
+    keys = inner | ({} if wide or generation == 90 else {"BLOCK_N": 32})
     if rounded(dtype):
         forward |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
         queries["num_warps"] = 4
@@ -467,9 +481,12 @@ def zipformer_attention_backward(
     row = _rows(o.keys)
     rows = frames
     if o.pos_dim:
-        step = tile["BLOCK_M"]
-        rows = max(step, PIECE_BYTES // (pairs * row * x.element_size()) // step * step)
-    pieces = _Diagonals(x, o, min(rows, frames), pairs, row, shapes["positions"]) if o.pos_dim else None
+        most = PIECE_BYTES // (pairs * row * x.element_size() * tile["BLOCK_M"])
+        blocks = triton.cdiv(frames, tile["BLOCK_M"])
+        # a multiprocessor holds two programs of 16 bits, one of float32 (tests/kernels/budgets.toml: registers)
+        places = processors(x) * (2 if x.dtype.itemsize == 2 else 1)
+        rows = min(frames, tile["BLOCK_M"] * blocks_of_piece(blocks, pairs, most, places))
+    pieces = _Diagonals(x, o, rows, pairs, row, shapes["positions"]) if o.pos_dim else None
     for first in range(0, frames, rows):
         count = min(rows, frames - first)
         blocks = triton.cdiv(count, tile["BLOCK_M"])

@@ -28,6 +28,6 @@ def configurations():
     yield Configuration(name, bypass.backward_kernel, types, one, _parts.WARPS)
     for block_p in (128, 256):
         constants, warps = adding(block_p)
-        types = {"PARTS": "fp32", "DSCALE": "fp32"}
+        types = {"PARTS": "fp32", "OUT": "fp32"}
         name = f"bypass parts, {block_p}"
-        yield Configuration(name, bypass.add_parts_kernel, types, constants, warps, ("columns",))
+        yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))

@@ -33,9 +33,9 @@ def configurations():
             f"swoosh sum, {dtype}", swoosh.sum_kernel, types, tile, _parts.WARPS, ("columns",)
         )
         constants, warps = adding(512)
-        types = {"PARTS": shares, "DSCALE": dtype}
+        types = {"PARTS": shares, "OUT": dtype}
         name = f"swoosh sum, parts, {dtype}"
-        yield Configuration(name, swoosh.add_parts_kernel, types, constants, warps, ("columns",))
+        yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))
     types = dict.fromkeys(("X", "Y"), "bf16")
     base = {"RIGHT": True, "KIND": 0, "MASK": None, "BLOCK": swoosh.BLOCK}
     yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)
