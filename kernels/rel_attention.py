@@ -158,8 +158,6 @@ def tiles(
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowded = {"num_stages": 1} if hiding and dropping else {}  # loads ahead would spill
-    # two warps took less time than four in a trial on an H200; on other generations they were not timed
-    few = {"num_warps": 2} if generation == 90 and dim <= 64 and not hiding else {}
     # two warps have 8 columns each of 16 x 16; four compute all of them twice
     two = {"num_warps": 2} if rounded(dtype) else {}
     return {
@@ -167,7 +165,7 @@ def tiles(
         "delta": {"BLOCK": 32, "BLOCK_V": columns, "num_warps": 4},
         "statistics": square | two,  # those of ``queries`` to the last bit, so that rows of dS add up to zero
         "queries": inner | {"BLOCK": 32},
-        "keys": square | {"num_stages": 1} | two if wide else inner | crowded | few,
+        "keys": square | {"num_stages": 1} | two if wide else inner | crowded,
         "offsets": products,
         "positions": products | {"WIDE": 1 if wide else 2},
     }

@@ -384,8 +384,10 @@ def tiles(
     inner = common | {"BLOCK_V": min(32 if wide else 64, columns)}
     forward = common | narrow | {"BLOCK_V": min(32 if wide else 128, columns)}
     queries = inner | {"BLOCK_P": block_p, "BLOCK_N": 32}
-    # 64 keys at a time took less time than 32 in a trial on an H200. On other generations they were not timed.
-    keys = inner | ({} if wide or generation == 90 else {"BLOCK_N": 32})
+    # 64 keys at a time took less time than 32 in a trial on an H200, with Triton 3.6. With masks of pairs or more
+    # values they would spill. On other generations they were not timed.
+    many = generation == 90 and not hiding and value_dim <= 64
+    keys = inner | ({} if wide or many else {"BLOCK_N": 32})
     if rounded(dtype):
         forward |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
         queries["num_warps"] = 4
@@ -464,7 +466,7 @@ def zipformer_attention_backward(
         return tuple(zeros)
     o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
     own_pos, value_dim = width // heads - 2 * dim, value.shape[2] // value_heads
-    shapes = tiles(dim, own_pos, value_dim, x.dtype, generation(x))
+    shapes = tiles(dim, own_pos, value_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)
     dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
     dvalue = torch.empty_like(value)
     pairs = value_heads * batch

@@ -18,7 +18,7 @@ from fastasr.testing.table import forward_and_backward
 from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
-from fastasr.kernels import rnnt_joiner
+from fastasr.kernels import rnnt_joiner, zipformer_attention
 from fastasr.kernels._launch import generation, launch
 from fastasr.testing.fake_gpu import fake_gpu
 
@@ -132,6 +132,14 @@ def test_the_joiner_shares_outputs_as_multiprocessors_take_the_fewest_turns(proc
     p.blocks = lambda count: 63
     with fake_gpu(processors=processors):
         assert -(-p.v // rnnt_joiner._Plan.share(p, 8000)) == shares
+
+
+@pytest.mark.parametrize(
+    ("most", "places", "blocks"), [(8, 264, 6), (30, 264, 24), (3, 264, 3), (0, 264, 1), (8, 80, 8)]
+)
+def test_pieces_of_attention_take_the_fewest_turns(most, places, blocks):
+    """24 blocks of queries and 80 pairs: 264 programs at once take 8 turns in pieces of 6 blocks, 9 in pieces of 8."""
+    assert zipformer_attention.blocks_of_piece(24, 80, most, places) == blocks
 
 
 @pytest.mark.parametrize("op", ["swoosh_l", "segment_attention"])  # of 9 and 37 arguments

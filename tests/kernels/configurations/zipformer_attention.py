@@ -23,7 +23,8 @@ def configurations(generation: int):
         packed = pos_dim == 4 and element != "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "VALUE_DIM": value_dim}
         fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
-        fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
+        absent = [tensor for tensor in masked if tensor.lower() not in label]
+        fixed |= {"WINDOW": "chunks" in label} | dict.fromkeys(absent)
         return Configuration(
             f"zipformer_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
@@ -41,4 +42,6 @@ def configurations(generation: int):
                 continue
             yield configuration(name, "chunks, padding, mask", dtype)
             yield configuration(name, "V=144", dtype, value_dim=144)
+            if name == "keys" and dtype == "bf16":
+                yield configuration(name, "padding", dtype)
             yield configuration(name, "odd sizes", dtype, 40, 6, 20)

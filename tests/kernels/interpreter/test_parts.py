@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastasr import backend, ops
+from fastasr.kernels import _parts
 
 CHANNELS = 24
 
@@ -35,3 +36,10 @@ def test_every_row_counts_once(call):
     exact = function.definition(*truth)
     for a, t in zip(ours, (exact, *torch.autograd.grad(exact, truth, grad.double())), strict=True):
         assert (a - t).abs().max() / t.abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("parts", [1, 128, 2500])
+def test_a_table_of_any_length_is_added_up(parts):
+    table, total = torch.randn(parts, CHANNELS), torch.empty(CHANNELS)
+    _parts.add_parts(table, total)
+    torch.testing.assert_close(total, table.double().sum(0).float(), rtol=1e-6, atol=1e-6)
