@@ -45,7 +45,11 @@ FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 # Up to so many rows of a frame go one by one. Of 1,600 frames of 512 channels, 5 rows are predicted to take 10 us on an
 # H100 in place of 23, and 16 rows 26 in place of 36; of 160 frames with 64 rows, 51 in place of 14.
 SHORT, SHORT_FRAME = 16, {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
-CONTEXT = {"BLOCK_T": 64, "BLOCK_C": 64, "num_warps": 4}
+CONTEXT = {
+    "BLOCK_T": 64,
+    "BLOCK_C": 128,
+    "num_warps": 4,
+}  # a thread for each channel: DLM is read and written
 NORMALISE = {"BLOCK_M": 32, "num_warps": 4}
 MAX_SHARES = 16  # programs of `scores` that share the outputs of a block of rows
 NO_SYMBOL, UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)
