@@ -37,7 +37,9 @@ def adding(parts: int) -> dict[str, int]:
 
 @triton.jit(do_not_specialize=["parts"])
 def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Adds up the rows of a table."""
+    """Adds up the rows of a table; program_id(1) is the table."""
+    PARTS += tl.program_id(1).to(tl.int64) * parts * columns
+    OUT += tl.program_id(1).to(tl.int64) * columns
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], tl.float64)
     for first in range(0, parts, BLOCK_P):
@@ -49,7 +51,8 @@ def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C:
 
 
 def add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes the sums over the rows of a table (parts, columns), added up in float64."""
-    parts, columns = table.shape
+    """Writes the sums over the rows of tables (..., parts, columns), added up in float64."""
+    parts, columns = table.shape[-2:]
     tile = adding(min(parts, MOST_PARTS))
-    launch(add_parts_kernel, (triton.cdiv(columns, tile["BLOCK_C"]),), table, out, parts, columns, **tile)
+    grid = triton.cdiv(columns, tile["BLOCK_C"]), out.numel() // columns
+    launch(add_parts_kernel, grid, table, out, parts, columns, **tile)

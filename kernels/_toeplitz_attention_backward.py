@@ -163,15 +163,3 @@ def parameters_kernel(
     tl.store(at + table, tl.sum(dw1.to(element), axis=0), mask=in_row)
     tl.store(at + 2 * table, tl.sum(db0.to(element), axis=0), mask=in_row)
     tl.store(at + 3 * table, tl.sum(db1.to(element), axis=0), mask=in_row)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def add_parts_kernel(PARTS, OUT, parts, D, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Adds the columns of tables of ``parts`` rows; program_id(1) is the table."""
-    table = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tl.arange(0, BLOCK_P)
-    keep = (p < parts)[:, None] & (c < D)[None, :]
-    found = tl.load(PARTS + (table * parts + p)[:, None] * D + c[None, :], mask=keep, other=0.0)
-    total = tl.sum(found.to(tl.float64), axis=0).to(tl.float32)
-    tl.store(OUT + table * D + c, total.to(OUT.dtype.element_ty), mask=c < D)

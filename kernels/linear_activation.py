@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import launch
-from fastasr.kernels.depthwise_conv2d import add_parts_kernel
+from fastasr.kernels._parts import add_parts
 from fastasr.kernels.swoosh import _flat_range, _flat_tail
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +102,5 @@ def linear_activation_backward(
         ACTIVATION=activation, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     if need_bias:
-        launch(add_parts_kernel, (c_tiles,),
-            table, None, dbias, parts, channels, 0, BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        add_parts(table, dbias)
     return dz, dbias

@@ -27,8 +27,6 @@ same h.
 At B = 20, T = 750, R = 5, D = 512, V = 5000 in bf16 the products need 0.49 ms forward and 1.46 backward at 790 TFLOP/s.
 """
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -45,11 +43,8 @@ FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 # Up to so many rows of a frame go one by one. Of 1,600 frames of 512 channels, 5 rows are predicted to take 10 us on an
 # H100 in place of 23, and 16 rows 26 in place of 36; of 160 frames with 64 rows, 51 in place of 14.
 SHORT, SHORT_FRAME = 16, {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
-CONTEXT = {
-    "BLOCK_T": 64,
-    "BLOCK_C": 128,
-    "num_warps": 4,
-}  # a thread for each channel: DLM is read and written
+# a thread for each channel: each stores the element of DLM that it loaded
+CONTEXT = {"BLOCK_T": 64, "BLOCK_C": 128, "num_warps": 4}
 NORMALISE = {"BLOCK_M": 32, "num_warps": 4}
 MAX_SHARES = 16  # programs of `scores` that share the outputs of a block of rows
 NO_SYMBOL, UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)
@@ -337,7 +332,7 @@ def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, in
     (tests/kernels/budgets.toml: no spills; 128 rows spill on capability 12.0). On 9.0, 256 outputs at once read a
     quarter less from the second-level cache: for 30,832 rows of 640 channels and 8,193 outputs, ``scores`` is predicted
     to take 816 us on an H100 in place of 1,116. ``logits_gradient`` would spill; 64 outputs at once in four warps took
-    282 us on an H200 for a fifth of these rows, 128 in eight warps 317.
+    less time in a trial on an H200 than 128 in eight.
     """
     wide = dtype == torch.float32
     size = max(16, triton.next_power_of_2(d))
@@ -505,23 +500,23 @@ def rnnt_joiner_backward(
     dlm = torch.zeros(lm.shape, dtype=torch.float32, device=am.device)
     dweight, outputs = None, weight.shape[0]
     duration_parts = []
-    # Zeros stand behind the last output: on an H200 a product with 8,198 outputs took 1.32 ms, a padded one 0.40.
+    # Zeros stand behind the last output: cuBLAS takes slow kernels for products with 8,198 outputs.
     stride = triton.cdiv(outputs, 16) * 16
     more = stride - outputs
     output_weight = torch.nn.functional.pad(p.outputs, (0, 0, 0, more)) if more else p.outputs
     size = weight.element_size()
     chunks = list(p.chunks(stride * size + p.width * (size + 4)))
-    first_blocks = [0, *itertools.accumulate(p.blocks(end - first) for first, end in chunks)]
+    blocks_of = [p.blocks(end - first) for first, end in chunks]
     sum_dtype = torch.float64 if weight.dtype is torch.float32 else torch.float32
-    parts = torch.empty(first_blocks[-1], p.v, dtype=sum_dtype, device=am.device)
+    parts = torch.empty(sum(blocks_of), p.v, dtype=sum_dtype, device=am.device)
     gz = p.hide(grad_durations.reshape(-1, durations).float(), 0.0) if durations else None
     # a backward inside autocast would take float32 products in 16 bits
     with torch.autocast(am.device.type, enabled=False):
-        for (first, end), block in zip(chunks, first_blocks[:-1], strict=True):
-            hidden, count, blocks = p.hidden(first, end), end - first, p.blocks(end - first)
+        for (first, end), blocks, own in zip(chunks, blocks_of, parts.split(blocks_of), strict=True):
+            hidden, count = p.hidden(first, end), end - first
             dlogits = weight.new_empty(count, stride)
             launch(logits_gradient_kernel, (blocks * triton.cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
-                hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, parts[block:],
+                hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, own,
                 *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.logits_gradient,
             )  # fmt: skip
             if more:

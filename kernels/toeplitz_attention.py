@@ -39,8 +39,8 @@ import triton.language as tl
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
 from fastasr.kernels._launch import dot_options, generation, launch, processors
+from fastasr.kernels._parts import add_parts
 from fastasr.kernels._toeplitz_attention_backward import (
-    add_parts_kernel,
     diagonals_kernel,
     parameters_kernel,
     slopes_kernel,
@@ -390,7 +390,7 @@ def toeplitz_attention_backward(
             torch.bmm(ds, k, out=dquery[unit : unit + units, first : first + rows])
             product(dk, ds.mT, q)
             product(dvs, w.mT, gs)
-    _add_parts(diagonals, dposition_bias)
+    add_parts(diagonals, dposition_bias)
 
     launch(values_kernel, (p.batch * p.length, triton.cdiv(p.v, VALUES["BLOCK_C"])),
         dv, value if activate_value else None, dvalue, p.length, p.padded, p.v, *_strides(value), p.batch * p.v,
@@ -405,7 +405,7 @@ def toeplitz_attention_backward(
         query_key, qk_weight, dquery, dkey, dquery_key, table, rows, p.length, p.padded, rows_per_part, p.d, p.scale,
         *_strides(query_key), p.batch * p.d, ACTIVATION=activation, WIDTH=p.width, **PARAMETERS,
     )  # fmt: skip
-    _add_parts(table, parameters)
+    add_parts(table, parameters)
     return dquery_key, dgate, dvalue, parameters[:2], parameters[2:], dposition_bias
 
 
@@ -415,11 +415,3 @@ def _put(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def _add(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     out += torch.bmm(a, b)
-
-
-def _add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes the sums over the last dimension but one of ``table``."""
-    parts, columns = table.shape[-2:]
-    launch(add_parts_kernel, (triton.cdiv(columns, 16), out.numel() // columns),
-        table, out, parts, columns, BLOCK_P=128 if parts <= 128 else MAX_PARTS, BLOCK_C=16, num_warps=4,
-    )  # fmt: skip

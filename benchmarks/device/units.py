@@ -19,12 +19,6 @@ from fastasr.benchmarks.device.timing import MODELS, compile_model, compile_op, 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 3  # the exit code of compute-sanitizer when it found an error
-TESTS = {  # the tests that need a GPU; those of the ops' contract are one unit per op
-    "decoding": ("tests/decoding", "-m", "gpu"),
-    "kernels": ("tests/kernels", "-m", "gpu"),
-    "models": ("tests/models", "-m", "gpu"),
-    "streaming": ("tests/streaming", "-m", "gpu"),
-}
 
 
 @dataclass(frozen=True)
@@ -74,13 +68,19 @@ def units(machine: GPU) -> Iterator[Unit]:
     yield from (timed("C", op, 0, float32) for op in ops)
     for tool in SANITIZERS:
         yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, "device") for op in ops)
-    for name, arguments in TESTS.items():
-        yield Unit("C", "tests", name, run_tests, arguments, 540)
+    for name in folders_of_tests():
+        yield Unit("C", "tests", name, run_tests, (f"tests/{name}", "-m", "gpu"), 540)
     for op in ops:
         arguments = ("tests/ops/test_contract.py", "-k", f"cuda and {op}")
         yield Unit("C", "tests", f"contract of {op}", run_tests, arguments, 540, op)
     for op in ops:
         yield from (timed("C", op, i, bfloat16) for i in range(1, len(machine.cases(op))))
+
+
+def folders_of_tests() -> list[str]:
+    """Returns the folders of the checkout's tests that need a GPU; those of the ops' contract are one unit per op."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    return sorted({f.relative_to(ROOT / "tests").parts[0] for f in files if "mark.gpu" in f.read_text()})
 
 
 def _last_line(done: subprocess.CompletedProcess) -> str:

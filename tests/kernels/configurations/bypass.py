@@ -26,7 +26,7 @@ def configurations():
     types = every["fp32"] | {"PARTS": "fp32"}
     name = "bypass backward, one column, fp32"
     yield Configuration(name, bypass.backward_kernel, types, one, _parts.WARPS)
-    for block_p in (128, 256):
+    for block_p in (128, 256, _parts.MOST_PARTS):
         constants, warps = adding(block_p)
         types = {"PARTS": "fp32", "OUT": "fp32"}
         name = f"bypass parts, {block_p}"

@@ -69,7 +69,5 @@ def configurations(generation: int):
         yield configuration("prepare", "forward, padding", dtype, **forward)
         yield configuration("prepare", "backward", dtype, PADDING=None, HIDDEN=None, **bias)
         yield configuration("parameters", "", dtype)
-        for block_p in (128, module.MAX_PARTS):
-            yield configuration("add_parts", f"parts, {block_p}", dtype, BLOCK_P=block_p, BLOCK_C=16)
         yield configuration("diagonals", "", dtype)
         yield configuration("values", "", dtype)
