@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from fastasr import processor
+from fastasr import ops, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 # A change in these makes a measurement a different one; results and documentation do not.
+WRITERS = ("_op.py", "_source.py", "_signature.py", "_shapes.py", "_errors.py")  # of the source of an op
 MEASURED_PATHS = ("fastasr", "kernels", "csrc", "benchmarks", "setup.py", "CMakeLists.txt")
 
 
@@ -69,7 +70,8 @@ def _sources():
 @functools.cache
 def code(suite: str, name: str, device: str = "cpu") -> str:
     """Returns a hash of the files that an op or model is made of, without its samples and without the harness; "" if
-    there is no checkout or no such file. A model's name starts with that of its benchmark.
+    there is no checkout or no such file. What writes the ops' source counts by what it writes. A model's name starts
+    with that of its benchmark.
     """
     sources = _sources()
     if sources is None:
@@ -82,7 +84,11 @@ def code(suite: str, name: str, device: str = "cpu") -> str:
         return ""
     others = ("kernels", "csrc/cuda") if torch.device(device).type == "cpu" else ("csrc/cpu",)
     needed = sources.closure(path, without=tuple(ROOT / folder for folder in (*others, "fastasr/testing")))
-    return sources.digest(p for p in needed if p == path or not p.is_relative_to(ROOT / "benchmarks"))[:12]
+    named = (getattr(ops, name, None) for name, file in sorted(sources.ops().items()) if file in needed)
+    written = "".join(op.op.source for op in named if callable(op))
+    needed -= {ROOT / "fastasr" / "ops" / name for name in WRITERS}
+    files = (p for p in needed if p == path or not p.is_relative_to(ROOT / "benchmarks"))
+    return sources.digest(files, salt=written)[:12]
 
 
 def _fastasr_version() -> str:

@@ -12,7 +12,7 @@ from fastasr.benchmarks.device.machine import kernels, to_watch
 from fastasr.benchmarks.device.timing import MODELS
 from fastasr.benchmarks.device.units import SANITIZERS
 from fastasr.benchmarks.environment import code
-from fastasr.benchmarks.markdown import OLD, OLD_NOTE
+from fastasr.benchmarks.markdown import OLD, OLD_NOTE, mark
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, units
 
@@ -71,7 +71,7 @@ class Subject:
     found: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)  # of what is wrong
     reason: str = ""  # why it was left out
-    old: bool = False  # whether a check ran with other code than the present one
+    old: set[str] = field(default_factory=set)  # the checks of other code than the present one
     timed: list[Unit] = field(default_factory=list)
 
     @property
@@ -115,7 +115,7 @@ def subjects(records: Sequence[dict]) -> dict[str, Subject]:
     made = {name: Subject() for name in (*kernels(), *MODELS)}
     for record in records:
         subject = made.setdefault(record["op"] or f"{record['kind']}: {record['name']}", Subject())
-        subject.old |= record["kind"] != "time" and record.get("code", "") != code_of(record["op"])
+        old = record.get("code", "") != code_of(record["op"])
         for title, (how, message) in findings(record).items():
             if title == "kernels" and how == "right":
                 continue
@@ -123,6 +123,7 @@ def subjects(records: Sequence[dict]) -> dict[str, Subject]:
                 subject.reason = _line(message)
             kept = subject.found.get(title)
             subject.found[title] = kept if kept in BAD else how
+            subject.old |= {title} if old else set()
             if how in BAD:
                 where = f"{record['stage']}, {record['kind']} {record['name']}, {title}"
                 subject.messages.append(f"{where}: {_line(message)}")
@@ -140,7 +141,8 @@ def checks_table(found: dict[str, Subject]) -> str:
     """Returns the table of what is right or wrong: a line per op, a column per check."""
     named = {name: s for name, s in found.items() if name not in MODELS and (name in kernels() or s.found)}
     lines = [
-        (name + OLD * s.old, *(s.found.get(column, "–") for column in COLUMNS)) for name, s in named.items()
+        (name, *(s.found.get(column, "–") + OLD * (column in s.old) for column in COLUMNS))
+        for name, s in named.items()
     ]
     return _table(("op", *COLUMNS), lines)
 
@@ -161,7 +163,7 @@ def times_table(found: dict[str, Subject]) -> str:
                 continue
             others = (unit.median(other) for other in ("eager", "compile", "copy"))
             times = (ours.median_ms, ours.predicted_ms, ours.host_ms, *others)
-            lines.append((name, first.case, first.dtype, first.pass_, *map(_us, times)))
+            lines.append((name + mark(first), first.case, first.dtype, first.pass_, *map(_us, times)))
     head = (
         "",
         *["case", "dtype", "pass", "**fastasr**", "predicted", "host", "eager", "`torch.compile`", "copy"],
@@ -201,7 +203,8 @@ def tables(records: Sequence[dict]) -> str:
         commits = dict.fromkeys(record["commit"] for record in records)
         where = f"Records of {records[0]['device_name']}, {'commits' if len(commits) > 1 else 'commit'} "
         where += f"{', '.join(commits)}."
-        where += OLD_NOTE if any(subject.old for subject in found.values()) else ""
+        timed = [unit.first for subject in found.values() for unit in subject.timed]
+        where += OLD_NOTE if any(subject.old for subject in found.values()) or mark(*timed) else ""
     watch = _table(("op", "what to look at"), ((f"`{op}`", to_watch(op) or "–") for op in kernels()))
     parts = where, checks_table(found), times_table(found), beside_predictions(found), watch
     return "\n\n".join(part for part in parts if part)

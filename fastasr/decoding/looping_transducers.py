@@ -18,6 +18,18 @@ _AGREEMENT = 1e-4  # of logits with those of the model's own modules, relative t
 _ACTIVATIONS = {torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh"}
 
 
+@contextlib.contextmanager
+def _unrounded_products():
+    """Turns TF32 off: its errors exceed _AGREEMENT. On a GPU torch's LSTM uses TF32 by default, within cuDNN."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.enabled, matmul.fp32_precision
+    cudnn.enabled, matmul.fp32_precision = False, "ieee"
+    try:
+        yield
+    finally:
+        cudnn.enabled, matmul.fp32_precision = before
+
+
 class Unserved(Exception):
     """Says why label looping does not serve a model."""
 
@@ -48,12 +60,9 @@ class LoopingTransducer:
         """Frames (..., channels) -> (..., J)."""
         return encoder_out
 
+    @_unrounded_products()
     def checked_weights(self):
         """Returns the weights, having compared what they compute with what the modules compute."""
-        with _unrounded_products():
-            return self._checked_weights()
-
-    def _checked_weights(self):
         if any(any_hooked(part.modules()) or not has_known_forward(part) for part in self.parts()):
             raise Unserved("a submodule has hooks or another forward")
         try:
@@ -258,18 +267,6 @@ _KEPT = weakref.WeakKeyDictionary()  # the first part of a transducer -> format 
 def forget(transducer):
     """Drops the copies of a transducer's weights."""
     _KEPT.pop(transducer.parts()[0], None)
-
-
-@contextlib.contextmanager
-def _unrounded_products():
-    """Turns TF32 off: its errors exceed _AGREEMENT. On a GPU torch's LSTM uses TF32 by default, within cuDNN."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.enabled, matmul.fp32_precision
-    cudnn.enabled, matmul.fp32_precision = False, "ieee"
-    try:
-        yield
-    finally:
-        cudnn.enabled, matmul.fp32_precision = before
 
 
 def _plain(module, *kinds):

@@ -153,6 +153,7 @@ def forget() -> None:
     """Drops every remembered choice of this process: the next call of each shape class reads or measures again."""
     global _saved, _forgotten
     _choices.clear()
+    _dispatch.FAMILIES["linear"].chosen.clear()
     _saved = None
     _forgotten += 1
 
@@ -229,11 +230,22 @@ def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) ->
     return f
 
 
-def is_torch(key: tuple) -> bool:
-    """Says whether torch's product is known to serve calls of this operation, sizes and threads."""
-    if key not in _choices and (known := _decide(key, None)):
-        _choices[key] = _PRODUCTS[known][key[0]]
-    return _choices.get(key) is _PRODUCTS["torch"][key[0]]
+def offer(operation: str, **products: Callable[..., Tensor]) -> None:
+    """Adds an operation, ``torch`` and ``native``, among which ``is_torch`` chooses."""
+    for name, product in products.items():
+        _PRODUCTS[name][operation] = product
+
+
+def is_torch(key: tuple, *operands: Tensor | None) -> bool | None:
+    """Says whether torch's product serves calls of this operation, sizes and threads. None before the choice, which is
+    made now if there are operands.
+    """
+    f = _choices.get(key)
+    if f is None:
+        if not (known := _decide(key, operands or None)):
+            return None
+        f = _choices[key] = _PRODUCTS[known][key[0]]
+    return f is _PRODUCTS["torch"][key[0]]
 
 
 def known(operation: str, m: int, n: int, k: int) -> str | None:

@@ -101,8 +101,9 @@ class Op(Errors):
     fast: str | Callable = ""
     # code, or (*arguments) -> bool: a condition beside the types, kernels check the rest; "False": no such path
     fits: str | Callable = ""
-    # code after its checks that returns torch's own call, with its autograd, where that is best
-    by_torch: str = ""
+    # Code for torch's own call, with its autograd, where that may be best: the call; a tuple, _call, of all that the
+    # answer depends on; a condition for what torch would not refuse; and the answer: True, False, or None if unknown
+    by_torch: tuple[str, str, str, str] | None = None
     fast_strides: str = ""  # arguments that must be contiguous; by default the first
 
     def __call__(self, formula: Callable[P, R]) -> Callable[P, R]:
@@ -281,7 +282,7 @@ class Op(Errors):
         exec(compile(self.source, file, "exec"), space)
         if self.differentiable:
             function = space[self.class_name]
-            space["_apply"] = function.apply
+            self.apply = space["_apply"] = function.apply
             # what Function.apply calls in the end; the rest of it serves functorch and costs 1 us
             space["_apply_alone"] = super(torch.autograd.Function, function).apply
         return space

@@ -104,6 +104,7 @@ def _changed() -> None:
     global _changes
     with _lock:
         _changes += 1
+        _dispatch.FAMILIES["linear"].chosen.clear()
 
 
 def keep(weight: Tensor, format: str) -> Copy:

@@ -44,6 +44,7 @@ def _fake({operator_parameters}):
 
 # ---------------------------------------------------------------- the public function
 def {name}({parameters}):
+    {known_by_torch}
     _kernels = _family.native
     if (
         {fast}
@@ -230,7 +231,8 @@ def write(op) -> str:
         "for_autograd": ", ".join(f"_d_{a.name}" if a in op.differentiable else "None" for a in op.arguments),
         # Python leaves the branch of a condition "False" out
         "fast": [op.fits if op.fits == "False" else "\nand ".join(_fast(op))],
-        "by_torch": [op.by_torch] * bool(op.by_torch),
+        "known_by_torch": _known_by_torch(op),
+        "by_torch": _by_torch(op),
         "apply_direct": _apply(op, True),
         "apply": _apply(op, False),
         "plain": " and ".join(_optional(a, f"type({a.name}) in _PLAIN") for a in op.tensors),
@@ -289,6 +291,31 @@ def _wanted(op) -> str:
         f"{a.name} is not None and " * a.optional + f"{a.name}.requires_grad" for a in op.differentiable
     )
     return f"_is_grad_enabled() and ({' or '.join(wanted)})"
+
+
+def _known_by_torch(op) -> list[str]:
+    """Returns torch's call where an equal one was checked before: the checks cost as much as a small product."""
+    if op.by_torch is None:
+        return []
+    call, key, fits, _ = op.by_torch
+    return [
+        "_call = _wins = None",
+        "try:",
+        f"    if not _is_dynamo_compiling() and type({op.leader.name}) in _PLAIN:",
+        f"        _call = {key}",
+        "        _wins = _family.chosen.get(_call)",
+        f"        if _wins and {fits}:",
+        f"            return {call}",
+        "except (AttributeError, RuntimeError, TypeError):",
+        "    pass  # the checks tell what is wrong",
+    ]
+
+
+def _by_torch(op) -> list[str]:
+    if op.by_torch is None:
+        return []
+    call, _, _, decide = op.by_torch
+    return [f"if _wins is None and {decide}:\n    return {call}"]
 
 
 def _apply(op, direct: bool) -> list[str]:

@@ -5,13 +5,16 @@ r"""Linear layer: y = x Wᵀ + b, dx = g W, dW = gᵀ x, db = Σ_rows g.
 2 M N K each for y, dx and dW.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_allowed
 
-from fastasr.ops import _gemm
+from fastasr.ops import _gemm, _reduced_weights
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels
 from fastasr.ops._op import op
 
@@ -23,6 +26,10 @@ FITS = (
     "x.layout is weight.layout is _strided and len(_rows := weight.shape) == 2 and (bias is None or "
     "bias.layout is _strided and bias.dim() == 1 and bias.numel() == _rows[0])"
 )
+
+
+_MOST_CALLS = 10_000  # that are remembered
+_MIDDLE = 1024 * _gemm.SMALL  # larger steps take a hundred times as long as a node in Python
 
 
 # --------------------------------------------------------------------------- kernels
@@ -40,18 +47,62 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     )
 
 
-def _torch_wins(x: Tensor, weight: Tensor) -> bool:
-    """Says whether torch's product serves each pass of this call: torch's own node of autograd then costs less than one
-    in Python.
+def _step(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Runs forward and backward, as a training step does."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+    # hooks of the caller, such as a checkpoint's, are not for these tensors
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        y = product(*leaves)
+        return torch.autograd.grad(y, leaves, y.detach())[1]
+
+
+def _by_node(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Computes the layer by a node of autograd in Python, whose products are the faster ones."""
+    return linear.op.apply(FAMILY.native, True, x, weight, bias)
+
+
+_gemm.offer("step", torch=partial(_step, F.linear), native=partial(_step, _by_node))
+
+
+def _torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
+    """Says whether torch serves this call at least as fast, or None before the products of its passes are chosen.
+
+    torch's own node of autograd costs less than one in Python: it decides for small sizes, and for those in the middle
+    the whole step is measured. Larger ones have torch's node where all products are torch's.
     """
     (n, k), threads = weight.shape, torch.get_num_threads()
+    trains, size = torch.is_grad_enabled() and weight.requires_grad, x.numel() * n
+    if not k or x.dtype is not torch.float32 or size < (16 if trains else 1) * _gemm.SMALL:
+        return True
     rows = x.numel() // k
     passes = [("forward", rows.bit_length(), n, k, threads)]
-    if x.requires_grad:
-        passes.append(("input_grad", rows.bit_length(), k, n, threads))
-    if weight.requires_grad:
-        passes.append(("weight_grad", n.bit_length(), k, rows, threads))
-    return n >= _gemm.CHAINS and all(_gemm.is_torch(key) for key in passes)
+    if trains:
+        if n < _gemm.CHAINS:
+            return False
+        passes += [
+            ("input_grad", rows.bit_length(), k, n, threads),
+            ("weight_grad", n.bit_length(), k, rows, threads),
+        ]
+    wins = [_gemm.is_torch(key) for key in passes]
+    if all(wins) or wins[0] is None:
+        return wins[0]
+    if wins[0] and size < _MIDDLE and _hooks_allowed():
+        return _gemm.is_torch(("step", *passes[0][1:]), x, weight, bias)
+    return False if False in wins else None
+
+
+def _by_torch(call: tuple, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
+    """Does what ``_torch_wins`` does, and remembers the answer for such calls. A copy in fewer bits comes first."""
+    if _reduced_weights.copies:
+        return _reduced_weights.of(x, weight) is None and _torch_wins(x, weight, bias)
+    wins = _torch_wins(x, weight, bias)
+    if wins is not None:
+        if len(FAMILY.chosen) >= _MOST_CALLS:
+            FAMILY.chosen.clear()
+        FAMILY.chosen[call] = wins
+        if _reduced_weights.copies:  # another thread has made one meanwhile
+            FAMILY.chosen.clear()
+    return wins
 
 
 # --------------------------------------------------------------------------- the op
@@ -64,10 +115,13 @@ def _torch_wins(x: Tensor, weight: Tensor) -> bool:
     fast="_kernels.forward(x, weight, bias)",
     # Only float32 has a choice, and only float32 may be forced.
     fits=f"(_dtype is _float32 or _dtype in _FLOATING and _forced_backend() == 'auto') and {FITS}",
-    by_torch="if _dtype is not _float32 or ((_size := x.numel() * _rows[0]) < _gemm.SMALL or _is_grad_enabled() and "
-    "(x.requires_grad or weight.requires_grad) and (_size < 16 * _gemm.SMALL or _torch_wins(x, weight))) and "
-    "(not _gemm._reduced_weights.copies or _gemm._reduced_weights.of(x, weight) is None):\n"
-    "    return F.linear(x, weight, bias)",
+    by_torch=(
+        "F.linear(x, weight, bias)",
+        "(x.numel(), weight.shape, bias is None or bias.shape, x.dtype, "
+        "_is_grad_enabled() and weight.requires_grad, torch.get_num_threads())",
+        "x.layout is weight.layout is _strided",
+        "_by_torch(_call, x, weight, bias)",
+    ),
     summary="a linear layer, by the matrix product that measured faster on this machine",
 )
 def linear(

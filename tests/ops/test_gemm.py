@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastasr
 from fastasr import ops
 from fastasr.ops import _gemm
 
@@ -255,6 +256,71 @@ def test_large_matrices_of_a_batch_are_products_of_their_own(fresh, monkeypatch,
     assert sizes == [(37, 70, 45)] * batch * large
     assert y.shape == (batch, 37, 45)
     torch.testing.assert_close(y.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@needs_both
+@pytest.mark.parametrize("winner", ["torch", "native"])
+def test_a_training_step_of_medium_size_is_measured_as_a_whole(fresh, monkeypatch, winner):
+    """Where torch has the forward product and not all others, the whole step decides."""
+    timed, packed = [], []
+
+    def seconds(product, operation, operands):
+        timed.append(operation)
+        _gemm._PRODUCTS[product][operation](*operands)
+        wins = winner if operation == "step" else "native" if operation == "weight_grad" else "torch"
+        return float(product != wins)
+
+    monkeypatch.setattr(_gemm, "_timed", seconds)
+    x, w, b = torch.randn(2, 40, 192), torch.randn(192, 192).requires_grad_(), torch.randn(192)
+
+    def node():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(0) or t, lambda t: t):
+            y = ops.linear(x, w, b)
+        y.sum().backward()
+        return type(y.grad_fn).__name__
+
+    first, second, third = node(), node(), node()
+    assert first == "LinearBackward"  # the forward product was not chosen yet
+    assert (second == first) == (third == first) == (winner == "native")
+    assert timed.count("step") > 1
+    assert len(packed) <= 3 * 3, "the caller's hooks saw tensors of the measurement"
+    assert any(key.startswith("step ") for key in json.loads(next(fresh.iterdir()).read_text()))
+
+
+@needs_both
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_steps_run_both_passes(fresh, bias):
+    x, w, b = torch.randn(2, 40, 192), torch.randn(192, 192), torch.randn(192) if bias else None
+    y = F.linear(x, w, b)
+    expected = y.flatten(0, 1).t() @ x.flatten(0, 1)
+    for name in ("torch", "native"):
+        torch.testing.assert_close(_gemm._PRODUCTS[name]["step"](x, w, b), expected, rtol=1e-4, atol=1e-2)
+
+
+@needs_both
+def test_what_torch_serves_is_remembered_and_still_checked(fresh):
+    """A call like an earlier one goes to torch at once. What torch would not refuse is refused as at first."""
+    x, w, b = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3)
+    expected = F.linear(x, w, b)
+    chosen = ops.linear.op.family.chosen
+    for _ in range(2):
+        assert torch.equal(ops.linear(x, w, b), expected)
+        assert [wins for key, wins in chosen.items() if key[0] == x.numel()] == [True]
+        for wrong in (b[:1], b[:, None]):
+            with pytest.raises(ValueError, match=r"linear: bias: "):
+                ops.linear(x, w, wrong)
+        for wrong in (w.to_sparse(), w.double()):
+            with pytest.raises(TypeError, match=r"linear: weight: "):
+                ops.linear(x, wrong, b)
+        with pytest.raises(TypeError, match=r"linear: x: "):
+            ops.linear(x.tolist(), w, b)
+        with torch.autocast("cpu"):
+            assert ops.linear(x, w, b).dtype == torch.bfloat16
+    _gemm.forget()
+    assert not chosen
+    ops.linear(x, w, b)
+    with fastasr.backend("eager"):
+        assert not any(chosen.values())
 
 
 @pytest.mark.parametrize("op", [ops.linear, ops.linear_activation, ops.swoosh_linear])
