@@ -16,8 +16,8 @@ import torch
 from fastasr import ops, processor
 
 ROOT = Path(__file__).resolve().parent.parent
-# A change in these makes a measurement a different one; results and documentation do not.
 WRITERS = ("_op.py", "_source.py", "_signature.py", "_shapes.py", "_errors.py")  # of the source of an op
+# A change in these makes a measurement a different one; results and documentation do not.
 MEASURED_PATHS = ("fastasr", "kernels", "csrc", "benchmarks", "setup.py", "CMakeLists.txt")
 
 
@@ -84,8 +84,8 @@ def code(suite: str, name: str, device: str = "cpu") -> str:
         return ""
     others = ("kernels", "csrc/cuda") if torch.device(device).type == "cpu" else ("csrc/cpu",)
     needed = sources.closure(path, without=tuple(ROOT / folder for folder in (*others, "fastasr/testing")))
-    named = (getattr(ops, name, None) for name, file in sorted(sources.ops().items()) if file in needed)
-    written = "".join(op.op.source for op in named if callable(op))
+    functions = (getattr(ops, op, None) for op, file in sorted(sources.ops().items()) if file in needed)
+    written = "".join(function.op.source for function in functions if callable(function))
     needed -= {ROOT / "fastasr" / "ops" / name for name in WRITERS}
     files = (p for p in needed if p == path or not p.is_relative_to(ROOT / "benchmarks"))
     return sources.digest(files, salt=written)[:12]

@@ -123,7 +123,8 @@ def subjects(records: Sequence[dict]) -> dict[str, Subject]:
                 subject.reason = _line(message)
             kept = subject.found.get(title)
             subject.found[title] = kept if kept in BAD else how
-            subject.old |= {title} if old else set()
+            if old:
+                subject.old.add(title)
             if how in BAD:
                 where = f"{record['stage']}, {record['kind']} {record['name']}, {title}"
                 subject.messages.append(f"{where}: {_line(message)}")
@@ -138,12 +139,15 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], right: int = 0) 
 
 
 def checks_table(found: dict[str, Subject]) -> str:
-    """Returns the table of what is right or wrong: a line per op, a column per check."""
+    """Returns the table of what is right or wrong: a line per op, a column per check. The mark of other code stands at
+    the op where all its checks have it, else at each check.
+    """
     named = {name: s for name, s in found.items() if name not in MODELS and (name in kernels() or s.found)}
-    lines = [
-        (name, *(s.found.get(column, "–") + OLD * (column in s.old) for column in COLUMNS))
-        for name, s in named.items()
-    ]
+    lines = []
+    for name, s in named.items():
+        every = bool(s.old) and s.old >= s.found.keys()
+        cells = (s.found.get(column, "–") + OLD * (column in s.old and not every) for column in COLUMNS)
+        lines.append((name + OLD * every, *cells))
     return _table(("op", *COLUMNS), lines)
 
 

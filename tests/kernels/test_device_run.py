@@ -403,6 +403,7 @@ def timed(op: str, predicted_ms: float | None = None, **milliseconds: float) -> 
         "shape": "8x8",
         "dtype": "bfloat16",
         "device": "cuda",
+        "code": verdict.code_of(op),  # as a row of a run has it
     }
     rows = [
         Row(**common, pass_="forward", implementation=name, median_ms=ms, q1_ms=ms, q3_ms=ms, reps=1,
@@ -434,6 +435,9 @@ def test_a_check_of_other_code_than_the_present_is_marked():
     assert any(line.startswith("| swoosh_l † | right |") for line in lines)
     assert "† |" not in verdict.tables([present]).partition("ema_scan")[0]
     assert "with other code" in verdict.tables([old])
+    later = record("swoosh_l", "C", "memcheck", memcheck="right")
+    mixed = verdict.checks_table(verdict.subjects([old, later]))
+    assert "| swoosh_l | right † | – | – | – | – | – | right |" in mixed
 
 
 def test_the_report_says_what_is_wrong_slow_off_and_left_out():
