@@ -119,7 +119,9 @@ def _by_torch(call: tuple, x: Tensor, weight: Tensor, bias: Tensor | None) -> bo
         "F.linear(x, weight, bias)",
         "(x.numel(), weight.shape, bias is None or bias.shape, x.dtype, "
         "_is_grad_enabled() and weight.requires_grad, torch.get_num_threads())",
-        "x.layout is weight.layout is _strided",
+        # torch refuses the rest, but not a weight that lies on the meta device
+        "x.is_cpu and weight.is_cpu and x.layout is weight.layout is _strided and "
+        "(bias is None or bias.layout is _strided)",
         "_by_torch(_call, x, weight, bias)",
     ),
     summary="a linear layer, by the matrix product that measured faster on this machine",
