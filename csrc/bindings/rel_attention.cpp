@@ -72,6 +72,10 @@ Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
   return new_contiguous(q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(q)));
 }
 
+// Runs f(begin, end) over the tasks of one of the two regions of the forward pass. Few frames stay on one thread: the
+// other would wake for less work than its wake costs, and what it packs would lie in its caches.
+void parallel_steps(int64_t tasks, int64_t work, RangeFunction f) { parallel_tasks(tasks, work / 4, f); }
+
 std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
                                                  const Tensor& bias_u, const Tensor& bias_v, const Optional& padding,
                                                  const Optional& mask, const Optional& dropout_seed, double dropout_p,
@@ -104,7 +108,7 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     }
     const Scratch<C> workspace(pairs * (kt_size + v_size) + a.heads * rt_size);
     C *const kt = workspace.data(), *const values = kt + pairs * kt_size, *const rt = values + pairs * v_size;
-    parallel_tasks(a.heads + pairs, kt_size + v_size, [&](int64_t begin, int64_t end) {
+    parallel_steps(a.heads + pairs, (kt_size + v_size) / 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i - a.heads;
         if (hb < 0)
@@ -117,7 +121,7 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     C* lp = mutable_data<C>(lse);
     const int64_t rows = cpu::kRelAttentionQueries, tasks = (a.frames + rows - 1) / rows;
     const int64_t work = pairs_work(std::min(rows, a.frames), a.keys(), forward_channels(r));
-    parallel_tasks(pairs * tasks, work, [&](int64_t begin, int64_t end) {
+    parallel_steps(pairs * tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
@@ -323,7 +327,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
       }
     });
     T *pp = mutable_data<T>(dpos), *up = mutable_data<T>(du), *wp = mutable_data<T>(dw);
-    parallel_range(heads, 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(heads, parts * r_size, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++)
         kernel.store_sums(longest, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp, up,
                           wp);

@@ -10,10 +10,6 @@
 namespace fastasr::bindings::rnnt_lattice {
 namespace {
 
-int64_t lattice_grain(int64_t symbols, int64_t frames) {
-  return std::max<int64_t>(1, kGrain / ((symbols + 1) * (frames + 1)));
-}
-
 std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y, const Optional& boundary, bool keep) {
   const char* op = "rnnt_lattice_forward";
   check_like(x, x, op, "symbol_logprobs");
@@ -30,7 +26,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
-    parallel_range(batch, lattice_grain(symbols, frames), [&](int64_t begin, int64_t end) {
+    parallel_tasks(batch, slab, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::lattice_scratch(symbols));
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = dealt(i, batch);
@@ -82,7 +78,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const Optional& grad, const Ten
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
-    parallel_range(batch, lattice_grain(symbols, frames), [&](int64_t begin, int64_t end) {
+    parallel_tasks(batch, slab, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::lattice_scratch(symbols));
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = dealt(i, batch);

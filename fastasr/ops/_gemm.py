@@ -218,16 +218,20 @@ def _measure(operation: str, operands: tuple, products: list[str]) -> str:
     return taken if ours < _MARGIN * theirs else "torch"
 
 
+def _chosen(key: tuple, operands: tuple | None) -> Callable[..., Tensor] | None:
+    """Returns the product of this class, chosen now if there are operands. None before the choice."""
+    f = _choices.get(key)
+    if f is None and (name := _decide(key, operands)):
+        f = _choices[key] = _PRODUCTS[name][key[0]]
+    return f
+
+
 def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> Callable[..., Tensor]:
     x = operands[0]
     # deterministic algorithms need the same choice on every machine and in every run
     if x.dtype is not torch.float32 or not x.is_cpu or torch.are_deterministic_algorithms_enabled():
         return _PRODUCTS["torch"][operation]
-    key = (operation, m.bit_length(), n, k, torch.get_num_threads())
-    f = _choices.get(key)
-    if f is None:
-        f = _choices[key] = _PRODUCTS[_decide(key, operands)][operation]
-    return f
+    return _chosen((operation, m.bit_length(), n, k, torch.get_num_threads()), operands)
 
 
 def offer(operation: str, **products: Callable[..., Tensor]) -> None:
@@ -240,12 +244,8 @@ def is_torch(key: tuple, *operands: Tensor | None) -> bool | None:
     """Says whether torch's product serves calls of this operation, sizes and threads. None before the choice, which is
     made now if there are operands.
     """
-    f = _choices.get(key)
-    if f is None:
-        if not (known := _decide(key, operands or None)):
-            return None
-        f = _choices[key] = _PRODUCTS[known][key[0]]
-    return f is _PRODUCTS["torch"][key[0]]
+    f = _chosen(key, operands or None)
+    return None if f is None else f is _PRODUCTS["torch"][key[0]]
 
 
 def known(operation: str, m: int, n: int, k: int) -> str | None:
