@@ -57,9 +57,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def _settled():
     """Modules and collected tests live as long as the session. Python's collector leaves them out from here on: to walk
-    them again and again took more time than many a test.
+    them again and again took more time than many a test. A walk may free what held other garbage: it is repeated until
+    it finds none, since what is left out stays for good, a model's copies of weights among it.
     """
-    gc.collect()
+    for _ in range(5):
+        if not gc.collect():
+            break
     gc.freeze()
 
 
