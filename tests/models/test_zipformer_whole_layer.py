@@ -65,6 +65,9 @@ def test_bits(frames, batch, causal):
     _check(layer, _call(layer, frames, batch, padding=padding))
     _check(layer, _call(layer, frames, batch, padding=padding.int(), attn_mask=mask))
     _check(layer, _call(layer, frames, batch, attn_mask=masks))
+    every_second = (torch.rand(batch, 2 * frames, 2 * frames) < 0.2)[:, ::2, ::2]
+    _check(layer, _call(layer, frames, batch, attn_mask=every_second))
+    _check(layer, _call(layer, frames, batch, attn_mask=every_second[0]))
     if causal:
         _check(layer, _call(layer, frames, batch, chunk_size=4, padding=padding, left_context_chunks=1))
         _check(layer, _call(layer, frames, batch, chunk_size=4, attn_mask=mask))

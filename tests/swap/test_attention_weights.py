@@ -119,7 +119,8 @@ def test_streaming_is_compared_by_verify():
     assert {"values", "gradients"} <= set(row.errors)
 
 
-def test_streaming_of_the_whole_encoder():
+def encoders():
+    """Returns upstream's causal encoder of two rates and its swapped copy."""
     theirs = zipformer.Zipformer(
         output_downsampling_factor=2, downsampling_factor=(1, 2), encoder_dim=(24, 32), num_encoder_layers=(1, 1),
         encoder_unmasked_dim=(24, 24), query_head_dim=(8,), pos_head_dim=(4,), value_head_dim=(6,), num_heads=(2, 2),
@@ -128,6 +129,26 @@ def test_streaming_of_the_whole_encoder():
     ).eval()  # fmt: skip
     ours = copy.deepcopy(theirs)
     assert fastasr.accelerate(ours).replaced
+    return theirs, ours
+
+
+@torch.no_grad()
+def test_chunks_of_the_whole_encoder():
+    """The inner rate's mask of chunks is every second row and column of the outer one. Layers that have measured their
+    products compute the second call in another way."""
+    theirs, ours = encoders()
+    seeded(2)
+    x, lengths = torch.randn(50, BATCH, 24), torch.arange(50, 50 - 9 * BATCH, -9)
+    hidden = torch.arange(50) >= lengths[:, None]
+    expected, expected_lengths = theirs(x, lengths, hidden)
+    for _ in range(2):
+        y, y_lengths = ours(x, lengths, hidden)
+        assert torch.equal(y_lengths, expected_lengths)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_streaming_of_the_whole_encoder():
+    theirs, ours = encoders()
     states = [side.get_init_states(BATCH) for side in (theirs, ours)]
     seeded(2)
     for chunk in torch.randn(3, 8, BATCH, 24):

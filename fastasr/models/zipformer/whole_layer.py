@@ -63,7 +63,9 @@ def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_c
     products = native.products(src, pos_emb)
     if products is None:
         return None
-    masks = {"key_padding_mask": None, "attn_mask": attn_mask, "chunk_size": -1, "left_context_chunks": -1}
+    masks = {"key_padding_mask": None, "attn_mask": None, "chunk_size": -1, "left_context_chunks": -1}
+    if attn_mask is not None:
+        masks["attn_mask"] = attn_mask.contiguous()  # at a lower rate it is a part of the outer one
     if key_padding_mask is not None:
         masks["key_padding_mask"] = key_padding_mask.to(torch.bool).contiguous()
     if chunk_size > 0 and left_context_chunks is not None:
