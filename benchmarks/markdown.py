@@ -161,8 +161,8 @@ def without_padding(rows: Sequence[Row]) -> str:
 
 
 def whole_models(rows: Sequence[Row]) -> str:
-    """Returns the README's table: ``HEADLINES`` on the machine and at the commit that have most of them, of several the
-    last."""
+    """Returns the README's table: ``HEADLINES`` on the machine and the day that have most of them, of several the last.
+    A mark shows a row whose code has changed since, on that day too."""
     columns = ("upstream", "compile", "fastasr")
 
     def headlines(measured: Sequence[Row]) -> list[Unit]:
@@ -170,9 +170,9 @@ def whole_models(rows: Sequence[Row]) -> str:
         return [u for key in HEADLINES for u in found if (u.first.name, u.first.shape, u.first.case) == key]
 
     measured = (
-        [row for row in of_machine if row.commit == commit]
+        [row for row in of_machine if row.date[:10] == day]
         for of_machine in by_name(rows)
-        for commit in dict.fromkeys(row.commit for row in of_machine)
+        for day in dict.fromkeys(row.date[:10] for row in of_machine)
     )
     shown = max(
         map(headlines, measured),

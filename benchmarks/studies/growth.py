@@ -234,7 +234,7 @@ def figure(rows: Sequence[Row]):
     ]
     panels = [("seconds of one recording", [row for row in rows if size_of(row)[0] == min(batches)], 1)]
     panels += [("recordings", several, 0)] if several else []
-    shape = {"figsize": (7.2, 3.0 * len(panels)), "layout": "constrained", "squeeze": False}
+    shape = {"figsize": (7.2, 3.6 * len(panels)), "layout": "constrained", "squeeze": False}
     picture, axes = plt.subplots(len(panels), 2, **shape)
     values = (
         (lambda r: r.peak_bytes / 2**30, "peak over the model, GiB"),
@@ -257,7 +257,7 @@ def figure(rows: Sequence[Row]):
             panel.set_xlabel(label, fontsize=8)
             panel.set_ylabel(unit, fontsize=8)
             plain(panel)
-        line[0].legend(fontsize=6, frameon=False)
+        line[0].legend(fontsize=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))  # above all lines
     picture.suptitle(f"{rows[0].name.removesuffix(ENDING)}, CPU, float32, {rows[0].device_name}", fontsize=9)
     return picture
 

@@ -124,7 +124,7 @@ def test_a_page_without_markers_is_refused(readme):
         markdown.put(readme, "", check=False)
 
 
-def test_the_table_of_whole_models_takes_the_machine_and_the_commit_with_most_of_them(made):
+def test_the_table_of_whole_models_takes_the_machine_and_the_day_with_most_of_them(made):
     (name, shape, case), training = (
         next(key for key in markdown.HEADLINES if key[0] == name)
         for name in ("zipformer", "zipformer_training")

@@ -84,6 +84,14 @@ def test_a_row_knows_whether_its_code_has_changed(monkeypatch):
     assert environment.code.__wrapped__("ops", "bypass") == ""
 
 
+def test_a_model_counts_what_is_bound_to_it_alone(monkeypatch):
+    files, layer = [], environment.ROOT / "fastasr/models/zipformer/whole_layer.py"
+    monkeypatch.setattr(environment._sources(), "digest", lambda found, salt: files.append(set(found)) or "")
+    for name in ("zipformer", "zipformer_training", "fast_conformer", "pruned_transducer"):
+        environment.code.__wrapped__("models", name)
+    assert [layer in found for found in files] == [True, True, False, False]
+
+
 def test_rows_survive_the_file(tmp_path):
     written = [row(), row(implementation="copy", median_ms=0.25, bytes=256, limit="copy 46.0 GB/s")]
     rows.write(tmp_path / "r.jsonl", written)
