@@ -284,8 +284,8 @@ def subjects(path: Path, test: str = "") -> frozenset[str]:
 
 
 def closure(*paths: Path, without: tuple[Path, ...] = (), test: str = "") -> set[Path]:
-    """Returns these files and all that they need, but those below the folders ``without`` and what only they need. With
-    ``test`` the first file is needed for the tests of this name alone.
+    """Returns these files and all that they need, but the files ``without``, those below such folders, and what only
+    they need. With ``test`` the first file is needed for the tests of this name alone.
 
     Every swap goes through all rules, but a rule binds its forwards to modules of its framework alone: what it needs is
     needed here if the files mention framework and family, as one that may have such a module does.
