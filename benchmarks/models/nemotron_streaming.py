@@ -13,15 +13,17 @@ import torch
 from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.harness import Variant
 from fastasr.benchmarks.markdown import by_machine
-from fastasr.benchmarks.models.reduced_weights import BF16, INT8, reduced
 from fastasr.benchmarks.models.unit import (
+    BF16,
     FASTASR,
     FORWARD,
+    INT8,
     UPSTREAM,
     Run,
     benchmark,
     inference,
     product_limit,
+    reduced,
     swapped,
 )
 from fastasr.benchmarks.rows import Row
@@ -62,7 +64,8 @@ def chunk(model: torch.nn.Module, look_ahead: int) -> Callable[[], object]:
 
     def call(x: torch.Tensor) -> torch.Tensor:
         out = model(x, **options)
-        options.update(past_key_values=out.past_key_values, padding_cache=out.padding_cache)
+        name = "cache" if "cache" in out else "past_key_values"  # before transformers 5.24
+        options.update({name: out[name]}, padding_cache=out.padding_cache)
         return out.last_hidden_state
 
     with torch.no_grad():

@@ -12,7 +12,12 @@ from tiny_zipformer import same_training
 
 pytest.importorskip("transformers.models.nemotron_asr_streaming")
 
-from transformers import NemotronAsrStreamingConfig, NemotronAsrStreamingEncoder, NemotronAsrStreamingForRNNT
+from transformers import (
+    DynamicCache,
+    NemotronAsrStreamingConfig,
+    NemotronAsrStreamingEncoder,
+    NemotronAsrStreamingForRNNT,
+)
 from transformers.models.nemotron_asr_streaming import modeling_nemotron_asr_streaming as nemotron
 from transformers.models.nemotron_asr_streaming.configuration_nemotron_asr_streaming import (
     NemotronAsrStreamingEncoderConfig,
@@ -24,6 +29,7 @@ from fastasr.ops import _reduced_weights
 
 PARTS = "Attention", "ConvolutionModule", "FeedForward", "RelPositionalEncoding", "SubsamplingConv2D"
 SWAPPED = {f"NemotronAsrStreamingEncoder{part}" for part in ("", *PARTS)}
+CACHE = "cache" if hasattr(nemotron.NemotronAsrStreamingEncoderModelOutput, "cache") else "past_key_values"
 FRAMES, LEFT = 203, 14
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
 
@@ -58,8 +64,8 @@ def same(found, expected):
 
 
 @torch.no_grad()
-def chunks(model, x, look_ahead, **options):
-    """Yields what the model returns for each chunk of a stream."""
+def chunks(model, x, look_ahead, name=CACHE, **options):
+    """Yields what the model returns for each chunk of a stream. ``name``: that of the argument for keys and values."""
     keys = padding = None
     begin, size = 0, 1 + 8 * look_ahead
     while begin + size <= x.shape[1]:
@@ -67,12 +73,12 @@ def chunks(model, x, look_ahead, **options):
             x[:, begin : begin + size],
             num_lookahead_tokens=look_ahead,
             use_cache=True,
-            past_key_values=keys,
             padding_cache=padding,
+            **{name: keys},
             **options,
         )
         yield out
-        keys, padding = out.past_key_values, out.padding_cache
+        keys, padding = out[CACHE], out.padding_cache
         begin, size = begin + size, 8 * (look_ahead + 1)
 
 
@@ -109,7 +115,7 @@ def test_a_recording_and_its_chunks(look_ahead, dtype):
     streams = (chunks(model, inputs["input_features"], look_ahead) for model in (ours, theirs))
     for found, expected in zip(*streams, strict=True):
         same(found.last_hidden_state, expected.last_hidden_state)
-        for a, b in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        for a, b in zip(found[CACHE].layers, expected[CACHE].layers, strict=True):
             same(a.keys, b.keys)
             same(a.values, b.values)
         assert list(found.padding_cache.layers) == list(expected.padding_cache.layers)
@@ -151,18 +157,38 @@ def test_chunks_need_no_mask(monkeypatch):
         assert (arguments["context"], arguments["chunk_size"]) == ((12, 0), 4)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 @pytest.mark.parametrize("look_ahead", [13, 6, 1, 0])
-def test_next_chunks_make_no_mask(look_ahead, monkeypatch):
+def test_next_chunks_make_no_mask(look_ahead, name, monkeypatch):
     theirs, ours = pair()
     x = torch.randn(2, 400, SIZES["num_mel_bins"], generator=numbers(4))
-    expected = [out.last_hidden_state for out in chunks(theirs, x, look_ahead)]
-    stream, found = chunks(ours, x, look_ahead), []
+    expected = [out.last_hidden_state for out in chunks(theirs, x, look_ahead, name)]
+    stream, found = chunks(ours, x, look_ahead, name), []
     for out in stream:
         found.append(out.last_hidden_state)
         monkeypatch.setattr(nemotron, "create_bidirectional_mask", None)
     for a, b in zip(found, expected, strict=True):
         same(a, b)
     assert len(found) > 1
+
+
+def test_a_cache_of_another_class():
+    """Its ``update`` gets the arguments that upstream gives it, which depend on the release."""
+    x = torch.randn(1, 25, SIZES["num_mel_bins"], generator=numbers(5))
+    calls = []
+
+    class Recording(DynamicCache):
+        def update(self, *arguments, **named):
+            calls[-1].append((len(arguments), named))
+            return super().update(*arguments, **named)
+
+    for model in pair():
+        calls.append([])
+        with torch.no_grad():
+            model(x, num_lookahead_tokens=3, **{CACHE: Recording(config=model.config)})
+    assert calls[0] == calls[1]
+    assert len(calls[0]) == SIZES["num_hidden_layers"]
 
 
 def test_chunks_that_do_not_see_all_frames():
@@ -177,9 +203,9 @@ def test_chunks_that_do_not_see_all_frames():
                 with torch.no_grad():
                     out = model(
                         x[:, begin : begin + size], num_lookahead_tokens=look_ahead, use_cache=True,
-                        past_key_values=keys, padding_cache=padding,
+                        padding_cache=padding, **{CACHE: keys},
                     )  # fmt: skip
-                keys, padding, begin = out.past_key_values, out.padding_cache, begin + size
+                keys, padding, begin = out[CACHE], out.padding_cache, begin + size
                 outputs.append(out.last_hidden_state)
             streams.append(outputs)
         for found, expected in zip(*streams, strict=True):
@@ -199,12 +225,12 @@ def test_streams_that_part(size, copied):
             if chunk == 0:
                 with torch.no_grad():
                     first = model(x[:, :1], **options)
-                streams = [(first.past_key_values, first.padding_cache)]
+                streams = [(first[CACHE], first.padding_cache)]
             for i, (keys, padding) in enumerate(streams):
                 begin = 1 + 8 * chunk + i
                 with torch.no_grad():
                     outputs.append(
-                        model(x[:, begin : begin + 8], past_key_values=keys, padding_cache=padding, **options)
+                        model(x[:, begin : begin + 8], padding_cache=padding, **{CACHE: keys}, **options)
                     )
             if chunk in (5, 20):
                 keys, padding = streams[0]

@@ -22,30 +22,29 @@ from fastasr.models.fast_conformer.subsampling import convolved, is_plain_pointw
 
 
 def cached_attention(
-    self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
+    self, hidden_states, position_embeddings, attention_mask=None, cache=None, past_key_values=None, **kwargs
 ):
     """Serves NemotronAsrStreamingEncoderAttention: hidden states (B, T, width), position embeddings (B or 1, 2K − 1,
     width), attention mask (bool (B, 1, T, K), True: the query sees the key) or None -> ((B, T, width), None).
 
     The T keys follow those of the cache, K in all. A query that sees no key gets 0 before the last projection.
+    transformers before 5.24 calls the cache past_key_values, and does not give it ``kwargs``.
     """
+    given = {} if cache is None else {"kwargs": kwargs}
+    cache = past_key_values if cache is None else cache
     batch, frames = hidden_states.shape[:2]
     keys = (position_embeddings.shape[1] + 1) // 2
     if self.config._attn_implementation != "sdpa" or not is_readable(attention_mask, batch, frames, keys):
-        return type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-        )
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     shape = batch, frames, *self.bias_u.shape
     q = plumbing.linear(self.q_proj, hidden_states).view(shape)
     k = plumbing.linear(self.k_proj, hidden_states).view(shape)
     v = plumbing.linear(self.v_proj, hidden_states).view(shape)
-    if past_key_values is not None:
-        if (cached := window_layer(past_key_values, self.layer_idx)) is not None and _writes_in_place(
-            cached, k
-        ):
-            k, v = _extended(cached, k, v)
+    if cache is not None:
+        if (layer := window_layer(cache, self.layer_idx)) is not None and _writes_in_place(layer, k):
+            k, v = _extended(layer, k, v)
         else:
-            found = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            found = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, **given)
             k, v = (t.transpose(1, 2).contiguous() for t in found)
     by = None if attention_mask is None else seen(attention_mask, left=self.config.sliding_window - 1)
     y = attended(self, q, k, v, position_embeddings, attention_mask, by)

@@ -8,7 +8,7 @@ from fastasr.swap.rule import Known, check_child_names, check_parameters, unread
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
 
-_TRANSFORMERS = Known("transformers 5.6 to 5.23")
+_TRANSFORMERS = Known("transformers 5.6 to 5.24")
 
 
 _NOTE = "the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws"
@@ -53,7 +53,7 @@ WAV2VEC2_ATTENTION = attention_rule(
     class_name="Wav2Vec2ConformerSelfAttention",
     forward=models.wav2vec2_attention,
     structure=_wav2vec2_attention_structure,
-    known={"3be48be58561286160964bba": Known("transformers 5.17 to 5.23")},
+    known={"3be48be58561286160964bba": Known("transformers 5.17 to 5.24")},
     shared=lambda result: result[0],
     hooks=CAPTURING,
     note=_NOTE,

@@ -61,15 +61,17 @@ def encoder(
     input_features,
     attention_mask=None,
     position_ids=None,
-    past_key_values=None,
+    cache=None,
     output_attention_mask=True,
     use_cache=None,
     padding_cache=None,
     num_lookahead_tokens=None,
+    past_key_values=None,
     **kwargs,
 ):
     """Calls upstream's forward, but for the next chunk of streams whose frames see each other and all that are cached:
     upstream makes a mask of these pairs by torch.func.vmap, which takes as long as a layer."""
+    cache = past_key_values if cache is None else cache  # its name in releases before 5.24
     frames = input_features.shape[1] // self.config.subsampling_factor
     known = attention_mask is None and position_ids is None and not kwargs and not self.training
     known = known and not torch.compiler.is_compiling() and self.config.return_dict
@@ -80,20 +82,21 @@ def encoder(
         or asked
         or padding_cache is None
         or not padding_cache.layers
-        or not causal.sees_everything(past_key_values, frames, num_lookahead_tokens)
+        or not causal.sees_everything(cache, frames, num_lookahead_tokens)
     ):
         return upstream_class(self).forward(
-            self, input_features, attention_mask, position_ids, past_key_values, output_attention_mask, use_cache,
+            self, input_features, attention_mask, position_ids, cache, output_attention_mask, use_cache,
             padding_cache, num_lookahead_tokens, **kwargs,
         )  # fmt: skip
     x = self.subsampling(input_features, padding_cache=padding_cache)
     x *= self.input_scale
-    cached = past_key_values.get_mask_sizes(frames, 0)[0] - frames
+    cached = cache.get_mask_sizes(frames, 0)[0] - frames
     embeddings = self.encode_positions(x, cached_frames=cached)
-    caches = {"past_key_values": past_key_values, "padding_cache": padding_cache}
+    output = sys.modules[upstream_class(self).__module__].NemotronAsrStreamingEncoderModelOutput
+    name = "cache" if hasattr(output, "cache") else "past_key_values"
+    caches = {name: cache, "padding_cache": padding_cache}
     for layer in self.layers:
         x = layer(x, position_embeddings=embeddings, use_cache=use_cache, **caches)
-    output = sys.modules[upstream_class(self).__module__].NemotronAsrStreamingEncoderModelOutput
     return output(last_hidden_state=x, **caches)
 
 
@@ -104,34 +107,47 @@ def _rule(part, class_name, forward, structure, known, kernels="", **more):
         forward,
         structure,
         tuple(kernels.split()),
-        known={known: Known("transformers 5.23")},
+        known={value: Known(f"transformers {releases}") for value, releases in known.items()},
         **more,
     )
 
 
 ATTENTION = _rule(
-    "attention", "Attention", causal.cached_attention, _attention_structure, "1710d25767b8e99381952a49",
+    "attention", "Attention", causal.cached_attention, _attention_structure,
+    {"2c65c53d098ad1fe05072f4c": "5.24", "1710d25767b8e99381952a49": "5.17 to 5.23"},
     "linear rel_attention", release=attention.release, shared=lambda result: result[0], hooks=parakeet.CAPTURING,
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )  # fmt: skip
 CONVOLUTION = _rule(
-    "convolution", "ConvolutionModule", causal.causal_convolution, _convolution_structure, "b06d1b1a5b7542df6a8cb506",
+    "convolution", "ConvolutionModule", causal.causal_convolution, _convolution_structure,
+    {"b06d1b1a5b7542df6a8cb506": "5.17 to 5.24"},
     "linear gated_depthwise_conv",
 )  # fmt: skip
 FEED_FORWARD = _rule(
     "feed_forward", "FeedForward", FastConformerFeedForward.forward, parakeet.feed_forward_structure,
-    "42a30cc7e2d4ef6832511448", "linear_activation linear",
+    {"42a30cc7e2d4ef6832511448": "5.17 to 5.24"}, "linear_activation linear",
 )  # fmt: skip
 SUBSAMPLING = _rule(
-    "subsampling", "SubsamplingConv2D", causal.causal_subsampling, _subsampling_structure, "ff63eb2e7f1ea0850f9768b2",
+    "subsampling", "SubsamplingConv2D", causal.causal_subsampling, _subsampling_structure,
+    {"ff63eb2e7f1ea0850f9768b2": "5.17 to 5.24"},
     "conv_subsampling linear_activation linear",
 )  # fmt: skip
 POSITIONS = _rule(
     "positions", "RelPositionalEncoding", causal.limited_positions, parakeet.positions_structure,
-    "9c01af313de053d2168e55bb", release=positions.release,
+    {
+        "db7d0f1bb257c2c27c9f3f30": "5.24",
+        "9c01af313de053d2168e55bb": "5.19 to 5.23",
+        "7b6f68fd855891340ae5144f": "5.18",
+    },
+    release=positions.release,
 )  # fmt: skip
-ENCODER = Rule(
-    "transformers.nemotron_encoder", "NemotronAsrStreamingEncoder", encoder, parakeet.encoder_structure,
-    known={"cbaf5ceb04543d734c413d40": Known("transformers 5.23")}, shallow=True, companion=True,
+ENCODER = _rule(
+    "encoder", "", encoder, parakeet.encoder_structure,
+    {
+        "3b572d4c0617e9faa8292e0a": "5.24",
+        "cbaf5ceb04543d734c413d40": "5.23",
+        "509491641bddcea1866ee716": "5.17 to 5.22",
+    },
+    shallow=True, companion=True,
 )  # fmt: skip
 RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS, ENCODER)

@@ -21,7 +21,7 @@ from fastasr.swap.rule import (
 )
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 
-_TRANSFORMERS = Known("transformers 5.18 to 5.23")
+_FROM_5_6 = Known("transformers 5.6 to 5.24")
 CAPTURING = (
     "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
 )
@@ -135,7 +135,8 @@ ATTENTION = attention_rule(
     forward=models.FastConformerAttention.forward,
     structure=attention_structure,
     known={
-        "008a9cc97b05d9f6b47b2309": _TRANSFORMERS,
+        "d65758d3fe674a56e13408c2": Known("transformers 5.24"),
+        "008a9cc97b05d9f6b47b2309": Known("transformers 5.18 to 5.23"),
         "625f1f5f4e1805e6f4c28619": Known("transformers 5.6 to 5.17", condition=_before_5_18),
     },
     shared=lambda result: result[0],  # not the weights, which the eager implementation returns
@@ -149,7 +150,7 @@ CONVOLUTION = convolution_rule(
     class_name="ParakeetEncoderConvolutionModule",
     forward=models.FastConformerConvolution.forward,
     structure=convolution_structure,
-    known={"9a392b8a0f44c543026efdf7": Known("transformers 5.6 to 5.23")},
+    known={"9a392b8a0f44c543026efdf7": _FROM_5_6},
 )
 
 FEED_FORWARD = feed_forward_rule(
@@ -157,7 +158,7 @@ FEED_FORWARD = feed_forward_rule(
     class_name="ParakeetEncoderFeedForward",
     forward=models.FastConformerFeedForward.forward,
     structure=feed_forward_structure,
-    known={"676056f9fa94c63e8bea9766": Known("transformers 5.6 to 5.23")},
+    known={"676056f9fa94c63e8bea9766": _FROM_5_6},
 )
 
 SUBSAMPLING = Rule(
@@ -166,7 +167,7 @@ SUBSAMPLING = Rule(
     forward=models.FastConformerSubsampling.forward,
     kernels=("conv_subsampling", "linear_activation", "linear"),
     structure=_subsampling_structure,
-    known={"351a84f7dc7d7ed4cfb8044e": Known("transformers 5.6 to 5.23")},
+    known={"351a84f7dc7d7ed4cfb8044e": _FROM_5_6},
 )
 
 POSITIONS = Rule(
@@ -175,7 +176,8 @@ POSITIONS = Rule(
     forward=models.FastConformerPositions.forward,
     structure=positions_structure,
     known={
-        "0c61bad53ae76a9166f94487": Known("transformers 5.21 to 5.23"),
+        "ea04964dfece092a27cc8256": Known("transformers 5.24"),
+        "0c61bad53ae76a9166f94487": Known("transformers 5.19 to 5.23"),
         "e9298577c4c8d93416f99812": Known("transformers 5.18"),
         "d5a3f1249fd909100d375303": Known("transformers 5.10 to 5.17"),
     },
@@ -187,7 +189,11 @@ ENCODER = Rule(
     class_name="ParakeetEncoder",
     forward=encoder,
     structure=encoder_structure,
-    known={"5ffbcd81ffef3ae7089eada1": Known("transformers 5.23")},
+    known={
+        "5ffbcd81ffef3ae7089eada1": Known("transformers 5.23 and 5.24"),
+        # draws a number for every layer in training even with layerdrop 0, which ragged_encoder does not
+        "83a246a4e378a5b1f70454f8": Known("transformers 5.17 to 5.22"),
+    },
     shallow=True,
     companion=True,
     ragged=Ragged(ragged_encoder, _ragged_obstacle),

@@ -15,7 +15,6 @@ from fastasr.models.common.inference import any_hooked
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
 from fastasr.swap.rules.transformers_parakeet_loss import serves, shared, with_loss
 
-_TRANSFORMERS = Known("transformers 5.23")
 # arguments of generate that reach upstream's loop alone
 _LOOP = {"assistant_model", "assistant_tokenizer", "custom_generate", "streamer", "synced_gpus", "tokenizer"}
 _CRITERIA = {"MaxLengthCriteria", "EncoderExhaustedCriteria"}
@@ -126,11 +125,14 @@ RULES = tuple(
         shared=shared,
         structure=_structure,
         functions=_functions,
-        known={value: _TRANSFORMERS},
+        known={new: Known("transformers 5.24"), old: Known("transformers 5.17 to 5.23")},
         shallow=True,
         release=lambda module: forget(Parakeet(module)),
         note="generate runs natively for plain greedy search in float32 on the CPU; with labels the loss is computed "
         "without logits, which are None in the output",
     )
-    for kind, value in (("RNNT", "5cbdcdf3b4a18e32c6bd0336"), ("TDT", "f54efa3174e660a462db4b4b"))
+    for kind, new, old in (
+        ("RNNT", "224ef5956318ebd71462cd6f", "5cbdcdf3b4a18e32c6bd0336"),
+        ("TDT", "dd96c0fda3d86c9fcf19e5d0", "f54efa3174e660a462db4b4b"),
+    )
 )
