@@ -126,29 +126,7 @@ class Zipformer(torch.nn.Module):
         lengths = ragged.lengths(self, x, src_key_padding_mask) if self.ragged else None
         if lengths is not None:
             return ragged.encoded(self, x, lengths), (x_lens + 1) // 2
-        feature_masks = self.get_feature_masks(x)
-        chunk_size, left_context_chunks = self.get_chunk_info()
-        check_chunks(self, chunk_size, left_context_chunks)
-        outputs = []
-        for i, encoder in enumerate(self.encoders):
-            factor = self.downsampling_factor[i]
-            window = {}
-            if chunk_size > 0 and isinstance(encoder, (ZipformerEncoder, DownsampledZipformerEncoder)):
-                window["left_context_chunks"] = left_context_chunks
-            elif chunk_size > 0:
-                window["attn_mask"] = chunk_mask(x.shape[0], chunk_size, left_context_chunks, x.device)
-            x = encoder(
-                convert_num_channels(x, self.encoder_dim[i]),
-                chunk_size=chunk_size,
-                feature_mask=feature_masks[i],
-                src_key_padding_mask=None
-                if src_key_padding_mask is None
-                else src_key_padding_mask[..., ::factor],
-                **window,
-            )
-            outputs.append(x)
-        x = self.downsample_output(self._get_full_dim_output(outputs))
-        return x, (x_lens + 1) // 2
+        return encoded(self, x, x_lens, src_key_padding_mask, _called)
 
     def streaming_forward(self, x, x_lens, states, src_key_padding_mask):
         """x (time, batch, channels), one chunk, with states from get_init_states or the previous chunk -> output,
@@ -246,6 +224,39 @@ class Zipformer(torch.nn.Module):
                 pieces.append(output[..., width:dim])
                 width = dim
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def encoded(encoder, x, x_lens, src_key_padding_mask, run):
+    """Computes ``Zipformer.forward`` on the padded batch, for upstream's encoder too. ``run(stack, x, chunk_size=,
+    left_context_chunks=, feature_mask=, src_key_padding_mask=)`` computes a stack.
+    """
+    feature_masks = encoder.get_feature_masks(x)
+    chunk_size, left_context_chunks = encoder.get_chunk_info()
+    check_chunks(encoder, chunk_size, left_context_chunks)
+    outputs = []
+    for i, stack in enumerate(encoder.encoders):
+        factor = encoder.downsampling_factor[i]
+        x = run(
+            stack,
+            convert_num_channels(x, encoder.encoder_dim[i]),
+            chunk_size=chunk_size,
+            left_context_chunks=left_context_chunks,
+            feature_mask=feature_masks[i],
+            src_key_padding_mask=None
+            if src_key_padding_mask is None
+            else src_key_padding_mask[..., ::factor],
+        )
+        outputs.append(x)
+    x = encoder.downsample_output(encoder._get_full_dim_output(outputs))
+    return x, (x_lens + 1) // 2
+
+
+def _called(stack, x, chunk_size, left_context_chunks, **call):
+    if chunk_size > 0 and isinstance(stack, (ZipformerEncoder, DownsampledZipformerEncoder)):
+        call["left_context_chunks"] = left_context_chunks
+    elif chunk_size > 0:
+        call["attn_mask"] = chunk_mask(x.shape[0], chunk_size, left_context_chunks, x.device)
+    return stack(x, chunk_size=chunk_size, **call)
 
 
 def int_tuple(name, value):

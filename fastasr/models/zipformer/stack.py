@@ -100,6 +100,21 @@ class ZipformerEncoder(torch.nn.Module):
         return src, new_states
 
 
+def in_windows(stack, src, chunk_size, left_context_chunks, feature_mask, src_key_padding_mask):
+    """Runs a stack of upstream's, whose own forward knows masks alone, if each of its layers takes
+    left_context_chunks."""
+    call = {"left_context_chunks": left_context_chunks, "src_key_padding_mask": src_key_padding_mask}
+    if hasattr(stack, "downsample"):
+        chunk_size //= stack.downsample_factor
+        y = in_windows(stack.encoder, stack.downsample(src), chunk_size, feature_mask=feature_mask, **call)
+        return stack.out_combiner(src, stack.upsample(y)[: src.shape[0]])
+    pos_emb = stack.encoder_pos(src)
+    src = _scaled(src, feature_mask)
+    for layer in stack.layers:
+        src = _scaled(layer(src, pos_emb, chunk_size=chunk_size, **call), feature_mask)
+    return src
+
+
 def check_chunks(encoder, chunk_size, left_context_chunks):
     """Raises ValueError if the chunks do not fit the stacks of ``encoder``."""
     if chunk_size <= 0:

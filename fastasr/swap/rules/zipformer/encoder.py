@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the encoder as a whole, which only ``accelerate(ragged=True)`` binds: it then runs without padding."""
+"""Rules for the encoder as a whole: a causal one gives its layers windows in place of a mask of time by time, and with
+``accelerate(ragged=True)`` any runs without padding."""
 
 from dataclasses import replace
 
+import torch
+
+from fastasr.models import zipformer as models
+from fastasr.models.common.inference import any_hooked
 from fastasr.models.zipformer import ragged
+from fastasr.models.zipformer.encoder import encoded
+from fastasr.models.zipformer.stack import in_windows
+from fastasr.swap.binding import bound_forward
 from fastasr.swap.rule import Ragged, Rule, check_parameters, own_forward, unread_code, upstream_class
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
@@ -13,40 +21,112 @@ _DOWNSAMPLED = {"a0afcb21135230d9ecb5c6be", "a73ace9dd5add7a70b8d8807"}
 _RESAMPLING = {"0b4a0963cf96f851ba535291", "d5b544a9315e184c6a5a2571", "dbf685249a5b00d49d4fd33d"}
 
 
-def encoder(self, x, x_lens, src_key_padding_mask=None):
-    """Runs on the frames that exist, or as upstream where there is no padding or it must stay."""
-    lengths = ragged.lengths(self, x, src_key_padding_mask)
-    if lengths is None:
+def causal_encoder(self, x, x_lens, src_key_padding_mask=None):
+    """Runs as upstream, but for its mask of time by time, which layers that know their windows do not need."""
+    if torch.compiler.is_compiling() or why_masked(self) is not None:
         return upstream_class(self).forward(self, x, x_lens, src_key_padding_mask)
-    return ragged.encoded(self, x, lengths), (x_lens + 1) // 2
+    return encoded(self, x, x_lens, src_key_padding_mask, in_windows)
 
 
-def _obstacle(module):
-    """Our forward does what stacks and resampling do, so these must run upstream's code."""
-    reason = unread_code("downsample_output", module.downsample_output, own_forward, _RESAMPLING)
-    for i, stack in enumerate(module.encoders):
+def why_masked(encoder):
+    """Returns why an encoder in chunks keeps upstream's mask, or None. It looks anew at every call, since layers may be
+    restored, replaced or hooked at any time."""
+    reason = _unread_stacks(encoder)
+    if reason is not None:
+        return reason
+    for name, stack, _ in _stacks(encoder):
+        if any_hooked([stack]):
+            return f"{name} has a hook, but is not called where layers get windows"
+        for i, layer in enumerate(getattr(stack, "layers", ())):
+            where = f"{name}.layers.{i}"
+            if bound_forward(layer) is not models.ZipformerEncoderLayer.forward:
+                return f"{where} is not swapped, or is one of icefall before pull request 1566"
+            attention = layer.self_attn_weights
+            if bound_forward(attention) is not models.RelPositionMultiheadAttentionWeights.forward:
+                return f"{where}.self_attn_weights is not swapped"
+            if any_hooked((layer, attention)):
+                return f"{where} or its self_attn_weights has a hook, which would get other arguments"
+    return None
+
+
+def _stacks(encoder):
+    """Yields (name, stack, fingerprints of its known code), for a stack at a lower rate also the one inside."""
+    for i, stack in enumerate(encoder.encoders):
         name = f"encoders.{i}"
         if hasattr(stack, "downsample"):
-            reason = reason or unread_code(name, stack, own_forward, _DOWNSAMPLED)
+            yield name, stack, _DOWNSAMPLED
+            name, stack = f"{name}.encoder", stack.encoder
+        yield name, stack, _STACKS
+
+
+def _unread_stacks(encoder):
+    """Our forwards do what stacks do, so these must run upstream's code."""
+    reasons = (unread_code(name, stack, own_forward, known) for name, stack, known in _stacks(encoder))
+    return next(filter(None, reasons), None)
+
+
+def ragged_encoder(self, x, x_lens, src_key_padding_mask=None):
+    """Runs on the frames that exist, or as upstream where there is no padding or it must stay."""
+    return _without_padding(self, upstream_class(self).forward, x, x_lens, src_key_padding_mask)
+
+
+def ragged_causal_encoder(self, x, x_lens, src_key_padding_mask=None):
+    return _without_padding(self, causal_encoder, x, x_lens, src_key_padding_mask)
+
+
+def _without_padding(encoder, padded, x, x_lens, src_key_padding_mask):
+    lengths = ragged.lengths(encoder, x, src_key_padding_mask)
+    if lengths is None:
+        return padded(encoder, x, x_lens, src_key_padding_mask)
+    return ragged.encoded(encoder, x, lengths), (x_lens + 1) // 2
+
+
+def _obstacle(encoder):
+    """Without padding our forward does what resampling does too."""
+    reason = _unread_stacks(encoder)
+    reason = reason or unread_code("downsample_output", encoder.downsample_output, own_forward, _RESAMPLING)
+    for name, stack, known in _stacks(encoder):
+        if known is _DOWNSAMPLED:
             for part in ("downsample", "upsample"):
                 reason = reason or unread_code(
                     f"{name}.{part}", getattr(stack, part), own_forward, _RESAMPLING
                 )
-            name, stack = f"{name}.encoder", stack.encoder
-        reason = reason or unread_code(name, stack, own_forward, _STACKS)
-    return reason or ragged.obstacle(module)
+    return reason or ragged.obstacle(encoder)
 
 
-ENCODER = Rule(
-    name="zipformer.encoder",
+def _structure(module):
+    return "is causal" if module.causal else check_parameters(module, {})
+
+
+def _causal_structure(module):
+    if not module.causal:
+        return "is not causal"
+    return check_parameters(module, {}) or _unread_stacks(module)
+
+
+CAUSAL_ENCODER = Rule(
+    name="zipformer.causal_encoder",
     class_name="Zipformer",
-    forward=encoder,
-    structure=lambda module: check_parameters(module, {}),
+    forward=causal_encoder,
+    structure=_causal_structure,
     known={"a8293a774b5bf0cea0a06a0a": PACKAGE},
-    shallow=True,
     companion=True,
-    ragged=Ragged(encoder, _obstacle),
+    ragged=Ragged(ragged_causal_encoder, _obstacle),
+    note="makes no mask for chunks where all layers and their self_attn_weights are swapped",
+)
+
+CAUSAL_ZIPFORMER2 = replace(
+    CAUSAL_ENCODER, class_name="Zipformer2", known={"deb746dcdc8224bdd3daba1c": ICEFALL}
+)
+
+ENCODER = replace(
+    CAUSAL_ENCODER,
+    name="zipformer.encoder",
+    forward=ragged_encoder,
+    structure=_structure,
+    shallow=True,
+    ragged=Ragged(ragged_encoder, _obstacle),
     note="bound by ragged=True alone",
 )
 
-ZIPFORMER2 = replace(ENCODER, class_name="Zipformer2", known={"deb746dcdc8224bdd3daba1c": ICEFALL})
+ZIPFORMER2 = replace(ENCODER, class_name="Zipformer2", known=CAUSAL_ZIPFORMER2.known)
