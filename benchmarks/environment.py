@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from fastasr import ops, processor
+from fastasr.ops._dispatch import gpu_backends
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITERS = ("_op.py", "_source.py", "_signature.py", "_shapes.py", "_errors.py")  # of the source of an op
@@ -82,7 +83,9 @@ def code(suite: str, name: str, device: str = "cpu") -> str:
         path = max(benchmarks, key=lambda p: len(p.stem), default=None)
     if path is None:
         return ""
-    others = ("kernels", "csrc/cuda") if torch.device(device).type == "cpu" else ("csrc/cpu",)
+    others = ("kernels", "csrc/cuda")
+    if torch.device(device).type != "cpu":  # kernels in Triton need nothing of csrc
+        others = ("csrc/cpu",) if gpu_backends().get(name) == "cuda" else ("csrc",)
     # every benchmark imports the module that can make a Zipformer; one that does has the word itself
     others = (*others, "fastasr/testing", "benchmarks/upstream.py")
     needed = sources.closure(path, without=tuple(ROOT / other for other in others))

@@ -120,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--stages", default="ABC", help="A, B, C or several of them (default: ABC)")
     parser.add_argument("--only", nargs="+", metavar="OP", help="the units of these ops and models alone")
+    parser.add_argument(
+        "--kinds", nargs="+", metavar="KIND", help="units of these kinds alone, such as memcheck"
+    )
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: a fake one takes the launches")
     options = parser.parse_args(arguments)
     if not options.stages or set(options.stages) - set("ABC"):
@@ -129,9 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastasr gpu: {reason}", file=sys.stderr)
         return verdict.UNUSABLE
     wanted = [unit for unit in units(machine) if unit.stage in options.stages]
-    if options.only and (unknown := set(options.only) - {unit.op for unit in wanted}):
-        parser.error(f"--only: no unit is about {', '.join(sorted(unknown))}")
-    wanted = [unit for unit in wanted if not options.only or unit.op in options.only]
+    for option, field in (("only", "op"), ("kinds", "kind")):
+        names = getattr(options, option)
+        if names:
+            if unknown := set(names) - {getattr(unit, field) for unit in wanted}:
+                parser.error(f"--{option}: no unit is about {', '.join(sorted(unknown))}")
+            wanted = [unit for unit in wanted if getattr(unit, field) in names]
     return run(wanted, machine, options.out, options.minutes, options.resume)
 
 

@@ -18,18 +18,19 @@ from fastasr.benchmarks.models.unit import (
     COMPILE,
     FASTASR,
     FORWARD,
+    LINEAR,
     UPSTREAM,
     Run,
     benchmark,
     inference,
     swapped,
+    with_linear,
 )
-from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 from fastasr.models.e_branchformer.positional_encoding import relative_sinusoids
 
 NAME = "e_branchformer"
-LAYER, LINEAR, OWN = "layer", "upstream+linear", "fastasr own"
+LAYER, OWN = "layer", "fastasr own"
 BATCH, FRAMES = 4, 400
 SIZES = {
     "512": {"width": 512, "heads": 8, "linear_units": 1024, "cgmlp_linear_units": 3072, "kernel": 31},

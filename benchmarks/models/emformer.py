@@ -18,18 +18,19 @@ from fastasr.benchmarks.models.unit import (
     COMPILE,
     FASTASR,
     FORWARD,
+    LINEAR,
     UPSTREAM,
     Run,
     benchmark,
     inference,
     swapped,
     weighted_step,
+    with_linear,
 )
-from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 
 NAME = "emformer"
-LINEAR, OWN = "upstream+linear", "fastasr own"
+OWN = "fastasr own"
 WHOLE, SEGMENT = "segment {}, right {}", "one segment of {}, right {}"
 SEGMENTS = ((16, 4), (4, 1))
 BATCH, FRAMES = 4, 400

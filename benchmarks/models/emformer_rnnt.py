@@ -17,17 +17,17 @@ from fastasr.benchmarks.models.unit import (
     COMPILE,
     FASTASR,
     FORWARD,
+    LINEAR,
     UPSTREAM,
     Run,
     benchmark,
     inference,
     weighted_step,
+    with_linear,
 )
-from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 
 NAME = "emformer_rnnt"
-LINEAR = "upstream+linear"
 PREDICTOR, STEP = "predictor", "predictor, one step"
 SYMBOLS = 4097
 SIZES = {

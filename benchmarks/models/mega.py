@@ -17,18 +17,19 @@ from fastasr.benchmarks.models.unit import (
     COMPILE,
     FASTASR,
     FORWARD,
+    LINEAR,
     UPSTREAM,
     Run,
     benchmark,
     inference,
     swapped,
+    with_linear,
 )
-from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 
 NAME = "mega"
 WHOLE, STEP = "whole model", "one step after {} labels"
-LINEAR, OWN = "upstream+linear", "fastasr own"
+OWN = "fastasr own"
 HISTORIES = (0, 50, 200)
 VOCABULARY, BATCH, LENGTH = 500, 4, 200
 SIZES = {

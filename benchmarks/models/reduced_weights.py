@@ -12,12 +12,23 @@ import torch
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models import fast_conformer
-from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark, inference, swapped
+from fastasr.benchmarks.models.unit import (
+    BF16,
+    FASTASR,
+    FORWARD,
+    INT8,
+    UPSTREAM,
+    Run,
+    benchmark,
+    inference,
+    reduced,
+    swapped,
+)
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, times
 
 NAME = "reduced_weights"
-TORCH_INT8, BF16, INT8 = "torch int8", "fastasr bf16", "fastasr int8"
+TORCH_INT8 = "torch int8"
 # model, sequences, seconds of audio (100 frames each)
 SHAPES = (("Zipformer-M", 4, 16), ("Zipformer-M", 1, 16), ("Parakeet 110M", 4, 16), ("Parakeet 0.6B", 1, 30))
 LAYERS = {"110M": 6, "0.6B": 4, "tiny": 1}
@@ -38,14 +49,6 @@ def _quantised(model: torch.nn.Module) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is deprecated; it is what users have
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear})
-
-
-def reduced(model: torch.nn.Module, weights: str) -> torch.nn.Module | None:
-    """Returns a swapped copy with weights of fewer bits, or None if no weight can have them."""
-    import fastasr
-
-    model = swapped(model)
-    return model if fastasr.accelerate(model, weights=weights).weights.reduced else None
 
 
 @benchmark(NAME)

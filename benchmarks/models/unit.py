@@ -17,6 +17,8 @@ from fastasr.benchmarks.rows import Row
 from fastasr.testing.speed import Case, Implementation, Unavailable
 
 UPSTREAM, COMPILE, FASTASR = "upstream", "compile", "fastasr"
+LINEAR = "upstream+linear"
+BF16, INT8 = "fastasr bf16", "fastasr int8"
 FORWARD, BOTH = "forward", "forward+backward"
 
 
@@ -176,6 +178,14 @@ def swapped(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def reduced(model: torch.nn.Module, weights: str) -> torch.nn.Module | None:
+    """Returns a swapped copy with weights of fewer bits, or None if no weight can have them."""
+    import fastasr
+
+    model = swapped(model)
+    return model if fastasr.accelerate(model, weights=weights).weights.reduced else None
+
+
 def inference(call: Callable, *arguments) -> Callable[[], object]:
     """Returns a call without gradients."""
 
@@ -194,6 +204,30 @@ def weighted_step(model: torch.nn.Module, weight: torch.Tensor, *inputs: torch.T
         (model(*inputs)[0] * weight).sum().backward()
 
     return run
+
+
+def with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Runs ``call`` with fastasr's product in place of ``F.linear``, and with nothing else of fastasr."""
+    from fastasr import ops
+
+    functional = torch.nn.functional
+    original = functional.linear
+
+    def linear(x, weight, bias=None):
+        functional.linear = original  # ops.linear may choose it
+        try:
+            return ops.linear(x, weight, bias)
+        finally:
+            functional.linear = linear
+
+    def replaced():
+        functional.linear = linear
+        try:
+            return call()
+        finally:
+            functional.linear = original
+
+    return replaced
 
 
 def sized(name: str, shape: str, make: Callable[[], torch.nn.Module], *inputs: torch.Tensor) -> Case:

@@ -22,7 +22,17 @@ from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Report
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave
 from fastasr.benchmarks.models import unit
-from fastasr.benchmarks.models.unit import COMPILE, FASTASR, FORWARD, UPSTREAM, Run, benchmark, timed_row
+from fastasr.benchmarks.models.unit import (
+    COMPILE,
+    FASTASR,
+    FORWARD,
+    LINEAR,
+    UPSTREAM,
+    Run,
+    benchmark,
+    timed_row,
+    with_linear,
+)
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.time_limit import Expired, time_limit
 from fastasr.testing.speed import Case
@@ -30,7 +40,6 @@ from fastasr.testing.speed import Case
 NAME = "zipformer"
 WHOLE, STACKS, AUTOCAST = "whole model", "stacks", "whole model, autocast(bfloat16)"
 FIRST, SECOND, SWAP = "first call", "second call", "accelerate()"
-LINEAR = "upstream+linear"
 BATCH, FRAMES = 4, 1600
 FIRST_CALL_TIMEOUT = 300  # seconds for one fresh process
 COMPILE_LIMIT = 900  # seconds for the calls of upstream's model that compile
@@ -76,30 +85,6 @@ def _autocast(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
             return call()
 
     return forward
-
-
-def with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Runs ``call`` with fastasr's product in place of ``F.linear``, and with nothing else of fastasr."""
-    from fastasr import ops
-
-    functional = torch.nn.functional
-    original = functional.linear
-
-    def linear(x, weight, bias=None):
-        functional.linear = original  # ops.linear may choose it
-        try:
-            return ops.linear(x, weight, bias)
-        finally:
-            functional.linear = linear
-
-    def replaced():
-        functional.linear = linear
-        try:
-            return call()
-        finally:
-            functional.linear = original
-
-    return replaced
 
 
 def _flops(size: str, inputs: tuple) -> int:

@@ -42,9 +42,9 @@ def _call(table, sample, dtype=torch.float32, device="cuda"):
     arguments = sample.arguments(Make(dtype))
     tensors = floating(arguments)
 
+    rest = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+
     def function(*values):
-        where = values[0].device
-        rest = {name: v.to(where) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
         return flat(table.function(**rest | dict(zip(tensors, values, strict=True))))
 
     return function, tuple(t.to(device) for t in tensors.values())

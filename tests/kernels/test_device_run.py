@@ -41,6 +41,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
     [
         (("--stages", "AD"), "--stages: expected letters of ABC, got 'AD'"),
         (("--only", "x"), "--only: no unit is about x"),
+        (("--kinds", "x", "check"), "--kinds: no unit is about x"),
     ],
 )
 def test_wrong_options(arguments, said, tmp_path, capsys):

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from fastasr.models.common import packed
+from fastasr.models.common import packed, ragged
 
 
-@pytest.fixture(params=["one call", "copies"])
+@pytest.fixture(params=["one call", "copies", "copies as on a GPU", "groups as on a GPU"])
 def one_call_or_copies(request, monkeypatch):
     """Runs a test of packed frames with the native kernels that know the lengths, and with copies for other kernels."""
-    if request.param == "copies":
+    if request.param != "one call":
         monkeypatch.setattr(packed, "is_native", lambda *tensors: False)
+    if request.param.endswith("GPU"):
+        monkeypatch.setattr(ragged.Packing, "on_gpu", True)
+    if request.param.startswith("groups"):
+        monkeypatch.setattr(ragged, "LACKING_ON_GPU", 8)

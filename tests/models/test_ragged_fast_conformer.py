@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import close, moved, numbers, same_gradients, seeded, step
+from steps import as_near, close, moved, numbers, same_gradients, seeded, step
 from tiny_parakeet import SIZES, STILL
 
 import fastasr
@@ -193,6 +193,35 @@ def test_float32(kind):
         found, expected = run(x, mask), model(x, mask).last_hidden_state
     for i, n in enumerate(LENGTHS["mixed"]):
         close(found[i, : out_frames(n)], expected[i, : out_frames(n)])
+
+
+@pytest.mark.gpu
+@both
+def test_on_a_gpu(kind, monkeypatch):
+    """The errors of values and gradients in float32 are those of the CPU; autocast runs."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = upstream()
+
+    def results(device, dtype):
+        ours, run = without_padding(copy.deepcopy(model).to(device, dtype), kind)
+        ours.to(device)
+        x, mask = (t.to(device) for t in batch(LENGTHS["mixed"], torch.float32))
+        x = x.to(dtype).requires_grad_()
+        y = run(x, mask)
+        found = {"y": y.detach()} | gradients(ours, y.sin().sum(), x)
+        return {name: value.cpu() for name, value in found.items()}
+
+    found, expected, exact = (
+        results(*kind) for kind in (("cuda", torch.float32), ("cpu", torch.float32), ("cpu", torch.float64))
+    )
+    for name in ("y", "features"):
+        as_near(found[name], expected[name], exact[name], 2.0)
+    largest = max(g.abs().max() for g in exact.values())
+    for name, value in exact.items():
+        assert (found[name] - value).abs().max() < 1e-5 * largest, name
+    with torch.autocast("cuda", torch.bfloat16):
+        half = results("cuda", torch.float32)
+    assert (half["y"] - exact["y"]).norm() < 0.02 * exact["y"].norm()
 
 
 @both

@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from steps import close, moved, numbers, same_gradients, seeded
+from steps import as_near, close, moved, numbers, same_gradients, seeded
 
 from fastasr.models.common.ragged import Packing
-from fastasr.models.zipformer import Zipformer, checkpoint
+from fastasr.models.zipformer import Zipformer, checkpoint, ragged
 from fastasr.models.zipformer.whitening import whitening_gradient
 
 SIZES = {
@@ -27,6 +27,7 @@ SIZES = {
 }
 LENGTHS = {
     "mixed": [75, 50, 9, 1, 150, 33],
+    "longer than a chunk": [75, 50, 9, 33],
     "with an empty mask": [40, 0, 90],
     "one recording": [37],
     "one frame": [1, 1, 20],
@@ -193,6 +194,36 @@ def test_autocast():
     assert (found - exact).norm() <= 1.2 * (theirs - exact).norm()
 
 
+@pytest.mark.gpu
+@causal_or_not
+def test_on_a_gpu(causal, monkeypatch):
+    """The errors of values and gradients in float32 are those of the CPU; autocast runs."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(ragged, "LEAST_ON_GPU", 0)
+    model = without_padding(without_regularisers(encoder(causal)))
+    x, x_lens, mask = batch(LENGTHS["mixed"], torch.float32)
+
+    def results(device, dtype):
+        ours = copy.deepcopy(model).to(device, dtype)
+        frames = x.to(device, dtype).requires_grad_()
+        y = ours(frames, x_lens.to(device), mask.to(device))[0]
+        assert not y.detach().transpose(0, 1)[mask[:, ::2].to(device)].any()
+        found = {"y": y.detach()} | gradients(ours, y.sin().sum(), frames)
+        return {name: value.cpu() for name, value in found.items()}
+
+    found, expected, exact = (
+        results(*kind) for kind in (("cuda", torch.float32), ("cpu", torch.float32), ("cpu", torch.float64))
+    )
+    for name in ("y", "frames"):
+        as_near(found[name], expected[name], exact[name], 2.0)
+    largest = max(g.abs().max() for g in exact.values())
+    for name, value in exact.items():
+        assert (found[name] - value).abs().max() < 1e-5 * largest, name
+    with torch.autocast("cuda", torch.bfloat16):
+        half = results("cuda", torch.float32)
+    assert (half["y"] - exact["y"]).norm() < 0.02 * exact["y"].norm()
+
+
 def test_long_recordings_without_weights_in_memory(monkeypatch):
     import sys
 
@@ -207,6 +238,18 @@ def test_long_recordings_without_weights_in_memory(monkeypatch):
     monkeypatch.setattr(attention, "SCORE_LIMIT", 0.1)
     for seed in range(3):  # some skip positions
         test_a_training_step_as_without_padding([40, 40, 40], False, seed)
+
+
+def test_a_gpu_computes_padding_where_that_takes_less_time(monkeypatch):
+    monkeypatch.setattr("fastasr.models.common.ragged.on_gpu", lambda device: True)
+    ours = without_padding(encoder())
+    x, x_lens, mask = batch(LENGTHS["mixed"], torch.float32)
+    with torch.no_grad(), pytest.warns(UserWarning, match="on a GPU that takes less time"):
+        assert ours(x, x_lens, mask)[0][-1].any()
+    with pytest.warns(UserWarning, match="on a GPU that takes less time"):
+        assert ours(x, x_lens, mask)[0][-1].any()
+    monkeypatch.setattr(ragged, "LEAST_ON_GPU", 100)
+    assert not ours(x, x_lens, mask)[0][-1].any()
 
 
 @pytest.mark.parametrize(

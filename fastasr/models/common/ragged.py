@@ -4,7 +4,8 @@
 Products, norms and activations run on these rows as on any others. Attention and convolutions over time are one native
 call each, see ``packed``. Where that does not serve, attention runs per recording, on views; short recordings of
 similar length share a call. A convolution then runs once over all rows, with frames of zeros between the recordings.
-Copies are concatenations of views or moves of rows, so that a backward pass takes time linear in the rows.
+Copies are moves of rows, so that a backward pass takes time linear in the rows, and a GPU gets as many calls for many
+recordings as for few: there few groups share calls of attention, whatever the recordings' number.
 """
 
 import functools
@@ -12,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
-# than the padding. On a GPU, which has work for many recordings at once, all do that lack an eighth.
+# than the padding. On a GPU, which has work for many recordings at once, those do that lack half of the frames or fewer
+# than so many.
 SHORT, LACKING = 64, 8
+LACKING_ON_GPU = 256
 
 # Hooks that serve packed frames too: those of FSDP, and those of transformers' outputs, which record only if asked for.
 _HARMLESS = "torch.distributed.", "transformers.utils.output_capturing"
@@ -40,13 +43,21 @@ def padded():
         _all_padded = before
 
 
-def lengths(encoder, valid: Tensor, obstacle: Callable[[], str | None]) -> list[int] | None:
+def on_gpu(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def lengths(
+    encoder, valid: Tensor, obstacle: Callable[[], str | None], least_on_gpu: int = 0
+) -> list[int] | None:
     """Returns the frames of each recording, or None where the batch has no padding to leave out or the padding must
     stay, of which this function warns.
 
     ``valid`` (B, T) is True at the frames that exist; on a GPU this function waits for it. ``obstacle()`` returns why
     the encoder cannot leave padding out now, or None. Inside ``padded``, and under torch.compile and tracing, which
-    would take the lengths for constants, batches stay padded.
+    would take the lengths for constants, batches stay padded. A GPU computes the padding sooner than its host makes the
+    calls without it: there inference stays padded, and so do training batches with less than ``least_on_gpu`` frames of
+    padding.
     """
     if _all_padded or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
@@ -56,6 +67,9 @@ def lengths(encoder, valid: Tensor, obstacle: Callable[[], str | None]) -> list[
         return None
     if torch.equal(valid, torch.arange(valid.shape[1], device=valid.device) < counts[:, None]):
         reason = hook(encoder) or obstacle()
+        few = not torch.is_grad_enabled() or valid.numel() - sum(found) < least_on_gpu
+        if reason is None and few and on_gpu(valid.device):
+            reason = "on a GPU that takes less time"
     else:
         reason = "its mask is not one of lengths"
     if reason is None:
@@ -104,21 +118,37 @@ _local = threading.local()
 class Packing:
     """The places of a batch's recordings in rows (N, ...), N the sum of ``lengths``; those may be 0.
 
-    ``pads`` is False where a function of one recording depends on its length: then only equal lengths share a call.
+    ``pads`` is False where a convolution of one recording depends on its length: then only equal lengths share a call.
     """
 
     def __init__(self, lengths: list[int], device: torch.device, pads: bool = True):
-        self.lengths, self.device, self.pads, self._rates = list(lengths), device, pads, {}
+        self.lengths, self.device, self.pads = list(lengths), device, pads
+        self._rates, self._found = {}, {}
+
+    @property
+    def on_gpu(self) -> bool:
+        return on_gpu(self.device)
+
+    def _lacking(self, longest: int) -> int:
+        if self.on_gpu:
+            return max(longest // 2, LACKING_ON_GPU)
+        return LACKING if longest <= SHORT else -1
 
     @functools.cached_property
     def groups(self) -> list[Group]:
-        """Returns the recordings that share a call; those of no frames are in none."""
+        """Returns the recordings that share a call of attention; those of no frames are in none."""
+        return self._groups(self._lacking)
+
+    @functools.cached_property
+    def equal(self) -> list[Group]:
+        """Returns those recordings of equal length that share a call."""
+        return self._groups(lambda longest: min(self._lacking(longest), 0))
+
+    def _groups(self, lacking: Callable[[int], int]) -> list[Group]:
         groups, longest = [], 0
         for i in sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i]):
             length = self.lengths[i]
-            on_gpu = self.device.type != "cpu"
-            lacking = longest // 8 if on_gpu else LACKING if longest <= SHORT else -1
-            if groups and longest - length <= (lacking if self.pads else min(lacking, 0)) and length:
+            if groups and length and longest - length <= lacking(longest):
                 groups[-1].append(i)
             elif length:
                 groups.append([i])
@@ -132,22 +162,45 @@ class Packing:
         frame = torch.arange(lengths[0], device=self.device)
         return Group(members, lengths[0], frame >= torch.tensor(lengths, device=self.device)[:, None])
 
-    def by_group(self, function, *rows: Tensor) -> Tensor:
+    def over_time(self, function, rows: Tensor) -> Tensor:
+        """Calls ``function(x (T, G, ...), hidden (G, T) or None) -> (T, G, ...)`` for each group of recordings, of rows
+        (N, 1, ...), and returns the rows of all."""
+        return self.by_group(
+            lambda x, hidden: function(x.transpose(0, 1), hidden).transpose(0, 1),
+            rows[:, 0],
+            groups=self.groups if self.pads else self.equal,
+        ).unsqueeze(1)
+
+    def by_group(self, function, *rows: Tensor, groups: list[Group] | None = None) -> Tensor:
         """Calls ``function(*tensors (G, T, ...), hidden (G, T) or None) -> (G, T, ...)`` for each group of recordings
         and returns the rows of all."""
-        calls = zip(*(self.stacked(t) for t in rows), (group.hidden for group in self.groups), strict=True)
-        return self.unstacked(function(*arguments) for arguments in calls)
+        groups = self.groups if groups is None else groups
+        calls = zip(*(self.stacked(t, groups) for t in rows), (group.hidden for group in groups), strict=True)
+        return self.unstacked((function(*arguments) for arguments in calls), groups)
 
-    def stacked(self, rows: Tensor):
+    def stacked(self, rows: Tensor, groups: list[Group] | None = None):
         """Yields (G, T, ...) for each group."""
+        groups = self.groups if groups is None else groups
+        if self.on_gpu:
+            places, sizes = self._places_in_groups(groups)
+            placed = _Placed.apply(rows, places, sum(sizes))
+            parts = placed.split(sizes) if len(sizes) > 1 else [placed]
+            for group, part in zip(groups, parts, strict=True):
+                yield part.unflatten(0, (len(group.members), group.longest))
+            return
         pieces = rows.split(self.lengths)
-        for group in self.groups:
+        for group in groups:
             yield _stacked([pieces[i] for i in group.members], group.longest)
 
-    def unstacked(self, tensors) -> Tensor:
+    def unstacked(self, tensors, groups: list[Group] | None = None) -> Tensor:
         """Returns the rows of tensors (G, T, ...), one for each group."""
+        groups = self.groups if groups is None else groups
+        if self.on_gpu:
+            parts = [y.flatten(0, 1) for y in tensors]
+            rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+            return _Taken.apply(rows, self._places_in_groups(groups)[0])
         lengths, done = self.lengths, [None] * len(self.lengths)
-        for group, y in zip(self.groups, tensors, strict=True):
+        for group, y in zip(groups, tensors, strict=True):
             ones = (y.squeeze(0),) if len(group.members) == 1 else y.unbind(0)
             for i, one in zip(group.members, ones, strict=True):
                 done[i] = (
@@ -155,19 +208,37 @@ class Packing:
                 )  # a backward pass copies for a slice
         return torch.cat([one for one in done if one is not None])
 
-    def over_time(self, function, rows: Tensor) -> Tensor:
-        """Does as ``by_group`` for rows (N, 1, ...) and a function that has time first: (T, G, ...) -> (T, G, ...)."""
-        y = self.by_group(lambda x, hidden: function(x.transpose(0, 1), hidden).transpose(0, 1), rows[:, 0])
-        return y.unsqueeze(1)
+    def _places_in_groups(self, groups) -> tuple[Tensor, list[int]]:
+        """Returns the places of the rows among those of all groups, and how many rows each group has."""
+        begins, sizes = [0] * len(self.lengths), []
+        for group in groups:
+            first = sum(sizes)
+            for place, i in enumerate(group.members):
+                begins[i] = first + place * group.longest
+            sizes.append(len(group.members) * group.longest)
+        return self._places(tuple(begins)), sizes
+
+    def _places(self, begins: tuple[int, ...]) -> Tensor:
+        """Returns the places (N,) of the rows where the recordings begin at ``begins``."""
+        if begins not in self._found:
+            sizes = torch.tensor(self.lengths)  # on the CPU, where nothing waits for a GPU
+            before = (torch.tensor(begins) - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
+            self._found[begins] = (torch.arange(len(before)) + before).to(self.device)
+        return self._found[begins]
 
     def spread(self, rows: Tensor, slots: list[int]) -> Tensor:
         """Returns rows (N, ...) with zeros behind each recording, so that it takes its number of ``slots``."""
-        return with_zeros(rows.split(self.lengths), slots)
+        return _Placed.apply(rows, self._places(_begins(slots)), sum(slots))
 
     def gathered(self, rows: Tensor, slots: list[int]) -> Tensor:
         """Undoes ``spread``."""
-        sizes = [size for n, slot in zip(self.lengths, slots, strict=True) for size in (n, slot - n)]
-        return torch.cat(rows.split(sizes)[::2])
+        return _Taken.apply(rows, self._places(_begins(slots)))
+
+    def of_batch(self, batch: Tensor) -> Tensor:
+        """Returns the rows (N, ...) of a batch (T, B, ...)."""
+        sizes = torch.tensor(self.lengths)
+        frame = torch.arange(sum(self.lengths)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        return _Taken.apply(batch.flatten(0, 1), frame.to(self.device) * len(sizes) + self.recording)
 
     @functools.cached_property
     def sizes(self) -> Tensor:
@@ -236,16 +307,58 @@ class Rate:
         return _Upsampled.apply(rows, self)
 
 
+class _Placed(torch.autograd.Function):
+    """Returns so many rows: those given at their ``places``, zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx, rows, places, count):
+        ctx.places = places
+        return _placed(rows, places, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.places), None, None
+
+
+class _Taken(torch.autograd.Function):
+    """Returns the rows at ``places``, each of which is named once."""
+
+    @staticmethod
+    def forward(ctx, rows, places):
+        ctx.places, ctx.count = places, len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _placed(grad, ctx.places, ctx.count), None
+
+
+def _placed(rows, places, count):
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
+
+
+def _begins(slots):
+    return tuple(accumulate(slots, initial=0))[:-1]
+
+
 class _Repeated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, packing):
-        ctx.lengths = packing.lengths
+        ctx.packing = packing
         return values.index_select(0, packing.recording)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return torch.stack([one.sum(0) for one in grad.split(ctx.lengths)]), None
+        packing = ctx.packing
+        if not packing.on_gpu:
+            return torch.stack([one.sum(0) for one in grad.split(packing.lengths)]), None
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return torch.segment_reduce(wide, "sum", lengths=packing.sizes, axis=0, unsafe=True).to(
+            grad.dtype
+        ), None
 
 
 class _Grouped(torch.autograd.Function):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fastasr import ops
 from fastasr.models.common import plumbing
 from fastasr.models.common.inference import has_known_forward
-from fastasr.models.common.ragged import with_zeros
+from fastasr.models.common.ragged import Packing, with_zeros
 
 STRIP_BYTES = 32 << 20  # of the second convolution's output: strips of 8 MB to 128 MB cost the same
 
@@ -78,7 +78,7 @@ def in_a_row(module, recordings):
     spans = Spans(begins, begins + torch.tensor(lengths, device=begins.device))
     x = with_zeros(recordings, [factor * slot for slot in slots]).unsqueeze(0)
     y = plumbing.linear(module.linear, convolved(layers, x, spans))[0]
-    return torch.cat([one[:n] for one, n in zip(y.split(slots), subsampled(layers, lengths), strict=True)])
+    return Packing(subsampled(layers, lengths), y.device).gathered(y, slots)
 
 
 def convolved(layers, x, lengths, left=1):

@@ -278,7 +278,8 @@ def _is_long(layer, src):
         return False
     frames, batch, _ = src.shape
     packing = current()
-    weights = batch * frames * frames if packing is None else sum(n * n for n in packing.lengths)
+    groups = [(batch, frames)] if packing is None else [(len(g.members), g.longest) for g in packing.groups]
+    weights = sum(count * longest * longest for count, longest in groups)
     size = attention.num_heads * weights * src.element_size()
     if size <= min(MOST_WEIGHT_BYTES, MOST_WEIGHT_BYTES_WITH_GRADIENTS):
         return False

@@ -23,6 +23,9 @@ from fastasr.models.zipformer.resampling import convert_num_channels
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.stack import check_chunks
 
+# Frames of padding, 20 ms each: with fewer the host takes more time for a training step than a GPU for the padding.
+LEAST_ON_GPU = 150_000
+
 _OURS = {
     "self_attn_weights": RelPositionMultiheadAttentionWeights,
     "self_attn1": SelfAttention,
@@ -71,16 +74,18 @@ def lengths(encoder, x, mask) -> list[int] | None:
     None."""
     if mask is None or mask.shape != (x.shape[1], x.shape[0]):
         return None
-    return ragged.lengths(encoder, ~mask.to(torch.bool), lambda: obstacle(encoder))
+    return ragged.lengths(encoder, ~mask.to(torch.bool), lambda: obstacle(encoder), LEAST_ON_GPU)
 
 
 def encoded(encoder, x, lengths):
     """x (time, batch, channels) -> ((time + 1) // 2, batch, channels), 0 behind each recording's end."""
-    packing = Packing(lengths, x.device, pads=not encoder.causal)  # chunks end with the recording
     feature_masks = encoder.get_feature_masks(x)
     chunk_size, left_context_chunks = encoder.get_chunk_info()
     check_chunks(encoder, chunk_size, left_context_chunks)
-    src = torch.cat([one[:length] for one, length in zip(x.unbind(1), lengths, strict=True)]).unsqueeze(1)
+    # a chunk as long as the recording, or longer, ends with it
+    pads = not encoder.causal or 0 < chunk_size < min(filter(None, lengths))
+    packing = Packing(lengths, x.device, pads)
+    src = packing.of_batch(x).unsqueeze(1)
     outputs = []
     for stack, width, feature_mask in zip(encoder.encoders, encoder.encoder_dim, feature_masks, strict=True):
         src = convert_num_channels(src, width)
