@@ -109,6 +109,23 @@ def same_gradients(found, expected):
         assert (found[name] - value).abs().max() < 1e-10 * largest, name
 
 
+def as_on_cpu(results, *names):
+    """Asserts that a GPU computes as the CPU does: in float32 the errors of ``names`` are near the CPU's, and all
+    tensors near float64's, relative to the largest; with autocast "y" is near it too. ``results(device, dtype)``
+    returns "y" and the gradients by name.
+    """
+    kinds = ("cuda", torch.float32), ("cpu", torch.float32), ("cpu", torch.float64)
+    found, expected, exact = (results(*kind) for kind in kinds)
+    for name in names:
+        as_near(found[name], expected[name], exact[name], 2.0)
+    largest = max(g.abs().max() for g in exact.values())
+    for name, value in exact.items():
+        assert (found[name] - value).abs().max() < 1e-5 * largest, name
+    with torch.autocast("cuda", torch.bfloat16):
+        half = results("cuda", torch.float32)
+    assert (half["y"] - exact["y"]).norm() < 0.02 * exact["y"].norm()
+
+
 def same_tree(ours, theirs):
     """Asserts that modules, parameters and states have the same names, order, classes' names and values."""
 

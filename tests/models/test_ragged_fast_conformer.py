@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import as_near, close, moved, numbers, same_gradients, seeded, step
+from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded, step
 from tiny_parakeet import SIZES, STILL
 
 import fastasr
@@ -211,17 +211,7 @@ def test_on_a_gpu(kind, monkeypatch):
         found = {"y": y.detach()} | gradients(ours, y.sin().sum(), x)
         return {name: value.cpu() for name, value in found.items()}
 
-    found, expected, exact = (
-        results(*kind) for kind in (("cuda", torch.float32), ("cpu", torch.float32), ("cpu", torch.float64))
-    )
-    for name in ("y", "features"):
-        as_near(found[name], expected[name], exact[name], 2.0)
-    largest = max(g.abs().max() for g in exact.values())
-    for name, value in exact.items():
-        assert (found[name] - value).abs().max() < 1e-5 * largest, name
-    with torch.autocast("cuda", torch.bfloat16):
-        half = results("cuda", torch.float32)
-    assert (half["y"] - exact["y"]).norm() < 0.02 * exact["y"].norm()
+    as_on_cpu(results, "y", "features")
 
 
 @both

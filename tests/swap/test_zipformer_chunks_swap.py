@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from largest import Largest
 from steps import close, draws, moved, numbers, seeded
 from tiny_zipformer import TINY, plain_swoosh, set_batch_count
-from torch.utils._python_dispatch import TorchDispatchMode
 from upstream_precision import computing_in
 from zipformer.modules import zipformer
 
@@ -40,16 +40,6 @@ def upstream(**options):
 
 def source(dtype=torch.float32):
     return torch.randn(FRAMES, len(LENGTHS), 32, generator=numbers(1)).to(dtype)
-
-
-class Largest(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.elements = max(self.elements, out.numel())
-        return out
 
 
 def makes_a_mask(encoder, *arguments):
