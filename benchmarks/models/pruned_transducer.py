@@ -2,9 +2,9 @@
 """The loss of a pruned transducer after the encoder: smoothed loss, windows, joiner, pruned loss; forward and backward.
 
 "upstream" is the recipes' code: fast_rnnt's functions (its C++ compiled here) around a joiner in eager PyTorch. Cases
-"joiner and loss" are the last two steps alone, over the rows B T R and the outputs V, for their peak memory; there
-fastasr computes logits again instead of keeping them. ``python -m fastasr.benchmarks.studies.transducer_memory`` draws
-it.
+"joiner and loss" are the last two steps alone, over the rows B T R and the outputs V, with their peak memory, which
+``python -m fastasr.benchmarks.studies.transducer_memory`` draws. fastasr keeps logits up to a size, unless the caller
+decides; "logits again" computes these again too.
 """
 
 import os
@@ -21,6 +21,7 @@ from fastasr.benchmarks.case import BOTH, Report
 from fastasr.benchmarks.harness import Variant
 from fastasr.benchmarks.models.unit import COMPILE, FASTASR, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.rows import Row
+from fastasr.ops.rnnt_joiner import KEPT_BYTES
 
 NAME = "pruned_transducer"
 AGAIN = "fastasr, logits again"
@@ -35,6 +36,7 @@ PARTS = tuple(
 CASES = (*WHOLES, *PARTS)
 TINY = ((WHOLE, 2, 12, 4, 3, 16, 20), (PART, 2, 12, 4, 3, 16, 20))
 QUICK = {"cases": TINY}
+LONG = 2e11  # operations of a joiner and loss that are timed once
 
 
 def shape_name(batch, frames, symbols, s_range, channels, outputs) -> str:
@@ -114,6 +116,11 @@ def cost(case: str, batch, frames, symbols, s_range, channels, outputs) -> tuple
     return 3 * 4 * operands + 16 * rows, flops
 
 
+def keeps_logits(batch, frames, symbols, s_range, channels, outputs) -> bool:
+    """Says whether fastasr keeps the logits of this size where the caller does not decide."""
+    return 4 * batch * frames * s_range * (channels + outputs) <= KEPT_BYTES
+
+
 def _eager_bytes(batch, frames, symbols, s_range, channels, outputs) -> int:
     """Estimates the bytes that the eager joiner and loss hold at the peak of their backward."""
     return batch * frames * s_range * (20 * outputs + 4 * channels)
@@ -128,19 +135,19 @@ def _calls(
 ) -> dict[str, Callable[[], Tensor]]:
     package, whole = upstream.module("fast_rnnt"), case == WHOLE
     theirs = partial(problem.upstream, package, whole)
-    if not whole:
-        calls = {FASTASR: partial(problem.fused, False, False)}
-        if _eager_bytes(*sizes) < 0.6 * _memory_bytes():
-            calls = {UPSTREAM: theirs, **calls}
-        else:
-            where = f"{NAME}: {case}, {shape_name(*sizes)}"
-            report(f"{where}: {UPSTREAM} not measured: it needs more memory than is free")
-        return calls
-    calls = {UPSTREAM: theirs}
-    if compile_:
+    calls = {}
+    if whole or _eager_bytes(*sizes) < 0.6 * _memory_bytes():
+        calls[UPSTREAM] = theirs
+    else:
+        where = f"{NAME}: {case}, {shape_name(*sizes)}"
+        report(f"{where}: {UPSTREAM} not measured: it needs more memory than is free")
+    if whole and compile_:
         torch._dynamo.reset()
         calls[COMPILE] = torch.compile(theirs, dynamic=False)
-    return {**calls, FASTASR: partial(problem.fused, None, True), AGAIN: partial(problem.fused, False, True)}
+    calls[FASTASR] = partial(problem.fused, None, whole)
+    if keeps_logits(*sizes):
+        calls[AGAIN] = partial(problem.fused, False, whole)
+    return calls
 
 
 @benchmark(NAME)
@@ -157,14 +164,14 @@ def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
             name: Variant(lambda call=call, leaves=leaves: torch.autograd.grad(call(), leaves))
             for name, call in _calls(problem, case, sizes, run.settings.compile, run.report).items()
         }
-        whole = case == WHOLE
         moved, flops = cost(case, *sizes)
+        once = case == PART and flops > LONG
         yield run.rows(
             variants,
             flops,
-            reps=(run.reps or run.settings.reps) if whole else 1,
-            warmup=run.settings.warmup if whole else 1,
-            sample_seconds=None if whole else 0.0,
+            reps=1 if once else run.reps or run.settings.reps,
+            warmup=1 if once else run.settings.warmup,
+            sample_seconds=0.0 if once else None,
             memory=case == PART,
             case=case,
             shape=shape,

@@ -78,19 +78,22 @@ def memory_rows(rows: Sequence[Row], kind: Kind = PRUNED) -> list[Row]:
 def figure(rows: Sequence[Row], kind: Kind = PRUNED):
     """Draws one panel per number of outputs: MiB over rows, both logarithmic."""
     plt = pyplot()
+    lines = {UPSTREAM: (kind.upstream, "o-"), FASTASR: ("fastasr", "o-")}
+    lines[pruned_transducer.AGAIN] = "fastasr, keep_logits=False", "o:"
     classes = sorted({outputs(row) for row in rows})
     picture, axes = plt.subplots(
         1, len(classes), figsize=(3.6 * len(classes), 3.4), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, v in zip(axes.flat, classes, strict=True):
-        for name, label in ((UPSTREAM, kind.upstream), (FASTASR, "fastasr")):
+        for name, (label, line) in lines.items():
             points = [
                 (joined(r), r.peak_bytes / 2**20)
                 for r in rows
                 if outputs(r) == v and r.implementation == name
             ]
             if points:
-                panel.plot(*zip(*points, strict=True), "o-", ms=3, color=COLOURS[name], label=label)
+                colour = COLOURS.get(name, COLOURS[FASTASR])
+                panel.plot(*zip(*points, strict=True), line, ms=3, color=colour, label=label)
         panel.set_title(f"V = {v}", fontsize=9, loc="left")
         panel.set_xlabel(kind.rows, fontsize=8)
         panel.set_xscale("log")
