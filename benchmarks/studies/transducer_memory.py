@@ -78,8 +78,11 @@ def memory_rows(rows: Sequence[Row], kind: Kind = PRUNED) -> list[Row]:
 def figure(rows: Sequence[Row], kind: Kind = PRUNED):
     """Draws one panel per number of outputs: MiB over rows, both logarithmic."""
     plt = pyplot()
-    lines = {UPSTREAM: (kind.upstream, "o-"), FASTASR: ("fastasr", "o-")}
-    lines[pruned_transducer.AGAIN] = "fastasr, keep_logits=False", "o:"
+    lines = {
+        UPSTREAM: (kind.upstream, "o-"),
+        FASTASR: ("fastasr", "o-"),
+        pruned_transducer.AGAIN: ("fastasr, keep_logits=False", "o:"),
+    }
     classes = sorted({outputs(row) for row in rows})
     picture, axes = plt.subplots(
         1, len(classes), figsize=(3.6 * len(classes), 3.4), sharey=True, squeeze=False, layout="constrained"
