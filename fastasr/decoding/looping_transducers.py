@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from fastasr.decoding.label_looping import LabelLooping, Weights, join, predict
-from fastasr.models.common.inference import any_hooked, has_known_forward, is_unmodified
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.plain import any_watched, has_known_forward, is_plain
 
 _AGREEMENT = 1e-4  # of logits with those of the model's own modules, relative to the largest
 _ACTIVATIONS = {torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh"}
@@ -63,7 +63,7 @@ class LoopingTransducer:
     @_unrounded_products()
     def checked_weights(self):
         """Returns the weights, having compared what they compute with what the modules compute."""
-        if any(any_hooked(part.modules()) or not has_known_forward(part) for part in self.parts()):
+        if any(any_watched(part.modules()) or not has_known_forward(part) for part in self.parts()):
             raise Unserved("a submodule has hooks or another forward")
         try:
             w = self.weights()
@@ -249,7 +249,7 @@ class _Kept:
             self._reason is None
             and all(ref() is part for ref, part in zip(self._parts, parts, strict=True))
             and not any(part.training for part in parts)
-            and not any_hooked(parts)
+            and not any_watched(parts)
             and all(map(has_known_forward, parts))
             and self._watched == [state.watched() for state in self._states]
             and all(state.unchanged() for state in self._states)
@@ -270,7 +270,7 @@ def forget(transducer):
 
 
 def _plain(module, *kinds):
-    if not is_unmodified(module, kinds):
+    if not is_plain(module, *kinds):
         raise Unserved(f"a submodule is a {type(module).__name__}, expected a plain {kinds[0].__name__}")
     return module
 
@@ -295,7 +295,7 @@ def _convolution(module):
 
 
 def _activation(module):
-    if type(module) not in _ACTIVATIONS:
+    if not is_plain(module, *_ACTIVATIONS):
         raise Unserved(f"the joint network's activation is {type(module).__name__}, expected ReLU or Tanh")
     return _ACTIVATIONS[type(module)]
 

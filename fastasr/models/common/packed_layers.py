@@ -13,18 +13,24 @@ of the layer's module after it.
 """
 
 import abc
+import functools
+import itertools
+import os
+import sys
 import weakref
 
 import torch
 
-from fastasr.models.common.inference import any_hooked, is_plain_inference
+from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.plain import any_watched, has_known_forward
 from fastasr.ops import _dispatch
 
 # The native call is used if the relative rms difference of its results from those of the operations is below this.
 AGREEMENT = 1e-4
 
 _WATCHED = "a submodule has hooks, or is in training mode"
+_FOREIGN = "a submodule runs code that is neither torch's, fastasr's nor its framework's"
 
 
 def may_serve(layer, x, weight):
@@ -60,8 +66,12 @@ class PackedLayer(abc.ABC):
     def __init__(self, layer, by_operations):
         self._state = ModuleState(layer, methods=self.METHODS)
         self.reason = _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_never(layer)
-        if not self.reason and any_hooked(layer.modules()):
+        if not self.reason and any_watched(layer.modules()):
             self.reason = _WATCHED
+        if not self.reason and any(
+            map(_runs_foreign_code, layer.modules(), itertools.repeat(_folder(type(layer))))
+        ):
+            self.reason = _FOREIGN  # the example would call it
         if not self.reason and not self._state.traceable():
             self.reason = "parameters were made in inference mode, where changes leave no trace"
         if self.reason:
@@ -112,6 +122,20 @@ class PackedLayers:
     def forget(self, layer):
         """Drops the packed weights; the next step packs them again."""
         self._of.pop(layer, None)
+
+
+def _runs_foreign_code(module, folder):
+    """Says whether the module's forward is the user's: on the instance, or of a class from elsewhere."""
+    cls = type(module)
+    known = cls.__module__.partition(".")[0] in ("torch", "fastasr") or _folder(cls) == folder
+    return not known or not has_known_forward(module)
+
+
+@functools.cache
+def _folder(cls):
+    """Returns the folder of the file that defines the class. icefall's files are no package."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return cls.__module__ if file is None else os.path.dirname(file)
 
 
 def _why_no_weights(layer):

@@ -4,7 +4,12 @@
 import torch
 
 from fastasr.models.common import plumbing
+from fastasr.models.common.plain import is_plain_named
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
+
+
+def _is_served(conv):
+    return is_plain_named(conv, ("MaskedConvSequential",), ("nemo",)) and are_plain(conv)
 
 
 def nemo_subsampling(self, x, lengths):
@@ -13,11 +18,7 @@ def nemo_subsampling(self, x, lengths):
     Frames behind a sequence's end are 0 before every convolution, in recordings of any length: upstream splits long
     ones, and does not mask those that it splits by channel.
     """
-    if (
-        self.subsampling_conv_chunking_factor == -1
-        or plumbing.is_watched(self.conv)
-        or not are_plain(self.conv)
-    ):
+    if self.subsampling_conv_chunking_factor == -1 or not _is_served(self.conv):
         return type(self).forward(self, x, lengths)
     lengths = lengths.long()
     valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)

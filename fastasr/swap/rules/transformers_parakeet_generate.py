@@ -11,7 +11,7 @@ import torch
 
 from fastasr.decoding.looping_transducers import Parakeet, Unserved, forget
 from fastasr.decoding.parakeet_generate import steps_of_generate
-from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.plain import any_watched
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
 from fastasr.swap.rules.transformers_parakeet_loss import serves, shared, with_loss
 
@@ -77,7 +77,7 @@ def _looping(model, input_ids, logits_processor, stopping_criteria, generation_c
         and input_ids.shape[1] == 1
         and (durations or model.max_symbols_per_step >= 1)
         and not torch.is_autocast_enabled("cpu")
-        and not any_hooked([model])
+        and not any_watched([model])
         and frames.is_cpu
         and frames.dtype is torch.float32
         and frames.shape[1] > 0

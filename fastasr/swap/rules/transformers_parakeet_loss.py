@@ -5,9 +5,11 @@ import sys
 
 import torch
 
-from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.plain import has_known_forward, is_plain, is_watched
 from fastasr.rnnt import lengths, tdt_joiner_loss
 from fastasr.swap.rule import upstream_class
+
+_ACTIVATIONS = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
 
 
 def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels, **kwargs):
@@ -44,9 +46,11 @@ def serves(model, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwa
         and kwargs.get("return_dict", model.config.return_dict) is not False
         and loss.__name__ in ("ParakeetForRNNTLoss", "ParakeetForTDTLoss")
         and loss.__module__.startswith("transformers.loss.")
-        and model.config.hidden_act in ("relu", "tanh")
-        and type(head) is torch.nn.Linear
-        and not any_hooked([model.joint])
+        and model.config.hidden_act in _ACTIVATIONS
+        and is_plain(model.joint.activation, _ACTIVATIONS[model.config.hidden_act])
+        and is_plain(head, torch.nn.Linear)
+        and not is_watched(model.joint)
+        and has_known_forward(model.joint)
     )
 
 
