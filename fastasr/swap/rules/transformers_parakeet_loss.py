@@ -9,6 +9,8 @@ from fastasr.models.common.inference import any_hooked
 from fastasr.rnnt import lengths, tdt_joiner_loss
 from fastasr.swap.rule import upstream_class
 
+_LOSSES = "ParakeetForRNNTLoss", "ParakeetForTDTLoss"
+
 
 def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels, **kwargs):
     """Returns what upstream's forward returns for labels, with None for ``logits``."""
@@ -33,21 +35,30 @@ def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels,
     return output(loss=loss, **{name: getattr(encoder_outputs, name) for name in kept})
 
 
-def serves(model, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs) -> bool:
-    """Says whether ``with_loss`` gives what upstream's forward gives for these arguments, but for the logits."""
-    if labels is None or labels.dim() != 2 or labels.shape[1] == 0 or decoder_cache is not None:
-        return False
+def why_with_logits(model, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs) -> str:
+    """Returns why ``with_loss`` does not give what upstream's forward gives for these arguments, but for the logits, or
+    "" if it does."""
+    if labels.dim() != 2 or labels.shape[1] == 0:
+        return "labels are not (batch, 1 or more)"
+    if decoder_cache is not None or use_decoder_cache:
+        return "the call uses a decoder cache"
+    if isinstance(encoder_outputs, tuple | list):
+        return "encoder_outputs are a tuple"
+    if kwargs.get("return_dict", model.config.return_dict) is False:
+        return "return_dict is False"
+    return why_with_logits_always(model)
+
+
+def why_with_logits_always(model) -> str:
+    """Returns why no call of this model has its loss by ``with_loss`` now, or ""."""
     head, loss = model.joint.head, model.loss_function
-    return (
-        not use_decoder_cache
-        and not isinstance(encoder_outputs, tuple | list)
-        and kwargs.get("return_dict", model.config.return_dict) is not False
-        and loss.__name__ in ("ParakeetForRNNTLoss", "ParakeetForTDTLoss")
-        and loss.__module__.startswith("transformers.loss.")
-        and model.config.hidden_act in ("relu", "tanh")
-        and type(head) is torch.nn.Linear
-        and not any_hooked([model.joint])
-    )
+    if loss.__name__ not in _LOSSES or not loss.__module__.startswith("transformers.loss."):
+        return f"loss_function is {loss.__module__}.{loss.__name__}"
+    if model.config.hidden_act not in ("relu", "tanh"):
+        return f"hidden_act is {model.config.hidden_act}, expected relu or tanh"
+    if type(head) is not torch.nn.Linear:
+        return f"joint.head is a {type(head).__name__}, expected Linear"
+    return "joint has hooks" if any_hooked([model.joint]) else ""
 
 
 def shared(result):
