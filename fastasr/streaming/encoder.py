@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastasr import _left
 from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
 from fastasr.ops._weight_formats import FORMATS
 from fastasr.streaming.backend import EagerBackend, EncoderPair
@@ -122,9 +123,11 @@ class StreamingEncoder:
         pair = _on_device(EncoderPair(found.encoder, found.encoder_embed), device)
         began = time.perf_counter()
         options = (chunk_size, left_context_frames, weights, max_streams, threads)
-        made, reason = _choose(backend, pair, options, release_weights)
+        made, reason, refusal = _choose(backend, pair, options, release_weights)
         seconds = time.perf_counter() - began
         encoder = cls(made, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq)
+        if refusal is not None:
+            _left.note(encoder, f"native does not serve: {refusal}", "step")
         error = None
         if weights != "fp32":
             error = _rounding_error(made, pair, chunk_size, left_context_frames, bins)
@@ -308,7 +311,8 @@ def _on_device(pair, device):
 
 
 def _choose(wanted, pair, options, release):
-    """Returns (backend, why it was chosen). Raises ValueError if no backend supports the request."""
+    """Returns (backend, why it was chosen, why the native one does not serve or None). Raises ValueError if no backend
+    supports the request."""
     device = next(pair.parameters()).device
     if wanted is None and device.type == "cuda":
         wanted, why = "cuda graph", "the model is on a GPU"
@@ -320,7 +324,7 @@ def _choose(wanted, pair, options, release):
     if wanted in (None, "native"):
         made, refusal = _native(pair, options, device)
         if made is not None:
-            return made, why
+            return made, why, None
         if wanted == "native":
             raise ValueError(f"StreamingEncoder: the native backend cannot serve: {refusal}")
     if release:
@@ -329,8 +333,9 @@ def _choose(wanted, pair, options, release):
     if wanted == "cuda graph":
         if device.type != "cuda":
             raise ValueError(f"StreamingEncoder: CUDA graphs need a model on a GPU, this one is on {device}")
-        return CudaGraphBackend(pair, *options), why
-    return EagerBackend(pair, *options), why if refusal is None else f"native does not serve: {refusal}"
+        return CudaGraphBackend(pair, *options), why, None
+    why = why if refusal is None else f"native does not serve: {refusal}"
+    return EagerBackend(pair, *options), why, refusal
 
 
 def _native(pair, options, device):

@@ -13,12 +13,15 @@ of the layer's module after it.
 """
 
 import abc
+import logging
 import weakref
 
 import torch
 
+from fastasr import _left
 from fastasr.models.common.inference import any_hooked, is_plain_inference
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.ragged import current
 from fastasr.ops import _dispatch
 
 # The native call is used if the relative rms difference of its results from those of the operations is below this.
@@ -44,6 +47,32 @@ def may_call(layer, x, weight):
         and _dispatch.forced_backend() in ("auto", "cpu")
         and not _dispatch.native_reason()
     )
+
+
+def note_declined(layer, x, weight, method):
+    """Notes why ``may_serve`` declined this call, unless no native call is meant for it: in training, on packed frames,
+    on a GPU, and while the call is compiled or traced, other paths are the fast ones."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training or current() is not None:
+        return
+    if not (x.is_cpu and weight.is_cpu and x.ndim == 3 and x.numel()):
+        return
+    forced = _dispatch.forced_backend()
+    if x.dtype != weight.dtype:
+        _left.note(layer, f"the input is {_name(x.dtype)}, the weights are {_name(weight.dtype)}", method)
+    elif torch.is_autocast_enabled("cpu"):
+        _left.note(layer, "autocast is on", method)
+    elif _dispatch.native_reason():
+        _left.note(layer, _dispatch.native_reason(), method)
+    elif forced not in ("auto", "cpu"):
+        _left.note(layer, f"backend {forced!r} is forced", method, logging.INFO)
+    elif not getattr(layer, "packed_streaming", True):
+        _left.note(layer, "packed_streaming is False", method, logging.INFO)
+    else:
+        _left.note(layer, "gradients are on", method, logging.INFO)
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 class PackedLayer(abc.ABC):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forward modules: dropout(W2 dropout(activation(W1 x + b1)) + b2)."""
 
+from fastasr import _left
 from fastasr.models.common import activations, plumbing
 
 
@@ -13,6 +14,7 @@ def nemo_feed_forward(self, x):
 def speechbrain_feed_forward(self, x):
     """SpeechBrain's positionwise feed-forward, without the last dropout. x (B, T, width) -> same shape."""
     if plumbing.is_watched(self.ffn):
+        _left.note(self, "ffn has hooks")
         return type(self).forward(self, x)
     first, activation, dropout, last = self.ffn
     if plumbing.is_idle(dropout):
@@ -31,6 +33,7 @@ def wav2vec2_feed_forward(self, hidden_states):
 def torchaudio_feed_forward(self, input):
     """torchaudio's Conformer, whose LayerNorm comes first. input (..., width) -> same shape."""
     if plumbing.is_watched(self.sequential):
+        _left.note(self, "sequential has hooks")
         return type(self).forward(self, input)
     norm, first, activation, middle, last, dropout = self.sequential
     hidden = plumbing.dropout(middle, activations.activated(first, activation, norm(input)))

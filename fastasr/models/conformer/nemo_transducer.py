@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo's transducer loss: of its fused joint, which never holds the logits here, and of given logits."""
 
+import logging
 import random
 
 from torch import nn
 
+from fastasr import _left
 from fastasr.models.common.attention_dropout import as_upstream
 from fastasr.models.common.inference import any_hooked
 from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
@@ -42,8 +44,13 @@ def nemo_fused_joint(
         )
 
     given = decoder_outputs, encoder_lengths, transcripts, transcript_lengths, self.wer, self.loss
-    draws = as_upstream() and _dropout(self) > 0
-    if draws or any(value is None for value in given) or why_with_logits(self) is not None:
+    if any(value is None for value in given):
+        return upstream(decoder_outputs)  # there is no loss to compute, or upstream says what lacks
+    if as_upstream() and _dropout(self) > 0:
+        _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
+        return upstream(decoder_outputs)
+    if (reason := why_with_logits(self)) is not None:
+        _left.note(self, f"upstream computes the loss from logits: {reason}")
         return upstream(decoder_outputs)
     lm = self.project_prednet(decoder_outputs.mT)
     symbols = min(transcripts.shape[1], lm.shape[1] - 1)

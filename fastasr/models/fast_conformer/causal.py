@@ -12,7 +12,7 @@ chunk by chunk the outputs are those of the whole recording. Attributes are thos
 import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import plumbing
 from fastasr.models.fast_conformer.attention import attended
 from fastasr.models.fast_conformer.convolution import pointwise
@@ -35,6 +35,7 @@ def cached_attention(
     batch, frames = hidden_states.shape[:2]
     keys = (position_embeddings.shape[1] + 1) // 2
     if self.config._attn_implementation != "sdpa" or not is_readable(attention_mask, batch, frames, keys):
+        _left.note(self, f"{self.config._attn_implementation}, or a mask that rel_attention does not take")
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     shape = batch, frames, *self.bias_u.shape
     q = plumbing.linear(self.q_proj, hidden_states).view(shape)
@@ -127,6 +128,7 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
     T), True: the frame sees no key, and its gated frame is 0) or None -> (B, T, width)."""
     conv = self.depthwise_conv
     if plumbing.is_watched(conv):
+        _left.note(self, "depthwise_conv has hooks")
         return type(self).forward(self, hidden_states, all_masked_rows, padding_cache)
     h = pointwise(self.pointwise_conv1, hidden_states)
     taps = conv.weight.shape[-1]
@@ -157,6 +159,7 @@ def causal_subsampling(self, input_features, attention_mask=None, padding_cache=
     products = [layer.pointwise_conv for layer in self.layers]
     watched = any(map(plumbing.is_watched, (*convs, self.act_fn, *self.layers)))
     if watched or not all(map(is_plain_pointwise, products)):
+        _left.note(self, "one of its layers has hooks or is no plain one")
         return type(self).forward(self, input_features, attention_mask, padding_cache)
     lengths = None if attention_mask is None else attention_mask.sum(-1)
     if padding_cache is None:
