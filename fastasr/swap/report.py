@@ -124,7 +124,11 @@ class SwapReport:
 
     def table(self, every=False):
         """Returns the report as text: one line per module or, with ``every=False``, per group of equal rows."""
-        text = text_table(*self._lines(every))
+        columns, lines = self._lines(every)
+        try:
+            text = _rich_table(columns, lines)
+        except ImportError:
+            text = _plain_table(columns, lines)
         weights = self.weights.every() if every and self.weights is not None else []
         return "\n".join([text, *weights, self.summary])
 
@@ -209,14 +213,6 @@ def _escape(cell):
     from rich.markup import escape
 
     return escape(cell)
-
-
-def text_table(columns, lines):
-    """Returns a table as text."""
-    try:
-        return _rich_table(columns, lines)
-    except ImportError:
-        return _plain_table(columns, lines)
 
 
 def _rich_table(columns, lines):

@@ -9,7 +9,6 @@ from fastasr import _left
 from fastasr.models.common.ragged import hook
 from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
-from fastasr.swap.report import text_table
 from fastasr.swap.rules import rules_by_forward
 
 UNKNOWN = "not called yet"
@@ -55,17 +54,22 @@ class Why:
     def __str__(self) -> str:
         groups: dict[tuple, list[Method]] = {}
         for row in self.rows:
-            if row.reason:
+            if row.now or row.left:
                 groups.setdefault((row.class_name, row.method, row.now, row.left), []).append(row)
-        if not groups:
-            return f"{self.name}: nothing is known to leave fastasr's fast path"
-        lines = []
-        for rows in groups.values():
-            first, calls = rows[0], sum(row.calls for row in rows)
-            where = first.key if len(rows) == 1 else f"{len(rows)} x, first {first.key}"
-            now = UNKNOWN if first.now is None and not calls else first.now or ""
-            lines.append([where, first.class_name, now, first.left, str(calls or "")])
-        return text_table(["method", "class", "now", "last call that left", "calls that left"], lines)
+        lines = [line for rows in groups.values() for line in _lines(rows)]
+        state = "these leave" if lines else "nothing is known to leave"
+        return "\n".join([f"{self.name}: {state} fastasr's fast path", *lines])
+
+
+def _lines(rows):
+    first, calls = rows[0], sum(row.calls for row in rows)
+    where = (
+        first.key if len(rows) == 1 else f"{len(rows)} x {first.class_name}.{first.method}, first {first.key}"
+    )
+    if first.now:
+        yield f"  {where}: {first.now}"
+    if first.left and first.left != first.now:
+        yield f"  {where}: {calls} calls have left, the last one: {first.left}"
 
 
 def why(obj) -> Why:
@@ -119,7 +123,7 @@ def _parts(obj, path="", seen=None):
     else:
         held = {
             name: value
-            for name, value in vars(obj).items()
+            for name, value in getattr(obj, "__dict__", {}).items()
             if isinstance(value, torch.nn.Module) or _is_ours(value)
         }
     for name, value in held.items():

@@ -57,22 +57,16 @@ def note_declined(layer, x, weight, method):
     if not (x.is_cpu and weight.is_cpu and x.ndim == 3 and x.numel()):
         return
     forced = _dispatch.forced_backend()
-    if x.dtype != weight.dtype:
-        _left.note(layer, f"the input is {_name(x.dtype)}, the weights are {_name(weight.dtype)}", method)
-    elif torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu"):
         _left.note(layer, "autocast is on", method)
     elif _dispatch.native_reason():
         _left.note(layer, _dispatch.native_reason(), method)
     elif forced not in ("auto", "cpu"):
         _left.note(layer, f"backend {forced!r} is forced", method, logging.INFO)
-    elif not getattr(layer, "packed_streaming", True):
+    elif is_plain_inference(layer, x, weight, 3):
         _left.note(layer, "packed_streaming is False", method, logging.INFO)
     else:
         _left.note(layer, "gradients are on", method, logging.INFO)
-
-
-def _name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 class PackedLayer(abc.ABC):

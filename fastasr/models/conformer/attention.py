@@ -41,7 +41,7 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
     elif fits:
         _left.note(self, "a query sees no key")
     else:
-        _left.note(self, _OTHER)
+        masks.note_unread(self, implementation in STANDARD, implementation)
     return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
 
 

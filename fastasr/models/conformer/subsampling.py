@@ -15,8 +15,7 @@ def nemo_subsampling(self, x, lengths):
     ones, and does not mask those that it splits by channel.
     """
     if self.subsampling_conv_chunking_factor == -1:
-        _left.note(self, "subsampling_conv_chunking_factor is -1")
-        return type(self).forward(self, x, lengths)
+        return type(self).forward(self, x, lengths)  # which raises
     if plumbing.is_watched(self.conv) or not are_plain(self.conv):
         _left.note(self, "conv or one of its layers has hooks or is no plain one")
         return type(self).forward(self, x, lengths)

@@ -33,10 +33,10 @@ class CustomLSTM(nn.Module):
 
     def forward(self, input: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         hidden, cell = (None, None) if state is None else state
-        if reason := why_by_steps(self):
+        x2g, p2g, gates, cells = parts = self.x2g, self.p2g, self.g_norm, self.c_norm
+        if reason := _why_by_steps(*parts):
             _left.note(self, f"it runs step by step: {reason}")
             return _by_steps(self, input, hidden, cell)
-        x2g, p2g, gates, cells = self.x2g, self.p2g, self.g_norm, self.c_norm
         if type(gates) is nn.Identity:
             return _plain_lstm(input, x2g, p2g, hidden, cell)
         norms = gates.weight, gates.bias, cells.weight, cells.bias
@@ -46,16 +46,19 @@ class CustomLSTM(nn.Module):
 
 def why_by_steps(lstm: nn.Module) -> str:
     """Returns why this LSTM layer calls its submodules step by step, or ""."""
-    x2g, p2g, gates, cells = lstm.x2g, lstm.p2g, lstm.g_norm, lstm.c_norm
-    for name in ("x2g", "p2g"):
-        if not plumbing.is_plain_linear(getattr(lstm, name)):
+    return _why_by_steps(lstm.x2g, lstm.p2g, lstm.g_norm, lstm.c_norm)
+
+
+def _why_by_steps(x2g: nn.Module, p2g: nn.Module, gates: nn.Module, cells: nn.Module) -> str:
+    for name, product in (("x2g", x2g), ("p2g", p2g)):
+        if not plumbing.is_plain_linear(product):
             return f"{name} has hooks, another forward or another class than Linear"
     if p2g.bias is not None:
         return "p2g has a bias"
     if type(gates) is type(cells) is nn.Identity:
         return "" if x2g.bias is not None else "x2g has no bias, and nothing is normalised"
-    for name in ("g_norm", "c_norm"):
-        if not plumbing.is_layer_norm(getattr(lstm, name)):
+    for name, norm in (("g_norm", gates), ("c_norm", cells)):
+        if not plumbing.is_layer_norm(norm):
             return f"{name} has hooks, another forward, no bias or another class than LayerNorm"
     if x2g.bias is not None:
         return "x2g has a bias before a norm"

@@ -70,8 +70,10 @@ class FastConformerAttention(torch.nn.Module):
                     f"FastConformerAttention: attention_mask: expected bool {(batch, 1, frames, frames)}, got "
                     f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
                 )
-            other = f"{implementation}, or a mask that rel_attention does not take"
-            _left.note(self, "attention weights are asked for" if wants_weights else other)
+            if wants_weights:
+                _left.note(self, "attention weights are asked for")
+            else:
+                masks.note_unread(self, implementation in STANDARD, implementation)
             return type(self).forward(  # upstream's
                 self, hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
             )

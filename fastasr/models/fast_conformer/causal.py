@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import plumbing
+from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import attended
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.masks import is_readable, seen
@@ -35,7 +36,8 @@ def cached_attention(
     batch, frames = hidden_states.shape[:2]
     keys = (position_embeddings.shape[1] + 1) // 2
     if self.config._attn_implementation != "sdpa" or not is_readable(attention_mask, batch, frames, keys):
-        _left.note(self, f"{self.config._attn_implementation}, or a mask that rel_attention does not take")
+        implementation = self.config._attn_implementation
+        masks.note_unread(self, implementation == "sdpa", implementation)
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     shape = batch, frames, *self.bias_u.shape
     q = plumbing.linear(self.q_proj, hidden_states).view(shape)

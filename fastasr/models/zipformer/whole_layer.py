@@ -60,8 +60,10 @@ def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_c
         note_declined(layer, src, layer.norm.bias, "forward")
         return None
     native = _LAYERS.of(layer, by_submodules)
-    if native.reason or not native.fits(src, pos_emb, chunk_size, attn_mask, key_padding_mask):
-        _left.note(layer, native.reason or "masks or positions that the native call does not read")
+    if native.reason:
+        _left.note(layer, native.reason)
+        return None
+    if not native.fits(src, pos_emb, chunk_size, attn_mask, key_padding_mask):
         return None
     products = native.products(src, pos_emb)
     if products is None:

@@ -150,7 +150,7 @@ def _wants_states(generation_config) -> bool:
 
 def _leaves(module):
     reason = _why_not_any_call(module)
-    if module.generation_config.use_cache is False:  # None: upstream's default, True
+    if getattr(module.generation_config, "use_cache", None) is False:  # None: upstream's default, True
         reason = reason or _NO_CACHE
     reason = reason or Parakeet(module).why_not_native()
     logits = why_with_logits_always(module)

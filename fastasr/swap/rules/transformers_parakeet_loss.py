@@ -52,8 +52,9 @@ def why_with_logits(model, encoder_outputs, labels, decoder_cache, use_decoder_c
 def why_with_logits_always(model) -> str:
     """Returns why no call of this model has its loss by ``with_loss`` now, or ""."""
     head, loss = model.joint.head, model.loss_function
-    if loss.__name__ not in _LOSSES or not loss.__module__.startswith("transformers.loss."):
-        return f"loss_function is {loss.__module__}.{loss.__name__}"
+    name, origin = (getattr(loss, a, getattr(type(loss), a)) for a in ("__name__", "__module__"))
+    if name not in _LOSSES or not origin.startswith("transformers.loss."):
+        return f"loss_function is {origin}.{name}"
     if model.config.hidden_act not in ("relu", "tanh"):
         return f"hidden_act is {model.config.hidden_act}, expected relu or tanh"
     if type(head) is not torch.nn.Linear:
