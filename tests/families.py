@@ -34,6 +34,7 @@ def wav2vec2_conformer(dropout=0.1, **options):
         max_source_positions=64,
         num_conv_pos_embedding_groups=2,
         layerdrop=0.0,
+        attn_implementation="sdpa",  # as a whole model sets it; upstream's code serves None
         **dict.fromkeys(rates, dropout),
         **options,
     )

@@ -15,6 +15,7 @@ import types
 
 import torch
 
+from fastasr import _left
 from fastasr.models.common.plain import any_global_hook
 
 try:  # torch.compile treats torch.onnx.is_in_onnx_export() as constant False, but reads this flag
@@ -48,6 +49,7 @@ def guarded(function, name="forward"):
     @functools.wraps(function)
     def guard(self, *args, **kwargs):
         if any_global_hook():
+            _left.note(self, "hooks of all modules are registered", name)
             return getattr(type(self), name)(self, *args, **kwargs)
         if torch.jit.is_tracing():
             _refuse(self, "torch.jit.trace and the tracing ONNX exporter")

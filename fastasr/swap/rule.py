@@ -70,6 +70,8 @@ class Rule:
     ``companion`` rules apply only to models in which another rule of the family matched a module.
     ``ragged`` says how encoders of this class leave padding out, or is None if they do not. If its forward is the
     rule's, nothing but ``accelerate(ragged=True)`` binds it.
+    ``leaves(module)`` returns, of methods whose calls may leave fastasr's fast path, method -> why any call of a
+    swapped module would leave it now: "" if nothing is known, None if that shows at its first call.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Rule:
     hooks: tuple = ()
     note: str = ""
     ragged: Ragged | None = None
+    leaves: Callable = field(default=lambda module: {})
 
     @property
     def is_ragged_only(self):

@@ -6,6 +6,9 @@ norm, quantised layers, other forwards and classes. Whoever reads a child's para
 call, and calls the child where the answer is no. Classes are compared, not their names: peft's ``Linear`` is another.
 """
 
+import functools
+import os
+import sys
 import types
 
 import torch
@@ -65,8 +68,8 @@ def has_known_forward(module):
     """Says whether the module's forward is its class's or the one that fastasr's swap bound to it."""
     bound = vars(module).get("forward")
     if bound is None:
-        cls = type(module)
-        return _OF_TORCH.get(cls, cls.forward) is cls.forward
+        own = _OF_TORCH.get(type(module))
+        return own is None or own is type(module).forward
     # whoever wraps a forward copies its attributes, so the method itself must be ours
     return (
         type(bound) is types.MethodType
@@ -81,12 +84,25 @@ def is_plain(module, *classes):
     return type(module) in classes and not is_watched(module) and has_known_forward(module)
 
 
-def is_plain_named(module, names, packages=None):
-    """Says the same of a class that is known by its name and its top package: fastasr's, or a framework's whose source
-    a rule has read. Without ``packages`` any will do, as icefall is no package."""
+def is_plain_named(module, names, owner):
+    """Says the same of a class that is known by its name: fastasr's, or that of the framework of ``owner``, the module
+    around it, whose source a rule has read. A class of another origin may have the name too."""
     cls = type(module)
-    named = cls.__name__ in names and (packages is None or cls.__module__.partition(".")[0] in packages)
+    named = cls.__name__ in names and is_of_framework(cls, type(owner))
     return named and not is_watched(module) and has_known_forward(module)
+
+
+@functools.cache
+def is_of_framework(cls, owner):
+    """Says whether a class is torch's, fastasr's, or from the package or the folder of the class ``owner``: icefall's
+    files are no package."""
+    here, there = (c.__module__.partition(".")[0].rstrip("0123456789") for c in (cls, owner))
+    return here in ("torch", "fastasr", there) or _folder(cls) == _folder(owner)
+
+
+def _folder(cls):
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return cls.__module__ if file is None else os.path.dirname(file)
 
 
 def runs(module, method, name="forward"):

@@ -10,7 +10,6 @@ recordings as for few: there few groups share calls of attention, whatever the r
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import accumulate, chain
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastasr import _left
 from fastasr.models.common.plain import hooks_of
 
 # Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
@@ -53,7 +53,7 @@ def lengths(
     encoder, valid: Tensor, obstacle: Callable[[], str | None], least_on_gpu: int = 0
 ) -> list[int] | None:
     """Returns the frames of each recording, or None where the batch has no padding to leave out or the padding must
-    stay, of which this function warns.
+    stay, which this function notes.
 
     ``valid`` (B, T) is True at the frames that exist; on a GPU this function waits for it. ``obstacle()`` returns why
     the encoder cannot leave padding out now, or None. Inside ``padded``, and under torch.compile and tracing, which
@@ -76,8 +76,7 @@ def lengths(
         reason = "its mask is not one of lengths"
     if reason is None:
         return found
-    # Python shows a warning of the same words once.
-    warnings.warn(f"fastasr: this batch runs on its padding too: {reason}", stacklevel=3)
+    _left.note(encoder, f"this batch runs on its padding too: {reason}")
     return None
 
 

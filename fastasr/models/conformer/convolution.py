@@ -4,7 +4,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer.convolution import (
@@ -35,6 +35,7 @@ def nemo_convolution(self, x, pad_mask=None, cache=None):
     gated frames before x or None -> (B, T, width), and with a cache the next one."""
     conv, norm, by_frame = self.depthwise_conv, self.batch_norm, self.norm_type == "layer_norm"
     if cache is not None and (plumbing.conv_delay(conv) is None or not (by_frame or is_batch_norm(norm))):
+        _left.note(self, "a cache, and a convolution or norm that is no plain one or has hooks")
         return type(self).forward(self, x, pad_mask, cache)
     h = pointwise(self.pointwise_conv1, x)
     y = after_gate(h, conv, norm, self.activation, self.pointwise_conv2, pad_mask, cache, by_frame)
@@ -54,6 +55,7 @@ def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
         or (delay := plumbing.conv_delay(self.conv, self.causal)) is None
         or (chunk_size is not None and delay)
     ):
+        _left.note(self, "a part has hooks, its convolution is no plain one, or is causal within chunks")
         return type(self).forward(self, x, mask, dynchunktrain_config)
     norm, activation, last, dropout = self.after_conv
     h = pointwise(first, self.layer_norm(x)).transpose(0, 1)
@@ -85,6 +87,7 @@ def _within_chunks(weight, chunk_size):
 def wav2vec2_convolution(self, hidden_states):
     """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width) -> same shape. Padding is not masked."""
     if not is_plain(self.glu, torch.nn.GLU):
+        _left.note(self, "glu is not a plain GLU")
         return type(self).forward(self, hidden_states)
     y = gated_convolution(
         self.layer_norm(hidden_states),
@@ -101,6 +104,7 @@ def torchaudio_convolution(self, input):
     """torchaudio's Conformer. input (B, T, width) -> same shape. Padding is not masked."""
     first, gate, *rest, dropout = self.sequential
     if not is_plain(self.sequential, torch.nn.Sequential) or not is_plain(gate, torch.nn.GLU):
+        _left.note(self, "sequential or its glu is not a plain one")
         return type(self).forward(self, input)
     return _dropped(dropout, gated_convolution(self.layer_norm(input), first, *rest))
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo's transducer loss: of its fused joint, which never holds the logits here, and of given logits."""
 
+import logging
 import random
 
 from torch import nn
 
+from fastasr import _left
 from fastasr.models.common.attention_dropout import as_upstream
 from fastasr.models.common.plain import has_known_forward, is_plain, is_plain_named, is_watched
 from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
@@ -16,7 +18,7 @@ ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 def nemo_transducer_loss(self, log_probs, targets, input_lengths, target_lengths):
     """Returns what upstream's loss returns for a joint's logits or log-probabilities."""
     core = self._loss
-    if not is_plain_named(core, LOSSES):
+    if not is_plain_named(core, LOSSES, self):
         return type(self).forward.__get__(self)(
             log_probs=log_probs, targets=targets, input_lengths=input_lengths, target_lengths=target_lengths
         )
@@ -47,8 +49,13 @@ def nemo_fused_joint(
         )
 
     given = decoder_outputs, encoder_lengths, transcripts, transcript_lengths, self.wer, self.loss
-    draws = as_upstream() and _dropout(self) > 0
-    if draws or any(value is None for value in given) or why_with_logits(self) is not None:
+    if any(value is None for value in given):
+        return upstream(decoder_outputs)  # there is no loss to compute, or upstream says what lacks
+    if as_upstream() and _dropout(self) > 0:
+        _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
+        return upstream(decoder_outputs)
+    if (reason := why_with_logits(self)) is not None:
+        _left.note(self, f"upstream computes the loss from logits: {reason}")
         return upstream(decoder_outputs)
     lm = self.project_prednet(decoder_outputs.mT)
     symbols = min(transcripts.shape[1], lm.shape[1] - 1)
@@ -88,7 +95,7 @@ def why_with_logits(joint) -> str | None:
     if core is not None and core.blank != expected:
         return f"blank is {core.blank}, expected the last token, {expected}"
     losses_are_plain = core is None or (
-        is_plain_named(core, LOSSES) and not is_watched(joint.loss) and has_known_forward(joint.loss)
+        is_plain_named(core, LOSSES, joint) and not is_watched(joint.loss) and has_known_forward(joint.loss)
     )
     if not losses_are_plain:
         return "its loss has hooks or another forward"

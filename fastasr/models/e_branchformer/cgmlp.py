@@ -8,10 +8,10 @@ from fastasr.models.common import activations, plumbing
 from fastasr.models.common.plain import is_plain, is_plain_named
 
 
-def _is_layer_norm(norm) -> bool:
+def _is_layer_norm(owner, norm) -> bool:
     """Says whether this is torch's or ESPnet's LayerNorm over the last dimension, with weight and bias."""
     return (
-        is_plain_named(norm, ("LayerNorm",), ("torch", "espnet"))
+        is_plain_named(norm, ("LayerNorm",), owner)
         and isinstance(norm, torch.nn.LayerNorm)
         and getattr(norm, "dim", -1) == -1
         and len(norm.normalized_shape) == 1
@@ -63,7 +63,7 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
         norm, conv = self.norm, self.conv
         name = activations.fused_name(self.act)
         if (
-            _is_layer_norm(norm)
+            _is_layer_norm(self, norm)
             and plumbing.is_depthwise_conv(conv)
             and self.linear is None
             and gate_add is None

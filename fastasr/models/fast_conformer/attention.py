@@ -12,7 +12,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, packed, plumbing
 from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
@@ -71,6 +71,10 @@ class FastConformerAttention(torch.nn.Module):
                     f"FastConformerAttention: attention_mask: expected bool {(batch, 1, frames, frames)}, got "
                     f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
                 )
+            if wants_weights:
+                _left.note(self, "attention weights are asked for")
+            else:
+                masks.note_unread(self, implementation in STANDARD, implementation)
             return type(self).forward(  # upstream's
                 self, hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
             )
@@ -117,6 +121,10 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
     of_kernel = attention_dropout.of_kernel(dropout, q.device) if shared else None
     if of_kernel is None:
+        if shared:
+            attention_dropout.note_formed(module)
+        else:
+            _left.note(module, "each sequence has position embeddings of its own")
         p = plumbing.linear(module.relative_k_proj, position_embeddings[:, :rows])
         p = p.view(*p.shape[:2], *module.bias_u.shape)
         return _with_weights(module, q, k, v, p, mask, dropout, mean)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing, with_zeros
@@ -39,6 +39,7 @@ class FastConformerSubsampling(torch.nn.Module):
 
     def forward(self, input_features, attention_mask=None):
         if not are_plain(self.layers):
+            _left.note(self, "one of its layers has hooks or is no plain one")
             return _as_upstream(self, input_features, attention_mask)
         lengths = None if attention_mask is None else attention_mask.sum(-1)
         return plumbing.linear(self.linear, convolved(self.layers, input_features, lengths))

@@ -136,14 +136,16 @@ def _ema_dropout(dropout, average):
 
 def _bias(module, queries, keys):
     """Returns the bias of the last ``queries`` of ``keys`` positions, (queries, keys)."""
-    if not positional_bias.is_plain(module.rel_pos_bias):
+    if not positional_bias.is_plain(module.rel_pos_bias, module):
         return module.rel_pos_bias(keys)[keys - queries :]
     return positional_bias.relative(module.rel_pos_bias, keys).unfold(0, keys, 1)[:queries].flip(0)
 
 
 # --------------------------------------------------------------------------- one kernel
 def _serves(module, x, mixed, attn_mask):
-    if activations.fused_name(module.activation) is None or not positional_bias.is_plain(module.rel_pos_bias):
+    if activations.fused_name(module.activation) is None or not positional_bias.is_plain(
+        module.rel_pos_bias, module
+    ):
         return False
     if not all(is_plain(dropout, torch.nn.Dropout) for dropout in (module.dropout, module.dropout_attn)):
         return False

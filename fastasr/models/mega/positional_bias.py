@@ -92,13 +92,11 @@ class RotaryRelativePositionBias(torch.nn.Module):
         return _matrix(relative(self, length))
 
 
-def is_plain(bias):
+def is_plain(bias, owner):
     """Says whether the values of this bias can be read by offset: it is of a class here or of ESPnet's of the same
     name. Others must be called.
     """
-    return is_plain_named(
-        bias, ("RelativePositionBias", "RotaryRelativePositionBias"), ("fastasr", "espnet2")
-    )
+    return is_plain_named(bias, ("RelativePositionBias", "RotaryRelativePositionBias"), owner)
 
 
 def relative(bias, length):

@@ -140,7 +140,7 @@ def kernel_weights(module, h, mask, chunk_size):
         if chunk_size > 0 or taps % 2 != 1 or not _is_depthwise(conv, channels, taps, taps // 2):
             return None
         found = conv.weight, conv.bias
-    elif is_plain_named(conv, ("ChunkCausalDepthwiseConv1d",)):
+    elif is_plain_named(conv, ("ChunkCausalDepthwiseConv1d",), module):
         taps, inner, causal = conv.kernel_size, conv.chunkwise_conv, conv.causal_conv
         if not _is_depthwise(inner, channels, taps, taps // 2) or not _is_depthwise(
             causal, channels, taps // 2 + 1, 0
@@ -167,8 +167,11 @@ def _has_plain_parts(module):
     """Says whether the identities, regularisers and the sigmoid are what their names say, and no child has hooks."""
     return (
         is_plain(module.sigmoid, torch.nn.Sigmoid)
-        and all(is_plain_named(m, ("Identity",)) for m in (module.activation1, module.activation2))
-        and all(is_plain_named(m, REGULARISERS) for m in (module.balancer1, module.balancer2, module.whiten))
+        and all(is_plain_named(m, ("Identity",), module) for m in (module.activation1, module.activation2))
+        and all(
+            is_plain_named(m, REGULARISERS, module)
+            for m in (module.balancer1, module.balancer2, module.whiten)
+        )
         and not any_watched((module.in_proj, module.depthwise_conv, module.out_proj))
     )
 

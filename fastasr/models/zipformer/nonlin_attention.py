@@ -64,7 +64,8 @@ class NonlinAttention(torch.nn.Module):
         if not (
             is_plain(self.tanh, torch.nn.Tanh)
             and all(
-                is_plain_named(m, ("Identity",)) for m in (self.identity1, self.identity2, self.identity3)
+                is_plain_named(m, ("Identity",), self)
+                for m in (self.identity1, self.identity2, self.identity3)
             )
         ):
             v = self.identity1(self.tanh(self.balancer(s)) * self.whiten1(v))

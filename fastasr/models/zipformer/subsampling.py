@@ -277,7 +277,7 @@ def _has_plain_parts(layer):
     convs = layer.depthwise_conv, layer.pointwise_conv1, layer.pointwise_conv2
     return (
         all(is_plain(conv, torch.nn.Conv2d) for conv in convs)
-        and is_plain_named(layer.activation, ("SwooshL",))
+        and is_plain_named(layer.activation, ("SwooshL",), layer)
         and not any_watched(layer.children())
     )
 

@@ -2,6 +2,7 @@
 """Rules for torchaudio: the Emformer and its layers (torchaudio.models.emformer)."""
 
 from fastasr.models import emformer as models
+from fastasr.models.emformer import packed_step
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_code, upstream_class
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
@@ -66,6 +67,7 @@ LAYER = Rule(
     functions=_functions,
     known={"388c08759cc7cf3b15a6b694": _TORCHAUDIO},
     companion=True,
+    leaves=lambda module: {"infer": packed_step.why_not(module)},
 )
 
 RULES = (EMFORMER, LAYER)
