@@ -11,7 +11,7 @@ import pytest
 import tiny_emformer_rnnt
 import torch
 from steps import moved, numbers, seeded
-from tiny_parakeet import SIZES
+from tiny_parakeet import SIZES, STILL
 
 WIDTH, HIDDEN, HEADS, TAPS = 16, 32, 2, 7
 
@@ -148,12 +148,13 @@ def nemo_local(**options):
     return made, lambda model: [call("nemo", model, x, lengths)]
 
 
-def zipformer(**options):
+def zipformer(lengths=None):
     pytest.importorskip("zipformer")
     import tiny_zipformer
 
-    x, lengths = tiny_zipformer.batch()
-    return tiny_zipformer.tiny(**options), lambda model: [model(x, lengths)[0]]
+    x, of_batch = tiny_zipformer.batch()
+    lengths = of_batch if lengths is None else torch.tensor(lengths)
+    return tiny_zipformer.tiny(), lambda model: [model(x, lengths)[0]]
 
 
 def causal_zipformer():
@@ -268,11 +269,11 @@ def mega(**options):
     return made, run
 
 
-def parakeet(**options):
+def parakeet(lengths=(75, 50, 9), **options):
     transformers = pytest.importorskip("transformers")
     config = transformers.ParakeetEncoderConfig(**SIZES | options)
     x = torch.randn(3, 75, SIZES["num_mel_bins"], generator=numbers(1))
-    mask = (torch.arange(75) < torch.tensor([75, 50, 9])[:, None]).long()
+    mask = (torch.arange(75) < torch.tensor(lengths)[:, None]).long()
     model = transformers.ParakeetEncoder(config)
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
@@ -388,7 +389,14 @@ FAMILIES = {
     "parakeet tdt": parakeet_transducer("TDT"),
     "parakeet rnn-t": parakeet_transducer("RNNT"),
     "nemotron": nemotron,
+    # equal lengths: then packed frames are as upstream's
+    "parakeet, ragged": lambda: parakeet((75, 75, 75), **STILL),
+    "zipformer, ragged": lambda: zipformer((60, 60)),
 }
+SWAP = {
+    "parakeet, ragged": {"ragged": True},
+    "zipformer, ragged": {"ragged": True},
+}  # arguments of accelerate
 
 
 def make(name):
