@@ -37,18 +37,18 @@ _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
 _MARGIN_UNDER_LOAD = 0.9
 _REVISION = 8  # of fastasr's product, of its measurement and of the file: other choices are not read
-_PAIRS = 2, 8  # rounds in either order: at least, and at most if all together take less than _SHORT_S
-_SHORT_S = 0.05  # twice as long under load
+_PAIRS = 8  # of rounds, one in either order: at least one, and more as long as all take less than _SHORT_S
+_SHORT_S = 0.05  # twice that under load
 _BUDGET_S = 0.5
 _MOST_FEW = 15  # rows: cpu::kFewRows
 _FEW_COLUMNS = 14  # as many rows as a tile of registers has with AVX-512
 SMALL = 1 << 17  # one row of 192 to 512 is below it
 _LARGE = 96 * SMALL  # torch multiplies smaller matrices of a batch at once, faster than fastasr one by one
 CHAINS = 12  # columns: where a weight's gradient has fewer, torch adds in one chain of floats
-_CLEAR = 1.1  # Stop after the fewest rounds once fastasr's product is this much slower.
+_CLEAR = 1.1  # Stop after two pairs if fastasr's product is this much slower.
 _AGAIN_S = 60  # until a choice made under load is measured again, doubled each time it was under load again
 _DOUBLED = 11  # times, which makes a day and a half
-_MOST_AGAIN = 8  # of them in one process
+_AGAIN_BUDGET_S = 0.5  # of one process: a model has some hundred choices, of 20 ms each
 
 reason = partial(reason_cpu, "gemm")  # says why there is nothing to choose from; "" when there is
 
@@ -149,7 +149,7 @@ class _Choice:
 _choices: dict[tuple, Callable[..., Tensor]] = {}
 _forgotten = 0
 _saved: dict[str, object] | None = None
-_again = _MOST_AGAIN
+_again = _AGAIN_BUDGET_S  # is left
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -184,7 +184,9 @@ def _remember(key: str, choice: _Choice, products: Collection[str] = _PRODUCTS) 
         if other is not None and choice.under_load > other.under_load:
             return other
         content[key] = asdict(choice)
-        files.write(path, json.dumps(content, indent=1, sort_keys=True), durable=False)
+        # a line each: json's own indentation takes ten times as long
+        lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(content.items()))
+        files.write(path, "{\n" + ",\n".join(lines) + "\n}\n", durable=False)
     except OSError as error:
         _log.debug("measured GEMM choices are not kept on disk: %s", error)
     return choice
@@ -201,7 +203,7 @@ def forget() -> None:
     global _saved, _forgotten, _again
     _choices.clear()
     _dispatch.FAMILIES["linear"].chosen.clear()
-    _saved, _again = None, _MOST_AGAIN
+    _saved, _again = None, _AGAIN_BUDGET_S
     _forgotten += 1
 
 
@@ -240,9 +242,10 @@ def _decide(key: tuple, operands: tuple | None) -> str:
         found = _parsed(_saved.get(name), products)
     if found is not None and not (found.due() and processor.crowd(threads) <= 1):
         return found.product
+    began = time.perf_counter()
     product, under_load = _measure(operation, operands, own)
     if found is not None:
-        _again = 0 if under_load else _again - 1
+        _again = 0 if under_load else _again - (time.perf_counter() - began)
     times = 1 if found is None else found.times + 1
     choice = _remember(name, _Choice(product, under_load, times, time.time()), products)
     _saved[name] = asdict(choice)
@@ -263,11 +266,11 @@ def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
         _timed(product, operation, operands)
     load.look()
     theirs, ours = [], []
-    for pair in range(_PAIRS[1]):
+    for pair in range(_PAIRS):
         spent, busy = load.seconds, load.is_high(theirs, ours)
         # one call may have waited for another process: a short product is measured often
-        enough = pair >= _PAIRS[0] and (spent > (1 + busy) * _SHORT_S or min(ours) > _CLEAR * min(theirs))
-        if enough or spent > _BUDGET_S:
+        enough = pair > 0 and spent > (1 + busy) * _SHORT_S
+        if enough or spent > _BUDGET_S or (pair > 1 and min(ours) > _CLEAR * min(theirs)):
             break
         # in either order: clocks and caches that warm up serve whichever product comes later
         for product in ("torch", own, own, "torch"):
