@@ -168,7 +168,7 @@ def _parsed(entry: object, products: Collection[str] = _PRODUCTS) -> _Choice | N
         choice = _Choice(**entry)
     except TypeError:
         return None
-    whole = [type(value) for value in asdict(choice).values()] == [str, bool, int, float]
+    whole = [*map(type, vars(choice).values())] == [str, bool, int, float]
     return choice if whole and choice.product in products and choice.times in range(1, 1 << 31) else None
 
 
@@ -184,8 +184,9 @@ def _remember(key: str, choice: _Choice, products: Collection[str] = _PRODUCTS) 
         if other is not None and choice.under_load > other.under_load:
             return other
         content[key] = asdict(choice)
-        # a line each: json's own indentation takes ten times as long
-        lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(content.items()))
+        # without what is damaged; a line each: json's own indentation takes ten times as long
+        whole = sorted(item for item in content.items() if _parsed(item[1]) is not None)
+        lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in whole)
         files.write(path, "{\n" + ",\n".join(lines) + "\n}\n", durable=False)
     except OSError as error:
         _log.debug("measured GEMM choices are not kept on disk: %s", error)

@@ -285,7 +285,7 @@ def _on_a_full_disk(function, *arguments):
 
 def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTASR_CACHE", str(tmp_path))
-    known = {f"weight_grad {i} 12 12 1": "torch" for i in range(200)}
+    known = {f"weight_grad {i} 12 12 1": asdict(NATIVE) for i in range(200)}
     files.write(_gemm.cache_file(), json.dumps(known))
     _save(tmp_path / "last.pt")
     rows.write(tmp_path / "rows.jsonl", map(row, range(50)))

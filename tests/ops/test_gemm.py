@@ -195,6 +195,8 @@ def test_the_faster_by_three_percent_is_taken_and_remembered(fresh, called, monk
 @pytest.mark.parametrize(
     "content",
     [
+        '{"%s": {"product": ' + "[" * 400 + "]" * 400 + ', "under_load": true, "times": 1, "at": 1.0}}',
+        '{"other": ' + "[" * 900 + "]" * 900 + "}",
         *('{"%s": "torch"}', '{"%s": {"product": "torch"}}', '{"%s": [1]}', "[1]", "3", '{"%s":'),
         '{"%s": {"product": "onednn", "under_load": false, "times": 1, "at": 1.0}}',
         '{"%s": {"product": ["torch"], "under_load": false, "times": 1, "at": 1.0}}',
