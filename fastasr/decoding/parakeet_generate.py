@@ -46,9 +46,13 @@ def parakeet_generate(model, encoder_out, encoder_out_lens=None, max_length=None
         name = type(model).__name__
         raise TypeError(f"parakeet_generate: this {name} cannot be searched: {reason}") from None
     lengths = torch.tensor(
-        frames_of("parakeet_generate", encoder_out, encoder_out_lens, len(encoder_out)), dtype=torch.int64
+        frames_of("parakeet_generate", encoder_out, encoder_out_lens, len(encoder_out)),
+        dtype=torch.int64,
+        device="cpu",
     )
-    first = torch.full((len(encoder_out), 1), transducer.blank_id, device=encoder_out.device)
+    first = torch.full(
+        (len(encoder_out), 1), transducer.blank_id, device=encoder_out.device, dtype=torch.int64
+    )
     limit = transducer.most_symbols * encoder_out.shape[1] if max_length is None else max_length
     frames = transducer.projected(encoder_out)
     steps = steps_of_generate(transducer, looping, frames, lengths, first, max(limit - 1, 0))

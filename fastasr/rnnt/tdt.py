@@ -165,9 +165,14 @@ def _durations(op: str, durations: Sequence[int], device: torch.device) -> Tenso
     if not found or not whole or len(set(found)) < len(found):
         raise ValueError(f"fastasr.{op}: durations: expected different integers >= 0, got {list(found)}")
     # a copy to a GPU waits for it
-    return torch.tensor(found) if device.type == "cpu" else _on_device(found, device)
+    return (
+        torch.tensor(found, dtype=torch.int64, device="cpu")
+        if device.type == "cpu"
+        else _on_device(found, device)
+    )
 
 
 @lru_cache(maxsize=64)
 def _on_device(durations: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(durations, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # the result is cached, and a training step may use it later
+        return torch.tensor(durations, dtype=torch.int64, device=device)

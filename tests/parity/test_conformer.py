@@ -4,6 +4,7 @@ gradients and draws, in training and in eval, and a whole model has upstream's o
 
 import copy
 
+import ambient
 import in_int8
 import nemo_encoder
 import pytest
@@ -201,6 +202,12 @@ def test_in_int8(name, monkeypatch):
     # positions are projected once, and torch's attention reads the weight of its last layer itself
     exact = ("self_attn.linear_pos", "mha_layer.linear_pos", "self_attn.out_proj")
     in_int8.check(model(name).float().eval(), lambda net: call(name, net, x, lengths), monkeypatch, exact)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_every_ambient_setting(name):
+    x, lengths = torch.randn(3, 21, WIDTH), torch.tensor([21, 13, 1])
+    ambient.same_swapped_everywhere(model(name).float().eval(), lambda net: call(name, net, x, lengths))
 
 
 class Chunks(torch.nn.Module):

@@ -174,7 +174,7 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
             )
         encoder_out, encoder_out_lens = self.forward_encoder(x, x_lens)
         share = 0.5 if use_cr_ctc else 1.0
-        simple = pruned = ctc = attention = consistency = torch.empty(0)
+        simple = pruned = ctc = attention = consistency = torch.empty(0, dtype=torch.float32, device="cpu")
         if self.use_transducer:
             simple, pruned = self.forward_transducer(
                 encoder_out,

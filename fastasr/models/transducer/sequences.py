@@ -10,7 +10,9 @@ def pad_sequences(seq, padding_value, sos_id=None, eos_id=None, device=None):
     Args:
         seq: one list of ints per sequence.
         sos_id, eos_id: tokens to put before and after every sequence, which the lengths count; None for none.
+        device: that of the results; None for the CPU.
     """
+    device = "cpu" if device is None else device
     head = [] if sos_id is None else [sos_id]
     tail = [] if eos_id is None else [eos_id]
     rows = [[*head, *tokens, *tail] for tokens in seq]
@@ -25,7 +27,7 @@ def make_pad_mask(lengths, max_len=None):
     """Returns booleans (batch, max_len), True at padding. ``max_len`` is the largest length by default."""
     if max_len is None:
         max_len = int(lengths.max())
-    return torch.arange(max_len, device=lengths.device) >= lengths.unsqueeze(-1)
+    return torch.arange(max_len, device=lengths.device, dtype=torch.int64) >= lengths.unsqueeze(-1)
 
 
 def subsequent_mask(size, device="cpu", dtype=torch.bool):

@@ -67,7 +67,10 @@ def _looping(model, input_ids, logits_processor, stopping_criteria, generation_c
     """Returns the native search if this is plain greedy search that it serves, else None."""
     frames, tokens = model_kwargs["encoder_outputs"].pooler_output, model.config.vocab_size
     durations = len(getattr(model.config, "durations", ()))
-    suppressed = [getattr(processor, "suppress_tokens", torch.tensor([-1])) for processor in logits_processor]
+    suppressed = [
+        getattr(processor, "suppress_tokens", torch.tensor([-1], dtype=torch.int64, device="cpu"))
+        for processor in logits_processor
+    ]
     plain = (
         {token for every in suppressed for token in every.tolist()} == set(range(tokens, tokens + durations))
         and {type(criteria).__name__ for criteria in stopping_criteria} == _CRITERIA
