@@ -5,6 +5,7 @@ gradients and draws, in training and in eval, and a whole model has upstream's o
 import copy
 
 import ambient
+import bare_norms
 import in_int8
 import nemo_encoder
 import pytest
@@ -208,6 +209,13 @@ def test_in_int8(name, monkeypatch):
 def test_in_every_ambient_setting(name):
     x, lengths = torch.randn(3, 21, WIDTH), torch.tensor([21, 13, 1])
     ambient.same_swapped_everywhere(model(name).float().eval(), lambda net: call(name, net, x, lengths))
+
+
+@pytest.mark.parametrize("change", bare_norms.CHANGES)
+@pytest.mark.parametrize("name", MODELS)
+def test_bare_norms(name, change):
+    x, lengths = torch.randn(3, 21, WIDTH), torch.tensor([21, 13, 5])
+    bare_norms.check(model(name, dropout=0.0).float(), lambda net: call(name, net, x, lengths), change)
 
 
 class Chunks(torch.nn.Module):

@@ -7,7 +7,7 @@ import tiny_emformer_rnnt
 import tiny_zipformer
 import torch
 from steps import numbers
-from tiny_parakeet import SIZES
+from tiny_parakeet import SIZES, STILL
 
 
 def zipformer():
@@ -78,7 +78,7 @@ def _features():
 
 def parakeet():
     transformers = pytest.importorskip("transformers")
-    config = transformers.ParakeetEncoderConfig(**SIZES)
+    config = transformers.ParakeetEncoderConfig(**SIZES, **STILL)
     inputs = _features()
     return transformers.ParakeetEncoder(config), lambda model: model(**inputs)[0]
 
@@ -87,7 +87,7 @@ def nemotron():
     transformers = pytest.importorskip("transformers")
     folder = "transformers.models.nemotron_asr_streaming"
     module = pytest.importorskip(f"{folder}.configuration_nemotron_asr_streaming")
-    config = module.NemotronAsrStreamingEncoderConfig(**SIZES, sliding_window=15)
+    config = module.NemotronAsrStreamingEncoderConfig(**SIZES, **STILL, sliding_window=15)
     inputs = _features()
     return transformers.NemotronAsrStreamingEncoder(config), lambda model: model(**inputs)[0]
 

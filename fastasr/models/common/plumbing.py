@@ -56,6 +56,7 @@ def is_layer_norm(module):
     return (
         type(module) is torch.nn.LayerNorm
         and len(module.normalized_shape) == 1
+        and module.weight is not None
         and module.bias is not None
         and not is_watched(module)
         and has_known_forward(module)

@@ -14,6 +14,7 @@ def _is_layer_norm(norm) -> bool:
         and type(norm).__name__ == "LayerNorm"
         and getattr(norm, "dim", -1) == -1
         and len(norm.normalized_shape) == 1
+        and norm.weight is not None
         and norm.bias is not None
         and not plumbing.is_watched(norm)
         and "forward" not in vars(norm)

@@ -50,7 +50,7 @@ def finish(layer: nn.Module, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     h = plumbing.dropout(ff[3], _activated(ff[1], ff[2], layer_norm(ff[0], x)))
     h = plumbing.dropout(ff[5], linear(h, ff[4].weight, ff[4].bias))
     norm = layer.layer_norm_output
-    if norm.weight is None or h.dtype is not x.dtype:
+    if norm.weight is None or norm.bias is None or h.dtype is not x.dtype:
         return layer_norm(norm, h + x), mems
     return residual_norm(x, h, norm.weight, norm.bias, norm.eps), mems
 

@@ -100,11 +100,12 @@ def gated(h, hidden=None):
 
 
 def is_batch_norm(norm):
-    """Says whether this is torch's BatchNorm with running statistics, without hooks."""
+    """Says whether this is torch's BatchNorm with running statistics, weight and bias, without hooks."""
     return (
         type(norm) is torch.nn.BatchNorm1d
         and norm.track_running_stats
-        and norm.affine
+        # what takes the statistics or the parameters away later leaves the flags
+        and not any(t is None for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
         and not plumbing.is_watched(norm)
         and has_known_forward(norm)
     )
