@@ -62,14 +62,16 @@ class Speech:
 
 
 def read(path: Path) -> Clip:
-    """Reads the first channel of a recording. Raises ``ValueError`` with the reason if this fails, if samples are not
-    finite, or if the rate is not in RATES. Memory is in proportion to the samples that are there, whatever the header
-    says.
+    """Reads the first channel of a recording. Raises ``ValueError`` with the reason if this fails, if there are no
+    samples or some that are not finite, or if the rate is not in RATES. Memory is in proportion to the samples that are
+    there, whatever the header says.
     """
     try:
         samples, rate = _read_pcm16(path) if path.suffix.lower() == ".wav" else _read_soundfile(path)
     except (OSError, EOFError, wave.Error, RuntimeError, ImportError) as error:
-        raise ValueError(f"{path.name}: {error or 'it ends too early'}") from None
+        raise ValueError(f"{path.name}: {str(error) or 'it ends too early'}") from None
+    if not len(samples):
+        raise ValueError(f"{path.name}: the recording is empty (0 samples at {rate} Hz)")
     if rate not in RATES:
         raise ValueError(f"{path.name}: expected a rate of {RATES.start} to {RATES.stop - 1} Hz, got {rate}")
     if not bool(samples.isfinite().all()):

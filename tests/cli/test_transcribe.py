@@ -214,15 +214,40 @@ def test_refusals(folder, recording, tmp_path, monkeypatch):
     cases.append(
         ((other, path), "expected a ParakeetForCTC, ParakeetForRNNT or ParakeetForTDT, got WhisperModel")
     )
-    (other / "empty.wav").write_bytes(path.read_bytes()[:44])
-    cases.append(((place, other / "empty.wav"), "no samples"))
+    whole = path.read_bytes()
+    for name, content, reason in (
+        ("nothing", b"", "nothing.wav: it ends too early"),
+        ("half a header", whole[:20], "half a header.wav: "),
+        ("no frames", whole[:44], "no frames.wav: the recording is empty (0 samples at 16000 Hz)"),
+        ("no channels", whole[:22] + b"\0\0" + whole[24:], "no channels.wav: "),
+        ("one sample", whole[:46], "one sample.wav is too short: expected at least 320 samples at 16000 Hz"),
+        ("one frame", whole[: 44 + 2 * 319], "at least 320 samples at 16000 Hz (0.02 s), got 319"),
+    ):
+        (other / f"{name}.wav").write_bytes(content)
+        cases.append(((place, other / f"{name}.wav"), reason))
     for arguments, reason in cases:
         done = call(*arguments)
         assert done.exit_code == 2, done.output
-        assert reason in done.stderr
-        assert "Traceback" not in done.stderr
+        said = " ".join(done.stderr.split())
+        assert reason in said
+        assert "Traceback" not in said
+        assert not said.endswith(":")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'fastasr[transcribe]'" in call(place, path).stderr
+
+
+@pytest.mark.parametrize("samples", [320, 321, 479, 640])
+@pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForTDT"])
+def test_short_recordings_have_finite_features(kind, samples, folder, recording, tmp_path):
+    """The shortest recordings are read: their features are those of upstream's extractor."""
+    place, path = folder(kind), tmp_path / "short.wav"
+    path.write_bytes(recording().read_bytes()[: 44 + 2 * samples])
+    processor = transformers.AutoProcessor.from_pretrained(place)
+    inputs = processor(recordings.read(path).samples.numpy(), sampling_rate=16000)
+    assert inputs["input_features"].isfinite().all()
+    for search in ((), ("--beam", "3")):
+        done = call(place, path, *search)
+        assert done.exit_code == 0, done.output
 
 
 SAID = [

@@ -39,9 +39,10 @@ class FastConformerPositions(torch.nn.Module):
         return 1.0 / 10000.0 ** (even / self.width)
 
     def _apply(self, fn, recurse=True):
-        """Moves the frequencies, but keeps them in float32, and ``to_empty`` does not lose them."""
+        """Moves the frequencies. No cast takes bits away from them, and ``to_empty`` does not lose them."""
         super()._apply(fn, recurse)
-        self.inv_freq = self._frequencies(self.inv_freq.device)
+        wide = torch.promote_types(self.inv_freq.dtype, torch.float32)
+        self.inv_freq = self._frequencies(self.inv_freq.device).to(wide)
         return self
 
     @torch.no_grad()
