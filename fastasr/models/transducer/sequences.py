@@ -3,6 +3,18 @@
 
 import torch
 
+MIN_FRAMES = 9  # with fewer frames of features, the Zipformer's front end gives no frame
+
+
+def check_frames(name, x, x_lens):
+    """Raises ValueError if a sequence of features x (batch, time, ...) is too short for a frame of output."""
+    frames = min(x.shape[1], int(x_lens.min())) if x_lens.numel() else x.shape[1]
+    if frames < MIN_FRAMES:
+        raise ValueError(
+            f"{name}: a sequence needs {MIN_FRAMES} frames of features at least, got {frames} "
+            f"(x {tuple(x.shape)}, lengths {x_lens.tolist()})"
+        )
+
 
 def pad_sequences(seq, padding_value, sos_id=None, eos_id=None, device=None):
     """Returns the sequences as (batch, longest), int64, filled up with ``padding_value``, and their lengths (batch,).
