@@ -192,6 +192,28 @@ def test_beam_search_that_a_model_cannot_have(folder, recording):
     assert "expected ReLU or Tanh" in done.stderr
 
 
+@pytest.mark.parametrize("search", [(), ("--beam", "3")], ids=["greedy", "beam"])
+@pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForTDT"])
+def test_byte_level_tokens(kind, search, folder, recording):
+    """Tokens of byte-level BPE become text, in the words with their times too."""
+    from tokenizers import Tokenizer, decoders, models
+
+    place, path = folder(kind), recording()
+    made = Tokenizer.from_file(str(place / "tokenizer.json"))
+    written = ["<pad>", "Ġth", "Ã©", "Ġä½ł", "å¥½", "Ġs", ".", "<blank>"]
+    assert made.get_vocab_size() == len(written)
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(written)}, []))
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<pad>", "<blank>"])
+    transformers.ParakeetTokenizer(tokenizer_object=made, pad_token="<pad>").save_pretrained(place)
+    done = call(place, path, "--json", *search)
+    assert done.exit_code == 0, done.output
+    (found,) = json.loads(done.stdout)
+    for text in (found["text"], "".join(word["text"] for word in found["words"])):
+        assert text
+        assert set(text) <= set("th é你好s.")
+
+
 def test_another_rate(folder, recording):
     pytest.importorskip("soxr")
     done = call(folder("ParakeetForCTC"), recording(rate=8000), recording(name="other.wav"), "--json")
