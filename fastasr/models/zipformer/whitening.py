@@ -111,8 +111,8 @@ def _strength(module, metric):
     white = metric < float(module.whitening_limit)
     if isinstance(white, torch.Tensor) and white.is_cuda:
         vars(module)["_verdict"] = _Verdict(white)
-        scale = torch.tensor(float(module.grad_scale), dtype=metric.dtype, device="cpu")
-        return torch.where(white, 0.0, scale)
+        # two numbers would give one of the default dtype
+        return torch.where(white, 0.0, metric.new_full((), float(module.grad_scale)))
     white = bool(white)
     module.prob = module.min_prob if white else module.max_prob
     return None if white else float(module.grad_scale)
