@@ -109,3 +109,25 @@ def test_no_maker_is_imported_by_its_name():
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Tensor"
     ]
     assert not found + calls, "\n".join(found + calls)
+
+
+def is_number(node):
+    if isinstance(node, ast.UnaryOp):
+        return is_number(node.operand)
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) in ("float", "int")
+    return isinstance(node, ast.Constant) or ast.unparse(node) in ("INF", "math.inf", "torch.inf")
+
+
+def test_no_tensor_of_two_numbers():
+    """``torch.where`` gives two numbers the default dtype."""
+    found = [
+        f"{path}, line {node.lineno}: {ast.unparse(node)}"
+        for path, tree in PRODUCT.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.where"
+        and all(map(is_number, node.args[1:]))
+        and len(node.args) == 3
+    ]
+    assert not found, "\n".join(found)
