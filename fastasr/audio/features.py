@@ -82,9 +82,8 @@ def resample(samples: torch.Tensor, rate: int, wanted: int = RATE) -> torch.Tens
     cutoff = ROLLOFF * min(rate, wanted)
     reach = math.ceil(WIDTH * rate / cutoff)  # input samples on each side
     taps = torch.arange(-reach, down + reach + 1, dtype=torch.float64, device="cpu")
-    times = (
-        torch.arange(up, dtype=torch.float64, device="cpu")[:, None] / up * down - taps
-    )  # in input samples
+    starts = torch.arange(up, dtype=torch.float64, device="cpu")[:, None] / up * down
+    times = starts - taps  # in input samples
     scaled = times * cutoff / rate
     window = torch.cos(math.pi * scaled.clamp(-WIDTH, WIDTH) / WIDTH / 2) ** 2
     bank = (torch.sinc(scaled) * window * cutoff / rate).to(samples.dtype)

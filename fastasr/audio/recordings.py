@@ -267,11 +267,8 @@ def joined(clips: list[Clip], seconds: float, count: int, seed: int = 0) -> list
     rate = clips[0].rate
     pool = [clip for clip in clips if clip.rate == rate]
     order = random.Random(seed).sample(pool, len(pool))
-    gap, most, turn = (
-        torch.zeros(int(GAP_SECONDS * rate), dtype=torch.float32, device="cpu"),
-        int(seconds * rate),
-        0,
-    )
+    gap = torch.zeros(int(GAP_SECONDS * rate), dtype=torch.float32, device="cpu")
+    most, turn = int(seconds * rate), 0
     made = []
     for index in range(count):
         parts, names, words, length = [], [], [], 0

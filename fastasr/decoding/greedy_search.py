@@ -119,10 +119,8 @@ class GreedySearch:
             blank_penalty=self.blank_penalty,
             scored=True,
         )
-        places, lengths = (
-            state.counters[:, FRAME].clone(),
-            torch.tensor(frames, device=state.counters.device, dtype=torch.int64),
-        )
+        places = state.counters[:, FRAME].clone()
+        lengths = torch.tensor(frames, device=places.device, dtype=torch.int64)
         steps = search.search(
             model.projected(encoder_out.to(state.predictions.device)),
             lengths,

@@ -111,7 +111,7 @@ class RNNTBeamSearch(torch.nn.Module):
             if not hypotheses:
                 break
         found = list(ended.values())
-        ranks = torch.tensor([self.hypo_sort_key(h) for h in found], dtype=torch.float64, device="cpu")
+        ranks = torch.tensor([self.hypo_sort_key(h) for h in found], dtype=torch.float32, device="cpu")
         return [found[i] for i in ranks.topk(min(beam_width, len(found))).indices.tolist()]
 
     def _log_probs(self, encoding: Tensor, hypotheses: list[Hypothesis]) -> Tensor:

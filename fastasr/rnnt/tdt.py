@@ -164,12 +164,9 @@ def _durations(op: str, durations: Sequence[int], device: torch.device) -> Tenso
     whole = all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in found)
     if not found or not whole or len(set(found)) < len(found):
         raise ValueError(f"fastasr.{op}: durations: expected different integers >= 0, got {list(found)}")
-    # a copy to a GPU waits for it
-    return (
-        torch.tensor(found, dtype=torch.int64, device="cpu")
-        if device.type == "cpu"
-        else _on_device(found, device)
-    )
+    if device.type == "cpu":
+        return torch.tensor(found, dtype=torch.int64, device="cpu")
+    return _on_device(found, device)  # a copy to a GPU waits for it
 
 
 @lru_cache(maxsize=64)

@@ -207,15 +207,13 @@ class StreamingEncoder:
             raise ValueError(f"step: every stream may be there once, got {streams}")
         features, lengths = self._checked(features, len(slots), lengths)
         if not slots:
-            return torch.zeros(
-                0, self.chunk_size // 2, self.channels, dtype=torch.float32, device="cpu"
-            ), torch.zeros(0, dtype=torch.int64, device="cpu")
+            none = torch.zeros(0, self.chunk_size // 2, self.channels, dtype=torch.float32, device="cpu")
+            return none, torch.zeros(0, dtype=torch.int64, device="cpu")
         y = self._backend.step(features, slots)
         frames = [frames_out(length, self.chunk_size) for length in lengths]
         longest = max(frames)
-        return (y if longest == y.shape[1] else y[:, :longest]), torch.tensor(
-            frames, dtype=torch.int64, device="cpu"
-        )
+        lengths = torch.tensor(frames, dtype=torch.int64, device="cpu")
+        return (y if longest == y.shape[1] else y[:, :longest]), lengths
 
     def _checked(self, features, n, lengths):
         if not isinstance(features, torch.Tensor) or features.dtype != torch.float32:
@@ -363,9 +361,8 @@ def _rounding_error(backend, pair, chunk_size, left_context_frames, bins):
     frames = 2 * chunk_size + RIGHT_CONTEXT
     difference = total = 0.0
     for _ in range(_PROBE):
-        features = (
-            torch.randn(1, frames, bins, generator=generator, dtype=torch.float32, device="cpu") * 3 - 6
-        )  # like log-mel energies
+        noise = torch.randn(1, frames, bins, generator=generator, dtype=torch.float32, device="cpu")
+        features = noise * 3 - 6  # like log-mel energies
         y, x = backend.step(features, [0]).double().cpu(), exact.step(features, [0]).double().cpu()
         difference, total = difference + (y - x).square().sum(), total + x.square().sum()
     backend.reset(0)

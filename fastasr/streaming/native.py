@@ -43,10 +43,8 @@ class NativeBackend(Backend):
         _, _, per_stream, scratch, *_ = self._ops.zipformer_chunk_sizes(packed.numbers, 1)
         self._states = torch.zeros(max_streams, per_stream, dtype=torch.float32, device="cpu")
         self._counters = torch.zeros(max_streams, _COUNTERS, dtype=torch.int64, device="cpu")
-        self._scratch, self._room = (
-            torch.zeros(scratch, dtype=torch.float32, device="cpu"),
-            1,
-        )  # memory, and for how many streams
+        # memory, and for how many streams
+        self._scratch, self._room = torch.zeros(scratch, dtype=torch.float32, device="cpu"), 1
         self._threads = threads
         self._width = packed.products[8].shape[1] // packed.numbers[5]
         self._frames = 2 * chunk_size + 13

@@ -227,15 +227,10 @@ class Packing:
     def _places(self, begins: tuple[int, ...]) -> Tensor:
         """Returns the places (N,) of the rows where the recordings begin at ``begins``."""
         if begins not in self._found:
-            sizes = torch.tensor(
-                self.lengths, dtype=torch.int64, device="cpu"
-            )  # on the CPU, where nothing waits for a GPU
-            before = (
-                torch.tensor(begins, dtype=torch.int64, device="cpu") - sizes.cumsum(0) + sizes
-            ).repeat_interleave(sizes)
-            self._found[begins] = (torch.arange(len(before), dtype=torch.int64, device="cpu") + before).to(
-                self.device
-            )
+            like = {"dtype": torch.int64, "device": "cpu"}  # where nothing waits for a GPU
+            sizes = torch.tensor(self.lengths, **like)
+            before = (torch.tensor(begins, **like) - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
+            self._found[begins] = (torch.arange(len(before), **like) + before).to(self.device)
         return self._found[begins]
 
     def spread(self, rows: Tensor, slots: list[int]) -> Tensor:
@@ -248,10 +243,9 @@ class Packing:
 
     def of_batch(self, batch: Tensor) -> Tensor:
         """Returns the rows (N, ...) of a batch (T, B, ...)."""
-        sizes = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
-        frame = torch.arange(sum(self.lengths), dtype=torch.int64, device="cpu") - (
-            sizes.cumsum(0) - sizes
-        ).repeat_interleave(sizes)
+        like = {"dtype": torch.int64, "device": "cpu"}
+        sizes = torch.tensor(self.lengths, **like)
+        frame = torch.arange(sum(self.lengths), **like) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         return _Taken.apply(batch.flatten(0, 1), frame.to(self.device) * len(sizes) + self.recording)
 
     @functools.cached_property
