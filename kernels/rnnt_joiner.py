@@ -443,8 +443,8 @@ class _Plan:
         if self.band[2] is None:
             return durations
         s_begin, t_begin, s_end, t_end = self.band[2][:, :, None, None].unbind(1)
-        s = torch.arange(self.s_range, device=self.am.device)
-        t = torch.arange(self.frames, device=self.am.device)[:, None]
+        s = torch.arange(self.s_range, device=self.am.device, dtype=torch.int64)
+        t = torch.arange(self.frames, device=self.am.device, dtype=torch.int64)[:, None]
         outside = (s < s_begin) | (s > s_end) | (t < t_begin) | (t >= t_end)  # (batch, frames, s_range)
         return durations.masked_fill(outside.reshape(-1, 1), value)
 

@@ -6,6 +6,8 @@ function (model) -> list of tensors that runs it in the mode that it is in. It r
 is not installed. Together the models have a module for every rule.
 """
 
+import copy
+
 import nemo_encoder
 import pytest
 import tiny_emformer_rnnt
@@ -169,14 +171,18 @@ def causal_zipformer():
             Zipformer(**tiny_zipformer.TINY, **chunks, dropout=0.1), 20000.0
         )
     x, lengths = torch.randn(32, 2, 32, generator=numbers(1)), torch.tensor([32, 32])
+    of_chunk, mask, start = (
+        torch.tensor([16, 16]),
+        torch.zeros(2, 32, dtype=torch.bool),
+        made.get_init_states(2),
+    )
 
     def run(model):
         if model.training:
-            return [model(x, lengths, torch.zeros(2, 32, dtype=torch.bool))[0]]
-        found, states = [], model.get_init_states(2)
+            return [model(x, lengths, mask)[0]]
+        found, states = [], [state.clone() for state in start]
         for chunk in x.split(16):
-            mask = torch.zeros(2, 16 + 16, dtype=torch.bool)
-            y, _, states = model.streaming_forward(chunk, torch.tensor([16, 16]), states, mask)
+            y, _, states = model.streaming_forward(chunk, of_chunk, states, mask)
             found.append(y)
         return found
 
@@ -213,39 +219,38 @@ def e_branchformer(**options):
         "macaron_ffn": True,
         "input_layer": "linear",
     }
-    x = torch.randn(3, 27, 20, generator=numbers(1))
+    x, lengths = torch.randn(3, 27, 20, generator=numbers(1)), torch.tensor([27, 20, 11])
     model = module.EBranchformerEncoder(20, **sizes, **options)
-    return model, lambda model: [model(x, torch.tensor([27, 20, 11]))[0]]
+    return model, lambda model: [model(x, lengths)[0]]
 
 
-def _emformer(run):
-    def made(**options):
-        module = pytest.importorskip("torchaudio.models.emformer")
-        sizes = {"left_context_length": 5, "right_context_length": 2, "max_memory_size": 2, "dropout": 0.1}
-        return module.Emformer(12, 3, 20, 2, 4, **sizes | options), run
+def emformer(streams=False):
+    """Whole utterances, or the segments of a stream."""
+    module = pytest.importorskip("torchaudio.models.emformer")
+    sizes = {"left_context_length": 5, "right_context_length": 2, "max_memory_size": 2, "dropout": 0.1}
+    x, lengths, of_segment = (
+        torch.randn(3, 23, 12, generator=numbers(1)),
+        *map(torch.tensor, ([21, 15, 9], [6] * 3)),
+    )
 
-    return made
+    def segments(model):
+        states, found = None, []
+        for begin in range(0, 12, 4):
+            y, _, states = model.infer(x[:, begin : begin + 6], of_segment, states)
+            found.append(y)
+        return found
 
-
-def _utterances(model):
-    return [model(torch.randn(3, 23, 12, generator=numbers(1)), torch.tensor([21, 15, 9]))[0]]
-
-
-def _segments(model):
-    x, states, found = torch.randn(3, 23, 12, generator=numbers(1)), None, []
-    for begin in range(0, 12, 4):
-        y, _, states = model.infer(x[:, begin : begin + 6], torch.tensor([6, 6, 6]), states)
-        found.append(y)
-    return found
+    made = module.Emformer(12, 3, 20, 2, 4, **sizes)
+    return made, segments if streams else lambda model: [model(x, lengths)[0]]
 
 
 def emformer_rnnt():
     module = pytest.importorskip("torchaudio.models.rnnt")
-    x = torch.randn(2, 40, 6, generator=numbers(1))
-    labels = torch.randint(0, 9, (2, 5), generator=numbers(2))
+    x, lengths = torch.randn(2, 40, 6, generator=numbers(1)), torch.tensor([36, 28])
+    labels, counts = torch.randint(0, 9, (2, 5), generator=numbers(2)), torch.tensor([5, 3])
 
     def run(model):
-        return [model(x, torch.tensor([36, 28]), labels, torch.tensor([5, 3]))[0]]
+        return [model(x, lengths, labels, counts)[0]]
 
     return tiny_emformer_rnnt.tiny(module), run
 
@@ -255,12 +260,13 @@ def mega(**options):
     sizes = {"block_size": 16, "linear_size": 24, "qk_size": 8, "v_size": 20, "num_heads": 2}
     labels = torch.randint(1, 12, (3, 9), generator=numbers(1))
     made = module.MEGADecoder(12, **sizes, num_blocks=2, max_positions=24, **options)
+    start = made.init_state()
 
     def run(model):
         if model.training:
             return [model(labels)]
         model.score_cache.clear()
-        found, states = [model(labels)], model.init_state()
+        found, states = [model(labels)], copy.deepcopy(start)
         for length in range(1, 4):
             y, states = model.score([0, 4, 7][:length], states)
             found.append(y)
@@ -380,8 +386,8 @@ FAMILIES = {
     "zipformer, causal": causal_zipformer,
     "zipformer recogniser": zipformer_recogniser,
     "e-branchformer": e_branchformer,
-    "emformer": _emformer(_utterances),
-    "emformer stream": _emformer(_segments),
+    "emformer": emformer,
+    "emformer stream": lambda: emformer(streams=True),
     "emformer rnn-t": emformer_rnnt,
     "mega": mega,
     "mega rotary": lambda: mega(rel_pos_bias_type="rotary"),

@@ -50,7 +50,9 @@ class FbankStream:
         frames = [torch.from_numpy(self._computer.get_frame(i).copy()) for i in range(self._given, ready)]
         self._computer.pop(ready - self._given)
         self._given = ready
-        return torch.stack(frames) if frames else torch.zeros(0, self._bins)
+        return (
+            torch.stack(frames) if frames else torch.zeros(0, self._bins, dtype=torch.float32, device="cpu")
+        )
 
 
 def fbank(samples, rate=RATE, bins=80, high_freq=HIGH_FREQ):
@@ -63,7 +65,7 @@ def batch(clips: list[Clip]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns features ``[B, T, 80]``, padded with the floor of the logarithm as recipes do, and their lengths."""
     features = [fbank(resample(clip.samples, clip.rate)) for clip in clips]
     padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=math.log(1e-10))
-    return padded, torch.tensor([len(f) for f in features])
+    return padded, torch.tensor([len(f) for f in features], dtype=torch.int64, device="cpu")
 
 
 def resample(samples: torch.Tensor, rate: int, wanted: int = RATE) -> torch.Tensor:
@@ -79,8 +81,9 @@ def resample(samples: torch.Tensor, rate: int, wanted: int = RATE) -> torch.Tens
     down, up = rate // divisor, wanted // divisor
     cutoff = ROLLOFF * min(rate, wanted)
     reach = math.ceil(WIDTH * rate / cutoff)  # input samples on each side
-    taps = torch.arange(-reach, down + reach + 1, dtype=torch.float64)
-    times = torch.arange(up, dtype=torch.float64)[:, None] / up * down - taps  # in input samples
+    taps = torch.arange(-reach, down + reach + 1, dtype=torch.float64, device="cpu")
+    starts = torch.arange(up, dtype=torch.float64, device="cpu")[:, None] / up * down
+    times = starts - taps  # in input samples
     scaled = times * cutoff / rate
     window = torch.cos(math.pi * scaled.clamp(-WIDTH, WIDTH) / WIDTH / 2) ** 2
     bank = (torch.sinc(scaled) * window * cutoff / rate).to(samples.dtype)

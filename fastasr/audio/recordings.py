@@ -62,14 +62,16 @@ class Speech:
 
 
 def read(path: Path) -> Clip:
-    """Reads the first channel of a recording. Raises ``ValueError`` with the reason if this fails, if samples are not
-    finite, or if the rate is not in RATES. Memory is in proportion to the samples that are there, whatever the header
-    says.
+    """Reads the first channel of a recording. Raises ``ValueError`` with the reason if this fails, if there are no
+    samples or some that are not finite, or if the rate is not in RATES. Memory is in proportion to the samples that are
+    there, whatever the header says.
     """
     try:
         samples, rate = _read_pcm16(path) if path.suffix.lower() == ".wav" else _read_soundfile(path)
     except (OSError, EOFError, wave.Error, RuntimeError, ImportError) as error:
-        raise ValueError(f"{path.name}: {error or 'it ends too early'}") from None
+        raise ValueError(f"{path.name}: {str(error) or 'it ends too early'}") from None
+    if not len(samples):
+        raise ValueError(f"{path.name}: the recording is empty (0 samples at {rate} Hz)")
     if rate not in RATES:
         raise ValueError(f"{path.name}: expected a rate of {RATES.start} to {RATES.stop - 1} Hz, got {rate}")
     if not bool(samples.isfinite().all()):
@@ -87,7 +89,9 @@ def _read_pcm16(path: Path) -> tuple[torch.Tensor, int]:
                 data = bytearray(file.readframes(min(most, file.getnframes())))
                 del data[len(data) - len(data) % (2 * channels) :]
                 samples = (
-                    torch.frombuffer(data, dtype=torch.int16) if data else torch.zeros(0, dtype=torch.int16)
+                    torch.frombuffer(data, dtype=torch.int16)
+                    if data
+                    else torch.zeros(0, dtype=torch.int16, device="cpu")
                 )
                 return samples.reshape(-1, channels)[:, 0].float() / 32768, rate
     except wave.Error:
@@ -100,7 +104,7 @@ def _read_soundfile(path: Path) -> tuple[torch.Tensor, int]:
         import soundfile
     except ImportError:
         raise ImportError("needs soundfile: pip install 'fastasr[demo]'") from None
-    parts = [torch.zeros(0)]
+    parts = [torch.zeros(0, dtype=torch.float32, device="cpu")]
     with soundfile.SoundFile(str(path)) as file:
         count = max(1, BLOCK // file.channels)
         while len(block := file.read(count, dtype="float32", always_2d=True)):
@@ -221,7 +225,7 @@ def generated(seconds: float, rate: int, seed: int) -> Clip:
     pauses."""
     draw = random.Random(seed)
     count = int(seconds * rate)
-    t = torch.arange(count) / rate
+    t = torch.arange(count, dtype=torch.float32, device="cpu") / rate
     pitch = (
         120 + 25 * torch.sin(2 * math.pi * 0.35 * t + draw.random()) + 8 * torch.sin(2 * math.pi * 2.3 * t)
     )
@@ -230,20 +234,24 @@ def generated(seconds: float, rate: int, seed: int) -> Clip:
         (base + width * torch.sin(2 * math.pi * speed * t + 6 * draw.random()))
         for base, width, speed in ((550, 220, 1.7), (1500, 450, 1.3), (2600, 300, 0.9))
     ]
-    signal = torch.zeros(count)
+    signal = torch.zeros(count, dtype=torch.float32, device="cpu")
     for harmonic in range(1, int(0.9 * rate / 2 / 155)):
         frequency = harmonic * pitch
         gain = sum(torch.exp(-(((frequency - f) / 180) ** 2)) for f in formants) + 0.02
         signal += gain * torch.sin(harmonic * phase) / harmonic**0.5
-    envelope = torch.zeros(count)
+    envelope = torch.zeros(count, dtype=torch.float32, device="cpu")
     at = 0.1
     while at < seconds:
         length = draw.uniform(0.12, 0.3)
         lower, upper = int(at * rate), min(count, int((at + length) * rate))
         if upper > lower:
-            envelope[lower:upper] = torch.hann_window(upper - lower, periodic=False) * draw.uniform(0.5, 1.0)
+            envelope[lower:upper] = torch.hann_window(
+                upper - lower, periodic=False, dtype=torch.float32, device="cpu"
+            ) * draw.uniform(0.5, 1.0)
         at += length + (draw.uniform(0.25, 0.6) if draw.random() < 0.15 else draw.uniform(0.0, 0.06))
-    noise = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        count, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
+    )
     signal = signal * envelope + 0.003 * noise
     return Clip(f"generated-{seed}", 0.6 * signal / signal.abs().max(), rate, "")
 
@@ -259,7 +267,8 @@ def joined(clips: list[Clip], seconds: float, count: int, seed: int = 0) -> list
     rate = clips[0].rate
     pool = [clip for clip in clips if clip.rate == rate]
     order = random.Random(seed).sample(pool, len(pool))
-    gap, most, turn = torch.zeros(int(GAP_SECONDS * rate)), int(seconds * rate), 0
+    gap = torch.zeros(int(GAP_SECONDS * rate), dtype=torch.float32, device="cpu")
+    most, turn = int(seconds * rate), 0
     made = []
     for index in range(count):
         parts, names, words, length = [], [], [], 0

@@ -57,7 +57,7 @@ def run(ops: list[str], device: str, as_json: bool) -> None:
         if op not in known:
             fail(f"no op is called {op!r}; there are: {', '.join(known)}")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: {str(error).splitlines()[0]}")
     results = _run(list(dict.fromkeys(ops)) or known, device, quiet=as_json)

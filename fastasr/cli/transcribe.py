@@ -68,16 +68,22 @@ def _check_layers(config: dict, folder: Path) -> None:
         raise ValueError(f"config.json says {max(layers)} layers, the weights have {tensors} tensors")
 
 
-def read(path: Path, rate: int) -> torch.Tensor:
-    """Returns the recording's first channel at ``rate``. It ends the command if it cannot be read."""
+def read(path: Path, rate: int, hop: int) -> torch.Tensor:
+    """Returns the recording's first channel at ``rate``. It ends the command if it cannot be read, or if it has fewer
+    than two frames of ``hop`` samples: the feature extractor would divide 0 by 0 for their variance.
+    """
     try:
         clip = recordings.read(path)
     except ValueError as error:
         fail(f"RECORDING: {error}")
-    if not len(clip.samples):
-        fail(f"RECORDING: {path} holds no samples")
-    if clip.rate == rate:
-        return clip.samples
+    samples = clip.samples if clip.rate == rate else _resampled(path, clip, rate)
+    if len(samples) < 2 * hop:
+        least = f"{2 * hop} samples at {rate} Hz ({2 * hop / rate:g} s)"
+        fail(f"RECORDING: {path} is too short: expected at least {least}, got {len(samples)}")
+    return samples
+
+
+def _resampled(path: Path, clip: recordings.Clip, rate: int) -> torch.Tensor:
     try:
         import soxr
     except ImportError:
@@ -202,9 +208,10 @@ def run(
         report = fastasr.accelerate(model)
         console.print(f"{type(model).__name__}: {len(report.replaced)} modules replaced")
     results = []
+    rate, hop = processor.feature_extractor.sampling_rate, processor.feature_extractor.hop_length
     for path in paths:
-        samples = read(path, processor.feature_extractor.sampling_rate)
-        seconds = len(samples) / processor.feature_extractor.sampling_rate
+        samples = read(path, rate, hop)
+        seconds = len(samples) / rate
         with progress(model, path.name):
             begin = time.perf_counter()
             text, pieces = transcribe(model, processor, samples, beam)

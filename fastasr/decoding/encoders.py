@@ -60,6 +60,6 @@ class ChunkEncoder:
         """Chunks (batch, 2 chunk_size + 13, channels) -> (batch, chunk_size / 2, channels)."""
         if self.onnx:
             return self.model.run_encoder(x) if hasattr(self.model, "run_encoder") else self.model(x)
-        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
+        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device, dtype=torch.int64)
         encoder_out, _, self.states = self.wrapper(x, lengths, self.states)
         return encoder_out if self.head is None else self.head(encoder_out)

@@ -83,7 +83,7 @@ class GreedySearch:
         context = first_context(self.transducer or self.looping)
         if search is None:
             predictions = self.transducer.predict([context] * batch_size)
-            counters = torch.zeros(batch_size, 0, dtype=torch.int64)
+            counters = torch.zeros(batch_size, 0, dtype=torch.int64, device="cpu")
         else:
             predictions, counters = search.start(batch_size, context)
         return GreedyState(
@@ -127,7 +127,8 @@ class GreedySearch:
             blank_penalty=self.blank_penalty,
             scored=True,
         )
-        places, lengths = state.counters[:, FRAME].clone(), torch.tensor(frames, device=state.counters.device)
+        places = state.counters[:, FRAME].clone()
+        lengths = torch.tensor(frames, device=places.device, dtype=torch.int64)
         steps = search.search(
             model.projected(encoder_out.to(state.predictions.device)),
             lengths,

@@ -167,7 +167,7 @@ class LabelLooping:
         like = w.embedding
         state = like.new_zeros(batch, 2 * len(w.layers) * w.hidden + len(w.linear[0]))
         row = [0, 0, 1, 0, *first]
-        return state, torch.tensor([row] * batch, device=like.device).view(batch, len(row))
+        return state, torch.tensor([row] * batch, device=like.device, dtype=torch.int64).view(batch, len(row))
 
     @torch.no_grad()
     def search(self, encoded, lengths, rules, state, counters, most_steps):
@@ -215,12 +215,12 @@ class LabelLooping:
                 f"got {encoded.dtype} on {encoded.device}"
             )
         batch, frames, _ = encoded.shape
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, device=like.device)
         if lengths.shape != (batch,) or lengths.is_floating_point():
             raise ValueError(
                 f"LabelLooping: lengths: expected {batch} ints, got {lengths.dtype} {tuple(lengths.shape)}"
             )
-        lengths = lengths.to(like.device, torch.int64).contiguous()
+        lengths = lengths.to(torch.int64).contiguous()
         if batch and (int(lengths.min()) < 0 or int(lengths.max()) > frames):
             raise ValueError(f"LabelLooping: lengths: expected 0 to {frames} frames, got {lengths.tolist()}")
         if not 0 <= rules.blank < tokens:
@@ -332,8 +332,8 @@ def _step(w, encoded, lengths, rules, state, counters, steps, looking):
     graph can replay the step. Behind the end it does nothing.
     """
     batch, frames, joint = encoded.shape
-    rows = torch.arange(batch, device=encoded.device)
-    durations = torch.tensor(rules.durations or (0,), device=encoded.device)
+    rows = torch.arange(batch, device=encoded.device, dtype=torch.int64)
+    durations = torch.tensor(rules.durations or (0,), device=encoded.device, dtype=torch.int64)
     counts, most_steps = steps.counts, steps.tokens.shape[1]
 
     def live():

@@ -96,10 +96,10 @@ class LoopingTransducer:
             predictions = []
             for end in (1, 2):
                 seen = (context + tokens[:end])[-w.context :]
-                state = predict(w, torch.tensor([seen], device=state.device), state)
+                state = predict(w, torch.tensor([seen], device=state.device, dtype=torch.int64), state)
                 predictions.append(state[:, -len(w.linear[0]) :])
             g = torch.cat(predictions)
-            f = torch.arange(1.0, g.numel() + 1).sin_().view_as(g).to(g)
+            f = torch.arange(1.0, g.numel() + 1, dtype=torch.float32, device="cpu").sin_().view_as(g).to(g)
             expected = self.logits(f, self.predictions(tokens))
             error = (join(w, f, g) - expected).abs().max() / expected.abs().max()
         if not error <= _AGREEMENT:
@@ -143,7 +143,7 @@ class Stateless(LoopingTransducer):
         decoder, joiner = self.parts()
         seen = [-1] * (self.context_size - 1) + tokens
         windows = [seen[i : i + self.context_size] for i in range(len(tokens))]
-        y = torch.tensor(windows, device=decoder.embedding.weight.device)
+        y = torch.tensor(windows, device=decoder.embedding.weight.device, dtype=torch.int64)
         return joiner.decoder_proj(decoder(y, need_pad=False)[:, 0])
 
     def logits(self, f, g):
@@ -187,7 +187,7 @@ class EmformerRNNT(LoopingTransducer):
         return w_ih, w_hh, b_ih, b_hh
 
     def predictions(self, tokens):
-        y = torch.tensor([tokens], device=self.model.joiner.linear.weight.device)
+        y = torch.tensor([tokens], device=self.model.joiner.linear.weight.device, dtype=torch.int64)
         return self.model.predictor(y, torch.full_like(y[:, 0], len(tokens)), None)[0][0]
 
     def logits(self, f, g):
@@ -225,7 +225,9 @@ class Parakeet(LoopingTransducer):
         )
 
     def predictions(self, tokens):
-        return self.model.decoder(torch.tensor([tokens], device=self.model.joint.head.weight.device))[0]
+        return self.model.decoder(
+            torch.tensor([tokens], device=self.model.joint.head.weight.device, dtype=torch.int64)
+        )[0]
 
     def logits(self, f, g):
         return self.model.joint(encoder_hidden_states=f, decoder_hidden_states=g)

@@ -117,7 +117,9 @@ class ModifiedBeamSearch:
         if self.durations:
             of_durations = logits[:, outputs:].log_softmax(dim=-1)
             log_probs = (log_probs.unsqueeze(2) + of_durations.unsqueeze(1)).flatten(1)
-        log_probs += torch.tensor([h.log_prob for h in hypotheses], device=log_probs.device).unsqueeze(1)
+        log_probs += torch.tensor(
+            [h.log_prob for h in hypotheses], device=log_probs.device, dtype=torch.float32
+        ).unsqueeze(1)
         first = 0
         for n, t, standing in zip(rows, earliest, here, strict=True):
             scores = log_probs[first : first + len(standing)].flatten()

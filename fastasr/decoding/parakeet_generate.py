@@ -39,7 +39,7 @@ def no_duration_wins(model, frames, first, steps):
     contexts = model.decoder(torch.cat((first, labels), 1), cache=None)
     before, at = (~blank).cumsum(1) - (~blank).long(), steps.moves.cumsum(1) - steps.moves
     at = at.clamp(max=frames.shape[1] - 1)
-    rows = torch.arange(len(first)).unsqueeze(1)
+    rows = torch.arange(len(first), dtype=torch.int64, device=first.device).unsqueeze(1)
     for one in range(0, at.shape[1], _STEPS_AT_ONCE):
         part = slice(one, one + _STEPS_AT_ONCE)
         logits = model.joint(
@@ -71,9 +71,13 @@ def parakeet_generate(model, encoder_out, encoder_out_lens=None, max_length=None
         name = type(model).__name__
         raise TypeError(f"parakeet_generate: this {name} cannot be searched: {reason}") from None
     lengths = torch.tensor(
-        frames_of("parakeet_generate", encoder_out, encoder_out_lens, len(encoder_out)), dtype=torch.int64
+        frames_of("parakeet_generate", encoder_out, encoder_out_lens, len(encoder_out)),
+        dtype=torch.int64,
+        device="cpu",
     )
-    first = torch.full((len(encoder_out), 1), transducer.blank_id, device=encoder_out.device)
+    first = torch.full(
+        (len(encoder_out), 1), transducer.blank_id, device=encoder_out.device, dtype=torch.int64
+    )
     limit = transducer.most_symbols * encoder_out.shape[1] if max_length is None else max_length
     frames = transducer.projected(encoder_out)
     steps = steps_of_generate(transducer, looping, frames, lengths, first, max(limit - 1, 0))

@@ -28,7 +28,7 @@ def frames_of(name, x, lengths, batch):
         )
     if lengths is None:
         return [x.shape[1]] * batch
-    frames = torch.as_tensor(lengths).tolist()
+    frames = torch.as_tensor(lengths, device="cpu").tolist()
     if len(frames) != batch or not all(0 <= count <= x.shape[1] for count in frames):
         raise ValueError(f"{name}: expected {batch} lengths of at most {x.shape[1]} frames, got {frames}")
     return frames

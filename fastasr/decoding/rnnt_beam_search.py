@@ -90,14 +90,18 @@ class RNNTBeamSearch(torch.nn.Module):
         ended: dict[tuple[int, ...], Hypothesis] = {}  # by a blank, in rising order of their scores
         for emitted in range(self.step_max_tokens + 1):
             scores = self._log_probs(encoding, hypotheses)
-            scores += torch.tensor([h[3] for h in hypotheses]).unsqueeze(1)
+            scores += torch.tensor([h[3] for h in hypotheses], dtype=torch.float32, device="cpu").unsqueeze(1)
             for hypothesis, score in zip(hypotheses, scores[:, -1], strict=True):
                 labels, predicted, state, _ = hypothesis
                 before = ended.pop(tuple(labels), None)
                 if before is not None:
-                    score = torch.tensor(before[3]).logaddexp(score)
+                    score = torch.tensor(before[3], dtype=torch.float32, device="cpu").logaddexp(score)
                 ended[tuple(labels)] = (labels, predicted, state, score.item())
-            order = torch.tensor([h[3] for h in ended.values()]).argsort().tolist()
+            order = (
+                torch.tensor([h[3] for h in ended.values()], dtype=torch.float32, device="cpu")
+                .argsort()
+                .tolist()
+            )
             found = list(ended.values())
             ended = {tuple(found[i][0]): found[i] for i in order}
             if emitted == self.step_max_tokens:
@@ -107,7 +111,7 @@ class RNNTBeamSearch(torch.nn.Module):
             if not hypotheses:
                 break
         found = list(ended.values())
-        ranks = torch.tensor([self.hypo_sort_key(h) for h in found])
+        ranks = torch.tensor([self.hypo_sort_key(h) for h in found], dtype=torch.float32, device="cpu")
         return [found[i] for i in ranks.topk(min(beam_width, len(found))).indices.tolist()]
 
     def _log_probs(self, encoding: Tensor, hypotheses: list[Hypothesis]) -> Tensor:
@@ -134,7 +138,7 @@ class RNNTBeamSearch(torch.nn.Module):
             [torch.cat(tensors) for tensors in zip(*layers, strict=True)]
             for layers in zip(*(h[2] for h, _, _ in chosen), strict=True)
         ]
-        labels = torch.tensor([[label] for _, label, _ in chosen], device=device)
+        labels = torch.tensor([[label] for _, label, _ in chosen], device=device, dtype=torch.int64)
         lengths = torch.ones(len(chosen), dtype=torch.int64, device=device)
         predicted, _, states = self.model.predict(labels, lengths, states)
         return [

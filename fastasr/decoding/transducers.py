@@ -47,7 +47,7 @@ class OnnxTransducer:
         return encoder_out
 
     def predict(self, contexts):
-        return self.model.run_decoder(torch.tensor(contexts, dtype=torch.int64))
+        return self.model.run_decoder(torch.tensor(contexts, dtype=torch.int64, device="cpu"))
 
     def join(self, frames, predictions):
         return self.model.run_joiner(frames.contiguous(), predictions.contiguous())
@@ -81,7 +81,9 @@ class RecurrentTransducer:
         w = self.weights
         before = w.embedding.new_zeros(2 * len(w.layers) * w.hidden + len(w.linear[0]))
         rows = torch.stack([before if state is None else state for state in states])
-        return label_looping.predict(w, torch.tensor(tokens, device=self.device)[:, None], rows)
+        return label_looping.predict(
+            w, torch.tensor(tokens, device=self.device, dtype=torch.int64)[:, None], rows
+        )
 
     def predictions(self, states):
         return states[:, -len(self.weights.linear[0]) :]

@@ -63,7 +63,9 @@ def _spectrograms(story: Story):
     picture, panels = plt.subplots(
         count, 1, figsize=(12, 1.25 * count + 0.3), sharex=True, layout="constrained"
     )
-    low, high = torch.quantile(story.features[0].flatten()[:100_000], torch.tensor([0.05, 0.995])).tolist()
+    low, high = torch.quantile(
+        story.features[0].flatten()[:100_000], torch.tensor([0.05, 0.995], dtype=torch.float32, device="cpu")
+    ).tolist()
     for axes, x in zip(panels if count > 1 else [panels], story.features, strict=True):
         image = x.T.numpy()
         extent = (0, len(x) / 100, 0, 80)

@@ -211,7 +211,9 @@ def _time(stages: Stages, shipped, ours, story: Story, options: argparse.Namespa
 
 def excerpt_of(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the beginnings of the batch's first utterances."""
-    frames = torch.minimum(lengths[: len(EXCERPT)], torch.tensor(EXCERPT[: len(lengths)]))
+    frames = torch.minimum(
+        lengths[: len(EXCERPT)], torch.tensor(EXCERPT[: len(lengths)], dtype=torch.int64, device="cpu")
+    )
     return x[: len(frames), : int(frames.max())], frames
 
 

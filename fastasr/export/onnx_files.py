@@ -135,7 +135,10 @@ def _channels(model):
 
 
 def _write_whole(wrapper, path, channels, ctc):
-    x, x_lens = torch.zeros(2, 100, channels), torch.tensor([100, 80])
+    x, x_lens = (
+        torch.zeros(2, 100, channels, dtype=torch.float32, device="cpu"),
+        torch.tensor([100, 80], dtype=torch.int64, device="cpu"),
+    )
     outputs = ["log_probs", "log_probs_len"] if ctc else ["encoder_out", "encoder_out_lens"]
     names = ["x", "x_lens", *outputs]
     axes = {
@@ -146,7 +149,9 @@ def _write_whole(wrapper, path, channels, ctc):
 
 def _write_streaming(wrapper, path, channels, ctc):
     wrapper.eval()
-    x = torch.rand(2, 2 * wrapper.chunk_size + wrapper.pad_length, channels)
+    x = torch.rand(
+        2, 2 * wrapper.chunk_size + wrapper.pad_length, channels, dtype=torch.float32, device="cpu"
+    )
     states = wrapper.get_init_states(2)
     inputs, axes = ["x"], {"x": {0: "N"}}
     for layer in range((len(states) - 2) // len(STATE_NAMES)):
@@ -163,7 +168,7 @@ def _write_streaming(wrapper, path, channels, ctc):
 
 def _write_decoder(model, path):
     wrapper = wrappers.OnnxDecoderWrapper(model.decoder, model.joiner.decoder_proj)
-    y = torch.zeros(10, model.decoder.context_size, dtype=torch.int64)
+    y = torch.zeros(10, model.decoder.context_size, dtype=torch.int64, device="cpu")
     axes = {"y": {0: "N"}, "decoder_out": {0: "N"}}
     _write(wrapper, (y,), path, ["y"], ["decoder_out"], axes, metadata.decoder(model))
 
@@ -171,8 +176,8 @@ def _write_decoder(model, path):
 def _write_joiner(model, path):
     wrapper = wrappers.OnnxJoinerWrapper(model.joiner.output_linear)
     inputs = (
-        torch.rand(11, model.joiner.output_linear.in_features),
-        torch.rand(11, model.joiner.output_linear.in_features),
+        torch.rand(11, model.joiner.output_linear.in_features, dtype=torch.float32, device="cpu"),
+        torch.rand(11, model.joiner.output_linear.in_features, dtype=torch.float32, device="cpu"),
     )
     names = ["encoder_out", "decoder_out"]
     axes = {name: {0: "N"} for name in (*names, "logit")}

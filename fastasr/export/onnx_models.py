@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy
 import torch
 
+from fastasr.models.transducer.sequences import check_frames
+
 
 def _session(filename, threads):
     try:
@@ -76,7 +78,11 @@ class OnnxTransducerModel(_DecoderAndJoiner):
         self._load(decoder_filename, joiner_filename, threads)
 
     def run_encoder(self, x, x_lens):
-        """Features (batch, time, channels), lengths -> encoder_out (batch, frames, joiner_dim), lengths"""
+        """Features (batch, time, channels), lengths -> encoder_out (batch, frames, joiner_dim), lengths
+
+        Raises ValueError when a sequence is too short for a frame of output.
+        """
+        check_frames(type(self).__name__, x, x_lens)
         return tuple(_run(self.encoder, x, x_lens))
 
 
@@ -87,7 +93,11 @@ class OnnxCtcModel:
         self.model = _session(nn_model, threads)
 
     def __call__(self, x, x_lens):
-        """Features (batch, time, channels), lengths -> log-probabilities (batch, frames, vocabulary), lengths"""
+        """Features (batch, time, channels), lengths -> log-probabilities (batch, frames, vocabulary), lengths
+
+        Raises ValueError when a sequence is too short for a frame of output.
+        """
+        check_frames(type(self).__name__, x, x_lens)
         return tuple(_run(self.model, x, x_lens))
 
 

@@ -34,7 +34,7 @@ def serves(encoder_embed, encoder):
 def encode(encoder_embed, encoder, x, x_lens):
     """Features (batch, time, channels), lengths -> encoder_out (batch, frames, channels), lengths."""
     x, x_lens = front_end(encoder_embed, x), (x_lens - 7) // 2
-    padding = torch.arange(x.shape[1], device=x.device) >= x_lens.unsqueeze(1)  # [N, T]
+    padding = torch.arange(x.shape[1], device=x.device, dtype=torch.int64) >= x_lens.unsqueeze(1)  # [N, T]
     x = x.transpose(0, 1)
     outputs = []
     for i, stack in enumerate(encoder.encoders):
@@ -153,9 +153,11 @@ def _layer(layer, x, positions, padding, caches):
 def _positions(encoding, x, left):
     """Returns the encodings (T + S - 1, D) of the offsets from -(S - 1) to T - 1, for S = left + T sources."""
     frames = x.shape[0]
-    offset = torch.arange(1 - frames - left, frames, device=x.device).to(x.dtype).unsqueeze(1)
+    offset = (
+        torch.arange(1 - frames - left, frames, device=x.device, dtype=torch.int64).to(x.dtype).unsqueeze(1)
+    )
     width = encoding.embed_dim
-    harmonic = torch.arange(1, width // 2 + 1, device=x.device).to(x.dtype)
+    harmonic = torch.arange(1, width // 2 + 1, device=x.device, dtype=torch.int64).to(x.dtype)
     c = width**0.5
     compressed = c * offset.sign() * ((offset.abs() + c).log() - math.log(c))
     angle = (compressed / (encoding.length_factor * width / (2.0 * math.pi))).atan() * harmonic
@@ -176,8 +178,8 @@ def _attention_weights(module, x, positions, padding, cached_key):
     relative = linear(module.linear_pos, positions).reshape(-1, heads, module.pos_head_dim)
     relative = relative.permute(1, 2, 0)  # [H, d, T + S - 1]
     by_offset = p @ relative.unsqueeze(1)  # [H, N, T, T + S - 1]
-    row = torch.arange(frames, device=x.device).unsqueeze(1)
-    column = torch.arange(sources, device=x.device)
+    row = torch.arange(frames, device=x.device, dtype=torch.int64).unsqueeze(1)
+    column = torch.arange(sources, device=x.device, dtype=torch.int64)
     index = (frames - 1 - row + column).expand(heads, batch, frames, sources)
     scores = q @ k.transpose(-1, -2) + by_offset.gather(-1, index)
     scores = scores.masked_fill(padding[:, None], MASKED)
@@ -265,7 +267,7 @@ def _downsample(module, x):
     factor = module.downsample
     frames, batch, channels = x.shape
     rows = (frames + factor - 1) // factor
-    index = torch.arange(rows * factor, device=x.device)
+    index = torch.arange(rows * factor, device=x.device, dtype=torch.int64)
     index = torch.minimum(index, torch.ones_like(index) * (frames - 1))  # clamp would keep the traced length
     x = x[index].reshape(-1, factor, batch, channels)
     return (x * module.bias.softmax(dim=0).view(factor, 1, 1)).sum(dim=1)

@@ -137,7 +137,7 @@ class _Streaming(torch.nn.Module):
     def _encode(self, x, x_lens, states):
         processed = states[-1]
         # The mask of the left context's frames, oldest first, that lie before the stream's beginning.
-        age = torch.arange(self.left_context_len - 1, -1, -1, device=x.device)
+        age = torch.arange(self.left_context_len - 1, -1, -1, device=x.device, dtype=torch.int64)
         unseen = processed.unsqueeze(1) <= age
         if _is_plain(self):
             y, new_states = plain.encode_chunk(self.encoder_embed, self.encoder, x, states, unseen)

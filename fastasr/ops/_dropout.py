@@ -43,7 +43,7 @@ def windows(like: Tensor, places: Tensor, sequences: int, keys: int, p: float) -
         return drawn(operator, (like.detach(), places), sequences, keys, p)
     queries = places.shape[0]
     dense = F.dropout(like.new_ones(sequences, queries, keys), p)
-    rows = torch.arange(queries, device=places.device)[:, None] * keys
+    rows = torch.arange(queries, device=places.device, dtype=torch.int64)[:, None] * keys
     return dense.flatten(1).index_select(1, (rows + places).flatten()).reshape(sequences, *places.shape)
 
 
@@ -62,9 +62,13 @@ def _draws_are_torchs() -> bool:
     generator = torch.Generator().manual_seed(2)
     for count, p in ((701, 0.1), (400, 0.5)):
         state = generator.get_state()
-        expected = torch.empty(count).bernoulli_(1 - p, generator=generator)
+        expected = torch.empty(count, dtype=torch.float32, device="cpu").bernoulli_(
+            1 - p, generator=generator
+        )
         try:
-            keep = torch.ops.fastasr_cpu.dropout_forward.default(torch.ones(count), None, state, p)[1]
+            keep = torch.ops.fastasr_cpu.dropout_forward.default(
+                torch.ones(count, dtype=torch.float32, device="cpu"), None, state, p
+            )[1]
         except RuntimeError:  # this state has another layout
             return False
         if not (torch.equal(keep, expected.to(torch.uint8)) and torch.equal(state, generator.get_state())):

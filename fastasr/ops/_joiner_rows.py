@@ -112,9 +112,9 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Chunk] | N
     *operands, need_gradients, keep = arguments
     p = Joiner.of(*operands)
     shape = (*p.starts.shape, p.s_range)
-    px, py = (torch.full(shape, -torch.inf, dtype=p.wide) for _ in range(2))
+    px, py = (torch.full(shape, -torch.inf, dtype=p.wide, device="cpu") for _ in range(2))
     durations = px.new_full((*shape, p.durations), -torch.inf) if p.durations else px.new_empty((*shape, 0))
-    normaliser = torch.zeros(shape, dtype=torch.float64)
+    normaliser = torch.zeros(shape, dtype=torch.float64, device="cpu")
     kept = [] if keep and need_gradients else None
     with _without_autocast():
         for chunk in p.compute(p.rows()):
@@ -136,9 +136,15 @@ def backward(grad_symbol, grad_blank, grad_durations, *arguments) -> tuple[Tenso
     if p.durations:
         gz = grad_durations.to(p.wide).contiguous()
         active = gy.masked_fill((gz != 0).any(-1), 1.0)
-    dam, dlm = torch.zeros(p.am.shape, dtype=p.wide), torch.zeros(p.lm.shape, dtype=p.wide)
+    dam, dlm = (
+        torch.zeros(p.am.shape, dtype=p.wide, device="cpu"),
+        torch.zeros(p.lm.shape, dtype=p.wide, device="cpu"),
+    )
     am, lm, weight, bias = operands[:4]
-    dweight, dbias = torch.zeros(weight.shape, dtype=p.wide), torch.zeros(len(weight), dtype=torch.float64)
+    dweight, dbias = (
+        torch.zeros(weight.shape, dtype=p.wide, device="cpu"),
+        torch.zeros(len(weight), dtype=torch.float64, device="cpu"),
+    )
     with _without_autocast():
         rows = p.rows(gx, active)
         room = None

@@ -23,16 +23,16 @@ STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 def draw_seed(device: torch.device, count: int = 1) -> Tensor:
     """Draws seeds (count,) from torch's generator of the device."""
-    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device, dtype=torch.int64)
 
 
 def kept(seed: Tensor, p: float, batch: int, heads: int, queries: int, keys: int) -> Tensor:
     """Returns bool (B, H, queries, keys): True where a weight is kept."""
     low, high = seed & _WORD, seed >> 32 & _WORD
-    n = torch.arange(batch * heads * queries, device=seed.device) & _WORD
+    n = torch.arange(batch * heads * queries, device=seed.device, dtype=torch.int64) & _WORD
     first = _mixed(_mixed(n ^ low) ^ high)
     second = _mixed(_mixed(n ^ high ^ _WORD) + low + STEP & _WORD)
-    z = first[:, None] + torch.arange(keys, device=seed.device) * STEP & _WORD
+    z = first[:, None] + torch.arange(keys, device=seed.device, dtype=torch.int64) * STEP & _WORD
     z = (z ^ z >> 16) * FIRST & _WORD
     z = (z ^ z >> 15 ^ second[:, None]) * SECOND & _WORD
     return (z >> 1 >= int(p * 2**31)).reshape(batch, heads, queries, keys)

@@ -53,7 +53,7 @@ def relative_shift(scores: Tensor) -> Tensor:
 def outside_context(scores: Tensor, context: tuple[int, int], chunk_size: int) -> Tensor:
     """Returns (T, K) for scores (..., T, K), True where a key is outside the context of a query."""
     frames, keys = scores.shape[-2:]
-    key = torch.arange(keys, device=scores.device)
+    key = torch.arange(keys, device=scores.device, dtype=torch.int64)
     chunk = key[keys - frames :, None] // chunk_size * chunk_size
     (left, right), hidden = context, torch.zeros(frames, keys, dtype=torch.bool, device=scores.device)
     if left >= 0:

@@ -52,10 +52,10 @@ def _band(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (s within [0, S], whether the row is inside, whether it has a symbol), each (B, T, R)."""
     (batch, length), frames = symbols.shape, starts.shape[1]
-    s = starts.unsqueeze(-1) + torch.arange(s_range, device=starts.device)
+    s = starts.unsqueeze(-1) + torch.arange(s_range, device=starts.device, dtype=torch.int64)
     if boundary is None:
-        boundary = whole(torch.full((batch,), length, device=starts.device), frames)
-    t = torch.arange(frames, device=starts.device).unsqueeze(1)
+        boundary = whole(torch.full((batch,), length, device=starts.device, dtype=torch.int64), frames)
+    t = torch.arange(frames, device=starts.device, dtype=torch.int64).unsqueeze(1)
     has_symbol, inside = within(boundary, s, t, False)
     has_symbol, inside = has_symbol & (s >= 0) & (s < length), inside & (s >= 0) & (s <= length)
     return s.clamp(0, length), inside, has_symbol
@@ -79,7 +79,10 @@ def check(op, a, starts: Tensor | None, outputs: int) -> None:
     symbols = a.symbols
     if a.boundary is not None:
         s_begin, t_begin, s_end, t_end = (column.unsqueeze(1) for column in a.boundary.unbind(1))
-        s, t = torch.arange(length), torch.arange(frames)
+        s, t = (
+            torch.arange(length, dtype=torch.int64, device="cpu"),
+            torch.arange(frames, dtype=torch.int64, device="cpu"),
+        )
         symbols = symbols[(s >= s_begin) & (s < s_end)]
         starts = None if starts is None else starts[(t >= t_begin) & (t < t_end)]
     for name, values, end in (("symbols", symbols, outputs), ("starts", starts, length + 1)):
@@ -198,7 +201,7 @@ def rnnt_joiner(
     target = F.pad(symbols, (0, 1)).clamp(0, weight.shape[0] - 1).gather(1, index).view(*s.shape, 1)
     blank = logits[..., termination_symbol]
     if hat:
-        outputs = torch.arange(weight.shape[0], device=am.device)
+        outputs = torch.arange(weight.shape[0], device=am.device, dtype=torch.int64)
         others = logits.masked_fill(outputs == termination_symbol, -math.inf)
         px = torch.log_softmax(others, -1).gather(-1, target).squeeze(-1) + F.logsigmoid(-blank)
         py = F.logsigmoid(blank)

@@ -53,10 +53,10 @@ class Steps:
         self.regular = width > frames
         self.steps = frames + symbols * self.regular
         if boundary is None:
-            boundary = whole(torch.full((batch,), symbols, device=x.device), frames)
+            boundary = whole(torch.full((batch,), symbols, device=x.device, dtype=torch.int64), frames)
         limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)
         boundary = torch.stack([column.clamp(0, most) for column, most in limits], 1)
-        self.row, t = (torch.arange(n, device=x.device) for n in (symbols + 1, width))
+        self.row, t = (torch.arange(n, device=x.device, dtype=torch.int64) for n in (symbols + 1, width))
         inside_x, inside_y = within(boundary, self.row[:, None], t, self.regular)
         self.inside = inside_x[:, :-1], inside_y[..., :frames]
         x, y, self.poisoned = log_probabilities(x, y, *self.inside)
@@ -101,7 +101,7 @@ class Steps:
         return torch.stack(cells)
 
     def scores(self, cells: Tensor) -> Tensor:
-        batch = torch.arange(len(self.end), device=cells.device)
+        batch = torch.arange(len(self.end), device=cells.device, dtype=torch.int64)
         scores = cells[self.step_of(self.end), batch, self.end[:, 0]]
         # zeros give gradients even without arcs
         scores = scores + self.x[:0].sum((0, 2)) + self.y[:0].sum((0, 2))

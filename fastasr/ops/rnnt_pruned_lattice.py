@@ -45,11 +45,11 @@ class _Band:
             top = starts[:, -1] + (window - 1) if frames else starts.sum(1)
             boundary = whole(top, frames)
         self.starts, self.modified = starts, modified
-        s = starts[..., None] + torch.arange(window + 1, device=x.device)  # (B, T, R + 1)
-        t = torch.arange(frames, device=x.device)[:, None]
+        s = starts[..., None] + torch.arange(window + 1, device=x.device, dtype=torch.int64)  # (B, T, R + 1)
+        t = torch.arange(frames, device=x.device, dtype=torch.int64)[:, None]
         inside_x, inside_y = within(boundary, s[..., :-1], t, not modified)
         if not modified:
-            inside_x = inside_x & (torch.arange(window, device=x.device) + 1 < window)
+            inside_x = inside_x & (torch.arange(window, device=x.device, dtype=torch.int64) + 1 < window)
         self.inside = inside_x, inside_y
         self.x, self.y, self.poisoned = log_probabilities(x, y, *self.inside)
         s_begin, t_begin, s_end, t_end = (boundary[:, i].view(-1, 1, 1) for i in range(4))
@@ -64,7 +64,10 @@ class _Band:
         """Returns (B, width): the cells of frame t's window at their places in frame ``to``'s, with ``fill`` beside
         them.
         """
-        at = torch.arange(width, device=cells.device) + (self.starts[:, to] - self.starts[:, t])[:, None]
+        at = (
+            torch.arange(width, device=cells.device, dtype=torch.int64)
+            + (self.starts[:, to] - self.starts[:, t])[:, None]
+        )
         there = (at >= 0) & (at < cells.shape[1])
         return torch.where(there, cells.gather(1, at.clamp(0, cells.shape[1] - 1)), fill)
 

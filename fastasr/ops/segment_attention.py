@@ -50,11 +50,11 @@ def query_rows(frames: int, segment_length: int, right: int, memory: int, device
     summary if there is no memory.
     """
     segments = segments_of(frames, segment_length)
-    s = torch.arange(segments, device=device)[:, None]
-    within = torch.arange(segment_length, device=device)[None, :]
+    s = torch.arange(segments, device=device, dtype=torch.int64)[:, None]
+    within = torch.arange(segment_length, device=device, dtype=torch.int64)[None, :]
     frame = s * segment_length + within
     parts = [
-        s * right + torch.arange(right, device=device)[None, :],
+        s * right + torch.arange(right, device=device, dtype=torch.int64)[None, :],
         torch.where(frame < frames, segments * right + frame, -1),
     ]
     if memory:
@@ -71,11 +71,15 @@ def key_rows(
     whether there is such a row. The lane says whether a key is memory, right context or utterance.
     """
     segments = segments_of(frames, segment_length)
-    s = torch.arange(segments, device=device)[:, None]
+    s = torch.arange(segments, device=device, dtype=torch.int64)[:, None]
     remembered = past_memory + max(0, segments - 1) if memory else 0
-    m = s - memory + torch.arange(memory, device=device)[None, :]
-    r = s * right + torch.arange(right, device=device)[None, :]
-    t = s * segment_length - left + torch.arange(left + segment_length, device=device)[None, :]
+    m = s - memory + torch.arange(memory, device=device, dtype=torch.int64)[None, :]
+    r = s * right + torch.arange(right, device=device, dtype=torch.int64)[None, :]
+    t = (
+        s * segment_length
+        - left
+        + torch.arange(left + segment_length, device=device, dtype=torch.int64)[None, :]
+    )
     row = torch.cat([past_memory + m, remembered + r, remembered + segments * right + past_frames + t], 1)
     position = torch.cat([m, torch.zeros_like(r), t], 1)
     return row, position, torch.cat([m >= -past_memory, r >= 0, (t >= -past_frames) & (t < frames)], 1)
@@ -85,7 +89,7 @@ def hidden_lanes(
     position: Tensor, there: Tensor, lengths: Tensor | None, history: Tensor | None, right: int, memory: int
 ) -> Tensor:
     """Returns (B or 1, n, W): True where a lane of a window holds nothing to be seen."""
-    lane, hidden = torch.arange(there.shape[1], device=there.device), ~there[None]
+    lane, hidden = torch.arange(there.shape[1], device=there.device, dtype=torch.int64), ~there[None]
     utterance = lane >= memory + right
     if lengths is not None:
         hidden = hidden | (utterance & (position >= lengths.clamp(min=0)[:, None, None]))
@@ -182,8 +186,12 @@ def segment_attention(
     gone = hidden_lanes(position, there, lengths, history, right_context_length, memory)[:, None, :, None]
     hidden = gone
     if memory:  # the summary, a window's last query, does not see them
-        summary = torch.arange(rows.shape[1], device=query.device)[:, None] == rows.shape[1] - 1
-        hidden = gone | (summary & (torch.arange(at.shape[1], device=query.device) < memory))
+        summary = (
+            torch.arange(rows.shape[1], device=query.device, dtype=torch.int64)[:, None] == rows.shape[1] - 1
+        )
+        hidden = gone | (
+            summary & (torch.arange(at.shape[1], device=query.device, dtype=torch.int64) < memory)
+        )
     scores = torch.matmul(windows(query, rows) * width**-0.5, windows(key, at).transpose(-1, -2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden, float("-inf"))
     weights = torch.softmax(scores, -1).masked_fill(hidden, 0).to(value.dtype)

@@ -115,6 +115,6 @@ def tdt_joiner(
     px = px[:, :, :-1]
     if boundary is None:
         return px, py, pd
-    s, t = (torch.arange(n, device=am.device) for n in py.shape[:0:-1])
+    s, t = (torch.arange(n, device=am.device, dtype=torch.int64) for n in py.shape[:0:-1])
     _, inside = within(boundary, s, t[:, None], False)
     return px, py, pd.masked_fill(~inside.unsqueeze(-1), float("-inf"))

@@ -45,11 +45,14 @@ class Steps:
         batch, frames, self.row = y.shape
         symbols, self.durations = self.row - 1, durations.tolist()
         if boundary is None:
-            boundary = whole(torch.full((batch,), symbols, device=x.device), frames)
+            boundary = whole(torch.full((batch,), symbols, device=x.device, dtype=torch.int64), frames)
         limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)
         boundary = torch.stack([column.clamp(0, most) for column, most in limits], 1)
-        self.s = torch.arange(self.row, device=x.device)
-        t, t_end = torch.arange(frames, device=x.device)[:, None], boundary[:, 3].view(-1, 1, 1)
+        self.s = torch.arange(self.row, device=x.device, dtype=torch.int64)
+        t, t_end = (
+            torch.arange(frames, device=x.device, dtype=torch.int64)[:, None],
+            boundary[:, 3].view(-1, 1, 1),
+        )
         inside_x, inside_y = within(boundary, self.s, t, False)
         x, y, poisoned = log_probabilities(F.pad(x, (0, 1)), y, inside_x, inside_y)
         every = z.unbind(3)
@@ -66,7 +69,7 @@ class Steps:
 
     def _to_steps(self, x: Tensor) -> Tensor:
         """Maps (B, T, S+1) to (K, B, S+1)."""
-        t = torch.arange(self.steps, device=x.device)[:, None] - self.s  # [K, S+1]
+        t = torch.arange(self.steps, device=x.device, dtype=torch.int64)[:, None] - self.s  # [K, S+1]
         frames = x.shape[1]
         if not frames:
             return x.new_full((self.steps, len(x), self.row), -INF)
@@ -90,7 +93,7 @@ class Steps:
                 terms.append(F.pad(leaving[:, :-1], (1, 0), value=-INF) if symbol else leaving)
             at_begin = (self.s == self.begin[:, :1]) & (begin == k)
             cells.append(torch.where(at_begin, 0.0, add(terms)))
-        batch = torch.arange(len(self.end), device=self.s.device)
+        batch = torch.arange(len(self.end), device=self.s.device, dtype=torch.int64)
         scores = torch.stack(cells)[self.end.sum(1), batch, self.end[:, 0]] + self.zero
         return torch.where(self.poisoned, float("nan"), scores)
 

@@ -47,7 +47,9 @@ def mask_of(
         padded = padded & ~padded.all(-1, keepdim=True)
         mask = padded if mask is None else mask | padded
     if size * count != length:
-        behind = torch.arange(size * count, device=device).reshape(count, 1, size) >= length
+        behind = (
+            torch.arange(size * count, device=device, dtype=torch.int64).reshape(count, 1, size) >= length
+        )
         mask = behind if mask is None else mask | behind
     return mask
 

@@ -53,7 +53,9 @@ def scores(x: Tensor, pos: Tensor | None, cached_key: Tensor | None, heads: int,
 def outside_chunks(scores: Tensor, chunk_size: int, left_context_chunks: int) -> Tensor:
     """Returns (T, left + T), True where a key is neither in a query's chunk nor in the earlier chunks that it sees."""
     frames, keys = scores.shape[-2:]
-    query, key = (torch.arange(n, frames, device=scores.device) for n in (0, frames - keys))
+    query, key = (
+        torch.arange(n, frames, device=scores.device, dtype=torch.int64) for n in (0, frames - keys)
+    )
     query, key = (torch.div(t, chunk_size, rounding_mode="floor") for t in (query[:, None], key))
     hidden = key > query
     return hidden if left_context_chunks < 0 else hidden | (key < query - left_context_chunks)

@@ -35,7 +35,7 @@ def epoch_batches(seconds, max_duration, seed, epoch):
 
 def collate(features):
     """Returns the features (batch, longest, bins), padded with silence, and their lengths."""
-    lengths = torch.tensor([len(f) for f in features])
+    lengths = torch.tensor([len(f) for f in features], dtype=torch.int64, device="cpu")
     return torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=SILENCE), lengths
 
 

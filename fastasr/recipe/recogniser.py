@@ -105,7 +105,7 @@ class Recogniser:
         x = speech.fbank(samples, self.rate, self.bins)
         # A stream ends with as much silence, which the front end needs for the last word's frames.
         x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE).unsqueeze(0)
-        lengths = torch.tensor([x.shape[1]])
+        lengths = torch.tensor([x.shape[1]], dtype=torch.int64, device="cpu")
         y, y_lens = decoding.encode(self.model, x, lengths, ctc=method.startswith("ctc-"))
         result = search.result(search.advance(search.start(), y, y_lens))
         return self.units.decode(result.tokens[0]), result

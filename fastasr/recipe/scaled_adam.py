@@ -179,14 +179,16 @@ class _Flat:
         self.params = [local(p) for p in parameters]
         device = self.params[0].device
         self.counts = [p.numel() for p in self.params]
-        self.sizes = torch.tensor([p.numel() for p in parameters], device=device)
+        self.sizes = torch.tensor([p.numel() for p in parameters], device=device, dtype=torch.int64)
         self.is_scalar = self.sizes == 1
         self.scalars = [q for p, q in zip(parameters, self.params, strict=True) if p.numel() == 1]
-        self.sharded = torch.tensor([isinstance(p, DTensor) for p in parameters], device=device)
+        self.sharded = torch.tensor(
+            [isinstance(p, DTensor) for p in parameters], device=device, dtype=torch.bool
+        )
         self.is_sharded = any(isinstance(p, DTensor) for p in parameters)
-        self.grad = torch.empty(sum(self.counts), device=device)
+        self.grad = torch.empty(sum(self.counts), device=device, dtype=torch.float32)
         self.grads = self.grad.split(self.counts)
-        self.lengths = torch.tensor(self.counts, device=device)
+        self.lengths = torch.tensor(self.counts, device=device, dtype=torch.int64)
         self.scales = None
         self.buffers, self.views, self._states = {}, {}, []
         for name in ("exp_avg_sq", "delta"):

@@ -261,7 +261,9 @@ class Trainer:
             features = self._features(index).clone()
             if self.options.augment and self.progress.step >= self.options.mask_after:
                 draw = self._draw(f"{index} mask")
-                batches.spec_augment(features[None], torch.tensor([len(features)]), draw)
+                batches.spec_augment(
+                    features[None], torch.tensor([len(features)], dtype=torch.int64, device="cpu"), draw
+                )
             augmented.append(features)
         x, lengths = batches.collate(augmented)
         device = self.world.device

@@ -151,7 +151,9 @@ class EmformerStream:
         front, _ = embed.convnext.streaming_forward(maps, self.cache)
         self.cache = torch.cat([self.cache, maps], dim=2)[:, :, self.chunk_size : self.chunk_size + AHEAD]
         front = embed.out_norm(embed.out(front.transpose(1, 2).flatten(2)))
-        front, lengths = self.model.reduction(front, torch.tensor([front.shape[1]], device=x.device))
+        front, lengths = self.model.reduction(
+            front, torch.tensor([front.shape[1]], device=x.device, dtype=torch.int64)
+        )
         y, _, self.states = encoder.infer(front, lengths, self.states)
         return y if self.head is None else self.head(y)
 

@@ -116,7 +116,7 @@ def symbols(
                 return value
         right = (value >= 0) & (value < classes)
         if boundary is not None:
-            s = torch.arange(value.shape[1], device=value.device)
+            s = torch.arange(value.shape[1], device=value.device, dtype=torch.int64)
             right |= (s < boundary[:, 0:1]) | (s >= boundary[:, 2:3])
         holds(op, "symbols", right, f"classes in [0, {classes})", value)
     return value.clamp(0, classes - 1)

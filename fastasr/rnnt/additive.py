@@ -180,7 +180,9 @@ def _grad_lm(dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, bla
         dlm.sub_(total.sum(2, keepdim=True) * lm_scale / lm_sums)
     if am_scale and batch:
         chosen_sum = (
-            torch.zeros(classes, dtype=total.dtype).index_add_(0, symbols.reshape(-1), by_symbol.reshape(-1))
+            torch.zeros(classes, dtype=total.dtype, device=total.device).index_add_(
+                0, symbols.reshape(-1), by_symbol.reshape(-1)
+            )
             if chosen is None
             else by_symbol.reshape(1, -1).matmul(chosen.reshape(-1, classes)).squeeze(0)
         )

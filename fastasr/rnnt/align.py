@@ -100,7 +100,7 @@ def _through_rnnt(op, px, py, boundary, rnnt_type) -> Alignment:
 
         scores = lattice.scores(lattice.cells(best))
         ends = [(cell[:, 0], lattice.step_of(cell)) for cell in (lattice.begin, lattice.end)]
-        moves = [torch.tensor([(1, 0), (1, 1)], device=px.device)]
+        moves = [torch.tensor([(1, 0), (1, 1)], device=px.device, dtype=torch.int64)]
         steps, _ = _best_path(px.shape[1], chosen, moves, *ends)
     starts = steps - lattice.row[:-1] if lattice.regular else steps
     return _alignment(px, starts, steps.new_ones(()), steps >= 0, scores)
@@ -162,7 +162,9 @@ def _through_tdt(px, py, pd, durations, boundary, sigma) -> Alignment:
         ends = [(cell[:, 0], cell.sum(1)) for cell in (lattice.begin, lattice.end)]
         arcs = [lattice.arcs(k) for k in range(1, max(lattice.durations) + 2)]
         moves = [
-            torch.tensor([(0, 0), *((back, token) for _, back, token in each)], device=px.device)
+            torch.tensor(
+                [(0, 0), *((back, token) for _, back, token in each)], device=px.device, dtype=torch.int64
+            )
             for each in arcs
         ]
         steps, moved = _best_path(px.shape[2], chosen[1:], moves, *ends)
@@ -180,7 +182,7 @@ def _best_path(tokens, chosen, moves, begin, end) -> tuple[Tensor, Tensor]:
         moves: of these steps, the last for all that follow: by how many steps and tokens each arc moves (arcs, 2).
         begin, end: the first and the last cell of the path: tokens before it (B,) and step (B,).
     """
-    steps = torch.full((len(begin[0]), tokens + 1), -1, device=begin[0].device)
+    steps = torch.full((len(begin[0]), tokens + 1), -1, device=begin[0].device, dtype=torch.int64)
     moved = torch.zeros_like(steps)
     s, at = end
     for k in range(len(chosen), 0, -1):
@@ -225,11 +227,11 @@ def ctc_align(
     limits = lengths.boundary(op, input_lengths, target_lengths, batch, frames, length, log_probs)
     targets = arguments.symbols(op, targets, length, classes, limits, log_probs)
     _, _, ends, frame_counts = limits.unbind(1)
-    inside = torch.arange(length, device=targets.device) < ends.unsqueeze(1)
+    inside = torch.arange(length, device=targets.device, dtype=torch.int64) < ends.unsqueeze(1)
     if arguments.has_values(targets):
         arguments.holds(op, "targets", (targets != blank) | ~inside, "tokens other than blank", targets)
 
-    labels = torch.full((batch, 2 * length + 1), blank, device=targets.device)
+    labels = torch.full((batch, 2 * length + 1), blank, device=targets.device, dtype=torch.int64)
     labels[:, 1::2] = targets
     moves, last, scores = _ctc_forward(log_probs, labels, frame_counts, ends)
     path = torch.empty(batch, frames, dtype=torch.int64, device=targets.device)
@@ -238,7 +240,7 @@ def ctc_align(
         last = last - moves[t].gather(1, last.unsqueeze(1)).squeeze(1)
 
     # the states of a path never fall, and stay the same behind the last frame
-    states = torch.arange(1, 2 * length + 1, 2, device=targets.device).repeat(batch, 1)
+    states = torch.arange(1, 2 * length + 1, 2, device=targets.device, dtype=torch.int64).repeat(batch, 1)
     starts, stops = (torch.searchsorted(path, states, right=right) for right in (False, True))
     stops = torch.minimum(stops, frame_counts.unsqueeze(1))
     on_path = log_probs.gather(2, labels.gather(1, path).unsqueeze(2)).squeeze(2).double().exp()

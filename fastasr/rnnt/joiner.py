@@ -143,7 +143,7 @@ def _is_small(am, lm, weight, bias) -> bool:
 
 def _cleared(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Returns x (B, N, D) with zeros outside [first, last] of each sequence: there x may hold anything."""
-    at = torch.arange(x.shape[1], device=x.device)
+    at = torch.arange(x.shape[1], device=x.device, dtype=torch.int64)
     outside = (at < first.unsqueeze(1)) | (at > last.unsqueeze(1))
     return x.masked_fill(outside.unsqueeze(2), 0.0)
 

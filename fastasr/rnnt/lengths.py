@@ -101,7 +101,7 @@ def boundary(op, logit_lengths, target_lengths, batch: int, frames: int, length:
         numbers.append(arguments.between(op, name, value, most, f"lengths in [0, {most}]"))
     if None not in numbers:  # one tensor of few numbers costs less than the conversions
         rows = [(0, 0, symbols, frames) for frames, symbols in zip(*numbers, strict=True)]
-        return torch.tensor(rows, device="cpu")
+        return torch.tensor(rows, device="cpu", dtype=torch.int64)
     stop, end = (value.to(torch.int64) for value in ends)
     zero = torch.zeros_like(stop)
     return torch.stack((zero, zero, end, stop), 1)

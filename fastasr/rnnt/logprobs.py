@@ -219,7 +219,8 @@ def pruned_rows(op, logits, symbols, ranges, termination_symbol, boundary, rnnt_
 def scatter(band: Tensor, starts: Tensor, rows: int) -> Tensor:
     """Places (B, T, R) at s = starts + r in (B, rows, T), with −∞ outside the band."""
     width = band.shape[2]
-    r = torch.arange(rows, device=band.device).view(1, -1, 1) - starts.unsqueeze(1)  # (B, rows, T)
+    row = torch.arange(rows, device=band.device, dtype=torch.int64).view(1, -1, 1)
+    r = row - starts.unsqueeze(1)  # (B, rows, T)
     inside = (r >= 0) & (r < width)
     return torch.where(inside, band.transpose(1, 2).gather(1, r.clamp(0, width - 1)), -math.inf)
 
@@ -274,6 +275,6 @@ def lattice(
     if rnnt_type == "regular":
         px = F.pad(px, (0, 1), value=-math.inf)
         if boundary is not None:
-            after = torch.arange(frames + 1, device=px.device) == boundary[:, 3:]
+            after = torch.arange(frames + 1, device=px.device, dtype=torch.int64) == boundary[:, 3:]
             px = px.masked_fill(after.unsqueeze(1), -math.inf)
     return px, py

@@ -180,9 +180,12 @@ def over_band(
         px = logprobs.delay(px, delay_penalty, boundary, frames, 1)
     if rnnt_type == "constrained":
         px = px + F.pad(py[..., 1:], (0, 1), value=-math.inf)
-    over = starts.unsqueeze(2) + torch.arange(width, device=px.device) >= length  # no symbol after the last
+    lane = torch.arange(width, device=px.device, dtype=torch.int64)
+    over = starts.unsqueeze(2) + lane >= length  # no symbol after the last
     if rnnt_type == "regular" and boundary is not None:
-        over = over | (torch.arange(frames, device=px.device) >= boundary[:, 3:]).unsqueeze(2)
+        over = over | (
+            torch.arange(frames, device=px.device, dtype=torch.int64) >= boundary[:, 3:]
+        ).unsqueeze(2)
     px = px.masked_fill(over, -math.inf)
     if boundary is None:
         begin = starts.new_zeros(starts.shape[0], 1)

@@ -125,9 +125,9 @@ def _windows(best: Tensor, boundary: Tensor, s_range: int, step: int) -> Tensor:
     """Returns the windows that begin at ``best`` (B, T), corrected to rise from 0 by less than ``step`` to the last
     symbol.
     """
-    t = torch.arange(best.shape[1], device=best.device)
+    t = torch.arange(best.shape[1], device=best.device, dtype=torch.int64)
     final = (boundary[:, 2:3] - s_range + 1).clamp(min=0)
     lower = _never_falling(torch.where(t < boundary[:, 3:] - 1, best, final))
     fastest = t * (step - 1)
     starts = fastest - _never_falling(fastest - lower).clamp(min=0)
-    return starts.unsqueeze(2) + torch.arange(s_range, device=best.device)
+    return starts.unsqueeze(2) + torch.arange(s_range, device=best.device, dtype=torch.int64)

@@ -86,7 +86,7 @@ def backward(
     flat, index, normaliser = logits.reshape(-1, classes), symbols.reshape(-1, 1), normaliser.reshape(-1, 1)
     gx, gy = grad_px.reshape(-1, 1).to(dtype), grad_py.reshape(-1, 1).to(dtype)
     grad = flat if in_place else torch.empty_like(flat, memory_format=torch.contiguous_format)
-    outputs = torch.arange(classes, device=flat.device)
+    outputs = torch.arange(classes, device=flat.device, dtype=torch.int64)
     for part in _slices(flat.shape[0], classes, dtype, flat.device.type):
         x, y = gx[part], gy[part]
         d = torch.sub(flat[part].to(dtype), normaliser[part]).exp_()
@@ -149,6 +149,6 @@ def _formula(logits: Tensor, symbols: Tensor, blank: int, hat: bool) -> tuple[Te
     if not hat:
         normaliser = logits.logsumexp(-1)
         return px - normaliser, py - normaliser
-    others = torch.arange(logits.shape[-1], device=logits.device) != blank
+    others = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int64) != blank
     normaliser = logits.where(others, -math.inf).logsumexp(-1)
     return px - normaliser + F.logsigmoid(-py), F.logsigmoid(py)

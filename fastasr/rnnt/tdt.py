@@ -164,10 +164,12 @@ def _durations(op: str, durations: Sequence[int], device: torch.device) -> Tenso
     whole = all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in found)
     if not found or not whole or len(set(found)) < len(found):
         raise ValueError(f"fastasr.{op}: durations: expected different integers >= 0, got {list(found)}")
-    # a copy to a GPU waits for it
-    return torch.tensor(found) if device.type == "cpu" else _on_device(found, device)
+    if device.type == "cpu":
+        return torch.tensor(found, dtype=torch.int64, device="cpu")
+    return _on_device(found, device)  # a copy to a GPU waits for it
 
 
 @lru_cache(maxsize=64)
 def _on_device(durations: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(durations, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # the result is cached, and a training step may use it later
+        return torch.tensor(durations, dtype=torch.int64, device=device)

@@ -85,8 +85,10 @@ class EagerBackend(Backend):
         self.frames = 2 * chunk_size + PAD_LENGTH
         self.threads = threads
         # The lengths stay on the CPU: reading one would make a GPU wait.
-        self._lengths = torch.tensor([self.frames])
-        self._age = torch.arange(left_context_frames - 1, -1, -1, device=self.device).unsqueeze(0)
+        self._lengths = torch.tensor([self.frames], dtype=torch.int64, device="cpu")
+        self._age = torch.arange(
+            left_context_frames - 1, -1, -1, device=self.device, dtype=torch.int64
+        ).unsqueeze(0)
         self._unpadded = torch.zeros(1, chunk_size, dtype=torch.bool, device=self.device)
         self._one = wrapper.get_init_states(1, self.device)
         count = len(self._one)
@@ -103,7 +105,7 @@ class EagerBackend(Backend):
 
     @torch.inference_mode()
     def step(self, features, slots):
-        index = torch.tensor(slots, device=self.device)
+        index = torch.tensor(slots, device=self.device, dtype=torch.int64)
         with _threads(self.threads), torch.autocast(self.device.type, enabled=False):
             return self._advance(features.to(self.device), index)
 

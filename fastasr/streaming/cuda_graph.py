@@ -64,7 +64,7 @@ class _Graph:
     def __init__(self, backend, size, bins):
         device = backend.device
         self.scratch = backend._scratch
-        self.features = torch.zeros(size, backend.frames, bins, device=device)
+        self.features = torch.zeros(size, backend.frames, bins, device=device, dtype=torch.float32)
         self.slots = torch.full((size,), self.scratch, dtype=torch.int64, device=device)
         self.output = None
 
@@ -81,6 +81,9 @@ class _Graph:
     def run(self, features, slots):
         n = len(slots)
         self.features[:n].copy_(features, non_blocking=True)
-        self.slots.copy_(torch.tensor([*slots, *[self.scratch] * (len(self.slots) - n)]), non_blocking=True)
+        self.slots.copy_(
+            torch.tensor([*slots, *[self.scratch] * (len(self.slots) - n)], dtype=torch.int64, device="cpu"),
+            non_blocking=True,
+        )
         self.replay()
         return self.output[:n].clone()

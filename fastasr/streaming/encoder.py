@@ -209,13 +209,15 @@ class StreamingEncoder:
             raise ValueError(f"step: every stream may be there once, got {streams}")
         features, lengths = self._checked(features, len(slots), lengths)
         if not slots:
-            return torch.zeros(0, self.chunk_size // 2, self.channels), torch.zeros(0, dtype=torch.int64)
+            none = torch.zeros(0, self.chunk_size // 2, self.channels, dtype=torch.float32, device="cpu")
+            return none, torch.zeros(0, dtype=torch.int64, device="cpu")
         if self.refusal is not None:
             _left.note(self, self.refusal, "step")
         y = self._backend.step(features, slots)
         frames = [frames_out(length, self.chunk_size) for length in lengths]
         longest = max(frames)
-        return (y if longest == y.shape[1] else y[:, :longest]), torch.tensor(frames)
+        lengths = torch.tensor(frames, dtype=torch.int64, device="cpu")
+        return (y if longest == y.shape[1] else y[:, :longest]), lengths
 
     def _checked(self, features, n, lengths):
         if not isinstance(features, torch.Tensor) or features.dtype != torch.float32:
@@ -236,7 +238,7 @@ class StreamingEncoder:
         features = with_silence(features.detach(), frames)
         if lengths is None:
             return features, [given] * n
-        lengths = torch.as_tensor(lengths).tolist()
+        lengths = torch.as_tensor(lengths, device="cpu").tolist()
         if len(lengths) != n or not all(0 <= length <= given for length in lengths):
             raise ValueError(f"step: expected {n} lengths of at most {given} frames, got {lengths}")
         short = [row for row, length in enumerate(lengths) if length < given]
@@ -282,7 +284,11 @@ class StreamingEncoder:
         """
         ready = self.ready if streams is None else [s for s in self.ready if s in set(streams)]
         chunks = [self._audio[stream].take() for stream in ready]
-        features = torch.stack(chunks) if chunks else torch.zeros(0, self.frames_per_chunk, self.bins)
+        features = (
+            torch.stack(chunks)
+            if chunks
+            else torch.zeros(0, self.frames_per_chunk, self.bins, dtype=torch.float32, device="cpu")
+        )
         return ready, self.step(features, ready)[0]
 
     # ------------------------------------------------------------------ states
@@ -364,7 +370,8 @@ def _rounding_error(backend, pair, chunk_size, left_context_frames, bins):
     frames = 2 * chunk_size + RIGHT_CONTEXT
     difference = total = 0.0
     for _ in range(_PROBE):
-        features = torch.randn(1, frames, bins, generator=generator) * 3 - 6  # like log-mel energies
+        noise = torch.randn(1, frames, bins, generator=generator, dtype=torch.float32, device="cpu")
+        features = noise * 3 - 6  # like log-mel energies
         y, x = backend.step(features, [0]).double().cpu(), exact.step(features, [0]).double().cpu()
         difference, total = difference + (y - x).square().sum(), total + x.square().sum()
     backend.reset(0)

@@ -50,14 +50,14 @@ class StreamFeatures:
 
 def as_samples(samples):
     """Converts a tensor or array of floats in [-1, 1] or 16-bit integers to float32 (n,)."""
-    samples = torch.as_tensor(samples)
-    if samples.ndim != 1:
-        raise ValueError(f"push: samples must be (n,), one channel, got {tuple(samples.shape)}")
-    if samples.dtype == torch.int16:
-        return samples.float() / 32768
-    if not samples.is_floating_point():
-        raise ValueError(f"push: samples must be floats in [-1, 1] or int16, got {samples.dtype}")
-    samples = samples.float()
+    found = torch.as_tensor(samples, device="cpu")
+    if found.ndim != 1:
+        raise ValueError(f"push: samples must be (n,), one channel, got {tuple(found.shape)}")
+    if found.dtype == torch.int16:
+        return found.float() / 32768
+    if not found.is_floating_point():
+        raise ValueError(f"push: samples must be floats in [-1, 1] or int16, got {found.dtype}")
+    samples = torch.as_tensor(samples, dtype=torch.float32, device="cpu")  # a list has no dtype of its own
     if not samples.isfinite().all():
         raise ValueError("push: samples must be finite, got NaN or infinity")
     return samples

@@ -41,9 +41,10 @@ class NativeBackend(Backend):
             packed.numbers, packed.products, packed.tables
         )
         _, _, per_stream, scratch, *_ = self._ops.zipformer_chunk_sizes(packed.numbers, 1)
-        self._states = torch.zeros(max_streams, per_stream)
-        self._counters = torch.zeros(max_streams, _COUNTERS, dtype=torch.int64)
-        self._scratch, self._room = torch.zeros(scratch), 1  # memory, and for how many streams
+        self._states = torch.zeros(max_streams, per_stream, dtype=torch.float32, device="cpu")
+        self._counters = torch.zeros(max_streams, _COUNTERS, dtype=torch.int64, device="cpu")
+        # memory, and for how many streams
+        self._scratch, self._room = torch.zeros(scratch, dtype=torch.float32, device="cpu"), 1
         self._threads = threads
         self._width = packed.products[8].shape[1] // packed.numbers[5]
         self._frames = 2 * chunk_size + 13
@@ -78,7 +79,11 @@ class NativeBackend(Backend):
             )
         if len(slots) > self._room:
             self._room = len(slots)
-            self._scratch = torch.zeros(self._ops.zipformer_chunk_sizes(self._numbers, self._room)[3])
+            self._scratch = torch.zeros(
+                self._ops.zipformer_chunk_sizes(self._numbers, self._room)[3],
+                dtype=torch.float32,
+                device="cpu",
+            )
         return self._ops.zipformer_chunk_step(
             self._numbers,
             self._weights,
@@ -95,7 +100,7 @@ class NativeBackend(Backend):
         """Returns upstream's list of states for a batch of one: six tensors per layer, the front end's left padding and
         processed_lens."""
         self._check_slots([slot])
-        states = [torch.empty(shape) for shape in self._shapes]
+        states = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self._shapes]
         self._ops.zipformer_chunk_states(self._numbers, self._states, self._counters, slot, states, False)
         return [*states, self._counters[slot, :1].to(torch.int32)]
 
@@ -103,7 +108,10 @@ class NativeBackend(Backend):
         """Copies states from ``export_states`` or from upstream's wrapper into the slot. Raises ValueError if their
         shapes do not fit."""
         self._check_slots([slot])
-        check_states(states, [torch.empty(shape, device="meta") for shape in (*self._shapes, (1,))])
+        check_states(
+            states,
+            [torch.empty(shape, device="meta", dtype=torch.float32) for shape in (*self._shapes, (1,))],
+        )
         floats = [state.detach().to("cpu", torch.float32).contiguous() for state in states[:-1]]
         self._ops.zipformer_chunk_states(self._numbers, self._states, self._counters, slot, floats, True)
         self._counters[slot, 0] = int(states[-1])

@@ -196,7 +196,11 @@ class StreamingRecogniser:
         kept = [self._of("accept", stream) for stream in streams]
         frames = encoder_out if self.head is None else self.head(encoder_out)
         state = self.search.advance(decoding.join_states([one.state for one in kept]), frames, lengths)
-        counts = [frames.shape[1]] * len(kept) if lengths is None else torch.as_tensor(lengths).tolist()
+        counts = (
+            [frames.shape[1]] * len(kept)
+            if lengths is None
+            else torch.as_tensor(lengths, device="cpu").tolist()
+        )
         waiting = set(self.encoder.ready)
         results = []
         for stream, one, part, count in zip(streams, kept, decoding.split_state(state), counts, strict=True):

@@ -347,7 +347,9 @@ def _gradients(module, outputs, inputs, draw, roundings):
     generator = torch.Generator().manual_seed(draw)
     seeds = []
     for t in outputs:
-        seed = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+        seed = torch.randn(t.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+            t.device, t.dtype
+        )
         seeds.append(seed if roundings is None else roundings(seed))
     found = torch.autograd.grad(outputs, [t for _, t in named], seeds, allow_unused=True)
     return [(f"the gradient of {name}", g) for (name, _), g in zip(named, found, strict=True)]
@@ -449,7 +451,9 @@ class _Reference:
             def roundings(value):
                 if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                     return value
-                signs = torch.randint(0, 2, value.shape, generator=generator).to(value.device, value.dtype)
+                signs = torch.randint(
+                    0, 2, value.shape, generator=generator, dtype=torch.int64, device="cpu"
+                ).to(value.device, value.dtype)
                 return value * (1 + step * (2 * signs - 1))
 
             with torch.no_grad():
@@ -468,7 +472,9 @@ class _Reference:
             def moved(value):
                 if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                     return value
-                signs = torch.randint(0, 2, value.shape, generator=generator).to(value.device, value.dtype)
+                signs = torch.randint(
+                    0, 2, value.shape, generator=generator, dtype=torch.int64, device="cpu"
+                ).to(value.device, value.dtype)
                 return value.detach() * (1 + torch.finfo(value.dtype).eps * (2 * signs - 1))
 
             self.nearby = []

@@ -192,6 +192,28 @@ def test_beam_search_that_a_model_cannot_have(folder, recording):
     assert "expected ReLU or Tanh" in done.stderr
 
 
+@pytest.mark.parametrize("search", [(), ("--beam", "3")], ids=["greedy", "beam"])
+@pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForTDT"])
+def test_byte_level_tokens(kind, search, folder, recording):
+    """Tokens of byte-level BPE become text, in the words with their times too."""
+    from tokenizers import Tokenizer, decoders, models
+
+    place, path = folder(kind), recording()
+    made = Tokenizer.from_file(str(place / "tokenizer.json"))
+    written = ["<pad>", "Ġth", "Ã©", "Ġä½ł", "å¥½", "Ġs", ".", "<blank>"]
+    assert made.get_vocab_size() == len(written)
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(written)}, []))
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<pad>", "<blank>"])
+    transformers.ParakeetTokenizer(tokenizer_object=made, pad_token="<pad>").save_pretrained(place)
+    done = call(place, path, "--json", *search)
+    assert done.exit_code == 0, done.output
+    (found,) = json.loads(done.stdout)
+    for text in (found["text"], "".join(word["text"] for word in found["words"])):
+        assert text
+        assert set(text) <= set("th é你好s.")
+
+
 def test_another_rate(folder, recording):
     pytest.importorskip("soxr")
     done = call(folder("ParakeetForCTC"), recording(rate=8000), recording(name="other.wav"), "--json")
@@ -214,15 +236,40 @@ def test_refusals(folder, recording, tmp_path, monkeypatch):
     cases.append(
         ((other, path), "expected a ParakeetForCTC, ParakeetForRNNT or ParakeetForTDT, got WhisperModel")
     )
-    (other / "empty.wav").write_bytes(path.read_bytes()[:44])
-    cases.append(((place, other / "empty.wav"), "no samples"))
+    whole = path.read_bytes()
+    for name, content, reason in (
+        ("nothing", b"", "nothing.wav: it ends too early"),
+        ("half a header", whole[:20], "half a header.wav: "),
+        ("no frames", whole[:44], "no frames.wav: the recording is empty (0 samples at 16000 Hz)"),
+        ("no channels", whole[:22] + b"\0\0" + whole[24:], "no channels.wav: "),
+        ("one sample", whole[:46], "one sample.wav is too short: expected at least 320 samples at 16000 Hz"),
+        ("one frame", whole[: 44 + 2 * 319], "at least 320 samples at 16000 Hz (0.02 s), got 319"),
+    ):
+        (other / f"{name}.wav").write_bytes(content)
+        cases.append(((place, other / f"{name}.wav"), reason))
     for arguments, reason in cases:
         done = call(*arguments)
         assert done.exit_code == 2, done.output
-        assert reason in done.stderr
-        assert "Traceback" not in done.stderr
+        said = " ".join(done.stderr.split())
+        assert reason in said
+        assert "Traceback" not in said
+        assert not said.endswith(":")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'fastasr[transcribe]'" in call(place, path).stderr
+
+
+@pytest.mark.parametrize("samples", [320, 321, 479, 640])
+@pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForTDT"])
+def test_short_recordings_have_finite_features(kind, samples, folder, recording, tmp_path):
+    """The shortest recordings are read: their features are those of upstream's extractor."""
+    place, path = folder(kind), tmp_path / "short.wav"
+    path.write_bytes(recording().read_bytes()[: 44 + 2 * samples])
+    processor = transformers.AutoProcessor.from_pretrained(place)
+    inputs = processor(recordings.read(path).samples.numpy(), sampling_rate=16000)
+    assert inputs["input_features"].isfinite().all()
+    for search in ((), ("--beam", "3")):
+        done = call(place, path, *search)
+        assert done.exit_code == 0, done.output
 
 
 SAID = [

@@ -12,6 +12,7 @@ from steps import moved, seeded
 from tiny_recogniser import RECOGNISER, STREAMING
 
 import fastasr
+from fastasr import decoding
 from fastasr.export import export_onnx
 from fastasr.models import zipformer
 
@@ -103,6 +104,20 @@ def test_whole_utterances(whole, lengths):
         log_probs, log_probs_lens = ctc(x, x_lens)
         assert torch.equal(log_probs_lens, expected_lens)
         _close(log_probs, model.ctc_output(expected))
+
+
+@OURS
+@pytest.mark.parametrize("frames", range(9))
+def test_too_few_frames(whole, frames):
+    """Sessions refuse them as the model does, alone and as a sequence of a longer batch."""
+    model, files = whole
+    transducer = zipformer.OnnxTransducerModel(files["encoder"], files["decoder"], files["joiner"])
+    for called in (model, transducer, zipformer.OnnxCtcModel(files["ctc"])):
+        for lengths in ((frames,), (20, frames)):
+            x, x_lens = torch.randn(len(lengths), max(lengths), 80), torch.tensor(lengths)
+            name = f"^{type(called).__name__}: a sequence needs 9 frames of features at least, got {frames} "
+            with pytest.raises(ValueError, match=name):
+                decoding.encode(called, x, x_lens)
 
 
 @BOTH

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """E-Branchformer converted from RETURNN's: values, gradients, exact round trip, and the models that are refused."""
 
+import ambient
 import pytest
 import torch
 from steps import seeded
@@ -135,6 +136,11 @@ def test_the_round_trip_is_exact():
         again = conversion.layer_state_from_returnn(ours.to_returnn(layer))
         assert set(again) == set(layer.state_dict())
         assert all(torch.equal(again[name], t) for name, t in layer.state_dict().items())
+
+
+def test_in_every_ambient_setting():
+    theirs = encoder()
+    ambient.same_everywhere(lambda: lambda: list(ours.from_returnn(theirs).state_dict().values()))
 
 
 def test_why_it_is_not_swapped():

@@ -162,8 +162,12 @@ def test_recordings_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         speech.read_wav(tmp_path / "missing.wav")
     beeps.write_wav(tmp_path / "empty.wav", torch.zeros(0))
-    with pytest.raises(ValueError, match="recording is empty"):
+    with pytest.raises(ValueError, match=r"empty.wav: the recording is empty \(0 samples at 8000 Hz\)"):
         speech.read_wav(tmp_path / "empty.wav")
+    for length in (0, 1, 11, 20, 43):  # nothing, and parts of a header
+        (tmp_path / "part.wav").write_bytes((tmp_path / "empty.wav").read_bytes()[:length])
+        with pytest.raises(ValueError, match=r"part.wav: .*\w"):
+            speech.read_wav(tmp_path / "part.wav")
     (tmp_path / "text.wav").write_text("no recording")
     with pytest.raises(ValueError, match=r"text.wav"):
         speech.read_wav(tmp_path / "text.wav")

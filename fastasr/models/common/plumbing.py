@@ -45,7 +45,10 @@ def dropout(module, x, residual=None):
 def is_layer_norm(module):
     """Says whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks."""
     return (
-        is_plain(module, torch.nn.LayerNorm) and len(module.normalized_shape) == 1 and module.bias is not None
+        is_plain(module, torch.nn.LayerNorm)
+        and len(module.normalized_shape) == 1
+        and module.weight is not None
+        and module.bias is not None
     )
 
 

@@ -67,7 +67,9 @@ def lengths(
     found = counts.tolist()
     if not 0 < sum(found) < valid.numel():
         return None
-    if torch.equal(valid, torch.arange(valid.shape[1], device=valid.device) < counts[:, None]):
+    if torch.equal(
+        valid, torch.arange(valid.shape[1], device=valid.device, dtype=torch.int64) < counts[:, None]
+    ):
         reason = hook(encoder) or obstacle()
         few = not torch.is_grad_enabled() or valid.numel() - sum(found) < least_on_gpu
         if reason is None and few and on_gpu(valid.device):
@@ -159,8 +161,12 @@ class Packing:
         lengths = [self.lengths[i] for i in members]
         if min(lengths) == lengths[0]:
             return Group(members, lengths[0], None)
-        frame = torch.arange(lengths[0], device=self.device)
-        return Group(members, lengths[0], frame >= torch.tensor(lengths, device=self.device)[:, None])
+        frame = torch.arange(lengths[0], device=self.device, dtype=torch.int64)
+        return Group(
+            members,
+            lengths[0],
+            frame >= torch.tensor(lengths, device=self.device, dtype=torch.int64)[:, None],
+        )
 
     def over_time(self, function, rows: Tensor) -> Tensor:
         """Calls ``function(x (T, G, ...), hidden (G, T) or None) -> (T, G, ...)`` for each group of recordings, of rows
@@ -221,9 +227,10 @@ class Packing:
     def _places(self, begins: tuple[int, ...]) -> Tensor:
         """Returns the places (N,) of the rows where the recordings begin at ``begins``."""
         if begins not in self._found:
-            sizes = torch.tensor(self.lengths)  # on the CPU, where nothing waits for a GPU
-            before = (torch.tensor(begins) - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
-            self._found[begins] = (torch.arange(len(before)) + before).to(self.device)
+            like = {"dtype": torch.int64, "device": "cpu"}  # where nothing waits for a GPU
+            sizes = torch.tensor(self.lengths, **like)
+            before = (torch.tensor(begins, **like) - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
+            self._found[begins] = (torch.arange(len(before), **like) + before).to(self.device)
         return self._found[begins]
 
     def spread(self, rows: Tensor, slots: list[int]) -> Tensor:
@@ -236,19 +243,20 @@ class Packing:
 
     def of_batch(self, batch: Tensor) -> Tensor:
         """Returns the rows (N, ...) of a batch (T, B, ...)."""
-        sizes = torch.tensor(self.lengths)
-        frame = torch.arange(sum(self.lengths)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        like = {"dtype": torch.int64, "device": "cpu"}
+        sizes = torch.tensor(self.lengths, **like)
+        frame = torch.arange(sum(self.lengths), **like) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         return _Taken.apply(batch.flatten(0, 1), frame.to(self.device) * len(sizes) + self.recording)
 
     @functools.cached_property
     def sizes(self) -> Tensor:
         """Returns the lengths (B,)."""
-        return torch.tensor(self.lengths, device=self.device)
+        return torch.tensor(self.lengths, device=self.device, dtype=torch.int64)
 
     @functools.cached_property
     def recording(self) -> Tensor:
         """Returns the number of each frame's recording, (N,)."""
-        return torch.arange(len(self.lengths), device=self.device).repeat_interleave(
+        return torch.arange(len(self.lengths), device=self.device, dtype=torch.int64).repeat_interleave(
             self.sizes, output_size=sum(self.lengths)
         )
 
@@ -291,10 +299,10 @@ class Rate:
         sizes, owner, slots = one.sizes, one.recording, other.sizes * factor
         owner_of_slot = other.recording.repeat_interleave(factor)
         first, first_slot = sizes.cumsum(0) - sizes, slots.cumsum(0) - slots
-        within = torch.arange(len(owner_of_slot)) - first_slot[owner_of_slot]
+        within = torch.arange(len(owner_of_slot), dtype=torch.int64, device="cpu") - first_slot[owner_of_slot]
         # of every slot the frame, behind a recording's end its last one; of every frame the slot; the slots behind ends
         frames = first[owner_of_slot] + torch.minimum(within, sizes[owner_of_slot] - 1)
-        of_frames = torch.arange(len(owner)) + (first_slot - first)[owner]
+        of_frames = torch.arange(len(owner), dtype=torch.int64, device="cpu") + (first_slot - first)[owner]
         behind = (within >= sizes[owner_of_slot]).nonzero()[:, 0]
         self.frames, self.slots, self.behind = (t.to(packing.device) for t in (frames, of_frames, behind))
 

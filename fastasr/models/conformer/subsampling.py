@@ -21,6 +21,6 @@ def nemo_subsampling(self, x, lengths):
         _left.note(self, "conv or one of its layers has hooks or is no plain one")
         return type(self).forward(self, x, lengths)
     lengths = lengths.long()
-    valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+    valid = torch.arange(x.shape[1], device=x.device, dtype=torch.int64) < lengths.unsqueeze(1)
     y = convolved(self.conv, x * valid.unsqueeze(2), lengths)
     return plumbing.linear(self.out, y), subsampled(self.conv, lengths)

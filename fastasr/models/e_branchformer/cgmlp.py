@@ -15,6 +15,7 @@ def _is_layer_norm(owner, norm) -> bool:
         and isinstance(norm, torch.nn.LayerNorm)
         and getattr(norm, "dim", -1) == -1
         and len(norm.normalized_shape) == 1
+        and norm.weight is not None
         and norm.bias is not None
     )
 

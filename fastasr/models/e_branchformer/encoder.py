@@ -116,7 +116,9 @@ class EBranchformerEncoder(torch.nn.Module):
         pair of the encoding and these.
         """
         if masks is None:
-            frames = torch.arange(xs_pad.shape[1] if xs_pad.dim() > 1 else 0, device=xs_pad.device)
+            frames = torch.arange(
+                xs_pad.shape[1] if xs_pad.dim() > 1 else 0, device=xs_pad.device, dtype=torch.int64
+            )
             masks = (frames < ilens.to(xs_pad.device).unsqueeze(1)).unsqueeze(1)
             masks = masks[:, :, : int(ilens.max())]
         else:

@@ -21,12 +21,15 @@ class RelPositionalEncoding(torch.nn.Module):
         self.extend_pe(torch.tensor(0.0).expand(1, max_len))
 
     def extend_pe(self, x):
-        """Computes the table for x (B, T, ...) unless it is long enough already."""
-        if self.pe is not None and self.pe.shape[1] >= 2 * x.shape[1] - 1:
-            if self.pe.dtype != x.dtype or self.pe.device != x.device:
-                self.pe = self.pe.to(dtype=x.dtype, device=x.device)
-            return
-        self.pe = relative_sinusoids(x.shape[1], self.d_model).to(device=x.device, dtype=x.dtype)
+        """Computes the table for x (B, T, ...) unless there is one that is long enough, of x's dtype and device."""
+        frames = x.shape[1]
+        if self.pe is not None and self.pe.shape[1] >= 2 * frames - 1:
+            if self.pe.dtype == x.dtype and self.pe.device == x.device:
+                return
+            # One of fewer bits cannot become one of more, and one on the meta device has no values.
+            frames = (self.pe.shape[1] + 1) // 2
+        with torch.inference_mode(False):  # a table of inference mode could not be used in training
+            self.pe = relative_sinusoids(frames, self.d_model).to(device=x.device, dtype=x.dtype)
 
     def forward(self, x):
         self.extend_pe(x)
@@ -36,9 +39,11 @@ class RelPositionalEncoding(torch.nn.Module):
 
 def relative_sinusoids(frames: int, width: int) -> torch.Tensor:
     """Returns (1, 2 frames − 1, width), float32; rows run from query − key = frames − 1 down to −(frames − 1)."""
-    distance = torch.arange(frames - 1, -frames, -1, dtype=torch.float32).unsqueeze(1)
-    rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * -(math.log(10000.0) / width))
-    table = torch.empty(1, 2 * frames - 1, width)
+    distance = torch.arange(frames - 1, -frames, -1, dtype=torch.float32, device="cpu").unsqueeze(1)
+    rates = torch.exp(
+        torch.arange(0, width, 2, dtype=torch.float32, device="cpu") * -(math.log(10000.0) / width)
+    )
+    table = torch.empty(1, 2 * frames - 1, width, dtype=torch.float32, device="cpu")
     table[0, :, 0::2] = torch.sin(distance * rates)
     table[0, :, 1::2] = torch.cos(distance * rates)
     return table

@@ -84,7 +84,7 @@ def from_returnn(module):
         projection = None
         if module.input_projection is not None:
             weight = _tensors(module.input_projection)["weight"]
-            projection = torch.nn.Linear(*weight.shape, bias=False).to(weight)
+            projection = torch.nn.Linear(*weight.shape, False, weight.device, weight.dtype)
             with torch.no_grad():
                 projection.weight.copy_(weight.t())
         layers = [from_returnn(layer) for layer in module.layers]
@@ -113,25 +113,26 @@ def _layer(module):
         raise ValueError("from_returnn: self_att: expected separate_pos_emb_per_head and no pos_emb_dropout")
     tensors = _tensors(module)
     eps = module.final_layer_norm.eps
-    layer = EBranchformerLayer(
-        module.out_dim.dimension,
-        ff_dim=tensors["ffn1.linear_ff.weight"].shape[1],
-        ff_activation=_activation("ff_activation", module.ffn1.activation),
-        dropout=module.dropout,
-        num_heads=attention.num_heads.dimension,
-        att_dropout=attention.att_dropout,
-        cgmlp_ff_dim=gated.ff_dim.dimension,
-        cgmlp_conv_kernel=tensors["cgmlp.conv.filter"].shape[-1],
-        merge_conv_kernel=tensors["merge.depthwise_conv_fusion.filter"].shape[-1],
-        norm=lambda width: torch.nn.LayerNorm(width, eps=eps),
-        cgmlp_options={
-            "activation": _activation("activation", gated.activation),
-            "gate_activation": _activation("gate_activation", gated.gate_activation),
-            "with_bias": "cgmlp.linear_ff.bias" in tensors,
-        },
-    )
     first = next(iter(tensors.values()))
-    layer.to(device=first.device, dtype=first.dtype)
+    with first.device:  # torch's default device may be another
+        layer = EBranchformerLayer(
+            module.out_dim.dimension,
+            ff_dim=tensors["ffn1.linear_ff.weight"].shape[1],
+            ff_activation=_activation("ff_activation", module.ffn1.activation),
+            dropout=module.dropout,
+            num_heads=attention.num_heads.dimension,
+            att_dropout=attention.att_dropout,
+            cgmlp_ff_dim=gated.ff_dim.dimension,
+            cgmlp_conv_kernel=tensors["cgmlp.conv.filter"].shape[-1],
+            merge_conv_kernel=tensors["merge.depthwise_conv_fusion.filter"].shape[-1],
+            norm=lambda width: torch.nn.LayerNorm(width, eps=eps),
+            cgmlp_options={
+                "activation": _activation("activation", gated.activation),
+                "gate_activation": _activation("gate_activation", gated.gate_activation),
+                "with_bias": "cgmlp.linear_ff.bias" in tensors,
+            },
+        )
+    layer.to(first.dtype)
     state = layer_state_from_returnn(tensors)
     if attention.qkv.bias is None:  # without a bias in RETURNN, ours is 0
         width = module.out_dim.dimension

@@ -175,5 +175,7 @@ def _right_context_rows(frames: int, segment: int, right: int, device: torch.dev
     context."""
     with torch.inference_mode(False):
         segments = segments_of(frames, segment)
-        starts = torch.clamp((torch.arange(segments, device=device) + 1) * segment, max=frames)
-        return (starts[:, None] + torch.arange(right, device=device)).flatten()
+        starts = torch.clamp(
+            (torch.arange(segments, device=device, dtype=torch.int64) + 1) * segment, max=frames
+        )
+        return (starts[:, None] + torch.arange(right, device=device, dtype=torch.int64)).flatten()

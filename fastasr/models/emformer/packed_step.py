@@ -81,14 +81,16 @@ class _PackedLayer(PackedLayer):
         streams, right = 2, 2
         rows = self._segment, right, min(1, self._memory), self._memory, self._left, self._left
         waves = [
-            torch.arange(1.0, n * streams * self._dim + 1)
+            torch.arange(1.0, n * streams * self._dim + 1, dtype=torch.float32, device="cpu")
             .mul_(0.7 + 0.1 * i)
             .sin_()
             .view(n, streams, self._dim)
             for i, n in enumerate(rows)
         ]
         utterance, right_context, mems, *before = waves
-        past = torch.full((1, streams), self._left + self._segment * self._memory, dtype=torch.int32)
+        past = torch.full(
+            (1, streams), self._left + self._segment * self._memory, dtype=torch.int32, device="cpu"
+        )
         shared = _Full(self._left, self._memory, self._segment)
         arguments = utterance, right_context, [*before, past], mems, shared
         return self.run(*arguments), by_operations(*arguments)
@@ -149,9 +151,9 @@ class _Full:
     """The values that all layers share in a step whose left context and memory are full."""
 
     def __init__(self, left, memory, frames):
-        self.lengths, self.behind = None, torch.zeros((), dtype=torch.int64)
-        self.history = torch.tensor([left, memory])
-        self.kept = torch.arange(frames, frames + left)
+        self.lengths, self.behind = None, torch.zeros((), dtype=torch.int64, device="cpu")
+        self.history = torch.tensor([left, memory], dtype=torch.int64, device="cpu")
+        self.kept = torch.arange(frames, frames + left, dtype=torch.int64, device="cpu")
 
 
 def _plain(t):

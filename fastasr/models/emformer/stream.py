@@ -40,7 +40,7 @@ class Step:
 
         Upstream appends [utterance, first `behind` rows | valid left context | rest of the utterance] to the old left
         context and keeps the last L rows."""
-        back = torch.arange(left, 0, -1, device=self.history.device)  # rows from the end
+        back = torch.arange(left, 0, -1, device=self.history.device, dtype=torch.int64)  # rows from the end
         valid, rest = self.history[0], frames - self.behind
         old = torch.where(back <= rest + valid, left - (back - rest), left - (back - valid - frames))
         head = left + self.behind - (back - rest - valid)

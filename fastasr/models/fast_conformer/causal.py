@@ -199,7 +199,8 @@ def _subsampled_chunk(convs, products, x, lengths, cache):
             h = ops.linear_activation(h, products[i - 1].weight[..., 0, 0], products[i - 1].bias, "relu")
         if lengths is not None:
             lengths = (lengths - 2) // 2 + 1
-            h = h * (torch.arange(h.shape[1], device=h.device) < lengths[:, None])[..., None, None]
+            frame = torch.arange(h.shape[1], device=h.device, dtype=torch.int64)
+            h = h * (frame < lengths[:, None])[..., None, None]
     return h.transpose(2, 3).flatten(2)
 
 

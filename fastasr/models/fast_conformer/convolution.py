@@ -100,8 +100,13 @@ def gated(h, hidden=None):
 
 
 def is_batch_norm(norm):
-    """Says whether this is torch's BatchNorm with running statistics, without hooks."""
-    return is_plain(norm, torch.nn.BatchNorm1d) and norm.track_running_stats and norm.affine
+    """Says whether this is torch's BatchNorm with running statistics, weight and bias, without hooks."""
+    return (
+        is_plain(norm, torch.nn.BatchNorm1d)
+        and norm.track_running_stats
+        # what takes the statistics or the parameters away later leaves the flags
+        and not any(t is None for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    )
 
 
 def _fold(conv, norm):

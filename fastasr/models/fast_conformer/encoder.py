@@ -107,7 +107,7 @@ class FastConformerEncoder(torch.nn.Module):
     def _mask(self, lengths, x):
         """Returns (B, T), True at valid frames of x (B, T, width) for features of these lengths."""
         lengths = subsampled(self.subsampling.layers, lengths)
-        return torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+        return torch.arange(x.shape[1], device=x.device, dtype=torch.int64) < lengths.unsqueeze(1)
 
 
 class FastConformerCTC(torch.nn.Module):

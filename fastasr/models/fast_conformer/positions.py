@@ -20,8 +20,8 @@ def release(module) -> None:
 def table(frames: int, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns (2 frames − 1, D): row r is that of a key frames − 1 − r before its query. Columns 2k and 2k + 1 are sine
     and cosine of the distance times frequencies[k], computed in float32."""
-    distance = frames - 1.0 - torch.arange(max(0, 2 * frames - 1), device=frequencies.device)
-    angles = distance[:, None] * frequencies.float()
+    place = torch.arange(max(0, 2 * frames - 1), dtype=torch.float32, device=frequencies.device)
+    angles = (frames - 1.0 - place)[:, None] * frequencies.float()
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1).to(dtype)
 
 
@@ -31,8 +31,19 @@ class FastConformerPositions(torch.nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        frequencies = 1.0 / 10000.0 ** (torch.arange(0, width, 2).float() / width)
-        self.register_buffer("inv_freq", frequencies, persistent=False)
+        self.width = width
+        self.register_buffer("inv_freq", self._frequencies(None), persistent=False)
+
+    def _frequencies(self, device):
+        even = torch.arange(0, self.width, 2, dtype=torch.float32, device=device)
+        return 1.0 / 10000.0 ** (even / self.width)
+
+    def _apply(self, fn, recurse=True):
+        """Moves the frequencies. No cast takes bits away from them, and ``to_empty`` does not lose them."""
+        super()._apply(fn, recurse)
+        wide = torch.promote_types(self.inv_freq.dtype, torch.float32)
+        self.inv_freq = self._frequencies(self.inv_freq.device).to(wide)
+        return self
 
     @torch.no_grad()
     def forward(self, hidden_states, cached_frames=0):

@@ -64,7 +64,7 @@ class Spans(NamedTuple):
 
     def inside(self, begin, count, device):
         """Returns which of the frames begin … begin + count − 1 belong to a recording, (1, count)."""
-        frame = torch.arange(begin, begin + count, device=device)
+        frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
         before = torch.searchsorted(self.begins, frame, right=True) - 1
         return ((before >= 0) & (frame < self.ends[before]))[None]
 
@@ -75,8 +75,10 @@ def in_a_row(module, recordings):
     layers, lengths = module.layers, [len(x) for x in recordings]
     slots = [n // 2 + 1 for n in subsampled(layers, lengths, stages=_stages(layers) - 1)]
     factor = 2 ** _stages(layers)
-    begins = torch.tensor([0, *accumulate(slots[:-1])], device=recordings[0].device) * factor
-    spans = Spans(begins, begins + torch.tensor(lengths, device=begins.device))
+    begins = (
+        torch.tensor([0, *accumulate(slots[:-1])], device=recordings[0].device, dtype=torch.int64) * factor
+    )
+    spans = Spans(begins, begins + torch.tensor(lengths, device=begins.device, dtype=torch.int64))
     x = with_zeros(recordings, [factor * slot for slot in slots]).unsqueeze(0)
     y = plumbing.linear(module.linear, convolved(layers, x, spans))[0]
     return Packing(subsampled(layers, lengths), y.device).gathered(y, slots)
@@ -105,7 +107,7 @@ def convolved(layers, x, lengths, left=1):
     elif eager_cpu:  # by lists of lengths, which no other device should wait for
         lengths = [frames] * batch if lengths is None else lengths.tolist()
     elif lengths is None:
-        lengths = torch.full((batch,), frames, device=x.device)
+        lengths = torch.full((batch,), frames, device=x.device, dtype=torch.int64)
     strips = [
         _strip(layers, x, lengths, begin, min(strip, count - begin), left)
         for begin in range(0, count, max(1, strip))
@@ -180,8 +182,8 @@ def _inside(lengths, begin, count, device):
     if isinstance(lengths, list):
         if begin >= 0 and begin + count <= min(lengths, default=0):
             return None
-        lengths = torch.tensor(lengths, device=device)
-    frame = torch.arange(begin, begin + count, device=device)
+        lengths = torch.tensor(lengths, device=device, dtype=torch.int64)
+    frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
     return (frame >= 0) & (frame < lengths.unsqueeze(1))
 
 
@@ -227,6 +229,6 @@ def _as_upstream(module, x, mask):
         if isinstance(layer, torch.nn.Conv2d) and lengths is not None:
             if layer.stride != (1, 1):
                 lengths = (lengths + sum(layer.padding) - layer.kernel_size[0]) // layer.stride[0] + 1
-            frame = torch.arange(h.shape[2], device=h.device)
+            frame = torch.arange(h.shape[2], device=h.device, dtype=torch.int64)
             h = h * (frame < lengths.unsqueeze(1))[:, None, :, None]
     return module.linear(h.transpose(1, 2).flatten(2))

@@ -230,7 +230,7 @@ class MEGADecoder(torch.nn.Module):
             }
             lengths = [key.shape[0] for key in keys]
             if not self.phantom_first_step and min(lengths) < max(lengths):
-                state["prev_length"] = torch.tensor(lengths)
+                state["prev_length"] = torch.tensor(lengths, dtype=torch.int64, device="cpu")
             batched.append(state)
         return batched
 

@@ -74,7 +74,11 @@ def _stepped(plan, labels, states):
         if plan.phantom:
             return None
         lengths = [
-            torch.full((labels.shape[0],), keys.shape[1] if keys.numel() else 0) if length is None else length
+            torch.full(
+                (labels.shape[0],), keys.shape[1] if keys.numel() else 0, dtype=torch.int64, device="cpu"
+            )
+            if length is None
+            else length
             for length, keys in zip(lengths, flat[1::3], strict=True)
         ]
     out = plan.run(labels, flat, lengths if ragged else [])

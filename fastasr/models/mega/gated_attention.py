@@ -231,7 +231,7 @@ def _absent(state, keys, length):
     if lengths is None:
         return None
     first = (keys - length - lengths).to(state["prev_key"].device)
-    return (torch.arange(keys, device=first.device) < first.unsqueeze(1)).unsqueeze(1)
+    return (torch.arange(keys, device=first.device, dtype=torch.int64) < first.unsqueeze(1)).unsqueeze(1)
 
 
 def _after(module, state, key, value, length):

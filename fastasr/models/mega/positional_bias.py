@@ -71,7 +71,7 @@ class RotaryRelativePositionBias(torch.nn.Module):
     @staticmethod
     def get_sinusoid_embeddings(max_positions, size):
         """Returns (sine, cosine) of position times angle, each (max_positions, size // 2), in float32."""
-        angles = _angles(torch.arange(max_positions, dtype=torch.float64), size // 2)
+        angles = _angles(torch.arange(max_positions, dtype=torch.float64, device="cpu"), size // 2)
         return angles.sin().float(), angles.cos().float()
 
     def rotary(self, x):

@@ -24,15 +24,23 @@ class PositionalEncoding(torch.nn.Module):
 
     def extend_pe(self, x):
         """Makes ``pe`` (1, length, d_model) with the dtype and device of x and at least x's length."""
-        if self.pe is not None and self.pe.shape[1] >= x.shape[1]:
-            self.pe = self.pe.to(device=x.device, dtype=x.dtype)
-            return
-        even = torch.arange(0, self.d_model, 2, dtype=torch.float32)
-        angles = torch.arange(x.shape[1], dtype=torch.float32).unsqueeze(1) * torch.exp(
+        frames = x.shape[1]
+        if self.pe is not None and self.pe.shape[1] >= frames:
+            if self.pe.dtype == x.dtype and self.pe.device == x.device:
+                return
+            # One of fewer bits cannot become one of more, and one on the meta device has no values.
+            frames = self.pe.shape[1]
+        with torch.inference_mode(False):  # a table of inference mode could not be used in training
+            self.pe = self._sinusoids(frames).to(device=x.device, dtype=x.dtype)
+
+    def _sinusoids(self, frames):
+        """Returns (1, frames, d_model), float32."""
+        even = torch.arange(0, self.d_model, 2, dtype=torch.float32, device="cpu")
+        angles = torch.arange(frames, dtype=torch.float32, device="cpu").unsqueeze(1) * torch.exp(
             even * -(math.log(10000.0) / self.d_model)
         )
         pe = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : self.d_model]
-        self.pe = pe.unsqueeze(0).to(device=x.device, dtype=x.dtype)
+        return pe.unsqueeze(0)
 
     def forward(self, x):
         self.extend_pe(x)

@@ -16,15 +16,13 @@ from fastasr.models.transducer.attention_decoder import AttentionDecoderModel
 from fastasr.models.transducer.ctc import CtcLoss
 from fastasr.models.transducer.decoder import Decoder
 from fastasr.models.transducer.joiner import Joiner
-from fastasr.models.transducer.sequences import make_pad_mask, pad_sequences
+from fastasr.models.transducer.sequences import check_frames, make_pad_mask, pad_sequences
 from fastasr.models.transducer.time_warp import time_warp
 from fastasr.models.transducer.transducer_loss import TransducerLoss
 from fastasr.models.zipformer.encoder import Zipformer, int_tuple
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling
-
-MIN_FRAMES = 9  # with fewer frames of features, the front end gives no frame
 
 
 class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
@@ -174,7 +172,7 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
             )
         encoder_out, encoder_out_lens = self.forward_encoder(x, x_lens)
         share = 0.5 if use_cr_ctc else 1.0
-        simple = pruned = ctc = attention = consistency = torch.empty(0)
+        simple = pruned = ctc = attention = consistency = torch.empty(0, dtype=torch.float32, device="cpu")
         if self.use_transducer:
             simple, pruned = self.forward_transducer(
                 encoder_out,
@@ -206,10 +204,7 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
 
         Raises ValueError when a sequence is too short for a frame of output.
         """
-        if x_lens.numel() and int(x_lens.min()) < MIN_FRAMES:
-            raise ValueError(
-                f"AsrModel: a sequence needs {MIN_FRAMES} frames of features at least, got {x_lens.tolist()}"
-            )
+        check_frames("AsrModel", x, x_lens)
         x, x_lens = self.encoder_embed(x, x_lens)
         out, lengths = self.encoder(x.transpose(0, 1), x_lens, make_pad_mask(x_lens, x.shape[1]))
         return out.transpose(0, 1), lengths

@@ -3,6 +3,18 @@
 
 import torch
 
+MIN_FRAMES = 9  # with fewer frames of features, the Zipformer's front end gives no frame
+
+
+def check_frames(name, x, x_lens):
+    """Raises ValueError if a sequence of features x (batch, time, ...) is too short for a frame of output."""
+    frames = min(x.shape[1], int(x_lens.min())) if x_lens.numel() else x.shape[1]
+    if frames < MIN_FRAMES:
+        raise ValueError(
+            f"{name}: a sequence needs {MIN_FRAMES} frames of features at least, got {frames} "
+            f"(x {tuple(x.shape)}, lengths {x_lens.tolist()})"
+        )
+
 
 def pad_sequences(seq, padding_value, sos_id=None, eos_id=None, device=None):
     """Returns the sequences as (batch, longest), int64, filled up with ``padding_value``, and their lengths (batch,).
@@ -10,7 +22,9 @@ def pad_sequences(seq, padding_value, sos_id=None, eos_id=None, device=None):
     Args:
         seq: one list of ints per sequence.
         sos_id, eos_id: tokens to put before and after every sequence, which the lengths count; None for none.
+        device: that of the results; None for the CPU.
     """
+    device = "cpu" if device is None else device
     head = [] if sos_id is None else [sos_id]
     tail = [] if eos_id is None else [eos_id]
     rows = [[*head, *tokens, *tail] for tokens in seq]
@@ -25,7 +39,7 @@ def make_pad_mask(lengths, max_len=None):
     """Returns booleans (batch, max_len), True at padding. ``max_len`` is the largest length by default."""
     if max_len is None:
         max_len = int(lengths.max())
-    return torch.arange(max_len, device=lengths.device) >= lengths.unsqueeze(-1)
+    return torch.arange(max_len, device=lengths.device, dtype=torch.int64) >= lengths.unsqueeze(-1)
 
 
 def subsequent_mask(size, device="cpu", dtype=torch.bool):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from fastasr import files
+from fastasr.models.transducer import byte_tokens
 
 DISAMBIGUATION = re.compile(r"^#\d+$")
 _BYTE = re.compile(r"^<0x([0-9A-Fa-f]{1,2})>$")
@@ -124,11 +125,12 @@ def num_tokens(token_table, disambig_pattern=DISAMBIGUATION):
 
 
 def token_ids_to_text(token_ids, token_table):
-    """Returns the text of tokens. "▁" is a space, "<0xE2>" one byte of UTF-8; invalid bytes become U+FFFD.
+    """Returns the text of tokens. "▁" is a space, "<0xE2>" one byte of UTF-8, and the characters of a byte-level table
+    are bytes (``byte_tokens.py``); invalid bytes become U+FFFD.
 
     Raises ValueError for an id that is not in the table.
     """
-    text = b""
+    text, alphabet = b"", _byte_alphabet(token_table)
     for index in token_ids:
         if index not in token_table:
             raise ValueError(
@@ -136,5 +138,21 @@ def token_ids_to_text(token_ids, token_table):
             )
         token = token_table[index]
         byte = _BYTE.match(token)
-        text += bytes([int(byte[1], 16)]) if byte else token.encode()
-    return text.decode(errors="replace").replace("▁", " ").strip()
+        if byte:
+            text += bytes([int(byte[1], 16)])
+        elif alphabet and not byte_tokens.is_special(token):
+            text += bytes(alphabet[c] for c in token)
+        else:
+            text += token.encode()
+    text = text.decode(errors="replace")
+    return (text if alphabet else text.replace("▁", " ")).strip()
+
+
+def _byte_alphabet(table):
+    """Returns the alphabet of a byte-level table, or None, and keeps it with the table until it grows."""
+    kept = getattr(table, "_byte_alphabet", None)
+    if kept is None or kept[0] != len(table):
+        symbols = [symbol for symbol in table.symbols if isinstance(symbol, str)]
+        text = len(symbols) < len(table) or any(map(_BYTE.match, symbols))
+        kept = table._byte_alphabet = len(table), None if text else byte_tokens.alphabet_of(symbols)
+    return kept[1]

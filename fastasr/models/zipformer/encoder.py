@@ -170,8 +170,9 @@ class Zipformer(torch.nn.Module):
                 (batch_size, dim, pad),
                 (batch_size, dim, pad),
             )
+            dtype = next(encoder.parameters()).dtype
             for _ in range(encoder.num_layers):
-                states += [torch.zeros(shape, device=device) for shape in shapes]
+                states += [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         return states
 
     def _left_context_len(self, factor):

@@ -72,7 +72,7 @@ def pack_layer(packed, layer, positions, frames):
 def _pack_convolution(packed, conv, frames):
     for part in (conv.causal_conv, conv.chunkwise_conv):
         packed.table(part.weight[:, 0].T)
-        packed.table(torch.zeros(len(part.weight)) if part.bias is None else part.bias)
+        packed.table(part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias)
     packed.table(ChunkCausalDepthwiseConv1d._get_chunk_scale(conv, frames).T)
 
 

@@ -42,14 +42,15 @@ class CompactRelPositionalEncoding(torch.nn.Module):
     def extend_pe(self, x, left_context_len=0):
         """Makes ``pe`` long enough for x (time, ...), in float32 and on x's device."""
         length = x.size(0) + left_context_len
-        if self.pe is None or self.pe.size(0) < 2 * length - 1:
-            self.pe = self._encode(length, x.device)
+        if self.pe is None or self.pe.is_meta or self.pe.size(0) < 2 * length - 1:
+            with torch.inference_mode(False):  # a table of inference mode could not be used in training
+                self.pe = self._encode(length, x.device)
         elif self.pe.device != x.device:
             self.pe = self.pe.to(x.device)
 
     def _encode(self, length, device):
         offset = torch.arange(1 - length, length, dtype=torch.float32, device=device).unsqueeze(1)
-        harmonic = torch.arange(1, self.embed_dim // 2 + 1, device=device)
+        harmonic = torch.arange(1, self.embed_dim // 2 + 1, dtype=torch.float32, device=device)
         c = self.embed_dim**0.5
         compressed = c * offset.sign() * ((offset.abs() + c).log() - math.log(c))
         angle = (compressed / (self.length_factor * self.embed_dim / (2.0 * math.pi))).atan() * harmonic

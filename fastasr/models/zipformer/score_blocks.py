@@ -56,8 +56,10 @@ def fill_hidden(scores, first, key_padding_mask=None, attn_mask=None, chunk_size
     """Sets the hidden scores of (heads, batch, rows, time), whose rows begin at ``first``, to -1000."""
     rows, frames = scores.shape[-2:]
     if chunk_size > 0:
-        query = torch.arange(first, first + rows, device=scores.device)[:, None] // chunk_size
-        age = query - torch.arange(frames, device=scores.device) // chunk_size
+        query = (
+            torch.arange(first, first + rows, device=scores.device, dtype=torch.int64)[:, None] // chunk_size
+        )
+        age = query - torch.arange(frames, device=scores.device, dtype=torch.int64) // chunk_size
         hidden = age < 0 if left_context_chunks < 0 else (age < 0) | (age > left_context_chunks)
         scores = scores.masked_fill(hidden, MASKED)
     if attn_mask is not None:

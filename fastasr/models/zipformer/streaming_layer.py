@@ -81,15 +81,24 @@ class _PackedLayer(PackedLayer):
     def _example(self, by_submodules):
         """Computes a chunk of 3 frames with 5 frames of left context both ways."""
         frames, left = 3, 5
-        wave = torch.arange(1.0, frames * self._dim + 1).mul_(0.7).sin_()
+        wave = torch.arange(1.0, frames * self._dim + 1, dtype=torch.float32, device="cpu").mul_(0.7).sin_()
         src = wave.view(frames, 1, self._dim)
-        pos_emb = torch.arange(1.0, (left + 2 * frames - 1) * self._positions + 1).mul_(0.3).sin_()
+        pos_emb = (
+            torch.arange(
+                1.0, (left + 2 * frames - 1) * self._positions + 1, dtype=torch.float32, device="cpu"
+            )
+            .mul_(0.3)
+            .sin_()
+        )
         pos_emb = pos_emb.view(1, -1, self._positions)
         states = [
-            torch.arange(1.0, shape.numel() + 1).mul_(0.9 + 0.1 * i).sin_().view(shape)
+            torch.arange(1.0, shape.numel() + 1, dtype=torch.float32, device="cpu")
+            .mul_(0.9 + 0.1 * i)
+            .sin_()
+            .view(shape)
             for i, shape in enumerate(map(torch.Size, self._shapes(1, left)))
         ]
-        masked = torch.zeros(1, left + frames, dtype=torch.bool)
+        masked = torch.zeros(1, left + frames, dtype=torch.bool, device="cpu")
         masked[:, [1, -1]] = True
         got = self.run(src, pos_emb, states, left, masked)
         self._tables.clear()

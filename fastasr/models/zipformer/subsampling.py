@@ -106,9 +106,8 @@ class Conv2dSubsampling(torch.nn.Module):
 
     def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
         """Returns the first cached_left_pad, (batch_size, layer3_channels, left padding, frequencies)."""
-        return torch.zeros(
-            batch_size, self.layer3_channels, self.convnext.padding[0], self.out_width, device=device
-        )
+        shape = batch_size, self.layer3_channels, self.convnext.padding[0], self.out_width
+        return torch.zeros(shape, dtype=self.out.weight.dtype, device=device)
 
 
 class _Convolution(torch.autograd.Function):

@@ -111,7 +111,8 @@ def _strength(module, metric):
     white = metric < float(module.whitening_limit)
     if isinstance(white, torch.Tensor) and white.is_cuda:
         vars(module)["_verdict"] = _Verdict(white)
-        return torch.where(white, 0.0, float(module.grad_scale))
+        # two numbers would give one of the default dtype
+        return torch.where(white, 0.0, metric.new_full((), float(module.grad_scale)))
     white = bool(white)
     module.prob = module.min_prob if white else module.max_prob
     return None if white else float(module.grad_scale)
@@ -130,7 +131,7 @@ class _Verdict:
     """A boolean that is copied from a CUDA device. Reading it waits for this copy, not for the stream."""
 
     def __init__(self, value):
-        self.value = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self.value = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
         self.value.copy_(value, non_blocking=True)
         self.copied = torch.cuda.Event()
         self.copied.record()

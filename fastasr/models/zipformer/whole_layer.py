@@ -129,11 +129,19 @@ class _Layer(PackedLayer):
     def _example(self, by_submodules):
         """Computes two sequences of 5 frames, of which one is shorter, both ways."""
         frames, batch = 5, 2
-        src = torch.arange(1.0, frames * batch * self._channels + 1).mul_(0.7).sin_()
+        src = (
+            torch.arange(1.0, frames * batch * self._channels + 1, dtype=torch.float32, device="cpu")
+            .mul_(0.7)
+            .sin_()
+        )
         src = src.view(frames, batch, self._channels)
-        pos_emb = torch.arange(1.0, (2 * frames - 1) * self._positions + 1).mul_(0.3).sin_()
+        pos_emb = (
+            torch.arange(1.0, (2 * frames - 1) * self._positions + 1, dtype=torch.float32, device="cpu")
+            .mul_(0.3)
+            .sin_()
+        )
         pos_emb = pos_emb.view(1, -1, self._positions)
-        padding = torch.zeros(batch, frames, dtype=torch.bool)
+        padding = torch.zeros(batch, frames, dtype=torch.bool, device="cpu")
         padding[1, -1] = True
         state = random.getstate()
         expected = by_submodules(src, pos_emb, -1, None, padding, None)

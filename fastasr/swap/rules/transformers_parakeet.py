@@ -87,7 +87,7 @@ def encoder(self, input_features, attention_mask=None, output_attention_mask=Tru
     if not output_attention_mask:
         return result
     hidden = result.last_hidden_state
-    mask = torch.ones(hidden.shape[:2], dtype=torch.int32)
+    mask = torch.ones(hidden.shape[:2], dtype=torch.int32, device=hidden.device)
     found = type(result)(last_hidden_state=hidden, attention_mask=mask)
     for name in [name for name in result if name not in found]:  # captured by upstream, behind these
         found[name] = result[name]

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs functions in every ambient setting: each default dtype, and a default device on which tensors have no values.
+
+A module's tables, and what functions keep between calls, may be made in any of them.
+"""
+
+import contextlib
+import copy
+import sys
+from functools import partial
+
+import torch
+from steps import seeded
+from torch.utils._pytree import tree_flatten, tree_map
+
+import fastasr
+
+SETTINGS = torch.bfloat16, torch.float16, torch.float64, torch.device("meta")
+MEASURED = (
+    "fastasr.ops._dispatch",
+    "fastasr.ops._gemm",
+)  # keep what this machine has and which product is faster
+
+
+@contextlib.contextmanager
+def ambient(setting):
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(setting, torch.device):
+            torch.set_default_device(setting)
+        else:
+            torch.set_default_dtype(setting)
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+
+
+def forget():
+    """Empties the caches of fastasr's functions."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastasr.") and name not in MEASURED:
+            for value in list(vars(module).values()):
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
+
+
+def outcome(run):
+    """Returns the tensors that ``run()`` returns and, as one more, the numbers."""
+    seeded("ambient")
+    leaves = tree_flatten(run())[0]
+    numbers = [float(leaf) for leaf in leaves if isinstance(leaf, int | float)]
+    found = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return [*found, torch.tensor(numbers, dtype=torch.float64, device="cpu")]
+
+
+def difference(found, expected):
+    """Says what differs between two outcomes, or returns ""."""
+    if len(found) != len(expected):
+        return f"{len(found)} tensors instead of {len(expected)}"
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        kinds = [f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (one, other)]
+        if kinds[0] != kinds[1]:
+            return f"tensor {number} is {kinds[0]} instead of {kinds[1]}"
+        if one.is_meta:
+            return f"tensor {number} has no values"
+        differs = (one != other) & ~(one.isnan() & other.isnan())
+        if differs.any():
+            largest = (one.double() - other.double()).abs().max()
+            return (
+                f"tensor {number} differs in {int(differs.sum())} of {one.numel()} places, by {largest:.3g}"
+            )
+    return ""
+
+
+def same_everywhere(fresh, settings=SETTINGS):
+    """Asserts that the function that ``fresh()`` returns gives the same bits in every setting, and then outside of it
+    with what it kept.
+    """
+    forget()
+    expected = outcome(fresh())
+    for setting in settings:
+        forget()
+        run = fresh()
+        with ambient(setting):
+            found = outcome(run)
+        assert not (text := difference(found, expected)), f"under {setting}: {text}"
+        assert not (text := difference(outcome(run), expected)), f"after {setting}: {text}"
+    forget()
+
+
+def same_model_everywhere(model, run, settings=SETTINGS):
+    """Asserts that ``run(model)`` returns the same bits in every setting, first in inference mode and then with
+    gradients, and that the parameters' gradients have the same bits.
+    """
+    same_everywhere(lambda: partial(_step, copy.deepcopy(model), run), settings)
+
+
+def _step(model, run):
+    with torch.inference_mode():
+        at_first = run(model)
+    found = tree_flatten(run(model))[0]
+    leaves = [t for t in found if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not leaves:
+        return at_first, found
+    waves = [torch.arange(t.numel(), dtype=t.dtype, device=t.device).sin_().view(t.shape) for t in leaves]
+    grads = torch.autograd.grad(leaves, list(model.parameters()), waves, allow_unused=True)
+    return at_first, found, grads
+
+
+def same_swapped_everywhere(model, run):
+    """Asserts that after a swap a module of every class that is replaced, called as ``run(model)`` calls it first, has
+    the same bits in every setting, and the whole ``run(model)`` in every setting in which upstream's code has.
+    """
+    swapped = copy.deepcopy(model)
+    calls = {"": run} | _calls(model, [row.path for row in fastasr.accelerate(swapped).replaced], run)
+    seen = set()
+    for path, call in calls.items():
+        theirs, ours = model.get_submodule(path), swapped.get_submodule(path)
+        if type(theirs) in seen:
+            continue
+        seen.add(type(theirs))
+        settings = SETTINGS if path else [s for s in SETTINGS if _is_same(theirs, call, s)]
+        try:
+            same_model_everywhere(ours, call, settings)
+        except Exception as error:
+            error.add_note(f"{path}, a {type(theirs).__name__}")
+            raise
+
+
+def _calls(model, paths, run):
+    """Returns path -> a function that calls a module with the arguments of its first call in ``run(model)``."""
+    found = {}
+
+    def keep(path, module, args, kwargs):
+        if path not in found:
+            args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, (args, kwargs))
+            found[path] = lambda module: module(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+
+    watched = copy.deepcopy(model)
+    for path in paths:
+        watched.get_submodule(path).register_forward_pre_hook(partial(keep, path), with_kwargs=True)
+    with torch.no_grad():
+        run(watched)
+    found.pop("", None)
+    return found
+
+
+def _is_same(module, call, setting):
+    used = copy.deepcopy(module)
+    try:
+        expected = outcome(partial(_step, copy.deepcopy(module), call))
+        with ambient(setting):
+            return not difference(outcome(partial(_step, used, call)), expected)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False

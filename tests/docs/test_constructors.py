@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No tensor is made with torch's default dtype or on its default device: a table, a cache or a constant would be wrong
+under ``torch.set_default_dtype`` or ``torch.set_default_device``. A module's constructor asks for both defaults.
+"""
+
+import ast
+import re
+
+import sources
+from torch.utils._device import _device_constructors
+
+from fastasr import ops
+
+MAKERS = {f.__name__ for f in _device_constructors()} | {"Tensor", "FloatTensor"}
+INFERRED = {"as_tensor", "asarray"}  # take the dtype of what they are given
+DRAWS = {"rand"}  # a swap draws what upstream draws, which is in the default dtype
+UPSTREAM_DRAWS = {  # and on the default device
+    "FastConformerEncoder.forward in fastasr/models/fast_conformer/encoder.py",
+    "encoded in fastasr/models/fast_conformer/ragged.py",
+    "EBranchformerEncoder.forward in fastasr/models/e_branchformer/encoder.py",
+}
+PRODUCT = {
+    path: ast.parse(path.read_text(encoding="utf-8"))
+    for name, path in sources.modules().items()
+    if not name.startswith(
+        ("fastasr.testing", "fastasr.benchmarks")
+    )  # make the data of tests and of benchmarks
+}
+
+
+def names_of_modules():
+    """Returns the names of the classes that are torch.nn.Modules."""
+    bases = {
+        node.name: {ast.unparse(base).split(".")[-1] for base in node.bases}
+        for tree in PRODUCT.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {"Module"}
+    while more := {name for name, those in bases.items() if those & found} - found:
+        found |= more
+    return found
+
+
+MODULES = names_of_modules()
+
+
+def maker(call):
+    """Returns the name of the maker that a call calls, or None."""
+    parts = ast.unparse(call.func).split(".")
+    return parts[1] if parts[0] == "torch" and len(parts) == 2 and parts[1] in MAKERS else None
+
+
+def left_out(call):
+    """Says which of dtype and device a call leaves to torch's defaults."""
+    name, given = maker(call), {keyword.arg for keyword in call.keywords}
+    if None in given and name not in ("Tensor", "FloatTensor"):  # **like has both
+        return []
+    inferred = {"dtype"} if name in INFERRED | DRAWS else set()
+    return [option for option in ("dtype", "device") if option not in given | inferred]
+
+
+def faults(path, node, scope=()):
+    for child in ast.iter_child_nodes(node):
+        inner = scope
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            inner = (*scope, child.name)
+        in_module = len(inner) > 1 and inner[-1] == "__init__" and inner[-2] in MODULES
+        place = f"{'.'.join(inner)} in {path.relative_to(sources.ROOT)}"
+        looked_at = isinstance(child, ast.Call) and maker(child)
+        if looked_at and not in_module and place not in UPSTREAM_DRAWS and (options := left_out(child)):
+            yield f"{place}, line {child.lineno}: {ast.unparse(child)} without {' and '.join(options)}"
+        yield from faults(path, child, inner)
+
+
+def test_every_tensor_has_a_dtype_and_a_device():
+    found = [fault for path, tree in PRODUCT.items() for fault in faults(path, tree)]
+    assert not found, "\n".join(found)
+
+
+def test_every_tensor_of_an_op_has_a_dtype_and_a_device():
+    """In the source that is made from its declaration, where names have an underscore before them."""
+    makers = re.compile(rf"(?<![\w.])_({'|'.join(MAKERS)})\(")
+    sources_of_ops = {name: ast.parse(makers.sub(r"torch.\1(", op.source)) for name, op in ops.OPS.items()}
+    calls = [
+        (name, node)
+        for name, tree in sources_of_ops.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and maker(node)
+    ]
+    assert len({name for name, _ in calls}) > len(ops.OPS) // 2
+    found = [f"{name}: {ast.unparse(call)}" for name, call in calls if left_out(call)]
+    assert not found, "\n".join(found)
+
+
+def test_no_maker_is_imported_by_its_name():
+    found = [
+        f"{path}: {alias.name}"
+        for path, tree in PRODUCT.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "torch"
+        for alias in node.names
+        if alias.name in MAKERS - {"Tensor"} and path.name != "_parts.py"  # what the source of an op calls
+    ]
+    calls = [
+        f"{path}, line {node.lineno}: {ast.unparse(node)}"
+        for path, tree in PRODUCT.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Tensor"
+    ]
+    assert not found + calls, "\n".join(found + calls)
+
+
+def is_number(node):
+    if isinstance(node, ast.UnaryOp):
+        return is_number(node.operand)
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) in ("float", "int")
+    return isinstance(node, ast.Constant) or ast.unparse(node) in ("INF", "math.inf", "torch.inf")
+
+
+def test_no_tensor_of_two_numbers():
+    """``torch.where`` gives two numbers the default dtype."""
+    found = [
+        f"{path}, line {node.lineno}: {ast.unparse(node)}"
+        for path, tree in PRODUCT.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.where"
+        and all(map(is_number, node.args[1:]))
+        and len(node.args) == 3
+    ]
+    assert not found, "\n".join(found)
