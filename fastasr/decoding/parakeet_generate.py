@@ -39,7 +39,7 @@ def no_duration_wins(model, frames, first, steps):
     contexts = model.decoder(torch.cat((first, labels), 1), cache=None)
     before, at = (~blank).cumsum(1) - (~blank).long(), steps.moves.cumsum(1) - steps.moves
     at = at.clamp(max=frames.shape[1] - 1)
-    rows = torch.arange(len(first)).unsqueeze(1)
+    rows = torch.arange(len(first), device=first.device).unsqueeze(1)
     for one in range(0, at.shape[1], _STEPS_AT_ONCE):
         part = slice(one, one + _STEPS_AT_ONCE)
         logits = model.joint(

@@ -23,6 +23,7 @@ pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
 
 import transformers
 from test_mega_swap import decoder
+from test_nemotron_swap import CACHE
 from test_nemotron_swap import encoder as nemotron_encoder
 from test_zipformer_chunks_swap import LENGTHS, PADDING, source, upstream
 from torchaudio.models import emformer, rnnt
@@ -424,7 +425,7 @@ def parakeet_encoder(what):
     )
 
 
-@cases("eager", "convolution", "subsampling")
+@cases("eager", "convolution", "subsampling", "chunk")
 def nemotron(what):
     theirs = nemotron_encoder()
     ours = swapped(theirs)
@@ -439,9 +440,24 @@ def nemotron(what):
         layer, reason = "subsampling", "one of its layers has hooks or is no plain one"
         ours.subsampling.conv_in.register_forward_hook(lambda *_: None)
     x = torch.randn(2, 80, SIZES["num_mel_bins"], generator=numbers("nemotron"))
-    run = torch.no_grad()(lambda model: model(x, num_lookahead_tokens=3).last_hidden_state)
+    if what == "chunk":
+        layer, reason = "", "upstream's forward makes a mask of pairs"
+
+    @torch.no_grad()
+    def run(model):
+        if what != "chunk":
+            return model(x, num_lookahead_tokens=3).last_hidden_state
+        options = {"num_lookahead_tokens": 3, "use_cache": True}
+        out = model(x[:, :25], **options)
+        options |= {"padding_cache": out.padding_cache, CACHE: out[CACHE]}
+        return model(
+            x[:, 25:57], attention_mask=torch.ones(2, 32, dtype=torch.int64), **options
+        ).last_hidden_state
+
     places = 2 if what == "eager" else 1
-    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward", reason, places=places)
+    return Case(
+        ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward".lstrip("."), reason, places=places
+    )
 
 
 # --------------------------------------------------------------------------- MEGA
