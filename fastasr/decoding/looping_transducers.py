@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from fastasr.decoding.label_looping import LabelLooping, Weights, join, predict, why_not_native, why_not_now
-from fastasr.models.common.inference import any_hooked, has_known_forward, is_unmodified
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.plain import any_watched, has_known_forward, is_plain
 
 _AGREEMENT = 1e-4  # of logits with those of the model's own modules, relative to the largest
 _TRAINING = "it is in training mode"
@@ -77,7 +77,7 @@ class LoopingTransducer:
             return str(reason)
 
     def _read_weights(self):
-        if any(any_hooked(part.modules()) or not has_known_forward(part) for part in self.parts()):
+        if any(any_watched(part.modules()) or not has_known_forward(part) for part in self.parts()):
             raise Unserved("a submodule has hooks or another forward")
         with _as_unserved():
             return self.weights()
@@ -271,7 +271,7 @@ class _Kept:
             self._reason is None
             and all(ref() is part for ref, part in zip(self._parts, parts, strict=True))
             and not any(part.training for part in parts)
-            and not any_hooked(parts)
+            and not any_watched(parts)
             and all(map(has_known_forward, parts))
             and self._watched == [state.watched() for state in self._states]
             and all(state.unchanged() for state in self._states)
@@ -292,7 +292,7 @@ def forget(transducer):
 
 
 def _plain(module, *kinds):
-    if not is_unmodified(module, kinds):
+    if not is_plain(module, *kinds):
         raise Unserved(f"a submodule is a {type(module).__name__}, expected a plain {kinds[0].__name__}")
     return module
 
@@ -317,7 +317,7 @@ def _convolution(module):
 
 
 def _activation(module):
-    if type(module) not in _ACTIVATIONS:
+    if not is_plain(module, *_ACTIVATIONS):
         raise Unserved(f"the joint network's activation is {type(module).__name__}, expected ReLU or Tanh")
     return _ACTIVATIONS[type(module)]
 

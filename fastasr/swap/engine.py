@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import parametrize
 
+from fastasr.models.common.plain import hooks_of
 from fastasr.models.common.ragged import hook
 from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
@@ -293,11 +294,12 @@ def _obstacle(module, rule):
             return f"its {method} was already replaced on this instance, by {name}"
     if parametrize.is_parametrized(module):
         return f"has parametrizations on {', '.join(module.parametrizations)}"
-    for what, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
+    kinds = "forward hook", "forward pre-hook", "backward hook", "backward pre-hook"
+    for what, hooks in zip(kinds, hooks_of(module), strict=True):
         unknown = [h for h in hooks.values() if _full_name(h) not in rule.hooks]
         if unknown:
             names = [getattr(h, "__qualname__", type(h).__name__) for h in unknown]
-            return f"has a forward {what}: {', '.join(names)}"
+            return f"has a {what}: {', '.join(names)}"
     return None
 
 

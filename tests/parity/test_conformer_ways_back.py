@@ -4,14 +4,15 @@
 
 import pytest
 import torch
+from families import TAPS, WIDTH
 from leaving import Case, check, unreached
-from test_conformer import ATTENTION, TAPS, WIDTH, call, pair
+from test_conformer import ATTENTION, call, pair
 
 LENGTHS = torch.tensor([21, 13, 5])
 
 # the hooked part of a model, the block that leaves, the reason
 HOOKED = {
-    "wav2vec2 glu": ("layers.0.conv_module.glu", "layers.0.conv_module", "glu has hooks"),
+    "wav2vec2 glu": ("layers.0.conv_module.glu", "layers.0.conv_module", "glu is not a plain GLU"),
     "wav2vec2 dropout": (
         "layers.0.self_attn.dropout",
         "layers.0.self_attn",
@@ -25,14 +26,18 @@ HOOKED = {
     "torchaudio glu": (
         "conformer_layers.0.conv_module.sequential.1",
         "conformer_layers.0.conv_module",
-        "sequential or its glu has hooks",
+        "sequential or its glu is not a plain one",
     ),
     "torchaudio sequence": (
         "conformer_layers.0.ffn1.sequential",
         "conformer_layers.0.ffn1",
-        "sequential has hooks",
+        "sequential is not a plain Sequential",
     ),
-    "speechbrain ffn": ("layers.0.ffn_module1.1.ffn", "layers.0.ffn_module1.1", "ffn has hooks"),
+    "speechbrain ffn": (
+        "layers.0.ffn_module1.1.ffn",
+        "layers.0.ffn_module1.1",
+        "ffn is not a plain Sequential",
+    ),
     "speechbrain after_conv": (
         "layers.0.convolution_module.after_conv",
         "layers.0.convolution_module",

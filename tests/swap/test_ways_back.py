@@ -192,7 +192,7 @@ def loss(what):
     reason = {
         "return_dict": "return_dict is False",
         "gelu": "hidden_act is gelu, expected relu or tanh",
-        "head": "joint.head is a _Head, expected Linear",
+        "head": "joint.head is not a plain Linear",
         "hooks": "joint has hooks",
         "function": "loss_function is fastasr.compat.transformers.ParakeetForTDTLoss",
         "object": "loss_function is functools.partial",
@@ -605,6 +605,32 @@ def streaming_engine():
     )
 
 
+# --------------------------------------------------------------------------- hooks of all modules
+@contextlib.contextmanager
+def _hook_of_all_modules():
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@cases()
+def hook_of_all_modules():
+    module = pytest.importorskip("torchaudio.models.emformer")
+    theirs = module.Emformer(12, 3, 20, 1, 4).eval()
+    ours = swapped(theirs, only=lambda path, _: path == "")
+    call = torch.randn(2, 8, 12, generator=numbers(1)), torch.tensor([8, 8])
+    return Case(
+        ours,
+        lambda: ours(*call)[0],
+        lambda: theirs(*call)[0],
+        "forward",
+        "hooks of all modules are registered",
+        around=_hook_of_all_modules,
+    )
+
+
 # --------------------------------------------------------------------------- NeMo's joint
 @cases("hooks", "clamp", "temperature", "draws")
 def nemo_joint(what):
@@ -638,7 +664,7 @@ def nemo_joint(what):
         return joint.train(what == "draws")(**call)[0]
 
     reason = {
-        "hooks": "has hooks on its layers or its loss",
+        "hooks": "that is not a plain Linear",
         "clamp": "the loss clamps the gradients",
         "temperature": "temperature is 1.5, expected 1",
         "draws": "upstream_draws is on",

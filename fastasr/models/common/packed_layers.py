@@ -19,8 +19,9 @@ import weakref
 import torch
 
 from fastasr import _left
-from fastasr.models.common.inference import any_hooked, is_plain_inference
+from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.plain import any_watched, has_known_forward, is_of_framework
 from fastasr.models.common.ragged import current
 from fastasr.ops import _dispatch
 
@@ -28,6 +29,7 @@ from fastasr.ops import _dispatch
 AGREEMENT = 1e-4
 
 _WATCHED = "a submodule has hooks, or is in training mode"
+_FOREIGN = "a submodule runs code that is neither torch's, fastasr's nor its framework's"
 
 
 def may_serve(layer, x, weight):
@@ -83,8 +85,10 @@ class PackedLayer(abc.ABC):
     def __init__(self, layer, by_operations):
         self._state = ModuleState(layer, methods=self.METHODS)
         self.reason = _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_never(layer)
-        if not self.reason and any_hooked(layer.modules()):
+        if not self.reason and any_watched(layer.modules()):
             self.reason = _WATCHED
+        if not self.reason and any(_runs_foreign_code(part, type(layer)) for part in layer.modules()):
+            self.reason = _FOREIGN  # the example would call it
         if not self.reason and not self._state.traceable():
             self.reason = "parameters were made in inference mode, where changes leave no trace"
         if self.reason:
@@ -135,6 +139,11 @@ class PackedLayers:
     def forget(self, layer):
         """Drops the packed weights; the next step packs them again."""
         self._of.pop(layer, None)
+
+
+def _runs_foreign_code(module, owner):
+    """Says whether the module's forward is the user's: on the instance, or of a class from elsewhere."""
+    return not is_of_framework(type(module), owner) or not has_known_forward(module)
 
 
 def _why_no_weights(layer):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import _left
+from fastasr.models.common.plain import hooks_of
 
 # Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
 # than the padding. On a GPU, which has work for many recordings at once, those do that lack half of the frames or fewer
@@ -96,10 +97,9 @@ def _hooked(encoder):
     """
     modules = list(encoder.children())
     for module in modules:
-        before, behind = module._forward_pre_hooks, module._forward_hooks
-        if before or behind or module._backward_pre_hooks or module._backward_hooks:
-            backward = module._backward_pre_hooks, module._backward_hooks
-            yield module, chain.from_iterable(hooks.values() for hooks in (before, behind, *backward))
+        hooks = hooks_of(module)
+        if any(hooks):
+            yield module, chain.from_iterable(map(dict.values, hooks))
         if module._modules:
             modules.extend(child for child in module._modules.values() if child is not None)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common.plain import is_watched
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, projected
 from fastasr.models.fast_conformer.masks import is_readable, seen
@@ -25,7 +26,7 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
     implementation = self.config._attn_implementation
     fits = (
         implementation in STANDARD
-        and not (implementation == "eager" and plumbing.is_watched(self))
+        and not (implementation == "eager" and is_watched(self))
         and is_readable(attention_mask, batch, frames)
         and _is_one_table(relative_position_embeddings, frames)
     )
@@ -36,7 +37,7 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
             hidden = masks.of_kernel(attention_mask, by)
             return _attention(self, hidden_states, relative_position_embeddings, hidden, dropout), None
         attention_dropout.note_formed(self)
-    elif implementation == "eager" and plumbing.is_watched(self):
+    elif implementation == "eager" and is_watched(self):
         _left.note(self, _WEIGHTS)
     elif fits:
         _left.note(self, "a query sees no key")

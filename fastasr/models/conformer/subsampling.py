@@ -5,6 +5,7 @@ import torch
 
 from fastasr import _left
 from fastasr.models.common import plumbing
+from fastasr.models.common.plain import is_plain_named
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
 
 
@@ -16,7 +17,7 @@ def nemo_subsampling(self, x, lengths):
     """
     if self.subsampling_conv_chunking_factor == -1:
         return type(self).forward(self, x, lengths)  # which raises
-    if plumbing.is_watched(self.conv) or not are_plain(self.conv):
+    if not (is_plain_named(self.conv, ("MaskedConvSequential",), self) and are_plain(self.conv)):
         _left.note(self, "conv or one of its layers has hooks or is no plain one")
         return type(self).forward(self, x, lengths)
     lengths = lengths.long()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastasr import _left
-from fastasr.models.common.inference import is_unmodified
 from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve, note_declined
+from fastasr.models.common.plain import is_plain
 from fastasr.ops import _activation, _dispatch
 
 # The rows of a segment are its frames, right context, summary and memory, times streams. With more rows, a matrix
@@ -127,18 +127,20 @@ class _PackedLayer(PackedLayer):
 
     def _why_never(self, layer):
         for name in ("attention.emb_to_key_value", "attention.emb_to_query", "attention.out_proj"):
-            if not is_unmodified(layer.get_submodule(name), (nn.Linear,)):
+            if not is_plain(layer.get_submodule(name), nn.Linear):
                 return f"{name} is not a plain Linear"
         for name in ("layer_norm_input", "layer_norm_output"):
-            if not is_unmodified(layer.get_submodule(name), (nn.LayerNorm,)):
+            if not is_plain(layer.get_submodule(name), nn.LayerNorm):
                 return f"{name} is not a plain LayerNorm"
         parts = tuple(layer.pos_ff)
         kinds = (nn.LayerNorm,), (nn.Linear,), tuple(_ACTIVATIONS), (nn.Dropout,), (nn.Linear,), (nn.Dropout,)
-        if len(parts) != len(kinds) or not all(map(is_unmodified, parts, kinds)):
+        if len(parts) != len(kinds) or not all(
+            is_plain(part, *kind) for part, kind in zip(parts, kinds, strict=True)
+        ):
             return "pos_ff is not LayerNorm, Linear, ReLU, GELU or SiLU, Dropout, Linear, Dropout"
         if getattr(parts[2], "approximate", "none") != "none":
             return "the GELU is an approximate one"
-        if not is_unmodified(layer.dropout, (nn.Dropout,)):
+        if not is_plain(layer.dropout, nn.Dropout):
             return "dropout is not a plain Dropout"
         return ""
 

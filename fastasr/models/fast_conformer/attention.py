@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, packed, plumbing
+from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
@@ -63,7 +64,7 @@ class FastConformerAttention(torch.nn.Module):
                 self, *_projections(self, hidden_states), position_embeddings[0], attention_mask
             )
             return plumbing.linear(self.o_proj, y.flatten(1).unsqueeze(0)), None
-        wants_weights = implementation == "eager" and plumbing.is_watched(self)
+        wants_weights = implementation == "eager" and is_watched(self)
         if implementation not in STANDARD or wants_weights or not is_readable(attention_mask, batch, frames):
             if type(self) is FastConformerAttention:
                 raise ValueError(
@@ -169,13 +170,13 @@ def projected(module, projection, table):
     """Returns the projection of ``table`` (2T − 1, width) by one of the module's linear layers. In inference it is kept
     while table and weight stay."""
     if (
-        torch.is_grad_enabled()
+        not plumbing.is_plain_linear(projection)
+        or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled(table.device.type)
         or len(table) >= 2 * KEPT_FRAMES
         or table.is_inference()
         or projection.weight.is_inference()
-        or not plumbing.is_plain_linear(projection)
     ):
         return plumbing.linear(projection, table)
     weight = projection.weight

@@ -24,6 +24,7 @@ import torch
 from fastasr import _left
 from fastasr.models.common import plumbing
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.plain import is_plain, is_plain_named, runs
 from fastasr.models.mega import activations, graph_decoding, positional_bias
 from fastasr.ops import _dispatch
 
@@ -174,7 +175,7 @@ def _why_never(decoder):
     if any(p.is_inference() for p in parameters):
         return "parameters were made in inference mode, where changes leave no trace"
     embed = decoder.embed
-    if type(embed) is not torch.nn.Embedding or "forward" in vars(embed) or embed.max_norm is not None:
+    if not is_plain(embed, torch.nn.Embedding) or embed.max_norm is not None:
         return "embed is not a plain Embedding"
     if not plumbing.is_layer_norm(decoder.final_norm):
         return "final_norm is not a LayerNorm with weight and bias"
@@ -194,11 +195,11 @@ def _why_not_block(mega, feed_forward):
     from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
     from fastasr.models.mega.gated_attention import MEGA
 
-    if not _runs(mega, MEGA) or not _runs(feed_forward, NormalizedPositionwiseFeedForward):
+    if not runs(mega, MEGA.forward) or not runs(feed_forward, NormalizedPositionwiseFeedForward.forward):
         return "a forward that is not fastasr's"
-    if _foreign(mega.multihead_damped_ema, "MultiHeadDampedEMA"):
+    if not is_plain_named(mega.multihead_damped_ema, ("MultiHeadDampedEMA",), mega):
         return "the moving average is not MultiHeadDampedEMA"
-    if _foreign(mega.rel_pos_bias, "RelativePositionBias", "RotaryRelativePositionBias"):
+    if not positional_bias.is_plain(mega.rel_pos_bias, mega):
         return "the bias is neither simple nor rotary"
     for name in ("proj_v", "proj_mx", "proj_h"):
         if not plumbing.is_plain_linear(getattr(mega, name)):
@@ -209,27 +210,19 @@ def _why_not_block(mega, feed_forward):
     for module in (mega, mega.multihead_damped_ema, feed_forward):
         if activations.fused_name(module.activation) != "silu":
             return "the activation is not swish"
+    dropouts = (
+        mega.dropout,
+        mega.dropout_attn,
+        mega.dropout_ema,
+        feed_forward.dropout,
+        feed_forward.hidden_dropout,
+    )
+    if not all(is_plain(dropout, torch.nn.Dropout) for dropout in dropouts):
+        return "a dropout is not a plain Dropout"
     for module in (mega, feed_forward):
         if not plumbing.is_layer_norm(module.normalization):
             return "the normalisation is not a LayerNorm with weight and bias"
     return ""
-
-
-def _runs(module, ours):
-    """Says whether a call of the module runs the forward of our class ``ours``, its own or bound by a swap."""
-    bound = vars(module).get("forward")
-    if bound is None:
-        return type(module).forward is ours.forward
-    return getattr(getattr(bound, "__func__", None), "fastasr_forward", None) is ours.forward
-
-
-def _foreign(module, *names):
-    """Says whether the module's class is neither ours nor ESPnet's of these names, or runs another forward."""
-    bound = vars(module).get("forward")
-    if bound is not None and not hasattr(getattr(bound, "__func__", None), "fastasr_forward"):
-        return True
-    package = type(module).__module__.partition(".")[0]
-    return type(module).__name__ not in names or package not in ("fastasr", "espnet2")
 
 
 def _widths(mega, feed_forward):

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 
 from fastasr import _left
-from fastasr.models.common.inference import any_hooked, is_plain_inference, runs
+from fastasr.models.common.inference import is_plain_inference
+from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import streaming_layer, whole_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
@@ -268,7 +269,7 @@ def takes_chunks(layer):
     ):
         return False
     changed = any("forward" in vars(module) for module in (layer, attention))
-    return not changed and not any_hooked((layer, attention))
+    return not changed and not any_watched((layer, attention))
 
 
 def _is_long(layer, src):
@@ -291,7 +292,7 @@ def _is_long(layer, src):
     ours = runs(nonlin_attention, NonlinAttention.forward) and all(
         runs(consumer, SelfAttention.forward) for consumer in consumers
     )
-    if not ours or any_hooked((attention, nonlin_attention, *consumers)):
+    if not ours or any_watched((attention, nonlin_attention, *consumers)):
         return False
     if is_plain_inference(layer, src, attention.in_proj.weight, 3):
         return size > MOST_WEIGHT_BYTES

@@ -13,7 +13,7 @@ import torch
 from fastasr import _left
 from fastasr.decoding.looping_transducers import Parakeet, Unserved, forget
 from fastasr.decoding.parakeet_generate import no_duration_wins, steps_of_generate
-from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.plain import any_watched
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
 from fastasr.swap.rules.transformers_parakeet_loss import (
     shared,
@@ -137,7 +137,7 @@ def _why_not_this_call(model, input_ids, processors, criteria, generation_config
 
 def _why_not_any_call(model) -> str:
     """Returns why no call of this model is searched natively now, as far as that shows without its weights, or ""."""
-    if any_hooked([model]):
+    if any_watched([model]):
         return "the model has hooks"
     if not hasattr(model.config, "durations") and model.max_symbols_per_step < 1:
         return f"max_symbols_per_step is {model.max_symbols_per_step}, expected at least 1"

@@ -5,11 +5,12 @@ import sys
 
 import torch
 
-from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.plain import has_known_forward, is_plain, is_watched
 from fastasr.rnnt import lengths, tdt_joiner_loss
 from fastasr.swap.rule import upstream_class
 
 _LOSSES = "ParakeetForRNNTLoss", "ParakeetForTDTLoss"
+_ACTIVATIONS = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
 
 
 def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels, **kwargs):
@@ -55,11 +56,15 @@ def why_with_logits_always(model) -> str:
     name, origin = (getattr(loss, a, getattr(type(loss), a)) for a in ("__name__", "__module__"))
     if name not in _LOSSES or not origin.startswith("transformers.loss."):
         return f"loss_function is {origin}.{name}"
-    if model.config.hidden_act not in ("relu", "tanh"):
+    activation = _ACTIVATIONS.get(model.config.hidden_act)
+    if activation is None:
         return f"hidden_act is {model.config.hidden_act}, expected relu or tanh"
-    if type(head) is not torch.nn.Linear:
-        return f"joint.head is a {type(head).__name__}, expected Linear"
-    return "joint has hooks" if any_hooked([model.joint]) else ""
+    if not is_plain(model.joint.activation, activation):
+        return f"joint.activation is not a plain {activation.__name__}"
+    if not is_plain(head, torch.nn.Linear):
+        return "joint.head is not a plain Linear"
+    plain = not is_watched(model.joint) and has_known_forward(model.joint)
+    return "" if plain else "joint has hooks or another forward"
 
 
 def shared(result):

@@ -8,7 +8,7 @@ import torch
 
 from fastasr import _left
 from fastasr.models import zipformer as models
-from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.plain import any_watched
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.encoder import encoded
 from fastasr.models.zipformer.stack import in_windows
@@ -48,7 +48,7 @@ def why_masked(encoder):
     if reason is not None:
         return reason
     for name, stack, _ in _stacks(encoder):
-        if any_hooked([stack]):
+        if any_watched([stack]):
             return f"{name} has a hook, but is not called where layers get windows"
         for i, layer in enumerate(getattr(stack, "layers", ())):
             where = f"{name}.layers.{i}"
@@ -57,7 +57,7 @@ def why_masked(encoder):
             attention = layer.self_attn_weights
             if bound_forward(attention) is not models.RelPositionMultiheadAttentionWeights.forward:
                 return f"{where}.self_attn_weights is not swapped"
-            if any_hooked((layer, attention)):
+            if any_watched((layer, attention)):
                 return f"{where} or its self_attn_weights has a hook, which would get other arguments"
     return None
 
