@@ -231,7 +231,8 @@ DECLINED = {
     "eager": ("backend 'eager' is forced", eager, logging.INFO),
     "gradients": ("gradients are on", torch.enable_grad, logging.INFO),
     "switch": ("packed_streaming is False", torch.no_grad, logging.INFO),
-    "hooks": ("a submodule has hooks, or is in training mode", torch.no_grad, logging.WARNING),
+    "hooks": ("has hooks", torch.no_grad, logging.WARNING),
+    "training": ("is in training mode", torch.no_grad, logging.WARNING),
     "arguments": ("that the native call does not read", torch.no_grad, logging.WARNING),
     "library": ("there is no library", no_library, logging.WARNING),
 }
@@ -245,6 +246,10 @@ def declined(name, theirs, run, arguments, unread, layer, watched, method, all_l
     arguments = unread if name == "arguments" else arguments
     if name == "hooks":
         ours.get_submodule(watched).register_forward_hook(lambda *_: None)
+    if name == "training":
+        ours.get_submodule(watched).train()
+    if name in ("hooks", "training"):
+        reason = f"{watched.removeprefix(layer).lstrip('.')} {reason}"
     if name == "switch":
         ours.get_submodule(layer).packed_streaming = False
     if name != "gradients":
@@ -288,7 +293,7 @@ def chunk(layer, frames=3, streams=2, left=4):
     return torch.randn(frames, streams, dim), positions, *map(torch.randn, shapes), left, masked
 
 
-@cases("autocast", "eager", "gradients", "hooks", "library")
+@cases("autocast", "eager", "gradients", "hooks", "training", "library")
 def zipformer_layer(name):
     layer = causal_layer()
     return declined(name, layer, lambda m, *a: m(*a), whole(layer), None, "", "norm", "forward")
@@ -479,7 +484,8 @@ def mega_decoder(what):
         "eager": ("backend 'eager' is forced", eager, logging.INFO),
         "gradients": ("gradients are on", torch.enable_grad, logging.INFO),
         "switch": ("packed_decoding is False", torch.no_grad, logging.INFO),
-        "hooks": ("a submodule has hooks, or is in training mode", torch.no_grad, logging.WARNING),
+        "hooks": ("has hooks", torch.no_grad, logging.WARNING),
+        "training": ("is in training mode", torch.no_grad, logging.WARNING),
         "relu": ("the activation is not swish", torch.no_grad, logging.WARNING),
         "states": ("states that the step does not read", torch.no_grad, logging.WARNING),
     }[what]
