@@ -98,8 +98,9 @@ def rounding_decides(model, inputs, **options):
     return not torch.equal(narrow.sequences, found.sequences)
 
 
-def drawn(count):
-    """Compares ``count`` drawn models. Returns the lengths of the sequences."""
+def drawn(count, suppressed=True):
+    """Compares ``count`` drawn models. Returns the lengths of the sequences. A model whose durations are not
+    ``suppressed`` has small logits of them."""
     found, undecided = [], 0
     for _ in range(count):
         durations = random.choice(
@@ -116,6 +117,10 @@ def drawn(count):
             max_symbols_per_step=random.choice([2, 3, 10]),
             hidden_act=random.choice(["relu", "tanh"]),
         )
+        if durations is not None and not suppressed:
+            model.generation_config.suppress_tokens = None
+            with torch.no_grad():
+                model.joint.head.bias[sizes["tokens"] :] -= 200
         inputs = batch(random.randint(1, 5), random.randint(9, 90), random.random() < 0.8)
         options = {} if random.random() < 0.7 else {"max_new_tokens": random.randint(1, 12)}
         only_generate(model)
@@ -135,6 +140,13 @@ def test_drawn_models(seed, native):
     lengths = drawn(20)
     assert len(native) == 20
     assert max(lengths) > 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drawn_models_that_suppress_no_durations(seed, native):
+    seeded(50 + seed)
+    assert max(drawn(15, suppressed=False)) > 5
+    assert len(native) == 15
 
 
 @pytest.mark.long

@@ -23,6 +23,7 @@ pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
 
 import transformers
 from test_mega_swap import decoder
+from test_nemotron_swap import CACHE
 from test_nemotron_swap import encoder as nemotron_encoder
 from test_zipformer_chunks_swap import LENGTHS, PADDING, source, upstream
 from torchaudio.models import emformer, rnnt
@@ -230,7 +231,8 @@ DECLINED = {
     "eager": ("backend 'eager' is forced", eager, logging.INFO),
     "gradients": ("gradients are on", torch.enable_grad, logging.INFO),
     "switch": ("packed_streaming is False", torch.no_grad, logging.INFO),
-    "hooks": ("a submodule has hooks, or is in training mode", torch.no_grad, logging.WARNING),
+    "hooks": ("has hooks", torch.no_grad, logging.WARNING),
+    "training": ("is in training mode", torch.no_grad, logging.WARNING),
     "arguments": ("that the native call does not read", torch.no_grad, logging.WARNING),
     "library": ("there is no library", no_library, logging.WARNING),
 }
@@ -244,6 +246,10 @@ def declined(name, theirs, run, arguments, unread, layer, watched, method, all_l
     arguments = unread if name == "arguments" else arguments
     if name == "hooks":
         ours.get_submodule(watched).register_forward_hook(lambda *_: None)
+    if name == "training":
+        ours.get_submodule(watched).train()
+    if name in ("hooks", "training"):
+        reason = f"{watched.removeprefix(layer).lstrip('.')} {reason}"
     if name == "switch":
         ours.get_submodule(layer).packed_streaming = False
     if name != "gradients":
@@ -287,7 +293,7 @@ def chunk(layer, frames=3, streams=2, left=4):
     return torch.randn(frames, streams, dim), positions, *map(torch.randn, shapes), left, masked
 
 
-@cases("autocast", "eager", "gradients", "hooks", "library")
+@cases("autocast", "eager", "gradients", "hooks", "training", "library")
 def zipformer_layer(name):
     layer = causal_layer()
     return declined(name, layer, lambda m, *a: m(*a), whole(layer), None, "", "norm", "forward")
@@ -424,7 +430,7 @@ def parakeet_encoder(what):
     )
 
 
-@cases("eager", "convolution", "subsampling")
+@cases("eager", "convolution", "subsampling", "chunk")
 def nemotron(what):
     theirs = nemotron_encoder()
     ours = swapped(theirs)
@@ -439,9 +445,24 @@ def nemotron(what):
         layer, reason = "subsampling", "one of its layers has hooks or is no plain one"
         ours.subsampling.conv_in.register_forward_hook(lambda *_: None)
     x = torch.randn(2, 80, SIZES["num_mel_bins"], generator=numbers("nemotron"))
-    run = torch.no_grad()(lambda model: model(x, num_lookahead_tokens=3).last_hidden_state)
+    if what == "chunk":
+        layer, reason = "", "upstream's forward makes a mask of pairs"
+
+    @torch.no_grad()
+    def run(model):
+        if what != "chunk":
+            return model(x, num_lookahead_tokens=3).last_hidden_state
+        options = {"num_lookahead_tokens": 3, "use_cache": True}
+        out = model(x[:, :25], **options)
+        options |= {"padding_cache": out.padding_cache, CACHE: out[CACHE]}
+        return model(
+            x[:, 25:57], attention_mask=torch.ones(2, 32, dtype=torch.int64), **options
+        ).last_hidden_state
+
     places = 2 if what == "eager" else 1
-    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward", reason, places=places)
+    return Case(
+        ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward".lstrip("."), reason, places=places
+    )
 
 
 # --------------------------------------------------------------------------- MEGA
@@ -463,7 +484,8 @@ def mega_decoder(what):
         "eager": ("backend 'eager' is forced", eager, logging.INFO),
         "gradients": ("gradients are on", torch.enable_grad, logging.INFO),
         "switch": ("packed_decoding is False", torch.no_grad, logging.INFO),
-        "hooks": ("a submodule has hooks, or is in training mode", torch.no_grad, logging.WARNING),
+        "hooks": ("has hooks", torch.no_grad, logging.WARNING),
+        "training": ("is in training mode", torch.no_grad, logging.WARNING),
         "relu": ("the activation is not swish", torch.no_grad, logging.WARNING),
         "states": ("states that the step does not read", torch.no_grad, logging.WARNING),
     }[what]

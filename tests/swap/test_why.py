@@ -119,6 +119,19 @@ def test_before_and_after_calls():
     assert fastasr.why(layer).to_dict()["forward"] == "autocast is on"
 
 
+@torch.no_grad()
+def test_a_hook_for_all_modules():
+    swapped = ways.swapped(ways.causal_layer())
+    ours = ways.ZipformerEncoderLayer(32, 16, 2, 8, 4, 6, 48, cnn_module_kernel=7, causal=True).eval()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        for layer in (swapped, ours):
+            layer.streaming_forward(*ways.chunk(layer))
+            assert fastasr.why(layer)["streaming_forward"] == "hooks of all modules are registered"
+    finally:
+        handle.remove()
+
+
 def test_paths_and_groups():
     class Recogniser(torch.nn.Module):
         def __init__(self):

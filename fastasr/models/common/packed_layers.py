@@ -21,7 +21,7 @@ import torch
 from fastasr import _left
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.module_state import ModuleState
-from fastasr.models.common.plain import any_watched, has_known_forward, is_of_framework
+from fastasr.models.common.plain import any_watched, first_watched, has_known_forward, is_of_framework
 from fastasr.models.common.ragged import current
 from fastasr.ops import _dispatch
 
@@ -107,6 +107,10 @@ class PackedLayer(abc.ABC):
         watched = self.reason == _WATCHED
         return self._state.watched() == watched and self._state.unchanged()
 
+    def why(self, layer):
+        """Returns ``reason``, in which the submodule that is watched has its name."""
+        return (self.reason == _WATCHED and first_watched(layer)) or self.reason
+
     @abc.abstractmethod
     def _why_never(self, layer): ...
 
@@ -134,7 +138,7 @@ class PackedLayers:
     def why_not(self, layer):
         """Returns why the native call cannot be used for this layer: "" if it can, None before the first step."""
         packed = self._of.get(layer)
-        return None if packed is None or not packed.fresh() else packed.reason
+        return None if packed is None or not packed.fresh() else packed.why(layer)
 
     def forget(self, layer):
         """Drops the packed weights; the next step packs them again."""

@@ -112,3 +112,18 @@ def runs(module, method, name="forward"):
     if getattr(function, "fastasr_forward", function) is not method:
         return False
     return type(bound) is types.MethodType and bound.__self__ is module
+
+
+def first_watched(module, drops=lambda part: True):
+    """Returns which part of the module has hooks, or is in training mode if ``drops`` selects it, in words; "" if none.
+
+    It walks all parts, so only a call that leaves the fast path asks.
+    """
+    if any_global_hook():
+        return "hooks of all modules are registered"
+    for name, part in module.named_modules():
+        if is_watched(part):
+            return f"{name or type(part).__name__} has hooks"
+        if part.training and drops(part):
+            return f"{name or type(part).__name__} is in training mode"
+    return ""

@@ -36,7 +36,7 @@ def step(layer, utterance, right_context, state, mems, shared, by_operations):
         return None
     packed = _PACKED.of(layer, by_operations)
     if packed.reason or not packed.fits(utterance, right_context, state, mems):
-        reason = packed.reason or "states, memory or right context that the native call does not read"
+        reason = packed.why(layer) or "states, memory or right context that the native call does not read"
         _left.note(layer, reason, "infer")
         return None
     return packed.run(utterance, right_context, state, mems, shared)

@@ -24,7 +24,7 @@ import torch
 from fastasr import _left
 from fastasr.models.common import plumbing
 from fastasr.models.common.module_state import ModuleState
-from fastasr.models.common.plain import is_plain, is_plain_named, runs
+from fastasr.models.common.plain import first_watched, is_plain, is_plain_named, runs
 from fastasr.models.mega import activations, graph_decoding, positional_bias
 from fastasr.ops import _dispatch
 
@@ -49,7 +49,7 @@ def step(decoder, labels, states):
     plan = _plan(decoder)
     done = None if plan.reason else _stepped(plan, labels, states)
     if done is None:
-        _left.note(decoder, plan.reason or _OTHER_STATES, "inference")
+        _left.note(decoder, plan.why(decoder) or _OTHER_STATES, "inference")
     return done
 
 
@@ -111,7 +111,7 @@ def why_not_yet(decoder):
     with torch.no_grad():
         reason = _why_not_now(decoder, None)
     plan = _PLANS.get(decoder)
-    return reason or (None if plan is None or not plan.fresh() else plan.reason)
+    return reason or (None if plan is None or not plan.fresh() else plan.why(decoder))
 
 
 def forget(decoder):
@@ -264,6 +264,11 @@ class _Plan:
         """Says whether modules, parameters, their values, forwards and hooks have not changed since packing."""
         watched = self.reason.startswith("a submodule has hooks")
         return self._state.unchanged() and self._state.watched() == watched
+
+    def why(self, decoder):
+        """Returns ``reason``, in which the submodule that is watched has its name."""
+        watched = self.reason.startswith("a submodule has hooks")
+        return (watched and first_watched(decoder, lambda part: getattr(part, "p", 0))) or self.reason
 
     @torch.no_grad()
     def _pack(self, decoder):

@@ -50,7 +50,7 @@ def step(layer, src, pos_emb, states, left_context_len, masked, by_submodules):
         return None
     packed = _PACKED.of(layer, by_submodules)
     if packed.reason or not packed.fits(src, pos_emb, states, left_context_len, masked):
-        reason = packed.reason or "states, masks or positions that the native call does not read"
+        reason = packed.why(layer) or "states, masks or positions that the native call does not read"
         _left.note(layer, reason, "streaming_forward")
         return None
     return packed.run(src, pos_emb, states, left_context_len, masked)

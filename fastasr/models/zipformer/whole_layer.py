@@ -62,7 +62,7 @@ def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_c
         return None
     native = _LAYERS.of(layer, by_submodules)
     if native.reason:
-        _left.note(layer, native.reason)
+        _left.note(layer, native.why(layer))
         return None
     if not native.fits(src, pos_emb, chunk_size, attn_mask, key_padding_mask):
         return None
