@@ -178,7 +178,7 @@ class _TensorState:
 
     def restore(self):
         tensor, data = self.tensor, self.data
-        if self.bits is not None:
+        if self.bits is not None and not _is_freed(self.bits):
             moved = tensor.dtype is not data.dtype or tensor.device != data.device
             if moved or not tensor.is_set_to(data):
                 tensor.data = data
@@ -211,7 +211,7 @@ def _bits(data):
         or data.is_quantized
     ):
         return None
-    if data.numel() and not data.untyped_storage().nbytes():  # freed by what shards it
+    if _is_freed(data):
         return None
     if 0 in data.stride():  # expanded: each element once
         sizes = [1 if step == 0 else size for size, step in zip(data.shape, data.stride(), strict=True)]
@@ -219,6 +219,11 @@ def _bits(data):
     if data.is_complex():
         data = torch.view_as_real(data.conj() if data.is_conj() else data)
     return data.view(_INTEGERS[data.element_size()])
+
+
+def _is_freed(data):
+    """Says whether FSDP has given the memory back, which it fills anew when the parameter is whole."""
+    return not data.untyped_storage().nbytes() and data.numel() > 0
 
 
 def _same(a, b):

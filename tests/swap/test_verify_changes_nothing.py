@@ -18,6 +18,7 @@ from steps import seeded
 from tiny_parakeet import SIZES
 
 import fastasr
+from fastasr.swap.state import ModelState
 
 pytest.importorskip("transformers", reason="upstream's package is not installed")
 scaling = pytest.importorskip("zipformer.modules.scaling", reason="upstream's package is not installed")
@@ -233,9 +234,7 @@ def meddling(actions):
         layer, scaling.BiasNorm(size), Meddler(size, size), torch.nn.Linear(size, size)
     )
     model.append(ParakeetEncoderFeedForward(config))
-    for module in model.modules():
-        if isinstance(module, Meddler):
-            module.actions = actions
+    _meddle(model, actions)
     for p in model.parameters():
         p.grad = torch.randn(p.shape)
     return model, torch.randn(3, size)
@@ -247,7 +246,13 @@ events = st.dictionaries(
     min_size=1,
 )
 errors = st.one_of(st.none(), st.tuples(st.integers(1, 60), st.sampled_from((ValueError, KeyboardInterrupt))))
-properties = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+properties = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+
+
+def _meddle(model, actions):
+    for module in model.modules():
+        if isinstance(module, Meddler):
+            module.actions = actions
 
 
 def _run_until(error, run):
@@ -260,14 +265,27 @@ def _run_until(error, run):
         Clock.at = None
 
 
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__.strip("_"))
+def test_each_action(action):
+    model, x = meddling({})
+    fastasr.accelerate(model)
+    _meddle(model, {event: [action] for event in ("train", "eval", "forward", "getattr")})
+    before = picture(model)
+    assert fastasr.verify(model, x).ok
+    assert different(before, picture(model)) == []
+    _meddle(model, {"forward": [action]})
+    before = picture(model)
+    with ModelState(model):
+        model(x)
+        assert different(before, picture(model)) != []  # it would show
+
+
 @properties
-@given(actions=events, error=errors, training=st.booleans(), rollback=st.booleans())
-def test_verify(actions, error, training, rollback):
+@given(actions=events, error=errors, training=st.booleans())
+def test_verify(actions, error, training):
     model, x = meddling({})
     fastasr.accelerate(model.train(training))
-    for module in model.modules():
-        if isinstance(module, Meddler):
-            module.actions = actions
+    _meddle(model, actions)
     before = picture(model)
     _run_until(error, lambda: fastasr.verify(model, x, rollback=False))
     assert different(before, picture(model)) == []
@@ -278,9 +296,7 @@ def test_verify(actions, error, training, rollback):
 def test_accelerate(actions, error, training):
     model, x = meddling({})
     model.train(training)
-    for module in model.modules():
-        if isinstance(module, Meddler):
-            module.actions = actions
+    _meddle(model, actions)
     before = picture(model)
     report = _run_until(error, lambda: fastasr.accelerate(model, verify=x))
     if report is not None:
