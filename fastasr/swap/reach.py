@@ -22,7 +22,7 @@ except ImportError:  # torch works without it
 _LEVELS = 2
 _CONSTANT = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
 _CONTAINERS = {dict, list, set, collections.OrderedDict, collections.deque}
-_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _KEEPERS = (argparse.Namespace, types.SimpleNamespace, collections.UserDict, collections.UserList)
 
 
@@ -36,8 +36,7 @@ class Reach:
     """
 
     def __init__(self, roots, outside=frozenset()):
-        self.roots, self.outside = roots, outside
-        self.modules, self.tensors = [], []
+        self.outside, self.tensors = outside, []
         self._namespaces, self._dicts, self._others, self._seen = [], [], [], {}
         self._empty = []  # dicts; a module has a dozen of them
         found = list(roots)
@@ -126,7 +125,6 @@ def _exchange(held, items, other_for):
 
 
 def _module(reach, module, stack):
-    reach.modules.append(module)
     reach.attributes(module, stack)
     if isinstance(module, torch.jit.ScriptModule):  # whose namespace holds neither tensors nor flags
         stack += [*module.children(), *module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -141,7 +139,7 @@ def _put_mode(module, training):
 def _tensor(reach, tensor, stack):
     reach.tensors.append(tensor)
     reach.attributes(tensor, stack)
-    stack += [hooks for name in _TENSOR_HOOKS if (hooks := getattr(tensor, name)) is not None]
+    stack += [hooks for name in TENSOR_HOOKS if (hooks := getattr(tensor, name)) is not None]
     if tensor.is_leaf and tensor.grad is not None:
         stack.append(tensor.grad)
     if is_traceable_wrapper_subclass(tensor):

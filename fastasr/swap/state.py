@@ -11,11 +11,10 @@ from torch.backends import ContextProp
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten
 
-from fastasr.swap.reach import Reach, np
+from fastasr.swap.reach import TENSOR_HOOKS, Reach, np
 from fastasr.swap.rule import upstream_class
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class RandomState:
@@ -169,7 +168,7 @@ class _TensorState:
         self.tensor, self.data, self.leaf = tensor, tensor.data, tensor.is_leaf
         self.requires_grad = tensor.requires_grad
         self.grad = tensor.grad if self.leaf else None
-        self.hooks = [getattr(tensor, name) for name in _TENSOR_HOOKS]
+        self.hooks = [getattr(tensor, name) for name in TENSOR_HOOKS]
         self.version = None if tensor.is_inference() else tensor._version
         self.bits, self.saved = _bits(self.data), None
         if self.bits is not None:
@@ -196,7 +195,7 @@ class _TensorState:
             tensor.requires_grad_(self.requires_grad)
         if tensor.grad is not self.grad:
             tensor.grad = self.grad
-        for name, hooks in zip(_TENSOR_HOOKS, self.hooks, strict=True):
+        for name, hooks in zip(TENSOR_HOOKS, self.hooks, strict=True):
             if getattr(tensor, name) is not hooks:
                 setattr(tensor, name, hooks)
 

@@ -288,16 +288,14 @@ class _Call:
         self.training, self.draw = training, draw
         self.without_fp64 = None
 
-    def run(self, side, forward, inputs=None, prepare=None, roundings=None):
-        """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules. ``prepare`` is called when the
-        module is in the state and the mode to run in."""
+    def run(self, side, forward, prepare=None, roundings=None):
+        """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules. When module and inputs are in
+        the state to run in, ``prepare`` takes the inputs and returns those to run on."""
         module = self.probe.module
         self.state.restore()
         if module.training is not self.training:
             module.train(self.training)
-        if prepare is not None:
-            prepare()
-        args, kwargs = inputs or self.inputs
+        args, kwargs = self.inputs if prepare is None else prepare(self.inputs)
         shared = self.probe.rule.shared
         with self.probe.checks.run_as(side), upstream_draws():
             outcome = _replay(module, forward, args, kwargs, self.training, shared, self.draw, roundings)
@@ -432,9 +430,7 @@ class _Reference:
             return
         try:
             self.outcome = self._replay(None)
-        except (
-            Exception
-        ) as error:  # an extension without fp64, a forward that holds fp32 tensors in its variables
+        except Exception as error:  # an extension without fp64, fp32 tensors that are not exchanged
             call.without_fp64 = f"{type(error).__name__}: {error}".partition("\n")[0]
             return
         if not self.outcome.has_shapes_of(upstream):
@@ -459,19 +455,21 @@ class _Reference:
         Reach((self.call.probe.module,), self.call.state.reach.outside).exchange(twin)
 
     def _replay(self, roundings):
-        args, kwargs = _mapped(_double, self.call.inputs)
-        if roundings is not None:
-            args, kwargs = tree_map(roundings, (args, kwargs))
-        device = next((t.device.type for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)), "cpu")
-        draws, precision = _DrawInLowPrecision(self.dtype), torch.autocast(device, enabled=False)
+        modes = contextlib.ExitStack()
 
-        def prepare():
+        def prepare(inputs):
             self._to_fp64(roundings)
-            for mode in (draws, precision, StayInFp64()):
+            inputs = _mapped(_double, inputs)
+            if roundings is not None:
+                inputs = tree_map(roundings, inputs)
+            devices = [t.device.type for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor)]
+            autocast = torch.autocast(next(iter(devices), "cpu"), enabled=False)
+            for mode in (_DrawInLowPrecision(self.dtype), autocast, StayInFp64()):
                 modes.enter_context(mode)
+            return inputs
 
-        with contextlib.ExitStack() as modes:
-            return self.call.run("upstream", self.call.probe.upstream, (args, kwargs), prepare, roundings)
+        with modes:
+            return self.call.run("upstream", self.call.probe.upstream, prepare, roundings)
 
     def of(self, kind):
         """Returns the list of named fp64 tensors, or None without a reference."""
@@ -490,10 +488,10 @@ class _Reference:
         the last bit."""
         if self.nearby is None:
             generator, call = torch.Generator().manual_seed(2), self.call
+            moved = functools.partial(tree_map, functools.partial(_moved, generator, None))
             self.nearby = []
             for _ in range(_NEARBY):
-                inputs = tree_map(functools.partial(_moved, generator, None), call.inputs)
-                self.nearby.append(call.run("upstream", call.probe.upstream, inputs))
+                self.nearby.append(call.run("upstream", call.probe.upstream, moved))
         exact = getattr(self.outcome, kind)[index][1]
         found = (getattr(run, kind)[index][1] for run in self.nearby)
         return max(_largest(tensor.double() - exact) for tensor in found)

@@ -368,6 +368,16 @@ def test_a_graph_from_before_runs_backward_afterwards():
     loss.backward()
 
 
+def test_inside_inference_mode():
+    model, x = torch.nn.Sequential(torch.nn.BatchNorm1d(8), scaling.BiasNorm(8)), torch.randn(3, 8)
+    fastasr.accelerate(model)
+    before = picture(model)
+    with torch.inference_mode():
+        report = fastasr.verify(model, x)
+    assert report["1"].errors
+    assert different(before, picture(model)) == []
+
+
 def test_inputs_that_the_model_changes_are_given_back():
     class Scale(torch.nn.Module):
         def forward(self, x):

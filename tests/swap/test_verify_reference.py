@@ -11,6 +11,7 @@ from tiny_parakeet import SIZES
 from torch.nn.utils import parametrize
 
 import fastasr
+from fastasr import ops
 
 
 def _emformer():
@@ -134,6 +135,25 @@ def test_what_runs_afterwards_is_the_users_model(name, change, when):
     close(found[0], expected[0], 1e-4)
     for a, b in zip(found[1:], expected[1:], strict=True):
         assert (a - b).abs().max() < 1e-3 * largest
+
+
+def test_each_run_gets_the_inputs_as_they_came(monkeypatch):
+    """fastasr's forward overwrites its input here, after which upstream's code runs in float64 on inputs near it."""
+    scaling = pytest.importorskip("zipformer.modules.scaling", reason="upstream's package is not installed")
+    model, x = torch.nn.Sequential(scaling.BiasNorm(8)), torch.randn(3, 8)
+    fastasr.accelerate(model)
+    ours, given = ops.bias_norm, x.clone()
+
+    def overwriting(x, *args, **kwargs):
+        y = ours(x, *args, **kwargs) * (1 + 1e-6)  # so far off that the runs near it are needed
+        x.zero_()
+        return y
+
+    monkeypatch.setattr(ops, "bias_norm", overwriting)
+    row = fastasr.verify(model, x, gradients=False)["0"]
+    assert row.errors["upstream_values"] < 1e-6
+    assert 5e-7 < row.errors["values"] < 2e-6
+    assert torch.equal(x, given)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.01])
