@@ -206,8 +206,8 @@ class _Probe:
         if self.checks.side == "ours":
             return self.ours(*args, **kwargs)
         if self.checks.side == "capture" and self.errors is None and self.failure is None:
-            with ModelState(self.module, args, kwargs, whole=self.checks.state) as state:
-                self.failure = self._compare(args, kwargs, state)
+            state = ModelState(self.module, args, kwargs, whole=self.checks.state)
+            self.failure = self._compare(args, kwargs, state)
         return self.upstream(*args, **kwargs)
 
     def _compare(self, args, kwargs, state):
@@ -290,16 +290,15 @@ class _Call:
 
     def run(self, side, forward, prepare=None, roundings=None):
         """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules. When module and inputs are in
-        the state to run in, ``prepare`` takes the inputs and returns those to run on."""
-        module = self.probe.module
-        self.state.restore()
-        if module.training is not self.training:
-            module.train(self.training)
-        args, kwargs = self.inputs if prepare is None else prepare(self.inputs)
-        shared = self.probe.rule.shared
-        with self.probe.checks.run_as(side), upstream_draws():
+        the state to run in, ``prepare`` takes the inputs, and a stack for contexts of the run, and returns the inputs
+        to run on."""
+        module, shared = self.probe.module, self.probe.rule.shared
+        with self.state, self.probe.checks.run_as(side), upstream_draws(), contextlib.ExitStack() as stack:
+            if module.training is not self.training:
+                module.train(self.training)
+            args, kwargs = self.inputs if prepare is None else prepare(self.inputs, stack)
             outcome = _replay(module, forward, args, kwargs, self.training, shared, self.draw, roundings)
-        outcome.random = RandomState()
+            outcome.random = RandomState()
         return outcome
 
 
@@ -337,7 +336,8 @@ def _replay(module, forward, args, kwargs, training, shared, draw, roundings=Non
         outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
         values = [(f"output {i}" if len(outputs) > 1 else "the output", t) for i, t in enumerate(outputs)]
         gradients = _gradients(module, outputs, (args, kwargs), draw, roundings) if training else []
-    return _Outcome([(name, t.detach()) for name, t in values], gradients)
+    # Copies, as an output may be memory that is restored: of an input that was changed in place, or of a buffer.
+    return _Outcome([(name, t.detach().clone()) for name, t in values], gradients)
 
 
 def _mapped(function, value):
@@ -455,9 +455,7 @@ class _Reference:
         Reach((self.call.probe.module,), self.call.state.reach.outside).exchange(twin)
 
     def _replay(self, roundings):
-        modes = contextlib.ExitStack()
-
-        def prepare(inputs):
+        def prepare(inputs, stack):
             self._to_fp64(roundings)
             inputs = _mapped(_double, inputs)
             if roundings is not None:
@@ -465,11 +463,10 @@ class _Reference:
             devices = [t.device.type for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor)]
             autocast = torch.autocast(next(iter(devices), "cpu"), enabled=False)
             for mode in (_DrawInLowPrecision(self.dtype), autocast, StayInFp64()):
-                modes.enter_context(mode)
+                stack.enter_context(mode)
             return inputs
 
-        with modes:
-            return self.call.run("upstream", self.call.probe.upstream, prepare, roundings)
+        return self.call.run("upstream", self.call.probe.upstream, prepare, roundings)
 
     def of(self, kind):
         """Returns the list of named fp64 tensors, or None without a reference."""
@@ -488,10 +485,11 @@ class _Reference:
         the last bit."""
         if self.nearby is None:
             generator, call = torch.Generator().manual_seed(2), self.call
-            moved = functools.partial(tree_map, functools.partial(_moved, generator, None))
+            moved = functools.partial(_moved, generator, None)
             self.nearby = []
             for _ in range(_NEARBY):
-                self.nearby.append(call.run("upstream", call.probe.upstream, moved))
+                run = call.run("upstream", call.probe.upstream, lambda inputs, _: tree_map(moved, inputs))
+                self.nearby.append(run)
         exact = getattr(self.outcome, kind)[index][1]
         found = (getattr(run, kind)[index][1] for run in self.nearby)
         return max(_largest(tensor.double() - exact) for tensor in found)

@@ -156,6 +156,16 @@ def test_each_run_gets_the_inputs_as_they_came(monkeypatch):
     assert torch.equal(x, given)
 
 
+@pytest.mark.parametrize("factor", [2.0, 2.1])
+def test_a_result_in_the_memory_of_the_input(factor, monkeypatch):
+    scaling = pytest.importorskip("zipformer.modules.scaling", reason="upstream's package is not installed")
+    model, x = torch.nn.Sequential(scaling.BiasNorm(8)), torch.randn(3, 8)
+    fastasr.accelerate(model)
+    monkeypatch.setattr(scaling.BiasNorm, "forward", lambda self, x: x.mul_(2))
+    monkeypatch.setattr(ops, "bias_norm", lambda x, *args, **kwargs: x.mul_(factor))
+    assert fastasr.verify(model, x, gradients=False).ok == (factor == 2)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.01])
 def test_without_a_run_in_float64_the_report_says_so(factor, monkeypatch):
     """The forward of a submodule multiplies by a float32 tensor that it holds where nothing can be exchanged."""
