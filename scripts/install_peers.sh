@@ -11,7 +11,7 @@ pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$here/cons
   packaging pyyaml hyperpyyaml scipy onnx onnxruntime onnxscript typeguard attrs wrapt regex safetensors tokenizers soxr
 # Without their dependencies: these ask for torch packages of their own.
 "${pip[@]}" --no-deps kaldifst webdataset atdataset zipformer torchaudio espnet returnn dm-tree \
-  transformers accelerate speechbrain nemo_toolkit
+  transformers accelerate speechbrain nemo_toolkit loralib
 
 # torchaudio's wheels are linked against CUDA: with a CPU torch their libraries do not load and the import fails.
 # Its Python parts (torchaudio.models, compliance) need none of them, so the libraries go.

@@ -13,13 +13,15 @@ from fastasr.models.common.ragged import hook
 from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
 from fastasr.swap import weights as reduced
+from fastasr.swap.reach import Reach
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
 from fastasr.swap.rule import Known, Rule, upstream_class
 from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.rules.torch import LINEAR
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
+from fastasr.swap.state import ModelState
 from fastasr.swap.verify import run as run_model
-from fastasr.swap.verify import verify as run_verification
+from fastasr.swap.verify import verified as run_verification
 
 
 @dataclass
@@ -77,28 +79,35 @@ def accelerate(
     modules, only, exclude = _selection(model, only, exclude)
     if weights is not None:
         reduced.check(model, weights, weights_error)
-    plan = _plan(modules, only, exclude, every_linear=weights is not None)
+    # Brought back if anything raises an error. Without inputs no code runs that changes values of tensors.
+    before = Reach((model,)) if verify is None else ModelState(model)
     report = SwapReport(type(model).__name__)
-    bound, unproven = [], set()
-    for path, module, decision in plan:
-        accept = decision.apply or (decision.unknown_source and not strict)
-        if accept and binding.bound_forward(module) is None:
-            decision.rule.bind(module, decision.known)
-            bound.append(module)
-        if accept and not decision.apply:
-            unproven.add(path)
-        report.rows.append(_row(path, module, decision, accept))
-    if verify is not None:
-        _verify(model, verify, report, bound, unproven)
-    if ragged:
-        _leave_padding_out(plan, report)
-    if weights is not None:
+    unproven = set()
+    try:
+        plan = _plan(modules, only, exclude, every_linear=weights is not None)
+        if verify is not None:
+            before.restore()  # the rules have read the user's modules, which may run code of the user's
+        for path, module, decision in plan:
+            accept = decision.apply or (decision.unknown_source and not strict)
+            if accept and binding.bound_forward(module) is None:
+                decision.rule.bind(module, decision.known)
+            if accept and not decision.apply:
+                unproven.add(path)
+            report.rows.append(_row(path, module, decision, accept))
+        if verify is not None:
+            _verify(model, verify, report, unproven, before)
+        if ragged:
+            _leave_padding_out(plan, report)
+        if weights is not None:
 
-        def chosen(path, module):
-            return (only is None or only(path, module)) and (exclude is None or not exclude(path, module))
+            def chosen(path, module):
+                return (only is None or only(path, module)) and (exclude is None or not exclude(path, module))
 
-        report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error)
-    _note_leaving(plan, report)
+            report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error, before)
+        _note_leaving(plan, report)
+    except BaseException:
+        before.restore()
+        raise
     return report
 
 
@@ -133,13 +142,8 @@ def _note_padding(report, row, reason):
     row.reason += "; runs without padding" if reason is None else f"; runs on padding: {reason}"
 
 
-def _verify(model, inputs, report, bound, unproven):
-    try:
-        checked = run_verification(model, inputs)
-    except BaseException:
-        for module in bound:
-            binding.unbind(module)
-        raise
+def _verify(model, inputs, report, unproven, before):
+    checked = run_verification(model, inputs, whole=before)
     report.verified = True
     modules = dict(model.named_modules())
     results = {row.path: row for row in checked.rows}

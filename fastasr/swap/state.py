@@ -1,38 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and restores random states and everything that a run changes in a model."""
+"""Saves and restores everything that a run changes: a model, random states and torch's global modes."""
 
+import functools
 import random
+import types
 
 import torch
+from torch.autograd.graph import increment_version
+from torch.backends import ContextProp
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_flatten
 
-_PLAIN = (int, float, bool, str, type(None))
+from fastasr.swap.reach import TENSOR_HOOKS, Reach, np
+from fastasr.swap.rule import upstream_class
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RandomState:
-    """Python's and torch's random states on every device. As a context manager it restores them at the end."""
+    """Python's, NumPy's and torch's random states, torch's on every device."""
 
     def __init__(self):
-        self._take()
-
-    @classmethod
-    def now(cls):
-        return cls()
-
-    def _take(self):
         self.python = random.getstate()
+        self.numpy = () if np is None else np.random.get_state(legacy=False)
         self.cpu = torch.get_rng_state()
         initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
         self.cuda = torch.cuda.get_rng_state_all() if initialised else []
 
     def restore(self):
         random.setstate(self.python)
+        if np is not None:
+            np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
 
     def __eq__(self, other):
+        mine, theirs = (tree_flatten(each.numpy)[0] for each in (self, other))
         return (
             self.python == other.python
+            and all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
             and torch.equal(self.cpu, other.cpu)
             and len(self.cuda) == len(other.cuda)
             and all(torch.equal(a, b) for a, b in zip(self.cuda, other.cuda, strict=True))
@@ -40,57 +47,183 @@ class RandomState:
 
     __hash__ = None
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *_):
-        self.restore()
+class TorchModes:
+    """Torch's global modes, of which a module may leave one set whose forward raised an error."""
+
+    def __init__(self):
+        self.saved = [(get, put, get()) for get, put in _modes()]
+
+    def restore(self):
+        for get, put, value in self.saved:
+            if get() != value:
+                put(value)
+
+
+@functools.cache
+def _modes():
+    """Returns pairs of functions (get, put), one pair per mode."""
+    return tuple(_pairs())
+
+
+def _pairs():
+    yield torch.is_grad_enabled, torch._C._set_grad_enabled
+    yield torch.get_default_dtype, torch.set_default_dtype
+    yield _default_device, torch.set_default_device
+    yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    yield torch.get_num_threads, torch.set_num_threads
+    yield torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled
+    accelerator = torch.accelerator.current_accelerator()
+    for device in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+        for get, put in (
+            (torch.is_autocast_enabled, torch.set_autocast_enabled),
+            (torch.get_autocast_dtype, torch.set_autocast_dtype),
+        ):
+            yield functools.partial(get, device), functools.partial(put, device)
+    yield (
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda value: torch.set_anomaly_enabled(*value),
+    )
+    yield (
+        lambda: (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    )
+    for backend in list(vars(torch.backends).values()):
+        for name, flag in vars(type(backend)).items() if isinstance(backend, types.ModuleType) else ():
+            # Reading allow_tf32 raises an error where fp32_precision was set in its place.
+            if isinstance(flag, ContextProp) and name != "allow_tf32":
+                yield functools.partial(getattr, backend, name), functools.partial(setattr, backend, name)
+
+
+def _default_device():
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return None if context is None else context.device
 
 
 class ModelState:
-    """Restores training flags, buffers and plain attributes of all modules when the context ends.
+    """The state of the world in which a model runs, as it was when this object was made. ``restore`` brings it back any
+    number of times, and so does the end of the context.
 
-    Plain attributes are numbers, strings and None on modules and on the small helper objects that they own (upstream's
-    regularisers adapt their probabilities and cutoffs during a run), and dicts of modules (caches).
+    The state is what :class:`Reach` finds from ``roots``, a model and its inputs for example, for each tensor its
+    values to the bit, its memory, ``requires_grad``, ``grad`` and hooks; random states; and torch's modes. A module may
+    change any of them in its forward, and in ``train`` and ``eval``, where adapters write to the weights. Tensors that
+    have not changed are not written, so their versions, by which autograd and copies of weights know them, stay.
+
+    whole: the state of the model of which ``roots`` are parts. Values that are the same as then share its copies, so
+        that there is one copy of every parameter, and modules that belong to other parts of the model are left to it.
     """
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, *roots, whole=None):
+        own = {id(part) for root in roots if isinstance(root, torch.nn.Module) for part in root.modules()}
+        self.registered = own if whole is None else whole.registered
+        # A module that FSDP2 wraps has whole parameters while it runs and later, until something shards them again.
+        running = None if own == self.registered else roots[0]
+        self.sharded = [m for m in _fsdp_modules(roots) if m is not running]
+        self._shard()
+        hooks = [held for name, held in vars(torch_module).items() if name.startswith("_global_")]
+        known = {} if whole is None else whole.tensors
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            self.reach = Reach((*roots, *hooks), self.registered - own)
+            self.tensors = {id(t): _TensorState(t, known.get(id(t))) for t in self.reach.tensors}
+        self.modes, self.random = TorchModes(), RandomState()
 
     def __enter__(self):
-        self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
-        self.plain, self.dicts = [], []
-        for module in self.model.modules():
-            self.plain.append((vars(module), _plain(vars(module))))
-            for name, value in vars(module).items():
-                if type(value) is dict and not name.startswith("_"):
-                    self.dicts.append((value, dict(value)))
-            for value in vars(module).values():
-                if _is_helper(value):
-                    self.plain.append((vars(value), _plain(vars(value))))
         return self
 
     def __exit__(self, *_):
-        for namespace, saved in self.plain:
-            namespace.update(saved)
-        for value, saved in self.dicts:
-            value.clear()
-            value.update(saved)
-        with torch.no_grad():
-            for buffer, saved in self.buffers:
-                buffer.copy_(saved)
+        try:
+            self.restore()
+        except BaseException:  # a KeyboardInterrupt, for example, must leave nothing half restored
+            self.restore()
+            raise
+
+    def restore(self):
+        self._shard()
+        self.reach.restore()
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for state in self.tensors.values():
+                state.restore()
+        self.modes.restore()
+        self.random.restore()
+
+    def _shard(self):
+        for module in self.sharded:
+            module.reshard()
 
 
-def _plain(namespace):
-    return {key: value for key, value in namespace.items() if isinstance(value, _PLAIN)}
+def _fsdp_modules(roots):
+    parts = (part for root in roots if isinstance(root, torch.nn.Module) for part in root.modules())
+    return [part for part in parts if upstream_class(part) is not type(part)]
 
 
-def _is_helper(value):
-    kind = type(value)
-    return (
-        hasattr(value, "__dict__")
-        and kind.__module__ not in ("builtins", "collections", "types", "functools")
-        and not isinstance(value, (torch.nn.Module, torch.Tensor, type))
-        and not kind.__module__.startswith(("torch", "fastasr"))
-        and not callable(getattr(kind, "__get__", None))
-    )
+class _TensorState:
+    """One tensor. ``known``: its state at an earlier time, whose copy serves here too if the values are the same."""
+
+    __slots__ = ("bits", "data", "grad", "hooks", "leaf", "requires_grad", "saved", "tensor", "version")
+
+    def __init__(self, tensor, known):
+        self.tensor, self.data, self.leaf = tensor, tensor.data, tensor.is_leaf
+        self.requires_grad = tensor.requires_grad
+        self.grad = tensor.grad if self.leaf else None
+        self.hooks = [getattr(tensor, name) for name in TENSOR_HOOKS]
+        self.version = None if tensor.is_inference() else tensor._version
+        self.bits, self.saved = _bits(self.data), None
+        if self.bits is not None:
+            same = known is not None and _same(self.bits, known.saved)
+            self.saved = known.saved if same else self.bits.clone()
+
+    def restore(self):
+        tensor, data = self.tensor, self.data
+        if self.bits is not None and not _is_freed(self.bits):
+            moved = tensor.dtype is not data.dtype or tensor.device != data.device
+            if moved or not tensor.is_set_to(data):
+                tensor.data = data
+            if not torch.equal(self.bits, self.saved):
+                with torch.inference_mode(self.bits.is_inference()):
+                    self.bits.copy_(self.saved)
+                # Who has seen the change by the version must see its end, and no one else.
+                if self.version is not None and tensor._version != self.version:
+                    increment_version(tensor)
+        if not self.leaf:
+            return
+        if not tensor.is_leaf:
+            tensor.detach_()
+        if tensor.requires_grad is not self.requires_grad:
+            tensor.requires_grad_(self.requires_grad)
+        if tensor.grad is not self.grad:
+            tensor.grad = self.grad
+        for name, hooks in zip(TENSOR_HOOKS, self.hooks, strict=True):
+            if getattr(tensor, name) is not hooks:
+                setattr(tensor, name, hooks)
+
+
+def _bits(data):
+    """Returns the tensor's memory as integers, which are equal to the bit even where values are NaN, or None if it has
+    no memory of its own."""
+    if (
+        type(data) is not torch.Tensor
+        or data.layout is not torch.strided
+        or data.is_meta
+        or data.is_quantized
+    ):
+        return None
+    if _is_freed(data):
+        return None
+    if 0 in data.stride():  # expanded: each element once
+        sizes = [1 if step == 0 else size for size, step in zip(data.shape, data.stride(), strict=True)]
+        data = data.as_strided(sizes, data.stride()) if data.numel() else data
+    if data.is_complex():
+        data = torch.view_as_real(data.conj() if data.is_conj() else data)
+    return data.view(_INTEGERS[data.element_size()])
+
+
+def _is_freed(data):
+    """Says whether FSDP has given the memory back, which it fills anew when the parameter is whole."""
+    return not data.untyped_storage().nbytes() and data.numel() > 0
+
+
+def _same(a, b):
+    return b is not None and a.dtype is b.dtype and a.device == b.device and torch.equal(a, b)

@@ -17,8 +17,16 @@ compared with upstream's own code in fp64 with the same random draws. A module p
 With dropout of attention weights, the training passes compare fastasr's formula with upstream's draws
 (:func:`fastasr.upstream_draws`), not the kernel, which drops other weights.
 
-If no fp64 run is possible, the two are compared with each other, with a tolerance for their dtype; there a result is
-zero except for rounding if it is a few units in the last place of the largest of the others.
+"Upstream's own code" is the user's module as it is, with the forwards, hooks, parametrizations and adapters that the
+user gave to modules inside. The fp64 run therefore takes place in the module itself, whose tensors are exchanged for
+fp64 ones meanwhile: a copy of the module would lack what a forward or a hook holds in its variables. Each of the four
+forwards, and each in fp64, starts from the same state (:class:`ModelState`): that in which the model reached the
+module, then ``module.train(...)`` where the pass needs the other mode. Setting the ``training`` flags alone would give
+a module in which no user's model ever is, such as an adapter that is merged into its weight in training; what
+``train`` writes is undone like everything else.
+
+If no fp64 run is possible, the two are compared with each other, with a tolerance for their dtype, and the report says
+so; there a result is zero except for rounding if it is a few units in the last place of the largest of the others.
 """
 
 import contextlib
@@ -40,6 +48,7 @@ from fastasr.models.common.attention_dropout import upstream_draws
 from fastasr.models.common.ragged import padded
 from fastasr.ops import _reduced_weights
 from fastasr.swap import binding
+from fastasr.swap.reach import Reach
 from fastasr.swap.report import REPLACED, ROLLED_BACK, Row, SwapReport
 from fastasr.swap.rule import upstream_class
 from fastasr.swap.rules import rules_by_forward, swapped_modules
@@ -68,38 +77,36 @@ def verify(model, inputs, gradients=True, rollback=True):
     rollback: whether to restore the modules that disagree; if False, they are reported as "rolled back" but stay
         swapped.
 
-    Gradients, buffers, training flags and random states are the same afterwards. If the model cannot run the inputs on
-    upstream's code, its exception is passed on.
+    Afterwards the model, the inputs, random states and torch's modes are the same to the bit, whatever the model's code
+    does and whether it raises an exception. If the model cannot run the inputs on upstream's code, its exception is
+    passed on.
     """
+    return verified(model, inputs, gradients, rollback)
+
+
+def verified(model, inputs, gradients=True, rollback=True, whole=None):
+    """Does what ``verify`` does. ``whole``: an earlier state of the model, whose copies of parameters serve again."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
     report = SwapReport(type(model).__name__, verified=True)
     swapped = list(swapped_modules(model))
-    checks = _Checks(_PASSES if gradients else _PASSES[:1])
     exact = _reduced_weights.suspended()  # the swap is right in float32; weights= bounds its own error
     unnoted = _left.ignored()
-    with ModelState(model), RandomState(), _no_compilation(), exact, padded(), unnoted, torch.no_grad():
+    given = () if callable(inputs) else (inputs,)
+    state = ModelState(model, *given, whole=whole)
+    with _released(swapped), state, _no_compilation(), exact, padded(), unnoted, torch.no_grad():
+        checks = _Checks(_PASSES if gradients else _PASSES[:1], state)
         probes = [
             [_Probe(module, rule, name, checks) for name in ("forward", *rule.compared)]
             for _, module, rule in swapped
         ]
-        aside = [
-            (vars(module), name, vars(module)[name])
-            for _, module, rule in swapped
-            for name, _ in rule.methods
-            if name not in rule.compared and binding.bound_function(module, name) is not None
-        ]
-        try:
-            for namespace, name, _ in aside:
-                del namespace[name]
-            for probe in itertools.chain(*probes):
-                probe.attach()
-            run(model, inputs)
-        finally:
-            for probe in itertools.chain(*probes):
-                probe.detach()
-            for namespace, name, method in aside:
-                namespace[name] = method
+        for _, module, rule in swapped:
+            for name, _ in rule.methods:
+                if name not in rule.compared and binding.bound_function(module, name) is not None:
+                    del vars(module)[name]
+        for probe in itertools.chain(*probes):
+            probe.attach()
+        run(model, inputs)
     for (path, module, rule), own in zip(swapped, probes, strict=True):
         row = Row(path, type(module).__name__, rule.name, rule.kernels, REPLACED, "")
         reached = [probe for probe in own if probe.errors is not None]
@@ -134,6 +141,16 @@ def run(model, inputs):
 
 
 @contextlib.contextmanager
+def _released(swapped):
+    """Frees at the end what our forwards keep for the modules: they made some of it from weights that were restored."""
+    try:
+        yield
+    finally:
+        for _, module, rule in swapped:
+            rule.release(module)
+
+
+@contextlib.contextmanager
 def _no_compilation():
     """Runs upstream's inner torch.compile functions as plain Python, which saves 20 s of compilation."""
     if "torch._dynamo" not in sys.modules:
@@ -144,10 +161,11 @@ def _no_compilation():
 
 
 class _Checks:
-    """The state that the probes of one verification share. ``side`` says whose forward a probe runs when called."""
+    """What the probes of one verification share: the passes, the state of the model before it, and ``side``, which says
+    whose forward a probe runs when called."""
 
-    def __init__(self, passes):
-        self.passes = passes
+    def __init__(self, passes, state):
+        self.passes, self.state = passes, state
         self.side = "capture"
 
     @contextlib.contextmanager
@@ -183,9 +201,6 @@ class _Probe:
 
         vars(self.module)[self.name] = types.MethodType(method, self.module)
 
-    def detach(self):
-        vars(self.module)[self.name] = self.ours
-
     def upstream(self, *args, **kwargs):
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
@@ -193,14 +208,14 @@ class _Probe:
         if self.checks.side == "ours":
             return self.ours(*args, **kwargs)
         if self.checks.side == "capture" and self.errors is None and self.failure is None:
-            with ModelState(self.module), RandomState():
-                self.failure = self._compare(args, kwargs)
+            state = ModelState(self.module, args, kwargs, whole=self.checks.state)
+            self.failure = self._compare(args, kwargs, state)
         return self.upstream(*args, **kwargs)
 
-    def _compare(self, args, kwargs):
+    def _compare(self, args, kwargs, state):
         """Returns why fastasr and upstream disagree on this call, or None. It fills ``errors``."""
         self.errors = {}
-        impossible = []
+        impossible, notes = [], []
         for name in self.checks.passes:
             training = name == "training"
             if training and _holds_shards(self.module):
@@ -208,52 +223,37 @@ class _Probe:
                     "training: it holds modules of FSDP2, whose backward reshards the whole model"
                 )
                 continue
-            self.module.train(training)
-            start = RandomState.now()
+            calls = [_Call(self, state, args, kwargs, training, draw) for draw in range(3 if training else 1)]
             try:
-                reason = self._run_both(name, args, kwargs, training, start)
+                reason = self._run_both(calls[0])
                 # of one gradient of the output a sum may lose more by its order than in hundreds of others
-                if (
-                    reason is not None
-                    and training
-                    and all(
-                        self._run_both(name, args, kwargs, training, start, draw) is None for draw in (1, 2)
-                    )
-                ):
+                if reason is not None and training and all(self._run_both(c) is None for c in calls[1:]):
                     reason = None
             except _UpstreamRaises as error:
                 impossible.append(f"{name}: upstream raises {error}")
                 continue
             if reason is not None:
                 return f"{name}: {reason}"
+            if calls[0].without_fp64:
+                notes.append(f"{name} compared without a run in float64: {calls[0].without_fp64}")
         if len(impossible) == len(self.checks.passes):
             return "; ".join(impossible)
-        self.note = "; ".join(f"not compared in {text}" for text in impossible)
+        self.note = "; ".join([*(f"not compared in {text}" for text in impossible), *notes])
         return None
 
-    def _run_both(self, name, args, kwargs, training, start, draw=0):
-        """Returns why fastasr and upstream disagree with gradient number ``draw`` of the output, or None. Raises
-        _UpstreamRaises if upstream cannot run.
+    def _run_both(self, call):
+        """Returns why fastasr and upstream disagree on this call, or None. Raises _UpstreamRaises if upstream cannot
+        run.
         """
-        start.restore()
         try:
-            upstream = self._replay_as("upstream", self.upstream, args, kwargs, training, draw)
+            upstream = call.run("upstream", self.upstream)
         except Exception as error:
             raise _UpstreamRaises(f"{type(error).__name__}: {error}") from error
-        start.restore()
         try:
-            parts = "upstream" if self.rule.shallow else "ours"
-            ours = self._replay_as(parts, self.ours, args, kwargs, training, draw)
+            ours = call.run("upstream" if self.rule.shallow else "ours", self.ours)
         except Exception as error:
             return f"fastasr raises {type(error).__name__}: {error}"
-        return self._judge(ours, upstream, _Reference(self, args, kwargs, training, start, draw))
-
-    def _replay_as(self, side, forward, args, kwargs, training, draw):
-        """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules."""
-        with self.checks.run_as(side), ModelState(self.module), upstream_draws():
-            outcome = _replay(self.module, forward, args, kwargs, training, self.rule.shared, draw)
-        outcome.random = RandomState.now()
-        return outcome
+        return self._judge(ours, upstream, _Reference(call, upstream))
 
     def _judge(self, ours, upstream, reference):
         if ours.random != upstream.random and not self._draws_by_k2():
@@ -281,6 +281,29 @@ class _Probe:
             self.errors[key] = max(self.errors.get(key, 0.0), value)
 
 
+class _Call:
+    """A call of a probe's method in one pass, which runs any number of times from the state in which the model made it.
+    ``draw`` numbers the random gradient of the output. ``without_fp64`` says why it has no run in fp64."""
+
+    def __init__(self, probe, state, args, kwargs, training, draw):
+        self.probe, self.state, self.inputs = probe, state, (args, kwargs)
+        self.training, self.draw = training, draw
+        self.without_fp64 = None
+
+    def run(self, side, forward, prepare=None, roundings=None):
+        """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules. When module and inputs are in
+        the state to run in, ``prepare`` takes the inputs, and a stack for contexts of the run, and returns the inputs
+        to run on."""
+        module, shared = self.probe.module, self.probe.rule.shared
+        with self.state, self.probe.checks.run_as(side), upstream_draws(), contextlib.ExitStack() as stack:
+            if module.training is not self.training:
+                module.train(self.training)
+            args, kwargs = self.inputs if prepare is None else prepare(self.inputs, stack)
+            outcome = _replay(module, forward, args, kwargs, self.training, shared, self.draw, roundings)
+            outcome.random = RandomState()
+        return outcome
+
+
 def _holds_shards(module):
     return any(upstream_class(part) is not type(part) for part in module.modules() if part is not module)
 
@@ -292,6 +315,12 @@ class _Outcome:
     def __init__(self, values, gradients):
         self.values, self.gradients = values, gradients
         self.random = None
+
+    def has_shapes_of(self, other):
+        def shapes(outcome):
+            return [None if t is None else t.shape for _, t in (*outcome.values, *outcome.gradients)]
+
+        return shapes(self) == shapes(other)
 
 
 def _replay(module, forward, args, kwargs, training, shared, draw, roundings=None):
@@ -309,7 +338,8 @@ def _replay(module, forward, args, kwargs, training, shared, draw, roundings=Non
         outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
         values = [(f"output {i}" if len(outputs) > 1 else "the output", t) for i, t in enumerate(outputs)]
         gradients = _gradients(module, outputs, (args, kwargs), draw, roundings) if training else []
-    return _Outcome([(name, t.detach()) for name, t in values], gradients)
+    # Copies, as an output may be memory that is restored: of an input that was changed in place, or of a buffer.
+    return _Outcome([(name, t.detach().clone()) for name, t in values], gradients)
 
 
 def _mapped(function, value):
@@ -391,52 +421,56 @@ class StayInFp64(TorchDispatchMode):
 
 
 class _Reference:
-    """Upstream's code on a copy of a probe's module in fp64."""
+    """Upstream's code in fp64, for a call that gave ``upstream`` in its own precision."""
 
-    def __init__(self, probe, args, kwargs, training, start, draw):
-        module, self.name, self.count, self.shared = probe.module, probe.name, probe.count, probe.rule.shared
-        self.probe, self.given, self.nearby = probe, (args, kwargs), None
-        self.training, self.start, self.draw = training, start, draw
-        self.module, self.outcome, self.rounded = None, None, None
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
-        floating = [t.dtype for t in [*tensors, *module.parameters()] if t.is_floating_point()]
+    def __init__(self, call, upstream):
+        probe, self.call = call.probe, call
+        self.count, self.nearby, self.outcome, self.rounded = probe.count, None, None, None
+        tensors = [t for t in tree_flatten(call.inputs)[0] if isinstance(t, torch.Tensor)]
+        floating = [t.dtype for t in [*tensors, *probe.module.parameters()] if t.is_floating_point()]
         self.dtype = min(floating, key=lambda d: -torch.finfo(d).eps, default=torch.float32)
+        if _holds_shards(probe.module):
+            call.without_fp64 = "FSDP2 keeps its parameters"
+            return
         try:
-            self.module = self._in_fp64(module)
-            self.args, self.kwargs = _mapped(self._double, (args, kwargs))
             self.outcome = self._replay(None)
-        except Exception:  # an extension without fp64 or a sharded parameter: there is no reference
-            self.outcome = None
+        except Exception as error:  # an extension without fp64, fp32 tensors that are not exchanged
+            call.without_fp64 = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return
+        if not self.outcome.has_shapes_of(upstream):
+            self.outcome, call.without_fp64 = None, "it gives results of other shapes"
 
-    @staticmethod
-    def _in_fp64(module):
+    def _to_fp64(self, roundings):
+        """Exchanges every floating tensor of the module's state for one in fp64, and empties caches."""
         rules = rules_by_forward()
-        result = copy.deepcopy(module)
-        for part in result.modules():
+        for part in self.call.probe.module.modules():
             rule = rules.get(binding.bound_forward(part))
-            vars(part).pop("forward", None)
             if rule is not None:
                 rule.empty_caches(part)
-                for name, _ in rule.methods:
-                    vars(part).pop(name, None)
-        return result.double()
+        twins = {}
 
-    @staticmethod
-    def _double(value):
-        return value.detach().double() if value.is_floating_point() else value
+        def twin(value):
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                return value
+            if id(value) not in twins:
+                twins[id(value)] = _in_fp64(value, roundings)
+            return twins[id(value)]
+
+        Reach((self.call.probe.module,), self.call.state.reach.outside).exchange(twin)
 
     def _replay(self, roundings):
-        self.start.restore()
-        args, kwargs = self.args, self.kwargs
-        if roundings is not None:
-            args, kwargs = tree_map(roundings, (args, kwargs))
-        forward = getattr(type(self.module), self.name).__get__(self.module)
-        device = next((t.device.type for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)), "cpu")
-        draws, precision = _DrawInLowPrecision(self.dtype), torch.autocast(device, enabled=False)
-        with ModelState(self.module), draws, precision, StayInFp64():
-            return _replay(
-                self.module, forward, args, kwargs, self.training, self.shared, self.draw, roundings
-            )
+        def prepare(inputs, stack):
+            self._to_fp64(roundings)
+            inputs = _mapped(_double, inputs)
+            if roundings is not None:
+                inputs = tree_map(roundings, inputs)
+            devices = [t.device.type for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor)]
+            autocast = torch.autocast(next(iter(devices), "cpu"), enabled=False)
+            for mode in (_DrawInLowPrecision(self.dtype), autocast, StayInFp64()):
+                stack.enter_context(mode)
+            return inputs
+
+        return self.call.run("upstream", self.call.probe.upstream, prepare, roundings)
 
     def of(self, kind):
         """Returns the list of named fp64 tensors, or None without a reference."""
@@ -446,20 +480,7 @@ class _Reference:
         """Returns the largest change of each tensor when inputs, parameters and output gradient are rounded once."""
         if self.rounded is None:
             generator = torch.Generator().manual_seed(1)
-            step = torch.finfo(self.dtype).eps / 2
-
-            def roundings(value):
-                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                    return value
-                signs = torch.randint(
-                    0, 2, value.shape, generator=generator, dtype=torch.int64, device="cpu"
-                ).to(value.device, value.dtype)
-                return value * (1 + step * (2 * signs - 1))
-
-            with torch.no_grad():
-                for parameter in self.module.parameters():
-                    parameter.copy_(roundings(parameter))
-            self.rounded = self._replay(roundings)
+            self.rounded = self._replay(functools.partial(_moved, generator, torch.finfo(self.dtype).eps / 2))
         pairs = zip(getattr(self.rounded, kind), getattr(self.outcome, kind), strict=True)
         return [0.0 if b is None else _largest(a - b) for (_, a), (_, b) in pairs]
 
@@ -467,25 +488,44 @@ class _Reference:
         """Returns the largest error of one tensor of upstream's code, in its own precision, over inputs that differ in
         the last bit."""
         if self.nearby is None:
-            generator, probe = torch.Generator().manual_seed(2), self.probe
-
-            def moved(value):
-                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                    return value
-                signs = torch.randint(
-                    0, 2, value.shape, generator=generator, dtype=torch.int64, device="cpu"
-                ).to(value.device, value.dtype)
-                return value.detach() * (1 + torch.finfo(value.dtype).eps * (2 * signs - 1))
-
+            generator, call = torch.Generator().manual_seed(2), self.call
+            moved = functools.partial(_moved, generator, None)
             self.nearby = []
             for _ in range(_NEARBY):
-                self.start.restore()
-                args, kwargs = tree_map(moved, self.given)
-                run = probe._replay_as("upstream", probe.upstream, args, kwargs, self.training, self.draw)
+                run = call.run("upstream", call.probe.upstream, lambda inputs, _: tree_map(moved, inputs))
                 self.nearby.append(run)
         exact = getattr(self.outcome, kind)[index][1]
         found = (getattr(run, kind)[index][1] for run in self.nearby)
         return max(_largest(tensor.double() - exact) for tensor in found)
+
+
+def _double(value):
+    return value.detach().double() if value.is_floating_point() else value
+
+
+def _in_fp64(tensor, roundings):
+    """Returns a tensor of a module in fp64, with its attributes and hooks."""
+    data = _double(tensor)
+    if roundings is not None and isinstance(tensor, torch.nn.Parameter):
+        data = roundings(data)
+    if isinstance(tensor, torch.nn.Parameter):
+        data = torch.nn.Parameter(data, tensor.requires_grad)
+    elif tensor.is_leaf and tensor.requires_grad:
+        data.requires_grad_()
+    vars(data).update(vars(tensor))
+    if tensor.is_leaf and tensor._backward_hooks:
+        data._backward_hooks = tensor._backward_hooks
+    return data
+
+
+def _moved(generator, step, value):
+    """Returns a floating tensor whose elements are up or down by the relative ``step``, else that of its dtype."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    step = torch.finfo(value.dtype).eps if step is None else step
+    signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int64, device="cpu")
+    signs = signs.to(value.device, value.dtype)
+    return value.detach() * (1 + step * (2 * signs - 1))
 
 
 class _Verdict:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from fastasr.ops import _reduced_weights
 from fastasr.swap import binding, rules
-from fastasr.swap.state import ModelState, RandomState
+from fastasr.swap.state import ModelState
 
 FLOAT32 = "float32"
 SMALL = 4096  # a weight with fewer elements gains less than its rows cost to convert
@@ -100,13 +100,25 @@ def check(model, format, bound):
         raise ValueError(f"accelerate: weights={format!r} is for inference: call model.eval() first")
 
 
-def keep(model, format, chosen, inputs, run, bound):
-    """Reduces the weights of ``model`` and returns a ReducedReport.
+def keep(model, format, chosen, inputs, run, bound, before):
+    """Reduces the weights of ``model`` and returns a ReducedReport. An error leaves them as they were.
 
     chosen: a function (path, module) -> bool. inputs: those of ``verify``, or None. run: a function
     (model, inputs) that runs the model and returns its result. bound: the largest relative rms error of the outputs.
+    before: the model's state, if there are inputs.
     """
+    earlier = [(p, copy.format) for p in model.parameters() if (copy := _reduced_weights.copy_of(p))]
     release(model)
+    try:
+        return _reduce(model, format, chosen, inputs, run, bound, before)
+    except BaseException:
+        release(model)
+        for weight, its_format in earlier:
+            _reduced_weights.keep(weight, its_format)
+        raise
+
+
+def _reduce(model, format, chosen, inputs, run, bound, before):
     report = ReducedReport(format, [])
     whole = _reduced_weights.reason(format)
     weights, searched = [], _searched(model)
@@ -122,7 +134,9 @@ def keep(model, format, chosen, inputs, run, bound):
         weights.append(weight)
     kept = [pair for pair in zip(report.rows, weights, strict=True) if pair[0].format != FLOAT32]
     if kept and inputs is not None:
-        _measure(model, kept, lambda: run(model, inputs), report, bound)
+        given = () if callable(inputs) else (inputs,)
+        with torch.no_grad(), ModelState(model, *given, whole=before) as state:
+            _measure(kept, lambda: run(model, inputs), state, report, bound)
     for weight in weights:
         size, copy = weight.numel() * weight.element_size(), _reduced_weights.copy_of(weight)
         report.bytes_before += size
@@ -186,34 +200,33 @@ def _obstacle(weight, by_us):
     return ""
 
 
-def _measure(model, kept, run, report, bound):
-    with ModelState(model), RandomState() as random, torch.no_grad():
-        with _reduced_weights.suspended():
-            expected = _outputs(run())
-        sums = {}
-        for row, weight in kept:
-            _reduced_weights.copy_of(weight).watch = _watch(weight, sums.setdefault(row.path, [0.0, 0.0]))
-        random.restore()
+def _measure(kept, run, state, report, bound):
+    with _reduced_weights.suspended():
+        expected = _outputs(run())
+    sums = {}
+    for row, weight in kept:
+        _reduced_weights.copy_of(weight).watch = _watch(weight, sums.setdefault(row.path, [0.0, 0.0]))
+    state.restore()
+    report.error = _error(_outputs(run()), expected)
+    for row, weight in kept:
+        _reduced_weights.copy_of(weight).watch = None
+        difference, size = sums[row.path]
+        row.error = (difference / size) ** 0.5 if size else None
+    reached = sorted(r.error for r, _ in kept if r.error is not None)
+    limit = max(NOTICEABLE[report.format], OUTLIER * reached[len(reached) // 2]) if reached else 0.0
+    for row, weight in kept:
+        if row.error is None:
+            _give_back(row, weight, "the inputs of verify do not reach it")
+        elif not row.error <= limit:
+            _give_back(row, weight, f"its error of {row.error:.1e} stands out")
+    while True:
+        state.restore()
         report.error = _error(_outputs(run()), expected)
-        for row, weight in kept:
-            _reduced_weights.copy_of(weight).watch = None
-            difference, size = sums[row.path]
-            row.error = (difference / size) ** 0.5 if size else None
-        reached = sorted(r.error for r, _ in kept if r.error is not None)
-        limit = max(NOTICEABLE[report.format], OUTLIER * reached[len(reached) // 2]) if reached else 0.0
-        for row, weight in kept:
-            if row.error is None:
-                _give_back(row, weight, "the inputs of verify do not reach it")
-            elif not row.error <= limit:
-                _give_back(row, weight, f"its error of {row.error:.1e} stands out")
-        while True:
-            random.restore()
-            report.error = _error(_outputs(run()), expected)
-            left = sorted((p for p in kept if p[0].format != FLOAT32), key=lambda pair: -pair[0].error)
-            if report.error is None or report.error <= bound or not left:
-                return
-            for row, weight in left[: max(1, len(left) // STEP)]:
-                _give_back(row, weight, f"the outputs would change by more than {bound:g}")
+        left = sorted((p for p in kept if p[0].format != FLOAT32), key=lambda pair: -pair[0].error)
+        if report.error is None or report.error <= bound or not left:
+            return
+        for row, weight in left[: max(1, len(left) // STEP)]:
+            _give_back(row, weight, f"the outputs would change by more than {bound:g}")
 
 
 def _give_back(row, weight, reason):
