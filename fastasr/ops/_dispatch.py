@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fastasr.kernels import Unlaunchable
+from fastasr.ops._transforms import is_transformed
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -420,11 +421,12 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
-    """Says whether kernels may be called without the dispatcher: for plain tensors, while nothing is traced.
+    """Says whether kernels may be called without the dispatcher: for plain tensors, while nothing is traced
+    or transformed.
 
     Fake, functional, distributed and other subclassed tensors, and everything under ``torch.compile`` or
     ``torch.export``, go through the registered op instead.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return False
     return all(t is None or type(t) in PLAIN for t in tensors)

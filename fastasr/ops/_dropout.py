@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _dispatch
+from fastasr.ops._transforms import Function
 
 OPERATORS = "dropout_forward", "dropout_backward", "dropout_keep", "dropout_windows"
 _LOCK = threading.Lock()
@@ -85,7 +86,7 @@ def _forward(x: Tensor, residual: Tensor | None, p: float) -> tuple[Tensor, Tens
     return drawn(torch.ops.fastasr_cpu.dropout_forward.default, (x, residual), p)
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
         y, keep = _forward(x, residual, p)
