@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastasr.ops._transforms import Function, is_transformed
+
 # Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
 # than the padding. On a GPU, which has work for many recordings at once, those do that lack half of the frames or fewer
 # than so many.
@@ -54,12 +56,12 @@ def lengths(
     stay, of which this function warns.
 
     ``valid`` (B, T) is True at the frames that exist; on a GPU this function waits for it. ``obstacle()`` returns why
-    the encoder cannot leave padding out now, or None. Inside ``padded``, and under torch.compile and tracing, which
-    would take the lengths for constants, batches stay padded. A GPU computes the padding sooner than its host makes the
-    calls without it: there inference stays padded, and so do training batches with less than ``least_on_gpu`` frames of
-    padding.
+    the encoder cannot leave padding out now, or None. Inside ``padded``, under torch.compile and tracing, which would
+    take the lengths for constants, and under transforms, batches stay padded. A GPU computes the padding sooner than
+    its host makes the calls without it: there inference stays padded, and so do training batches with less than
+    ``least_on_gpu`` frames of padding.
     """
-    if _all_padded or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _all_padded or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return None
     counts = valid.sum(-1)
     found = counts.tolist()
@@ -307,7 +309,7 @@ class Rate:
         return _Upsampled.apply(rows, self)
 
 
-class _Placed(torch.autograd.Function):
+class _Placed(Function):
     """Returns so many rows: those given at their ``places``, zeros elsewhere."""
 
     @staticmethod
@@ -321,7 +323,7 @@ class _Placed(torch.autograd.Function):
         return grad.index_select(0, ctx.places), None, None
 
 
-class _Taken(torch.autograd.Function):
+class _Taken(Function):
     """Returns the rows at ``places``, each of which is named once."""
 
     @staticmethod
@@ -343,7 +345,7 @@ def _begins(slots):
     return tuple(accumulate(slots, initial=0))[:-1]
 
 
-class _Repeated(torch.autograd.Function):
+class _Repeated(Function):
     @staticmethod
     def forward(ctx, values, packing):
         ctx.packing = packing
@@ -361,7 +363,7 @@ class _Repeated(torch.autograd.Function):
         ), None
 
 
-class _Grouped(torch.autograd.Function):
+class _Grouped(Function):
     @staticmethod
     def forward(ctx, rows, rate):
         ctx.rate = rate
@@ -376,7 +378,7 @@ class _Grouped(torch.autograd.Function):
         return grad.index_select(0, rate.slots).index_put_((last,), more, accumulate=True), None
 
 
-class _Upsampled(torch.autograd.Function):
+class _Upsampled(Function):
     @staticmethod
     def forward(ctx, rows, rate):
         ctx.rate = rate

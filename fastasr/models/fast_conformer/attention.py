@@ -19,6 +19,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _reduced_weights
+from fastasr.ops._transforms import is_transformed
 from fastasr.ops.rel_attention import relative_shift
 
 _PROJECTED = weakref.WeakKeyDictionary()  # module -> what its projected positions were made of, and these
@@ -114,7 +115,8 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     dropout = module.attention_dropout if module.training else 0.0
     rows = max(0, q.shape[1] + k.shape[1] - 1)  # the others are of keys behind those of the queries
     shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
-    of_kernel = attention_dropout.of_kernel(dropout, q.device) if shared else None
+    served = shared and not is_transformed()  # the gradient of _mean is for reverse mode alone
+    of_kernel = attention_dropout.of_kernel(dropout, q.device) if served else None
     if of_kernel is None:
         p = plumbing.linear(module.relative_k_proj, position_embeddings[:, :rows])
         p = p.view(*p.shape[:2], *module.bias_u.shape)
@@ -163,6 +165,7 @@ def projected(module, projection, table):
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or is_transformed()
         or torch.is_autocast_enabled(table.device.type)
         or len(table) >= 2 * KEPT_FRAMES
         or table.is_inference()

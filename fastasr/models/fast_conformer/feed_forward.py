@@ -6,6 +6,7 @@ import torch
 from fastasr.models.common import activations, plumbing
 from fastasr.ops import _dropout, _gemm
 from fastasr.ops._register import refuse_double_backward
+from fastasr.ops._transforms import Function
 from fastasr.ops.linear import bias_grad
 from fastasr.ops.linear_activation import NUMBERS
 
@@ -45,7 +46,7 @@ def _is_served(module, x, dropout):
     return _dropout.serves(dropout, x, *parameters)
 
 
-class _Trained(torch.autograd.Function):
+class _Trained(Function):
     """Keeps W1 x + b1 and which elements dropout kept. What the second layer takes is as large, and backward computes
     it again."""
 

@@ -24,6 +24,7 @@ from fastasr.models.common import plumbing
 from fastasr.models.common.module_state import ModuleState
 from fastasr.models.mega import activations, graph_decoding, positional_bias
 from fastasr.ops import _dispatch
+from fastasr.ops._transforms import is_transformed, transform
 
 _STATE = ("ema_state", "prev_key", "prev_value")
 _POSITIONS = 512  # initial number of positions of a rotary bias, which has no largest length
@@ -122,6 +123,8 @@ def _why_not_now(decoder, labels):
         return "packed_decoding is False"
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
         return "gradients are on"
+    if is_transformed():
+        return f"the call is under {transform()}"
     weight = decoder.embed.weight
     if weight.device.type not in ("cpu", "cuda"):
         return f"no kernel for {weight.device.type} tensors"

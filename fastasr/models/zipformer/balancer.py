@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 from fastasr import ops
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.ops._transforms import Function
 
 
-class _Balance(torch.autograd.Function):
+class _Balance(Function):
     @staticmethod
     def forward(ctx, x, *limits):
         ctx.save_for_backward(x)

@@ -26,6 +26,7 @@ from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwi
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops._transforms import Function
 
 
 class ConvolutionModule(torch.nn.Module):
@@ -204,7 +205,7 @@ def _is_swoosh_r_and_linear(out_proj):
     return ours and out_proj.activation == "SwooshR"
 
 
-class _Joined(torch.autograd.Function):
+class _Joined(Function):
     """Returns h, whose halves are x and s. The backward pass gives the gradients of the halves to x and s."""
 
     @staticmethod

@@ -29,6 +29,7 @@ from fastasr.models.zipformer.packed_weights import constant_weights
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops._transforms import is_transformed
 
 # Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
 # of stack 0. One thread of Zen 4 takes as long either way, within 15 % at 800 frames and 5 % from 1600 on.
@@ -271,7 +272,7 @@ def _is_long(layer, src):
     """Says whether the consumers should compute the weights of this call, since they are too large to keep. The layer's
     attention modules must all run our code, their own or bound to them.
     """
-    if torch.compiler.is_compiling() or src.ndim != 3:
+    if torch.compiler.is_compiling() or is_transformed() or src.ndim != 3:
         return False
     attention, nonlin_attention = layer.self_attn_weights, layer.nonlin_attention
     if not runs(attention, RelPositionMultiheadAttentionWeights.forward):

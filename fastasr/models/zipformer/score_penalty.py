@@ -7,9 +7,10 @@ It adds penalty sign(S) to dS where |S| > limit; dq, dk, dp and dR follow from d
 import torch
 
 from fastasr.models.zipformer.score_blocks import ScoreBlocks
+from fastasr.ops._transforms import Function
 
 
-class _Penalized(torch.autograd.Function):
+class _Penalized(Function):
     """Returns the projection and the positions unchanged. The backward pass adds the penalty's gradient once, for any
     number of consumers of the attention weights."""
 

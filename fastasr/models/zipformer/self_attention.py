@@ -12,6 +12,7 @@ from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _dispatch
+from fastasr.ops._transforms import Function
 
 _OPERATORS = "weighted_values", "weighted_values_backward"
 MOST_COLUMNS = 32  # of a head, where the kernels for few columns serve with gradients
@@ -64,7 +65,7 @@ def weighted(attn_weights, values):
     return (attn_weights @ values).permute(2, 1, 0, 3).flatten(2)
 
 
-class _Weighted(torch.autograd.Function):
+class _Weighted(Function):
     """``weighted`` by the kernels for few columns, for which a BLAS is far from its rate."""
 
     @staticmethod

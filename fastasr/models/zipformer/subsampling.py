@@ -28,6 +28,7 @@ from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _gemm, _reduced_weights
+from fastasr.ops._transforms import Function, is_transformed
 
 # Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
 BLOCK_ROWS = 1024
@@ -110,7 +111,7 @@ class Conv2dSubsampling(torch.nn.Module):
         )
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     """A Conv2d of maps whose channels are last, where the gradient of the weight may take another layout."""
 
     @staticmethod
@@ -266,13 +267,14 @@ def _residual(layer, x, y, mask):
 
 
 def _runs_by_rows(x, weight, modules):
-    """Says whether neither hooks nor a compiler could see the layout or the parts of a call."""
+    """Says whether neither hooks, transforms nor a compiler could see the layout or the parts of a call."""
     plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
     return (
         ((x.is_cpu and plain) or x.is_cuda)
         and x.device == weight.device
         and x.numel() > 0
         and not torch.compiler.is_compiling()
+        and not is_transformed()
         and not any_hooked(modules)
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from fastasr.models.zipformer.score_blocks import ScoreBlocks, fill_hidden
 from fastasr.ops import zipformer_attention, zipformer_attention_weights
+from fastasr.ops._transforms import Function
 
 
 class UnmaterialisedWeights:
@@ -167,7 +168,7 @@ class EqualWeights(UnmaterialisedWeights):
                 yield first, end, weights * (1.0 / weights.sum(-1, keepdim=True))
 
 
-class _EquallyWeighted(torch.autograd.Function):
+class _EquallyWeighted(Function):
     @staticmethod
     def forward(ctx, values, equal):
         ctx.equal, ctx.dtype = equal, values.dtype

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.ops import _dispatch, _gemm
 from fastasr.ops._layout import ChannelRows
+from fastasr.ops._transforms import Function
 
 _EPS = 1.0e-20
 _OPERATORS = "whitening_covariance", "whitening_change"
@@ -84,7 +85,7 @@ def _norm(x, dtype):
     return torch.linalg.vector_norm(x, dtype=dtype)
 
 
-class _Whitening(torch.autograd.Function):
+class _Whitening(Function):
     @staticmethod
     def forward(ctx, x, module):
         ctx.save_for_backward(x)
