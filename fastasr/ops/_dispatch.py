@@ -17,9 +17,10 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from fastasr.kernels import Unlaunchable
-from fastasr.ops._transforms import is_transformed
+from fastasr.ops._transforms import is_transformed, transforms_active
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -315,6 +316,9 @@ def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dt
 
 @torch.compiler.assume_constant_result
 def _served(family: str, device_type: str, index: int | None, dtype: torch.dtype, forced: str) -> bool:
+    # when the graph runs, a traced dual level is one of C++ alone, which the operator would not see
+    if forward_ad._current_level >= 0 and not transforms_active():
+        return False
     return FAMILIES[family]._choose(torch.device(device_type, index), dtype) is not None
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastasr.ops import _dispatch, _weight_formats
-from fastasr.ops._transforms import is_transformed
 
 FORMATS = {format: _weight_formats.FORMATS[format] for format in ("bf16", "int8")}
 MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
@@ -161,7 +160,7 @@ def drop(weight: Tensor) -> bool:
 
 def of(x: Tensor, weight: Tensor) -> Copy | None:
     """Returns the copy that the product of x with ``weight`` reads, or None."""
-    if is_suspended() or is_transformed():
+    if is_suspended():
         return None
     copy = copies.get(weight.data_ptr())
     if copy is None or not copy.fresh():

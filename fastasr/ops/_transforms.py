@@ -4,6 +4,8 @@ differentiation. Below them a kernel sees plain numbers, so tangents would be lo
 eager PyTorch serves there: every step of it is an operator that the transforms know.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import NoReturn
 
 import torch
@@ -45,16 +47,32 @@ def by_formula(op, a):
         refuse(op.name, error)
 
 
+def _without_tangents(name: str, backward: Callable) -> Callable:
+    """Returns the backward pass, which refuses gradients with tangents: its kernels would lose them."""
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        if forward_ad._current_level >= 0:
+            refuse(name)
+        return backward(ctx, *grads)
+
+    return run
+
+
 class Function(torch.autograd.Function):
     """A function with a backward pass by hand. Under a transform ``formula`` serves in its place, if it has one."""
 
     formula = None
 
+    def __init_subclass__(cls):
+        cls.known_as = f"{cls.__module__.removeprefix('fastasr.')}.{cls.__name__.lstrip('_')}"
+        cls.backward = staticmethod(_without_tangents(cls.known_as, cls.backward))
+
     @classmethod
     def apply(cls, *args):
         if is_transformed():
             if cls.formula is None:
-                refuse(f"{cls.__module__.removeprefix('fastasr.')}.{cls.__name__.lstrip('_')}")
+                refuse(cls.known_as)
             return cls.formula(*args)
         return super(torch.autograd.Function, cls).apply(
             *args

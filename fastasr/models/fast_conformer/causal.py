@@ -19,6 +19,7 @@ from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import FastConformerPositions
 from fastasr.models.fast_conformer.subsampling import convolved, is_plain_pointwise, stem
+from fastasr.ops._transforms import is_transformed
 
 
 def cached_attention(
@@ -88,6 +89,7 @@ def _writes_in_place(layer, k):
         k.is_cpu
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not is_transformed()
         and k.dtype == layer.keys.dtype == layer.values.dtype
         and layer.keys.shape == (len(k), k.shape[2], layer.keys.shape[2], k.shape[3]) == layer.values.shape
     )

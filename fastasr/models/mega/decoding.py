@@ -75,7 +75,7 @@ def step(decoder, labels, states):
 def stack(states):
     """Stacks histories (T_i, H) to (B, max T, H), with zeros in front of the shorter ones and room to grow. Returns
     None if the native path cannot be used."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _native():
+    if torch.compiler.is_compiling() or is_transformed() or torch.is_grad_enabled() or not _native():
         return None
     if not all(type(t) is torch.Tensor and t.is_cpu and t.dtype is torch.float32 for t in states):
         return None

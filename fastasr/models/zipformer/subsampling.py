@@ -162,7 +162,8 @@ def _projected(out, x):
     maps = x.permute(0, 2, 3, 1)
     plain = is_unmodified(out, (torch.nn.Linear, Linear)) and not any_hooked([out])
     # a compiler reorders by itself; weights of fewer bits are known by the parameter
-    kept = not plain or torch.compiler.is_compiling() or _reduced_weights.of(x, out.weight) is not None
+    kept = not plain or torch.compiler.is_compiling() or is_transformed()
+    kept = kept or _reduced_weights.of(x, out.weight) is not None
     if kept or not maps.is_contiguous() or batch * time <= 2 * out.out_features:
         return out(_frames(x))
     weight = out.weight.unflatten(1, (channels, frequency)).transpose(1, 2).flatten(1)
