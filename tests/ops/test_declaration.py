@@ -2,6 +2,8 @@
 """The consequences of a declaration beyond the contract that every op keeps."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +152,12 @@ def test_dual_tensors_and_compiled_functions(backend):
     torch.testing.assert_close(slope(compiled), expected)
     compiled = torch.compile(lambda: slope(ops.swoosh_r), fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(), expected)
+
+
+def test_every_gradient_by_hand_knows_transforms():
+    """``ops._transforms.Function`` serves transforms or refuses them; generated code asks for them itself."""
+    torchs = re.compile(
+        r"^class .*\bautograd\.Function\)|^from torch\.autograd.* import .*\bFunction\b", re.M
+    )
+    files = Path(fastasr.__file__).parent.rglob("*.py")
+    assert {path.name for path in files if torchs.search(path.read_text())} == {"_parts.py", "_transforms.py"}
