@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+import tiny_emformer_rnnt
 import tiny_parakeet
 import tiny_zipformer
 import torch
@@ -49,6 +50,14 @@ def emformer():
     return Call(model, x, lambda call, x: call(x, torch.tensor([21, 15, 9]))[0])
 
 
+def emformer_rnnt():
+    module = pytest.importorskip("torchaudio.models.rnnt")
+    model = tiny_emformer_rnnt.tiny(module, transformer_dropout=0.0, lstm_dropout=0.0)
+    x, targets = torch.randn(2, 36, 6, generator=numbers(1)), torch.randint(8, (2, 5), generator=numbers(1))
+    lengths = torch.tensor([32, 20]), targets.int(), torch.tensor([5, 3], dtype=torch.int32)
+    return Call(model, x, lambda call, x: call(x, *lengths)[0])
+
+
 def e_branchformer():
     module = pytest.importorskip("espnet2.asr.encoder.e_branchformer_encoder")
     sizes = {"output_size": 24, "attention_heads": 3, "cgmlp_linear_units": 36, "cgmlp_conv_kernel": 7}
@@ -68,7 +77,7 @@ def mega():
     return Call(model, x, lambda call, x: call(labels) + x)
 
 
-FAMILIES = zipformer, parakeet, emformer, e_branchformer, mega
+FAMILIES = zipformer, parakeet, emformer, emformer_rnnt, e_branchformer, mega
 
 
 # --------------------------------------------------------------------------- calls
