@@ -64,7 +64,7 @@ REFUSED = {
         P.full,
     ),
     "parts": (
-        lambda x: rnnt.joint_mutual_information_recursion([x, x], [x[:, :-1], x[:, :-1]]).sum(),
+        lambda x: rnnt.joint_mutual_information_recursion([x[:, :-1]] * 2, [x] * 2).sum(),
         P.full[0],
     ),
 }
