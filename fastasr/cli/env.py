@@ -15,7 +15,7 @@ import fastasr
 from fastasr import processor
 from fastasr.benchmarks.environment import cpu_name
 from fastasr.cli.console import escape, out, table
-from fastasr.ops import _dispatch
+from fastasr.ops import _dispatch, _gemm
 
 # extra -> distributions it brings
 EXTRAS = {
@@ -76,6 +76,16 @@ def _native() -> dict:
     return info
 
 
+def _products() -> dict:
+    kept, under_load = _gemm.kept()
+    return {
+        "file": str(_gemm.cache_file()),
+        "choices kept": kept,
+        "made under load": under_load,
+        "in force": os.environ.get("FASTASR_GEMM") or "auto",
+    }
+
+
 def collect() -> dict:
     """Returns everything that the command shows, in types that JSON has."""
     missing = {extra: [d for d in needed if _version(d) is None] for extra, needed in EXTRAS.items()}
@@ -109,6 +119,7 @@ def collect() -> dict:
             "reason": triton["reason"] if triton else "no op has a Triton kernel",
         },
         "backend": os.environ.get("FASTASR_BACKEND") or "auto",
+        "matrix products": _products(),
         "missing": {extra: names for extra, names in missing.items() if names},
     }
 
@@ -155,6 +166,12 @@ def run(as_json: bool) -> None:
     _block(console, "Native library", {"loaded": loaded, **native})
     usable = "usable" if found["triton"]["usable"] else f"not usable: {found['triton']['reason']}"
     _block(console, "Backends", {"in force": found["backend"], "Triton kernels": usable})
+    products = found["matrix products"]
+    if products["made under load"]:
+        products |= {
+            "made under load": f"{products['made under load']}, measured again once the machine is idle"
+        }
+    _block(console, "Matrix products", products)
     if found["missing"]:
         missing = {
             f"extra '{extra}'": f"{', '.join(names)} not installed: pip install 'fastasr[{extra}]'"

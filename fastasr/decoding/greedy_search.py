@@ -5,14 +5,19 @@ A token changes what the prediction network says of the following ones and blank
 rows that took a token. On the CPU one native call does all of it (:mod:`fastasr.decoding.label_looping`).
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 
+from fastasr import _left
 from fastasr.decoding.label_looping import END, FRAME, Rules
 from fastasr.decoding.looping_transducers import Stateless, Unserved, looping_transducer
 from fastasr.decoding.results import Decoded, frames_of
-from fastasr.decoding.transducers import as_transducer, first_context
+from fastasr.decoding.transducers import OnnxTransducer, as_transducer, first_context
+from fastasr.ops import _dispatch
+
+NOT_KNOWN = "the model is not made of modules of a known transducer"
 
 
 @dataclass
@@ -57,7 +62,7 @@ class GreedySearch:
 
     def _search(self):
         """Returns the search by label looping, or None if the networks are called token by token."""
-        self.reason = "the model is not made of modules of a known transducer"
+        self.reason = NOT_KNOWN
         try:
             found = None if self.looping is None else self.looping.looping(self.weights)
             self.reason = self.reason if found is None else found.reason
@@ -99,6 +104,7 @@ class GreedySearch:
         if state.counters.shape[1]:
             self._loop(state, encoder_out, frames)
         else:
+            self._leave(self.reason)
             projected = self.transducer.project(encoder_out)
             for t in range(max(frames, default=0)):
                 rows = [n for n, count in enumerate(frames) if t < count]
@@ -111,6 +117,8 @@ class GreedySearch:
 
     def _loop(self, state, encoder_out, frames):
         search, model = self.looping.looping(self.weights), self.looping
+        if search.reason and encoder_out.is_cpu:  # on a GPU the operations are recorded
+            self._leave(search.reason)
         rules = Rules(
             blank=model.blank_id,
             durations=model.durations,
@@ -157,6 +165,24 @@ class GreedySearch:
             contexts = [state.tokens[n][-self.transducer.context_size :] for n in took]
             state.predictions[took] = self.transducer.predict(contexts)
         return took
+
+    def leaves(self):
+        """Returns why ``advance`` does not make the native call as the model is now."""
+        reason = NOT_KNOWN if self.looping is None else self.looping.why_not_native()
+        return {"advance": "" if self._on_gpu() else reason}
+
+    def _on_gpu(self):
+        return self.looping is not None and any(
+            p.is_cuda for part in self.looping.parts() for p in part.parameters()
+        )
+
+    def _leave(self, reason):
+        # an ONNX model has no modules, and a backend was asked for
+        asked_for = isinstance(self.transducer, OnnxTransducer) or _dispatch.forced_backend() not in (
+            "auto",
+            "cpu",
+        )
+        _left.note(self, reason, "advance", logging.INFO if asked_for else logging.WARNING)
 
     def result(self, state):
         context = (self.transducer or self.looping).context_size

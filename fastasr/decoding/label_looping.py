@@ -123,7 +123,7 @@ class LabelLooping:
             raise ValueError(f"LabelLooping: format: expected one of {', '.join(FORMATS)}, got {format!r}")
         _check_weights(weights)
         self.weights = weights
-        self._never = _why_not_native(weights)
+        self._never = why_not_native(weights)
         if self._never and format != "fp32":
             raise ValueError(f"LabelLooping: format {format} needs the native call: {self._never}")
         if not self._never:
@@ -132,8 +132,7 @@ class LabelLooping:
 
     @property
     def reason(self):
-        forced = _dispatch.forced_backend()
-        return self._never or ("" if forced in ("auto", "cpu") else f"the backend {forced} is in force")
+        return self._never or why_not_now()
 
     def _pack(self, format):
         w = self.weights
@@ -283,7 +282,14 @@ def _check_weights(w):
         raise ValueError(f"LabelLooping: activation: expected relu or tanh, got {w.activation!r}")
 
 
-def _why_not_native(w):
+def why_not_now():
+    """Returns why no search runs natively at this moment, or ""."""
+    forced = _dispatch.forced_backend()
+    return "" if forced in ("auto", "cpu") else f"the backend {forced} is in force"
+
+
+def why_not_native(w):
+    """Returns why a search with these weights cannot run natively, or ""."""
     if reason := _dispatch.reason_cpu("greedy_pack", "greedy_search"):
         return reason
     if any(not t.is_cpu for t in w.tensors()):

@@ -9,12 +9,13 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from fastasr.decoding.label_looping import LabelLooping, Weights, join, predict
-from fastasr.models.common.inference import any_hooked, has_known_forward, is_unmodified
+from fastasr.decoding.label_looping import LabelLooping, Weights, join, predict, why_not_native, why_not_now
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.plain import any_watched, has_known_forward, is_plain
 
 _AGREEMENT = 1e-4  # of logits with those of the model's own modules, relative to the largest
+_TRAINING = "it is in training mode"
 _ACTIVATIONS = {torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh"}
 
 
@@ -32,6 +33,14 @@ def _unrounded_products():
 
 class Unserved(Exception):
     """Says why label looping does not serve a model."""
+
+
+@contextlib.contextmanager
+def _as_unserved():
+    try:
+        yield
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as failure:
+        raise Unserved(f"its modules are not those of a known transducer: {failure}") from failure
 
 
 class LoopingTransducer:
@@ -56,6 +65,23 @@ class LoopingTransducer:
             kept[format] = _Kept(self, parts, format)
         return kept[format].result()
 
+    @torch.no_grad()
+    def why_not_native(self):
+        """Returns why the native call cannot search with the modules as they are, as far as that shows without running
+        them; "" if nothing is known."""
+        if any(part.training for part in self.parts()):
+            return _TRAINING
+        try:
+            return why_not_native(self._read_weights()) or why_not_now()
+        except Unserved as reason:
+            return str(reason)
+
+    def _read_weights(self):
+        if any(any_watched(part.modules()) or not has_known_forward(part) for part in self.parts()):
+            raise Unserved("a submodule has hooks or another forward")
+        with _as_unserved():
+            return self.weights()
+
     def projected(self, encoder_out):
         """Frames (..., channels) -> (..., J)."""
         return encoder_out
@@ -63,10 +89,8 @@ class LoopingTransducer:
     @_unrounded_products()
     def checked_weights(self):
         """Returns the weights, having compared what they compute with what the modules compute."""
-        if any(any_hooked(part.modules()) or not has_known_forward(part) for part in self.parts()):
-            raise Unserved("a submodule has hooks or another forward")
-        try:
-            w = self.weights()
+        w = self._read_weights()
+        with _as_unserved():
             tokens = [self.first_token(), (self.first_token() + 1) % len(w.embedding)]
             context, state = [-1] * (w.context - 1), w.embedding.new_zeros(1, _floats(w))
             predictions = []
@@ -78,8 +102,6 @@ class LoopingTransducer:
             f = torch.arange(1.0, g.numel() + 1).sin_().view_as(g).to(g)
             expected = self.logits(f, self.predictions(tokens))
             error = (join(w, f, g) - expected).abs().max() / expected.abs().max()
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as failure:
-            raise Unserved(f"its modules are not those of a known transducer: {failure}") from failure
         if not error <= _AGREEMENT:
             raise Unserved("its modules compute something else")
         return w
@@ -236,7 +258,7 @@ class _Kept:
         self._looping = self._reason = None
         try:
             if any(part.training for part in parts):
-                raise Unserved("it is in training mode")
+                raise Unserved(_TRAINING)
             if not all(state.traceable() for state in self._states):
                 raise Unserved("parameters were made in inference mode, where changes leave no trace")
             with torch.no_grad():
@@ -249,7 +271,7 @@ class _Kept:
             self._reason is None
             and all(ref() is part for ref, part in zip(self._parts, parts, strict=True))
             and not any(part.training for part in parts)
-            and not any_hooked(parts)
+            and not any_watched(parts)
             and all(map(has_known_forward, parts))
             and self._watched == [state.watched() for state in self._states]
             and all(state.unchanged() for state in self._states)
@@ -270,7 +292,7 @@ def forget(transducer):
 
 
 def _plain(module, *kinds):
-    if not is_unmodified(module, kinds):
+    if not is_plain(module, *kinds):
         raise Unserved(f"a submodule is a {type(module).__name__}, expected a plain {kinds[0].__name__}")
     return module
 
@@ -295,7 +317,7 @@ def _convolution(module):
 
 
 def _activation(module):
-    if type(module) not in _ACTIVATIONS:
+    if not is_plain(module, *_ACTIVATIONS):
         raise Unserved(f"the joint network's activation is {type(module).__name__}, expected ReLU or Tanh")
     return _ACTIVATIONS[type(module)]
 

@@ -11,6 +11,8 @@ from fastasr.decoding.label_looping import TOKENS, Rules
 from fastasr.decoding.looping_transducers import Parakeet, Unserved
 from fastasr.decoding.results import frames_of
 
+_STEPS_AT_ONCE = 128  # whose logits are in memory at once, 4 MB for a sequence of Parakeet's
+
 
 def steps_of_generate(transducer, looping, frames, lengths, first, most_steps):
     """Returns the Steps of a Parakeet, whose search is ``looping``, behind the tokens ``first`` (batch, 1) in projected
@@ -25,6 +27,29 @@ def steps_of_generate(transducer, looping, frames, lengths, first, most_steps):
     state, counters = looping.start(len(first), [rules.blank])
     counters[:, TOKENS:] = first
     return looping.search(frames, lengths, rules, state, counters, most_steps)
+
+
+@torch.no_grad()
+def no_duration_wins(model, frames, first, steps):
+    """Says whether at none of the steps behind the tokens ``first`` (batch, 1) a duration's logit is larger than all of
+    the tokens, so that the largest of all logits is the token's. ``model`` is transformers'; each step's logits are
+    computed anew, all at once, which takes a small part of the search's time."""
+    blank, tokens = steps.tokens == model.config.blank_token_id, model.config.vocab_size
+    labels = torch.nn.utils.rnn.pad_sequence([t[~b] for t, b in zip(steps.tokens, blank, strict=True)], True)
+    contexts = model.decoder(torch.cat((first, labels), 1), cache=None)
+    before, at = (~blank).cumsum(1) - (~blank).long(), steps.moves.cumsum(1) - steps.moves
+    at = at.clamp(max=frames.shape[1] - 1)
+    rows = torch.arange(len(first)).unsqueeze(1)
+    for one in range(0, at.shape[1], _STEPS_AT_ONCE):
+        part = slice(one, one + _STEPS_AT_ONCE)
+        logits = model.joint(
+            encoder_hidden_states=frames[rows, at[:, part]],
+            decoder_hidden_states=contexts[rows, before[:, part]],
+        )
+        largest = (logits[..., :tokens].amax(-1), logits[..., tokens:].amax(-1))
+        if not (largest[0] >= largest[1]).all():  # a NaN is not
+            return False
+    return True
 
 
 @torch.inference_mode()

@@ -409,12 +409,12 @@ def explain_choice(family: str, device: torch.device | str, dtype: torch.dtype) 
     return "eager", "; ".join(reasons) or f"no kernel for {device.type} tensors"
 
 
-def eager_on_device(ops: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
-    """Says which of the ops run in eager on a CUDA device though they have kernels for one, and why, or returns ""."""
+def why_eager(ops: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
+    """Says which of the ops run in eager though they have kernels for such a device, and why, or returns ""."""
     ops_by_reason: dict[str, list[str]] = {}
     for family in FAMILIES.values():
-        served = family.vendor or not any("cuda" in i.device_types for i in family.implementations)
-        found = [] if served or device.type != "cuda" else [op for op in ops if op in family.ops]
+        served = family.vendor or not any(device.type in i.device_types for i in family.implementations)
+        found = [] if served else [op for op in ops if op in family.ops]
         if found and (reason := explain_choice(family.name, device, dtype)[1]):
             ops_by_reason.setdefault(reason, []).extend(found)
     return "; ".join(f"{', '.join(names)} in eager: {reason}" for reason, names in ops_by_reason.items())

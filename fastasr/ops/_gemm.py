@@ -6,8 +6,9 @@ torch's float32 products go through MKL, which takes a slow path on some CPUs. f
 memory that was used before, which is faster for large results and for transposed operands, as gradients have. A third
 one, for fewer than 16 rows as in a stream's chunk, reads each weight once, where it lies. The choice is measured, never
 guessed from a vendor name: the first call of each shape class runs both on its own operands (a few calls' time), and
-the winner is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Only float32
-on CPU has a choice; torch computes everything else.
+the winner is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Beside other
+processes another product may be the faster one, or seem so: the file says which choices were made there, and a later
+process makes them again. Only float32 on CPU has a choice; torch computes everything else.
 
 Environment: ``FASTASR_GEMM=auto|torch|native``, ``FASTASR_CACHE=<folder>`` (default: the user's cache folder).
 """
@@ -19,7 +20,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -33,16 +35,20 @@ from fastasr.ops._dispatch import reason_cpu
 
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
-_REVISION = 7  # of fastasr's product and of how it is measured: choices of another one are not read
-_REPETITIONS = 3  # at least, and more of them as long as all together take less than _SHORT_S
-_SHORT_S = 0.05
+_MARGIN_UNDER_LOAD = 0.9
+_REVISION = 8  # of fastasr's product, of its measurement and of the file: other choices are not read
+_PAIRS = 8  # of rounds, one in either order: at least one, and more as long as all take less than _SHORT_S
+_SHORT_S = 0.05  # twice that under load
 _BUDGET_S = 0.5
 _MOST_FEW = 15  # rows: cpu::kFewRows
 _FEW_COLUMNS = 14  # as many rows as a tile of registers has with AVX-512
 SMALL = 1 << 17  # one row of 192 to 512 is below it
 _LARGE = 96 * SMALL  # torch multiplies smaller matrices of a batch at once, faster than fastasr one by one
 CHAINS = 12  # columns: where a weight's gradient has fewer, torch adds in one chain of floats
-_CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
+_CLEAR = 1.1  # Stop after two pairs if fastasr's product is this much slower.
+_AGAIN_S = 60  # until a choice made under load is measured again, doubled each time it was under load again
+_DOUBLED = 11  # times, which makes a day and a half
+_AGAIN_BUDGET_S = 0.5  # of one process: a model has some hundred choices, of 20 ms each
 
 reason = partial(reason_cpu, "gemm")  # says why there is nothing to choose from; "" when there is
 
@@ -126,12 +132,27 @@ def cache_file() -> Path:
     return Path(root) / f"products{_REVISION}-{_machine()}-torch{version}.json"
 
 
+@dataclass(frozen=True)
+class _Choice:
+    product: str
+    under_load: bool
+    times: int  # that it has been measured
+    at: float  # when it was last, in seconds since 1970
+
+    def due(self) -> bool:
+        """Says whether it is to be measured again, if the machine is idle."""
+        wait = _AGAIN_S << min(self.times - 1, _DOUBLED)
+        # a negative time: the clock has been set back
+        return self.under_load and _again > 0 and not 0 <= time.time() - self.at < wait
+
+
 _choices: dict[tuple, Callable[..., Tensor]] = {}
 _forgotten = 0
-_saved: dict[str, str] | None = None
+_saved: dict[str, object] | None = None
+_again = _AGAIN_BUDGET_S  # is left
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -139,22 +160,51 @@ def _read(path: Path) -> dict[str, str]:
     return content if isinstance(content, dict) else {}
 
 
-def _remember(key: str, choice: str) -> None:
+def _parsed(entry: object, products: Collection[str] = _PRODUCTS) -> _Choice | None:
+    """Returns the choice of one of ``products`` that an entry of the file holds, or None: the file may be damaged, or
+    of a version of fastasr with other products.
+    """
+    try:
+        choice = _Choice(**entry)
+    except TypeError:
+        return None
+    whole = [*map(type, vars(choice).values())] == [str, bool, int, float]
+    return choice if whole and choice.product in products and choice.times in range(1, 1 << 31) else None
+
+
+def _remember(key: str, choice: _Choice, products: Collection[str] = _PRODUCTS) -> _Choice:
+    """Writes a choice to the file. Returns the one that holds: one that another process has made on an idle machine
+    meanwhile is better than one made under load.
+    """
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        merged = _read(path) | {key: choice}  # another process may have written meanwhile
-        files.write(path, json.dumps(merged, indent=1, sort_keys=True), durable=False)
+        content = _read(path)
+        other = _parsed(content.get(key), products)
+        if other is not None and choice.under_load > other.under_load:
+            return other
+        content[key] = asdict(choice)
+        # without what is damaged; a line each: json's own indentation takes ten times as long
+        whole = sorted(item for item in content.items() if _parsed(item[1]) is not None)
+        lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in whole)
+        files.write(path, "{\n" + ",\n".join(lines) + "\n}\n", durable=False)
     except OSError as error:
         _log.debug("measured GEMM choices are not kept on disk: %s", error)
+    return choice
+
+
+def kept() -> tuple[int, int]:
+    """Counts the choices on disk, and those of them that were made under load."""
+    found = [choice for entry in _read(cache_file()).values() if (choice := _parsed(entry)) is not None]
+    return len(found), sum(choice.under_load for choice in found)
 
 
 def forget() -> None:
     """Drops every remembered choice of this process: the next call of each shape class reads or measures again."""
-    global _saved, _forgotten
+    global _saved, _forgotten, _again
     _choices.clear()
     _dispatch.FAMILIES["linear"].chosen.clear()
-    _saved = None
+    _saved, _again = None, _AGAIN_BUDGET_S
     _forgotten += 1
 
 
@@ -167,7 +217,7 @@ def _decide(key: tuple, operands: tuple | None) -> str:
     """Returns the product for calls of this class, which is measured on the operands; without any, "" if that has not
     been done yet.
     """
-    global _saved
+    global _saved, _again
     policy = os.environ.get("FASTASR_GEMM", "auto")
     if policy not in ("auto", "torch", "native"):
         raise ValueError(f"FASTASR_GEMM: expected auto, torch or native, got {policy!r}")
@@ -185,13 +235,22 @@ def _decide(key: tuple, operands: tuple | None) -> str:
     if _saved is None:
         _saved = _read(cache_file())
     products = ["torch", own]
-    # the file may be damaged, or of a version of fastasr with other products
-    if _saved.get(name) not in products:
-        if operands is None:
-            return ""
-        _saved[name] = _measure(operation, operands, products)
-        _remember(name, _saved[name])
-    return _saved[name]
+    found = _parsed(_saved.get(name), products)
+    if operands is None:
+        return "" if found is None or found.due() else found.product
+    if found is not None and found.due():
+        _saved |= _read(cache_file())  # another process may have measured it meanwhile
+        found = _parsed(_saved.get(name), products)
+    if found is not None and not (found.due() and processor.crowd(threads) <= 1):
+        return found.product
+    began = time.perf_counter()
+    product, under_load = _measure(operation, operands, own)
+    if found is not None:
+        _again = 0 if under_load else _again - (time.perf_counter() - began)
+    times = 1 if found is None else found.times + 1
+    choice = _remember(name, _Choice(product, under_load, times, time.time()), products)
+    _saved[name] = asdict(choice)
+    return choice.product
 
 
 def _timed(product: str, operation: str, operands: tuple) -> float:
@@ -201,21 +260,29 @@ def _timed(product: str, operation: str, operands: tuple) -> float:
     return clock() - begin
 
 
-def _measure(operation: str, operands: tuple, products: list[str]) -> str:
-    start = time.perf_counter()
-    best = dict.fromkeys(products, math.inf)
-    for product in best:  # the first run packs and allocates
+def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
+    """Returns the product to take, torch's or ``own``, and whether others kept the machine busy meanwhile."""
+    load = processor.Load(torch.get_num_threads())
+    for product in ("torch", own):  # the first run packs and allocates
         _timed(product, operation, operands)
-    theirs, ours, taken = math.inf, math.inf, ""
-    for repetition in range(5 * _REPETITIONS):
-        spent, clear = time.perf_counter() - start, ours > _CLEAR * theirs
+    load.look()
+    theirs, ours = [], []
+    for pair in range(_PAIRS):
+        spent, busy = load.seconds, load.is_high(theirs, ours)
         # one call may have waited for another process: a short product is measured often
-        if spent > _BUDGET_S or (repetition >= _REPETITIONS and (spent > _SHORT_S or clear)):
+        enough = pair > 0 and spent > (1 + busy) * _SHORT_S
+        if enough or spent > _BUDGET_S or (pair > 1 and min(ours) > _CLEAR * min(theirs)):
             break
-        best = {p: min(seconds, _timed(p, operation, operands)) for p, seconds in best.items()}
-        theirs = best["torch"]
-        ours, taken = min((seconds, product) for product, seconds in best.items() if product != "torch")
-    return taken if ours < _MARGIN * theirs else "torch"
+        # in either order: clocks and caches that warm up serve whichever product comes later
+        for product in ("torch", own, own, "torch"):
+            (theirs if product == "torch" else ours).append(_timed(product, operation, operands))
+            load.look()
+    busy = load.is_high(theirs, ours)
+    margin = _MARGIN_UNDER_LOAD if busy else _MARGIN
+    # The shortest times are those that others disturbed least. The median of rounds shows if only one was lucky.
+    wins = theirs and min(ours) < margin * min(theirs)
+    wins = wins and processor.median([b - a for a, b in zip(theirs, ours, strict=True)]) < 0
+    return own if wins else "torch", busy
 
 
 def _chosen(key: tuple, operands: tuple | None) -> Callable[..., Tensor] | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastasr import _left
 from fastasr.ops import _dispatch, _weight_formats
 
 FORMATS = {format: _weight_formats.FORMATS[format] for format in ("bf16", "int8")}
@@ -58,6 +59,11 @@ class Copy:
         # at the end: until then, other threads see that the copy is old
         self.version, self.address, self.outputs = version, weight.data_ptr(), len(weight)
         _changed()
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """Returns the parameter while it lives."""
+        return self._weight()
 
     @property
     def bytes(self) -> int:
@@ -167,8 +173,14 @@ def of(x: Tensor, weight: Tensor) -> Copy | None:
         copy = _moved(weight)
         if copy is None:
             return None
-    fits = x.dtype is torch.float32 and x.is_cpu and weight.dtype is torch.float32 and weight.dim() == 2
-    return copy if fits and len(weight) == copy.outputs and x.numel() else None
+    if not x.numel():
+        return None
+    plain = x.dtype is torch.float32 and x.is_cpu and weight.dtype is torch.float32
+    if plain and weight.dim() == 2 and len(weight) == copy.outputs:
+        return copy
+    what = "a part of it" if plain else f"{str(x.dtype).removeprefix('torch.')} tensors on {x.device.type}"
+    _left.note(copy.parameter, f"float32 weights multiply {what}", "product")
+    return None
 
 
 def _moved(weight: Tensor) -> Copy | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastasr import _left
 from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
 from fastasr.ops._weight_formats import FORMATS
 from fastasr.streaming.backend import EagerBackend, EncoderPair
@@ -64,7 +65,7 @@ class StreamingEncoder:
 
     def __init__(self, backend, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq):
         self._backend = backend
-        self.report = None
+        self.report = self.refusal = None  # why the native backend, if it was looked for, does not serve
         self.chunk_size, self.left_context_frames = chunk_size, left_context_frames
         self.max_streams, self.rate, self.bins = max_streams, rate, bins
         self.channels = found.channels
@@ -122,9 +123,10 @@ class StreamingEncoder:
         pair = _on_device(EncoderPair(found.encoder, found.encoder_embed), device)
         began = time.perf_counter()
         options = (chunk_size, left_context_frames, weights, max_streams, threads)
-        made, reason = _choose(backend, pair, options, release_weights)
+        made, why, refusal = _choose(backend, pair, options, release_weights)
         seconds = time.perf_counter() - began
         encoder = cls(made, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq)
+        encoder.refusal = refusal
         error = None
         if weights != "fp32":
             error = _rounding_error(made, pair, chunk_size, left_context_frames, bins)
@@ -132,7 +134,7 @@ class StreamingEncoder:
             made.release(pair)
         encoder.report = EngineReport(
             made.name,
-            reason,
+            why if refusal is None else f"native does not serve: {refusal}",
             found.origin,
             weights,
             made.weights_bytes,
@@ -208,6 +210,8 @@ class StreamingEncoder:
         features, lengths = self._checked(features, len(slots), lengths)
         if not slots:
             return torch.zeros(0, self.chunk_size // 2, self.channels), torch.zeros(0, dtype=torch.int64)
+        if self.refusal is not None:
+            _left.note(self, self.refusal, "step")
         y = self._backend.step(features, slots)
         frames = [frames_out(length, self.chunk_size) for length in lengths]
         longest = max(frames)
@@ -241,6 +245,10 @@ class StreamingEncoder:
             for row in short:
                 features[row, lengths[row] :] = SILENCE
         return features, lengths
+
+    def leaves(self):
+        """Returns why ``step`` does not run the native backend, if that was looked for."""
+        return {"step": self.refusal or ""}
 
     # ------------------------------------------------------------------ samples
     def push(self, stream, samples, rate=None):
@@ -308,7 +316,8 @@ def _on_device(pair, device):
 
 
 def _choose(wanted, pair, options, release):
-    """Returns (backend, why it was chosen). Raises ValueError if no backend supports the request."""
+    """Returns (backend, why it was chosen, why the native one does not serve or None). Raises ValueError if no backend
+    supports the request."""
     device = next(pair.parameters()).device
     if wanted is None and device.type == "cuda":
         wanted, why = "cuda graph", "the model is on a GPU"
@@ -320,7 +329,7 @@ def _choose(wanted, pair, options, release):
     if wanted in (None, "native"):
         made, refusal = _native(pair, options, device)
         if made is not None:
-            return made, why
+            return made, why, None
         if wanted == "native":
             raise ValueError(f"StreamingEncoder: the native backend cannot serve: {refusal}")
     if release:
@@ -329,8 +338,8 @@ def _choose(wanted, pair, options, release):
     if wanted == "cuda graph":
         if device.type != "cuda":
             raise ValueError(f"StreamingEncoder: CUDA graphs need a model on a GPU, this one is on {device}")
-        return CudaGraphBackend(pair, *options), why
-    return EagerBackend(pair, *options), why if refusal is None else f"native does not serve: {refusal}"
+        return CudaGraphBackend(pair, *options), why, None
+    return EagerBackend(pair, *options), why, refusal
 
 
 def _native(pair, options, device):

@@ -5,5 +5,6 @@ from fastasr.models.common.attention_dropout import upstream_draws
 from fastasr.swap.engine import accelerate, eager_mode, explain, restore
 from fastasr.swap.report import SwapReport
 from fastasr.swap.verify import verify
+from fastasr.swap.why import why
 
-__all__ = ["SwapReport", "accelerate", "eager_mode", "explain", "restore", "upstream_draws", "verify"]
+__all__ = ["SwapReport", "accelerate", "eager_mode", "explain", "restore", "upstream_draws", "verify", "why"]

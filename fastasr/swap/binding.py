@@ -10,9 +10,13 @@ module: restore the model before making one.
 
 import copy
 import functools
+import inspect
 import types
 
 import torch
+
+from fastasr import _left
+from fastasr.models.common.plain import any_global_hook
 
 try:  # torch.compile treats torch.onnx.is_in_onnx_export() as constant False, but reads this flag
     from torch.onnx._internal.exporter import _flags as _onnx
@@ -40,16 +44,22 @@ def _refuse(module, what):
 @functools.cache
 def guarded(function, name="forward"):
     """Returns ``function`` with a check that it is not being traced. There is one wrapper per function, by which a swap
-    is recognised."""
+    is recognised. Hooks of all modules want to see every call that upstream's code makes: with them it runs."""
 
     @functools.wraps(function)
     def guard(self, *args, **kwargs):
+        if any_global_hook():
+            _left.note(self, "hooks of all modules are registered", name)
+            return getattr(type(self), name)(self, *args, **kwargs)
         if torch.jit.is_tracing():
             _refuse(self, "torch.jit.trace and the tracing ONNX exporter")
         if torch.compiler.is_exporting() and _onnx._is_onnx_exporting:
             _refuse(self, "torch.onnx.export")
         return function(self, *args, **kwargs)
 
+    # Libraries that wrap forwards, as accelerate does, take their wrappers off along __wrapped__, and would take ours.
+    del guard.__wrapped__
+    guard.__signature__ = inspect.signature(function)
     guard.__name__ = name  # a bound method pickles by name: upstream's own is found on loading
     guard.fastasr_forward = function
     return guard
@@ -94,7 +104,9 @@ def unbind(module):
 def bound_function(module, name):
     """Returns the function that ``bind`` gave to this module under ``name``, or None."""
     method = vars(module).get(name)
-    return getattr(getattr(method, "__func__", None), "fastasr_forward", None)
+    if not isinstance(method, types.MethodType):  # whoever wraps a method copies its attributes
+        return None
+    return getattr(method.__func__, "fastasr_forward", None)
 
 
 def bound_forward(module):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import parametrize
 
+from fastasr.models.common.plain import hooks_of
 from fastasr.models.common.ragged import hook
-from fastasr.ops._dispatch import eager_on_device
+from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
 from fastasr.swap import weights as reduced
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
@@ -97,7 +98,16 @@ def accelerate(
             return (only is None or only(path, module)) and (exclude is None or not exclude(path, module))
 
         report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error)
+    _note_leaving(plan, report)
     return report
+
+
+def _note_leaving(plan, report):
+    """Says in the report which methods of its replaced modules are known to leave the fast path now."""
+    for (_, module, decision), row in zip(plan, report.rows, strict=True):
+        if row.status == REPLACED:
+            for method, reason in (decision.later or decision).rule.leaves(module).items():
+                row.reason += f"; {method} leaves the fast path: {reason}" if reason else ""
 
 
 def _leave_padding_out(plan, report):
@@ -155,11 +165,13 @@ def explain(model, only=None, exclude=None):
     got a hook since, for example.
     """
     report = SwapReport(type(model).__name__, dry_run=True)
-    for path, module, decision in _plan(*_selection(model, only, exclude)):
+    plan = _plan(*_selection(model, only, exclude))
+    for path, module, decision in plan:
         report.rows.append(_row(path, module, decision, decision.apply))
         ragged = decision.rule.ragged if decision.rule is not None else None
         if ragged is not None and binding.bound_forward(module) is ragged.forward:
             _note_padding(report, report.rows[-1], hook(module) or ragged.obstacle(module))
+    _note_leaving(plan, report)
     return report
 
 
@@ -203,7 +215,7 @@ def _row(path, module, decision, accept):
     kernels = rule.kernels if rule is not None else ()
     reason, parameter = decision.reason, next(module.parameters(), None)
     if accept and parameter is not None:
-        eager = eager_on_device(kernels, parameter.device, parameter.dtype)
+        eager = why_eager(kernels, parameter.device, parameter.dtype)
         reason = "; ".join(filter(None, (reason, eager)))
     return Row(path, type(module).__name__, rule.name if rule else None, kernels, status, reason)
 
@@ -282,11 +294,12 @@ def _obstacle(module, rule):
             return f"its {method} was already replaced on this instance, by {name}"
     if parametrize.is_parametrized(module):
         return f"has parametrizations on {', '.join(module.parametrizations)}"
-    for what, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
+    kinds = "forward hook", "forward pre-hook", "backward hook", "backward pre-hook"
+    for what, hooks in zip(kinds, hooks_of(module), strict=True):
         unknown = [h for h in hooks.values() if _full_name(h) not in rule.hooks]
         if unknown:
             names = [getattr(h, "__qualname__", type(h).__name__) for h in unknown]
-            return f"has a forward {what}: {', '.join(names)}"
+            return f"has a {what}: {', '.join(names)}"
     return None
 
 

@@ -70,6 +70,8 @@ class Rule:
     ``companion`` rules apply only to models in which another rule of the family matched a module.
     ``ragged`` says how encoders of this class leave padding out, or is None if they do not. If its forward is the
     rule's, nothing but ``accelerate(ragged=True)`` binds it.
+    ``leaves(module)`` returns, of methods whose calls may leave fastasr's fast path, method -> why any call of a
+    swapped module would leave it now: "" if nothing is known, None if that shows at its first call.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Rule:
     hooks: tuple = ()
     note: str = ""
     ragged: Ragged | None = None
+    leaves: Callable = field(default=lambda module: {})
 
     @property
     def is_ragged_only(self):
@@ -142,14 +145,20 @@ def check_parameters(module, shapes, optional=(), allowed_buffers=()):
 
 
 def check_children(module, allowed):
-    """Returns a reason if a submodule is not in ``allowed`` (name -> class name), else None."""
+    """Returns a reason if a submodule is not in ``allowed``, else None. It maps names to torch's classes, or to the
+    names of upstream's.
+    """
     for name, child in module._modules.items():
         if child is None:
             continue
         if name not in allowed:
             return f"has a submodule this class does not have upstream: {name} ({type(child).__name__})"
-        if upstream_class(child).__name__ != allowed[name]:
-            return f"submodule {name} is a {type(child).__name__}, expected {allowed[name]}"
+        cls, expected = upstream_class(child), allowed[name]
+        if cls is not expected and cls.__name__ != expected:
+            expected = getattr(expected, "__name__", expected)
+            if cls.__name__ == expected:
+                return f"submodule {name} is not a plain torch.nn.{expected}, but {cls.__module__}'s"
+            return f"submodule {name} is a {cls.__name__}, expected {expected}"
     return None
 
 

@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fastasr import _left
 from fastasr.models.common.attention_dropout import upstream_draws
 from fastasr.models.common.ragged import padded
 from fastasr.ops import _reduced_weights
@@ -76,7 +77,8 @@ def verify(model, inputs, gradients=True, rollback=True):
     swapped = list(swapped_modules(model))
     checks = _Checks(_PASSES if gradients else _PASSES[:1])
     exact = _reduced_weights.suspended()  # the swap is right in float32; weights= bounds its own error
-    with ModelState(model), RandomState(), _no_compilation(), exact, padded(), torch.no_grad():
+    unnoted = _left.ignored()
+    with ModelState(model), RandomState(), _no_compilation(), exact, padded(), unnoted, torch.no_grad():
         probes = [
             [_Probe(module, rule, name, checks) for name in ("forward", *rule.compared)]
             for _, module, rule in swapped

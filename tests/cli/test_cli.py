@@ -15,7 +15,7 @@ import fastasr
 from fastasr import cli, ops, testing
 from fastasr.cli import env
 from fastasr.cli.app import app
-from fastasr.ops import _dispatch
+from fastasr.ops import _dispatch, _gemm
 
 pytestmark = pytest.mark.needs("benchmarks", "fastasr", "examples")
 
@@ -96,6 +96,18 @@ def test_env(run):
     assert found["cpu"]["torch threads"] == torch.get_num_threads()
     assert found["native"]["loaded"] == (not _dispatch.native_reason())
     assert found["triton"]["usable"] or found["triton"]["reason"]
+
+
+def test_env_counts_choices_made_under_load(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTASR_CACHE", str(tmp_path))
+    nothing = json.loads(run("env", "--json").stdout)["matrix products"]
+    assert (nothing["choices kept"], nothing["made under load"]) == (0, 0)
+    for number, under_load in enumerate([True, False, True]):
+        _gemm._remember(f"forward {number}", _gemm._Choice("torch", under_load, 1, 1.8e9))
+    found = json.loads(run("env", "--json").stdout)["matrix products"]
+    assert (found["choices kept"], found["made under load"]) == (3, 2)
+    assert Path(found["file"]).parent == tmp_path
+    assert "2, measured again once the machine is idle" in run("env").stdout
 
 
 def test_env_names_what_is_missing(run, monkeypatch):

@@ -69,8 +69,11 @@ def test_damaged_files(tmp_path, monkeypatch, count):
     whole = json.loads(_gemm.cache_file().read_text())
     assert len(whole) == 3
     texts = [
-        json.dumps(dict.fromkeys(whole, product), indent=1) for product in ("few rows", "native", "onednn")
+        json.dumps({key: entry | changes for key, entry in whole.items()}, indent=1)
+        for product in ("few rows", "native", "onednn")
+        for changes in ({"product": product}, {"product": product, "under_load": True, "at": 1.8e9})
     ]
+    texts.append(json.dumps(dict.fromkeys(whole, "native"), indent=1))  # as older versions wrote it
     damaged = [children.mutated_text(draw.choice(texts), draw) for _ in range(count)]
     for content in [*(text.encode() for text in texts), b'[[1, "torch"], ["a", 2]]', b"[" * 30000, *damaged]:
         _gemm.cache_file().write_bytes(content)

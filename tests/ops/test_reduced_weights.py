@@ -2,8 +2,11 @@
 """Products on copies of weights in fewer bits: their formulas, and the life of a copy."""
 
 import gc
+import math
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from steps import numbers
 
 from fastasr import ops
-from fastasr.ops import _dispatch, _reduced_weights
+from fastasr.ops import _dispatch, _gemm, _reduced_weights
 
 pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
 # Products of x in 7 bits, where the processor adds two of them in 16, have twice the error of 8.
@@ -46,6 +49,27 @@ def expected(layer, x, format):
         zero = (-low / step).round()
         x = ((x / step).round() + zero - zero) * step
     return F.linear(x, w, layer.bias.detach().double())
+
+
+@pytest.mark.skipif(
+    not {"bf16", "amx"} & set(_dispatch.native_build_info().get("simd_set", "").split("_")),
+    reason="the kernels of this instruction set have no instruction for bf16",
+)
+def test_bf16_gains_where_its_products_are_faster():
+    """The library compares instructions. Where they gain, a product takes half the time, elsewhere as much or more."""
+    torch.set_num_threads(1)
+    x, w = torch.ones(64, 192), torch.ones(512, 192)
+    products = [
+        partial(_reduced_weights.Copy(w, "bf16").product, x, None),
+        partial(_gemm._PRODUCTS["native"]["forward"], x, w, None),
+    ]
+    least = [math.inf, math.inf]
+    for _ in range(100):
+        for i, run in enumerate(products):
+            began = time.thread_time()
+            run()
+            least[i] = min(least[i], time.thread_time() - began)
+    assert _dispatch.native_build_info()["bf16_gains"] == (least[0] < 0.75 * least[1]), least
 
 
 def relative(got, truth):

@@ -5,108 +5,22 @@ gradients and draws, in training and in eval, and a whole model has upstream's o
 import copy
 
 import in_int8
-import nemo_encoder
 import pytest
 import torch
-from steps import close, moved, numbers, seeded, step
+from families import (
+    WIDTH,
+    call,
+    espnet_conformer,
+    fastspeech2_conformer,
+    nemo_conformer,
+    speechbrain_conformer,
+    torchaudio_conformer,
+    wav2vec2_conformer,
+)
+from steps import close, moved, seeded, step
 
 import fastasr
 from fastasr.swap import binding
-
-WIDTH, HIDDEN, HEADS, TAPS = 16, 32, 2, 7
-
-
-def torchaudio_conformer(dropout=0.1, **options):
-    models = pytest.importorskip("torchaudio.models")
-    return models.Conformer(WIDTH, HEADS, HIDDEN, 2, TAPS, dropout=dropout, **options)
-
-
-def wav2vec2_conformer(dropout=0.1, **options):
-    transformers = pytest.importorskip("transformers")
-    rates = ("activation_dropout", "attention_dropout", "hidden_dropout", "conformer_conv_dropout")
-    config = transformers.Wav2Vec2ConformerConfig(
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_attention_heads=HEADS,
-        num_hidden_layers=2,
-        conv_depthwise_kernel_size=TAPS,
-        hidden_act="swish",
-        max_source_positions=64,
-        num_conv_pos_embedding_groups=2,
-        layerdrop=0.0,
-        **dict.fromkeys(rates, dropout),
-        **options,
-    )
-    module = pytest.importorskip("transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer")
-    return module.Wav2Vec2ConformerEncoder(config)
-
-
-def fastspeech2_conformer(dropout=0.1, **options):
-    transformers = pytest.importorskip("transformers")
-    rates = ("dropout_rate", "positional_dropout_rate", "attention_dropout_rate")
-    config = transformers.FastSpeech2ConformerConfig(
-        hidden_size=WIDTH,
-        **{
-            f"{part}_{key}": value
-            for part in ("encoder", "decoder")
-            for key, value in (("layers", 2), ("num_attention_heads", HEADS), ("linear_units", HIDDEN))
-        },
-        **{
-            f"{part}_{rate.replace('attention', 'attention')}": dropout
-            for part in ("encoder",)
-            for rate in rates
-        },
-        encoder_kernel_size=TAPS,
-        **options,
-    )
-    module = pytest.importorskip("transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer")
-    made = module.FastSpeech2ConformerEncoder(config, config.encoder_config)
-    for key, parameter in made.named_parameters():
-        if "pos_bias" in key:  # uninitialised memory, which only a whole FastSpeech2ConformerModel overwrites
-            torch.nn.init.zeros_(parameter)
-    return made
-
-
-def espnet_conformer(dropout=0.1, **options):
-    module = pytest.importorskip("espnet2.asr.encoder.conformer_encoder")
-    sizes = {
-        "output_size": WIDTH,
-        "attention_heads": HEADS,
-        "linear_units": HIDDEN,
-        "cnn_module_kernel": TAPS,
-    }
-    kinds = {
-        "rel_pos_type": "latest",
-        "pos_enc_layer_type": "rel_pos",
-        "selfattention_layer_type": "rel_selfattn",
-    }
-    rates = dict.fromkeys(("dropout_rate", "positional_dropout_rate", "attention_dropout_rate"), dropout)
-    return module.ConformerEncoder(
-        WIDTH, num_blocks=2, input_layer="linear", macaron_style=True, **sizes, **kinds, **rates, **options
-    )
-
-
-def nemo_conformer(dropout=0.1, **options):
-    rates = ("dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att")
-    return nemo_encoder.load().ConformerEncoder(
-        feat_in=WIDTH,
-        n_layers=2,
-        d_model=WIDTH,
-        n_heads=HEADS,
-        ff_expansion_factor=HIDDEN // WIDTH,
-        conv_kernel_size=TAPS,
-        subsampling="dw_striding",
-        subsampling_factor=4,
-        subsampling_conv_channels=4,
-        **dict.fromkeys(rates, dropout),
-        **options,
-    )
-
-
-def speechbrain_conformer(dropout=0.1, **options):
-    module = pytest.importorskip("speechbrain.lobes.models.transformer.Conformer")
-    return module.ConformerEncoder(2, WIDTH, HIDDEN, HEADS, TAPS, dropout=dropout, **options)
-
 
 MODELS = {
     "nemo": (nemo_conformer, {"ConformerConvolution", "ConformerFeedForward"}),
@@ -167,19 +81,6 @@ def test_modules(name, training):
         same_steps(module, theirs.get_submodule(path), x, 1e-10)
         for a, b in zip(module.buffers(), theirs.get_submodule(path).buffers(), strict=True):
             close(a, b, 1e-10, path)
-
-
-def call(name, net, x, lengths):
-    if name in ("torchaudio", "espnet"):
-        return net(x, lengths)[0]
-    if name == "nemo":
-        return net(audio_signal=x.transpose(1, 2), length=lengths)[0]
-    mask = torch.arange(x.shape[1]) < lengths[:, None]
-    if name == "speechbrain":
-        positions = torch.randn(1, 2 * x.shape[1] - 1, WIDTH, dtype=x.dtype, generator=numbers(5))
-        return net(x, src_key_padding_mask=~mask, pos_embs=positions)[0]
-    mask = mask.unsqueeze(1).int() if name == "fastspeech2" else mask
-    return net(x.clone(), attention_mask=mask)[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

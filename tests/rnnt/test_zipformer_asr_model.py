@@ -124,18 +124,22 @@ def test_a_swapped_model_is_verified(inputs, monkeypatch):
     assert gradients["joiner.output_linear.weight"].any()
 
 
-def test_a_joiner_of_another_kind_is_declined(monkeypatch):
-    asr = asr_models.model()
-    assert fastasr.explain(asr)[""].status == "replaced"
-    handle = asr.joiner.output_linear.register_forward_hook(lambda *_: None)
-    assert fastasr.explain(asr)[""].reason == "submodule joiner.output_linear has hooks"
-    handle.remove()
+def test_a_joiner_of_another_kind_is_called(inputs, monkeypatch):
+    """Without k2 too, whose loss ours computes from the joiner's logits."""
+    asr, inputs = in_float64(inputs)
+    fastasr.accelerate(asr, only=lambda path, module: path == "")
+    monkeypatch.setattr(upstream, "k2", None)
+    fused, fused_gradients = asr_models.step(asr, inputs)
     asr.joiner.output_linear = torch.nn.Sequential(asr.joiner.output_linear)
-    assert "joiner.output_linear is not a plain torch.nn.Linear" in fastasr.explain(asr)[""].reason
-    assert (
-        fastasr.explain(asr_models.model(use_transducer=False, use_ctc=True))[""].reason
-        == "has no transducer"
-    )
+    called, gradients = asr_models.step(asr, inputs)
+    torch.testing.assert_close(called, fused, rtol=1e-6, atol=1e-6)
+    gradients = {name.replace("output_linear.0.", "output_linear."): g for name, g in gradients.items()}
+    assert_same_gradients(gradients, fused_gradients)
+
+
+def test_a_model_without_a_transducer_is_declined():
+    asr = asr_models.model(use_transducer=False, use_ctc=True)
+    assert fastasr.explain(asr)[""].reason == "has no transducer"
 
 
 def test_another_version_of_the_loss_is_declined():

@@ -98,11 +98,8 @@ def test_unknown_code_is_declined():
     [
         (lambda layer: setattr(layer.attention, "negative_inf", -5.0), "negative_inf"),
         (lambda layer: setattr(layer.attention, "scaling", 1.0), "scaling"),
-        (lambda layer: layer.pos_ff.append(torch.nn.ReLU()), "pos_ff"),
-        (lambda layer: layer.pos_ff[1].register_forward_hook(lambda *_: None), "hooks"),
-        (lambda layer: setattr(layer, "dropout", torch.nn.Identity()), "dropout"),
     ],
-    ids=("negative_inf", "scaling", "feed forward", "a hook", "dropout"),
+    ids=("negative_inf", "scaling"),
 )
 def test_instances_that_differ_are_declined(change, reason):
     net = model()

@@ -164,7 +164,7 @@ def test_word_error_rate(made, keep):
 
 def numba(loss, **options):
     """Gives the loss the attributes of upstream's numba loss, which is not written for processors."""
-    core = type("TDTLossNumba", (torch.nn.Module,), {})()
+    core = type("TDTLossNumba", (torch.nn.Module,), {"__module__": type(loss._loss).__module__})()
     vars(core).update(vars(loss._loss) | {"fastemit_lambda": 0.0, "clamp": 0.0, "omega": 0.0} | options)
     loss._loss = core
 

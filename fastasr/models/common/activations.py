@@ -5,6 +5,7 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common import plumbing
+from fastasr.models.common.plain import has_known_forward, is_watched
 
 _MODULES = {
     "gelu": torch.nn.GELU,
@@ -43,20 +44,23 @@ _FUSED = {
     torch.nn.Tanh: "tanh",
 }
 
+_FRAMEWORKS = ("espnet", "espnet2", "nemo", "speechbrain", "transformers")
+
 
 def fused_name(activation: torch.nn.Module) -> str | None:
-    """Returns the kernels' name for this module's function; None if they do not have it or the module has hooks."""
-    if activation._forward_hooks or activation._forward_pre_hooks:
+    """Returns the kernels' name for this module's function; None if they do not have it or the module is not plain."""
+    if is_watched(activation) or not has_known_forward(activation):
         return None
-    if type(activation) is torch.nn.GELU and activation.approximate != "none":
+    kind = type(activation)
+    if kind is torch.nn.GELU and activation.approximate != "none":
         return None
-    named_silu = type(activation).__name__ in ("Swish", "SiLUActivation")
-    if named_silu and not vars(activation).get("forward"):
-        if not activation._modules:
-            return "silu"  # ESPnet's and transformers' classes compute x sigmoid(x)
-        if getattr(activation, "beta", None) == 1:
-            return fused_name(activation.silu)  # SpeechBrain's computes silu(beta x)
-    return _FUSED.get(type(activation))
+    if kind.__name__ in ("Swish", "SiLUActivation") and kind.__module__.partition(".")[0] in _FRAMEWORKS:
+        # x sigmoid(beta x), by its own code or by a module of torch's
+        inner = next(iter(activation._modules.values()), None)
+        if getattr(activation, "beta", 1) != 1:
+            return None
+        return "silu" if inner is None else fused_name(inner)
+    return _FUSED.get(kind)
 
 
 def activated(linear, activation: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dropout of attention weights: by the kernel, which forms no weights, or as upstream draws it."""
 
+import logging
 from contextlib import contextmanager
 
 import torch
 
+from fastasr import _left
 from fastasr.ops import _weights_dropout
 
 _as_upstream = False
@@ -34,6 +36,14 @@ def as_upstream() -> bool:
 def forms_weights(p: float | None) -> bool:
     """Says whether the caller must form the weights for dropout p."""
     return p != 0 and (p is None or p >= 1 or as_upstream())
+
+
+def note_formed(module) -> None:
+    """Notes that a call of ``module`` must form the weights, because ``of_kernel`` returned None."""
+    if as_upstream():
+        _left.note(module, "upstream_draws is on, so attention forms its weights", level=logging.INFO)
+    else:
+        _left.note(module, "the dropout of attention weights has hooks, is no plain Dropout, or drops all")
 
 
 def of_kernel(p: float | None, device: torch.device) -> dict | None:

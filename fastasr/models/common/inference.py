@@ -14,6 +14,7 @@ def is_plain_inference(module, x, weight, ndim):
     """
     return (
         not module.training
+        and isinstance(weight, torch.Tensor)  # a quantised layer has a method in its place
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype == weight.dtype
@@ -28,35 +29,3 @@ def is_plain_inference(module, x, weight, ndim):
 
 def _wants_gradients(module):
     return any(p.requires_grad for p in module.parameters())
-
-
-def any_hooked(modules):
-    """Says whether one of the modules has hooks, which a fused call would give other tensors or not call at all."""
-    return any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )
-
-
-def has_known_forward(module):
-    """Says whether the module's forward is that of its class or the one that fastasr's swap bound to it."""
-    bound = vars(module).get("forward")
-    return bound is None or hasattr(bound, "fastasr_forward")
-
-
-def is_unmodified(module, classes):
-    """Says whether the module's class is one of ``classes`` itself and nothing but fastasr's swap replaced its
-    forward.
-    """
-    return type(module) in classes and has_known_forward(module)
-
-
-def runs(module, method, name="forward"):
-    """Says whether ``module.name`` is the function ``method``: from the class or bound to the instance, plain or
-    wrapped.
-    """
-    function = getattr(getattr(module, name), "__func__", None)
-    return getattr(function, "__wrapped__", function) is method

@@ -6,16 +6,9 @@ import operator
 
 import torch
 
-_GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_hooks,
-    torch.nn.modules.module._global_forward_pre_hooks,
-)
+from fastasr.models.common.plain import global_hooks, hooks_of
+
 _VERSION = torch.Tensor._version.__get__
-
-
-def global_hooks():
-    """Says whether torch has global module hooks, which run at every module's call."""
-    return any(_GLOBAL_HOOKS)
 
 
 class ModuleState:
@@ -30,8 +23,7 @@ class ModuleState:
         self._dicts = [d for m in parts for d in (m._modules, m._parameters) if d]
         self._members = list(self._now())
         self._parameters = [t for t in self._members if isinstance(t, torch.Tensor)]
-        self._hooks = [d for m in parts[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooks += _GLOBAL_HOOKS
+        self._hooks = [*itertools.chain.from_iterable(map(hooks_of, parts[1:])), *global_hooks()]
         self._dropping = [vars(m) for m in parts[1:] if drops(m)]
         self._instances, self._methods = [vars(m) for m in parts[1:]], methods
         self._bindings = list(self._bound())

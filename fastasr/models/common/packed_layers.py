@@ -13,18 +13,23 @@ of the layer's module after it.
 """
 
 import abc
+import logging
 import weakref
 
 import torch
 
-from fastasr.models.common.inference import any_hooked, is_plain_inference
+from fastasr import _left
+from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.plain import any_watched, has_known_forward, is_of_framework
+from fastasr.models.common.ragged import current
 from fastasr.ops import _dispatch
 
 # The native call is used if the relative rms difference of its results from those of the operations is below this.
 AGREEMENT = 1e-4
 
 _WATCHED = "a submodule has hooks, or is in training mode"
+_FOREIGN = "a submodule runs code that is neither torch's, fastasr's nor its framework's"
 
 
 def may_serve(layer, x, weight):
@@ -46,6 +51,26 @@ def may_call(layer, x, weight):
     )
 
 
+def note_declined(layer, x, weight, method):
+    """Notes why ``may_serve`` declined this call, unless no native call is meant for it: in training, on packed frames,
+    on a GPU, and while the call is compiled or traced, other paths are the fast ones."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training or current() is not None:
+        return
+    if not (x.is_cpu and weight.is_cpu and x.ndim == 3 and x.numel()):
+        return
+    forced = _dispatch.forced_backend()
+    if torch.is_autocast_enabled("cpu"):
+        _left.note(layer, "autocast is on", method)
+    elif _dispatch.native_reason():
+        _left.note(layer, _dispatch.native_reason(), method)
+    elif forced not in ("auto", "cpu"):
+        _left.note(layer, f"backend {forced!r} is forced", method, logging.INFO)
+    elif is_plain_inference(layer, x, weight, 3):
+        _left.note(layer, "packed_streaming is False", method, logging.INFO)
+    else:
+        _left.note(layer, "gradients are on", method, logging.INFO)
+
+
 class PackedLayer(abc.ABC):
     """The weights of a layer in the order in which the native call reads them.
 
@@ -60,8 +85,10 @@ class PackedLayer(abc.ABC):
     def __init__(self, layer, by_operations):
         self._state = ModuleState(layer, methods=self.METHODS)
         self.reason = _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_never(layer)
-        if not self.reason and any_hooked(layer.modules()):
+        if not self.reason and any_watched(layer.modules()):
             self.reason = _WATCHED
+        if not self.reason and any(_runs_foreign_code(part, type(layer)) for part in layer.modules()):
+            self.reason = _FOREIGN  # the example would call it
         if not self.reason and not self._state.traceable():
             self.reason = "parameters were made in inference mode, where changes leave no trace"
         if self.reason:
@@ -112,6 +139,11 @@ class PackedLayers:
     def forget(self, layer):
         """Drops the packed weights; the next step packs them again."""
         self._of.pop(layer, None)
+
+
+def _runs_foreign_code(module, owner):
+    """Says whether the module's forward is the user's: on the instance, or of a class from elsewhere."""
+    return not is_of_framework(type(module), owner) or not has_known_forward(module)
 
 
 def _why_no_weights(layer):

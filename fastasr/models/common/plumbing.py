@@ -8,19 +8,13 @@ with hooks. A submodule that is not a plain module of torch's is called normally
 import torch
 
 from fastasr import ops
-from fastasr.models.common.inference import has_known_forward
+from fastasr.models.common.plain import is_plain
 from fastasr.ops import _dropout
 
 
-def is_watched(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def is_plain_linear(module):
-    """Says whether this is torch's linear layer without hooks or another forward, so that its weight and bias
-    suffice.
-    """
-    return type(module) is torch.nn.Linear and not is_watched(module) and has_known_forward(module)
+    """Says whether this is torch's linear layer as it is, so that its weight and bias suffice."""
+    return is_plain(module, torch.nn.Linear)
 
 
 def linear(module, x):
@@ -29,17 +23,14 @@ def linear(module, x):
 
 def is_idle(module):
     """Says whether this dropout returns its input and draws no random numbers."""
-    return (
-        type(module) is torch.nn.Dropout and not is_watched(module) and not (module.training and module.p > 0)
-    )
+    return is_plain(module, torch.nn.Dropout) and not (module.training and module.p > 0)
 
 
 def dropped_share(module):
     """Returns the share of elements that this dropout sets to 0, or None if it is no plain dropout of torch's."""
-    if is_idle(module):
-        return 0.0
-    plain = type(module) is torch.nn.Dropout and not is_watched(module) and has_known_forward(module)
-    return module.p if plain else None
+    if not is_plain(module, torch.nn.Dropout):
+        return None
+    return module.p if module.training else 0.0
 
 
 def dropout(module, x, residual=None):
@@ -54,11 +45,7 @@ def dropout(module, x, residual=None):
 def is_layer_norm(module):
     """Says whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks."""
     return (
-        type(module) is torch.nn.LayerNorm
-        and len(module.normalized_shape) == 1
-        and module.bias is not None
-        and not is_watched(module)
-        and has_known_forward(module)
+        is_plain(module, torch.nn.LayerNorm) and len(module.normalized_shape) == 1 and module.bias is not None
     )
 
 
@@ -67,15 +54,14 @@ def conv_delay(module, causal=False):
     past, or None for any other module and under hooks. It is torch's, or NeMo's class that pads by itself. ``causal``:
     torch's with all of its padding on either side, whose last frames are cut.
     """
-    nemo = type(module).__name__ == "CausalConv1D"
-    if not nemo and type(module) is not torch.nn.Conv1d:
+    cls = type(module)
+    nemo = cls.__name__ == "CausalConv1D" and cls.__module__.startswith("nemo.")
+    if not is_plain(module, cls if nemo else torch.nn.Conv1d):
         return None
     taps = module.kernel_size[0]
     left, right = (module._left_padding, module._right_padding) if nemo else module.padding * 2
     plain = (
-        not is_watched(module)
-        and has_known_forward(module)
-        and module.groups == module.in_channels == module.out_channels
+        module.groups == module.in_channels == module.out_channels
         and (module.stride, module.dilation, module.padding_mode) == ((1,), (1,), "zeros")
         and left + right == (taps - 1) * (2 if causal else 1)
     )

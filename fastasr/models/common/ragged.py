@@ -10,7 +10,6 @@ recordings as for few: there few groups share calls of attention, whatever the r
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import accumulate, chain
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastasr import _left
+from fastasr.models.common.plain import hooks_of
 from fastasr.ops._transforms import Function, is_transformed
 
 # Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
@@ -53,7 +54,7 @@ def lengths(
     encoder, valid: Tensor, obstacle: Callable[[], str | None], least_on_gpu: int = 0
 ) -> list[int] | None:
     """Returns the frames of each recording, or None where the batch has no padding to leave out or the padding must
-    stay, of which this function warns.
+    stay, which this function notes.
 
     ``valid`` (B, T) is True at the frames that exist; on a GPU this function waits for it. ``obstacle()`` returns why
     the encoder cannot leave padding out now, or None. Inside ``padded``, under torch.compile and tracing, which would
@@ -76,8 +77,7 @@ def lengths(
         reason = "its mask is not one of lengths"
     if reason is None:
         return found
-    # Python shows a warning of the same words once.
-    warnings.warn(f"fastasr: this batch runs on its padding too: {reason}", stacklevel=3)
+    _left.note(encoder, f"this batch runs on its padding too: {reason}")
     return None
 
 
@@ -98,10 +98,9 @@ def _hooked(encoder):
     """
     modules = list(encoder.children())
     for module in modules:
-        before, behind = module._forward_pre_hooks, module._forward_hooks
-        if before or behind or module._backward_pre_hooks or module._backward_hooks:
-            backward = module._backward_pre_hooks, module._backward_hooks
-            yield module, chain.from_iterable(hooks.values() for hooks in (before, behind, *backward))
+        hooks = hooks_of(module)
+        if any(hooks):
+            yield module, chain.from_iterable(map(dict.values, hooks))
         if module._modules:
             modules.extend(child for child in module._modules.values() if child is not None)
 

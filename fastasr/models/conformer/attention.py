@@ -8,11 +8,15 @@ that is drawn as upstream does, position embeddings of each sequence's own.
 import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common.plain import is_watched
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, projected
 from fastasr.models.fast_conformer.masks import is_readable, seen
+
+_WEIGHTS = "attention weights are asked for"
+_OTHER = "an input, a mask or positions that rel_attention does not take"
 
 
 def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_position_embeddings=None, **kwargs):
@@ -22,7 +26,7 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
     implementation = self.config._attn_implementation
     fits = (
         implementation in STANDARD
-        and not (implementation == "eager" and plumbing.is_watched(self))
+        and not (implementation == "eager" and is_watched(self))
         and is_readable(attention_mask, batch, frames)
         and _is_one_table(relative_position_embeddings, frames)
     )
@@ -32,6 +36,13 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
         if dropout is not None:
             hidden = masks.of_kernel(attention_mask, by)
             return _attention(self, hidden_states, relative_position_embeddings, hidden, dropout), None
+        attention_dropout.note_formed(self)
+    elif implementation == "eager" and is_watched(self):
+        _left.note(self, _WEIGHTS)
+    elif fits:
+        _left.note(self, "a query sees no key")
+    else:
+        masks.note_unread(self, implementation in STANDARD, implementation)
     return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
 
 
@@ -48,6 +59,9 @@ def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None
         dropout = _dropout_of(self)
         if dropout is not None:
             return _attention(self, hidden_states, pos_emb, hidden, dropout), None
+        attention_dropout.note_formed(self)
+    else:
+        _left.note(self, _WEIGHTS if output_attentions else _OTHER)
     return type(self).forward(self, hidden_states, attention_mask, pos_emb, output_attentions)
 
 
@@ -69,6 +83,7 @@ def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
     elif fits:
         dropout = _dropout_of(self)
     if dropout is None:
+        _note(self, fits, "autocast to float16 is on" if half else _OTHER)
         return type(self).forward(self, query, key, value, mask, pos_emb, cache)
     key, _, query, following = self.update_cache(key=key, value=value, query=query, cache=cache)
     by = None if mask is None else seen(mask, hides=True)
@@ -90,6 +105,8 @@ def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None)
     fits = fits and pad_mask.dtype == torch.bool and pad_mask.shape == (batch, frames)
     dropout = _dropout_of(self) if fits else None
     if dropout is None:
+        autocast = torch.is_autocast_enabled(query.device.type)
+        _note(self, fits, "autocast is on" if autocast else f"{_OTHER}, a cache or an unequal context")
         return type(self).forward(self, query, key, value, pad_mask, pos_emb, cache)
     # rows for all distances, of which the kernel reads those of the context; a negative padding cuts
     p = projected(self, self.linear_pos, pos_emb[0])
@@ -115,6 +132,7 @@ def speechbrain_attention(
     share = plumbing.dropped_share(self.dropout_att)
     dropout = attention_dropout.of_kernel(share, query.device) if fits else None
     if dropout is None:
+        _note(self, fits, _OTHER)
         return type(self).forward(
             self, query, key, value, pos_embs, key_padding_mask, attn_mask, return_attn_weights
         )
@@ -128,6 +146,13 @@ def speechbrain_attention(
     y = ops.rel_attention(q * scale, k, v, p, u, w, **hidden, **dropout)
     out = plumbing.linear(self.out_proj, y.flatten(2))
     return (out, None) if return_attn_weights else out
+
+
+def _note(module, fits, reason):
+    if fits:
+        attention_dropout.note_formed(module)
+    else:
+        _left.note(module, reason)
 
 
 def _is_one_table(positions, frames):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolution modules: W_out activation(norm(depthwise(glu(W_in LayerNorm(x))))), with dropout at the end."""
 
+import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import plumbing
+from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
     after_gate,
@@ -17,14 +19,15 @@ from fastasr.models.fast_conformer.convolution import (
 
 def espnet_convolution(self, x):
     """ESPnet's Conformer. x (B, T, width) -> same shape. Padding is not masked."""
-    return gated_convolution(
+    y = gated_convolution(
         x, self.pointwise_conv1, self.depthwise_conv, self.norm, self.activation, self.pointwise_conv2
     )
+    return _as_upstream_lays_it(self, y)
 
 
 def fastspeech2_convolution(self, hidden_states, attention_mask=None):
     """transformers' FastSpeech2Conformer, which has Parakeet's module. hidden states (B, T, width) -> same shape."""
-    return FastConformerConvolution.forward(self, hidden_states, attention_mask)
+    return _as_upstream_lays_it(self, FastConformerConvolution.forward(self, hidden_states, attention_mask))
 
 
 def nemo_convolution(self, x, pad_mask=None, cache=None):
@@ -32,11 +35,11 @@ def nemo_convolution(self, x, pad_mask=None, cache=None):
     gated frames before x or None -> (B, T, width), and with a cache the next one."""
     conv, norm, by_frame = self.depthwise_conv, self.batch_norm, self.norm_type == "layer_norm"
     if cache is not None and (plumbing.conv_delay(conv) is None or not (by_frame or is_batch_norm(norm))):
+        _left.note(self, "a cache, and a convolution or norm that is no plain one or has hooks")
         return type(self).forward(self, x, pad_mask, cache)
     h = pointwise(self.pointwise_conv1, x)
     y = after_gate(h, conv, norm, self.activation, self.pointwise_conv2, pad_mask, cache, by_frame)
-    if self.training:  # the layer's dropout draws in the order of memory
-        y = y.transpose(1, 2).contiguous().transpose(1, 2)
+    y = _as_upstream_lays_it(self, y)
     return y if cache is None else (y, conv.update_cache(gated(h, pad_mask), cache)[1])
 
 
@@ -47,10 +50,12 @@ def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
     first, gate = self.bottleneck
     chunk_size = None if dynchunktrain_config is None else dynchunktrain_config.chunk_size
     if (
-        any(map(plumbing.is_watched, (self.bottleneck, gate, self.after_conv)))
+        not all(is_plain(part, torch.nn.Sequential) for part in (self.bottleneck, self.after_conv))
+        or not is_plain(gate, torch.nn.GLU)
         or (delay := plumbing.conv_delay(self.conv, self.causal)) is None
         or (chunk_size is not None and delay)
     ):
+        _left.note(self, "a part has hooks, its convolution is no plain one, or is causal within chunks")
         return type(self).forward(self, x, mask, dynchunktrain_config)
     norm, activation, last, dropout = self.after_conv
     h = pointwise(first, self.layer_norm(x)).transpose(0, 1)
@@ -81,7 +86,8 @@ def _within_chunks(weight, chunk_size):
 
 def wav2vec2_convolution(self, hidden_states):
     """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width) -> same shape. Padding is not masked."""
-    if plumbing.is_watched(self.glu):
+    if not is_plain(self.glu, torch.nn.GLU):
+        _left.note(self, "glu is not a plain GLU")
         return type(self).forward(self, hidden_states)
     y = gated_convolution(
         self.layer_norm(hidden_states),
@@ -97,9 +103,15 @@ def wav2vec2_convolution(self, hidden_states):
 def torchaudio_convolution(self, input):
     """torchaudio's Conformer. input (B, T, width) -> same shape. Padding is not masked."""
     first, gate, *rest, dropout = self.sequential
-    if plumbing.is_watched(self.sequential) or plumbing.is_watched(gate):
+    if not is_plain(self.sequential, torch.nn.Sequential) or not is_plain(gate, torch.nn.GLU):
+        _left.note(self, "sequential or its glu is not a plain one")
         return type(self).forward(self, input)
     return _dropped(dropout, gated_convolution(self.layer_norm(input), first, *rest))
+
+
+def _as_upstream_lays_it(module, y):
+    """Returns y (B, T, width), in training channels first in memory: upstream's next dropout draws in that order."""
+    return y.transpose(1, 2).contiguous().transpose(1, 2) if module.training else y
 
 
 def _dropped(dropout, y):

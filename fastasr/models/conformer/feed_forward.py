@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forward modules: dropout(W2 dropout(activation(W1 x + b1)) + b2)."""
 
+import torch
+
+from fastasr import _left
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.plain import is_plain
 
 
 def nemo_feed_forward(self, x):
@@ -12,7 +16,8 @@ def nemo_feed_forward(self, x):
 
 def speechbrain_feed_forward(self, x):
     """SpeechBrain's positionwise feed-forward, without the last dropout. x (B, T, width) -> same shape."""
-    if plumbing.is_watched(self.ffn):
+    if not is_plain(self.ffn, torch.nn.Sequential):
+        _left.note(self, "ffn is not a plain Sequential")
         return type(self).forward(self, x)
     first, activation, dropout, last = self.ffn
     if plumbing.is_idle(dropout):
@@ -30,7 +35,8 @@ def wav2vec2_feed_forward(self, hidden_states):
 
 def torchaudio_feed_forward(self, input):
     """torchaudio's Conformer, whose LayerNorm comes first. input (..., width) -> same shape."""
-    if plumbing.is_watched(self.sequential):
+    if not is_plain(self.sequential, torch.nn.Sequential):
+        _left.note(self, "sequential is not a plain Sequential")
         return type(self).forward(self, input)
     norm, first, activation, middle, last, dropout = self.sequential
     hidden = plumbing.dropout(middle, activations.activated(first, activation, norm(input)))

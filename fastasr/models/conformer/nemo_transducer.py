@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo's transducer loss: of its fused joint, which never holds the logits here, and of given logits."""
 
+import logging
 import random
 
 from torch import nn
 
+from fastasr import _left
 from fastasr.models.common.attention_dropout import as_upstream
-from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.plain import has_known_forward, is_plain, is_plain_named, is_watched
 from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
 
 LOSSES = ("RNNTLossNumba", "RNNTLossPytorch", "TDTLossNumba", "TDTLossPytorch")
@@ -15,7 +17,12 @@ ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 def nemo_transducer_loss(self, log_probs, targets, input_lengths, target_lengths):
     """Returns what upstream's loss returns for a joint's logits or log-probabilities."""
-    core, targets = self._loss, targets[:, : log_probs.shape[2] - 1]
+    core = self._loss
+    if not is_plain_named(core, LOSSES, self):
+        return type(self).forward.__get__(self)(
+            log_probs=log_probs, targets=targets, input_lengths=input_lengths, target_lengths=target_lengths
+        )
+    targets = targets[:, : log_probs.shape[2] - 1]
     call = targets, input_lengths, target_lengths, core.blank
     tokens, durations = log_probs.tensor_split((core.blank + 1,), -1)
     if _has_durations(core):
@@ -42,8 +49,13 @@ def nemo_fused_joint(
         )
 
     given = decoder_outputs, encoder_lengths, transcripts, transcript_lengths, self.wer, self.loss
-    draws = as_upstream() and _dropout(self) > 0
-    if draws or any(value is None for value in given) or why_with_logits(self) is not None:
+    if any(value is None for value in given):
+        return upstream(decoder_outputs)  # there is no loss to compute, or upstream says what lacks
+    if as_upstream() and _dropout(self) > 0:
+        _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
+        return upstream(decoder_outputs)
+    if (reason := why_with_logits(self)) is not None:
+        _left.note(self, f"upstream computes the loss from logits: {reason}")
         return upstream(decoder_outputs)
     lm = self.project_prednet(decoder_outputs.mT)
     symbols = min(transcripts.shape[1], lm.shape[1] - 1)
@@ -59,6 +71,11 @@ def nemo_fused_joint(
 
 def why_with_logits(joint) -> str | None:
     """Returns why upstream's code must compute this joint's loss; None if it need not."""
+    net = joint.joint_net
+    classes = tuple(ACTIVATIONS), *[(nn.Dropout,)] * (len(net) - 2), (nn.Linear,)
+    for part, kinds in ((net, (nn.Sequential,)), *zip(net, classes, strict=True)):
+        if not is_plain(part, *kinds):
+            return f"joint_net holds a {type(part).__name__} that is not a plain {kinds[0].__name__}"
     if not joint.fuse_loss_wer:
         return "fuse_loss_wer is False: the joint returns its logits, from which the loss is computed"
     if joint.masking_prob > 0:
@@ -77,9 +94,11 @@ def why_with_logits(joint) -> str | None:
     expected = joint.joint_net[-1].out_features - len(getattr(core, "durations", ())) - 1
     if core is not None and core.blank != expected:
         return f"blank is {core.blank}, expected the last token, {expected}"
-    parts = [*joint.joint_net, *(() if core is None else (joint.loss, core))]
-    if any_hooked(parts):
-        return "has hooks on its layers or its loss"
+    losses_are_plain = core is None or (
+        is_plain_named(core, LOSSES, joint) and not is_watched(joint.loss) and has_known_forward(joint.loss)
+    )
+    if not losses_are_plain:
+        return "its loss has hooks or another forward"
     return None
 
 

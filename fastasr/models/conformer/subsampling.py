@@ -3,7 +3,9 @@
 
 import torch
 
+from fastasr import _left
 from fastasr.models.common import plumbing
+from fastasr.models.common.plain import is_plain_named
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
 
 
@@ -13,11 +15,10 @@ def nemo_subsampling(self, x, lengths):
     Frames behind a sequence's end are 0 before every convolution, in recordings of any length: upstream splits long
     ones, and does not mask those that it splits by channel.
     """
-    if (
-        self.subsampling_conv_chunking_factor == -1
-        or plumbing.is_watched(self.conv)
-        or not are_plain(self.conv)
-    ):
+    if self.subsampling_conv_chunking_factor == -1:
+        return type(self).forward(self, x, lengths)  # which raises
+    if not (is_plain_named(self.conv, ("MaskedConvSequential",), self) and are_plain(self.conv)):
+        _left.note(self, "conv or one of its layers has hooks or is no plain one")
         return type(self).forward(self, x, lengths)
     lengths = lengths.long()
     valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)

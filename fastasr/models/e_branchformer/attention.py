@@ -8,6 +8,7 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common.plain import is_plain
 from fastasr.ops.rel_attention import relative_shift
 
 
@@ -42,6 +43,7 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         batch, frames = query.shape[:2]
         q = plumbing.linear(self.linear_q, query).view(batch, frames, self.h, self.d_k)
         k = plumbing.linear(self.linear_k, key).view(batch, -1, self.h, self.d_k)
+        q, k = _normed(self, "q_norm", q), _normed(self, "k_norm", k)
         v = plumbing.linear(self.linear_v, value).view(batch, -1, self.h, self.d_k)
         p = plumbing.linear(self.linear_pos, pos_emb).view(pos_emb.shape[0], -1, self.h, self.d_k)
         hidden = None if mask is None else mask.eq(0)  # (B, 1 or T, T)
@@ -55,6 +57,12 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
                 q, k, v, p[0], self.pos_bias_u, self.pos_bias_v, **_masks(hidden, batch, frames), **dropout
             )
         return plumbing.linear(self.linear_out, out.reshape(batch, frames, self.h * self.d_k))
+
+
+def _normed(module, name, x):
+    """Returns x (B, T, H, d) after ESPnet's norm of queries or keys, which our class does not have."""
+    norm = getattr(module, name, None)
+    return x if norm is None or is_plain(norm, torch.nn.Identity) else norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 def _with_weights(module, q, k, v, p, hidden):

@@ -5,18 +5,17 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.plain import is_plain, is_plain_named
 
 
-def _is_layer_norm(norm) -> bool:
+def _is_layer_norm(owner, norm) -> bool:
     """Says whether this is torch's or ESPnet's LayerNorm over the last dimension, with weight and bias."""
     return (
-        isinstance(norm, torch.nn.LayerNorm)
-        and type(norm).__name__ == "LayerNorm"
+        is_plain_named(norm, ("LayerNorm",), owner)
+        and isinstance(norm, torch.nn.LayerNorm)
         and getattr(norm, "dim", -1) == -1
         and len(norm.normalized_shape) == 1
         and norm.bias is not None
-        and not plumbing.is_watched(norm)
-        and "forward" not in vars(norm)
     )
 
 
@@ -64,7 +63,7 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
         norm, conv = self.norm, self.conv
         name = activations.fused_name(self.act)
         if (
-            _is_layer_norm(norm)
+            _is_layer_norm(self, norm)
             and plumbing.is_depthwise_conv(conv)
             and self.linear is None
             and gate_add is None
@@ -140,8 +139,4 @@ class FeedForwardConvGated(torch.nn.Module):
 
 
 def _is_two_steps(sequential) -> bool:
-    return (
-        type(sequential) is torch.nn.Sequential
-        and len(sequential) == 2
-        and not plumbing.is_watched(sequential)
-    )
+    return is_plain(sequential, torch.nn.Sequential) and len(sequential) == 2

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastasr.models.common.inference import any_hooked
-from fastasr.models.common.module_state import global_hooks
-from fastasr.models.emformer.layer import EmformerLayer
+from fastasr.models.common.plain import is_watched, runs
+from fastasr.models.emformer.layer import EmformerLayer, upstream_attends
 from fastasr.models.emformer.parts import seen_frames, segment_means
 from fastasr.models.emformer.stream import Step, infer_segment
 from fastasr.models.emformer.utterance import encode_utterance
@@ -162,14 +161,12 @@ def _init_gains(strategy: str | None, layers: int) -> list[float | None]:
 
 
 def _is_own(layer: nn.Module, name: str) -> bool:
-    function = getattr(getattr(layer, name), "__func__", None)
-    function = getattr(function, "fastasr_forward", function)  # the swap binds a wrapper with this attribute
-    return function is getattr(EmformerLayer, name)
+    return runs(layer, getattr(EmformerLayer, name), name) and not upstream_attends(layer)
 
 
 def _is_unwatched(layer: nn.Module) -> bool:
     """Says whether a call of the layer runs its own forward and nothing else."""
-    return not any_hooked((layer,)) and not global_hooks() and _is_own(layer, "forward")
+    return not is_watched(layer) and _is_own(layer, "forward")
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor, nn
 
+from fastasr.models.common.plain import has_known_forward, is_watched
 from fastasr.models.emformer.parts import ACTIVATIONS, seen_frames
 from fastasr.models.emformer.stream import Step, infer_segment
 from fastasr.models.emformer.utterance import encode_utterance
@@ -45,6 +46,16 @@ class EmformerAttention(nn.Module):
         if weight_init_gain:
             nn.init.xavier_uniform_(self.emb_to_key_value.weight, gain=weight_init_gain)
             nn.init.xavier_uniform_(self.emb_to_query.weight, gain=weight_init_gain)
+
+
+def upstream_attends(layer: nn.Module) -> bool:
+    """Says whether this is a layer of upstream's whose attention must be called, since it has hooks or a forward of its
+    own. The attention of our class only holds the projections.
+    """
+    attention = layer.attention
+    if type(attention) is EmformerAttention:
+        return False
+    return is_watched(attention) or "infer" in vars(attention) or not has_known_forward(attention)
 
 
 class EmformerLayer(nn.Module):
@@ -108,6 +119,8 @@ class EmformerLayer(nn.Module):
         Returns:
             The encoded utterance and right context, and the memory for the next layer.
         """
+        if upstream_attends(self):
+            return type(self).forward(self, utterance, lengths, right_context, mems, attention_mask)
         frames, batch, _ = utterance.shape
         seen = seen_frames(lengths, frames) if batch > 1 else None
         blocks = right_context.shape[0]
@@ -123,6 +136,8 @@ class EmformerLayer(nn.Module):
         mems: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
         """Runs the layer over one segment of a stream; see :meth:`Emformer.infer`."""
+        if upstream_attends(self):
+            return type(self).infer(self, utterance, lengths, right_context, state, mems)
         past = None if state is None else state[3]
         step = Step(self, utterance.shape[0], utterance.shape[1], lengths, past, utterance.device)
         return infer_segment(self, utterance, right_context, state, mems, step)

@@ -8,8 +8,9 @@ packed, what that costs, and how to decline it.
 import torch
 from torch import nn
 
-from fastasr.models.common.inference import is_unmodified
-from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve
+from fastasr import _left
+from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve, note_declined
+from fastasr.models.common.plain import is_plain
 from fastasr.ops import _activation, _dispatch
 
 # The rows of a segment are its frames, right context, summary and memory, times streams. With more rows, a matrix
@@ -27,12 +28,26 @@ def step(layer, utterance, right_context, state, mems, shared, by_operations):
     length that have at most 128 rows with right context and memory. ``shared`` holds what the layers of the step have
     in common (lengths, history, kept). ``by_operations`` is a function that computes the same by the operations.
     """
-    if not may_serve(layer, utterance, layer.attention.out_proj.weight):
+    weight = layer.attention.out_proj.weight
+    if not may_serve(layer, utterance, weight):
+        note_declined(layer, utterance, weight, "infer")
+        return None
+    if not _is_meant_for(layer, utterance, right_context):
         return None
     packed = _PACKED.of(layer, by_operations)
     if packed.reason or not packed.fits(utterance, right_context, state, mems):
+        reason = packed.reason or "states, memory or right context that the native call does not read"
+        _left.note(layer, reason, "infer")
         return None
     return packed.run(utterance, right_context, state, mems, shared)
+
+
+def _is_meant_for(layer, utterance, right_context):
+    """Says whether this is a whole segment of few rows. Any other takes the operations, which serve it better."""
+    memory = layer.max_memory_size if layer.use_mem else 0
+    frames, streams = utterance.shape[:2]
+    rows = streams * (frames + right_context.shape[0] + memory + 1)
+    return frames == layer.segment_length and rows <= MOST_ROWS
 
 
 class _PackedLayer(PackedLayer):
@@ -85,7 +100,6 @@ class _PackedLayer(PackedLayer):
         return (
             frames == self._segment
             and dim == self._dim
-            and streams * (frames + right_context.shape[0] + self._memory + 1) <= MOST_ROWS
             and _plain(utterance)
             and right_context.shape[1:] == (streams, dim)
             and _plain(right_context)
@@ -113,18 +127,20 @@ class _PackedLayer(PackedLayer):
 
     def _why_never(self, layer):
         for name in ("attention.emb_to_key_value", "attention.emb_to_query", "attention.out_proj"):
-            if not is_unmodified(layer.get_submodule(name), (nn.Linear,)):
+            if not is_plain(layer.get_submodule(name), nn.Linear):
                 return f"{name} is not a plain Linear"
         for name in ("layer_norm_input", "layer_norm_output"):
-            if not is_unmodified(layer.get_submodule(name), (nn.LayerNorm,)):
+            if not is_plain(layer.get_submodule(name), nn.LayerNorm):
                 return f"{name} is not a plain LayerNorm"
         parts = tuple(layer.pos_ff)
         kinds = (nn.LayerNorm,), (nn.Linear,), tuple(_ACTIVATIONS), (nn.Dropout,), (nn.Linear,), (nn.Dropout,)
-        if len(parts) != len(kinds) or not all(map(is_unmodified, parts, kinds)):
+        if len(parts) != len(kinds) or not all(
+            is_plain(part, *kind) for part, kind in zip(parts, kinds, strict=True)
+        ):
             return "pos_ff is not LayerNorm, Linear, ReLU, GELU or SiLU, Dropout, Linear, Dropout"
         if getattr(parts[2], "approximate", "none") != "none":
             return "the GELU is an approximate one"
-        if not is_unmodified(layer.dropout, (nn.Dropout,)):
+        if not is_plain(layer.dropout, nn.Dropout):
             return "dropout is not a plain Dropout"
         return ""
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastasr.models.emformer import packed_step
-from fastasr.models.emformer.parts import finish, layer_norm, project, seen_frames, segment_means
+from fastasr.models.emformer.parts import finish, project, seen_frames, segment_means
 from fastasr.ops import segment_attention
 
 
@@ -80,7 +80,7 @@ def infer_by_operations(
     attention, frames, right = layer.attention, utterance.shape[0], right_context.shape[0]
     memory, left = (layer.max_memory_size if layer.use_mem else 0), layer.left_context_length
     x = torch.cat([right_context, utterance])
-    h = layer_norm(layer.layer_norm_input, x)
+    h = layer.layer_norm_input(x)
     summaries = segment_means(layer, h[right:])[:1] if layer.use_mem else None
     old = [t.to(h.dtype) for t in state[:3]]
     query, key, value = project(attention, h, summaries, old[0] if memory else None)

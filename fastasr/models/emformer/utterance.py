@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from fastasr.models.emformer.parts import finish, layer_norm, project, segment_means
+from fastasr.models.emformer.parts import finish, project, segment_means
 from fastasr.ops import _dropout, segment_attention
 from fastasr.ops.segment_attention import key_rows, query_rows, segments_of
 
@@ -20,7 +20,7 @@ def encode_utterance(
     right = (x.shape[0] - frames) // max(1, segments)
     memory = layer.max_memory_size if layer.use_mem else 0
     sizes = frames, layer.segment_length, layer.left_context_length, right, memory
-    h = layer_norm(layer.layer_norm_input, x)
+    h = layer.layer_norm_input(x)
     query, key, value = project(
         layer.attention,
         h,

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fastasr import rnnt
+from fastasr.models.common.plain import is_plain, is_watched
 from fastasr.models.emformer_rnnt.joiner import Joiner
 from fastasr.models.emformer_rnnt.predictor import Predictor, State
 from fastasr.models.emformer_rnnt.transcriber import EmformerEncoder
@@ -77,16 +78,22 @@ class RNNT(nn.Module):
         predicted, _, _ = self.predictor(torch.cat((starts, targets), 1), target_lengths + 1)
         zeros = torch.zeros_like(lengths, dtype=torch.int64)
         boundary = torch.stack((zeros, zeros, target_lengths.to(zeros), lengths.to(zeros)), 1)
+        targets, activation = targets.to(torch.int64), self.joiner.activation
+        if is_watched(self.joiner) or not (
+            is_plain(linear, nn.Linear) and is_plain(activation, nn.ReLU, nn.Tanh)
+        ):
+            logits, *_ = self.joiner(encodings, lengths, predicted, target_lengths + 1)
+            return rnnt.rnnt_loss(logits, targets, blank, boundary, reduction=reduction)
         return rnnt.joiner_loss(
             encodings,
             predicted.contiguous(),
             linear.weight,
             linear.bias,
-            targets.to(torch.int64),
+            targets,
             blank,
             boundary,
             reduction=reduction,
-            activation="relu" if isinstance(self.joiner.activation, nn.ReLU) else "tanh",
+            activation="relu" if type(activation) is nn.ReLU else "tanh",
         )
 
     def transcribe(self, sources: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import plumbing
 
 State = list[list[Tensor]]
@@ -33,26 +33,36 @@ class CustomLSTM(nn.Module):
 
     def forward(self, input: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         hidden, cell = (None, None) if state is None else state
-        x2g, p2g, gates, cells = self.x2g, self.p2g, self.g_norm, self.c_norm
-        plain = plumbing.is_plain_linear(x2g) and plumbing.is_plain_linear(p2g) and p2g.bias is None
-        normalised = plumbing.is_layer_norm(gates) and plumbing.is_layer_norm(cells)
-        if plain and x2g.bias is None and normalised and gates.eps == cells.eps:
-            y, hidden, cell = ops.layer_norm_lstm(
-                input,
-                x2g.weight,
-                p2g.weight,
-                gates.weight,
-                gates.bias,
-                cells.weight,
-                cells.bias,
-                hidden,
-                cell,
-                gates.eps,
-            )
-            return y, [hidden, cell]
-        if plain and x2g.bias is not None and type(gates) is type(cells) is nn.Identity:
+        x2g, p2g, gates, cells = parts = self.x2g, self.p2g, self.g_norm, self.c_norm
+        if reason := _why_by_steps(*parts):
+            _left.note(self, f"it runs step by step: {reason}")
+            return _by_steps(self, input, hidden, cell)
+        if type(gates) is nn.Identity:
             return _plain_lstm(input, x2g, p2g, hidden, cell)
-        return _by_steps(self, input, hidden, cell)
+        norms = gates.weight, gates.bias, cells.weight, cells.bias
+        y, hidden, cell = ops.layer_norm_lstm(input, x2g.weight, p2g.weight, *norms, hidden, cell, gates.eps)
+        return y, [hidden, cell]
+
+
+def why_by_steps(lstm: nn.Module) -> str:
+    """Returns why this LSTM layer calls its submodules step by step, or ""."""
+    return _why_by_steps(lstm.x2g, lstm.p2g, lstm.g_norm, lstm.c_norm)
+
+
+def _why_by_steps(x2g: nn.Module, p2g: nn.Module, gates: nn.Module, cells: nn.Module) -> str:
+    for name, product in (("x2g", x2g), ("p2g", p2g)):
+        if not plumbing.is_plain_linear(product):
+            return f"{name} has hooks, another forward or another class than Linear"
+    if p2g.bias is not None:
+        return "p2g has a bias"
+    if type(gates) is type(cells) is nn.Identity:
+        return "" if x2g.bias is not None else "x2g has no bias, and nothing is normalised"
+    for name, norm in (("g_norm", gates), ("c_norm", cells)):
+        if not plumbing.is_layer_norm(norm):
+            return f"{name} has hooks, another forward, no bias or another class than LayerNorm"
+    if x2g.bias is not None:
+        return "x2g has a bias before a norm"
+    return "" if gates.eps == cells.eps else "g_norm and c_norm differ in eps"
 
 
 def _plain_lstm(x: Tensor, x2g: nn.Linear, p2g: nn.Linear, hidden: Tensor | None, cell: Tensor | None):
@@ -65,7 +75,7 @@ def _plain_lstm(x: Tensor, x2g: nn.Linear, p2g: nn.Linear, hidden: Tensor | None
 
 
 def _by_steps(lstm: nn.Module, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """Calls the submodules step by step, because one of them has hooks or is wrapped."""
+    """Calls the submodules step by step, see ``why_by_steps``."""
     zeros = x.new_zeros(x.shape[1], lstm.hidden_dim)
     h, c = (zeros if t is None else t for t in (h, c))
     steps = []

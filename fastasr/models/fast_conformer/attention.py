@@ -12,8 +12,9 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, packed, plumbing
+from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
@@ -64,13 +65,17 @@ class FastConformerAttention(torch.nn.Module):
                 self, *_projections(self, hidden_states), position_embeddings[0], attention_mask
             )
             return plumbing.linear(self.o_proj, y.flatten(1).unsqueeze(0)), None
-        wants_weights = implementation == "eager" and plumbing.is_watched(self)
+        wants_weights = implementation == "eager" and is_watched(self)
         if implementation not in STANDARD or wants_weights or not is_readable(attention_mask, batch, frames):
             if type(self) is FastConformerAttention:
                 raise ValueError(
                     f"FastConformerAttention: attention_mask: expected bool {(batch, 1, frames, frames)}, got "
                     f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
                 )
+            if wants_weights:
+                _left.note(self, "attention weights are asked for")
+            else:
+                masks.note_unread(self, implementation in STANDARD, implementation)
             return type(self).forward(  # upstream's
                 self, hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
             )
@@ -118,6 +123,10 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     served = shared and not is_transformed()  # the gradient of _mean is for reverse mode alone
     of_kernel = attention_dropout.of_kernel(dropout, q.device) if served else None
     if of_kernel is None:
+        if shared:
+            attention_dropout.note_formed(module)
+        else:
+            _left.note(module, "each sequence has position embeddings of its own")
         p = plumbing.linear(module.relative_k_proj, position_embeddings[:, :rows])
         p = p.view(*p.shape[:2], *module.bias_u.shape)
         return _with_weights(module, q, k, v, p, mask, dropout, mean)
@@ -163,14 +172,14 @@ def projected(module, projection, table):
     """Returns the projection of ``table`` (2T − 1, width) by one of the module's linear layers. In inference it is kept
     while table and weight stay."""
     if (
-        torch.is_grad_enabled()
+        not plumbing.is_plain_linear(projection)
+        or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or is_transformed()
         or torch.is_autocast_enabled(table.device.type)
         or len(table) >= 2 * KEPT_FRAMES
         or table.is_inference()
         or projection.weight.is_inference()
-        or not plumbing.is_plain_linear(projection)
     ):
         return plumbing.linear(projection, table)
     weight = projection.weight

@@ -12,8 +12,11 @@ chunk by chunk the outputs are those of the whole recording. Attributes are thos
 import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import plumbing
+from fastasr.models.common.activations import fused_name
+from fastasr.models.common.plain import is_plain_named
+from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import attended
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.masks import is_readable, seen
@@ -36,6 +39,8 @@ def cached_attention(
     batch, frames = hidden_states.shape[:2]
     keys = (position_embeddings.shape[1] + 1) // 2
     if self.config._attn_implementation != "sdpa" or not is_readable(attention_mask, batch, frames, keys):
+        implementation = self.config._attn_implementation
+        masks.note_unread(self, implementation == "sdpa", implementation)
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     shape = batch, frames, *self.bias_u.shape
     q = plumbing.linear(self.q_proj, hidden_states).view(shape)
@@ -124,11 +129,17 @@ def _extended(layer, k, v):
     return k, v
 
 
+def _is_upstreams(owner, module, name):
+    """Says whether a part, whose source the rule has read, is still as it was, so that we need not call it."""
+    return is_plain_named(module, (f"NemotronAsrStreamingEncoder{name}",), owner)
+
+
 def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=None):
     """Serves NemotronAsrStreamingEncoderConvolutionModule: hidden states (B, T, width), all_masked_rows (bool (B, 1,
     T), True: the frame sees no key, and its gated frame is 0) or None -> (B, T, width)."""
     conv = self.depthwise_conv
-    if plumbing.is_watched(conv):
+    if not _is_upstreams(self, conv, "CausalConv1d"):
+        _left.note(self, "depthwise_conv has hooks or is not upstream's")
         return type(self).forward(self, hidden_states, all_masked_rows, padding_cache)
     h = pointwise(self.pointwise_conv1, hidden_states)
     taps = conv.weight.shape[-1]
@@ -155,10 +166,15 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
 def causal_subsampling(self, input_features, attention_mask=None, padding_cache=None):
     """Serves NemotronAsrStreamingEncoderSubsamplingConv2D: features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames,
     or None -> (B, T, width). Without a cache each of the convolutions makes ⌊n / 2⌋ + 1 frames and bins of n."""
-    convs = [self.conv_in, *(layer.depthwise_conv for layer in self.layers)]
-    products = [layer.pointwise_conv for layer in self.layers]
-    watched = any(map(plumbing.is_watched, (*convs, self.act_fn, *self.layers)))
-    if watched or not all(map(is_plain_pointwise, products)):
+    convs = [self.conv_in, *(getattr(layer, "depthwise_conv", layer) for layer in self.layers)]
+    products = [getattr(layer, "pointwise_conv", layer) for layer in self.layers]
+    if not (
+        all(_is_upstreams(self, conv, "CausalConv2D") for conv in convs)
+        and all(_is_upstreams(self, layer, "SubsamplingLayer") for layer in self.layers)
+        and all(map(is_plain_pointwise, products))
+        and fused_name(self.act_fn) == "relu"
+    ):
+        _left.note(self, "one of its layers has hooks or is no plain one")
         return type(self).forward(self, input_features, attention_mask, padding_cache)
     lengths = None if attention_mask is None else attention_mask.sum(-1)
     if padding_cache is None:

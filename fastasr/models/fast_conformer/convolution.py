@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fastasr import ops
 from fastasr.models.common import activations, packed, plumbing
-from fastasr.models.common.inference import has_known_forward
+from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.masks import is_readable, seen
 
@@ -101,13 +101,7 @@ def gated(h, hidden=None):
 
 def is_batch_norm(norm):
     """Says whether this is torch's BatchNorm with running statistics, without hooks."""
-    return (
-        type(norm) is torch.nn.BatchNorm1d
-        and norm.track_running_stats
-        and norm.affine
-        and not plumbing.is_watched(norm)
-        and has_known_forward(norm)
-    )
+    return is_plain(norm, torch.nn.BatchNorm1d) and norm.track_running_stats and norm.affine
 
 
 def _fold(conv, norm):
@@ -121,8 +115,10 @@ def _fold(conv, norm):
 
 def pointwise(conv, x):
     """Returns the convolution of one tap of x (B, T, C), as a product."""
-    plain = type(conv) is torch.nn.Conv1d and conv.kernel_size == (1,) and conv.groups == 1
-    plain = plain and (conv.stride, conv.padding) == ((1,), (0,))
-    if plain and not plumbing.is_watched(conv) and has_known_forward(conv):
+    sizes = (1,), (1,), (0,), 1
+    if (
+        is_plain(conv, torch.nn.Conv1d)
+        and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == sizes
+    ):
         return ops.linear(x, conv.weight[..., 0], conv.bias)
     return conv(x.transpose(1, 2)).transpose(1, 2)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastasr import _left
 from fastasr.ops._transforms import is_transformed
 from fastasr.ops.rel_attention import outside_context
 
@@ -31,6 +32,14 @@ def is_readable(mask: Tensor | None, batch: int, frames: int, keys: int | None =
     """
     shapes = ((batch, 1, frames, frames), (batch, frames)) if keys is None else ((batch, 1, frames, keys),)
     return mask is None or (mask.dtype == torch.bool and mask.shape in shapes)
+
+
+def note_unread(attention, known: bool, implementation: str | None) -> None:
+    """Notes that upstream's code serves this call: its implementation is not ``known``, or its mask is not readable."""
+    if known:
+        _left.note(attention, "an input, a mask or positions that rel_attention does not take")
+    else:
+        _left.note(attention, f"the attention implementation is {implementation}")
 
 
 def pairs(mask: Tensor) -> Tensor:

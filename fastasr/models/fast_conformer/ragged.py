@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr.models.common import attention_dropout, plumbing, ragged
-from fastasr.models.common.inference import runs
+from fastasr.models.common.plain import is_watched, runs
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.attention import STANDARD, FastConformerAttention
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution
@@ -62,7 +62,7 @@ def encoded(encoder, features, lengths):
     packing = Packing(subsampled(layers, lengths), features.device)
     recordings = [one[:length] for one, length in zip(features, lengths, strict=True)]
     ours = runs(encoder.subsampling, FastConformerSubsampling.forward)
-    if ours and are_plain(layers) and not plumbing.is_watched(encoder.subsampling):
+    if ours and are_plain(layers) and not is_watched(encoder.subsampling):
         x = in_a_row(encoder.subsampling, recordings)
     else:
         x = torch.cat([encoder.subsampling(one[None])[0] for one in recordings if len(one)])

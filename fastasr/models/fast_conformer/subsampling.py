@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr.models.common import plumbing
-from fastasr.models.common.inference import has_known_forward
+from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing, with_zeros
 
 STRIP_BYTES = 32 << 20  # of the second convolution's output: strips of 8 MB to 128 MB cost the same
@@ -39,6 +39,7 @@ class FastConformerSubsampling(torch.nn.Module):
 
     def forward(self, input_features, attention_mask=None):
         if not are_plain(self.layers):
+            _left.note(self, "one of its layers has hooks or is no plain one")
             return _as_upstream(self, input_features, attention_mask)
         lengths = None if attention_mask is None else attention_mask.sum(-1)
         return plumbing.linear(self.linear, convolved(self.layers, input_features, lengths))
@@ -200,10 +201,8 @@ def _within(h, begin, lengths):
 
 def _is_plain(layer):
     """Says whether this is torch's ReLU, or a convolution of this front end without hooks."""
-    if plumbing.is_watched(layer) or not has_known_forward(layer):
-        return False
-    if type(layer) is not torch.nn.Conv2d:
-        return type(layer) is torch.nn.ReLU
+    if not is_plain(layer, torch.nn.Conv2d):
+        return is_plain(layer, torch.nn.ReLU)
     depthwise = (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (2, 2), (1, 1))
     depthwise = depthwise and layer.groups == layer.in_channels
     return is_plain_pointwise(layer) or (
@@ -213,9 +212,11 @@ def _is_plain(layer):
 
 def is_plain_pointwise(layer):
     """Says whether this is torch's convolution of 1 × 1 taps without hooks."""
-    plain = type(layer) is torch.nn.Conv2d and not plumbing.is_watched(layer) and has_known_forward(layer)
     sizes = (1, 1), (1, 1), (0, 0), 1
-    return plain and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == sizes
+    return (
+        is_plain(layer, torch.nn.Conv2d)
+        and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == sizes
+    )
 
 
 def _as_upstream(module, x, mask):

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from fastasr.models.common import plumbing
+from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer.encoder import FastConformerEncoder
-from fastasr.rnnt import lengths, tdt_joiner_loss
+from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
 
 ACTIVATIONS = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
 
@@ -102,7 +103,12 @@ class FastConformerRNNT(torch.nn.Module):
             reduction: transformers': mean_volume, mean_batch, mean, sum or none.
         """
         call, symbols = self._call(input_features, attention_mask, labels, label_lengths)
-        losses = lengths.joiner_losses(*call, self.blank_token_id, activation=self.hidden_act)
+        head = self._plain_head()
+        if head is None:
+            losses = lengths.rnnt_losses("rnnt_loss", self._logits(call), *call[2:], self.blank_token_id)
+        else:
+            call = *call[:2], head.weight, head.bias, *call[2:]
+            losses = lengths.joiner_losses(*call, self.blank_token_id, activation=self.hidden_act)
         return lengths.reduced("rnnt.joiner_loss", losses, symbols, reduction)
 
     def _joined(self, input_features, attention_mask, labels):
@@ -111,20 +117,22 @@ class FastConformerRNNT(torch.nn.Module):
         contexts = self.decoder(F.pad(labels, (1, 0), value=self.blank_token_id))
         return plumbing.linear(self.encoder_projector, x), mask, contexts
 
+    def _plain_head(self):
+        """Returns the joint network's last layer, or None where the losses must call the network."""
+        joint, activation = self.joint, ACTIVATIONS[self.hidden_act]
+        plain = is_plain(joint, FastConformerJoint) and is_plain(joint.activation, activation)
+        return joint.head if plain and is_plain(joint.head, torch.nn.Linear) else None
+
+    def _logits(self, call):
+        frames, contexts, *_ = call
+        return self.joint(contexts.unsqueeze(1), frames.unsqueeze(2))
+
     def _call(self, input_features, attention_mask, labels, label_lengths):
-        """Returns the arguments that both losses begin with, and the number of labels of each sequence."""
+        """Returns what the joint network adds, labels, lengths of frames and labels; and the latter."""
         frames, mask, contexts = self._joined(input_features, attention_mask, labels)
         ends = labels.new_full((len(labels),), frames.shape[1]) if mask is None else mask.sum(-1)
         symbols = labels.new_full((len(labels),), labels.shape[1]) if label_lengths is None else label_lengths
-        return (
-            frames,
-            contexts,
-            self.joint.head.weight,
-            self.joint.head.bias,
-            labels,
-            ends,
-            symbols,
-        ), symbols
+        return (frames, contexts, labels, ends, symbols), symbols
 
 
 class FastConformerTDT(FastConformerRNNT):
@@ -147,6 +155,18 @@ class FastConformerTDT(FastConformerRNNT):
     ):
         """Does the same for a TDT. ``sigma`` is subtracted from the tokens' log-probabilities, as transformers does."""
         call, _ = self._call(input_features, attention_mask, labels, label_lengths)
+        head = self._plain_head()
+        if head is None:
+            logits = self._logits(call).tensor_split((-len(self.durations),), -1)
+            return tdt_loss(*logits, *call[2:], self.blank_token_id, self.durations, sigma, reduction)
         return tdt_joiner_loss(
-            *call, self.blank_token_id, self.durations, sigma, reduction, activation=self.hidden_act
+            *call[:2],
+            head.weight,
+            head.bias,
+            *call[2:],
+            self.blank_token_id,
+            self.durations,
+            sigma,
+            reduction,
+            activation=self.hidden_act,
         )

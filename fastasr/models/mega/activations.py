@@ -4,7 +4,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastasr.models.common import plumbing
+from fastasr.models.common import activations, plumbing
 from fastasr.ops._transforms import is_transformed
 
 
@@ -81,19 +81,14 @@ def get_activation(
     return makers[activation_type]()
 
 
-_FUSED = {torch.nn.SiLU: "silu", torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh", torch.nn.Identity: "identity"}
 _IN_PLACE = {"silu": lambda x: F.silu(x, inplace=True), "relu": torch.relu_, "tanh": torch.tanh_}
 
 
 def fused_name(activation):
-    """Returns the kernels' name for this module's function; None if they do not have it or the module has hooks."""
-    if activation._forward_hooks or activation._forward_pre_hooks:
-        return None
-    name = _FUSED.get(type(activation))
-    # ESPnet wraps torch's module in a class of its own
-    if name is None and type(activation).__name__ == "Swish":
-        name = _FUSED.get(type(getattr(activation, "swish", None)))
-    return name
+    """Returns the name under which the kernels of MEGA know this module's function; None if they do not have it or the
+    module is not plain."""
+    name = activations.fused_name(activation)
+    return name if name in _IN_PLACE or name == "identity" else None
 
 
 def activate(activation, x):

@@ -11,7 +11,8 @@ that equals ``embed_pad`` as padding (unless it comes first); streaming treats i
 import torch
 import torch.nn.functional as F
 
-from fastasr.models.common.plumbing import is_idle, is_watched
+from fastasr.models.common.plain import is_plain
+from fastasr.models.common.plumbing import is_idle
 from fastasr.models.mega import activations, decoding, normalizations
 from fastasr.models.mega.attention import CAUSAL, causal
 from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
@@ -254,7 +255,10 @@ class MEGADecoder(torch.nn.Module):
 
 # These run on instances of ESPnet's class too.
 def _device(decoder):
-    return decoder.embed.weight.device
+    device = decoder.embed.weight.device
+    return (
+        decoder.device if device.type == "meta" else device
+    )  # offloaded parameters are elsewhere between calls
 
 
 def _takes_causal(mega):
@@ -271,11 +275,7 @@ def _embedded(decoder, labels, dropout=None):
     """Returns the embedded labels (L, B, block_size), contiguous."""
     embed = decoder.embed
     try:
-        if (
-            type(embed) is not torch.nn.Embedding
-            or is_watched(embed)
-            or not (dropout is None or is_idle(dropout))
-        ):
+        if not is_plain(embed, torch.nn.Embedding) or not (dropout is None or is_idle(dropout)):
             x = embed(labels)  # upstream draws the dropout mask in the order (B, L, block_size)
             return (x if dropout is None else dropout(x)).transpose(0, 1).contiguous()
         return embed(labels.t())

@@ -16,17 +16,22 @@ On a CUDA device the step is ``StaticStep`` (``graph_decoding``). One graph is c
 of the history's length; it reads the weights of the modules themselves.
 """
 
+import logging
 import weakref
 
 import torch
 
+from fastasr import _left
 from fastasr.models.common import plumbing
 from fastasr.models.common.module_state import ModuleState
+from fastasr.models.common.plain import is_plain, is_plain_named, runs
 from fastasr.models.mega import activations, graph_decoding, positional_bias
 from fastasr.ops import _dispatch
 from fastasr.ops._transforms import is_transformed, transform
 
 _STATE = ("ema_state", "prev_key", "prev_value")
+_OTHER_STATES = "states that the step does not read, or more positions than the decoder has"
+_ASKED_FOR = ("gradients are on", "packed_decoding is False", "it is more than one step")
 _POSITIONS = 512  # initial number of positions of a rotary bias, which has no largest length
 
 
@@ -37,10 +42,21 @@ def step(decoder, labels, states):
     swish and layer_norm, on the CPU in float32 or on a CUDA device; :func:`why_not` returns the first reason against
     it. On the CPU the bits depend neither on the number of threads nor on the other hypotheses of the batch.
     """
-    if _why_not_now(decoder, labels):
+    if reason := _why_not_now(decoder, labels):
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or decoder.training):
+            asked_for = reason in _ASKED_FOR or reason.startswith("backend ")
+            _left.note(decoder, reason, "inference", logging.INFO if asked_for else logging.WARNING)
         return None
     plan = _plan(decoder)
-    if plan.reason or len(states) != plan.blocks:
+    done = None if plan.reason else _stepped(plan, labels, states)
+    if done is None:
+        _left.note(decoder, plan.reason or _OTHER_STATES, "inference")
+    return done
+
+
+def _stepped(plan, labels, states):
+    """Returns what ``step`` returns, or None if the states are none that the native step reads."""
+    if len(states) != plan.blocks:
         return None
     flat, lengths = [], []
     for state in states:
@@ -85,6 +101,14 @@ def stack(states):
 def why_not(decoder, labels=None):
     """Returns why :func:`step` cannot be used for this decoder now; "" if it can."""
     return _why_not_now(decoder, labels) or _plan(decoder).reason
+
+
+def why_not_yet(decoder):
+    """Does the same for a call without gradients; None before the first step, which packs the weights."""
+    with torch.no_grad():
+        reason = _why_not_now(decoder, None)
+    plan = _PLANS.get(decoder)
+    return reason or (None if plan is None or not plan.fresh() else plan.reason)
 
 
 def forget(decoder):
@@ -154,7 +178,7 @@ def _why_never(decoder):
     if any(p.is_inference() for p in parameters):
         return "parameters were made in inference mode, where changes leave no trace"
     embed = decoder.embed
-    if type(embed) is not torch.nn.Embedding or "forward" in vars(embed) or embed.max_norm is not None:
+    if not is_plain(embed, torch.nn.Embedding) or embed.max_norm is not None:
         return "embed is not a plain Embedding"
     if not plumbing.is_layer_norm(decoder.final_norm):
         return "final_norm is not a LayerNorm with weight and bias"
@@ -174,11 +198,11 @@ def _why_not_block(mega, feed_forward):
     from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
     from fastasr.models.mega.gated_attention import MEGA
 
-    if not _runs(mega, MEGA) or not _runs(feed_forward, NormalizedPositionwiseFeedForward):
+    if not runs(mega, MEGA.forward) or not runs(feed_forward, NormalizedPositionwiseFeedForward.forward):
         return "a forward that is not fastasr's"
-    if _foreign(mega.multihead_damped_ema, "MultiHeadDampedEMA"):
+    if not is_plain_named(mega.multihead_damped_ema, ("MultiHeadDampedEMA",), mega):
         return "the moving average is not MultiHeadDampedEMA"
-    if _foreign(mega.rel_pos_bias, "RelativePositionBias", "RotaryRelativePositionBias"):
+    if not positional_bias.is_plain(mega.rel_pos_bias, mega):
         return "the bias is neither simple nor rotary"
     for name in ("proj_v", "proj_mx", "proj_h"):
         if not plumbing.is_plain_linear(getattr(mega, name)):
@@ -189,27 +213,19 @@ def _why_not_block(mega, feed_forward):
     for module in (mega, mega.multihead_damped_ema, feed_forward):
         if activations.fused_name(module.activation) != "silu":
             return "the activation is not swish"
+    dropouts = (
+        mega.dropout,
+        mega.dropout_attn,
+        mega.dropout_ema,
+        feed_forward.dropout,
+        feed_forward.hidden_dropout,
+    )
+    if not all(is_plain(dropout, torch.nn.Dropout) for dropout in dropouts):
+        return "a dropout is not a plain Dropout"
     for module in (mega, feed_forward):
         if not plumbing.is_layer_norm(module.normalization):
             return "the normalisation is not a LayerNorm with weight and bias"
     return ""
-
-
-def _runs(module, ours):
-    """Says whether a call of the module runs the forward of our class ``ours``, its own or bound by a swap."""
-    bound = vars(module).get("forward")
-    if bound is None:
-        return type(module).forward is ours.forward
-    return getattr(getattr(bound, "__func__", None), "fastasr_forward", None) is ours.forward
-
-
-def _foreign(module, *names):
-    """Says whether the module's class is neither ours nor ESPnet's of these names, or runs another forward."""
-    bound = vars(module).get("forward")
-    if bound is not None and not hasattr(getattr(bound, "__func__", None), "fastasr_forward"):
-        return True
-    package = type(module).__module__.partition(".")[0]
-    return type(module).__name__ not in names or package not in ("fastasr", "espnet2")
 
 
 def _widths(mega, feed_forward):

@@ -12,6 +12,7 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common import plumbing
+from fastasr.models.common.plain import is_plain
 from fastasr.models.mega import activations, attention, normalizations, positional_bias
 from fastasr.models.mega.damped_ema import MultiHeadDampedEMA
 from fastasr.models.mega.positional_bias import RelativePositionBias, RotaryRelativePositionBias
@@ -127,7 +128,7 @@ def _ema_dropout(dropout, average):
     the order of memory."""
     if plumbing.is_idle(dropout):
         return average
-    if type(dropout) is not torch.nn.Dropout or plumbing.is_watched(dropout):
+    if not is_plain(dropout, torch.nn.Dropout):
         return dropout(average)
     ones = torch.ones_like(average.permute(1, 2, 0), memory_format=torch.contiguous_format)
     return average * dropout(ones).permute(2, 0, 1)
@@ -135,20 +136,18 @@ def _ema_dropout(dropout, average):
 
 def _bias(module, queries, keys):
     """Returns the bias of the last ``queries`` of ``keys`` positions, (queries, keys)."""
-    values = positional_bias.relative(module.rel_pos_bias, keys)
-    if values is None:
+    if not positional_bias.is_plain(module.rel_pos_bias, module):
         return module.rel_pos_bias(keys)[keys - queries :]
-    return values.unfold(0, keys, 1)[:queries].flip(0)
+    return positional_bias.relative(module.rel_pos_bias, keys).unfold(0, keys, 1)[:queries].flip(0)
 
 
 # --------------------------------------------------------------------------- one kernel
 def _serves(module, x, mixed, attn_mask):
-    if activations.fused_name(module.activation) is None or plumbing.is_watched(module.rel_pos_bias):
+    if activations.fused_name(module.activation) is None or not positional_bias.is_plain(
+        module.rel_pos_bias, module
+    ):
         return False
-    for dropout in (module.dropout, module.dropout_attn):
-        if type(dropout) is not torch.nn.Dropout or plumbing.is_watched(dropout):
-            return False
-    if not positional_bias.has_values(module.rel_pos_bias):
+    if not all(is_plain(dropout, torch.nn.Dropout) for dropout in (module.dropout, module.dropout_attn)):
         return False
     return attn_mask is None or attention.is_causal(attn_mask)
 
@@ -191,9 +190,11 @@ def _fused(module, x, mixed, mask, attn_mask):
 def _composed(module, x, mixed, mask, attn_mask, state):
     """Returns (context (L, B, v_size), state after x)."""
     length, batch, _ = x.shape
-    _, query_key, gate, _ = _parts(module, mixed)
     value = activations.activated(module.proj_v, module.activation, x).transpose(0, 1)
-    z = module.activation(query_key)
+    both = module.activation(
+        mixed[..., module.size : -module.size]
+    )  # queries and keys, and the gate: one call
+    z, gate = both.split([module.qk_size, module.v_size], dim=-1)
     query = torch.addcmul(module.qk_bias[0], z, module.qk_weight[0]).transpose(0, 1)
     key = torch.addcmul(module.qk_bias[1], z, module.qk_weight[1]).transpose(0, 1)
     if state is not None:
@@ -212,7 +213,7 @@ def _composed(module, x, mixed, mask, attn_mask, state):
     weights = _weights(module, query, key, mask, attn_mask)
     value = module.dropout(value)
     context = torch.matmul(module.dropout_attn(weights), value)
-    return context.reshape(batch, length, module.v_size).transpose(0, 1) * module.activation(gate), state
+    return context.reshape(batch, length, module.v_size).transpose(0, 1) * gate, state
 
 
 def _weights(module, query, key, mask, attn_mask):
@@ -264,8 +265,7 @@ def _end(module, x, mixed, context):
     name = activations.fused_name(module.activation)
     norm = module.normalization
     dropout = module.dropout
-    plain = type(dropout) is torch.nn.Dropout and not plumbing.is_watched(dropout)
-    if name is not None and plain and plumbing.is_layer_norm(norm):
+    if name is not None and is_plain(dropout, torch.nn.Dropout) and plumbing.is_layer_norm(norm):
         kept = None
         if not plumbing.is_idle(dropout):
             kept = dropout(torch.ones_like(hidden, memory_format=torch.contiguous_format))

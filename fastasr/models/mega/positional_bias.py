@@ -15,6 +15,8 @@ import math
 
 import torch
 
+from fastasr.models.common.plain import is_plain_named
+
 
 def _matrix(values):
     """Expands values by offset, (2L-1,), to the matrix (L, L) whose row i holds the offsets -i .. L-1-i."""
@@ -90,19 +92,15 @@ class RotaryRelativePositionBias(torch.nn.Module):
         return _matrix(relative(self, length))
 
 
-def has_values(bias):
-    """Says whether this is a bias whose values can be read by offset: of a class here or of ESPnet's of the same
-    name.
+def is_plain(bias, owner):
+    """Says whether the values of this bias can be read by offset: it is of a class here or of ESPnet's of the same
+    name. Others must be called.
     """
-    parameters = bias._parameters
-    return "relative_position_bias" in parameters or ("alpha" in parameters and "beta" in parameters)
+    return is_plain_named(bias, ("RelativePositionBias", "RotaryRelativePositionBias"), owner)
 
 
 def relative(bias, length):
-    """Returns the values by offset, (2 length - 1,), of a bias of a class here or of ESPnet's of the same name.
-
-    It returns None for a module of another class, which must be called instead.
-    """
+    """Returns the values by offset, (2 length - 1,), of a bias that is plain."""
     if "relative_position_bias" in bias._parameters:
         if length > bias.max_positions:
             raise ValueError(
@@ -110,7 +108,7 @@ def relative(bias, length):
             )
         centre = bias.max_positions - 1
         return bias.relative_position_bias[centre - length + 1 : centre + length]
-    return _rotary(bias.alpha, bias.beta, length) if has_values(bias) else None
+    return _rotary(bias.alpha, bias.beta, length)
 
 
 def _rotary(alpha, beta, length):

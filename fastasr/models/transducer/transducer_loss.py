@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastasr import rnnt
+from fastasr.models.common.plain import has_known_forward, is_plain, is_watched
 from fastasr.models.transducer.sequences import pad_sequences
 
 
@@ -60,6 +61,17 @@ class TransducerLoss:
         )
         ranges = rnnt.get_rnnt_prune_ranges(*occupation, boundary, prune_range)
         joiner = self.joiner
+        options = {"boundary": boundary, "reduction": reduction}
+        if (
+            not is_plain(joiner.output_linear, torch.nn.Linear)
+            or is_watched(joiner)
+            or not has_known_forward(joiner)
+        ):
+            pruned = rnnt.do_rnnt_pruning(
+                joiner.encoder_proj(encoder_out), joiner.decoder_proj(decoder_out), ranges
+            )
+            logits = joiner(*pruned, project_input=False).float()
+            return simple, rnnt.rnnt_loss_pruned(logits, symbols, ranges, blank, **options)
         pruned = rnnt.pruned_joiner_loss(
             joiner.encoder_proj(encoder_out),
             joiner.decoder_proj(decoder_out),
@@ -68,7 +80,6 @@ class TransducerLoss:
             symbols,
             ranges,
             blank,
-            boundary,
-            reduction=reduction,
+            **options,
         )
         return simple, pruned.float()

@@ -10,14 +10,12 @@ inference with SwooshR, and keeps only the projection for the backward pass. The
 where upstream runs them: balancer1 on s, balancer2 and whiten on the convolution's output.
 """
 
-import inspect
-
 import torch
 
 from fastasr import ops
 from fastasr.models.common import packed
-from fastasr.models.common.inference import any_hooked
 from fastasr.models.common.linear import Linear
+from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.autograd_graph import is_same
@@ -27,6 +25,8 @@ from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops._transforms import Function
+
+REGULARISERS = ("Balancer", "Whiten", "Identity")  # they return their input and act on gradients
 
 
 class ConvolutionModule(torch.nn.Module):
@@ -133,7 +133,7 @@ def kernel_weights(module, h, mask, chunk_size):
     """Returns the tensors of depthwise_conv that ``gated_depthwise_conv`` takes after h. It returns None if the
     submodules must be called one by one: they have hooks, are of another class, or would raise.
     """
-    if h.ndim != 3 or chunk_size == 0 or not _fits(mask, h) or any_hooked(module.children()):
+    if h.ndim != 3 or chunk_size == 0 or not _fits(mask, h) or not _has_plain_parts(module):
         return None
     conv, channels = module.depthwise_conv, h.shape[2] // 2
     if type(conv) is torch.nn.Conv1d:
@@ -141,13 +141,10 @@ def kernel_weights(module, h, mask, chunk_size):
         if chunk_size > 0 or taps % 2 != 1 or not _is_depthwise(conv, channels, taps, taps // 2):
             return None
         found = conv.weight, conv.bias
-    elif type(conv).__name__ == "ChunkCausalDepthwiseConv1d":
+    elif is_plain_named(conv, ("ChunkCausalDepthwiseConv1d",), module):
         taps, inner, causal = conv.kernel_size, conv.chunkwise_conv, conv.causal_conv
-        if (
-            not _is_depthwise(inner, channels, taps, taps // 2)
-            or not _is_depthwise(causal, channels, taps // 2 + 1, 0)
-            or any_hooked(conv.children())
-            or "forward" in vars(conv)
+        if not _is_depthwise(inner, channels, taps, taps // 2) or not _is_depthwise(
+            causal, channels, taps // 2 + 1, 0
         ):
             return None
         found = inner.weight, inner.bias, causal.weight, causal.bias, conv.chunkwise_conv_scale
@@ -159,12 +156,24 @@ def kernel_weights(module, h, mask, chunk_size):
 
 def _is_depthwise(conv, channels, taps, padding):
     return (
-        type(conv) is torch.nn.Conv1d
+        is_plain(conv, torch.nn.Conv1d)
         and tuple(conv.weight.shape) == (channels, 1, taps)
         and (conv.stride, conv.dilation, conv.padding) == ((1,), (1,), (padding,))
         and (conv.groups, conv.padding_mode) == (channels, "zeros")
-        and "forward" not in vars(conv)
         and "_conv_forward" not in vars(conv)
+    )
+
+
+def _has_plain_parts(module):
+    """Says whether the identities, regularisers and the sigmoid are what their names say, and no child has hooks."""
+    return (
+        is_plain(module.sigmoid, torch.nn.Sigmoid)
+        and all(is_plain_named(m, ("Identity",), module) for m in (module.activation1, module.activation2))
+        and all(
+            is_plain_named(m, REGULARISERS, module)
+            for m in (module.balancer1, module.balancer2, module.whiten)
+        )
+        and not any_watched((module.in_proj, module.depthwise_conv, module.out_proj))
     )
 
 
@@ -200,9 +209,7 @@ def _is_swoosh_r_and_linear(out_proj):
     """
     if torch.compiler.is_compiling() or out_proj.training:
         return False
-    forward = inspect.unwrap(out_proj.forward)
-    ours = getattr(forward, "__func__", forward) is ActivationDropoutAndLinear.forward
-    return ours and out_proj.activation == "SwooshR"
+    return runs(out_proj, ActivationDropoutAndLinear.forward) and out_proj.activation == "SwooshR"
 
 
 class _Joined(Function):

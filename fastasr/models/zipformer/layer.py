@@ -10,12 +10,15 @@ The weights come from the layer's input; nonlin_attention uses those of the firs
 """
 
 import copy
+import logging
 import random
 from functools import partial
 
 import torch
 
-from fastasr.models.common.inference import any_hooked, is_plain_inference, runs
+from fastasr import _left
+from fastasr.models.common.inference import is_plain_inference
+from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import streaming_layer, whole_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
@@ -39,6 +42,8 @@ MOST_WEIGHT_BYTES = 128 << 20
 # consumers. One thread takes as long either way at 10 MB (398 frames of four utterances in stack 0); materialised
 # weights take 1.2 to 1.4 times as long at 39 MB and twice as long at 137 MB.
 MOST_WEIGHT_BYTES_WITH_GRADIENTS = 16 << 20
+
+CONSTANT_ATTENTION = "this version of icefall may draw constant attention weights in eval mode"
 
 
 def _skip_rate(*points, default=0.0):
@@ -265,7 +270,7 @@ def takes_chunks(layer):
     ):
         return False
     changed = any("forward" in vars(module) for module in (layer, attention))
-    return not changed and not any_hooked((layer, attention))
+    return not changed and not any_watched((layer, attention))
 
 
 def _is_long(layer, src):
@@ -288,7 +293,7 @@ def _is_long(layer, src):
     ours = runs(nonlin_attention, NonlinAttention.forward) and all(
         runs(consumer, SelfAttention.forward) for consumer in consumers
     )
-    if not ours or any_hooked((attention, nonlin_attention, *consumers)):
+    if not ours or any_watched((attention, nonlin_attention, *consumers)):
         return False
     if is_plain_inference(layer, src, attention.in_proj.weight, 3):
         return size > MOST_WEIGHT_BYTES
@@ -335,6 +340,8 @@ def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=Non
     """Computes ``ZipformerEncoderLayer.forward`` as in icefall before March 2024: ``const_attention_rate``, whose
     published schedule is 0 in eval mode, acts in eval mode only. Its random number is drawn in eval mode only too.
     """
+    if src.is_cpu and not layer.training:  # where a native call would serve
+        _left.note(layer, CONSTANT_ATTENTION, level=logging.INFO)
     return ZipformerEncoderLayer._encode(
         layer, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, not layer.training
     )

@@ -10,6 +10,7 @@ out     = out_proj(W (v tanh(s)) y)
 import torch
 
 from fastasr.models.common.linear import Linear
+from fastasr.models.common.plain import is_plain, is_plain_named
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.identity import Identity
@@ -60,6 +61,16 @@ class NonlinAttention(torch.nn.Module):
         projected = self.in_proj(x)
         parts = projected.chunk(3, dim=2)
         s, v, y = parts
+        if not (
+            is_plain(self.tanh, torch.nn.Tanh)
+            and all(
+                is_plain_named(m, ("Identity",), self)
+                for m in (self.identity1, self.identity2, self.identity3)
+            )
+        ):
+            v = self.identity1(self.tanh(self.balancer(s)) * self.whiten1(v))
+            y = self.identity3(weighted(attn_weights, v) * self.identity2(y))
+            return self.whiten2(self.out_proj(y))
         after = self.balancer(s), self.whiten1(v), y
         packed = isinstance(attn_weights, PackedWeights) and attn_weights.in_memory
         if len(attn_weights) != 1 or not (packed or isinstance(attn_weights, torch.Tensor)):

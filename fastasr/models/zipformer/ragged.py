@@ -11,7 +11,7 @@ from operator import attrgetter
 import torch
 
 from fastasr.models.common import ragged
-from fastasr.models.common.inference import any_hooked, runs
+from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import Packing
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
@@ -43,7 +43,7 @@ _parts = attrgetter(*_OURS)
 def obstacle(encoder) -> str | None:
     """Returns why this encoder cannot leave padding out, or None."""
     for name, module in _not_called(encoder):
-        if any_hooked([module]):
+        if any_watched([module]):
             return f"{name} has a hook, but packed frames do not call it; FSDP can wrap its layers instead"
     for i, stack in enumerate(encoder.encoders):
         if hasattr(stack, "downsample") and not runs(stack.out_combiner, BypassModule.forward):

@@ -9,9 +9,10 @@ import weakref
 
 import torch
 
-from fastasr.models.common.inference import is_unmodified, runs
+from fastasr import _left
 from fastasr.models.common.linear import Linear
-from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve
+from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve, note_declined
+from fastasr.models.common.plain import is_plain, runs
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
@@ -41,10 +42,16 @@ def step(layer, src, pos_emb, states, left_context_len, masked, by_submodules):
     It can be used for layers in eval mode, without gradients, in float32 on the CPU, whose submodules run our code, and
     for chunks of at most 128 rows. ``by_submodules`` is a function that computes the same by the submodules.
     """
-    if not may_serve(layer, src, layer.norm.bias) or src.shape[0] * src.shape[1] > MOST_ROWS:
+    bias = getattr(layer.norm, "bias", None)
+    if not may_serve(layer, src, bias):
+        note_declined(layer, src, bias, "streaming_forward")
+        return None
+    if src.shape[0] * src.shape[1] > MOST_ROWS:
         return None
     packed = _PACKED.of(layer, by_submodules)
     if packed.reason or not packed.fits(src, pos_emb, states, left_context_len, masked):
+        reason = packed.reason or "states, masks or positions that the native call does not read"
+        _left.note(layer, reason, "streaming_forward")
         return None
     return packed.run(src, pos_emb, states, left_context_len, masked)
 
@@ -157,7 +164,7 @@ class _PackedLayer(PackedLayer):
 
 
 def _is_linear(module):
-    return is_unmodified(module, (torch.nn.Linear, Linear))
+    return is_plain(module, torch.nn.Linear, Linear)
 
 
 _PACKED = PackedLayers(_PackedLayer)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
-from fastasr.models.common.inference import any_hooked, is_plain_inference, is_unmodified
+from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.linear import Linear
+from fastasr.models.common.plain import any_watched, is_plain, is_plain_named
 from fastasr.models.zipformer.activations import SwooshL, SwooshR
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.dropout import Dropout3
@@ -130,7 +131,7 @@ class _Convolution(Function):
 def _convolved(modules, x):
     """Returns ``modules(x)`` of modules without hooks."""
     cast = torch.is_autocast_enabled("cpu") or x.dtype is not torch.float32
-    if cast or not x.is_cpu or not torch.is_grad_enabled() or type(modules) is not torch.nn.Sequential:
+    if cast or not x.is_cpu or not torch.is_grad_enabled() or not is_plain(modules, torch.nn.Sequential):
         return modules(x)
     for module in modules:
         if x.requires_grad and _is_simple(module):
@@ -143,7 +144,7 @@ def _convolved(modules, x):
 def _is_simple(module):
     """Says whether the module is a plain Conv2d in one group without dilation."""
     return (
-        is_unmodified(module, (torch.nn.Conv2d,))
+        is_plain(module, torch.nn.Conv2d)
         and "_conv_forward" not in vars(module)
         and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
         and isinstance(module.padding, tuple)
@@ -160,7 +161,7 @@ def _projected(out, x):
     reordered in place of the frames, which would be a slow pass over more memory, and one more for their gradient."""
     batch, channels, time, frequency = x.shape
     maps = x.permute(0, 2, 3, 1)
-    plain = is_unmodified(out, (torch.nn.Linear, Linear)) and not any_hooked([out])
+    plain = is_plain(out, torch.nn.Linear, Linear)
     # a compiler reorders by itself; weights of fewer bits are known by the parameter
     kept = not plain or torch.compiler.is_compiling() or is_transformed()
     kept = kept or _reduced_weights.of(x, out.weight) is not None
@@ -178,7 +179,9 @@ def _lengths(y, lengths):
 
 def _runs_channels_last(embed, x):
     weight = next(embed.conv.parameters(), None)  # conv may have been replaced
-    if weight is None or not _runs_by_rows(x, weight, (*embed.conv.modules(), *embed.convnext.modules())):
+    if weight is None or not _runs_by_rows(x, weight):
+        return False
+    if any_watched((*embed.conv.modules(), *embed.convnext.modules())):  # these would see the layout
         return False
     cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     return x.is_cpu or cast in _SHORT
@@ -215,9 +218,11 @@ class ConvNeXt(torch.nn.Module):
 
     def forward(self, x):
         mask = _layerdrop_mask(self, x) if self.training else None
-        if _runs_in_blocks(self, x):
+        if not _has_plain_parts(self):
+            return _by_submodules(self, x, mask)
+        if is_plain_inference(self, x, self.pointwise_conv1.weight, 4):
             return _in_blocks(self, x)
-        if x.dim() == 4 and _runs_by_rows(x, self.pointwise_conv1.weight, self.children()):
+        if x.dim() == 4 and _runs_by_rows(x, self.pointwise_conv1.weight):
             return _by_rows(self, x, mask)
         return _by_submodules(self, x, mask)
 
@@ -236,8 +241,10 @@ class ConvNeXt(torch.nn.Module):
         extended = torch.cat([cached_left_pad, x], dim=2)
         cache = extended[:, :, frames : frames + pad]
         padding = (0, self.padding[1])
-        if x.dtype == cached_left_pad.dtype and _runs_by_rows(
-            x, self.pointwise_conv1.weight, self.children()
+        if (
+            x.dtype == cached_left_pad.dtype
+            and _has_plain_parts(self)
+            and _runs_by_rows(x, self.pointwise_conv1.weight)
         ):
             y = _contracted(self, _hidden_rows(self, extended.permute(0, 2, 3, 1), padding))
         else:
@@ -267,8 +274,18 @@ def _residual(layer, x, y, mask):
     return y
 
 
-def _runs_by_rows(x, weight, modules):
-    """Says whether neither hooks, transforms nor a compiler could see the layout or the parts of a call."""
+def _has_plain_parts(layer):
+    """Says whether the convolutions and the activation may be computed without calling them, and no part has hooks."""
+    convs = layer.depthwise_conv, layer.pointwise_conv1, layer.pointwise_conv2
+    return (
+        all(is_plain(conv, torch.nn.Conv2d) for conv in convs)
+        and is_plain_named(layer.activation, ("SwooshL",), layer)
+        and not any_watched(layer.children())
+    )
+
+
+def _runs_by_rows(x, weight):
+    """Says whether the kernels compute this call and neither transforms nor a compiler see its layout."""
     plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
     return (
         ((x.is_cpu and plain) or x.is_cuda)
@@ -276,7 +293,6 @@ def _runs_by_rows(x, weight, modules):
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not is_transformed()
-        and not any_hooked(modules)
     )
 
 
@@ -299,10 +315,6 @@ def _contracted(layer, hidden):
     contract = layer.pointwise_conv2
     y = ops.swoosh_linear(hidden, contract.weight.flatten(1), contract.bias, kind="SwooshL")
     return y.permute(0, 3, 1, 2)
-
-
-def _runs_in_blocks(layer, x):
-    return is_plain_inference(layer, x, layer.pointwise_conv1.weight, 4) and not any_hooked(layer.children())
 
 
 def _in_blocks(layer, x):

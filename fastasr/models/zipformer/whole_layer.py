@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastasr.models.common.inference import runs
+from fastasr import _left
 from fastasr.models.common.linear import Linear
-from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_call
+from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_call, note_declined
+from fastasr.models.common.plain import runs
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import attention, convolution
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
@@ -55,10 +56,15 @@ def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_c
     autocast or another dtype, where a submodule runs other code, and before all products have been measured.
     ``by_submodules(src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_context_chunks)`` computes the same.
     """
-    if not may_call(layer, src, layer.norm.bias) or current() is not None:
+    bias = getattr(layer.norm, "bias", None)
+    if not may_call(layer, src, bias) or current() is not None:
+        note_declined(layer, src, bias, "forward")
         return None
     native = _LAYERS.of(layer, by_submodules)
-    if native.reason or not native.fits(src, pos_emb, chunk_size, attn_mask, key_padding_mask):
+    if native.reason:
+        _left.note(layer, native.reason)
+        return None
+    if not native.fits(src, pos_emb, chunk_size, attn_mask, key_padding_mask):
         return None
     products = native.products(src, pos_emb)
     if products is None:

@@ -35,6 +35,7 @@ JOINT = Rule(
     kernels=("rnnt_joiner", "rnnt_lattice", "tdt_joiner", "tdt_lattice"),
     structure=_joint_structure,
     known={"8c42313350f958fb7e9163ad": _NEMO},
+    leaves=lambda module: {"forward": models.why_with_logits(module) or ""},
     note="the loss without logits; upstream decodes for the word error rate; in training the kernel draws its dropout "
     "itself, see upstream_draws",
 )

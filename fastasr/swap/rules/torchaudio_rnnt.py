@@ -2,6 +2,7 @@
 """Rules for torchaudio's RNN-T: the LSTM layers of its predictor (torchaudio.models.rnnt)."""
 
 from fastasr.models import emformer_rnnt as models
+from fastasr.models.emformer_rnnt.predictor import why_by_steps
 from fastasr.swap.rule import Known, Rule, check_parameters, upstream_class
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
@@ -34,6 +35,7 @@ LSTM = Rule(
     kernels=("layer_norm_lstm",),
     structure=_lstm_structure,
     known={"84839b197b50092babee297b": _TORCHAUDIO},
+    leaves=lambda module: {"forward": why_by_steps(module)},
 )
 
 RULES = (LSTM,)

@@ -4,19 +4,27 @@
 encoder, and a forward with labels computes the loss without logits.
 
 ``sequences`` and ``durations`` are upstream's, see ``fastasr.decoding.parakeet_generate``. Whatever else ``generate``
-is asked for runs upstream's loop.
+is asked for runs upstream's loop. Upstream takes the largest of all logits for the next token, so the generation config
+of a TDT must suppress its durations: without that our search serves too, as long as no duration has the largest logit.
 """
 
 import torch
 
+from fastasr import _left
 from fastasr.decoding.looping_transducers import Parakeet, Unserved, forget
-from fastasr.decoding.parakeet_generate import steps_of_generate
-from fastasr.models.common.inference import any_hooked
+from fastasr.decoding.parakeet_generate import no_duration_wins, steps_of_generate
+from fastasr.models.common.plain import any_watched
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
-from fastasr.swap.rules.transformers_parakeet_loss import serves, shared, with_loss
+from fastasr.swap.rules.transformers_parakeet_loss import (
+    shared,
+    why_with_logits,
+    why_with_logits_always,
+    with_loss,
+)
 
 # arguments of generate that reach upstream's loop alone
 _LOOP = {"assistant_model", "assistant_tokenizer", "custom_generate", "streamer", "synced_gpus", "tokenizer"}
+_NO_CACHE = "use_cache is False"
 _CRITERIA = {"MaxLengthCriteria", "EncoderExhaustedCriteria"}
 _DECODER, _JOINT = {"0eddbad75b6591b64c7adf1c"}, {"77cd1733ed6085f7e3c2b2df"}
 
@@ -33,64 +41,123 @@ def forward(
     **kwargs,
 ):
     """Computes the loss without logits, or calls upstream's forward. Upstream's generate looks at these names."""
-    if serves(self, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs):
-        return with_loss(
-            self, input_features, attention_mask, decoder_input_ids, encoder_outputs, labels, **kwargs
-        )
+    if labels is not None:
+        reason = why_with_logits(self, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs)
+        if not reason:
+            return with_loss(
+                self, input_features, attention_mask, decoder_input_ids, encoder_outputs, labels, **kwargs
+            )
+        _left.note(self, f"the loss is computed from logits: {reason}")
     given = input_features, attention_mask, decoder_input_ids, decoder_cache, use_decoder_cache
     return upstream_class(self).forward(self, *given, encoder_outputs, labels, **kwargs)
 
 
 def generate(self, inputs=None, generation_config=None, **kwargs):
     """Prepares everything as upstream does, and runs ``_steps`` in place of upstream's loop."""
-    plain = all(kwargs.get(name) is None for name in _LOOP)
-    if plain and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    asked = sorted(name for name in _LOOP if kwargs.get(name) is not None)
+    if asked:
+        _leave(self, f"the call asks for {', '.join(asked)}")
+    elif torch.distributed.is_available() and torch.distributed.is_initialized():
+        _leave(self, "torch.distributed is initialised")
+    else:
         kwargs["custom_generate"] = _steps
     return upstream_class(self).generate(self, inputs, generation_config, **kwargs)
 
 
+def _leave(model, reason):
+    _left.note(model, f"upstream's loop runs: {reason}", "generate")
+
+
 def _steps(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """Returns (batch, 1 + steps), what upstream's ``_sample`` returns, and leaves durations in ``_step_durations``."""
-    looping = _looping(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-    if looping is None:
-        return upstream_class(self)._sample(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-        )
     frames, lengths = model_kwargs["encoder_outputs"].pooler_output, model_kwargs["encoder_valid_lengths"]
-    most_steps = stopping_criteria.max_length - input_ids.shape[1]
-    steps = steps_of_generate(Parakeet(self), looping, frames, lengths, input_ids, most_steps)
-    self._step_durations.extend(steps.moves.unbind(1))
-    return torch.cat((input_ids, steps.tokens), 1)
-
-
-def _looping(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
-    """Returns the native search if this is plain greedy search that it serves, else None."""
-    frames, tokens = model_kwargs["encoder_outputs"].pooler_output, model.config.vocab_size
-    durations = len(getattr(model.config, "durations", ()))
-    suppressed = [getattr(processor, "suppress_tokens", torch.tensor([-1])) for processor in logits_processor]
-    plain = (
-        {token for every in suppressed for token in every.tolist()} == set(range(tokens, tokens + durations))
-        and {type(criteria).__name__ for criteria in stopping_criteria} == _CRITERIA
-        and generation_config.use_cache
-        and generation_config.prefill_chunk_size is None
-        and not (generation_config.return_dict_in_generate and _wants_states(generation_config))
-        and input_ids.shape[1] == 1
-        and (durations or model.max_symbols_per_step >= 1)
-        and not torch.is_autocast_enabled("cpu")
-        and not any_hooked([model])
-        and frames.is_cpu
-        and frames.dtype is torch.float32
-        and frames.shape[1] > 0
+    asked = input_ids, logits_processor, stopping_criteria, generation_config, frames
+    looping, reason = None, _why_not_this_call(self, *asked) or _why_not_any_call(self)
+    if not reason:
+        looping, reason = _looping(self)
+    if not reason:
+        most_steps = stopping_criteria.max_length - input_ids.shape[1]
+        steps = steps_of_generate(Parakeet(self), looping, frames, lengths, input_ids, most_steps)
+        if _suppresses_durations(self, logits_processor) or no_duration_wins(self, frames, input_ids, steps):
+            self._step_durations.extend(steps.moves.unbind(1))
+            return torch.cat((input_ids, steps.tokens), 1)
+        reason = "a duration has the largest logit, and the generation config does not suppress durations"
+    _leave(self, reason)
+    return upstream_class(self)._sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
     )
+
+
+def _looping(model):
+    """Returns the native search and "", or None and why there is none."""
     try:
-        looping = Parakeet(model).looping() if plain else None
-    except Unserved:
-        return None
-    return looping if looping is not None and not looping.reason else None
+        looping = Parakeet(model).looping()
+    except Unserved as reason:
+        return None, str(reason)
+    return looping, looping.reason
+
+
+def _durations(model):
+    """Returns the places of a TDT's durations among the logits."""
+    tokens = model.config.vocab_size
+    return set(range(tokens, tokens + len(getattr(model.config, "durations", ()))))
+
+
+def _suppresses_durations(model, processors) -> bool:
+    return _durations(model) <= {token for every in processors for token in every.suppress_tokens.tolist()}
+
+
+def _why_not_this_call(model, input_ids, processors, criteria, generation_config, frames) -> str:
+    """Returns what a call asks for that the native search does not do, or ""."""
+    others = {type(p).__name__ for p in processors if not hasattr(p, "suppress_tokens")}
+    suppressed = {
+        token for p in processors if hasattr(p, "suppress_tokens") for token in p.suppress_tokens.tolist()
+    }
+    criteria = {type(one).__name__ for one in criteria}
+    if others:
+        return f"it changes logits by {', '.join(sorted(others))}"
+    if not suppressed <= _durations(model):
+        return "suppress_tokens has more than the durations"
+    if criteria != _CRITERIA:
+        return f"it stops by {', '.join(sorted(criteria - _CRITERIA) or ['fewer criteria than upstream'])}"
+    if generation_config.return_dict_in_generate and _wants_states(generation_config):
+        return "it asks for output_hidden_states or output_attentions"
+    if input_ids.shape[1] != 1:
+        return "it gives the first tokens"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if not frames.is_cpu or frames.dtype is not torch.float32:
+        return f"the encoder's output is {str(frames.dtype).removeprefix('torch.')} on {frames.device.type}"
+    if not generation_config.use_cache:
+        return _NO_CACHE
+    if generation_config.prefill_chunk_size is not None:
+        return "prefill_chunk_size is set"
+    return "" if frames.shape[1] else "there are no frames"
+
+
+def _why_not_any_call(model) -> str:
+    """Returns why no call of this model is searched natively now, as far as that shows without its weights, or ""."""
+    if any_watched([model]):
+        return "the model has hooks"
+    if not hasattr(model.config, "durations") and model.max_symbols_per_step < 1:
+        return f"max_symbols_per_step is {model.max_symbols_per_step}, expected at least 1"
+    return ""
 
 
 def _wants_states(generation_config) -> bool:
     return bool(generation_config.output_hidden_states or generation_config.output_attentions)
+
+
+def _leaves(module):
+    reason = _why_not_any_call(module)
+    if getattr(module.generation_config, "use_cache", None) is False:  # None: upstream's default, True
+        reason = reason or _NO_CACHE
+    reason = reason or Parakeet(module).why_not_native()
+    logits = why_with_logits_always(module)
+    return {
+        "generate": reason and f"upstream's loop runs: {reason}",
+        "forward": logits and f"the loss is computed from logits: {logits}",
+    }
 
 
 def _functions(module):
@@ -128,6 +195,7 @@ RULES = tuple(
         known={new: Known("transformers 5.24"), old: Known("transformers 5.17 to 5.23")},
         shallow=True,
         release=lambda module: forget(Parakeet(module)),
+        leaves=_leaves,
         note="generate runs natively for plain greedy search in float32 on the CPU; with labels the loss is computed "
         "without logits, which are None in the output",
     )

@@ -5,9 +5,12 @@ import sys
 
 import torch
 
-from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.plain import has_known_forward, is_plain, is_watched
 from fastasr.rnnt import lengths, tdt_joiner_loss
 from fastasr.swap.rule import upstream_class
+
+_LOSSES = "ParakeetForRNNTLoss", "ParakeetForTDTLoss"
+_ACTIVATIONS = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
 
 
 def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels, **kwargs):
@@ -33,21 +36,35 @@ def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels,
     return output(loss=loss, **{name: getattr(encoder_outputs, name) for name in kept})
 
 
-def serves(model, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs) -> bool:
-    """Says whether ``with_loss`` gives what upstream's forward gives for these arguments, but for the logits."""
-    if labels is None or labels.dim() != 2 or labels.shape[1] == 0 or decoder_cache is not None:
-        return False
+def why_with_logits(model, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs) -> str:
+    """Returns why ``with_loss`` does not give what upstream's forward gives for these arguments, but for the logits, or
+    "" if it does."""
+    if labels.dim() != 2 or labels.shape[1] == 0:
+        return "labels are not (batch, 1 or more)"
+    if decoder_cache is not None or use_decoder_cache:
+        return "the call uses a decoder cache"
+    if isinstance(encoder_outputs, tuple | list):
+        return "encoder_outputs are a tuple"
+    if kwargs.get("return_dict", model.config.return_dict) is False:
+        return "return_dict is False"
+    return why_with_logits_always(model)
+
+
+def why_with_logits_always(model) -> str:
+    """Returns why no call of this model has its loss by ``with_loss`` now, or ""."""
     head, loss = model.joint.head, model.loss_function
-    return (
-        not use_decoder_cache
-        and not isinstance(encoder_outputs, tuple | list)
-        and kwargs.get("return_dict", model.config.return_dict) is not False
-        and loss.__name__ in ("ParakeetForRNNTLoss", "ParakeetForTDTLoss")
-        and loss.__module__.startswith("transformers.loss.")
-        and model.config.hidden_act in ("relu", "tanh")
-        and type(head) is torch.nn.Linear
-        and not any_hooked([model.joint])
-    )
+    name, origin = (getattr(loss, a, getattr(type(loss), a)) for a in ("__name__", "__module__"))
+    if name not in _LOSSES or not origin.startswith("transformers.loss."):
+        return f"loss_function is {origin}.{name}"
+    activation = _ACTIVATIONS.get(model.config.hidden_act)
+    if activation is None:
+        return f"hidden_act is {model.config.hidden_act}, expected relu or tanh"
+    if not is_plain(model.joint.activation, activation):
+        return f"joint.activation is not a plain {activation.__name__}"
+    if not is_plain(head, torch.nn.Linear):
+        return "joint.head is not a plain Linear"
+    plain = not is_watched(model.joint) and has_known_forward(model.joint)
+    return "" if plain else "joint has hooks or another forward"
 
 
 def shared(result):

@@ -4,11 +4,7 @@
 import itertools
 from dataclasses import replace
 
-import torch
-from torch.nn.utils import parametrize
-
 from fastasr.models import zipformer as models
-from fastasr.swap.binding import foreign_forward
 from fastasr.swap.rule import Rule, check_parameters, own_forward, unread_code, upstream_class
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
@@ -18,26 +14,12 @@ _JOINERS = {
 
 
 def _asr_model_structure(module):
-    """Returns a reason unless the joiner's output layer is a plain linear layer without hooks, because our loss does
-    not call it. Our methods call all other submodules as upstream's do, so these may have any class.
+    """Our loss computes the joiner of plain parts without its logits, and calls it otherwise. It calls all other
+    submodules as upstream's does, so these may have any class.
     """
     if not module.use_transducer:
         return "has no transducer"
-    joiner = module.joiner
-    reason = check_parameters(module, {}) or unread_code("joiner", joiner, own_forward, _JOINERS)
-    if reason:
-        return reason
-    output = joiner.output_linear
-    if upstream_class(output) is not torch.nn.Linear or foreign_forward(output) is not None:
-        return "submodule joiner.output_linear is not a plain torch.nn.Linear"
-    for name, part in (("joiner", joiner), ("joiner.output_linear", output)):
-        if foreign_forward(part) is not None:
-            return f"submodule {name} has a forward of its own"
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return f"submodule {name} has hooks"
-    if parametrize.is_parametrized(output):
-        return "submodule joiner.output_linear has parametrizations"
-    return None
+    return check_parameters(module, {}) or unread_code("joiner", module.joiner, own_forward, _JOINERS)
 
 
 def _upstreams_forward(self, *args, **kwargs):

@@ -20,7 +20,7 @@ from fastasr.swap.rules.zipformer.versions import BOTH, ICEFALL, IDENTITIES, for
 _CONVOLUTION_CHILDREN = {
     "balancer1": "Balancer",
     "activation1": "Identity",
-    "sigmoid": "Sigmoid",
+    "sigmoid": torch.nn.Sigmoid,
     "activation2": "Identity",
     "balancer2": "Balancer",
     "whiten": "Whiten",
@@ -35,10 +35,10 @@ CHUNK_CAUSAL = {
 
 def _convolution_structure(module):
     """Our forward calls in_proj and out_proj as upstream's does, so these may have any class."""
-    conv = "ChunkCausalDepthwiseConv1d" if module.causal else "Conv1d"
+    conv = "ChunkCausalDepthwiseConv1d" if module.causal else torch.nn.Conv1d
     allowed = _CONVOLUTION_CHILDREN | {"depthwise_conv": conv}
     for name in ("in_proj", "out_proj"):
-        allowed[name] = upstream_class(getattr(module, name)).__name__
+        allowed[name] = upstream_class(getattr(module, name))
     reason = check_parameters(module, {}) or check_children(module, allowed)
     missing = sorted(set(allowed) - set(module._modules))
     if reason or missing:
@@ -75,7 +75,9 @@ def _depthwise_over_time(name, conv, causal=False):
 def _chunk_causal(name, conv):
     taps, channels = conv.kernel_size, conv.chunkwise_conv.in_channels
     reason = check_parameters(conv, {"chunkwise_conv_scale": (2, channels, taps)})
-    reason = reason or check_children(conv, {"causal_conv": "Conv1d", "chunkwise_conv": "Conv1d"})
+    reason = reason or check_children(
+        conv, {"causal_conv": torch.nn.Conv1d, "chunkwise_conv": torch.nn.Conv1d}
+    )
     if reason:
         return f"submodule {name} {reason}"
     reason = unread_code(name, conv, forward_and_streaming, CHUNK_CAUSAL)

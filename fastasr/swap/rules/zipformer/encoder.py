@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from fastasr import _left
 from fastasr.models import zipformer as models
-from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.plain import any_watched
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.encoder import encoded
 from fastasr.models.zipformer.stack import in_windows
@@ -21,11 +22,23 @@ _DOWNSAMPLED = {"a0afcb21135230d9ecb5c6be", "a73ace9dd5add7a70b8d8807"}
 _RESAMPLING = {"0b4a0963cf96f851ba535291", "d5b544a9315e184c6a5a2571", "dbf685249a5b00d49d4fd33d"}
 
 
+_MASKED = "upstream's forward runs, which makes a mask of time by time for chunks: {}"
+
+
 def causal_encoder(self, x, x_lens, src_key_padding_mask=None):
     """Runs as upstream, but for its mask of time by time, which layers that know their windows do not need."""
-    if torch.compiler.is_compiling() or why_masked(self) is not None:
+    compiling = torch.compiler.is_compiling()
+    reason = None if compiling else why_masked(self)
+    if reason is not None:
+        _left.note(self, _MASKED.format(reason))
+    if compiling or reason is not None:
         return upstream_class(self).forward(self, x, x_lens, src_key_padding_mask)
     return encoded(self, x, x_lens, src_key_padding_mask, in_windows)
+
+
+def _masked_now(encoder):
+    reason = why_masked(encoder) if bound_forward(encoder) is causal_encoder else None
+    return {"forward": "" if reason is None else _MASKED.format(reason)}
 
 
 def why_masked(encoder):
@@ -35,7 +48,7 @@ def why_masked(encoder):
     if reason is not None:
         return reason
     for name, stack, _ in _stacks(encoder):
-        if any_hooked([stack]):
+        if any_watched([stack]):
             return f"{name} has a hook, but is not called where layers get windows"
         for i, layer in enumerate(getattr(stack, "layers", ())):
             where = f"{name}.layers.{i}"
@@ -44,7 +57,7 @@ def why_masked(encoder):
             attention = layer.self_attn_weights
             if bound_forward(attention) is not models.RelPositionMultiheadAttentionWeights.forward:
                 return f"{where}.self_attn_weights is not swapped"
-            if any_hooked((layer, attention)):
+            if any_watched((layer, attention)):
                 return f"{where} or its self_attn_weights has a hook, which would get other arguments"
     return None
 
@@ -112,6 +125,7 @@ CAUSAL_ENCODER = Rule(
     known={"a8293a774b5bf0cea0a06a0a": PACKAGE},
     companion=True,
     ragged=Ragged(ragged_causal_encoder, _obstacle),
+    leaves=_masked_now,
     note="makes no mask for chunks where all layers and their self_attn_weights are swapped",
 )
 
@@ -124,6 +138,7 @@ ENCODER = replace(
     name="zipformer.encoder",
     forward=ragged_encoder,
     structure=_structure,
+    leaves=lambda module: {},
     shallow=True,
     ragged=Ragged(ragged_encoder, _obstacle),
     note="bound by ragged=True alone",

@@ -20,11 +20,11 @@ from fastasr.swap.rules.zipformer.regularisers import BALANCERS
 from fastasr.swap.rules.zipformer.versions import BOTH
 
 _CONVNEXT_CHILDREN = {
-    "depthwise_conv": "Conv2d",
-    "pointwise_conv1": "Conv2d",
+    "depthwise_conv": torch.nn.Conv2d,
+    "pointwise_conv1": torch.nn.Conv2d,
     "hidden_balancer": "Balancer",
     "activation": "SwooshL",
-    "pointwise_conv2": "Conv2d",
+    "pointwise_conv2": torch.nn.Conv2d,
     "out_balancer": "Balancer",
     "out_whiten": "Whiten",
     "layerdrop_rate": "ScheduledFloat",
@@ -74,9 +74,9 @@ def _conv2d_subsampling_structure(module):
 
     The submodules after them get the same tensors as upstream's and may have any class (a wrapped projection).
     """
-    allowed = {"conv": "Sequential", "convnext": "ConvNeXt"}
+    allowed = {"conv": torch.nn.Sequential, "convnext": "ConvNeXt"}
     for name in ("out", "out_whiten", "out_norm", "dropout"):
-        allowed[name] = upstream_class(getattr(module, name)).__name__
+        allowed[name] = upstream_class(getattr(module, name))
     reason = check_parameters(module, {}) or check_children(module, allowed)
     if reason:
         return reason

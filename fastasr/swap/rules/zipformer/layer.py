@@ -4,7 +4,9 @@
 from dataclasses import replace
 
 from fastasr.models import zipformer as models
-from fastasr.models.zipformer.layer import constant_attention_in_eval
+from fastasr.models.zipformer import streaming_layer, whole_layer
+from fastasr.models.zipformer.layer import CONSTANT_ATTENTION, constant_attention_in_eval
+from fastasr.swap.binding import bound_forward
 from fastasr.swap.rule import Known, Rule, check_child_names, check_children, check_parameters, is_rate
 from fastasr.swap.rules.zipformer.versions import BOTH, PACKAGE, forward_and_streaming
 
@@ -85,6 +87,17 @@ BYPASS = Rule(
     known={"a4edc035344a0e73d0329665": BOTH},  # icefall: since pull request 1108
 )
 
+
+def _native_calls(module):
+    """Returns why the layer's native calls, which are for the CPU, cannot be used."""
+    if not module.norm.bias.is_cpu:
+        return {}
+    forward = whole_layer.why_not(module)
+    if bound_forward(module) is constant_attention_in_eval:
+        forward = CONSTANT_ATTENTION
+    return {"forward": forward, "streaming_forward": streaming_layer.why_not(module)}
+
+
 ENCODER_LAYER = Rule(
     name="zipformer.encoder_layer",
     class_name="ZipformerEncoderLayer",
@@ -96,6 +109,7 @@ ENCODER_LAYER = Rule(
     functions=forward_and_streaming,
     known={"b72fc595549d7a9dba5a40a1": PACKAGE},
     shallow=True,
+    leaves=_native_calls,
 )
 
 ZIPFORMER2_ENCODER_LAYER = replace(

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remembers why calls left fastasr's fastest path, for a log line and for ``fastasr.why``.
+
+A call that runs fastasr's fastest path leaves no trace and costs nothing. One that leaves it, for upstream's code or
+for operations one by one, calls ``note``, which is the whole mechanism: any object of any layer of the package may be
+noted.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastasr.ops._transforms import is_transformed, transform
+
+_log = logging.getLogger("fastasr")
+
+
+@dataclass
+class Left:
+    """The calls of one method of an object that left: why the last one did, and how many there were."""
+
+    reason: str = ""
+    calls: int = 0
+    logged: set[str] = field(default_factory=set, repr=False)
+
+
+_left = WeakIdKeyDictionary()  # object -> method -> Left
+_thread = threading.local()
+
+
+def note(obj: object, reason: str, method: str = "forward", level: int = logging.WARNING) -> None:
+    """Records that a call of ``method`` leaves, and why, and logs it the first time: once per object, method and
+    reason, so a reason must not hold what differs from call to call.
+
+    Does nothing under torch.compile and torch.export, which trace this function away, and inside ``ignored``.
+    ``level`` is INFO for what the caller asked for, such as gradients or a transform.
+    """
+    if torch.compiler.is_compiling() or getattr(_thread, "ignored", False):
+        return
+    if is_transformed():  # whatever else the caller sees
+        reason, level = f"the call is under {transform()}", logging.INFO
+    methods = _left.get(obj)
+    if methods is None:
+        methods = _left.setdefault(obj, {})
+    left = methods.get(method)
+    if left is None:
+        left = methods.setdefault(method, Left())
+    left.reason = reason
+    left.calls += 1
+    if reason not in left.logged:
+        left.logged.add(reason)
+        _log.log(level, "%s.%s leaves fastasr's fast path: %s", type(obj).__name__, method, reason)
+
+
+def of(obj: object) -> dict[str, Left]:
+    """Returns method -> Left of the object's calls that left."""
+    return _left.get(obj, {})
+
+
+def forget(obj: object) -> None:
+    """Forgets what was noted of the object, so that it is logged anew."""
+    _left.pop(obj, None)
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Inside the block nothing is noted in this thread: fastasr makes the calls itself, to compare both ways."""
+    before, _thread.ignored = getattr(_thread, "ignored", False), True
+    try:
+        yield
+    finally:
+        _thread.ignored = before

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says whether a child module is what its class says, so that a forward may read its parameters in place of calling it.
+
+Users change children of a model, before a swap and after it: adapters (peft, loralib), hooks, weight and spectral
+norm, quantised layers, other forwards and classes. Whoever reads a child's parameters asks :func:`is_plain` at every
+call, and calls the child where the answer is no. Classes are compared, not their names: peft's ``Linear`` is another.
+"""
+
+import functools
+import os
+import sys
+import types
+
+import torch
+from torch.nn.modules import module as _nn
+
+# hooks of all modules, which users register for the whole process
+_GLOBAL_HOOKS = (
+    _nn._global_forward_hooks,
+    _nn._global_forward_pre_hooks,
+    _nn._global_backward_hooks,
+    _nn._global_backward_pre_hooks,
+)
+# torch's forwards as they were on import: somebody may replace that of a class
+_OF_TORCH = {
+    cls: cls.forward
+    for cls in vars(torch.nn).values()
+    if isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+}
+
+
+def hooks_of(module):
+    """Returns the four dicts of a module's hooks."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def global_hooks():
+    """Returns the four dicts of the hooks that run at every module's call."""
+    return _GLOBAL_HOOKS
+
+
+def any_global_hook():
+    forward, before, backward, before_backward = _GLOBAL_HOOKS
+    return bool(forward or before or backward or before_backward)
+
+
+def is_watched(module):
+    """Says whether a call of this module runs hooks of any kind: then it must be called as upstream calls it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any_global_hook()
+    )
+
+
+def any_watched(modules):
+    return any(map(is_watched, modules))
+
+
+def has_known_forward(module):
+    """Says whether the module's forward is its class's or the one that fastasr's swap bound to it."""
+    bound = vars(module).get("forward")
+    if bound is None:
+        own = _OF_TORCH.get(type(module))
+        return own is None or own is type(module).forward
+    # whoever wraps a forward copies its attributes, so the method itself must be ours
+    return (
+        type(bound) is types.MethodType
+        and bound.__self__ is module
+        and hasattr(bound.__func__, "fastasr_forward")
+    )
+
+
+def is_plain(module, *classes):
+    """Says whether the module's class is one of ``classes`` itself, no hooks watch it, and it runs its class's forward,
+    or the one that fastasr's swap bound to it."""
+    return type(module) in classes and not is_watched(module) and has_known_forward(module)
+
+
+def is_plain_named(module, names, owner):
+    """Says the same of a class that is known by its name: fastasr's, or that of the framework of ``owner``, the module
+    around it, whose source a rule has read. A class of another origin may have the name too."""
+    cls = type(module)
+    named = cls.__name__ in names and is_of_framework(cls, type(owner))
+    return named and not is_watched(module) and has_known_forward(module)
+
+
+@functools.cache
+def is_of_framework(cls, owner):
+    """Says whether a class is torch's, fastasr's, or from the package or the folder of the class ``owner``: icefall's
+    files are no package."""
+    here, there = (c.__module__.partition(".")[0].rstrip("0123456789") for c in (cls, owner))
+    return here in ("torch", "fastasr", there) or _folder(cls) == _folder(owner)
+
+
+def _folder(cls):
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return cls.__module__ if file is None else os.path.dirname(file)
+
+
+def runs(module, method, name="forward"):
+    """Says whether ``module.name`` is the function ``method``: from the class or bound to the instance by a swap."""
+    bound = getattr(module, name)
+    function = getattr(bound, "__func__", None)
+    if getattr(function, "fastasr_forward", function) is not method:
+        return False
+    return type(bound) is types.MethodType and bound.__self__ is module

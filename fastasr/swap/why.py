@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says which calls of a model, a search or an engine leave fastasr's fast path, and why."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastasr import _left
+from fastasr.models.common.ragged import hook
+from fastasr.ops._dispatch import why_eager
+from fastasr.swap import binding
+from fastasr.swap.rules import rules_by_forward
+
+UNKNOWN = "not called yet"
+
+
+@dataclass
+class Method:
+    """A method whose calls may leave: ``now``, why any call would leave now ("": nothing is known, None: its first call
+    will tell), ``left``, why the last call that left did ("": none has), and ``calls``, how many have left."""
+
+    path: str
+    class_name: str
+    method: str
+    now: str | None = ""
+    left: str = ""
+    calls: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}.{self.method}".lstrip(".")
+
+    @property
+    def reason(self) -> str:
+        return self.now or self.left or (UNKNOWN if self.now is None else "")
+
+
+@dataclass
+class Why:
+    """One row per method of ``why(obj)``. ``why(obj)["encoder.generate"]`` is its reason, "" if its calls run fastasr's
+    fast path. ``print`` shows rows with a reason, equal ones as one line."""
+
+    name: str
+    rows: list[Method]
+
+    def __getitem__(self, key: str) -> str:
+        """Returns the reason of a method. Raises KeyError if calls of it cannot leave, or none has."""
+        return self.to_dict()[key]
+
+    def to_dict(self) -> dict[str, str]:
+        """Returns path and method -> reason, of the methods whose calls may leave or have left."""
+        return {row.key: row.reason for row in self.rows}
+
+    def __str__(self) -> str:
+        groups: dict[tuple, list[Method]] = {}
+        for row in self.rows:
+            if row.now or row.left:
+                groups.setdefault((row.class_name, row.method, row.now, row.left), []).append(row)
+        lines = [line for rows in groups.values() for line in _lines(rows)]
+        state = "these leave" if lines else "nothing is known to leave"
+        return "\n".join([f"{self.name}: {state} fastasr's fast path", *lines])
+
+
+def _lines(rows):
+    first, calls = rows[0], sum(row.calls for row in rows)
+    where = (
+        first.key if len(rows) == 1 else f"{len(rows)} x {first.class_name}.{first.method}, first {first.key}"
+    )
+    if first.now:
+        yield f"  {where}: {first.now}"
+    if first.left and first.left != first.now:
+        yield f"  {where}: {calls} calls have left, the last one: {first.left}"
+
+
+def why(obj) -> Why:
+    """Returns why calls of ``obj`` and of what it holds leave fastasr's fast path.
+
+    obj: a swapped model or one of fastasr's, a module of one, or a search, an engine or a recogniser of fastasr's.
+
+    For each method it has the reason that holds now, found without running the model, and that of the last call that
+    left, which was logged too (logger "fastasr"). Training, compiled and traced calls run other fast paths and are not
+    among them. ``explain`` says which modules are swapped at all.
+
+    Raises TypeError if ``obj`` is neither a module nor an object of fastasr's.
+    """
+    if not isinstance(obj, torch.nn.Module) and not _is_ours(obj):
+        raise TypeError(
+            f"why: expected a torch.nn.Module or an object of fastasr's, got {type(obj).__name__}"
+        )
+    rules = rules_by_forward()
+    rows = [row for path, part in _parts(obj) for row in _rows(path, part, rules)]
+    return Why(type(obj).__name__, rows)
+
+
+def _known(module, rule) -> dict[str, str | None]:
+    """Returns what is known now of a module that runs the functions of ``rule``, swapped or as one of our classes."""
+    if rule is None:
+        return {}
+    found = rule.leaves(module)
+    if rule.ragged is not None and binding.bound_forward(module) is rule.ragged.forward:
+        found |= {"forward": hook(module) or rule.ragged.obstacle(module) or ""}
+    parameter = next(module.parameters(), None)
+    if parameter is not None and (eager := why_eager(rule.kernels, parameter.device, parameter.dtype)):
+        found |= {"ops": eager}
+    return found
+
+
+def _is_ours(obj) -> bool:
+    return type(obj).__module__.startswith("fastasr.")
+
+
+def _parts(obj, path="", seen=None):
+    """Yields (path, object) for the object and all that it holds: submodules, parameters, and objects of fastasr's."""
+    seen = set() if seen is None else seen
+    if id(obj) in seen:
+        return
+    seen.add(id(obj))
+    yield path, obj
+    if isinstance(obj, torch.nn.Module):
+        held = {**obj._modules, **obj._parameters}
+    elif isinstance(obj, torch.Tensor):
+        return
+    else:
+        held = {
+            name: value
+            for name, value in getattr(obj, "__dict__", {}).items()
+            if isinstance(value, torch.nn.Module) or _is_ours(value)
+        }
+    for name, value in held.items():
+        if value is not None:
+            yield from _parts(value, f"{path}.{name}".lstrip("."), seen)
+
+
+def _rows(path, obj, rules):
+    if isinstance(obj, torch.nn.Module):
+        known = _known(obj, rules.get(binding.bound_forward(obj) or type(obj).forward))
+    else:
+        known = obj.leaves() if hasattr(obj, "leaves") else {}
+    noted = _left.of(obj)
+    for method in known | noted:
+        left = noted.get(method, _left.Left())
+        yield Method(path, type(obj).__name__, method, known.get(method, ""), left.reason, left.calls)

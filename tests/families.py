@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny model of every framework, and a call of it: what tests of all rules run over.
+
+``FAMILIES[name]()`` returns (model, run): the model in eval mode with parameters away from their first values, and a
+function (model) -> list of tensors that runs it in the mode that it is in. It raises pytest's Skipped if the framework
+is not installed. Together the models have a module for every rule.
+"""
+
+import nemo_encoder
+import pytest
+import tiny_emformer_rnnt
+import torch
+from steps import moved, numbers, seeded
+from tiny_parakeet import SIZES, STILL
+
+WIDTH, HIDDEN, HEADS, TAPS = 16, 32, 2, 7
+
+
+def torchaudio_conformer(dropout=0.1, **options):
+    models = pytest.importorskip("torchaudio.models")
+    return models.Conformer(WIDTH, HEADS, HIDDEN, 2, TAPS, dropout=dropout, **options)
+
+
+def wav2vec2_conformer(dropout=0.1, **options):
+    transformers = pytest.importorskip("transformers")
+    rates = ("activation_dropout", "attention_dropout", "hidden_dropout", "conformer_conv_dropout")
+    config = transformers.Wav2Vec2ConformerConfig(
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_hidden_layers=2,
+        conv_depthwise_kernel_size=TAPS,
+        hidden_act="swish",
+        max_source_positions=64,
+        num_conv_pos_embedding_groups=2,
+        layerdrop=0.0,
+        attn_implementation="sdpa",  # as a whole model sets it; upstream's code serves None
+        **dict.fromkeys(rates, dropout),
+        **options,
+    )
+    module = pytest.importorskip("transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer")
+    return module.Wav2Vec2ConformerEncoder(config)
+
+
+def fastspeech2_conformer(dropout=0.1, **options):
+    transformers = pytest.importorskip("transformers")
+    rates = ("dropout_rate", "positional_dropout_rate", "attention_dropout_rate")
+    config = transformers.FastSpeech2ConformerConfig(
+        hidden_size=WIDTH,
+        **{
+            f"{part}_{key}": value
+            for part in ("encoder", "decoder")
+            for key, value in (("layers", 2), ("num_attention_heads", HEADS), ("linear_units", HIDDEN))
+        },
+        **{f"encoder_{rate}": dropout for rate in rates},
+        encoder_kernel_size=TAPS,
+        **options,
+    )
+    module = pytest.importorskip("transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer")
+    made = module.FastSpeech2ConformerEncoder(config, config.encoder_config)
+    for key, parameter in made.named_parameters():
+        if "pos_bias" in key:  # uninitialised memory, which only a whole FastSpeech2ConformerModel overwrites
+            torch.nn.init.zeros_(parameter)
+    return made
+
+
+def espnet_conformer(dropout=0.1, **options):
+    module = pytest.importorskip("espnet2.asr.encoder.conformer_encoder")
+    sizes = {
+        "output_size": WIDTH,
+        "attention_heads": HEADS,
+        "linear_units": HIDDEN,
+        "cnn_module_kernel": TAPS,
+    }
+    kinds = {
+        "rel_pos_type": "latest",
+        "pos_enc_layer_type": "rel_pos",
+        "selfattention_layer_type": "rel_selfattn",
+    }
+    rates = dict.fromkeys(("dropout_rate", "positional_dropout_rate", "attention_dropout_rate"), dropout)
+    return module.ConformerEncoder(
+        WIDTH, num_blocks=2, input_layer="linear", macaron_style=True, **sizes, **kinds, **rates, **options
+    )
+
+
+def nemo_conformer(dropout=0.1, **options):
+    rates = ("dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att")
+    return nemo_encoder.load().ConformerEncoder(
+        feat_in=WIDTH,
+        n_layers=2,
+        d_model=WIDTH,
+        n_heads=HEADS,
+        ff_expansion_factor=HIDDEN // WIDTH,
+        conv_kernel_size=TAPS,
+        subsampling="dw_striding",
+        subsampling_factor=4,
+        subsampling_conv_channels=4,
+        **dict.fromkeys(rates, dropout),
+        **options,
+    )
+
+
+def speechbrain_conformer(dropout=0.1, **options):
+    module = pytest.importorskip("speechbrain.lobes.models.transformer.Conformer")
+    return module.ConformerEncoder(2, WIDTH, HIDDEN, HEADS, TAPS, dropout=dropout, **options)
+
+
+def call(name, net, x, lengths):
+    if name in ("torchaudio", "espnet"):
+        return net(x, lengths)[0]
+    if name == "nemo":
+        return net(audio_signal=x.transpose(1, 2), length=lengths)[0]
+    mask = torch.arange(x.shape[1]) < lengths[:, None]
+    if name == "speechbrain":
+        positions = torch.randn(1, 2 * x.shape[1] - 1, WIDTH, dtype=x.dtype, generator=numbers(5))
+        return net(x, src_key_padding_mask=~mask, pos_embs=positions)[0]
+    mask = mask.unsqueeze(1).int() if name == "fastspeech2" else mask
+    return net(x.clone(), attention_mask=mask)[0]
+
+
+def conformer(name):
+    def made(**options):
+        model = MODELS[name](**options)
+        x, lengths = torch.randn(3, 21, WIDTH, generator=numbers(1)), torch.tensor([21, 13, 5])
+        return model, lambda model: [call(name, model, x, lengths)]
+
+    return made
+
+
+MODELS = {
+    "espnet": espnet_conformer,
+    "fastspeech2": fastspeech2_conformer,
+    "nemo": nemo_conformer,
+    "speechbrain": speechbrain_conformer,
+    "torchaudio": torchaudio_conformer,
+    "wav2vec2": wav2vec2_conformer,
+}
+
+
+def nemo_local(**options):
+    made = nemo_conformer(
+        self_attention_model="rel_pos_local_attn",
+        att_context_size=[3, 3],
+        conv_norm_type="layer_norm",
+        **options,
+    )
+    x, lengths = torch.randn(3, 41, WIDTH, generator=numbers(1)), torch.tensor([41, 23, 9])
+    return made, lambda model: [call("nemo", model, x, lengths)]
+
+
+def zipformer(lengths=None):
+    pytest.importorskip("zipformer")
+    import tiny_zipformer
+
+    x, of_batch = tiny_zipformer.batch()
+    lengths = of_batch if lengths is None else torch.tensor(lengths)
+    return tiny_zipformer.tiny(), lambda model: [model(x, lengths)[0]]
+
+
+def causal_zipformer():
+    """A chunk of a stream in eval mode, whole recordings in training."""
+    pytest.importorskip("zipformer")
+    import tiny_zipformer
+    from zipformer.modules.zipformer import Zipformer
+
+    chunks = {"causal": True, "chunk_size": (8,), "left_context_frames": (16,)}
+    with tiny_zipformer.plain_swoosh():
+        made = tiny_zipformer.set_batch_count(
+            Zipformer(**tiny_zipformer.TINY, **chunks, dropout=0.1), 20000.0
+        )
+    x, lengths = torch.randn(32, 2, 32, generator=numbers(1)), torch.tensor([32, 32])
+
+    def run(model):
+        if model.training:
+            return [model(x, lengths, torch.zeros(2, 32, dtype=torch.bool))[0]]
+        found, states = [], model.get_init_states(2)
+        for chunk in x.split(16):
+            mask = torch.zeros(2, 16 + 16, dtype=torch.bool)
+            y, _, states = model.streaming_forward(chunk, torch.tensor([16, 16]), states, mask)
+            found.append(y)
+        return found
+
+    return made, run
+
+
+def zipformer_recogniser():
+    """The losses of an AsrModel with a transducer; k2's are those of fastasr.compat."""
+    module = pytest.importorskip("zipformer.modules.model")
+    import tiny_recogniser
+    import tiny_zipformer
+
+    import fastasr.compat.k2
+
+    sizes = tiny_recogniser.RECOGNISER | tiny_recogniser.WHOLE | {"feature_dim": 20, "vocab_size": 11}
+    with tiny_zipformer.plain_swoosh():
+        made = tiny_zipformer.set_batch_count(module.AsrModel(**sizes), 20000.0)
+    x, lengths = torch.randn(2, 60, 20, generator=numbers(1)), torch.tensor([60, 52])
+
+    def run(model):
+        module.k2 = fastasr.compat.k2
+        return list(model(x, lengths, [[3, 5, 5, 2], [7, 1]], prune_range=3)[:2])
+
+    return made, run
+
+
+def e_branchformer(**options):
+    module = pytest.importorskip("espnet2.asr.encoder.e_branchformer_encoder")
+    sizes = {"output_size": 24, "attention_heads": 3, "cgmlp_linear_units": 36, "cgmlp_conv_kernel": 7}
+    sizes |= {
+        "num_blocks": 2,
+        "linear_units": 28,
+        "use_ffn": True,
+        "macaron_ffn": True,
+        "input_layer": "linear",
+    }
+    x = torch.randn(3, 27, 20, generator=numbers(1))
+    model = module.EBranchformerEncoder(20, **sizes, **options)
+    return model, lambda model: [model(x, torch.tensor([27, 20, 11]))[0]]
+
+
+def _emformer(run):
+    def made(**options):
+        module = pytest.importorskip("torchaudio.models.emformer")
+        sizes = {"left_context_length": 5, "right_context_length": 2, "max_memory_size": 2, "dropout": 0.1}
+        return module.Emformer(12, 3, 20, 2, 4, **sizes | options), run
+
+    return made
+
+
+def _utterances(model):
+    return [model(torch.randn(3, 23, 12, generator=numbers(1)), torch.tensor([21, 15, 9]))[0]]
+
+
+def _segments(model):
+    x, states, found = torch.randn(3, 23, 12, generator=numbers(1)), None, []
+    for begin in range(0, 12, 4):
+        y, _, states = model.infer(x[:, begin : begin + 6], torch.tensor([6, 6, 6]), states)
+        found.append(y)
+    return found
+
+
+def emformer_rnnt():
+    module = pytest.importorskip("torchaudio.models.rnnt")
+    x = torch.randn(2, 40, 6, generator=numbers(1))
+    labels = torch.randint(0, 9, (2, 5), generator=numbers(2))
+
+    def run(model):
+        return [model(x, torch.tensor([36, 28]), labels, torch.tensor([5, 3]))[0]]
+
+    return tiny_emformer_rnnt.tiny(module), run
+
+
+def mega(**options):
+    module = pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
+    sizes = {"block_size": 16, "linear_size": 24, "qk_size": 8, "v_size": 20, "num_heads": 2}
+    labels = torch.randint(1, 12, (3, 9), generator=numbers(1))
+    made = module.MEGADecoder(12, **sizes, num_blocks=2, max_positions=24, **options)
+
+    def run(model):
+        if model.training:
+            return [model(labels)]
+        model.score_cache.clear()
+        found, states = [model(labels)], model.init_state()
+        for length in range(1, 4):
+            y, states = model.score([0, 4, 7][:length], states)
+            found.append(y)
+        return found
+
+    return made, run
+
+
+def parakeet(lengths=(75, 50, 9), **options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ParakeetEncoderConfig(**SIZES | options)
+    x = torch.randn(3, 75, SIZES["num_mel_bins"], generator=numbers(1))
+    mask = (torch.arange(75) < torch.tensor(lengths)[:, None]).long()
+    model = transformers.ParakeetEncoder(config)
+    return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+
+
+def nemotron(**options):
+    pytest.importorskip("transformers.models.nemotron_asr_streaming")
+    from transformers import NemotronAsrStreamingEncoder
+    from transformers.models.nemotron_asr_streaming import (
+        configuration_nemotron_asr_streaming as configuration,
+    )
+
+    config = configuration.NemotronAsrStreamingEncoderConfig(**{**SIZES, "sliding_window": 15, **options})
+    x = torch.randn(3, 75, SIZES["num_mel_bins"], generator=numbers(1))
+    mask = (torch.arange(75) < torch.tensor([75, 50, 9])[:, None]).long()
+    model = NemotronAsrStreamingEncoder(config)
+    return model, lambda model: [model(input_features=x, attention_mask=mask).last_hidden_state]
+
+
+def parakeet_transducer(kind):
+    """The loss in training, ``generate`` in eval mode."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        durations = {"durations": [0, 1, 2, 3, 4]} if kind == "TDT" else {}
+        config = getattr(transformers, f"Parakeet{kind}Config")(
+            vocab_size=12,
+            decoder_hidden_size=9,
+            num_decoder_layers=1,
+            blank_token_id=11,
+            pad_token_id=11 if kind == "RNNT" else 0,
+            encoder_config={**SIZES, "num_hidden_layers": 1, "scale_input": False},
+            **durations,
+        )
+        model = getattr(transformers, f"ParakeetFor{kind}")(config)
+        model.generation_config.decoder_start_token_id = 11
+        if durations:
+            model.generation_config.suppress_tokens = list(range(12, 17))
+        with torch.no_grad():
+            for parameter in [*model.decoder.parameters(), *model.joint.parameters()]:
+                parameter.normal_(std=0.8)
+            model.encoder_projector.weight.normal_(std=2.0)
+        lengths = torch.tensor([90, 61, 75])
+        labels = torch.randint(1, 11, (3, 4), generator=numbers(2))
+        inputs = {
+            "input_features": torch.randn(3, 90, SIZES["num_mel_bins"], generator=numbers(1)),
+            "attention_mask": (torch.arange(90) < lengths[:, None]).long(),
+        }
+        contexts = torch.nn.functional.pad(labels, (1, 0), value=11)
+
+        def run(model):
+            if not model.training:
+                return [model.generate(**inputs, max_new_tokens=20).sequences.float()]
+            import fastasr.compat.torchaudio
+
+            fastasr.compat.torchaudio.install()  # upstream's RNN-T loss needs a torchaudio
+            try:
+                return [model(**inputs, decoder_input_ids=contexts, labels=labels).loss]
+            finally:
+                fastasr.compat.torchaudio.uninstall()
+
+        return model, run
+
+    return made
+
+
+def nemo_joint(kind="rnnt", name="pytorch", **options):
+    """NeMo's fused joint: its loss."""
+
+    def made():
+        joints, losses = nemo_encoder.load_transducer()
+        joint = joints.RNNTJoint(
+            {"encoder_hidden": 5, "pred_hidden": 4, "joint_hidden": 8, "activation": "relu", "dropout": 0.1},
+            num_classes=6,
+            num_extra_outputs=len(options.get("durations", ())),
+            fuse_loss_wer=True,
+            fused_batch_size=2,
+        )
+        loss = losses.RNNTLoss(6, "mean_batch", name, dict(options))
+        loss._force_float32 = False
+        joint.set_loss(loss)
+        joint.set_wer(_Wer())
+        draw = numbers(1)
+        inputs = {
+            "encoder_outputs": torch.randn(3, 5, 8, generator=draw),
+            "decoder_outputs": torch.randn(3, 4, 5, generator=draw),
+            "encoder_lengths": torch.tensor([7, 5, 6]),
+            "transcripts": torch.randint(0, 6, (3, 4), generator=draw),
+            "transcript_lengths": torch.tensor([3, 1, 2]),
+        }
+        return joint, lambda model: [model(**inputs, compute_wer=False)[0]]
+
+    return made
+
+
+class _Wer:
+    """Stands for NeMo's metric, which these calls do not ask for."""
+
+
+FAMILIES = {
+    **{f"{name} conformer": conformer(name) for name in MODELS},
+    "nemo local": nemo_local,
+    "nemo joint": nemo_joint(),
+    "zipformer": zipformer,
+    "zipformer, causal": causal_zipformer,
+    "zipformer recogniser": zipformer_recogniser,
+    "e-branchformer": e_branchformer,
+    "emformer": _emformer(_utterances),
+    "emformer stream": _emformer(_segments),
+    "emformer rnn-t": emformer_rnnt,
+    "mega": mega,
+    "mega rotary": lambda: mega(rel_pos_bias_type="rotary"),
+    "parakeet": parakeet,
+    "parakeet tdt": parakeet_transducer("TDT"),
+    "parakeet rnn-t": parakeet_transducer("RNNT"),
+    "nemotron": nemotron,
+    # equal lengths: then packed frames are as upstream's
+    "parakeet, ragged": lambda: parakeet((75, 75, 75), **STILL),
+    "zipformer, ragged": lambda: zipformer((60, 60)),
+}
+SWAP = {
+    "parakeet, ragged": {"ragged": True},
+    "zipformer, ragged": {"ragged": True},
+}  # arguments of accelerate
+
+
+def make(name):
+    """Returns (model, run) of a family, see above. The same in every call of a run."""
+    seeded(name)
+    model, run = FAMILIES[name]()
+    return moved(model, 0.05).eval(), run

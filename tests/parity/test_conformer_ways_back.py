@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Conformer's blocks leave to upstream's code: it computes what upstream does, is logged once, and
+``fastasr.why`` names the reason. ``tests/swap/test_ways_back.py`` has those of all other models."""
+
+import pytest
+import torch
+from families import TAPS, WIDTH
+from leaving import Case, check, unreached
+from test_conformer import ATTENTION, call, pair
+
+LENGTHS = torch.tensor([21, 13, 5])
+
+# the hooked part of a model, the block that leaves, the reason
+HOOKED = {
+    "wav2vec2 glu": ("layers.0.conv_module.glu", "layers.0.conv_module", "glu is not a plain GLU"),
+    "wav2vec2 dropout": (
+        "layers.0.self_attn.dropout",
+        "layers.0.self_attn",
+        "the dropout of attention weights has hooks",
+    ),
+    "fastspeech2 dropout": (
+        "conformer_layers.0.self_attn.dropout",
+        "conformer_layers.0.self_attn",
+        "the dropout of attention weights has hooks",
+    ),
+    "torchaudio glu": (
+        "conformer_layers.0.conv_module.sequential.1",
+        "conformer_layers.0.conv_module",
+        "sequential or its glu is not a plain one",
+    ),
+    "torchaudio sequence": (
+        "conformer_layers.0.ffn1.sequential",
+        "conformer_layers.0.ffn1",
+        "sequential is not a plain Sequential",
+    ),
+    "speechbrain ffn": (
+        "layers.0.ffn_module1.1.ffn",
+        "layers.0.ffn_module1.1",
+        "ffn is not a plain Sequential",
+    ),
+    "speechbrain after_conv": (
+        "layers.0.convolution_module.after_conv",
+        "layers.0.convolution_module",
+        "a part has hooks",
+    ),
+    "nemo dropout": (
+        "layers.0.self_attn.dropout",
+        "layers.0.self_attn",
+        "the dropout of attention weights has hooks",
+    ),
+    "nemo subsampling": ("pre_encode.conv.0", "pre_encode", "conv or one of its layers has hooks"),
+}
+
+
+def nets(name, **options):
+    ours, theirs = pair(name, training=False, **options)
+    return ours.float(), theirs.float()  # SpeechBrain's attention has float32 weights whatever the dtype
+
+
+def case(ours, theirs, run, block, reason, **options):
+    run = torch.no_grad()(run)
+    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{block}.forward", reason, **options)
+
+
+def hooked(name):
+    framework, (part, block, reason) = name.split()[0], HOOKED[name]
+    ours, theirs = nets(framework)
+    ours.get_submodule(part).register_forward_hook(lambda *_: None)
+    x = torch.randn(3, 21, WIDTH)
+    return case(ours, theirs, lambda net: call(framework, net, x, LENGTHS), block, reason)
+
+
+def of_attention(name, reason, run, change=lambda ours, theirs: None):
+    """Returns the case of an attention module. ``run(module, x)``; ``change(ours, theirs)`` changes the models."""
+    ours, theirs = nets(name)
+    change(ours, theirs)
+    x, block = torch.randn(3, 21, WIDTH), ATTENTION[name]
+    return case(ours, theirs, lambda net: run(net.get_submodule(block), x), block, reason)
+
+
+def table(batch=1):
+    return torch.linspace(-1, 1, 41 * WIDTH).sin().view(1, -1, WIDTH).expand(batch, -1, -1)
+
+
+def weights_of_wav2vec2():
+    def change(ours, theirs):
+        ours.config._attn_implementation = theirs.config._attn_implementation = "eager"
+        ours.layers[0].self_attn.register_forward_hook(lambda *_: None)
+
+    def run(module, x):
+        return module(x, None, relative_position_embeddings=table())[0]
+
+    return of_attention("wav2vec2", "attention weights are asked for", run, change)
+
+
+def a_query_without_keys():
+    def run(module, x):
+        mask = torch.ones(3, 1, 21, 21, dtype=torch.bool)
+        mask[0, 0, 3] = False
+        return module(x, mask, relative_position_embeddings=table())[0]
+
+    return of_attention("wav2vec2", "a query sees no key", run)
+
+
+def positions_of_each_sequence():
+    reason = "an input, a mask or positions that rel_attention does not take"
+    return of_attention("wav2vec2", reason, lambda module, x: module(x, None, table(3))[0])
+
+
+def weights_of_fastspeech2():
+    def run(module, x):
+        return module(x, None, table(), output_attentions=True)
+
+    return of_attention("fastspeech2", "attention weights are asked for", run)
+
+
+def other_keys_of_nemo():
+    def run(module, x):
+        return module(x, x.flip(0), x.flip(0), None, table())
+
+    return of_attention("nemo", "an input, a mask or positions that rel_attention does not take", run)
+
+
+def cache_of_a_hooked_convolution():
+    ours, theirs = nets("nemo", conv_context_size="causal", conv_norm_type="layer_norm")
+    ours.layers[0].conv.depthwise_conv.register_forward_hook(lambda *_: None)
+    x, cache = torch.randn(3, 21, WIDTH), torch.randn(3, WIDTH, TAPS - 1)
+    reason = "a cache, and a convolution or norm that is no plain one or has hooks"
+    return case(ours, theirs, lambda net: net.layers[0].conv(x, cache=cache), "layers.0.conv", reason)
+
+
+OTHERS = (
+    weights_of_wav2vec2,
+    a_query_without_keys,
+    positions_of_each_sequence,
+    weights_of_fastspeech2,
+    other_keys_of_nemo,
+    cache_of_a_hooked_convolution,
+)
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks(name, caplog):
+    check(hooked(name), caplog)
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_a_way_back(make, caplog):
+    check(make(), caplog)
+
+
+def test_no_way_back_is_missing(monkeypatch):
+    made = [*map(hooked, HOOKED), *(make() for make in OTHERS)]
+    assert unreached(made, monkeypatch, conformers=True) == set()

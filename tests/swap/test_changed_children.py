@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever users change in a part of a model, before the swap or after it, the swapped model does what upstream does.
+
+The test walks every module inside a tiny model of every framework (tests/families.py), so every child that one of our
+forwards reads, and applies every change that fits it. Hooks must be called as often as upstream calls them.
+"""
+
+import contextlib
+import copy
+import random
+import re
+
+import families
+import pytest
+import torch
+from families import FAMILIES
+from steps import seeded
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+import fastasr
+from fastasr.swap import binding, rules
+
+TOLERANCE = 2e-4  # of the largest element; a change that is ignored shows by 1e-2 or more
+
+
+# --------------------------------------------------------------------------- the changes
+# Each takes (model, path, seen), changes the module at the path and returns what undoes a change of the process.
+# ``seen`` is a list: hooks append to it.
+def _replace(model, path, module):
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _scaled(value, factor):
+    """Returns ``value`` with its floating tensors times ``factor``."""
+    if isinstance(value, torch.Tensor):
+        return value * factor if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_scaled(v, factor) for v in value))
+    return type(value)(_scaled(v, factor) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def forward_hook(model, path, seen):
+    def hook(module, args, output):
+        seen.append("forward")
+        return _scaled(output, 1.25)
+
+    model.get_submodule(path).register_forward_hook(hook)
+
+
+def pre_hook(model, path, seen):
+    def hook(module, args):
+        seen.append("before")
+        return _scaled(args, 1.25)
+
+    model.get_submodule(path).register_forward_pre_hook(hook)
+
+
+def backward_hook(model, path, seen):
+    def hook(module, grad_input, grad_output):
+        seen.append("backward")
+        return _scaled(grad_input, 1.25)
+
+    model.get_submodule(path).register_full_backward_hook(hook)
+
+
+def backward_pre_hook(model, path, seen):
+    def hook(module, grad_output):
+        seen.append("before backward")
+        return _scaled(grad_output, 1.25)
+
+    model.get_submodule(path).register_full_backward_pre_hook(hook)
+
+
+def global_hook(model, path, seen):
+    kind = type(model.get_submodule(path))
+
+    def hook(module, args, output):
+        if type(module) is kind:
+            seen.append("global")
+            return _scaled(output, 1.25)
+        return None
+
+    return nn_module.register_module_forward_hook(hook).remove
+
+
+def global_backward_hook(model, path, seen):
+    kind = type(model.get_submodule(path))
+
+    def hook(module, grad_input, grad_output):
+        if type(module) is kind:
+            seen.append("global backward")
+            return _scaled(grad_input, 1.25)
+        return None
+
+    return nn_module.register_module_full_backward_hook(hook).remove
+
+
+def patched_forward(model, path, seen):
+    module = model.get_submodule(path)
+    own = module.forward
+
+    def forward(*args, **kwargs):
+        seen.append("patched")
+        return _scaled(own(*args, **kwargs), 1.25)
+
+    module.forward = forward
+
+
+def subclass(model, path, seen):
+    """Puts a module of a subclass in the place, with the same parts. It has the same name, as loralib's Linear."""
+    module = model.get_submodule(path)
+    binding.unbind(module)
+    kind = type(module)
+
+    def forward(self, *args, **kwargs):
+        seen.append("subclass")
+        return _scaled(kind.forward(self, *args, **kwargs), 1.25)
+
+    other = object.__new__(type(kind.__name__, (kind,), {"forward": forward}))
+    vars(other).update(vars(module))
+    _replace(model, path, other)
+
+
+def low_rank_by_loralib(model, path, seen):
+    loralib = pytest.importorskip("loralib")
+    module = model.get_submodule(path)
+    if type(module) is nn.Embedding:
+        other = loralib.Embedding(module.num_embeddings, module.embedding_dim, r=2)
+        other.padding_idx = module.padding_idx
+    else:
+        other = loralib.Linear(module.in_features, module.out_features, r=2, bias=module.bias is not None)
+    other.load_state_dict(module.state_dict(), strict=False)
+    with torch.no_grad():
+        other.lora_B.normal_(std=0.3)
+        other.lora_A.normal_(std=0.3)
+    _replace(model, path, other.train(module.training))
+
+
+def low_rank_by_peft(model, path, seen):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=[path], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+
+
+def old_weight_norm(model, path, seen):
+    with contextlib.suppress(FutureWarning):
+        torch.nn.utils.weight_norm(model.get_submodule(path))
+    with torch.no_grad():
+        model.get_submodule(path).weight_g.mul_(1.25)
+
+
+def new_weight_norm(model, path, seen):
+    torch.nn.utils.parametrizations.weight_norm(model.get_submodule(path))
+    with torch.no_grad():
+        model.get_submodule(path).parametrizations.weight.original0.mul_(1.25)
+
+
+def spectral_norm(model, path, seen):
+    torch.nn.utils.parametrizations.spectral_norm(model.get_submodule(path))
+
+
+def identity(model, path, seen):
+    _replace(model, path, nn.Identity())
+
+
+def another_activation(model, path, seen):
+    _replace(model, path, nn.Hardtanh(-0.5, 0.25))
+
+
+def frozen(model, path, seen):
+    model.get_submodule(path).requires_grad_(False)
+
+
+def tied(model, path, seen):
+    """Gives the layer the weight of the last other one of its class and shape."""
+    module = model.get_submodule(path)
+    for other in reversed(list(model.modules())):
+        if type(other) is type(module) and other is not module and other.weight.shape == module.weight.shape:
+            module.weight = other.weight
+            return
+
+
+def other_dtype(model, path, seen):
+    """Upstream raises an error in most places; where it does not, the values agree."""
+    model.get_submodule(path).double()
+
+
+def quantised(model, path, seen):
+    if any(type(m) is nn.MultiheadAttention for m in model.modules()):
+        pytest.skip("upstream's attention reads the weight itself")
+    torch.ao.quantization.quantize_dynamic(model, {path}, dtype=torch.qint8, inplace=True)
+
+
+ANY = (
+    forward_hook,
+    pre_hook,
+    backward_hook,
+    backward_pre_hook,
+    global_hook,
+    global_backward_hook,
+    patched_forward,
+    subclass,
+)
+LINEAR = (low_rank_by_loralib, low_rank_by_peft, quantised)
+WEIGHTS = (old_weight_norm, new_weight_norm, spectral_norm, frozen, tied, other_dtype)
+ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid)
+ONLY_IN = {  # quantised layers have no gradients
+    **dict.fromkeys((backward_hook, backward_pre_hook, global_backward_hook, frozen), True),
+    quantised: False,
+}
+
+
+def changes(module):
+    """Yields the changes that make sense for this module."""
+    kind = type(module)
+    yield from ANY
+    if kind in (nn.Linear, nn.Embedding):
+        yield from LINEAR[: 3 if kind is nn.Linear else 1]
+    if kind in (nn.Linear, nn.Conv1d, nn.Conv2d):
+        yield from WEIGHTS
+    if kind in (nn.LayerNorm, nn.BatchNorm1d, nn.Embedding):
+        yield from (frozen, other_dtype)
+    if kind is nn.Dropout or kind.__name__ in ("SwooshL", "SwooshR", "Identity", "Balancer", "Whiten"):
+        yield identity
+    if kind in ACTIVATIONS or kind.__name__ in ("Swish", "SiLUActivation"):
+        yield from (identity, another_activation)
+
+
+# --------------------------------------------------------------------------- the walk
+DRAWN = 60  # cases of a model; all of them in long runs
+_LAYER = re.compile(r"\b(\w*layers|mega_blocks|(?<!encoder\.)encoders)\.\d+")
+
+
+def places(model):
+    """Yields (path, module) of a module of each kind of place: of equal layers the last one stands for all."""
+    found = {}
+    for path, module in model.named_modules():
+        if path and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            found[_LAYER.sub(r"\1.#", path)] = path, module
+    return found.values()
+
+
+def outcome(model, run, training, seen):
+    """Returns (tensors, names) of a call: outputs and, in training, gradients; or the error that it raises."""
+    del seen[:]
+    model.train(training)
+    model.zero_grad(set_to_none=True)
+    seeded("call")
+    try:
+        with torch.set_grad_enabled(training), fastasr.upstream_draws():
+            found = {f"output {i}": y for i, y in enumerate(run(model))}
+            if training:
+                sum(
+                    (y * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum() for y in found.values()
+                ).backward()
+    except Exception as error:
+        return error, None
+    found = {name: y.detach() for name, y in found.items()}
+    if training:
+        found |= {name: p.grad for name, p in model.named_parameters()}
+    return found, sorted(seen)
+
+
+def compare(ours, theirs, tolerance=TOLERANCE, counted=True):
+    """Returns what differs, or "". ``counted``: hooks must be called as often as upstream calls them."""
+    (found, calls), (expected, calls_there) = ours, theirs
+    if isinstance(expected, Exception):
+        return ""  # upstream does not run it
+    if isinstance(found, Exception):
+        return f"raises {type(found).__name__}: {found}"
+    if found.keys() != expected.keys():
+        return f"has other parameters: {found.keys() ^ expected.keys()}"
+    for kind in ("output", ""):
+        pairs = [(n, found[n], e) for n, e in expected.items() if n.startswith("output") == bool(kind)]
+        if missing := [n for n, f, e in pairs if (f is None) != (e is None)]:
+            return f"has gradients for other parameters: {missing}"
+        pairs = [(n, f, e) for n, f, e in pairs if e is not None]
+        largest = max((e.abs().max().item() for _, _, e in pairs), default=0.0)
+        for name, f, e in pairs:
+            error = (f - e).abs().max().item() if f.shape == e.shape else float("inf")
+            if not error <= tolerance * max(largest, 1e-6):
+                return f"{name} is off by {error / max(largest, 1e-6):.1e}"
+    if calls == calls_there if counted else set(calls) == set(calls_there):
+        return ""
+    return f"hooks are called {len(calls)} times, upstream's {len(calls_there)}"
+
+
+def changed_both_ways(make, path, change, after, training, swap, **options):
+    """Returns what differs between upstream's model and the swapped one, both changed at ``path``."""
+    results = []
+    for swapped in (False, True):
+        model, run = make()
+        seen = []
+        model.train(training)
+        seeded("change")
+        if swapped and after:
+            fastasr.accelerate(model, **swap)
+            outcome(model, run, training, seen)  # native layers and searches are kept from the first call on
+            seeded("change")
+        undo = None
+        try:
+            try:
+                undo = change(model, path, seen)
+            except (RuntimeError, ValueError, AttributeError) as error:
+                if not swapped:
+                    return None  # the change does not fit this module
+                return f"cannot be changed: {error}"
+            if swapped and not after:
+                fastasr.accelerate(model, **swap)
+            results.append(outcome(model, run, training, seen))
+        finally:
+            if undo is not None:
+                undo()
+    return compare(results[1], results[0], **options)
+
+
+# NeMo's fused joint calls its parts for some recordings at a time, ours for the whole batch. The pruned loss and the
+# regularisers of a recogniser multiply differences of rounding.
+OPTIONS = {"nemo joint": {"counted": False}, "zipformer recogniser": {"tolerance": 1e-3}}
+
+
+def modes(name):
+    """Packed frames of a Zipformer draw other random numbers in training."""
+    return (False,) if name == "zipformer, ragged" else (False, True)
+
+
+def every_case(model, name):
+    """Returns (path, change, whether it comes after the swap, whether in training mode)."""
+    return [
+        (path, change, after, training)
+        for path, module in places(model)
+        for change in changes(module)
+        for after in (False, True)
+        for training in modes(name)
+        if ONLY_IN.get(change, training) == training
+    ]
+
+
+def check(name, count=None):
+    """Asserts that all cases of a model, or ``count`` that are drawn by the run's seed, are as upstream."""
+    model, run = families.make(name)
+    options, swap = OPTIONS.get(name, {}), families.SWAP.get(name, {})
+    swapped = copy.deepcopy(model)
+    fastasr.accelerate(swapped, **swap)
+    for training in modes(name):
+        problem = compare(outcome(swapped, run, training, []), outcome(model, run, training, []), **options)
+        assert not problem, f"without a change {problem}"
+        assert not isinstance(outcome(model, run, training, [])[0], Exception)
+    model.zero_grad(set_to_none=True)
+    cases = every_case(model, name)
+    if count is not None and count < len(cases):
+        seeded(name)
+        cases = random.sample(cases, count)
+    failures = []
+    for path, change, after, training in cases:
+        problem = changed_both_ways(
+            lambda: (copy.deepcopy(model), run), path, change, after, training, swap, **options
+        )
+        if problem:
+            mode = "training" if training else "eval"
+            order = "after the swap" if after else "before the swap"
+            failures.append(f"{path}: {change.__name__} {order}, in {mode}: {problem}")
+    assert not failures, f"{len(failures)} of {len(cases)}:\n" + "\n".join(failures)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_changed_children(name):
+    check(name, DRAWN)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_changed_child(name):
+    check(name)
+
+
+def test_every_rule_has_a_model():
+    """A rule without a model would not be walked."""
+    found = set()
+    for name in FAMILIES:
+        model, _ = families.make(name)
+        found |= {row.rule for row in fastasr.accelerate(model, ragged=True).replaced}
+    missing = {rule.name for family in rules.FAMILIES for rule in family} - found
+    assert missing <= NOT_INSTALLED, missing
+
+
+NOT_INSTALLED = {"icefall.asr_model"}  # a checkout of icefall has it

@@ -1,0 +1,696 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way back from fastasr's fast path: what leaves it computes what upstream does, says so once, and
+``fastasr.why`` names the reason. ``tests/parity/test_conformer_ways_back.py`` has those of the Conformers."""
+
+import contextlib
+import copy
+import functools
+import logging
+
+import nemo_encoder
+import pytest
+import tiny_emformer_rnnt
+import torch
+from leaving import Case, check, unreached
+from steps import moved, numbers, seeded
+from test_parakeet_generate import batch, parakeet
+from tiny_parakeet import SIZES, STILL
+from tiny_recogniser import RECOGNISER, STREAMING
+
+pytest.importorskip("transformers")
+pytest.importorskip("torchaudio.models.rnnt")
+pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
+
+import transformers
+from test_mega_swap import decoder
+from test_nemotron_swap import encoder as nemotron_encoder
+from test_zipformer_chunks_swap import LENGTHS, PADDING, source, upstream
+from torchaudio.models import emformer, rnnt
+
+import fastasr
+from fastasr import decoding
+from fastasr.compat import transformers as compat
+from fastasr.models.zipformer import AsrModel
+from fastasr.models.zipformer.layer import ZipformerEncoderLayer, constant_attention_in_eval
+from fastasr.ops import _dispatch
+from fastasr.streaming import StreamingEncoder
+from fastasr.swap import binding
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using the model-agnostic default"),
+    pytest.mark.skipif(bool(_dispatch.native_reason()), reason=_dispatch.native_reason()),
+]
+CASES = {}
+
+
+def cases(*names):
+    """Registers a function that makes the case of each name."""
+
+    def register(function):
+        for name in names or ("",):
+            CASES[f"{function.__name__} {name}".strip()] = functools.partial(function, *filter(None, (name,)))
+        return function
+
+    return register
+
+
+def swapped(theirs, **options):
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours, **options)
+    return ours
+
+
+def bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def eager():
+    return fastasr.backend("eager")
+
+
+@contextlib.contextmanager
+def distributed():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --------------------------------------------------------------------------- Parakeet's generate
+class _Stop(transformers.StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] > 4)
+
+
+class _Streamer:
+    def put(self, tokens):
+        pass
+
+    def end(self):
+        pass
+
+
+CALLS = {
+    "eos_token_id": ({"eos_token_id": 3}, "it stops by EosTokenCriteria"),
+    "stopping_criteria": (
+        {"stopping_criteria": transformers.StoppingCriteriaList([_Stop()])},
+        "it stops by _Stop",
+    ),
+    "suppress_tokens": (
+        {"suppress_tokens": [1, *range(12, 17)]},
+        "suppress_tokens has more than the durations",
+    ),
+    "repetition_penalty": ({"repetition_penalty": 1.3}, "it changes logits by RepetitionPenalty"),
+    "streamer": ({"streamer": _Streamer()}, "the call asks for streamer"),
+}
+
+
+def of_generate(model, reason, options=None, inputs=None, **more):
+    seeded("inputs")
+    inputs = (batch() if inputs is None else inputs) | (options or {})
+    fastasr.accelerate(model, only=[type(model)])
+    return Case(
+        model,
+        lambda: model.generate(**inputs),
+        lambda: type(model).generate(model, **inputs),
+        "generate",
+        reason,
+        **more,
+    )
+
+
+@cases(*CALLS)
+def generate_asked_for(name):
+    seeded(0)
+    options, reason = CALLS[name]
+    return of_generate(parakeet(), reason, options, batch(1) if name == "streamer" else None)
+
+
+@cases()
+def generate_in_a_process_group():
+    seeded(0)
+    return of_generate(parakeet(), "torch.distributed is initialised", around=distributed)
+
+
+@cases()
+def generate_of_a_duration_that_wins():
+    """Upstream takes the duration for a token."""
+    seeded(0)
+    model = parakeet()
+    model.generation_config.suppress_tokens = None
+    with torch.no_grad():
+        model.joint.head.bias[12:] += 50
+    return of_generate(model, "a duration has the largest logit", {"max_new_tokens": 1})
+
+
+@cases("hooks", "float64", "training", "joint", "gelu", "symbols", "eager")
+def generate_of_a_model_with(what):
+    seeded(0)
+    durations = None if what == "symbols" else (0, 1, 2)
+    model, inputs, more = (
+        parakeet(durations=durations, hidden_act="gelu" if what == "gelu" else "relu"),
+        batch(),
+        {},
+    )
+    reason = {
+        "hooks": "the model has hooks",
+        "float64": "the encoder's output is float64 on cpu",
+        "training": "it is in training mode",
+        "joint": "a submodule has hooks or another forward",
+        "gelu": "activation is GELU",
+        "symbols": "max_symbols_per_step is 0",
+        "eager": "the backend eager is in force",
+    }[what]
+    if what == "float64":
+        model.double()
+        inputs["input_features"] = inputs["input_features"].double()
+    if what == "training":
+        model.decoder.train()
+    if what == "joint":
+        model.joint.register_forward_hook(lambda module, args, result: result + 1)
+    if what == "symbols":
+        model.max_symbols_per_step = 0
+        inputs["max_new_tokens"] = 5
+    if what == "eager":
+        more["around"] = eager
+    case = of_generate(model, reason, inputs=inputs, known="float32" if what == "float64" else True, **more)
+    if what == "hooks":
+        model.register_forward_hook(lambda module, args, result: None)
+    return case
+
+
+# --------------------------------------------------------------------------- Parakeet's loss
+@cases("return_dict", "gelu", "head", "hooks", "function", "object")
+def loss(what):
+    seeded(0)
+    model = parakeet(hidden_act="gelu" if what == "gelu" else "relu")
+    labels = torch.tensor([[1, 2], [3, 1], [2, 2]])
+    ids = torch.cat((torch.full((3, 1), 11), labels), 1)
+    inputs = batch() | {"decoder_input_ids": ids, "labels": labels}
+    reason = {
+        "return_dict": "return_dict is False",
+        "gelu": "hidden_act is gelu, expected relu or tanh",
+        "head": "joint.head is not a plain Linear",
+        "hooks": "joint has hooks",
+        "function": "loss_function is fastasr.compat.transformers.ParakeetForTDTLoss",
+        "object": "loss_function is functools.partial",
+    }[what]
+    if what == "return_dict":
+        inputs["return_dict"] = False
+    if what == "head":
+        model.joint.head.__class__ = type("_Head", (torch.nn.Linear,), {})
+    if what == "hooks":
+        model.joint.register_forward_hook(lambda *_: None)
+    if what == "function":
+        model.loss_function = compat.ParakeetForTDTLoss
+    if what == "object":
+        model.loss_function = functools.partial(compat.ParakeetForTDTLoss)
+    fastasr.accelerate(model, only=[type(model)])
+    return Case(
+        model,
+        lambda: model(**inputs),
+        lambda: type(model).forward(model, **inputs),
+        "forward",
+        reason,
+        known=what != "return_dict",
+    )
+
+
+# --------------------------------------------------------------------------- native calls of layers
+@contextlib.contextmanager
+def no_library():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dispatch, "native_reason", lambda: "there is no library")
+        yield
+
+
+DECLINED = {
+    "autocast": ("autocast is on", bfloat16, logging.WARNING),
+    "eager": ("backend 'eager' is forced", eager, logging.INFO),
+    "gradients": ("gradients are on", torch.enable_grad, logging.INFO),
+    "switch": ("packed_streaming is False", torch.no_grad, logging.INFO),
+    "hooks": ("a submodule has hooks, or is in training mode", torch.no_grad, logging.WARNING),
+    "arguments": ("that the native call does not read", torch.no_grad, logging.WARNING),
+    "library": ("there is no library", no_library, logging.WARNING),
+}
+
+
+def declined(name, theirs, run, arguments, unread, layer, watched, method, all_layers=1):
+    """Returns the case of a layer at the path ``layer`` whose native call is declined. ``run(model, *arguments)``;
+    ``unread`` are arguments that the native call does not read; the submodule ``watched`` gets a hook."""
+    reason, around, level = DECLINED[name]
+    ours = swapped(theirs)
+    arguments = unread if name == "arguments" else arguments
+    if name == "hooks":
+        ours.get_submodule(watched).register_forward_hook(lambda *_: None)
+    if name == "switch":
+        ours.get_submodule(layer).packed_streaming = False
+    if name != "gradients":
+        run = torch.no_grad()(run)
+    return Case(
+        ours,
+        lambda: run(ours, *arguments),
+        lambda: run(theirs, *arguments),
+        f"{layer}.{method}".lstrip("."),
+        reason,
+        level=level,
+        places=all_layers if name in ("autocast", "eager", "gradients", "library") else 1,
+        around=around,
+        tolerance=0.1 if name == "autocast" else 1e-4,
+    )
+
+
+def causal_layer():
+    return upstream().encoders[0].layers[0]
+
+
+def whole(layer):
+    """Returns the arguments of ``forward``."""
+    seeded("whole")
+    return torch.randn(5, 2, layer.embed_dim), torch.randn(
+        1, 9, layer.self_attn_weights.linear_pos.in_features
+    )
+
+
+def chunk(layer, frames=3, streams=2, left=4):
+    """Returns the arguments of ``streaming_forward``."""
+    seeded("chunk")
+    weights, values = layer.self_attn_weights, layer.self_attn1.in_proj.out_features
+    dim, heads = layer.embed_dim, weights.num_heads
+    shapes = [(left, streams, heads * weights.query_head_dim), (1, streams, left, 3 * dim // 4)]
+    shapes += [(left, streams, values)] * 2 + [
+        (streams, dim, layer.conv_module1.depthwise_conv.kernel_size // 2)
+    ] * 2
+    positions = torch.randn(1, left + 2 * frames - 1, weights.linear_pos.in_features)
+    masked = torch.zeros(streams, left + frames, dtype=torch.bool)
+    return torch.randn(frames, streams, dim), positions, *map(torch.randn, shapes), left, masked
+
+
+@cases("autocast", "eager", "gradients", "hooks", "library")
+def zipformer_layer(name):
+    layer = causal_layer()
+    return declined(name, layer, lambda m, *a: m(*a), whole(layer), None, "", "norm", "forward")
+
+
+@cases(*DECLINED)
+def chunk_of_a_zipformer_layer(name):
+    layer = causal_layer()
+    x, positions, *others = arguments = chunk(layer)
+    unread = x, positions.expand(2, -1, -1), *others
+    return declined(
+        name, layer, lambda m, *a: m.streaming_forward(*a), arguments, unread, "", "norm", "streaming_forward"
+    )
+
+
+@cases(*DECLINED)
+def segment_of_emformer_layers(name):
+    seeded("segment")
+    theirs = emformer.Emformer(
+        12, 3, 20, 2, 4, left_context_length=5, right_context_length=2, max_memory_size=2
+    )
+    x, other, lengths = torch.randn(3, 6, 12), torch.randn(3, 12, 6).transpose(1, 2), torch.tensor([6, 6, 6])
+    layer = "emformer_layers.0"
+    return declined(
+        name,
+        theirs.eval(),
+        lambda m, x: m.infer(x, lengths),
+        (x,),
+        (other,),
+        layer,
+        f"{layer}.pos_ff.2",
+        "infer",
+        all_layers=2,
+    )
+
+
+@cases()
+def zipformer_layer_with_upstreams_attention():
+    theirs = causal_layer()
+    ours = swapped(theirs, exclude="self_attn1")
+    run = torch.no_grad()(lambda layer: layer(*whole(layer)))
+    return Case(
+        ours, lambda: run(ours), lambda: run(theirs), "forward", "self_attn1 runs other code than fastasr's"
+    )
+
+
+@cases()
+def zipformer_layer_of_old_icefall():
+    theirs = causal_layer()
+    ours = swapped(theirs)
+    ours.const_attention_rate.default = 0.0
+    binding.unbind(ours)
+    binding.bind(
+        ours, constant_attention_in_eval, (("streaming_forward", ZipformerEncoderLayer.streaming_forward),)
+    )
+    run = torch.no_grad()(lambda layer: layer(*whole(layer)))
+    reason = "this version of icefall may draw constant attention weights"
+    return Case(
+        ours, lambda: run(ours), lambda: run(theirs), "forward", reason, known=True, level=logging.INFO
+    )
+
+
+# --------------------------------------------------------------------------- encoders
+@cases("unswapped", "hooks")
+def causal_encoder(what):
+    theirs = upstream()
+    ours = swapped(theirs, exclude="encoders.0.layers.0" if what == "unswapped" else None)
+    if what == "hooks":
+        ours.encoders[0].register_forward_hook(lambda *_: None)
+    run = torch.no_grad()(lambda model: model(source(), LENGTHS, PADDING))
+    reason = "encoders.0.layers.0 is not swapped" if what == "unswapped" else "encoders.0 has a hook"
+    return Case(ours, lambda: run(ours), lambda: run(theirs), "forward", reason, known=True)
+
+
+@cases("hooks", "mask")
+def encoder_without_padding(what):
+    theirs = upstream()
+    ours = swapped(theirs, ragged=True)
+    mask = PADDING.clone()
+    if what == "hooks":
+        ours.encoders[0].layers[0].norm.register_forward_hook(lambda *_: None)
+    else:
+        mask[0, 3] = True
+    run = torch.no_grad()(lambda model: model(source(), LENGTHS, mask))
+    reason = "encoders.0.layers.0.norm has a hook" if what == "hooks" else "its mask is not one of lengths"
+    return Case(ours, lambda: run(ours), lambda: run(theirs), "forward", reason, known=what == "hooks")
+
+
+# --------------------------------------------------------------------------- FastConformers
+@cases("subsampling", "weights", "draws", "all dropped", "positions", "mask")
+def parakeet_encoder(what):
+    """Of the layers' attention the first one alone is called."""
+    seeded(0)
+    eager_attention = {"attn_implementation": "eager"} if what == "weights" else {}
+    config = transformers.ParakeetEncoderConfig(**SIZES | STILL, **eager_attention)
+    theirs = moved(transformers.ParakeetEncoder(config), 0.05).eval()
+    ours, key = swapped(theirs), "layers.0.self_attn.forward"
+    x, positions = torch.randn(2, 5, 24), torch.randn(1, 9, 24).expand(2, -1, -1)
+    if what == "positions":
+        positions = positions + torch.tensor([0.0, 0.1])[:, None, None]
+    if what == "subsampling":
+        ours.subsampling.layers[0].register_forward_hook(lambda *_: None)
+        features, key = torch.randn(2, 60, 16), "subsampling.forward"
+    if what == "weights":
+        ours.layers[0].self_attn.register_forward_hook(lambda *_: None)
+    for model in (ours, theirs):
+        if what in ("draws", "all dropped"):
+            model.layers[0].self_attn.train().attention_dropout = 0.5 if what == "draws" else 1.0
+
+    @torch.no_grad()
+    def run(model):
+        seeded("dropout")
+        if what == "subsampling":
+            return model.subsampling(features)
+        mask = torch.zeros(1, 1, 5, 5) if what == "mask" else None
+        return model.layers[0].self_attn(x, position_embeddings=positions, attention_mask=mask)[0]
+
+    reason = {
+        "subsampling": "one of its layers has hooks or is no plain one",
+        "weights": "attention weights are asked for",
+        "draws": "upstream_draws is on",
+        "all dropped": "the dropout of attention weights has hooks, is no plain Dropout, or drops all",
+        "positions": "each sequence has position embeddings of its own",
+        "mask": "an input, a mask or positions that rel_attention does not take",
+    }[what]
+    return Case(
+        ours,
+        lambda: run(ours),
+        lambda: run(theirs),
+        key,
+        reason,
+        level=logging.INFO if what == "draws" else logging.WARNING,
+        around=fastasr.upstream_draws if what == "draws" else contextlib.nullcontext,
+    )
+
+
+@cases("eager", "convolution", "subsampling")
+def nemotron(what):
+    theirs = nemotron_encoder()
+    ours = swapped(theirs)
+    layer, reason = "layers.0.self_attn", "the attention implementation is eager"
+    if what == "eager":
+        for model in (ours, theirs):
+            model.set_attn_implementation("eager")  # upstream gives NaN
+    if what == "convolution":
+        layer, reason = "layers.0.conv", "depthwise_conv has hooks"
+        ours.get_submodule(f"{layer}.depthwise_conv").register_forward_hook(lambda *_: None)
+    if what == "subsampling":
+        layer, reason = "subsampling", "one of its layers has hooks or is no plain one"
+        ours.subsampling.conv_in.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 80, SIZES["num_mel_bins"], generator=numbers("nemotron"))
+    run = torch.no_grad()(lambda model: model(x, num_lookahead_tokens=3).last_hidden_state)
+    places = 2 if what == "eager" else 1
+    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward", reason, places=places)
+
+
+# --------------------------------------------------------------------------- MEGA
+@cases("autocast", "eager", "gradients", "switch", "hooks", "relu", "states")
+def mega_decoder(what):
+    theirs = decoder(**({"activation_type": "relu"} if what == "relu" else {}))
+    ours = swapped(theirs)
+    if what == "switch":
+        ours.packed_decoding = False
+    if what == "hooks":
+        ours.mega_blocks[0][1].normalization.register_forward_hook(lambda *_: None)
+    labels, states = torch.tensor([[1]]), theirs.init_state()
+    if what == "states":
+        states = [{name: torch.nn.Parameter(t, False) for name, t in state.items()} for state in states]
+    run = lambda model: model.inference(labels, states)  # noqa: E731
+    run = run if what == "gradients" else torch.no_grad()(run)
+    reason, around, level = {
+        "autocast": ("autocast is on", bfloat16, logging.WARNING),
+        "eager": ("backend 'eager' is forced", eager, logging.INFO),
+        "gradients": ("gradients are on", torch.enable_grad, logging.INFO),
+        "switch": ("packed_decoding is False", torch.no_grad, logging.INFO),
+        "hooks": ("a submodule has hooks, or is in training mode", torch.no_grad, logging.WARNING),
+        "relu": ("the activation is not swish", torch.no_grad, logging.WARNING),
+        "states": ("states that the step does not read", torch.no_grad, logging.WARNING),
+    }[what]
+    return Case(
+        ours,
+        lambda: run(ours),
+        lambda: run(theirs),
+        "inference",
+        reason,
+        known=what in ("autocast", "eager", "switch"),
+        level=level,
+        around=around,
+        tolerance=0.1 if what == "autocast" else 1e-4,
+    )
+
+
+# --------------------------------------------------------------------------- torchaudio's RNN-T
+@cases("x2g", "c_norm", "bias", "eps")
+def lstm(what):
+    seeded(0)
+    theirs = rnnt._Predictor(9, 14, 12, 2, 16, True, 1e-3, 0.0).eval()
+    ours, layer = swapped(theirs), "lstm_layers.0"
+    labels, lengths = torch.randint(0, 9, (3, 7)), torch.tensor([7, 5, 2])
+    if what in ("x2g", "c_norm"):
+        ours.get_submodule(f"{layer}.{what}").register_forward_hook(lambda *_: None)
+    for model in (theirs, ours):
+        if what == "bias":
+            model.lstm_layers[0].x2g.bias = torch.nn.Parameter(torch.linspace(-1, 1, 64))
+        if what == "eps":
+            model.lstm_layers[0].c_norm.eps = 1e-2
+    reason = {
+        "x2g": "x2g has hooks",
+        "c_norm": "c_norm has hooks",
+        "bias": "x2g has a bias before a norm",
+        "eps": "g_norm and c_norm differ in eps",
+    }[what]
+    run = torch.no_grad()(lambda model: model(labels, lengths))
+    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward", reason, known=True)
+
+
+# --------------------------------------------------------------------------- searches and engines
+class Onnx:
+    """Stands for an ONNX model, whose sessions run a model's modules."""
+
+    context_size, blank_id = 2, 0
+
+    def __init__(self, model):
+        self.model = model
+
+    def run_decoder(self, y):
+        return self.model.joiner.decoder_proj(self.model.decoder(y, need_pad=False)[:, 0])
+
+    def run_joiner(self, frames, predictions):
+        return self.model.joiner(frames, predictions, project_input=False)
+
+
+def asr_model():
+    seeded(0)
+    model = AsrModel(**RECOGNISER | STREAMING | {"vocab_size": 12}).eval()
+    with torch.no_grad():
+        for projection in (model.joiner.output_linear, model.joiner.encoder_proj, model.joiner.decoder_proj):
+            projection.weight.normal_(std=0.8)
+    return model
+
+
+@cases("hooks", "eager", "onnx", "rnnt")
+def greedy_search(what):
+    seeded("greedy")
+    if what == "rnnt":
+        model = tiny_emformer_rnnt.tiny(rnnt).eval()
+        frames = torch.randn(2, 9, 14)
+    else:
+        model = asr_model()
+        frames = torch.randn(2, 9, 24)
+    expected = decoding.greedy_search(model, frames)
+    assert any(expected.tokens)
+    if what == "hooks":
+        model.decoder.register_forward_hook(lambda *_: None)
+    if what == "onnx":
+        frames = model.joiner.encoder_proj(frames).detach()
+        model = Onnx(model)
+    search = decoding.GreedySearch(model)
+
+    def numbers_of(result):
+        rows = zip(result.tokens, result.timestamps, result.scores, strict=True)
+        return [torch.tensor([*tokens, *stamps, score]) for tokens, stamps, score in rows]
+
+    reason = {
+        "hooks": "a submodule has hooks or another forward",
+        "onnx": "the model is not made of modules of a known transducer",
+    }.get(what, "the backend eager is in force")
+    return Case(
+        search,
+        lambda: numbers_of(search.result(search.advance(search.start(2), frames))),
+        lambda: numbers_of(expected),
+        "advance",
+        reason,
+        known=True,
+        level=logging.WARNING if what == "hooks" else logging.INFO,
+        around=eager if what in ("eager", "rnnt") else contextlib.nullcontext,
+    )
+
+
+@cases()
+def streaming_engine():
+    model, features = asr_model(), torch.randn(1, 29, 80, generator=numbers("engine"))
+    native = StreamingEncoder.from_model(model, 8, 16)
+    with no_library():
+        engine = StreamingEncoder.from_model(model, 8, 16)
+    stream, other = engine.open(), native.open()
+
+    def step(engine, stream):
+        engine.reset(stream)
+        return engine.step(features, [stream])
+
+    return Case(
+        engine,
+        lambda: step(engine, stream),
+        lambda: step(native, other),
+        "step",
+        "there is no library",
+        known=True,
+    )
+
+
+# --------------------------------------------------------------------------- hooks of all modules
+@contextlib.contextmanager
+def _hook_of_all_modules():
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@cases()
+def hook_of_all_modules():
+    module = pytest.importorskip("torchaudio.models.emformer")
+    theirs = module.Emformer(12, 3, 20, 1, 4).eval()
+    ours = swapped(theirs, only=lambda path, _: path == "")
+    call = torch.randn(2, 8, 12, generator=numbers(1)), torch.tensor([8, 8])
+    return Case(
+        ours,
+        lambda: ours(*call)[0],
+        lambda: theirs(*call)[0],
+        "forward",
+        "hooks of all modules are registered",
+        around=_hook_of_all_modules,
+    )
+
+
+# --------------------------------------------------------------------------- NeMo's joint
+@cases("hooks", "clamp", "temperature", "draws")
+def nemo_joint(what):
+    joints, losses = nemo_encoder.load_transducer()
+    seeded("joint")
+    sizes = {"encoder_hidden": 5, "pred_hidden": 4, "joint_hidden": 8}
+    options = {"activation": "relu", "dropout": 0.5 if what == "draws" else 0.0}
+    theirs = joints.RNNTJoint(sizes | options, num_classes=6, fuse_loss_wer=True, fused_batch_size=2)
+    loss = losses.RNNTLoss(6, "mean_batch", "pytorch", {})
+    loss._force_float32 = False
+    theirs.set_loss(loss), theirs.set_wer(torch.nn.Identity())
+    ours = swapped(moved(theirs, 0.3))
+    if what == "hooks":
+        ours.joint_net[-1].register_forward_hook(lambda *_: None)
+    if what == "clamp":
+        ours.loss._loss.clamp = theirs.loss._loss.clamp = 1e9
+    if what == "temperature":
+        ours.temperature = theirs.temperature = 1.5
+    frames, symbols = torch.tensor([7, 5, 6]), torch.tensor([3, 1, 2])
+    draw = numbers("batch")
+    call = {
+        "encoder_outputs": torch.randn(3, 5, 7, generator=draw),
+        "decoder_outputs": torch.randn(3, 4, 4, generator=draw),
+        "encoder_lengths": frames,
+        "transcripts": torch.randint(0, 6, (3, 3), generator=draw),
+        "transcript_lengths": symbols,
+    }
+
+    def run(joint):
+        seeded("dropout")
+        return joint.train(what == "draws")(**call)[0]
+
+    reason = {
+        "hooks": "that is not a plain Linear",
+        "clamp": "the loss clamps the gradients",
+        "temperature": "temperature is 1.5, expected 1",
+        "draws": "upstream_draws is on",
+    }[what]
+    return Case(
+        ours,
+        lambda: run(ours),
+        lambda: run(theirs),
+        "forward",
+        reason,
+        known=what != "draws",
+        level=logging.INFO if what == "draws" else logging.WARNING,
+        around=fastasr.upstream_draws,
+    )
+
+
+# --------------------------------------------------------------------------- weights in fewer bits
+@cases()
+def reduced_weights():
+    """float64 reads the parameter itself, rounded as the model has it."""
+    seeded(0)
+    theirs = torch.nn.Sequential(torch.nn.Linear(160, 160)).eval()
+    ours = swapped(theirs, weights="int8")
+    weight = ours[0].weight
+    x = torch.randn(4, 160)
+    run = torch.no_grad()(lambda model: fastasr.ops.linear(x, model[0].weight[:80], model[0].bias[:80]))
+    assert weight.numel() > 2**14
+    return Case(
+        ours,
+        lambda: run(ours),
+        lambda: run(theirs),
+        "0.weight.product",
+        "float32 weights multiply a part of it",
+    )
+
+
+# --------------------------------------------------------------------------- the tests
+@pytest.mark.parametrize("name", CASES)
+def test_a_way_back(name, caplog):
+    check(CASES[name](), caplog)
+
+
+def test_no_way_back_is_missing(monkeypatch):
+    made = (make() for make in CASES.values())
+    assert unreached(made, monkeypatch, conformers=False) == set()
