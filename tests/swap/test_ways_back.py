@@ -25,6 +25,7 @@ import transformers
 from test_mega_swap import decoder
 from test_nemotron_swap import encoder as nemotron_encoder
 from test_zipformer_chunks_swap import LENGTHS, PADDING, source, upstream
+from torch.autograd import forward_ad
 from torchaudio.models import emformer, rnnt
 
 import fastasr
@@ -225,6 +226,12 @@ def no_library():
         yield
 
 
+@contextlib.contextmanager
+def transformed():
+    with torch.no_grad(), forward_ad.dual_level():
+        yield
+
+
 DECLINED = {
     "autocast": ("autocast is on", bfloat16, logging.WARNING),
     "eager": ("backend 'eager' is forced", eager, logging.INFO),
@@ -233,6 +240,7 @@ DECLINED = {
     "hooks": ("a submodule has hooks, or is in training mode", torch.no_grad, logging.WARNING),
     "arguments": ("that the native call does not read", torch.no_grad, logging.WARNING),
     "library": ("there is no library", no_library, logging.WARNING),
+    "transform": ("the call is under forward-mode differentiation", transformed, logging.INFO),
 }
 
 
@@ -255,7 +263,7 @@ def declined(name, theirs, run, arguments, unread, layer, watched, method, all_l
         f"{layer}.{method}".lstrip("."),
         reason,
         level=level,
-        places=all_layers if name in ("autocast", "eager", "gradients", "library") else 1,
+        places=all_layers if name in ("autocast", "eager", "gradients", "library", "transform") else 1,
         around=around,
         tolerance=0.1 if name == "autocast" else 1e-4,
     )
@@ -287,7 +295,7 @@ def chunk(layer, frames=3, streams=2, left=4):
     return torch.randn(frames, streams, dim), positions, *map(torch.randn, shapes), left, masked
 
 
-@cases("autocast", "eager", "gradients", "hooks", "library")
+@cases("autocast", "eager", "gradients", "hooks", "library", "transform")
 def zipformer_layer(name):
     layer = causal_layer()
     return declined(name, layer, lambda m, *a: m(*a), whole(layer), None, "", "norm", "forward")
@@ -445,7 +453,7 @@ def nemotron(what):
 
 
 # --------------------------------------------------------------------------- MEGA
-@cases("autocast", "eager", "gradients", "switch", "hooks", "relu", "states")
+@cases("autocast", "eager", "gradients", "switch", "hooks", "relu", "states", "transform")
 def mega_decoder(what):
     theirs = decoder(**({"activation_type": "relu"} if what == "relu" else {}))
     ours = swapped(theirs)
@@ -466,6 +474,7 @@ def mega_decoder(what):
         "hooks": ("a submodule has hooks, or is in training mode", torch.no_grad, logging.WARNING),
         "relu": ("the activation is not swish", torch.no_grad, logging.WARNING),
         "states": ("states that the step does not read", torch.no_grad, logging.WARNING),
+        "transform": DECLINED["transform"],
     }[what]
     return Case(
         ours,
@@ -473,7 +482,7 @@ def mega_decoder(what):
         lambda: run(theirs),
         "inference",
         reason,
-        known=what in ("autocast", "eager", "switch"),
+        known=what in ("autocast", "eager", "switch", "transform"),
         level=level,
         around=around,
         tolerance=0.1 if what == "autocast" else 1e-4,
