@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastasr.ops._transforms import is_transformed, transform
+from fastasr._transforms import is_transformed, transform
 
 _log = logging.getLogger("fastasr")
 

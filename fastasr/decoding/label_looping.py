@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastasr._transforms import is_transformed
 from fastasr.models.common.graph_capture import capture
 from fastasr.ops import _activation, _dispatch, _weight_formats
-from fastasr.ops._transforms import is_transformed
 from fastasr.ops._weight_formats import FORMATS
 
 ACTIVATIONS = ("relu", "tanh")

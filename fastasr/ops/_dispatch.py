@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
+from fastasr._transforms import is_transformed, transforms_active
 from fastasr.kernels import Unlaunchable
-from fastasr.ops._transforms import is_transformed, transforms_active
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

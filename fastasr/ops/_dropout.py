@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
+from fastasr._transforms import Function
 from fastasr.ops import _dispatch
-from fastasr.ops._transforms import Function
 
 OPERATORS = "dropout_forward", "dropout_backward", "dropout_keep", "dropout_windows"
 _LOCK = threading.Lock()

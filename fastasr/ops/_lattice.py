@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastasr._transforms import transforms_active
 from fastasr.ops._dispatch import PLAIN
-from fastasr.ops._transforms import transforms_active
 
 # Log probabilities below LEAST count as -inf: kernels keep powers of two as float32 numbers and the impossible as
 # -2^100.

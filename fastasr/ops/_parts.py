@@ -23,10 +23,10 @@ from torch._C._functorch import is_legacy_batchedtensor as is_batched  # of is_g
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
+from fastasr._transforms import by_formula, refuse, refuse_unless_batched, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, forced_backend, served, widest
 from fastasr.ops._register import autocast_dtype, refuse_double_backward
-from fastasr.ops._transforms import by_formula, refuse, refuse_unless_batched, transforms_active
 
 MASKS, COMPUTE = (torch.bool, *FLOATING), (float32, float64)
 BOOL, INT64 = (torch.bool,), (torch.int64,)

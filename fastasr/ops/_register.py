@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
-from fastasr.ops._transforms import is_transformed, refuse_unless_batched
+from fastasr._transforms import is_transformed, refuse_unless_batched
 
 LIBRARY = torch.library.Library("fastasr", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -26,7 +26,7 @@ def register(
 ) -> torch._ops.OpOverload:
     """Defines an op from its schema. ``autocast(dtype, *args)`` returns the arguments cast for autocast's dtype.
 
-    ``transformed(*args)`` computes it from operators that transforms know, see :mod:`fastasr.ops._transforms`; without
+    ``transformed(*args)`` computes it from operators that transforms know, see :mod:`fastasr._transforms`; without
     it they are refused.
 
     An op without ``backward`` is itself a backward: differentiating through it raises.

@@ -14,9 +14,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from fastasr._transforms import Function
 from fastasr.ops._op import op
 from fastasr.ops._register import autocast_dtype
-from fastasr.ops._transforms import Function
 from fastasr.ops.rel_attention import relative_shift
 
 MASKED = -1000.0  # a row with nothing to attend to is uniform, not NaN

@@ -10,8 +10,8 @@ the process's work on that device with "device-side assert triggered" and our me
 import torch
 from torch import Tensor
 
+from fastasr._transforms import transforms_active
 from fastasr.ops._dispatch import PLAIN
-from fastasr.ops._transforms import transforms_active
 from fastasr.rnnt import _check
 
 RNNT_TYPES = ("regular", "modified", "constrained")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.ops._transforms import Function, transform
+from fastasr._transforms import Function, transform
 from fastasr.rnnt import logprobs
 from fastasr.rnnt import rows as row_ops
 

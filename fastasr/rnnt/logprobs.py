@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops._transforms import Function
+from fastasr._transforms import Function
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check
 from fastasr.rnnt.additive import additive_logprobs

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.ops._transforms import refuse_unless_batched
+from fastasr._transforms import refuse_unless_batched
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check
 

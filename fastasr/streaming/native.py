@@ -7,8 +7,8 @@ memory that the call updates in place. See docs/kernels/zipformer_chunk.md.
 
 import torch
 
+from fastasr._transforms import is_transformed, refuse
 from fastasr.ops import _dispatch
-from fastasr.ops._transforms import is_transformed, refuse
 from fastasr.streaming.backend import Backend, check_states
 from fastasr.streaming.packing import pack
 

@@ -155,7 +155,7 @@ def test_dual_tensors_and_compiled_functions(backend):
 
 
 def test_every_gradient_by_hand_knows_transforms():
-    """``ops._transforms.Function`` serves transforms or refuses them; generated code asks for them itself."""
+    """``_transforms.Function`` serves transforms or refuses them; generated code asks for them itself."""
     torchs = re.compile(
         r"^class .*\bautograd\.Function\)|^from torch\.autograd.* import .*\bFunction\b", re.M
     )

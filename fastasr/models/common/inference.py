@@ -3,7 +3,7 @@
 
 import torch
 
-from fastasr.ops._transforms import is_transformed
+from fastasr._transforms import is_transformed
 
 
 def is_plain_inference(module, x, weight, ndim):

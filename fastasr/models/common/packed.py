@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._transforms import Function
 from fastasr.models.common.ragged import Packing
 from fastasr.ops import _dispatch, _gemm, _weights_dropout
-from fastasr.ops._transforms import Function
 from fastasr.ops.gated_depthwise_conv import ACTIVATIONS
 from fastasr.ops.linear import bias_grad
 from fastasr.ops.swoosh import KINDS

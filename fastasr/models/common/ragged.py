@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import _left
+from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
-from fastasr.ops._transforms import Function, is_transformed
 
 # Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
 # than the padding. On a GPU, which has work for many recordings at once, those do that lack half of the frames or fewer

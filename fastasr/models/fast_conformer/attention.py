@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import _left, ops
+from fastasr._transforms import is_transformed
 from fastasr.models.common import attention_dropout, packed, plumbing
 from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
@@ -20,7 +21,6 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _reduced_weights
-from fastasr.ops._transforms import is_transformed
 from fastasr.ops.rel_attention import relative_shift
 
 _PROJECTED = weakref.WeakKeyDictionary()  # module -> what its projected positions were made of, and these

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import _left, ops
+from fastasr._transforms import is_transformed
 from fastasr.models.common import plumbing
 from fastasr.models.common.activations import fused_name
 from fastasr.models.common.plain import is_plain_named
@@ -22,7 +23,6 @@ from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import FastConformerPositions
 from fastasr.models.fast_conformer.subsampling import convolved, is_plain_pointwise, stem
-from fastasr.ops._transforms import is_transformed
 
 
 def cached_attention(

@@ -3,10 +3,10 @@
 
 import torch
 
+from fastasr._transforms import Function
 from fastasr.models.common import activations, plumbing
 from fastasr.ops import _dropout, _gemm
 from fastasr.ops._register import refuse_double_backward
-from fastasr.ops._transforms import Function
 from fastasr.ops.linear import bias_grad
 from fastasr.ops.linear_activation import NUMBERS
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastasr import _left
-from fastasr.ops._transforms import is_transformed
+from fastasr._transforms import is_transformed
 from fastasr.ops.rel_attention import outside_context
 
 

@@ -6,7 +6,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fastasr.ops._transforms import is_transformed
+from fastasr._transforms import is_transformed
 
 _TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far
 KEPT_FRAMES = (

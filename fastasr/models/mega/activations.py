@@ -4,8 +4,8 @@
 import torch
 import torch.nn.functional as F
 
+from fastasr._transforms import is_transformed
 from fastasr.models.common import activations, plumbing
-from fastasr.ops._transforms import is_transformed
 
 
 class FTSwish(torch.nn.Module):

@@ -22,12 +22,12 @@ import weakref
 import torch
 
 from fastasr import _left
+from fastasr._transforms import is_transformed, transform
 from fastasr.models.common import plumbing
 from fastasr.models.common.module_state import ModuleState
 from fastasr.models.common.plain import is_plain, is_plain_named, runs
 from fastasr.models.mega import activations, graph_decoding, positional_bias
 from fastasr.ops import _dispatch
-from fastasr.ops._transforms import is_transformed, transform
 
 _STATE = ("ema_state", "prev_key", "prev_value")
 _OTHER_STATES = "states that the step does not read, or more positions than the decoder has"

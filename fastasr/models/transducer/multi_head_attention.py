@@ -13,8 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.gradient_scale import draw_for_log
-from fastasr.ops._transforms import Function
 
 SCORE_LIMIT = 50.0
 SCORE_PENALTY = 1.0e-4

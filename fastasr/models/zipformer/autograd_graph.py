@@ -3,7 +3,7 @@
 
 import torch
 
-from fastasr.ops._transforms import is_transformed
+from fastasr._transforms import is_transformed
 
 _VIEWS = {"AliasBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0", "ViewBackward0"}
 

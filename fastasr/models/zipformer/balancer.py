@@ -11,9 +11,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._transforms import Function
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.schedules import ScheduledFloat
-from fastasr.ops._transforms import Function
 
 
 class _Balance(Function):

@@ -13,6 +13,7 @@ where upstream runs them: balancer1 on s, balancer2 and whiten on the convolutio
 import torch
 
 from fastasr import ops
+from fastasr._transforms import Function
 from fastasr.models.common import packed
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
@@ -24,7 +25,6 @@ from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwi
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
-from fastasr.ops._transforms import Function
 
 REGULARISERS = ("Balancer", "Whiten", "Identity")  # they return their input and act on gradients
 

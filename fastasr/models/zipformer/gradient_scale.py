@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from fastasr.ops._transforms import Function
+from fastasr._transforms import Function
 
 
 class _ScaleGradient(Function):

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from fastasr import _left
+from fastasr._transforms import is_transformed
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import current
@@ -32,7 +33,6 @@ from fastasr.models.zipformer.packed_weights import constant_weights
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.whitening import Whiten
-from fastasr.ops._transforms import is_transformed
 
 # Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
 # of stack 0. One thread of Zen 4 takes as long either way, within 15 % at 800 frames and 5 % from 1600 on.

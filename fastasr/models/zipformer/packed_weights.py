@@ -5,11 +5,11 @@ those of each group of recordings apart, as tensors or unmaterialised."""
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastasr._transforms import Function
 from fastasr.models.common import packed
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.self_attention import weighted
 from fastasr.ops import nonlin_attention
-from fastasr.ops._transforms import Function
 
 _native = torch.ops.fastasr_cpu
 # Of recordings up to this length the kernel for few columns computes weighted sums for many columns too.

@@ -6,8 +6,8 @@ It adds penalty sign(S) to dS where |S| > limit; dq, dk, dp and dR follow from d
 
 import torch
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.score_blocks import ScoreBlocks
-from fastasr.ops._transforms import Function
 
 
 class _Penalized(Function):

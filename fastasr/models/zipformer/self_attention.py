@@ -7,12 +7,12 @@ y = out_proj(concat over heads of W_h in_proj(x)_h)
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastasr._transforms import Function
 from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _dispatch
-from fastasr.ops._transforms import Function
 
 _OPERATORS = "weighted_values", "weighted_values_backward"
 MOST_COLUMNS = 32  # of a head, where the kernels for few columns serve with gradients

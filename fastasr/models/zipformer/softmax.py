@@ -3,7 +3,7 @@
 
 import torch
 
-from fastasr.ops._transforms import Function
+from fastasr._transforms import Function
 
 
 class _Softmax(Function):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named
@@ -29,7 +30,6 @@ from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _gemm, _reduced_weights
-from fastasr.ops._transforms import Function, is_transformed
 
 # Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
 BLOCK_ROWS = 1024

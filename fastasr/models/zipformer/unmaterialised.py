@@ -9,9 +9,9 @@ to the projection and the positions.
 
 import torch
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.score_blocks import ScoreBlocks, fill_hidden
 from fastasr.ops import zipformer_attention, zipformer_attention_weights
-from fastasr.ops._transforms import Function
 
 
 class UnmaterialisedWeights:

@@ -17,10 +17,10 @@ import random
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.ops import _dispatch, _gemm
 from fastasr.ops._layout import ChannelRows
-from fastasr.ops._transforms import Function
 
 _EPS = 1.0e-20
 _OPERATORS = "whitening_covariance", "whitening_change"
