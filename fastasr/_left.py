@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastasr._transforms import is_transformed, transform
+
 _log = logging.getLogger("fastasr")
 
 
@@ -36,10 +38,12 @@ def note(obj: object, reason: str, method: str = "forward", level: int = logging
     reason, so a reason must not hold what differs from call to call.
 
     Does nothing under torch.compile and torch.export, which trace this function away, and inside ``ignored``.
-    ``level`` is INFO for what the caller asked for, such as gradients.
+    ``level`` is INFO for what the caller asked for, such as gradients or a transform.
     """
     if torch.compiler.is_compiling() or getattr(_thread, "ignored", False):
         return
+    if is_transformed():  # whatever else the caller sees
+        reason, level = f"the call is under {transform()}", logging.INFO
     methods = _left.get(obj)
     if methods is None:
         methods = _left.setdefault(obj, {})

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastasr._transforms import is_transformed
 from fastasr.models.common.graph_capture import capture
 from fastasr.ops import _activation, _dispatch, _weight_formats
 from fastasr.ops._weight_formats import FORMATS
@@ -180,7 +181,7 @@ class LabelLooping:
             ValueError: shapes, dtypes, lengths or rules do not fit.
         """
         lengths = self._check(encoded, lengths, rules, state, counters, most_steps)
-        if self.reason:
+        if self.reason or is_transformed():
             return _by_operations(self.weights, encoded, lengths, rules, state, counters, most_steps)
         tokens, moves, scores, counts = torch.ops.fastasr_cpu.greedy_search.default(
             self._numbers,

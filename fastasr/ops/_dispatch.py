@@ -17,7 +17,9 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
+from fastasr._transforms import is_transformed, transforms_active
 from fastasr.kernels import Unlaunchable
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")
@@ -314,6 +316,9 @@ def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dt
 
 @torch.compiler.assume_constant_result
 def _served(family: str, device_type: str, index: int | None, dtype: torch.dtype, forced: str) -> bool:
+    # when the graph runs, a traced dual level is one of C++ alone, which the operator would not see
+    if forward_ad._current_level >= 0 and not transforms_active():
+        return False
     return FAMILIES[family]._choose(torch.device(device_type, index), dtype) is not None
 
 
@@ -420,11 +425,12 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
-    """Says whether kernels may be called without the dispatcher: for plain tensors, while nothing is traced.
+    """Says whether kernels may be called without the dispatcher: for plain tensors, while nothing is traced
+    or transformed.
 
     Fake, functional, distributed and other subclassed tensors, and everything under ``torch.compile`` or
     ``torch.export``, go through the registered op instead.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return False
     return all(t is None or type(t) in PLAIN for t in tensors)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
+from fastasr._transforms import Function
 from fastasr.ops import _dispatch
 
 OPERATORS = "dropout_forward", "dropout_backward", "dropout_keep", "dropout_windows"
@@ -89,7 +90,7 @@ def _forward(x: Tensor, residual: Tensor | None, p: float) -> tuple[Tensor, Tens
     return drawn(torch.ops.fastasr_cpu.dropout_forward.default, (x, residual), p)
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
         y, keep = _forward(x, residual, p)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastasr._transforms import transforms_active
 from fastasr.ops._dispatch import PLAIN
 
 # Log probabilities below LEAST count as -inf: kernels keep powers of two as float32 numbers and the impossible as
@@ -66,8 +67,10 @@ def within(boundary: Tensor, s: Tensor, t: Tensor, regular: bool) -> tuple[Tenso
 
 
 def values_are_checked(t: Tensor) -> bool:
-    """Says whether values are checked: not on a GPU, which reading them would stall, and not in a traced call."""
-    return not is_compiling() and type(t) in PLAIN and t.is_cpu
+    """Says whether values are checked: not on a GPU, which reading them would stall, not in a traced call, and not
+    under torch.func, where vmap hides them.
+    """
+    return not is_compiling() and type(t) in PLAIN and t.is_cpu and not transforms_active()
 
 
 def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
@@ -249,6 +250,7 @@ class Op(Errors):
                 f"{self.name}_backward({arguments}) -> {_results(len(self.differentiable))}",
                 space["_run_backward"],
                 space["_fake_backward"],
+                transformed=None if self.unread else partial(_parts.transformed_backward, self),
             )
         arguments = ", ".join((*(a.schema for a in self.arguments), *["bool keep=False"] * bool(self.keeps)))
         forward = register(
@@ -258,6 +260,7 @@ class Op(Errors):
             setup_context=space.get("_set_up"),
             backward=space.get("_backward"),
             autocast=self._autocast if self.cast is not None else None,
+            transformed=partial(_parts.transformed_results, self),
         )
         return backward, forward
 
@@ -282,9 +285,8 @@ class Op(Errors):
         exec(compile(self.source, file, "exec"), space)
         if self.differentiable:
             function = space[self.class_name]
-            self.apply = space["_apply"] = function.apply
-            # what Function.apply calls in the end; the rest of it serves functorch and costs 1 us
-            space["_apply_alone"] = super(torch.autograd.Function, function).apply
+            # what Function.apply calls in the end; the rest of it serves transforms and costs 1 us
+            self.apply = space["_apply"] = super(torch.autograd.Function, function).apply
         return space
 
     def _namespace(self) -> dict:

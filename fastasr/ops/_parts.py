@@ -19,10 +19,11 @@ from torch import (
     promote_types,
     strided,
 )
-from torch._C import _are_functorch_transforms_active as transforms_active
-from torch.autograd import Function
+from torch._C._functorch import is_legacy_batchedtensor as is_batched  # of is_grads_batched=True
+from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
+from fastasr._transforms import by_formula, refuse, refuse_unless_batched, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, forced_backend, served, widest
 from fastasr.ops._register import autocast_dtype, refuse_double_backward
@@ -93,6 +94,18 @@ def formula_results(op, a):
         found = as_tuple(op.definition(**a._asdict()))
     inputs = {t.untyped_storage().data_ptr() for t in a if isinstance(t, Tensor)}
     found = [t.clone() if t.untyped_storage().data_ptr() in inputs else t for t in found]
+    return _as_registered(op, a, found)
+
+
+def transformed_results(op, *arguments):
+    """Computes the operator's results under a transform, from its arguments without ``keep``."""
+    a = op.Arguments(*arguments[: len(op.arguments)])
+    found = as_tuple(by_formula(op, a))
+    return _as_registered(op, a, [t.clone() if any(t is x for x in a) else t for t in found])
+
+
+def _as_registered(op, a, found: list[Tensor]):
+    """Returns the formula's results as the registered operator does."""
     wanted = (*op.outputs, *op.keeps)
     found += [found[0].new_empty(0) for _ in wanted[len(found) :]]
     found = [t.to(op.dtype(a, o)) for t, o in zip(found, wanted, strict=True)]
@@ -122,6 +135,22 @@ def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
         None if t is None else next(found).to(getattr(saved, a.name).dtype)
         for a, t in zip(op.differentiable, leaves, strict=True)
     )
+
+
+def transformed_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
+    """Computes the gradients by the formula, under a transform that began after the forward pass."""
+    try:
+        return formula_gradients(op, grads, saved)
+    except (RuntimeError, NotImplementedError) as error:
+        refuse(op.name, error)
+
+
+def transformed_backward(op, *arguments):
+    """Computes the results of the operator's backward from its arguments, as ``transformed_gradients`` does."""
+    grads, saved = arguments[: len(op.graded)], arguments[len(op.graded) :][: len(op.Saved._fields)]
+    found = transformed_gradients(op, grads, op.Saved(*saved))
+    found = tuple(torch.empty(0) if d is None else d for d in found)
+    return found[0] if len(found) == 1 else found
 
 
 def gradients_without(error: Unlaunchable, op, grads, saved) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+
+from fastasr._transforms import is_transformed, refuse_unless_batched
 
 LIBRARY = torch.library.Library("fastasr", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -19,8 +22,12 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     autocast: Callable | None = None,
+    transformed: Callable | None = None,
 ) -> torch._ops.OpOverload:
     """Defines an op from its schema. ``autocast(dtype, *args)`` returns the arguments cast for autocast's dtype.
+
+    ``transformed(*args)`` computes it from operators that transforms know, see :mod:`fastasr._transforms`; without
+    it they are refused.
 
     An op without ``backward`` is itself a backward: differentiating through it raises.
     """
@@ -31,12 +38,25 @@ def register(
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is None:
         backward = partial(refuse_double_backward, name.removesuffix("_backward"))
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     op = getattr(torch.ops.fastasr, name).default
+    kernel = make_autograd_impl(op, Info(backward, setup_context))  # as torch.library.register_autograd does
+    if transformed is not None:
+        LIBRARY.impl(name, transformed, "FuncTorchBatched")
+    LIBRARY.impl(name, _unless_transformed(name, kernel, transformed), "Autograd", with_keyset=True)
     if autocast is not None:
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             LIBRARY.impl(name, _autocast_kernel(op, device_type, key, autocast), key)
     return op
+
+
+def _unless_transformed(name: str, kernel: Callable, transformed: Callable | None) -> Callable:
+    def run(keyset, *args):
+        if transformed is not None and is_transformed():
+            return transformed(*args)
+        refuse_unless_batched(name.removesuffix("_backward"))
+        return kernel(keyset, *args)
+
+    return run
 
 
 def _autocast_kernel(op, device_type: str, key: str, autocast: Callable) -> Callable:

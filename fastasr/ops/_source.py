@@ -62,6 +62,8 @@ def {name}({parameters}):
     {formula_under_autocast}
     if _is_compiling() or not ({plain}):
         return _traced({names})
+    if {transformed}:
+        return _by_formula(_op, _make(_Arguments, ({names},)))
     _kernels = _family.kernels({deciding})
     if _kernels is None:
         return {definition}
@@ -148,6 +150,7 @@ class {class_name}(_Function):
         _kernels, _direct, {options_and_unread} = ctx.rest
         {likes}
         {no_grads_directly}
+        {under_transforms}
         {native_backward}
         {asked}
         try:
@@ -156,6 +159,8 @@ class {class_name}(_Function):
             {gradients}, = _gradients_without(_error, _op, ({grads},), _make(_Saved, ({saved},)))
         return None, None, {for_autograd}
 """
+
+TRANSFORMED = "_transforms_active() or _forward_ad._current_level >= 0"  # _transforms.is_transformed()
 
 
 def write(op) -> str:
@@ -225,10 +230,12 @@ def write(op) -> str:
         ],
         "empty_gradients": _each_gradient(op, "_empty_like({0})" if op.like else "{0}.new_empty({0}.shape)"),
         "differentiate": _differentiate(op, grads),
+        "transformed": TRANSFORMED,
+        "under_transforms": _under_transforms(op, grads),
         "native": _native(op, "False"),
         "native_keeping": _native(op, "True"),
         "native_backward": _native_backward(op, grads),
-        "for_autograd": ", ".join(f"_d_{a.name}" if a in op.differentiable else "None" for a in op.arguments),
+        "for_autograd": _for_autograd(op),
         # Python leaves the branch of a condition "False" out
         "fast": [op.fits if op.fits == "False" else "\nand ".join(_fast(op))],
         "known_by_torch": _known_by_torch(op),
@@ -319,8 +326,7 @@ def _by_torch(op) -> list[str]:
 
 
 def _apply(op, direct: bool) -> list[str]:
-    apply = "(_apply if _transforms_active() else _apply_alone)"
-    call = f"return {apply}(_kernels, {direct}, {_names(op.arguments)})"
+    call = f"return _apply(_kernels, {direct}, {_names(op.arguments)})"
     return [f"if {_wanted(op)}:\n    {call}"] * bool(op.differentiable)
 
 
@@ -557,6 +563,29 @@ def _add_flagged(op) -> list[str]:
     return [f"if {flags[0].flag}:\n    _flagged(_op, ({grads},), ({found},), {saved})"]
 
 
+def _under_transforms(op, grads: list[str]) -> list[str]:
+    """Serves gradients under a transform that began after the forward pass."""
+    if op.unread:
+        return [f'_refuse_unless_batched("{op.name}")']
+    saved = f"_make(_Saved, ({', '.join((*op.saves, *(a.name for a in op.options)))},))"
+    found, given = [f"_d_{a.name}" for a in op.differentiable], _for_autograd(op)
+    batched = " or ".join(
+        f"{grad} is not None and _is_batched({grad})"
+        if o.flag or not op.materialize
+        else f"_is_batched({grad})"
+        for grad, o in zip(grads, op.graded, strict=True)
+    )
+    return [
+        f"if {TRANSFORMED} or {batched}:",
+        f"    {', '.join(found)}, = _transformed_gradients(_op, ({', '.join(grads)},), {saved})",
+        f"    return None, None, {given}",
+    ]
+
+
+def _for_autograd(op) -> str:
+    return ", ".join(f"_d_{a.name}" if a in op.differentiable else "None" for a in op.arguments)
+
+
 def _native_backward(op, grads: list[str]) -> list[str]:
     if op.asks:
         return []
@@ -670,6 +699,7 @@ def _fast(op) -> Iterator[str]:
         yield op.fits if isinstance(op.fits, str) else f"_fits({_names(op.arguments)})"
     yield from ['not _is_autocast_enabled("cpu")'] * (op.cast is not None)
     yield "not _is_dynamo_compiling()"  # exports that trace without dynamo have no plain tensors
+    yield f"not ({TRANSFORMED})"  # behind the former, because dynamo knows transforms by itself
 
 
 def _formula_under_autocast(op) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from fastasr._transforms import Function
 from fastasr.ops._op import op
 from fastasr.ops._register import autocast_dtype
 from fastasr.ops.rel_attention import relative_shift
@@ -61,7 +62,7 @@ def outside_chunks(scores: Tensor, chunk_size: int, left_context_chunks: int) ->
     return hidden if left_context_chunks < 0 else hidden | (key < query - left_context_chunks)
 
 
-class _Penalty(torch.autograd.Function):
+class _Penalty(Function):
     """Passes scores through unchanged; their gradient gets penalty · sign(s) where |s| > limit."""
 
     @staticmethod

@@ -10,6 +10,7 @@ the process's work on that device with "device-side assert triggered" and our me
 import torch
 from torch import Tensor
 
+from fastasr._transforms import transforms_active
 from fastasr.ops._dispatch import PLAIN
 from fastasr.rnnt import _check
 
@@ -68,8 +69,10 @@ def class_index(op: str, name: str, value: object, classes: int) -> int:
 
 
 def has_values(value: Tensor) -> bool:
-    """Says whether there are values to check; while a graph is traced there are none."""
-    return not torch.compiler.is_compiling() and type(value) in PLAIN and value.numel() > 0
+    """Says whether there are values to check; while a graph is traced there are none, and vmap hides them."""
+    if torch.compiler.is_compiling() or transforms_active():
+        return False
+    return type(value) in PLAIN and value.numel() > 0
 
 
 def holds(op: str, name: str, condition: Tensor, expected: str, value: Tensor) -> None:

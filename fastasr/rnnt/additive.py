@@ -250,7 +250,34 @@ _OP = register(
     setup_context=_setup_context,
     backward=_backward,
     autocast=lambda dtype, *arguments: arguments,
+    transformed=lambda *arguments: _formula(*arguments),
 )
+
+
+def _formula(
+    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes what ``forward`` does by operators that transforms know, with the exponentials of all frames."""
+    lm, am = (t.to(_compute_dtype(lm, am)) for t in (lm, am))
+    tiny, length = torch.finfo(lm.dtype).tiny, symbols.shape[1]
+    lm_max, am_max = lm.amax(-1, keepdim=True), am.amax(-1, keepdim=True).mT
+    left, right = (lm - lm_max).exp(), (am - am_max.mT).exp()
+    sums = left @ right.mT
+    base = (lm_scale + am_scale - 1.0) * ((sums + tiny).log() + lm_max + am_max)
+    if lm_scale:
+        base = base - lm_scale * lm.logsumexp(-1, keepdim=True)
+    classes = torch.cat((symbols, torch.full_like(symbols[:, :1], blank)), 1)
+    index = classes.unsqueeze(1).expand(-1, am.shape[1], -1)
+    by_am = (1.0 - lm_scale) * am.gather(2, index).mT  # [B, S + 1, T], the last for blank
+    if am_scale:
+        unigram = lm.softmax(-1).mean((0, 1)) + tiny
+        by_unigram = (right @ unigram).unsqueeze(1)
+        base = base - am_scale * (by_unigram.log() + am_max)
+        by_am = by_am + am_scale * unigram.log()[classes].unsqueeze(2)
+        sums = torch.cat((sums, by_unigram), 1)
+    by_symbol = (1.0 - am_scale) * lm[:, :length].gather(2, symbols.unsqueeze(2))
+    by_blank = (1.0 - am_scale) * lm[:, :, blank].unsqueeze(2)
+    return base[:, :length] + by_am[:, :-1] + by_symbol, base + by_am[:, -1:] + by_blank, sums
 
 
 def additive_logprobs(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
+from fastasr._transforms import Function
 from fastasr.ops import _activation, _weights_dropout
 from fastasr.ops._dispatch import PLAIN, forced_backend
 from fastasr.ops._register import autocast_dtype
@@ -171,7 +172,7 @@ def logprobs_of_joiner(
     return px[:, :, :length].transpose(1, 2), py.transpose(1, 2), boundary
 
 
-class _Negligible(torch.autograd.Function):
+class _Negligible(Function):
     """Passes (px, py), and durations (..., N), through unchanged. In their gradients, cells with almost no
     part in any path count as having none, so that the joiner's backward pass leaves them out.
 
@@ -179,6 +180,10 @@ class _Negligible(torch.autograd.Function):
     rounding error (2e-9 in float32) of the whole does not show in sums over cells. With windows of 5 and random
     weights 43 % of the cells are below it.
     """
+
+    @staticmethod
+    def formula(*given: Tensor) -> tuple[Tensor, ...]:
+        return given
 
     @staticmethod
     def forward(ctx, px: Tensor, py: Tensor, *durations: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
+from fastasr._transforms import Function, transform
 from fastasr.rnnt import logprobs
 from fastasr.rnnt import rows as row_ops
 
@@ -39,12 +40,24 @@ def given(logprobs: Tensor, rows: Tensor, blank: int) -> tuple[Tensor, Tensor]:
     return logprobs.gather(-1, rows.unsqueeze(-1)).squeeze(-1), logprobs[..., blank]
 
 
-class _Losses(torch.autograd.Function):
+class _Losses(Function):
     """The losses as one node of autograd's graph: of a short sequence, nodes cost more than the lattice.
 
     With the occupations ox and oy of the lattice's arcs, which are the gradients of its score, the loss has
     dpx = −(1 + λ) ox and dpy = −oy.
     """
+
+    @staticmethod
+    def formula(logits, rows, limits, blank, factor, clamp, fused, in_place, differentiates):
+        if clamp > 0 or in_place:
+            raise RuntimeError(
+                f"fastasr.rnnt: a loss with clamp or in_place is not possible under {transform()}: both change "
+                "gradients alone"
+            )
+        px, py = row_ops.row_logprobs(logits, rows, blank) if fused else given(logits, rows, blank)
+        px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2).contiguous()
+        px, py = logprobs.lattice("rnnt_lattice", px, py, limits, "regular", factor)
+        return -ops.rnnt_lattice(px, py, limits)
 
     @staticmethod
     def forward(

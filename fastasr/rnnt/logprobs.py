@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr._transforms import Function
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check
 from fastasr.rnnt.additive import additive_logprobs
@@ -226,7 +227,7 @@ def scatter(band: Tensor, starts: Tensor, rows: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------- lattice types
-class _ScaleGradient(torch.autograd.Function):
+class _ScaleGradient(Function):
     """Passes x through and multiplies its gradient by a factor."""
 
     @staticmethod

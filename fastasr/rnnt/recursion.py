@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
+from fastasr._transforms import refuse_unless_batched
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check
 
@@ -53,6 +54,7 @@ def joint_mutual_information_recursion(
     for x, y in zip(px, py, strict=True):
         _check.shape(op, "px", x, f"{tuple(px[0].shape)}, as the first", x.shape == px[0].shape)
         _check.shape(op, "py", y, f"{tuple(py[0].shape)}, as the first", y.shape == py[0].shape)
+    refuse_unless_batched(op)  # the occupations count as constants
     with torch.no_grad():
         total = _checked(op, sum(px[1:], px[0]), sum(py[1:], py[0]), boundary)
         scores, px_grad, py_grad = ops.rnnt_lattice(*total, return_occupation=True)

@@ -130,6 +130,7 @@ OP = register(
     setup_context=_setup_context,
     backward=lambda ctx, gx, gy, _: (BACKWARD_OP(gx, gy, *ctx.saved_tensors, *ctx.rest), None, None, None),
     autocast=lambda dtype, *arguments: arguments,
+    transformed=lambda *arguments: _formula(*arguments),
 )
 
 
@@ -138,17 +139,17 @@ def row_logprobs(logits: Tensor, symbols: Tensor, blank: int, hat: bool = False)
     where logits are. Under the forced backend "eager" their gradients have gradients.
     """
     if forced_backend() == "eager":
-        return _formula(logits, symbols, blank, hat)
+        return _formula(logits, symbols, blank, hat)[:2]
     px, py, _ = OP(logits, symbols, blank, hat)
     return px, py
 
 
-def _formula(logits: Tensor, symbols: Tensor, blank: int, hat: bool) -> tuple[Tensor, Tensor]:
+def _formula(logits: Tensor, symbols: Tensor, blank: int, hat: bool) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.to(_wide(logits.dtype))
     px, py = logits.gather(-1, symbols.unsqueeze(-1)).squeeze(-1), logits[..., blank]
     if not hat:
         normaliser = logits.logsumexp(-1)
-        return px - normaliser, py - normaliser
+        return px - normaliser, py - normaliser, normaliser
     others = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int64) != blank
     normaliser = logits.where(others, -math.inf).logsumexp(-1)
-    return px - normaliser + F.logsigmoid(-py), F.logsigmoid(py)
+    return px - normaliser + F.logsigmoid(-py), F.logsigmoid(py), normaliser

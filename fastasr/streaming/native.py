@@ -7,6 +7,7 @@ memory that the call updates in place. See docs/kernels/zipformer_chunk.md.
 
 import torch
 
+from fastasr._transforms import is_transformed, refuse
 from fastasr.ops import _dispatch
 from fastasr.streaming.backend import Backend, check_states
 from fastasr.streaming.packing import pack
@@ -64,6 +65,8 @@ class NativeBackend(Backend):
 
         Raises ValueError for features of another shape or dtype, and for slots that do not exist or are repeated.
         """
+        if is_transformed():
+            refuse("streaming.NativeBackend.step")
         slots = list(slots)
         self._check_slots(slots)
         expected = (len(slots), self._frames)

@@ -19,6 +19,7 @@ from fastasr.testing.refusals import Refusal, refusals
 from fastasr.testing.seeds import seed_torch, seeded
 from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables, with_tensors
 from fastasr.testing.tolerance import Comparison, compare, judged
+from fastasr.testing.transforms import transforms
 
 ENTRIES = 200
 
@@ -581,6 +582,7 @@ CHECKS = (
     Check(no_recompile, thorough_only=True, forced=False),
     Check(autocast, thorough_only=True, forced=False),
     Check(forced_eager, WIDE, thorough_only=True, forced=False),
+    Check(transforms, (torch.float32, torch.float64), thorough_only=True, forced=False),
 )
 
 

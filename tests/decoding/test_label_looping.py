@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import close, numbers, seeded
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -172,6 +173,22 @@ def test_a_step_that_is_recorded_and_replayed(seed, monkeypatch):
     monkeypatch.setattr(label_looping, "_pace", lambda *_: (recorded, 7))
     seeded(5000 + seed)
     compare_with_a_loop()
+
+
+def test_scores_have_tangents():
+    seeded(0)
+    w, rules = drawn_weights(9), Rules(blank=0, most_symbols=2, scored=True)
+    encoded, tangent = torch.randn(2, 3, 5, 6)
+
+    def scores(encoded):
+        looping = LabelLooping(w)
+        state = looping.start(3, [0] * w.context)
+        return looping.search(encoded, torch.tensor([5, 4, 2]), rules, *state, 12).scores
+
+    with forward_ad.dual_level():
+        y, dy = forward_ad.unpack_dual(scores(forward_ad.make_dual(encoded, tangent)))
+    close(y, scores(encoded))
+    close(dy, (scores(encoded + 1e-3 * tangent) - scores(encoded - 1e-3 * tangent)) / 2e-3, 2e-2)
 
 
 class Waits(TorchDispatchMode):

@@ -2,11 +2,15 @@
 """The consequences of a declaration beyond the contract that every op keeps."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.exc import TorchRuntimeError
+from torch.autograd import forward_ad
 
 import fastasr
 from fastasr import ops
@@ -16,6 +20,7 @@ from fastasr.ops._op import Declined
 from fastasr.ops._shapes import Pattern
 from fastasr.testing import Make, checks, tables
 from fastasr.testing.refusals import match
+from fastasr.testing.table import flat, floating
 
 WITH_TABLES = sorted(tables())
 PATTERNS = ("T B 2*C", "C 1 K | C K, K odd", "*S C", "... K", "2*T-1 K//2+1", "*S", "T, T >= 2", "1 T | B T")
@@ -109,10 +114,50 @@ def test_the_operator_differentiates_the_formula_where_no_kernel_serves(name):
         checks.gradcheck(table, table.thorough[0], torch.float64, "cpu")
 
 
-def test_transforms_of_torch_func_are_refused():
-    """The direct path leaves out ``Function.apply``, which refuses these transforms."""
-    x, scale = torch.randn(2, 3), torch.randn(3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.vmap(lambda row: ops.bypass(row, row, scale))(x)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda s: ops.bypass(x, x, s).sum())(scale)
+@pytest.mark.long
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_a_transform_in_a_compiled_function(name):
+    table = tables()[name]
+    arguments, others = (table.thorough[0].arguments(Make(torch.float64, seed=seed)) for seed in (0, 1))
+    names = list(floating(arguments))
+    given, tangents = (tuple(call[name] for name in names) for call in (arguments, others))
+
+    def function(*tensors):
+        return flat(table.function(**arguments | dict(zip(names, tensors, strict=True))))
+
+    def jvp(*tensors):
+        return torch.func.jvp(function, tensors, tangents)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(jvp, fullgraph=True, backend="aot_eager")
+    if name == "tdt_lattice":  # its formula reads the durations
+        with pytest.raises(TorchRuntimeError, match=f"fastasr.{name}: not possible under forward-mode"):
+            compiled(*given)
+    else:
+        torch.testing.assert_close(compiled(*given), jvp(*given), equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_dual_tensors_and_compiled_functions(backend):
+    x, tangent = torch.randn(2, 3, 4)
+
+    def slope(function):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+    torch._dynamo.reset()
+    expected = slope(ops.swoosh_r.definition)
+    compiled = torch.compile(lambda x: ops.swoosh_r(x), fullgraph=True, backend=backend)
+    compiled(x)
+    torch.testing.assert_close(slope(compiled), expected)
+    compiled = torch.compile(lambda: slope(ops.swoosh_r), fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(), expected)
+
+
+def test_every_gradient_by_hand_knows_transforms():
+    """``_transforms.Function`` serves transforms or refuses them; generated code asks for them itself."""
+    torchs = re.compile(
+        r"^class .*\bautograd\.Function\)|^from torch\.autograd.* import .*\bFunction\b", re.M
+    )
+    files = Path(fastasr.__file__).parent.rglob("*.py")
+    assert {path.name for path in files if torchs.search(path.read_text())} == {"_parts.py", "_transforms.py"}

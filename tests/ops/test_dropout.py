@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import cotangent
+from torch.autograd import forward_ad
 
 from fastasr.ops import _dropout
 from fastasr.testing import seeded
@@ -74,3 +75,22 @@ def test_a_state_of_another_form_is_refused():
     for state in (torch.zeros(5056, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)):
         with pytest.raises(RuntimeError, match="generator"):
             torch.ops.fastasr_cpu.dropout_forward.default(torch.ones(4), None, state, 0.5)
+
+
+def test_tangents_are_dropped_like_values():
+    x, tangent = torch.randn(2, 40)
+    with forward_ad.dual_level():
+        torch.manual_seed(seeded(2))
+        y, dy = forward_ad.unpack_dual(_dropout.dropout(forward_ad.make_dual(x, tangent), 0.5))
+    torch.testing.assert_close(dy, torch.where(y == 0, 0.0, 2 * tangent))
+
+
+def test_gradients_with_tangents_are_refused():
+    x = torch.randn(40, requires_grad=True)
+    y = _dropout.dropout(x, 0.5)
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones(40), torch.ones(40))
+        with pytest.raises(
+            RuntimeError, match=r"fastasr\.ops\._dropout\.Dropout: not possible under forward-mode"
+        ):
+            torch.autograd.grad(y, x, grad)

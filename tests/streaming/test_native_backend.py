@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 import zipformers
+from torch.autograd import forward_ad
 
 from fastasr.models.zipformer import StreamingEncoderWrapper
 from fastasr.ops import _dispatch, _reduced_weights
@@ -297,3 +298,11 @@ def test_bad_steps():
     with pytest.raises(ValueError, match=r"float32 on the CPU, got torch.float64"):
         backend.step(x.double(), [0, 1])
     assert backend.step(x[:0], []).shape == (0, 2, 52)
+
+
+def test_tangents_are_refused():
+    backend, x = NativeBackend(_odd(), 4, 8), zipformers.features(1, 1, 4)[0]
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="step: not possible under forward-mode differentiation"):
+            backend.step(x, [0])

@@ -26,6 +26,7 @@ from test_mega_swap import decoder
 from test_nemotron_swap import CACHE
 from test_nemotron_swap import encoder as nemotron_encoder
 from test_zipformer_chunks_swap import LENGTHS, PADDING, source, upstream
+from torch.autograd import forward_ad
 from torchaudio.models import emformer, rnnt
 
 import fastasr
@@ -226,6 +227,12 @@ def no_library():
         yield
 
 
+@contextlib.contextmanager
+def transformed():
+    with torch.no_grad(), forward_ad.dual_level():
+        yield
+
+
 DECLINED = {
     "autocast": ("autocast is on", bfloat16, logging.WARNING),
     "eager": ("backend 'eager' is forced", eager, logging.INFO),
@@ -235,6 +242,7 @@ DECLINED = {
     "training": ("is in training mode", torch.no_grad, logging.WARNING),
     "arguments": ("that the native call does not read", torch.no_grad, logging.WARNING),
     "library": ("there is no library", no_library, logging.WARNING),
+    "transform": ("the call is under forward-mode differentiation", transformed, logging.INFO),
 }
 
 
@@ -261,7 +269,7 @@ def declined(name, theirs, run, arguments, unread, layer, watched, method, all_l
         f"{layer}.{method}".lstrip("."),
         reason,
         level=level,
-        places=all_layers if name in ("autocast", "eager", "gradients", "library") else 1,
+        places=all_layers if name in ("autocast", "eager", "gradients", "library", "transform") else 1,
         around=around,
         tolerance=0.1 if name == "autocast" else 1e-4,
     )
@@ -293,7 +301,7 @@ def chunk(layer, frames=3, streams=2, left=4):
     return torch.randn(frames, streams, dim), positions, *map(torch.randn, shapes), left, masked
 
 
-@cases("autocast", "eager", "gradients", "hooks", "training", "library")
+@cases("autocast", "eager", "gradients", "hooks", "training", "library", "transform")
 def zipformer_layer(name):
     layer = causal_layer()
     return declined(name, layer, lambda m, *a: m(*a), whole(layer), None, "", "norm", "forward")
@@ -466,7 +474,7 @@ def nemotron(what):
 
 
 # --------------------------------------------------------------------------- MEGA
-@cases("autocast", "eager", "gradients", "switch", "hooks", "relu", "states")
+@cases("autocast", "eager", "gradients", "switch", "hooks", "relu", "states", "transform")
 def mega_decoder(what):
     theirs = decoder(**({"activation_type": "relu"} if what == "relu" else {}))
     ours = swapped(theirs)
@@ -488,6 +496,7 @@ def mega_decoder(what):
         "training": ("is in training mode", torch.no_grad, logging.WARNING),
         "relu": ("the activation is not swish", torch.no_grad, logging.WARNING),
         "states": ("states that the step does not read", torch.no_grad, logging.WARNING),
+        "transform": DECLINED["transform"],
     }[what]
     return Case(
         ours,
@@ -495,7 +504,7 @@ def mega_decoder(what):
         lambda: run(theirs),
         "inference",
         reason,
-        known=what in ("autocast", "eager", "switch"),
+        known=what in ("autocast", "eager", "switch", "transform"),
         level=level,
         around=around,
         tolerance=0.1 if what == "autocast" else 1e-4,

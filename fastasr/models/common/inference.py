@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a module may take its inference path: nothing watches, differentiates, casts or compiles the call."""
+"""When a module may take its inference path: nothing watches, transforms, differentiates, casts or compiles it."""
 
 import torch
 
+from fastasr._transforms import is_transformed
+
 
 def is_plain_inference(module, x, weight, ndim):
-    """Says whether this call runs in eval mode on the CPU without gradients, autocast or compilation.
+    """Says whether this call runs in eval mode on the CPU without gradients, transforms, autocast or
+    compilation.
 
     It is False too unless x has ``ndim`` dimensions, is not empty and has the weight's dtype.
     """
@@ -18,6 +21,7 @@ def is_plain_inference(module, x, weight, ndim):
         and x.ndim == ndim
         and x.numel() > 0
         and not torch.compiler.is_compiling()
+        and not is_transformed()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (x.requires_grad or _wants_gradients(module)))
     )

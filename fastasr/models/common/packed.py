@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._transforms import Function
 from fastasr.models.common.ragged import Packing
 from fastasr.ops import _dispatch, _gemm, _weights_dropout
 from fastasr.ops.gated_depthwise_conv import ACTIVATIONS
@@ -61,7 +62,7 @@ def bypass(packing: Packing, x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor
     return ops.bypass(x_orig.transpose(0, 1), x.transpose(0, 1), packing.repeated(scale)).transpose(0, 1)
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     @staticmethod
     def forward(ctx, h, weight, bias, *options):
         ctx.save_for_backward(h, weight, bias)
@@ -76,7 +77,7 @@ class _Convolution(torch.autograd.Function):
         return dh, dweight, dbias if ctx.needs_input_grad[2] else None, None, None, None
 
 
-class _SwooshLinear(torch.autograd.Function):
+class _SwooshLinear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *options):
         ctx.save_for_backward(x, weight)
@@ -94,7 +95,7 @@ class _SwooshLinear(torch.autograd.Function):
         return dx, _gemm.weight_grad(grad, y), dbias, None, None, None
 
 
-class _Bypass(torch.autograd.Function):
+class _Bypass(Function):
     @staticmethod
     def forward(ctx, x_orig, x, scale, lengths):
         ctx.save_for_backward(x_orig, x, scale)
@@ -108,7 +109,7 @@ class _Bypass(torch.autograd.Function):
         return *backward(grad.contiguous(), *ctx.saved_tensors, ctx.lengths), None
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.save_for_backward(*arguments[:7])

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import _left
+from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
 
 # Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
@@ -56,12 +57,12 @@ def lengths(
     stay, which this function notes.
 
     ``valid`` (B, T) is True at the frames that exist; on a GPU this function waits for it. ``obstacle()`` returns why
-    the encoder cannot leave padding out now, or None. Inside ``padded``, and under torch.compile and tracing, which
-    would take the lengths for constants, batches stay padded. A GPU computes the padding sooner than its host makes the
-    calls without it: there inference stays padded, and so do training batches with less than ``least_on_gpu`` frames of
-    padding.
+    the encoder cannot leave padding out now, or None. Inside ``padded``, under torch.compile and tracing, which would
+    take the lengths for constants, and under transforms, batches stay padded. A GPU computes the padding sooner than
+    its host makes the calls without it: there inference stays padded, and so do training batches with less than
+    ``least_on_gpu`` frames of padding.
     """
-    if _all_padded or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _all_padded or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return None
     counts = valid.sum(-1)
     found = counts.tolist()
@@ -315,7 +316,7 @@ class Rate:
         return _Upsampled.apply(rows, self)
 
 
-class _Placed(torch.autograd.Function):
+class _Placed(Function):
     """Returns so many rows: those given at their ``places``, zeros elsewhere."""
 
     @staticmethod
@@ -329,7 +330,7 @@ class _Placed(torch.autograd.Function):
         return grad.index_select(0, ctx.places), None, None
 
 
-class _Taken(torch.autograd.Function):
+class _Taken(Function):
     """Returns the rows at ``places``, each of which is named once."""
 
     @staticmethod
@@ -351,7 +352,7 @@ def _begins(slots):
     return tuple(accumulate(slots, initial=0))[:-1]
 
 
-class _Repeated(torch.autograd.Function):
+class _Repeated(Function):
     @staticmethod
     def forward(ctx, values, packing):
         ctx.packing = packing
@@ -369,7 +370,7 @@ class _Repeated(torch.autograd.Function):
         ), None
 
 
-class _Grouped(torch.autograd.Function):
+class _Grouped(Function):
     @staticmethod
     def forward(ctx, rows, rate):
         ctx.rate = rate
@@ -384,7 +385,7 @@ class _Grouped(torch.autograd.Function):
         return grad.index_select(0, rate.slots).index_put_((last,), more, accumulate=True), None
 
 
-class _Upsampled(torch.autograd.Function):
+class _Upsampled(Function):
     @staticmethod
     def forward(ctx, rows, rate):
         ctx.rate = rate

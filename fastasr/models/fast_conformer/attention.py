@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import _left, ops
+from fastasr._transforms import is_transformed
 from fastasr.models.common import attention_dropout, packed, plumbing
 from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
@@ -119,7 +120,8 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     dropout = module.attention_dropout if module.training else 0.0
     rows = max(0, q.shape[1] + k.shape[1] - 1)  # the others are of keys behind those of the queries
     shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
-    of_kernel = attention_dropout.of_kernel(dropout, q.device) if shared else None
+    served = shared and not is_transformed()  # the gradient of _mean is for reverse mode alone
+    of_kernel = attention_dropout.of_kernel(dropout, q.device) if served else None
     if of_kernel is None:
         if shared:
             attention_dropout.note_formed(module)
@@ -173,6 +175,7 @@ def projected(module, projection, table):
         not plumbing.is_plain_linear(projection)
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or is_transformed()
         or torch.is_autocast_enabled(table.device.type)
         or len(table) >= 2 * KEPT_FRAMES
         or table.is_inference()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import _left, ops
+from fastasr._transforms import is_transformed
 from fastasr.models.common import plumbing
 from fastasr.models.common.activations import fused_name
 from fastasr.models.common.plain import is_plain_named
@@ -93,6 +94,7 @@ def _writes_in_place(layer, k):
         k.is_cpu
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not is_transformed()
         and k.dtype == layer.keys.dtype == layer.values.dtype
         and layer.keys.shape == (len(k), k.shape[2], layer.keys.shape[2], k.shape[3]) == layer.values.shape
     )

@@ -3,6 +3,7 @@
 
 import torch
 
+from fastasr._transforms import Function
 from fastasr.models.common import activations, plumbing
 from fastasr.ops import _dropout, _gemm
 from fastasr.ops._register import refuse_double_backward
@@ -45,7 +46,7 @@ def _is_served(module, x, dropout):
     return _dropout.serves(dropout, x, *parameters)
 
 
-class _Trained(torch.autograd.Function):
+class _Trained(Function):
     """Keeps W1 x + b1 and which elements dropout kept. What the second layer takes is as large, and backward computes
     it again."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastasr import _left
+from fastasr._transforms import is_transformed
 from fastasr.ops.rel_attention import outside_context
 
 
@@ -53,7 +54,7 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
 
     The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer.
     """
-    if torch.compiler.is_compiling():  # nothing may depend on values, or be kept
+    if torch.compiler.is_compiling() or is_transformed():  # nothing may depend on values, or be kept
         if mask.dim() == 2:
             return Seen(~mask, ~mask, True, {})
         by_query = ~mask if hides else mask[:, 0]

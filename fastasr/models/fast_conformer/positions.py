@@ -6,6 +6,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from fastasr._transforms import is_transformed
+
 _TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far
 KEPT_FRAMES = (
     1024  # tables, and their projections in every layer, are kept for sequences of at most so many frames
@@ -49,7 +51,7 @@ class FastConformerPositions(torch.nn.Module):
     def forward(self, hidden_states, cached_frames=0):
         batch, frames = hidden_states.shape[0], hidden_states.shape[1] + cached_frames
         dtype, device = hidden_states.dtype, hidden_states.device
-        if torch.compiler.is_compiling() or not 0 < frames <= KEPT_FRAMES:
+        if torch.compiler.is_compiling() or is_transformed() or not 0 < frames <= KEPT_FRAMES:
             rows = table(frames, self.inv_freq.to(device), dtype)
         else:
             kept = _TABLES.get(self)

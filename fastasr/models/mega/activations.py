@@ -4,6 +4,7 @@
 import torch
 import torch.nn.functional as F
 
+from fastasr._transforms import is_transformed
 from fastasr.models.common import activations, plumbing
 
 
@@ -93,7 +94,8 @@ def fused_name(activation):
 def activate(activation, x):
     """Returns ``activation(x)`` for an x that nobody else holds; it works in place if no gradient needs x."""
     name = fused_name(activation)
-    if name is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    needed = (torch.is_grad_enabled() and x.requires_grad) or is_transformed()
+    if name is None or torch.compiler.is_compiling() or needed:
         return activation(x)
     return x if name == "identity" else _IN_PLACE[name](x)
 

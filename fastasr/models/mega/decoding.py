@@ -22,6 +22,7 @@ import weakref
 import torch
 
 from fastasr import _left
+from fastasr._transforms import is_transformed, transform
 from fastasr.models.common import plumbing
 from fastasr.models.common.module_state import ModuleState
 from fastasr.models.common.plain import first_watched, is_plain, is_plain_named, runs
@@ -94,7 +95,7 @@ def _stepped(plan, labels, states):
 def stack(states):
     """Stacks histories (T_i, H) to (B, max T, H), with zeros in front of the shorter ones and room to grow. Returns
     None if the native path cannot be used."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _native():
+    if torch.compiler.is_compiling() or is_transformed() or torch.is_grad_enabled() or not _native():
         return None
     if not all(type(t) is torch.Tensor and t.is_cpu and t.dtype is torch.float32 for t in states):
         return None
@@ -150,6 +151,8 @@ def _why_not_now(decoder, labels):
         return "packed_decoding is False"
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
         return "gradients are on"
+    if is_transformed():
+        return f"the call is under {transform()}"
     weight = decoder.embed.weight
     if weight.device.type not in ("cpu", "cuda"):
         return f"no kernel for {weight.device.type} tensors"

@@ -13,13 +13,14 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.gradient_scale import draw_for_log
 
 SCORE_LIMIT = 50.0
 SCORE_PENALTY = 1.0e-4
 
 
-class _PenalizeScores(torch.autograd.Function):
+class _PenalizeScores(Function):
     """q -> q. The backward pass adds the gradients of the penalty on large scores."""
 
     @staticmethod

@@ -3,6 +3,8 @@
 
 import torch
 
+from fastasr._transforms import is_transformed
+
 _VIEWS = {"AliasBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0", "ViewBackward0"}
 
 
@@ -10,7 +12,9 @@ def is_same(part, original):
     """Says whether ``part`` has the memory of ``original`` and no autograd node between them changes the gradient."""
     if part is original:
         return True
-    if torch.compiler.is_compiling() or type(part) is not torch.Tensor or type(original) is not torch.Tensor:
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    if type(part) is not torch.Tensor or type(original) is not torch.Tensor:
         return False
     if _place(part) != _place(original):
         return False

@@ -11,11 +11,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._transforms import Function
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.schedules import ScheduledFloat
 
 
-class _Balance(torch.autograd.Function):
+class _Balance(Function):
     @staticmethod
     def forward(ctx, x, *limits):
         ctx.save_for_backward(x)

@@ -13,6 +13,7 @@ where upstream runs them: balancer1 on s, balancer2 and whiten on the convolutio
 import torch
 
 from fastasr import ops
+from fastasr._transforms import Function
 from fastasr.models.common import packed
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
@@ -211,7 +212,7 @@ def _is_swoosh_r_and_linear(out_proj):
     return runs(out_proj, ActivationDropoutAndLinear.forward) and out_proj.activation == "SwooshR"
 
 
-class _Joined(torch.autograd.Function):
+class _Joined(Function):
     """Returns h, whose halves are x and s. The backward pass gives the gradients of the halves to x and s."""
 
     @staticmethod

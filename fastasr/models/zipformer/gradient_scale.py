@@ -6,8 +6,10 @@ import random
 
 import torch
 
+from fastasr._transforms import Function
 
-class _ScaleGradient(torch.autograd.Function):
+
+class _ScaleGradient(Function):
     @staticmethod
     def forward(ctx, x, alpha):
         ctx.alpha = alpha
@@ -34,7 +36,7 @@ class ScaleGrad(torch.nn.Module):
         return scale_grad(x, self.alpha) if self.training else x
 
 
-class _WithLoss(torch.autograd.Function):
+class _WithLoss(Function):
     @staticmethod
     def forward(ctx, x, loss):
         ctx.shape = loss.shape
@@ -57,7 +59,7 @@ def with_loss(x, y, name=None):
     return _WithLoss.apply(x, y)
 
 
-class _Penalize(torch.autograd.Function):
+class _Penalize(Function):
     @staticmethod
     def forward(ctx, x, limit, penalty):
         ctx.save_for_backward((x > limit).to(torch.int8) - (x < -limit).to(torch.int8))

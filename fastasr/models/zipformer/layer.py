@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from fastasr import _left
+from fastasr._transforms import is_transformed
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import current
@@ -276,7 +277,7 @@ def _is_long(layer, src):
     """Says whether the consumers should compute the weights of this call, since they are too large to keep. The layer's
     attention modules must all run our code, their own or bound to them.
     """
-    if torch.compiler.is_compiling() or src.ndim != 3:
+    if torch.compiler.is_compiling() or is_transformed() or src.ndim != 3:
         return False
     attention, nonlin_attention = layer.self_attn_weights, layer.nonlin_attention
     if not runs(attention, RelPositionMultiheadAttentionWeights.forward):

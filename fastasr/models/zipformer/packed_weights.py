@@ -5,6 +5,7 @@ those of each group of recordings apart, as tensors or unmaterialised."""
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastasr._transforms import Function
 from fastasr.models.common import packed
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.self_attention import weighted
@@ -107,7 +108,7 @@ def of_one_call(packing, projected, positions, heads, query_head_dim, masks, pen
     return PackedWeights(packing, parts[:count], True, parts[count:])
 
 
-class _Weights(torch.autograd.Function):
+class _Weights(Function):
     """Returns the weights of each recording, then those of each one's first head."""
 
     @staticmethod
@@ -172,7 +173,7 @@ def _sums_gradients(grad, values, parts, needed):
     return dvalues, dparts
 
 
-class _Weighted(torch.autograd.Function):
+class _Weighted(Function):
     @staticmethod
     def forward(ctx, values, *parts):
         ctx.save_for_backward(values, *parts)
@@ -186,7 +187,7 @@ class _Weighted(torch.autograd.Function):
         return dvalues, *dparts
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(Function):
     """``ops.nonlin_attention``: its passes run over all rows at once."""
 
     @staticmethod

@@ -9,8 +9,10 @@ import random
 
 import torch
 
+from fastasr._transforms import Function
 
-class LimitParamValue(torch.autograd.Function):
+
+class LimitParamValue(Function):
     @staticmethod
     def forward(ctx, x, min, max):
         ctx.save_for_backward(x)

@@ -6,10 +6,11 @@ It adds penalty sign(S) to dS where |S| > limit; dq, dk, dp and dR follow from d
 
 import torch
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.score_blocks import ScoreBlocks
 
 
-class _Penalized(torch.autograd.Function):
+class _Penalized(Function):
     """Returns the projection and the positions unchanged. The backward pass adds the penalty's gradient once, for any
     number of consumers of the attention weights."""
 

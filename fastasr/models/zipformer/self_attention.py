@@ -7,6 +7,7 @@ y = out_proj(concat over heads of W_h in_proj(x)_h)
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastasr._transforms import Function
 from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import whitening_schedule
@@ -64,7 +65,7 @@ def weighted(attn_weights, values):
     return (attn_weights @ values).permute(2, 1, 0, 3).flatten(2)
 
 
-class _Weighted(torch.autograd.Function):
+class _Weighted(Function):
     """``weighted`` by the kernels for few columns, for which a BLAS is far from its rate."""
 
     @staticmethod

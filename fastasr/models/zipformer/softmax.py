@@ -3,8 +3,12 @@
 
 import torch
 
+from fastasr._transforms import Function
 
-class _Softmax(torch.autograd.Function):
+
+class _Softmax(Function):
+    formula = staticmethod(torch.softmax)
+
     @staticmethod
     def forward(ctx, x, dim):
         y = x.softmax(dim)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named
@@ -110,7 +111,7 @@ class Conv2dSubsampling(torch.nn.Module):
         return torch.zeros(shape, dtype=self.out.weight.dtype, device=device)
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     """A Conv2d of maps whose channels are last, where the gradient of the weight may take another layout."""
 
     @staticmethod
@@ -161,7 +162,8 @@ def _projected(out, x):
     maps = x.permute(0, 2, 3, 1)
     plain = is_plain(out, torch.nn.Linear, Linear)
     # a compiler reorders by itself; weights of fewer bits are known by the parameter
-    kept = not plain or torch.compiler.is_compiling() or _reduced_weights.of(x, out.weight) is not None
+    kept = not plain or torch.compiler.is_compiling() or is_transformed()
+    kept = kept or _reduced_weights.of(x, out.weight) is not None
     if kept or not maps.is_contiguous() or batch * time <= 2 * out.out_features:
         return out(_frames(x))
     weight = out.weight.unflatten(1, (channels, frequency)).transpose(1, 2).flatten(1)
@@ -282,13 +284,14 @@ def _has_plain_parts(layer):
 
 
 def _runs_by_rows(x, weight):
-    """Says whether the kernels compute this call and no compiler sees its layout."""
+    """Says whether the kernels compute this call and neither transforms nor a compiler see its layout."""
     plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
     return (
         ((x.is_cpu and plain) or x.is_cuda)
         and x.device == weight.device
         and x.numel() > 0
         and not torch.compiler.is_compiling()
+        and not is_transformed()
     )
 
 

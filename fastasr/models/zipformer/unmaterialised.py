@@ -9,6 +9,7 @@ to the projection and the positions.
 
 import torch
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.score_blocks import ScoreBlocks, fill_hidden
 from fastasr.ops import zipformer_attention, zipformer_attention_weights
 
@@ -167,7 +168,7 @@ class EqualWeights(UnmaterialisedWeights):
                 yield first, end, weights * (1.0 / weights.sum(-1, keepdim=True))
 
 
-class _EquallyWeighted(torch.autograd.Function):
+class _EquallyWeighted(Function):
     @staticmethod
     def forward(ctx, values, equal):
         ctx.equal, ctx.dtype = equal, values.dtype

@@ -17,6 +17,7 @@ import random
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.ops import _dispatch, _gemm
 from fastasr.ops._layout import ChannelRows
@@ -84,7 +85,7 @@ def _norm(x, dtype):
     return torch.linalg.vector_norm(x, dtype=dtype)
 
 
-class _Whitening(torch.autograd.Function):
+class _Whitening(Function):
     @staticmethod
     def forward(ctx, x, module):
         ctx.save_for_backward(x)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms that kernels do not know: ``torch.func`` (grad, vjp, jvp, vmap, and what is made of them) and forward-mode
+differentiation. Below them a kernel sees plain numbers, so tangents would be lost without an error. The formula in
+eager PyTorch serves there: every step of it is an operator that the transforms know.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import NoReturn
+
+import torch
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Says whether a transform is active. Calls of ops have this written out, which saves 50 ns."""
+    return transforms_active() or forward_ad._current_level >= 0
+
+
+def transform() -> str:
+    """Returns the name of the innermost active transform."""
+    if transforms_active():
+        kind = torch._C._functorch.peek_interpreter_stack().key().name.lower()
+        if kind != "jvp":
+            return f"torch.func.{kind}"
+    return "forward-mode differentiation"
+
+
+def refuse(name: str, cause: Exception | None = None) -> NoReturn:
+    """Raises RuntimeError: what is called ``name`` cannot be transformed, for the reason of ``cause``."""
+    why = f": {cause}" if cause else "; its gradient is written by hand, for torch's reverse mode alone"
+    raise RuntimeError(f"fastasr.{name}: not possible under {transform()}{why}") from cause
+
+
+def refuse_unless_batched(name: str) -> None:
+    """Refuses what has no formula. Under vmap the dispatcher calls kernels once for each element of the batch."""
+    if is_transformed() and transform() != "torch.func.vmap":
+        refuse(name)
+
+
+def by_formula(op, a):
+    """Computes the op by its formula, under the transform."""
+    try:
+        return op.definition(**a._asdict())
+    except (RuntimeError, NotImplementedError) as error:
+        refuse(op.name, error)
+
+
+def _without_tangents(name: str, backward: Callable) -> Callable:
+    """Returns the backward pass, which refuses gradients with tangents: its kernels would lose them."""
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        if forward_ad._current_level >= 0:
+            refuse(name)
+        return backward(ctx, *grads)
+
+    return run
+
+
+class Function(torch.autograd.Function):
+    """A function with a backward pass by hand. Under a transform ``formula`` serves in its place, if it has one."""
+
+    formula = None
+
+    def __init_subclass__(cls):
+        cls.known_as = f"{cls.__module__.removeprefix('fastasr.')}.{cls.__name__.lstrip('_')}"
+        cls.backward = staticmethod(_without_tangents(cls.known_as, cls.backward))
+
+    @classmethod
+    def apply(cls, *args):
+        if is_transformed():
+            if cls.formula is None:
+                refuse(cls.known_as)
+            return cls.formula(*args)
+        # what Function.apply calls in the end; the rest of it serves transforms and costs 1 us
+        return super(torch.autograd.Function, cls).apply(*args)
