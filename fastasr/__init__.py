@@ -2,8 +2,9 @@
 """Fused, verified, reversible kernels for speech models: the same call on GPU and CPU.
 
 ``accelerate(model)`` swaps faster forwards into a model in place and reports what it did; ``verify``, ``restore``,
-``eager_mode`` and ``explain`` check, undo, suspend and preview it, and inside ``upstream_draws`` attention draws its
-dropout as upstream does. ``fastasr.ops`` holds the operations themselves; importing it registers ``torch.ops.fastasr``.
+``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``refresh`` makes again what is kept between calls,
+and inside ``upstream_draws`` attention draws its dropout as upstream does. ``fastasr.ops`` holds the operations
+themselves; importing it registers ``torch.ops.fastasr``.
 
 ``import fastasr`` imports nothing else: the command answers ``--help`` without torch, and each name here imports what
 it needs when it is first used.
@@ -14,7 +15,10 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_SWAP = ("accelerate", "explain", "verify", "restore", "eager_mode", "upstream_draws", "SwapReport")
+_SWAP = (
+    *("accelerate", "explain", "verify", "restore", "refresh", "eager_mode", "upstream_draws"),
+    "SwapReport",
+)
 _SUBPACKAGES = (
     "ops",
     "models",
@@ -34,6 +38,7 @@ __all__ = [
     "eager_mode",
     "explain",
     "ops",
+    "refresh",
     "restore",
     "upstream_draws",
     "verify",
@@ -42,7 +47,16 @@ __all__ = [
 if TYPE_CHECKING:
     from fastasr import ops
     from fastasr.ops._dispatch import backend
-    from fastasr.swap import SwapReport, accelerate, eager_mode, explain, restore, upstream_draws, verify
+    from fastasr.swap import (
+        SwapReport,
+        accelerate,
+        eager_mode,
+        explain,
+        refresh,
+        restore,
+        upstream_draws,
+        verify,
+    )
 
 
 def __getattr__(name: str):

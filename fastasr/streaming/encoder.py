@@ -2,12 +2,16 @@
 """Runs many streams through one encoder chunk by chunk, for live recognition."""
 
 import copy
+import itertools
+import random
 import time
+import weakref
 from dataclasses import dataclass
 
 import torch
 
 from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
+from fastasr.ops import _kept
 from fastasr.ops._weight_formats import FORMATS
 from fastasr.streaming.backend import EagerBackend, EncoderPair
 from fastasr.streaming.cuda_graph import CudaGraphBackend
@@ -16,6 +20,7 @@ from fastasr.streaming.identify import identify
 
 BACKENDS = ("native", "cuda graph", "eager")
 _PROBE = 3  # chunks over which the error of rounded weights is measured
+_GROUPS = 8  # of parameters: each step looks whether those of one have changed
 
 
 @dataclass
@@ -60,6 +65,10 @@ class StreamingEncoder:
 
     A call takes a chunk of any subset of the open streams, which may be of any age. Only one thread may use the object
     at a time. Values that are not finite stay in their own stream and disappear with ``reset``.
+
+    As long as the model lives, a step reads its weights again where they have changed, and streams go on. The first
+    step after a change of all parameters notices it; a change of few may take 8 steps, or some :func:`fastasr.refresh`
+    (:mod:`fastasr.ops._kept`). The model must be in eval mode then.
     """
 
     def __init__(self, backend, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq):
@@ -74,6 +83,7 @@ class StreamingEncoder:
         self._slots = {}  # stream -> slot
         self._audio = {}  # stream -> StreamFeatures
         self._opened = 0
+        self._model = self._device = None  # of which it has a copy that may become old
 
     @classmethod
     def from_model(
@@ -130,6 +140,8 @@ class StreamingEncoder:
             error = _rounding_error(made, pair, chunk_size, left_context_frames, bins)
         if release_weights:
             made.release(pair)
+        else:
+            encoder._model, encoder._device = _Parameters(found.encoder, found.encoder_embed), device
         encoder.report = EngineReport(
             made.name,
             reason,
@@ -208,6 +220,9 @@ class StreamingEncoder:
         features, lengths = self._checked(features, len(slots), lengths)
         if not slots:
             return torch.zeros(0, self.chunk_size // 2, self.channels), torch.zeros(0, dtype=torch.int64)
+        if self._model is not None and (changed := self._model.changed()) is not None:
+            self._backend.load(_on_device(EncoderPair(*changed), self._device))
+            self._model = _Parameters(*changed)
         y = self._backend.step(features, slots)
         frames = [frames_out(length, self.chunk_size) for length in lengths]
         longest = max(frames)
@@ -285,6 +300,44 @@ class StreamingEncoder:
     def import_states(self, stream, states):
         """Makes the stream continue from these states, ours or upstream's. Raises ValueError if they do not fit."""
         self._backend.import_states(self._slot("import_states", stream), list(states))
+
+
+class _Parameters:
+    """The parameters of an encoder and its front end, in groups at random, so that each has some of most layers.
+
+    A comparison of all of them would take 3 % of a step in int8.
+    """
+
+    def __init__(self, *parts):
+        self._parts = [weakref.ref(part, self._forget()) for part in parts]
+        owners = [m._parameters for part in parts for m in part.modules()]
+        places = [(owner, name) for owner in owners for name, p in owner.items() if p is not None]
+        random.Random(0).shuffle(places)
+        groups = [places[i::_GROUPS] for i in range(_GROUPS)]
+        originals = (_kept.Originals([owner[name] for owner, name in g], parts=_kept.PARTS) for g in groups)
+        self._groups = itertools.cycle(list(zip(groups, originals, strict=True)))
+
+    def _forget(self):
+        """Returns what frees the parameters when their module dies."""
+        this = weakref.ref(self)
+
+        def forget(_):
+            if (parameters := this()) is not None:
+                parameters._groups = None
+
+        return forget
+
+    def changed(self):
+        """Returns the two modules if parameters of the next group have changed, else None."""
+        if self._groups is None:
+            return None
+        places, originals = next(self._groups)
+        now = [owner.get(name) for owner, name in places]
+        return (
+            None
+            if all(p is not None for p in now) and originals.unchanged(now)
+            else [p() for p in self._parts]
+        )
 
 
 def _checked_bins(found, bins):

@@ -9,7 +9,7 @@ is asked for runs upstream's loop.
 
 import torch
 
-from fastasr.decoding.looping_transducers import Parakeet, Unserved, forget
+from fastasr.decoding.looping_transducers import Parakeet, Unserved, release
 from fastasr.decoding.parakeet_generate import steps_of_generate
 from fastasr.models.common.inference import any_hooked
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
@@ -127,7 +127,7 @@ RULES = tuple(
         functions=_functions,
         known={new: Known("transformers 5.24"), old: Known("transformers 5.17 to 5.23")},
         shallow=True,
-        release=lambda module: forget(Parakeet(module)),
+        release=lambda module: release(Parakeet(module)),
         note="generate runs natively for plain greedy search in float32 on the CPU; with labels the loss is computed "
         "without logits, which are None in the output",
     )
