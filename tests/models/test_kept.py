@@ -420,3 +420,19 @@ def test_nothing_outlives_a_model_or_travels_with_it():
     del model, twin, one, t
     gc.collect()
     assert not of_these
+
+
+@torch.no_grad()
+def test_an_engine_follows_a_model_in_training_elsewhere_and_one_whose_weights_are_freed():
+    kind = KINDS["a native engine"]
+    model = _made(kind)
+    before = kind.kept(model)
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    assert _differ(before, kind.truth(model)) > 50 * LIMIT
+    model.train()
+    model.double()
+    after = kind.kept(model)
+    assert _differ(after, kind.truth(model.float().eval())) <= LIMIT
+    StreamingEncoder.from_model(model, CHUNK, 16, release_weights=True)
+    assert _differ(kind.kept(model), after) <= LIMIT
