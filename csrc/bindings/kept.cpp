@@ -31,9 +31,18 @@ bool kept_unchanged(const Tensor& pieces) {
   return cpu::kept_unchanged(data<KeptPiece>(pieces), pieces.size(0));
 }
 
+// Returns a number of all elements of a mask, bool of any strides.
+int64_t kept_digest(const Tensor& mask) {
+  check(dtype_of(mask) == ScalarType::Bool, "kept_digest", "the mask is bool");
+  int64_t bytes = mask.numel() > 0;
+  for (int64_t i = 0; i < mask.dim() && bytes; i++) bytes += (mask.size(i) - 1) * mask.stride(i);
+  return static_cast<int64_t>(cpu::kept_digest(mask.const_data_ptr(), bytes));
+}
+
 }  // namespace
 
-FASTASR_OPERATORS({"kept_pieces(Tensor spans, int part, int parts) -> Tensor", Boxed<kept_pieces>::call},
+FASTASR_OPERATORS({"kept_digest(Tensor mask) -> int", Boxed<kept_digest>::call},
+                  {"kept_pieces(Tensor spans, int part, int parts) -> Tensor", Boxed<kept_pieces>::call},
                   {"kept_unchanged(Tensor pieces) -> bool", Boxed<kept_unchanged>::call})
 
 }  // namespace fastasr::bindings::kept

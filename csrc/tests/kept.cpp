@@ -107,6 +107,25 @@ TEST_CASE("a factor is noticed where most is zero, and NaNs are compared by thei
   CHECK(unchanged(kept_pieces(&span, 1)));
 }
 
+TEST_CASE("a digest tells of every bit, of the order and of the length") {
+  for_each_buffer([](Buffer<char>& memory) {
+    const int64_t bytes = memory.size();
+    const uint64_t digest = cpu::kept_digest(memory.data(), bytes);
+    CHECK(cpu::kept_digest(memory.data(), bytes) == digest);
+    for (int64_t i = 0; i < bytes; i += 1 + bytes / 500)
+      for (const char bit : {1, 64}) {
+        memory[i] ^= bit;
+        CHECK(cpu::kept_digest(memory.data(), bytes) != digest, "byte %ld", long(i));
+        memory[i] ^= bit;
+      }
+    if (bytes > 1) CHECK(cpu::kept_digest(memory.data(), bytes - 1) != digest);
+    if (bytes > 64 && memory[0] != memory[32]) {
+      std::swap(memory[0], memory[32]);
+      CHECK(cpu::kept_digest(memory.data(), bytes) != digest);
+    }
+  });
+}
+
 TEST_CASE("of several spans each is compared") {
   Random random(5);
   std::vector<Buffer<char>> memory;

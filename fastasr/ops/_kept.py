@@ -9,15 +9,16 @@ Kept are:
   of a decoder's step (``models/mega/decoding.py``; on a GPU its coefficients);
 - the weights of a greedy search (``decoding/looping_transducers.py``);
 - an engine's copy of a whole encoder (``streaming/encoder.py``);
-- weights in fewer bits (``ops/_reduced_weights.py``).
+- weights in fewer bits (``ops/_reduced_weights.py``);
+- what a mask of attention hides (``models/fast_conformer/masks.py``), for which :func:`content` stands instead.
 
-Each holds :class:`Originals`, a record of the tensors that it was made of, and is made again when they differ from it.
-The address and torch's counter of writes are compared; writes through ``parameter.data``, through a NumPy view and by
-another process leave both as they were. So on the CPU one native call also compares a sample of the values: eight cache
-lines of each tensor, or all of a tensor of at most 512 bytes (csrc/cpu/support/kept.h). Before short calls it compares
-only one of the eight, the next one at the next call. A write to all elements cannot hide from it, an uncounted write to
-a few can. On a GPU values are not compared, because the host would have to wait for them. :func:`drop` is for both
-cases.
+Each of the others holds :class:`Originals`, a record of the tensors that it was made of, and is made again when they
+differ from it. The address and torch's counter of writes are compared; writes through ``parameter.data``, through a
+NumPy view and by another process leave both as they were. So on the CPU one native call also compares a sample of the
+values: eight cache lines of each tensor, or all of a tensor of at most 512 bytes (csrc/cpu/support/kept.h). Before
+short calls it compares only one of the eight, the next one at the next call. A write to all elements cannot hide from
+it, an uncounted write to a few can. On a GPU values are not compared, because the host would have to wait for them.
+:func:`drop` is for both cases.
 """
 
 import itertools
@@ -82,6 +83,16 @@ def drop(tensors: Iterable[Tensor]) -> int:
             originals._dropped = True
             dropped += 1
     return dropped
+
+
+def content(mask: Tensor) -> object:
+    """Returns what is equal to another content of the same bool tensor only if nothing has changed, as far as it shows
+    without waiting for a GPU."""
+    if not mask.is_cpu:
+        return None if mask.is_inference() else mask._version
+    if not _is_readable(mask) or _dispatch.reason_cpu("kept_digest"):
+        return object()
+    return torch.ops.fastasr_cpu.kept_digest.default(mask)
 
 
 def are_counted(tensors: Sequence[Tensor]) -> bool:

@@ -403,7 +403,7 @@ def test_refresh_serves_a_write_to_one_element(kind):
 
 
 @torch.no_grad()
-def test_nothing_outlives_a_model_or_travels_with_it():
+def test_a_copy_keeps_what_is_its_own():
     model = _made(ParakeetEncoder)
     ParakeetEncoder.kept(model)
     twin = copy.deepcopy(model)
@@ -413,13 +413,21 @@ def test_nothing_outlives_a_model_or_travels_with_it():
         assert _differ(ParakeetEncoder.kept(one), ParakeetEncoder.truth(one)) <= LIMIT
     assert _differ(ParakeetEncoder.kept(twin), ParakeetEncoder.kept(model)) > 50 * LIMIT
     pickle.dumps(model)
-    records = weakref.WeakSet(_kept._every)
-    ids = set(map(id, _tensors(model))) | set(map(id, _tensors(twin)))
-    of_these = weakref.WeakSet(record for record in records if not ids.isdisjoint(record._ids))
-    assert len(of_these) >= 6  # of two layers' positions and a table, twice
-    del model, twin, one, t
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_is_kept_is_freed_with_the_model(kind):
+    module = _made(KINDS[kind])
+    KINDS[kind].kept(module)
+    ids = set(map(id, _tensors(module)))
+    records = weakref.WeakSet(record for record in set(_kept._every) if not ids.isdisjoint(record._ids))
+    assert records
+    parameters = [weakref.ref(t) for t in _tensors(module)]
+    del module
     gc.collect()
-    assert not of_these
+    assert not records
+    assert not any(ref() is not None for ref in parameters)
 
 
 @torch.no_grad()
@@ -436,3 +444,37 @@ def test_an_engine_follows_a_model_in_training_elsewhere_and_one_whose_weights_a
     assert _differ(after, kind.truth(model.float().eval())) <= LIMIT
     StreamingEncoder.from_model(model, CHUNK, 16, release_weights=True)
     assert _differ(kind.kept(model), after) <= LIMIT
+
+
+MASK_WRITES = {
+    "in inference mode": lambda mask: mask[0, 0, :, 3:].fill_(False),
+    "numpy": lambda mask: mask.numpy()[0, 0, 2].fill(False),
+    "one pair": lambda mask: mask.numpy()[1, 0, 4].__setitem__(1, False),
+}
+
+
+@pytest.mark.parametrize("write", MASK_WRITES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_write_to_a_mask_is_noticed(write, inference):
+    module = fast_conformer.FastConformerAttention(24, 3).eval()
+    with torch.inference_mode(inference), torch.no_grad():
+        x, positions = torch.randn(2, 9, 24), torch.randn(1, 17, 24)
+        mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+        before = module(x, positions, mask)[0]
+        MASK_WRITES[write](mask)
+        after = module(x, positions, mask.clone())[0]
+        assert _differ([before], [after]) > LIMIT
+        assert torch.equal(module(x, positions, mask)[0], after)
+
+
+@torch.no_grad()
+def test_an_engine_lives_on_without_its_model():
+    model = _made(KINDS["a native engine"])
+    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    features = KINDS["a native engine"].features()
+    engine = StreamingEncoder.from_model(model, CHUNK, 16, backend="native")
+    first = engine.step(features, [engine.open()])[0]
+    del model
+    gc.collect()
+    assert not any(ref() is not None for ref in parameters)
+    assert all(torch.equal(engine.step(features, [engine.open()])[0], first) for _ in range(3))

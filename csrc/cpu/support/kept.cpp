@@ -72,4 +72,37 @@ bool kept_unchanged(const KeptPiece* pieces, int64_t count) {
   return true;
 }
 
+namespace {
+
+// A step of xxHash64 (Collet, 2012).
+uint64_t mixed(uint64_t sum, uint64_t word) {
+  sum += word * 0xc2b2ae3d27d4eb4full;
+  return (sum << 31 | sum >> 33) * 0x9e3779b185ebca87ull;
+}
+
+}  // namespace
+
+uint64_t kept_digest(const void* memory, int64_t bytes) {
+  constexpr int kChains = 4;  // each waits for its own products alone
+  constexpr int64_t kBlock = 8 * kChains;
+  const auto* const from = static_cast<const char*>(memory);
+  uint64_t sums[kChains] = {1, 2, 3, 4}, words[kChains];
+  const auto add = [&] {
+    for (int i = 0; i < kChains; i++) sums[i] = mixed(sums[i], words[i]);
+  };
+  const int64_t whole = bytes / kBlock * kBlock;
+  for (int64_t at = 0; at < whole; at += kBlock) {
+    std::memcpy(words, from + at, kBlock);
+    add();
+  }
+  if (whole < bytes) {
+    std::memset(words, 0, kBlock);
+    std::memcpy(words, from + whole, bytes - whole);
+    add();
+  }
+  auto digest = static_cast<uint64_t>(bytes);
+  for (const uint64_t sum : sums) digest = mixed(digest, sum ^ sum >> 29);
+  return digest;
+}
+
 }  // namespace fastasr::cpu

@@ -31,4 +31,7 @@ std::vector<KeptPiece> kept_pieces(const KeptSpan* spans, int64_t count, int64_t
 // Says whether all pieces hold the same bits as then.
 bool kept_unchanged(const KeptPiece* pieces, int64_t count);
 
+// Returns a number of all bytes: another for other bytes, but for a chance of 2^-64. It reads 9 bytes per nanosecond.
+uint64_t kept_digest(const void* memory, int64_t bytes);
+
 }  // namespace fastasr::cpu
