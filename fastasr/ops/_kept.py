@@ -22,6 +22,8 @@ it, an uncounted write to a few can. On a GPU values are not compared, because t
 """
 
 import itertools
+import operator
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 
@@ -31,9 +33,11 @@ from torch import Tensor
 from fastasr.ops import _dispatch
 
 PARTS = 8  # kKeptPieces of csrc/cpu/support/kept.h
+_RETURNED = 1 << 16  # bytes from which on the allocator may have given memory back to the system
 _SAMPLED = 256  # elements of a tensor that are compared where there is no native library
 _counter, _address = Tensor._version.__get__, Tensor.data_ptr
 _every: "weakref.WeakSet[Originals]" = weakref.WeakSet()
+_lock = threading.RLock()  # of this set
 
 
 class Originals:
@@ -55,9 +59,14 @@ class Originals:
             spans = torch.tensor([(_address(t), _extent(t)) for t in sampled], device="cpu")
             pieces = (torch.ops.fastasr_cpu.kept_pieces.default(spans, i, parts) for i in range(parts))
             self._pieces = itertools.cycle(list(pieces))
+            # of such tensors the size is compared as well: at the old address a smaller one may end before a piece
+            large = [i for i, t in enumerate(tensors) if t.nbytes >= _RETURNED]
+            self._large = operator.itemgetter(*large, large[0]) if large else lambda tensors: ()
+            self._sizes = [*map(Tensor.numel, self._large(tensors))]
             self._holds = _dispatch.registered("cpu", "kept_unchanged")
         self._ids = frozenset(map(id, tensors))
-        _every.add(self)
+        with _lock:
+            _every.add(self)
 
     def _marked(self, tensors: Sequence[Tensor]) -> tuple[list, list] | None:
         try:
@@ -70,15 +79,21 @@ class Originals:
         return (
             not self._dropped
             and self._marked(tensors) == self._marks
-            and (self._pieces is None or self._holds(next(self._pieces)))
+            and (self._pieces is None or self._same_values(tensors))
             and (self._sample is None or all(map(torch.equal, _sampled(tensors), self._sample)))
         )
+
+    def _same_values(self, tensors: Sequence[Tensor]) -> bool:
+        same_sizes = [*map(Tensor.numel, self._large(tensors))] == self._sizes
+        return same_sizes and self._holds(next(self._pieces))
 
 
 def drop(tensors: Iterable[Tensor]) -> int:
     """Has everything that was made of one of these tensors be made again. Returns how many things that are."""
     ids, dropped = set(map(id, tensors)), 0
-    for originals in list(_every):
+    with _lock:
+        every = list(_every)
+    for originals in every:
         if not originals._dropped and not ids.isdisjoint(originals._ids):
             originals._dropped = True
             dropped += 1

@@ -478,3 +478,12 @@ def test_an_engine_lives_on_without_its_model():
     gc.collect()
     assert not any(ref() is not None for ref in parameters)
     assert all(torch.equal(engine.step(features, [engine.open()])[0], first) for _ in range(3))
+
+
+def test_a_smaller_tensor_at_the_same_address_has_changed():
+    """What lay behind it may be nobody's memory."""
+    large, small = torch.nn.Parameter(torch.randn(1 << 15)), torch.nn.Parameter(torch.randn(3))
+    record = _kept.Originals([small, large])
+    assert record.unchanged([small, large])
+    large.data = large.data[: 1 << 10]
+    assert not record.unchanged([small, large])
