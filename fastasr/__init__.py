@@ -2,8 +2,9 @@
 """Fused, verified, reversible kernels for speech models: the same call on GPU and CPU.
 
 ``accelerate(model)`` swaps faster forwards into a model in place and reports what it did; ``verify``, ``restore``,
-``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``why`` says which calls leave the fast path and
-why, and inside ``upstream_draws`` attention draws its dropout as upstream does. ``fastasr.ops`` holds the operations
+``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``refresh`` makes again what is kept between calls,
+``why`` says which calls leave the fast path and why, and inside ``upstream_draws`` attention draws its dropout as
+upstream does. ``fastasr.ops`` holds the operations
 themselves; importing it registers ``torch.ops.fastasr``.
 
 ``import fastasr`` imports nothing else: the command answers ``--help`` without torch, and each name here imports what
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_SWAP = ("accelerate", "explain", "verify", "restore", "eager_mode", "upstream_draws", "why", "SwapReport")
+_SWAP = (
+    *("accelerate", "explain", "verify", "restore", "refresh", "eager_mode", "upstream_draws", "why"),
+    "SwapReport",
+)
 _SUBPACKAGES = (
     "ops",
     "models",
@@ -35,6 +39,7 @@ __all__ = [
     "eager_mode",
     "explain",
     "ops",
+    "refresh",
     "restore",
     "upstream_draws",
     "verify",
@@ -44,7 +49,17 @@ __all__ = [
 if TYPE_CHECKING:
     from fastasr import ops
     from fastasr.ops._dispatch import backend
-    from fastasr.swap import SwapReport, accelerate, eager_mode, explain, restore, upstream_draws, verify, why
+    from fastasr.swap import (
+        SwapReport,
+        accelerate,
+        eager_mode,
+        explain,
+        refresh,
+        restore,
+        upstream_draws,
+        verify,
+        why,
+    )
 
 
 def __getattr__(name: str):

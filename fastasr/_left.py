@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -26,16 +26,16 @@ class Left:
 
     reason: str = ""
     calls: int = 0
-    logged: set[str] = field(default_factory=set, repr=False)
 
 
 _left = WeakIdKeyDictionary()  # object -> method -> Left
+_logged: set[tuple[type, str, str]] = set()  # class, method, reason: a model has many objects of a class
 _thread = threading.local()
 
 
 def note(obj: object, reason: str, method: str = "forward", level: int = logging.WARNING) -> None:
-    """Records that a call of ``method`` leaves, and why, and logs it the first time: once per object, method and
-    reason, so a reason must not hold what differs from call to call.
+    """Records that a call of ``method`` leaves, and why, and logs it the first time: once per class, method and reason,
+    so a reason must not hold what differs from call to call.
 
     Does nothing under torch.compile and torch.export, which trace this function away, and inside ``ignored``.
     ``level`` is INFO for what the caller asked for, such as gradients or a transform.
@@ -52,19 +52,15 @@ def note(obj: object, reason: str, method: str = "forward", level: int = logging
         left = methods.setdefault(method, Left())
     left.reason = reason
     left.calls += 1
-    if reason not in left.logged:
-        left.logged.add(reason)
+    kind = type(obj), method, reason
+    if kind not in _logged:
+        _logged.add(kind)
         _log.log(level, "%s.%s leaves fastasr's fast path: %s", type(obj).__name__, method, reason)
 
 
 def of(obj: object) -> dict[str, Left]:
     """Returns method -> Left of the object's calls that left."""
     return _left.get(obj, {})
-
-
-def forget(obj: object) -> None:
-    """Forgets what was noted of the object, so that it is logged anew."""
-    _left.pop(obj, None)
 
 
 @contextlib.contextmanager

@@ -288,8 +288,8 @@ class _Kept:
 _KEPT = weakref.WeakKeyDictionary()  # the first part of a transducer -> format -> _Kept
 
 
-def forget(transducer):
-    """Drops the copies of a transducer's weights."""
+def release(transducer):
+    """Frees the copies of a transducer's weights."""
     _KEPT.pop(transducer.parts()[0], None)
 
 

@@ -3,7 +3,7 @@
 
 ``keep`` makes the copy of a parameter; from then on every product of an op with that parameter, or with a view of all
 of it as a matrix, runs on the copy (csrc/cpu/gemm/reduced_gemm.h has the formulas). The parameter itself stays, and a
-change of it, in place or by new memory, makes its copy anew at the next product. A copy lives as long as its parameter,
+change of it (:mod:`fastasr.ops._kept`) makes its copy anew at the next product. A copy lives as long as its parameter,
 or until ``drop``.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastasr import _left
-from fastasr.ops import _dispatch, _weight_formats
+from fastasr.ops import _dispatch, _kept, _weight_formats
 
 FORMATS = {format: _weight_formats.FORMATS[format] for format in ("bf16", "int8")}
 MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
@@ -37,11 +37,6 @@ def _product() -> Callable[..., Tensor]:
     return torch.ops.fastasr_cpu.reduced_linear.default  # whose call costs less than that of all overloads
 
 
-def _version(weight: Tensor) -> int:
-    """Counts the changes in place; those of a parameter made in inference mode are not counted."""
-    return 0 if weight.is_inference() else weight._version
-
-
 class Copy:
     """The copy of one parameter. ``watch``, if given, is called with x, bias and the product's result."""
 
@@ -54,10 +49,11 @@ class Copy:
     def _pack(self) -> None:
         weight = self._weight()
         assert weight is not None
-        version, matrix = _version(weight), weight.detach().flatten(1).contiguous()
+        originals = _kept.Originals([weight], parts=_kept.PARTS)
+        matrix = weight.detach().flatten(1).contiguous()
         self.packed = torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format])
         # at the end: until then, other threads see that the copy is old
-        self.version, self.address, self.outputs = version, weight.data_ptr(), len(weight)
+        self._originals, self.address, self.outputs = originals, weight.data_ptr(), len(weight)
         _changed()
 
     @property
@@ -71,11 +67,11 @@ class Copy:
         return self.packed.nbytes
 
     def fresh(self) -> bool:
-        """Says whether the parameter is alive and is what was packed; packs it again where it only changed in place."""
+        """Says whether the parameter is alive and where it was when packed; packs it again if its values changed."""
         weight = self._weight()
         if weight is None or weight.data_ptr() != self.address:
             return False
-        if _version(weight) != self.version:
+        if not self._originals.unchanged([weight]):
             self._pack()
         return True
 
@@ -94,7 +90,7 @@ class Copy:
         return y
 
 
-_kept = WeakIdKeyDictionary()  # parameter -> its copy
+_by_parameter = WeakIdKeyDictionary()  # parameter -> its copy
 copies: dict[int, Copy] = {}  # by the address of the parameter
 _thread = threading.local()
 _lock = threading.RLock()  # of both dictionaries
@@ -116,8 +112,9 @@ def _changed() -> None:
 def keep(weight: Tensor, format: str) -> Copy:
     """Makes the copy of ``weight`` (N, K, 1...), float32 on the CPU, and has products read it."""
     with _lock:
-        before, copy = _kept.get(weight), Copy(weight, format)
-        _kept[weight] = copies[copy.address] = copy
+        before, copy = _by_parameter.get(weight), Copy(weight, format)
+        _refile(copy.address)
+        _by_parameter[weight] = copies[copy.address] = copy
         if before is not None and copies.get(before.address) is before:
             del copies[before.address]  # now: without any copies other threads would look for none
         weakref.finalize(weight, _forget, copy.address)
@@ -127,7 +124,7 @@ def keep(weight: Tensor, format: str) -> Copy:
 
 def copy_of(weight: Tensor) -> Copy | None:
     """Returns the copy of a parameter, or None."""
-    return _kept.get(weight)
+    return _by_parameter.get(weight)
 
 
 @contextlib.contextmanager
@@ -145,19 +142,28 @@ def is_suspended() -> bool:
     return getattr(_thread, "suspended", False)
 
 
+def _refile(address: int) -> None:
+    """Puts the copy at an address that its parameter has left, if there is one, where the parameter is now: products
+    look for copies only while there are some."""
+    copy = copies.pop(address, None)
+    weight = None if copy is None else copy._weight()
+    if weight is not None and _by_parameter.get(weight) is copy:
+        copies.setdefault(weight.data_ptr(), copy)
+
+
 def _forget(address: int) -> None:
     """Frees the copy at the address of a parameter that died, unless another has its memory by now."""
     with _lock:
         copy = copies.get(address)
         if copy is not None and not copy.fresh():
-            del copies[address]
+            _refile(address)
             _changed()
 
 
 def drop(weight: Tensor) -> bool:
     """Forgets the copy of ``weight``. Returns whether there was one."""
     with _lock:
-        copy = _kept.pop(weight, None)
+        copy = _by_parameter.pop(weight, None)
         if copy is not None and copies.get(copy.address) is copy:
             del copies[copy.address]
         _changed()
@@ -190,8 +196,8 @@ def _moved(weight: Tensor) -> Copy | None:
         if copy is not None and copy.fresh():  # another thread has packed it meanwhile
             return copy
         for candidate in (weight, weight._base):
-            copy = None if candidate is None else _kept.get(candidate)
+            copy = None if candidate is None else _by_parameter.get(candidate)
             if copy is not None and candidate is not None and candidate.data_ptr() == weight.data_ptr():
                 return keep(candidate, copy.format) if candidate.is_cpu else None
-        copies.pop(weight.data_ptr(), None)  # of a parameter that has left this memory
+        _refile(weight.data_ptr())
     return None

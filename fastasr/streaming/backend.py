@@ -43,6 +43,10 @@ class Backend(abc.ABC):
     ): ...  # every backend takes these arguments
 
     @abc.abstractmethod
+    def load(self, model):
+        """Reads the weights of ``model``, which may have changed since the constructor. Streams go on."""
+
+    @abc.abstractmethod
     def reset(self, slot):
         """Puts the slot to the beginning of a stream."""
 
@@ -73,14 +77,8 @@ class EagerBackend(Backend):
     def __init__(
         self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1, scratch=0
     ):
-        if weights != "fp32":
-            _weight_formats.check("EagerBackend", weights, matrices(model.encoder))
-            model = EncoderPair(model.encoder, model.encoder_embed)
-            model = copy.deepcopy(model)
-            _round_matrices(model.encoder, weights)
-            self.weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        wrapper = streaming_wrapper(model, chunk_size, left_context_frames)
-        self.encoder, self.encoder_embed = wrapper.encoder, wrapper.encoder_embed
+        self._options = chunk_size, left_context_frames, weights
+        wrapper = self.load(model)
         self.device = next(model.encoder.parameters()).device
         self.frames = 2 * chunk_size + PAD_LENGTH
         self.threads = threads
@@ -98,6 +96,18 @@ class EagerBackend(Backend):
             for state, dim in zip(self._one, self._dims, strict=True)
         ]
         self.streams_bytes = sum(state.numel() * state.element_size() for state in self._states)
+
+    def load(self, model):
+        *frames, weights = self._options
+        if weights != "fp32":
+            _weight_formats.check("EagerBackend", weights, matrices(model.encoder))
+            model = EncoderPair(model.encoder, model.encoder_embed)
+            model = copy.deepcopy(model)
+            _round_matrices(model.encoder, weights)
+            self.weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        wrapper = streaming_wrapper(model, *frames)
+        self.encoder, self.encoder_embed = wrapper.encoder, wrapper.encoder_embed
+        return wrapper
 
     def reset(self, slot):
         for state, dim in zip(self._states, self._dims, strict=True):

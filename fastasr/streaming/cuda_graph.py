@@ -33,7 +33,10 @@ class CudaGraphBackend(EagerBackend):
         self._record = record or capture
         self._scratch = max_streams
         self._sizes = bucket_sizes(max_streams)
-        self._graphs = {}
+
+    def load(self, model):
+        self._graphs = {}  # they read the weights where these were when they were recorded
+        return super().load(model)
 
     @torch.inference_mode()
     def step(self, features, slots):

@@ -35,12 +35,9 @@ class NativeBackend(Backend):
         for name, value in (("max_streams", max_streams), ("threads", threads)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"NativeBackend: {name} must be an int of 1 or more, got {value!r}")
-        packed = pack(model, chunk_size, left_context_frames, weights)
-        self._numbers = packed.numbers
-        self._ops = torch.ops.fastasr_cpu
-        self._weights, self._vectors = self._ops.zipformer_chunk_pack(
-            packed.numbers, packed.products, packed.tables
-        )
+        self._ops, self._numbers = torch.ops.fastasr_cpu, None
+        self._options = chunk_size, left_context_frames, weights
+        packed = self.load(model)
         _, _, per_stream, scratch, *_ = self._ops.zipformer_chunk_sizes(packed.numbers, 1)
         self._states = torch.zeros(max_streams, per_stream, dtype=torch.float32, device="cpu")
         self._counters = torch.zeros(max_streams, _COUNTERS, dtype=torch.int64, device="cpu")
@@ -52,6 +49,16 @@ class NativeBackend(Backend):
         self._shapes = [tuple(shape) for shape in _state_shapes(packed.numbers, self._width)]
         self.weights_bytes = 4 * (self._weights.numel() + self._vectors.numel())
         self.streams_bytes = 4 * self._states.numel() + 8 * self._counters.numel()
+
+    def load(self, model):
+        packed = pack(model, *self._options)
+        if self._numbers not in (None, packed.numbers):
+            raise ValueError("NativeBackend: the model has other sizes than before: make another engine")
+        self._numbers = packed.numbers
+        self._weights, self._vectors = self._ops.zipformer_chunk_pack(
+            packed.numbers, packed.products, packed.tables
+        )
+        return packed
 
     def reset(self, slot):
         """Puts the slot to the beginning of a stream."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defines accelerate, explain, restore and eager_mode, which walk a model, decide per module, and bind or undo."""
+"""Defines accelerate, explain, restore, refresh and eager_mode, which walk a model, decide per module, and bind or
+undo."""
 
 import contextlib
 import fnmatch
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from fastasr.models.common.plain import hooks_of
 from fastasr.models.common.ragged import hook
+from fastasr.ops import _kept
 from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
 from fastasr.swap import weights as reduced
@@ -190,6 +192,18 @@ def restore(model):
             rules[bound[0]].release(module)
             count += 1
     return count
+
+
+def refresh(model):
+    """Has everything that is kept of ``model`` between calls be made again at the next call: packed weights, positions,
+    weights in fewer bits, engines. Returns the number of these things.
+
+    Changes of the parameters are noticed without it, but for writes to a few elements that torch does not count
+    (through ``parameter.data``, a NumPy view or another process), any such write on a GPU, and changes of plain
+    attributes such as a norm's ``eps``. See :mod:`fastasr.ops._kept`.
+    """
+    _check_model("refresh", model)
+    return _kept.drop([*model.parameters(), *model.buffers()])
 
 
 @contextlib.contextmanager

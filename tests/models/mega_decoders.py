@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+import fastasr
 from fastasr.models.mega import MEGA, MEGADecoder, NormalizedPositionwiseFeedForward, decoding
 from fastasr.swap import binding
 
@@ -143,9 +144,6 @@ CHANGES = {
     "new module": _new_module,
     "new block": _new_block,
     "new data": _new_data,
-    "eps": lambda decoder: (setattr(decoder.final_norm, "eps", 0.5), decoding.forget(decoder)),
-    "written through .data": lambda decoder: (
-        decoder.final_norm.weight.data.neg_(),
-        decoding.forget(decoder),
-    ),
+    "eps": lambda decoder: (setattr(decoder.final_norm, "eps", 0.5), fastasr.refresh(decoder)),
+    "written through .data": lambda decoder: decoder.final_norm.weight.data.neg_(),
 }

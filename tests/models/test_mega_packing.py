@@ -88,7 +88,7 @@ def test_declined_with_a_reason(reason, change):
     states = decoder.init_state()
     assert decoding.why_not(decoder) == ""
     change(decoder)
-    decoding.forget(decoder)
+    fastasr.refresh(decoder)
     assert reason in decoding.why_not(decoder)
     assert decoding.step(decoder, labels_of(), states) is None
 

@@ -151,6 +151,8 @@ def test_parameter_made_in_inference_mode():
         exact = product(layer, x)
         _reduced_weights.keep(layer.weight, "int8")
         assert 0 < relative(product(layer, x), exact.double()) < 0.03
+        layer.weight.mul_(-2)  # which torch does not count
+        assert 0 < relative(product(layer, x), F.linear(x, layer.weight, layer.bias).double()) < 0.03
         _reduced_weights.drop(layer.weight)
 
 

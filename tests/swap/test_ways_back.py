@@ -246,7 +246,7 @@ DECLINED = {
 }
 
 
-def declined(name, theirs, run, arguments, unread, layer, watched, method, all_layers=1):
+def declined(name, theirs, run, arguments, unread, layer, watched, method):
     """Returns the case of a layer at the path ``layer`` whose native call is declined. ``run(model, *arguments)``;
     ``unread`` are arguments that the native call does not read; the submodule ``watched`` gets a hook."""
     reason, around, level = DECLINED[name]
@@ -269,7 +269,6 @@ def declined(name, theirs, run, arguments, unread, layer, watched, method, all_l
         f"{layer}.{method}".lstrip("."),
         reason,
         level=level,
-        places=all_layers if name in ("autocast", "eager", "gradients", "library", "transform") else 1,
         around=around,
         tolerance=0.1 if name == "autocast" else 1e-4,
     )
@@ -334,7 +333,6 @@ def segment_of_emformer_layers(name):
         layer,
         f"{layer}.pos_ff.2",
         "infer",
-        all_layers=2,
     )
 
 
@@ -467,10 +465,7 @@ def nemotron(what):
             x[:, 25:57], attention_mask=torch.ones(2, 32, dtype=torch.int64), **options
         ).last_hidden_state
 
-    places = 2 if what == "eager" else 1
-    return Case(
-        ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward".lstrip("."), reason, places=places
-    )
+    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward".lstrip("."), reason)
 
 
 # --------------------------------------------------------------------------- MEGA

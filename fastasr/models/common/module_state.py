@@ -7,27 +7,27 @@ import operator
 import torch
 
 from fastasr.models.common.plain import global_hooks, hooks_of
-
-_VERSION = torch.Tensor._version.__get__
+from fastasr.ops import _kept
 
 
 class ModuleState:
-    """A record of ``module``'s submodules, parameters, their versions and addresses, and methods bound to instances.
+    """A record of ``module``'s submodules, parameters and buffers, their values (:mod:`fastasr.ops._kept`), and methods
+    bound to instances.
 
     The caller checks the mode and the hooks of ``module`` itself. ``drops`` selects the submodules that must not be in
-    training mode. The record does not notice writes through ``parameter.data``.
+    training mode. ``copies`` says whether values were copied, so that they are compared: a part of them at each call.
     """
 
-    def __init__(self, module, drops=lambda submodule: True, methods=("forward",)):
+    def __init__(self, module, drops=lambda submodule: True, methods=("forward",), copies=True):
         parts = list(module.modules())
-        self._dicts = [d for m in parts for d in (m._modules, m._parameters) if d]
+        self._dicts = [d for m in parts for d in (m._modules, m._parameters, m._buffers) if d]
         self._members = list(self._now())
-        self._parameters = [t for t in self._members if isinstance(t, torch.Tensor)]
+        self._tensors = [t for t in self._members if isinstance(t, torch.Tensor)]
         self._hooks = [*itertools.chain.from_iterable(map(hooks_of, parts[1:])), *global_hooks()]
         self._dropping = [vars(m) for m in parts[1:] if drops(m)]
         self._instances, self._methods = [vars(m) for m in parts[1:]], methods
         self._bindings = list(self._bound())
-        self._values = self._now_values()
+        self._originals = _kept.Originals(self._tensors, None if copies else (), _kept.PARTS)
 
     def _now(self):
         return itertools.chain.from_iterable(map(dict.values, self._dicts))
@@ -37,15 +37,13 @@ class ModuleState:
             map(dict.get, self._instances, itertools.repeat(name)) for name in self._methods
         )
 
-    def _now_values(self):
-        try:
-            return [*map(_VERSION, self._parameters)], [*map(torch.Tensor.data_ptr, self._parameters)]
-        except RuntimeError:  # these tensors have no version or no address
-            return None
+    def compare(self):
+        """Has values be compared from now on, because copies of them have been found."""
+        self._originals = _kept.Originals(self._tensors, parts=_kept.PARTS)
 
     def traceable(self):
-        """Says whether the parameters have versions and addresses."""
-        return self._values is not None
+        """Says whether torch counts the writes to the parameters."""
+        return self._originals.counted
 
     def watched(self):
         """Says whether a submodule has hooks now, or one selected by ``drops`` is in training mode."""
@@ -58,5 +56,5 @@ class ModuleState:
             len(now) == len(self._members)
             and all(map(operator.is_, now, self._members))
             and all(map(operator.is_, self._bound(), self._bindings))
-            and self._now_values() == self._values
+            and self._originals.unchanged(self._tensors)
         )

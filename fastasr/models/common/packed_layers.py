@@ -6,10 +6,9 @@ a step reads them, into one block of memory on huge pages. **This doubles the me
 decline it, set ``layer.packed_streaming = False``; the layer's operations are then called one by one.
 
 The weights are packed at a layer's first step, and the native result is then compared with that of the operations. They
-are packed again when a parameter, a submodule or a forward has changed; the copy remembers the identity, the version
-counter and the address of every parameter (:mod:`fastasr.models.common.module_state`). Writing through
-``parameter.data`` changes none of these, nor does assigning a plain attribute such as a norm's ``eps``: call ``forget``
-of the layer's module after it.
+are packed again when a parameter, a submodule or a forward has changed (:mod:`fastasr.models.common.module_state`).
+:mod:`fastasr.ops._kept` tells which writes to a parameter may pass unnoticed; so does the assignment of a plain
+attribute such as a norm's ``eps``. Call :func:`fastasr.refresh` after them.
 """
 
 import abc
@@ -81,9 +80,10 @@ class PackedLayer(abc.ABC):
 
     METHODS = ("forward",)  # methods that may be bound to an instance of the layer's parts
     OPERATIONS = "operations"  # the name of the layer's own operations in a reason
+    COPIES = True  # whether _pack copies the weights
 
     def __init__(self, layer, by_operations):
-        self._state = ModuleState(layer, methods=self.METHODS)
+        self._state = ModuleState(layer, methods=self.METHODS, copies=self.COPIES)
         self.reason = _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_never(layer)
         if not self.reason and any_watched(layer.modules()):
             self.reason = _WATCHED
@@ -139,10 +139,6 @@ class PackedLayers:
         """Returns why the native call cannot be used for this layer: "" if it can, None before the first step."""
         packed = self._of.get(layer)
         return None if packed is None or not packed.fresh() else packed.why(layer)
-
-    def forget(self, layer):
-        """Drops the packed weights; the next step packs them again."""
-        self._of.pop(layer, None)
 
 
 def _runs_foreign_code(module, owner):

@@ -170,4 +170,4 @@ def _dense(parameter, like, missing):
 
 
 _PACKED = PackedLayers(_PackedLayer)
-why_not, forget = _PACKED.why_not, _PACKED.forget
+why_not = _PACKED.why_not

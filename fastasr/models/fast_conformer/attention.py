@@ -20,7 +20,7 @@ from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
-from fastasr.ops import _reduced_weights
+from fastasr.ops import _kept, _reduced_weights
 from fastasr.ops.rel_attention import relative_shift
 
 _PROJECTED = weakref.WeakKeyDictionary()  # module -> what its projected positions were made of, and these
@@ -178,15 +178,17 @@ def projected(module, projection, table):
         or is_transformed()
         or torch.is_autocast_enabled(table.device.type)
         or len(table) >= 2 * KEPT_FRAMES
-        or table.is_inference()
-        or projection.weight.is_inference()
     ):
         return plumbing.linear(projection, table)
-    weight = projection.weight
-    now = table.data_ptr(), table.shape, table._version, weight.data_ptr(), weight._version, weight.dtype
+    tensors = table, *filter(torch.is_tensor, (projection.weight, projection.bias))
+    if not _kept.are_counted(tensors):
+        return plumbing.linear(projection, table)
+    form = table.shape, table.dtype, projection.weight.dtype
     kept = _PROJECTED.get(module)
-    if kept is None or kept[0] != now:
-        # the table is kept as well: as long as it lives, no other tensor has its address
+    if kept is None or kept[0] != form or not kept[1].unchanged(tensors):
+        originals = _kept.Originals(tensors)
         with _reduced_weights.suspended():  # computed once, so exactly
-            kept = _PROJECTED[module] = now, table, plumbing.linear(projection, table)
-    return kept[2]
+            positions = plumbing.linear(projection, table)
+        # the table is kept as well: as long as it lives, no other tensor has its address
+        kept = _PROJECTED[module] = form, originals, table, positions
+    return kept[3]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastasr import _left
 from fastasr._transforms import is_transformed
+from fastasr.ops import _kept
 from fastasr.ops.rel_attention import outside_context
 
 
@@ -52,14 +53,15 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
     valid frames. With ``hides`` the mask is NeMo's: (B, T, T), True where a key is hidden. ``left``: it may stand for
     chunks and as many earlier ones as fit into so many frames.
 
-    The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer.
+    The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer. On
+    the CPU it holds for this content of the mask; on a GPU writes that torch does not count pass unnoticed.
     """
     if torch.compiler.is_compiling() or is_transformed():  # nothing may depend on values, or be kept
         if mask.dim() == 2:
             return Seen(~mask, ~mask, True, {})
         by_query = ~mask if hides else mask[:, 0]
         return Seen(~by_query.any(1), ~by_query.any(2), False, {})
-    version = None if mask.is_inference() else mask._version
+    version = _kept.content(mask)
     kept = getattr(mask, "_fastasr_seen", None)
     if kept is None or kept[0] != version:
         if mask.dim() == 2:

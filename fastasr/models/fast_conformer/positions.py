@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastasr._transforms import is_transformed
+from fastasr.ops import _kept
 
-_TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far
+_TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far, and what it was made of
 KEPT_FRAMES = (
     1024  # tables, and their projections in every layer, are kept for sequences of at most so many frames
 )
@@ -54,10 +55,17 @@ class FastConformerPositions(torch.nn.Module):
         if torch.compiler.is_compiling() or is_transformed() or not 0 < frames <= KEPT_FRAMES:
             rows = table(frames, self.inv_freq.to(device), dtype)
         else:
-            kept = _TABLES.get(self)
-            if kept is None or len(kept) < 2 * frames - 1 or (kept.dtype, kept.device) != (dtype, device):
+            kept, originals = _TABLES.get(self, (None, None))
+            if (
+                kept is None
+                or len(kept) < 2 * frames - 1
+                or (kept.dtype, kept.device) != (dtype, device)
+                or not originals.unchanged([self.inv_freq])
+            ):
+                originals = _kept.Originals([self.inv_freq])
                 with torch.inference_mode(False):  # a table of inference mode could not be used in training
-                    kept = _TABLES[self] = table(frames, self.inv_freq.to(device), dtype)
+                    kept = table(frames, self.inv_freq.to(device), dtype)
+                _TABLES[self] = kept, originals
             first = len(kept) // 2 + 1 - frames
             rows = kept[first : first + 2 * frames - 1]
         return rows.expand(batch, -1, -1)

@@ -5,8 +5,8 @@ On the CPU a step of a few hypotheses spends its time on reading the weights, 51
 packed once, in the order in which a step reads them, into one block of memory on huge pages. **This doubles the memory
 of the blocks' weights.** To decline it, set ``decoder.packed_decoding = False``; steps then run block by block.
 
-The weights are packed at the first step, and again when a change of the modules leaves a trace, as
-:mod:`fastasr.models.common.packed_layers` tells; call :func:`forget` after a change that leaves none.
+The weights are packed at the first step, and again when the modules have changed, as
+:mod:`fastasr.models.common.packed_layers` tells.
 
 Keys and values lie in buffers with room to grow. The returned states are views of these buffers, and the next step
 writes one row behind the view instead of copying the history. If two hypotheses continue from one state, the first
@@ -115,8 +115,8 @@ def why_not_yet(decoder):
     return reason or (None if plan is None or not plan.fresh() else plan.why(decoder))
 
 
-def forget(decoder):
-    """Drops the packed weights; the next step packs them again."""
+def release(decoder):
+    """Frees the packed weights; the next step packs them again."""
     _PLANS.pop(decoder, None)
 
 

@@ -177,4 +177,4 @@ def _is_linear(module):
 
 
 _PACKED = PackedLayers(_PackedLayer)
-why_not, forget = _PACKED.why_not, _PACKED.forget
+why_not = _PACKED.why_not

@@ -93,7 +93,7 @@ class _Products:
 
 
 class _Layer(PackedLayer):
-    OPERATIONS = "submodules"
+    OPERATIONS, COPIES = "submodules", False
 
     def _why_never(self, layer):
         parts = dict(layer.named_modules())
@@ -183,6 +183,8 @@ class _Layer(PackedLayer):
     def _measured(self, src, pos_emb):
         found = _Products([], [], [])
         frames = len(src)
+        if _reduced_weights.copies:
+            self._state.compare()
         for name, weight in zip(_PRODUCTS, self._weights, strict=True):
             x = pos_emb if name == "self_attn_weights.linear_pos" else src
             copy = _reduced_weights.of(x, weight) if _reduced_weights.copies else None

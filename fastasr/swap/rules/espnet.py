@@ -185,7 +185,7 @@ DECODER = Rule(
     functions=_decoder_functions,
     known={"5b3a37c8799d1e482afcec8b": _ESPNET},
     caches={"score_cache": {}},
-    release=decoding.forget,
+    release=decoding.release,
     leaves=lambda module: {"inference": decoding.why_not_yet(module)},
     note="score remembers the last 128 hypotheses of one utterance; states are stacked on their device",
 )

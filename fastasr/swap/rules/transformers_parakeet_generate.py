@@ -11,7 +11,7 @@ of a TDT must suppress its durations: without that our search serves too, as lon
 import torch
 
 from fastasr import _left
-from fastasr.decoding.looping_transducers import Parakeet, Unserved, forget
+from fastasr.decoding.looping_transducers import Parakeet, Unserved, release
 from fastasr.decoding.parakeet_generate import no_duration_wins, steps_of_generate
 from fastasr.models.common.plain import any_watched
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
@@ -194,7 +194,7 @@ RULES = tuple(
         functions=_functions,
         known={new: Known("transformers 5.24"), old: Known("transformers 5.17 to 5.23")},
         shallow=True,
-        release=lambda module: forget(Parakeet(module)),
+        release=lambda module: release(Parakeet(module)),
         leaves=_leaves,
         note="generate runs natively for plain greedy search in float32 on the CPU; with labels the loss is computed "
         "without logits, which are None in the output",

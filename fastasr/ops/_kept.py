@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notices that tensors have changed from which something is kept between calls.
+
+Kept are:
+
+- projected positions of an attention module (``models/fast_conformer/attention.py``), and the table of positions of an
+  encoder (``models/fast_conformer/positions.py``);
+- the packed weights of a layer's native call (``models/common/packed_layers.py``: Zipformer's layers, Emformer's), and
+  of a decoder's step (``models/mega/decoding.py``; on a GPU its coefficients);
+- the weights of a greedy search (``decoding/looping_transducers.py``);
+- an engine's copy of a whole encoder (``streaming/encoder.py``);
+- weights in fewer bits (``ops/_reduced_weights.py``);
+- what a mask of attention hides (``models/fast_conformer/masks.py``), for which :func:`content` stands instead.
+
+Each of the others holds :class:`Originals`, a record of the tensors that it was made of, and is made again when they
+differ from it. The address and torch's counter of writes are compared; writes through ``parameter.data``, through a
+NumPy view and by another process leave both as they were. So on the CPU one native call also compares a sample of the
+values: eight cache lines of each tensor, or all of a tensor of at most 512 bytes (csrc/cpu/support/kept.h). Before
+short calls it compares only one of the eight, the next one at the next call. A write to all elements cannot hide from
+it, an uncounted write to a few can. On a GPU values are not compared, because the host would have to wait for them.
+:func:`drop` is for both cases.
+"""
+
+import itertools
+import operator
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastasr.ops import _dispatch
+
+PARTS = 8  # kKeptPieces of csrc/cpu/support/kept.h
+_RETURNED = 1 << 16  # bytes from which on the allocator may have given memory back to the system
+_SAMPLED = 256  # elements of a tensor that are compared where there is no native library
+_counter, _address = Tensor._version.__get__, Tensor.data_ptr
+_every: "weakref.WeakSet[Originals]" = weakref.WeakSet()
+_lock = threading.RLock()  # of this set
+
+
+class Originals:
+    """A record of ``tensors``, to which it holds no reference.
+
+    ``compared``: those of them whose values are sampled, by default all. ``parts``: the number of calls of
+    ``unchanged`` over which the comparison is spread, 1 to 8. ``counted`` says whether torch counts the writes to each
+    tensor: it does not if one was made in inference mode, and may not if one is of a subclass.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], compared: Sequence[Tensor] | None = None, parts: int = 1):
+        self.counted, self._dropped = are_counted(tensors), False
+        self._marks = self._marked(tensors)
+        self._pieces = self._sample = None
+        sampled = list(filter(_is_readable, tensors if compared is None else compared))
+        if sampled and _dispatch.reason_cpu("kept_pieces"):
+            self._sample = [t.clone() for t in _sampled(tensors)]
+        elif sampled:
+            spans = torch.tensor([(_address(t), _extent(t)) for t in sampled], device="cpu")
+            pieces = (torch.ops.fastasr_cpu.kept_pieces.default(spans, i, parts) for i in range(parts))
+            self._pieces = itertools.cycle(list(pieces))
+            # of such tensors the size is compared as well: at the old address a smaller one may end before a piece
+            large = [i for i, t in enumerate(tensors) if t.nbytes >= _RETURNED]
+            self._large = operator.itemgetter(*large, large[0]) if large else lambda tensors: ()
+            self._sizes = [*map(Tensor.numel, self._large(tensors))]
+            self._holds = _dispatch.registered("cpu", "kept_unchanged")
+        self._ids = frozenset(map(id, tensors))
+        with _lock:
+            _every.add(self)
+
+    def _marked(self, tensors: Sequence[Tensor]) -> tuple[list, list] | None:
+        try:
+            return [*map(_counter, tensors)] if self.counted else [], [*map(_address, tensors)]
+        except RuntimeError:  # these tensors have no address
+            return None
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        """Says whether these, the tensors of the record, are as they were, as far as it shows."""
+        return (
+            not self._dropped
+            and self._marked(tensors) == self._marks
+            and (self._pieces is None or self._same_values(tensors))
+            and (self._sample is None or all(map(torch.equal, _sampled(tensors), self._sample)))
+        )
+
+    def _same_values(self, tensors: Sequence[Tensor]) -> bool:
+        same_sizes = [*map(Tensor.numel, self._large(tensors))] == self._sizes
+        return same_sizes and self._holds(next(self._pieces))
+
+
+def drop(tensors: Iterable[Tensor]) -> int:
+    """Has everything that was made of one of these tensors be made again. Returns how many things that are."""
+    ids, dropped = set(map(id, tensors)), 0
+    with _lock:
+        every = list(_every)
+    for originals in every:
+        if not originals._dropped and not ids.isdisjoint(originals._ids):
+            originals._dropped = True
+            dropped += 1
+    return dropped
+
+
+def content(mask: Tensor) -> object:
+    """Returns what is equal to another content of the same bool tensor only if nothing has changed, as far as it shows
+    without waiting for a GPU."""
+    if not mask.is_cpu:
+        return None if mask.is_inference() else mask._version
+    if not _is_readable(mask) or _dispatch.reason_cpu("kept_digest"):
+        return object()
+    return torch.ops.fastasr_cpu.kept_digest.default(mask)
+
+
+def are_counted(tensors: Sequence[Tensor]) -> bool:
+    """Says whether torch counts the writes to each tensor."""
+    return all(type(t) in _dispatch.PLAIN and not t.is_inference() for t in tensors)
+
+
+def _is_readable(t: Tensor) -> bool:
+    return type(t) in _dispatch.PLAIN and t.is_cpu and t.layout is torch.strided and t.numel() > 0
+
+
+def _extent(t: Tensor) -> int:
+    """Returns the bytes from a tensor's first element to its last."""
+    return t.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)))
+
+
+@torch.no_grad()
+def _sampled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.flatten()[:: t.numel() // _SAMPLED + 1] for t in filter(_is_readable, tensors)]
