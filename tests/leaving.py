@@ -54,7 +54,6 @@ def same(found, expected, tolerance):
 
 def check(case, caplog):
     caplog.set_level(logging.INFO, "fastasr")
-    _left._logged.clear()
     with case.around():
         before = fastasr.why(case.obj).to_dict().get(case.key, "")
         if case.known:

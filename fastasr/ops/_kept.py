@@ -56,7 +56,9 @@ class Originals:
         if sampled and _dispatch.reason_cpu("kept_pieces"):
             self._sample = [t.clone() for t in _sampled(tensors)]
         elif sampled:
-            spans = torch.tensor([(_address(t), _extent(t)) for t in sampled], device="cpu")
+            spans = torch.tensor(
+                [(_address(t), _extent(t)) for t in sampled], dtype=torch.int64, device="cpu"
+            )
             pieces = (torch.ops.fastasr_cpu.kept_pieces.default(spans, i, parts) for i in range(parts))
             self._pieces = itertools.cycle(list(pieces))
             # of such tensors the size is compared as well: at the old address a smaller one may end before a piece

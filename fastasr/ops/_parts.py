@@ -149,7 +149,8 @@ def transformed_backward(op, *arguments):
     """Computes the results of the operator's backward from its arguments, as ``transformed_gradients`` does."""
     grads, saved = arguments[: len(op.graded)], arguments[len(op.graded) :][: len(op.Saved._fields)]
     found = transformed_gradients(op, grads, op.Saved(*saved))
-    found = tuple(torch.empty(0) if d is None else d for d in found)
+    none = torch.empty(0, dtype=grads[0].dtype, device=grads[0].device)
+    found = tuple(none if d is None else d for d in found)
     return found[0] if len(found) == 1 else found
 
 

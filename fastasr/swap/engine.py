@@ -312,7 +312,7 @@ def _obstacle(module, rule):
             return f"its {method} was already replaced on this instance, by {name}"
     if parametrize.is_parametrized(module):
         return f"has parametrizations on {', '.join(module.parametrizations)}"
-    kinds = "forward hook", "forward pre-hook", "backward hook", "backward pre-hook"
+    kinds = "forward pre-hook", "forward hook", "backward pre-hook", "backward hook"
     for what, hooks in zip(kinds, hooks_of(module), strict=True):
         unknown = [h for h in hooks.values() if _full_name(h) not in rule.hooks]
         if unknown:

@@ -7,15 +7,9 @@ import logging
 import threading
 import weakref
 
-import pytest
 import torch
 
 from fastasr import _left
-
-
-@pytest.fixture(autouse=True)
-def _nothing_logged():
-    _left._logged.clear()
 
 
 def test_a_reason_is_logged_once_per_class_and_method(caplog):

@@ -132,7 +132,7 @@ def test_a_submodule_that_computes_something_else_is_called():
     forward = layer.feed_forward1.forward
     layer.feed_forward1.forward = lambda x: 2.0 * forward(x)
     assert _declined(layer, chunk)
-    assert streaming_layer.why_not(layer) == "its submodules compute something else"
+    assert streaming_layer.why_not(layer).startswith("feed_forward1 runs code that is neither torch's")
     del layer.feed_forward1.forward
     assert not _declined(layer, chunk)
     layer.nonlin_attention.in_proj = torch.nn.Sequential(layer.nonlin_attention.in_proj).eval()

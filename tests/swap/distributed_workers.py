@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two processes of the distributed tests run this. Each asserts; a failure ends the group."""
 
+import contextlib
 import copy
-import warnings
+import logging
 
 import torch
 import torch.distributed as dist
@@ -113,14 +114,26 @@ def without_padding(rank):
     parakeet.ragged = True
     of_zipformer = frames.transpose(0, 1), lengths, ~valid
     layers = [layer for stack in zipformer.encoders for layer in getattr(stack, "encoder", stack).layers]
-    assert _warnings_of_fsdp2(zipformer, of_zipformer, layers) == []
-    assert _warnings_of_fsdp2(parakeet, (frames, valid), list(parakeet.layers)) == []
-    (warning,) = _warnings_of_fsdp2(zipformer, of_zipformer, list(zipformer.encoders))
+    assert _logged_with_fsdp2(zipformer, of_zipformer, layers) == []
+    assert _logged_with_fsdp2(parakeet, (frames, valid), list(parakeet.layers)) == []
+    (warning,) = _logged_with_fsdp2(zipformer, of_zipformer, list(zipformer.encoders))
     assert "encoders.0 has a hook, but packed frames do not call it" in warning
 
 
-def _warnings_of_fsdp2(encoder, inputs, parts):
-    """Returns fastasr's warnings in a call of the encoder whose ``parts`` FSDP2 wraps. Without any it compares results
+@contextlib.contextmanager
+def _logged():
+    """Yields a list, to which what fastasr logs in the block is added."""
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("fastasr").addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger("fastasr").removeHandler(handler)
+
+
+def _logged_with_fsdp2(encoder, inputs, parts):
+    """Returns what fastasr logs in a call of the encoder whose ``parts`` FSDP2 wraps. Without any it compares results
     with those of the encoder alone."""
     from torch.distributed.fsdp import fully_shard
 
@@ -132,11 +145,9 @@ def _warnings_of_fsdp2(encoder, inputs, parts):
         scalars = {p for p in candidate.parameters() if p.ndim == 0}  # FSDP2 shards no scalars
         for part in (*parts, encoder) if wrapped else ():
             fully_shard(candidate.get_submodule(names[part]), ignored_params=scalars)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            seeded(0)  # Whiten draws in eval mode too
+        seeded(0)  # Whiten draws in eval mode too
+        with _logged() as said:
             y = candidate(*inputs)[0]
-        said = [text for text in (str(w.message) for w in caught) if text.startswith("fastasr")]
         y.backward(cotangent(y))
         results.append((y.detach(), {n: p for n, p in candidate.named_parameters() if p.grad is not None}))
     (y, alone), (of_shards, sharded) = results

@@ -8,6 +8,7 @@ from steps import moved, numbers, seeded
 from fastasr.models import zipformer
 from fastasr.ops import _dispatch
 from fastasr.swap import weights
+from fastasr.swap.state import ModelState
 
 pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
 
@@ -39,7 +40,7 @@ def test_every_product_of_a_zipformer():
     x = torch.randn(2, 93, 80, generator=numbers(7))
     with torch.no_grad():
         exact = run(model, x)
-        kept = weights.keep(model, "int8", lambda *_: True, x, run, 0.05)
+        kept = weights.keep(model, "int8", lambda *_: True, x, run, 0.05, ModelState(model))
         error = relative(run(model, x), exact)
     rows = {row.path: row for row in kept.rows}
     layer = "encoder.encoders.0.layers.0"

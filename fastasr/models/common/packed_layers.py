@@ -28,7 +28,7 @@ from fastasr.ops import _dispatch
 AGREEMENT = 1e-4
 
 _WATCHED = "a submodule has hooks, or is in training mode"
-_FOREIGN = "a submodule runs code that is neither torch's, fastasr's nor its framework's"
+_FOREIGN = "runs code that is neither torch's, fastasr's nor its framework's"
 
 
 def may_serve(layer, x, weight):
@@ -55,7 +55,7 @@ def note_declined(layer, x, weight, method):
     on a GPU, and while the call is compiled or traced, other paths are the fast ones."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training or current() is not None:
         return
-    if not (x.is_cpu and weight.is_cpu and x.ndim == 3 and x.numel()):
+    if not (x.is_cpu and isinstance(weight, torch.Tensor) and weight.is_cpu and x.ndim == 3 and x.numel()):
         return
     forced = _dispatch.forced_backend()
     if torch.is_autocast_enabled("cpu"):
@@ -87,8 +87,9 @@ class PackedLayer(abc.ABC):
         self.reason = _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_never(layer)
         if not self.reason and any_watched(layer.modules()):
             self.reason = _WATCHED
-        if not self.reason and any(_runs_foreign_code(part, type(layer)) for part in layer.modules()):
-            self.reason = _FOREIGN  # the example would call it
+        if not self.reason:  # the example would call such a part
+            foreign = (n for n, part in layer.named_modules() if n and _runs_foreign_code(part, type(layer)))
+            self.reason = next((f"{name} {_FOREIGN}" for name in foreign), "")
         if not self.reason and not self._state.traceable():
             self.reason = "parameters were made in inference mode, where changes leave no trace"
         if self.reason:

@@ -30,12 +30,12 @@ _OF_TORCH = {
 
 
 def hooks_of(module):
-    """Returns the four dicts of a module's hooks."""
+    """Returns the four dicts of a module's hooks: before and after the forward pass, before and after the backward."""
     return (
-        module._forward_hooks,
         module._forward_pre_hooks,
-        module._backward_hooks,
+        module._forward_hooks,
         module._backward_pre_hooks,
+        module._backward_hooks,
     )
 
 

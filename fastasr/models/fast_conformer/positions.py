@@ -43,9 +43,13 @@ class FastConformerPositions(torch.nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Moves the frequencies. No cast takes bits away from them, and ``to_empty`` does not lose them."""
+        before = self.inv_freq
         super()._apply(fn, recurse)
-        wide = torch.promote_types(self.inv_freq.dtype, torch.float32)
-        self.inv_freq = self._frequencies(self.inv_freq.device).to(wide)
+        now = self.inv_freq
+        kind = before.dtype, before.device
+        if now.is_meta or (now.dtype, now.device) != kind or not torch.equal(now, before):
+            wide = torch.promote_types(now.dtype, torch.float32)
+            self.inv_freq = self._frequencies(now.device).to(wide)
         return self
 
     @torch.no_grad()
