@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from steps import seeded
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 import fastasr
 
@@ -134,8 +134,13 @@ def _calls(model, paths, run):
 
     def keep(path, module, args, kwargs):
         if path not in found:
-            args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, (args, kwargs))
-            found[path] = lambda module: module(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            given = copy.deepcopy((args, kwargs))  # what is one tensor stays one: queries are keys
+
+            def call(module):
+                args, kwargs = copy.deepcopy(given)
+                return module(*args, **kwargs)
+
+            found[path] = call
 
     watched = copy.deepcopy(model)
     for path in paths:
