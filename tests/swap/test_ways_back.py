@@ -641,7 +641,41 @@ def hook_of_all_modules():
     )
 
 
-# --------------------------------------------------------------------------- NeMo's joint
+# --------------------------------------------------------------------------- Emformer's attention
+@cases("forward", "infer")
+def emformer_attention(method):
+    module = pytest.importorskip("torchaudio.models.emformer")
+    theirs = module.Emformer(12, 3, 20, 1, 4).eval()
+    ours = swapped(theirs)
+    ours.emformer_layers[0].attention.register_forward_hook(lambda *_: None)
+    call = torch.randn(2, 4, 12, generator=numbers(1)), torch.tensor([4, 4])
+
+    @torch.no_grad()
+    def run(model):
+        return getattr(model, method)(*call)[0]
+
+    reason = "its attention has hooks or another forward"
+    return Case(ours, lambda: run(ours), lambda: run(theirs), f"emformer_layers.0.{method}", reason)
+
+
+# --------------------------------------------------------------------------- NeMo's loss and joint
+@cases()
+def nemo_loss():
+    _, losses = nemo_encoder.load_transducer()
+    theirs = losses.RNNTLoss(6, "mean_batch", "pytorch", {})
+    theirs._force_float32 = False
+    ours = swapped(theirs)
+    ours._loss.register_forward_hook(lambda *_: None)
+    call = {
+        "log_probs": torch.randn(2, 5, 4, 7, generator=numbers(1)).log_softmax(-1),
+        "targets": torch.randint(0, 6, (2, 3), generator=numbers(2)),
+        "input_lengths": torch.tensor([5, 4]),
+        "target_lengths": torch.tensor([3, 2]),
+    }
+    reason = "its loss has hooks or another forward"
+    return Case(ours, lambda: ours(**call), lambda: theirs(**call), "forward", reason)
+
+
 @cases("hooks", "clamp", "temperature", "draws")
 def nemo_joint(what):
     joints, losses = nemo_encoder.load_transducer()

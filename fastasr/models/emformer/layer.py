@@ -4,11 +4,13 @@
 import torch
 from torch import Tensor, nn
 
+from fastasr import _left
 from fastasr.models.common.plain import has_known_forward, is_watched
 from fastasr.models.emformer.parts import ACTIVATIONS, seen_frames
 from fastasr.models.emformer.stream import Step, infer_segment
 from fastasr.models.emformer.utterance import encode_utterance
 
+_WATCHED = "its attention has hooks or another forward"
 _HIDDEN = -1e4  # e^x below this is 0 beside any score, so hidden keys can be left out
 
 
@@ -120,6 +122,7 @@ class EmformerLayer(nn.Module):
             The encoded utterance and right context, and the memory for the next layer.
         """
         if upstream_attends(self):
+            _left.note(self, _WATCHED)
             return type(self).forward(self, utterance, lengths, right_context, mems, attention_mask)
         frames, batch, _ = utterance.shape
         seen = seen_frames(lengths, frames) if batch > 1 else None
@@ -137,6 +140,7 @@ class EmformerLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
         """Runs the layer over one segment of a stream; see :meth:`Emformer.infer`."""
         if upstream_attends(self):
+            _left.note(self, _WATCHED, "infer")
             return type(self).infer(self, utterance, lengths, right_context, state, mems)
         past = None if state is None else state[3]
         step = Step(self, utterance.shape[0], utterance.shape[1], lengths, past, utterance.device)
