@@ -7,6 +7,7 @@ import copy
 import functools
 import logging
 
+import families
 import nemo_encoder
 import pytest
 import tiny_emformer_rnnt
@@ -656,6 +657,17 @@ def emformer_attention(method):
 
     reason = "its attention has hooks or another forward"
     return Case(ours, lambda: run(ours), lambda: run(theirs), f"emformer_layers.0.{method}", reason)
+
+
+# --------------------------------------------------------------------------- Zipformer's loss
+@cases()
+def joiner():
+    theirs, run = families.make("zipformer recogniser")
+    ours = swapped(theirs, only=lambda path, _: path == "")
+    ours.joiner.output_linear.register_forward_hook(lambda *_: None)
+    reason = "the joiner has hooks or is no plain one: its logits are formed"
+    with_losses = torch.no_grad()(run)
+    return Case(ours, lambda: with_losses(ours), lambda: with_losses(theirs), "forward_transducer", reason)
 
 
 # --------------------------------------------------------------------------- NeMo's loss and joint

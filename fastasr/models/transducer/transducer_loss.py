@@ -8,7 +8,7 @@ Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training" (2022). Ups
 import torch
 from torch import Tensor
 
-from fastasr import rnnt
+from fastasr import _left, rnnt
 from fastasr.models.common.plain import has_known_forward, is_plain, is_watched
 from fastasr.models.transducer.sequences import pad_sequences
 
@@ -67,6 +67,9 @@ class TransducerLoss:
             or is_watched(joiner)
             or not has_known_forward(joiner)
         ):
+            _left.note(
+                self, "the joiner has hooks or is no plain one: its logits are formed", "forward_transducer"
+            )
             pruned = rnnt.do_rnnt_pruning(
                 joiner.encoder_proj(encoder_out), joiner.decoder_proj(decoder_out), ranges
             )
