@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastasr import _left, ops
 from fastasr._transforms import is_transformed
 from fastasr.models.common import attention_dropout, packed, plumbing
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
@@ -176,6 +177,7 @@ def projected(module, projection, table):
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or is_transformed()
+        or recording() is not None
         or torch.is_autocast_enabled(table.device.type)
         or len(table) >= 2 * KEPT_FRAMES
     ):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastasr import _left
 from fastasr._transforms import is_transformed
+from fastasr.models.common.graph_capture import recording
 from fastasr.ops import _kept
 from fastasr.ops.rel_attention import outside_context
 
@@ -56,7 +57,9 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
     The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer. On
     the CPU it holds for this content of the mask; on a GPU writes that torch does not count pass unnoticed.
     """
-    if torch.compiler.is_compiling() or is_transformed():  # nothing may depend on values, or be kept
+    if (
+        torch.compiler.is_compiling() or is_transformed() or recording() is not None
+    ):  # nothing may depend on values, or be kept
         if mask.dim() == 2:
             return Seen(~mask, ~mask, True, {})
         by_query = ~mask if hides else mask[:, 0]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastasr._transforms import is_transformed
+from fastasr.models.common.graph_capture import recording
 from fastasr.ops import _kept
 
 _TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far, and what it was made of
@@ -56,7 +57,8 @@ class FastConformerPositions(torch.nn.Module):
     def forward(self, hidden_states, cached_frames=0):
         batch, frames = hidden_states.shape[0], hidden_states.shape[1] + cached_frames
         dtype, device = hidden_states.dtype, hidden_states.device
-        if torch.compiler.is_compiling() or is_transformed() or not 0 < frames <= KEPT_FRAMES:
+        unkept = torch.compiler.is_compiling() or is_transformed() or recording() is not None
+        if unkept or not 0 < frames <= KEPT_FRAMES:
             rows = table(frames, self.inv_freq.to(device), dtype)
         else:
             kept, originals = _TABLES.get(self, (None, None))

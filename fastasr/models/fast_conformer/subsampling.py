@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import plumbing
+from fastasr.models.common.graph_capture import on_host
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing, with_zeros
 
@@ -96,7 +97,7 @@ def convolved(layers, x, lengths, left=1):
     )
     differentiated = x.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters())
     differentiated = torch.is_grad_enabled() and differentiated
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager_cpu = on_host(x) and not torch.compiler.is_compiling()
     strip = count
     if eager_cpu and not differentiated:
         first = 2 ** max(0, stages - 2)  # frames of the first map in memory for one of the output
@@ -193,7 +194,7 @@ def _within(h, begin, lengths):
     inside = _inside(lengths, begin, h.shape[1], h.device)
     if inside is None:
         return h  # as most strips: a pass over memory less
-    if not h.is_cpu:  # which would wait for the numbers of these frames
+    if not on_host(h):  # which would wait for the numbers of these frames
         return h.masked_fill(~inside[..., None, None], 0.0)
     outside = (~inside).flatten().nonzero()[:, 0]
     rows = h.flatten(0, 1)

@@ -9,9 +9,11 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common import packed
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.ragged import current
+from fastasr.models.zipformer.decisions import is_zero, keep_rates
 from fastasr.models.zipformer.initial_scale import ScaledLinear
-from fastasr.ops.swoosh_linear import draw_mask
+from fastasr.ops.swoosh_linear import draw_mask, with_mask
 
 
 class SwooshL(torch.nn.Module):
@@ -61,6 +63,8 @@ class ActivationDropoutAndLinear(torch.nn.Module):
 
     def forward(self, x):
         # A scheduled rate draws a random number when it is read, and upstream reads it in training only.
+        if recording() is not None:
+            return _recorded(self, x)
         dropout_p = float(self.dropout_p) if self.training else 0.0
         packing = current()
         if packing is not None and dropout_p > 0.0 and self.dropout_shared_dim == 0:
@@ -75,3 +79,15 @@ class ActivationDropoutAndLinear(torch.nn.Module):
             dropout_shared_dim=self.dropout_shared_dim,
             training=self.training,
         )
+
+
+def _recorded(self, x):
+    p, scale = keep_rates(self.dropout_p) if self.training else (0.0, 1.0)
+    if is_zero(p):
+        return with_mask(x, self.weight, self.bias, self.activation)
+    dim = self.dropout_shared_dim
+    shape = list(x.shape)
+    if dim is not None:
+        shape[dim] = 1
+    mask = (torch.rand(*shape, device=x.device, dtype=x.dtype) > p).to(x.dtype) * scale.to(x.dtype)
+    return with_mask(x, self.weight, self.bias, self.activation, mask, -1 if dim is None else dim % x.dim())

@@ -14,6 +14,7 @@ import random
 
 import torch
 
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import score_penalty
 from fastasr.models.zipformer.autograd_graph import is_same
@@ -158,8 +159,12 @@ def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_
     """Returns the projection, the positions or None, the masks, and whether large scores are penalised."""
     _check_masks(x, key_padding_mask, attn_mask)
     projected = _with_gradient_changes(module, module.in_proj(x))
-    with_positions = not module.training or random.random() >= float(module.pos_emb_skip_rate)
+    with_positions = not module.training or _with_positions(module)
     relative = module.linear_pos(pos_emb) if with_positions else None
+    if module.training and recording() is not None:
+        return _recorded(
+            module, projected, relative, key_padding_mask, attn_mask, chunk_size, left_context_chunks
+        )
     penalized = module.training and random.random() < PENALISED_CALLS
     if penalized and draw_for_log() and module.name is not None and current() is None:
         _log_penalty(module, projected, relative)
@@ -172,6 +177,42 @@ def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_
     return projected, relative, masks, penalized
 
 
+def _with_positions(module):
+    recorded = recording()
+    if recorded is None:
+        return random.random() >= float(module.pos_emb_skip_rate)
+    from fastasr.graphs.recording import peek
+
+    zero = peek(module.pos_emb_skip_rate) == 0.0
+    if not zero:
+        raise RuntimeError("position scores are skipped in the first batches, which are not recorded")
+    recorded.phases.append((module.pos_emb_skip_rate, zero))
+    recorded.numbers(lambda: (random.random(), float(module.pos_emb_skip_rate), [])[2], 0)
+    return True
+
+
+def _recorded(module, projected, relative, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
+    """As the end of ``_operands``; the penalty is a node of its own, which acts where the host's number says so."""
+
+    def plan():
+        penalized = random.random() < PENALISED_CALLS
+        if penalized:
+            draw_for_log()
+        return [penalized]
+
+    if torch.is_grad_enabled():
+        numbers = recording().numbers(plan, 1)
+        sizes = module.num_heads, module.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
+        projected, relative = score_penalty.recorded(projected, relative, numbers, *sizes)
+    masks = {
+        "key_padding_mask": None if key_padding_mask is None else key_padding_mask.to(torch.bool),
+        "attn_mask": attn_mask,
+        "chunk_size": chunk_size,
+        "left_context_chunks": left_context_chunks,
+    }
+    return projected, relative, masks, False
+
+
 def plain(module, x, pos_emb, masks):
     """Returns the weights of a call in inference, without random numbers."""
     sizes = module.num_heads, module.query_head_dim
@@ -180,6 +221,10 @@ def plain(module, x, pos_emb, masks):
 
 def draw_for_entropy(module, weights):
     """Draws a number that decides whether this call logs the entropy of its weights, which ``weights()`` returns."""
+    recorded = recording()
+    if recorded is not None:
+        recorded.numbers(lambda: (random.random(), [])[1], 0)
+        return
     if random.random() >= 0.001 or module.training or current() is not None:
         return
     if logging.getLogger().isEnabledFor(logging.INFO):

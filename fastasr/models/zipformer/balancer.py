@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastasr import ops
 from fastasr._transforms import Function
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.schedules import ScheduledFloat
 
@@ -28,6 +29,26 @@ class _Balance(Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         return ops.balancer_gradient(grad, x, *ctx.limits), *([None] * len(ctx.limits))
+
+
+class _Recorded(Function):
+    """_Balance with numbers from the host: whether it acts, and its five limits."""
+
+    @staticmethod
+    def forward(ctx, x, numbers, channel_dim):
+        ctx.save_for_backward(x)
+        ctx.numbers, ctx.channel_dim = numbers, channel_dim
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        grad = grad.clone()  # which a kernel of a fixed layer can leave out: see the design
+        limits = ctx.numbers.values[1:].unbind()
+        with ctx.numbers.recording.back.only_if(ctx.numbers):
+            grad.copy_(ops.balancer_gradient.definition(grad, x, *limits, ctx.channel_dim))
+        return grad, None, None
 
 
 def mean_limit(positive):
@@ -102,21 +123,34 @@ class Balancer(torch.nn.Module):
     def forward(self, x):
         if not x.requires_grad:
             return x
+        recorded = recording()
+        if recorded is not None:  # memory does not depend on the decision then
+            return _Recorded.apply(
+                x, recorded.numbers(lambda: _decided(self) or [0.0] * 6, 6), self.channel_dim
+            )
         if x.is_cuda and decided(lambda: self.mem_cutoff(torch.cuda.memory_allocated())):
             return x
-        probability = float(self.prob)
-        if random.random() >= probability:
+        decision = _decided(self)
+        if decision is None:
             return x
-        limits = (
-            mean_limit(float(self.min_positive)),
-            mean_limit(float(self.max_positive)),
-            rms_limit(float(self.min_abs)),
-            rms_limit(float(self.max_abs)),
-            float(self.grad_scale),
-        )
         if x.shape[self.channel_dim] != self.num_channels:
             raise ValueError(
                 f"Balancer: x must have {self.num_channels} elements along dimension {self.channel_dim}, "
                 f"got shape {tuple(x.shape)}"
             )
-        return _Balance.apply(x, *limits, self.channel_dim)
+        return _Balance.apply(x, *decision[1:], self.channel_dim)
+
+
+def _decided(self):
+    """Draws whether this call changes gradients: returns True and the limits, or None."""
+    probability = float(self.prob)
+    if random.random() >= probability:
+        return None
+    return (
+        True,
+        mean_limit(float(self.min_positive)),
+        mean_limit(float(self.max_positive)),
+        rms_limit(float(self.min_abs)),
+        rms_limit(float(self.max_abs)),
+        float(self.grad_scale),
+    )

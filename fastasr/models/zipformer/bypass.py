@@ -10,7 +10,9 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common import packed
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.ragged import current
+from fastasr.models.zipformer.decisions import is_zero, rate
 from fastasr.models.zipformer.parameter_limits import limit_param_value
 from fastasr.models.zipformer.schedules import ScheduledFloat
 
@@ -42,19 +44,23 @@ class BypassModule(torch.nn.Module):
         scale = self.bypass_scale
         if not self.training:
             return scale
-        scale = limit_param_value(scale, min=float(self.scale_min), max=float(self.scale_max))
-        skip_rate = float(self.skip_rate)
-        if skip_rate != 0.0:
+        scale = limit_param_value(scale, min=self.scale_min, max=self.scale_max)
+        skip_rate = rate(self.skip_rate)
+        if not is_zero(skip_rate):
             scale = scale * (torch.rand(batch_size, 1, device=scale.device) > skip_rate)
-        straight_through_rate = float(self.straight_through_rate)
-        if straight_through_rate != 0.0:
+        straight_through_rate = rate(self.straight_through_rate)
+        if not is_zero(straight_through_rate):
             straight = torch.rand(batch_size, 1, device=scale.device) < straight_through_rate
             scale = torch.maximum(scale, straight.to(scale.dtype))
         return scale
 
     def forward(self, src_orig, src):
         packing = current()
-        scale = self._get_bypass_scale(src.shape[1] if packing is None else len(packing.lengths))
+        batch = src.shape[1] if packing is None else len(packing.lengths)
+        if recording() is None:
+            scale = self._get_bypass_scale(batch)
+        else:  # upstream's method would decide once for all replays
+            scale = BypassModule._get_bypass_scale(self, batch)
         if packing is None or scale.dim() == 1:
             return ops.bypass(src_orig, src, scale)
         return packed.bypass(packing, src_orig, src, scale)

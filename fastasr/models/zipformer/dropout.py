@@ -3,6 +3,8 @@
 
 import torch
 
+from fastasr.models.zipformer.decisions import is_zero, keep_rates
+
 
 class Dropout2(torch.nn.Module):
     """Elementwise dropout."""
@@ -24,10 +26,10 @@ class Dropout3(torch.nn.Module):
         self.shared_dim = shared_dim
 
     def forward(self, x):
-        p = float(self.p)
-        if not self.training or p == 0:
+        p, scale = keep_rates(self.p)
+        if not self.training or is_zero(p):
             return x
         shape = list(x.shape)
         shape[self.shared_dim] = 1
         kept = torch.rand(*shape, device=x.device) > p
-        return x * kept * (1.0 / (1.0 - p))
+        return x * kept * scale

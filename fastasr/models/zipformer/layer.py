@@ -17,7 +17,8 @@ from functools import partial
 import torch
 
 from fastasr import _left
-from fastasr._transforms import is_transformed
+from fastasr._transforms import Function, is_transformed
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import current
@@ -26,6 +27,7 @@ from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeig
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
+from fastasr.models.zipformer.decisions import is_zero, rate
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
@@ -164,7 +166,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         self, may_be_constant, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, left_context_chunks
     ):
         src_orig = src
-        attention_skip_rate = float(self.attention_skip_rate) if self.training else 0.0
+        attention_skip_rate = rate(self.attention_skip_rate) if self.training else 0.0
         weights = self.self_attn_weights
         if _is_long(self, src):
             weights = partial(RelPositionMultiheadAttentionWeights.unmaterialised, weights)
@@ -178,18 +180,17 @@ class ZipformerEncoderLayer(torch.nn.Module):
 
         attention_mask = _sequence_mask(self, src, attention_skip_rate)
         first_head = attn_weights[0:1]
-        if may_be_constant and random.random() < float(self.const_attention_rate):
-            first_head = constant_weights(first_head)
+        first_head = _perhaps_constant(self, first_head) if may_be_constant else first_head
         src = _plus(src, self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
         src = _plus(src, self.self_attn1(src, attn_weights), attention_mask)
         src = _plus_convolved(self, self.conv_module1, src, chunk_size, src_key_padding_mask)
-        ff2_skip_rate = float(self.ff2_skip_rate) if self.training else 0.0
+        ff2_skip_rate = rate(self.ff2_skip_rate) if self.training else 0.0
         src = _plus_dropped(self, src, self.balancer_ff2(self.feed_forward2(src)), ff2_skip_rate)
         src = self.bypass_mid(src_orig, src)
 
         src = _plus(src, self.self_attn2(src, attn_weights), attention_mask)
         src = _plus_convolved(self, self.conv_module2, src, chunk_size, src_key_padding_mask)
-        ff3_skip_rate = float(self.ff3_skip_rate) if self.training else 0.0
+        ff3_skip_rate = rate(self.ff3_skip_rate) if self.training else 0.0
         src = _plus_dropped(self, src, self.balancer_ff3(self.feed_forward3(src)), ff3_skip_rate)
         src = self.norm(self.balancer1(src))
         return self.whiten(self.balancer2(self.bypass(src_orig, src)))
@@ -277,7 +278,7 @@ def _is_long(layer, src):
     """Says whether the consumers should compute the weights of this call, since they are too large to keep. The layer's
     attention modules must all run our code, their own or bound to them.
     """
-    if torch.compiler.is_compiling() or is_transformed() or src.ndim != 3:
+    if torch.compiler.is_compiling() or is_transformed() or recording() is not None or src.ndim != 3:
         return False
     attention, nonlin_attention = layer.self_attn_weights, layer.nonlin_attention
     if not runs(attention, RelPositionMultiheadAttentionWeights.forward):
@@ -306,20 +307,47 @@ def _is_long(layer, src):
     )
 
 
+def _perhaps_constant(layer, weights):
+    """Returns the first head's weights, or constant ones on a share of the calls."""
+    recorded = recording()
+    if recorded is None:
+        return constant_weights(weights) if random.random() < float(layer.const_attention_rate) else weights
+    return _Constant.apply(
+        weights, recorded.numbers(lambda: [random.random() < float(layer.const_attention_rate)], 1)
+    )
+
+
+class _Constant(Function):
+    @staticmethod
+    def forward(ctx, weights, numbers):
+        ctx.numbers = numbers
+        y = weights.clone()
+        with recording().only_if(numbers):
+            y.copy_(constant_weights(weights))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        with ctx.numbers.recording.back.only_if(ctx.numbers):
+            grad.zero_()
+        return grad, None
+
+
 def _balancer(channels, min_positive, max_positive, **limits):
     return Balancer(channels, channel_dim=-1, min_positive=min_positive, max_positive=max_positive, **limits)
 
 
 def _plus_convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):
-    rate = float(layer.conv_skip_rate) if layer.training else 0.0
+    skip_rate = rate(layer.conv_skip_rate) if layer.training else 0.0
     y = conv_module(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
-    return _plus_dropped(layer, src, y, rate)
+    return _plus_dropped(layer, src, y, skip_rate)
 
 
 def _sequence_mask(layer, x, rate):
     """Draws (batch, 1), 0 for dropped sequences and 1 for the others, from torch's generator; None at rate 0. For
     packed frames it returns (frames, 1, 1)."""
-    if rate == 0.0 or not layer.training:
+    if is_zero(rate) or not layer.training:
         return None
     packing = current()
     batch = x.shape[1] if packing is None else len(packing.lengths)

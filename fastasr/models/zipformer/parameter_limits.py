@@ -10,6 +10,7 @@ import random
 import torch
 
 from fastasr._transforms import Function
+from fastasr.models.common.graph_capture import recording
 
 
 class LimitParamValue(Function):
@@ -33,8 +34,36 @@ def limit_param_value(x, min, max, prob=0.6, training=True):
     A call in training draws one number from Python's ``random``. Raises ValueError if ``min > max`` and the limit
     applies.
     """
-    if not training or random.random() >= prob:
+    if not training:
         return x
-    if min > max:
-        raise ValueError(f"limit_param_value: min must not exceed max, got min={min}, max={max}")
+    recorded = recording()
+    if recorded is not None:
+        return _Limited.apply(x, recorded.numbers(lambda: _drawn(min, max, prob), 3).values)
+    apply, min, max = _drawn(min, max, prob)
+    if not apply:
+        return x
     return LimitParamValue.apply(x, min, max)
+
+
+def _drawn(min, max, prob):
+    """Returns whether this call limits the gradient, and the limits."""
+    min, max = float(min), float(max)
+    apply = random.random() < prob
+    if apply and min > max:
+        raise ValueError(f"limit_param_value: min must not exceed max, got min={min}, max={max}")
+    return [apply, min, max]
+
+
+class _Limited(Function):
+    """LimitParamValue with numbers on the device: (whether it applies, min, max)."""
+
+    @staticmethod
+    def forward(ctx, x, numbers):
+        ctx.save_for_backward(x, numbers)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, (apply, low, high) = ctx.saved_tensors[0], ctx.saved_tensors[1].unbind()
+        wrong = ((x < low) & (grad > 0)) | ((x > high) & (grad < 0))
+        return torch.where(wrong & (apply != 0), -grad, grad), None

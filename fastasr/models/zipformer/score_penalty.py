@@ -34,6 +34,29 @@ def penalized(projected, positions, num_heads, query_head_dim, penalty, limit):
     return _Penalized.apply(projected, positions, num_heads, query_head_dim, penalty, limit)
 
 
+class _Recorded(Function):
+    @staticmethod
+    def forward(ctx, projected, positions, numbers, *sizes):
+        ctx.save_for_backward(projected, positions)
+        ctx.numbers, ctx.sizes = numbers, sizes
+        return projected.view_as(projected), positions.view_as(positions)
+
+    @staticmethod
+    def backward(ctx, grad, grad_positions):
+        projected, positions = ctx.saved_tensors
+        grad, grad_positions = grad.clone(), grad_positions.clone()
+        with ctx.numbers.recording.back.only_if(ctx.numbers):
+            added, added_positions = penalty_gradients(projected, positions, *ctx.sizes)
+            grad.add_(added)
+            grad_positions.add_(added_positions)
+        return grad, grad_positions, None, None, None, None, None
+
+
+def recorded(projected, positions, numbers, *sizes):
+    """Does what ``penalized`` does where the first of ``numbers`` is not 0."""
+    return _Recorded.apply(projected, positions, numbers, *sizes)
+
+
 def penalty_gradients(projected, positions, num_heads, query_head_dim, penalty, limit):
     """Returns the penalty's own gradients of ``projected`` and ``positions`` (None without positions)."""
     blocks = ScoreBlocks(projected, positions, num_heads, query_head_dim)

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.ops import _dispatch, _gemm
 from fastasr.ops._layout import ChannelRows
@@ -43,13 +44,13 @@ def _metric(frames):
     return covariance.square().sum() / size / (d * d + _EPS), covariance, d
 
 
-def whitening_gradient(grad, x, num_groups, strength):
+def whitening_gradient(grad, x, num_groups, strength, native=True):
     """Returns the new gradient in the dtype of ``grad``, computed in float32 or better.
 
     ``strength(w)`` returns grad_scale, a number or a scalar tensor, or None if the gradient stays unchanged; w is a
     scalar tensor, or a float where the native kernels compute it.
     """
-    if x.numel() and grad.shape == x.shape and _dispatch.serves_floats(_OPERATORS, grad, x):
+    if native and x.numel() and grad.shape == x.shape and _dispatch.serves_floats(_OPERATORS, grad, x):
         return _native_gradient(grad, x.detach(), num_groups, strength)
     compute = torch.promote_types(x.dtype, torch.float32)
     frames = _grouped(x.detach().to(compute), num_groups)
@@ -105,6 +106,41 @@ class _Whitening(Function):
 
         with torch.autocast(x.device.type, enabled=False):  # backward() may be called inside autocast
             return whitening_gradient(grad, x, module.num_groups, strength), None
+
+
+class _Recorded(Function):
+    """_Whitening in a recorded pass: it acts where the host's number says so."""
+
+    @staticmethod
+    def forward(ctx, x, module, numbers):
+        ctx.save_for_backward(x)
+        ctx.module, ctx.numbers = module, numbers
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,), module, acts, recorded = ctx.saved_tensors, ctx.module, ctx.numbers, ctx.numbers.recording.back
+
+        def plan():
+            if not acts.on:
+                return [0.0, 0.0]
+            if random.random() < 0.005:
+                float(module.whitening_limit)  # that of the log
+            return [float(module.whitening_limit), float(module.grad_scale)]
+
+        limit, scale = recorded.numbers(plan, 2).values.unbind()
+        white = torch.zeros((), dtype=torch.bool, device=x.device)
+
+        def strength(metric):
+            white.copy_(metric < limit)
+            return torch.where(white, 0.0, scale)
+
+        grad = grad.clone()
+        with torch.autocast(x.device.type, enabled=False), recorded.only_if(acts):
+            grad.copy_(whitening_gradient(grad, x, module.num_groups, strength, native=False))
+        recorded.verdicts.append((module, white, acts))
+        return grad, None, None
 
 
 def _strength(module, metric):
@@ -187,12 +223,20 @@ class Whiten(torch.nn.Module):
         self.name = None
 
     def forward(self, x):
+        recorded = recording()
+        if recorded is not None and x.requires_grad:
+            return _Recorded.apply(
+                x, self, recorded.numbers(lambda: [_acts(self, float(self.grad_scale))], 1)
+            )
         grad_scale = float(self.grad_scale)
         if not x.requires_grad:
             return x
-        verdict = vars(self).pop("_verdict", None)
-        if verdict is not None:
-            self.prob = self.min_prob if verdict.read() else self.max_prob
-        if random.random() > decided(lambda: self.prob) or grad_scale == 0:
-            return x
-        return _Whitening.apply(x, self)
+        return _Whitening.apply(x, self) if _acts(self, grad_scale) else x
+
+
+def _acts(self, grad_scale):
+    """Draws whether this call checks the limit."""
+    verdict = vars(self).pop("_verdict", None)
+    if verdict is not None:
+        self.prob = self.min_prob if verdict.read() else self.max_prob
+    return not (random.random() > decided(lambda: self.prob) or grad_scale == 0)

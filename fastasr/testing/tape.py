@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorder without a GPU: a tape of torch's operator calls stands for the CUDA graph.
+
+As in a graph, no Python runs in a replay: every call of an operator is repeated on the tensors of the recording, and
+what it gives is written to the tensors that it gave then. So whatever the recorded code read from Python is frozen, and
+whatever it read from tensors is read again. Recording raises :class:`Waits` where a GPU would have to wait for the host
+to see a value, and notes each tensor from outside that was read. As in a capture, nothing has changed afterwards:
+generators and tensors that were written to are put back.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastasr.models.common.graph_capture import recorded_by
+
+_WAITS = {
+    "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal",
+    "aten::is_nonzero", "aten::unique_dim", "aten::_unique2", "aten::unique_consecutive", "aten::count_nonzero.none",
+    "aten::repeat_interleave.Tensor", "aten::_assert_async",
+}  # fmt: skip
+_EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
+_STATISTICS = {
+    "native_batch_norm": (3, 4),
+    "_native_batch_norm_legit": (3, 4),
+}  # arguments written without saying so
+
+
+class Waits(RuntimeError):
+    """A GPU would wait for the host here, which a CUDA graph cannot record."""
+
+
+def _storage(t):
+    return t.untyped_storage()._cdata
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self, recording):
+        super().__init__()
+        self.recording, self.calls = recording, []
+        self.made, self.read, self._before = set(), {}, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name
+        if name in _WAITS or str(function) in _WAITS:
+            raise Waits(f"{name} shows a value to the host")
+        if name == "aten::_to_copy" and _to_other_device(args[0], kwargs):
+            raise Waits(f"a copy from {args[0].device} to {kwargs['device']}")
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        written = self._written(function, args, kwargs)
+        for t in tensors:
+            if _storage(t) not in self.made:
+                self.read.setdefault(_storage(t), t)
+        for t in written:
+            if _storage(t) not in self.made and _storage(t) not in self._before:
+                self._before[_storage(t)] = t, torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone()
+        found = function(*args, **kwargs)
+        results = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+        taken = {_storage(t) for t in tensors}
+        new = [t for t in results if _storage(t) not in taken]
+        self.made.update(map(_storage, new))
+        short = name.split("::")[1]
+        if short in _EMPTY:
+            return found
+        if new or written:
+            self.calls.append((function, args, kwargs, results, self.recording.part))
+        return found
+
+    def _written(self, function, args, kwargs):
+        schema = function._schema
+        found = [
+            a for a, s in zip(args, schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write
+        ]
+        found += [
+            kwargs[s.name]
+            for s in schema.arguments
+            if s.alias_info and s.alias_info.is_write and s.name in kwargs
+        ]
+        places = _STATISTICS.get(schema.name.split("::")[1], ())
+        found += [args[i] for i in places if i < len(args) and args[i] is not None]
+        return [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+
+    def undo(self):
+        with torch.no_grad():
+            for t, before in self._before.values():
+                torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd():
+            for function, args, kwargs, results, part in self.calls:
+                if part is not None and part[0].now[part[1]] == 0.0:
+                    continue
+                found = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+                for t, again in zip(results, found, strict=True):
+                    if t.numel() and t.data_ptr() != again.data_ptr():
+                        t.copy_(again)
+
+
+def _to_other_device(t, kwargs):
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type != t.device.type
+
+
+class TapeRecorder:
+    """Records passes as tapes; ``tapes`` holds them."""
+
+    def __init__(self):
+        self.tapes = []
+
+    def record(self, function, recording):
+        tape, state = Tape(recording), torch.get_rng_state()
+        try:
+            with recorded_by(recording if recording.back is not None else None), tape:
+                found = function()
+        finally:
+            tape.undo()
+            torch.set_rng_state(state)
+        self.tapes.append(tape)
+        return tape.replay, found

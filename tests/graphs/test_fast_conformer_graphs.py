@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorded FastConformer is the unrecorded one: values, gradients, statistics, random numbers; nothing is read but
+the buffers."""
+
+import copy
+import gc
+import random
+import weakref
+
+import pytest
+import torch
+
+from fastasr.graphs import graphed
+from fastasr.models.fast_conformer import FastConformerEncoder
+from fastasr.testing.tape import TapeRecorder
+
+
+def encoder(seed=0, **rates):
+    torch.manual_seed(seed)
+    rates = {"layer_drop": 0.0, **rates}
+    return FastConformerEncoder(mel_bins=80, width=32, layers=3, heads=2, hidden=64, channels=8, **rates)
+
+
+def batch(frames, lengths, seed=1, wants=False):
+    x = torch.randn(len(lengths), frames, 80, generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
+    return x.requires_grad_(wants), mask
+
+
+def step(model, x, mask, seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    for p in model.parameters():
+        p.grad = None
+    y, seen = model(x, mask)
+    if torch.is_grad_enabled():
+        (y * torch.arange(y.numel()).sin().view_as(y)).sum().backward()
+    found = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    state = {n: t.clone() for n, t in model.named_buffers()}
+    return y.detach().clone(), seen, found, state
+
+
+def poison(graphs):
+    """Makes everything useless that a replay must not read: the buffers, and what Python keeps for other calls."""
+    from fastasr.models.fast_conformer import attention, positions
+
+    for graph in graphs.graphs.values():
+        for t in graph.tensors:
+            t.detach().fill_(float("nan") if t.is_floating_point() else True)
+    kept = [positions._TABLES.pop(m, (None,))[0] for m in graphs.module.modules() if graphs.graphs]
+    kept += [
+        k[3] for m in graphs.module.modules() if graphs.graphs and (k := attention._PROJECTED.pop(m, None))
+    ]
+    for t in kept:
+        if t is not None:
+            t.fill_(float("nan"))
+
+
+def same(a, b, exact=True):
+    torch.testing.assert_close(a, b, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6, equal_nan=False)
+
+
+CALLS = [(40, [40, 24]), (64, [64, 64]), (40, [33, 40]), (40, [40, 8]), (64, [10, 60]), (40, [40, 40])]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("cast", [False, True])
+def test_replays_equal_calls(train, cast):
+    ours, theirs = encoder().train(train), encoder().train(train)
+    graphs = graphed(ours, TapeRecorder(), after=1)
+    with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        for seed, (frames, lengths) in enumerate(CALLS):
+            x, mask = batch(frames, lengths, seed)
+            expected = step(theirs, x, mask, seed)
+            found = step(ours, x, mask, seed)
+            empty = any(
+                n < frames for n in lengths
+            )  # where no row is empty, the recorded call adds a mean of nothing
+            for a, b in zip(found, expected, strict=True):
+                same(a, b, exact=empty)
+            poison(graphs)
+    assert len(graphs.graphs) == 2, graphs.reasons
+    assert not graphs.reasons
+
+
+def test_gradients_add_up():
+    ours, theirs = encoder().train(), encoder().train()
+    graphs = graphed(ours, TapeRecorder(), after=0)
+    for seed in range(4):
+        for model in (ours, theirs):
+            torch.manual_seed(seed)
+            x, mask = batch(40, [40, 20], seed)
+            model(x, mask)[0].square().mean().backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        same(p.grad, q.grad)
+    assert len(graphs.graphs) == 1
+
+
+def test_two_forwards_before_a_backward():
+    ours, theirs = encoder().train(), encoder().train()
+    graphed(ours, TapeRecorder(), after=0)
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        losses = [model(*batch(40, [40, 20], seed))[0].square().mean() for seed in range(3)]
+        sum(losses).backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        same(p.grad, q.grad, exact=False)
+
+
+def test_optimizer_steps():
+    ours, theirs = encoder().train(), encoder().train()
+    graphed(ours, TapeRecorder(), after=1)
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        for seed in range(5):
+            torch.manual_seed(seed)
+            model(*batch(40, [40, 20], seed))[0].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        same(p, q)
+
+
+def test_gradient_of_the_features():
+    ours, theirs = encoder().train(), encoder().train()
+    graphs = graphed(ours, TapeRecorder(), after=0)
+    for seed in range(2):
+        grads = []
+        for model in (ours, theirs):
+            torch.manual_seed(seed)
+            x, mask = batch(40, [40, 20], seed, wants=True)
+            model(x, mask)[0].square().mean().backward()
+            grads.append(x.grad)
+        same(*grads)
+    assert len(graphs.graphs) == 1
+
+
+def test_what_waits_is_not_recorded():
+    model = encoder(layer_drop=0.5).train()
+    graphs = graphed(model, TapeRecorder(), after=0)
+    y, _ = model(*batch(40, [40, 20]))
+    assert y.isfinite().all()
+    assert "shows a value to the host" in next(iter(graphs.reasons.values()))
+
+
+def test_moved_parameters_are_recorded_again():
+    model = encoder().eval()
+    graphs = graphed(model, TapeRecorder(), after=0)
+    with torch.no_grad():
+        x, mask = batch(40, [40, 20])
+        model(x, mask)
+        first = next(iter(graphs.graphs.values()))
+        for p in model.parameters():
+            p.data = p.data * 2
+        y, _ = model(x, mask)
+        assert next(iter(graphs.graphs.values())) is not first
+        same(y, graphs.forward(model, x, mask)[0])
+
+
+def test_copies_and_ends():
+    model = encoder().eval()
+    graphs = graphed(model, TapeRecorder(), after=0)
+    with torch.no_grad():
+        x, mask = batch(40, [40, 20])
+        model(x, mask)
+        other = copy.deepcopy(model)
+        for p in other.parameters():
+            p.mul_(2)
+        same(other(x, mask)[0], type(model).forward(other, x, mask)[0])
+        assert graphs.seen == dict.fromkeys(graphs.seen, 1)
+    gone = weakref.ref(model)
+    del model, other
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recorded code asks no device for a value: checked on the meta device, which has none to give and is not the CPU, whose
+branches could read values for nothing. (Fake CUDA tensors do not work in a torch for CPUs.)
+"""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from test_zipformer_graphs import SIZES, at
+
+from fastasr.graphs.recording import Recording
+from fastasr.models.common.graph_capture import recorded_by
+from fastasr.models.fast_conformer import FastConformerEncoder
+from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
+
+
+def _fast_conformer(**options):
+    model = FastConformerEncoder(mel_bins=80, width=32, layers=2, heads=2, hidden=64, channels=8, **options)
+    return model, (torch.randn(2, 40, 80), torch.ones(2, 40, dtype=torch.bool))
+
+
+def _zipformer():
+    return at(Zipformer(**SIZES), 20000), (
+        torch.randn(20, 2, 24),
+        torch.tensor([20, 14]),
+        torch.zeros(2, 20).bool(),
+    )
+
+
+def _front_end():
+    return at(Conv2dSubsampling(80, 24), 20000), (torch.randn(2, 47, 80), torch.tensor([47, 40]))
+
+
+@mock.patch.object(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
+@mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+def recorded(model, inputs, train, recording=True):
+    meta = torch.device("meta")
+    for m in model.modules():
+        if getattr(m, "pe", None) is not None:
+            m.pe = m.pe.to(meta)
+    model, inputs = model.train(train).to(meta), [t.to(meta) for t in inputs]
+    ahead = Recording(meta, Recording(meta)) if recording else None
+    with torch.set_grad_enabled(train), recorded_by(ahead):
+        y = model(*inputs)[0]
+    if train:
+        torch.autograd.grad(y, list(model.parameters()), torch.empty_like(y), allow_unused=True)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("build", [lambda: _fast_conformer(layer_drop=0.0), _zipformer, _front_end])
+def test_a_recorded_pass_waits_for_nothing(build, train):
+    recorded(*build(), train)
+
+
+def test_the_check_sees_what_waits():
+    with pytest.raises(RuntimeError, match="meta"):
+        recorded(*_front_end(), False, recording=False)  # compares the lengths

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorded Zipformer is the unrecorded one: the same random numbers, in the same order, decide the same things."""
+
+import random
+
+import pytest
+import torch
+
+from fastasr.graphs import graphed
+from fastasr.models.zipformer import Zipformer
+from fastasr.models.zipformer.layer import ZipformerEncoderLayer
+from fastasr.models.zipformer.schedules import PiecewiseLinear, ScheduledFloat
+from fastasr.models.zipformer.whitening import Whiten
+from fastasr.testing.tape import TapeRecorder
+
+SIZES = {
+    "downsampling_factor": (1, 2), "encoder_dim": (24, 32), "num_encoder_layers": (1, 2), "encoder_unmasked_dim": (16, 24),
+    "query_head_dim": 8, "pos_head_dim": 4, "value_head_dim": 8, "num_heads": 2, "feedforward_dim": (24, 32),
+    "cnn_module_kernel": (7, 5), "pos_dim": 8,
+}  # fmt: skip
+
+
+def at(model, batch):
+    for m in model.modules():
+        if hasattr(m, "batch_count"):
+            m.batch_count = batch
+        if hasattr(m, "mem_cutoff"):
+            m.mem_cutoff = lambda _: False
+    return model
+
+
+def encoder(batch, train=True, **options):
+    torch.manual_seed(0)
+    dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
+    model = at(Zipformer(**SIZES, dropout=dropout, **options), batch).train(train)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model
+
+
+def inputs(frames, lengths, seed):
+    x = (
+        torch.randn(
+            frames, len(lengths), SIZES["encoder_dim"][0], generator=torch.Generator().manual_seed(seed)
+        )
+        * 3
+    )
+    lengths = torch.tensor(lengths)
+    return x, lengths, torch.arange(frames) >= lengths[:, None]
+
+
+def run(model, arguments, steps, seed=0, wants=True):
+    """Returns outputs, gradients, what Whiten keeps, and where the generators end."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    found = []
+    for step in range(steps):
+        x, *rest = arguments(step)
+        x.requires_grad_(wants and torch.is_grad_enabled())
+        for p in model.parameters():
+            p.grad = None
+        y, lengths = model(x, *rest)
+        if torch.is_grad_enabled():
+            (y * torch.arange(y.numel()).cos().view_as(y)).sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        probs = [m.prob for m in model.modules() if isinstance(m, Whiten)]
+        found.append((y.detach().clone(), lengths, grads, x.grad, probs, random.random(), torch.rand(())))
+    return found
+
+
+def compare(found, expected, rtol=1e-5):
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for name, a, b in zip(
+            ["output", "lengths", "grads", "x.grad", "whiten", "random", "generator"],
+            ours,
+            theirs,
+            strict=True,
+        ):
+            if name == "grads":
+                assert a.keys() == b.keys()
+                for key in a:
+                    scale = b[key].abs().max().item()
+                    torch.testing.assert_close(
+                        a[key], b[key], rtol=rtol, atol=rtol * scale, msg=lambda m: f"{step} {key} {m}"
+                    )
+            elif isinstance(a, torch.Tensor):
+                atol = rtol * b.abs().max().item() if b.is_floating_point() else 0
+                torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m: f"{step} {name} {m}")
+            else:
+                assert a == b, (step, name)
+
+
+@pytest.mark.parametrize("batch", [5000, 20000, 60000])
+def test_training_steps_make_the_same_decisions(batch):
+    shapes = [(20, [20, 14]), (20, [20, 11]), (28, [28, 28])]
+
+    def arguments(step):
+        return inputs(*shapes[step % 3], seed=step)
+
+    expected = run(encoder(batch), arguments, 16)
+    ours = encoder(batch)
+    graphs = graphed(ours, TapeRecorder(), after=1)
+    found = run(ours, arguments, 16)
+    assert not graphs.reasons, graphs.reasons
+    assert len(graphs.graphs) == 2
+    compare(found, expected)
+
+
+def test_every_decision_is_taken_both_ways():
+    """With all shares at a half, each flag is on and off within a few steps."""
+    from fastasr.models.zipformer import attention
+    from fastasr.models.zipformer.balancer import Balancer
+
+    def often(model):
+        for m in model.modules():
+            if isinstance(m, Balancer):
+                if isinstance(m.prob, float):
+                    m.prob = 0.5
+                else:
+                    m.prob.schedule = PiecewiseLinear((0.0, 0.5))
+            if isinstance(m, Whiten):
+                m.prob, m.min_prob, m.max_prob = 0.6, 0.4, 0.6
+            if isinstance(m, ZipformerEncoderLayer):
+                m.const_attention_rate.schedule = PiecewiseLinear((0.0, 0.5))
+        return model
+
+    before, attention.PENALISED_CALLS = attention.PENALISED_CALLS, 0.5
+    try:
+        expected = run(often(encoder(20000)), lambda step: inputs(20, [20, 14], step), 12)
+        ours = often(encoder(20000))
+        graphs = graphed(ours, TapeRecorder(), after=0)
+        found = run(ours, lambda step: inputs(20, [20, 14], step), 12)
+    finally:
+        attention.PENALISED_CALLS = before
+    assert not graphs.reasons, graphs.reasons
+    compare(found, expected)
+
+
+def test_a_phase_that_ends_is_recorded_again():
+    ours, theirs = encoder(15999.0), encoder(15999.0)
+    graphs = graphed(ours, TapeRecorder(), after=0)
+    for batch in (15999.0, 16000.0, 49999.0, 50000.0):
+        at(ours, batch), at(theirs, batch)
+        compare(
+            *(run(m, lambda step: inputs(20, [20, 14], step), 2, seed=int(batch)) for m in (ours, theirs))
+        )
+    assert not graphs.reasons and len(graphs.recorder.tapes) >= 6
+
+
+def test_first_batches_run_as_they_are():
+    ours, theirs = encoder(100.0), encoder(100.0)
+    graphs = graphed(ours, TapeRecorder(), after=0)
+    compare(*(run(m, lambda step: inputs(20, [20, 14], step), 3) for m in (ours, theirs)))
+    assert "first batches" in next(iter(graphs.reasons.values()))
+
+
+def test_inference():
+    ours, theirs = encoder(None, train=False), encoder(None, train=False)
+    graphs = graphed(ours, TapeRecorder(), after=1)
+    with torch.no_grad():
+        compare(*(run(m, lambda step: inputs(20, [20, 14 - step], step), 4) for m in (ours, theirs)))
+    assert len(graphs.graphs) == 1 and not graphs.reasons
+
+
+def front_end(batch, train=True):
+    from fastasr.models.zipformer import Conv2dSubsampling
+
+    torch.manual_seed(0)
+    return at(Conv2dSubsampling(80, 24, dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1))), batch).train(
+        train
+    )
+
+
+@pytest.mark.parametrize("batch", [100, 5000, 20000])
+def test_front_end(batch):
+    def arguments(step):
+        x = torch.randn(2, 47, 80, generator=torch.Generator().manual_seed(step))
+        return x, torch.tensor([47, 40 - step])
+
+    ours, theirs = front_end(batch), front_end(batch)
+    graphs = graphed(ours, TapeRecorder(), after=1)
+    compare(*(run(m, arguments, 8, wants=False) for m in (ours, theirs)), rtol=3e-5)
+    assert not graphs.reasons and len(graphs.graphs) == 1, graphs.reasons
+
+
+def test_one_chunk_size():
+    def make():
+        return encoder(20000, causal=True, chunk_size=(4,), left_context_frames=(8,))
+
+    ours, theirs = make(), make()
+    graphs = graphed(ours, TapeRecorder(), after=1)
+    compare(*(run(m, lambda step: inputs(20, [20, 14], step), 6) for m in (ours, theirs)))
+    assert len(graphs.graphs) == 1 and not graphs.reasons, graphs.reasons
+
+
+def test_a_choice_outside_of_a_plan_is_refused():
+    def make():
+        return encoder(20000, causal=True, chunk_size=(4, 8, -1), left_context_frames=(8, -1))
+
+    ours, theirs = make(), make()
+    graphs = graphed(ours, TapeRecorder(), after=0)
+    compare(*(run(m, lambda step: inputs(20, [20, 14], step), 4) for m in (ours, theirs)))
+    assert "draws from Python's random" in next(iter(graphs.reasons.values()))
+
+
+def test_bfloat16():
+    def arguments(step):
+        return inputs(20, [20, 14], step)
+
+    ours, theirs = encoder(20000), encoder(20000)
+    graphs = graphed(ours, TapeRecorder(), after=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (run(m, arguments, 6) for m in (ours, theirs))
+    assert len(graphs.graphs) == 1 and not graphs.reasons
+    for a, b in zip(found, expected, strict=True):
+        assert a[4:] == b[4:]
+        assert (a[0] - b[0]).norm() < 1e-2 * b[0].norm()
+        assert a[2].keys() == b[2].keys()
