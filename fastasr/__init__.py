@@ -20,11 +20,13 @@ _SWAP = (
     *("accelerate", "explain", "verify", "restore", "refresh", "eager_mode", "upstream_draws", "why"),
     "SwapReport",
 )
+_GRAPHS = ("Graphs", "graph_state")
 _SUBPACKAGES = (
     "ops",
     "models",
     "decoding",
     "export",
+    "graphs",
     "rnnt",
     "compat",
     "swap",
@@ -33,11 +35,13 @@ _SUBPACKAGES = (
     "benchmarks",
 )
 __all__ = [
+    "Graphs",
     "SwapReport",
     "accelerate",
     "backend",
     "eager_mode",
     "explain",
+    "graph_state",
     "ops",
     "refresh",
     "restore",
@@ -48,6 +52,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fastasr import ops
+    from fastasr.graphs import Graphs, graph_state
     from fastasr.ops._dispatch import backend
     from fastasr.swap import (
         SwapReport,
@@ -65,6 +70,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name in _SWAP:
         return getattr(import_module("fastasr.swap"), name)
+    if name in _GRAPHS:
+        return getattr(import_module("fastasr.graphs"), name)
     if name == "backend":
         return import_module("fastasr.ops._dispatch").backend
     if name in _SUBPACKAGES:

@@ -40,7 +40,7 @@ def note(obj: object, reason: str, method: str = "forward", level: int = logging
     Does nothing under torch.compile and torch.export, which trace this function away, and inside ``ignored``.
     ``level`` is INFO for what the caller asked for, such as gradients or a transform.
     """
-    if torch.compiler.is_compiling() or getattr(_thread, "ignored", False):
+    if torch.compiler.is_compiling() or is_ignored():
         return
     if is_transformed():  # whatever else the caller sees
         reason, level = f"the call is under {transform()}", logging.INFO
@@ -63,10 +63,15 @@ def of(obj: object) -> dict[str, Left]:
     return _left.get(obj, {})
 
 
+def is_ignored() -> bool:
+    """Says whether this thread is inside a block of ``ignored``."""
+    return getattr(_thread, "ignored", False)
+
+
 @contextlib.contextmanager
 def ignored() -> Iterator[None]:
     """Inside the block nothing is noted in this thread: fastasr makes the calls itself, to compare both ways."""
-    before, _thread.ignored = getattr(_thread, "ignored", False), True
+    before, _thread.ignored = is_ignored(), True
     try:
         yield
     finally:

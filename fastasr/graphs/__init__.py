@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules whose forward and backward pass are recorded once per shape and replayed by one call each."""
+"""Modules whose calls are recorded once per kind and replayed by one call each (``accelerate(graphs=True)``)."""
 
-from fastasr.graphs.graphed import Graphs, graphed
-from fastasr.graphs.recording import CudaRecorder, Recording
+from fastasr.graphs.module import Graphs, Kind, graph_state
 
-__all__ = ["CudaRecorder", "Graphs", "Recording", "graphed"]
+__all__ = ["Graphs", "Kind", "graph_state"]

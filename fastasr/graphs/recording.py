@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass under construction: what the host decides before each replay, and which part of it runs.
+"""One pass under construction: what the host decides before each replay, and which part of the pass runs.
 
 A *plan* is a function without arguments that returns numbers: it draws the random numbers and reads the schedules that
-the ungraphed call would draw and read at this place. Recording calls no plan. Before each replay all plans run in the
+the unrecorded call would draw and read at this place. Recording calls no plan. Before each replay all plans run in the
 order in which they were recorded, and one copy takes their numbers to the device.
 """
 
@@ -10,19 +10,26 @@ import contextlib
 
 import torch
 
+from fastasr.models.common.verdicts import Verdict, Verdicts
+
 CAPACITY = 1 << 14  # numbers of one pass: a Zipformer-M has about 2,500
+MAX_VERDICTS = 1 << 12  # verdicts of one pass: a Zipformer-M has 178
+
+
+class Unrecordable(Exception):
+    """Raised while a call is recorded where it cannot be; the message says why."""
 
 
 class Recording:
-    """The numbers of one pass, ``values`` on the device and ``now`` on the host.
+    """The numbers of one pass: ``values`` on the device, ``now`` on the host.
 
-    ``back`` is the Recording of the backward pass, for which nodes of autograd ask here: it runs in autograd's own
+    ``back`` is the Recording of the backward pass. Autograd's nodes ask for it here, because they run in autograd's own
     thread, where ``recording()`` is None.
     """
 
     def __init__(self, device, back=None):
         self.device, self.back = device, back
-        self.values = torch.zeros(CAPACITY, device=device)
+        self.values = torch.zeros(CAPACITY, dtype=torch.float32, device=device)
         self.now = [0.0] * CAPACITY
         self.plans, self.used = [], 0
         self.phases = []  # (schedule, whether it was 0): a replay is valid while this holds
@@ -30,15 +37,35 @@ class Recording:
         self.noted = lambda numbers, begins: (
             None
         )  # a recorder may want to know where such parts begin and end
-        self.verdicts = []  # (module with min_prob and max_prob, bool tensor, its Numbers)
+        self.told = []  # (who hears it, whether it is to hear), one for each of the verdicts
+        self.verdicts = torch.zeros(MAX_VERDICTS if back is None else 0, dtype=torch.bool, device=device)
 
     def numbers(self, plan, count):
-        """Returns a view of ``values`` that holds what ``plan`` returns before each replay."""
+        """Returns the ``Numbers`` that ``plan`` returns before each replay."""
         begin, self.used = self.used, self.used + count
         if self.used > CAPACITY:
-            raise RuntimeError(f"fastasr.graphs: more than {CAPACITY} numbers in one pass")
+            raise Unrecordable(f"more than {CAPACITY} numbers in one pass")
         self.plans.append((plan, begin, self.used))
         return Numbers(self, begin, self.values[begin : self.used])
+
+    def phase(self, schedule):
+        """Returns whether the schedule is 0 now. A replay is valid while the answer stays."""
+        zero = peek(schedule) == 0.0
+        self.phases.append((schedule, zero))
+        return zero
+
+    def verdict(self, hear, acts):
+        """Returns a bool tensor () for an answer of the device. After each replay in which ``acts`` is on,
+        ``hear(verdict)`` is called with a :class:`Verdict`.
+        """
+        if len(self.told) == MAX_VERDICTS:
+            raise Unrecordable(f"more than {MAX_VERDICTS} verdicts in one pass")
+        self.told.append((hear, acts))
+        return self.verdicts[len(self.told) - 1]
+
+    def refuse(self, reason):
+        """Ends the recording: calls of this kind run as they are, for this reason."""
+        raise Unrecordable(reason)
 
     def holds(self):
         """Says whether every schedule is 0 exactly where it was when this was recorded."""
@@ -51,15 +78,19 @@ class Recording:
             if end > begin:
                 self.now[begin:end] = found
         if self.used:
-            numbers = torch.tensor(self.now[: self.used], pin_memory=self.device.type == "cuda")
+            on_gpu = self.device.type == "cuda"
+            numbers = torch.tensor(
+                self.now[: self.used], dtype=torch.float32, device="cpu", pin_memory=on_gpu
+            )
             self.values[: self.used].copy_(numbers, non_blocking=True)
 
     def tell(self):
-        """Tells the modules that acted what the replay found. On CUDA: one copy of all verdicts to pinned memory, one
-        event, and the modules' next plan waits for the event."""
-        for module, verdict, acts in self.verdicts:
-            if acts.on:
-                module.prob = module.min_prob if bool(verdict) else module.max_prob
+        """Tells what the replay found to those who acted: one copy for all, which nobody waits for here."""
+        if self.told:
+            found = Verdicts(self.verdicts[: len(self.told)])
+            for i, (hear, acts) in enumerate(self.told):
+                if acts.on:
+                    hear(Verdict(found, i))
 
     @contextlib.contextmanager
     def only_if(self, numbers):
@@ -67,7 +98,7 @@ class Recording:
         to tensors that were made outside.
         """
         if self.part is not None:
-            raise RuntimeError("fastasr.graphs: conditions inside conditions are not recorded")
+            raise Unrecordable("conditions inside conditions")
         self.part = numbers.recording, numbers.place
         self.noted(numbers, True)
         try:
@@ -95,88 +126,3 @@ def peek(x):
     if x.batch_count is None or not x.training:
         return float(x.default)
     return float(x.schedule(x.batch_count))
-
-
-class CudaRecorder:
-    """Records passes as CUDA graphs whose memory is one pool. (Written without a GPU, and run on none so far.)
-
-    What is recorded in ``only_if`` are nodes of the graph that are switched on or off before a replay
-    (``cudaGraphNodeSetEnabled``): a node that is off costs no kernel. This needs ``cuda.bindings``, which torch's CUDA
-    wheels bring, and one stream: the nodes are then a chain.
-    """
-
-    def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()
-
-    def record(self, function, recording):
-        """Returns a function that replays ``function()``, and what it returned. Nothing has run on the device, and
-        torch's generators are where they were."""
-        from fastasr.models.common.graph_capture import recorded_by
-
-        graph, parts = torch.cuda.CUDAGraph(keep_graph=True), []
-        recording.noted = lambda numbers, begins: parts.append((numbers, begins, _last_node(self.stream)))
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            with recorded_by(recording if recording.back is not None else None):
-                found = function()
-        graph.instantiate()
-        switches = _switches(graph, parts) if parts else []
-
-        def replay():
-            for switch in switches:
-                switch.turn()
-            graph.replay()
-
-        return replay, found
-
-
-class _Switch:
-    """The nodes of one part, which are all on or all off."""
-
-    def __init__(self, graph, numbers, nodes):
-        self.graph, self.numbers, self.nodes, self.on = graph, numbers, nodes, True
-
-    def turn(self):
-        wanted = self.numbers.on
-        if wanted == self.on:
-            return
-        from cuda.bindings import runtime
-
-        for node in self.nodes:
-            _checked(runtime.cudaGraphNodeSetEnabled(self.graph.raw_cuda_graph_exec(), node, int(wanted)))
-        self.on = wanted
-
-
-def _checked(found):
-    error, *rest = found
-    if int(error):
-        raise RuntimeError(f"fastasr.graphs: CUDA says {error}")
-    return rest
-
-
-def _last_node(stream):
-    """Returns the node behind which the capture of ``stream`` goes on, or None at its beginning."""
-    from cuda.bindings import runtime
-
-    _, _, _, nodes, *_ = _checked(runtime.cudaStreamGetCaptureInfo(stream.cuda_stream))
-    if len(nodes) > 1:
-        raise RuntimeError("fastasr.graphs: a condition begins or ends where several streams meet")
-    return int(nodes[0]) if nodes else None
-
-
-def _switches(graph, parts):
-    from cuda.bindings import runtime
-
-    raw = graph.raw_cuda_graph()
-    count = _checked(runtime.cudaGraphGetEdges(raw, 0))[-1]
-    before, after, *_ = _checked(runtime.cudaGraphGetEdges(raw, count))
-    following = {int(a): b for a, b in zip(before, after, strict=True)}
-    found = []
-    for (numbers, begins, first), (_, _, last) in zip(parts[::2], parts[1::2], strict=True):
-        assert begins
-        nodes, node = [], first
-        while node != last:
-            nodes.append(following[node])
-            node = int(nodes[-1])
-        found.append(_Switch(graph, numbers, nodes))
-    return found

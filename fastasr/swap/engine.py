@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import parametrize
 
+from fastasr.graphs import Graphs
+from fastasr.graphs import module as recording
 from fastasr.models.common.plain import hooks_of
 from fastasr.models.common.ragged import hook
 from fastasr.ops import _kept
@@ -46,7 +48,15 @@ _CONTAINER = "container: see its submodules"
 
 
 def accelerate(
-    model, only=None, exclude=None, verify=None, strict=True, weights=None, weights_error=0.05, ragged=False
+    model,
+    only=None,
+    exclude=None,
+    verify=None,
+    strict=True,
+    weights=None,
+    weights_error=0.05,
+    ragged=False,
+    graphs=False,
 ):
     """Replaces the forward of every module that a rule recognises, in place. Returns a SwapReport.
 
@@ -69,6 +79,9 @@ def accelerate(
     ragged: True to leave padding out of the encoders that can: they run on the frames that exist. Their rows in the
         report, and ``report.ragged``, say which do and why others do not. A call that needs padded frames (output of
         every layer, hooks) runs on the padded batch and warns.
+    graphs: True, or :class:`fastasr.Graphs` with options, to record the calls of encoders as CUDA graphs, forward and
+        backward, and replay them: a call then costs the host a few milliseconds. ``report.graphs`` says which encoders
+        are recorded and why others are not, ``fastasr.graph_state(model)`` what has come of it.
 
     Raises TypeError if model is not a torch.nn.Module or a selector has another type, ValueError if a pattern matches
     nothing, ``strict=False`` is given without ``verify``, or ``weights`` is no such format or the model is in training
@@ -78,6 +91,8 @@ def accelerate(
         raise ValueError(
             "accelerate: strict=False accepts unknown code only when it is verified; pass verify=inputs"
         )
+    if not isinstance(graphs, (bool, Graphs)):
+        raise TypeError(f"accelerate: graphs takes a bool or fastasr.Graphs, got {type(graphs).__name__}")
     modules, only, exclude = _selection(model, only, exclude)
     if weights is not None:
         reduced.check(model, weights, weights_error)
@@ -106,6 +121,8 @@ def accelerate(
                 return (only is None or only(path, module)) and (exclude is None or not exclude(path, module))
 
             report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error, before)
+        if graphs:
+            _record(plan, report, Graphs() if graphs is True else graphs)
         _note_leaving(plan, report)
     except BaseException:
         before.restore()
@@ -142,6 +159,27 @@ def _note_padding(report, row, reason):
     """Says in the report that the row's encoder runs without padding, or the reason why it does not."""
     report.ragged = (report.ragged or {}) | {row.path: reason}
     row.reason += "; runs without padding" if reason is None else f"; runs on padding: {reason}"
+
+
+def _record(plan, report, options):
+    """Has the calls of every encoder recorded that a rule can record: swapped ones, and fastasr's own."""
+    report.graphs = {}
+    for (path, module, decision), row in zip(plan, report.rows, strict=True):
+        made = decision.later or decision
+        rule = made.rule
+        if rule is None or rule.graphs is None:
+            continue
+        bound = binding.bound_forward(module)
+        fits = row.status == REPLACED or (made is decision.later and made.apply) or _is_own(module)
+        reason = rule.graphs.obstacle(module) if fits else made.reason
+        if reason is None and rule.ragged is not None and bound is rule.ragged.forward:
+            reason = "it runs without padding, in another shape at every call"
+        if reason is None:
+            recording.keep(module, rule.recorded, options)
+            binding.bind(module, rule.replay, rule.methods)
+            row.rule, row.status = rule.name, REPLACED
+        row.reason += "; its calls are recorded" if reason is None else f"; not recorded: {reason}"
+        report.graphs[path] = reason
 
 
 def _verify(model, inputs, report, unproven, before):
@@ -185,6 +223,8 @@ def restore(model):
     """Gives every swapped module of ``model`` its own forward back. Returns the number of these modules."""
     _check_model("restore", model)
     reduced.release(model)
+    for module in model.modules():
+        recording.release(module)
     rules, count = rules_by_forward(), 0
     for module in list(model.modules()):
         bound = binding.unbind(module)
@@ -203,6 +243,10 @@ def refresh(model):
     attributes such as a norm's ``eps``. See :mod:`fastasr.ops._kept`.
     """
     _check_model("refresh", model)
+    for module in model.modules():
+        graphs = recording.of(module)
+        if graphs is not None:
+            graphs.clear()
     return _kept.drop([*model.parameters(), *model.buffers()])
 
 
@@ -303,7 +347,7 @@ def _rule_for(module):
 
 def _obstacle(module, rule):
     """Returns why nothing may be bound to this instance, for any class; None if there is no such reason."""
-    if type(module).__module__.startswith("fastasr."):
+    if _is_own(module):
         return "is fastasr's own class already"
     for method in ("forward", *(name for name, _ in rule.methods)):
         foreign = binding.foreign_method(module, method)
@@ -319,6 +363,10 @@ def _obstacle(module, rule):
             names = [getattr(h, "__qualname__", type(h).__name__) for h in unknown]
             return f"has a {what}: {', '.join(names)}"
     return None
+
+
+def _is_own(module):
+    return type(module).__module__.startswith("fastasr.")
 
 
 def _full_name(function):

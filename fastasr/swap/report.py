@@ -37,6 +37,8 @@ class SwapReport:
     ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the module.
     ``ragged`` says of ``accelerate(ragged=True)``, and in ``explain`` after it, why an encoder runs on padding
     (path -> reason, None: it does not).
+    ``graphs`` says of ``accelerate(graphs=True)`` why calls of an encoder are not recorded (path -> reason, None: they
+    are).
     ``weights`` is the :class:`fastasr.swap.weights.ReducedReport` of ``accelerate(weights=...)``, or None.
     ``print(report)`` shows equal rows as one line; ``report.table(every=True)`` has one line per module
     and, after them, one per weight.
@@ -48,6 +50,7 @@ class SwapReport:
     verified: bool = False
     weights: object = None
     ragged: dict | None = None
+    graphs: dict | None = None
 
     def _with_status(self, status):
         return [row for row in self.rows if row.status == status]
@@ -96,6 +99,7 @@ class SwapReport:
             "rows": rows,
             "weights": None if self.weights is None else asdict(self.weights),
             "ragged": self.ragged,
+            "graphs": self.graphs,
         }
 
     def to_json(self, **options):
@@ -112,12 +116,8 @@ class SwapReport:
         if self.verified:
             parts.append(f"{len(checked)} verified")
         lines = [f"{self.model}: {', '.join(parts)} ({len(self.rows)} modules)"]
-        if self.ragged is not None:
-            padded = [f"{path or '(the model)'}: {reason}" for path, reason in self.ragged.items() if reason]
-            lines.append(
-                f"without padding: {len(self.ragged) - len(padded)} of {len(self.ragged)} known encoders"
-            )
-            lines += [f"  runs on padding: {line}" for line in padded]
+        lines += _of_encoders(self.ragged, "without padding", "runs on padding")
+        lines += _of_encoders(self.graphs, "recorded", "not recorded")
         if self.weights is not None:
             lines += [self.weights.summary, *self.weights.lines()]
         return "\n".join(lines)
@@ -153,6 +153,15 @@ class SwapReport:
     def __rich__(self):
         columns, lines = self._lines(every=False)
         return _build_rich(columns, lines, self.summary)
+
+
+def _of_encoders(reasons, how, how_not):
+    """Returns the lines of the summary about path -> why an encoder does not run as it was asked to."""
+    if reasons is None:
+        return []
+    left = [f"{path or '(the model)'}: {reason}" for path, reason in reasons.items() if reason]
+    counts = f"{how}: {len(reasons) - len(left)} of {len(reasons)} known encoders"
+    return [counts, *(f"  {how_not}: {line}" for line in left)]
 
 
 def kernel_names(row):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastasr.graphs.module import replaying
 from fastasr.swap import binding
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
@@ -48,6 +49,20 @@ class Ragged:
     obstacle: Callable
 
 
+def upstream_forward(module, *args, **kwargs):
+    """Runs the forward of the module's own class."""
+    return upstream_class(module).forward(module, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Graphed:
+    """The way in which calls of a module are recorded: ``forward`` is what is recorded, or None for the rule's forward;
+    ``obstacle(module)`` returns the reason why calls of an instance never are, or None."""
+
+    forward: Callable | None = None
+    obstacle: Callable = field(default=lambda module: None)
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """Says how to recognise one upstream class and which ``forward`` to bind to its instances.
@@ -70,6 +85,7 @@ class Rule:
     ``companion`` rules apply only to models in which another rule of the family matched a module.
     ``ragged`` says how encoders of this class leave padding out, or is None if they do not. If its forward is the
     rule's, nothing but ``accelerate(ragged=True)`` binds it.
+    ``graphs`` says how ``accelerate(graphs=True)`` records calls of this class, or is None if it does not.
     ``leaves(module)`` returns, of methods whose calls may leave fastasr's fast path, method -> why any call of a
     swapped module would leave it now: "" if nothing is known, None if that shows at its first call.
     """
@@ -91,18 +107,35 @@ class Rule:
     hooks: tuple = ()
     note: str = ""
     ragged: Ragged | None = None
+    graphs: Graphed | None = None
     leaves: Callable = field(default=lambda module: {})
 
     @property
     def is_ragged_only(self):
         return self.ragged is not None and self.ragged.forward is self.forward
 
+    @property
+    def recorded(self):
+        """Returns the forward that ``accelerate(graphs=True)`` records."""
+        return self.graphs.forward or self.forward
+
+    @functools.cached_property
+    def replay(self):
+        """Returns the forward that replays recorded calls."""
+        return replaying(self.recorded, f"{self.name} {self.class_name}")
+
     @functools.cached_property
     def forwards(self):
         """Returns every forward that this rule may bind."""
         versions = (self.known or {}).values()
         ragged = () if self.ragged is None else (self.ragged.forward,)
-        return {self.forward, *ragged, *(known.forward for known in versions if known.forward is not None)}
+        recorded = () if self.graphs is None else (self.replay,)
+        return {
+            self.forward,
+            *ragged,
+            *recorded,
+            *(known.forward for known in versions if known.forward is not None),
+        }
 
     def bind(self, module, known=None):
         """Binds our functions to ``module``. ``known``: the version of upstream's code that it runs, if known."""

@@ -106,6 +106,8 @@ def _to_other_device(t, kwargs):
 class TapeRecorder:
     """Records passes as tapes; ``tapes`` holds them."""
 
+    rehearses = False
+
     def __init__(self):
         self.tapes = []
 

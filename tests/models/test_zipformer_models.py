@@ -321,10 +321,10 @@ def test_regularisers_do_not_synchronise():
 
 def test_whiten_reads_a_late_verdict():
     """The next call reads what a CUDA backward pass leaves behind; copies keep it."""
-    from fastasr.models.zipformer.whitening import _Settled
+    from fastasr.models.common.verdicts import Settled
 
     whiten = models.Whiten(1, 5.0, (0.025, 0.25), 0.01)
-    vars(whiten)["_verdict"] = _Settled(True)
+    vars(whiten)["_verdict"] = Settled(True)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(whiten)))
     for module in (whiten, copied):
         assert module.prob == 0.25

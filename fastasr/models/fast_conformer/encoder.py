@@ -90,24 +90,28 @@ class FastConformerEncoder(torch.nn.Module):
         lengths = ragged.lengths(self, input_features, attention_mask) if self.ragged else None
         if lengths is not None:
             x = ragged.encoded(self, input_features, lengths)
-            return x, self._mask(attention_mask.sum(-1), x)
-        x = self.subsampling(input_features, attention_mask) * self.input_scale
-        positions = self.encode_positions(x)
-        x = F.dropout(x, self.dropout, self.training)
-        positions = F.dropout(positions, self.dropout_positions, self.training)
-        mask = None
-        if attention_mask is not None:
-            mask = self._mask(attention_mask.sum(-1), x)
-        for layer in self.layers:
-            if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
-                continue
-            x = layer(x, mask, positions)
-        return x, mask
+            return x, _mask(self, attention_mask.sum(-1), x)
+        return padded(self, input_features, attention_mask)
 
-    def _mask(self, lengths, x):
-        """Returns (B, T), True at valid frames of x (B, T, width) for features of these lengths."""
-        lengths = subsampled(self.subsampling.layers, lengths)
-        return torch.arange(x.shape[1], device=x.device, dtype=torch.int64) < lengths.unsqueeze(1)
+
+def padded(encoder, features, attention_mask):
+    """Does what the encoder does with padding. ``encoder`` may be transformers', with our modules in its blocks."""
+    x = encoder.subsampling(features, attention_mask) * encoder.input_scale
+    positions = encoder.encode_positions(x)
+    x = F.dropout(x, encoder.dropout, encoder.training)
+    positions = F.dropout(positions, encoder.dropout_positions, encoder.training)
+    mask = None if attention_mask is None else _mask(encoder, attention_mask.sum(-1), x)
+    for layer in encoder.layers:
+        if encoder.training and encoder.layerdrop > 0.0 and torch.rand([]) < encoder.layerdrop:
+            continue
+        x = layer(x, attention_mask=mask, position_embeddings=positions)
+    return x, mask
+
+
+def _mask(encoder, lengths, x):
+    """Returns (B, T), True at valid frames of x (B, T, width) for features of these lengths."""
+    lengths = subsampled(encoder.subsampling.layers, lengths)
+    return torch.arange(x.shape[1], device=x.device, dtype=torch.int64) < lengths.unsqueeze(1)
 
 
 class FastConformerCTC(torch.nn.Module):

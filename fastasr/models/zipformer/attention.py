@@ -181,12 +181,8 @@ def _with_positions(module):
     recorded = recording()
     if recorded is None:
         return random.random() >= float(module.pos_emb_skip_rate)
-    from fastasr.graphs.recording import peek
-
-    zero = peek(module.pos_emb_skip_rate) == 0.0
-    if not zero:
-        raise RuntimeError("position scores are skipped in the first batches, which are not recorded")
-    recorded.phases.append((module.pos_emb_skip_rate, zero))
+    if not recorded.phase(module.pos_emb_skip_rate):
+        recorded.refuse("position scores are skipped at random in the first batches")
     recorded.numbers(lambda: (random.random(), float(module.pos_emb_skip_rate), [])[2], 0)
     return True
 

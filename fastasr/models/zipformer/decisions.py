@@ -35,11 +35,7 @@ def keep_rates(x):
 
 
 def _scheduled(recorded, x, plan, count):
-    from fastasr.graphs.recording import peek
-
-    zero = peek(x) == 0.0
-    recorded.phases.append((x, zero))
-    if zero:
+    if recorded.phase(x):
         recorded.numbers(lambda: (plan(), [])[1], 0)  # the reading still draws
         return 0.0
     values = recorded.numbers(plan, count).values

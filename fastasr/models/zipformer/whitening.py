@@ -13,12 +13,14 @@ gradient g of x becomes g + grad_scale |g| v / |v|, with
 
 import logging
 import random
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
 from fastasr.models.common.graph_capture import recording
+from fastasr.models.common.verdicts import Settled, Verdict, Verdicts
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.ops import _dispatch, _gemm
 from fastasr.ops._layout import ChannelRows
@@ -130,7 +132,7 @@ class _Recorded(Function):
             return [float(module.whitening_limit), float(module.grad_scale)]
 
         limit, scale = recorded.numbers(plan, 2).values.unbind()
-        white = torch.zeros((), dtype=torch.bool, device=x.device)
+        white = recorded.verdict(partial(_hear, module), acts)
 
         def strength(metric):
             white.copy_(metric < limit)
@@ -139,7 +141,6 @@ class _Recorded(Function):
         grad = grad.clone()
         with torch.autocast(x.device.type, enabled=False), recorded.only_if(acts):
             grad.copy_(whitening_gradient(grad, x, module.num_groups, strength, native=False))
-        recorded.verdicts.append((module, white, acts))
         return grad, None, None
 
 
@@ -147,12 +148,20 @@ def _strength(module, metric):
     """Returns grad_scale if the metric reaches its limit, and tells the module's next call which share holds."""
     white = metric < float(module.whitening_limit)
     if isinstance(white, torch.Tensor) and white.is_cuda:
-        vars(module)["_verdict"] = _Verdict(white)
+        _hear(module, Verdict(Verdicts(white)))
         # two numbers would give one of the default dtype
         return torch.where(white, 0.0, metric.new_full((), float(module.grad_scale)))
     white = bool(white)
-    module.prob = module.min_prob if white else module.max_prob
+    _hear(module, Settled(white))
     return None if white else float(module.grad_scale)
+
+
+def _hear(module, verdict):
+    """Sets the share of calls by what the last one found: at once, or where a GPU is to say so at the next call."""
+    if verdict.is_known:
+        module.prob = module.min_prob if verdict.read() else module.max_prob
+    else:
+        vars(module)["_verdict"] = verdict
 
 
 def _log(module, x, metric):
@@ -162,36 +171,6 @@ def _log(module, x, metric):
             "Whiten: name=%s, num_groups=%d, num_channels=%d, metric=%.2f, limit=%.2f",
             *(module.name, module.num_groups, x.shape[-1], float(metric), limit),
         )
-
-
-class _Verdict:
-    """A boolean that is copied from a CUDA device. Reading it waits for this copy, not for the stream."""
-
-    def __init__(self, value):
-        self.value = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
-        self.value.copy_(value, non_blocking=True)
-        self.copied = torch.cuda.Event()
-        self.copied.record()
-
-    def read(self):
-        self.copied.synchronize()
-        return self.value.item()
-
-    def __deepcopy__(self, memo):
-        return _Settled(self.read())
-
-    def __reduce__(self):
-        return _Settled, (self.read(),)
-
-
-class _Settled:
-    """A verdict whose value is known."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def read(self):
-        return self.value
 
 
 class Whiten(torch.nn.Module):
@@ -238,5 +217,5 @@ def _acts(self, grad_scale):
     """Draws whether this call checks the limit."""
     verdict = vars(self).pop("_verdict", None)
     if verdict is not None:
-        self.prob = self.min_prob if verdict.read() else self.max_prob
+        _hear(self, Settled(verdict.read()))
     return not (random.random() > decided(lambda: self.prob) or grad_scale == 0)

@@ -6,9 +6,12 @@ import sys
 
 import torch
 
+from fastasr.graphs.recording import Unrecordable
 from fastasr.models import fast_conformer as models
 from fastasr.models.fast_conformer import positions, ragged
+from fastasr.models.fast_conformer.encoder import padded
 from fastasr.swap.rule import (
+    Graphed,
     Known,
     Ragged,
     Rule,
@@ -96,14 +99,7 @@ def encoder(self, input_features, attention_mask=None, output_attention_mask=Tru
 
 def ragged_encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
     """Does the same without computing anything for padding, but where outputs of every layer are asked for."""
-    asked = [
-        name
-        for name in ("output_hidden_states", "output_attentions")
-        if kwargs.get(name, getattr(self.config, name, False))
-    ]
-    if kwargs.get("return_dict", self.config.return_dict) is False:
-        asked.append("return_dict=False")
-    reason = f"the call asks for {', '.join(asked)}" if asked else None
+    reason = _asked(self, kwargs)
     lengths = ragged.lengths(self, input_features, attention_mask, reason)
     if lengths is None:
         return encoder(self, input_features, attention_mask, output_attention_mask, **kwargs)
@@ -113,6 +109,31 @@ def ragged_encoder(self, input_features, attention_mask=None, output_attention_m
         mask = self._get_output_attention_mask(attention_mask, target_length=hidden.shape[1]).int()
     output = sys.modules[upstream_class(self).__module__].ParakeetEncoderModelOutput
     return output(last_hidden_state=hidden, attention_mask=mask)
+
+
+def recorded_encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
+    """Does the same with one mask of valid frames for all blocks: no values may be read to find it in a mask of pairs."""
+    reason = _asked(self, kwargs)
+    if reason is not None:
+        raise Unrecordable(reason)
+    hidden, mask = padded(self, input_features, attention_mask)
+    output = sys.modules[upstream_class(self).__module__].ParakeetEncoderModelOutput
+    return output(
+        last_hidden_state=hidden,
+        attention_mask=mask.int() if mask is not None and output_attention_mask else None,
+    )
+
+
+def _asked(self, kwargs):
+    """Returns what a call asks for that only upstream's forward returns, as a reason, or None."""
+    asked = [
+        name
+        for name in ("output_hidden_states", "output_attentions")
+        if kwargs.get(name, getattr(self.config, name, False))
+    ]
+    if kwargs.get("return_dict", self.config.return_dict) is False:
+        asked.append("return_dict=False")
+    return f"the call asks for {', '.join(asked)}" if asked else None
 
 
 def _ragged_obstacle(module):
@@ -197,6 +218,7 @@ ENCODER = Rule(
     shallow=True,
     companion=True,
     ragged=Ragged(ragged_encoder, _ragged_obstacle),
+    graphs=Graphed(recorded_encoder, _ragged_obstacle),
 )
 
 RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS, ENCODER)

@@ -13,7 +13,16 @@ from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.encoder import encoded
 from fastasr.models.zipformer.stack import in_windows
 from fastasr.swap.binding import bound_forward
-from fastasr.swap.rule import Ragged, Rule, check_parameters, own_forward, unread_code, upstream_class
+from fastasr.swap.rule import (
+    Graphed,
+    Ragged,
+    Rule,
+    check_parameters,
+    own_forward,
+    unread_code,
+    upstream_class,
+    upstream_forward,
+)
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
 # the zipformer package's, and icefall's since pull request 2086
@@ -125,6 +134,7 @@ CAUSAL_ENCODER = Rule(
     known={"a8293a774b5bf0cea0a06a0a": PACKAGE},
     companion=True,
     ragged=Ragged(ragged_causal_encoder, _obstacle),
+    graphs=Graphed(),
     leaves=_masked_now,
     note="makes no mask for chunks where all layers and their self_attn_weights are swapped",
 )
@@ -141,7 +151,8 @@ ENCODER = replace(
     leaves=lambda module: {},
     shallow=True,
     ragged=Ragged(ragged_encoder, _obstacle),
-    note="bound by ragged=True alone",
+    graphs=Graphed(upstream_forward),
+    note="bound by ragged=True and graphs=True alone",
 )
 
 ZIPFORMER2 = replace(ENCODER, class_name="Zipformer2", known=CAUSAL_ZIPFORMER2.known)

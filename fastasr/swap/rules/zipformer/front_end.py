@@ -6,6 +6,7 @@ import torch
 from fastasr.models import zipformer as models
 from fastasr.swap.binding import foreign_forward
 from fastasr.swap.rule import (
+    Graphed,
     Known,
     Rule,
     check_children,
@@ -127,4 +128,5 @@ CONV2D_SUBSAMPLING = Rule(
         "536b01a8fe378cfdf7853b9c": Known("icefall before pull request 1108"),  # nothing of tracing
     },
     note="gives its convolutions channels_last memory",
+    graphs=Graphed(),
 )

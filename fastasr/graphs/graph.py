@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One kind of call of a module, recorded: a forward pass and, in training, the backward pass behind it.
+
+A call copies its tensors to the buffers of the recording, lets the host decide (:mod:`fastasr.graphs.recording`),
+replays, and returns copies of the outputs. In training it is one node of autograd, whose inputs are the call's tensors
+and the module's parameters.
+"""
+
+import weakref
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastasr._transforms import Function
+from fastasr.graphs.recording import Recording, Unrecordable
+from fastasr.models.common.graph_capture import recorded_by
+
+
+class Gradients:
+    """The gradients of a module's parameters: views of one buffer of each dtype, which all graphs of the module write.
+
+    autograd keeps the first gradient that it is given as ``parameter.grad``, and adds the next one to it. So a
+    replay, which overwrites the buffer, first moves the gradients that lie in it.
+    """
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+        self.pieces = [None] * len(parameters)  # (buffer, where it begins, how many, in which shape)
+        self.buffers = []
+        for dtype, device in {(p.dtype, p.device) for p in parameters}:
+            begin = 0
+            for i, p in enumerate(parameters):
+                if (p.dtype, p.device) == (dtype, device):
+                    self.pieces[i] = len(self.buffers), begin, p.numel(), p.shape
+                    begin += -(-p.numel() // 64) * 64  # each piece begins where vectors of 16 bytes may
+            self.buffers.append(torch.zeros(begin, dtype=dtype, device=device))
+        self.views = self._views(self.buffers)
+        self.addresses = [view.data_ptr() for view in self.views]
+
+    def _views(self, buffers):
+        return [buffers[k][begin : begin + n].view(shape) for k, begin, n, shape in self.pieces]
+
+    @property
+    def bytes(self):
+        return sum(b.numel() * b.element_size() for b in self.buffers)
+
+    def keep_accumulated(self):
+        """Moves the gradients of earlier replays that are still some ``parameter.grad``: one copy for all of them."""
+        kept = [
+            (p, i)
+            for i, (p, address) in enumerate(zip(self.parameters, self.addresses, strict=True))
+            if p.grad is not None and p.grad.data_ptr() == address
+        ]
+        if kept:
+            moved = self._views([b.clone() for b in self.buffers])
+            for p, i in kept:
+                p.grad = moved[i].detach()
+
+
+class Graph:
+    """The recording of one kind of call. ``forward`` takes the call's leaves, tensors and constants, and returns the
+    module's result.
+    """
+
+    def __init__(self, recorder, forward, leaves, parameters, gradients, module):
+        self.forward, self.generation = forward, 0
+        self.static = [_buffer(a) for a in leaves]
+        self.tensors = [t for t in self.static if isinstance(t, torch.Tensor)]
+        self.device = self.tensors[0].device
+        self.parameters = parameters
+        if recorder.rehearses:
+            self._rehearse(recorder, module)
+        self.back = Recording(self.device)
+        self.ahead = Recording(self.device, self.back)
+        self.replay_forward, (outputs, self.form) = recorder.record(self._forward, self.ahead)
+        differentiable = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        self.trains = bool(differentiable)
+        if self.trains:
+            self.gradients = gradients
+            self.incoming = [torch.zeros_like(t) for t in differentiable]
+            self.replay_backward, (self.inputs, self.found) = recorder.record(
+                lambda: self._backward(differentiable, self.incoming), self.back
+            )
+        self.wanted = [t.requires_grad for t in outputs if isinstance(t, torch.Tensor)]
+        self.outputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in outputs]
+
+    def _forward(self):
+        kind = self.device.type
+        # a cast that autocast keeps for later calls would be one from before the optimizer's step
+        cast = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), cast, cache_enabled=False):
+            return tree_flatten(self.forward(self.static))
+
+    def _backward(self, outputs, incoming):
+        """Returns the gradients of the inputs, and which parameters have one. Theirs are in ``self.gradients``."""
+        inputs = [t for t in self.tensors if t.requires_grad]
+        found = torch.autograd.grad(outputs, inputs + self.parameters, incoming, allow_unused=True)
+        ours = found[len(inputs) :]
+        pairs = [(view, g) for view, g in zip(self.gradients.views, ours, strict=True) if g is not None]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        return list(found[: len(inputs)]), [g is not None for g in ours]
+
+    def _rehearse(self, recorder, module):
+        """Runs both passes once in the form in which they are recorded, and puts the module's buffers back."""
+        buffers = list(module.buffers())
+        before = [b.clone() for b in buffers]
+
+        def both():
+            ahead = Recording(self.device, Recording(self.device))
+            with recorded_by(ahead):
+                outputs, _ = self._forward()
+            outputs = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
+            if outputs:
+                inputs = [t for t in self.tensors if t.requires_grad] + self.parameters
+                torch.autograd.grad(
+                    outputs, inputs, [torch.zeros_like(t) for t in outputs], allow_unused=True
+                )
+
+        recorder.rehearse(both)
+        with torch.no_grad():
+            for b, saved in zip(buffers, before, strict=True):
+                b.copy_(saved)
+
+    @property
+    def bytes(self):
+        """Returns the bytes of the buffers and outputs, which no other graph shares."""
+        tensors = [*self.tensors, *(t for t in self.outputs if isinstance(t, torch.Tensor))]
+        tensors += [*self.incoming, *(t for t in self.inputs if t is not None)] if self.trains else []
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def holds(self):
+        return self.ahead.holds() and self.back.holds()
+
+    def run(self, leaves, owner):
+        given = [a for a in leaves if isinstance(a, torch.Tensor)]
+        if self.trains:
+            found = iter(_Replayed.apply(self, owner, *given, *self.parameters))
+        else:
+            self._replay(given)
+            found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
+        return tree_unflatten(
+            [next(found) if isinstance(t, torch.Tensor) else t for t in self.outputs], self.form
+        )
+
+    def _replay(self, given):
+        with torch.no_grad():
+            for buffer, t in zip(self.tensors, given, strict=True):
+                buffer.detach().copy_(t, non_blocking=True)
+        self.ahead.decide()
+        self.replay_forward()
+
+
+class _Node:
+    """Lives as long as the autograd node of a replayed forward pass."""
+
+
+class _Replayed(Function):
+    @staticmethod
+    def forward(ctx, graph, owner, *tensors):
+        graph._replay(tensors[: len(graph.tensors)])
+        graph.generation += 1
+        ctx.graph, ctx.generation, ctx.node = graph, graph.generation, _Node()
+        owner.outstanding = weakref.ref(ctx.node)
+        found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
+        ctx.mark_non_differentiable(*(t for t, wanted in zip(found, graph.wanted, strict=True) if not wanted))
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        graph = ctx.graph
+        if graph.generation != ctx.generation:
+            raise RuntimeError("fastasr.graphs: a later call has replaced what this backward pass needs")
+        grads = [g for g, wanted in zip(grads, graph.wanted, strict=True) if wanted]
+        for buffer, g in zip(graph.incoming, grads, strict=True):
+            buffer.copy_(g)
+        graph.gradients.keep_accumulated()
+        graph.back.decide()
+        graph.replay_backward()
+        graph.back.tell()
+        ctx.node = None
+        inputs = iter(graph.inputs)
+        found = [next(inputs) if t.requires_grad else None for t in graph.tensors]
+        # a fresh view each: autograd keeps a gradient that nobody else holds, and copies others
+        ours = [
+            v.detach() if has else None for v, has in zip(graph.gradients.views, graph.found, strict=True)
+        ]
+        return None, None, *(g if g is None else g.clone() for g in found), *ours
+
+
+def _buffer(a):
+    if not isinstance(a, torch.Tensor):
+        return a
+    if a.layout is not torch.strided or type(a) not in (torch.Tensor, torch.nn.Parameter):
+        raise Unrecordable(f"an argument is a {type(a).__name__} of layout {a.layout}")
+    return (
+        torch.empty_like(a, memory_format=torch.preserve_format)
+        .copy_(a.detach())
+        .requires_grad_(a.requires_grad)
+    )

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graphs of a module: which calls are replayed, which run as they are, and why.
+
+The first calls of a kind run as they are. Then it is recorded, and each call of that kind is a replay while nothing has
+changed on which the recording depends. Whatever cannot be recorded runs as it is, with a reason that the user can read.
+"""
+
+import functools
+import operator
+import random
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastasr import _left
+from fastasr._transforms import is_transformed
+from fastasr.graphs.graph import Gradients, Graph
+from fastasr.graphs.recording import Unrecordable
+from fastasr.models.common import attention_dropout
+from fastasr.models.common.graph_capture import recording
+from fastasr.models.common.plain import any_global_hook
+from fastasr.ops import _dispatch
+
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The options of ``accelerate(model, graphs=...)``.
+
+    after: calls of a kind that run as they are before it is recorded.
+    most: graphs that a module keeps in training and in inference; the one used longest ago goes first.
+    memory: bytes, or text such as "8GB", that the graphs of a module may hold beyond what they share.
+    recorder: makes what records the calls of a module; None for CUDA graphs.
+    """
+
+    after: int = 2
+    most: tuple[int, int] = (8, 32)
+    memory: int | str = "8GB"
+    recorder: Any = None
+
+    def __post_init__(self):
+        most = (self.most, self.most) if isinstance(self.most, int) else tuple(self.most)
+        object.__setattr__(self, "most", most)
+        if not isinstance(self.after, int) or self.after < 0:
+            raise ValueError(f"Graphs: after: expected a number of calls, got {self.after!r}")
+        if len(most) != 2 or not all(isinstance(n, int) and n > 0 for n in most):
+            raise ValueError(f"Graphs: most: expected a number of graphs or two, got {self.most!r}")
+        object.__setattr__(self, "memory", _bytes(self.memory))
+
+
+def _bytes(memory):
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
+    text = str(memory).strip().upper()
+    number, unit = text.rstrip("KMGB"), text[len(text.rstrip("KMGB")) :]
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise ValueError(f"Graphs: memory: expected bytes or text such as '8GB', got {memory!r}") from None
+
+
+@dataclass
+class Kind:
+    """What is known of one kind of call: how often it was seen and replayed, its bytes, or why it is not recorded."""
+
+    call: str
+    seen: int = 0
+    replayed: int = 0
+    recorded: int = 0
+    bytes: int = 0
+    reason: str | None = None
+
+
+class _Structure:
+    """All of a module but the values of its tensors that a recording depends on. It is compared at every call, so it
+    holds the dicts of all submodules: a walk over them costs more than a replay.
+    """
+
+    def __init__(self, module):
+        modules = list(module.modules())
+        # (the module's own dict holds its bound forward, and so the module)
+        self.modes = [vars(m) for m in modules if m is not module]
+        self.tables = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        self.hooks = [
+            d
+            for m in modules
+            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+            if m is not module
+        ]
+        self.entries = self._entries()
+        self.forwards = self._forwards()
+        self.parameters = list(module.parameters())
+        self.state = [*self.parameters, *module.buffers()]
+
+    def _entries(self):
+        return [id(entry) for table in self.tables for entry in table.values()]
+
+    def _forwards(self):
+        return [id(getattr(own.get("forward"), "__func__", own.get("forward"))) for own in self.modes]
+
+    def stays(self):
+        return self._entries() == self.entries and self._forwards() == self.forwards
+
+    def training(self):
+        return tuple(map(operator.itemgetter("training"), self.modes))
+
+
+class ModuleGraphs:
+    """The graphs of one module, and what replays them. ``forward(module, *args, **kwargs)`` is what is recorded."""
+
+    def __init__(self, module, forward, options):
+        self._module = weakref.ref(module)  # which lives on without its graphs
+        self.forward, self.options = forward, options
+        self.kinds, self.graphs = {}, OrderedDict()
+        self.outstanding = (
+            None  # weak reference to the node of a replayed forward pass whose backward pass may follow
+        )
+        self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self):
+        self.graphs.clear()
+        self.structure = _Structure(self._module())
+        self.recorder = self.gradients = None
+
+    def clear(self):
+        """Forgets all recordings and reasons."""
+        with self._lock:
+            self.kinds.clear()
+            self._begin()
+
+    def __call__(self, *args, **kwargs):
+        module = self._module()
+        reason = _why_not_now(module)
+        if reason is not None:
+            if reason:
+                _left.note(module, reason)
+            return self.forward(module, *args, **kwargs)
+        leaves, form = tree_flatten((args, kwargs))
+        with self._lock:
+            graph, reason = self._graph(module, leaves, form)
+        if graph is None:
+            if reason:
+                _left.note(module, reason)
+            return self.forward(module, *args, **kwargs)
+        return graph.run(leaves, self)
+
+    def _graph(self, module, leaves, form):
+        """Returns the graph of this call, or None and why there is none ("": not yet)."""
+        reason = _unrecordable(leaves) or ("submodules have hooks" if any(self.structure.hooks) else "")
+        if reason:
+            return None, f"not replayed: {reason}"
+        if not self.structure.stays():
+            self._begin()
+        key = self._key(module, leaves, form)
+        kind = self.kinds.get(key)
+        if kind is None:
+            kind = self.kinds[key] = Kind(_spelled(module, leaves))
+        kind.seen += 1
+        if self.outstanding is not None and self.outstanding() is not None:
+            return None, "not replayed: the backward pass of an earlier call is still to come"
+        graph = self.graphs.get(key)
+        if graph is not None and graph.holds() and graph.addresses == self._addresses():
+            self.graphs.move_to_end(key)
+            kind.replayed += 1
+            return graph, ""
+        if graph is not None:
+            del self.graphs[key]
+        if kind.reason is not None:
+            return None, f"not recorded: {kind.reason}"
+        if kind.seen <= self.options.after:
+            return None, ""
+        graph = self._recorded(module, leaves, form, kind)
+        if graph is None:
+            return None, f"not recorded: {kind.reason}"
+        self.graphs[key] = graph
+        kind.replayed += 1
+        self._make_room(module.training)
+        return graph, ""
+
+    def _addresses(self):
+        return [*map(torch.Tensor.data_ptr, self.structure.state)]
+
+    def _recorded(self, module, leaves, form, kind):
+        state = random.getstate()
+        try:
+            if self.recorder is None:
+                self.recorder = (self.options.recorder or _cuda_recorder)()
+            wanted = (
+                [p for p in self.structure.parameters if p.requires_grad] if torch.is_grad_enabled() else []
+            )
+            if wanted and (
+                self.gradients is None or [*map(id, self.gradients.parameters)] != [*map(id, wanted)]
+            ):
+                self.gradients = Gradients(wanted)
+
+            def forward(static):
+                args, kwargs = tree_unflatten(static, form)
+                return self.forward(module, *args, **kwargs)
+
+            graph = Graph(self.recorder, forward, leaves, wanted, self.gradients, module)
+            graph.addresses = self._addresses()
+            if random.getstate() != state:
+                raise Unrecordable("it draws from Python's random outside of a plan")
+        except Exception as error:  # the call runs as it is, and says why
+            kind.reason = (
+                str(error) if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
+            )
+            return None
+        finally:
+            random.setstate(state)
+        kind.recorded += 1
+        kind.bytes = graph.bytes
+        return graph
+
+    def _make_room(self, training):
+        most = self.options.most[0 if training else 1]
+        while len(self.graphs) > most or (
+            len(self.graphs) > 1 and sum(g.bytes for g in self.graphs.values()) > self.options.memory
+        ):
+            self.graphs.popitem(last=False)
+
+    def _key(self, module, leaves, form):
+        """Returns all that selects the code of a call."""
+        tensors = tuple(
+            (a.shape, a.dtype, a.device, a.requires_grad, a.stride()) if isinstance(a, torch.Tensor) else a
+            for a in leaves
+        )
+        kind = next(a.device.type for a in leaves if isinstance(a, torch.Tensor))
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        wanted = torch.is_grad_enabled() and tuple(p.requires_grad for p in self.structure.parameters)
+        settings = (
+            torch.is_inference_mode_enabled(),
+            _dispatch.forced_backend(),
+            attention_dropout.as_upstream(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.get_default_dtype(),
+        )
+        return tensors, form, cast, module.training, self.structure.training(), wanted, settings
+
+
+def _why_not_now(module):
+    """Returns why no call is replayed now, "" if that is no loss, or None."""
+    if recording() is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return ""
+    if _left.is_ignored():  # fastasr itself compares both ways
+        return ""
+    if is_transformed():
+        return "not replayed: the call is under a transform"
+    if any_global_hook():
+        return "not replayed: hooks of all modules are registered"
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return ""
+    return None
+
+
+def _unrecordable(leaves):
+    """Returns why calls with such arguments are not recorded, or ""."""
+    tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
+    if not tensors:
+        return "no argument is a tensor"
+    others = {type(a).__name__ for a in leaves if not isinstance(a, (torch.Tensor, *_CONSTANTS))}
+    if others:
+        return f"arguments are {', '.join(sorted(others))}"
+    if len({t.device for t in tensors}) > 1:
+        return "arguments are on several devices"
+    return ""
+
+
+def _spelled(module, leaves):
+    shapes = [f"{tuple(a.shape)}" if isinstance(a, torch.Tensor) else repr(a) for a in leaves]
+    return f"{'training' if module.training else 'inference'} {', '.join(shapes)}"
+
+
+def _cuda_recorder():
+    if not torch.cuda.is_available():
+        raise Unrecordable("there is no CUDA device")
+    from fastasr.graphs.cuda import CudaRecorder
+
+    return CudaRecorder()
+
+
+_GRAPHS = weakref.WeakKeyDictionary()  # module -> its ModuleGraphs: a copy of the module has none
+
+
+def keep(module, forward, options):
+    """Has the forward that ``replaying`` made of ``forward`` record the calls of ``module``."""
+    found = _GRAPHS[module] = ModuleGraphs(module, forward, options)
+    return found
+
+
+def release(module):
+    """Frees the graphs of a module."""
+    return _GRAPHS.pop(module, None)
+
+
+def of(module):
+    """Returns the ``ModuleGraphs`` of a module, or None."""
+    return _GRAPHS.get(module)
+
+
+def graph_state(model):
+    """Returns path -> list of :class:`Kind` for every module of ``model`` that has graphs: what was seen, recorded and
+    replayed, how many bytes it holds, or why it is not recorded.
+    """
+    found = {path: of(module) for path, module in model.named_modules()}
+    return {path: list(graphs.kinds.values()) for path, graphs in found.items() if graphs is not None}
+
+
+@functools.cache
+def replaying(forward, name=""):
+    """Returns ``forward(module, *args, **kwargs)`` with its calls replayed where the module has graphs. There is one
+    wrapper of a function and name, by which it is recognised.
+    """
+
+    @functools.wraps(forward)
+    def replay(self, *args, **kwargs):
+        graphs = _GRAPHS.get(self)
+        return forward(self, *args, **kwargs) if graphs is None else graphs(*args, **kwargs)
+
+    return replay
