@@ -3,6 +3,7 @@
 
     A  is it right: values and gradients, repeats, CUDA graphs, streams, devices      about 4 minutes
     B  is it fast: bfloat16, beside eager, torch.compile, a copy and the prediction   about 10 minutes
+    M  whole models by the wall clock, as users run them, and the kernels of a step by time
     C  float32 and other sizes, compute-sanitizer over all kernels, the GPU tests     as long as they take
 
 Each unit runs in a process of its own with a time limit, so a hang or a crash costs that unit alone. After each unit
@@ -118,15 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="keep what the folder has of this commit and device"
     )
-    parser.add_argument("--stages", default="ABC", help="A, B, C or several of them (default: ABC)")
+    parser.add_argument("--stages", default="ABMC", help="A, B, M, C or several of them (default: ABMC)")
     parser.add_argument("--only", nargs="+", metavar="OP", help="the units of these ops and models alone")
     parser.add_argument(
         "--kinds", nargs="+", metavar="KIND", help="units of these kinds alone, such as memcheck"
     )
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: a fake one takes the launches")
     options = parser.parse_args(arguments)
-    if not options.stages or set(options.stages) - set("ABC"):
-        parser.error(f"--stages: expected letters of ABC, got {options.stages!r}")
+    if not options.stages or set(options.stages) - set("ABMC"):
+        parser.error(f"--stages: expected letters of ABMC, got {options.stages!r}")
     machine = DryRun() if options.dry_run else GPU()
     if reason := machine.obstacle():
         print(f"fastasr gpu: {reason}", file=sys.stderr)

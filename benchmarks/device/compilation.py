@@ -5,7 +5,9 @@ Triton is imported in the functions, because ``fastasr gpu`` says without it tha
 """
 
 import contextlib
+import os
 from collections.abc import Callable
+from unittest import mock
 
 from fastasr.benchmarks.device.checks import DTYPES
 from fastasr.benchmarks.device.machine import GPU
@@ -38,3 +40,42 @@ def compile_kernels(tell: Callable, machine: GPU, op: str, part: int) -> None:
     for launch in () if machine.dry else wanted:
         with contextlib.suppress(TritonError):  # the check that launches it says so
             triton.compile(launch.source, GPUTarget("cuda", 10 * major + minor, 32), launch.options)
+
+
+def compiled_together(machine: GPU, step: Callable) -> None:
+    """Fills Triton's cache with all that ``step()`` launches, on all cores: without this, a step of a whole model would
+    compile a hundred kernels one after another. The step runs once with its launches left out.
+    """
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction
+
+    from fastasr.kernels import _launch
+    from fastasr.testing.fake_gpu import FakeGPU
+
+    if machine.dry:
+        step()
+        return
+    major, minor = machine.stand_in()["capability"]
+    gpu = FakeGPU((major, minor))
+    with (
+        mock.patch.object(JITFunction, "_do_compile", lambda kernel, *rest: gpu.compile(kernel, *rest)),
+        mock.patch.object(_launch, "_compiled", {}),
+    ):
+        step()
+    found = {(launch.source.hash(), str(launch.options)): launch for launch in gpu.launches}
+    for kernel in {launch.kernel for launch in gpu.launches}:
+        kernel.device_caches.clear()
+    machine.synchronize()
+    jobs = min(len(found), os.cpu_count() or 1)
+    children = []
+    for i in range(jobs):
+        child = os.fork()
+        if not child:  # it compiles and does not touch the GPU
+            for launch in list(found.values())[i::jobs]:
+                with contextlib.suppress(Exception):
+                    compile_kernel(launch.source, GPUTarget("cuda", 10 * major + minor, 32), launch.options)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)

@@ -160,10 +160,15 @@ class GPU:
 
     def busy_milliseconds(self, run: Callable) -> float | None:
         """Returns the time of all kernels of a call, or None where the profiler does not see them."""
+        return sum(milliseconds for _, _, milliseconds in self.kernels_by_time(run)) or None
+
+    def kernels_by_time(self, run: Callable) -> list[tuple[str, int, float]]:
+        """Returns (kernel, launches, milliseconds) of a call, the longest first."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             run()
             torch.cuda.synchronize()
-        return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 or None
+        found = [(e.key[:120], e.count, e.self_device_time_total / 1e3) for e in profile.key_averages()]
+        return sorted((f for f in found if f[2]), key=lambda f: -f[2])
 
 
 class DryRun(GPU):
@@ -235,8 +240,9 @@ class DryRun(GPU):
         variant.call()
         return [1.0], [1.0]
 
-    def busy_milliseconds(self, run: Callable) -> float | None:
-        return None
+    def kernels_by_time(self, run: Callable) -> list[tuple[str, int, float]]:
+        run()
+        return []
 
 
 def _versions(device: str) -> dict:

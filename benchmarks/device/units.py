@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr.benchmarks.device import graph_nodes, whole_models
 from fastasr.benchmarks.device.checks import check_op, reported
 from fastasr.benchmarks.device.compilation import PARTS, compile_kernels
 from fastasr.benchmarks.device.machine import GPU, Skipped, kernels
@@ -44,7 +45,9 @@ class Unit:
 
 
 def units(machine: GPU) -> Iterator[Unit]:
-    """Yields the units of all stages: A, is it right; B, is it fast in bfloat16; C, float32, sanitizers, tests."""
+    """Yields the units of all stages: A, is it right; B, is it fast in bfloat16; M, whole models; C, float32,
+    sanitizers, tests.
+    """
     ops = list(kernels())
     for op in (op for op, backend in kernels().items() if backend == "triton"):
         for part in range(PARTS):
@@ -65,6 +68,12 @@ def units(machine: GPU) -> Iterator[Unit]:
     yield from (timed("B", op, 0, bfloat16, ahead=True) for op in ops)
     yield from (Unit("B", "time", model, time_model, (model,), 300, model) for model in MODELS)
     yield from (timed("B", op, 0, bfloat16) for op in ops)
+    yield Unit("M", "graph", "nodes", graph_nodes.time_nodes, (), 60)
+    for name in whole_models.MODELS:
+        for workload in whole_models.WORKLOADS:
+            of = f"{name} {workload.case}"
+            yield Unit("M", "whole model", of, whole_models.time_whole, (name, workload), 400, name)
+            yield Unit("M", "profile", of, whole_models.profile, (name, workload), 200, name)
     yield from (timed("C", op, 0, float32) for op in ops)
     for tool in SANITIZERS:
         yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, "device") for op in ops)

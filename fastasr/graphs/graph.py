@@ -95,12 +95,17 @@ class Graph:
     def _backward(self, outputs, incoming):
         """Returns the gradients of the inputs, and which parameters have one. Theirs are in ``self.gradients``."""
         inputs = [t for t in self.tensors if t.requires_grad]
-        found = torch.autograd.grad(outputs, inputs + self.parameters, incoming, allow_unused=True)
+        found = self._differentiated(outputs, inputs, incoming)
         ours = found[len(inputs) :]
         pairs = [(view, g) for view, g in zip(self.gradients.views, ours, strict=True) if g is not None]
         if pairs:
             torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
         return list(found[: len(inputs)]), [g is not None for g in ours]
+
+    def _differentiated(self, outputs, inputs, incoming):
+        # the call that is recorded may be inside autocast, while users call backward() outside
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.autograd.grad(outputs, inputs + self.parameters, incoming, allow_unused=True)
 
     def _rehearse(self, recorder, module):
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back."""

@@ -6,12 +6,14 @@ changed on which the recording depends. Whatever cannot be recorded runs as it i
 """
 
 import functools
+import logging
 import operator
 import random
 import threading
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.plain import any_global_hook
 from fastasr.ops import _dispatch
 
+_OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -78,36 +81,42 @@ class Kind:
 
 class _Structure:
     """All of a module but the values of its tensors that a recording depends on. It is compared at every call, so it
-    holds the dicts of all submodules: a walk over them costs more than a replay.
+    holds the dicts of all submodules, and compares them by functions of C: a walk over the modules costs more than a
+    replay.
     """
 
     def __init__(self, module):
         modules = list(module.modules())
         # (the module's own dict holds its bound forward, and so the module)
-        self.modes = [vars(m) for m in modules if m is not module]
+        self.own = [vars(m) for m in modules if m is not module]
         self.tables = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        self.filled = [table for table in self.tables if table]
         self.hooks = [
             d
             for m in modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
             if m is not module
         ]
-        self.entries = self._entries()
-        self.forwards = self._forwards()
+        self.count = sum(map(len, self.tables))
+        self.entries, self.forwards = self._entries(), self._forwards()
         self.parameters = list(module.parameters())
         self.state = [*self.parameters, *module.buffers()]
 
     def _entries(self):
-        return [id(entry) for table in self.tables for entry in table.values()]
+        return [*map(id, chain.from_iterable(map(dict.values, self.filled)))]
 
     def _forwards(self):
-        return [id(getattr(own.get("forward"), "__func__", own.get("forward"))) for own in self.modes]
+        return [*map(dict.get, self.own, repeat("forward"))]
 
     def stays(self):
-        return self._entries() == self.entries and self._forwards() == self.forwards
+        return (
+            sum(map(len, self.tables)) == self.count
+            and self._entries() == self.entries
+            and self._forwards() == self.forwards
+        )
 
     def training(self):
-        return tuple(map(operator.itemgetter("training"), self.modes))
+        return tuple(map(operator.itemgetter("training"), self.own))
 
 
 class ModuleGraphs:
@@ -139,14 +148,14 @@ class ModuleGraphs:
         reason = _why_not_now(module)
         if reason is not None:
             if reason:
-                _left.note(module, reason)
+                _left.note(module, reason, level=logging.INFO)
             return self.forward(module, *args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
         with self._lock:
             graph, reason = self._graph(module, leaves, form)
         if graph is None:
             if reason:
-                _left.note(module, reason)
+                _left.note(module, reason, level=logging.INFO if reason == _OUTSTANDING else logging.WARNING)
             return self.forward(module, *args, **kwargs)
         return graph.run(leaves, self)
 
@@ -163,7 +172,7 @@ class ModuleGraphs:
             kind = self.kinds[key] = Kind(_spelled(module, leaves))
         kind.seen += 1
         if self.outstanding is not None and self.outstanding() is not None:
-            return None, "not replayed: the backward pass of an earlier call is still to come"
+            return None, _OUTSTANDING
         graph = self.graphs.get(key)
         if graph is not None and graph.holds() and graph.addresses == self._addresses():
             self.graphs.move_to_end(key)
@@ -199,9 +208,11 @@ class ModuleGraphs:
             ):
                 self.gradients = Gradients(wanted)
 
+            recorded, of = self.forward, self._module  # a graph must not keep its module alive
+
             def forward(static):
                 args, kwargs = tree_unflatten(static, form)
-                return self.forward(module, *args, **kwargs)
+                return recorded(of(), *args, **kwargs)
 
             graph = Graph(self.recorder, forward, leaves, wanted, self.gradients, module)
             graph.addresses = self._addresses()

@@ -38,7 +38,7 @@ class Tape(TorchDispatchMode):
     def __init__(self, recording):
         super().__init__()
         self.recording, self.calls = recording, []
-        self.made, self.read, self._before = set(), {}, {}
+        self.made, self.read, self._before = {}, {}, {}  # storage -> a tensor that has it
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,7 +59,7 @@ class Tape(TorchDispatchMode):
         results = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
         taken = {_storage(t) for t in tensors}
         new = [t for t in results if _storage(t) not in taken]
-        self.made.update(map(_storage, new))
+        self.made |= {_storage(t): t for t in new}
         short = name.split("::")[1]
         if short in _EMPTY:
             return found
@@ -82,7 +82,11 @@ class Tape(TorchDispatchMode):
         return [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
 
     def undo(self):
+        """Puts tensors from outside back. What was made is NaN, since a capture would not have computed it."""
         with torch.no_grad():
+            for t in self.made.values():
+                if t.is_floating_point():
+                    torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage()).fill_(float("nan"))
             for t, before in self._before.values():
                 torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).copy_(before)
 

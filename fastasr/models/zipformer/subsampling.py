@@ -96,7 +96,7 @@ class Conv2dSubsampling(torch.nn.Module):
         else:
             x = self.conv(x)
         x = self.convnext(x)
-        y = self.dropout(self.out_norm(self.out_whiten(_projected(self.out, x))))
+        y = _dropped(self, self.out_norm(self.out_whiten(_projected(self.out, x))))
         return y, _lengths(y, (x_lens - 7) // 2)
 
     def streaming_forward(self, x, x_lens, cached_left_pad):
@@ -170,6 +170,14 @@ def _projected(out, x):
         return out(_frames(x))
     weight = out.weight.unflatten(1, (channels, frequency)).transpose(1, 2).flatten(1)
     return ops.linear(maps.flatten(2), weight, out.bias)
+
+
+def _dropped(front_end, y):
+    """Runs the dropout; while the call is recorded by our code, which leaves the rate to the host."""
+    dropout = front_end.dropout
+    if recording() is not None and is_plain_named(dropout, ("Dropout3",), front_end):
+        return Dropout3.forward(dropout, y)
+    return dropout(y)
 
 
 def _lengths(y, lengths):

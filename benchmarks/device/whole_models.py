@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models as users run them: seconds by the wall clock over twenty calls, where the host may be the limit.
+
+Each model is timed as upstream ships it, under ``torch.compile``, swapped, and swapped with its calls recorded. A row's
+``median_ms`` is the wall clock's time of a call, ``busy_ms`` the time of its kernels, ``host_ms`` the time until the
+call returns. ``limit`` names what the host of the machine costs: hosts differ by a factor of four.
+"""
+
+import copy
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import fastasr
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.device.checks import reported
+from fastasr.benchmarks.device.compilation import compiled_together
+from fastasr.benchmarks.device.machine import GPU
+from fastasr.benchmarks.harness import peak_bytes
+from fastasr.benchmarks.models.fast_conformer import batch_of
+from fastasr.benchmarks.models.fast_conformer import encoder as parakeet
+from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.time_limit import Expired, time_limit
+
+CALLS, ROUNDS, WARMUP = 10, 2, 4
+COMPILE_SECONDS = 120
+OFF = 0.02  # the most by which the gradients of recorded steps may differ from those of unrecorded ones
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a model is called on: ``training`` steps or inference, recordings, and the seconds of each."""
+
+    training: bool
+    batch: int
+    seconds: int
+
+    @property
+    def case(self) -> str:
+        return f"{'training' if self.training else 'inference'}, {self.batch} x {self.seconds} s"
+
+
+WORKLOADS = (
+    Workload(False, 1, 10),
+    Workload(False, 1, 60),
+    Workload(False, 32, 15),
+    Workload(True, 20, 30),
+    Workload(True, 32, 15),
+)
+
+
+def _never(_) -> bool:
+    return False
+
+
+def _zipformer(dry: bool) -> torch.nn.Module:
+    model = upstream.zipformer("tiny" if dry else "medium", inner_compile=False)
+    for module in model.modules():
+        if hasattr(module, "mem_cutoff"):  # which calls draw random numbers would depend on the memory in use
+            module.mem_cutoff = _never
+    return model
+
+
+def _features(workload: Workload) -> tuple:
+    return upstream.example(workload.batch, 100 * workload.seconds)
+
+
+def _masked(workload: Workload) -> tuple:
+    return batch_of(workload.batch, workload.seconds)
+
+
+# Name -> what makes upstream's model, and its inputs of a workload
+MODELS: dict[str, tuple[Callable, Callable]] = {
+    "zipformer_m": (_zipformer, _features),
+    "fast_conformer_110m": (lambda dry: parakeet("tiny" if dry else "110M", 2 if dry else 17), _masked),
+    "fast_conformer_600m": (lambda dry: parakeet("tiny" if dry else "0.6B", 2 if dry else 24), _masked),
+}
+COMPILES = {
+    "zipformer_m": (False,),
+    "fast_conformer_110m": (False, True),
+    "fast_conformer_600m": (False, True),
+}
+
+
+class _Way:
+    """One way to run a model on a workload: ``step()`` is what is timed."""
+
+    def __init__(self, machine: GPU, model: torch.nn.Module, call: Callable, inputs: tuple, training: bool):
+        self.machine, self.model, self.call, self.inputs, self.training = (
+            machine,
+            model,
+            call,
+            inputs,
+            training,
+        )
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step(self) -> None:
+        # upstream's Zipformer trains under autocast on a GPU alone
+        cast = torch.autocast(self.machine.device, torch.bfloat16, enabled=not self.machine.dry)
+        if not self.training:
+            with torch.no_grad(), cast:
+                self.call(*self.inputs)
+            return
+        for p in self.parameters:
+            p.grad = None
+        with cast:
+            y = self.call(*self.inputs)[0].float()
+        (y * torch.arange(y.numel(), device=y.device).sin().view_as(y)).sum().backward()
+
+    def seeded(self) -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        self.step()
+
+    def gradients(self) -> list:
+        self.seeded()
+        return [None if p.grad is None else p.grad.float() for p in self.parameters]
+
+
+def _made(
+    machine: GPU, shipped: torch.nn.Module, key: str, training: bool
+) -> tuple[torch.nn.Module, Callable]:
+    model = copy.deepcopy(shipped).to(machine.device).train(training)
+    if key == "compile":
+        return model, torch.compile(model)
+    if key == "reduce-overhead":
+        return model, torch.compile(model, mode="reduce-overhead")
+    if key != "upstream":
+        fastasr.accelerate(model, graphs=key == "recorded")
+    return model, model
+
+
+def _ways(name: str, training: bool) -> tuple[str, ...]:
+    compiled = ("compile", "reduce-overhead") if training in COMPILES[name] else ()
+    return ("upstream", *compiled, "fastasr", "recorded")
+
+
+def time_whole(
+    tell: Callable, machine: GPU, name: str, workload: Workload, ways: tuple[str, ...] = ()
+) -> None:
+    """Times a model on a workload, and checks that recorded steps are the unrecorded ones."""
+    reported(tell, "timing", partial(_time_whole, tell, machine, name, workload, ways))
+
+
+def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, ways: tuple[str, ...]) -> None:
+    build, inputs_of = MODELS[name]
+    torch.manual_seed(0)
+    shipped = build(machine.dry)
+    inputs = tuple(
+        t.to(machine.device)
+        for t in inputs_of(Workload(workload.training, 2, 2) if machine.dry else workload)
+    )
+    made = {}
+    for key in ways or _ways(name, workload.training):
+        model, call = _made(machine, shipped, key, workload.training)
+        way = _Way(machine, model, call, inputs, workload.training)
+        try:
+            with time_limit(COMPILE_SECONDS):
+                if key == "fastasr":
+                    compiled_together(machine, way.seeded)
+                for _ in range(WARMUP):
+                    way.step()
+                machine.synchronize()
+        except (Exception, Expired) as error:
+            if key in ("upstream", "fastasr", "recorded"):
+                raise
+            tell(
+                {"left_out": key, "pass": workload.case, "message": f"{type(error).__name__}: {error}"[:300]}
+            )
+            continue
+        made[key] = way
+        if key == "recorded":
+            tell(
+                {
+                    "graphs": {
+                        path: [vars(k) for k in kinds] for path, kinds in fastasr.graph_state(model).items()
+                    }
+                }
+            )
+    tell(_differences(made, workload))
+    walls, hosts = {key: [] for key in made}, {key: [] for key in made}
+    for _ in range(1 if machine.dry else ROUNDS):
+        for key, way in made.items():
+            way.step()
+            wall, host = _clock(machine, way.step)
+            walls[key].append(wall)
+            hosts[key].append(host)
+    host = yardstick(machine)
+    rows = []
+    for key, way in made.items():
+        row = Row.measured(
+            suite="models", name=name, case=workload.case, shape=f"{workload.batch}x{100 * workload.seconds}x80",
+            dtype="bfloat16", device=machine.device, pass_="forward+backward" if workload.training else "forward",
+            implementation=key, median_ms=statistics.median(walls[key]), q1_ms=min(walls[key]),
+            q3_ms=max(walls[key]), reps=CALLS * len(walls[key]), host_ms=statistics.median(hosts[key]),
+            busy_ms=machine.busy_milliseconds(way.step), limit=host,
+            peak_bytes=None if machine.dry else peak_bytes(way.step, machine.device),
+        )  # fmt: skip
+        rows.append(row.to_dict())
+    tell({"rows": rows})
+
+
+def _clock(machine: GPU, step: Callable) -> tuple[float, float]:
+    """Returns milliseconds a call: by the wall clock, and until the calls return."""
+    calls = 1 if machine.dry else CALLS
+    machine.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        step()
+    host = time.perf_counter() - begin
+    machine.synchronize()
+    return (time.perf_counter() - begin) / calls * 1e3, host / calls * 1e3
+
+
+def _differences(made: dict[str, _Way], workload: Workload) -> dict:
+    """Returns how far recorded steps are from unrecorded ones: outputs, or gradients by their norms."""
+    if not {"fastasr", "recorded"} <= made.keys():
+        return {}
+    if workload.training:
+        ours, recorded = made["fastasr"].gradients(), made["recorded"].gradients()
+    else:
+        with torch.no_grad(), torch.autocast(made["fastasr"].machine.device, torch.bfloat16):
+            ours, recorded = ([w.call(*w.inputs)[0].float()] for w in (made["fastasr"], made["recorded"]))
+    assert [g is None for g in ours] == [g is None for g in recorded], "other parameters have gradients"
+    pairs = [(a, b) for a, b in zip(ours, recorded, strict=True) if a is not None]
+    whole = sum((a.double() - b.double()).square().sum() for a, b in pairs) / sum(
+        a.double().square().sum() for a, _ in pairs
+    )
+    off = whole.sqrt().item()
+    equal = sum(torch.equal(a, b) for a, b in pairs)
+    assert off <= OFF, f"recorded steps are off by {off:.2%} of the norm"
+    return {"recorded_off": off, "equal_tensors": equal, "tensors": len(pairs)}
+
+
+def yardstick(machine: GPU) -> str:
+    """Returns what the host costs here, in words: microseconds to queue a copy and a small product."""
+    x, y = (torch.zeros(8, 8, dtype=torch.float32, device=machine.device) for _ in range(2))
+    found = []
+    for step in (lambda: x.copy_(y), lambda: torch.nn.functional.linear(x, y)):
+        step()
+        machine.synchronize()
+        begin = time.perf_counter()
+        for _ in range(500):
+            step()
+        found.append((time.perf_counter() - begin) / 500 * 1e6)
+        machine.synchronize()
+    return f"host: copy {found[0]:.1f} us, linear 8x8 {found[1]:.1f} us"
+
+
+def profile(tell: Callable, machine: GPU, name: str, workload: Workload) -> None:
+    """Tells the kernels of a swapped model's step by time."""
+
+    def measure() -> None:
+        build, inputs_of = MODELS[name]
+        torch.manual_seed(0)
+        model, call = _made(machine, build(machine.dry), "fastasr", workload.training)
+        inputs = tuple(
+            t.to(machine.device)
+            for t in inputs_of(Workload(workload.training, 2, 2) if machine.dry else workload)
+        )
+        way = _Way(machine, model, call, inputs, workload.training)
+        compiled_together(machine, way.seeded)
+        for _ in range(2):
+            way.seeded()
+        tell({"kernels": machine.kernels_by_time(way.seeded), "of": f"{name}, {workload.case}"})
+
+    reported(tell, "profile", measure)
