@@ -21,11 +21,12 @@ class Gradients:
     """The gradients of a module's parameters: views of one buffer of each dtype, which all graphs of the module write.
 
     autograd keeps the first gradient that it is given as ``parameter.grad``, and adds the next one to it. So a
-    replay, which overwrites the buffer, first moves the gradients that lie in it.
+    replay, which overwrites the buffer, first moves the gradients that lie in it. With ``clones`` each backward pass
+    gets copies instead, which stay.
     """
 
-    def __init__(self, parameters):
-        self.parameters = parameters
+    def __init__(self, parameters, clones=False):
+        self.parameters, self.clones = parameters, clones
         self.pieces = [None] * len(parameters)  # (buffer, where it begins, how many, in which shape)
         self.buffers = []
         for dtype, device in {(p.dtype, p.device) for p in parameters}:
@@ -44,6 +45,12 @@ class Gradients:
     @property
     def bytes(self):
         return sum(b.numel() * b.element_size() for b in self.buffers)
+
+    def given(self, found):
+        """Returns what autograd is given: fresh views, since it keeps a gradient that nobody else holds, and copies
+        others. ``found`` says which parameters have one."""
+        views = self._views([b.clone() for b in self.buffers]) if self.clones else self.views
+        return [v.detach() if has else None for v, has in zip(views, found, strict=True)]
 
     def keep_accumulated(self):
         """Moves the gradients of earlier replays that are still some ``parameter.grad``: one copy for all of them."""
@@ -152,7 +159,7 @@ class Graph:
     def _replay(self, given):
         with torch.no_grad():
             for buffer, t in zip(self.tensors, given, strict=True):
-                buffer.detach().copy_(t, non_blocking=True)
+                _distinct(buffer.detach()).copy_(_distinct(t), non_blocking=True)
         self.ahead.decide()
         self.replay_forward()
 
@@ -196,12 +203,19 @@ class _Replayed(Function):
 
 
 def _buffer(a):
+    """Returns a tensor like ``a`` with the same values: a dimension that repeats one element stays such a dimension."""
     if not isinstance(a, torch.Tensor):
         return a
     if a.layout is not torch.strided or type(a) not in (torch.Tensor, torch.nn.Parameter):
         raise Unrecordable(f"an argument is a {type(a).__name__} of layout {a.layout}")
-    return (
-        torch.empty_like(a, memory_format=torch.preserve_format)
-        .copy_(a.detach())
-        .requires_grad_(a.requires_grad)
-    )
+    t = _distinct(a.detach())
+    made = torch.empty_like(t, memory_format=torch.preserve_format).copy_(t)
+    return made.expand(a.shape).requires_grad_(a.requires_grad)
+
+
+def _distinct(t):
+    """Returns the view of ``t`` without the repetitions of its elements."""
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            t = t.narrow(dim, 0, 1)
+    return t

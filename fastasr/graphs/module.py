@@ -5,6 +5,7 @@ The first calls of a kind run as they are. Then it is recorded, and each call of
 changed on which the recording depends. Whatever cannot be recorded runs as it is, with a reason that the user can read.
 """
 
+import contextlib
 import functools
 import logging
 import operator
@@ -29,7 +30,21 @@ from fastasr.models.common.plain import any_global_hook
 from fastasr.ops import _dispatch
 
 _OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
+_NOT_RECORDED = "not recorded: "
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def _in_parts(wanted):
+    """Has the parts of an encoder record their own calls inside the block, or not."""
+    before, _local.in_parts = getattr(_local, "in_parts", False), wanted
+    try:
+        yield
+    finally:
+        _local.in_parts = before
 
 
 @dataclass(frozen=True)
@@ -39,12 +54,19 @@ class Graphs:
     after: calls of a kind that run as they are before it is recorded.
     most: graphs that a module keeps in training and in inference; the one used longest ago goes first.
     memory: bytes, or text such as "8GB", that the graphs of a module may hold beyond what they share.
+    parts: records the layers or stacks of an encoder one by one, so that the gradients of each are ready early, for
+        DistributedDataParallel to send them while others are computed. Otherwise this happens only where an encoder
+        drops layers at random, so that its calls as a whole cannot be recorded.
+    clone_gradients: gives every backward pass gradients of its own. Otherwise the next backward pass overwrites
+        gradients that are no longer any parameter's ``grad``.
     recorder: makes what records the calls of a module; None for CUDA graphs.
     """
 
     after: int = 2
     most: tuple[int, int] = (8, 32)
     memory: int | str = "8GB"
+    parts: bool = False
+    clone_gradients: bool = False
     recorder: Any = None
 
     def __post_init__(self):
@@ -120,11 +142,16 @@ class _Structure:
 
 
 class ModuleGraphs:
-    """The graphs of one module, and what replays them. ``forward(module, *args, **kwargs)`` is what is recorded."""
+    """The graphs of one module, and what replays them. ``forward(module, *args, **kwargs)`` is what is recorded.
 
-    def __init__(self, module, forward, options):
+    ``choice`` names a method of the module without arguments that draws how a call runs, such as the size of its
+    chunks: calls for which it returns different things are of different kinds. The calls of a part that ``has_whole``
+    are recorded only where those of the encoder around it cannot be.
+    """
+
+    def __init__(self, module, forward, options, choice=None, whole=False):
         self._module = weakref.ref(module)  # which lives on without its graphs
-        self.forward, self.options = forward, options
+        self.forward, self.options, self.choice, self.has_whole = forward, options, choice, whole
         self.kinds, self.graphs = {}, OrderedDict()
         self.outstanding = (
             None  # weak reference to the node of a replayed forward pass whose backward pass may follow
@@ -145,28 +172,33 @@ class ModuleGraphs:
 
     def __call__(self, *args, **kwargs):
         module = self._module()
-        reason = _why_not_now(module)
+        reason = "" if self.has_whole and not getattr(_local, "in_parts", False) else _why_not_now(module)
         if reason is not None:
             if reason:
                 _left.note(module, reason, level=logging.INFO)
             return self.forward(module, *args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
+        state = None if self.choice is None else random.getstate()
+        chosen = None if self.choice is None else getattr(module, self.choice)()
         with self._lock:
-            graph, reason = self._graph(module, leaves, form)
+            graph, reason = self._graph(module, leaves, form, chosen)
         if graph is None:
+            if state is not None:
+                random.setstate(state)
             if reason:
                 _left.note(module, reason, level=logging.INFO if reason == _OUTSTANDING else logging.WARNING)
-            return self.forward(module, *args, **kwargs)
+            with _in_parts(reason.startswith(_NOT_RECORDED)):
+                return self.forward(module, *args, **kwargs)
         return graph.run(leaves, self)
 
-    def _graph(self, module, leaves, form):
+    def _graph(self, module, leaves, form, chosen):
         """Returns the graph of this call, or None and why there is none ("": not yet)."""
         reason = _unrecordable(leaves) or ("submodules have hooks" if any(self.structure.hooks) else "")
         if reason:
             return None, f"not replayed: {reason}"
         if not self.structure.stays():
             self._begin()
-        key = self._key(module, leaves, form)
+        key = chosen, *self._key(module, leaves, form)
         kind = self.kinds.get(key)
         if kind is None:
             kind = self.kinds[key] = Kind(_spelled(module, leaves))
@@ -181,12 +213,12 @@ class ModuleGraphs:
         if graph is not None:
             del self.graphs[key]
         if kind.reason is not None:
-            return None, f"not recorded: {kind.reason}"
+            return None, _NOT_RECORDED + kind.reason
         if kind.seen <= self.options.after:
             return None, ""
-        graph = self._recorded(module, leaves, form, kind)
+        graph = self._recorded(module, leaves, form, kind, chosen)
         if graph is None:
-            return None, f"not recorded: {kind.reason}"
+            return None, _NOT_RECORDED + kind.reason
         self.graphs[key] = graph
         kind.replayed += 1
         self._make_room(module.training)
@@ -195,7 +227,7 @@ class ModuleGraphs:
     def _addresses(self):
         return [*map(torch.Tensor.data_ptr, self.structure.state)]
 
-    def _recorded(self, module, leaves, form, kind):
+    def _recorded(self, module, leaves, form, kind, chosen):
         state = random.getstate()
         try:
             if self.recorder is None:
@@ -206,7 +238,7 @@ class ModuleGraphs:
             if wanted and (
                 self.gradients is None or [*map(id, self.gradients.parameters)] != [*map(id, wanted)]
             ):
-                self.gradients = Gradients(wanted)
+                self.gradients = Gradients(wanted, self.options.clone_gradients)
 
             recorded, of = self.forward, self._module  # a graph must not keep its module alive
 
@@ -214,6 +246,8 @@ class ModuleGraphs:
                 args, kwargs = tree_unflatten(static, form)
                 return recorded(of(), *args, **kwargs)
 
+            if self.choice is not None:
+                vars(module)[self.choice] = lambda: chosen
             graph = Graph(self.recorder, forward, leaves, wanted, self.gradients, module)
             graph.addresses = self._addresses()
             if random.getstate() != state:
@@ -225,6 +259,7 @@ class ModuleGraphs:
             return None
         finally:
             random.setstate(state)
+            vars(module).pop(self.choice, None)
         kind.recorded += 1
         kind.bytes = graph.bytes
         return graph
@@ -300,9 +335,11 @@ def _cuda_recorder():
 _GRAPHS = weakref.WeakKeyDictionary()  # module -> its ModuleGraphs: a copy of the module has none
 
 
-def keep(module, forward, options):
-    """Has the forward that ``replaying`` made of ``forward`` record the calls of ``module``."""
-    found = _GRAPHS[module] = ModuleGraphs(module, forward, options)
+def keep(module, forward, options, choice=None, whole=False):
+    """Has the forward that ``replaying`` made of ``forward`` record the calls of ``module``. Returns the
+    ``ModuleGraphs``.
+    """
+    found = _GRAPHS[module] = ModuleGraphs(module, forward, options, choice, whole)
     return found
 
 

@@ -19,7 +19,7 @@ from fastasr.swap import binding
 from fastasr.swap import weights as reduced
 from fastasr.swap.reach import Reach
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
-from fastasr.swap.rule import Known, Rule, upstream_class
+from fastasr.swap.rule import Known, Rule, upstream_class, upstream_forward
 from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.rules.torch import LINEAR
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
@@ -175,11 +175,22 @@ def _record(plan, report, options):
         if reason is None and rule.ragged is not None and bound is rule.ragged.forward:
             reason = "it runs without padding, in another shape at every call"
         if reason is None:
-            recording.keep(module, rule.recorded, options)
-            binding.bind(module, rule.replay, rule.methods)
+            _bind_recorded(module, rule, options)
             row.rule, row.status = rule.name, REPLACED
         row.reason += "; its calls are recorded" if reason is None else f"; not recorded: {reason}"
         report.graphs[path] = reason
+
+
+def _bind_recorded(module, rule, options):
+    own = _is_own(module)
+    parts = rule.graphs.parts(module)
+    if not (options.parts and parts):
+        forward, replay = (upstream_forward, rule.replay_part) if own else (rule.recorded, rule.replay)
+        recording.keep(module, forward, options, rule.graphs.choice)
+        binding.bind(module, replay, () if own else rule.methods)
+    for part in parts:
+        recording.keep(part, upstream_forward, options, whole=not options.parts)
+        binding.bind(part, rule.replay_part)
 
 
 def _verify(model, inputs, report, unproven, before):

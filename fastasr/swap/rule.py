@@ -57,10 +57,14 @@ def upstream_forward(module, *args, **kwargs):
 @dataclass(frozen=True)
 class Graphed:
     """The way in which calls of a module are recorded: ``forward`` is what is recorded, or None for the rule's forward;
-    ``obstacle(module)`` returns the reason why calls of an instance never are, or None."""
+    ``obstacle(module)`` returns the reason why calls of an instance never are, or None. ``choice`` names the method
+    that draws how a call runs, if there is one. ``parts(module)`` returns its submodules that are recorded one by one
+    where the whole is not: with layers that are dropped at random, or for gradients that are ready part by part."""
 
     forward: Callable | None = None
     obstacle: Callable = field(default=lambda module: None)
+    choice: str | None = None
+    parts: Callable = field(default=lambda module: ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +129,16 @@ class Rule:
         return replaying(self.recorded, f"{self.name} {self.class_name}")
 
     @functools.cached_property
+    def replay_part(self):
+        """Returns the forward that replays recorded calls of a part."""
+        return replaying(upstream_forward, f"{self.name} {self.class_name}, part")
+
+    @functools.cached_property
     def forwards(self):
         """Returns every forward that this rule may bind."""
         versions = (self.known or {}).values()
         ragged = () if self.ragged is None else (self.ragged.forward,)
-        recorded = () if self.graphs is None else (self.replay,)
+        recorded = () if self.graphs is None else (self.replay, self.replay_part)
         return {
             self.forward,
             *ragged,

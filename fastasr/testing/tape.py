@@ -86,7 +86,9 @@ class Tape(TorchDispatchMode):
         with torch.no_grad():
             for t in self.made.values():
                 if t.is_floating_point():
-                    torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage()).fill_(float("nan"))
+                    torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage()).fill_(
+                        float("nan")
+                    )
             for t, before in self._before.values():
                 torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).copy_(before)
 

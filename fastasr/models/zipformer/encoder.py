@@ -5,7 +5,6 @@ import random
 
 import torch
 
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.resampling import SimpleDownsample, convert_num_channels
@@ -211,8 +210,6 @@ class Zipformer(torch.nn.Module):
         """Draws (chunk size, left context in chunks) from Python's ``random``; -1 means no limit."""
         if not self.causal:
             return -1, -1
-        if recording() is not None and len(self.chunk_size) == len(self.left_context_frames) == 1:
-            return _only_chunk(self)
         chunk_size = random.choice(self.chunk_size)
         if chunk_size == -1:
             return -1, -1
@@ -228,26 +225,6 @@ class Zipformer(torch.nn.Module):
                 pieces.append(output[..., width:dim])
                 width = dim
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-
-
-def _only_chunk(encoder):
-    """Does what ``get_chunk_info`` does where there is nothing to choose; the choices still draw."""
-    drawn = (
-        encoder.chunk_size
-        if encoder.chunk_size[0] == -1
-        else (encoder.chunk_size, encoder.left_context_frames)
-    )
-
-    def plan():
-        random.choice(encoder.chunk_size)
-        if encoder.chunk_size[0] != -1:
-            random.choice(encoder.left_context_frames)
-        return []
-
-    recording().numbers(plan, 0)
-    if drawn is encoder.chunk_size:
-        return -1, -1
-    return encoder.chunk_size[0], encoder.left_context_frames[0] // encoder.chunk_size[0] or 1
 
 
 def encoded(encoder, x, x_lens, src_key_padding_mask, run):

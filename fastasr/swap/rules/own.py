@@ -16,7 +16,7 @@ FAST_CONFORMER = Rule(
     forward=FastConformerEncoder.forward,
     structure=lambda module: None,
     known={},
-    graphs=Graphed(obstacle=_obstacle),
+    graphs=Graphed(obstacle=_obstacle, parts=lambda encoder: list(encoder.layers)),
 )
 
 RULES = (FAST_CONFORMER,)

@@ -218,7 +218,7 @@ ENCODER = Rule(
     shallow=True,
     companion=True,
     ragged=Ragged(ragged_encoder, _ragged_obstacle),
-    graphs=Graphed(recorded_encoder, _ragged_obstacle),
+    graphs=Graphed(recorded_encoder, _ragged_obstacle, parts=lambda encoder: list(encoder.layers)),
 )
 
 RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS, ENCODER)

@@ -116,6 +116,10 @@ def _obstacle(encoder):
     return reason or ragged.obstacle(encoder)
 
 
+def _parts(encoder):
+    return list(encoder.encoders)
+
+
 def _structure(module):
     return "is causal" if module.causal else check_parameters(module, {})
 
@@ -134,7 +138,7 @@ CAUSAL_ENCODER = Rule(
     known={"a8293a774b5bf0cea0a06a0a": PACKAGE},
     companion=True,
     ragged=Ragged(ragged_causal_encoder, _obstacle),
-    graphs=Graphed(),
+    graphs=Graphed(choice="get_chunk_info", parts=_parts),
     leaves=_masked_now,
     note="makes no mask for chunks where all layers and their self_attn_weights are swapped",
 )
@@ -151,7 +155,7 @@ ENCODER = replace(
     leaves=lambda module: {},
     shallow=True,
     ragged=Ragged(ragged_encoder, _obstacle),
-    graphs=Graphed(upstream_forward),
+    graphs=Graphed(upstream_forward, parts=_parts),
     note="bound by ragged=True and graphs=True alone",
 )
 
