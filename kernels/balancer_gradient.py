@@ -22,7 +22,7 @@ from fastasr.kernels._launch import launch, processors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-ELEMENTS = 8192  # of a tile: 16 in each thread
+BYTES = 16384  # of a tile: 32 in each thread
 WARPS = 16
 CHANNELS = 32  # of a tile at most
 RESIDENT = 2  # programs on a multiprocessor
@@ -66,7 +66,7 @@ def sums_kernel(
 ):  # fmt: skip
     # TABLE: (parts, 2, channels)
     part, tile, end, c = _place(channels, tiles, tiles_per_part, BLOCK_C)
-    if ACT is not None:
+    if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
         if tl.load(ACT).to(tl.float32) == 0.0:
             return
     in_x = c < channels
@@ -115,7 +115,7 @@ def change_kernel(
     changed = channels  # those before this one
     if ACT is not None:
         act = tl.load(ACT).to(tl.float32)
-        if IN_PLACE:  # y is grad
+        if IN_PLACE:  # noqa: SIM102, likewise; y is grad
             if act == 0.0:
                 return
         changed = tl.where(act == 0.0, 0, changed)
@@ -155,11 +155,11 @@ def change_kernel(
         tile += 1
 
 
-def tiles(inner: int, channels: int, by_row: bool) -> tuple[int, int, int]:
-    """Returns (inner elements, channels, warps) of a tile."""
+def tiles(inner: int, channels: int, by_row: bool, element: int) -> tuple[int, int, int]:
+    """Returns (inner elements, channels, warps) of a tile of elements of so many bytes."""
     block_c = min(CHANNELS, triton.next_power_of_2(channels)) if by_row else 1
-    block_r = min(ELEMENTS // block_c, max(128, triton.next_power_of_2(inner)))
-    return block_r, block_c, max(4, min(WARPS, block_r * block_c // 512))
+    block_r = min(BYTES // element // block_c, max(128, triton.next_power_of_2(inner)))
+    return block_r, block_c, max(4, min(WARPS, block_r * block_c * element // 1024))
 
 
 def balancer_gradient_forward(
@@ -187,7 +187,7 @@ def balancer_gradient_forward(
     else:
         rows, outer_stride, channel_stride = (1, 1, 1), channels * inner, inner
     grad_row, x_row, y_row = rows
-    block_r, block_c, warps = tiles(inner, channels, by_row)
+    block_r, block_c, warps = tiles(inner, channels, by_row, x.element_size())
     column_tiles, tiles_of_run = -(-channels // block_c), -(-inner // block_r)
     count = outer * tiles_of_run
     per_part = -(-count // max(1, RESIDENT * processors(x) // column_tiles))
