@@ -10,6 +10,10 @@ import contextlib
 
 import torch
 
+# Whether kernels that can read a number on the device decide by it in each replay. If not, their nodes are switched as
+# those of other parts are.
+KERNELS_DECIDE = False
+
 CAPACITY = 1 << 14  # numbers of one pass: a Zipformer-M has about 2,500
 
 
@@ -75,6 +79,15 @@ class Recording:
             self.noted(numbers, False)
         finally:
             self.part = None
+
+    @contextlib.contextmanager
+    def changing(self, numbers):
+        """The same around kernels that can decide by themselves: yields the number that they shall read, or None."""
+        if KERNELS_DECIDE:
+            yield numbers.values[:1]
+            return
+        with self.only_if(numbers):
+            yield None
 
 
 class Numbers:

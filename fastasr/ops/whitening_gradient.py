@@ -14,6 +14,7 @@ g of x becomes g + grad_scale |g| v / |v|, with
 Upstream: ``WhiteningPenaltyFunction`` in ``zipformer.modules.scaling``, by a second autograd graph.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated
 
 import torch
@@ -23,6 +24,7 @@ from fastasr.ops import _gemm
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
 from fastasr.ops._op import op
+from fastasr.ops._register import autocast_dtype
 
 EPS = 1.0e-20  # added to d² and |v|
 SHORT = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,7 +118,7 @@ def whitening_gradient(
     if limits is not None:
         limit, grad_scale = limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):  # a backward pass may run inside autocast
+    with _exact_products(x):
         frames = _grouped(x.detach().to(compute), num_groups)
         metric, covariance, d = _metric(frames)
         white = metric < limit
@@ -135,14 +137,13 @@ def whitening_gradient(
 
 def whitening_metric(x: Tensor, num_groups: int) -> Tensor:
     """Returns w of x (..., channels), a scalar tensor of x's dtype."""
-    return _metric(_grouped(x, num_groups))[0]
+    with _exact_products(x):
+        return _metric(_grouped(x, num_groups))[0]
 
 
-def whiten_(
-    grad: Tensor, x: Tensor, num_groups: int, limits: Tensor, act: Tensor | None = None
-) -> Tensor:
-    """Writes ``whitening_gradient`` over grad and returns whether w is below the limit. On CUDA, where ``act`` is 0, its
-    kernels return at once.
+def whiten_(grad: Tensor, x: Tensor, num_groups: int, limits: Tensor, act: Tensor | None = None) -> Tensor:
+    """Writes ``whitening_gradient`` over grad and returns whether w is below the limit. On CUDA, where ``act`` is 0,
+    its kernels return at once.
     """
     kernels = FAMILY.kernels(x, grad)
     if kernels is not None and kernels.backend == "triton" and x.numel():
@@ -152,6 +153,13 @@ def whiten_(
     y, white = whitening_gradient(grad, x, num_groups, limits=limits, act=act)
     grad.copy_(y)
     return white
+
+
+def _exact_products(x: Tensor) -> AbstractContextManager:
+    """Returns a context in which autocast does not round the products. A backward pass may run inside autocast."""
+    if autocast_dtype(x) is None:  # also where a device knows none
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _grouped(x: Tensor, num_groups: int) -> Tensor:
