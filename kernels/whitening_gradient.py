@@ -28,11 +28,12 @@ from fastasr.kernels._launch import launch, processors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-SUMS = {"BLOCK_S": 64}  # columns of a program that adds up columns
+SUM_COLUMNS = 64  # of a program that adds up columns
 PART_ROWS = 256  # a part of the rows has at least so many
 RESIDENT = 2  # programs of the products, and of |grad|^2, on a multiprocessor
 GRAD_TILE = {"GRAD_R": 32, "GRAD_C": 64}
 
+LEAST = tl.constexpr(1.0e-6)  # |v|^2 relative to that of A = w I
 EPS = tl.constexpr(1.0e-20)  # as in fastasr/ops/whitening_gradient.py
 
 
@@ -195,7 +196,18 @@ def _metric(STATISTICS, count, channels, BLOCK: tl.constexpr):
     share = 1.0 / channels.to(tl.float64)
     d = tl.maximum(_total(STATISTICS, count, BLOCK) * share, 0.0, propagate_nan=tl.PropagateNan.ALL)
     w = _total(STATISTICS + count, count, BLOCK) * share / (d * d + EPS)
-    return w.to(tl.float32), d.to(tl.float32)
+    w = tl.minimum(w.to(tl.float32), channels.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+    return w, d.to(tl.float32)
+
+
+@triton.jit
+def _relative(S, offsets, keep, d, channels):
+    """Returns S / d. No element exceeds the number of channels, unless S and d are 0 but for rounding."""
+    inverse = tl.where(d > 1e-30, tl.div_rn(1.0, d), 0.0)
+    most = channels.to(tl.float32)
+    s = tl.load(S + offsets, mask=keep, other=0.0) * inverse
+    s = tl.minimum(s, most, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(s, -most, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -235,7 +247,6 @@ def norms_kernel(
         tile_i, tile_j = _corner(unit - group * tiles)
         i, j = tile_i * BLOCK + tl.arange(0, BLOCK), tile_j * BLOCK + tl.arange(0, BLOCK)
         s = COVARIANCE + group.to(tl.int64) * width * width
-        inverse = tl.where(d > 0.0, tl.div_rn(1.0, d), 0.0)
         product = tl.zeros([BLOCK, BLOCK], tl.float32)
         for first in range(0, width, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
@@ -243,8 +254,8 @@ def norms_kernel(
                 (i < width)[:, None] & (k < width)[None, :],
                 (k < width)[:, None] & (j < width)[None, :],
             )
-            a = tl.load(s + i[:, None] * width + k[None, :], mask=keep_a, other=0.0) * inverse
-            b = tl.load(s + k[:, None] * width + j[None, :], mask=keep_b, other=0.0) * inverse
+            a = _relative(s, i[:, None] * width + k[None, :], keep_a, d, channels)
+            b = _relative(s, k[:, None] * width + j[None, :], keep_b, d, channels)
             if PRECISE:  # one chain of additions would round more than eager's
                 product = tl.fma(tl.dot(a, b), 1.0, product)
             else:
@@ -255,7 +266,7 @@ def norms_kernel(
                 product = tl.dot(a, b, product)
         keep = (i < width)[:, None] & (j < width)[None, :]
         at = i[:, None] * width + j[None, :]  # [BLOCK, BLOCK]
-        relative = tl.load(s + at, mask=keep, other=0.0) * inverse
+        relative = _relative(s, at, keep, d, channels)
         change = relative - tl.where((i[:, None] == j[None, :]) & keep, w, 0.0)
         square = tl.sum((product - w * relative) * change)
         narrow = change.to(CHANGE.dtype.element_ty)
@@ -313,9 +324,14 @@ def change_kernel(
         return
     if LIMITS is not None:
         grad_scale = tl.load(LIMITS + 1).to(tl.float32)
-    _, d = _metric(STATISTICS, statistics, channels, BLOCK_T)
-    square = _total(NORMS, products, BLOCK_T) * d.to(tl.float64)  # the products are those with S / d
-    size = tl.sqrt_rn(tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float32))
+    w, d = _metric(STATISTICS, statistics, channels, BLOCK_T)
+    # The products are those with S / d. A smaller |v| is rounding: its direction means nothing.
+    square = tl.maximum(
+        _total(NORMS, products, BLOCK_T).to(tl.float32),
+        channels.to(tl.float32) * w * w * LEAST,
+        propagate_nan=tl.PropagateNan.ALL,
+    )
+    size = tl.sqrt_rn(square * d)
     grad_size = tl.sqrt_rn(_total(NORMS + products, grad_parts, BLOCK_T).to(tl.float32))
     # v = factor (f A - b)
     factor = tl.div_rn(4.0 * d, channels.to(tl.float32) * tl.fma(d, d, EPS))
@@ -352,7 +368,7 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
         "products": {
             "BLOCK": wide,
             "BLOCK_K": 64 if short and wide < 128 else 32,
-            **SUMS,
+            "BLOCK_S": SUM_COLUMNS,
             "num_warps": warps,
         },
         "covariance": {"BLOCK": wide, "CHUNK": 8 if wide == 128 else 4, "BLOCK_P": 8, "num_warps": 4},
@@ -401,7 +417,7 @@ def whitening_gradient_forward(
 
     programs = RESIDENT * processors(x)
     upper, block = triangle("products"), kinds["products"]["BLOCK"]
-    units = groups * upper + -(-channels // SUMS["BLOCK_S"])
+    units = groups * upper + -(-channels // kinds["products"]["BLOCK_S"])
     per_part = max(PART_ROWS, -(-rows // max(1, programs // units)))
     parts = -(-rows // per_part)
     products, sums, shift = made(parts, groups * upper, block, block), made(parts, channels), made(channels)

@@ -47,7 +47,7 @@ class _Recorded(Function):
         (x,) = ctx.saved_tensors
         grad = torch.empty_like(x, dtype=grad.dtype).copy_(
             grad
-        )  # the op changes it in place: in the order of x
+        )  # to be changed in place, in the order of x
         with ctx.numbers.recording.back.changing(ctx.numbers) as act:
             balance_(grad, x, ctx.channel_dim, ctx.numbers.values[1:], act)
         return grad, None, None

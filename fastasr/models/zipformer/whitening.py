@@ -68,9 +68,7 @@ class _Recorded(Function):
             return [float(module.whitening_limit), float(module.grad_scale)]
 
         limits = recorded.numbers(plan, 2).values
-        grad = torch.empty_like(x, dtype=grad.dtype).copy_(
-            grad
-        )  # the op changes it in place: in the order of x
+        grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)  # to be changed in place, in the order of x
         with recorded.changing(acts) as act:
             white = whiten_(grad, x, module.num_groups, limits, act)
         recorded.verdicts.append((module, white, acts))  # which the host reads only where the part runs
