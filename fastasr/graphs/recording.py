@@ -12,6 +12,10 @@ import torch
 
 from fastasr.models.common.verdicts import Verdict, Verdicts
 
+# Whether kernels that can read a number on the device decide by it in each replay. If not, their nodes are switched as
+# those of other parts are.
+KERNELS_DECIDE = True
+
 CAPACITY = 1 << 14  # numbers of one pass: a Zipformer-M has about 2,500
 MAX_VERDICTS = 1 << 12  # verdicts of one pass: a Zipformer-M has 178
 
@@ -106,6 +110,15 @@ class Recording:
             self.noted(numbers, False)
         finally:
             self.part = None
+
+    @contextlib.contextmanager
+    def changing(self, numbers):
+        """The same around kernels that can decide by themselves: yields the number that they shall read, or None."""
+        if KERNELS_DECIDE:
+            yield numbers.values[:1]
+            return
+        with self.only_if(numbers):
+            yield None
 
 
 class Numbers:

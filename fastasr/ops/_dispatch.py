@@ -360,11 +360,15 @@ def _registered(backend: str, name: str) -> Kernels:
 
 
 def triton_kernels(name: str) -> Implementation:
-    """Returns the Triton launchers ``fastasr.kernels.<name>.<name>_forward`` and ``_backward``."""
+    """Returns the Triton launchers ``fastasr.kernels.<name>.<name>_forward`` and, of an op with a gradient,
+    ``_backward``.
+    """
 
     def load() -> Kernels:
         module = importlib.import_module(f"fastasr.kernels.{name}")
-        return Kernels("triton", getattr(module, f"{name}_forward"), getattr(module, f"{name}_backward"))
+        return Kernels(
+            "triton", getattr(module, f"{name}_forward"), getattr(module, f"{name}_backward", None)
+        )
 
     return Implementation("triton", ("cuda",), FLOATING[:3], _reason_triton, load, _unfit_for_triton)
 

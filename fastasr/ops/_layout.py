@@ -65,9 +65,12 @@ class ChannelRows:
         self.shape = last.shape
         self.rows = last.reshape(last.shape[:-1].numel(), last.shape[-1])
 
-    def of(self, t: Tensor) -> Tensor:
-        """Returns ``t``, of x's shape, as contiguous rows in the same order."""
-        return t.permute(self.order).reshape(self.rows.shape).contiguous()
+    def of(self, t: Tensor, dense: bool = True) -> Tensor:
+        """Returns ``t``, of x's shape, as rows in the same order: contiguous ones, or if not ``dense`` evenly spaced
+        ones.
+        """
+        rows = t.permute(self.order).reshape(self.rows.shape)
+        return rows.contiguous() if dense or rows.stride(1) != 1 else rows
 
     def back(self, rows: Tensor) -> Tensor:
         """Returns contiguous rows as a tensor of x's shape."""

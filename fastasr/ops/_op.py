@@ -302,6 +302,7 @@ class Op(Errors):
         space |= {f"_{name}": value for name, value in vars(_parts).items() if not name.startswith("_")}
         return space | {
             "_op": self,
+            "_bool": torch.bool,  # an output's dtype, whose name is Python's own
             "_part_check": self.check,
             "_declined": self._declined,
             "_empty_output": self.empty,

@@ -15,12 +15,13 @@ term is active for m outside its range, with the sign e of the excess, the secon
 Upstream: ``BalancerFunction`` in ``zipformer.modules.scaling``, by a second autograd graph.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered
+from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
 from fastasr.ops._op import op
 
@@ -32,23 +33,43 @@ def _load() -> Kernels:
 
 
 _NATIVE = native_kernels("balancer_gradient", "balancer_gradient", _load)
-FAMILY = KernelFamily("balancer_gradient", (), (_NATIVE,))
+FAMILY = KernelFamily("balancer_gradient", (), (_NATIVE, triton_kernels("balancer_gradient")))
+
+
+def _check(op, a) -> None:
+    numbers = a[2:7]
+    if a.limits is None and None in numbers:
+        op.fail("limits", "a tensor (5,), or five numbers", None)
+    if a.limits is not None and any(n is not None for n in numbers):
+        op.fail("limits", "either a tensor or five numbers", "both")
 
 
 # --------------------------------------------------------------------------- kernels
-def _forward(kernels, keep: bool, grad: Tensor, x: Tensor, *options) -> Tensor:
-    *limits, dim = options
+def _operands(
+    grad: Tensor, x: Tensor, dim: int, dense: bool
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Returns grad and x as kernels see them, and a function that gives their result x's shape. Rows of grad may lie
+    apart unless ``dense``.
+    """
     if x.stride(dim) == 1 or x.shape[dim] == 1:
-        x_rows = ChannelRows(x, dim)
-        return x_rows.back(kernels.forward(x_rows.of(grad), x_rows.rows, *limits))
+        seen = ChannelRows(x, dim)
+        return seen.of(grad, dense), seen.rows, seen.back
     dim %= x.dim()
     shape = (x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel())
-    return kernels.forward(grad.contiguous().view(shape), x.contiguous().view(shape), *limits).view(x.shape)
+    return grad.contiguous().view(shape), x.contiguous().view(shape), lambda y: y.view(x.shape)
+
+
+def _forward(kernels, keep: bool, grad: Tensor, x: Tensor, *options) -> Tensor:
+    *numbers, dim, limits, act = options
+    native = kernels.backend == "cpu"
+    grad, x, back = _operands(grad, x, dim, dense=native)
+    return back(kernels.forward(grad, x, *numbers, *(() if native else (limits, act))))
 
 
 def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
-    served = a.grad.dtype is a.x.dtype and a.x.numel()
-    return _forward(kernels, keep, *a) if served else op.definition(*a)
+    native = kernels.backend == "cpu"  # which reads no number on the device
+    served = not native or (a.grad.dtype is a.x.dtype and a.limits is a.act is None)
+    return _forward(kernels, keep, *a) if served and a.x.numel() else op.definition(*a)
 
 
 # --------------------------------------------------------------------------- the op
@@ -56,21 +77,25 @@ def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
     FAMILY,
     differentiable=False,
     deciding="x grad",
+    check=_check,
     launch=_launch,
     fast=_forward,
     fits="x.layout is grad.layout is _strided and x.shape == grad.shape and x.numel() "
-    "and -x.dim() <= channel_dim < x.dim()",
+    "and -x.dim() <= channel_dim < x.dim() and limits is act is None "
+    "and None not in (min_mean, max_mean, min_rms, max_rms, grad_scale)",
     summary="Gradient of Zipformer's Balancer: channels kept in a range of mean and size",
 )
 def balancer_gradient(
     grad: Annotated[Tensor, "*S D"],
     x: Annotated[Tensor, "*S D"],
-    min_mean: float,
-    max_mean: float,
-    min_rms: float,
-    max_rms: float,
-    grad_scale: float,
+    min_mean: float | None = None,
+    max_mean: float | None = None,
+    min_rms: float | None = None,
+    max_rms: float | None = None,
+    grad_scale: float | None = None,
     channel_dim: Annotated[int, "dimension of x"] = -1,
+    limits: Annotated[Tensor, "5"] | None = None,
+    act: Annotated[Tensor, " | 1", "constant"] | None = None,
 ) -> Annotated[Tensor, "*S D", "grad"]:
     """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
 
@@ -80,12 +105,16 @@ def balancer_gradient(
         min_rms, max_rms: limits of its root mean square.
         grad_scale: root mean square of the change relative to ``grad``.
         channel_dim: the dimension of the channels.
+        limits: the five numbers on the device of x, in place of the numbers above.
+        act: one number on the device of x. If it is 0, the result is ``grad`` unchanged.
     Returns:
         A tensor of grad's shape and dtype, computed in float32 or better, rounded once.
     Raises:
         TypeError: grad or x is not a floating tensor.
-        ValueError: shapes or devices do not match; channel_dim is no dimension of x.
+        ValueError: shapes or devices do not match; channel_dim is no dimension of x; limits are missing or given twice.
     """
+    if limits is not None:
+        min_mean, max_mean, min_rms, max_rms, grad_scale = limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
     channel_dim = channel_dim % x.dim() + 1
     # the first dimension because a mean over no dimension would be one over all
@@ -108,4 +137,16 @@ def balancer_gradient(
     count = x.numel() // max(1, mu.numel())
     rms = (p * p + q * q * centred).sqrt() / max(1, count)
     scale = grad_scale / rms.clamp(min=FLOOR) / max(1, count)
-    return torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d))[0].to(grad.dtype)
+    y = torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d))[0].to(grad.dtype)
+    return y if act is None else torch.where(act != 0, y, grad)
+
+
+def balance_(grad: Tensor, x: Tensor, channel_dim: int, limits: Tensor, act: Tensor | None = None) -> None:
+    """Writes ``balancer_gradient`` over grad. On CUDA, where ``act`` is 0, its kernels return at once."""
+    kernels = FAMILY.kernels(x, grad)
+    if kernels is not None and kernels.backend == "triton" and x.numel():
+        seen, x_seen, _ = _operands(grad, x, channel_dim, dense=False)
+        if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
+            kernels.forward(seen, x_seen, *[None] * 5, limits, act, in_place=True)
+            return
+    grad.copy_(balancer_gradient(grad, x, channel_dim=channel_dim, limits=limits, act=act))

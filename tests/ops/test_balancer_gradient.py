@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastasr
 from fastasr.ops import balancer_gradient
+from fastasr.ops.balancer_gradient import balance_
 from fastasr.testing import seeded
 
 definition = balancer_gradient.definition
@@ -109,6 +110,29 @@ def test_any_shape(shape, data):
     limits = LIMITS["size"]
     found = balancer_gradient(grad, x, *limits, channel_dim)
     torch.testing.assert_close(found, definition(grad, x, *limits, channel_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_numbers_in_tensors(dtype, channel_dim):
+    grad, x = _case((6, 8, 10), dtype, channel_dim)
+    expected = definition(grad, x, *LIMITS["both"], channel_dim)
+    limits = torch.tensor(LIMITS["both"])
+    acts = None, torch.ones(()), torch.zeros(1), torch.zeros((), dtype=torch.bool)
+    for act, y in zip(acts, (expected, expected, grad, grad), strict=True):
+        found = balancer_gradient(grad, x, channel_dim=channel_dim, limits=limits, act=act)
+        torch.testing.assert_close(found, y)
+        found = grad.clone()
+        balance_(found, x, channel_dim, limits, act)
+        torch.testing.assert_close(found, y)
+
+
+def test_limits_are_given_once():
+    grad, x = _case((12, 8))
+    with pytest.raises(ValueError, match=r"limits: expected a tensor \(5,\), or five numbers, got None"):
+        balancer_gradient(grad, x, -1.0)
+    with pytest.raises(ValueError, match="limits: expected either a tensor or five numbers, got both"):
+        balancer_gradient(grad, x, *LIMITS["both"], limits=torch.zeros(5))
 
 
 def test_threads_change_nothing():

@@ -15,6 +15,7 @@ from fastasr._transforms import Function
 from fastasr.models.common.graph_capture import recording
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.ops.balancer_gradient import balance_
 
 
 class _Balance(Function):
@@ -44,10 +45,11 @@ class _Recorded(Function):
     @once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        grad = grad.clone()  # which a kernel of a fixed layer can leave out: see the design
-        limits = ctx.numbers.values[1:].unbind()
-        with ctx.numbers.recording.back.only_if(ctx.numbers):
-            grad.copy_(ops.balancer_gradient.definition(grad, x, *limits, ctx.channel_dim))
+        grad = torch.empty_like(x, dtype=grad.dtype).copy_(
+            grad
+        )  # to be changed in place, in the order of x
+        with ctx.numbers.recording.back.changing(ctx.numbers) as act:
+            balance_(grad, x, ctx.channel_dim, ctx.numbers.values[1:], act)
         return grad, None, None
 
 

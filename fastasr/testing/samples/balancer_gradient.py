@@ -7,7 +7,9 @@ import math
 import torch
 
 from fastasr.testing.speed import (
+    BATCH,
     FORWARD,
+    FRAMES,
     Case,
     Cost,
     Implementation,
@@ -58,3 +60,5 @@ def sized(frames: int, batch: int) -> Case:
 
 
 CASES = (_case(-1, 796, 4, 192), _case(1, 4, 32, 798, 39))
+ON_DEVICE = (*(_case(-1, FRAMES, BATCH, c) for c in (192, 512)), _case(1, BATCH, 32, FRAMES, 39))
+WATCH = "sums of channels whose mean is far larger than their deviation; maps with channels in the middle"

@@ -7,6 +7,7 @@ several parts of a sum and several pieces of a workspace, and masks hide somethi
 
 from fastasr.kernels import (
     _parts,
+    balancer_gradient,
     conv_subsampling,
     depthwise_conv2d,
     gated_depthwise_conv,
@@ -17,6 +18,7 @@ from fastasr.kernels import (
     rnnt_lattice,
     segment_attention,
     toeplitz_attention,
+    whitening_gradient,
     zipformer_attention,
     zipformer_attention_weights,
 )
@@ -50,7 +52,8 @@ class _Shrunk:
 
 def shrink(monkeypatch) -> None:
     """Shrinks the blocks of every kernel until ``monkeypatch`` is undone."""
-    for module in (conv_subsampling, rnnt_joiner, segment_attention, toeplitz_attention, *RELATIVE):
+    own = conv_subsampling, rnnt_joiner, segment_attention, toeplitz_attention, whitening_gradient
+    for module in (*own, *RELATIVE):
         monkeypatch.setattr(module, "tiles", _Shrunk(module.tiles))
     for module in RELATIVE:
         monkeypatch.setattr(module, "head_block", lambda dim, dtype: BLOCK)
@@ -60,7 +63,12 @@ def shrink(monkeypatch) -> None:
         monkeypatch.setattr(module, "PIECE_BYTES", 1)  # a block of queries at a time
     for module in WITH_PARTS:
         monkeypatch.setattr(module, "MAX_PARTS", 2)
-    monkeypatch.setattr(_parts, "processors", lambda t: 2)
+    for module in (_parts, balancer_gradient, whitening_gradient):
+        monkeypatch.setattr(module, "processors", lambda t: 2)
+    monkeypatch.setattr(balancer_gradient, "BYTES", 512)
+    monkeypatch.setattr(balancer_gradient, "PARTS", 2)
+    monkeypatch.setattr(whitening_gradient, "PART_ROWS", 16)
+    monkeypatch.setattr(whitening_gradient, "RESIDENT", 8)
     monkeypatch.setattr(conv_subsampling, "LEAST_ROWS", 1)
     monkeypatch.setattr(rel_attention, "PROGRAMS", 1)  # the sequences are one group
     monkeypatch.setattr(rnnt_joiner, "CHUNK_BYTES", 1)  # a frame at a time

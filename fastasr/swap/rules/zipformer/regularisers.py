@@ -70,7 +70,7 @@ WHITEN = Rule(
     name="zipformer.whiten",
     class_name="Whiten",
     forward=models.Whiten.forward,
+    kernels=("whitening_gradient",),
     structure=_whiten_structure,
     known=WHITENS | {"c2821462c174d2086c812d37": Known("icefall between pull requests 1814 and 1841")},
-    note="its gradient is a formula instead of a second autograd graph",
 )

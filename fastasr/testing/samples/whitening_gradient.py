@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of whitening_gradient, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3 and of the keys of
+stack 0. It is not the gradient of a function, so it has its own tests instead of the contract."""
+
+import math
+
+import torch
+
+from fastasr.testing.speed import (
+    BATCH,
+    FORWARD,
+    FRAMES,
+    Case,
+    Cost,
+    Implementation,
+    case,
+    parameters,
+    upstream_member,
+)
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
+
+
+def _call(make: Make, shape: tuple[int, ...], groups: int = 1) -> dict:
+    # channels of different sizes, so w is above 1, and every call changes the gradient
+    x = make.normal(*shape) * make.uniform(shape[-1], low=0.2, high=1.0)
+    return {"grad": make.normal(*shape), "x": x, "num_groups": groups, "limit": 1.0, "grad_scale": 0.02}
+
+
+TABLE = OpTable(
+    op="whitening_gradient",
+    samples=(
+        Sample("matrix", lambda m: _call(m, (30, 8))),
+        Sample("tbc", lambda m: _call(m, (20, 2, 24))),
+        Sample("groups", lambda m: _call(m, (20, 2, 24), 3)),
+        Sample("white", lambda m: _call(m, (20, 2, 24)) | {"limit": 100.0}),
+    ),
+    invalid=(
+        Invalid(
+            "groups that do not divide",
+            changed(lambda m: _call(m, (4, 6)), num_groups=4),
+            ValueError,
+            "num_groups",
+        ),
+    ),
+)
+
+
+# --- the benchmark
+
+
+def _upstream(grad, x, num_groups, limit, grad_scale) -> Implementation:
+    whiten = upstream_member("zipformer.modules.scaling.Whiten")(num_groups, limit, 1.0, grad_scale)
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = whiten(leaf)
+    return Implementation(lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True)[0], parameters())
+
+
+def _case(*shape: int, groups: int = 1) -> Case:
+    def costs(size: int) -> dict[str, Cost]:
+        # x twice, grad twice; y. Both products
+        return {FORWARD: Cost(5 * math.prod(shape) * size, 4 * math.prod(shape) * shape[-1] // groups)}
+
+    options = {"copy": True, "passes": (FORWARD,), "differentiable": (), "others": {"upstream": _upstream}}
+    return case("whitening_gradient", shape, lambda m: _call(m, shape, groups), costs, **options)
+
+
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch, 192)
+
+
+CASES = (_case(796, 4, 192), _case(100, 4, 512), _case(796, 4, 128, groups=4))
+ON_DEVICE = (_case(FRAMES, BATCH, 192), _case(188, BATCH, 512), _case(FRAMES, BATCH, 128, groups=4))
+WATCH = "float32 products without TF32; w of channels whose mean is tens of times their deviation"

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/whitening_gradient.py."""
+
+from fastasr.kernels import whitening_gradient
+
+from .configuration import DTYPES, Configuration
+
+WIDTHS = (32, 192, 512)  # heads of keys, and channels
+TENSORS = {
+    "products": ("X", "ACT", "PRODUCTS", "SUMS", "SHIFT"),
+    "covariance": ("PRODUCTS", "SUMS", "ACT", "COVARIANCE", "MEAN", "STATISTICS"),
+    "norms": (
+        "GRAD",
+        "COVARIANCE",
+        "MEAN",
+        "STATISTICS",
+        "LIMITS",
+        "ACT",
+        "WHITE",
+        "CHANGE",
+        "BIAS",
+        "NORMS",
+    ),
+    "change": ("GRAD", "X", "SHIFT", "STATISTICS", "WHITE", "LIMITS", "ACT", "CHANGE", "BIAS", "NORMS", "Y"),
+}
+
+
+def configurations():
+    """The numbers of a recorded pass are on the device, those of others are not."""
+    for dtype, torch_dtype in DTYPES.items():
+        for width in WIDTHS if dtype != "fp16" else (192,):
+            kinds = whitening_gradient.tiles(width, torch_dtype)
+            for kind, names in TENSORS.items():
+                for recorded in (False, True) if width == 192 and dtype == "bf16" else (False,):
+                    yield _configuration(kind, names, dict(kinds[kind]), dtype, width, recorded)
+
+
+def _configuration(kind, names, tile, dtype, width, recorded):
+    own = ("X", "GRAD", "CHANGE", "Y")
+    types = {name: dtype if name in own else "fp32" for name in names}
+    types |= {name: found for name, found in (("STATISTICS", "fp64"), ("WHITE", "i1")) if name in names}
+    warps = tile.pop("num_warps")
+    if not recorded:
+        tile |= {name: None for name in ("LIMITS", "ACT") if name in names}
+    if kind == "change":
+        tile["IN_PLACE"] = recorded
+    divisible = tuple(n for n in ("width", "x_row", "grad_row", "y_row") if n in _names(kind))
+    floats = tuple(n for n in ("limit", "grad_scale") if n in _names(kind))
+    name = f"whitening_gradient {kind}, {width} channels{', recorded' * recorded}, {dtype}"
+    return Configuration(name, _kernel(kind), types, tile, warps, divisible, floats)
+
+
+def _kernel(kind):
+    return getattr(whitening_gradient, f"{kind}_kernel")
+
+
+def _names(kind):
+    return _kernel(kind).arg_names
