@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import WARPS, add_parts, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -252,13 +252,13 @@ def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) 
             "TAIL": numel % 16 != 0,
             "BLOCK": BLOCK,
         }
-        grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
+        grid = (max(1, cdiv(numel // 16 * 16, BLOCK)),)
         launch(flat, grid, *before, mask, *after, numel // 16, numel % 16, num_warps=NUM_WARPS, **options)
         return
     groups, rows, columns, kind = _view(shape, shared_dim)
     block_c = 32 if columns <= 32 else 256
     block_r = BLOCK // block_c
-    tiles = triton.cdiv(rows, block_r), triton.cdiv(columns, block_c)
+    tiles = cdiv(rows, block_r), cdiv(columns, block_c)
     options |= {"KIND": kind, "GROUPED": groups > 1, "BLOCK_R": block_r, "BLOCK_C": block_c}
     grid = (groups * tiles[0] * tiles[1],)
     launch(tile, grid, *before, mask, *after, rows, columns, *tiles, num_warps=NUM_WARPS, **options)
@@ -307,7 +307,7 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
-    column_tiles = triton.cdiv(columns, SUM_COLUMNS)
+    column_tiles = cdiv(columns, SUM_COLUMNS)
     block_r, rows_per_part, parts = deal(rows, SUM_COLUMNS, x, column_tiles, resident=SUM_PROGRAMS)
     table = x.new_empty((parts, columns), dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
     total = x.new_empty(columns)
