@@ -208,10 +208,13 @@ class Zipformer(torch.nn.Module):
         return masks
 
     def get_chunk_info(self):
-        """Draws (chunk size, left context in chunks) from Python's ``random``; -1 means no limit."""
+        """Draws (chunk size, left context in chunks) from Python's ``random``; -1 means no limit. A compiled call takes
+        the only choice without a draw.
+        """
         if not self.causal:
             return -1, -1
-        if recording() is not None and len(self.chunk_size) == len(self.left_context_frames) == 1:
+        alone = len(self.chunk_size) == len(self.left_context_frames) == 1
+        if alone and (recording() is not None or torch.compiler.is_compiling()):
             return _only_chunk(self)
         chunk_size = random.choice(self.chunk_size)
         if chunk_size == -1:
@@ -231,7 +234,7 @@ class Zipformer(torch.nn.Module):
 
 
 def _only_chunk(encoder):
-    """Does what ``get_chunk_info`` does where there is nothing to choose; the choices still draw."""
+    """Does what ``get_chunk_info`` does where there is nothing to choose. The choices of a recorded call still draw."""
     drawn = (
         encoder.chunk_size
         if encoder.chunk_size[0] == -1
@@ -244,7 +247,8 @@ def _only_chunk(encoder):
             random.choice(encoder.left_context_frames)
         return []
 
-    recording().numbers(plan, 0)
+    if recording() is not None:
+        recording().numbers(plan, 0)
     if drawn is encoder.chunk_size:
         return -1, -1
     return encoder.chunk_size[0], encoder.left_context_frames[0] // encoder.chunk_size[0] or 1
