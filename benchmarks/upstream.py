@@ -69,7 +69,7 @@ class Encoder(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor):
         x, lengths = self.encoder_embed(x, lengths)
-        padding = self._make_pad_mask(lengths)
+        padding = self._make_pad_mask(lengths, x.shape[1])
         x, lengths = self.encoder(x.permute(1, 0, 2), lengths, padding)
         return x.permute(1, 0, 2), lengths
 

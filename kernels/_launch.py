@@ -68,6 +68,17 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         compiled[(*grid, 1, 1)](*values, *rest, stream=active.get_current_stream(device))
 
 
+# Triton's own cdiv and next_power_of_2 unwrap constants of kernels first, which costs 2.5 to 4.3 us a call on the host.
+def cdiv(a: int, b: int) -> int:
+    """Returns a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Returns the smallest power of 2 that is at least ``n``, for n > 0."""
+    return 1 << (n - 1).bit_length()
+
+
 def generation(t: torch.Tensor) -> int:
     """Returns the compute capability that tile tables are for, as 80, 90, 100 or 120, nearest to the tensor's device.
     Tensor cores read 16-bit operands from registers on 80 and 120, from shared memory on 90 and 100.

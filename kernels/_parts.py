@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch, processors
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
 ELEMENTS = 4096  # of a tile: 8 in each thread
 WARPS = 16
@@ -26,13 +26,13 @@ def deal(
     """
     block = max(1, elements // columns)
     most = max(1, resident * processors(like) // tiles)
-    rows_per_part = triton.cdiv(triton.cdiv(rows, most), block) * block
-    return block, rows_per_part, triton.cdiv(rows, rows_per_part)
+    rows_per_part = cdiv(cdiv(rows, most), block) * block
+    return block, rows_per_part, cdiv(rows, rows_per_part)
 
 
 def adding(parts: int) -> dict[str, int]:
     """Returns the tile and the warps of a kernel that adds up so many parts."""
-    return {"BLOCK_P": max(128, triton.next_power_of_2(parts)), **ADDING}
+    return {"BLOCK_P": max(128, next_power_of_2(parts)), **ADDING}
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -54,5 +54,5 @@ def add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
     """Writes the sums over the rows of tables (..., parts, columns), added up in float64."""
     parts, columns = table.shape[-2:]
     tile = adding(min(parts, MOST_PARTS))
-    grid = triton.cdiv(columns, tile["BLOCK_C"]), out.numel() // columns
+    grid = cdiv(columns, tile["BLOCK_C"]), out.numel() // columns
     launch(add_parts_kernel, grid, table, out, parts, columns, **tile)

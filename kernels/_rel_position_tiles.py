@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
+from fastasr.kernels._launch import next_power_of_2
 
 MASKED = tl.constexpr(-1000.0)
 ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
@@ -211,4 +212,4 @@ def operands(x, pos, cached_key, heads: int, dim: int, chunk: int, left_chunks: 
 
 def head_block(dim: int, dtype: torch.dtype) -> int:
     """Returns how many channels of a head a tile holds."""
-    return min(32 if dtype == torch.float32 else 128, max(16, triton.next_power_of_2(dim)))
+    return min(32 if dtype == torch.float32 else 128, max(16, next_power_of_2(dim)))

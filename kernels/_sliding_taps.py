@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 
 MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
 # By the bytes of an element: the taps of a program that computes gradients, and the sums of a thread there per channel.
@@ -56,7 +56,7 @@ def groups(program, batch, chunk, before, GROUP: tl.constexpr, BLOCK_G: tl.const
 
 def group_of(chunk: int, most: int = MOST_FRAMES) -> int:
     """Returns the frames of a group."""
-    return min(most, triton.next_power_of_2(chunk))
+    return min(most, next_power_of_2(chunk))
 
 
 def group_blocks(frames: int, chunk: int, before: int, group: int, block: int = BLOCK_G) -> int:
@@ -242,7 +242,7 @@ def gradient_kernel(
 
 def shares(count: int, most: int) -> int:
     """Returns the size of the equal shares, of at most ``most`` each, that ``count`` things fall into."""
-    return triton.cdiv(count, triton.cdiv(count, most))
+    return cdiv(count, cdiv(count, most))
 
 
 class Map(NamedTuple):
@@ -268,14 +268,14 @@ class Segments:
         self.frames, self.chunk, self.count = frames, chunk, count
         self.bytes = dtype.itemsize
         self.taps, self.block = shares(count, MOST_TAPS[self.bytes]), WIDE if count < FEW else BLOCK_S
-        most = min(most, max(LEAST_PARTS, GOOD_PROGRAMS // (triton.cdiv(count, self.taps) * others)))
-        chunks = sequences * triton.cdiv(frames, chunk)
+        most = min(most, max(LEAST_PARTS, GOOD_PROGRAMS // (cdiv(count, self.taps) * others)))
+        chunks = sequences * cdiv(frames, chunk)
         wanted = max(1, most * self.block // chunks)  # segments of a chunk
-        length = max(min(LEAST_FRAMES, chunk), min(GOOD_FRAMES, triton.cdiv(chunk, wanted)))
-        self.length = triton.cdiv(length, self.taps) * self.taps
-        segments = chunks * triton.cdiv(chunk, self.length)
-        self.per_part = triton.cdiv(triton.cdiv(segments, self.block), most) * self.block
-        self.parts = triton.cdiv(segments, self.per_part)
+        length = max(min(LEAST_FRAMES, chunk), min(GOOD_FRAMES, cdiv(chunk, wanted)))
+        self.length = cdiv(length, self.taps) * self.taps
+        segments = chunks * cdiv(chunk, self.length)
+        self.per_part = cdiv(cdiv(segments, self.block), most) * self.block
+        self.parts = cdiv(segments, self.per_part)
 
     def form(self, shape: Map) -> dict[str, int]:
         """Returns the constants of the kernel that depend on the taps."""
@@ -294,7 +294,7 @@ class Steps(NamedTuple):
 
 def tiles(batch: int, frames: int, channels: int, like: torch.Tensor) -> tuple[torch.Tensor, Steps]:
     """Returns a tensor of tiles with the dtype and device of ``like``, and its steps."""
-    table = like.new_empty(triton.cdiv(channels, BLOCK_C), batch, frames, BLOCK_C)
+    table = like.new_empty(cdiv(channels, BLOCK_C), batch, frames, BLOCK_C)
     return table, Steps(*table.stride()[:3], BLOCK_C)
 
 
@@ -304,8 +304,8 @@ def gradients(
 ) -> None:  # fmt: skip
     """Writes rows of ``table`` (parts, rows, C), see ``gradient_kernel``."""
     form = segments.form(shape)
-    programs = triton.cdiv(segments.count, segments.taps) * triton.cdiv(shape.columns, form["COLUMNS"])
-    launch(gradient_kernel, (segments.parts * programs * triton.cdiv(channels, BLOCK_C),),
+    programs = cdiv(segments.count, segments.taps) * cdiv(shape.columns, form["COLUMNS"])
+    launch(gradient_kernel, (segments.parts * programs * cdiv(channels, BLOCK_C),),
         g, x, table, *g_steps[:3], *x_steps[:3], segments.frames, batch, channels, segments.chunk, pad, shift, *shape,
         segments.length, segments.per_part, segments.count, row, sum_row, table.shape[1],
         G_STEP=g_steps.FRAME, X_STEP=x_steps.FRAME, CHUNKED=chunked, **form, num_warps=NUM_WARPS,

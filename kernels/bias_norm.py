@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._parts import ADDING, WARPS, adding, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -146,7 +146,7 @@ def _padded(channels: int) -> int:
         raise ValueError(
             f"bias_norm: expected at most {MAX_CHANNELS} channels in the Triton kernel, got {channels}"
         )
-    return max(32, triton.next_power_of_2(channels))
+    return max(32, next_power_of_2(channels))
 
 
 def _forward_blocks(channels: int) -> tuple[int, int, int]:
@@ -168,7 +168,7 @@ def bias_norm_forward(x: torch.Tensor, bias: torch.Tensor, log_scale: torch.Tens
     if x.numel():
         rows = x.numel() // channels
         block_r, block_c, warps = _forward_blocks(channels)
-        launch(forward_kernel, (triton.cdiv(rows, block_r),),
+        launch(forward_kernel, (cdiv(rows, block_r),),
             x, bias, log_scale, y, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
     return y
@@ -193,7 +193,7 @@ def bias_norm_backward(
         grad, x, bias, log_scale, dx, dbias_parts, dlog_scale_parts, rows, rows_per_part, channels,
         BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
-    launch(add_parts_kernel, (triton.cdiv(channels, ADDING["BLOCK_C"]),),
+    launch(add_parts_kernel, (cdiv(channels, ADDING["BLOCK_C"]),),
         dbias_parts, dlog_scale_parts, dbias, dlog_scale, parts, channels, **adding(parts),
     )  # fmt: skip
     return dx, dbias, dlog_scale

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import WARPS, add_parts, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,7 +97,7 @@ def bypass_forward(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -
         rows = x.numel() // columns
         block_c = _block_columns(columns)
         block_r = 2048 // block_c
-        launch(forward_kernel, (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),),
+        launch(forward_kernel, (cdiv(rows, block_r) * cdiv(columns, block_c),),
             x_orig, x, scale, y, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
         )  # fmt: skip
     return y
@@ -115,7 +115,7 @@ def bypass_backward(
     columns = scale.numel()
     rows = x.numel() // columns
     block_c = backward_columns(columns, grad.dtype)
-    column_tiles = triton.cdiv(columns, block_c)
+    column_tiles = cdiv(columns, block_c)
     block_r, rows_per_part, parts = deal(rows, block_c, x, column_tiles)
     dscale = torch.empty_like(scale)
     table = x.new_empty((parts, columns), dtype=torch.float32)

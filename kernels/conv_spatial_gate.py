@@ -25,7 +25,7 @@ import triton.language as tl
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels import gated_depthwise_conv, residual_norm
 from fastasr.kernels._activation import activate_with_slope
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import ADDING, adding, deal
 from fastasr.kernels.gated_depthwise_conv import _in_tiles, _lay_out
 from fastasr.kernels.residual_norm import MAX_CHANNELS, _centred, _mean
@@ -242,12 +242,12 @@ class _Call:
         self.factor, self.gate = x.chunk(2, -1)
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.strides = x.stride(0), x.stride(1)
-        self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
+        self.c_tiles = cdiv(self.channels, BLOCK_C)
         self.u, self.u_steps = sliding.tiles(self.batch, self.frames, self.channels, x)
         self.table = torch.empty(self.c_tiles, self.taps, BLOCK_C, dtype=torch.float32, device=x.device)
         block_r, block_c, warps = residual_norm._blocks(self.channels, NORMALISE_ELEMENTS, NORMALISE_WARPS)
-        programs = triton.cdiv(self.rows, block_r)
-        tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles
+        programs = cdiv(self.rows, block_r)
+        tables = cdiv(self.taps, BLOCK_K) * self.c_tiles
         launch(normalise_kernel, (programs + tables,),
             self.gate, self.mask, norm_weight, norm_bias, weight, self.u, self.table, *self.strides,
             self.frames, self.rows, programs, self.channels, self.taps, eps,
@@ -272,7 +272,7 @@ class _Call:
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
         dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
-        launch(residual_norm.add_parts_kernel, (triton.cdiv(self.channels, ADDING["BLOCK_C"]), 2),
+        launch(residual_norm.add_parts_kernel, (cdiv(self.channels, ADDING["BLOCK_C"]), 2),
             table, dweight, dbias, parts, self.channels, **adding(parts),
         )  # fmt: skip
         return dweight, dbias

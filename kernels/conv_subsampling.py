@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import depthwise_conv2d
-from fastasr.kernels._launch import dot_options, launch
+from fastasr.kernels._launch import cdiv, dot_options, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -230,7 +230,7 @@ def conv_subsampling_forward(
     y = x.new_empty(x.shape[0], *sizes[4:6], channels)
     if y.numel():
         tile, rows = tiles(x.dtype)["forward"], y.shape[:3].numel()
-        grid = (triton.cdiv(rows, tile["BLOCK_P"]) * triton.cdiv(channels, tile["BLOCK_C"]),)
+        grid = (cdiv(rows, tile["BLOCK_P"]) * cdiv(channels, tile["BLOCK_C"]),)
         launch(forward_kernel, grid,
             x, weight, bias, depthwise_weight, depthwise_bias, _bytes(mask), y, *sizes, rows, channels,
             **tile,
@@ -252,17 +252,17 @@ def conv_subsampling_backward(
     shapes = tiles(x.dtype)
     dx = _input_gradient(inputs, sizes, shapes["input_gradient"]) if need_x else x.new_empty(0)
     tile, rows = shapes["weight_gradient"], grad.shape[:3].numel()
-    rows_per_part = max(LEAST_ROWS, triton.cdiv(rows, MAX_PARTS))
-    rows_per_part = triton.cdiv(rows_per_part, tile["BLOCK_P"]) * tile["BLOCK_P"]
-    parts = triton.cdiv(rows, rows_per_part)
+    rows_per_part = max(LEAST_ROWS, cdiv(rows, MAX_PARTS))
+    rows_per_part = cdiv(rows_per_part, tile["BLOCK_P"]) * tile["BLOCK_P"]
+    parts = cdiv(rows, rows_per_part)
     table = torch.empty(4 * parts, 10, channels, dtype=torch.float32, device=x.device)
-    launch(weight_gradient_kernel, (3 * parts * triton.cdiv(channels, tile["BLOCK_C"]),),
+    launch(weight_gradient_kernel, (3 * parts * cdiv(channels, tile["BLOCK_C"]),),
         *inputs, table, *sizes, rows, rows_per_part, channels, **tile,
     )  # fmt: skip
     found = []
     for share, parameter in zip(table.split((3 * parts, parts)), (weight, depthwise_weight), strict=True):
         found += torch.empty_like(parameter), parameter.new_empty(channels)
-        launch(depthwise_conv2d.add_parts_kernel, (10 * triton.cdiv(channels, BLOCK_SUM),),
+        launch(depthwise_conv2d.add_parts_kernel, (10 * cdiv(channels, BLOCK_SUM),),
             share, *found[-2:], len(share), channels, 9, BLOCK_P=4 * MAX_PARTS, BLOCK_C=BLOCK_SUM, num_warps=4,
         )  # fmt: skip
     return dx, *found
@@ -273,7 +273,7 @@ def _input_gradient(inputs, sizes, tile) -> torch.Tensor:
     frames, columns = sizes[2:4]
     rows = len(x) * frames * columns
     shares = torch.empty(9, len(x), frames, columns, dtype=torch.float32, device=x.device)
-    launch(input_gradient_kernel, (triton.cdiv(rows, tile["BLOCK_P"]),),
+    launch(input_gradient_kernel, (cdiv(rows, tile["BLOCK_P"]),),
         *inputs, shares, *sizes, rows, weight.shape[0], **tile,
     )  # fmt: skip
     dx = torch.zeros_like(x, dtype=torch.float32)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,10 +119,10 @@ def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: 
         return y
     constants = form(taps_t, out_size[0], x.dtype)
     group = constants["GROUP"]
-    rows = batch * triton.cdiv(out_size[0], group) * out_size[1]
+    rows = batch * cdiv(out_size[0], group) * out_size[1]
     _check_rows(op, max(group * rows, batch * frames * width))
     table = weight.view(channels, taps_t * taps_f).t().contiguous()  # rows of channels
-    grid = (triton.cdiv(rows, constants["BLOCK_G"]) * triton.cdiv(channels, BLOCK_C),)
+    grid = (cdiv(rows, constants["BLOCK_G"]) * cdiv(channels, BLOCK_C),)
     launch(forward_kernel, grid,
         x, table, bias, y, frames, width, *out_size, channels, taps_f, *padding, rows,
         TURNED=flip, RESIDUAL=residual, **constants, num_warps=NUM_WARPS,
@@ -152,7 +152,7 @@ def parameter_gradients(
     )
     dweight = torch.empty_like(weight) if need_weight else None
     dbias = weight.new_empty(channels) if need_bias else None
-    launch(add_parts_kernel, ((taps + 1) * triton.cdiv(channels, BLOCK_C),),
+    launch(add_parts_kernel, ((taps + 1) * cdiv(channels, BLOCK_C),),
         table, dweight, dbias, segments.parts, channels, taps,
         BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip

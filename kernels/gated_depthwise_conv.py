@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels.swoosh import _activation, _exp_minus_abs, _slope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -443,7 +443,7 @@ class _Call:
         self.chunked = causal_weight is not None
         whole = self.chunked and 0 < chunk_size < self.frames
         self.chunk = chunk_size if whole else self.frames
-        self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
+        self.c_tiles = cdiv(self.channels, BLOCK_C)
         most = self.frames + self.taps + sliding.BLOCK_G * sliding.MOST_FRAMES + BLOCK_T
         if most * self.batch >= 2**31:
             raise ValueError(
@@ -455,8 +455,8 @@ class _Call:
         self.u, self.u_steps = self.tiles(self.past + self.frames)
         rows = 4 * self.taps + 1 if self.chunked else self.taps
         self.table = torch.empty(self.c_tiles, rows, BLOCK_C, dtype=torch.float32, device=h.device)
-        gates = triton.cdiv((self.frames + self.past) * self.batch, BLOCK_T) * self.c_tiles
-        tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
+        gates = cdiv((self.frames + self.past) * self.batch, BLOCK_T) * self.c_tiles
+        tables = cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
         launch(gate_kernel, (gates + tables,),
             h, _bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
             h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, self.past, gates,

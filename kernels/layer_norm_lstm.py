@@ -35,7 +35,7 @@ import triton.language as tl
 
 from fastasr.kernels import residual_norm
 from fastasr.kernels._activation import TANH, activate_with_slope, sigmoid_pair
-from fastasr.kernels._launch import dot_options, launch, processors
+from fastasr.kernels._launch import cdiv, dot_options, launch, next_power_of_2, processors
 from fastasr.kernels.residual_norm import _mean
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -367,14 +367,14 @@ def _launched_together(kernel, programs: int, device: torch.device, *arguments, 
 
 def shapes(units: int, batch: int, programs: int, dtype: torch.dtype) -> dict[str, int]:
     """Returns the tiles of ``programs`` programs."""
-    block_u = max(32, triton.next_power_of_2(units))
-    rows = min(MAX_ROWS, triton.next_power_of_2(triton.cdiv(batch, programs)))
+    block_u = max(32, next_power_of_2(units))
+    rows = min(MAX_ROWS, next_power_of_2(cdiv(batch, programs)))
     most = MAX_K_PRECISE if dtype == torch.float32 else MAX_K
     warps = max(NUM_WARPS, min(16, block_u // 128))
     return {
         "BLOCK_B": BLOCK_B,
         "BLOCK_N": BLOCK_N,
-        "BLOCK_K": min(most, max(16, triton.next_power_of_2(units))),
+        "BLOCK_K": min(most, max(16, next_power_of_2(units))),
         "BLOCK_R": max(1, min(rows, ROW_TILE // block_u)),
         "BLOCK_U": block_u,
         "num_warps": warps,
@@ -391,7 +391,7 @@ def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) 
     step.
     """
     units, device = weight.shape[1], weight.device
-    programs = min(processors(weight), triton.cdiv(4 * units, BLOCK_N))
+    programs = min(processors(weight), cdiv(4 * units, BLOCK_N))
     shape = shapes(units, batch, programs, weight.dtype)
     if programs == 1:  # no other program to wait for
         launch(kernel, (1,), *arguments, None, *tail(first, last), **shape)
@@ -520,13 +520,13 @@ def layer_norm_lstm_backward(
 def _norm_gradients(normed, before, rows: int, row: int, start: int, out: list[torch.Tensor]) -> None:
     """Returns the sums of d n and d over all rows for the columns from ``start`` on."""
     columns = out[0].numel()
-    rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), PART_ROWS) * PART_ROWS
-    parts = triton.cdiv(rows, rows_per_part)
+    rows_per_part = cdiv(cdiv(rows, MAX_PARTS), PART_ROWS) * PART_ROWS
+    parts = cdiv(rows, rows_per_part)
     table = torch.empty((2, parts, columns), dtype=torch.float64, device=before.device)
-    launch(norm_gradient_kernel, (triton.cdiv(columns, BLOCK_P), parts),
+    launch(norm_gradient_kernel, (cdiv(columns, BLOCK_P), parts),
         normed[start:], before[start:], table, rows, rows_per_part, row, columns,
         BLOCK_R=PART_ROWS, BLOCK_C=BLOCK_P, num_warps=4,
     )  # fmt: skip
-    launch(residual_norm.add_parts_kernel, (triton.cdiv(columns, 16), 2),
+    launch(residual_norm.add_parts_kernel, (cdiv(columns, 16), 2),
         table, *out, parts, columns, BLOCK_P=128, BLOCK_C=16, num_warps=4,
     )  # fmt: skip

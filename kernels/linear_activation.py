@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import add_parts
 from fastasr.kernels.swoosh import _flat_range, _flat_tail
 
@@ -75,7 +75,7 @@ def linear_activation_forward(z: torch.Tensor, activation: int, in_place: bool) 
     """Returns act(z) of contiguous z; ``in_place`` writes it into z's memory."""
     y = z if in_place else torch.empty_like(z)
     if numel := z.numel():
-        grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
+        grid = (max(1, cdiv(numel // 16 * 16, BLOCK)),)
         launch(forward_kernel, grid,
             z, y, numel // 16, numel % 16,
             ACTIVATION=activation, TAIL=numel % 16 != 0, BLOCK=BLOCK, num_warps=NUM_WARPS,
@@ -94,8 +94,8 @@ def linear_activation_backward(
     rows = z.numel() // channels
     if rows + BLOCK_R >= 2**31:
         raise ValueError(f"fastasr.linear_activation: x: expected fewer than 2**31 rows on CUDA, got {rows}")
-    per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), BLOCK_R) * BLOCK_R
-    parts, c_tiles = triton.cdiv(rows, per_part), triton.cdiv(channels, BLOCK_C)
+    per_part = cdiv(cdiv(rows, MAX_PARTS), BLOCK_R) * BLOCK_R
+    parts, c_tiles = cdiv(rows, per_part), cdiv(channels, BLOCK_C)
     table = torch.empty(parts, channels, dtype=torch.float32, device=z.device) if need_bias else None
     launch(backward_kernel, (parts * c_tiles,),
         grad, z, dz, table, rows, channels, per_part,

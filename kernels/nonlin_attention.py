@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 8, 128, 4
 
@@ -95,7 +95,7 @@ def _launch(kernel, projected: torch.Tensor, *tensors: torch.Tensor, **options) 
     if projected.numel() == 0:
         return
     stride = projected.stride(1) if batch > 1 else projected.stride(0) if frames > 1 else channels
-    grid = (triton.cdiv(frames, BLOCK_T), triton.cdiv(width, BLOCK_C), batch)
+    grid = (cdiv(frames, BLOCK_T), cdiv(width, BLOCK_C), batch)
     launch(kernel, grid,
         *tensors, frames, batch, width, stride,
         BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS, **options,

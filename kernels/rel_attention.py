@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
-from fastasr.kernels._launch import dot_options, generation, launch, rounded
+from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, rounded
 from fastasr.kernels._rel_attention_backward import (
     biases_kernel,
     delta_kernel,
@@ -143,7 +143,7 @@ def tiles(
     """
     wide = dtype == torch.float32
     block = 16 if wide else 32
-    columns = min(32 if wide else 128, max(16, triton.next_power_of_2(value_dim)))
+    columns = min(32 if wide else 128, max(16, next_power_of_2(value_dim)))
     common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4} | dot_options(dtype)
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2 if wide else 3}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
@@ -200,8 +200,8 @@ def rel_attention_forward(
         return y, lse
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
     tile = _tiles(q, v, attn_mask, dropout_p, window)["forward"]
-    blocks = triton.cdiv(frames, tile["BLOCK_M"])
-    launch(forward_kernel, (heads * batch * blocks, triton.cdiv(v.shape[3], tile["BLOCK_V"])),
+    blocks = cdiv(frames, tile["BLOCK_M"])
+    launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask),
         dropout_seed if dropout_p else None, y, lse,
         *sizes, batch, blocks, heads, *_strides(q, k, v, y), _mask_batch(attn_mask), *_last(dim, dropout_p),
@@ -239,12 +239,12 @@ def _met(sizes: tuple[int, int, int, int, int], block: int) -> tuple[int, int, i
     by offset lie in the blocks ``lowest`` to ``highest`` of offsets that ``positions_kernel`` counts.
     """
     frames, keys, chunk, left, right = sizes
-    blocks, cached = triton.cdiv(keys, block), keys - frames
-    lowest, highest = -triton.cdiv(frames, block), blocks - 1
+    blocks, cached = cdiv(keys, block), keys - frames
+    lowest, highest = -cdiv(frames, block), blocks - 1
     if left >= 0:
         lowest = max(lowest, (cached - chunk + 1 - left) // block - 1)
     if right >= 0:
-        highest = min(highest, triton.cdiv(block - 1 + cached + chunk + right, block) - 1)
+        highest = min(highest, cdiv(block - 1 + cached + chunk + right, block) - 1)
     return min(blocks, highest - lowest), lowest, highest
 
 
@@ -252,7 +252,7 @@ def _each(batch: int, programs: int) -> int:
     """Returns the sequences of a program of ``positions_kernel``, of which each sequence takes ``programs``: so many
     that about PROGRAMS are left, as each group of sequences has a table of dR.
     """
-    return triton.cdiv(batch, min(batch, triton.cdiv(PROGRAMS, programs)))
+    return cdiv(batch, min(batch, cdiv(PROGRAMS, programs)))
 
 
 def rel_attention_backward(
@@ -290,14 +290,14 @@ def rel_attention_backward(
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
     if q.dtype == torch.float32:
-        blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK"])
+        blocks = cdiv(frames, shapes["statistics"]["BLOCK"])
         launch(statistics_kernel, (pairs * blocks,),
             *operands, inverse, delta, *sizes, batch, blocks, heads, *strides, *last,
             **constants, **shapes["statistics"],
         )  # fmt: skip
     else:
         inverse.fill_(1.0)
-        launch(delta_kernel, (triton.cdiv(lse.numel(), shapes["delta"]["BLOCK"]),),
+        launch(delta_kernel, (cdiv(lse.numel(), shapes["delta"]["BLOCK"]),),
             grad, out, delta, lse.numel(), frames, heads, VALUE_DIM=v.shape[3], **shapes["delta"],
         )  # fmt: skip
     operands = *operands, inverse, delta
@@ -305,20 +305,20 @@ def rel_attention_backward(
 
     tile = shapes["queries"]
     block = tile["BLOCK"]
-    blocks = triton.cdiv(frames, block)
+    blocks = cdiv(frames, block)
     met, lowest, highest = _met(sizes, block)
     row = (met + 1) * block  # a row of dS by offset
     step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
     ds = q.new_empty(pairs * min(step, blocks) * block * row)
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
-    programs = heads * triton.cdiv(highest - lowest + 1, of_program)
+    programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)
-    groups = triton.cdiv(batch, each)
+    groups = cdiv(batch, each)
     low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, pos.shape[0])
     dpos = torch.zeros_like(pos) if window else torch.empty_like(pos)
     parts = torch.zeros(groups, high - low, width, dtype=shares, device=q.device)
     sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
-    columns, of_products = (triton.cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
+    columns, of_products = (cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
     for first in range(0, blocks, step):
         count = min(step, blocks - first)
         rows = min(count * block, frames - first * block)
@@ -331,21 +331,21 @@ def rel_attention_backward(
             q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
         )  # fmt: skip
         here = max(lowest, -first - count)  # offsets of the piece, in blocks
-        tall = triton.cdiv(min(highest, triton.cdiv(k.shape[1], block) - 1 - first) - here + 1, of_program)
+        tall = cdiv(min(highest, cdiv(k.shape[1], block) - 1 - first) - here + 1, of_program)
         launch(positions_kernel, (heads * groups * tall, of_products),
             ds, q, bias_v, parts, *sizes, first, count, here, low, high, each, groups, batch, tall, heads,
             q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
         )  # fmt: skip
     met_by = dpos[low:high]
     size = met_by.numel()
-    launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),), parts, met_by, size, groups, **PARTS)
-    launch(biases_kernel, (triton.cdiv(width, BIASES["BLOCK_C"]), 2),
+    launch(add_parts_kernel, (cdiv(size, PARTS["BLOCK"]),), parts, met_by, size, groups, **PARTS)
+    launch(biases_kernel, (cdiv(width, BIASES["BLOCK_C"]), 2),
         sums_of, du, dw, batch * blocks, width, **BIASES,
     )  # fmt: skip
 
     tile = shapes["keys"]
-    blocks = triton.cdiv(k.shape[1], tile["BLOCK"])
-    columns = max(triton.cdiv(dim, tile["BLOCK_D"]), triton.cdiv(v.shape[3], tile["BLOCK_V"]))
+    blocks = cdiv(k.shape[1], tile["BLOCK"])
+    columns = max(cdiv(dim, tile["BLOCK_D"]), cdiv(v.shape[3], tile["BLOCK_V"]))
     launch(keys_kernel, (pairs * blocks, columns),
         *operands, dk, dv, *sizes, batch, blocks, heads, *strides, *last, **constants, **tile
     )  # fmt: skip

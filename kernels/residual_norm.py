@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
-from fastasr.kernels._launch import generation, launch
+from fastasr.kernels._launch import cdiv, generation, launch, next_power_of_2
 from fastasr.kernels._parts import ADDING, ELEMENTS, WARPS, adding, deal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -183,7 +183,7 @@ def _padded(channels: int) -> int:
         raise ValueError(
             f"residual_norm: expected at most {MAX_CHANNELS} channels in the Triton kernel, got {channels}"
         )
-    return max(32, triton.next_power_of_2(channels))
+    return max(32, next_power_of_2(channels))
 
 
 def _blocks(channels: int, elements: int, least: int = 1) -> tuple[int, int, int]:
@@ -249,7 +249,7 @@ def residual_norm_forward(
     if x.numel():
         rows = x.numel() // channels
         block_r, block_c, warps = _blocks(channels, forward_elements(generation(x)))
-        launch(forward_kernel, (triton.cdiv(rows, block_r),),
+        launch(forward_kernel, (cdiv(rows, block_r),),
             x, update, candidate, hidden, mask, weight, bias, y, rows, channels,
             *map(_stride, (x, update, candidate, hidden)), eps,
             ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
@@ -293,7 +293,7 @@ def residual_norm_backward(
         *map(_stride, (x, update, candidate, hidden)), eps,
         ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
-    launch(add_parts_kernel, (triton.cdiv(channels, ADDING["BLOCK_C"]), 2),
+    launch(add_parts_kernel, (cdiv(channels, ADDING["BLOCK_C"]), 2),
         table, dweight, dbias, parts, channels, **adding(parts),
     )  # fmt: skip
     return dx, dupdate, dsum, dweight, dbias

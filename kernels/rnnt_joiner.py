@@ -33,7 +33,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
-from fastasr.kernels._launch import dot_options, generation, launch, processors
+from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, processors
 from fastasr.kernels._parts import add_parts
 from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
@@ -335,7 +335,7 @@ def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, in
     less time in a trial on an H200 than 128 in eight.
     """
     wide = dtype == torch.float32
-    size = max(16, triton.next_power_of_2(d))
+    size = max(16, next_power_of_2(d))
     rows = 64 if wide or generation == 120 else 128
     found = {"BLOCK_M": rows, "BLOCK_N": 32 if wide else 128, "BLOCK_K": min(16 if wide else 64, size)}
     found |= {"num_warps": 8, "num_stages": 2 if wide else 3} | dot_options(dtype)
@@ -389,7 +389,7 @@ class _Plan:
         self.tile, self.scores, self.logits_gradient = (
             shapes[name] for name in ("hidden", "scores", "logits_gradient")
         )
-        self.width = triton.cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
+        self.width = cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
         more = self.width - self.d
         self.padded = torch.nn.functional.pad(self.weight, (0, more)) if more else self.weight
 
@@ -403,7 +403,7 @@ class _Plan:
         return first, end, self.frames, self.length, self.s_range
 
     def blocks(self, count: int) -> int:
-        return triton.cdiv(count, self.scores["BLOCK_M"])
+        return cdiv(count, self.scores["BLOCK_M"])
 
     def share(self, count: int) -> int:
         """Returns the outputs of a program of `scores`: those for which its programs take the fewest turns of a block.
@@ -414,7 +414,7 @@ class _Plan:
         round the last bits of L otherwise.
         """
         block, blocks = self.scores["BLOCK_N"], self.blocks(count)
-        tiles = triton.cdiv(self.v, block)
+        tiles = cdiv(self.v, block)
         places = processors(self.weight) * (2 if self.weight.dtype is torch.float32 else 1)
 
         def turns(share: int) -> int:
@@ -427,7 +427,7 @@ class _Plan:
         h = self.weight.new_empty(end - first, self.width)
         if self.width:
             tile = self.tile
-            grid = triton.cdiv(end - first, tile["BLOCK_R"]) * triton.cdiv(self.width, tile["BLOCK_C"])
+            grid = cdiv(end - first, tile["BLOCK_R"]) * cdiv(self.width, tile["BLOCK_C"])
             launch(hidden_kernel, (grid,),
                 self.am, self.lm, *self.band, self.seed, h, *self.sizes(first, end), self.d, self.width, *self.dropout,
                 ACTIVATION=self.activation, **tile,
@@ -469,16 +469,16 @@ def rnnt_joiner_forward(
     normaliser = torch.empty(shape, dtype=torch.float64, device=am.device)
     for first, end in p.chunks(p.width * weight.element_size()):
         blocks, share = p.blocks(end - first), p.share(end - first)
-        shares = triton.cdiv(p.v, share)
+        shares = cdiv(p.v, share)
         parts = torch.empty(shares, 4, end - first, dtype=torch.float64, device=am.device)
         hidden = p.hidden(first, end)
         launch(scores_kernel, (blocks, shares),
             hidden, p.padded, p.bias, *p.band, parts,
             *p.sizes(first, end), p.width, p.v, blank, share, HAT=hat, **p.scores,
         )  # fmt: skip
-        launch(normalise_kernel, (triton.cdiv(end - first, NORMALISE["BLOCK_M"]),),
+        launch(normalise_kernel, (cdiv(end - first, NORMALISE["BLOCK_M"]),),
             parts, *p.band, px, py, normaliser, *p.sizes(first, end), p.v, blank, shares,
-            HAT=hat, BLOCK_S=triton.next_power_of_2(shares), **NORMALISE,
+            HAT=hat, BLOCK_S=next_power_of_2(shares), **NORMALISE,
         )  # fmt: skip
         if durations:
             pd.view(-1, durations)[first:end] = p.duration_logprobs(hidden)
@@ -501,7 +501,7 @@ def rnnt_joiner_backward(
     dweight, outputs = None, weight.shape[0]
     duration_parts = []
     # Zeros stand behind the last output: cuBLAS takes slow kernels for products with 8,198 outputs.
-    stride = triton.cdiv(outputs, 16) * 16
+    stride = cdiv(outputs, 16) * 16
     more = stride - outputs
     output_weight = torch.nn.functional.pad(p.outputs, (0, 0, 0, more)) if more else p.outputs
     size = weight.element_size()
@@ -515,7 +515,7 @@ def rnnt_joiner_backward(
         for (first, end), blocks, own in zip(chunks, blocks_of, parts.split(blocks_of), strict=True):
             hidden, count = p.hidden(first, end), end - first
             dlogits = weight.new_empty(count, stride)
-            launch(logits_gradient_kernel, (blocks * triton.cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
+            launch(logits_gradient_kernel, (blocks * cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
                 hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, own,
                 *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.logits_gradient,
             )  # fmt: skip
@@ -551,11 +551,11 @@ def _bias_gradient(p: _Plan, parts, duration_parts, bias, need: bool) -> torch.T
 def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, dlm) -> None:
     sizes = *p.sizes(first, end), p.d
     tile = SHORT_FRAME if p.s_range <= SHORT else FRAME
-    grid = (end - first) // p.s_range * triton.cdiv(p.d, tile["BLOCK_C"])
+    grid = (end - first) // p.s_range * cdiv(p.d, tile["BLOCK_C"])
     precise = p.am.dtype is torch.float32
     launch(frame_gradient_kernel, (grid,),
         p.am, p.lm, *p.band, p.seed, dhidden, dam, *sizes, *p.dropout,
         ACTIVATION=p.activation, PRECISE=precise, **tile,
     )  # fmt: skip
-    grid = p.batch * (p.length + 1) * triton.cdiv(p.d, CONTEXT["BLOCK_C"])
+    grid = p.batch * (p.length + 1) * cdiv(p.d, CONTEXT["BLOCK_C"])
     launch(context_gradient_kernel, (grid,), p.band[0], dhidden, dlm, *sizes, **CONTEXT)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._scaled_number import (
     FLOOR,
     add,
@@ -180,13 +180,13 @@ def backward_kernel(
 
 def _lanes(frames: int) -> tuple[int, int]:
     """Returns (lanes, warps): up to eight lanes to a thread; with four the forward spills."""
-    lanes = min(MAX_LANES, triton.next_power_of_2(frames + 1))
+    lanes = min(MAX_LANES, next_power_of_2(frames + 1))
     return lanes, max(1, lanes // 256)
 
 
 def share_row(frames: int) -> int:
     """Returns the elements from one row of shares to the next: rows are aligned."""
-    return triton.cdiv(frames + 1, 16) * 16
+    return cdiv(frames + 1, 16) * 16
 
 
 def rnnt_lattice_forward(

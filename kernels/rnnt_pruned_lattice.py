@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import launch, next_power_of_2
 from fastasr.kernels._scaled_number import (
     FLOOR,
     add,
@@ -189,7 +189,7 @@ def backward_kernel(
 
 def _lanes(window: int) -> tuple[int, int]:
     """Returns (lanes, warps)."""
-    lanes = triton.next_power_of_2(window + 1)
+    lanes = next_power_of_2(window + 1)
     return lanes, max(1, min(8, lanes * lanes // 1024))
 
 

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import dot_options, generation, launch, rounded
+from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, rounded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEMORY, RIGHT, FRAME = (tl.constexpr(number) for number in range(3))  # kinds of keys
@@ -412,7 +412,7 @@ def tiles(dim: int, dtype: torch.dtype, generation: int, lanes: int, dropout: bo
     cores unless TF32 is allowed, and need small tiles. A step of a stream is one block of 32 rows per head.
     """
     wide = dtype == torch.float32
-    block_d = min(64 if wide else 128, max(16, triton.next_power_of_2(dim)))
+    block_d = min(64 if wide else 128, max(16, next_power_of_2(dim)))
     warps = 8 if wide or block_d > 64 else 4
     common = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
     common |= dot_options(dtype)
@@ -445,7 +445,7 @@ class _Plan:
     def __init__(self, query, key, value, lengths, history, dropout, heads: int, *sizes: int):
         frames, segment, left, right, memory, past_frames, past_memory = sizes
         self.heads, self.dim, self.batch = heads, query.shape[2] // heads, query.shape[1]
-        self.segments = segments = triton.cdiv(frames, segment)
+        self.segments = segments = cdiv(frames, segment)
         self.queries, self.has_memory = query.shape[0], memory > 0
         self.mask_sizes = self.queries, memory + right + left + segment, memory, memory + right + left
         # The same windows in numbers that fit 32 bits.
@@ -453,8 +453,8 @@ class _Plan:
         self.left, self.memory = min(left, past_frames + frames), min(memory, past_memory + segments)
         self.per = right + segment + self.has_memory
         self.sizes = frames, segments, segment, self.left, right, self.memory, past_frames, past_memory
-        self.past = max(past_memory, triton.cdiv(past_frames, segment))
-        self.reach = max(self.memory, triton.cdiv(self.left, segment))
+        self.past = max(past_memory, cdiv(past_frames, segment))
+        self.reach = max(self.memory, cdiv(self.left, segment))
         self.tiles = tiles(self.dim, query.dtype, generation(query), segments * self.per, dropout is not None)
         self.tensors = query, key, value, lengths, history, dropout
         self.constants = {"DIM": self.dim, "HAS_MEMORY": self.has_memory}
@@ -469,10 +469,10 @@ class _Plan:
             (tile["BLOCK_N"], self.segments + more[0]) if more else (tile["BLOCK_M"], self.segments)
         )
         group = max(1, rows // self.per)
-        parts = triton.cdiv(group * self.per, rows)
-        blocks = triton.cdiv(segments, group) * parts
+        parts = cdiv(group * self.per, rows)
+        blocks = cdiv(segments, group) * parts
         strides = [stride for t in strided for stride in (t.stride(0), t.stride(1))]
-        grid = blocks * self.batch * self.heads, triton.cdiv(self.dim, tile["BLOCK_D"])
+        grid = blocks * self.batch * self.heads, cdiv(self.dim, tile["BLOCK_D"])
         launch(kernel, grid,
             *before, *self.tensors, *after, *self.sizes, *self.mask_sizes, self.heads, self.per, group, parts, blocks,
             *more, *strides, self.y_time, self.scale, **self.constants, **tile,

@@ -5,8 +5,7 @@
                  SwooshL: a = 4, c = 0.035; SwooshR: a = 1, c = 0.313261687
     swoosh'(x) = sigmoid(x - a) - 0.08
     forward:  y  = swoosh(x) * mask
-    backward: dx = grad * mask * swoosh'(x), and y once more for the weight gradient of a linear that follows, whose
-              bias has sum_rows grad as its gradient
+    backward: dx = grad * mask * swoosh'(x), and y once more for the weight gradient of a linear that follows
 
 With z = x - a and u = exp(-|z|) in [0, 1], nothing overflows:
 
@@ -17,24 +16,20 @@ log1p is a polynomial: Triton's log costs about 40 instructions per element, thi
 Bytes per element of e bytes: forward 2e, backward 3e, or 4e with y; a shared mask adds next to nothing.
 Instructions per element, counted in SASS: forward 28 (18 for 16-bit outputs), backward 34 (19), with y 47
 (31). A 1500x20x512 bf16 tensor takes 14 us forward and 21 us backward at 4.3 TB/s; the instructions issue in
-9 and 10 us: memory-bound. The sum over rows is read once, in two kernels (_parts.py).
+9 and 10 us: memory-bound.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch
-from fastasr.kernels._parts import WARPS, add_parts, deal
+from fastasr.kernels._launch import cdiv, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # 16 elements per thread: two (16-bit) or four (32-bit) 128-bit loads in flight in every thread.
 BLOCK = 2048
 NUM_WARPS = 4
-
-SUM_COLUMNS = 64  # of a tile of the sum over rows: models have multiples of 64 channels
-SUM_PROGRAMS = 4  # of the sum on a multiprocessor, to keep as many bytes in flight as memory needs
 
 NO_MASK, FULL_MASK, ROW_MASK, COLUMN_MASK = 0, 1, 2, 3
 
@@ -215,24 +210,6 @@ def backward_tile(
     _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT, OUTPUT)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_part"])
-def sum_kernel(X, PARTS, rows, rows_per_part, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Writes a part's sums of the columns of X."""
-    column_tiles = tl.cdiv(columns, BLOCK_C)
-    part = (tl.program_id(0) // column_tiles).to(tl.int64)
-    r = tl.arange(0, BLOCK_R)
-    c = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    X += part * rows_per_part * columns
-    left = tl.minimum(rows - part * rows_per_part, rows_per_part).to(tl.int32)
-    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for start in range(0, left, BLOCK_R):
-        keep = (start + r < left)[:, None] & (c < columns)[None, :]
-        total += tl.load(X + r[:, None] * columns + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        X += BLOCK_R * columns
-    total = tl.sum(total.to(PARTS.dtype.element_ty), axis=0)
-    tl.store(PARTS + part * columns + c, total, mask=c < columns)
-
-
 def _view(shape: torch.Size, shared_dim: int) -> tuple[int, int, int, int]:
     """Returns (groups, rows, columns, kind) of a tensor whose mask is constant along ``shared_dim``."""
     outer, size, inner = shape[:shared_dim].numel(), shape[shared_dim], shape[shared_dim + 1 :].numel()
@@ -252,13 +229,13 @@ def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) 
             "TAIL": numel % 16 != 0,
             "BLOCK": BLOCK,
         }
-        grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
+        grid = (max(1, cdiv(numel // 16 * 16, BLOCK)),)
         launch(flat, grid, *before, mask, *after, numel // 16, numel % 16, num_warps=NUM_WARPS, **options)
         return
     groups, rows, columns, kind = _view(shape, shared_dim)
     block_c = 32 if columns <= 32 else 256
     block_r = BLOCK // block_c
-    tiles = triton.cdiv(rows, block_r), triton.cdiv(columns, block_c)
+    tiles = cdiv(rows, block_r), cdiv(columns, block_c)
     options |= {"KIND": kind, "GROUPED": groups > 1, "BLOCK_R": block_r, "BLOCK_C": block_c}
     grid = (groups * tiles[0] * tiles[1],)
     launch(tile, grid, *before, mask, *after, rows, columns, *tiles, num_warps=NUM_WARPS, **options)
@@ -299,20 +276,3 @@ def swoosh_backward(
         options = {"RIGHT": swoosh_r, "OUTPUT": need_output}
         _launch(backward_flat, backward_tile, (grad, x), mask, after, x.shape, shared_dim, **options)
     return dx, y
-
-
-def sum_rows(x: torch.Tensor) -> torch.Tensor:
-    """Returns the sums over all dimensions of a contiguous, not empty x but the last, added up in float32 within a
-    program, in float64 among them and, of float32, within its tile.
-    """
-    columns = x.shape[-1]
-    rows = x.numel() // columns
-    column_tiles = triton.cdiv(columns, SUM_COLUMNS)
-    block_r, rows_per_part, parts = deal(rows, SUM_COLUMNS, x, column_tiles, resident=SUM_PROGRAMS)
-    table = x.new_empty((parts, columns), dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
-    total = x.new_empty(columns)
-    launch(sum_kernel, (parts * column_tiles,),
-        x, table, rows, rows_per_part, columns, BLOCK_R=block_r, BLOCK_C=SUM_COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
-    add_parts(table, total)
-    return total

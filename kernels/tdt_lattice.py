@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import Unlaunchable
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import launch, next_power_of_2
 from fastasr.kernels._scaled_number import (
     FLOOR,
     add,
@@ -204,7 +204,7 @@ def backward_kernel(
 
 def _lanes(symbols: int) -> tuple[int, int]:
     """Returns (lanes, warps): up to four lanes to a thread; with eight the forward spills."""
-    lanes = triton.next_power_of_2(symbols + 1)
+    lanes = next_power_of_2(symbols + 1)
     if lanes > MAX_LANES:
         raise Unlaunchable(f"tdt_lattice: expected at most {MAX_LANES - 1} symbols, got {symbols}")
     return lanes, max(1, min(16, lanes // 128))

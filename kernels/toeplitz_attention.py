@@ -38,7 +38,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
-from fastasr.kernels._launch import dot_options, generation, launch, processors
+from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, processors
 from fastasr.kernels._parts import add_parts
 from fastasr.kernels._toeplitz_attention_backward import (
     diagonals_kernel,
@@ -185,7 +185,7 @@ class _Plan:
         self.length, self.batch, self.d = query_key.shape
         self.v = value.shape[2]
         self.size = max(1, min(chunk_size, self.length) if chunk_size > 0 else self.length)
-        self.count = triton.cdiv(self.length, self.size)
+        self.count = cdiv(self.length, self.size)
         self.units = self.batch * self.count
         self.padded = self.count * self.size  # frames of a sequence with those behind the last
         self.reach = position_bias.shape[0] // 2
@@ -193,25 +193,23 @@ class _Plan:
         self.dtype, self.device = query_key.dtype, query_key.device
         self.scale = self.d**-0.5
         # whether programs with half as many columns would only take turns
-        full = self.programs(32) * triton.cdiv(self.v, 512) >= processors(query_key)
+        full = self.programs(32) * cdiv(self.v, 512) >= processors(query_key)
         self.width, self.blocks = tiles(
             self.d, self.v, self.dtype, generation(query_key), dropout is not None, full
         )
 
     def frames(self, block: int) -> tuple[int, int, int, int]:
         """Returns (length, size, count, blocks per unit) for blocks of that many frames."""
-        return self.length, self.size, self.count, triton.cdiv(self.size, block)
+        return self.length, self.size, self.count, cdiv(self.size, block)
 
     def programs(self, block: int) -> int:
-        return self.units * triton.cdiv(self.size, block)
+        return self.units * cdiv(self.size, block)
 
     def piece(self, stride: int) -> tuple[int, int]:
         """Returns (units, queries of each) whose rows of ``stride`` pairs fit PIECE_BYTES: units or part of one."""
         rows = max(1, PIECE_BYTES // (stride * self.dtype.itemsize))
         return (
-            (min(rows // self.size, self.units), self.size)
-            if rows >= self.size
-            else (1, triton.cdiv(rows, 16) * 16)
+            (min(rows // self.size, self.units), self.size) if rows >= self.size else (1, cdiv(rows, 16) * 16)
         )
 
     def by_unit(self, t: torch.Tensor) -> torch.Tensor:
@@ -237,8 +235,8 @@ def tiles(
     """
     wide = dtype == torch.float32
     from_shared = generation in (90, 100) and not wide  # operands of products, which leaves more registers
-    block_d = min(32 if wide else 128, max(16, triton.next_power_of_2(d)))
-    columns = max(16, triton.next_power_of_2(v))
+    block_d = min(32 if wide else 128, max(16, next_power_of_2(d)))
+    columns = max(16, next_power_of_2(v))
     own = {"BLOCK_D": block_d, "BLOCK_V": min(64 if wide else 128, columns), "num_warps": 8, "num_stages": 2}
     own |= dot_options(dtype)
     inner = own | {"BLOCK_V": min(32 if wide else 64, columns)}
@@ -251,7 +249,7 @@ def tiles(
     if not wide and not dropout and d <= block_d:
         columns = min(512 if from_shared and full else 256, columns)
         shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_V": columns, "num_warps": 8}
-    return triton.cdiv(d, block_d) * block_d, shapes
+    return cdiv(d, block_d) * block_d, shapes
 
 
 def _strides(t: torch.Tensor | None) -> tuple[int, int]:
@@ -316,7 +314,7 @@ def toeplitz_attention_forward(
         p, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask
     )
     tile = p.blocks["forward"]
-    launch(forward_kernel, (p.programs(tile["BLOCK_M"]), triton.cdiv(p.v, tile["BLOCK_V"])),
+    launch(forward_kernel, (p.programs(tile["BLOCK_M"]), cdiv(p.v, tile["BLOCK_V"])),
         query, key, value, gate, bias[p.reach :], hidden, dropout, y, mixed if need_gradients else None,
         *p.frames(tile["BLOCK_M"]), p.v, *_strides(value), *_strides(gate), p.batch * p.v, p.scale,
         CAUSAL=causal, ACTIVATION=activation, WIDTH=p.width, **tile,
@@ -356,7 +354,7 @@ def toeplitz_attention_backward(
     query, key, g = (t.view(p.units, p.size, -1) for t in (query, key, g))
     active = p.by_unit(active)
     shares = torch.float64 if p.dtype == torch.float32 else torch.float32
-    stride = triton.cdiv(p.size, 16) * 16  # rows of pairs are aligned
+    stride = cdiv(p.size, 16) * 16  # rows of pairs are aligned
     each, step = p.piece(stride)
     weights, slopes = p.empty(each * step * stride), p.empty(each * step * stride)
     dquery = torch.empty_like(query)
@@ -366,7 +364,7 @@ def toeplitz_attention_backward(
         dkey, dv, product = *(torch.zeros_like(t, dtype=torch.float32) for t in (key, g)), _add
     tile, diagonal = p.blocks["slopes"], p.blocks["diagonals"]
     entries = position_bias.shape[0]
-    reaches = triton.cdiv(entries, diagonal["BLOCK_T"])
+    reaches = cdiv(entries, diagonal["BLOCK_T"])
     diagonals = p.empty(max(1, MAX_PARTS // reaches), entries, dtype=shares)
     with torch.autocast(p.device.type, enabled=False):  # it would take products of float32 in 16 bits
         for unit, first in itertools.product(range(0, p.units, each), range(0, p.size, step)):
@@ -379,7 +377,7 @@ def toeplitz_attention_backward(
             )
             torch.baddbmm(w, q, k.mT, beta=0, alpha=p.scale, out=w)
             torch.bmm(gs, v.mT, out=ds)
-            blocks = triton.cdiv(rows, tile["BLOCK_M"])
+            blocks = cdiv(rows, tile["BLOCK_M"])
             launch(slopes_kernel, (units * blocks,),
                 w, ds, bias[p.reach :], hidden, dropout,
                 p.length, p.size, p.count, unit, first, rows, blocks, keys, stride, CAUSAL=causal, **tile,
@@ -392,16 +390,16 @@ def toeplitz_attention_backward(
             product(dvs, w.mT, gs)
     add_parts(diagonals, dposition_bias)
 
-    launch(values_kernel, (p.batch * p.length, triton.cdiv(p.v, VALUES["BLOCK_C"])),
+    launch(values_kernel, (p.batch * p.length, cdiv(p.v, VALUES["BLOCK_C"])),
         dv, value if activate_value else None, dvalue, p.length, p.padded, p.v, *_strides(value), p.batch * p.v,
         ACTIVATION=activation, **VALUES,
     )  # fmt: skip
 
     rows = p.length * p.batch
-    rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), PARAMETERS["BLOCK_R"]) * PARAMETERS["BLOCK_R"]
-    parts = triton.cdiv(rows, rows_per_part)
+    rows_per_part = cdiv(cdiv(rows, MAX_PARTS), PARAMETERS["BLOCK_R"]) * PARAMETERS["BLOCK_R"]
+    parts = cdiv(rows, rows_per_part)
     table = p.empty(4, parts, p.d, dtype=shares)
-    launch(parameters_kernel, (parts, triton.cdiv(p.d, PARAMETERS["BLOCK_C"])),
+    launch(parameters_kernel, (parts, cdiv(p.d, PARAMETERS["BLOCK_C"])),
         query_key, qk_weight, dquery, dkey, dquery_key, table, rows, p.length, p.padded, rows_per_part, p.d, p.scale,
         *_strides(query_key), p.batch * p.d, ACTIVATION=activation, WIDTH=p.width, **PARAMETERS,
     )  # fmt: skip

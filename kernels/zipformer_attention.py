@@ -27,7 +27,15 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import dot_options, generation, launch, processors, rounded
+from fastasr.kernels._launch import (
+    cdiv,
+    dot_options,
+    generation,
+    launch,
+    next_power_of_2,
+    processors,
+    rounded,
+)
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -355,7 +363,7 @@ def blocks_of_piece(blocks: int, pairs: int, most: int, places: int) -> int:
 
     def turns(each: int) -> int:
         whole, rest = divmod(blocks, each)
-        return whole * triton.cdiv(pairs * each, places) + triton.cdiv(pairs * rest, places)
+        return whole * cdiv(pairs * each, places) + cdiv(pairs * rest, places)
 
     return min(range(max(1, min(most, blocks)), 0, -1), key=turns)
 
@@ -371,7 +379,7 @@ def tiles(
     product; Triton would let more warps compute the same rows again, with their exponentials.
     """
     wide = dtype == torch.float32
-    block_p = max(16, triton.next_power_of_2(max(1, pos_dim)))
+    block_p = max(16, next_power_of_2(max(1, pos_dim)))
     rows = 16 if wide else 64
     block_d = head_block(dim, dtype)
     common = {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": block_d, "num_stages": 2}
@@ -380,7 +388,7 @@ def tiles(
     if dim > block_d or (not wide and pos_dim not in (0, 4)):  # loops over channels inside the tile
         common["BLOCK_N"] = 32
     narrow = {"BLOCK_N": 32} if hiding and not wide else {}
-    columns = max(16, triton.next_power_of_2(max(1, value_dim)))
+    columns = max(16, next_power_of_2(max(1, value_dim)))
     inner = common | {"BLOCK_V": min(32 if wide else 64, columns)}
     forward = common | narrow | {"BLOCK_V": min(32 if wide else 128, columns)}
     queries = inner | {"BLOCK_P": block_p, "BLOCK_N": 32}
@@ -432,8 +440,8 @@ def zipformer_attention_forward(
     tile = tiles(dim, o.pos_dim, value_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)[
         "forward"
     ]
-    blocks = triton.cdiv(frames, tile["BLOCK_M"])
-    launch(forward_kernel, (value_heads * batch * blocks, triton.cdiv(value_dim, tile["BLOCK_V"])),
+    blocks = cdiv(frames, tile["BLOCK_M"])
+    launch(forward_kernel, (value_heads * batch * blocks, cdiv(value_dim, tile["BLOCK_V"])),
         x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), value, y,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
@@ -479,19 +487,19 @@ def zipformer_attention_backward(
     constants = o.constants | {"VALUE_DIM": value_dim}
 
     tile = shapes["queries"]
-    columns = triton.cdiv(dim, tile["BLOCK_D"])
+    columns = cdiv(dim, tile["BLOCK_D"])
     row = _rows(o.keys)
     rows = frames
     if o.pos_dim:
         most = PIECE_BYTES // (pairs * row * x.element_size() * tile["BLOCK_M"])
-        blocks = triton.cdiv(frames, tile["BLOCK_M"])
+        blocks = cdiv(frames, tile["BLOCK_M"])
         # a multiprocessor holds two programs of 16 bits, one of float32 (tests/kernels/budgets.toml: registers)
         places = processors(x) * (2 if x.dtype.itemsize == 2 else 1)
         rows = min(frames, tile["BLOCK_M"] * blocks_of_piece(blocks, pairs, most, places))
     pieces = _Diagonals(x, o, rows, pairs, row, shapes["positions"]) if o.pos_dim else None
     for first in range(0, frames, rows):
         count = min(rows, frames - first)
-        blocks = triton.cdiv(count, tile["BLOCK_M"])
+        blocks = cdiv(count, tile["BLOCK_M"])
         launch(queries_kernel, (pairs * blocks, columns),
             grad, x, o.key, o.r, *masks, value, dx, pieces.ds if pieces else None, maximum, inverse, delta,
             frames, o.keys, o.left, first, count, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
@@ -504,8 +512,8 @@ def zipformer_attention_backward(
     dkey = dx[..., heads * dim : 2 * heads * dim]
     if o.left:
         dkey = torch.empty_like(o.key) if value_heads == heads else torch.zeros_like(o.key)
-    blocks = triton.cdiv(o.keys, tile["BLOCK_N"])
-    columns = max(columns, triton.cdiv(value_dim, tile["BLOCK_V"]))
+    blocks = cdiv(o.keys, tile["BLOCK_N"])
+    columns = max(columns, cdiv(value_dim, tile["BLOCK_V"]))
     launch(keys_kernel, (pairs * blocks, columns),
         grad, x, o.key, o.r, *masks, value, maximum, inverse, delta, dkey, dvalue,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
@@ -530,7 +538,7 @@ class _Diagonals:
 
     def add(self, first: int, rows: int) -> None:
         o, x = self.o, self.x
-        blocks = triton.cdiv(rows + o.keys - 1, self.tile["BLOCK_O"])  # offsets that meet these rows
+        blocks = cdiv(rows + o.keys - 1, self.tile["BLOCK_O"])  # offsets that meet these rows
         launch(positions_kernel, (self.pairs * blocks,),
             self.ds, x, self.parts, o.frames, o.keys, first, rows, o.frames - first - rows, o.batch, blocks, o.heads,
             o.offsets, self.row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=True, **self.tile,
@@ -540,7 +548,7 @@ class _Diagonals:
         """Returns dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
         dpos = self.x.new_empty(sequences, *self.parts.shape[1:])
         size = dpos.numel()
-        launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),),
+        launch(add_parts_kernel, (cdiv(size, PARTS["BLOCK"]),),
             self.parts, dpos, size, self.o.batch // sequences, **PARTS,
         )  # fmt: skip
         return dpos

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
-from fastasr.kernels._launch import dot_options, generation, launch, rounded
+from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, rounded
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -393,11 +393,11 @@ def tiles(
     cores unless TF32 is allowed, and need small tiles.
     """
     wide = dtype == torch.float32
-    block_d, block_p = head_block(dim, dtype), max(16, triton.next_power_of_2(max(1, pos_dim)))
+    block_d, block_p = head_block(dim, dtype), max(16, next_power_of_2(max(1, pos_dim)))
     rows = 16 if wide else 64
     forward = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 8 if hiding else 4, "WHOLE": False}
     if keys <= (64 if wide else 512):
-        block_n = max(64, triton.next_power_of_2(keys))
+        block_n = max(64, next_power_of_2(keys))
         forward = {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4 if block_n <= 256 else 8, "WHOLE": True}
     queries = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4 if rounded(dtype) else 8}
     if penalty and not wide:  # eight warps would compute a product of 64 x 32 twice, but on capability 10.0
@@ -417,7 +417,7 @@ def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _rows(keys: int) -> int:
-    return triton.cdiv(keys, ROW) * ROW
+    return cdiv(keys, ROW) * ROW
 
 
 def zipformer_attention_weights_forward(
@@ -443,7 +443,7 @@ def zipformer_attention_weights_forward(
         return weights
     o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
     tile = tiles(keys, dim, o.pos_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)["forward"]
-    blocks = triton.cdiv(frames, tile["BLOCK_M"])
+    blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (o.pairs * blocks,),
         x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), weights,
         frames, keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
@@ -488,8 +488,8 @@ def zipformer_attention_weights_backward(
     ds = x.new_empty(o.pairs * frames * row)
 
     tile = shapes["queries"]
-    columns = triton.cdiv(dim, tile["BLOCK_D"])
-    blocks = triton.cdiv(frames, tile["BLOCK_M"])
+    columns = cdiv(dim, tile["BLOCK_D"])
+    blocks = cdiv(frames, tile["BLOCK_M"])
     launch(queries_kernel, (o.pairs * blocks, columns),
         grad, weights, x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), dx, ds,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
@@ -501,7 +501,7 @@ def zipformer_attention_weights_backward(
 
     tile = shapes["keys"]
     dkey = torch.empty_like(o.key) if o.left else dx[..., heads * dim : 2 * heads * dim]
-    blocks = triton.cdiv(o.keys, tile["BLOCK_N"])
+    blocks = cdiv(o.keys, tile["BLOCK_N"])
     launch(keys_kernel, (o.pairs * blocks, columns),
         ds, x, dkey, frames, o.keys, o.left, batch, blocks, o.chunk, o.left_chunks, row,
         x.stride(0), x.stride(1), dkey.stride(0), dkey.stride(1),
@@ -526,7 +526,7 @@ def position_gradients(
     shared = sequences < o.batch
     parts_dtype = x.dtype if not shared else torch.float64 if x.dtype == torch.float32 else torch.float32
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
-    blocks = triton.cdiv(o.offsets, tile["BLOCK_O"])
+    blocks = cdiv(o.offsets, tile["BLOCK_O"])
     launch(positions_kernel, (o.pairs * blocks,),
         ds, x, parts, o.frames, o.keys, 0, o.frames, 0, o.batch, blocks, o.heads, o.offsets, row,
         x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, **tile,
@@ -535,5 +535,5 @@ def position_gradients(
         return parts
     dpos = x.new_empty(1, *parts.shape[1:])
     size = dpos.numel()
-    launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),), parts, dpos, size, o.batch, **PARTS)
+    launch(add_parts_kernel, (cdiv(size, PARTS["BLOCK"]),), parts, dpos, size, o.batch, **PARTS)
     return dpos

@@ -42,11 +42,13 @@ class Recording:
             None
         )  # a recorder may want to know where such parts begin and end
         self.told = []  # (who hears it, whether it is to hear), one for each of the verdicts
-        self.verdicts = torch.zeros(MAX_VERDICTS if back is None else 0, dtype=torch.bool, device=device)
+        self.verdicts = torch.zeros(MAX_VERDICTS if back is None else 0, 16, dtype=torch.bool, device=device)
 
     def numbers(self, plan, count):
         """Returns the ``Numbers`` that ``plan`` returns before each replay."""
-        begin, self.used = self.used, self.used + count
+        # each begins at a multiple of 16 bytes: kernels are compiled for such addresses and for others
+        begin = -(-self.used // 4) * 4 if count else self.used
+        self.used = begin + count
         if self.used > CAPACITY:
             raise Unrecordable(f"more than {CAPACITY} numbers in one pass")
         self.plans.append((plan, begin, self.used))
@@ -65,7 +67,7 @@ class Recording:
         if len(self.told) == MAX_VERDICTS:
             raise Unrecordable(f"more than {MAX_VERDICTS} verdicts in one pass")
         self.told.append((hear, acts))
-        return self.verdicts[len(self.told) - 1]
+        return self.verdicts[len(self.told) - 1, 0]
 
     def refuse(self, reason):
         """Ends the recording: calls of this kind run as they are, for this reason."""
@@ -91,7 +93,7 @@ class Recording:
     def tell(self):
         """Tells what the replay found to those who acted: one copy for all, which nobody waits for here."""
         if self.told:
-            found = Verdicts(self.verdicts[: len(self.told)])
+            found = Verdicts(self.verdicts[: len(self.told), 0])
             for i, (hear, acts) in enumerate(self.told):
                 if acts.on:
                     hear(Verdict(found, i))

@@ -127,3 +127,15 @@ def fake_gpu(**settings) -> Iterator[FakeGPU]:
         finally:
             for kernel in {launch.kernel for launch in gpu.launches}:
                 kernel.device_caches.clear()
+
+
+@contextlib.contextmanager
+def models_on_fake_gpu(**settings) -> Iterator[FakeGPU]:
+    """Does what ``fake_gpu`` does, for whole models: an op without Triton kernels runs its definition, as on CUDA."""
+
+    def choose(family, device, dtype):
+        of_triton = (i for i in family.implementations if i.backend == "triton" and dtype in i.dtypes)
+        return next((implementation.load() for implementation in of_triton), None)
+
+    with fake_gpu(**settings) as gpu, mock.patch.object(_dispatch.KernelFamily, "_choose", choose):
+        yield gpu

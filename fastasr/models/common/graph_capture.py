@@ -10,6 +10,8 @@ import threading
 
 import torch
 
+from fastasr.ops._dispatch import replayed
+
 _local = threading.local()
 
 
@@ -28,7 +30,8 @@ def recorded_by(recording_):
     """Inside the block ``recording()`` of this thread returns ``recording_``."""
     before, _local.recording = recording(), recording_
     try:
-        yield
+        with replayed(recording_ is not None):
+            yield
     finally:
         _local.recording = before
 

@@ -46,6 +46,11 @@ def padded():
         _all_padded = before
 
 
+def are_all_padded() -> bool:
+    """Says whether this is inside a block of ``padded``."""
+    return _all_padded
+
+
 def on_gpu(device: torch.device) -> bool:
     return device.type != "cpu"
 

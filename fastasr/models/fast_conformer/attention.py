@@ -4,7 +4,7 @@ r"""Multi-head attention with relative positions (Dai et al., "Transformer-XL", 
     s[i,j] = ((q_i + u)·k_j + (q_i + w)·R[T − 1 − i + j]) / √d     y = W_o (softmax_j(s) v)
 
 with R a projection of sinusoids. A query that sees no key gives the mean of v over all T keys, as upstream, which fills
-its scores with the lowest number; the gradient of these rows is upstream's too.
+its scores with the lowest number; the gradient of these rows is upstream's too. A GPU leaves this out for padding.
 """
 
 import weakref
@@ -116,7 +116,7 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     """Returns y (B, T, H, d) of queries (B, T, H, d), which stand at the last frames of keys and values (B, K, H, d).
 
     The position embeddings have 2K − 1 rows. ``by`` is what ``masks.seen`` reads in the mask. A query that sees no key
-    gets 0, or with ``mean`` the mean of v: in the kernel's case without dropout.
+    gets 0, or with ``mean`` the mean of v (``masks.are_empty_rows_read``): in the kernel's case without dropout.
     """
     dropout = module.attention_dropout if module.training else 0.0
     rows = max(0, q.shape[1] + k.shape[1] - 1)  # the others are of keys behind those of the queries
@@ -134,7 +134,7 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     p = projected(module, module.relative_k_proj, position_embeddings[0])[:rows]
     p = p.view(rows, *module.bias_u.shape)
     y = ops.rel_attention(q, k, v, p, module.bias_u, module.bias_v, **masks.of_kernel(mask, by), **of_kernel)
-    if not mean or by is None or by.empty_rows is None:
+    if not mean or by is None or by.empty_rows is None or not masks.are_empty_rows_read(by, q.device):
         return y
     return torch.where(by.empty_rows[:, :, None, None], _mean(module, q, k, v).to(y.dtype), y)
 

@@ -85,7 +85,7 @@ class FastConformerEncoder(torch.nn.Module):
     def forward(self, input_features, attention_mask=None):
         """Features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames, or None -> ((B, T, width), mask (B, T) or None).
 
-        T = ⌈T₀ / factor⌉. Output at padding frames is not 0, but for ``ragged``.
+        T = ⌈T₀ / factor⌉. Output at padding frames is not 0, but for ``ragged``; on a GPU it is not upstream's.
         """
         lengths = ragged.lengths(self, input_features, attention_mask) if self.ragged else None
         if lengths is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastasr import _left
 from fastasr._transforms import is_transformed
 from fastasr.models.common.graph_capture import recording
+from fastasr.models.common.ragged import are_all_padded, on_gpu
 from fastasr.ops import _kept
 from fastasr.ops.rel_attention import outside_context
 
@@ -17,8 +18,9 @@ class Seen(NamedTuple):
     """What queries see of keys.
 
     ``hidden_keys`` (B, T): True at keys that no query sees. ``empty_rows`` (B, T): True at queries that see no key, or
-    None if there are none. ``by_length``: whether every other query sees every other key. ``context``: the arguments of
-    ``ops.rel_attention`` that with ``hidden_keys`` say all that the mask does, or {}.
+    None if there are none; a GPU does not look whether a mask (B, T) has some. ``by_length``: whether every other query
+    sees every other key. ``context``: the arguments of ``ops.rel_attention`` that with ``hidden_keys`` say all that the
+    mask does, or {}.
     """
 
     hidden_keys: Tensor
@@ -61,7 +63,8 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
         torch.compiler.is_compiling() or is_transformed() or recording() is not None
     ):  # nothing may depend on values, or be kept
         if mask.dim() == 2:
-            return Seen(~mask, ~mask, True, {})
+            hidden = ~mask
+            return Seen(hidden, hidden, True, {})
         by_query = ~mask if hides else mask[:, 0]
         return Seen(~by_query.any(1), ~by_query.any(2), False, {})
     version = _kept.content(mask)
@@ -78,7 +81,10 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
             by_length = torch.equal(counts, rows.sum(1) * keys.sum(1))
         empty = ~rows
         context = {} if by_length or left is None else _chunks(by_query, keys, left)
-        kept = version, Seen(~keys, empty if bool(empty.any()) else None, by_length, context)
+        are_some = (mask.dim() == 2 and on_gpu(mask.device)) or bool(
+            empty.any()
+        )  # a GPU's answer is waited for
+        kept = version, Seen(~keys, empty if are_some else None, by_length, context)
         mask._fastasr_seen = kept
     return kept[1]
 
@@ -92,6 +98,14 @@ def _chunks(by_query: Tensor, seen_keys: Tensor, left: int) -> dict:
     context = {"context": (left // chunk * chunk, 0), "chunk_size": chunk}
     expected = seen_keys[:, None] & ~outside_context(by_query, **context)
     return context if torch.equal(by_query, expected) else {}
+
+
+def are_empty_rows_read(by: Seen, device: torch.device) -> bool:
+    """Says whether queries that see no key need upstream's values. With a mask of lengths these are padding, which no
+    other frame depends on: later layers hide its keys, and the convolutions set its frames to 0. A GPU leaves the
+    values out, which would take the host a tenth of a call. The CPU and ``verify`` compute them.
+    """
+    return not (by.by_length and on_gpu(device)) or are_all_padded()
 
 
 def of_kernel(mask: Tensor | None, by: Seen | None, hides: bool = False) -> dict[str, Tensor]:

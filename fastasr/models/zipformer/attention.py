@@ -44,7 +44,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
 
     In training, a call leaves out the position scores with probability ``pos_emb_skip_rate``, and 10 % of the calls
     penalise scores beyond 25 by 1e-4 times their excess. Python's ``random`` decides both. Every call draws one more
-    number, by which 0.1 % of the calls in eval mode log the entropy of the weights.
+    number, by which 0.1 % of the calls in eval mode log the entropy of the weights; compiled calls do neither.
 
     Raises ValueError for masks of another shape and TypeError for an attn_mask that is not boolean.
     """
@@ -121,7 +121,8 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         projected, relative, masks, penalized = _operands(
             self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
-        random.random()  # forward draws this to decide on logging, which would need all weights
+        if not torch.compiler.is_compiling():
+            random.random()  # forward draws this to decide on logging, which would need all weights
 
         def described(projected, relative, **masks):
             if penalized and torch.is_grad_enabled():
@@ -216,7 +217,11 @@ def plain(module, x, pos_emb, masks):
 
 
 def draw_for_entropy(module, weights):
-    """Draws a number that decides whether this call logs the entropy of its weights, which ``weights()`` returns."""
+    """Draws a number that decides whether this call logs the entropy of its weights, which ``weights()`` returns. A
+    compiled call neither draws nor logs.
+    """
+    if torch.compiler.is_compiling():
+        return
     recorded = recording()
     if recorded is not None:
         recorded.numbers(lambda: (random.random(), [])[1], 0)

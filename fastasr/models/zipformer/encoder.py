@@ -207,9 +207,14 @@ class Zipformer(torch.nn.Module):
         return masks
 
     def get_chunk_info(self):
-        """Draws (chunk size, left context in chunks) from Python's ``random``; -1 means no limit."""
+        """Draws (chunk size, left context in chunks) from Python's ``random``; -1 means no limit. A compiled call takes
+        the only choice without a draw.
+        """
         if not self.causal:
             return -1, -1
+        if torch.compiler.is_compiling() and len(self.chunk_size) == len(self.left_context_frames) == 1:
+            chunk_size, left_frames = self.chunk_size[0], self.left_context_frames[0]
+            return (-1, -1) if chunk_size == -1 else (chunk_size, left_frames // chunk_size or 1)
         chunk_size = random.choice(self.chunk_size)
         if chunk_size == -1:
             return -1, -1

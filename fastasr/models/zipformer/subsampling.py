@@ -47,7 +47,7 @@ class Conv2dSubsampling(torch.nn.Module):
     is compiled or a module has hooks; on a GPU only 16-bit types are reordered. The result is always contiguous.
 
     Raises ValueError for fewer than 7 in_channels, AssertionError if the largest length is not the number of output
-    frames.
+    frames, which a compiled call does not check.
     """
 
     def __init__(
@@ -181,7 +181,8 @@ def _dropped(front_end, y):
 
 
 def _lengths(y, lengths):
-    if recording() is not None:  # the host compares the lengths that it has before a replay
+    # a replay's host compares the lengths that it has; a compiler would break its graph to read them
+    if recording() is not None or torch.compiler.is_compiling():
         return lengths
     longest = lengths.max().item()
     assert y.shape[1] == longest, f"{y.shape[1]} frames, and the longest length is {longest}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/swoosh.py."""
 
-from fastasr.kernels import _parts, swoosh
+from fastasr.kernels import _parts, _sum_rows, swoosh
 
 from .configuration import Configuration, adding
 
@@ -27,10 +27,10 @@ def configurations():
                 name = f"swoosh backward{' + output' if output else ''}, {label}, {dtype}"
                 yield Configuration(name, backward, types, constants, 4, divisible)
     for dtype, shares in (("fp32", "fp64"), ("bf16", "fp32")):
-        types, block_c = {"X": dtype, "PARTS": shares}, swoosh.SUM_COLUMNS
+        types, block_c = {"X": dtype, "PARTS": shares}, _sum_rows.COLUMNS
         tile = {"BLOCK_R": _parts.ELEMENTS // block_c, "BLOCK_C": block_c}
         yield Configuration(
-            f"swoosh sum, {dtype}", swoosh.sum_kernel, types, tile, _parts.WARPS, ("columns",)
+            f"swoosh sum, {dtype}", _sum_rows.sum_kernel, types, tile, _parts.WARPS, ("columns",)
         )
         constants, warps = adding(512)
         types = {"PARTS": shares, "OUT": dtype}

@@ -191,7 +191,9 @@ def test_in_place_and_flags(layout, act, dtype):
             assert bool(verdict) == bool(white) == (acts and limit > 1.0)
             for order in (_dense, _slices):
                 found = order(lambda *shape: torch.zeros(shape, dtype=dtype), *grad.shape).copy_(grad)
-                assert bool(whiten_(found, x, 1, numbers, act)) == bool(white)
+                verdict = torch.ones((), dtype=torch.bool)
+                whiten_(found, x, 1, numbers, act, verdict)
+                assert bool(verdict) == bool(white)
                 assert torch.equal(found, expected)
 
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step and a call in inference ask of a GPU's host, counted without a GPU: operator calls that reach a
+backend, launches of Triton kernels, and nodes of autograd. Where the host is slower than the GPU, these are the time.
+
+The models have the layers of Zipformer-M and of a FastConformer of 110M parameters, and few channels. Python's random
+numbers are constant, so that no regulariser of the Zipformer acts, or every one, whatever the order of the draws.
+"""
+
+import random
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+import torch
+from steps import seeded
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastasr.benchmarks import upstream
+from fastasr.models import zipformer
+from fastasr.models.fast_conformer import FastConformerEncoder, masks
+
+pytest.importorskip("triton")
+from fastasr.testing.fake_gpu import models_on_fake_gpu
+
+pytestmark = pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason="counts are those of torch 2.13"
+)
+
+ZIPFORMER = upstream.MEDIUM | {
+    "encoder_dim": (32, 32, 48, 64, 48, 32), "encoder_unmasked_dim": (16, 16, 32, 32, 32, 16), "pos_dim": 16,
+    "query_head_dim": (16,), "value_head_dim": (8,), "num_heads": (2,), "feedforward_dim": (32, 32, 48, 64, 48, 32),
+}  # fmt: skip
+GROWTH = 1.02  # counts may grow by this factor
+NEVER, ALWAYS = 0.999, 0.0  # random numbers with which nothing acts that has a rate, or everything
+
+
+class Counts(NamedTuple):
+    forward: int  # operator calls of a pass
+    backward: int
+    launches: int  # of both passes
+    nodes: int
+
+
+# Case -> training or not, the random number, and the counts. A change that lowers a count lowers it here.
+CASES = {
+    "zipformer, inference": (False, NEVER, Counts(3484, 0, 219, 0)),
+    "zipformer, training, nothing acts": (True, NEVER, Counts(4165, 6683, 670, 3270)),
+    "zipformer, training, everything acts": (True, ALWAYS, Counts(4818, 26268, 670, 3859)),
+    "fast_conformer, inference": (False, NEVER, Counts(2051, 0, 88, 0)),
+    "fast_conformer, training": (True, NEVER, Counts(2159, 3995, 350, 2194)),
+}
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def nodes(root):
+    found, left = set(), [root]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def model_and_inputs(name):
+    seeded(0)
+    if name == "zipformer":
+        return upstream.steady(upstream.Encoder(ZIPFORMER, zipformer)), upstream.example(2, 48)
+    sizes = {"width": 64, "layers": 17, "heads": 2, "hidden": 128, "channels": 16, "layer_drop": 0.0}
+    valid = torch.arange(64) < torch.tensor([[64], [48]])
+    return FastConformerEncoder(**sizes), (torch.randn(2, 64, 80), valid)
+
+
+def step(model, inputs, training):
+    """Returns the operator calls of both passes, under autocast, and the nodes between them."""
+    ahead, back = Calls(), Calls()
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16), ahead:
+        y = model(*inputs)[0]
+    if not training:
+        return ahead.found, back.found, set()
+    total = y.float().sum()
+    between = nodes(total.grad_fn)
+    with back:
+        total.backward()
+    return ahead.found, back.found, between
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_counts_do_not_grow(case, monkeypatch):
+    training, drawn, counts = CASES[case]
+    model, inputs = model_and_inputs(case.partition(",")[0])
+    model.train(training)
+    monkeypatch.setattr(masks, "on_gpu", lambda device: True)  # a GPU computes less for padding
+    monkeypatch.setattr(random, "random", lambda: drawn)
+    with models_on_fake_gpu() as gpu:
+        step(model, inputs, training)  # the first call fills caches
+        model.zero_grad(set_to_none=True)
+        gpu.launches.clear()
+        ahead, back, between = step(model, inputs, training)
+    found = Counts(ahead.total(), back.total(), len(gpu.launches), len(between))
+    limits = [int(GROWTH * count) for count in counts]
+    assert all(count <= limit for count, limit in zip(found, limits, strict=True)), (
+        f"{found}, limits {limits}\nforward: {ahead.most_common(20)}\nbackward: {back.most_common(20)}\n"
+        f"nodes: {Counter(type(node).__name__ for node in between).most_common(20)}\n"
+        f"launches: {Counter(launch.name for launch in gpu.launches).most_common(20)}"
+    )

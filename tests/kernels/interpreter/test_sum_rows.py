@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sum over rows, and the linear layers whose bias has it as its gradient."""
+
+import pytest
+import torch
+
+from fastasr import backend, ops
+from fastasr.kernels import _sum_rows
+from fastasr.ops._dispatch import replayed
+from fastasr.ops.linear import MANY_ROWS
+from fastasr.testing.tolerance import compare
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (70, 64), (1300, 100), (513, 2, 65)], ids=str)
+def test_the_sum(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    every = tuple(range(len(shape) - 1))
+    comparison = compare(_sum_rows.sum_rows(x), x.sum(every), x.double().sum(every))
+    assert comparison.ok, str(comparison)
+
+
+@pytest.mark.parametrize(("rows", "recorded"), [(600, True), (600, False), (200, True)])
+def test_linear_adds_up_its_bias_gradient_in_a_recorded_call(rows, recorded, monkeypatch):
+    """It does so from 512 rows on, and not elsewhere, where torch's node of autograd costs less."""
+    calls = []
+    monkeypatch.setattr(_sum_rows, "sum_rows", lambda x, sums=_sum_rows.sum_rows: calls.append(x) or sums(x))
+    tensors = [torch.randn(s).requires_grad_() for s in ((rows, 2, 16), (24, 16), (24,))]
+    grad = torch.randn(rows, 2, 24)
+    with backend("triton" if recorded else "auto"), replayed(recorded):
+        y = ops.linear(*tensors)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected = ops.linear.definition(*wide)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    found, truth = torch.autograd.grad(y, tensors, grad), torch.autograd.grad(expected, wide, grad.double())
+    for a, t in zip(found, truth, strict=True):
+        torch.testing.assert_close(a.double(), t, rtol=1e-5, atol=1e-4)
+    assert len(calls) == (recorded and 2 * rows > MANY_ROWS)

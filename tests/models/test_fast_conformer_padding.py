@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GPU leaves out upstream's values of padding queries. Nothing that a valid frame depends on reads them."""
+
+import copy
+
+import pytest
+import torch
+from steps import cotangent, seeded
+
+from fastasr.models.common.ragged import padded
+from fastasr.models.fast_conformer import FastConformerCTC, FastConformerEncoder, attention, masks
+
+BINS, FRAMES, LENGTHS = 16, 80, (80, 45, 1, 0)
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    monkeypatch.setattr(masks, "on_gpu", lambda device: True)
+
+
+@pytest.fixture
+def means(monkeypatch):
+    """The calls of ``_mean``."""
+    calls, mean = [], attention._mean
+    monkeypatch.setattr(attention, "_mean", lambda *arguments: calls.append(1) or mean(*arguments))
+    return calls
+
+
+def encoder(**options):
+    seeded(0)
+    rates = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layer_drop"), 0.1)
+    sizes = {"mel_bins": BINS, "width": 24, "layers": 3, "heads": 2, "hidden": 40, "channels": 8, "factor": 4}
+    return FastConformerEncoder(**sizes, **rates, **options).double()
+
+
+def step(model, seed=1):
+    """Returns values at valid frames, their gradients by all parameters and features, and BatchNorm's statistics."""
+    model = copy.deepcopy(model)
+    seeded(seed)
+    x = torch.randn(len(LENGTHS), FRAMES, BINS, dtype=torch.float64, requires_grad=True)
+    valid = torch.arange(FRAMES) < torch.tensor(LENGTHS)[:, None]
+    y, mask = model(x, valid)
+    found = y[mask]
+    seeded(seed)
+    gradients = torch.autograd.grad(found, [x, *model.parameters()], cotangent(found), allow_unused=True)
+    return y, [found, *(g for g in gradients if g is not None), *model.buffers()]
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["encoder", "with a CTC head"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_valid_frames_are_the_same_to_the_bit(training, head, means, monkeypatch):
+    model = (FastConformerCTC(encoder(), 7).double() if head else encoder()).train(training)
+    y, expected = step(model)
+    assert means
+    means.clear()
+    monkeypatch.setattr(masks, "on_gpu", lambda device: True)
+    other, found = step(model)
+    assert not means
+    assert not torch.equal(y, other)  # at padding
+    assert other.isfinite().all()
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_verify_sees_upstreams_values(as_on_gpu, means):
+    model = encoder().train()
+    with padded():
+        y, _ = step(model)
+    assert means
+    assert not torch.equal(y, step(model)[0])
+
+
+def test_rows_without_keys_of_other_masks_are_upstreams(as_on_gpu, means):
+    """Only a mask of lengths says that such a row is padding."""
+    model = encoder().eval()
+    block, x = model.layers[0], torch.randn(1, 7, 24, dtype=torch.float64)
+    mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    mask[0, 0, 3] = False
+    block(x, mask, model.encode_positions(x))
+    assert len(means) == 1
+
+
+def test_the_mask_is_not_waited_for(as_on_gpu):
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    by = masks.seen(valid)
+    assert by.by_length
+    assert not by.empty_rows.any()
+    assert masks.seen(valid) is by
