@@ -194,7 +194,8 @@ def test_each_chunk_size_is_a_kind():
     ours, theirs = chunked(), chunked()
     graphs = graphed(ours, choice="get_chunk_info", after=1)
     compare(*(run(m, lambda step: inputs(20, [20, 14], step), 16) for m in (ours, theirs)))
-    assert len(graphs.graphs) == 5
+    assert len(graphs.kinds) == 5
+    assert len(graphs.graphs) >= 3
     assert not reasons(graphs)
 
 
