@@ -29,6 +29,8 @@ from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.plain import any_global_hook
 from fastasr.ops import _dispatch
 
+MAX_KINDS = 1024  # that a module remembers
+MAX_DROPS = 2
 _OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
 _NOT_RECORDED = "not recorded: "
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -92,12 +94,15 @@ def _bytes(memory):
 
 @dataclass
 class Kind:
-    """What is known of one kind of call: how often it was seen and replayed, its bytes, or why it is not recorded."""
+    """What is known of one kind of call: how often it was seen, replayed, recorded, and dropped to make room for others;
+    its bytes; or why it is not recorded.
+    """
 
     call: str
     seen: int = 0
     replayed: int = 0
     recorded: int = 0
+    dropped: int = 0
     bytes: int = 0
     reason: str | None = None
 
@@ -154,7 +159,7 @@ class ModuleGraphs:
     def __init__(self, module, forward, options, choice=None, whole=False):
         self._module = weakref.ref(module)  # which lives on without its graphs
         self.forward, self.options, self.choice, self.has_whole = forward, options, choice, whole
-        self.kinds, self.graphs = {}, OrderedDict()
+        self.kinds, self.graphs = OrderedDict(), OrderedDict()
         self.outstanding = (
             None  # weak reference to the node of a replayed forward pass whose backward pass may follow
         )
@@ -213,6 +218,8 @@ class ModuleGraphs:
         kind = self.kinds.get(key)
         if kind is None:
             kind = self.kinds[key] = Kind(_spelled(module, leaves))
+            if len(self.kinds) > MAX_KINDS:
+                self.kinds.popitem(last=False)
         kind.seen += 1
         if self.outstanding is not None and self.outstanding() is not None:
             return None, _OUTSTANDING
@@ -285,7 +292,14 @@ class ModuleGraphs:
         while len(self.graphs) > most or (
             len(self.graphs) > 1 and sum(g.bytes for g in self.graphs.values()) > self.options.memory
         ):
-            self.graphs.popitem(last=False)
+            key, _ = self.graphs.popitem(last=False)
+            kind = self.kinds.get(key)
+            if kind is not None:
+                kind.dropped += 1
+                if kind.dropped == MAX_DROPS:  # recording costs more than the replays in between save
+                    kind.reason = (
+                        "it was dropped for other kinds: allow more graphs or memory, or use fewer shapes"
+                    )
 
     def _key(self, module, leaves, form):
         """Returns all that selects the code of a call."""

@@ -188,9 +188,18 @@ def _bind_recorded(module, rule, options):
         forward, replay = (upstream_forward, rule.replay_part) if own else (rule.recorded, rule.replay)
         recording.keep(module, forward, options, rule.graphs.choice)
         binding.bind(module, replay, () if own else rule.methods)
+    rules = rules_by_forward()
     for part in parts:
-        recording.keep(part, upstream_forward, options, whole=not options.parts)
-        binding.bind(part, rule.replay_part)
+        bound = binding.bound_forward(part)
+        its = rules.get(bound)
+        if bound is None or bound is rule.replay_part:
+            forward, replay, methods = upstream_forward, rule.replay_part, ()
+        elif bound in (its.recorded, its.replay):
+            forward, replay, methods = its.recorded, its.replay, its.methods
+        else:  # the code of another version
+            continue
+        recording.keep(part, forward, options, whole=not options.parts)
+        binding.bind(part, replay, methods)
 
 
 def _verify(model, inputs, report, unproven, before):
@@ -317,7 +326,7 @@ def _plan(modules, only, exclude, every_linear=False):
                 decision = Decision(rule, False, "not selected by only=")
             elif exclude is not None and exclude(path, module):
                 decision = Decision(rule, False, "excluded by exclude=")
-        if rule is not None and rule.is_ragged_only and binding.bound_forward(module) is None:
+        if rule is not None and rule.is_optional and binding.bound_forward(module) is None:
             decision = Decision(None, False, _CONTAINER, later=decision)
         plan.append((path, module, decision))
     return plan
@@ -336,8 +345,8 @@ def decide(module):
     if forward is not None:
         return Decision(rule, True, "already swapped")
     reason = _obstacle(module, rule) or _structure(rule, module)
-    if reason is not None:
-        return Decision(rule, False, reason)
+    if reason is not None or rule.forward is None:
+        return Decision(rule, reason is None, reason or "upstream's code, with what is swapped inside")
     return _recognise(rule, module)
 
 
@@ -354,7 +363,13 @@ def _rule_for(module):
     if len(rules) < 2:
         return next(iter(rules), None)
     # several frameworks have a class of this name
-    return max(rules, key=lambda rule: (_recognise(rule, module).apply, _structure(rule, module) is None))
+    return max(
+        rules,
+        key=lambda rule: (
+            rule.forward is not None and _recognise(rule, module).apply,
+            _structure(rule, module) is None,
+        ),
+    )
 
 
 def _obstacle(module, rule):

@@ -115,13 +115,14 @@ class Rule:
     leaves: Callable = field(default=lambda module: {})
 
     @property
-    def is_ragged_only(self):
-        return self.ragged is not None and self.ragged.forward is self.forward
+    def is_optional(self):
+        """Says whether nothing but ``accelerate(ragged=True)`` or ``graphs=True`` binds it."""
+        return self.forward is None or (self.ragged is not None and self.ragged.forward is self.forward)
 
     @property
     def recorded(self):
         """Returns the forward that ``accelerate(graphs=True)`` records."""
-        return self.graphs.forward or self.forward
+        return (self.graphs and self.graphs.forward) or self.forward or upstream_forward
 
     @functools.cached_property
     def replay(self):
@@ -131,20 +132,15 @@ class Rule:
     @functools.cached_property
     def replay_part(self):
         """Returns the forward that replays recorded calls of a part, or of an encoder of fastasr's own."""
-        return self.graphs and replaying(upstream_forward, f"{self.name} {self.class_name}, part")
+        return replaying(upstream_forward, f"{self.name} {self.class_name}, part")
 
     @functools.cached_property
     def forwards(self):
         """Returns every forward that this rule may bind."""
         versions = (self.known or {}).values()
         ragged = () if self.ragged is None else (self.ragged.forward,)
-        recorded = () if self.graphs is None else (self.replay, self.replay_part)
-        return {
-            self.forward,
-            *ragged,
-            *recorded,
-            *(known.forward for known in versions if known.forward is not None),
-        }
+        own = self.forward, self.replay, self.replay_part
+        return {*own, *ragged, *(known.forward for known in versions)} - {None}
 
     def bind(self, module, known=None):
         """Binds our functions to ``module``. ``known``: the version of upstream's code that it runs, if known."""
@@ -156,6 +152,12 @@ class Rule:
         for name, empty in self.caches.items():
             if name in vars(module):
                 vars(module)[name] = copy.copy(empty)
+
+
+def recorded(name, class_name, **graphs):
+    """Returns the rule for a class whose code stays upstream's, in whatever version: its calls are recorded with what
+    is swapped inside."""
+    return Rule(name, class_name, None, lambda module: None, known={}, graphs=Graphed(**graphs))
 
 
 def check_parameters(module, shapes, optional=(), allowed_buffers=()):

@@ -89,5 +89,6 @@ def _recorded(self, x):
     shape = list(x.shape)
     if dim is not None:
         shape[dim] = 1
-    mask = (torch.rand(*shape, device=x.device, dtype=x.dtype) > p).to(x.dtype) * scale.to(x.dtype)
+    scale = scale.to(x.dtype) if isinstance(scale, torch.Tensor) else scale
+    mask = (torch.rand(*shape, device=x.device, dtype=x.dtype) > p).to(x.dtype) * scale
     return with_mask(x, self.weight, self.bias, self.activation, mask, -1 if dim is None else dim % x.dim())

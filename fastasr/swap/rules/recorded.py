@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders in which no forward is swapped but those of their parts, and whose calls can be recorded: fastasr's own, and
+upstream's, whose code stays."""
+
+from fastasr.swap.rule import recorded
+
+
+def _layers(encoder):
+    return list(getattr(encoder, "layers", None) or getattr(encoder, "encoders", ()))
+
+
+def _obstacle(encoder):
+    ragged = getattr(encoder, "ragged", False)
+    return "it runs without padding, in another shape at every call" if ragged else None
+
+
+# Class -> the frameworks that have one of this name
+CLASSES = {
+    "ConformerEncoder": "NeMo's, SpeechBrain's and ESPnet's",
+    "Conformer": "torchaudio's",
+    "EBranchformerEncoder": "ESPnet's, and fastasr's own",
+    "FastConformerEncoder": "fastasr's own",
+    "FastSpeech2ConformerEncoder": "transformers'",
+}
+
+RULES = tuple(recorded(f"recorded.{name}", name, obstacle=_obstacle, parts=_layers) for name in CLASSES)
