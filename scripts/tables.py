@@ -22,6 +22,7 @@ import test_minutes
 from fastasr import ops
 from fastasr.benchmarks import predictions, sweep
 from fastasr.benchmarks.device import verdict
+from fastasr.benchmarks.device import whole_models as on_gpus
 from fastasr.benchmarks.markdown import put, table, whole_models, without_padding
 from fastasr.benchmarks.models import nemotron_streaming, ragged, recipe_step, reduced_weights, transcribe
 from fastasr.benchmarks.rows import Row, read_all
@@ -40,6 +41,7 @@ MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
 SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
 NEWCOMER_MARKERS = "<!-- newcomer:start -->", "<!-- newcomer:end -->"
+WHOLE_MARKERS = "<!-- whole:start -->", "<!-- whole:end -->"
 GPU_MARKERS = "<!-- gpu:start -->", "<!-- gpu:end -->"
 SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
@@ -51,6 +53,7 @@ ELSEWHERE = {
     ragged.NAME: "swap.md",
     nemotron_streaming.NAME: "models/fast_conformer.md",
     **{f"{model}{growth.ENDING}": f"models/{model}.md" for model in growth.SIZES},
+    **dict.fromkeys(on_gpus.MODELS, "graphs.md"),
 }  # pages with a table of another form
 
 
@@ -182,6 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     on_gpu = verdict.records(GPU_RECORDS)
     found += [put(DOCS / "gpu-queue.md", verdict.tables(on_gpu), check)]
     found += [put(ROOT / "README.md", verdict.sentence(on_gpu), check, *GPU_MARKERS)]
+    found += [put(ROOT / "README.md", on_gpus.summary(rows), check, *WHOLE_MARKERS)]
+    found += [put(DOCS / "graphs.md", on_gpus.details(rows), check, *WHOLE_MARKERS)]
     return max(found)
 
 

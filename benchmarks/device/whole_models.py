@@ -10,7 +10,7 @@ import copy
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,9 +22,11 @@ from fastasr.benchmarks.device.checks import reported
 from fastasr.benchmarks.device.compilation import compiled_together
 from fastasr.benchmarks.device.machine import GPU
 from fastasr.benchmarks.harness import peak_bytes
+from fastasr.benchmarks.markdown import NONE_YET, conditions, mark
 from fastasr.benchmarks.models.fast_conformer import batch_of
 from fastasr.benchmarks.models.fast_conformer import encoder as parakeet
 from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.table import Unit, duration, percent, times, units
 from fastasr.benchmarks.time_limit import Expired, time_limit
 
 CALLS, ROUNDS, WARMUP = 10, 2, 4
@@ -255,7 +257,7 @@ def yardstick(machine: GPU) -> str:
             step()
         found.append((time.perf_counter() - begin) / 500 * 1e6)
         machine.synchronize()
-    return f"host: copy {found[0]:.1f} us, linear 8x8 {found[1]:.1f} us"
+    return f"copy {found[0]:.1f} µs, 8 x 8 linear {found[1]:.1f} µs"
 
 
 def profile(tell: Callable, machine: GPU, name: str, workload: Workload) -> None:
@@ -276,3 +278,75 @@ def profile(tell: Callable, machine: GPU, name: str, workload: Workload) -> None
         tell({"kernels": machine.kernels_by_time(way.seeded), "of": f"{name}, {workload.case}"})
 
     reported(tell, "profile", measure)
+
+
+SHOWN = {  # implementation -> its column
+    "upstream": "upstream",
+    "compile": "`torch.compile`",
+    "reduce-overhead": "its CUDA graphs",
+    "fastasr": "fastasr",
+    "recorded": "**fastasr, recorded**",
+}
+TITLES = {
+    "zipformer_m": "Zipformer-M",
+    "fast_conformer_110m": "FastConformer 110M",
+    "fast_conformer_600m": "FastConformer 0.6B",
+}
+
+
+def _units(rows: Iterable[Row]) -> list[Unit]:
+    found = units(row for row in rows if row.name in MODELS)
+    order = [(name, w.case) for name in MODELS for w in WORKLOADS]
+    return sorted(
+        (u for u in found if (u.first.name, u.first.case) in order),
+        key=lambda u: order.index((u.first.name, u.first.case)),
+    )
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """Returns the README's table: milliseconds of a call by the wall clock, and what is left of it to gain."""
+    found = _units(rows)
+    if not found:
+        return NONE_YET
+    lines = [
+        "| | " + " | ".join(SHOWN.values()) + " | gain | its kernels |",
+        "|---|" + "---:|" * (len(SHOWN) + 2),
+    ]
+    for unit in found:
+        ours = unit.row("recorded")
+        cells = [duration(unit.median(key)) for key in SHOWN]
+        gain = unit.median("upstream") / ours.median_ms if ours and unit.median("upstream") else None
+        busy = ours.busy_ms / ours.median_ms if ours and ours.busy_ms else None
+        label = f"{TITLES[unit.first.name]}, {unit.first.case}{mark(unit.first)}"
+        lines.append(f"| {label} | " + " | ".join([*cells, times(gain), percent(busy)]) + " |")
+    return "\n".join([*lines, "", _where(found)])
+
+
+def details(rows: Iterable[Row]) -> str:
+    """Returns the table of docs/graphs.md: for every way to run a model its wall clock, host, kernels and memory."""
+    found = _units(rows)
+    if not found:
+        return NONE_YET
+    lines = [
+        "| | | wall clock | host | kernels | peak memory | speech per second |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    workloads = {w.case: w for w in WORKLOADS}
+    for unit in found:
+        label = f"{TITLES[unit.first.name]}, {unit.first.case}{mark(unit.first)}"
+        for key, column in SHOWN.items():
+            row = unit.row(key)
+            if row is not None:
+                w = workloads[row.case]
+                speech = f"{w.batch * w.seconds / row.median_ms * 1e3:,.0f} s"
+                memory = f"{row.peak_bytes / 1e9:.1f} GB" if row.peak_bytes is not None else "–"
+                cells = duration(row.median_ms), duration(row.host_ms), duration(row.busy_ms), memory, speech
+                lines.append(f"| {label} | {column} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _where(found)])
+
+
+def _where(found: Sequence[Unit]) -> str:
+    rows = [row for unit in found for row in unit.rows]
+    hosts = dict.fromkeys(row.limit for row in rows)
+    costs = f" A call costs the host of this machine, in each run: {'; '.join(filter(None, hosts))}."
+    return conditions(rows) + costs
