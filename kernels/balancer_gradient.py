@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch, processors
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,8 +157,8 @@ def change_kernel(
 
 def tiles(inner: int, channels: int, by_row: bool, element: int) -> tuple[int, int, int]:
     """Returns (inner elements, channels, warps) of a tile of elements of so many bytes."""
-    block_c = min(CHANNELS, triton.next_power_of_2(channels)) if by_row else 1
-    block_r = min(BYTES // element // block_c, max(128, triton.next_power_of_2(inner)))
+    block_c = min(CHANNELS, next_power_of_2(channels)) if by_row else 1
+    block_r = min(BYTES // element // block_c, max(128, next_power_of_2(inner)))
     return block_r, block_c, max(4, min(WARPS, block_r * block_c * element // 1024))
 
 
@@ -188,10 +188,10 @@ def balancer_gradient_forward(
         rows, outer_stride, channel_stride = (1, 1, 1), channels * inner, inner
     grad_row, x_row, y_row = rows
     block_r, block_c, warps = tiles(inner, channels, by_row, x.element_size())
-    column_tiles, tiles_of_run = -(-channels // block_c), -(-inner // block_r)
+    column_tiles, tiles_of_run = cdiv(channels, block_c), cdiv(inner, block_r)
     count = outer * tiles_of_run
-    per_part = -(-count // max(1, RESIDENT * processors(x) // column_tiles))
-    parts = -(-count // per_part)
+    per_part = cdiv(count, max(1, RESIDENT * processors(x) // column_tiles))
+    parts = cdiv(count, per_part)
     table = x.new_empty((parts, 2, channels), dtype=torch.float32)
     sizes = channels, inner, outer * inner, count, tiles_of_run, per_part
     tile = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
