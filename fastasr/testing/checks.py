@@ -47,12 +47,16 @@ def values_and_gradients(
     draw: int = 0,
     layout: Layout = _contiguous,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Returns f's output, its gradients by argument, and the cotangent that they belong to."""
+    """Returns f's output, its gradients by argument, and the cotangent that they belong to. An op that is a gradient
+    itself has no gradients.
+    """
     leaves = with_tensors(arguments, lambda name, t: layout(name, t.detach()).requires_grad_())
     out = _call(f, leaves)
     if cotangent is None:
         cotangent = Make(out.dtype, out.device.type, f"cotangent {draw}").normal(*out.shape)
-    names = list(floating(leaves))
+    names = list(floating(leaves)) if out.requires_grad else []
+    if not names:
+        return out, {}, cotangent
     laid_out = layout("cotangent", cotangent.to(out.dtype))
     grads = torch.autograd.grad(out, [leaves[n] for n in names], laid_out, allow_unused=True)
     return out, dict(zip(names, grads, strict=True)), cotangent
