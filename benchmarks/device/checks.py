@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastasr.benchmarks.device.machine import GPU, Skipped
-from fastasr.testing.checks import _same, compared, parity, poisoned, values_and_gradients
+from fastasr.testing.checks import _same, compared, is_gradient, parity, poisoned, values_and_gradients
 from fastasr.testing.table import Make, OpTable, flat, floating, forward_and_backward, table, with_tensors
 from fastasr.testing.tolerance import Comparison, judged
 
@@ -79,9 +79,10 @@ def _step(table: OpTable, arguments: dict) -> Callable[[], tuple[Tensor, ...]]:
     cotangent = Make(y.dtype, y.device, "cotangent").normal(*y.shape)
 
     def step() -> tuple[Tensor, ...]:
-        leaves = with_tensors(arguments, lambda _, t: t.clone().requires_grad_())
+        wanted = not is_gradient(table.function)
+        leaves = with_tensors(arguments, lambda _, t: t.clone().requires_grad_(wanted))
         y = flat(table.function(**leaves))
-        inputs = tuple(floating(leaves).values()) if y.requires_grad else ()
+        inputs = tuple(floating(leaves).values()) if wanted else ()
         return y.detach(), *(torch.autograd.grad(y, inputs, cotangent) if inputs else ())
 
     return step
