@@ -371,7 +371,12 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
             "BLOCK_S": SUM_COLUMNS,
             "num_warps": warps,
         },
-        "covariance": {"BLOCK": wide, "CHUNK": 8 if wide == 128 else 4, "BLOCK_P": 8, "num_warps": 4},
+        "covariance": {
+            "BLOCK": wide,
+            "CHUNK": 4 if wide == 128 else 2,
+            "BLOCK_P": 8 if wide == 128 else 32,
+            "num_warps": 4,
+        },
         "norms": {
             "BLOCK": block,
             "BLOCK_K": min(32, block),
@@ -381,8 +386,8 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
         },
         "change": {
             "BLOCK_R": 128 if short else 64,
-            "BLOCK": 128 if short and width > 64 else block,
-            "BLOCK_K": min(64, block) if short else 16 if width > 64 else min(32, block),
+            "BLOCK": block,
+            "BLOCK_K": min(32, block) if short or width <= 64 else 16,
             "BLOCK_B": next_power_of_2(cdiv(width, block)),
             "BLOCK_T": 256,
             "num_warps": 8 if width > 64 else 4,
