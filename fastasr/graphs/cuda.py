@@ -15,8 +15,6 @@ from fastasr.models.common.graph_capture import recorded_by
 class CudaRecorder:
     """Records the passes of one module as CUDA graphs whose memory is one pool."""
 
-    rehearses = True  # libraries choose kernels and allocate workspaces at first calls, which a capture does not allow
-
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
@@ -25,11 +23,13 @@ class CudaRecorder:
         """Runs ``function()`` on the stream of the captures, with its kernels, and puts torch's generators back."""
         state = torch.get_rng_state(), torch.cuda.get_rng_state()
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            function()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        torch.set_rng_state(state[0])
-        torch.cuda.set_rng_state(state[1])
+        try:
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.set_rng_state(state[0])
+            torch.cuda.set_rng_state(state[1])
 
     def record(self, function, recording):
         """Returns what replays ``function()``, and what it returned. Nothing has run on the device, and torch's

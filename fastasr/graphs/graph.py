@@ -6,6 +6,7 @@ replays, and returns copies of the outputs. In training it is one node of autogr
 and the module's parameters.
 """
 
+import contextlib
 import weakref
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastasr._transforms import Function
+from fastasr.graphs.casts import Casts, Uses
 from fastasr.graphs.recording import Recording, Unrecordable
 from fastasr.models.common.graph_capture import recorded_by
 
@@ -71,13 +73,12 @@ class Graph:
     """
 
     def __init__(self, recorder, forward, leaves, parameters, gradients, module):
-        self.forward, self.generation = forward, 0
+        self.forward, self.generation, self.casts = forward, 0, None
         self.static = [_buffer(a) for a in leaves]
         self.tensors = [t for t in self.static if isinstance(t, torch.Tensor)]
         self.device = self.tensors[0].device
         self.parameters = parameters
-        if recorder.rehearses:
-            self._rehearse(recorder, module)
+        self._rehearse(recorder, module)
         self.back = Recording(self.device)
         self.ahead = Recording(self.device, self.back)
         self.replay_forward, (outputs, self.form) = recorder.record(self._forward, self.ahead)
@@ -97,43 +98,63 @@ class Graph:
         # a cast that autocast keeps for later calls would be one from before the optimizer's step
         cast = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, torch.get_autocast_dtype(kind), cast, cache_enabled=False):
-            return tree_flatten(self.forward(self.static))
+            if self.casts is None:
+                return tree_flatten(self.forward(self.static))
+            self.casts.make()
+            with self.casts.in_place():
+                return tree_flatten(self.forward(self.static))
 
     def _backward(self, outputs, incoming):
         """Returns the gradients of the inputs, and which parameters have one. Theirs are in ``self.gradients``."""
         inputs = [t for t in self.tensors if t.requires_grad]
         found = self._differentiated(outputs, inputs, incoming)
         ours = found[len(inputs) :]
-        pairs = [(view, g) for view, g in zip(self.gradients.views, ours, strict=True) if g is not None]
-        if pairs:
+        for dtype in {g.dtype for g in ours if g is not None}:
+            pairs = [
+                p
+                for p in zip(self.gradients.views, ours, strict=True)
+                if p[1] is not None and p[1].dtype is dtype
+            ]
             torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
         return list(found[: len(inputs)]), [g is not None for g in ours]
 
     def _differentiated(self, outputs, inputs, incoming):
         # the call that is recorded may be inside autocast, while users call backward() outside
+        of = {} if self.casts is None else self.casts.of
+        parameters = [of.get(id(p), p) for p in self.parameters]
         with torch.autocast(self.device.type, enabled=False):
-            return torch.autograd.grad(outputs, inputs + self.parameters, incoming, allow_unused=True)
+            return torch.autograd.grad(outputs, inputs + parameters, incoming, allow_unused=True)
 
     def _rehearse(self, recorder, module):
-        """Runs both passes once in the form in which they are recorded, and puts the module's buffers back."""
+        """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. Libraries
+        choose kernels and allocate workspaces then, and it shows which parameters are only cast.
+        """
         buffers = list(module.buffers())
         before = [b.clone() for b in buffers]
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        parameters = [p for p in module.parameters() if p.dtype is not dtype and p.is_floating_point()]
+        uses = contextlib.nullcontext() if dtype is None else Uses(parameters, dtype)
 
         def both():
             ahead = Recording(self.device, Recording(self.device))
-            with recorded_by(ahead):
-                outputs, _ = self._forward()
-            outputs = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
-            if outputs:
-                inputs = [t for t in self.tensors if t.requires_grad] + self.parameters
-                torch.autograd.grad(
-                    outputs, inputs, [torch.zeros_like(t) for t in outputs], allow_unused=True
-                )
+            with uses:
+                with recorded_by(ahead):
+                    outputs, _ = self._forward()
+                outputs = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
+                if outputs:
+                    inputs = [t for t in self.tensors if t.requires_grad]
+                    self._differentiated(outputs, inputs, [torch.zeros_like(t) for t in outputs])
 
-        recorder.rehearse(both)
-        with torch.no_grad():
-            for b, saved in zip(buffers, before, strict=True):
-                b.copy_(saved)
+        try:
+            recorder.rehearse(both)
+        finally:
+            with torch.no_grad():
+                for b, saved in zip(buffers, before, strict=True):
+                    b.copy_(saved)
+        castable = [] if dtype is None else uses.castable(parameters)
+        if castable:
+            self.casts = Casts(module, castable, dtype)
 
     @property
     def bytes(self):

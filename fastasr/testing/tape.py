@@ -112,10 +112,15 @@ def _to_other_device(t, kwargs):
 class TapeRecorder:
     """Records passes as tapes; ``tapes`` holds them."""
 
-    rehearses = False
-
     def __init__(self):
         self.tapes = []
+
+    def rehearse(self, function):
+        state = torch.get_rng_state()
+        try:
+            function()
+        finally:
+            torch.set_rng_state(state)
 
     def record(self, function, recording):
         tape, state = Tape(recording), torch.get_rng_state()

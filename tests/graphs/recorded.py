@@ -6,12 +6,12 @@ from fastasr.swap import binding
 from fastasr.testing.tape import TapeRecorder
 
 
-def graphed(module, **options):
+def graphed(module, choice=None, **options):
     """Binds a forward to ``module`` that replays the one that it has. Returns its ``ModuleGraphs``."""
     forward = binding.bound_forward(module) or type(module).forward
     tapes = TapeRecorder()
     binding.bind(module, graphs.replaying(forward))
-    found = graphs.keep(module, forward, graphs.Graphs(recorder=lambda: tapes, **options))
+    found = graphs.keep(module, forward, graphs.Graphs(recorder=lambda: tapes, **options), choice)
     found.tapes = tapes.tapes
     return found
 

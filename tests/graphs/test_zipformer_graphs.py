@@ -186,22 +186,21 @@ def test_front_end(batch):
     assert len(graphs.graphs) == 1
 
 
-def test_one_chunk_size():
-    def make():
-        return encoder(20000, causal=True, chunk_size=(4,), left_context_frames=(8,))
+def chunked():
+    return encoder(20000, causal=True, chunk_size=(4, 8, -1), left_context_frames=(8, -1))
 
-    ours, theirs = make(), make()
-    graphs = graphed(ours, after=1)
-    compare(*(run(m, lambda step: inputs(20, [20, 14], step), 6) for m in (ours, theirs)))
-    assert len(graphs.graphs) == 1
+
+def test_each_chunk_size_is_a_kind():
+    ours, theirs = chunked(), chunked()
+    graphs = graphed(ours, choice="get_chunk_info", after=1)
+    compare(*(run(m, lambda step: inputs(20, [20, 14], step), 16) for m in (ours, theirs)))
+    assert len(graphs.kinds) == 5
+    assert len(graphs.graphs) >= 3
     assert not reasons(graphs)
 
 
 def test_a_choice_outside_of_a_plan_is_refused():
-    def make():
-        return encoder(20000, causal=True, chunk_size=(4, 8, -1), left_context_frames=(8, -1))
-
-    ours, theirs = make(), make()
+    ours, theirs = chunked(), chunked()
     graphs = graphed(ours, after=0)
     compare(*(run(m, lambda step: inputs(20, [20, 14], step), 4) for m in (ours, theirs)))
     assert "draws from Python's random" in reasons(graphs)[0]
