@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters in autocast's dtype: one copy for all of them at the beginning of a recorded pass.
 
-Under autocast every product casts its weights, and autograd casts their gradients back: 1,200 small kernels in a training
-step of a Zipformer. While a call is recorded, the modules hold the casts in the place of these parameters.
+Under autocast every product casts its weights, and autograd casts their gradients back: 1,200 small kernels in a
+training step of a Zipformer. While a call is recorded, the modules hold the casts in the place of these parameters.
 """
 
 import contextlib

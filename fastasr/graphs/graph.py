@@ -216,10 +216,7 @@ class _Replayed(Function):
         ctx.node = None
         inputs = iter(graph.inputs)
         found = [next(inputs) if t.requires_grad else None for t in graph.tensors]
-        # a fresh view each: autograd keeps a gradient that nobody else holds, and copies others
-        ours = [
-            v.detach() if has else None for v, has in zip(graph.gradients.views, graph.found, strict=True)
-        ]
+        ours = graph.gradients.given(graph.found)
         return None, None, *(g if g is None else g.clone() for g in found), *ours
 
 

@@ -34,6 +34,7 @@ _NOT_RECORDED = "not recorded: "
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _local = threading.local()
 
 
@@ -125,16 +126,17 @@ class _Structure:
         self.state = [*self.parameters, *module.buffers()]
 
     def _entries(self):
-        return [*map(id, chain.from_iterable(map(dict.values, self.filled)))]
+        return [*chain.from_iterable(map(dict.values, self.filled))]
 
     def _forwards(self):
         return [*map(dict.get, self.own, repeat("forward"))]
 
     def stays(self):
+        """Says whether the module has the same submodules, tensors and forwards. They are compared by identity."""
         return (
             sum(map(len, self.tables)) == self.count
-            and self._entries() == self.entries
-            and self._forwards() == self.forwards
+            and all(map(operator.is_, self._entries(), self.entries))
+            and all(map(operator.is_, self._forwards(), self.forwards))
         )
 
     def training(self):
@@ -157,6 +159,9 @@ class ModuleGraphs:
             None  # weak reference to the node of a replayed forward pass whose backward pass may follow
         )
         self._lock = threading.Lock()
+        self._records = (
+            False  # the backward pass of a recording may call the module too, in autograd's own thread
+        )
         self._begin()
 
     def _begin(self):
@@ -172,7 +177,8 @@ class ModuleGraphs:
 
     def __call__(self, *args, **kwargs):
         module = self._module()
-        reason = "" if self.has_whole and not getattr(_local, "in_parts", False) else _why_not_now(module)
+        alone = self._records or (self.has_whole and not getattr(_local, "in_parts", False))
+        reason = "" if alone else _why_not_now(module)
         if reason is not None:
             if reason:
                 _left.note(module, reason, level=logging.INFO)
@@ -180,8 +186,9 @@ class ModuleGraphs:
         leaves, form = tree_flatten((args, kwargs))
         state = None if self.choice is None else random.getstate()
         chosen = None if self.choice is None else getattr(module, self.choice)()
-        with self._lock:
+        with self._lock:  # also while it replays: other threads would overwrite the buffers
             graph, reason = self._graph(module, leaves, form, chosen)
+            found = None if graph is None else graph.run(leaves, self)
         if graph is None:
             if state is not None:
                 random.setstate(state)
@@ -189,14 +196,18 @@ class ModuleGraphs:
                 _left.note(module, reason, level=logging.INFO if reason == _OUTSTANDING else logging.WARNING)
             with _in_parts(reason.startswith(_NOT_RECORDED)):
                 return self.forward(module, *args, **kwargs)
-        return graph.run(leaves, self)
+        if not graph.trains and not self.structure.stays():  # looked at while the GPU works
+            with self._lock:
+                self._begin()
+            return self(*args, **kwargs)
+        return found
 
     def _graph(self, module, leaves, form, chosen):
         """Returns the graph of this call, or None and why there is none ("": not yet)."""
         reason = _unrecordable(leaves) or ("submodules have hooks" if any(self.structure.hooks) else "")
         if reason:
             return None, f"not replayed: {reason}"
-        if not self.structure.stays():
+        if self._looks_first(module) and not self.structure.stays():
             self._begin()
         key = chosen, *self._key(module, leaves, form)
         kind = self.kinds.get(key)
@@ -224,11 +235,15 @@ class ModuleGraphs:
         self._make_room(module.training)
         return graph, ""
 
+    def _looks_first(self, module):
+        """Says whether a changed module must be noticed before a replay, whose results could not be taken back."""
+        return module.training or torch.is_grad_enabled() or not self.graphs
+
     def _addresses(self):
         return [*map(torch.Tensor.data_ptr, self.structure.state)]
 
     def _recorded(self, module, leaves, form, kind, chosen):
-        state = random.getstate()
+        state, self._records = random.getstate(), True
         try:
             if self.recorder is None:
                 self.recorder = (self.options.recorder or _cuda_recorder)()
@@ -258,6 +273,7 @@ class ModuleGraphs:
             )
             return None
         finally:
+            self._records = False
             random.setstate(state)
             vars(module).pop(self.choice, None)
         kind.recorded += 1
@@ -279,7 +295,7 @@ class ModuleGraphs:
         )
         kind = next(a.device.type for a in leaves if isinstance(a, torch.Tensor))
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        wanted = torch.is_grad_enabled() and tuple(p.requires_grad for p in self.structure.parameters)
+        wanted = torch.is_grad_enabled() and tuple(map(_REQUIRES_GRAD, self.structure.parameters))
         settings = (
             torch.is_inference_mode_enabled(),
             _dispatch.forced_backend(),
@@ -299,6 +315,8 @@ def _why_not_now(module):
         return ""
     if is_transformed():
         return "not replayed: the call is under a transform"
+    if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "not replayed: saved tensors have hooks, as in checkpointing"
     if any_global_hook():
         return "not replayed: hooks of all modules are registered"
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

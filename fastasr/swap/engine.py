@@ -348,7 +348,8 @@ def _rule_for(module):
         rule
         for family in FAMILIES
         for rule in family
-        if bound in rule.forwards or (bound is None and rule.class_name in names)
+        if (bound in rule.forwards and (bound is not rule.replay_part or rule.class_name in names))
+        or (bound is None and rule.class_name in names)
     )
     if len(rules) < 2:
         return next(iter(rules), None)

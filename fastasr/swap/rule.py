@@ -130,8 +130,8 @@ class Rule:
 
     @functools.cached_property
     def replay_part(self):
-        """Returns the forward that replays recorded calls of a part."""
-        return replaying(upstream_forward, f"{self.name} {self.class_name}, part")
+        """Returns the forward that replays recorded calls of a part, or of an encoder of fastasr's own."""
+        return self.graphs and replaying(upstream_forward, f"{self.name} {self.class_name}, part")
 
     @functools.cached_property
     def forwards(self):

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``accelerate(graphs=True)``: what is bound, reported, replayed, left alone and undone, on tapes."""
+
+import copy
+import gc
+import random
+import threading
+import weakref
+
+import pytest
+import torch
+
+import fastasr
+from fastasr.graphs import module as graphs
+from fastasr.models.fast_conformer import FastConformerEncoder
+from fastasr.testing.tape import TapeRecorder
+
+
+def recorded(model, **options):
+    """Swaps a model with its calls recorded on tapes."""
+    return fastasr.accelerate(
+        model, graphs=fastasr.Graphs(**{"after": 0, "recorder": TapeRecorder, **options})
+    )
+
+
+def encoder(layers=2, **rates):
+    torch.manual_seed(0)
+    rates = {"layer_drop": 0.0, **rates}
+    return FastConformerEncoder(mel_bins=80, width=32, layers=layers, heads=2, hidden=64, channels=8, **rates)
+
+
+def batch(frames=40, seed=0):
+    x = torch.randn(2, frames, 80, generator=torch.Generator().manual_seed(seed))
+    return x, torch.arange(frames) < torch.tensor([frames, frames // 2])[:, None]
+
+
+def step(model, *inputs, seed=0):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    y = model(*inputs)[0]
+    (y * torch.arange(y.numel()).sin().view_as(y)).sum().backward()
+    return y
+
+
+def kinds(model, path=""):
+    return fastasr.graph_state(model)[path]
+
+
+def same_gradients(ours, theirs, exact=True):
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            scale = q.grad.abs().max().item()
+            options = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5 * scale}
+            torch.testing.assert_close(p.grad, q.grad, **options)
+
+
+# --------------------------------------------------------------------------- binding, report, undoing
+def test_report_and_state():
+    model = encoder().eval()
+    report = recorded(model)
+    assert report.graphs == {"": None}
+    assert "recorded: 1 of 1 known encoders" in report.summary
+    assert report.to_dict()["graphs"] == {"": None}
+    with torch.no_grad():
+        for _ in range(3):
+            model(*batch())
+    (kind,) = kinds(model)
+    assert (kind.seen, kind.replayed, kind.recorded, kind.reason) == (3, 3, 1, None)
+    assert kind.bytes > 0
+    assert "inference (2, 40, 80)" in kind.call
+
+
+def test_restore_frees_the_graphs():
+    model = encoder().eval()
+    recorded(model)
+    with torch.no_grad():
+        model(*batch())
+        graph = weakref.ref(next(iter(graphs.of(model).graphs.values())))
+        assert fastasr.restore(model) == 3
+    gc.collect()
+    assert graph() is None
+    assert fastasr.graph_state(model) == {}
+    assert not [path for path, m in model.named_modules() if "forward" in vars(m)]
+
+
+def test_eager_mode_runs_no_graph():
+    model = encoder().eval()
+    recorded(model)
+    with torch.no_grad():
+        with fastasr.eager_mode(model):
+            model(*batch())
+        assert kinds(model) == []
+        model(*batch())
+    assert kinds(model)[0].replayed == 1
+
+
+def test_a_second_call_changes_nothing_but_the_options():
+    model = encoder().eval()
+    recorded(model)
+    report = recorded(model, after=5)
+    assert report.graphs == {"": None}
+    with torch.no_grad():
+        model(*batch())
+    assert kinds(model)[0].recorded == 0
+
+
+def test_encoders_without_padding_are_declined():
+    model = encoder()
+    model.ragged = True
+    assert "without padding" in recorded(model).graphs[""]
+
+
+def test_refresh_records_again():
+    model = encoder().eval()
+    recorded(model)
+    with torch.no_grad():
+        model(*batch())
+        model.layers[0].norm_out.eps = 1.0
+        fastasr.refresh(model)
+        y, _ = model(*batch())
+        torch.testing.assert_close(y, type(model).forward(model, *batch())[0], rtol=0, atol=0)
+    assert kinds(model)[0].seen == 1
+
+
+def test_verify_neither_replays_nor_records():
+    model = encoder().eval()
+    recorded(model)
+    fastasr.verify(model, batch())
+    assert kinds(model) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"after": -1}, "after"),
+        ({"most": 0}, "most"),
+        ({"most": (1, 2, 3)}, "most"),
+        ({"memory": "eight"}, "memory"),
+        ({"memory": "8XB"}, "memory"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        fastasr.Graphs(**options)
+
+
+def test_graphs_takes_options_alone():
+    with pytest.raises(TypeError, match="graphs"):
+        fastasr.accelerate(encoder(), graphs=3)
+
+
+def test_memory_in_words():
+    assert fastasr.Graphs(memory="1.5GB").memory == 1_500_000_000
+    assert fastasr.Graphs(memory=7, most=3).most == (3, 3)
+
+
+# --------------------------------------------------------------------------- what changes under a recording
+def lora(layer):
+    class Adapted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = layer
+
+        def forward(self, x):
+            return self.base(x) * 2
+
+    return Adapted()
+
+
+CHANGES = {
+    "child": lambda m: setattr(m.layers[1].feed_forward1, "linear1", lora(m.layers[1].feed_forward1.linear1)),
+    "parameter": lambda m: setattr(
+        m.layers[0].feed_forward2.linear1,
+        "weight",
+        torch.nn.Parameter(m.layers[0].feed_forward2.linear1.weight.detach() * 3),
+    ),
+    "values": lambda m: m.layers[0].feed_forward2.linear1.weight.detach().mul_(3),
+    "moved": lambda m: setattr(
+        m.layers[0].feed_forward2.linear1.weight, "data", m.layers[0].feed_forward2.linear1.weight.data * 3
+    ),
+    "forward": lambda m: setattr(m.layers[0].norm_out, "forward", lambda x: x * 2),
+    "hook": lambda m: m.layers[0].register_forward_hook(lambda module, _, y: y * 2),
+    "backward hook": lambda m: m.layers[0].register_full_backward_hook(lambda module, g, _: (g[0] * 2,)),
+    "frozen": lambda m: m.layers[0].norm_out.requires_grad_(False),
+    "fewer layers": lambda m: m.layers.__delitem__(0),
+    "mode of a part": lambda m: m.layers[0].train(not m.layers[0].training),
+    "buffer": lambda m: m.layers[0].register_buffer("more", torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(change, train):
+    ours, theirs = encoder().train(train), encoder().train(train)
+    recorded(ours)
+    with torch.set_grad_enabled(train):
+        for model in (ours, theirs):
+            if train:
+                step(model, *batch())
+                model.zero_grad()
+            else:
+                model(*batch())
+            CHANGES[change](model)
+            torch.manual_seed(1)
+            run = step if train else (lambda m, *a: m(*a)[0])
+            model.found = run(model, *batch(seed=1))
+    torch.testing.assert_close(ours.found, theirs.found, rtol=0, atol=0)
+    same_gradients(ours, theirs)
+
+
+def test_hooks_run_as_often_as_without_graphs():
+    model, calls = encoder().eval(), []
+    recorded(model)
+    with torch.no_grad():
+        model(*batch())
+        handle = model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        model(*batch())
+        handle.remove()
+        model(*batch())
+    assert calls == [1]
+
+
+def test_arguments_by_name_are_a_kind_of_their_own():
+    model = encoder().eval()
+    recorded(model)
+    x, mask = batch()
+    with torch.no_grad():
+        first = model(x, mask)[0]
+        torch.testing.assert_close(model(x, attention_mask=mask)[0], first, rtol=0, atol=0)
+        torch.testing.assert_close(model(x)[0], type(model).forward(model, x)[0], rtol=1e-5, atol=1e-6)
+    assert len(kinds(model)) == 3
+
+
+def test_what_is_no_tensor_or_constant_runs_as_it_is():
+    model = encoder().eval()
+    recorded(model)
+    x, _ = batch()
+    with torch.no_grad():
+        model(x, attention_mask=None)
+        with pytest.raises(AttributeError):
+            model(x, object())
+    assert len(kinds(model)) == 1
+
+
+# --------------------------------------------------------------------------- gradients
+def test_gradients_of_steps_in_a_row_are_kept_if_wished():
+    model = encoder().train()
+    recorded(model, clone_gradients=True)
+    step(model, *batch(seed=1))
+    first = [p.grad for p in model.parameters()]
+    copies = [g.clone() for g in first]
+    model.zero_grad()
+    step(model, *batch(seed=2))
+    for g, c in zip(first, copies, strict=True):
+        torch.testing.assert_close(g, c, rtol=0, atol=0)
+
+
+def test_gradients_that_are_not_set_to_none():
+    ours, theirs = encoder().train(), encoder().train()
+    recorded(ours)
+    for model in (ours, theirs):
+        for seed in range(3):
+            model.zero_grad(set_to_none=False)
+            step(model, *batch(seed=seed), seed=seed)
+    same_gradients(ours, theirs)
+
+
+def test_accumulation_over_two_kinds():
+    ours, theirs = encoder().train(), encoder().train()
+    recorded(ours)
+    for seed in range(4):
+        for model in (ours, theirs):
+            step(model, *batch(40 + 24 * (seed % 2), seed), seed=seed)
+    same_gradients(ours, theirs)
+    assert len(graphs.of(ours).graphs) == 2
+
+
+def test_a_loss_that_is_dropped():
+    """The next call is replayed again once the forward pass that had no backward pass is gone."""
+    model = encoder().train()
+    recorded(model)
+    y = model(*batch())[0]
+    model(*batch())
+    assert kinds(model)[0].replayed == 1
+    del y
+    gc.collect()
+    model(*batch())
+    assert kinds(model)[0].replayed == 2
+
+
+def test_retained_graphs_run_backward_twice():
+    ours, theirs = encoder().train(), encoder().train()
+    recorded(ours)
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        loss = model(*batch())[0].square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    same_gradients(ours, theirs)
+
+
+def test_second_derivatives_are_refused():
+    model = encoder().train()
+    recorded(model)
+    x, mask = batch()
+    y = model(x.requires_grad_(), mask)[0]
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_loss_scaling():
+    ours, theirs = encoder().train(), encoder().train()
+    recorded(ours)
+    for model in (ours, theirs):
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", 2.0**10)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(*batch(seed=seed))[0].float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_checkpointing_around_the_model():
+    ours, theirs = encoder().train(), encoder().train()
+    recorded(ours)
+    for model in (ours, theirs):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            x, mask = batch(seed=seed)
+            y = torch.utils.checkpoint.checkpoint(
+                lambda t, m=model, k=mask: m(t, k)[0], x, use_reentrant=False
+            )
+            y.square().mean().backward()
+    same_gradients(ours, theirs, exact=False)
+
+
+# --------------------------------------------------------------------------- parts
+def test_dropped_layers_are_recorded_one_by_one():
+    ours, theirs = (encoder(4, layer_drop=0.5).train() for _ in range(2))
+    recorded(ours)
+    for seed in range(4):
+        for model in (ours, theirs):
+            model.zero_grad()
+            step(model, *batch(seed=seed), seed=seed)
+        same_gradients(ours, theirs)
+    assert kinds(ours)[0].replayed == 0
+    assert sum(kind.replayed for i in range(4) for kind in kinds(ours, f"layers.{i}")) >= 4
+
+
+def test_parts_alone():
+    ours, theirs = encoder(4).train(), encoder(4).train()
+    recorded(ours, parts=True)
+    for seed in range(3):
+        for model in (ours, theirs):
+            step(model, *batch(seed=seed), seed=seed)
+    same_gradients(ours, theirs)
+    assert "" not in fastasr.graph_state(ours)
+    assert all(kinds(ours, f"layers.{i}")[0].replayed == 3 for i in range(4))
+
+
+# --------------------------------------------------------------------------- memory, copies, threads
+def test_the_graph_used_longest_ago_goes_first():
+    model = encoder().eval()
+    recorded(model, most=(1, 2))
+    with torch.no_grad():
+        for frames in (40, 48, 56, 48, 40):
+            model(*batch(frames))
+    assert len(graphs.of(model).graphs) == 2
+    assert [kind.recorded for kind in kinds(model)] == [2, 1, 1]
+
+
+def test_memory_is_limited():
+    model = encoder().eval()
+    recorded(model, memory=1)
+    with torch.no_grad():
+        for frames in (40, 48, 40):
+            model(*batch(frames))
+    assert len(graphs.of(model).graphs) == 1
+
+
+def test_kinds_share_gradients_and_casts_are_small():
+    """The bytes of eight kinds are those of their buffers and outputs: no kind holds gradients of its own."""
+    model = encoder().train()
+    recorded(model)
+    for i in range(8):
+        step(model, *batch(40 + 8 * i))
+        model.zero_grad()
+    found = graphs.of(model)
+    assert len(found.graphs) == 8
+    assert len({id(graph.gradients) for graph in found.graphs.values()}) == 1
+    sizes = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sizes <= found.gradients.bytes <= 1.5 * sizes + 64 * 4 * len(list(model.parameters()))
+
+
+def test_copies_run_as_they_are():
+    model = encoder().eval()
+    recorded(model)
+    with torch.no_grad():
+        model(*batch())
+        other = copy.deepcopy(model)
+        for p in other.parameters():
+            p.mul_(2)
+        torch.testing.assert_close(
+            other(*batch())[0], type(other).forward(other, *batch())[0], rtol=0, atol=0
+        )
+    assert kinds(model)[0].seen == 1
+    assert fastasr.graph_state(other) == {}
+
+
+def test_threads_take_turns():
+    model, theirs = encoder().eval(), encoder().eval()
+    recorded(model)
+    found, expected = {}, {}
+
+    def call(seed):
+        with torch.no_grad(), fastasr.backend("eager"):
+            for _ in range(5):
+                found[seed] = model(*batch(seed=seed))[0]
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.no_grad():
+        for seed in range(3):
+            expected[seed] = theirs(*batch(seed=seed))[0]
+            torch.testing.assert_close(found[seed], expected[seed], rtol=0, atol=0)
