@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch, processors
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,19 +89,21 @@ def sums_kernel(
 
 @triton.jit
 def _coefficients(mu, centred, count, min_mean, max_mean, min_rms, max_rms, grad_scale):
-    """Returns offset and slope of the change, by the formula's steps."""
+    """Returns offset and slope of the change, by the formula's steps. The change is a small part of y, so reciprocals
+    may be off by a unit or two; exact ones take more instructions than all else in the kernel.
+    """
     square = tl.fma(mu, mu, centred)
-    variance, power = tl.maximum(centred, FLOOR), tl.maximum(square, FLOOR)
-    s, r = tl.sqrt_rn(variance), tl.sqrt_rn(power)
-    m = tl.div_rn(mu, s)
+    power = tl.maximum(square, FLOOR)
+    of_s, of_power, share = tl.rsqrt(tl.maximum(centred, FLOOR)), 1.0 / power, 1.0 / count
+    m, r = mu * of_s, tl.sqrt(power)
     e = tl.where(m > max_mean, 1.0, tl.where(m < min_mean, -1.0, 0.0))
     f = tl.where(r > max_rms, 1.0, tl.where(r < min_rms, -1.0, 0.0))
     e_slope = tl.where(centred >= FLOOR, e, 0.0)
     f = tl.where(square >= FLOOR, f, 0.0)
-    p = tl.div_rn(e, s) + tl.div_rn(f * mu, power)
-    q = tl.div_rn(f, power) - tl.div_rn(e_slope * m, variance)
-    rms = tl.div_rn(tl.sqrt_rn(p * p + q * q * centred), count)
-    scale = tl.div_rn(tl.div_rn(grad_scale, tl.maximum(rms, FLOOR)), count)
+    p = tl.fma(e, of_s, f * mu * of_power)
+    q = f * of_power - (e_slope * m) * of_s * of_s
+    rms = tl.sqrt(p * p + q * q * centred) * share
+    scale = grad_scale / tl.maximum(rms, FLOOR) * share
     return p * scale, q * scale
 
 
@@ -157,8 +159,8 @@ def change_kernel(
 
 def tiles(inner: int, channels: int, by_row: bool, element: int) -> tuple[int, int, int]:
     """Returns (inner elements, channels, warps) of a tile of elements of so many bytes."""
-    block_c = min(CHANNELS, triton.next_power_of_2(channels)) if by_row else 1
-    block_r = min(BYTES // element // block_c, max(128, triton.next_power_of_2(inner)))
+    block_c = min(CHANNELS, next_power_of_2(channels)) if by_row else 1
+    block_r = min(BYTES // element // block_c, max(128, next_power_of_2(inner)))
     return block_r, block_c, max(4, min(WARPS, block_r * block_c * element // 1024))
 
 
@@ -188,10 +190,10 @@ def balancer_gradient_forward(
         rows, outer_stride, channel_stride = (1, 1, 1), channels * inner, inner
     grad_row, x_row, y_row = rows
     block_r, block_c, warps = tiles(inner, channels, by_row, x.element_size())
-    column_tiles, tiles_of_run = -(-channels // block_c), -(-inner // block_r)
+    column_tiles, tiles_of_run = cdiv(channels, block_c), cdiv(inner, block_r)
     count = outer * tiles_of_run
-    per_part = -(-count // max(1, RESIDENT * processors(x) // column_tiles))
-    parts = -(-count // per_part)
+    per_part = cdiv(count, max(1, RESIDENT * processors(x) // column_tiles))
+    parts = cdiv(count, per_part)
     table = x.new_empty((parts, 2, channels), dtype=torch.float32)
     sizes = channels, inner, outer * inner, count, tiles_of_run, per_part
     tile = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}

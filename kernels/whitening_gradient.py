@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import launch, processors
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -360,7 +360,7 @@ def change_kernel(
 
 def tiles(width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """Returns the tiles and warps of the four kernels by name, for groups of ``width`` channels."""
-    block = max(16, min(64, triton.next_power_of_2(width)))
+    block = max(16, min(64, next_power_of_2(width)))
     short = dtype != torch.float32
     wide = 128 if short and width > 192 else block
     warps = 8 if wide == 128 else 4
@@ -371,7 +371,12 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
             "BLOCK_S": SUM_COLUMNS,
             "num_warps": warps,
         },
-        "covariance": {"BLOCK": wide, "CHUNK": 8 if wide == 128 else 4, "BLOCK_P": 8, "num_warps": 4},
+        "covariance": {
+            "BLOCK": wide,
+            "CHUNK": 4 if wide == 128 else 2,
+            "BLOCK_P": 8 if wide == 128 else 32,
+            "num_warps": 4,
+        },
         "norms": {
             "BLOCK": block,
             "BLOCK_K": min(32, block),
@@ -381,9 +386,9 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
         },
         "change": {
             "BLOCK_R": 128 if short else 64,
-            "BLOCK": 128 if short and width > 64 else block,
-            "BLOCK_K": min(64 if short else 32, block),
-            "BLOCK_B": triton.next_power_of_2(-(-width // block)),
+            "BLOCK": block,
+            "BLOCK_K": min(32, block) if short or width <= 64 else 16,
+            "BLOCK_B": next_power_of_2(cdiv(width, block)),
             "BLOCK_T": 256,
             "num_warps": 8 if width > 64 else 4,
         },
@@ -409,7 +414,7 @@ def whitening_gradient_forward(
     kinds = tiles(width, x.dtype)
 
     def triangle(kind: str) -> int:
-        blocks = -(-width // kinds[kind]["BLOCK"])
+        blocks = cdiv(width, kinds[kind]["BLOCK"])
         return blocks * (blocks + 1) // 2
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -417,9 +422,9 @@ def whitening_gradient_forward(
 
     programs = RESIDENT * processors(x)
     upper, block = triangle("products"), kinds["products"]["BLOCK"]
-    units = groups * upper + -(-channels // kinds["products"]["BLOCK_S"])
-    per_part = max(PART_ROWS, -(-rows // max(1, programs // units)))
-    parts = -(-rows // per_part)
+    units = groups * upper + cdiv(channels, kinds["products"]["BLOCK_S"])
+    per_part = max(PART_ROWS, cdiv(rows, max(1, programs // units)))
+    parts = cdiv(rows, per_part)
     products, sums, shift = made(parts, groups * upper, block, block), made(parts, channels), made(channels)
     x_row, grad_row = x.stride(0), grad.stride(0)
     launch(products_kernel, (parts * units,),
@@ -434,9 +439,9 @@ def whitening_gradient_forward(
     )  # fmt: skip
 
     upper, block = triangle("norms"), kinds["norms"]["BLOCK"]
-    grad_tiles = -(-rows // GRAD_TILE["GRAD_R"]) * -(-channels // GRAD_TILE["GRAD_C"])
-    tiles_per_part = -(-grad_tiles // programs)
-    grad_parts, blocks = -(-grad_tiles // tiles_per_part), -(-width // block)
+    grad_tiles = cdiv(rows, GRAD_TILE["GRAD_R"]) * cdiv(channels, GRAD_TILE["GRAD_C"])
+    tiles_per_part = cdiv(grad_tiles, programs)
+    grad_parts, blocks = cdiv(grad_tiles, tiles_per_part), cdiv(width, block)
     white = made(dtype=torch.bool) if white is None else white
     change = made(groups, width, width, dtype=x.dtype)
     bias, norms = made(blocks, channels), made(groups * upper + grad_parts)
@@ -447,7 +452,7 @@ def whitening_gradient_forward(
 
     y = grad if in_place else made(rows, channels, dtype=grad.dtype)
     kind = kinds["change"]
-    launch(change_kernel, (-(-rows // kind["BLOCK_R"]) * groups * -(-width // kind["BLOCK"]),),
+    launch(change_kernel, (cdiv(rows, kind["BLOCK_R"]) * groups * cdiv(width, kind["BLOCK"]),),
         grad, x, shift, table, white, limits, act, change, bias, norms, y, 0.0 if grad_scale is None else grad_scale,
         statistics, rows, groups, width, groups * upper, grad_parts, blocks, grad_row, x_row, y.stride(0),
         IN_PLACE=in_place, **kind,

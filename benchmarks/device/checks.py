@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastasr.benchmarks.device.machine import GPU, Skipped
-from fastasr.testing.checks import _same, compared, parity, poisoned, values_and_gradients
-from fastasr.testing.table import Make, OpTable, flat, floating, forward_and_backward, tables, with_tensors
+from fastasr.testing.checks import _same, compared, is_gradient, parity, poisoned, values_and_gradients
+from fastasr.testing.table import Make, OpTable, flat, floating, forward_and_backward, table, with_tensors
 from fastasr.testing.tolerance import Comparison, judged
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -79,9 +79,11 @@ def _step(table: OpTable, arguments: dict) -> Callable[[], tuple[Tensor, ...]]:
     cotangent = Make(y.dtype, y.device, "cotangent").normal(*y.shape)
 
     def step() -> tuple[Tensor, ...]:
-        leaves = with_tensors(arguments, lambda _, t: t.clone().requires_grad_())
+        wanted = not is_gradient(table.function)
+        leaves = with_tensors(arguments, lambda _, t: t.clone().requires_grad_(wanted))
         y = flat(table.function(**leaves))
-        return y.detach(), *torch.autograd.grad(y, tuple(floating(leaves).values()), cotangent)
+        inputs = tuple(floating(leaves).values()) if wanted else ()
+        return y.detach(), *(torch.autograd.grad(y, inputs, cotangent) if inputs else ())
 
     return step
 
@@ -152,7 +154,7 @@ def check_op(tell: Callable[[dict], None], machine: GPU, op: str) -> None:
     def all_of_them() -> None:
         with machine.serving(op):
             for title, check in CHECKS.items():
-                if not reported(tell, title, partial(check, machine, tables()[op])):
+                if not reported(tell, title, partial(check, machine, table(op))):
                     return
 
     reported(tell, "kernels", all_of_them)
@@ -160,6 +162,6 @@ def check_op(tell: Callable[[dict], None], machine: GPU, op: str) -> None:
 
 def launch(op: str, device: str = "cuda") -> None:
     """Launches every kernel of an op on all of its samples, forward and backward. compute-sanitizer watches this."""
-    for sample in tables()[op].samples:
+    for sample in table(op).samples:
         for dtype in DTYPES:
-            forward_and_backward(tables()[op], sample, dtype, device)
+            forward_and_backward(table(op), sample, dtype, device)

@@ -11,7 +11,7 @@ from unittest import mock
 
 from fastasr.benchmarks.device.checks import DTYPES
 from fastasr.benchmarks.device.machine import GPU
-from fastasr.testing.table import forward_and_backward, tables
+from fastasr.testing.table import forward_and_backward, table
 
 PARTS = 4  # units that compile the kernels of one op
 
@@ -21,10 +21,10 @@ def launches(machine: GPU, op: str) -> list:
     from fastasr.testing.fake_gpu import fake_gpu
 
     settings, found = machine.stand_in(), {}
-    for sample in machine.samples(tables()[op]):
+    for sample in machine.samples(table(op)):
         for dtype in DTYPES:
             with fake_gpu(**settings) as gpu:
-                forward_and_backward(tables()[op], sample, dtype)
+                forward_and_backward(table(op), sample, dtype)
             found |= {(launch.source.hash(), str(launch.options)): launch for launch in gpu.launches}
     return list(found.values())
 

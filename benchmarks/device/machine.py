@@ -22,7 +22,7 @@ from fastasr.benchmarks.harness import Variant
 from fastasr.ops import _dispatch
 from fastasr.testing import samples
 from fastasr.testing.speed import Case, Cost, Implementation, computed, costs_of
-from fastasr.testing.table import Make, OpTable, Sample, flat, forward_and_backward, tables
+from fastasr.testing.table import Make, OpTable, Sample, flat, forward_and_backward, table
 from fastasr.testing.tolerance import JUDGED_DRAWS
 
 FLUSHED_BYTES = 2**30  # more than any L2 cache
@@ -197,7 +197,7 @@ class DryRun(GPU):
             from fastasr.testing.fake_gpu import fake_gpu
 
             with fake_gpu() as gpu:
-                forward_and_backward(tables()[op], tables()[op].richest, torch.bfloat16)
+                forward_and_backward(table(op), table(op).richest, torch.bfloat16)
             assert gpu.launches, "no kernel was launched"
         yield
 
@@ -205,16 +205,16 @@ class DryRun(GPU):
         return (replace(table.richest, draws=1),)
 
     def cases(self, op: str) -> tuple[Case, ...]:
-        table, cost = tables()[op], Cost(1024)
+        own, cost = table(op), Cost(1024)
 
         def made(function: Callable, device: str, dtype: torch.dtype) -> Implementation:
             return computed(function, arguments(Make(dtype, device)), result=lambda _, y: flat(y))
 
         def make(*to) -> dict[str, Callable[[], Implementation]]:
-            both = {"eager": table.definition, "fastasr": table.function}
+            both = {"eager": own.definition, "fastasr": own.function}
             return {name: partial(made, function, *to) for name, function in both.items()}
 
-        arguments = table.richest.arguments
+        arguments = own.richest.arguments
         small = {"arguments": arguments, "make": make, "costs": lambda _: costs_of(cost, cost)}
         return tuple(replace(case, **small) for case in super().cases(op))
 

@@ -9,7 +9,7 @@
 #include "cpu/rows/residual_norm.h"
 #include "cpu/rows/rows.h"
 #include "cpu/rows/swoosh.h"
-#include "cpu/rows/whitening.h"
+#include "cpu/rows/whitening_gradient.h"
 #include "tests/check.h"
 
 namespace fastasr::test {

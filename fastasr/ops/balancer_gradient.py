@@ -118,6 +118,7 @@ def balancer_gradient(
     compute = torch.promote_types(x.dtype, torch.float32)
     channel_dim = channel_dim % x.dim() + 1
     # the first dimension because a mean over no dimension would be one over all
+    grad = grad.detach()
     x, g = x.detach().to(compute)[None], grad.to(compute)[None]
     dims = [i for i in range(x.dim()) if i != channel_dim]
     mu = x.mean(dims, keepdim=True)

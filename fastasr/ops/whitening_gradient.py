@@ -118,6 +118,7 @@ def whitening_gradient(
     if limits is not None:
         limit, grad_scale = limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
+    grad = grad.detach()
     with _exact_products(x):
         frames = _grouped(x.detach().to(compute), num_groups)
         metric, covariance, d = _metric(frames)

@@ -40,6 +40,11 @@ def _contiguous(name: str, t: Tensor) -> Tensor:
     return t.clone()
 
 
+def is_gradient(f: Callable) -> bool:
+    """Says whether f is an op that is a gradient itself."""
+    return hasattr(f, "op") and f.op.is_gradient
+
+
 def values_and_gradients(
     f: Callable[..., Tensor],
     arguments: dict,
@@ -47,12 +52,17 @@ def values_and_gradients(
     draw: int = 0,
     layout: Layout = _contiguous,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Returns f's output, its gradients by argument, and the cotangent that they belong to."""
-    leaves = with_tensors(arguments, lambda name, t: layout(name, t.detach()).requires_grad_())
+    """Returns f's output, its gradients by argument, and the cotangent that they belong to. An op that is a gradient
+    itself has no gradients.
+    """
+    wanted = not is_gradient(f)
+    leaves = with_tensors(arguments, lambda name, t: layout(name, t.detach()).requires_grad_(wanted))
     out = _call(f, leaves)
     if cotangent is None:
         cotangent = Make(out.dtype, out.device.type, f"cotangent {draw}").normal(*out.shape)
-    names = list(floating(leaves))
+    names = list(floating(leaves)) if out.requires_grad else []
+    if not names:
+        return out, {}, cotangent
     laid_out = layout("cotangent", cotangent.to(out.dtype))
     grads = torch.autograd.grad(out, [leaves[n] for n in names], laid_out, allow_unused=True)
     return out, dict(zip(names, grads, strict=True)), cotangent
@@ -138,6 +148,7 @@ def compared(
     with _drawing_like(dtype):
         reference, reference_grads, _ = values_and_gradients(table.definition, wide, cotangent)
     assert out.dtype == eager.dtype, f"dtype {out.dtype}, eager gives {eager.dtype}"
+    assert grads.keys() == eager_grads.keys()
     yield "values", compare(out, eager, reference)
     for name, grad in grads.items():
         assert grad is not None, f"no gradient for {name}"

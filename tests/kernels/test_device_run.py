@@ -26,8 +26,8 @@ from fastasr.benchmarks.device.isolate import PRELOADED, isolated
 from fastasr.benchmarks.device.machine import GPU, DryRun, kernels, to_watch
 from fastasr.benchmarks.device.units import SANITIZERS, Unit, run_tests, sanitize, units
 from fastasr.benchmarks.rows import Row, read
-from fastasr.testing import Make, tables
-from fastasr.testing.table import floating
+from fastasr.testing import Make
+from fastasr.testing.table import floating, table
 
 triton = pytest.importorskip("triton")
 
@@ -482,8 +482,8 @@ class MakeElsewhere(Make):
 @pytest.mark.parametrize("op", kernels())
 def test_calls_can_be_made_and_run_on_another_device(op):
     """No tensor of a sample stays on the CPU, and ops take the arguments at sizes of training."""
-    table, cases = tables()[op], GPU().cases(op)
-    for call in (*table.samples, *cases):
+    own, cases = table(op), GPU().cases(op)
+    for call in (*own.samples, *cases):
         try:
             arguments = call.arguments(MakeElsewhere(device="meta"))
         except RuntimeError as error:
@@ -494,7 +494,7 @@ def test_calls_can_be_made_and_run_on_another_device(op):
         assert {v.device.type for v in tensors.values()} == {"meta"}, call.name
         if call in cases:
             arguments |= {name: t.requires_grad_() for name, t in floating(arguments).items()}
-            assert table.call_registered(arguments).requires_grad
+            assert own.call_registered(arguments).requires_grad  # a gradient refuses later
 
 
 def test_every_op_has_its_units_and_its_note():

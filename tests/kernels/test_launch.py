@@ -15,8 +15,7 @@ import torch
 from fastasr.benchmarks.device.checks import launch as launch_samples
 from fastasr.benchmarks.studies import launch_cost
 from fastasr.ops._dispatch import gpu_backends
-from fastasr.testing import tables
-from fastasr.testing.table import forward_and_backward
+from fastasr.testing.table import forward_and_backward, table
 from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
@@ -27,7 +26,7 @@ from fastasr.testing.fake_gpu import fake_gpu
 pytestmark = pytest.mark.needs("kernels", "tests/kernels")
 
 TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
-TABLES = {name: table for name, table in tables().items() if name in TRITON}
+TABLES = {name: table(name) for name in TRITON}
 
 
 @cache

@@ -30,8 +30,8 @@ TABLE = OpTable(
     op="balancer_gradient",
     samples=(
         Sample("matrix", lambda m: _call(m, (2, 8))),
-        Sample("tbc", lambda m: _call(m, (6, 2, 16))),
-        Sample("channels first", lambda m: _call(m, (3, 12, 5), 1)),
+        Sample("tbc", lambda m: _call(m, (6, 2, 16)), thorough=True),
+        Sample("channels first", lambda m: _call(m, (3, 12, 5), 1), thorough=True),
     ),
 )
 

@@ -30,8 +30,8 @@ TABLE = OpTable(
     op="whitening_gradient",
     samples=(
         Sample("matrix", lambda m: _call(m, (30, 8))),
-        Sample("tbc", lambda m: _call(m, (20, 2, 24))),
-        Sample("groups", lambda m: _call(m, (20, 2, 24), 3)),
+        Sample("tbc", lambda m: _call(m, (20, 2, 24)), thorough=True),
+        Sample("groups", lambda m: _call(m, (20, 2, 24), 3), thorough=True),
         Sample("white", lambda m: _call(m, (20, 2, 24)) | {"limit": 100.0}),
     ),
     invalid=(

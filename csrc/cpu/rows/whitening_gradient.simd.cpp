@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rows/whitening.h"
+#include "cpu/rows/whitening_gradient.h"
 
 #include <algorithm>
 

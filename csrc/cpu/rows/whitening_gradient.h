@@ -5,7 +5,7 @@
 
 #include "cpu/simd/kernels.h"
 
-// The passes of the gradient of Zipformer's Whiten beside its two products, see fastasr/models/zipformer/whitening.py.
+// The passes of the gradient of Zipformer's Whiten beside its two products, see fastasr/ops/whitening_gradient.py.
 namespace fastasr::cpu {
 
 struct WhiteningKernels {
