@@ -24,7 +24,8 @@ FRAMEWORKS = (
 
 
 def rules() -> list[Rule]:
-    return list(dict.fromkeys(rule for family in FAMILIES for rule in family))
+    """Returns the rules that swap a forward."""
+    return list(dict.fromkeys(rule for family in FAMILIES for rule in family if rule.forward is not None))
 
 
 def _reasons(function: Callable, seen: set) -> Iterator[str]:

@@ -15,7 +15,7 @@ MAKERS = {f.__name__ for f in _device_constructors()} | {"Tensor", "FloatTensor"
 INFERRED = {"as_tensor", "asarray"}  # take the dtype of what they are given
 DRAWS = {"rand"}  # a swap draws what upstream draws, which is in the default dtype
 UPSTREAM_DRAWS = {  # and on the default device
-    "FastConformerEncoder.forward in fastasr/models/fast_conformer/encoder.py",
+    "padded in fastasr/models/fast_conformer/encoder.py",
     "encoded in fastasr/models/fast_conformer/ragged.py",
     "EBranchformerEncoder.forward in fastasr/models/e_branchformer/encoder.py",
 }
