@@ -94,8 +94,8 @@ def _bytes(memory):
 
 @dataclass
 class Kind:
-    """What is known of one kind of call: how often it was seen, replayed, recorded, and dropped to make room for others;
-    its bytes; or why it is not recorded.
+    """What is known of one kind of call: how often it was seen, replayed, recorded, and dropped to make room; its bytes;
+    or why it is not recorded.
     """
 
     call: str
@@ -250,7 +250,7 @@ class ModuleGraphs:
         return [*map(torch.Tensor.data_ptr, self.structure.state)]
 
     def _recorded(self, module, leaves, form, kind, chosen):
-        state, self._records = random.getstate(), True
+        state, self._records, before = random.getstate(), True, _attributes(module)
         try:
             if self.recorder is None:
                 self.recorder = (self.options.recorder or _cuda_recorder)()
@@ -272,6 +272,10 @@ class ModuleGraphs:
                 vars(module)[self.choice] = lambda: chosen
             graph = Graph(self.recorder, forward, leaves, wanted, self.gradients, module)
             graph.addresses = self._addresses()
+            vars(module).pop(self.choice, None)
+            changed = _put_back(module, before)
+            if changed:  # a replay would not change it, and a tensor that was made would be overwritten
+                raise Unrecordable(f"a call changes attributes of modules: {', '.join(changed)}")
             if random.getstate() != state:
                 raise Unrecordable("it draws from Python's random outside of a plan")
         except Exception as error:  # the call runs as it is, and says why
@@ -319,6 +323,30 @@ class ModuleGraphs:
             torch.get_default_dtype(),
         )
         return tensors, form, cast, module.training, self.structure.training(), wanted, settings
+
+
+def _attributes(module):
+    """Returns what the attributes of all submodules hold, and the elements of those that are lists or dicts."""
+    return {(m, name): (value, _elements(value)) for m in module.modules() for name, value in vars(m).items()}
+
+
+def _elements(value):
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [*map(id, values)]
+
+
+def _put_back(module, before):
+    """Gives changed attributes their values back, but for elements of lists and dicts. Returns their names."""
+    changed = []
+    for (m, name), (value, elements) in _attributes(module).items():
+        old, old_elements = before.get((m, name), (None, None))
+        if value is not old or elements != old_elements:
+            changed.append(f"{type(m).__name__}.{name}")
+            if (m, name) in before:
+                vars(m)[name] = old
+            else:
+                del vars(m)[name]
+    return changed
 
 
 def _why_not_now(module):

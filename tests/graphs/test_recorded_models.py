@@ -243,6 +243,40 @@ def test_what_is_no_tensor_or_constant_runs_as_it_is():
     assert len(kinds(model)) == 1
 
 
+class Caching(torch.nn.Module):
+    """Keeps a tensor of its last call, as tables of positions are kept, or counts its calls."""
+
+    def __init__(self, layer, what):
+        super().__init__()
+        self.layer, self.what, self.kept, self.calls = layer, what, {}, 0
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.what == "attribute":
+            self.last = y.detach()
+        elif self.what == "dict":
+            self.kept[len(self.kept)] = y.detach()
+        elif self.what == "buffer":
+            self.register_buffer("table", y.detach(), persistent=False)
+        else:
+            self.calls += 1
+        return y
+
+
+@pytest.mark.parametrize("what", ["attribute", "dict", "buffer", "count"])
+def test_code_that_changes_its_module_is_declined(what):
+    model = encoder().eval()
+    part = model.layers[0].feed_forward1
+    part.linear1 = Caching(part.linear1, what)
+    recorded(model)
+    with torch.no_grad():
+        for seed in range(2):
+            y, _ = model(*batch(seed=seed))
+            torch.testing.assert_close(y, type(model).forward(model, *batch(seed=seed))[0], rtol=0, atol=0)
+    assert "changes attributes of modules: " in kinds(model)[0].reason
+    assert part.linear1.calls == (4 if what == "count" else 0)
+
+
 # --------------------------------------------------------------------------- gradients
 def test_gradients_of_steps_in_a_row_are_kept_if_wished():
     model = encoder().train()

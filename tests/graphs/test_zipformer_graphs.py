@@ -220,3 +220,27 @@ def test_bfloat16():
         assert a[4:] == b[4:]
         assert (a[0] - b[0]).norm() < 1e-2 * b[0].norm()
         assert a[2].keys() == b[2].keys()
+
+
+def test_three_recordings_of_a_shape_in_a_training_run():
+    model = encoder(4000.0)
+    graphs = graphed(model, after=0)
+    recordings = 0
+    for count in range(4000, 60001, 500):
+        at(model, float(count))
+        if not graphs.graphs or not next(iter(graphs.graphs.values())).holds():
+            run(model, lambda step: inputs(20, [20, 14], step), 1)
+            recordings += 1
+    assert not reasons(graphs)
+    assert recordings == sum(kind.recorded for kind in graphs.kinds.values()) <= 3
+
+
+def test_plans_are_few():
+    """A Zipformer-M has 16 layers: 661 plans in a forward pass, 176 in a backward pass."""
+    model = encoder(20000)
+    graphs = graphed(model, after=0)
+    run(model, lambda step: inputs(20, [20, 14], step), 1)
+    (graph,) = graphs.graphs.values()
+    layers = sum(isinstance(m, ZipformerEncoderLayer) for m in model.modules())
+    assert len(graph.ahead.plans) <= 43 * layers
+    assert len(graph.back.plans) <= 12 * layers
