@@ -32,9 +32,11 @@ from fastasr.models.zipformer.feed_forward import FeedforwardModule
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.packed_weights import constant_weights
+from fastasr.models.zipformer.residuals import forked, plus
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops._decided import Drawn
 
 # Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
 # of stack 0. One thread of Zen 4 takes as long either way, within 15 % at 800 frames and 5 % from 1600 on.
@@ -165,7 +167,6 @@ class ZipformerEncoderLayer(torch.nn.Module):
     def _encode_by_submodules(
         self, may_be_constant, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, left_context_chunks
     ):
-        src_orig = src
         attention_skip_rate = rate(self.attention_skip_rate) if self.training else 0.0
         weights = self.self_attn_weights
         if _is_long(self, src):
@@ -173,25 +174,27 @@ class ZipformerEncoderLayer(torch.nn.Module):
         window = {}
         if left_context_chunks is not None and chunk_size > 0:
             window = {"chunk_size": chunk_size, "left_context_chunks": left_context_chunks}
+        # x is what a branch reads, src the stream
+        src, src_mid, src_orig, x, x_ff1 = forked(src, wide=3, narrow=2)
         attn_weights = weights(
-            src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask, **window
+            x, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask, **window
         )
-        src = src + self.feed_forward1(src)
+        src, x = plus(src, self.feed_forward1(x_ff1))
 
         attention_mask = _sequence_mask(self, src, attention_skip_rate)
         first_head = attn_weights[0:1]
         first_head = _perhaps_constant(self, first_head) if may_be_constant else first_head
-        src = _plus(src, self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
-        src = _plus(src, self.self_attn1(src, attn_weights), attention_mask)
-        src = _plus_convolved(self, self.conv_module1, src, chunk_size, src_key_padding_mask)
+        src, x = plus(src, self.balancer_na(self.nonlin_attention(x, first_head)), attention_mask)
+        src, x = plus(src, self.self_attn1(x, attn_weights), attention_mask)
+        src, x = _plus_convolved(self, self.conv_module1, src, x, chunk_size, src_key_padding_mask)
         ff2_skip_rate = rate(self.ff2_skip_rate) if self.training else 0.0
-        src = _plus_dropped(self, src, self.balancer_ff2(self.feed_forward2(src)), ff2_skip_rate)
-        src = self.bypass_mid(src_orig, src)
+        src, _ = _plus_dropped(self, src, self.balancer_ff2(self.feed_forward2(x)), ff2_skip_rate)
+        src, x = forked(self.bypass_mid(src_mid, src), wide=1, narrow=1)
 
-        src = _plus(src, self.self_attn2(src, attn_weights), attention_mask)
-        src = _plus_convolved(self, self.conv_module2, src, chunk_size, src_key_padding_mask)
+        src, x = plus(src, self.self_attn2(x, attn_weights), attention_mask)
+        src, x = _plus_convolved(self, self.conv_module2, src, x, chunk_size, src_key_padding_mask)
         ff3_skip_rate = rate(self.ff3_skip_rate) if self.training else 0.0
-        src = _plus_dropped(self, src, self.balancer_ff3(self.feed_forward3(src)), ff3_skip_rate)
+        src, _ = _plus_dropped(self, src, self.balancer_ff3(self.feed_forward3(x)), ff3_skip_rate)
         src = self.norm(self.balancer1(src))
         return self.whiten(self.balancer2(self.bypass(src_orig, src)))
 
@@ -338,30 +341,28 @@ def _balancer(channels, min_positive, max_positive, **limits):
     return Balancer(channels, channel_dim=-1, min_positive=min_positive, max_positive=max_positive, **limits)
 
 
-def _plus_convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):
+def _plus_convolved(layer, conv_module, src, x, chunk_size, src_key_padding_mask):
     skip_rate = rate(layer.conv_skip_rate) if layer.training else 0.0
-    y = conv_module(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
+    y = conv_module(x, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
     return _plus_dropped(layer, src, y, skip_rate)
 
 
 def _sequence_mask(layer, x, rate):
     """Draws (batch, 1), 0 for dropped sequences and 1 for the others, from torch's generator; None at rate 0. For
-    packed frames it returns (frames, 1, 1)."""
+    packed frames it returns (frames, 1, 1), while a call is recorded the numbers and the rate."""
     if is_zero(rate) or not layer.training:
         return None
     packing = current()
     batch = x.shape[1] if packing is None else len(packing.lengths)
-    mask = (torch.rand(batch, 1, device=x.device) > rate).to(x.dtype)
+    numbers = torch.rand(batch, 1, device=x.device)
+    if isinstance(rate, torch.Tensor):
+        return Drawn(numbers, rate)
+    mask = (numbers > rate).to(x.dtype)
     return mask if packing is None else packing.repeated(mask).unsqueeze(1)
 
 
 def _plus_dropped(layer, src, y, rate):
-    return _plus(src, y, _sequence_mask(layer, y, rate))
-
-
-def _plus(src, y, mask):
-    """Returns src + y * mask in one pass; the products with 0 and 1 are exact."""
-    return src + y if mask is None else torch.addcmul(src, y, mask)
+    return plus(src, y, _sequence_mask(layer, y, rate))
 
 
 def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):
