@@ -15,10 +15,12 @@ import random
 import torch
 
 from fastasr.models.common.graph_capture import recording
+from fastasr.models.common.plain import runs
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import score_penalty
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.decisions import on_columns
 from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
@@ -252,6 +254,11 @@ def _with_gradient_changes(module, projected):
     On most calls these modules return their argument or a view of it. The projection is then returned as it is.
     """
     width = module.num_heads * module.query_head_dim
+    regularisers = (module.balance_keys, Balancer), (module.whiten_keys, Whiten)
+    if recording() is not None and all(runs(m, cls.forward) for m, cls in regularisers):
+        for m, _ in regularisers:
+            projected = on_columns(m, projected, width, 2 * width)
+        return projected
     parts = projected.split([width, width, module.num_heads * module.pos_head_dim], -1)
     q, k, p = parts
     after = module.copy_query(q), module.whiten_keys(module.balance_keys(k)), module.copy_pos_query(p)

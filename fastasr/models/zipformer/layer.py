@@ -27,7 +27,7 @@ from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeig
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
-from fastasr.models.zipformer.decisions import is_zero, rate
+from fastasr.models.zipformer.decisions import is_zero, owning, rate
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
@@ -164,7 +164,14 @@ class ZipformerEncoderLayer(torch.nn.Module):
             done = whole_layer.encoded(self, *call, left_context_chunks, by_submodules)
         return by_submodules(*call, left_context_chunks) if done is None else done
 
-    def _encode_by_submodules(
+    def _encode_by_submodules(self, may_be_constant, *call):
+        with owning():  # no two nodes in a layer get the same gradient
+            src = ZipformerEncoderLayer._branches(self, may_be_constant, *call)
+        with owning(runs(self.whiten, Whiten.forward)):  # it has a copy
+            src = self.balancer2(src)
+        return self.whiten(src)
+
+    def _branches(
         self, may_be_constant, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, left_context_chunks
     ):
         attention_skip_rate = rate(self.attention_skip_rate) if self.training else 0.0
@@ -195,8 +202,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         src, x = _plus_convolved(self, self.conv_module2, src, x, chunk_size, src_key_padding_mask)
         ff3_skip_rate = rate(self.ff3_skip_rate) if self.training else 0.0
         src, _ = _plus_dropped(self, src, self.balancer_ff3(self.feed_forward3(x)), ff3_skip_rate)
-        src = self.norm(self.balancer1(src))
-        return self.whiten(self.balancer2(self.bypass(src_orig, src)))
+        return self.bypass(src_orig, self.norm(self.balancer1(src)))
 
     def streaming_forward(
         self,

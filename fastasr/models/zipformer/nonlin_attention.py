@@ -9,10 +9,12 @@ out     = out_proj(W (v tanh(s)) y)
 
 import torch
 
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.linear import Linear
-from fastasr.models.common.plain import is_plain, is_plain_named
+from fastasr.models.common.plain import is_plain, is_plain_named, runs
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.decisions import on_columns
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.packed_weights import PackedWeights
@@ -71,7 +73,14 @@ class NonlinAttention(torch.nn.Module):
             v = self.identity1(self.tanh(self.balancer(s)) * self.whiten1(v))
             y = self.identity3(weighted(attn_weights, v) * self.identity2(y))
             return self.whiten2(self.out_proj(y))
-        after = self.balancer(s), self.whiten1(v), y
+        regularisers = (self.balancer, Balancer), (self.whiten1, Whiten)
+        if recording() is not None and all(runs(m, cls.forward) for m, cls in regularisers):
+            width = s.shape[-1]
+            for i, (m, _) in enumerate(regularisers):
+                projected = on_columns(m, projected, i * width, (i + 1) * width)
+            after = parts = projected.chunk(3, dim=2)
+        else:
+            after = self.balancer(s), self.whiten1(v), y
         packed = isinstance(attn_weights, PackedWeights) and attn_weights.in_memory
         if len(attn_weights) != 1 or not (packed or isinstance(attn_weights, torch.Tensor)):
             s, v, y = after
