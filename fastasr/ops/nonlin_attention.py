@@ -54,6 +54,32 @@ _TRITON = replace(triton_kernels("nonlin_attention"), load=partial(_load, "trito
 FAMILY = KernelFamily("nonlin_attention", (), (_NATIVE, _TRITON))
 
 
+def passes(weights: Tensor, projected: Tensor) -> _Passes:
+    """Returns the passes around the products, by kernels or in eager, for a caller who computes the products."""
+    found = FAMILY.kernels(projected, weights)
+    return _EAGER if found is None else found
+
+
+def _gate(projected: Tensor) -> Tensor:
+    s, v, _ = projected.chunk(3, dim=-1)
+    return v * torch.tanh(s)
+
+
+def _slopes(dx: Tensor, grad: Tensor, projected: Tensor, o: Tensor) -> Tensor:
+    s, v, _ = projected.chunk(3, dim=-1)
+    dx, y = dx.transpose(0, 1), torch.tanh(s)
+    return torch.cat([dx * v * (1 - y * y), dx * y, grad * o.transpose(0, 1)], -1)
+
+
+_EAGER = _Passes(
+    "eager",
+    _gate,
+    lambda grad, projected: (_gate(projected), grad * projected.chunk(3, dim=-1)[2]),
+    lambda projected, o: o.transpose(0, 1) * projected.chunk(3, dim=-1)[2],
+    _slopes,
+)
+
+
 def _fits(weights: Tensor, projected: Tensor) -> bool:
     """Checks the operands first: the product is the vendor's, which declines nothing."""
     strided = weights.layout is projected.layout is torch.strided

@@ -100,6 +100,11 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         )
 
         sizes = self.num_heads, self.query_head_dim
+        if penalized and recording() is not None:
+            limit = SCORE_PENALTY, SCORE_LIMIT
+            weights = score_penalty.recorded_weights(projected, relative, penalized, sizes, *limit, masks)
+            draw_for_entropy(self, lambda: weights)
+            return weights if self.dropout == 0.0 else dropped(weights, self.dropout, self.training)
         penalty = SCORE_PENALTY if penalized else 0.0
 
         def formed(projected, relative, **masks):
@@ -164,12 +169,8 @@ def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_
     projected = _with_gradient_changes(module, module.in_proj(x))
     with_positions = not module.training or _with_positions(module)
     relative = module.linear_pos(pos_emb) if with_positions else None
-    if module.training and recording() is not None:
-        return _recorded(
-            module, projected, relative, key_padding_mask, attn_mask, chunk_size, left_context_chunks
-        )
-    penalized = module.training and random.random() < PENALISED_CALLS
-    if penalized and draw_for_log() and module.name is not None and current() is None:
+    penalized = module.training and _draw_penalty()
+    if penalized is True and draw_for_log() and module.name is not None and current() is None:
         _log_penalty(module, projected, relative)
     masks = {
         "key_padding_mask": None if key_padding_mask is None else key_padding_mask.to(torch.bool),
@@ -190,8 +191,11 @@ def _with_positions(module):
     return True
 
 
-def _recorded(module, projected, relative, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
-    """As the end of ``_operands``; the penalty is a node of its own, which acts where the host's number says so."""
+def _draw_penalty():
+    """Returns whether this call penalises large scores, while it is recorded the number on the device that says so."""
+    recorded = recording()
+    if recorded is None:
+        return random.random() < PENALISED_CALLS
 
     def plan():
         penalized = random.random() < PENALISED_CALLS
@@ -199,17 +203,8 @@ def _recorded(module, projected, relative, key_padding_mask, attn_mask, chunk_si
             draw_for_log()
         return [penalized]
 
-    if torch.is_grad_enabled():
-        numbers = recording().numbers(plan, 1)
-        sizes = module.num_heads, module.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
-        projected, relative = score_penalty.recorded(projected, relative, numbers, *sizes)
-    masks = {
-        "key_padding_mask": None if key_padding_mask is None else key_padding_mask.to(torch.bool),
-        "attn_mask": attn_mask,
-        "chunk_size": chunk_size,
-        "left_context_chunks": left_context_chunks,
-    }
-    return projected, relative, masks, False
+    numbers = recorded.numbers(plan, 1)
+    return numbers if torch.is_grad_enabled() else False
 
 
 def plain(module, x, pos_emb, masks):

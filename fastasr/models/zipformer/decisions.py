@@ -59,8 +59,8 @@ def owning(owned=True):
 
 
 def on_columns(module, x, begin, end):
-    """Returns x after ``module``, a Balancer or Whiten, has watched columns of it. The call is being recorded: one node
-    changes these columns of the gradient of x.
+    """Returns x after ``module``, a Balancer or Whiten, has watched columns of it. The call is being recorded, and one
+    node changes these columns of the gradient of x.
     """
     with _setting("columns", (begin, end)):
         return module(x)

@@ -29,13 +29,15 @@ from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.decisions import is_zero, owning, rate
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
-from fastasr.models.zipformer.nonlin_attention import NonlinAttention
+from fastasr.models.zipformer.nonlin_attention import NonlinAttention, is_plain_gate
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.packed_weights import constant_weights
 from fastasr.models.zipformer.residuals import forked, plus
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.models.zipformer.shared_weights import FirstHead, SharedWeights
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops import _decided
 from fastasr.ops._decided import Drawn
 
 # Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
@@ -189,6 +191,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         src, x = plus(src, self.feed_forward1(x_ff1))
 
         attention_mask = _sequence_mask(self, src, attention_skip_rate)
+        attn_weights = _shared(self, attn_weights)
         first_head = attn_weights[0:1]
         first_head = _perhaps_constant(self, first_head) if may_be_constant else first_head
         src, x = plus(src, self.balancer_na(self.nonlin_attention(x, first_head)), attention_mask)
@@ -321,26 +324,39 @@ def _perhaps_constant(layer, weights):
     recorded = recording()
     if recorded is None:
         return constant_weights(weights) if random.random() < float(layer.const_attention_rate) else weights
-    return _Constant.apply(
-        weights, recorded.numbers(lambda: [random.random() < float(layer.const_attention_rate)], 1)
-    )
+
+    def plan():
+        constant = random.random() < float(layer.const_attention_rate)
+        return [constant, not constant]
+
+    numbers = recorded.numbers(plan, 2)
+    if isinstance(weights, FirstHead):
+        return FirstHead(weights.shared, numbers)
+    return _Constant.apply(weights, numbers)
+
+
+def _shared(layer, weights):
+    """Returns the weights, while a call is recorded as weights whose consumers share the memory of their gradient."""
+    recorded = recording() is not None and isinstance(weights, torch.Tensor) and weights.requires_grad
+    return SharedWeights(weights) if recorded and _consumers_are_ours(layer) else weights
+
+
+def _consumers_are_ours(layer):
+    consumers = layer.self_attn1, layer.self_attn2
+    gate = layer.nonlin_attention
+    ours = runs(gate, NonlinAttention.forward) and all(runs(m, SelfAttention.forward) for m in consumers)
+    return ours and is_plain_gate(gate)
 
 
 class _Constant(Function):
     @staticmethod
     def forward(ctx, weights, numbers):
         ctx.numbers = numbers
-        y = weights.clone()
-        with recording().only_if(numbers):
-            y.copy_(constant_weights(weights))
-        return y
+        return _decided.either(weights, numbers.values[:1])
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
-        with ctx.numbers.recording.back.only_if(ctx.numbers):
-            grad.zero_()
-        return grad, None
+        return grad * ctx.numbers.values[1].to(grad.dtype), None
 
 
 def _balancer(channels, min_positive, max_positive, **limits):

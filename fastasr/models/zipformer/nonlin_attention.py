@@ -20,6 +20,7 @@ from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.packed_weights import PackedWeights
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import check_cache, check_weights, weighted
+from fastasr.models.zipformer.shared_weights import FirstHead
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import nonlin_attention
 
@@ -63,13 +64,7 @@ class NonlinAttention(torch.nn.Module):
         projected = self.in_proj(x)
         parts = projected.chunk(3, dim=2)
         s, v, y = parts
-        if not (
-            is_plain(self.tanh, torch.nn.Tanh)
-            and all(
-                is_plain_named(m, ("Identity",), self)
-                for m in (self.identity1, self.identity2, self.identity3)
-            )
-        ):
+        if not is_plain_gate(self):
             v = self.identity1(self.tanh(self.balancer(s)) * self.whiten1(v))
             y = self.identity3(weighted(attn_weights, v) * self.identity2(y))
             return self.whiten2(self.out_proj(y))
@@ -81,7 +76,7 @@ class NonlinAttention(torch.nn.Module):
             after = parts = projected.chunk(3, dim=2)
         else:
             after = self.balancer(s), self.whiten1(v), y
-        packed = isinstance(attn_weights, PackedWeights) and attn_weights.in_memory
+        packed = isinstance(attn_weights, PackedWeights | FirstHead) and attn_weights.in_memory
         if len(attn_weights) != 1 or not (packed or isinstance(attn_weights, torch.Tensor)):
             s, v, y = after
             y = weighted(attn_weights, v * torch.tanh(s)) * y
@@ -104,3 +99,11 @@ class NonlinAttention(torch.nn.Module):
         cached_x = v[:, :, v.shape[2] - left_context_len :]
         v = (attn_weights @ v).permute(2, 1, 0, 3).flatten(2)
         return self.out_proj(v * y), cached_x
+
+
+def is_plain_gate(module):
+    """Says whether tanh and the identities are what their names say, so that one op computes the gate."""
+    identities = module.identity1, module.identity2, module.identity3
+    return is_plain(module.tanh, torch.nn.Tanh) and all(
+        is_plain_named(m, ("Identity",), module) for m in identities
+    )

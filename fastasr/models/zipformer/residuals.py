@@ -65,12 +65,13 @@ class _Plus(Function):
 class _Forked(Function):
     @staticmethod
     def forward(ctx, src, wide, narrow, dtype):
-        ctx.dtype = src.dtype
+        ctx.dtype, ctx.wide = src.dtype, wide
         ctx.set_materialize_grads(False)
         branch = src if dtype is None or not narrow else src.to(dtype)
         return *(src.view_as(src) for _ in range(wide)), *(branch.view_as(branch) for _ in range(narrow))
 
     @staticmethod
     def backward(ctx, *grads):
-        grads = [g for g in grads if g is not None]
+        # in the order in which autograd adds them: that of the backward pass
+        grads = [g for g in (*grads[: ctx.wide][::-1], *grads[ctx.wide :][::-1]) if g is not None]
         return _decided.gradients(grads, None, ctx.dtype, None)[0] if grads else None, None, None, None
