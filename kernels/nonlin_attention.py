@@ -111,11 +111,24 @@ def _precise(projected: torch.Tensor) -> dict:
     return {"PRECISE": projected.dtype is torch.float32}
 
 
-def nonlin_attention_gate(projected: torch.Tensor) -> torch.Tensor:
-    """Returns x (T, B, D) of projected (T, B, 3 D), whose rows are dense and evenly spaced."""
-    x = _like(projected)
+def _padded(projected: torch.Tensor, rows: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns room for x (T, B, D), and the tensor of which it is the beginning: it has ``rows`` rows (None: T), with
+    zeros behind x.
+    """
+    frames, batch, channels = projected.shape
+    whole = projected.new_empty((rows or frames, batch, channels // 3))
+    if rows is not None and rows > frames:
+        whole[frames:].zero_()
+    return whole[:frames], whole
+
+
+def nonlin_attention_gate(projected: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+    """Returns x (T, B, D) of projected (T, B, 3 D), whose rows are dense and evenly spaced; with ``rows``, so many,
+    with zeros behind x.
+    """
+    x, whole = _padded(projected, rows)
     _launch(gate_kernel, projected, projected, x, **_precise(projected))
-    return x
+    return whole
 
 
 def nonlin_attention_product(projected: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
@@ -126,12 +139,12 @@ def nonlin_attention_product(projected: torch.Tensor, o: torch.Tensor) -> torch.
 
 
 def nonlin_attention_operands(
-    grad: torch.Tensor, projected: torch.Tensor
+    grad: torch.Tensor, projected: torch.Tensor, rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns x and u, (T, B, D)."""
-    x, u = _like(projected), _like(projected)
+    """Returns x, as ``nonlin_attention_gate``, and u, (T, B, D)."""
+    (x, whole), u = _padded(projected, rows), _like(projected)
     _launch(operands_kernel, projected, grad, projected, x, u, **_precise(projected))
-    return x, u
+    return whole, u
 
 
 def nonlin_attention_gradient(

@@ -338,7 +338,11 @@ def _perhaps_constant(layer, weights):
 def _shared(layer, weights):
     """Returns the weights, while a call is recorded as weights whose consumers share the memory of their gradient."""
     recorded = recording() is not None and isinstance(weights, torch.Tensor) and weights.requires_grad
-    return SharedWeights(weights) if recorded and _consumers_are_ours(layer) else weights
+    if not recorded or not _consumers_are_ours(layer):
+        return weights
+    attention = layer.self_attn_weights
+    padded = runs(attention, RelPositionMultiheadAttentionWeights.forward) and attention.dropout == 0.0
+    return SharedWeights(weights, padded)
 
 
 def _consumers_are_ours(layer):

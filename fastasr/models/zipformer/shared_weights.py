@@ -14,10 +14,12 @@ from fastasr.ops.nonlin_attention import passes
 
 
 class SharedWeights:
-    """``weights`` (heads, batch, T, T), for consumers in the order of their calls."""
+    """``weights`` (heads, batch, T, T), for consumers in the order of their calls. ``padded``: between the end of a row
+    and the next row are zeros, so that products may take as many columns as are read fastest.
+    """
 
-    def __init__(self, weights):
-        self._weights = weights
+    def __init__(self, weights, padded=False):
+        self._weights, self._padded = weights, padded
         self.shape = weights.shape
 
     def __getitem__(self, index):
@@ -27,11 +29,11 @@ class SharedWeights:
 
     def weighted(self, values):
         """values (T, batch, heads * dim) -> their weighted sums, same shape."""
-        y, self._weights = _Weighted.apply(self._weights, values)
+        y, self._weights = _Weighted.apply(self._weights, values, self._padded)
         return y
 
     def gated(self, projected, constant):
-        y, self._weights = _Gated.apply(self._weights, projected, constant)
+        y, self._weights = _Gated.apply(self._weights, projected, constant, self._padded)
         return y
 
 
@@ -54,62 +56,77 @@ class FirstHead:
         return self.shared.gated(projected, self.constant)
 
 
-def _by_head(t, heads):
-    """(T, B, H * d) -> (H * B, T, d), contiguous."""
-    frames, batch, channels = t.shape
-    t = t.reshape(frames, batch, heads, channels // heads).permute(2, 1, 0, 3)
-    return t.reshape(heads * batch, frames, channels // heads)
+def _sources(weights, padded):
+    """Returns how many columns products take: with ``padded`` up to a multiple of 8, as far as rows have zeros."""
+    sources = weights.shape[-1]
+    wide = -(-sources // 8) * 8
+    return wide if padded and weights.stride(2) >= wide and _decided.pads(weights) else sources
 
 
-def _together(t, heads):
-    """(H * B, T, d) -> (T, B, H * d), contiguous."""
-    _, frames, dim = t.shape
-    return t.view(heads, -1, frames, dim).permute(2, 1, 0, 3).reshape(frames, -1, heads * dim)
-
-
-def _flat(weights):
-    return weights.view(-1, *weights.shape[2:])
+def _flat(weights, sources):
+    """Returns the weights as (heads * batch, T, sources)."""
+    heads, batch, targets, _ = weights.shape
+    if sources == weights.shape[-1]:
+        return weights.view(heads * batch, targets, sources)
+    row = weights.stride(2)
+    return weights.as_strided((heads * batch, targets, sources), (targets * row, row, 1))
 
 
 def _room(weights):
-    """Returns memory for the gradient, with rows as far apart as those of the weights."""
-    return torch.empty_strided(weights.shape, weights.stride(), dtype=weights.dtype, device=weights.device)
+    """Returns memory for the gradient, with rows as far apart as those of the weights, to the end of the last one."""
+    heads, batch, targets, _ = weights.shape
+    return weights.new_empty(heads * batch * targets * weights.stride(2)).as_strided(
+        weights.shape, weights.stride()
+    )
+
+
+def _added(total, weights, a, b):
+    """Returns total + a b, in place, or a b in new memory."""
+    sources = b.shape[-1]
+    if total is None:
+        total = _room(weights)
+        torch.bmm(a, b, out=_flat(total, sources))
+    else:
+        _flat(total, sources)[: len(a)].baddbmm_(a, b)
+    return total
 
 
 class _Weighted(Function):
     @staticmethod
-    def forward(ctx, weights, values):
-        values = _by_head(values, len(weights)).to(weights.dtype)
+    def forward(ctx, weights, values, padded):
+        heads, targets, sources = len(weights), weights.shape[2], _sources(weights, padded)
+        ctx.dim = values.shape[2] // heads
+        values = _decided.split_heads(values.to(weights.dtype), heads, sources)
         ctx.save_for_backward(weights, values)
         ctx.set_materialize_grads(False)
-        return _together(torch.bmm(_flat(weights), values), len(weights)), weights.view_as(weights)
+        y = torch.bmm(_flat(weights, sources), values)
+        return _decided.join_heads(y, heads, targets, ctx.dim), weights.view_as(weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, total):
         if grad is None:
-            return total, None
+            return total, None, None
         weights, values = ctx.saved_tensors
-        grad = _by_head(grad, len(weights))
-        if total is None:
-            total = _room(weights)
-            torch.bmm(grad, values.mT, out=_flat(total))
-        else:
-            _flat(total).baddbmm_(grad, values.mT)
-        return total, _together(torch.bmm(_flat(weights).mT, grad), len(weights))
+        heads, targets, sources = *weights.shape[::2], weights.shape[3]
+        grad = _decided.split_heads(grad, heads, targets)
+        total = _added(total, weights, grad, values.mT)
+        dvalues = torch.bmm(_flat(weights, values.shape[1]).mT, grad)
+        return total, _decided.join_heads(dvalues, heads, sources, ctx.dim), None
 
 
 class _Gated(Function):
     @staticmethod
-    def forward(ctx, weights, projected, constant):
+    def forward(ctx, weights, projected, constant, padded):
         first = weights[:1]
         if constant is not None:
             first = _decided.either(first, constant.values[:1])
         projected = _layout.rows(projected.to(weights.dtype))
-        kernels = passes(weights, projected)
-        o = _gemm.batched(first[0], kernels.forward(projected).transpose(0, 1))
+        kernels, sources = passes(weights, projected), _sources(first, padded)
+        ctx.constant, ctx.rows = constant, () if sources == weights.shape[3] else (sources,)
+        x = kernels.forward(projected, *ctx.rows)
+        o = _gemm.batched(_flat(first, sources), x.transpose(0, 1))
         ctx.save_for_backward(weights, first, projected, o)
-        ctx.constant = constant
         ctx.set_materialize_grads(False)
         return kernels.product(projected, o), weights.view_as(weights)
 
@@ -117,15 +134,19 @@ class _Gated(Function):
     @once_differentiable
     def backward(ctx, grad, total):
         if grad is None:
-            return total, None, None
+            return total, None, None, None
         weights, first, projected, o = ctx.saved_tensors
         kernels, grad = passes(weights, projected), grad.contiguous()
-        x, u = kernels.backward(grad, projected)
+        x, u = kernels.backward(grad, projected, *ctx.rows)
         u = u.transpose(0, 1)  # [B, T, D]
         dx = _gemm.batched(first[0].mT, u)
         if ctx.constant is not None:
             x.mul_(ctx.constant.values[1])  # equal weights have no gradient
         if total is None:
             total = _room(weights).zero_()
-        total[0].baddbmm_(u, x.permute(1, 2, 0))
-        return total, kernels.gradient(dx, grad, projected, o), None
+        return (
+            _added(total, weights, u, x.permute(1, 2, 0)),
+            kernels.gradient(dx, grad, projected, o),
+            None,
+            None,
+        )
