@@ -130,10 +130,10 @@ def either_kernel(W, ACT, Y, keys, w_row, y_row, BLOCK: tl.constexpr):
     # eager rounds the count and its reciprocal to the weights' dtype
     count = tl.sum(seen, axis=0).to(Y.dtype.element_ty).to(tl.float32)
     share = tl.div_rn(1.0, count)
-    for start in range(0, y_row, BLOCK):  # with zeros behind the last key
+    for start in range(0, y_row, BLOCK):  # and what is behind the last key, so that whole vectors are read
         j = start + tl.arange(0, BLOCK)
-        w = tl.load(W + j, mask=j < keys, other=0.0)
-        equal = tl.where(w.to(tl.float32) > 0.0, share, 0.0).to(Y.dtype.element_ty)
+        w = tl.load(W + j, mask=j < y_row, other=0.0)
+        equal = tl.where((w.to(tl.float32) > 0.0) & (j < keys), share, 0.0).to(Y.dtype.element_ty)
         tl.store(Y + j, tl.where(act, equal, w), mask=j < y_row)
 
 
