@@ -54,7 +54,7 @@ def product_kernel(P, SUMS, Y, frames, batch, width, stride, BLOCK_T: tl.constex
 
 @triton.jit(do_not_specialize=["frames"])
 def operands_kernel(
-    GRAD, P, X, U, frames, batch, width, stride,
+    GRAD, P, CONSTANT, X, U, frames, batch, width, stride,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     t, c, keep = _tile(frames, width, BLOCK_T, BLOCK_C)
@@ -65,7 +65,10 @@ def operands_kernel(
     z = tl.load(P + at + 2 * width, mask=keep, other=0.0).to(tl.float32)
     grad = tl.load(GRAD + dense, mask=keep, other=0.0).to(tl.float32)
     y, _ = activate_with_slope(s, TANH, PRECISE)
-    tl.store(X + dense, (v * y).to(X.dtype.element_ty), mask=keep)
+    x = v * y
+    if CONSTANT is not None:
+        x = tl.where(tl.load(CONSTANT) != 0.0, 0.0, x)
+    tl.store(X + dense, x.to(X.dtype.element_ty), mask=keep)
     tl.store(U + dense, (grad * z).to(U.dtype.element_ty), mask=keep)
 
 
@@ -139,11 +142,16 @@ def nonlin_attention_product(projected: torch.Tensor, o: torch.Tensor) -> torch.
 
 
 def nonlin_attention_operands(
-    grad: torch.Tensor, projected: torch.Tensor, rows: int | None = None
+    grad: torch.Tensor,
+    projected: torch.Tensor,
+    rows: int | None = None,
+    constant: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns x, as ``nonlin_attention_gate``, and u, (T, B, D)."""
+    """Returns x, as ``nonlin_attention_gate``, and u, (T, B, D). Where the number ``constant`` is not 0, x is 0: the
+    weights have no gradient then.
+    """
     (x, whole), u = _padded(projected, rows), _like(projected)
-    _launch(operands_kernel, projected, grad, projected, x, u, **_precise(projected))
+    _launch(operands_kernel, projected, grad, projected, constant, x, u, **_precise(projected))
     return whole, u
 
 

@@ -55,14 +55,24 @@ FAMILY = KernelFamily("nonlin_attention", (), (_NATIVE, _TRITON))
 
 
 def passes(weights: Tensor, projected: Tensor) -> _Passes:
-    """Returns the passes around the products, by kernels or in eager, for a caller who computes the products."""
+    """Returns the passes around the products, for a caller who computes these. ``forward`` and ``backward`` take a
+    number of rows too, to which x is filled up with zeros, and ``backward`` then a number on the device: where it is
+    not 0, x is 0.
+    """
     found = FAMILY.kernels(projected, weights)
-    return _EAGER if found is None else found
+    return found if found is not None and found.backend == "triton" else _EAGER
 
 
-def _gate(projected: Tensor) -> Tensor:
+def _gate(projected: Tensor, rows: int) -> Tensor:
     s, v, _ = projected.chunk(3, dim=-1)
-    return v * torch.tanh(s)
+    x = v * torch.tanh(s)
+    return x if rows == len(x) else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, rows - len(x)))
+
+
+def _operands(grad: Tensor, projected: Tensor, rows: int, constant: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = _gate(projected, rows)
+    x = x if constant is None else torch.where(constant == 0, x, 0)
+    return x, grad * projected.chunk(3, dim=-1)[2]
 
 
 def _slopes(dx: Tensor, grad: Tensor, projected: Tensor, o: Tensor) -> Tensor:
@@ -74,7 +84,7 @@ def _slopes(dx: Tensor, grad: Tensor, projected: Tensor, o: Tensor) -> Tensor:
 _EAGER = _Passes(
     "eager",
     _gate,
-    lambda grad, projected: (_gate(projected), grad * projected.chunk(3, dim=-1)[2]),
+    _operands,
     lambda projected, o: o.transpose(0, 1) * projected.chunk(3, dim=-1)[2],
     _slopes,
 )

@@ -324,12 +324,7 @@ def _perhaps_constant(layer, weights):
     recorded = recording()
     if recorded is None:
         return constant_weights(weights) if random.random() < float(layer.const_attention_rate) else weights
-
-    def plan():
-        constant = random.random() < float(layer.const_attention_rate)
-        return [constant, not constant]
-
-    numbers = recorded.numbers(plan, 2)
+    numbers = recorded.numbers(lambda: [random.random() < float(layer.const_attention_rate)], 1)
     if isinstance(weights, FirstHead):
         return FirstHead(weights.shared, numbers)
     return _Constant.apply(weights, numbers)
@@ -360,7 +355,7 @@ class _Constant(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * ctx.numbers.values[1].to(grad.dtype), None
+        return grad * (ctx.numbers.values[0] == 0).to(grad.dtype), None
 
 
 def _balancer(channels, min_positive, max_positive, **limits):

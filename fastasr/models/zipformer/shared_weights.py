@@ -38,9 +38,7 @@ class SharedWeights:
 
 
 class FirstHead:
-    """The first head of shared weights, or equal weights where the first number of ``constant`` is not 0. The second
-    one is 1 where the first is 0.
-    """
+    """The first head of shared weights, or equal weights where the number of ``constant`` is not 0."""
 
     in_memory = True
 
@@ -123,8 +121,8 @@ class _Gated(Function):
             first = _decided.either(first, constant.values[:1])
         projected = _layout.rows(projected.to(weights.dtype))
         kernels, sources = passes(weights, projected), _sources(first, padded)
-        ctx.constant, ctx.rows = constant, () if sources == weights.shape[3] else (sources,)
-        x = kernels.forward(projected, *ctx.rows)
+        ctx.constant, ctx.rows = constant, sources
+        x = kernels.forward(projected, sources)
         o = _gemm.batched(_flat(first, sources), x.transpose(0, 1))
         ctx.save_for_backward(weights, first, projected, o)
         ctx.set_materialize_grads(False)
@@ -137,11 +135,10 @@ class _Gated(Function):
             return total, None, None, None
         weights, first, projected, o = ctx.saved_tensors
         kernels, grad = passes(weights, projected), grad.contiguous()
-        x, u = kernels.backward(grad, projected, *ctx.rows)
+        constant = None if ctx.constant is None else ctx.constant.values[:1]  # equal weights have no gradient
+        x, u = kernels.backward(grad, projected, ctx.rows, constant)
         u = u.transpose(0, 1)  # [B, T, D]
         dx = _gemm.batched(first[0].mT, u)
-        if ctx.constant is not None:
-            x.mul_(ctx.constant.values[1])  # equal weights have no gradient
         if total is None:
             total = _room(weights).zero_()
         return (

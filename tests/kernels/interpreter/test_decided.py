@@ -169,7 +169,7 @@ def test_shared_weights(padded, dtype, constant):
     values = [torch.randn(frames, batch, heads * 4).to(dtype).requires_grad_() for _ in range(2)]
     projected = torch.randn(frames, batch, 3 * 10).to(dtype).requires_grad_()
     inputs = [weights, projected, *values]
-    numbers = None if constant is None else SimpleNamespace(values=torch.tensor([constant, 1 - constant]))
+    numbers = None if constant is None else SimpleNamespace(values=torch.tensor([constant]))
 
     def separate(weights, projected, *values):
         first = weights[:1]
