@@ -54,7 +54,7 @@ def product_kernel(P, SUMS, Y, frames, batch, width, stride, BLOCK_T: tl.constex
 
 @triton.jit(do_not_specialize=["frames"])
 def operands_kernel(
-    GRAD, P, X, U, frames, batch, width, stride,
+    GRAD, P, CONSTANT, X, U, frames, batch, width, stride,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     t, c, keep = _tile(frames, width, BLOCK_T, BLOCK_C)
@@ -65,7 +65,10 @@ def operands_kernel(
     z = tl.load(P + at + 2 * width, mask=keep, other=0.0).to(tl.float32)
     grad = tl.load(GRAD + dense, mask=keep, other=0.0).to(tl.float32)
     y, _ = activate_with_slope(s, TANH, PRECISE)
-    tl.store(X + dense, (v * y).to(X.dtype.element_ty), mask=keep)
+    x = v * y
+    if CONSTANT is not None:
+        x = tl.where(tl.load(CONSTANT) != 0.0, 0.0, x)
+    tl.store(X + dense, x.to(X.dtype.element_ty), mask=keep)
     tl.store(U + dense, (grad * z).to(U.dtype.element_ty), mask=keep)
 
 
@@ -111,11 +114,24 @@ def _precise(projected: torch.Tensor) -> dict:
     return {"PRECISE": projected.dtype is torch.float32}
 
 
-def nonlin_attention_gate(projected: torch.Tensor) -> torch.Tensor:
-    """Returns x (T, B, D) of projected (T, B, 3 D), whose rows are dense and evenly spaced."""
-    x = _like(projected)
+def _padded(projected: torch.Tensor, rows: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns room for x (T, B, D), and the tensor of which it is the beginning: it has ``rows`` rows (None: T), with
+    zeros behind x.
+    """
+    frames, batch, channels = projected.shape
+    whole = projected.new_empty((rows or frames, batch, channels // 3))
+    if rows is not None and rows > frames:
+        whole[frames:].zero_()
+    return whole[:frames], whole
+
+
+def nonlin_attention_gate(projected: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+    """Returns x (T, B, D) of projected (T, B, 3 D), whose rows are dense and evenly spaced; with ``rows``, so many,
+    with zeros behind x.
+    """
+    x, whole = _padded(projected, rows)
     _launch(gate_kernel, projected, projected, x, **_precise(projected))
-    return x
+    return whole
 
 
 def nonlin_attention_product(projected: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
@@ -126,12 +142,17 @@ def nonlin_attention_product(projected: torch.Tensor, o: torch.Tensor) -> torch.
 
 
 def nonlin_attention_operands(
-    grad: torch.Tensor, projected: torch.Tensor
+    grad: torch.Tensor,
+    projected: torch.Tensor,
+    rows: int | None = None,
+    constant: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns x and u, (T, B, D)."""
-    x, u = _like(projected), _like(projected)
-    _launch(operands_kernel, projected, grad, projected, x, u, **_precise(projected))
-    return x, u
+    """Returns x, as ``nonlin_attention_gate``, and u, (T, B, D). Where the number ``constant`` is not 0, x is 0: the
+    weights have no gradient then.
+    """
+    (x, whole), u = _padded(projected, rows), _like(projected)
+    _launch(operands_kernel, projected, grad, projected, constant, x, u, **_precise(projected))
+    return whole, u
 
 
 def nonlin_attention_gradient(

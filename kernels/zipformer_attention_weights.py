@@ -179,9 +179,11 @@ def add_positions(
     return dp
 
 
-@triton.jit(do_not_specialize=[*SIZES, "penalty", "limit"], do_not_specialize_on_alignment=[*UNALIGNED, "DX"])
+@triton.jit(
+    do_not_specialize=[*SIZES, "penalty", "limit"], do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "DX"]
+)  # fmt: skip
 def queries_kernel(
-    GRAD, W, X, K, R, PADDING, MASK, DX, DS,
+    GRAD, W, X, K, R, PADDING, MASK, ACT, DX, DS,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     g_head, g_batch, g_row, w_head, w_batch, w_row, x_time, x_batch, k_time, k_batch, r_batch, mask_batch, ds_row,
     penalty, limit,
@@ -190,8 +192,12 @@ def queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of queries and of channels; programs of the first block of channels also store dS and dp,
-    which has WIDE_POS channels and is 0 without position scores."""
+    which has WIDE_POS channels and is 0 without position scores. Where there is ACT, of two launches the one serves
+    whose PENALTY is what ACT says."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
+        if (tl.load(ACT) != 0.0) != PENALTY:
+            return
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_i = i < frames
@@ -295,12 +301,12 @@ def queries_kernel(
     tl.store(out, dp.to(DX.dtype.element_ty), mask=rows & (c < WIDE_POS) & once)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["X", "DK"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["X", "ACT", "DK"])
 def keys_kernel(
-    DS, X, DK, frames, keys, left, batch, blocks, chunk, left_chunks, ds_row, x_time, x_batch, k_time, k_batch,
+    DS, X, ACT, DK, frames, keys, left, batch, blocks, chunk, left_chunks, ds_row, x_time, x_batch, k_time, k_batch,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it."""
+    """Writes dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it, unless ACT is not."""
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -310,6 +316,9 @@ def keys_kernel(
     if WINDOW:
         begin, end = seeing(block * BLOCK_N, BLOCK_N, frames, left, chunk, left_chunks)
         begin = begin // BLOCK_M * BLOCK_M
+        if ACT is not None:
+            whole = tl.load(ACT) != 0.0
+            begin, end = tl.where(whole, 0, begin), tl.where(whole, frames, end)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
@@ -471,9 +480,12 @@ def zipformer_attention_weights_backward(
     left_chunks: int,
     penalty: float,
     limit: float,
+    act: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dx, dpos, dcached_key), without elements where the argument is None. Rows of grad and weights are dense,
     the other tensors contiguous.
+
+    act: one number; if it is 0, there is no penalty.
     """
     frames, batch, width = x.shape
     none = x.new_empty(0)
@@ -482,30 +494,32 @@ def zipformer_attention_weights_backward(
         return tuple(zeros)
     o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
     own_pos = width // heads - 2 * dim
-    shapes = tiles(o.keys, dim, own_pos, x.dtype, generation(x), penalty=penalty != 0.0)
+    sizes = o.keys, dim, own_pos, x.dtype, generation(x)
     dx = torch.empty_like(x)
     row = _rows(o.keys)
     ds = x.new_empty(o.pairs * frames * row)
 
-    tile = shapes["queries"]
-    columns = cdiv(dim, tile["BLOCK_D"])
-    blocks = cdiv(frames, tile["BLOCK_M"])
-    launch(queries_kernel, (o.pairs * blocks, columns),
-        grad, weights, x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), dx, ds,
-        frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-        *grad.stride()[:3], *weights.stride()[:3],
-        x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
-        float(penalty), float(limit),
-        **o.constants, PENALTY=penalty != 0.0, WIDE_POS=own_pos, **tile,
-    )  # fmt: skip
+    for penalised in (penalty != 0.0,) if act is None else (False, True):
+        shapes = tiles(*sizes, penalty=penalised)
+        tile = shapes["queries"]
+        columns = cdiv(dim, tile["BLOCK_D"])
+        blocks = cdiv(frames, tile["BLOCK_M"])
+        launch(queries_kernel, (o.pairs * blocks, columns),
+            grad, weights, x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), act, dx, ds,
+            frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+            *grad.stride()[:3], *weights.stride()[:3],
+            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
+            float(penalty), float(limit),
+            **o.constants, PENALTY=penalised, WIDE_POS=own_pos, **tile,
+        )  # fmt: skip
 
     tile = shapes["keys"]
     dkey = torch.empty_like(o.key) if o.left else dx[..., heads * dim : 2 * heads * dim]
     blocks = cdiv(o.keys, tile["BLOCK_N"])
+    window = o.chunk > 0 and (act is not None or not penalty)
     launch(keys_kernel, (o.pairs * blocks, columns),
-        ds, x, dkey, frames, o.keys, o.left, batch, blocks, o.chunk, o.left_chunks, row,
-        x.stride(0), x.stride(1), dkey.stride(0), dkey.stride(1),
-        DIM=dim, WINDOW=o.chunk > 0 and not penalty, **tile,
+        ds, x, act if window else None, dkey, frames, o.keys, o.left, batch, blocks, o.chunk, o.left_chunks, row,
+        x.stride(0), x.stride(1), dkey.stride(0), dkey.stride(1), DIM=dim, WINDOW=window, **tile,
     )  # fmt: skip
     dcached = none if cached_key is None else torch.empty_like(cached_key)
     if o.left:

@@ -41,6 +41,8 @@ class Recording:
         self.noted = lambda numbers, begins: (
             None
         )  # a recorder may want to know where such parts begin and end
+        # Whether what acts on gradients owns them, and may change them in place; and of which columns they are.
+        self.owned, self.columns = False, None
         self.told = []  # (who hears it, whether it is to hear), one for each of the verdicts
         self.verdicts = torch.zeros(MAX_VERDICTS if back is None else 0, 16, dtype=torch.bool, device=device)
 

@@ -54,6 +54,42 @@ _TRITON = replace(triton_kernels("nonlin_attention"), load=partial(_load, "trito
 FAMILY = KernelFamily("nonlin_attention", (), (_NATIVE, _TRITON))
 
 
+def passes(weights: Tensor, projected: Tensor) -> _Passes:
+    """Returns the passes around the products, for a caller who computes these. ``forward`` and ``backward`` take a
+    number of rows too, to which x is filled up with zeros, and ``backward`` then a number on the device: where it is
+    not 0, x is 0.
+    """
+    found = FAMILY.kernels(projected, weights)
+    return found if found is not None and found.backend == "triton" else _EAGER
+
+
+def _gate(projected: Tensor, rows: int) -> Tensor:
+    s, v, _ = projected.chunk(3, dim=-1)
+    x = v * torch.tanh(s)
+    return x if rows == len(x) else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, rows - len(x)))
+
+
+def _operands(grad: Tensor, projected: Tensor, rows: int, constant: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = _gate(projected, rows)
+    x = x if constant is None else torch.where(constant == 0, x, 0)
+    return x, grad * projected.chunk(3, dim=-1)[2]
+
+
+def _slopes(dx: Tensor, grad: Tensor, projected: Tensor, o: Tensor) -> Tensor:
+    s, v, _ = projected.chunk(3, dim=-1)
+    dx, y = dx.transpose(0, 1), torch.tanh(s)
+    return torch.cat([dx * v * (1 - y * y), dx * y, grad * o.transpose(0, 1)], -1)
+
+
+_EAGER = _Passes(
+    "eager",
+    _gate,
+    _operands,
+    lambda projected, o: o.transpose(0, 1) * projected.chunk(3, dim=-1)[2],
+    _slopes,
+)
+
+
 def _fits(weights: Tensor, projected: Tensor) -> bool:
     """Checks the operands first: the product is the vendor's, which declines nothing."""
     strided = weights.layout is projected.layout is torch.strided

@@ -141,9 +141,42 @@ def zipformer_attention_weights(
     s = scores(x, pos, cached_key, num_heads, query_head_dim)
     if score_penalty:
         s = _Penalty.apply(s, score_penalty, score_limit)
+    return _softmax(s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks)
+
+
+def _softmax(s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
+    """Returns the weights of scores, in the dtype that x asks for."""
     padding = None if key_padding_mask is None else key_padding_mask[:, None]
     chunks = None if chunk_size < 0 else outside_chunks(s, chunk_size, left_context_chunks)
     for mask in (chunks, attn_mask, padding):
         s = s if mask is None else s.masked_fill(mask, MASKED)
     weights = s.softmax(-1)
     return weights.to(autocast_dtype(x) or s.dtype) if x.dtype != torch.float64 else weights
+
+
+# --------------------------------------------------------------------------- recorded passes
+def gradients(grad, weights, x, pos, num_heads, query_head_dim, masks: dict, penalty, limit, act):
+    """Returns the gradients of x and pos. ``act`` is one number on the device: where it is 0, there is no penalty.
+    ``masks`` are the op's arguments of masks and chunks.
+    """
+    op = zipformer_attention_weights.op
+    kernels = op.family.kernels(x)
+    masks = _MASKS | masks
+    if kernels is None or kernels.backend != "triton" or x.dtype is torch.float64:
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (x, pos)]
+            s = scores(*inputs, None, num_heads, query_head_dim)
+            s = _Penalty.apply(s, penalty * (act != 0).to(s.dtype), limit)
+            w = _softmax(s, inputs[0], **masks)
+        return torch.autograd.grad(w, inputs, grad.to(w.dtype))
+    hidden = (None if masks[name] is None else masks[name].contiguous() for name in _MASKS if "mask" in name)
+    chunks = masks["chunk_size"], masks["left_context_chunks"]
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    sizes = num_heads, query_head_dim
+    found = kernels.backward(
+        grad, weights, x.contiguous(), pos.contiguous(), None, *hidden, *sizes, *chunks, penalty, limit, act
+    )
+    return found[:2]
+
+
+_MASKS = {"key_padding_mask": None, "attn_mask": None, "chunk_size": -1, "left_context_chunks": -1}

@@ -115,6 +115,7 @@ def fake_gpu(**settings) -> Iterator[FakeGPU]:
             (torch.Tensor, "get_device", lambda t: gpu.device_of(t)),
             (torch.cuda, "device", gpu.guard),
             (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
             (torch.cuda, "get_device_properties", lambda *_: properties),
             (_dispatch, "interpreting", lambda: True),

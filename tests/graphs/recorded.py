@@ -6,10 +6,10 @@ from fastasr.swap import binding
 from fastasr.testing.tape import TapeRecorder
 
 
-def graphed(module, choice=None, **options):
+def graphed(module, choice=None, tapes=None, **options):
     """Binds a forward to ``module`` that replays the one that it has. Returns its ``ModuleGraphs``."""
     forward = binding.bound_forward(module) or type(module).forward
-    tapes = TapeRecorder()
+    tapes = tapes or TapeRecorder()
     binding.bind(module, graphs.replaying(forward))
     found = graphs.keep(module, forward, graphs.Graphs(recorder=lambda: tapes, **options), choice)
     found.tapes = tapes.tapes

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from recorded import graphed, reasons
 from steps import seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,7 @@ from fastasr.models.fast_conformer import FastConformerEncoder, masks
 
 pytest.importorskip("triton")
 from fastasr.testing.fake_gpu import models_on_fake_gpu
+from fastasr.testing.tape import TapeRecorder
 
 pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="counts are those of torch 2.13"
@@ -49,6 +51,24 @@ CASES = {
     "fast_conformer, inference": (False, NEVER, Counts(2051, 0, 88, 0)),
     "fast_conformer, training": (True, NEVER, Counts(2159, 3995, 350, 2194)),
 }
+
+
+# Kernels of a recorded training step of the encoder and its front end, of torch and of fastasr.
+RECORDED = {"torch": 1710, "fastasr": 2410}
+
+
+class CountingTapes(TapeRecorder):
+    """Counts the launches of Triton kernels in what is recorded."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu, self.launches = gpu, 0
+
+    def record(self, function, recording):
+        before = len(self.gpu.launches)
+        found = super().record(function, recording)
+        self.launches += len(self.gpu.launches) - before
+        return found
 
 
 class Calls(TorchDispatchMode):
@@ -112,4 +132,25 @@ def test_counts_do_not_grow(case, monkeypatch):
         f"{found}, limits {limits}\nforward: {ahead.most_common(20)}\nbackward: {back.most_common(20)}\n"
         f"nodes: {Counter(type(node).__name__ for node in between).most_common(20)}\n"
         f"launches: {Counter(launch.name for launch in gpu.launches).most_common(20)}"
+    )
+
+
+def test_kernels_of_a_recorded_step_do_not_grow():
+    model, inputs = model_and_inputs("zipformer")
+    model.train()
+    with models_on_fake_gpu() as gpu:
+        tapes = CountingTapes(gpu)
+        parts = [
+            m for m in model.modules() if isinstance(m, zipformer.Zipformer | zipformer.Conv2dSubsampling)
+        ]
+        found = [graphed(m, tapes=tapes, after=0) for m in parts]
+        with torch.autocast("cpu", torch.bfloat16):
+            model(*inputs)
+    assert len(parts) == 2
+    assert not any(map(reasons, found))
+    calls = Counter(call[0]._schema.name for tape in tapes.tapes for call in tape.calls)
+    del calls["aten::as_strided_"]  # a view
+    counts = {"torch": calls.total(), "fastasr": tapes.launches}
+    assert all(counts[key] <= int(GROWTH * RECORDED[key]) for key in RECORDED), (
+        f"{counts}\n{calls.most_common(30)}"
     )

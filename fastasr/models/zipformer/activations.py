@@ -13,6 +13,7 @@ from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.decisions import is_zero, keep_rates
 from fastasr.models.zipformer.initial_scale import ScaledLinear
+from fastasr.ops import _decided
 from fastasr.ops.swoosh_linear import draw_mask, with_mask
 
 
@@ -89,6 +90,9 @@ def _recorded(self, x):
     shape = list(x.shape)
     if dim is not None:
         shape[dim] = 1
-    scale = scale.to(x.dtype) if isinstance(scale, torch.Tensor) else scale
-    mask = (torch.rand(*shape, device=x.device, dtype=x.dtype) > p).to(x.dtype) * scale
+    drawn = torch.rand(*shape, device=x.device, dtype=x.dtype)
+    if isinstance(p, torch.Tensor):
+        mask = _decided.mask(drawn, p, scale)
+    else:
+        mask = (drawn > p).to(x.dtype) * scale
     return with_mask(x, self.weight, self.bias, self.activation, mask, -1 if dim is None else dim % x.dim())

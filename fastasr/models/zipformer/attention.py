@@ -15,10 +15,12 @@ import random
 import torch
 
 from fastasr.models.common.graph_capture import recording
+from fastasr.models.common.plain import runs
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import score_penalty
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.decisions import on_columns
 from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
@@ -98,6 +100,11 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         )
 
         sizes = self.num_heads, self.query_head_dim
+        if penalized and recording() is not None:
+            limit = SCORE_PENALTY, SCORE_LIMIT
+            weights = score_penalty.recorded_weights(projected, relative, penalized, sizes, *limit, masks)
+            draw_for_entropy(self, lambda: weights)
+            return weights if self.dropout == 0.0 else dropped(weights, self.dropout, self.training)
         penalty = SCORE_PENALTY if penalized else 0.0
 
         def formed(projected, relative, **masks):
@@ -162,12 +169,8 @@ def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_
     projected = _with_gradient_changes(module, module.in_proj(x))
     with_positions = not module.training or _with_positions(module)
     relative = module.linear_pos(pos_emb) if with_positions else None
-    if module.training and recording() is not None:
-        return _recorded(
-            module, projected, relative, key_padding_mask, attn_mask, chunk_size, left_context_chunks
-        )
-    penalized = module.training and random.random() < PENALISED_CALLS
-    if penalized and draw_for_log() and module.name is not None and current() is None:
+    penalized = module.training and _draw_penalty()
+    if penalized is True and draw_for_log() and module.name is not None and current() is None:
         _log_penalty(module, projected, relative)
     masks = {
         "key_padding_mask": None if key_padding_mask is None else key_padding_mask.to(torch.bool),
@@ -188,8 +191,11 @@ def _with_positions(module):
     return True
 
 
-def _recorded(module, projected, relative, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
-    """As the end of ``_operands``; the penalty is a node of its own, which acts where the host's number says so."""
+def _draw_penalty():
+    """Returns whether this call penalises large scores, while it is recorded the number on the device that says so."""
+    recorded = recording()
+    if recorded is None:
+        return random.random() < PENALISED_CALLS
 
     def plan():
         penalized = random.random() < PENALISED_CALLS
@@ -197,17 +203,8 @@ def _recorded(module, projected, relative, key_padding_mask, attn_mask, chunk_si
             draw_for_log()
         return [penalized]
 
-    if torch.is_grad_enabled():
-        numbers = recording().numbers(plan, 1)
-        sizes = module.num_heads, module.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
-        projected, relative = score_penalty.recorded(projected, relative, numbers, *sizes)
-    masks = {
-        "key_padding_mask": None if key_padding_mask is None else key_padding_mask.to(torch.bool),
-        "attn_mask": attn_mask,
-        "chunk_size": chunk_size,
-        "left_context_chunks": left_context_chunks,
-    }
-    return projected, relative, masks, False
+    numbers = recorded.numbers(plan, 1)
+    return numbers if torch.is_grad_enabled() else False
 
 
 def plain(module, x, pos_emb, masks):
@@ -252,6 +249,11 @@ def _with_gradient_changes(module, projected):
     On most calls these modules return their argument or a view of it. The projection is then returned as it is.
     """
     width = module.num_heads * module.query_head_dim
+    regularisers = (module.balance_keys, Balancer), (module.whiten_keys, Whiten)
+    if recording() is not None and all(runs(m, cls.forward) for m, cls in regularisers):
+        for m, _ in regularisers:
+            projected = on_columns(m, projected, width, 2 * width)
+        return projected
     parts = projected.split([width, width, module.num_heads * module.pos_head_dim], -1)
     q, k, p = parts
     after = module.copy_query(q), module.whiten_keys(module.balance_keys(k)), module.copy_pos_query(p)

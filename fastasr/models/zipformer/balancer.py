@@ -14,6 +14,7 @@ from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.models.common.graph_capture import recording
 from fastasr.models.zipformer.checkpointing import decided
+from fastasr.models.zipformer.decisions import columns_of, to_change
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.ops.balancer_gradient import balance_
 
@@ -36,19 +37,20 @@ class _Recorded(Function):
     """_Balance with numbers from the host: whether it acts, and its five limits."""
 
     @staticmethod
-    def forward(ctx, x, numbers, channel_dim):
+    def forward(ctx, x, numbers, channel_dim, owned, columns):
         ctx.save_for_backward(x)
-        ctx.numbers, ctx.channel_dim = numbers, channel_dim
+        ctx.numbers, ctx.channel_dim, ctx.owned, ctx.columns = numbers, channel_dim, owned, columns
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)  # to be changed in place, in the order of x
+        grad = to_change(grad, x, ctx.owned)
+        of_grad, of_x = (columns_of(t, ctx.columns) for t in (grad, x))
         with ctx.numbers.recording.back.changing(ctx.numbers) as act:
-            balance_(grad, x, ctx.channel_dim, ctx.numbers.values[1:], act)
-        return grad, None, None
+            balance_(of_grad, of_x, ctx.channel_dim, ctx.numbers.values[1:], act)
+        return grad, None, None, None, None
 
 
 def mean_limit(positive):
@@ -140,9 +142,8 @@ class Balancer(torch.nn.Module):
             return x
         recorded = recording()
         if recorded is not None:  # memory does not depend on the decision then
-            return _Recorded.apply(
-                x, recorded.numbers(lambda: _decided(self) or [0.0] * 6, 6), self.channel_dim
-            )
+            numbers = recorded.numbers(lambda: _decided(self) or [0.0] * 6, 6)
+            return _Recorded.apply(x, numbers, self.channel_dim, recorded.owned, recorded.columns)
         if x.is_cuda and decided(lambda: self.mem_cutoff(memory_of_pass(self, x.device))):
             return x
         decision = _decided(self)

@@ -13,8 +13,9 @@ from fastasr.models.common import packed
 from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.decisions import is_zero, rate
-from fastasr.models.zipformer.parameter_limits import limit_param_value
+from fastasr.models.zipformer.parameter_limits import limit_param_value, recorded_limit, recorded_limits
 from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.ops._decided import Drawn
 
 
 class BypassModule(torch.nn.Module):
@@ -44,10 +45,18 @@ class BypassModule(torch.nn.Module):
         scale = self.bypass_scale
         if not self.training:
             return scale
-        scale = limit_param_value(scale, min=self.scale_min, max=self.scale_max)
+        recorded = recording() is not None
+        if recorded:
+            limits = recorded_limits(self.scale_min, self.scale_max)
+        else:
+            scale = limit_param_value(scale, min=self.scale_min, max=self.scale_max)
         skip_rate = rate(self.skip_rate)
+        drawn = None
         if not is_zero(skip_rate):
-            scale = scale * (torch.rand(batch_size, 1, device=scale.device) > skip_rate)
+            drawn = torch.rand(batch_size, 1, device=scale.device)
+            scale = scale if recorded else scale * (drawn > skip_rate)
+        if recorded:
+            scale = recorded_limit(scale, limits, None if drawn is None else Drawn(drawn, skip_rate))
         straight_through_rate = rate(self.straight_through_rate)
         if not is_zero(straight_through_rate):
             straight = torch.rand(batch_size, 1, device=scale.device) < straight_through_rate

@@ -15,6 +15,7 @@ import torch
 from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.models.common import packed
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import current
@@ -22,6 +23,7 @@ from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
+from fastasr.models.zipformer.decisions import on_columns
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
@@ -228,6 +230,8 @@ def _with_balanced_gate(module, h):
     """Returns h = (x, s) after balancer1 of s, which acts on gradients alone."""
     if not (torch.is_grad_enabled() and h.requires_grad):
         return h
+    if recording() is not None and runs(module.balancer1, Balancer.forward):
+        return on_columns(module.balancer1, h, h.shape[2] // 2, h.shape[2])
     x, s = h.chunk(2, dim=2)
     balanced = module.balancer1(s)
     return h if is_same(balanced, s) else _Joined.apply(h.detach(), x, balanced)

@@ -4,6 +4,8 @@
 Each function below draws the same random numbers in the same order either way.
 """
 
+import contextlib
+
 import torch
 
 from fastasr.models.common.graph_capture import recording
@@ -44,3 +46,44 @@ def _scheduled(recorded, x, plan, count):
 
 def is_zero(number):
     return not isinstance(number, torch.Tensor) and number == 0.0
+
+
+# --------------------------------------------------------------------------- where gradients are changed
+@contextlib.contextmanager
+def owning(owned=True):
+    """Inside the block Balancers and Whitens of a call that is recorded change gradients in place: the node behind each
+    of them gives its gradient to nobody else.
+    """
+    with _setting("owned", owned):
+        yield
+
+
+def on_columns(module, x, begin, end):
+    """Returns x after ``module``, a Balancer or Whiten, has watched columns of it. The call is being recorded, and one
+    node changes these columns of the gradient of x.
+    """
+    with _setting("columns", (begin, end)):
+        return module(x)
+
+
+def columns_of(t, columns):
+    return t if columns is None else t[..., slice(*columns)]
+
+
+@contextlib.contextmanager
+def _setting(name, value):
+    recorded = recording()
+    if recorded is None:
+        yield
+        return
+    before = getattr(recorded, name)
+    setattr(recorded, name, value)
+    try:
+        yield
+    finally:
+        setattr(recorded, name, before)
+
+
+def to_change(grad, x, owned):
+    """Returns the gradient of x to be changed in place: itself where it is owned, else a copy in the order of x."""
+    return grad if owned else torch.empty_like(x, dtype=grad.dtype).copy_(grad)

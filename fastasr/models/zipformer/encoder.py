@@ -250,7 +250,7 @@ def encoded(encoder, x, x_lens, src_key_padding_mask, run):
             feature_mask=feature_masks[i],
             src_key_padding_mask=None
             if src_key_padding_mask is None
-            else src_key_padding_mask[..., ::factor],
+            else src_key_padding_mask[..., ::factor].contiguous(),  # once, not in every layer
         )
         outputs.append(x)
     x = encoder.downsample_output(encoder._get_full_dim_output(outputs))

@@ -27,14 +27,18 @@ from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeig
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
-from fastasr.models.zipformer.decisions import is_zero, rate
+from fastasr.models.zipformer.decisions import is_zero, owning, rate
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
-from fastasr.models.zipformer.nonlin_attention import NonlinAttention
+from fastasr.models.zipformer.nonlin_attention import NonlinAttention, is_plain_gate
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.packed_weights import constant_weights
+from fastasr.models.zipformer.residuals import forked, plus
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.models.zipformer.shared_weights import FirstHead, SharedWeights
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops import _decided
+from fastasr.ops._decided import Drawn
 
 # Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
 # of stack 0. One thread of Zen 4 takes as long either way, within 15 % at 800 frames and 5 % from 1600 on.
@@ -162,10 +166,16 @@ class ZipformerEncoderLayer(torch.nn.Module):
             done = whole_layer.encoded(self, *call, left_context_chunks, by_submodules)
         return by_submodules(*call, left_context_chunks) if done is None else done
 
-    def _encode_by_submodules(
+    def _encode_by_submodules(self, may_be_constant, *call):
+        with owning():  # no two nodes in a layer get the same gradient
+            src = ZipformerEncoderLayer._branches(self, may_be_constant, *call)
+        with owning(runs(self.whiten, Whiten.forward)):  # it has a copy
+            src = self.balancer2(src)
+        return self.whiten(src)
+
+    def _branches(
         self, may_be_constant, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, left_context_chunks
     ):
-        src_orig = src
         attention_skip_rate = rate(self.attention_skip_rate) if self.training else 0.0
         weights = self.self_attn_weights
         if _is_long(self, src):
@@ -173,27 +183,29 @@ class ZipformerEncoderLayer(torch.nn.Module):
         window = {}
         if left_context_chunks is not None and chunk_size > 0:
             window = {"chunk_size": chunk_size, "left_context_chunks": left_context_chunks}
+        # x is what a branch reads, src the stream
+        src, src_mid, src_orig, x, x_ff1 = forked(src, wide=3, narrow=2)
         attn_weights = weights(
-            src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask, **window
+            x, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask, **window
         )
-        src = src + self.feed_forward1(src)
+        src, x = plus(src, self.feed_forward1(x_ff1))
 
         attention_mask = _sequence_mask(self, src, attention_skip_rate)
+        attn_weights = _shared(self, attn_weights)
         first_head = attn_weights[0:1]
         first_head = _perhaps_constant(self, first_head) if may_be_constant else first_head
-        src = _plus(src, self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
-        src = _plus(src, self.self_attn1(src, attn_weights), attention_mask)
-        src = _plus_convolved(self, self.conv_module1, src, chunk_size, src_key_padding_mask)
+        src, x = plus(src, self.balancer_na(self.nonlin_attention(x, first_head)), attention_mask)
+        src, x = plus(src, self.self_attn1(x, attn_weights), attention_mask)
+        src, x = _plus_convolved(self, self.conv_module1, src, x, chunk_size, src_key_padding_mask)
         ff2_skip_rate = rate(self.ff2_skip_rate) if self.training else 0.0
-        src = _plus_dropped(self, src, self.balancer_ff2(self.feed_forward2(src)), ff2_skip_rate)
-        src = self.bypass_mid(src_orig, src)
+        src, _ = _plus_dropped(self, src, self.balancer_ff2(self.feed_forward2(x)), ff2_skip_rate)
+        src, x = forked(self.bypass_mid(src_mid, src), wide=1, narrow=1)
 
-        src = _plus(src, self.self_attn2(src, attn_weights), attention_mask)
-        src = _plus_convolved(self, self.conv_module2, src, chunk_size, src_key_padding_mask)
+        src, x = plus(src, self.self_attn2(x, attn_weights), attention_mask)
+        src, x = _plus_convolved(self, self.conv_module2, src, x, chunk_size, src_key_padding_mask)
         ff3_skip_rate = rate(self.ff3_skip_rate) if self.training else 0.0
-        src = _plus_dropped(self, src, self.balancer_ff3(self.feed_forward3(src)), ff3_skip_rate)
-        src = self.norm(self.balancer1(src))
-        return self.whiten(self.balancer2(self.bypass(src_orig, src)))
+        src, _ = _plus_dropped(self, src, self.balancer_ff3(self.feed_forward3(x)), ff3_skip_rate)
+        return self.bypass(src_orig, self.norm(self.balancer1(src)))
 
     def streaming_forward(
         self,
@@ -312,56 +324,66 @@ def _perhaps_constant(layer, weights):
     recorded = recording()
     if recorded is None:
         return constant_weights(weights) if random.random() < float(layer.const_attention_rate) else weights
-    return _Constant.apply(
-        weights, recorded.numbers(lambda: [random.random() < float(layer.const_attention_rate)], 1)
-    )
+    numbers = recorded.numbers(lambda: [random.random() < float(layer.const_attention_rate)], 1)
+    if isinstance(weights, FirstHead):
+        return FirstHead(weights.shared, numbers)
+    return _Constant.apply(weights, numbers)
+
+
+def _shared(layer, weights):
+    """Returns the weights, while a call is recorded as weights whose consumers share the memory of their gradient."""
+    recorded = recording() is not None and isinstance(weights, torch.Tensor) and weights.requires_grad
+    if not recorded or not _consumers_are_ours(layer):
+        return weights
+    attention = layer.self_attn_weights
+    padded = runs(attention, RelPositionMultiheadAttentionWeights.forward) and attention.dropout == 0.0
+    return SharedWeights(weights, padded)
+
+
+def _consumers_are_ours(layer):
+    consumers = layer.self_attn1, layer.self_attn2
+    gate = layer.nonlin_attention
+    ours = runs(gate, NonlinAttention.forward) and all(runs(m, SelfAttention.forward) for m in consumers)
+    return ours and is_plain_gate(gate)
 
 
 class _Constant(Function):
     @staticmethod
     def forward(ctx, weights, numbers):
         ctx.numbers = numbers
-        y = weights.clone()
-        with recording().only_if(numbers):
-            y.copy_(constant_weights(weights))
-        return y
+        return _decided.either(weights, numbers.values[:1])
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
-        with ctx.numbers.recording.back.only_if(ctx.numbers):
-            grad.zero_()
-        return grad, None
+        return grad * (ctx.numbers.values[0] == 0).to(grad.dtype), None
 
 
 def _balancer(channels, min_positive, max_positive, **limits):
     return Balancer(channels, channel_dim=-1, min_positive=min_positive, max_positive=max_positive, **limits)
 
 
-def _plus_convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):
+def _plus_convolved(layer, conv_module, src, x, chunk_size, src_key_padding_mask):
     skip_rate = rate(layer.conv_skip_rate) if layer.training else 0.0
-    y = conv_module(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
+    y = conv_module(x, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
     return _plus_dropped(layer, src, y, skip_rate)
 
 
 def _sequence_mask(layer, x, rate):
     """Draws (batch, 1), 0 for dropped sequences and 1 for the others, from torch's generator; None at rate 0. For
-    packed frames it returns (frames, 1, 1)."""
+    packed frames it returns (frames, 1, 1), while a call is recorded the numbers and the rate."""
     if is_zero(rate) or not layer.training:
         return None
     packing = current()
     batch = x.shape[1] if packing is None else len(packing.lengths)
-    mask = (torch.rand(batch, 1, device=x.device) > rate).to(x.dtype)
+    numbers = torch.rand(batch, 1, device=x.device)
+    if isinstance(rate, torch.Tensor):
+        return Drawn(numbers, rate)
+    mask = (numbers > rate).to(x.dtype)
     return mask if packing is None else packing.repeated(mask).unsqueeze(1)
 
 
 def _plus_dropped(layer, src, y, rate):
-    return _plus(src, y, _sequence_mask(layer, y, rate))
-
-
-def _plus(src, y, mask):
-    """Returns src + y * mask in one pass; the products with 0 and 1 are exact."""
-    return src + y if mask is None else torch.addcmul(src, y, mask)
+    return plus(src, y, _sequence_mask(layer, y, rate))
 
 
 def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):

@@ -9,15 +9,18 @@ out     = out_proj(W (v tanh(s)) y)
 
 import torch
 
+from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.linear import Linear
-from fastasr.models.common.plain import is_plain, is_plain_named
+from fastasr.models.common.plain import is_plain, is_plain_named, runs
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.decisions import on_columns
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.packed_weights import PackedWeights
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import check_cache, check_weights, weighted
+from fastasr.models.zipformer.shared_weights import FirstHead
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import nonlin_attention
 
@@ -61,18 +64,19 @@ class NonlinAttention(torch.nn.Module):
         projected = self.in_proj(x)
         parts = projected.chunk(3, dim=2)
         s, v, y = parts
-        if not (
-            is_plain(self.tanh, torch.nn.Tanh)
-            and all(
-                is_plain_named(m, ("Identity",), self)
-                for m in (self.identity1, self.identity2, self.identity3)
-            )
-        ):
+        if not is_plain_gate(self):
             v = self.identity1(self.tanh(self.balancer(s)) * self.whiten1(v))
             y = self.identity3(weighted(attn_weights, v) * self.identity2(y))
             return self.whiten2(self.out_proj(y))
-        after = self.balancer(s), self.whiten1(v), y
-        packed = isinstance(attn_weights, PackedWeights) and attn_weights.in_memory
+        regularisers = (self.balancer, Balancer), (self.whiten1, Whiten)
+        if recording() is not None and all(runs(m, cls.forward) for m, cls in regularisers):
+            width = s.shape[-1]
+            for i, (m, _) in enumerate(regularisers):
+                projected = on_columns(m, projected, i * width, (i + 1) * width)
+            after = parts = projected.chunk(3, dim=2)
+        else:
+            after = self.balancer(s), self.whiten1(v), y
+        packed = isinstance(attn_weights, PackedWeights | FirstHead) and attn_weights.in_memory
         if len(attn_weights) != 1 or not (packed or isinstance(attn_weights, torch.Tensor)):
             s, v, y = after
             y = weighted(attn_weights, v * torch.tanh(s)) * y
@@ -95,3 +99,11 @@ class NonlinAttention(torch.nn.Module):
         cached_x = v[:, :, v.shape[2] - left_context_len :]
         v = (attn_weights @ v).permute(2, 1, 0, 3).flatten(2)
         return self.out_proj(v * y), cached_x
+
+
+def is_plain_gate(module):
+    """Says whether tanh and the identities are what their names say, so that one op computes the gate."""
+    identities = module.identity1, module.identity2, module.identity3
+    return is_plain(module.tanh, torch.nn.Tanh) and all(
+        is_plain_named(m, ("Identity",), module) for m in identities
+    )

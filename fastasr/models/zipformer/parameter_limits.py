@@ -11,6 +11,8 @@ import torch
 
 from fastasr._transforms import Function
 from fastasr.models.common.graph_capture import recording
+from fastasr.ops import _decided
+from fastasr.ops._decided import Drawn
 
 
 class LimitParamValue(Function):
@@ -36,9 +38,8 @@ def limit_param_value(x, min, max, prob=0.6, training=True):
     """
     if not training:
         return x
-    recorded = recording()
-    if recorded is not None:
-        return _Limited.apply(x, recorded.numbers(lambda: _drawn(min, max, prob), 3).values)
+    if recording() is not None:
+        return recorded_limit(x, recorded_limits(min, max, prob))
     apply, min, max = _drawn(min, max, prob)
     if not apply:
         return x
@@ -54,16 +55,38 @@ def _drawn(min, max, prob):
     return [apply, min, max]
 
 
+def recorded_limits(min, max, prob=0.6):
+    """Returns the numbers on the device of a call that is being recorded: whether it limits the gradient, min, max."""
+    return recording().numbers(lambda: _drawn(min, max, prob), 3).values
+
+
+def recorded_limit(x, limits, drawn=None):
+    """Returns x (C,), limited. With ``drawn`` it returns x for each sequence that is kept and 0 for the others, (batch,
+    C).
+    """
+    return _Limited.apply(x, limits) if drawn is None else _LimitedRows.apply(x, limits, *drawn)
+
+
 class _Limited(Function):
     """LimitParamValue with numbers on the device: (whether it applies, min, max)."""
 
     @staticmethod
-    def forward(ctx, x, numbers):
-        ctx.save_for_backward(x, numbers)
+    def forward(ctx, x, limits):
+        ctx.save_for_backward(x, limits)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x, (apply, low, high) = ctx.saved_tensors[0], ctx.saved_tensors[1].unbind()
-        wrong = ((x < low) & (grad > 0)) | ((x > high) & (grad < 0))
-        return torch.where(wrong & (apply != 0), -grad, grad), None
+        return _decided.limited(grad, *ctx.saved_tensors), None
+
+
+class _LimitedRows(Function):
+    @staticmethod
+    def forward(ctx, x, limits, numbers, rate):
+        ctx.save_for_backward(x, limits, numbers, rate)
+        return _decided.scaled(x, Drawn(numbers, rate))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, limits, *drawn = ctx.saved_tensors
+        return _decided.limited(grad, x, limits, Drawn(*drawn)), None, None, None

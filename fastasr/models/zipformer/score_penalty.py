@@ -5,9 +5,12 @@ It adds penalty sign(S) to dS where |S| > limit; dq, dk, dp and dR follow from d
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
 from fastasr.models.zipformer.score_blocks import ScoreBlocks
+from fastasr.ops import zipformer_attention_weights
+from fastasr.ops.zipformer_attention_weights import gradients
 
 
 class _Penalized(Function):
@@ -36,25 +39,33 @@ def penalized(projected, positions, num_heads, query_head_dim, penalty, limit):
 
 class _Recorded(Function):
     @staticmethod
-    def forward(ctx, projected, positions, numbers, *sizes):
-        ctx.save_for_backward(projected, positions)
-        ctx.numbers, ctx.sizes = numbers, sizes
-        return projected.view_as(projected), positions.view_as(positions)
+    def forward(ctx, projected, positions, numbers, sizes, penalty, limit, masks):
+        weights = zipformer_attention_weights(projected, positions, *sizes, **masks)
+        ctx.dtypes = projected.dtype, positions.dtype
+        ctx.save_for_backward(weights, *(t.to(weights.dtype) for t in (projected, positions)))
+        ctx.sizes, ctx.masks = sizes, masks
+        ctx.penalty = penalty, limit, numbers.values[:1]
+        return weights
 
     @staticmethod
-    def backward(ctx, grad, grad_positions):
-        projected, positions = ctx.saved_tensors
-        grad, grad_positions = grad.clone(), grad_positions.clone()
-        with ctx.numbers.recording.back.only_if(ctx.numbers):
-            added, added_positions = penalty_gradients(projected, positions, *ctx.sizes)
-            grad.add_(added)
-            grad_positions.add_(added_positions)
-        return grad, grad_positions, None, None, None, None, None
+    @once_differentiable
+    def backward(ctx, grad):
+        found = gradients(grad, *ctx.saved_tensors, *ctx.sizes, ctx.masks, *ctx.penalty)
+        return (
+            *(g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def recorded(projected, positions, numbers, *sizes):
-    """Does what ``penalized`` does where the first of ``numbers`` is not 0."""
-    return _Recorded.apply(projected, positions, numbers, *sizes)
+def recorded_weights(projected, positions, numbers, sizes, penalty, limit, masks):
+    """Returns the attention weights of a call that is recorded; their gradient has the penalty where the first of
+    ``numbers`` is not 0.
+    """
+    return _Recorded.apply(projected, positions, numbers, sizes, penalty, limit, masks)
 
 
 def penalty_gradients(projected, positions, num_heads, query_head_dim, penalty, limit):

@@ -16,6 +16,7 @@ from fastasr._transforms import Function
 from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.verdicts import Settled, Verdict, Verdicts
 from fastasr.models.zipformer.checkpointing import decided
+from fastasr.models.zipformer.decisions import columns_of, to_change
 from fastasr.ops.whitening_gradient import whiten_, whitening_metric
 
 
@@ -48,9 +49,9 @@ class _Recorded(Function):
     """_Whitening in a recorded pass: it acts where the host's number says so."""
 
     @staticmethod
-    def forward(ctx, x, module, numbers):
+    def forward(ctx, x, module, numbers, owned, columns):
         ctx.save_for_backward(x)
-        ctx.module, ctx.numbers = module, numbers
+        ctx.module, ctx.numbers, ctx.owned, ctx.columns = module, numbers, owned, columns
         return x.view_as(x)
 
     @staticmethod
@@ -67,10 +68,11 @@ class _Recorded(Function):
 
         limits = recorded.numbers(plan, 2).values
         white = recorded.verdict(partial(_hear, module), acts)
-        grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)  # to be changed in place, in the order of x
+        grad = to_change(grad, x, ctx.owned)
+        of_grad, of_x = (columns_of(t, ctx.columns) for t in (grad, x))
         with recorded.changing(acts) as act:
-            whiten_(grad, x, module.num_groups, limits, act, white)
-        return grad, None, None
+            whiten_(of_grad, of_x, module.num_groups, limits, act, white)
+        return grad, None, None, None, None
 
 
 def _hear(module, verdict):
@@ -123,9 +125,8 @@ class Whiten(torch.nn.Module):
     def forward(self, x):
         recorded = recording()
         if recorded is not None and x.requires_grad:
-            return _Recorded.apply(
-                x, self, recorded.numbers(lambda: [_acts(self, float(self.grad_scale))], 1)
-            )
+            numbers = recorded.numbers(lambda: [_acts(self, float(self.grad_scale))], 1)
+            return _Recorded.apply(x, self, numbers, recorded.owned, recorded.columns)
         grad_scale = float(self.grad_scale)
         if not x.requires_grad:
             return x

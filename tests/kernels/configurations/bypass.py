@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations of kernels/bypass.py."""
+"""The configurations of kernels/bypass.py, and of the other steps along a Zipformer's residual stream."""
 
 from fastasr.kernels import _parts, bypass
 
+from ._decided import decided
 from .configuration import Configuration, adding
 
 
@@ -31,3 +32,4 @@ def configurations():
         types = {"PARTS": "fp32", "OUT": "fp32"}
         name = f"bypass parts, {block_p}"
         yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))
+    yield from decided()

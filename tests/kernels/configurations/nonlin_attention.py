@@ -16,4 +16,9 @@ def configurations():
             constants = tile if kernel == "product" else tile | {"PRECISE": dtype == "fp32"}
             name = f"nonlin_attention {kernel}, {dtype}"
             divisible = ("width", "stride")
+            constants = constants | ({"CONSTANT": None} if kernel == "operands" else {})
             yield Configuration(name, function, types, constants, module.NUM_WARPS, divisible)
+    types |= dict.fromkeys(names, "bf16") | {"CONSTANT": "fp32"}
+    constants, divisible = tile | {"PRECISE": False}, ("width", "stride")
+    name = "nonlin_attention operands, recorded, bf16"
+    yield Configuration(name, module.operands_kernel, types, constants, module.NUM_WARPS, divisible)

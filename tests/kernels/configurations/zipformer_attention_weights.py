@@ -25,6 +25,10 @@ def configurations(generation: int):
         pointers = dict.fromkeys(like, element) | masked | ({"R": "i64"} if packed else {})
         pointers["PARTS"] = "fp64" if element == "fp32" else "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "PACKED": packed, "WIDE_POS": pos_dim, "PENALTY": False}
+        if "recorded" in label:
+            pointers["ACT"] = "fp32"
+        else:
+            fixed["ACT"] = None
         fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
         return Configuration(
             f"zipformer_attention_weights {name}{label and ', ' + label}, {dtype}",
@@ -49,8 +53,13 @@ def configurations(generation: int):
                     yield configuration(name, f"{keys} keys", dtype, keys)
             if name == "queries":
                 yield configuration(name, "penalty", dtype, PENALTY=True)
+                if dtype == "bf16":
+                    yield configuration(name, "recorded", dtype)
+                    yield configuration(name, "penalty, recorded", dtype, PENALTY=True)
             if name == "keys":
                 yield configuration(name, "chunks", dtype)
+                if dtype == "bf16":
+                    yield configuration(name, "chunks, recorded", dtype)
             yield configuration(name, "odd sizes", dtype, 1500, 40, 6)
     for dtype in ("fp32", "bf16"):
         types = {"PARTS": "fp64" if dtype == "fp32" else "fp32", "OUT": dtype}

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention weights of a recorded training pass, whose consumers add up their gradient in one tensor.
+
+Each consumer returns the weights for the next one. In the backward pass the last one computes the gradient of what it
+was given, and those before it add their products to it in place: no consumer's part is a tensor of its own.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastasr._transforms import Function
+from fastasr.ops import _decided, _gemm, _layout
+from fastasr.ops.nonlin_attention import passes
+
+
+class SharedWeights:
+    """``weights`` (heads, batch, T, T), for consumers in the order of their calls. ``padded``: between the end of a row
+    and the next row are zeros, so that products may take as many columns as are read fastest.
+    """
+
+    def __init__(self, weights, padded=False):
+        self._weights, self._padded = weights, padded
+        self.shape = weights.shape
+
+    def __getitem__(self, index):
+        if index != slice(0, 1):
+            raise IndexError(f"SharedWeights: only the first head is given apart, got {index}")
+        return FirstHead(self)
+
+    def weighted(self, values):
+        """values (T, batch, heads * dim) -> their weighted sums, same shape."""
+        y, self._weights = _Weighted.apply(self._weights, values, self._padded)
+        return y
+
+    def gated(self, projected, constant):
+        y, self._weights = _Gated.apply(self._weights, projected, constant, self._padded)
+        return y
+
+
+class FirstHead:
+    """The first head of shared weights, or equal weights where the number of ``constant`` is not 0."""
+
+    in_memory = True
+
+    def __init__(self, shared, constant=None):
+        self.shared, self.constant = shared, constant
+        self.shape = torch.Size((1, *shared.shape[1:]))
+
+    def __len__(self):
+        return 1
+
+    def gated(self, projected):
+        """projected (T, batch, 3 channels) -> what ``ops.nonlin_attention`` makes of it."""
+        return self.shared.gated(projected, self.constant)
+
+
+def _sources(weights, padded):
+    """Returns how many columns products take: with ``padded`` up to a multiple of 8, as far as rows have zeros."""
+    sources = weights.shape[-1]
+    wide = -(-sources // 8) * 8
+    return wide if padded and weights.stride(2) >= wide and _decided.pads(weights) else sources
+
+
+def _flat(weights, sources):
+    """Returns the weights as (heads * batch, T, sources)."""
+    heads, batch, targets, _ = weights.shape
+    if sources == weights.shape[-1]:
+        return weights.view(heads * batch, targets, sources)
+    row = weights.stride(2)
+    return weights.as_strided((heads * batch, targets, sources), (targets * row, row, 1))
+
+
+def _room(weights):
+    """Returns memory for the gradient, with rows as far apart as those of the weights, to the end of the last one."""
+    heads, batch, targets, _ = weights.shape
+    return weights.new_empty(heads * batch * targets * weights.stride(2)).as_strided(
+        weights.shape, weights.stride()
+    )
+
+
+def _added(total, weights, a, b):
+    """Returns total + a b, in place, or a b in new memory."""
+    sources = b.shape[-1]
+    if total is None:
+        total = _room(weights)
+        torch.bmm(a, b, out=_flat(total, sources))
+    else:
+        _flat(total, sources)[: len(a)].baddbmm_(a, b)
+    return total
+
+
+class _Weighted(Function):
+    @staticmethod
+    def forward(ctx, weights, values, padded):
+        heads, targets, sources = len(weights), weights.shape[2], _sources(weights, padded)
+        ctx.dim = values.shape[2] // heads
+        values = _decided.split_heads(values.to(weights.dtype), heads, sources)
+        ctx.save_for_backward(weights, values)
+        ctx.set_materialize_grads(False)
+        y = torch.bmm(_flat(weights, sources), values)
+        return _decided.join_heads(y, heads, targets, ctx.dim), weights.view_as(weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, total):
+        if grad is None:
+            return total, None, None
+        weights, values = ctx.saved_tensors
+        heads, targets, sources = *weights.shape[::2], weights.shape[3]
+        grad = _decided.split_heads(grad, heads, targets)
+        total = _added(total, weights, grad, values.mT)
+        dvalues = torch.bmm(_flat(weights, values.shape[1]).mT, grad)
+        return total, _decided.join_heads(dvalues, heads, sources, ctx.dim), None
+
+
+class _Gated(Function):
+    @staticmethod
+    def forward(ctx, weights, projected, constant, padded):
+        first = weights[:1]
+        if constant is not None:
+            first = _decided.either(first, constant.values[:1])
+        projected = _layout.rows(projected.to(weights.dtype))
+        kernels, sources = passes(weights, projected), _sources(first, padded)
+        ctx.constant, ctx.rows = constant, sources
+        x = kernels.forward(projected, sources)
+        o = _gemm.batched(_flat(first, sources), x.transpose(0, 1))
+        ctx.save_for_backward(weights, first, projected, o)
+        ctx.set_materialize_grads(False)
+        return kernels.product(projected, o), weights.view_as(weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, total):
+        if grad is None:
+            return total, None, None, None
+        weights, first, projected, o = ctx.saved_tensors
+        kernels, grad = passes(weights, projected), grad.contiguous()
+        constant = None if ctx.constant is None else ctx.constant.values[:1]  # equal weights have no gradient
+        x, u = kernels.backward(grad, projected, ctx.rows, constant)
+        u = u.transpose(0, 1)  # [B, T, D]
+        dx = _gemm.batched(first[0].mT, u)
+        if total is None:
+            total = _room(weights).zero_()
+        return (
+            _added(total, weights, u, x.permute(1, 2, 0)),
+            kernels.gradient(dx, grad, projected, o),
+            None,
+            None,
+        )

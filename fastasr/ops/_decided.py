@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small steps of a recorded training pass, whose decisions are numbers on the device, as one kernel each on CUDA.
+
+Not public: rates and flags are tensors of one element that the host writes before each replay, and random numbers are
+drawn by the caller, so that they are those of a pass that is not recorded. A sequence is kept where its number exceeds
+the rate. Each function below is its formula in eager, which serves elsewhere.
+"""
+
+import importlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastasr.ops._dispatch import KernelFamily, Kernels, triton_kernels
+
+
+def _load() -> Kernels:
+    """Returns the module of the launchers in place of a forward pass."""
+    return Kernels("triton", importlib.import_module("fastasr.kernels._decided"), None)
+
+
+FAMILY = KernelFamily("decided", (), (replace(triton_kernels("_decided"), load=_load),))
+
+
+def _kernels(x: Tensor, *others: Tensor | None):
+    found = FAMILY.kernels(x, *others) if x.dim() else None
+    return None if found is None else found.forward
+
+
+class Drawn(NamedTuple):
+    """A uniform number for each sequence, (batch, 1), and the rate on the device."""
+
+    numbers: Tensor
+    rate: Tensor
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        return (self.numbers > self.rate).to(dtype)
+
+
+def plus(src: Tensor, y: Tensor, drawn: Drawn | None, narrow: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """src, y (T, B, C) -> src + y, without y where a sequence is dropped, and that in ``narrow`` (None: itself)."""
+    kernels = _kernels(src, y)
+    if kernels is not None:
+        return kernels.plus(src.contiguous(), y.contiguous(), *(drawn or (None, None)), narrow)
+    out = src + y if drawn is None else torch.addcmul(src, y, drawn.mask(y.dtype))
+    return out, out if narrow is None else out.to(narrow)
+
+
+def gradients(
+    grads: list[Tensor], drawn: Drawn | None, dtype: torch.dtype | None, narrow: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """One to five gradients of (T, B, C), the widest first -> their sum in ``dtype``, and in ``narrow`` for the kept
+    sequences; None for a dtype of None. Both are new tensors.
+    """
+    kernels = _kernels(*grads)
+    if kernels is not None:
+        return kernels.gradients([g.contiguous() for g in grads], *(drawn or (None, None)), dtype, narrow)
+    total = grads[0]
+    for g in grads[1:]:
+        total = total + g
+    dy = None
+    if narrow is not None:
+        dy = (total if drawn is None else total * drawn.mask(total.dtype)).to(narrow)
+        dy = dy.clone() if dy is total else dy
+    return None if dtype is None else total.clone() if total is grads[0] else total.to(dtype), dy
+
+
+def mask(drawn: Tensor, rate: Tensor, scale: Tensor) -> Tensor:
+    """Returns scale where drawn > rate, else 0, in the dtype of ``drawn``."""
+    kernels = _kernels(drawn)
+    if kernels is not None:
+        return kernels.mask(drawn, rate, scale)
+    return (drawn > rate).to(drawn.dtype) * scale.to(drawn.dtype)
+
+
+def scaled(x: Tensor, drawn: Drawn) -> Tensor:
+    """x (C,) -> (B, C): x for the kept sequences, 0 for the others."""
+    kernels = _kernels(x)
+    if kernels is not None:
+        return kernels.scaled(x.contiguous(), *drawn)
+    return x * (drawn.numbers > drawn.rate)
+
+
+def limited(grad: Tensor, x: Tensor, limits: Tensor, drawn: Drawn | None = None) -> Tensor:
+    """Returns the gradient of x, turned where it would push x further out of its limits. ``limits`` are whether they
+    apply, the least and the greatest x. With ``drawn``, ``grad`` is that of :func:`scaled`.
+    """
+    kernels = _kernels(x[None], grad)
+    if kernels is not None:
+        return kernels.limited(grad.contiguous(), x.contiguous(), limits, *(drawn or (None, None)))
+    if drawn is not None:
+        grad = (grad * (drawn.numbers > drawn.rate)).sum(0)
+    apply, low, high = limits.unbind()
+    wrong = ((x < low) & (grad > 0)) | ((x > high) & (grad < 0))
+    return torch.where(wrong & (apply != 0), -grad, grad)
+
+
+def either(weights: Tensor, act: Tensor) -> Tensor:
+    """Returns a copy of the weights (1, B, T, S), or, where ``act`` is not 0, equal weights on all sources whose weight
+    is not 0.
+    """
+    kernels = _kernels(weights)
+    if kernels is not None:
+        return kernels.either(weights, act)
+    seen = (weights > 0.0).to(weights.dtype)
+    return torch.where(act != 0, seen * (1.0 / seen.sum(dim=-1, keepdim=True)), weights)
+
+
+def split_heads(x: Tensor, heads: int, rows: int) -> Tensor:
+    """x (T, B, heads * dim) -> (heads * B, rows, dim) with zeros behind T; kernels pad dim to a multiple of 8 too."""
+    kernels = _kernels(x)
+    if kernels is not None:
+        return kernels.split_heads(x.contiguous(), heads, rows)
+    frames, batch, channels = x.shape
+    x = x.reshape(frames, batch, heads, channels // heads).permute(2, 1, 0, 3)
+    x = x.reshape(heads * batch, frames, channels // heads)
+    return x if rows == frames else torch.nn.functional.pad(x, (0, 0, 0, rows - frames))
+
+
+def join_heads(x: Tensor, heads: int, rows: int, dim: int) -> Tensor:
+    """The reverse: returns (rows, B, heads * dim), contiguous."""
+    kernels = _kernels(x)
+    if kernels is not None:
+        return kernels.join_heads(x, heads, rows, dim)
+    x = x[:, :rows, :dim].unflatten(0, (heads, -1))
+    return x.permute(2, 1, 0, 3).reshape(rows, x.shape[1], heads * dim)
+
+
+def pads(x: Tensor) -> bool:
+    """Says whether kernels serve x, which pad with zeros what products read."""
+    return _kernels(x) is not None

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small steps of a recorded training pass (fastasr/ops/_decided.py), each one launch.
+
+A step reads what the host decides before a replay from the device: a rate, or whether it acts. Its random numbers are
+torch's, uniform, and are drawn before. Tensors are seen as rows of channels, (frames, batch, channels), and a number
+that belongs to a sequence is that of row % batch.
+
+    kernel      reads                          writes              bytes per element of a float32 stream, bf16 branches
+    plus        src, y, number per sequence    sum, sum in bf16    12
+    gradients   up to 5 gradients of a tensor  their sum, that of y  8 for the sum of two, 2 for y
+    mask        numbers                        mask
+    limit       gradient of each sequence      gradient of all
+    either      weights                        weights or equal ones  4
+    heads       values                         values by head, padded
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2
+
+ROWS, COLUMNS = 32, 64  # of a tile: models have multiples of 64 channels
+BLOCK = 1024
+WARPS = 4
+
+
+@triton.jit
+def _tile(columns, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    column_tiles = tl.cdiv(columns, BLOCK_C)
+    r = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    keep = (r < rows)[:, None] & (c < columns)[None, :]
+    return r, r[:, None] * columns + c[None, :], keep  # [BLOCK_R, BLOCK_C]
+
+
+@triton.jit
+def _kept(DRAWN, RATE, r, batch):
+    """Returns 1 for rows of sequences that are kept, 0 for the others."""
+    drawn = tl.load(DRAWN + r % batch).to(tl.float32)
+    return tl.where(drawn > tl.load(RATE).to(tl.float32), 1.0, 0.0)[:, None]  # [BLOCK_R, 1]
+
+
+@triton.jit(do_not_specialize=["rows", "batch"], do_not_specialize_on_alignment=["DRAWN", "RATE"])
+def plus_kernel(
+    SRC, Y, DRAWN, RATE, OUT, NARROW, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    r, at, keep = _tile(columns, rows, BLOCK_R, BLOCK_C)
+    y = tl.load(Y + at, mask=keep, other=0.0).to(tl.float32)
+    if DRAWN is not None:
+        y *= _kept(DRAWN, RATE, r, batch)
+    out = (tl.load(SRC + at, mask=keep, other=0.0).to(tl.float32) + y).to(OUT.dtype.element_ty)
+    tl.store(OUT + at, out, mask=keep)
+    if NARROW is not None:
+        tl.store(NARROW + at, out.to(NARROW.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["rows", "batch"], do_not_specialize_on_alignment=["DRAWN", "RATE"])
+def gradients_kernel(
+    A, B, C, D, E, DRAWN, RATE, TOTAL, DY, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Adds up to five gradients; DY is their sum where the sequence was kept."""
+    r, at, keep = _tile(columns, rows, BLOCK_R, BLOCK_C)
+    total = tl.load(A + at, mask=keep, other=0.0).to(tl.float32)
+    if B is not None:
+        total += tl.load(B + at, mask=keep, other=0.0).to(tl.float32)
+    if C is not None:
+        total += tl.load(C + at, mask=keep, other=0.0).to(tl.float32)
+    if D is not None:
+        total += tl.load(D + at, mask=keep, other=0.0).to(tl.float32)
+    if E is not None:
+        total += tl.load(E + at, mask=keep, other=0.0).to(tl.float32)
+    if TOTAL is not None:
+        tl.store(TOTAL + at, total.to(TOTAL.dtype.element_ty), mask=keep)
+    if DY is not None:
+        if DRAWN is not None:
+            total *= _kept(DRAWN, RATE, r, batch)
+        tl.store(DY + at, total.to(DY.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["RATE", "SCALE"])
+def mask_kernel(DRAWN, RATE, SCALE, MASK, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    drawn = tl.load(DRAWN + at, mask=at < count, other=0.0).to(tl.float32)
+    kept = tl.where(drawn > tl.load(RATE).to(tl.float32), tl.load(SCALE).to(tl.float32), 0.0)
+    tl.store(MASK + at, kept.to(MASK.dtype.element_ty), mask=at < count)
+
+
+@triton.jit(do_not_specialize_on_alignment=["DRAWN", "RATE"])
+def scale_kernel(X, DRAWN, RATE, Y, columns, BLOCK: tl.constexpr):
+    """Writes x, or zeros, as the row of a sequence."""
+    row = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + c, mask=c < columns, other=0.0)
+    kept = tl.load(DRAWN + row).to(tl.float32) > tl.load(RATE).to(tl.float32)
+    tl.store(Y + row * columns + c, tl.where(kept, x, 0.0).to(Y.dtype.element_ty), mask=c < columns)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["GRAD", "X", "DRAWN", "RATE", "LIMITS", "Y"]
+)  # fmt: skip
+def limit_kernel(GRAD, X, DRAWN, RATE, LIMITS, Y, rows, columns, BLOCK: tl.constexpr):
+    """Adds the rows of the kept sequences, and turns the sum's sign where it would push x out of its limits."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.zeros([BLOCK], tl.float32)
+    for row in range(rows):
+        part = tl.load(GRAD + row * columns + c, mask=c < columns, other=0.0).to(tl.float32)
+        if DRAWN is not None:
+            part = tl.where(tl.load(DRAWN + row).to(tl.float32) > tl.load(RATE).to(tl.float32), part, 0.0)
+        grad += part
+    x = tl.load(X + c, mask=c < columns, other=0.0).to(tl.float32)
+    low, high = tl.load(LIMITS + 1), tl.load(LIMITS + 2)
+    wrong = ((x < low) & (grad > 0.0)) | ((x > high) & (grad < 0.0))
+    turned = tl.where(tl.load(LIMITS) != 0.0, -grad, grad)
+    tl.store(Y + c, tl.where(wrong, turned, grad).to(Y.dtype.element_ty), mask=c < columns)
+
+
+@triton.jit(do_not_specialize=["keys"], do_not_specialize_on_alignment=["ACT"])
+def either_kernel(W, ACT, Y, keys, w_row, y_row, BLOCK: tl.constexpr):
+    """Copies a row of weights, or writes equal weights on all keys whose weight is not 0."""
+    W += tl.program_id(0).to(tl.int64) * w_row
+    Y += tl.program_id(0).to(tl.int64) * y_row
+    act = tl.load(ACT) != 0.0
+    seen = tl.zeros([BLOCK], tl.float32)
+    if act:
+        for start in range(0, keys, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            w = tl.load(W + j, mask=j < keys, other=0.0).to(tl.float32)
+            seen += tl.where(w > 0.0, 1.0, 0.0)
+    # eager rounds the count and its reciprocal to the weights' dtype
+    count = tl.sum(seen, axis=0).to(Y.dtype.element_ty).to(tl.float32)
+    share = tl.div_rn(1.0, count)
+    for start in range(0, y_row, BLOCK):  # and what is behind the last key, so that whole vectors are read
+        j = start + tl.arange(0, BLOCK)
+        w = tl.load(W + j, mask=j < y_row, other=0.0)
+        equal = tl.where((w.to(tl.float32) > 0.0) & (j < keys), share, 0.0).to(Y.dtype.element_ty)
+        tl.store(Y + j, tl.where(act, equal, w), mask=j < y_row)
+
+
+@triton.jit(do_not_specialize=["rows", "out_rows", "batch"], do_not_specialize_on_alignment=["X"])
+def split_heads_kernel(
+    X, Y, rows, out_rows, batch, heads, dim, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Writes rows of a head and sequence, and zeros behind the last row and number."""
+    head, sequence = tl.program_id(1) // batch, tl.program_id(1) % batch
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    keep = (r < rows)[:, None] & (c < dim)[None, :]
+    at = (r.to(tl.int64) * batch + sequence) * heads * dim + head * dim
+    x = tl.load(X + at[:, None] + c[None, :], mask=keep, other=0.0)  # [BLOCK_R, BLOCK_C]
+    out = (tl.program_id(1).to(tl.int64) * out_rows + r) * WIDE
+    tl.store(Y + out[:, None] + c[None, :], x, mask=(r < out_rows)[:, None] & (c < WIDE)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "in_rows", "batch"], do_not_specialize_on_alignment=["Y"])
+def join_heads_kernel(
+    X, Y, rows, in_rows, batch, heads, dim, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """The reverse of split_heads_kernel."""
+    head, sequence = tl.program_id(1) // batch, tl.program_id(1) % batch
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    keep = (r < rows)[:, None] & (c < dim)[None, :]
+    at = (tl.program_id(1).to(tl.int64) * in_rows + r) * WIDE
+    x = tl.load(X + at[:, None] + c[None, :], mask=keep, other=0.0)  # [BLOCK_R, BLOCK_C]
+    out = (r.to(tl.int64) * batch + sequence) * heads * dim + head * dim
+    tl.store(Y + out[:, None] + c[None, :], x, mask=keep)
+
+
+# --------------------------------------------------------------------------- launchers
+def _tiled(kernel, pointers, like: torch.Tensor) -> None:
+    columns = like.shape[-1]
+    rows = like.numel() // columns
+    launch(kernel, (cdiv(rows, ROWS) * cdiv(columns, COLUMNS),),
+        *pointers, rows, like.shape[-2], columns, BLOCK_R=ROWS, BLOCK_C=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def plus(src: torch.Tensor, y: torch.Tensor, drawn, rate, narrow: torch.dtype | None):
+    """Returns src + y (contiguous), without y where a sequence is dropped, and that in ``narrow`` (None: itself)."""
+    out = torch.empty_like(src, dtype=torch.promote_types(src.dtype, y.dtype))
+    also = None if narrow is None else torch.empty_like(out, dtype=narrow)
+    if out.numel():
+        _tiled(plus_kernel, (src, y, drawn, rate, out, also), out)
+    return out, out if narrow is None else also
+
+
+def gradients(grads: list, drawn, rate, dtype: torch.dtype | None, narrow: torch.dtype | None):
+    """Returns the sum of one to five contiguous gradients, and the same where a sequence is kept, each None if its
+    dtype is.
+    """
+    total, dy = (None if d is None else torch.empty_like(grads[0], dtype=d) for d in (dtype, narrow))
+    if grads[0].numel():
+        given = [*grads, *[None] * (5 - len(grads))]
+        _tiled(gradients_kernel, (*given, drawn, rate, total, dy), grads[0])
+    return total, dy
+
+
+def mask(drawn: torch.Tensor, rate: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns scale where contiguous drawn > rate, else 0, in the dtype of ``drawn``."""
+    out = torch.empty_like(drawn)
+    if out.numel():
+        grid = (cdiv(out.numel(), BLOCK),)
+        launch(mask_kernel, grid, drawn, rate, scale, out, out.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+def scaled(x: torch.Tensor, drawn: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+    """Returns (batch, C): contiguous x (C,), or 0, for each sequence."""
+    batch, columns = drawn.numel(), x.numel()
+    out = x.new_empty(batch, columns)
+    if out.numel():
+        launch(scale_kernel, (cdiv(columns, BLOCK), batch),
+            x, drawn, rate, out, columns, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+def limited(grad: torch.Tensor, x: torch.Tensor, limits: torch.Tensor, drawn, rate) -> torch.Tensor:
+    """Returns the limited gradient of contiguous x; with ``drawn``, ``grad`` has a row for each sequence."""
+    out = torch.empty_like(x)
+    if out.numel():
+        rows = 1 if drawn is None else drawn.numel()
+        block = min(BLOCK, max(32, next_power_of_2(x.numel())))
+        launch(limit_kernel, (cdiv(x.numel(), block),),
+            grad, x, drawn, rate, limits, out, rows, x.numel(), BLOCK=block, num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+def either(weights: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
+    """Returns weights (1, batch, frames, keys), whose rows are evenly spaced, or equal ones if ``act`` is not 0. Rows
+    of the result are as far apart.
+    """
+    _, batch, frames, keys = weights.shape
+    row = weights.stride(2)
+    out = weights.new_empty(batch * frames * row)  # changed in place so that it is no view
+    out.as_strided_(weights.shape, (batch * frames * row, frames * row, row, 1))
+    if out.numel():
+        grid = (batch * frames,)
+        launch(either_kernel, grid, weights, act, out, keys, row, row, BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+def _by_head(kernel, x, y, rows: int, other_rows: int, batch: int, heads: int, dim: int, wide: int) -> None:
+    block_c = max(16, next_power_of_2(wide))
+    block_r = max(16, 2048 // block_c)
+    launch(kernel, (cdiv(max(rows, other_rows), block_r), heads * batch),
+        x, y, rows, other_rows, batch, heads, dim, WIDE=wide, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def split_heads(x: torch.Tensor, heads: int, rows: int) -> torch.Tensor:
+    """Returns contiguous x (T, B, heads * dim) as (heads * B, rows, dim), with zeros behind T, and behind dim up to a
+    multiple of 8: rows of 16 bytes
+    let the product read and write vectors.
+    """
+    frames, batch, channels = x.shape
+    dim = channels // heads
+    wide = cdiv(dim, 8) * 8
+    out = x.new_empty(heads * batch, rows, wide)
+    if out.numel():
+        _by_head(split_heads_kernel, x, out, frames, rows, batch, heads, dim, wide)
+    return out
+
+
+def join_heads(x: torch.Tensor, heads: int, rows: int, dim: int) -> torch.Tensor:
+    """Returns (rows, B, heads * dim) of contiguous x, as ``split_heads`` returns it."""
+    groups, given, wide = x.shape
+    out = x.new_empty(rows, groups // heads, heads * dim)
+    if out.numel():
+        _by_head(join_heads_kernel, x, out, rows, given, groups // heads, heads, dim, wide)
+    return out

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of kernels/_decided.py, the small steps of a recorded Zipformer."""
+
+from fastasr.kernels import _decided as steps
+
+from .configuration import Configuration
+
+
+def decided():
+    tile = {"BLOCK_R": steps.ROWS, "BLOCK_C": steps.COLUMNS}
+    numbers = dict.fromkeys(("DRAWN", "RATE", "SCALE", "LIMITS", "ACT"), "fp32")
+    none = dict.fromkeys(("DRAWN", "RATE"))
+
+    def configuration(name, kernel, types, constants, divisible=("columns",)):
+        function = getattr(steps, f"{kernel}_kernel")
+        return Configuration(f"decided {name}", function, numbers | types, constants, steps.WARPS, divisible)
+
+    stream = {"SRC": "fp32", "OUT": "fp32", "TOTAL": "fp32", "Y": "bf16", "NARROW": "bf16", "DY": "bf16"}
+    stream |= {"A": "fp32", "B": "bf16"}
+    alone = dict.fromkeys(stream, "fp32")
+    for masked in (False, True):
+        given, label = (tile, ", masked") if masked else (tile | none, "")
+        yield configuration(f"plus{label}, bf16 branch", "plus", stream, given)
+        yield configuration(f"plus{label}, fp32", "plus", alone, given | {"NARROW": None})
+        few = given | dict.fromkeys("CDE")
+        yield configuration(f"gradients{label}, bf16 branch", "gradients", stream, few)
+        yield configuration(f"gradients{label}, fp32", "gradients", alone, few)
+    five = {"A": "fp32", "B": "fp32", "C": "fp32", "D": "bf16", "E": "bf16", "TOTAL": "fp32"}
+    yield configuration("gradients of five", "gradients", five, tile | none | {"DY": None})
+    flat = {"BLOCK": steps.BLOCK}
+    for dtype in ("fp32", "bf16"):
+        types = {"DRAWN": dtype, "MASK": dtype}
+        yield configuration(f"mask, {dtype}", "mask", types, flat, ())
+        yield configuration(f"either, {dtype}", "either", {"W": dtype, "Y": dtype}, flat, ("w_row", "y_row"))
+        split = {"WIDE": 16, "BLOCK_R": 128, "BLOCK_C": 16}
+        for kernel in ("split_heads", "join_heads"):
+            yield configuration(f"{kernel}, {dtype}", kernel, {"X": dtype, "Y": dtype}, split, ())
+    types = dict.fromkeys(("X", "Y", "GRAD"), "fp32")
+    yield configuration("scale", "scale", types, flat)
+    yield configuration("limit", "limit", types, {"BLOCK": 256} | none, ())
+    yield configuration("limit, masked", "limit", types, {"BLOCK": 256}, ())
