@@ -189,7 +189,10 @@ def _bind_recorded(module, rule, options):
         recording.keep(module, forward, options, rule.graphs.choice)
         binding.bind(module, replay, () if own else rule.methods)
     for part in parts:
-        recording.keep(part, upstream_forward, options, whole=not options.parts)
+        bound, graphs = binding.bound_forward(part), recording.of(part)
+        if bound is rule.replay_part:  # of an earlier call of ``accelerate``
+            bound = None if graphs is None else graphs.forward
+        recording.keep(part, bound or upstream_forward, options, whole=not options.parts)
         binding.bind(part, rule.replay_part)
 
 
