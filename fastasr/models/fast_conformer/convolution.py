@@ -125,5 +125,6 @@ def pointwise(conv, x):
         is_plain(conv, torch.nn.Conv1d)
         and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == sizes
     ):
-        return ops.linear(x, conv.weight[..., 0], conv.bias)
+        # not weight[..., 0], whose gradient autograd would write into zeros
+        return ops.linear(x, conv.weight.flatten(1), conv.bias)
     return conv(x.transpose(1, 2)).transpose(1, 2)
