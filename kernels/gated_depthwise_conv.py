@@ -200,7 +200,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def forward_kernel(
-    U, TABLE, BIAS, CAUSAL_BIAS, Y, frames, batch, C, chunk, taps, past,
+    U, TABLE, BIAS, CAUSAL_BIAS, Y, y_time_stride, y_batch_stride, frames, batch, C, chunk, taps, past,
     CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -213,8 +213,8 @@ def forward_kernel(
         U, TABLE, t, first, last, b, tile, frames, batch, taps, past, CHUNKED, TAPS, GROUP, BLOCK_G, BLOCK_C,
         CAUSAL_TAPS,
     )  # fmt: skip
-    at = Y + ((t[:, None].to(tl.int64) * batch + b) * C + c[None, :])
-    step = batch.to(tl.int64) * C
+    at = Y + (t[:, None].to(tl.int64) * y_time_stride + (b.to(tl.int64) * y_batch_stride + c)[None, :])
+    step = tl.cast(y_time_stride, tl.int64)
     for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
         results = ()
         for n in tl.static_range(min(GROUP, BATCH)):
@@ -284,12 +284,13 @@ def output_gradient_kernel(
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def input_gradient_kernel(
-    Q, R, H, MASK, TABLE, DH, DCACHE, time_stride, batch_stride, frames, batch, C, chunk, taps, past,
+    Q, R, H, MASK, TABLE, DH, DCACHE, q_time_stride, q_batch_stride, time_stride, batch_stride, dh_time_stride,
+    dh_batch_stride, frames, batch, C, chunk, taps, past,
     CHUNKED: tl.constexpr, TILED: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
-    # Plain form: R is Q, in tiles where TILED, else (T, B, C). With DCACHE the first groups are of the P frames before
-    # the first.
+    # Plain form: R is Q, in tiles where TILED, else (T, B, C) with strides. With DCACHE the first groups are of the P
+    # frames before the first.
     SHORT: tl.constexpr = DH.dtype.element_ty.primitive_bitwidth == 16
     t, first, last, b, tile = _place(
         batch, frames, C, chunk, past if DCACHE is not None else 0, GROUP, BLOCK_G, BLOCK_C
@@ -310,10 +311,11 @@ def input_gradient_kernel(
             last - first if CHUNKED else every, row, None, BLOCK_C, -BLOCK_C, TAPS, GROUP,
         )  # fmt: skip
     else:
-        step = batch.to(tl.int64) * C
+        step = tl.cast(q_time_stride, tl.int64)
+        of_sequence = (b.to(tl.int64) * q_batch_stride + c)[None, :]
         of_chunk = sliding.sums(
-            zero, R + (start[:, None].to(tl.int64) * step + column), start, every, row, in_row, step, -BLOCK_C, TAPS,
-            GROUP,
+            zero, R + (start[:, None].to(tl.int64) * step + of_sequence), start, every, row, in_row, step, -BLOCK_C,
+            TAPS, GROUP,
         )  # fmt: skip
     of_all = of_chunk
     if CHUNKED:
@@ -323,8 +325,8 @@ def input_gradient_kernel(
         )  # fmt: skip
     at = H + (t[:, None].to(tl.int64) * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :])
     step = tl.cast(time_stride, tl.int64)
-    out = DH + ((t[:, None].to(tl.int64) * batch + b) * (2 * C) + c[None, :])
-    out_step = batch.to(tl.int64) * (2 * C)
+    out = DH + (t[:, None].to(tl.int64) * dh_time_stride + (b.to(tl.int64) * dh_batch_stride + c)[None, :])
+    out_step = tl.cast(dh_time_stride, tl.int64)
     for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
         results = ()
         for n in tl.static_range(min(GROUP, BATCH)):
@@ -481,6 +483,14 @@ class _Call:
         return last.reshape(self.batch, -1, self.past)[:, : self.channels].contiguous()
 
 
+def _as_laid(h: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    """Returns an empty (T, B, channels) in h's order of memory: its neighbours in a model need no copy."""
+    frames, batch = h.shape[:2]
+    if h.stride(1) > h.stride(0):
+        return torch.empty((batch, frames, channels), dtype=dtype, device=h.device).transpose(0, 1)
+    return torch.empty((frames, batch, channels), dtype=dtype, device=h.device)
+
+
 def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
@@ -500,7 +510,7 @@ def gated_depthwise_conv_forward(
     delay: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (y (T, B, C), new cache (B, C, P), or a tensor without elements). y has the promoted dtype of h and
-    chunk_scale. The channels of h and all other tensors are contiguous.
+    chunk_scale, and lies in h's order of memory. The channels of h and all other tensors are contiguous.
     """
     if not h.numel() or not weight.numel():
         y = h.new_zeros(h.shape[0], h.shape[1], h.shape[2] // 2)
@@ -508,9 +518,10 @@ def gated_depthwise_conv_forward(
         before = h.new_zeros(h.shape[1], h.shape[2] // 2, past) if cache is None else cache.clone()
         return y, before if need_cache else h.new_empty(0)
     call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
-    y = call.like.new_empty(call.frames, call.batch, call.channels)
+    y = _as_laid(h, call.channels, call.like.dtype)
     launch(forward_kernel, call.grid(),
-        call.u, call.table, bias, causal_bias, y, *call.sizes(), ACTIVATION=activation, **call.form,
+        call.u, call.table, bias, causal_bias, y, y.stride(0), y.stride(1), *call.sizes(),
+        ACTIVATION=activation, **call.form,
     )  # fmt: skip
     return y, call.cache() if need_cache else h.new_empty(0)
 
@@ -535,7 +546,7 @@ def gated_depthwise_conv_backward(
     tensors = (h, weight, bias, causal_weight, causal_bias, chunk_scale, cache)
     if not h.numel() or not weight.numel():
         return tuple(h.new_empty(0) if t is None else torch.zeros_like(t) for t in tensors)
-    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dh = _as_laid(h, h.shape[2], h.dtype)
     found = [None if t is None else torch.empty_like(t) for t in tensors[1:]]
     dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache = found
     if dcache is not None and not dcache.shape[-1]:
@@ -553,13 +564,12 @@ def gated_depthwise_conv_backward(
             *call.sizes(), ACTIVATION=activation, **call.form,
         )  # fmt: skip
     else:
-        q = grad.contiguous()
-        q_steps = sliding.Steps(BLOCK_C, channels, batch * channels)
+        q, q_steps = grad, sliding.Steps(BLOCK_C, grad.stride(1), grad.stride(0))
     if r is None:
         r = q
     launch(input_gradient_kernel, call.grid(0 if dcache is None else past),
-        q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), TILED=tiled,
-        **call.form,
+        q, r, h, _bytes(mask), call.table, dh, dcache, grad.stride(0), grad.stride(1), h.stride(0), h.stride(1),
+        dh.stride(0), dh.stride(1), *call.sizes(), TILED=tiled, **call.form,
     )  # fmt: skip
     count = call.form["TAPS"]
     skip = (taps - count) // 2

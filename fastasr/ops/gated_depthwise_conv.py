@@ -155,8 +155,8 @@ def gated_depthwise_conv(
         return_cache: return (y, cache for the frames that follow).
         delay: plain form: the convolution sees K // 2 + delay frames of the past; (K − 1) // 2 makes it causal.
     Returns:
-        y (T, B, C), contiguous, in the promotion of h's and chunk_scale's dtype, computed in float32 or better and
-        rounded once. The new cache has the promotion of h's and the cache's dtype.
+        y (T, B, C), in the promotion of h's and chunk_scale's dtype, computed in float32 or better and rounded once. It
+        is contiguous, or lies in h's order of memory. The new cache has the promotion of h's and the cache's dtype.
     Raises:
         TypeError: an argument is of the wrong type, or a tensor not floating (padding_mask: not bool).
         ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; a tap would not reach the

@@ -24,6 +24,7 @@ import fastasr
 SWAPPED = {
     "ParakeetEncoder",
     "ParakeetEncoderAttention",
+    "ParakeetEncoderBlock",
     "ParakeetEncoderConvolutionModule",
     "ParakeetEncoderFeedForward",
     "ParakeetEncoderRelPositionalEncoding",

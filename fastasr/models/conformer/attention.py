@@ -12,7 +12,7 @@ from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import is_watched
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.attention import STANDARD, projected
+from fastasr.models.fast_conformer.attention import STANDARD, first_rows, projected
 from fastasr.models.fast_conformer.masks import is_readable, seen
 
 _WEIGHTS = "attention weights are asked for"
@@ -173,7 +173,8 @@ def _attention(module, x, positions, hidden, dropout, empty_rows=None, keys=None
         for layer, given in ((module.linear_q, x), (module.linear_k, keys), (module.linear_v, keys))
     )
     if rows is None:
-        rows = projected(module, module.linear_pos, positions[0])[: max(0, x.shape[1] + keys.shape[1] - 1)]
+        needed = max(0, x.shape[1] + keys.shape[1] - 1)
+        rows = first_rows(projected(module, module.linear_pos, positions[0]), needed)
     y = ops.rel_attention(
         q, k, v, rows.view(-1, *heads), module.pos_bias_u, module.pos_bias_v, **hidden, **dropout
     )

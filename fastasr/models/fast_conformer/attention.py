@@ -131,12 +131,17 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
         p = plumbing.linear(module.relative_k_proj, position_embeddings[:, :rows])
         p = p.view(*p.shape[:2], *module.bias_u.shape)
         return _with_weights(module, q, k, v, p, mask, dropout, mean)
-    p = projected(module, module.relative_k_proj, position_embeddings[0])[:rows]
+    p = first_rows(projected(module, module.relative_k_proj, position_embeddings[0]), rows)
     p = p.view(rows, *module.bias_u.shape)
     y = ops.rel_attention(q, k, v, p, module.bias_u, module.bias_v, **masks.of_kernel(mask, by), **of_kernel)
     if not mean or by is None or by.empty_rows is None or not masks.are_empty_rows_read(by, q.device):
         return y
     return torch.where(by.empty_rows[:, :, None, None], _mean(module, q, k, v).to(y.dtype), y)
+
+
+def first_rows(table, rows):
+    """Returns ``table[:rows]``; the whole table without a slice, whose gradient autograd would write into zeros."""
+    return table if len(table) == rows else table[:rows]
 
 
 def _mean(module, q, k, v):

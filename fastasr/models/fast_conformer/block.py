@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FastConformer block: half a feed-forward block, attention, convolution, half a feed-forward block, norm."""
+"""The FastConformer block: half a feed-forward block, attention, convolution, half a feed-forward block, norm.
+
+On a GPU one kernel adds a branch to the stream and normalises the sum for the next branch.
+"""
 
 import torch
 
+from fastasr import ops
+from fastasr.models.common import plumbing
+from fastasr.models.common.plain import any_watched
+from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import FastConformerAttention
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution
 from fastasr.models.fast_conformer.feed_forward import FastConformerFeedForward
@@ -27,8 +34,36 @@ class FastConformerBlock(torch.nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
         x = hidden_states
-        x = torch.add(x, self.feed_forward1(self.norm_feed_forward1(x)), alpha=0.5)  # one pass
-        x = x + self.self_attn(self.norm_self_att(x), position_embeddings, attention_mask, **kwargs)[0]
-        x = x + self.conv(self.norm_conv(x), attention_mask)
-        x = torch.add(x, self.feed_forward2(self.norm_feed_forward2(x)), alpha=0.5)
-        return self.norm_out(x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        add_norm = _fused if _is_fused(self, x, autocast) else _by_torch
+        if add_norm is _fused and autocast and x.dtype.itemsize == 2:
+            x = x.float()  # as all blocks after the first get it, since autocast computes norms in float32
+        x, n = add_norm(self.norm_self_att, x, self.feed_forward1(self.norm_feed_forward1(x)), 0.5)
+        attended = self.self_attn(
+            hidden_states=n, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+        )[0]
+        x, n = add_norm(self.norm_conv, x, attended)
+        x, n = add_norm(self.norm_feed_forward2, x, self.conv(n, attention_mask=attention_mask))
+        # the last norm goes to the stream, in its dtype
+        return add_norm(self.norm_out, x, self.feed_forward2(n).to(x.dtype), 0.5)[1]
+
+
+def _is_fused(block, x, autocast):
+    """Says whether ``ops.add_norm`` serves the block. Under autocast it gives a branch the narrower numbers that its
+    first layer would cast to: modules with hooks get what upstream gives them."""
+    norms = block.norm_self_att, block.norm_conv, block.norm_feed_forward2, block.norm_out
+    branches = block.self_attn, block.conv, block.feed_forward2
+    return (
+        masks.on_gpu(x.device)
+        and all(map(plumbing.is_layer_norm, norms))
+        and not (autocast and any_watched(branches))
+    )
+
+
+def _fused(norm, x, update, scale=1.0):
+    return ops.add_norm(x, update, norm.weight, norm.bias, norm.eps, scale)
+
+
+def _by_torch(norm, x, update, scale=1.0):
+    x = torch.add(x, update, alpha=scale)  # one pass
+    return x, norm(x)

@@ -15,6 +15,7 @@ from fastasr import ops
 from fastasr.models.common import activations, packed, plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
+from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 
 
@@ -77,6 +78,9 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
             z = norm(z.transpose(0, 1))
         elif folded:
             z = z.transpose(0, 1)
+        elif z.dtype is torch.bfloat16 and masks.on_gpu(z.device):
+            # frames as they lie: statistics of 16 bits are exact enough, and four transposing copies are saved
+            z = norm(z.transpose(0, 1).flatten(0, 1)).unflatten(0, z.shape[1::-1])
         else:
             # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
             # frames first again before the activation: its gradient would walk over two orders at once
@@ -125,5 +129,6 @@ def pointwise(conv, x):
         is_plain(conv, torch.nn.Conv1d)
         and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == sizes
     ):
-        return ops.linear(x, conv.weight[..., 0], conv.bias)
+        # not weight[..., 0], whose gradient autograd would write into zeros
+        return ops.linear(x, conv.weight.flatten(1), conv.bias)
     return conv(x.transpose(1, 2)).transpose(1, 2)

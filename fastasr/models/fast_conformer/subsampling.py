@@ -149,7 +149,7 @@ def _strip(layers, x, lengths, begin, count, left):
             h, padding = (h, (0, 1)) if left == 1 else (F.pad(h, (left, 1)), 0)
             weight, bias, groups = depthwise.weight, depthwise.bias, depthwise.groups
             h = F.conv2d(h, weight, bias, stride=2, padding=padding, groups=groups).permute(0, 2, 3, 1)
-        h = ops.linear_activation(h, pointwise.weight[..., 0, 0], pointwise.bias, "relu")
+        h = ops.linear_activation(h, pointwise.weight.flatten(1), pointwise.bias, "relu")
         h = _within(h, begin, lengths)  # what the depthwise convolution makes there, no other frame sees
     return h.transpose(2, 3).flatten(2)  # [B, count, C * F]
 

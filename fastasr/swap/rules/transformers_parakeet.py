@@ -29,7 +29,7 @@ CAPTURING = (
     "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
 )
 SILU = {"bbb3a89cc2c8993670072487"}
-BLOCK = {"c6cc6c4c6c123d55235c5852"}
+_BLOCK = "c6cc6c4c6c123d55235c5852"
 
 
 def _before_5_18(module):
@@ -57,6 +57,12 @@ def feed_forward_structure(module):
 def convolution_structure(module):
     children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
     return check_parameters(module, {}) or check_child_names(module, children) or _activation(module)
+
+
+def _block_structure(module):
+    branches = ("feed_forward1", "self_attn", "conv", "feed_forward2")
+    norms = ("norm_feed_forward1", "norm_self_att", "norm_conv", "norm_feed_forward2", "norm_out")
+    return check_parameters(module, {}) or check_child_names(module, (*branches, *norms))
 
 
 def _subsampling_structure(module):
@@ -112,7 +118,7 @@ def ragged_encoder(self, input_features, attention_mask=None, output_attention_m
 
 
 def recorded_encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
-    """Does the same with one mask of valid frames for all blocks: no values may be read to find it in a mask of pairs."""
+    """Does the same with one mask of valid frames for all blocks: no value may be read to find it among pairs."""
     reason = _asked(self, kwargs)
     if reason is not None:
         raise Unrecordable(reason)
@@ -138,7 +144,7 @@ def _asked(self, kwargs):
 
 def _ragged_obstacle(module):
     for i, layer in enumerate(module.layers):
-        reason = unread_code(f"layers.{i}", layer, own_forward, BLOCK)
+        reason = unread_code(f"layers.{i}", layer, own_forward, {_BLOCK})
         if reason is not None:
             return reason
     return ragged.obstacle(module)
@@ -182,6 +188,18 @@ FEED_FORWARD = feed_forward_rule(
     known={"676056f9fa94c63e8bea9766": _FROM_5_6},
 )
 
+BLOCK = Rule(
+    name="transformers.parakeet_block",
+    class_name="ParakeetEncoderBlock",
+    forward=models.FastConformerBlock.forward,
+    kernels=("add_norm",),
+    structure=_block_structure,
+    known={_BLOCK: _FROM_5_6},
+    shallow=True,
+    companion=True,
+    hooks=CAPTURING,
+)
+
 SUBSAMPLING = Rule(
     name="transformers.parakeet_subsampling",
     class_name="ParakeetEncoderSubsamplingConv2D",
@@ -221,4 +239,4 @@ ENCODER = Rule(
     graphs=Graphed(recorded_encoder, _ragged_obstacle, parts=lambda encoder: list(encoder.layers)),
 )
 
-RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS, ENCODER)
+RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, BLOCK, SUBSAMPLING, POSITIONS, ENCODER)

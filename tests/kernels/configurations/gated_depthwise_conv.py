@@ -14,7 +14,8 @@ def configurations():
     outputs = ("Y", "DH", "DCACHE", "DWEIGHT", "DBIAS", "DCAUSAL_WEIGHT", "DCAUSAL_BIAS", "DCHUNK_SCALE")
     chunk_causal = ("CACHE", "CAUSAL_WEIGHT", "CHUNK_SCALE", "CAUSAL_BIAS", "DCACHE", "DCAUSAL_WEIGHT")
     absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS"))
-    divisible = ("C", "time_stride", "batch_stride", "grad_time_stride", "grad_batch_stride")
+    strides = (f"{of}{by}_stride" for of in ("", "grad_", "y_", "q_", "dh_") for by in ("time", "batch"))
+    divisible = ("C", *strides)
     block_c = {"BLOCK_C": conv.BLOCK_C}
     for dtype in ("fp32", "bf16"):
         types = dict.fromkeys((*inputs, *between, *outputs), dtype)

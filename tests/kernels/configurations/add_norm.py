@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of kernels/add_norm.py."""
+
+from fastasr.kernels import add_norm, residual_norm
+
+from .configuration import DTYPES, Configuration
+
+
+def configurations(generation: int):
+    def configuration(kernel: str, dtype: str, channels: int, update: str = ""):
+        # x, t and the parameters have the first dtype, update and y the second
+        update = update or dtype
+        block_c = residual_norm._padded(channels)
+        constants = {}
+        if kernel == "forward":
+            block_r, _, warps = residual_norm._blocks(channels, residual_norm.forward_elements(generation))
+        else:
+            elements, warps, _ = residual_norm.backward_tile(
+                channels, DTYPES[dtype], False, False, generation
+            )
+            block_r = max(1, elements // block_c)
+            constants = {"T_TYPE": add_norm.TYPES[DTYPES[dtype]]}
+        types = dict.fromkeys(("X", "T", "DX", "GRAD_T"), dtype)
+        types |= dict.fromkeys(("UPDATE", "Y", "GRAD_Y", "DUPDATE"), update)
+        types |= dict.fromkeys(("WEIGHT", "BIAS"), "fp32")
+        return Configuration(
+            f"add_norm {kernel}, C={channels}, {dtype}" + f", {update} branch" * (update != dtype),
+            getattr(add_norm, f"{kernel}_kernel"),
+            types | {"PARTS": "fp64" if dtype == "fp32" else "fp32"},
+            constants | {"BLOCK_R": block_r, "BLOCK_C": block_c},
+            warps,
+            ("C", "x_stride", "update_stride"),
+            ("eps", "scale"),
+        )
+
+    for kernel in ("forward", "backward"):
+        for channels in (512, 1024):
+            yield configuration(kernel, "fp32", channels)
+            yield configuration(kernel, "bf16", channels)
+            yield configuration(kernel, "fp32", channels, "bf16")
