@@ -33,11 +33,13 @@ from torchaudio.models import emformer, rnnt
 import fastasr
 from fastasr import decoding
 from fastasr.compat import transformers as compat
+from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.models.zipformer import AsrModel
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer, constant_attention_in_eval
 from fastasr.ops import _dispatch
 from fastasr.streaming import StreamingEncoder
 from fastasr.swap import binding
+from fastasr.testing.tape import TapeRecorder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using the model-agnostic default"),
@@ -754,6 +756,35 @@ def reduced_weights():
         lambda: run(theirs),
         "0.weight.product",
         "float32 weights multiply a part of it",
+    )
+
+
+# --------------------------------------------------------------------------- recorded calls
+@cases("part", "saved")
+def recorded(what):
+    """A hook on a part, and hooks on saved tensors, as checkpointing has them."""
+    seeded(0)
+    theirs = FastConformerEncoder(
+        mel_bins=16, width=16, layers=1, heads=2, hidden=16, channels=4, layer_drop=0.0
+    ).eval()
+    ours = swapped(theirs, graphs=fastasr.Graphs(after=0, recorder=TapeRecorder))
+    if what == "part":
+        ours.layers[0].register_forward_hook(lambda *_: None)
+    hooks = torch.autograd.graph.saved_tensors_hooks if what == "saved" else contextlib.nullcontext
+    x = torch.randn(2, 24, 16)
+
+    def run(model):
+        with hooks(*[lambda t: t] * 2) if what == "saved" else hooks():
+            return model(x)[0]
+
+    reason = {"part": "submodules have hooks", "saved": "saved tensors have hooks"}[what]
+    return Case(
+        ours,
+        lambda: run(ours),
+        lambda: run(theirs),
+        "forward",
+        reason,
+        level=logging.INFO if what == "saved" else logging.WARNING,
     )
 
 
