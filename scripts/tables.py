@@ -31,6 +31,7 @@ from fastasr.benchmarks.studies import crowd, curves, growth, launch_cost, trans
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 GPU_RECORDS = ROOT / "benchmarks" / "results" / "gpu.json"  # the units.json of a run on a GPU
+WHOLE_RECORDS = ROOT / "benchmarks" / "results" / "whole_models.json"  # those of a run of stage M
 OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
 RULES_MARKERS = "<!-- rules:start -->", "<!-- rules:end -->"
 LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
@@ -53,7 +54,6 @@ ELSEWHERE = {
     ragged.NAME: "swap.md",
     nemotron_streaming.NAME: "models/fast_conformer.md",
     **{f"{model}{growth.ENDING}": f"models/{model}.md" for model in growth.SIZES},
-    **dict.fromkeys(on_gpus.MODELS, "graphs.md"),
 }  # pages with a table of another form
 
 
@@ -185,8 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     on_gpu = verdict.records(GPU_RECORDS)
     found += [put(DOCS / "gpu-queue.md", verdict.tables(on_gpu), check)]
     found += [put(ROOT / "README.md", verdict.sentence(on_gpu), check, *GPU_MARKERS)]
-    found += [put(ROOT / "README.md", on_gpus.summary(rows), check, *WHOLE_MARKERS)]
-    found += [put(DOCS / "graphs.md", on_gpus.details(rows), check, *WHOLE_MARKERS)]
+    whole = verdict.records(WHOLE_RECORDS)
+    found += [put(ROOT / "README.md", on_gpus.summary(whole), check, *WHOLE_MARKERS)]
+    found += [put(DOCS / "graphs.md", on_gpus.details(whole), check, *WHOLE_MARKERS)]
     return max(found)
 
 

@@ -304,61 +304,92 @@ TITLES = {
     "fast_conformer_110m": "FastConformer 110M",
     "fast_conformer_600m": "FastConformer 0.6B",
 }
+SHOWN_KERNELS = 15
 
 
-def _units(rows: Iterable[Row]) -> list[Unit]:
-    found = units(row for row in rows if row.name in MODELS)
+def _units(records: Iterable[dict]) -> list[Unit]:
+    """Returns the units of whole models in the order of ``MODELS`` and ``WORKLOADS``."""
+    messages = (m for record in records for m in record["messages"])
+    found = units(Row.from_dict(row) for m in messages for row in m.get("rows", ()))
     order = [(name, w.case) for name in MODELS for w in WORKLOADS]
-    return sorted(
-        (u for u in found if (u.first.name, u.first.case) in order),
-        key=lambda u: order.index((u.first.name, u.first.case)),
-    )
+    known = [u for u in found if (u.first.name, u.first.case) in order]
+    return sorted(known, key=lambda u: order.index((u.first.name, u.first.case)))
 
 
-def summary(rows: Iterable[Row]) -> str:
-    """Returns the README's table: milliseconds of a call by the wall clock, and what is left of it to gain."""
-    found = _units(rows)
+def _label(row: Row) -> str:
+    return f"{TITLES[row.name]}, {row.case}{mark(row)}"
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]], right: int) -> list[str]:
+    made = ["| " + " | ".join(head) + " |", "|---" * (len(head) - right) + "|" + "---:|" * right]
+    return made + ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def summary(records: Iterable[dict]) -> str:
+    """Returns the README's table: the wall clock of a call for each way to run a model, how many times upstream's our
+    recorded one is, and the share of it that its kernels take."""
+    found = _units(records)
     if not found:
         return NONE_YET
-    lines = [
-        "| | " + " | ".join(SHOWN.values()) + " | gain | its kernels |",
-        "|---|" + "---:|" * (len(SHOWN) + 2),
-    ]
+    columns = [key for key in SHOWN if any(unit.row(key) for unit in found)]
+    lines = []
     for unit in found:
         ours = unit.row("recorded")
-        cells = [duration(unit.median(key)) for key in SHOWN]
         gain = unit.median("upstream") / ours.median_ms if ours and unit.median("upstream") else None
         busy = ours.busy_ms / ours.median_ms if ours and ours.busy_ms else None
-        label = f"{TITLES[unit.first.name]}, {unit.first.case}{mark(unit.first)}"
-        lines.append(f"| {label} | " + " | ".join([*cells, times(gain), percent(busy)]) + " |")
-    return "\n".join([*lines, "", _where(found)])
+        times_of = [duration(unit.median(key)) for key in columns]
+        lines.append((_label(unit.first), *times_of, times(gain), percent(busy)))
+    head = ("", *(SHOWN[key] for key in columns), "gain", "of it kernels")
+    return "\n".join([*_table(head, lines, len(columns) + 2), "", _where(found)])
 
 
-def details(rows: Iterable[Row]) -> str:
-    """Returns the table of docs/graphs.md: for every way to run a model its wall clock, host, kernels and memory."""
-    found = _units(rows)
+def details(records: Sequence[dict]) -> str:
+    """Returns the tables of docs/graphs.md: wall clock, host, kernels and memory of every way to run a model; and the
+    longest kernels of the steps that were profiled."""
+    found = _units(records)
     if not found:
         return NONE_YET
-    lines = [
-        "| | | wall clock | host | kernels | memory | speech per second |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
     workloads = {w.case: w for w in WORKLOADS}
+    lines = []
     for unit in found:
-        label = f"{TITLES[unit.first.name]}, {unit.first.case}{mark(unit.first)}"
         for key, column in SHOWN.items():
             row = unit.row(key)
             if row is not None:
                 w = workloads[row.case]
                 speech = f"{w.batch * w.seconds / row.median_ms * 1e3:,.0f} s"
                 memory = f"{row.peak_bytes / 1e9:.1f} GB" if row.peak_bytes is not None else "–"
-                cells = duration(row.median_ms), duration(row.host_ms), duration(row.busy_ms), memory, speech
-                lines.append(f"| {label} | {column} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _where(found)])
+                spent = [duration(ms) for ms in (row.median_ms, row.host_ms, row.busy_ms)]
+                lines.append((_label(row), column, *spent, memory, speech))
+    head = ("", "", "wall clock", "host", "kernels", "memory", "speech per second")
+    parts = [*_table(head, lines, 5), "", _where(found)]
+    for record in records:
+        for message in record["messages"]:
+            if message.get("kernels"):
+                parts += ["", *_kernels(record, message)]
+            if "graph_nodes" in message:
+                nodes = message["graph_nodes"]
+                parts += ["", f"A graph of {nodes['nodes']:,} small kernels takes {nodes['on_us']:.2f} µs a kernel, "
+                          f"{nodes['off_us']:.2f} µs where all are switched off; a switch costs the host "
+                          f"{nodes['switch_us']:.1f} µs."]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _kernels(record: dict, message: dict) -> list[str]:
+    """Returns the table of a profile. Names of kernels are cut after their template's first argument."""
+    kernels = message["kernels"]
+    total, launches = sum(ms for *_, ms in kernels), sum(count for _, count, _ in kernels)
+    title = (
+        f"Kernels of an unrecorded step of {message['of']}: {total:.1f} ms in {launches:,} launches "
+        f"({record['device_name']}, commit {record['commit']})."
+    )
+    lines = [
+        (f"`{name[:100]}`".replace("|", "\\|"), f"{count:,}", f"{ms:.2f}")
+        for name, count, ms in kernels[:SHOWN_KERNELS]
+    ]
+    return [title, "", *_table(("kernel", "launches", "ms"), lines, 2)]
 
 
 def _where(found: Sequence[Unit]) -> str:
     rows = [row for unit in found for row in unit.rows]
-    hosts = dict.fromkeys(row.limit for row in rows)
-    costs = f" A call costs the host of this machine, in each run: {'; '.join(filter(None, hosts))}."
-    return conditions(rows) + costs
+    costs = dict.fromkeys(row.limit.removeprefix("host: ") for row in rows if row.limit)
+    return f"{conditions(rows)} A call costs the host of this machine: {'; '.join(costs)}."
