@@ -15,9 +15,7 @@ OLD, OLD_NOTE = " †", " †: measured before rows named their code, or with ot
 NONE_YET = "No measurements yet: `make bench` writes them."
 HEADLINES = (  # name, shape, case: the rows of the README's table, if its machine has them
     ("fast_conformer", "110M, 6 of its layers, 4 x 16 s", "encoder"),
-    ("fast_conformer", "0.6B, 4 of its layers, 1 x 30 s", "encoder"),
     ("fast_conformer", "110M, 6 of its layers, 1 x 120 s", "encoder"),
-    ("zipformer", "medium 4x1600x80", "whole model"),
     ("zipformer", "medium 1x6000x80", "whole model"),
     ("zipformer_training", "medium 4x800x80", "training step"),
     ("streaming_engine", "medium 8 streams, left context 128", "one chunk of 16"),
