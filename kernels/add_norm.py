@@ -14,19 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels import residual_norm
 from fastasr.kernels._launch import cdiv, generation, launch
 from fastasr.kernels._parts import ADDING, adding, deal
-from fastasr.kernels.residual_norm import (
-    _blocks,
-    _centred,
-    _load,
-    _mean,
-    _padded,
-    _stride,
-    add_parts_kernel,
-    backward_tile,
-    forward_elements,
-)
+from fastasr.kernels.residual_norm import _blocks, _centred, _load, _mean, _padded, _stride, add_parts_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,7 +103,7 @@ def add_norm_forward(
     y = torch.empty(x.shape, dtype=update.dtype, device=x.device)
     if x.numel():
         rows = x.numel() // channels
-        block_r, block_c, warps = _blocks(channels, forward_elements(generation(x)))
+        block_r, block_c, warps = _blocks(channels, residual_norm.forward_elements(generation(x)))
         launch(forward_kernel, (cdiv(rows, block_r),),
             x, update, weight, bias, t, y, rows, channels, _stride(x), _stride(update), eps, scale,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
@@ -137,7 +128,7 @@ def add_norm_backward(
         return dx, dupdate, torch.zeros_like(weight), torch.zeros_like(bias)
     rows = x.numel() // channels
     dtype = _dtype(x, update)
-    elements, warps, resident = backward_tile(channels, dtype, False, False, generation(x))
+    elements, warps, resident = residual_norm.backward_tile(channels, dtype, False, False, generation(x))
     block_r, rows_per_part, parts = deal(rows, _padded(channels), x, elements=elements, resident=resident)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     shares = torch.float64 if dtype == torch.float32 else torch.float32

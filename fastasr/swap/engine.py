@@ -170,6 +170,8 @@ def _record(plan, report, options):
         if rule is None or rule.graphs is None:
             continue
         bound = binding.bound_forward(module)
+        if bound is rule.replay_part and type(module).__name__ != rule.class_name:
+            continue  # a part of one, from an earlier call
         fits = row.status == REPLACED or (made is decision.later and made.apply) or _is_own(module)
         reason = rule.graphs.obstacle(module) if fits else made.reason
         if reason is None and rule.ragged is not None and bound is rule.ragged.forward:

@@ -66,3 +66,10 @@ def test_branches_with_hooks_get_what_upstream_gives_them(as_on_gpu):
     y, _ = step(ours, autocast=True)
     assert torch.equal(y, by_torch[0])
     assert torch.equal(seen[0], seen[1])
+
+
+def test_it_runs_on_the_meta_device():
+    ours = block().to("meta")
+    x = torch.empty(BATCH, FRAMES, WIDTH, device="meta")
+    y = ours(x, position_embeddings=torch.empty(1, 2 * FRAMES - 1, WIDTH, device="meta"))
+    assert y.shape == x.shape

@@ -20,6 +20,8 @@ from transformers import (
 )
 
 import fastasr
+from fastasr.graphs import module as recording
+from fastasr.models import fast_conformer
 
 SWAPPED = {
     "ParakeetEncoder",
@@ -266,3 +268,14 @@ def test_watched_and_replaced_parts_are_called():
         module.register_forward_hook(lambda *arguments: seen.append(arguments[0]))
     close(hidden(model), expected)
     assert len(seen) == 7
+
+
+def test_recorded_parts_run_the_forward_that_was_bound():
+    model = encoder(**STILL)
+    for _ in range(2):
+        fastasr.accelerate(model, graphs=True)
+        forwards = {recording.of(layer).forward for layer in model.layers}
+        assert forwards == {fast_conformer.FastConformerBlock.forward}
+    hidden(model)
+    fastasr.restore(model)
+    assert all("forward" not in vars(m) for m in model.modules())

@@ -13,6 +13,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import FastConformerAttention
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution
 from fastasr.models.fast_conformer.feed_forward import FastConformerFeedForward
+from fastasr.ops._register import autocast_dtype
 
 
 class FastConformerBlock(torch.nn.Module):
@@ -34,7 +35,7 @@ class FastConformerBlock(torch.nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
         x = hidden_states
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocast_dtype(x) is not None
         add_norm = _fused if _is_fused(self, x, autocast) else _by_torch
         if add_norm is _fused and autocast and x.dtype.itemsize == 2:
             x = x.float()  # as all blocks after the first get it, since autocast computes norms in float32
@@ -44,8 +45,10 @@ class FastConformerBlock(torch.nn.Module):
         )[0]
         x, n = add_norm(self.norm_conv, x, attended)
         x, n = add_norm(self.norm_feed_forward2, x, self.conv(n, attention_mask=attention_mask))
-        # the last norm goes to the stream, in its dtype
-        return add_norm(self.norm_out, x, self.feed_forward2(n).to(x.dtype), 0.5)[1]
+        update = self.feed_forward2(n)
+        if add_norm is _fused and autocast:
+            update = update.to(x.dtype)  # the last norm is the stream's, in its dtype
+        return add_norm(self.norm_out, x, update, 0.5)[1]
 
 
 def _is_fused(block, x, autocast):
@@ -61,6 +64,8 @@ def _is_fused(block, x, autocast):
 
 
 def _fused(norm, x, update, scale=1.0):
+    if update.dtype is not x.dtype and autocast_dtype(x) is None:  # where no layer casts what it gets
+        return _by_torch(norm, x, update, scale)
     return ops.add_norm(x, update, norm.weight, norm.bias, norm.eps, scale)
 
 
