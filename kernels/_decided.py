@@ -78,7 +78,7 @@ def gradients_kernel(
         tl.store(DY + at, total.to(DY.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["RATE", "SCALE"])
+@triton.jit(do_not_specialize_on_alignment=["RATE", "SCALE"])
 def mask_kernel(DRAWN, RATE, SCALE, MASK, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     drawn = tl.load(DRAWN + at, mask=at < count, other=0.0).to(tl.float32)
@@ -162,7 +162,8 @@ def join_heads_kernel(
     c = tl.arange(0, BLOCK_C)
     keep = (r < rows)[:, None] & (c < dim)[None, :]
     at = (tl.program_id(1).to(tl.int64) * in_rows + r) * WIDE
-    x = tl.load(X + at[:, None] + c[None, :], mask=keep, other=0.0)  # [BLOCK_R, BLOCK_C]
+    whole = (r < rows)[:, None] & (c < WIDE)[None, :]
+    x = tl.load(X + at[:, None] + c[None, :], mask=whole, other=0.0)  # [BLOCK_R, BLOCK_C]
     out = (r.to(tl.int64) * batch + sequence) * heads * dim + head * dim
     tl.store(Y + out[:, None] + c[None, :], x, mask=keep)
 

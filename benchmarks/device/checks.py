@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastasr.benchmarks.device.machine import GPU, Skipped
+from fastasr.testing import recorded_steps
 from fastasr.testing.checks import _same, compared, is_gradient, parity, poisoned, values_and_gradients
 from fastasr.testing.table import Make, OpTable, flat, floating, forward_and_backward, table, with_tensors
 from fastasr.testing.tolerance import Comparison, judged
@@ -161,7 +162,11 @@ def check_op(tell: Callable[[dict], None], machine: GPU, op: str) -> None:
 
 
 def launch(op: str, device: str = "cuda") -> None:
-    """Launches every kernel of an op on all of its samples, forward and backward. compute-sanitizer watches this."""
+    """Launches every kernel of an op on all of its samples, forward and backward. compute-sanitizer watches this.
+    ``bypass`` stands for the other steps along a Zipformer's residual stream too.
+    """
+    if op == "bypass":
+        recorded_steps.launch(device)
     for sample in table(op).samples:
         for dtype in DTYPES:
             forward_and_backward(table(op), sample, dtype, device)

@@ -49,16 +49,16 @@ class Counts(NamedTuple):
 
 # Case -> training or not, the random number, and the counts. A change that lowers a count lowers it here.
 CASES = {
-    "zipformer, inference": (False, NEVER, Counts(3484, 0, 219, 0, 1682)),
-    "zipformer, training, nothing acts": (True, NEVER, Counts(4165, 6683, 670, 3270, 4923)),
-    "zipformer, training, everything acts": (True, ALWAYS, Counts(4818, 13648, 1842, 3859, 7294)),
+    "zipformer, inference": (False, NEVER, Counts(3463, 0, 219, 0, 1645)),
+    "zipformer, training, nothing acts": (True, NEVER, Counts(4144, 6685, 670, 3270, 4872)),
+    "zipformer, training, everything acts": (True, ALWAYS, Counts(4797, 13650, 1842, 3859, 7243)),
     "fast_conformer, inference": (False, NEVER, Counts(2067, 0, 156, 0, 1014)),
     "fast_conformer, training": (True, NEVER, Counts(2226, 4198, 554, 2124, 2633)),
 }
 
 
 # Kernels of a recorded training step of the encoder and its front end, of torch and of fastasr.
-RECORDED = {"torch": 1710, "fastasr": 2410}
+RECORDED = {"torch": 1733, "fastasr": 2410}
 
 
 class CountingTapes(TapeRecorder):

@@ -220,6 +220,8 @@ def test_bfloat16():
         assert a[4:] == b[4:]
         assert (a[0] - b[0]).norm() < 1e-2 * b[0].norm()
         assert a[2].keys() == b[2].keys()
+        ours, theirs = (torch.cat([g.flatten() for g in grads.values()]) for grads in (a[2], b[2]))
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
 
 
 def test_three_recordings_of_a_shape_in_a_training_run():

@@ -30,7 +30,7 @@ def decided():
     flat = {"BLOCK": steps.BLOCK}
     for dtype in ("fp32", "bf16"):
         types = {"DRAWN": dtype, "MASK": dtype}
-        yield configuration(f"mask, {dtype}", "mask", types, flat, ())
+        yield configuration(f"mask, {dtype}", "mask", types, flat, ("count",))
         yield configuration(f"either, {dtype}", "either", {"W": dtype, "Y": dtype}, flat, ("w_row", "y_row"))
         split = {"WIDE": 16, "BLOCK_R": 128, "BLOCK_C": 16}
         for kernel in ("split_heads", "join_heads"):

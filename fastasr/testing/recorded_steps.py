@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the small steps of a recorded pass (``fastasr.ops._decided``), which are no ops and have no samples."""
+
+import torch
+
+from fastasr.ops import _decided
+
+
+def launch(device: str) -> None:
+    """Runs every step, in float32 and with branches in bfloat16."""
+    made = torch.Generator(device).manual_seed(0)
+
+    def uniform(*shape, dtype=torch.float32):
+        return torch.rand(shape, generator=made, device=device, dtype=torch.float32).to(dtype)
+
+    rate, scale, act = (torch.tensor(n, dtype=torch.float32, device=device) for n in ([0.5], [2.0], [1.0]))
+    limits = torch.tensor([1.0, 0.2, 0.8], dtype=torch.float32, device=device)
+    drawn = _decided.Drawn(uniform(2, 1), rate)
+    for dtype in (torch.float32, torch.bfloat16):
+        src, y = uniform(9, 2, 70), uniform(9, 2, 70, dtype=dtype)
+        for kept in (None, drawn):
+            _decided.plus(src, y, kept, dtype)
+            _decided.gradients([src, src, src, y, y], kept, torch.float32, dtype)
+        _decided.mask(y, rate, scale)
+        _decided.either(uniform(1, 2, 9, 16, dtype=dtype)[..., :9], act)
+        by_head = _decided.split_heads(y, 5, 16)
+        _decided.join_heads(by_head, 5, 9, 14)
+    x = uniform(70)
+    _decided.limited(x, x, limits)
+    _decided.limited(_decided.scaled(x, drawn), x, limits, drawn)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Zipformer's layer in the form in which it is recorded, by kernels, beside the same layer as it is, in eager."""
+
+import random
+
+import pytest
+import torch
+
+from fastasr import backend
+from fastasr.graphs.recording import Recording
+from fastasr.models.common.graph_capture import recorded_by
+from fastasr.models.zipformer import attention
+from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.layer import ZipformerEncoderLayer
+from fastasr.models.zipformer.schedules import PiecewiseLinear
+from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops._dispatch import replayed
+
+
+class AtOnce(Recording):
+    """Decides where it is asked, as an unrecorded pass does."""
+
+    def numbers(self, plan, count):
+        found = super().numbers(plan, count)
+        drawn = plan()
+        if count:
+            self.now[found.place : found.place + count] = drawn
+            found.values.data.copy_(torch.tensor(drawn, dtype=torch.float32))
+        return found
+
+
+def layer():
+    """Returns a layer with sizes that kernels pad, of which every part acts in about half of the calls."""
+    torch.manual_seed(0)
+    made = ZipformerEncoderLayer(24, 8, 2, 8, 4, 6, 32, cnn_module_kernel=7)
+    for m in made.modules():
+        if hasattr(m, "batch_count"):
+            m.batch_count = 5000
+        if isinstance(m, Whiten):
+            m.prob = 0.5
+        if isinstance(m, Balancer):
+            m.mem_cutoff = lambda _: False
+            if isinstance(m.prob, float):
+                m.prob = 0.5
+            else:
+                m.prob.schedule = PiecewiseLinear((0.0, 0.5))
+        if isinstance(m, ZipformerEncoderLayer):
+            for name in ("const_attention_rate", "attention_skip_rate", "conv_skip_rate", "ff2_skip_rate"):
+                getattr(m, name).schedule = PiecewiseLinear((0.0, 0.4))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return made
+
+
+def run(made, seed, recorded, kernels, autocast=False):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    x = (3 * torch.randn(13, 2, 24)).requires_grad_()
+    positions, padding = torch.randn(1, 25, 8), torch.arange(13) >= torch.tensor([[13], [9]])
+    ahead = AtOnce(x.device, AtOnce(x.device)) if recorded else None
+    with backend("triton" if kernels else "eager"):
+        with recorded_by(ahead), replayed(kernels), torch.autocast("cpu", torch.bfloat16, autocast):
+            y = made(x, positions, src_key_padding_mask=padding)
+        inputs = [x, *(p for p in made.parameters() if p is not made.bypass_scale)]
+        grads = torch.autograd.grad(y, inputs, torch.randn(y.shape), allow_unused=True)
+    return [y, *grads], (random.random(), torch.rand(()).item())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_the_layer_itself(seed, monkeypatch):
+    monkeypatch.setattr(attention, "PENALISED_CALLS", 0.5)
+    monkeypatch.setattr(attention, "SCORE_PENALTY", 0.05)
+    monkeypatch.setattr(attention, "SCORE_LIMIT", 1.0)
+    (expected, drawn), (found, again) = (run(layer(), seed, recorded, recorded) for recorded in (False, True))
+    assert drawn == again
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() < 2e-4 * b.norm() + 1e-6
+
+
+def joined(tensors):
+    return torch.cat([t.detach().float().flatten() for t in tensors if t is not None])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_under_autocast(seed):
+    """Roundings differ by no more than those of the kernels and of eager, where neither is recorded."""
+    ways = ((False, False), (False, True), (True, True))
+    (eager, drawn), (kernels, _), (recorded, again) = (run(layer(), seed, *way, True) for way in ways)
+    assert drawn == again
+    assert [t is None for t in recorded] == [t is None for t in eager]
+    eager, kernels, recorded = map(joined, (eager, kernels, recorded))
+    assert (recorded - kernels).norm() <= (kernels - eager).norm()
