@@ -8,8 +8,8 @@ CUDA wheels bring, and one stream, on which the nodes are a chain.
 
 import torch
 
+from fastasr._recording import recorded_by
 from fastasr.graphs.recording import Unrecordable
-from fastasr.models.common.graph_capture import recorded_by
 
 
 class CudaRecorder:

@@ -13,10 +13,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastasr._recording import recorded_by
 from fastasr._transforms import Function
 from fastasr.graphs.casts import Casts, Uses
 from fastasr.graphs.recording import Recording, Unrecordable
-from fastasr.models.common.graph_capture import recorded_by
 
 
 class Gradients:

@@ -21,11 +21,11 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastasr import _left
+from fastasr._recording import recording
 from fastasr._transforms import is_transformed
 from fastasr.graphs.graph import Gradients, Graph
 from fastasr.graphs.recording import Unrecordable
 from fastasr.models.common import attention_dropout
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.plain import any_global_hook
 from fastasr.ops import _dispatch
 
@@ -94,8 +94,8 @@ def _bytes(memory):
 
 @dataclass
 class Kind:
-    """What is known of one kind of call: how often it was seen, replayed, recorded, and dropped to make room; its bytes;
-    or why it is not recorded.
+    """What is known of a kind of call: how often it was seen, replayed, recorded, and dropped to make room for others;
+    the bytes of its graph; or why it is not recorded.
     """
 
     call: str

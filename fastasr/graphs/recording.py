@@ -10,6 +10,7 @@ import contextlib
 
 import torch
 
+from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Verdict, Verdicts
 
 # Whether kernels that can read a number on the device decide by it in each replay. If not, their nodes are switched as
@@ -134,12 +135,3 @@ class Numbers:
     @property
     def on(self):
         return self.recording.now[self.place] != 0.0
-
-
-def peek(x):
-    """Returns float(x) of a number or a schedule, without the random number that reading a schedule draws."""
-    if isinstance(x, (int, float)):
-        return float(x)
-    if x.batch_count is None or not x.training:
-        return float(x.default)
-    return float(x.schedule(x.batch_count))

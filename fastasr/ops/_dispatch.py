@@ -11,7 +11,6 @@ import importlib
 import logging
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -194,27 +193,6 @@ def prepare() -> None:
         for implementation in family.implementations:
             if implementation.backend == "cpu" and not implementation.reason():
                 family.native = implementation.load()
-
-
-# --------------------------------------------------------------------------- calls that are replayed
-_local = threading.local()
-
-
-def is_replayed() -> bool:
-    """Says whether this thread's calls are recorded to be replayed. The host runs them once, so only the device's time
-    counts in the choice of a kernel.
-    """
-    return getattr(_local, "replayed", False)
-
-
-@contextlib.contextmanager
-def replayed(value: bool = True) -> Iterator[None]:
-    """Inside the ``with`` block ``is_replayed()`` is ``value`` in this thread."""
-    before, _local.replayed = is_replayed(), value
-    try:
-        yield
-    finally:
-        _local.replayed = before
 
 
 # --------------------------------------------------------------------------- kernels

@@ -13,8 +13,8 @@ from fastasr import ops
 
 # The layers start with the lowest: a package imports itself and those before it. "fastasr" is the package's own file.
 LAYERS = (
-    *("_transforms", "_left", "_renamed", "files", "processor", "kernels"),
-    *("ops", "rnnt", "compat", "testing", "models", "export", "decoding", "swap"),
+    *("_transforms", "_left", "_recording", "_renamed", "files", "processor", "kernels"),
+    *("ops", "rnnt", "compat", "testing", "models", "graphs", "export", "decoding", "swap"),
     "fastasr",
     *("audio", "streaming", "recipe", "benchmarks", "demo", "cli"),
 )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded code asks no device for a value: checked on the meta device, which has none to give and is not the CPU, whose
-branches could read values for nothing. (Fake CUDA tensors do not work in a torch for CPUs.)
+"""Recorded code asks no device for a value: checked on the meta device, which has none to give and is not the CPU,
+whose branches could read values for nothing. (Fake CUDA tensors do not work in a torch for CPUs.)
 """
 
 import contextlib
@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_zipformer_graphs import SIZES, at
 
+from fastasr._recording import recorded_by
 from fastasr.graphs.recording import Recording
-from fastasr.models.common.graph_capture import recorded_by
 from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
 
@@ -33,8 +33,16 @@ def _front_end():
     return at(Conv2dSubsampling(80, 24), 20000), (torch.randn(2, 47, 80), torch.tensor([47, 40]))
 
 
-@mock.patch.object(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
-@mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+def _no(*_):
+    return False
+
+
+def _nothing(*_, **__):
+    return contextlib.nullcontext()
+
+
+@mock.patch.object(torch, "is_autocast_enabled", _no)  # which knows no meta device
+@mock.patch.object(torch, "autocast", _nothing)
 def recorded(model, inputs, train, recording=True):
     meta = torch.device("meta")
     for m in model.modules():

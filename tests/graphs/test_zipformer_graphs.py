@@ -13,7 +13,8 @@ from fastasr.models.zipformer.schedules import PiecewiseLinear, ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
 
 SIZES = {
-    "downsampling_factor": (1, 2), "encoder_dim": (24, 32), "num_encoder_layers": (1, 2), "encoder_unmasked_dim": (16, 24),
+    "downsampling_factor": (1, 2), "encoder_dim": (24, 32), "num_encoder_layers": (1, 2),
+    "encoder_unmasked_dim": (16, 24),
     "query_head_dim": 8, "pos_head_dim": 4, "value_head_dim": 8, "num_heads": 2, "feedforward_dim": (24, 32),
     "cnn_module_kernel": (7, 5), "pos_dim": 8,
 }  # fmt: skip
@@ -69,25 +70,22 @@ def run(model, arguments, steps, seed=0, wants=True):
 
 
 def compare(found, expected, rtol=1e-5):
+    names = ["output", "lengths", "grads", "x.grad", "whiten", "random", "generator"]
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        for name, a, b in zip(
-            ["output", "lengths", "grads", "x.grad", "whiten", "random", "generator"],
-            ours,
-            theirs,
-            strict=True,
-        ):
+        for name, a, b in zip(names, ours, theirs, strict=True):
             if name == "grads":
                 assert a.keys() == b.keys()
                 for key in a:
-                    scale = b[key].abs().max().item()
-                    torch.testing.assert_close(
-                        a[key], b[key], rtol=rtol, atol=rtol * scale, msg=lambda m: f"{step} {key} {m}"
-                    )
+                    close(a[key], b[key], rtol, f"{step} {key}")
             elif isinstance(a, torch.Tensor):
-                atol = rtol * b.abs().max().item() if b.is_floating_point() else 0
-                torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m: f"{step} {name} {m}")
+                close(a, b, rtol, f"{step} {name}")
             else:
                 assert a == b, (step, name)
+
+
+def close(a, b, rtol, name):
+    atol = rtol * b.abs().max().item() if b.is_floating_point() else 0
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("batch", [5000, 20000, 60000])

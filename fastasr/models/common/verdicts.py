@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of a device that the host reads later: whoever reads one waits for its copy, not for the device's other work."""
+"""Answers of a device that the host reads later. It waits for an answer's copy, not for the device's other work."""
 
 import torch
 

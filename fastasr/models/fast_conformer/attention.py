@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import _left, ops
+from fastasr._recording import recording
 from fastasr._transforms import is_transformed
 from fastasr.models.common import attention_dropout, packed, plumbing
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastasr import _left
+from fastasr._recording import recording
 from fastasr._transforms import is_transformed
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.ragged import are_all_padded, on_gpu
 from fastasr.ops import _kept
 from fastasr.ops.rel_attention import outside_context

@@ -6,8 +6,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from fastasr._recording import recording
 from fastasr._transforms import is_transformed
-from fastasr.models.common.graph_capture import recording
 from fastasr.ops import _kept
 
 _TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far, and what it was made of

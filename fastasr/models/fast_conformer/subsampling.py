@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import _left, ops
+from fastasr._recording import on_host
 from fastasr.models.common import plumbing
-from fastasr.models.common.graph_capture import on_host
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing, with_zeros
 

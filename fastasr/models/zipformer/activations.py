@@ -8,8 +8,8 @@ SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
 import torch
 
 from fastasr import ops
+from fastasr._recording import recording
 from fastasr.models.common import packed
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.decisions import is_zero, keep_rates
 from fastasr.models.zipformer.initial_scale import ScaledLinear

@@ -14,7 +14,7 @@ import random
 
 import torch
 
-from fastasr.models.common.graph_capture import recording
+from fastasr._recording import recording
 from fastasr.models.common.plain import runs
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import score_penalty

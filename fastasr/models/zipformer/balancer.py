@@ -11,8 +11,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._recording import recording
 from fastasr._transforms import Function
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.decisions import columns_of, to_change
 from fastasr.models.zipformer.schedules import ScheduledFloat

@@ -9,8 +9,8 @@ import copy
 import torch
 
 from fastasr import ops
+from fastasr._recording import recording
 from fastasr.models.common import packed
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.decisions import is_zero, rate
 from fastasr.models.zipformer.parameter_limits import limit_param_value, recorded_limit, recorded_limits

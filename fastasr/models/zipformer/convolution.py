@@ -13,9 +13,9 @@ where upstream runs them: balancer1 on s, balancer2 and whiten on the convolutio
 import torch
 
 from fastasr import ops
+from fastasr._recording import recording
 from fastasr._transforms import Function
 from fastasr.models.common import packed
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import current

@@ -8,7 +8,7 @@ import contextlib
 
 import torch
 
-from fastasr.models.common.graph_capture import recording
+from fastasr._recording import recording
 
 
 def rate(x):

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 
 from fastasr import _left
+from fastasr._recording import recording
 from fastasr._transforms import Function, is_transformed
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import current

@@ -9,7 +9,7 @@ out     = out_proj(W (v tanh(s)) y)
 
 import torch
 
-from fastasr.models.common.graph_capture import recording
+from fastasr._recording import recording
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import is_plain, is_plain_named, runs
 from fastasr.models.zipformer.autograd_graph import is_same

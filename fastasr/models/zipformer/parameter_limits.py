@@ -9,8 +9,8 @@ import random
 
 import torch
 
+from fastasr._recording import recording
 from fastasr._transforms import Function
-from fastasr.models.common.graph_capture import recording
 from fastasr.ops import _decided
 from fastasr.ops._decided import Drawn
 

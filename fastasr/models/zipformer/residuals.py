@@ -8,8 +8,8 @@ modules at its end may change it in place.
 
 import torch
 
+from fastasr._recording import recording
 from fastasr._transforms import Function
-from fastasr.models.common.graph_capture import recording
 from fastasr.ops import _decided
 from fastasr.ops._decided import Drawn
 from fastasr.ops._register import autocast_dtype

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._recording import recording
 from fastasr._transforms import Function, is_transformed
-from fastasr.models.common.graph_capture import recording
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named

@@ -12,8 +12,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr._recording import recording
 from fastasr._transforms import Function
-from fastasr.models.common.graph_capture import recording
+from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Settled, Verdict, Verdicts
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.decisions import columns_of, to_change
@@ -30,8 +31,6 @@ class _Whitening(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        from fastasr.graphs.recording import peek
-
         (x,) = ctx.saved_tensors
         module = ctx.module
         if random.random() < 0.005:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastasr import backend, ops
+from fastasr._recording import recorded_by
 from fastasr.kernels import _sum_rows
-from fastasr.ops._dispatch import replayed
 from fastasr.ops.linear import MANY_ROWS
 from fastasr.testing.tolerance import compare
 
@@ -27,7 +27,7 @@ def test_linear_adds_up_its_bias_gradient_in_a_recorded_call(rows, recorded, mon
     monkeypatch.setattr(_sum_rows, "sum_rows", lambda x, sums=_sum_rows.sum_rows: calls.append(x) or sums(x))
     tensors = [torch.randn(s).requires_grad_() for s in ((rows, 2, 16), (24, 16), (24,))]
     grad = torch.randn(rows, 2, 24)
-    with backend("triton" if recorded else "auto"), replayed(recorded):
+    with backend("triton" if recorded else "auto"), recorded_by(recorded or None):
         y = ops.linear(*tensors)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     expected = ops.linear.definition(*wide)
