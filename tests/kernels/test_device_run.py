@@ -39,7 +39,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--stages", "AD"), "--stages: expected letters of ABC, got 'AD'"),
+        (("--stages", "AD"), "--stages: expected letters of ABMC, got 'AD'"),
         (("--only", "x"), "--only: no unit is about x"),
         (("--kinds", "x", "check"), "--kinds: no unit is about x"),
     ],
