@@ -54,10 +54,15 @@ def variant(implementation: Implementation, pass_: str) -> Variant:
     call, wanted = implementation.call, implementation.differentiable()
     if pass_ == TRAINING:
         return Variant(call)
-    grad = torch.randn_like(call().detach())
+    grads = [torch.randn_like(y.detach()) for y in _differentiable(call())]
     if pass_ == BOTH:
-        return Variant(lambda: torch.autograd.grad(call(), wanted, grad))
-    return Variant(lambda y: torch.autograd.grad(y, wanted, grad), prepare=call)
+        return Variant(lambda: torch.autograd.grad(_differentiable(call()), wanted, grads))
+    return Variant(lambda y: torch.autograd.grad(y, wanted, grads), prepare=lambda: _differentiable(call()))
+
+
+def _differentiable(found) -> list[torch.Tensor]:
+    """Returns the results of a call, one or several, that have gradients."""
+    return [y for y in ([found] if isinstance(found, torch.Tensor) else found) if y.requires_grad]
 
 
 def _copy_variant(bytes_moved: int, device: str) -> Variant:
