@@ -21,6 +21,7 @@ SLOWER = 1.05  # times the time of eager or torch.compile, from which on an op i
 FAR = 2.0  # times the prediction or its inverse, from which on the cost model is called off
 COLUMNS = (*CHECKS, *SANITIZERS, "tests")
 BAD = ("wrong", "hung", "crashed")
+SHOWN_KERNELS = 15  # of a step's profile, the longest
 
 
 def records(file: Path) -> list[dict]:
@@ -278,8 +279,8 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
 
 
 def _notes(record: dict) -> Iterable[str]:
-    """Yields what was left out of a unit, and why; of a training step, the time of its kernels and how far the norm of
-    its gradients is from that in float32.
+    """Yields what was left out of a unit, and why; of a training step, the time of its kernels, how far the norm of its
+    gradients is from that in float32, and how far a recorded one is from the unrecorded one.
     """
     name = f"{record['kind']} {record['name']}"
     for message in record["messages"]:
@@ -289,6 +290,11 @@ def _notes(record: dict) -> Iterable[str]:
             yield f"{name}, {message['pass']}: {message['left_out']}: {_line(message['message'])}"
         if message.get("busy_ms"):
             yield f"{name}: the kernels of {message['of']} take {message['busy_ms']:.1f} ms of a step"
+        for kernel, launches, milliseconds in message.get("kernels", ())[:SHOWN_KERNELS]:
+            yield f"{name}: {milliseconds:.2f} ms in {launches} launches of {_line(kernel)}"
+        if message.get("recorded_off") is not None:
+            off, equal = message["recorded_off"], f"{message['equal_tensors']} of {message['tensors']}"
+            yield f"{name}: recorded, it is {off:.2%} off the norm; {equal} tensors are equal to the bit"
         if "norm_off" in message:
             off, of_eager = message["norm_off"], message["norm_of_eager_off"]
             yield f"{name}: the norm of its gradients is {off:.2%} off that in float32, eager's {of_eager:.2%}"

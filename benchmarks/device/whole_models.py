@@ -31,6 +31,8 @@ from fastasr.benchmarks.time_limit import Expired, time_limit
 
 CALLS, ROUNDS, WARMUP = 10, 2, 4
 COMPILE_SECONDS = 120
+SWEPT = ("upstream", "fastasr", "recorded")
+MAX_DOUBLINGS = 10  # of the batch in a sweep
 OFF = 0.02  # the most by which the gradients of recorded steps may differ from those of unrecorded ones
 
 
@@ -159,12 +161,8 @@ def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, way
     build, inputs_of = MODELS[name]
     torch.manual_seed(0)
     shipped = build(machine.dry)
-    inputs = tuple(
-        t.to(machine.device)
-        for t in inputs_of(Workload(workload.training, 2, 2) if machine.dry else workload)
-    )
-    made = {}
-    memory = {}
+    inputs = _inputs(machine, inputs_of, workload)
+    made, memory = {}, {}
     for key in ways or _ways(name, workload.training):
         before = _held(machine)
         model, call = _made(machine, shipped, key, workload.training)
@@ -185,13 +183,8 @@ def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, way
             continue
         made[key], memory[key] = way, _held(machine, way.step) - before
         if key == "recorded":
-            tell(
-                {
-                    "graphs": {
-                        path: [vars(k) for k in kinds] for path, kinds in fastasr.graph_state(model).items()
-                    }
-                }
-            )
+            state = fastasr.graph_state(model)
+            tell({"graphs": {path: [vars(kind) for kind in kinds] for path, kinds in state.items()}})
     tell(_differences(made, workload))
     walls, hosts = {key: [] for key in made}, {key: [] for key in made}
     for _ in range(1 if machine.dry else ROUNDS):
@@ -213,6 +206,45 @@ def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, way
         )  # fmt: skip
         rows.append(row.to_dict())
     tell({"rows": rows})
+
+
+def _inputs(machine: GPU, inputs_of: Callable, workload: Workload) -> tuple:
+    small = Workload(workload.training, 2, 2)
+    return tuple(t.to(machine.device) for t in inputs_of(small if machine.dry else workload))
+
+
+def sweep(tell: Callable, machine: GPU, name: str, ways: tuple[str, ...] = SWEPT) -> None:
+    """Times training steps on 1, 2, 4, ... recordings of 30 s, each way until the device's memory ends."""
+    reported(tell, "sweep", partial(_sweep, tell, machine, name, ways))
+
+
+def _sweep(tell: Callable, machine: GPU, name: str, ways: tuple[str, ...]) -> None:
+    build, inputs_of = MODELS[name]
+    torch.manual_seed(0)
+    shipped, host = build(machine.dry), yardstick(machine)
+    for key in ways:
+        model, call = _made(machine, shipped, key, True)
+        for batch in (1, 2) if machine.dry else (1 << i for i in range(MAX_DOUBLINGS)):
+            workload = Workload(True, batch, 30)
+            try:
+                way = _Way(machine, model, call, _inputs(machine, inputs_of, workload), True)
+                for _ in range(WARMUP):
+                    way.step()
+                wall, queued = _clock(machine, way.step)
+                held = _held(machine, way.step)
+            except torch.OutOfMemoryError as error:
+                tell({"left_out": key, "pass": workload.case, "message": str(error)[:200]})
+                break
+            row = Row.measured(
+                suite="models", name=name, case=f"sweep, {workload.case}", shape=f"{batch}x3000x80",
+                dtype="bfloat16", device=machine.device, pass_="forward+backward", implementation=key,
+                median_ms=wall, q1_ms=wall, q3_ms=wall, reps=CALLS, host_ms=queued, limit=host,
+                peak_bytes=None if machine.dry else held,
+            )  # fmt: skip
+            tell({"rows": [row.to_dict()]})
+        del model, call
+        if not machine.dry:
+            torch.cuda.empty_cache()
 
 
 def _held(machine: GPU, step: Callable = lambda: None) -> int:
@@ -279,11 +311,7 @@ def profile(tell: Callable, machine: GPU, name: str, workload: Workload) -> None
         build, inputs_of = MODELS[name]
         torch.manual_seed(0)
         model, call = _made(machine, build(machine.dry), "fastasr", workload.training)
-        inputs = tuple(
-            t.to(machine.device)
-            for t in inputs_of(Workload(workload.training, 2, 2) if machine.dry else workload)
-        )
-        way = _Way(machine, model, call, inputs, workload.training)
+        way = _Way(machine, model, call, _inputs(machine, inputs_of, workload), workload.training)
         compiled_together(machine, way.seeded)
         for _ in range(2):
             way.seeded()
@@ -361,7 +389,7 @@ def details(records: Sequence[dict]) -> str:
                 spent = [duration(ms) for ms in (row.median_ms, row.host_ms, row.busy_ms)]
                 lines.append((_label(row), column, *spent, memory, speech))
     head = ("", "", "wall clock", "host", "kernels", "memory", "speech per second")
-    parts = [*_table(head, lines, 5), "", _where(found)]
+    parts = [*_table(head, lines, 5), "", _where(found), *_swept(records)]
     for record in records:
         for message in record["messages"]:
             if message.get("kernels"):
@@ -372,6 +400,26 @@ def details(records: Sequence[dict]) -> str:
                           f"{nodes['off_us']:.2f} µs where all are switched off; a switch costs the host "
                           f"{nodes['switch_us']:.1f} µs."]  # fmt: skip
     return "\n".join(parts)
+
+
+def _swept(records: Iterable[dict]) -> list[str]:
+    """Returns the table of the sweeps: seconds of speech per second and memory, by batch; nothing without sweeps."""
+    rows = [Row.from_dict(row) for r in records for m in r["messages"] for row in m.get("rows", ())]
+    rows = [row for row in rows if row.case.startswith("sweep")]
+    if not rows:
+        return []
+    cells = {}
+    for row in rows:
+        batch = int(row.shape.partition("x")[0])
+        held = f", {row.peak_bytes / 1e9:.1f} GB" if row.peak_bytes is not None else ""
+        speech = f"{batch * 30 / row.median_ms * 1e3:,.0f} s{held}"
+        cells.setdefault((row.name, batch), {})[row.implementation] = speech
+    lines = [
+        (f"{TITLES[name]}, {batch} x 30 s", *(found.get(key, "–") for key in SWEPT))
+        for (name, batch), found in sorted(cells.items())
+    ]
+    head = ("training, speech per second and memory", *(SHOWN[key] for key in SWEPT))
+    return ["", *_table(head, lines, len(SWEPT)), "", conditions(rows)]
 
 
 def _kernels(record: dict, message: dict) -> list[str]:
