@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastasr.benchmarks.device import graph_nodes, whole_models
+from fastasr.benchmarks.device import whole_models
 from fastasr.benchmarks.device.checks import check_op, reported
 from fastasr.benchmarks.device.compilation import PARTS, compile_kernels
 from fastasr.benchmarks.device.machine import GPU, Skipped, kernels
@@ -68,7 +68,6 @@ def units(machine: GPU) -> Iterator[Unit]:
     yield from (timed("B", op, 0, bfloat16, ahead=True) for op in ops)
     yield from (Unit("B", "time", model, time_model, (model,), 300, model) for model in MODELS)
     yield from (timed("B", op, 0, bfloat16) for op in ops)
-    yield Unit("M", "graph", "nodes", graph_nodes.time_nodes, (), 60)
     for name in whole_models.MODELS:
         yield Unit("M", "sweep", f"{name} over the batch", whole_models.sweep, (name,), 400, name)
         for workload in whole_models.WORKLOADS:

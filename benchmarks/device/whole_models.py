@@ -394,11 +394,6 @@ def details(records: Sequence[dict]) -> str:
         for message in record["messages"]:
             if message.get("kernels"):
                 parts += ["", *_kernels(record, message)]
-            if "graph_nodes" in message:
-                nodes = message["graph_nodes"]
-                parts += ["", f"A graph of {nodes['nodes']:,} small kernels takes {nodes['on_us']:.2f} µs a kernel, "
-                          f"{nodes['off_us']:.2f} µs where all are switched off; a switch costs the host "
-                          f"{nodes['switch_us']:.1f} µs."]  # fmt: skip
     return "\n".join(parts)
 
 

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass under construction: what the host decides before each replay, and which part of the pass runs.
+"""One pass under construction: what the host decides before each replay.
 
 A *plan* is a function without arguments that returns numbers: it draws the random numbers and reads the schedules that
 the unrecorded call would draw and read at this place. Recording calls no plan. Before each replay all plans run in the
-order in which they were recorded, and one copy takes their numbers to the device.
+order in which they were recorded, and one copy takes their numbers to the device. Kernels read them there: a part of
+the pass that does not act in a replay returns at once.
 """
-
-import contextlib
 
 import torch
 
 from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Verdict, Verdicts
-
-# Whether kernels that can read a number on the device decide by it in each replay. If not, their nodes are switched as
-# those of other parts are.
-KERNELS_DECIDE = True
 
 CAPACITY = 1 << 14  # numbers of one pass: a Zipformer-M has about 2,500
 MAX_VERDICTS = 1 << 12  # verdicts of one pass: a Zipformer-M has 178
@@ -38,10 +33,6 @@ class Recording:
         self.now = [0.0] * CAPACITY
         self.plans, self.used = [], 0
         self.phases = []  # (schedule, whether it was 0): a replay is valid while this holds
-        self.part = None  # (Recording, place): the operations recorded now run where this number is not 0
-        self.noted = lambda numbers, begins: (
-            None
-        )  # a recorder may want to know where such parts begin and end
         # Whether what acts on gradients owns them, and may change them in place; and of which columns they are.
         self.owned, self.columns = False, None
         self.told = []  # (who hears it, whether it is to hear), one for each of the verdicts
@@ -100,30 +91,6 @@ class Recording:
             for i, (hear, acts) in enumerate(self.told):
                 if acts.on:
                     hear(Verdict(found, i))
-
-    @contextlib.contextmanager
-    def only_if(self, numbers):
-        """What is recorded inside the block runs in replays where the first of ``numbers`` is not 0. It may write only
-        to tensors that were made outside.
-        """
-        if self.part is not None:
-            raise Unrecordable("conditions inside conditions")
-        self.part = numbers.recording, numbers.place
-        self.noted(numbers, True)
-        try:
-            yield
-            self.noted(numbers, False)
-        finally:
-            self.part = None
-
-    @contextlib.contextmanager
-    def changing(self, numbers):
-        """The same around kernels that can decide by themselves: yields the number that they shall read, or None."""
-        if KERNELS_DECIDE:
-            yield numbers.values[:1]
-            return
-        with self.only_if(numbers):
-            yield None
 
 
 class Numbers:

@@ -35,9 +35,9 @@ def _storage(t):
 
 
 class Tape(TorchDispatchMode):
-    def __init__(self, recording):
+    def __init__(self):
         super().__init__()
-        self.recording, self.calls = recording, []
+        self.calls = []
         self.made, self.read, self._before = {}, {}, {}  # storage -> a tensor that has it
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -64,7 +64,7 @@ class Tape(TorchDispatchMode):
         if short in _EMPTY:
             return found
         if new or written:
-            self.calls.append((function, args, kwargs, results, self.recording.part))
+            self.calls.append((function, args, kwargs, results))
         return found
 
     def _written(self, function, args, kwargs):
@@ -95,9 +95,7 @@ class Tape(TorchDispatchMode):
     @torch.no_grad()
     def replay(self):
         with torch._C._AutoDispatchBelowAutograd():
-            for function, args, kwargs, results, part in self.calls:
-                if part is not None and part[0].now[part[1]] == 0.0:
-                    continue
+            for function, args, kwargs, results in self.calls:
                 found = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
                 for t, again in zip(results, found, strict=True):
                     if t.numel() and t.data_ptr() != again.data_ptr():
@@ -123,7 +121,7 @@ class TapeRecorder:
             torch.set_rng_state(state)
 
     def record(self, function, recording):
-        tape, state = Tape(recording), torch.get_rng_state()
+        tape, state = Tape(), torch.get_rng_state()
         try:
             with recorded_by(recording if recording.back is not None else None), tape:
                 found = function()

@@ -48,8 +48,7 @@ class _Recorded(Function):
         (x,) = ctx.saved_tensors
         grad = to_change(grad, x, ctx.owned)
         of_grad, of_x = (columns_of(t, ctx.columns) for t in (grad, x))
-        with ctx.numbers.recording.back.changing(ctx.numbers) as act:
-            balance_(of_grad, of_x, ctx.channel_dim, ctx.numbers.values[1:], act)
+        balance_(of_grad, of_x, ctx.channel_dim, ctx.numbers.values[1:], ctx.numbers.values[:1])
         return grad, None, None, None, None
 
 
