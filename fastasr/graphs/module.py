@@ -30,12 +30,10 @@ from fastasr.models.common.plain import any_global_hook
 from fastasr.ops import _dispatch
 
 MAX_KINDS = 1024  # that a module remembers
-MAX_DROPS = 2
+MAX_DROPS = 2  # of a kind's graph, to make room for others: then the kind is not recorded again
 _OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
 _NOT_RECORDED = "not recorded: "
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
-
-
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _local = threading.local()
 
@@ -160,13 +158,11 @@ class ModuleGraphs:
         self._module = weakref.ref(module)  # which lives on without its graphs
         self.forward, self.options, self.choice, self.has_whole = forward, options, choice, whole
         self.kinds, self.graphs = OrderedDict(), OrderedDict()
-        self.outstanding = (
-            None  # weak reference to the node of a replayed forward pass whose backward pass may follow
-        )
+        # a weak reference to the node of a replayed forward pass whose backward pass may follow
+        self.outstanding = None
         self._lock = threading.Lock()
-        self._records = (
-            False  # the backward pass of a recording may call the module too, in autograd's own thread
-        )
+        # the backward pass of a recording may call the module too, in autograd's own thread
+        self._records = False
         self._begin()
 
     def _begin(self):
@@ -270,10 +266,12 @@ class ModuleGraphs:
 
             if self.choice is not None:
                 vars(module)[self.choice] = lambda: chosen
-            graph = Graph(self.recorder, forward, leaves, wanted, self.gradients, module)
+            try:
+                graph = Graph(self.recorder, forward, leaves, wanted, self.gradients, module)
+            finally:
+                vars(module).pop(self.choice, None)
+                changed = _put_back(module, before)
             graph.addresses = self._addresses()
-            vars(module).pop(self.choice, None)
-            changed = _put_back(module, before)
             if changed:  # a replay would not change it, and a tensor that was made would be overwritten
                 raise Unrecordable(f"a call changes attributes of modules: {', '.join(changed)}")
             if random.getstate() != state:
@@ -286,7 +284,6 @@ class ModuleGraphs:
         finally:
             self._records = False
             random.setstate(state)
-            vars(module).pop(self.choice, None)
         kind.recorded += 1
         kind.bytes = graph.bytes
         return graph
@@ -308,7 +305,9 @@ class ModuleGraphs:
     def _key(self, module, leaves, form):
         """Returns all that selects the code of a call."""
         tensors = tuple(
-            (a.shape, a.dtype, a.device, a.requires_grad, a.stride()) if isinstance(a, torch.Tensor) else a
+            (a.shape, a.dtype, a.device, a.requires_grad, a.stride())
+            if isinstance(a, torch.Tensor)
+            else (type(a), a)  # 1 is not True
             for a in leaves
         )
         kind = next(a.device.type for a in leaves if isinstance(a, torch.Tensor))

@@ -6,7 +6,8 @@ from fastasr.swap.rule import recorded
 
 
 def _layers(encoder):
-    return list(getattr(encoder, "layers", None) or getattr(encoder, "encoders", ()))
+    names = "layers", "encoders", "conformer_layers"
+    return next((list(getattr(encoder, name)) for name in names if hasattr(encoder, name)), [])
 
 
 def _obstacle(encoder):
