@@ -164,6 +164,9 @@ def _note_padding(report, row, reason):
 def _record(plan, report, options):
     """Has the calls of every encoder recorded that a rule can record: swapped ones, and fastasr's own."""
     report.graphs = {}
+    missing = (
+        "there is no CUDA device" if options.recorder is None and not torch.cuda.is_available() else None
+    )
     for (path, module, decision), row in zip(plan, report.rows, strict=True):
         made = decision.later or decision
         rule = made.rule
@@ -173,7 +176,7 @@ def _record(plan, report, options):
         if bound is rule.replay_part and type(module).__name__ != rule.class_name:
             continue  # a part of one, from an earlier call
         fits = row.status == REPLACED or (made is decision.later and made.apply) or _is_own(module)
-        reason = rule.graphs.obstacle(module) if fits else made.reason
+        reason = (missing or rule.graphs.obstacle(module)) if fits else made.reason
         if reason is None and rule.ragged is not None and bound is rule.ragged.forward:
             reason = "it runs without padding, in another shape at every call"
         if reason is None:

@@ -145,6 +145,15 @@ def test_bad_options(options, words):
         fastasr.Graphs(**options)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_nothing_is_bound_without_a_device():
+    model = encoder().eval()
+    report = fastasr.accelerate(model, graphs=True)
+    assert report.graphs == {"": "there is no CUDA device"}
+    assert "forward" not in vars(model)
+    assert fastasr.graph_state(model) == {}
+
+
 def test_graphs_takes_options_alone():
     with pytest.raises(TypeError, match="graphs"):
         fastasr.accelerate(encoder(), graphs=3)
