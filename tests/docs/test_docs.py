@@ -88,10 +88,10 @@ def test_the_readme_names_the_architectures_that_kernels_are_compiled_for():
     assert cuda == [f"sm_{number}" for number in re.findall(r"\d+", listed)]
 
 
-def test_the_readme_shows_lines_of_the_report_of_its_example():
-    """The README's lines have the report's module, class, kernels, status and reason; it shortens cells by "…"."""
+def test_the_page_of_swaps_shows_lines_of_the_report_of_an_example():
+    """The page's lines have the report's module, class, kernels, status and reason; it shortens cells by "…"."""
     zipformer = pytest.importorskip("zipformer.modules.zipformer", exc_type=ImportError)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "swap.md").read_text(encoding="utf-8")
     shown = re.search(r"```\n(module .*?)\n```", text, re.DOTALL)[1].split("\n")[1:-1]
     columns, lines = fastasr.explain(zipformer.Zipformer())._lines(every=False)
     made = [dict(zip(columns, line, strict=True)) for line in lines]
