@@ -33,7 +33,7 @@ CALLS, ROUNDS, WARMUP = 10, 2, 4
 COMPILE_SECONDS = 120
 SWEPT = ("upstream", "fastasr", "recorded")
 MAX_DOUBLINGS = 10  # of the batch in a sweep
-# The most by which the gradients of recorded steps may differ from those of unrecorded ones: a recorded Zipformer adds and
+# The most by which gradients of recorded steps may differ from those of unrecorded ones: a recorded Zipformer adds and
 # rounds by other kernels, and in bfloat16 both are 1.1 to 1.5 % off float32.
 OFF = 0.03
 
