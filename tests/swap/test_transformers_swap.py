@@ -22,6 +22,7 @@ from transformers import (
 import fastasr
 from fastasr.graphs import module as recording
 from fastasr.models import fast_conformer
+from fastasr.testing.tape import TapeRecorder
 
 SWAPPED = {
     "ParakeetEncoder",
@@ -273,7 +274,7 @@ def test_watched_and_replaced_parts_are_called():
 def test_recorded_parts_run_the_forward_that_was_bound():
     model = encoder(**STILL)
     for _ in range(2):
-        fastasr.accelerate(model, graphs=True)
+        fastasr.accelerate(model, graphs=fastasr.Graphs(recorder=TapeRecorder))
         forwards = {recording.of(layer).forward for layer in model.layers}
         assert forwards == {fast_conformer.FastConformerBlock.forward}
     hidden(model)
