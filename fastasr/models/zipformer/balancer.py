@@ -6,6 +6,7 @@ The forward pass is the identity; ``fastasr.ops.balancer_gradient`` has the math
 
 import math
 import random
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -14,7 +15,7 @@ from fastasr import ops
 from fastasr._recording import recording
 from fastasr._transforms import Function
 from fastasr.models.zipformer.checkpointing import decided
-from fastasr.models.zipformer.decisions import columns_of, to_change
+from fastasr.models.zipformer.decisions import changing
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.ops.balancer_gradient import balance_
 
@@ -31,25 +32,6 @@ class _Balance(Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         return ops.balancer_gradient(grad, x, *ctx.limits), *([None] * len(ctx.limits))
-
-
-class _Recorded(Function):
-    """_Balance with numbers from the host: whether it acts, and its five limits."""
-
-    @staticmethod
-    def forward(ctx, x, numbers, channel_dim, owned, columns):
-        ctx.save_for_backward(x)
-        ctx.numbers, ctx.channel_dim, ctx.owned, ctx.columns = numbers, channel_dim, owned, columns
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        grad = to_change(grad, x, ctx.owned)
-        of_grad, of_x = (columns_of(t, ctx.columns) for t in (grad, x))
-        balance_(of_grad, of_x, ctx.channel_dim, ctx.numbers.values[1:], ctx.numbers.values[:1])
-        return grad, None, None, None, None
 
 
 def mean_limit(positive):
@@ -142,7 +124,7 @@ class Balancer(torch.nn.Module):
         recorded = recording()
         if recorded is not None:  # memory does not depend on the decision then
             numbers = recorded.numbers(lambda: _decided(self) or [0.0] * 6, 6)
-            return _Recorded.apply(x, numbers, self.channel_dim, recorded.owned, recorded.columns)
+            return changing(x, partial(_change, numbers, self.channel_dim))
         if x.is_cuda and decided(lambda: self.mem_cutoff(memory_of_pass(self, x.device))):
             return x
         decision = _decided(self)
@@ -154,6 +136,11 @@ class Balancer(torch.nn.Module):
                 f"got shape {tuple(x.shape)}"
             )
         return _Balance.apply(x, *decision[1:], self.channel_dim)
+
+
+def _change(numbers, channel_dim, grad, x):
+    """Changes the gradient in place by numbers from the host: whether the call acts, and its five limits."""
+    balance_(grad, x, channel_dim, numbers.values[1:], numbers.values[:1])
 
 
 def _decided(self):

@@ -7,8 +7,10 @@ Each function below draws the same random numbers in the same order either way.
 import contextlib
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastasr._recording import recording
+from fastasr._transforms import Function
 
 
 def rate(x):
@@ -66,10 +68,6 @@ def on_columns(module, x, begin, end):
         return module(x)
 
 
-def columns_of(t, columns):
-    return t if columns is None else t[..., slice(*columns)]
-
-
 @contextlib.contextmanager
 def _setting(name, value):
     recorded = recording()
@@ -84,6 +82,26 @@ def _setting(name, value):
         setattr(recorded, name, before)
 
 
-def to_change(grad, x, owned):
-    """Returns the gradient of x to be changed in place: itself where it is owned, else a copy in the order of x."""
-    return grad if owned else torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+def changing(x, change):
+    """Returns x, whose gradient ``change(grad, x)`` edits in place when a recorded call runs backward. It gets a copy
+    in the order of x, or inside ``owning`` the gradient itself; inside ``on_columns`` these columns of both alone.
+    """
+    recorded = recording()
+    return _Changing.apply(x, change, recorded.owned, recorded.columns)
+
+
+class _Changing(Function):
+    @staticmethod
+    def forward(ctx, x, change, owned, columns):
+        ctx.save_for_backward(x)
+        ctx.change, ctx.owned, ctx.columns = change, owned, columns
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        if not ctx.owned:
+            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+        ctx.change(*(t if ctx.columns is None else t[..., slice(*ctx.columns)] for t in (grad, x)))
+        return grad, None, None, None

@@ -17,7 +17,7 @@ from fastasr._transforms import Function
 from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Settled, Verdict, Verdicts
 from fastasr.models.zipformer.checkpointing import decided
-from fastasr.models.zipformer.decisions import columns_of, to_change
+from fastasr.models.zipformer.decisions import changing
 from fastasr.ops.whitening_gradient import whiten_, whitening_metric
 
 
@@ -44,33 +44,20 @@ class _Whitening(Function):
         return y, None
 
 
-class _Recorded(Function):
-    """_Whitening in a recorded pass: it acts where the host's number says so."""
+def _change(module, acts, grad, x):
+    """Changes the gradient in place in a recorded pass, where ``acts``, a number from the host, says so."""
+    recorded = acts.recording.back
 
-    @staticmethod
-    def forward(ctx, x, module, numbers, owned, columns):
-        ctx.save_for_backward(x)
-        ctx.module, ctx.numbers, ctx.owned, ctx.columns = module, numbers, owned, columns
-        return x.view_as(x)
+    def plan():
+        if not acts.on:
+            return [0.0, 0.0]
+        if random.random() < 0.005:
+            float(module.whitening_limit)  # that of the log
+        return [float(module.whitening_limit), float(module.grad_scale)]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (x,), module, acts, recorded = ctx.saved_tensors, ctx.module, ctx.numbers, ctx.numbers.recording.back
-
-        def plan():
-            if not acts.on:
-                return [0.0, 0.0]
-            if random.random() < 0.005:
-                float(module.whitening_limit)  # that of the log
-            return [float(module.whitening_limit), float(module.grad_scale)]
-
-        limits = recorded.numbers(plan, 2).values
-        white = recorded.verdict(partial(_hear, module), acts)
-        grad = to_change(grad, x, ctx.owned)
-        of_grad, of_x = (columns_of(t, ctx.columns) for t in (grad, x))
-        whiten_(of_grad, of_x, module.num_groups, limits, acts.values[:1], white)
-        return grad, None, None, None, None
+    limits = recorded.numbers(plan, 2).values
+    white = recorded.verdict(partial(_hear, module), acts)
+    whiten_(grad, x, module.num_groups, limits, acts.values[:1], white)
 
 
 def _hear(module, verdict):
@@ -124,7 +111,7 @@ class Whiten(torch.nn.Module):
         recorded = recording()
         if recorded is not None and x.requires_grad:
             numbers = recorded.numbers(lambda: [_acts(self, float(self.grad_scale))], 1)
-            return _Recorded.apply(x, self, numbers, recorded.owned, recorded.columns)
+            return changing(x, partial(_change, self, numbers))
         grad_scale = float(self.grad_scale)
         if not x.requires_grad:
             return x
