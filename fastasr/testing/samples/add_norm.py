@@ -66,4 +66,4 @@ def sized(frames: int, batch: int) -> Case:
 
 
 CASES = ON_DEVICE = (_case(20, 375, 512),)
-WATCH = "the mean in two parts; two results each way; the tiles are those of residual_norm"
+WATCH = "the mean in two parts; two results each way; it uses residual_norm's tiles"

@@ -123,4 +123,4 @@ def sized(frames: int, batch: int) -> Case:
 
 CASES = (_case(4, 188, 40, 640, 8193), _case(1, 20, 5, 64, 30))
 ON_DEVICE = CASES[:1]
-WATCH = "the gradients of the durations beside those of the tokens; dropout by a hash"
+WATCH = "the durations' gradients beside the tokens' gradients; dropout by a hash"
