@@ -163,10 +163,15 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
     return pointwise(self.pointwise_conv2, self.activation(self.norm(z)))
 
 
+def front_convolutions(self):
+    """Returns the convolutions over time of a NemotronAsrStreamingEncoderSubsamplingConv2D."""
+    return [self.conv_in, *(getattr(layer, "depthwise_conv", layer) for layer in self.layers)]
+
+
 def causal_subsampling(self, input_features, attention_mask=None, padding_cache=None):
     """Serves NemotronAsrStreamingEncoderSubsamplingConv2D: features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames,
     or None -> (B, T, width). Without a cache each of the convolutions makes ⌊n / 2⌋ + 1 frames and bins of n."""
-    convs = [self.conv_in, *(getattr(layer, "depthwise_conv", layer) for layer in self.layers)]
+    convs = front_convolutions(self)
     products = [getattr(layer, "pointwise_conv", layer) for layer in self.layers]
     if not (
         all(_is_upstreams(self, conv, "CausalConv2D") for conv in convs)
