@@ -22,7 +22,7 @@ from fastasr.models.fast_conformer.attention import attended
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import FastConformerPositions
-from fastasr.models.fast_conformer.subsampling import convolved, is_plain_pointwise, stem
+from fastasr.models.fast_conformer.subsampling import convolved, stem
 
 
 def cached_attention(
@@ -176,7 +176,7 @@ def causal_subsampling(self, input_features, attention_mask=None, padding_cache=
     if not (
         all(_is_upstreams(self, conv, "CausalConv2D") for conv in convs)
         and all(_is_upstreams(self, layer, "SubsamplingLayer") for layer in self.layers)
-        and all(map(is_plain_pointwise, products))
+        and all(map(plumbing.is_pointwise_conv2d, products))
         and fused_name(self.act_fn) == "relu"
     ):
         _left.note(self, "one of its layers has hooks or is no plain one")
