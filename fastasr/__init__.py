@@ -5,12 +5,14 @@
 ``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``refresh`` makes again what is kept between calls,
 ``why`` says which calls leave the fast path and why, and inside ``upstream_draws`` attention draws its dropout as
 upstream does. ``fastasr.ops`` holds the operations
-themselves; importing it registers ``torch.ops.fastasr``.
+themselves.
 
-``import fastasr`` imports nothing else: the command answers ``--help`` without torch, and each name here imports what
-it needs when it is first used.
+``import fastasr`` registers ``torch.ops.fastasr``, which ``torch.export.load`` looks up: at once if torch is imported,
+and otherwise as soon as it is. It imports nothing else: the command answers ``--help`` without torch, and each name
+here imports what it needs when it is first used.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -81,3 +83,30 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted({*globals(), *__all__, *_SUBPACKAGES})
+
+
+class _BesideTorch:
+    """A finder of modules that registers the ops at the end of the import of torch."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != "torch":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:  # else torch is missing, or a folder without code
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module) -> None:
+                del spec.loader.exec_module
+                execute(module)
+                sys.meta_path.remove(self)
+                import_module("fastasr.ops")
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if "torch" in sys.modules:
+    import_module("fastasr.ops")
+else:
+    sys.meta_path.insert(0, _BesideTorch())
