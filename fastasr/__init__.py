@@ -28,6 +28,7 @@ _SUBPACKAGES = (
     "export",
     "graphs",
     "rnnt",
+    "streaming",
     "compat",
     "swap",
     "testing",
@@ -76,8 +77,10 @@ def __getattr__(name: str):
         return import_module("fastasr.ops._dispatch").backend
     if name in _SUBPACKAGES:
         return import_module(f"fastasr.{name}")
-    raise AttributeError(f"module 'fastasr' has no attribute {name!r}")
+    from fastasr._renamed import nearest
+
+    raise AttributeError(f"module 'fastasr' has no attribute {name!r}{nearest(name, __dir__())}")
 
 
-def __dir__():
-    return sorted({*globals(), *__all__, *_SUBPACKAGES})
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBPACKAGES})
