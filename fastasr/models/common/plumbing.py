@@ -83,7 +83,7 @@ def is_pointwise_conv2d(module):
 
 
 def is_depthwise_conv2d(module):
-    """Says whether this is torch's depthwise convolution of odd numbers of taps that keeps both lengths, without hooks."""
+    """Says whether this is torch's depthwise convolution of odd taps that keeps both lengths, without hooks."""
     return (
         is_plain(module, torch.nn.Conv2d)
         and module.groups == module.in_channels == module.out_channels
