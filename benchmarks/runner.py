@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr._renamed import nearest_or_all
 from fastasr.benchmarks import dispatch, models, ops, rows, upstream
 from fastasr.benchmarks.case import Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name
@@ -63,8 +64,9 @@ def select(names: tuple[str, ...]) -> list[str]:
     chosen: set[str] = set()
     for name in names or ("all",):
         if name not in suites and name not in known_names():
-            choices = ", ".join([*known_names(), *suites])
-            raise ValueError(f"no benchmark is called {name!r}; there are: {choices}")
+            raise ValueError(
+                f"no benchmark is called {name!r}{nearest_or_all(name, [*known_names(), *suites])}"
+            )
         chosen.update(suites.get(name, [name]))
     return [name for name in known_names() if name in chosen]
 

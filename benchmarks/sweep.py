@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fastasr import files
+from fastasr._renamed import nearest_or_all
 from fastasr.benchmarks import models, ops, rows, upstream
 from fastasr.benchmarks.case import TRAINING, Report, Settings, measure
 from fastasr.benchmarks.harness import limit_memory
@@ -102,7 +103,7 @@ class Options:
         names = tuple(known) if self.names == ("all",) else self.names
         for name in names:
             if name not in known:
-                raise ValueError(f"no sweep is called {name!r}; there are: {', '.join(known)}, all")
+                raise ValueError(f"no sweep is called {name!r}{nearest_or_all(name, [*known, 'all'])}")
         threads = self.threads or tuple(sorted({1, min(2, os.cpu_count() or 1), torch.get_num_threads()}))
         sizes = sorted(itertools.product(self.frames, self.batches), key=lambda size: size[0] * size[1])
         return [

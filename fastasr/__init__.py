@@ -5,14 +5,17 @@
 ``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``refresh`` makes again what is kept between calls,
 ``why`` says which calls leave the fast path and why, and inside ``upstream_draws`` attention draws its dropout as
 upstream does. ``fastasr.ops`` holds the operations
-themselves; importing it registers ``torch.ops.fastasr``.
+themselves.
 
-``import fastasr`` imports nothing else: the command answers ``--help`` without torch, and each name here imports what
-it needs when it is first used.
+``import fastasr`` registers ``torch.ops.fastasr``, which ``torch.export.load`` looks up: at once if torch is imported,
+and otherwise as soon as it is. It imports nothing else: the command answers ``--help`` without torch, and each name
+here imports what it needs when it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from fastasr._registration import register_with_torch
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,7 @@ _SUBPACKAGES = (
     "export",
     "graphs",
     "rnnt",
+    "streaming",
     "compat",
     "swap",
     "testing",
@@ -76,8 +80,13 @@ def __getattr__(name: str):
         return import_module("fastasr.ops._dispatch").backend
     if name in _SUBPACKAGES:
         return import_module(f"fastasr.{name}")
-    raise AttributeError(f"module 'fastasr' has no attribute {name!r}")
+    from fastasr._renamed import nearest
+
+    raise AttributeError(f"module 'fastasr' has no attribute {name!r}{nearest(name, __dir__())}")
 
 
-def __dir__():
-    return sorted({*globals(), *__all__, *_SUBPACKAGES})
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBPACKAGES})
+
+
+register_with_torch()

@@ -164,7 +164,11 @@ def bench(
 def gpu(context: typer.Context) -> None:
     """Check and time every kernel on this machine's GPU; write a verdict. Its options: fastasr gpu --help."""
     from fastasr.benchmarks.device.__main__ import main
+    from fastasr.cli.console import fail, no_gpu
 
+    asks = {"-h", "--help", "--dry-run"} & set(context.args)
+    if not asks and (reason := no_gpu()):
+        fail(f"{reason}; `fastasr check` tests the kernels for the CPU")
     raise typer.Exit(main(context.args))
 
 

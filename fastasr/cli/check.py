@@ -4,11 +4,11 @@
 import dataclasses
 import json
 
-import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastasr.cli.console import err, escape, fail, out, table
+from fastasr._renamed import nearest_or_all
+from fastasr.cli.console import check_device, err, escape, fail, out, table
 
 SHOWN = 20  # the most failures that are printed in full
 
@@ -50,17 +50,13 @@ def _summary(results: list):
 
 
 def run(ops: list[str], device: str, as_json: bool) -> None:
-    from fastasr import testing
+    from fastasr.ops import NAMES
 
-    known = list(testing.tables())
     for op in ops:
-        if op not in known:
-            fail(f"no op is called {op!r}; there are: {', '.join(known)}")
-    try:
-        torch.empty(0, device=device, dtype=torch.float32)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
-    results = _run(list(dict.fromkeys(ops)) or known, device, quiet=as_json)
+        if op not in NAMES:
+            fail(f"no op is called {op!r}{nearest_or_all(op, NAMES)}")
+    check_device(device)
+    results = _run(list(dict.fromkeys(ops)) or list(NAMES), device, quiet=as_json)
     failures = [result for result in results if not result.passed]
     if as_json:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))

@@ -32,16 +32,34 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
+def no_gpu() -> str:
+    """Says why there is no GPU here and what to do next, or returns ""."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"no GPU here: torch {torch.__version__} is built for the CPU only; to use one, install a torch for CUDA"
+    return (
+        f"no GPU here: torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no CUDA device; "
+        "see whether nvidia-smi lists one, and whether CUDA_VISIBLE_DEVICES or a container hides it"
+    )
+
+
 def check_device(name: str) -> None:
-    """Ends the command with the reason unless torch can use the device here."""
+    """Ends the command with the reason, and what to do next, unless torch can use the device here."""
     import torch
 
     try:
         kind = torch.device(name).type
-    except RuntimeError as error:
-        fail(str(error).splitlines()[0])
-    if kind == "cuda" and not torch.cuda.is_available():
-        fail(f"--device {name}: no CUDA device here")
+    except RuntimeError:
+        fail(f"--device: expected cpu, cuda or cuda:1, ..., got {name!r}")
+    if kind == "cuda" and (reason := no_gpu()):
+        fail(f"--device {name}: {reason}, or leave --device out to use the CPU")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
 
 
 def escape(text: object) -> str:

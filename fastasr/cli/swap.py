@@ -13,6 +13,7 @@ import torch
 import typer
 
 import fastasr
+from fastasr._renamed import nearest
 from fastasr.cli.console import err, escape, fail, out, table
 
 
@@ -33,7 +34,7 @@ def load(reference: str, option: str) -> Callable[[], Any]:
         for part in name.split("."):
             found = getattr(found, part)
     except AttributeError:
-        fail(f"{option}: {module_name!r} has no {name!r}")
+        fail(f"{option}: {module_name!r} has no {name!r}{nearest(part, dir(found))}")
     if not callable(found):
         fail(f"{option}: {reference!r} is a {type(found).__name__}, not a function")
     return found

@@ -176,7 +176,7 @@ def table(name: str) -> OpTable:
 
 @cache
 def tables() -> dict[str, OpTable]:
-    """Returns {name: table} of the ops that the checks cover."""
+    """Returns {name: table} of the ops that have gradients; those that are gradients themselves have tables as well."""
     return {name: table(name) for name in ops.NAMES if name not in ops.GRADIENTS}
 
 

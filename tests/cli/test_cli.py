@@ -3,8 +3,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ from fastasr.cli import env
 from fastasr.cli.app import app
 from fastasr.ops import _dispatch, _gemm
 
-pytestmark = pytest.mark.needs("benchmarks", "fastasr", "examples")
+pytestmark = pytest.mark.needs("benchmarks", "fastasr", "examples", "README.md")
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 @pytest.fixture
@@ -165,7 +168,7 @@ def test_check_passes(run, monkeypatch):
     monkeypatch.setattr(testing, "check_op", lambda name, device, progress: [result_of(name, True)])
     result = run("check")
     assert result.exit_code == 0
-    assert all(name in result.stdout for name in set(ops.NAMES) - set(ops.GRADIENTS))
+    assert all(name in result.stdout for name in ops.NAMES)
 
 
 def test_check_fails_with_one(run, monkeypatch):
@@ -190,9 +193,65 @@ def test_check_runs_the_real_checks(run, monkeypatch):
     assert {row["check"] for row in json.loads(result.stdout)} >= {"parity", "refuses"}
 
 
+def test_check_knows_every_op_of_the_readme(run, monkeypatch):
+    from fastasr.testing import checks
+
+    families = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- ops:start -->")[1]
+    listed = re.findall(r"\[`(\w+)`\]\(docs/ops", families.split("<!-- ops:end -->")[0])
+    assert set(listed) == set(ops.NAMES)
+    first = checks.CHECKS[0]
+    monkeypatch.setattr(checks, "CHECKS", (replace(first, dtypes=first.dtypes[:1], thorough_only=True),))
+    monkeypatch.setattr(checks, "refuses", lambda table, device: ())
+    monkeypatch.setattr(checks, "parity", None)  # which takes all samples
+    result = run("check", *listed, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert {row["op"] for row in json.loads(result.stdout)} == set(listed)
+
+
 def test_check_refuses_an_unknown_op_and_device(run):
     assert run("check", "bypass", "nope").exit_code == 2
-    assert run("check", "bypass", "--device", "nowhere").exit_code == 2
+    result = run("check", "bypass", "--device", "nowhere")
+    assert result.exit_code == 2
+    assert "--device: expected cpu, cuda or cuda:1, ..., got 'nowhere'" in result.stderr
+
+
+# --- names and devices that are not there
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("check", "bypas"), "no op is called 'bypas'; did you mean 'bypass'?"),
+        (("bench", "zipfomer"), "no benchmark is called 'zipfomer'; did you mean 'zipformer'?"),
+        (("bench", "--sweep", "zipfomer"), "no sweep is called 'zipfomer'; did you mean 'zipformer'?"),
+        (("swap", "models_for_cli:modl"), "'models_for_cli' has no 'modl'; did you mean 'model'?"),
+        (("export", "models_for_cli:recognizer", "out"), "did you mean 'recogniser'?"),
+        (("check", "xyzzy"), "no op is called 'xyzzy'; there are: add_norm, balancer_gradient, "),
+    ],
+)
+def test_a_misspelt_name_gets_the_nearest_one(run, arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("check", "bypass"), ("bench", "bypass"), ("gpu",)])
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [
+        (None, "is built for the CPU only; to use one, install a torch for CUDA"),
+        ("13.0", "built for CUDA 13.0, sees no CUDA device; see whether nvidia-smi lists one"),
+    ],
+)
+def test_all_commands_say_alike_that_there_is_no_gpu(run, monkeypatch, arguments, cuda, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    result = run(*arguments, *["--device", "cuda"] * (arguments != ("gpu",)))
+    assert result.exit_code == 2
+    assert f"no GPU here: torch {torch.__version__}" in result.stderr
+    assert said in result.stderr
+    found = json.loads(run("env", "--json").stdout)["cuda"]
+    assert found["reason"] in result.stderr
 
 
 # --- bench
@@ -240,13 +299,6 @@ def test_bench_sweeps(run, tmp_path):
     again = run(*command, "--resume")
     assert again.stdout == result.stdout
     assert "swoosh_l 3 x 1" not in again.stderr, "nothing is measured again"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_bench_on_a_device_that_is_not_there(run, tmp_path):
-    result = run("bench", "bypass", "--device", "cuda", "--out", str(tmp_path))
-    assert result.exit_code == 2
-    assert "no CUDA device here" in result.stderr
 
 
 # --- export

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of balancer_gradient, and its benchmark at the sizes of Zipformer-M's stack 0 and of its front-end, where
-channels are in the middle. It is not the gradient of a function, so it has its own tests instead of the contract."""
+channels are in the middle. It is not the gradient of a function: it has tests of its own too."""
 
 import math
 

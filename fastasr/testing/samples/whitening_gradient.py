@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of whitening_gradient, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3 and of the keys of
-stack 0. It is not the gradient of a function, so it has its own tests instead of the contract."""
+stack 0. It is not the gradient of a function: it has tests of its own too."""
 
 import math
 
