@@ -7,6 +7,7 @@ import textwrap
 import torch
 
 import fastasr  # noqa: F401 - registers the ops
+from fastasr._renamed import nearest_or_all
 from fastasr.cli.console import escape, fail, mark, out, table
 from fastasr.ops import _dispatch
 
@@ -18,7 +19,7 @@ def run(ops: list[str], as_json: bool) -> None:
     known = list(dict.fromkeys(row["op"] for row in rows))
     for op in ops:
         if op not in known:
-            fail(f"no op is called {op!r}; there are: {', '.join(known)}")
+            fail(f"no op is called {op!r}{nearest_or_all(op, known)}")
     rows = [row for row in rows if not ops or row["op"] in ops]
     if as_json:
         print(json.dumps(rows, indent=2))

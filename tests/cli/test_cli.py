@@ -154,7 +154,7 @@ def test_ops_shows_the_details_of_some(run, monkeypatch):
 def test_ops_refuses_unknown_names(run):
     result = run("ops", "bypas")
     assert result.exit_code == 2
-    assert "no op is called 'bypas'; there are: " in result.stderr
+    assert "no op is called 'bypas'; did you mean 'bypass'?" in result.stderr
 
 
 # --- check
