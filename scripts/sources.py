@@ -232,7 +232,7 @@ def _native(path: Path) -> set[Path]:
 
 def _python(path: Path, test: str = "") -> set[Path]:
     if path == modules()["fastasr"]:
-        return {modules()[name] for name in ("fastasr.ops", "fastasr.ops._dispatch")}
+        return {modules()[f"fastasr.{name}"] for name in ("ops", "ops._dispatch", "_registration")}
     mentioned, used, texts = words(path, test), references(path, test), set(_texts(path, test))
     names = imported(path, test) | used | {text for text in texts if re.fullmatch(r"fastasr(\.\w+)+", text)}
     if "fastasr" in used:
