@@ -469,6 +469,10 @@ def test_a_failing_verification_ends_with_one(run, monkeypatch):
             ("models_for_cli:model", "--input", "models_for_cli:wrong_inputs"),
             "could not be run on the inputs",
         ),
+        (
+            ("models_for_cli:model", "--input", "models_for_cli:wrong_inputs"),
+            "The model is as it was before the call.",
+        ),
     ],
 )
 def test_swap_refuses(run, arguments, message):
