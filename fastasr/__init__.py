@@ -82,7 +82,8 @@ def __getattr__(name: str):
         return import_module(f"fastasr.{name}")
     from fastasr._renamed import nearest
 
-    raise AttributeError(f"module 'fastasr' has no attribute {name!r}{nearest(name, __dir__())}")
+    # without an object, since Python would add the nearest name once more
+    raise AttributeError(f"module 'fastasr' has no attribute {name!r}{nearest(name, __dir__())}", obj=None)
 
 
 def __dir__() -> list[str]:

@@ -43,6 +43,7 @@ SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
 NEWCOMER_MARKERS = "<!-- newcomer:start -->", "<!-- newcomer:end -->"
 WHOLE_MARKERS = "<!-- whole:start -->", "<!-- whole:end -->"
+TRAINING_MARKERS = "<!-- training:start -->", "<!-- training:end -->"
 GPU_MARKERS = "<!-- gpu:start -->", "<!-- gpu:end -->"
 SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
 ELSEWHERE = {
@@ -182,6 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(ROOT / "README.md", verdict.sentence(on_gpu), check, *GPU_MARKERS)]
     whole = verdict.records(WHOLE_RECORDS)
     found += [put(ROOT / "README.md", on_gpus.summary(whole), check, *WHOLE_MARKERS)]
+    found += [put(ROOT / "README.md", on_gpus.training([*on_gpu, *whole]), check, *TRAINING_MARKERS)]
     found += [put(DOCS / "graphs.md", on_gpus.details(whole), check, *WHOLE_MARKERS)]
     return max(found)
 

@@ -63,16 +63,31 @@ def check(
     ops: Annotated[
         list[str] | None, typer.Argument(metavar="[OP]...", help="Names of ops; without one, every op.")
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T=375,B=16,...", help="Compare values and gradients at these sizes, in one dtype."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --shape: float32 (the default), bfloat16, float16 or float64.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     json: Json = False,
 ) -> None:
     """Test the ops on this machine: values against float64, gradients, strides, memory, errors.
 
-    Ends with 1 when any check fails.
+    --shape compares values and gradients at your own sizes instead. Sizes that you do not give are those of a model;
+    a wrong name gets the list. Ends with 1 when any check fails.
     """
     from fastasr.cli import check as command
+    from fastasr.cli.console import refuse_without
 
-    command.run(ops or [], device, as_json=json)
+    if shape is None:
+        refuse_without("--shape", dtype=dtype)
+        command.run(ops or [], device, as_json=json)
+    else:
+        command.run_at(ops or [], shape, dtype or "float32", device, as_json=json)
 
 
 @app.command()

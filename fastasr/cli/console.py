@@ -3,11 +3,14 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from fastasr._renamed import nearest
 
 PLAIN_WIDTH = 160  # columns of a pipe or a file, so that rows are not wrapped
 
@@ -60,6 +63,28 @@ def check_device(name: str) -> None:
         torch.empty(0, dtype=torch.float32, device=name)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: {str(error).splitlines()[0]}")
+
+
+def sizes(text: str) -> dict[str, int]:
+    """Returns the sizes of ``--shape T=375,B=16``. It ends the command if they are written otherwise."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.isidentifier() and size.isdecimal() for name, _, size in pairs):
+        fail(f"--shape: expected sizes as T=375,B=16,C=512, got {text!r}")
+    return {name: int(size) for name, _, size in pairs}
+
+
+def refuse_without(option: str, **given: object) -> None:
+    """Ends the command if an option was given that means nothing without this one."""
+    for name, value in given.items():
+        if value is not None:
+            fail(f"--{name.replace('_', '-')}: it needs {option}")
+
+
+def check_dtype(name: str, known: Iterable[str]) -> None:
+    """Ends the command with the reason unless the dtype is one of those that are known."""
+    known = list(known)
+    if name not in known:
+        fail(f"--dtype: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
 
 
 def escape(text: object) -> str:

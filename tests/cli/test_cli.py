@@ -215,6 +215,44 @@ def test_check_refuses_an_unknown_op_and_device(run):
     assert "--device: expected cpu, cuda or cuda:1, ..., got 'nowhere'" in result.stderr
 
 
+def test_check_at_a_shape(run):
+    result = run("check", "gated_depthwise_conv", "bypass", "--shape", "T=9,B=2,C=8", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.stderr
+    assert "gated_depthwise_conv: bfloat16 on cpu" in result.stdout
+    assert re.search(r"gradient of x_orig .* ok\n", result.stdout)
+    found = json.loads(run("check", "bypass", "--shape", "T=9", "--json").stdout)
+    assert [(report["op"], report["dtype"], report["ok"]) for report in found] == [
+        ("bypass", "float32", True)
+    ]
+
+
+def test_check_at_a_shape_ends_with_one(run, monkeypatch):
+    right = ops.bypass.definition
+    wrong = lambda x_orig, x, scale: 1.001 * right(x_orig, x, scale)  # noqa: E731
+    wrong.op = ops.OPS["bypass"]
+    monkeypatch.setattr(ops, "bypass", wrong)
+    result = run("check", "bypass", "--shape", "T=9")
+    assert result.exit_code == 1
+    assert "FAILED: less exact than eager" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("bypass", "--shape", "T9"), "--shape: expected sizes as T=375,B=16,C=512, got 'T9'"),
+        (("bypass", "--shape", "Q=9"), "expected some of T, B, C, got 'Q'"),
+        (("--shape", "T=9"), "--shape: name the op that it is for"),
+        (("bypass", "--dtype", "float16"), "--dtype: it needs --shape"),
+        (("bypass", "--shape", "T=9", "--dtype", "int8"), "--dtype: expected one of float32, bfloat16"),
+        (("conv_spatial_gate", "--shape", "T=9,K=4"), "K odd, got (1536, 1, 4)"),
+    ],
+)
+def test_check_refuses_shapes(run, arguments, said):
+    result = run("check", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
 # --- names and devices that are not there
 
 

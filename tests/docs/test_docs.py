@@ -73,7 +73,8 @@ def test_pages_say_what_the_studies_found():
 
 def test_the_readme_is_short_and_lists_every_op():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
+    written = re.sub(r"<!-- (\w+):start -->.*?<!-- \1:end -->\n", "", text, flags=re.DOTALL)
+    assert len(written.splitlines()) <= 125
     assert [name for name in ops.NAMES if f"`{name}`" not in text] == []
 
 

@@ -288,12 +288,15 @@ def _residual(layer, x, y, mask):
 
 
 def _has_plain_parts(layer):
-    """Says whether the convolutions and the activation may be computed without calling them, and no part has hooks."""
+    """Says whether all parts are upstream's, without hooks: then they need not be called."""
     return (
         plumbing.is_depthwise_conv2d(layer.depthwise_conv)
         and all(map(plumbing.is_pointwise_conv2d, (layer.pointwise_conv1, layer.pointwise_conv2)))
         and is_plain_named(layer.activation, ("SwooshL",), layer)
-        and not any_watched(layer.children())
+        and all(
+            is_plain_named(part, ("Balancer", "Whiten", "Identity"), layer)
+            for part in (layer.hidden_balancer, layer.out_balancer, layer.out_whiten)
+        )
     )
 
 

@@ -55,8 +55,8 @@ def _case(channel_dim: int, *shape: int) -> Case:
     return case("balancer_gradient", shape, lambda m: _call(m, shape, channel_dim), costs, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(-1, frames, batch, 192)
+def sized(T: int = 796, B: int = 4, D: int = 192) -> Case:
+    return _case(-1, T, B, D)
 
 
 CASES = (_case(-1, 796, 4, 192), _case(1, 4, 32, 798, 39))

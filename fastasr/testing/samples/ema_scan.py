@@ -232,8 +232,8 @@ def _curve_case(length: int) -> Case:
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch)
+def sized(L: int = 2048, B: int = 4, D: int = 512, N: int = 4) -> Case:
+    return _case(L, B, D, N)
 
 
 CASES = (

@@ -55,8 +55,8 @@ def measured(op: str, *shape: int, quick: bool = True) -> Case:
     return case(op, shape, lambda m: {"x": m.normal(*shape, scale=3.0)}, passes, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return measured("swoosh_l", frames, batch, 512)
+def sized(T: int = 1600, B: int = 4, C: int = 512) -> Case:
+    return measured("swoosh_l", T, B, C)
 
 
 CASES = (measured("swoosh_l", 4, 1600, 512),)

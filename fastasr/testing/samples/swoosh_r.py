@@ -9,8 +9,8 @@ from fastasr.testing.speed import BATCH, FRAMES, Case
 TABLE = replace(swoosh_l.TABLE, op="swoosh_r", definition=None)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return swoosh_l.measured("swoosh_r", frames, batch, 512)
+def sized(T: int = 1600, B: int = 4, C: int = 512) -> Case:
+    return swoosh_l.measured("swoosh_r", T, B, C)
 
 
 CASES = (

@@ -117,8 +117,8 @@ def _case(batch: int, frames: int, length: int, channels: int, outputs: int) -> 
     return case("tdt_joiner", shape, arguments, costs, shape=shape, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, frames, 20, 640, 1025)
+def sized(T: int = 188, B: int = 4, S: int = 20, D: int = 640, V: int = 1025) -> Case:
+    return _case(B, T, S, D, V)
 
 
 CASES = (_case(4, 188, 40, 640, 8193), _case(1, 20, 5, 64, 30))

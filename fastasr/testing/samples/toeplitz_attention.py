@@ -147,11 +147,11 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(length: int, batch: int, quick: bool = True) -> Case:
-    size, keys, values = 512, 128, 1024
+def _case(length: int, batch: int, keys: int = 128, values: int = 1024, quick: bool = True) -> Case:
+    between = 512  # what the projection has beside query_key and gate
 
     def arguments(make: Make) -> dict:
-        return _slices(make, length, batch, keys, values, size, size, activate_value=True)
+        return _slices(make, length, batch, keys, values, between, between, activate_value=True)
 
     frames, pairs = length * batch, batch * length * (length + 1) // 2  # causal
     passes = costs(
@@ -163,8 +163,8 @@ def _case(length: int, batch: int, quick: bool = True) -> Case:
     return case("toeplitz_attention", name, arguments, passes, shape=shape, quick=quick)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch)
+def sized(L: int = 200, B: int = 4, D: int = 128, V: int = 1024) -> Case:
+    return _case(L, B, D, V)
 
 
 CASES = ON_DEVICE = (_case(200, 4), _case(1024, 4, quick=False))
