@@ -55,9 +55,12 @@ class Call:
         """Runs upstream's forward. When module and inputs are in the state to run in, ``prepare`` takes the inputs, and
         a stack for contexts of the run, and returns the inputs to run on. ``roundings`` perturbs the gradient of the
         output."""
-        probe, began = self.probe, time.thread_time()
+        probe, seconds = self.probe, self.probe.checks.seconds
+        if probe.likeness in seconds:
+            return self._run("upstream", probe.upstream, prepare, roundings)
+        began = time.thread_time()
         outcome = self._run("upstream", probe.upstream, prepare, roundings)
-        probe.checks.seconds.setdefault(probe.likeness, time.thread_time() - began)
+        seconds[probe.likeness] = time.thread_time() - began
         return outcome
 
     def _run(self, side, forward, prepare=None, roundings=None, untried=False):

@@ -20,9 +20,9 @@ With dropout of attention weights, the training passes compare fastasr's formula
 If no fp64 run is possible, the two are compared with each other, with a tolerance for their dtype, and the report says
 so; there a result is zero except for rounding if it is a few units in the last place of the largest of the others.
 
-Everything that is short runs on one thread: each of many tiny operations would wait for all threads, and on a busy
-machine such waits take longer than the work. But in the first of like modules, fastasr's code runs on as many threads
-as torch is set to, as it will later.
+While other processes want the cores, and for all that is short, one thread is used: each of many tiny operations would
+wait for all threads, and on a busy machine such waits take longer than the work. But in the first of like modules,
+fastasr's code runs on as many threads as torch is set to, as it will later.
 """
 
 import contextlib
@@ -210,7 +210,7 @@ class _Checks:
         """Sets the number of threads for a run of calls of this likeness. ``untried``: by fastasr's code, which has not
         run in a like module yet."""
         short = self.seconds.get(likeness, 0.0) < _WORTH_THREADS
-        alone = not untried and (short or processor.free_cores() < self.threads)
+        alone = (short and not untried) or processor.free_cores() < self.threads
         torch.set_num_threads(1 if alone else self.threads)
 
 
