@@ -3,9 +3,9 @@
 
     python scripts/tables.py [--check]
 
-Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, those
-of frameworks from the rules. The picture of a TDT's memory is drawn from its rows. ``--check`` changes nothing and ends
-with 1 when a page does not say what they say.
+Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, those of frameworks from the
+rules, the lines that install them from peers.sh. The picture of a TDT's memory is drawn from its rows. ``--check``
+changes nothing and ends with 1 when a page does not say what they say.
 """
 
 import argparse
@@ -46,6 +46,7 @@ WHOLE_MARKERS = "<!-- whole:start -->", "<!-- whole:end -->"
 TRAINING_MARKERS = "<!-- training:start -->", "<!-- training:end -->"
 GPU_MARKERS = "<!-- gpu:start -->", "<!-- gpu:end -->"
 SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
+PEERS_MARKERS = "<!-- peers:start -->", "<!-- peers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
@@ -146,6 +147,12 @@ def op_rows() -> str:
     return "\n".join(lines)
 
 
+def peers() -> str:
+    """Returns the lines that install each framework, without the head of their file."""
+    lines = (ROOT / "scripts" / "peers.sh").read_text(encoding="utf-8").partition("\n\n")[2]
+    return f"```bash\n# needs: an index of packages for pip\n{lines}```"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -167,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
     found += [put(DOCS / "install.md", crowd.table(), check, *CROWD_MARKERS)]
     found += [put(DOCS / "install.md", newcomer.table(), check, *NEWCOMER_MARKERS)]
+    found += [put(DOCS / "install.md", peers(), check, *PEERS_MARKERS)]
     found += [put(ROOT / "README.md", newcomer.sentence(), check, *NEWCOMER_MARKERS)]
     found += [put(DOCS / "testing.md", instruction_sets.table(), check, *SETS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]

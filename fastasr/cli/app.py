@@ -98,11 +98,15 @@ def bench(
             metavar="[OP|MODEL|dispatch|ops|models]...", help="What to measure; default: everything."
         ),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="T=375,B=16,...", help="Measure the named ops at these sizes alone."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results.jsonl, the plots and index.html.", file_okay=False)
     ] = Path("bench-report"),
     quick: Annotated[
-        bool, typer.Option(help="Run in seconds to see that it works; figures mean nothing.")
+        bool, typer.Option(help="Run in seconds, on small calls, to see that it works; figures mean nothing.")
     ] = False,
     fresh: Annotated[
         bool,
@@ -117,12 +121,14 @@ def bench(
     frames: Annotated[str | None, typer.Option(help="Frames of a sweep, as 1,100,1500.")] = None,
     batches: Annotated[str | None, typer.Option(help="Sequences of a sweep, as 1,4.")] = None,
     threads: Annotated[str | None, typer.Option(help="Threads of a sweep, as 1,2.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Limit of a cell of a sweep.")] = 60.0,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Limit of a cell of a sweep (default: 60).")
+    ] = None,
     compile_ops: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Measure torch.compile'd formulas as well (by default, but not in a sweep).",
+            help="Measure torch.compile'd formulas as well (by default, but not in a sweep or a quick run).",
         ),
     ] = None,
     compile_model: Annotated[
@@ -134,16 +140,29 @@ def bench(
         typer.Option(help="float32, bfloat16 or float16 (default: float32, and bfloat16 in a sweep)."),
     ] = None,
     reps: Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved repetitions.")] = None,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for idle cores, each time.")] = 60.0,
+    patience: Annotated[
+        float | None, typer.Option(min=0, help="Seconds to wait for idle cores, each time (default: 60).")
+    ] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots and the HTML page.")] = True,
 ) -> None:
     """Measure ops, models and the cost of a call: rows, table, plots, one HTML page.
 
-    The same command resumes an interrupted run.
+    --shape measures an op at your own sizes; those that you do not give are those of a model, and a wrong name gets
+    the list. The same command resumes an interrupted run.
     """
     from fastasr.cli import bench as command
+    from fastasr.cli.console import fail, refuse_without
 
     if sweep:
+        single = {
+            "[OP|MODEL]...": names,
+            "--shape": shape,
+            "--patience": patience,
+            "--compile-model": compile_model,
+        }
+        for option, given in single.items():
+            if given:
+                fail(f"{option}: it cannot go with --sweep")
         sizes = {"frames": frames, "batches": batches, "threads": threads, "dtypes": dtype}
         command.run_sweep(
             sweep,
@@ -154,21 +173,23 @@ def bench(
             compile_ops=bool(compile_ops),
             device=device,
             reps=reps,
-            seconds=seconds,
+            seconds=seconds or 60.0,
             plots=plots,
         )
         return
+    refuse_without("--sweep", frames=frames, batches=batches, threads=threads, seconds=seconds)
     command.run(
         names or [],
         out,
+        shape=shape,
         quick=quick,
         fresh=fresh,
-        compile_ops=compile_ops is not False,
+        compile_ops=not quick if compile_ops is None else compile_ops,
         compile_model=compile_model,
         device=device,
         dtype=dtype or "float32",
         reps=reps,
-        patience=patience,
+        patience=60.0 if patience is None else patience,
         plots=plots,
     )
 

@@ -84,7 +84,6 @@ class Case:
     costs: Callable[[int], Mapping[str, Cost]]  # item size in bytes -> cost by pass
     copy: bool = False
     passes: tuple[str, ...] = PASSES
-    quick: bool = True  # part of a quick run
     arguments: Callable[[Make], dict] | None = None  # the op's keyword arguments
 
 
@@ -172,7 +171,6 @@ def case(
     others: Mapping[str, Callable[..., Implementation]] | None = None,
     copy: bool = False,
     passes: tuple[str, ...] = PASSES,
-    quick: bool = True,
     **options,
 ) -> Case:
     """Returns the case of a call, with ``others`` beside it. Its name is the given one, or one made from sizes, with
@@ -181,7 +179,7 @@ def case(
     name = (name if isinstance(name, str) else "x".join(map(str, name))) + note
     arguments = placed(arguments)
     make = versions(op, arguments, others or {}, **options)
-    return Case(op, name, shape or name, make, costs, copy, passes, quick, arguments)
+    return Case(op, name, shape or name, make, costs, copy, passes, arguments)
 
 
 def sizes_of(op: str | Callable) -> dict[str, int]:

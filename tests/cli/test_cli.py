@@ -295,19 +295,73 @@ def test_all_commands_say_alike_that_there_is_no_gpu(run, monkeypatch, arguments
 # --- bench
 
 
-def test_bench_writes_rows_plots_and_a_page(run, tmp_path, monkeypatch):
-    from fastasr.benchmarks import ops as op_cases
-
-    small = [case for case in op_cases.cases() if case.name == "100x4x512" and case.op == "bypass"]
-    monkeypatch.setattr(op_cases, "cases", lambda: small)
-    monkeypatch.setattr(op_cases, "names", lambda: ["bypass"])
-    command = ("bench", "bypass", "--quick", "--no-compile", "--reps", "1", "--out", str(tmp_path))
+def test_bench_writes_rows_plots_and_a_page(run, tmp_path):
+    command = ("bench", "bypass", "--quick", "--reps", "1", "--out", str(tmp_path))
     result = run(*command)
     assert result.exit_code == 0, result.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"results.jsonl", "bypass.png", "index.html"}
-    assert "100x4x512" in result.stdout
-    assert "these figures mean nothing" in result.stderr
+    assert "T=20,B=2,C=192" in result.stdout
+    assert "torch.compile" not in result.stdout
+    assert result.stderr.startswith("a quick run: its figures mean nothing\n")
     assert "3 units were there already" in run(*command).stderr
+
+
+def test_bench_at_a_shape(run, tmp_path):
+    command = (
+        "bench",
+        "residual_norm",
+        "gated_residual_norm",
+        "--shape",
+        "T=7,B=2,C=24",
+        "--quick",
+        "--reps",
+        "1",
+    )
+    result = run(*command, "--dtype", "bfloat16", "--no-plots", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in rows} == {"residual_norm", "gated_residual_norm"}
+    assert {(row["case"], row["shape"], row["dtype"]) for row in rows} == {
+        ("T=7,B=2,C=24", "7x2x24", "bfloat16")
+    }
+    assert "T=7,B=2,C=24" in result.stdout
+
+
+def test_a_quick_run_measures_every_op_in_one_small_call():
+    from fastasr.benchmarks import runner
+
+    options = runner.Options(quick=True)
+    assert options.select() == [*ops_with_cases(), "dispatch"]
+    for name in ops_with_cases():
+        (case,) = options.cases(name)
+        tensors = [v for v in case.arguments(testing.Make()).values() if isinstance(v, torch.Tensor)]
+        assert sum(t.numel() for t in tensors) < 4_000_000, name
+
+
+def ops_with_cases() -> list[str]:
+    from fastasr.benchmarks import ops as op_cases
+
+    return op_cases.names()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("bypass", "--frames", "3"), "--frames: it needs --sweep"),
+        (("--seconds", "3"), "--seconds: it needs --sweep"),
+        (("bypass", "--sweep", "bypass"), "[OP|MODEL]...: it cannot go with --sweep"),
+        (("--sweep", "bypass", "--shape", "T=3"), "--shape: it cannot go with --sweep"),
+        (("--sweep", "bypass", "--compile-model"), "--compile-model: it cannot go with --sweep"),
+        (("bypass", "--shape", "H=3"), "expected some of T, B, C, got 'H'"),
+        (("bypass", "--shape", "3"), "--shape: expected sizes as T=375,B=16,C=512, got '3'"),
+        (("--shape", "T=3"), "sizes are for ops: expected their names, got none"),
+        (("zipformer", "--shape", "T=3"), "sizes are for ops: expected their names, got zipformer"),
+    ],
+)
+def test_bench_refuses_options_that_would_do_nothing(run, arguments, said, tmp_path):
+    result = run("bench", *arguments, "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 @pytest.mark.parametrize(

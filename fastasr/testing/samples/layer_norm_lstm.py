@@ -117,7 +117,6 @@ def _case(steps: int, batch: int, state: bool = False, inputs: int = UNITS, unit
         differentiable=("x", *PARAMETERS),
         result=lambda _, y: y[0],
         passes=(FORWARD, BOTH),
-        quick=steps * batch <= 16,
     )
 
 

@@ -303,9 +303,8 @@ def _case(frames: int, batch: int, heads: int = HEADS, width: int = WIDTH) -> Ca
         "upstream": lambda **call: computed(espnet(heads, width, call["q"].device), call),
     }
     name = f"{batch}x{frames}, {heads} heads of {width}"
-    quick = frames * frames * batch < 1_000_000
     passes = _passes(batch, frames, frames * frames, heads, width)
-    return case("rel_attention", name, arguments, passes, others=others, quick=quick)
+    return case("rel_attention", name, arguments, passes, others=others)
 
 
 def _passes(batch: int, frames: int, pairs: int, heads: int = HEADS, width: int = WIDTH):

@@ -112,7 +112,7 @@ def _case(batch: int, frames: int, length: int, channels: int, outputs: int) -> 
         return costs_of(Cost(operands + 28 * rows, product), Cost(2 * operands + 28 * rows, 2 * product))
 
     shape = f"{batch}x{frames}x{length + 1}x{channels}, V={outputs}"
-    options = {"quick": outputs < 5000, "result": lambda _, y: torch.cat([t.flatten() for t in y])}
+    options = {"result": lambda _, y: torch.cat([t.flatten() for t in y])}
     arguments = lambda m: _call(m, batch, frames, length, channels, outputs, 5, activation="relu")  # noqa: E731
     return case("tdt_joiner", shape, arguments, costs, shape=shape, **options)
 

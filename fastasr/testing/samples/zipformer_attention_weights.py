@@ -185,9 +185,9 @@ def ragged(make: Make, frames: int, batch: int, heads: int, query: int = QUERY_D
 def measured(op: str, arguments: Callable, forward, backward, *sizes: int, **options) -> Case:
     """Returns the case of an attention of these numbers of frames, sequences and heads, from its costs."""
     frames, batch, heads = sizes
-    name, quick = f"{frames}x{batch}, {heads} heads", frames * frames * batch < 4_000_000
+    name = f"{frames}x{batch}, {heads} heads"
     passes = costs(forward, backward)
-    return case(op, name, lambda m: arguments(m, *sizes), passes, quick=quick, **options)
+    return case(op, name, lambda m: arguments(m, *sizes), passes, **options)
 
 
 def _case(*sizes: int, query: int = QUERY_DIM) -> Case:
