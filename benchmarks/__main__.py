@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     from fastasr.benchmarks import runner
     from fastasr.benchmarks.table import line
 
+    if options.quick:
+        print(f"# {runner.QUICK}", file=sys.stderr, flush=True)
+
     if options.list:
         print("\n".join(runner.known_names()))
         return 0
@@ -61,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
                 out=options.out,
                 quick=options.quick,
                 fresh=options.fresh,
-                compile=not options.no_compile,
+                compile=not (options.no_compile or options.quick),
                 compile_model=options.compile_model,
                 device=options.device,
                 dtype=getattr(torch, options.dtype),

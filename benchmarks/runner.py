@@ -8,26 +8,33 @@ from pathlib import Path
 
 import torch
 
+from fastasr._renamed import nearest_or_all
 from fastasr.benchmarks import dispatch, models, ops, rows, upstream
 from fastasr.benchmarks.case import Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
 from fastasr.benchmarks.models import zipformer
 from fastasr.benchmarks.rows import Row
+from fastasr.testing.speed import Case, sized, sizes_of
+
+QUICK = "a quick run: its figures mean nothing"
+SMALL = (20, 2)  # frames and sequences of an op's call in a quick run
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of a run. ``names`` are ops, "dispatch", models, or the suites "ops" and "models"; empty means
-    everything.
+    everything, and in a quick run all but the models.
 
-    ``quick`` is a functional run of seconds, whose figures mean nothing. ``fresh`` measures again what the file already
-    has for this commit. ``compile`` adds torch.compile of the ops' formulas, ``compile_model`` of the whole model as
-    well (minutes). ``patience`` is how many seconds to wait for idle cores before each op or model.
+    ``sizes`` are those of the ops' calls (``fastasr.testing.sized``) in the place of model sizes. ``quick`` is a
+    functional run of seconds, of small calls, whose figures mean nothing. ``fresh`` measures again what the file
+    already has for this commit. ``compile`` adds torch.compile of the ops' formulas, ``compile_model`` of the whole
+    model as well (minutes). ``patience`` is how many seconds to wait for idle cores before each op or model.
     """
 
     names: tuple[str, ...] = ()
     out: Path = Path("bench-report/results.jsonl")
+    sizes: dict[str, int] = field(default_factory=dict)
     quick: bool = False
     fresh: bool = False
     compile: bool = True
@@ -36,6 +43,27 @@ class Options:
     dtype: torch.dtype = torch.float32
     patience: float = 60.0
     reps: int | None = None
+
+    def select(self) -> list[str]:
+        """Returns the known names that ``names`` stand for, in table order.
+
+        Raises ``ValueError`` for an unknown name, and for sizes that an op does not have.
+        """
+        chosen = select(self.names or (("ops", dispatch.NAME) if self.quick else ()))
+        if self.sizes and (not self.names or set(chosen) - set(ops.names())):
+            raise ValueError(
+                "sizes are for ops: expected their names, got " + (", ".join(self.names) or "none")
+            )
+        for name in chosen if self.sizes else ():
+            sized(name, **self.sizes)
+        return chosen
+
+    def cases(self, name: str) -> list[Case]:
+        """Returns the cases of an op."""
+        if self.sizes or self.quick:
+            small = dict(zip(sizes_of(name), SMALL, strict=False)) if self.quick else {}
+            return [sized(name, **small | self.sizes)]
+        return [case for case in ops.cases() if case.op == name]
 
     def settings(self) -> Settings:
         if self.quick:
@@ -63,8 +91,9 @@ def select(names: tuple[str, ...]) -> list[str]:
     chosen: set[str] = set()
     for name in names or ("all",):
         if name not in suites and name not in known_names():
-            choices = ", ".join([*known_names(), *suites])
-            raise ValueError(f"no benchmark is called {name!r}; there are: {choices}")
+            raise ValueError(
+                f"no benchmark is called {name!r}{nearest_or_all(name, [*known_names(), *suites])}"
+            )
         chosen.update(suites.get(name, [name]))
     return [name for name in known_names() if name in chosen]
 
@@ -144,9 +173,7 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
                 report=report,
             )
     else:
-        for case in ops.cases():
-            if case.op != name or (options.quick and not case.quick):
-                continue
+        for case in options.cases(name):
 
             def skip_pass(pass_: str, case=case) -> bool:
                 return done("ops", case.op, case.name, case.shape, pass_, dtype)
@@ -165,7 +192,7 @@ def run(
     options: Options, report: Report = lambda _: None, on_rows: Callable[[list[Row]], None] = lambda _: None
 ) -> Summary:
     """Measures and writes to ``options.out``. A benchmark that fails is reported and the next one starts."""
-    chosen = select(options.names)
+    chosen = options.select()
     summary = Summary()
     start = time.monotonic()
 

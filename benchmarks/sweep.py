@@ -3,7 +3,8 @@
 
 A *cell* is a number of frames and of sequences, a dtype and a number of threads. It is measured in a process of its
 own, which may use so much memory and take so long, and its rows are written pass by pass, so that a sweep goes on where
-it was interrupted. The sizes go into the function ``sized(frames, batch)`` beside the benchmark of the op or model.
+it was interrupted. Frames and sequences are the first two sizes of the function ``sized`` beside the benchmark of the
+op or model.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fastasr import files
+from fastasr._renamed import nearest_or_all
 from fastasr.benchmarks import models, ops, rows, upstream
 from fastasr.benchmarks.case import TRAINING, Report, Settings, measure
 from fastasr.benchmarks.harness import limit_memory
@@ -34,8 +36,8 @@ ENOUGH = 0.97  # of the best of the others: what is below it is slower than they
 
 
 def subjects() -> dict[str, Callable[[int, int], Case]]:
-    """Returns name -> ``sized(frames, batch)`` of every op and model that declares it."""
-    of_ops = {module.CASES[0].op: module.sized for module in ops.MODULES if hasattr(module, "sized")}
+    """Returns name -> ``sized``, which takes frames and sequences first, of every op, and of models that have it."""
+    of_ops = {module.CASES[0].op: module.sized for module in ops.MODULES}
     of_models = {name: module.sized for name, module in models.MODULES.items() if hasattr(module, "sized")}
     return of_ops | {name: partial(_of_model, sized) for name, sized in of_models.items()}
 
@@ -102,7 +104,7 @@ class Options:
         names = tuple(known) if self.names == ("all",) else self.names
         for name in names:
             if name not in known:
-                raise ValueError(f"no sweep is called {name!r}; there are: {', '.join(known)}, all")
+                raise ValueError(f"no sweep is called {name!r}{nearest_or_all(name, [*known, 'all'])}")
         threads = self.threads or tuple(sorted({1, min(2, os.cpu_count() or 1), torch.get_num_threads()}))
         sizes = sorted(itertools.product(self.frames, self.batches), key=lambda size: size[0] * size[1])
         return [

@@ -12,9 +12,10 @@ and otherwise as soon as it is. It imports nothing else: the command answers ``-
 here imports what it needs when it is first used.
 """
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from fastasr._registration import register_with_torch
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _SUBPACKAGES = (
     "export",
     "graphs",
     "rnnt",
+    "streaming",
     "compat",
     "swap",
     "testing",
@@ -78,35 +80,14 @@ def __getattr__(name: str):
         return import_module("fastasr.ops._dispatch").backend
     if name in _SUBPACKAGES:
         return import_module(f"fastasr.{name}")
-    raise AttributeError(f"module 'fastasr' has no attribute {name!r}")
+    from fastasr._renamed import nearest
+
+    # without an object, since Python would add the nearest name once more
+    raise AttributeError(f"module 'fastasr' has no attribute {name!r}{nearest(name, __dir__())}", obj=None)
 
 
-def __dir__():
-    return sorted({*globals(), *__all__, *_SUBPACKAGES})
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBPACKAGES})
 
 
-class _BesideTorch:
-    """A finder of modules that registers the ops at the end of the import of torch."""
-
-    def find_spec(self, name: str, path=None, target=None):
-        if name != "torch":
-            return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:  # else torch is missing, or a folder without code
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module) -> None:
-                del spec.loader.exec_module
-                execute(module)
-                sys.meta_path.remove(self)
-                import_module("fastasr.ops")
-
-            spec.loader.exec_module = execute_and_register
-        return spec
-
-
-if "torch" in sys.modules:
-    import_module("fastasr.ops")
-else:
-    sys.meta_path.insert(0, _BesideTorch())
+register_with_torch()

@@ -232,7 +232,8 @@ def _native(path: Path) -> set[Path]:
 
 def _python(path: Path, test: str = "") -> set[Path]:
     if path == modules()["fastasr"]:
-        return {modules()[name] for name in ("fastasr.ops", "fastasr.ops._dispatch")}
+        names = "fastasr.ops", "fastasr.ops._dispatch", "fastasr._registration"
+        return {modules()[name] for name in names if name in modules()}
     mentioned, used, texts = words(path, test), references(path, test), set(_texts(path, test))
     names = imported(path, test) | used | {text for text in texts if re.fullmatch(r"fastasr(\.\w+)+", text)}
     if "fastasr" in used:

@@ -20,7 +20,7 @@ import test_matrix
 import test_minutes
 
 from fastasr import ops
-from fastasr.benchmarks import predictions, sweep
+from fastasr.benchmarks import sweep
 from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.device import whole_models as on_gpus
 from fastasr.benchmarks.markdown import put, table, whole_models, without_padding
@@ -43,10 +43,9 @@ SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
 NEWCOMER_MARKERS = "<!-- newcomer:start -->", "<!-- newcomer:end -->"
 WHOLE_MARKERS = "<!-- whole:start -->", "<!-- whole:end -->"
+TRAINING_MARKERS = "<!-- training:start -->", "<!-- training:end -->"
 GPU_MARKERS = "<!-- gpu:start -->", "<!-- gpu:end -->"
 SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
-LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
-SUMS_MARKERS = "<!-- sums:start -->", "<!-- sums:end -->"
 PEERS_MARKERS = "<!-- peers:start -->", "<!-- peers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
@@ -187,14 +186,12 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "rnnt.md", transducer_memory.table(rows), check, *MEMORY_MARKERS)]
     if not check and transducer_memory.memory_rows(rows, transducer_memory.TDT):
         transducer_memory.main(["--tdt"])
-    found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
-    found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
-    found += [put(DOCS / "gpu-predictions.md", predictions.sums(), check, *SUMS_MARKERS)]
     on_gpu = verdict.records(GPU_RECORDS)
     found += [put(DOCS / "gpu-queue.md", verdict.tables(on_gpu), check)]
     found += [put(ROOT / "README.md", verdict.sentence(on_gpu), check, *GPU_MARKERS)]
     whole = verdict.records(WHOLE_RECORDS)
     found += [put(ROOT / "README.md", on_gpus.summary(whole), check, *WHOLE_MARKERS)]
+    found += [put(ROOT / "README.md", on_gpus.training([*on_gpu, *whole]), check, *TRAINING_MARKERS)]
     found += [put(DOCS / "graphs.md", on_gpus.details(whole), check, *WHOLE_MARKERS)]
     return max(found)
 

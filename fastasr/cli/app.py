@@ -45,11 +45,17 @@ def env(json: Json = False) -> None:
 
 
 @app.command()
-def ops(json: Json = False) -> None:
-    """Every op and backend: available here or not, and why not."""
+def ops(
+    ops: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OP]...", help="Names of ops, for their devices, dtypes and reasons."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Every op and its backends: available here or not, and why not."""
     from fastasr.cli import ops as command
 
-    command.run(as_json=json)
+    command.run(ops or [], as_json=json)
 
 
 @app.command()
@@ -57,16 +63,31 @@ def check(
     ops: Annotated[
         list[str] | None, typer.Argument(metavar="[OP]...", help="Names of ops; without one, every op.")
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T=375,B=16,...", help="Compare values and gradients at these sizes, in one dtype."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --shape: float32 (the default), bfloat16, float16 or float64.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     json: Json = False,
 ) -> None:
     """Test the ops on this machine: values against float64, gradients, strides, memory, errors.
 
-    Ends with 1 when any check fails.
+    --shape compares values and gradients at your own sizes instead. Sizes that you do not give are those of a model;
+    a wrong name gets the list. Ends with 1 when any check fails.
     """
     from fastasr.cli import check as command
+    from fastasr.cli.console import refuse_without
 
-    command.run(ops or [], device, as_json=json)
+    if shape is None:
+        refuse_without("--shape", dtype=dtype)
+        command.run(ops or [], device, as_json=json)
+    else:
+        command.run_at(ops or [], shape, dtype or "float32", device, as_json=json)
 
 
 @app.command()
@@ -77,11 +98,15 @@ def bench(
             metavar="[OP|MODEL|dispatch|ops|models]...", help="What to measure; default: everything."
         ),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="T=375,B=16,...", help="Measure the named ops at these sizes alone."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results.jsonl, the plots and index.html.", file_okay=False)
     ] = Path("bench-report"),
     quick: Annotated[
-        bool, typer.Option(help="Run in seconds to see that it works; figures mean nothing.")
+        bool, typer.Option(help="Run in seconds, on small calls, to see that it works; figures mean nothing.")
     ] = False,
     fresh: Annotated[
         bool,
@@ -96,12 +121,14 @@ def bench(
     frames: Annotated[str | None, typer.Option(help="Frames of a sweep, as 1,100,1500.")] = None,
     batches: Annotated[str | None, typer.Option(help="Sequences of a sweep, as 1,4.")] = None,
     threads: Annotated[str | None, typer.Option(help="Threads of a sweep, as 1,2.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Limit of a cell of a sweep.")] = 60.0,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Limit of a cell of a sweep (default: 60).")
+    ] = None,
     compile_ops: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Measure torch.compile'd formulas as well (by default, but not in a sweep).",
+            help="Measure torch.compile'd formulas as well (by default, but not in a sweep or a quick run).",
         ),
     ] = None,
     compile_model: Annotated[
@@ -113,16 +140,29 @@ def bench(
         typer.Option(help="float32, bfloat16 or float16 (default: float32, and bfloat16 in a sweep)."),
     ] = None,
     reps: Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved repetitions.")] = None,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for idle cores, each time.")] = 60.0,
+    patience: Annotated[
+        float | None, typer.Option(min=0, help="Seconds to wait for idle cores, each time (default: 60).")
+    ] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots and the HTML page.")] = True,
 ) -> None:
     """Measure ops, models and the cost of a call: rows, table, plots, one HTML page.
 
-    The same command resumes an interrupted run.
+    --shape measures an op at your own sizes; those that you do not give are those of a model, and a wrong name gets
+    the list. The same command resumes an interrupted run.
     """
     from fastasr.cli import bench as command
+    from fastasr.cli.console import fail, refuse_without
 
     if sweep:
+        single = {
+            "[OP|MODEL]...": names,
+            "--shape": shape,
+            "--patience": patience,
+            "--compile-model": compile_model,
+        }
+        for option, given in single.items():
+            if given:
+                fail(f"{option}: it cannot go with --sweep")
         sizes = {"frames": frames, "batches": batches, "threads": threads, "dtypes": dtype}
         command.run_sweep(
             sweep,
@@ -133,21 +173,23 @@ def bench(
             compile_ops=bool(compile_ops),
             device=device,
             reps=reps,
-            seconds=seconds,
+            seconds=seconds or 60.0,
             plots=plots,
         )
         return
+    refuse_without("--sweep", frames=frames, batches=batches, threads=threads, seconds=seconds)
     command.run(
         names or [],
         out,
+        shape=shape,
         quick=quick,
         fresh=fresh,
-        compile_ops=compile_ops is not False,
+        compile_ops=not quick if compile_ops is None else compile_ops,
         compile_model=compile_model,
         device=device,
         dtype=dtype or "float32",
         reps=reps,
-        patience=patience,
+        patience=60.0 if patience is None else patience,
         plots=plots,
     )
 
@@ -158,7 +200,11 @@ def bench(
 def gpu(context: typer.Context) -> None:
     """Check and time every kernel on this machine's GPU; write a verdict. Its options: fastasr gpu --help."""
     from fastasr.benchmarks.device.__main__ import main
+    from fastasr.cli.console import fail, no_gpu
 
+    asks = {"-h", "--help", "--dry-run"} & set(context.args)
+    if not asks and (reason := no_gpu()):
+        fail(f"{reason}; `fastasr check` tests the kernels for the CPU")
     raise typer.Exit(main(context.args))
 
 

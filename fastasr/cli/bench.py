@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import typer
 
-from fastasr.cli.console import check_device, err, escape, fail, out, table
+from fastasr.cli.console import check_device, check_dtype, err, escape, fail, out, sizes, table
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -62,6 +62,7 @@ def run(
     names: list[str],
     folder: Path,
     *,
+    shape: str | None,
     quick: bool,
     fresh: bool,
     compile_ops: bool,
@@ -75,16 +76,12 @@ def run(
     from fastasr.benchmarks import rows, runner
     from fastasr.benchmarks.table import line
 
-    if dtype not in DTYPES:
-        fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        chosen = runner.select(tuple(names))
-    except ValueError as error:
-        fail(str(error).splitlines()[0])
+    check_dtype(dtype, DTYPES)
     check_device(device)
     options = runner.Options(
-        names=tuple(chosen),
+        names=tuple(names),
         out=folder / "results.jsonl",
+        sizes=sizes(shape) if shape is not None else {},
         quick=quick,
         fresh=fresh,
         compile=compile_ops,
@@ -94,7 +91,13 @@ def run(
         patience=patience,
         reps=reps,
     )
+    try:
+        chosen = options.select()
+    except ValueError as error:
+        fail(str(error).splitlines()[0])
     console = err()
+    if quick:
+        console.print(f"[yellow]{runner.QUICK}[/]")
     with console.status("measuring") as status:
 
         def report(message: str) -> None:
@@ -106,7 +109,7 @@ def run(
             console.print(escape(line(unit)), soft_wrap=True)
 
         summary = runner.run(options, report, on_rows)
-    found = [row for row in rows.read(options.out) if _wanted(row, chosen)]
+    found = [row for row in rows.read(options.out) if _wanted(row, chosen, options)]
     _print_table(found)
     console.print(
         f"{len(summary.rows)} rows in {summary.seconds:.0f} s"
@@ -118,8 +121,6 @@ def run(
         + f": {escape(options.out)}",
         soft_wrap=True,
     )
-    if quick:
-        console.print("[yellow]a quick run: these figures mean nothing[/]")
     if plots and found:
         _draw(found, folder, summary.problems)
     if summary.problems:
@@ -129,7 +130,7 @@ def run(
 def run_sweep(
     names: list[str],
     folder: Path,
-    sizes: dict[str, str | None],
+    given: dict[str, str | None],
     *,
     quick: bool,
     fresh: bool,
@@ -139,16 +140,18 @@ def run_sweep(
     seconds: float,
     plots: bool,
 ) -> None:
-    """Measures sweeps into ``folder``, draws their maps and names the worst cell of each. ``sizes`` are the fields of
+    """Measures sweeps into ``folder``, draws their maps and names the worst cell of each. ``given`` are the fields of
     ``sweep.Options`` that the user gave, as text."""
-    from fastasr.benchmarks import sweep
+    from fastasr.benchmarks import runner, sweep
     from fastasr.benchmarks.markdown import by_name
     from fastasr.benchmarks.table import line, units
 
     check_device(device)
-    given = {"frames": "1,16", "batches": "1", "threads": "1", "dtypes": "float32"} if quick else {}
-    given |= {name: text for name, text in sizes.items() if text}
+    few = {"frames": "1,16", "batches": "1", "threads": "1", "dtypes": "float32"} if quick else {}
+    given = few | {name: text for name, text in given.items() if text}
     console = err()
+    if quick:
+        console.print(f"[yellow]{runner.QUICK}[/]")
     try:
         found = sweep.run(
             sweep.Options(
@@ -168,8 +171,6 @@ def run_sweep(
         fail(str(error).splitlines()[0])
     for of_name in by_name(found, "name"):
         out().print(escape(sweep.worst(units(of_name))), soft_wrap=True)
-    if quick:
-        console.print("[yellow]a quick run: these figures mean nothing[/]")
     if plots and found:
         try:
             for path in sweep.draw(found, folder):
@@ -194,5 +195,9 @@ def _values(name: str, text: str) -> tuple:
     return tuple(int(value) for value in values)
 
 
-def _wanted(row, chosen: list[str]) -> bool:
-    return "dispatch" in chosen if row.suite == "dispatch" else row.name in chosen
+def _wanted(row, chosen: list[str], options) -> bool:
+    if row.suite == "dispatch":
+        return "dispatch" in chosen
+    if row.suite == "ops" and (options.sizes or options.quick):
+        return row.name in chosen and row.case in {case.name for case in options.cases(row.name)}
+    return row.name in chosen

@@ -4,11 +4,11 @@
 import dataclasses
 import json
 
-import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastasr.cli.console import err, escape, fail, out, table
+from fastasr._renamed import nearest_or_all
+from fastasr.cli.console import check_device, check_dtype, err, escape, fail, out, sizes, table
 
 SHOWN = 20  # the most failures that are printed in full
 
@@ -49,18 +49,49 @@ def _summary(results: list):
     return shown
 
 
-def run(ops: list[str], device: str, as_json: bool) -> None:
-    from fastasr import testing
+def _known(ops: list[str]) -> list[str]:
+    """Returns the ops without repetitions. It ends the command if there is none of such a name."""
+    from fastasr.ops import NAMES
 
-    known = list(testing.tables())
     for op in ops:
-        if op not in known:
-            fail(f"no op is called {op!r}; there are: {', '.join(known)}")
-    try:
-        torch.empty(0, device=device, dtype=torch.float32)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
-    results = _run(list(dict.fromkeys(ops)) or known, device, quiet=as_json)
+        if op not in NAMES:
+            fail(f"no op is called {op!r}{nearest_or_all(op, NAMES)}")
+    return list(dict.fromkeys(ops))
+
+
+def run_at(ops: list[str], shape: str, dtype: str, device: str, as_json: bool) -> None:
+    """Compares values and gradients of the ops at one shape, in one dtype."""
+    if not ops:
+        fail("--shape: name the op that it is for, as in: fastasr check bypass --shape T=375,B=16,C=512")
+    names, given = _known(ops), sizes(shape)
+    check_dtype(dtype, ("float32", "bfloat16", "float16", "float64"))
+    check_device(device)
+    import torch
+
+    from fastasr.testing import Make, sized
+    from fastasr.testing.gradients import examine
+
+    reports = []
+    for name in names:
+        try:
+            report = examine(name, sized(name, **given).arguments(Make(getattr(torch, dtype), device)))
+        except ValueError as error:
+            fail(f"--shape: {error}")
+        reports.append(report)
+        if not as_json:
+            out().print(escape(report), soft_wrap=True)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(report) | {"ok": report.ok} for report in reports], indent=2))
+    if not all(report.ok for report in reports):
+        raise typer.Exit(1)
+
+
+def run(ops: list[str], device: str, as_json: bool) -> None:
+    from fastasr.ops import NAMES
+
+    names = _known(ops) or list(NAMES)
+    check_device(device)
+    results = _run(names, device, quiet=as_json)
     failures = [result for result in results if not result.passed]
     if as_json:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))

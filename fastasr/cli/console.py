@@ -3,11 +3,14 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from fastasr._renamed import nearest
 
 PLAIN_WIDTH = 160  # columns of a pipe or a file, so that rows are not wrapped
 
@@ -32,16 +35,56 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
+def no_gpu() -> str:
+    """Says why there is no GPU here and what to do next, or returns ""."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"no GPU here: torch {torch.__version__} is built for the CPU only; to use one, install a torch for CUDA"
+    return (
+        f"no GPU here: torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no CUDA device; "
+        "see whether nvidia-smi lists one, and whether CUDA_VISIBLE_DEVICES or a container hides it"
+    )
+
+
 def check_device(name: str) -> None:
-    """Ends the command with the reason unless torch can use the device here."""
+    """Ends the command with the reason, and what to do next, unless torch can use the device here."""
     import torch
 
     try:
         kind = torch.device(name).type
-    except RuntimeError as error:
-        fail(str(error).splitlines()[0])
-    if kind == "cuda" and not torch.cuda.is_available():
-        fail(f"--device {name}: no CUDA device here")
+    except RuntimeError:
+        fail(f"--device: expected cpu, cuda or cuda:1, ..., got {name!r}")
+    if kind == "cuda" and (reason := no_gpu()):
+        fail(f"--device {name}: {reason}, or leave --device out to use the CPU")
+    try:
+        torch.empty(0, dtype=torch.float32, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
+
+
+def sizes(text: str) -> dict[str, int]:
+    """Returns the sizes of ``--shape T=375,B=16``. It ends the command if they are written otherwise."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.isidentifier() and size.isdecimal() for name, _, size in pairs):
+        fail(f"--shape: expected sizes as T=375,B=16,C=512, got {text!r}")
+    return {name: int(size) for name, _, size in pairs}
+
+
+def refuse_without(option: str, **given: object) -> None:
+    """Ends the command if an option was given that means nothing without this one."""
+    for name, value in given.items():
+        if value is not None:
+            fail(f"--{name.replace('_', '-')}: it needs {option}")
+
+
+def check_dtype(name: str, known: Iterable[str]) -> None:
+    """Ends the command with the reason unless the dtype is one of those that are known."""
+    known = list(known)
+    if name not in known:
+        fail(f"--dtype: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
 
 
 def escape(text: object) -> str:

@@ -14,7 +14,7 @@ import torch
 import fastasr
 from fastasr import processor
 from fastasr.benchmarks.environment import cpu_name
-from fastasr.cli.console import escape, out, table
+from fastasr.cli.console import escape, no_gpu, out, table
 from fastasr.ops import _dispatch, _gemm
 
 # extra -> distributions it brings
@@ -35,8 +35,7 @@ def _version(distribution: str) -> str | None:
 
 def _cuda() -> dict:
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        return {"devices": [], "reason": "no CUDA device" if built else "torch is built without CUDA"}
+        return {"devices": [], "reason": no_gpu()}
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -160,7 +159,7 @@ def run(as_json: bool) -> None:
         f"cuda:{i}": f"{d['name']}, sm_{d['capability'].replace('.', '')}, {d['memory_gib']} GiB"
         for i, d in enumerate(devices)
     }
-    _block(console, "CUDA", shown or {"devices": f"none: {found['cuda']['reason']}"})
+    _block(console, "CUDA", shown or {"devices": found["cuda"]["reason"]})
     native = {k: v for k, v in found["native"].items() if k not in ("loaded", "reason")}
     loaded = "yes" if found["native"]["loaded"] else f"no: {found['native']['reason']}"
     _block(console, "Native library", {"loaded": loaded, **native})

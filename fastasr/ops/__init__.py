@@ -19,9 +19,13 @@ globals().update({name: op.function for name, op in OPS.items()})  # most replac
 _dispatch.prepare()
 
 NAMES = tuple(sorted(OPS))
-# These ops compute gradients in another function's backward: they have no gradient themselves, and tests of their own.
+# These ops compute gradients in another function's backward: they have no gradient themselves.
 GRADIENTS = tuple(name for name, op in OPS.items() if op.is_gradient)
 __all__ = list(NAMES)
 
 _RENAMED = {f"rel_position_{name}": f"zipformer_{name}" for name in ("attention", "attention_weights")}
 __getattr__ = _old_names(globals(), _RENAMED)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -125,6 +125,7 @@ class Op(Errors):
         function = space[self.name]
         function.__module__, function.__doc__ = formula.__module__, formula.__doc__
         function.__annotations__ = formula.__annotations__
+        function.__signature__ = _signature.plain(formula)
         OPS[self.name] = self
         return self.public(function)
 

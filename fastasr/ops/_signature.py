@@ -19,9 +19,11 @@ return_cache: bool                                   a flag; ``return_...`` asks
 """
 
 import inspect
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -101,6 +103,19 @@ class Output:
     constant: bool = False  # it has no gradient
 
 
+def plain(formula: Callable) -> inspect.Signature:
+    """Returns the formula's signature with types alone, as ``help`` and completion show it."""
+    hints = {name: _with_bars(hint) for name, hint in get_type_hints(formula).items()}
+    signature = inspect.signature(formula)
+    parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    return signature.replace(parameters=parameters, return_annotation=hints["return"])
+
+
+def _with_bars(hint):
+    """Returns ``A | B`` for ``Union[A, B]``, which get_type_hints makes of it where A or B was annotated."""
+    return reduce(operator.or_, get_args(hint)) if get_origin(hint) is Union else hint
+
+
 def arguments(formula: Callable) -> tuple[Argument, ...]:
     hints = get_type_hints(formula, include_extras=True)
     return tuple(_argument(p, hints[p.name]) for p in inspect.signature(formula).parameters.values())
@@ -114,8 +129,12 @@ def _argument(parameter: inspect.Parameter, hint) -> Argument:
         kind = extra[1] if len(extra) > 1 else "floating"
         more["pattern"] = Pattern.parse(extra[0])
     elif get_origin(type_) is Literal:
-        kind = "choice"
-        more["codes"] = extra[0] if extra else {value: place for place, value in enumerate(get_args(type_))}
+        kind, values = "choice", get_args(type_)
+        more["codes"] = extra[0] if extra else {value: place for place, value in enumerate(values)}
+        if set(more["codes"]) != set(values):
+            raise ValueError(
+                f"{parameter.name}: expected {tuple(more['codes'])} in its Literal, got {values}"
+            )
     else:
         kind = {int: "int", tuple[int, int]: "pair", float: "float", bool: "flag"}[type_]
         more["constraint"] = extra[0] if extra else ""

@@ -128,7 +128,7 @@ def gated_depthwise_conv(
     padding_mask: Annotated[Tensor, "B T", bool] | None = None,
     cache: Annotated[Tensor, "B C K//2+delay"] | None = None,
     chunk_size: Annotated[int, "-1 or >= 1"] = -1,
-    activation: Annotated[Literal["swoosh_r", "identity"], ACTIVATIONS] = "swoosh_r",
+    activation: Annotated[Literal["swoosh_r", "silu", "identity"], ACTIVATIONS] = "swoosh_r",
     return_cache: bool = False,
     delay: int = 0,
 ) -> (

@@ -94,7 +94,7 @@ def swoosh_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    kind: str = "SwooshL",
+    kind: Literal["SwooshL", "SwooshR"] = "SwooshL",
     dropout_p: float = 0.0,
     dropout_shared_dim: int | None = None,
     training: bool = False,

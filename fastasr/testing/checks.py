@@ -8,7 +8,7 @@ samples and dtypes they apply to. The test suite parametrises over the same list
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fastasr import ops
 from fastasr.ops import _dispatch
 from fastasr.testing.refusals import Refusal, refusals
 from fastasr.testing.seeds import seed_torch, seeded
-from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables, with_tensors
+from fastasr.testing.table import Make, OpTable, Sample, flat, floating, table, with_tensors
 from fastasr.testing.tolerance import Comparison, compare, judged
 from fastasr.testing.transforms import transforms
 
@@ -43,6 +43,11 @@ def _contiguous(name: str, t: Tensor) -> Tensor:
 def is_gradient(f: Callable) -> bool:
     """Says whether f is an op that is a gradient itself."""
     return hasattr(f, "op") and f.op.is_gradient
+
+
+def _leaves(table: OpTable, arguments: dict) -> dict:
+    """Returns the call with tensors that require gradients, unless the op is a gradient itself."""
+    return with_tensors(arguments, lambda _, t: t.requires_grad_(not is_gradient(table.function)))
 
 
 def values_and_gradients(
@@ -355,11 +360,12 @@ def inputs_untouched(table: OpTable, sample: Sample, dtype: torch.dtype, device:
     """The op writes to no argument and to no gradient."""
     arguments = _make(sample, dtype, device)
     copies = with_tensors(arguments, lambda _, t: t.clone())
-    leaves = with_tensors(arguments, lambda _, t: t.requires_grad_())
+    leaves = _leaves(table, arguments)
     out = _call(table.function, leaves)
     cotangent = Make(out.dtype, device, "cotangent").normal(*out.shape)
     copy = cotangent.clone()
-    torch.autograd.grad(out, list(floating(leaves).values()), cotangent)
+    if not is_gradient(table.function):
+        torch.autograd.grad(out, list(floating(leaves).values()), cotangent)
     for name, t in floating(copies).items():
         _same(arguments[name].detach(), t, name)
     _same(cotangent, copy, "gradient")
@@ -427,8 +433,8 @@ def opcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> 
     """Runs ``torch.library.opcheck``: schema, fake, autograd registration, AOT dispatch with dynamic shapes."""
     arguments = _make(sample, dtype, device)
     torch.library.opcheck(table.overload, table.registered(arguments))
-    arguments = with_tensors(arguments, lambda _, t: t.requires_grad_())
-    torch.library.opcheck(table.overload, table.registered(arguments))
+    if not is_gradient(table.function):
+        torch.library.opcheck(table.overload, table.registered(_leaves(table, arguments)))
 
 
 def compiles(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
@@ -442,8 +448,13 @@ def compiles(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
         return table.function(**a)
 
     compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
+
+    @wraps(table.function)
+    def run(**a):
+        return compiled(**a)
+
     out, grads, cotangent = values_and_gradients(table.function, arguments)
-    other, other_grads, _ = values_and_gradients(lambda **a: compiled(**a), arguments, cotangent)
+    other, other_grads, _ = values_and_gradients(run, arguments, cotangent)
     _close(other.detach(), out.detach(), "values")
     for name, grad in other_grads.items():
         _close(grad, grads[name], f"gradient of {name}")
@@ -473,12 +484,14 @@ def autocast(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     """Under autocast, outputs have eager's dtype and accuracy, and gradients have the arguments' own dtypes."""
 
     def under(f):
+        @wraps(f)
         def run(**a):
             with torch.autocast(device, torch.bfloat16):
                 return f(**a)
 
         return run
 
+    @wraps(table.function)
     def overload(**a):
         return table.call_registered(a)
 
@@ -548,14 +561,15 @@ ALL, THOROUGH, RICHEST, NONE = "all", "thorough", "richest", "none"
 
 @dataclass(frozen=True)
 class Check:
-    """A check and the cases it applies to. ``short``: the samples that the short tests leave it where a backend is
-    forced, because kernels on an interpreter or an emulator take seconds a call. ``forced``: whether the check makes
-    sense there at all."""
+    """A check and the cases it applies to. ``differentiates``: it needs an op that has gradients. ``short``: the
+    samples that the short tests leave it where a backend is forced, because kernels on an interpreter or an emulator
+    take seconds a call. ``forced``: whether the check makes sense there at all."""
 
     run: Callable[[OpTable, Sample, torch.dtype, str], None]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     thorough_only: bool = False
     forced: bool = True
+    differentiates: bool = False
     short: str = ALL
 
     @property
@@ -563,6 +577,8 @@ class Check:
         return self.run.__name__
 
     def samples(self, table: OpTable) -> tuple[Sample, ...]:
+        if self.differentiates and is_gradient(table.function):
+            return ()
         chosen = table.thorough if self.thorough_only else table.samples
         return chosen if self.run is parity else tuple(s for s in chosen if s.exact)
 
@@ -579,8 +595,8 @@ class Check:
 CHECKS = (
     Check(parity, WIDE),
     Check(no_grad_equals_grad, short=RICHEST),
-    Check(gradcheck, (torch.float64,), thorough_only=True, forced=False),
-    Check(double_backward, (torch.float64,), thorough_only=True, forced=False),
+    Check(gradcheck, (torch.float64,), thorough_only=True, forced=False, differentiates=True),
+    Check(double_backward, (torch.float64,), thorough_only=True, forced=False, differentiates=True),
     Check(strides, (torch.float32, torch.bfloat16), thorough_only=True, short=RICHEST),
     Check(expanded, thorough_only=True, short=RICHEST),
     Check(poisoned, thorough_only=True),
@@ -593,7 +609,7 @@ CHECKS = (
     Check(no_recompile, thorough_only=True, forced=False),
     Check(autocast, thorough_only=True, forced=False),
     Check(forced_eager, WIDE, thorough_only=True, forced=False),
-    Check(transforms, (torch.float32, torch.float64), thorough_only=True, forced=False),
+    Check(transforms, (torch.float32, torch.float64), thorough_only=True, forced=False, differentiates=True),
 )
 
 
@@ -653,14 +669,14 @@ def check_op(
     name: str, *, device: str = "cpu", progress: Callable[[int, int, str], None] | None = None
 ) -> list[CheckResult]:
     """Runs every check of one op on this machine and calls ``progress(done, total, label)`` before each."""
-    if name not in tables():
-        raise ValueError(f"fastasr.testing: op: expected one of {tuple(tables())}, got {name!r}")
-    table = tables()[name]
+    if name not in ops.NAMES:
+        raise ValueError(f"fastasr.testing: op: expected one of {ops.NAMES}, got {name!r}")
+    of_op = table(name)
     work = [
         (case.check.name, case.sample.name, str(case.dtype).removeprefix("torch."), case)
-        for case in cases(table, device)
+        for case in cases(of_op, device)
     ]
-    work += [("refuses", label, "-", run) for label, run in refuses(table, device)]
+    work += [("refuses", label, "-", run) for label, run in refuses(of_op, device)]
     results = []
     for i, (check, sample, dtype, run) in enumerate(work):
         if progress is not None:

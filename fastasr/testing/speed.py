@@ -5,15 +5,17 @@ A module of ``fastasr.testing.samples`` lists them as ``CASES``, and as ``ON_DEV
 allocated or imported before a case is measured.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
 
 from fastasr import ops
+from fastasr._renamed import nearest
 from fastasr.testing import peers
-from fastasr.testing.table import Make, floating, placed
+from fastasr.testing.table import Make, floating, placed, samples_of
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
@@ -82,7 +84,6 @@ class Case:
     costs: Callable[[int], Mapping[str, Cost]]  # item size in bytes -> cost by pass
     copy: bool = False
     passes: tuple[str, ...] = PASSES
-    quick: bool = True  # part of a quick run
     arguments: Callable[[Make], dict] | None = None  # the op's keyword arguments
 
 
@@ -170,7 +171,6 @@ def case(
     others: Mapping[str, Callable[..., Implementation]] | None = None,
     copy: bool = False,
     passes: tuple[str, ...] = PASSES,
-    quick: bool = True,
     **options,
 ) -> Case:
     """Returns the case of a call, with ``others`` beside it. Its name is the given one, or one made from sizes, with
@@ -179,4 +179,32 @@ def case(
     name = (name if isinstance(name, str) else "x".join(map(str, name))) + note
     arguments = placed(arguments)
     make = versions(op, arguments, others or {}, **options)
-    return Case(op, name, shape or name, make, costs, copy, passes, quick, arguments)
+    return Case(op, name, shape or name, make, costs, copy, passes, arguments)
+
+
+def sizes_of(op: str | Callable) -> dict[str, int]:
+    """Returns the sizes of an op's call by name, as ``sized`` takes them, with the default of each. Raises
+    ``ValueError`` if no op is called so.
+    """
+    return {p.name: p.default for p in inspect.signature(samples_of(op).sized).parameters.values()}
+
+
+def sized(op: str | Callable, **sizes: int) -> Case:
+    """Returns a call of an op at the given sizes, ready to be checked and timed.
+
+    Args:
+        op: a function of ``fastasr.ops``, or its name.
+        sizes: by the names in the op's declaration (T, B and C stand for frames, sequences and channels where it names
+            no dimensions); those that are not given have the sizes of a model.
+    Raises:
+        ValueError: an unknown op or size, or a size that is not a positive int.
+    """
+    defaults, module = sizes_of(op), samples_of(op)
+    for name, size in sizes.items():
+        if name not in defaults:
+            expected = f"some of {', '.join(defaults)}, got {name!r}{nearest(name, defaults)}"
+            raise ValueError(f"fastasr.testing.sized: sizes: expected {expected}")
+        if type(size) is not int or size < 1:
+            raise ValueError(f"fastasr.testing.sized: {name}: expected a positive int, got {size!r}")
+    sizes = defaults | sizes
+    return replace(module.sized(**sizes), name=",".join(f"{name}={size}" for name, size in sizes.items()))

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastasr import ops
+from fastasr._renamed import nearest
 from fastasr.testing.seeds import seeded
 
 MANY = 2**20  # numbers that a CPU takes long to draw
@@ -116,8 +118,9 @@ class OpTable:
     function from the keyword arguments and that operator's result to the public function's result.
     rows: names of the arguments to cut along dimension 0 when a call is split (those that the call has); () if rows
     depend on each other. thread_invariant: whether results are bitwise equal for any number of threads (a vendor's
-    matrix product may not be). unread: arguments whose elements a call may leave unread (masked keys). Eager multiplies
-    them by zero, so a NaN there appears only in eager's result.
+    matrix product may not be). penalties: options that add to gradients alone, which then are no slopes. unread:
+    arguments whose elements a call may leave unread (masked keys). Eager multiplies them by zero, so a NaN there
+    appears only in eager's result.
     """
 
     op: str
@@ -128,6 +131,7 @@ class OpTable:
     rows: tuple[str, ...] = ()
     thread_invariant: bool = True
     unread: tuple[str, ...] = ()
+    penalties: tuple[str, ...] = ()
     random: Callable[["Make", "object"], dict] | None = field(default=None)
     result: Callable[[dict, object], object] = lambda arguments, outputs: outputs
 
@@ -165,18 +169,30 @@ class OpTable:
         return max(small, key=lambda s: sum(v is not None for v in s.arguments(Make()).values()))
 
 
-@cache
-def table(name: str) -> OpTable:
-    """Returns the table of a public op."""
+def samples_of(op: str | Callable) -> ModuleType:
+    """Returns the module of samples of a public op, which is given by its name or as the function itself. Raises
+    ``ValueError`` if no op is called so.
+    """
+    name = op if isinstance(op, str) else getattr(getattr(op, "op", None), "name", op)
+    if name not in ops.NAMES:
+        raise ValueError(
+            f"fastasr.testing: op: expected an op or its name, got {name!r}{nearest(str(name), ops.NAMES)}"
+        )
     module = f"fastasr.testing.samples.{name}"
     if find_spec(module) is None:
         raise LookupError(f"{name} has no samples: write {module.replace('.', '/')}.py with a TABLE")
-    return import_module(module).TABLE
+    return import_module(module)
+
+
+@cache
+def table(op: str | Callable) -> OpTable:
+    """Returns the table of a public op, which is given by its name or as the function itself."""
+    return samples_of(op).TABLE
 
 
 @cache
 def tables() -> dict[str, OpTable]:
-    """Returns {name: table} of the ops that the checks cover."""
+    """Returns {name: table} of the ops that have gradients; those that are gradients themselves have tables as well."""
     return {name: table(name) for name in ops.NAMES if name not in ops.GRADIENTS}
 
 

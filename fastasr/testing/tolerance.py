@@ -41,12 +41,18 @@ class Comparison:
         return replace(self, rms=self.rms / factor, worst=self.worst / factor).ok
 
     @property
-    def ok(self) -> bool:
+    def allowed(self) -> tuple[float, float]:
+        """Returns the largest errors that the contract allows, as a root mean square and at the worst element."""
         mean_floor, worst_floor = (32.0, 32.0) if self.eps < 1e-12 else (0.3 if self.count > 16 else 0.5, 1.0)
         return (
-            self.rms <= RATIO * self.eager_rms + mean_floor * self.eps
-            and self.worst <= RATIO * self.eager_worst + worst_floor * self.eps
+            RATIO * self.eager_rms + mean_floor * self.eps,
+            RATIO * self.eager_worst + worst_floor * self.eps,
         )
+
+    @property
+    def ok(self) -> bool:
+        rms, worst = self.allowed
+        return self.rms <= rms and self.worst <= worst
 
     def __str__(self) -> str:
         return (

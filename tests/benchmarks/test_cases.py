@@ -116,7 +116,9 @@ def test_a_run_is_resumed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(op_cases, "cases", lambda: [tiny({"eager": torch.abs, "fastasr": torch.abs})])
     monkeypatch.setattr(op_cases, "names", lambda: ["doubled"])
-    options = runner.Options(names=("doubled",), out=tmp_path / "r.jsonl", quick=True, compile=False, reps=2)
+    options = runner.Options(
+        names=("doubled",), out=tmp_path / "r.jsonl", compile=False, reps=2, patience=0.0
+    )
     first = runner.run(options)
     assert (len(first.rows), first.resumed, first.problems) == (9, 0, [])
     again = runner.run(options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""whitening_gradient returns a gradient that belongs to no function, so it has its own tests instead of a table."""
+"""whitening_gradient returns a gradient that belongs to no function: it has tests of its own beside the contract."""
 
 import pytest
 import torch

@@ -27,17 +27,13 @@ def run_bash(page: str, line: int, code: str) -> str:
 
 
 def missing(shown: str, printed: str) -> list[str]:
-    """Returns the lines of ``shown`` that are not among the printed ones. A line counts as printed if one printed line
-    has all its cells, which two spaces separate: pages leave out the frame of a table. Errors differ from run to run,
-    and "…" stands for the end of a cell.
-    """
-    lines = printed.split("\n")
+    """Returns the lines of ``shown`` that are not among the printed ones. Errors differ from run to run."""
 
-    def is_printed(line: str) -> bool:
-        cells = [c.rstrip("…") for c in re.split(r"  +", line) if not re.fullmatch(r"\d\.\de-\d\d", c)]
-        return any(all(cell in other for cell in cells) for other in lines)
+    def without_errors(line: str) -> str:
+        return re.sub(r"\S+e-\d\d of \S+e-\d\d$", "", line).rstrip()
 
-    return [line for line in shown.splitlines() if not is_printed(line)]
+    lines = {*map(without_errors, printed.split("\n"))}
+    return [line for line in shown.splitlines() if without_errors(line) not in lines]
 
 
 def main() -> None:

@@ -61,8 +61,8 @@ def _case(*shape: int) -> Case:
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, frames, 512)
+def sized(T: int = 375, B: int = 20, C: int = 512) -> Case:
+    return _case(B, T, C)
 
 
 CASES = ON_DEVICE = (_case(20, 375, 512),)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of balancer_gradient, and its benchmark at the sizes of Zipformer-M's stack 0 and of its front-end, where
-channels are in the middle. It is not the gradient of a function, so it has its own tests instead of the contract."""
+channels are in the middle. It is not the gradient of a function: it has tests of its own too."""
 
 import math
 
@@ -55,8 +55,8 @@ def _case(channel_dim: int, *shape: int) -> Case:
     return case("balancer_gradient", shape, lambda m: _call(m, shape, channel_dim), costs, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(-1, frames, batch, 192)
+def sized(T: int = 796, B: int = 4, D: int = 192) -> Case:
+    return _case(-1, T, B, D)
 
 
 CASES = (_case(-1, 796, 4, 192), _case(1, 4, 32, 798, 39))

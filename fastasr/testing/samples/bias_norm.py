@@ -83,8 +83,8 @@ def _case(*shape: int) -> Case:
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch, 192)
+def sized(T: int = 796, B: int = 4, C: int = 192) -> Case:
+    return _case(T, B, C)
 
 
 CASES = (_case(796, 4, 192), _case(100, 4, 512))

@@ -101,8 +101,8 @@ def _case(*shape: int, taps: int = 31) -> Case:
     return case("conv_spatial_gate", shape, arguments, passes, f", {taps} taps", others=others)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, frames, 1536)
+def sized(T: int = 400, B: int = 4, C: int = 1536, K: int = 31) -> Case:
+    return _case(B, T, C, taps=K)
 
 
 CASES = (_case(4, 400, 1536), _case(4, 400, 512))

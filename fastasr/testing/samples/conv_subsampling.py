@@ -103,8 +103,8 @@ def _case(batch: int, frames: int, bins: int = 80, channels: int = 256, **option
     return case("conv_subsampling", shape, lambda m: _call(m, batch, *padded, channels), moved, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, frames)
+def sized(T: int = 1602, B: int = 4, F: int = 82, C: int = 256) -> Case:
+    return _case(B, T - 2, F - 2, C)  # the front end pads two frames and two bins
 
 
 CASES = (_case(4, 1600), _case(1, 3000), _case(1, 16, passes=(FORWARD,)))

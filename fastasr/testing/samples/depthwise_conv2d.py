@@ -95,8 +95,7 @@ def _upstream(x, weight, bias, padding):
     return module(conv, x.permute(0, 3, 1, 2).contiguous(), weight=weight, bias=bias)
 
 
-def _case(shape, padding=(3, 3), note: str = "", **options) -> Case:
-    taps = 7, 7
+def _case(shape, padding=(3, 3), note: str = "", taps=(7, 7), **options) -> Case:
     batch, frames, width, channels = shape
     out_frames, out_width = frames + 2 * padding[0] - taps[0] + 1, width + 2 * padding[1] - taps[1] + 1
     into, out = math.prod(shape), batch * out_frames * out_width * channels
@@ -107,8 +106,8 @@ def _case(shape, padding=(3, 3), note: str = "", **options) -> Case:
     return case("depthwise_conv2d", shape, lambda m: _maps(m, shape, taps, padding), moved, note, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case((batch, frames, 19, 128))
+def sized(T: int = 796, B: int = 4, F: int = 19, C: int = 128, K: int = 7, L: int = 7) -> Case:
+    return _case((B, T, F, C), (K // 2, L // 2), taps=(K, L))
 
 
 CASES = (

@@ -90,8 +90,8 @@ def _case(*shape: int, taps: int = 3) -> Case:
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, frames, 1024)
+def sized(T: int = 400, B: int = 4, C: int = 1024, K: int = 3) -> Case:
+    return _case(B, T, C, taps=K)
 
 
 CASES = (_case(4, 400, 1024), _case(4, 400, 1024, taps=31))

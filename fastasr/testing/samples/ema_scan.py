@@ -211,7 +211,7 @@ def measured(
     """Returns a case of ema_scan or of complex_ema_scan: the two move the same bytes."""
     shape, n = "x".join(map(str, sizes)), math.prod(sizes)
     passes = costs((2 * n, 0), (3 * n, 0))  # x; y. x, dy; dx
-    options |= {"copy": True, "passes": (FORWARD, BOTH), "quick": name == "" and 200 in sizes}
+    options |= {"copy": True, "passes": (FORWARD, BOTH)}
     return case(op, name or shape, arguments, passes, shape=shape, **options)
 
 
@@ -232,8 +232,8 @@ def _curve_case(length: int) -> Case:
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch)
+def sized(L: int = 2048, B: int = 4, D: int = 512, N: int = 4) -> Case:
+    return _case(L, B, D, N)
 
 
 CASES = (

@@ -198,8 +198,8 @@ def _step_case(shape, taps: int) -> Case:
     return case("gated_depthwise_conv", shape, arguments, passes, note, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case((frames, batch, 192), 31)
+def sized(T: int = 796, B: int = 4, C: int = 192, K: int = 31) -> Case:
+    return _case((T, B, C), K)
 
 
 CASES = (

@@ -75,8 +75,8 @@ def _case(*shape: int) -> Case:
     return case("gated_residual_norm", shape, lambda m: _slices(m, *shape, between=1152), passes, copy=True)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch, 512)
+def sized(T: int = 200, B: int = 4, C: int = 512) -> Case:
+    return _case(T, B, C)
 
 
 CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))

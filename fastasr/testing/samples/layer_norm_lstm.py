@@ -92,23 +92,24 @@ PARAMETERS = {
 
 
 def _upstream(x, eps, hidden=None, cell=None, **values):
-    lstm = upstream_member("torchaudio.models.rnnt._CustomLSTM")(x.shape[-1], UNITS, True, eps).to(x)
+    units = values["cell_weight"].shape[0]
+    lstm = upstream_member("torchaudio.models.rnnt._CustomLSTM")(x.shape[-1], units, True, eps).to(x)
     lstm.load_state_dict({PARAMETERS[name]: value for name, value in values.items()})
     state = None if hidden is None else [hidden, cell]
     return Implementation(lambda: lstm(x, state)[0], parameters(x, *lstm.parameters()))
 
 
-def _case(steps: int, batch: int, state: bool = False) -> Case:
+def _case(steps: int, batch: int, state: bool = False, inputs: int = UNITS, units: int = UNITS) -> Case:
     def costs(size: int) -> dict[str, Cost]:
-        weights, flops = 8 * UNITS * UNITS, 16 * steps * batch * UNITS * UNITS
-        moved = (weights + 2 * steps * batch * UNITS) * size
+        weights = 4 * units * (inputs + units)
+        moved, flops = (weights + steps * batch * (inputs + units)) * size, 2 * steps * batch * weights
         return {FORWARD: Cost(moved, flops), BOTH: Cost(4 * moved, 3 * flops)}
 
-    shape = f"{steps}x{batch}x{UNITS}"
+    shape = f"{steps}x{batch}x{inputs}"
     return case(
         "layer_norm_lstm",
         shape + " with a state" * state,
-        lambda m: lstm(m, steps, batch, UNITS, UNITS, state=state),
+        lambda m: lstm(m, steps, batch, inputs, units, state=state),
         costs,
         shape=shape,
         others={"upstream": _upstream},
@@ -116,12 +117,11 @@ def _case(steps: int, batch: int, state: bool = False) -> Case:
         differentiable=("x", *PARAMETERS),
         result=lambda _, y: y[0],
         passes=(FORWARD, BOTH),
-        quick=steps * batch <= 16,
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch)
+def sized(T: int = 50, B: int = 4, D: int = UNITS, H: int = UNITS) -> Case:
+    return _case(T, B, inputs=D, units=H)
 
 
 CASES = (

@@ -108,8 +108,8 @@ def _cases(*sizes: int) -> list[Case]:
     return [_case(*sizes), *(_case(*sizes, wanted, passes) for wanted, passes in gradients)]
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames * batch, 192, 512)
+def sized(T: int = 796, B: int = 4, K: int = 192, N: int = 512) -> Case:
+    return _case(T * B, K, N)
 
 
 CASES = (

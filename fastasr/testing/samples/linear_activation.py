@@ -55,8 +55,8 @@ def _case(shape: tuple[int, ...], outputs: int, activation: str) -> Case:
     return case("linear_activation", f"{text}->{outputs}, {activation}", arguments, costs, shape=text)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case((batch, frames, 512), 1024, "silu")
+def sized(T: int = 400, B: int = 4, K: int = 512, N: int = 1024) -> Case:
+    return _case((B, T, K), N, "silu")
 
 
 CASES = (_case((4, 400, 512), 3072, "gelu"), _case((4, 400, 512), 1024, "silu"))

@@ -60,8 +60,8 @@ def _case(frames: int, batch: int, width: int) -> Case:
     return case("nonlin_attention", (frames, batch, width), lambda m: _call(m, frames, batch, width), passes)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch, 144)
+def sized(T: int = 796, B: int = 4, D: int = 144) -> Case:
+    return _case(T, B, D)
 
 
 CASES = (_case(796, 4, 144), _case(100, 4, 384))

@@ -238,11 +238,11 @@ TABLE = OpTable(
 HEADS, WIDTH = 8, 64
 
 
-def espnet(device: str) -> Callable:
+def espnet(heads: int, width: int, device: str) -> Callable:
     """Returns ESPnet's attention with projections that return their inputs."""
     name = "espnet2.asr.encoder.e_branchformer_encoder.RelPositionMultiHeadedAttention"
     attention = upstream_member(name)
-    module = attention(HEADS, HEADS * WIDTH, 0.0).to(device)
+    module = attention(heads, heads * width, 0.0).to(device)
     for name in ("linear_q", "linear_k", "linear_v", "linear_pos", "linear_out"):
         setattr(module, name, torch.nn.Identity())
     del module.pos_bias_u, module.pos_bias_v
@@ -258,7 +258,7 @@ def espnet(device: str) -> Callable:
 
 def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask=None, context=(-1, -1), chunk_size=1):
     """Returns torch's fused attention with the scores of positions, padding and context as its mask."""
-    position = ((q + bias_v) * WIDTH**-0.5).transpose(1, 2)
+    position = ((q + bias_v) * q.shape[-1] ** -0.5).transpose(1, 2)
     mask = relative_shift(torch.matmul(position, pos.permute(1, 2, 0)))
     hidden = outside_context(mask, context, chunk_size)
     if key_padding_mask is not None:
@@ -278,7 +278,7 @@ def flex(device: str) -> Callable:
 
     def run(q, k, v, pos, bias_u, bias_v, key_padding_mask):
         frames = q.shape[1]
-        position = ((q + bias_v) * WIDTH**-0.5).transpose(1, 2)
+        position = ((q + bias_v) * q.shape[-1] ** -0.5).transpose(1, 2)
         by_offset = torch.matmul(position, pos.permute(1, 2, 0))
 
         def scores(content, sequence, head, i, j):
@@ -291,27 +291,26 @@ def flex(device: str) -> Callable:
     return run
 
 
-def _case(frames: int, batch: int) -> Case:
+def _case(frames: int, batch: int, heads: int = HEADS, width: int = WIDTH) -> Case:
     def arguments(make: Make) -> dict:
         lengths = torch.linspace(frames, frames * 0.8, batch).long()
         padding = _padding(frames, *lengths).to(make.device)
-        return _call(make, batch, frames, HEADS, WIDTH, key_padding_mask=padding)
+        return _call(make, batch, frames, heads, width, key_padding_mask=padding)
 
     others = {
         "additive mask": lambda **call: computed(additive, call),
         "FlexAttention": lambda **call: computed(flex(call["q"].device), call),
-        "upstream": lambda **call: computed(espnet(call["q"].device), call),
+        "upstream": lambda **call: computed(espnet(heads, width, call["q"].device), call),
     }
-    name = f"{batch}x{frames}, {HEADS} heads of {WIDTH}"
-    quick = frames * frames * batch < 1_000_000
-    passes = _passes(batch, frames, frames * frames)
-    return case("rel_attention", name, arguments, passes, others=others, quick=quick)
+    name = f"{batch}x{frames}, {heads} heads of {width}"
+    passes = _passes(batch, frames, frames * frames, heads, width)
+    return case("rel_attention", name, arguments, passes, others=others)
 
 
-def _passes(batch: int, frames: int, pairs: int):
+def _passes(batch: int, frames: int, pairs: int, heads: int = HEADS, width: int = WIDTH):
     """Returns the costs of each pass, where queries see ``pairs`` keys in all."""
-    product = 2 * batch * HEADS * pairs * WIDTH
-    rows, offsets = batch * frames * HEADS * WIDTH, 2 * frames * HEADS * WIDTH
+    product = 2 * batch * heads * pairs * width
+    rows, offsets = batch * frames * heads * width, 2 * frames * heads * width
     return costs((4 * rows + offsets, 3 * product), (7 * rows + 2 * offsets, 8 * product))
 
 
@@ -331,8 +330,8 @@ def _chunks(frames: int, batch: int, left: int = 70, chunk_size: int = 14) -> Ca
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch)
+def sized(T: int = 400, B: int = 4, H: int = HEADS, D: int = WIDTH) -> Case:
+    return _case(T, B, H, D)
 
 
 CASES = (_case(400, 4), _case(1500, 1), _chunks(1500, 1))

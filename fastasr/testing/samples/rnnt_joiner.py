@@ -39,7 +39,7 @@ def _short(make: Make, *sizes: int, **more) -> dict:
 def _symbols_but_blank(call: dict) -> dict:
     """Replaces blank among the symbols, because its probability as a symbol is 0 in a HAT."""
     outputs, blank = call["weight"].shape[0], call["termination_symbol"]
-    return call | {"symbols": (blank + 1 + call["symbols"] % (outputs - 1)) % outputs}
+    return call | {"symbols": (blank + 1 + call["symbols"] % max(1, outputs - 1)) % outputs}
 
 
 def _hat(make: Make, *sizes: int, **more) -> dict:
@@ -176,12 +176,12 @@ def _case(
 
     shape = f"{batch}x{frames}x{s_range}x{channels}, V={outputs}"
     name = shape if keep_logits is None else f"{shape}, logits computed again"
-    options = {"quick": keep_logits is None and outputs <= 500, "result": lambda _, y: torch.stack(y)}
+    options = {"result": lambda _, y: torch.stack(y)}
     return case("rnnt_joiner", name, arguments, costs, shape=shape, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(500, sizes=(batch, frames, 60, 5, 512))
+def sized(T: int = 400, B: int = 4, S: int = 60, s_range: int = 5, D: int = 512, V: int = 500) -> Case:
+    return _case(V, sizes=(B, T, S, s_range, D))
 
 
 CASES = (_case(500), _case(500, False), _case(5000), _case(5000, False))

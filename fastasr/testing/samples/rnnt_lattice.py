@@ -185,8 +185,8 @@ def _case(batch: int, symbols: int, frames: int, *, modified: bool = False, ragg
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, 60, frames)
+def sized(T: int = 400, B: int = 4, S: int = 60) -> Case:
+    return _case(B, S, T)
 
 
 CASES = (

@@ -166,8 +166,8 @@ def _case(batch: int, symbols: int, frames: int, window: int) -> Case:
     return case("rnnt_pruned_lattice", shape, arguments, lattice_costs(cells), f", S={symbols}", **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, 60, frames, 5)
+def sized(T: int = 400, B: int = 4, R: int = 5) -> Case:
+    return _case(B, 60, T, R)
 
 
 CASES = (_case(40, 100, 750, 5), _case(4, 60, 400, 5), _case(1, 10, 40, 5))

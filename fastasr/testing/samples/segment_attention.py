@@ -149,46 +149,65 @@ TABLE = OpTable(
 HEADS, WIDTH, LEFT = 8, 64, 30
 
 
-def upstream(segment: int, right: int, frames: int, batch: int, device: str) -> Callable:
+def upstream(
+    segment: int, right: int, frames: int, batch: int, heads: int, width: int, left: int, device: str
+) -> Callable:
     """Does what torchaudio's layer does between its projections: dense scores and a mask, built once per forward."""
     emformer = upstream_member("torchaudio.models.emformer.Emformer")
-    context = {"left_context_length": LEFT, "right_context_length": right}
-    model = emformer(HEADS * WIDTH, HEADS, 8, 1, segment, **context)
+    context = {"left_context_length": left, "right_context_length": right}
+    model = emformer(heads * width, heads, 8, 1, segment, **context)
     attention = model.emformer_layers[0].attention
     mask = model._gen_attention_mask(torch.empty(frames, batch, 1, device=device))
 
     def run(query, key, value, **_):
         rows = query.shape[0]
-        q, k, v = (t.contiguous().view(-1, batch * HEADS, WIDTH).transpose(0, 1) for t in (query, key, value))
+        q, k, v = (t.contiguous().view(-1, batch * heads, width).transpose(0, 1) for t in (query, key, value))
         scores = torch.bmm(q * attention.scaling, k.transpose(1, 2))
         mixed = torch.bmm(attention._gen_attention_probs(scores, mask, None), v)
-        return mixed.transpose(0, 1).contiguous().view(rows, batch, HEADS * WIDTH)
+        return mixed.transpose(0, 1).contiguous().view(rows, batch, heads * width)
 
     return run
 
 
-def _case(segment: int, right: int, frames: int = 400, batch: int = 4) -> Case:
+def _case(
+    segment: int,
+    right: int,
+    frames: int = 400,
+    batch: int = 4,
+    heads: int = HEADS,
+    width: int = WIDTH,
+    left: int = LEFT,
+) -> Case:
     queries, keys = rows_of(frames, segment, right, 0)
-    row, pairs = batch * HEADS * WIDTH, 0
+    row, pairs = batch * heads * width, 0
     for start in range(0, frames, segment):
         end = min(start + segment, frames)
-        pairs += batch * HEADS * (right + end - start) * (right + end - max(0, start - LEFT))
+        pairs += batch * heads * (right + end - start) * (right + end - max(0, start - left))
     passes = costs(
-        ((2 * queries + 2 * keys) * row, 4 * WIDTH * pairs),
-        ((3 * queries + 4 * keys) * row, 10 * WIDTH * pairs),
+        ((2 * queries + 2 * keys) * row, 4 * width * pairs),
+        ((3 * queries + 4 * keys) * row, 10 * width * pairs),
     )
-    name, shape = f"{frames}x{batch}, segment {segment}, right {right}", f"{frames}x{batch}x{HEADS * WIDTH}"
-    sizes = batch, HEADS, WIDTH, frames, segment, LEFT, right, 0
+    name, shape = f"{frames}x{batch}, segment {segment}, right {right}", f"{frames}x{batch}x{heads * width}"
+    sizes = batch, heads, width, frames, segment, left, right, 0
     others = {
         "upstream": lambda **call: computed(
-            upstream(segment, right, frames, batch, call["query"].device), call
+            upstream(segment, right, frames, batch, heads, width, left, call["query"].device), call
         )
     }
     return case("segment_attention", name, lambda m: _slices(m, *sizes), passes, shape=shape, others=others)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(16, 4, frames, batch)
+def sized(
+    frames: int = 400,
+    B: int = 4,
+    num_heads: int = HEADS,
+    D: int = WIDTH,
+    segment_length: int = 16,
+    left_context_length: int = LEFT,
+    right_context_length: int = 4,
+) -> Case:
+    context = num_heads, D, left_context_length
+    return _case(segment_length, right_context_length, frames, B, *context)
 
 
 CASES = ON_DEVICE = (_case(16, 4), _case(4, 1))

@@ -43,7 +43,7 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def measured(op: str, *shape: int, quick: bool = True) -> Case:
+def measured(op: str, *shape: int) -> Case:
     """Returns the case of swoosh_l or swoosh_r."""
 
     def upstream(x):
@@ -51,12 +51,12 @@ def measured(op: str, *shape: int, quick: bool = True) -> Case:
 
     n = math.prod(shape)
     passes = costs((2 * n, 0), (3 * n, 0))  # x; y. x, dy; dx
-    options = {"copy": True, "quick": quick, "others": {"upstream": upstream}}
+    options = {"copy": True, "others": {"upstream": upstream}}
     return case(op, shape, lambda m: {"x": m.normal(*shape, scale=3.0)}, passes, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return measured("swoosh_l", frames, batch, 512)
+def sized(T: int = 1600, B: int = 4, C: int = 512) -> Case:
+    return measured("swoosh_l", T, B, C)
 
 
 CASES = (measured("swoosh_l", 4, 1600, 512),)

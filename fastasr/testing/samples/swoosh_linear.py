@@ -164,8 +164,8 @@ def _case(shape: tuple[int, ...], outputs: int) -> Case:
     )
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case((frames, batch, 512), 192)
+def sized(T: int = 796, B: int = 4, K: int = 512, N: int = 192) -> Case:
+    return _case((T, B, K), N)
 
 
 CASES = (_case((796, 4, 512), 192), _case((100, 4, 1536), 512))

@@ -112,13 +112,13 @@ def _case(batch: int, frames: int, length: int, channels: int, outputs: int) -> 
         return costs_of(Cost(operands + 28 * rows, product), Cost(2 * operands + 28 * rows, 2 * product))
 
     shape = f"{batch}x{frames}x{length + 1}x{channels}, V={outputs}"
-    options = {"quick": outputs < 5000, "result": lambda _, y: torch.cat([t.flatten() for t in y])}
+    options = {"result": lambda _, y: torch.cat([t.flatten() for t in y])}
     arguments = lambda m: _call(m, batch, frames, length, channels, outputs, 5, activation="relu")  # noqa: E731
     return case("tdt_joiner", shape, arguments, costs, shape=shape, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, frames, 20, 640, 1025)
+def sized(T: int = 188, B: int = 4, S: int = 20, D: int = 640, V: int = 1025) -> Case:
+    return _case(B, T, S, D, V)
 
 
 CASES = (_case(4, 188, 40, 640, 8193), _case(1, 20, 5, 64, 30))

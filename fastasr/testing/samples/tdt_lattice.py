@@ -165,8 +165,8 @@ def _case(batch: int, frames: int, symbols: int, *, ragged: bool = False) -> Cas
     return case("tdt_lattice", shape, arguments, costs, ", ragged" * ragged, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(batch, frames, 20)
+def sized(T: int = 188, B: int = 4, S: int = 20) -> Case:
+    return _case(B, T, S)
 
 
 CASES = (_case(4, 188, 40), _case(4, 188, 40, ragged=True), _case(1, 20, 5))

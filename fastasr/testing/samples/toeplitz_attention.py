@@ -147,11 +147,11 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(length: int, batch: int, quick: bool = True) -> Case:
-    size, keys, values = 512, 128, 1024
+def _case(length: int, batch: int, keys: int = 128, values: int = 1024) -> Case:
+    between = 512  # what the projection has beside query_key and gate
 
     def arguments(make: Make) -> dict:
-        return _slices(make, length, batch, keys, values, size, size, activate_value=True)
+        return _slices(make, length, batch, keys, values, between, between, activate_value=True)
 
     frames, pairs = length * batch, batch * length * (length + 1) // 2  # causal
     passes = costs(
@@ -160,12 +160,12 @@ def _case(length: int, batch: int, quick: bool = True) -> Case:
         (frames * (2 * keys + 6 * values), 2 * pairs * (3 * keys + 2 * values)),
     )
     name, shape = f"{length}x{batch}, {keys}, {values}", f"{length}x{batch}x{values}"
-    return case("toeplitz_attention", name, arguments, passes, shape=shape, quick=quick)
+    return case("toeplitz_attention", name, arguments, passes, shape=shape)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch)
+def sized(L: int = 200, B: int = 4, D: int = 128, V: int = 1024) -> Case:
+    return _case(L, B, D, V)
 
 
-CASES = ON_DEVICE = (_case(200, 4), _case(1024, 4, quick=False))
+CASES = ON_DEVICE = (_case(200, 4), _case(1024, 4))
 WATCH = "unaligned loads in the bias's gradient; float64 sums for float32; 150 channels"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of whitening_gradient, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3 and of the keys of
-stack 0. It is not the gradient of a function, so it has its own tests instead of the contract."""
+stack 0. It is not the gradient of a function: it has tests of its own too."""
 
 import math
 
@@ -65,8 +65,8 @@ def _case(*shape: int, groups: int = 1) -> Case:
     return case("whitening_gradient", shape, lambda m: _call(m, shape, groups), costs, **options)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch, 192)
+def sized(T: int = 796, B: int = 4, D: int = 192, num_groups: int = 1) -> Case:
+    return _case(T, B, D, groups=num_groups)
 
 
 CASES = (_case(796, 4, 192), _case(100, 4, 512), _case(796, 4, 128, groups=4))

@@ -89,9 +89,9 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(*sizes: int) -> Case:
+def _case(*sizes: int, query: int = weights.QUERY_DIM, dim: int = 12) -> Case:
     frames, batch, heads = sizes
-    query, pos, dim = weights.QUERY_DIM, weights.POS_DIM, 12
+    pos = weights.POS_DIM
     scores, rows = heads * batch * frames * frames, frames * batch * heads
     values, result = rows * (2 * query + pos + dim), rows * dim
     product, weighting = 2 * scores * (query + pos), 2 * scores * dim
@@ -99,13 +99,17 @@ def _case(*sizes: int) -> Case:
     backward = 2 * values + result, 3 * product + 2 * weighting
 
     def arguments(make: Make, *sizes: int) -> dict:
-        return _valued(make, weights.ragged(make, *sizes), dim=dim)
+        return _valued(make, weights.ragged(make, *sizes, query), dim=dim)
 
     return weights.measured("zipformer_attention", arguments, forward, backward, *sizes)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch, 4)
+def sized(
+    T: int = 796, B: int = 4, num_heads: int = 4, query_head_dim: int = weights.QUERY_DIM, E: int = 48
+) -> Case:
+    if E % num_heads:
+        raise ValueError(f"E: expected a multiple of num_heads = {num_heads}, got {E}")
+    return _case(T, B, num_heads, query=query_head_dim, dim=E // num_heads)
 
 
 CASES = (_case(796, 4, 4), _case(2998, 1, 4))

@@ -3,6 +3,7 @@
 speech, 4 utterances), and at 60 s of one utterance."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -156,6 +157,7 @@ TABLE = OpTable(
         Sample("no frames", lambda m: _call(m, 0, 2)),
         Sample("no sequences", lambda m: _call(m, 5, 0)),
     ),
+    penalties=("score_penalty",),
     random=_random,
 )
 
@@ -165,41 +167,42 @@ TABLE = OpTable(
 QUERY_DIM, POS_DIM = 32, 4
 
 
-def _upstream(x, pos, num_heads: int, key_padding_mask, **_) -> Implementation:
+def _upstream(x, pos, num_heads: int, query_head_dim: int, key_padding_mask, **_) -> Implementation:
     """Returns upstream's module without its projections: the rest is what the op computes."""
     cls = upstream_member("zipformer.modules.zipformer.RelPositionMultiheadAttentionWeights")
-    dims = {"query_head_dim": QUERY_DIM, "pos_head_dim": POS_DIM}
+    dims = {"query_head_dim": query_head_dim, "pos_head_dim": POS_DIM}
     attention = cls(8, pos_dim=8, num_heads=num_heads, **dims).eval()
     attention.in_proj = attention.linear_pos = torch.nn.Identity()
     return simple(lambda x, pos: attention(x, pos, key_padding_mask), x, pos)
 
 
-def ragged(make: Make, frames: int, batch: int, heads: int) -> dict:
+def ragged(make: Make, frames: int, batch: int, heads: int, query: int = QUERY_DIM) -> dict:
     """Makes sequences that are padded up to 30 %."""
     padding = make.padding(frames, torch.linspace(frames, frames * 0.7, batch).long().tolist())
-    return _call(make, frames, batch, heads, QUERY_DIM, POS_DIM, scale=0.5, key_padding_mask=padding)
+    return _call(make, frames, batch, heads, query, POS_DIM, scale=0.5, key_padding_mask=padding)
 
 
 def measured(op: str, arguments: Callable, forward, backward, *sizes: int, **options) -> Case:
     """Returns the case of an attention of these numbers of frames, sequences and heads, from its costs."""
     frames, batch, heads = sizes
-    name, quick = f"{frames}x{batch}, {heads} heads", frames * frames * batch < 4_000_000
+    name = f"{frames}x{batch}, {heads} heads"
     passes = costs(forward, backward)
-    return case(op, name, lambda m: arguments(m, *sizes), passes, quick=quick, **options)
+    return case(op, name, lambda m: arguments(m, *sizes), passes, **options)
 
 
-def _case(*sizes: int) -> Case:
+def _case(*sizes: int, query: int = QUERY_DIM) -> Case:
     frames, batch, heads = sizes
-    scores, values = heads * batch * frames * frames, frames * batch * heads * (2 * QUERY_DIM + POS_DIM)
-    product = 2 * scores * (QUERY_DIM + POS_DIM)
+    scores, values = heads * batch * frames * frames, frames * batch * heads * (2 * query + POS_DIM)
+    product = 2 * scores * (query + POS_DIM)
     forward = scores + values, product  # W; x
     backward = 2 * scores + 2 * values, 2 * product  # W, dW; x, dx
     others = {"upstream": _upstream}
-    return measured("zipformer_attention_weights", ragged, forward, backward, *sizes, others=others)
+    arguments = partial(ragged, query=query)
+    return measured("zipformer_attention_weights", arguments, forward, backward, *sizes, others=others)
 
 
-def sized(frames: int, batch: int) -> Case:
-    return _case(frames, batch, 4)
+def sized(T: int = 796, B: int = 4, num_heads: int = 4, query_head_dim: int = QUERY_DIM) -> Case:
+    return _case(T, B, num_heads, query=query_head_dim)
 
 
 CASES = (_case(796, 4, 4), _case(398, 4, 4), _case(100, 4, 8), _case(2998, 1, 4))
