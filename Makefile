@@ -76,7 +76,7 @@ build/dist/.made: $(SOURCES) | $(STAMPS)/fastasr
 	if [[ $${FASTASR_NATIVE:-1} != 0 ]]; then $(PY) -m zipfile -e build/dist/*.whl build/wheel && mv build/wheel/fastasr/*.so fastasr/; fi
 	rm -rf build/wheel && touch $@
 
-$(STAMPS)/peers: scripts/install_peers.sh scripts/build_fast_rnnt.py | $(STAMPS)/fastasr
+$(STAMPS)/peers: scripts/install_peers.sh scripts/peers.sh scripts/build_fast_rnnt.py | $(STAMPS)/fastasr
 	@echo "== $(VENV): upstream packages"
 	source $(STAMPS)/build.env; scripts/install_peers.sh $(PY)
 	touch $@

@@ -97,10 +97,7 @@ setup(
         *packages("benchmarks", "fastasr.benchmarks"),
     ],
     include_package_data=False,  # what the source distribution holds beside code (benchmark rows) stays out of wheels
-    package_data={
-        "": ["*.html", "*.toml", "*.json", "py.typed"],
-        "fastasr.benchmarks": ["results/predicted.json"],  # to be compared with measurements
-    },
+    package_data={"": ["*.html", "*.toml", "*.json", "py.typed"]},
     ext_modules=[Extension("fastasr._build_info", [])]
     if os.environ.get("FASTASR_NATIVE", "1") != "0"
     else [],

@@ -27,9 +27,8 @@ class Row:
     "fastasr" | "copy" | .... ``peak_bytes``: memory above what was held before the call. ``bytes`` and
     ``flops``: what the mathematics needs at least. ``fraction_of_limit``: least possible time on this
     machine over the median, 1.0 being the limit, which ``limit`` names. ``load``: cores kept busy by other
-    processes meanwhile. On a GPU ``median_ms`` is the device's time; ``host_ms`` is the median until the call returns,
-    ``predicted_ms`` what the cost model predicts for the device. Of a whole model on a GPU ``median_ms`` is the wall
-    clock's time of a call, and ``busy_ms`` the time of its kernels.
+    processes meanwhile. On a GPU ``median_ms`` is the device's time; ``host_ms`` is the median until the call returns.
+    Of a whole model on a GPU ``median_ms`` is the wall clock's time of a call, and ``busy_ms`` the time of its kernels.
     ``code``: a hash of the files that the op or model is made of.
     """
 
@@ -53,7 +52,6 @@ class Row:
     limit: str | None = None
     load: float | None = None
     host_ms: float | None = None
-    predicted_ms: float | None = None
     busy_ms: float | None = None
     code: str = ""
     commit: str = ""

@@ -5,14 +5,17 @@
 ``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``refresh`` makes again what is kept between calls,
 ``why`` says which calls leave the fast path and why, and inside ``upstream_draws`` attention draws its dropout as
 upstream does. ``fastasr.ops`` holds the operations
-themselves; importing it registers ``torch.ops.fastasr``.
+themselves.
 
-``import fastasr`` imports nothing else: the command answers ``--help`` without torch, and each name here imports what
-it needs when it is first used.
+``import fastasr`` registers ``torch.ops.fastasr``, which ``torch.export.load`` looks up: at once if torch is imported,
+and otherwise as soon as it is. It imports nothing else: the command answers ``--help`` without torch, and each name
+here imports what it needs when it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from fastasr._registration import register_with_torch
 
 __version__ = "0.1.0"
 
@@ -79,8 +82,12 @@ def __getattr__(name: str):
         return import_module(f"fastasr.{name}")
     from fastasr._renamed import nearest
 
-    raise AttributeError(f"module 'fastasr' has no attribute {name!r}{nearest(name, __dir__())}")
+    # without an object, since Python would add the nearest name once more
+    raise AttributeError(f"module 'fastasr' has no attribute {name!r}{nearest(name, __dir__())}", obj=None)
 
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *_SUBPACKAGES})
+
+
+register_with_torch()

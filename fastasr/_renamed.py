@@ -24,8 +24,10 @@ def old_names(module: dict, renamed: dict[str, str]) -> Callable[[str], object]:
 
     def getattr_(name: str) -> object:
         if name not in renamed:
+            # without an object, since Python would add the nearest name once more
             raise AttributeError(
-                f"module {module['__name__']!r} has no attribute {name!r}{nearest(name, module['__all__'])}"
+                f"module {module['__name__']!r} has no attribute {name!r}{nearest(name, module['__all__'])}",
+                obj=None,
             )
         old, new = (f"{module['__name__']}.{n}" for n in (name, renamed[name]))
         warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=2)

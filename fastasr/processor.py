@@ -28,17 +28,29 @@ def fields(facts: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
 def crowd(threads: int, facts: Path = Path("/proc/loadavg")) -> float:
     """Returns how many threads of other processes run or wait for a core at this moment, relative to as many as do not
     disturb ``threads`` of our own: above 1 they disturb them. 0 where the system does not say.
-
-    ``facts`` counts such threads without the delay of its averages. In a container it counts those of the whole
-    machine, as ``os.cpu_count`` counts its cores.
     """
-    try:
-        running = int(facts.read_text().split()[3].partition("/")[0])
-    except (OSError, ValueError, IndexError):
-        return 0
     cores = os.cpu_count() or 1
     # More than a quarter of the cores share their caches and memory with ours; more than we leave free wait for ours.
-    return max(0, running - threads) / min(cores / 4, max(0.5, cores - threads))
+    return max(0, _running(facts) - threads) / min(cores / 4, max(0.5, cores - threads))
+
+
+def free_cores(facts: Path = Path("/proc/loadavg")) -> int:
+    """Returns how many cores no thread of another process wants at this moment, one of our threads running: at least
+    one; all where the system does not say.
+    """
+    return max(1, (os.cpu_count() or 1) - max(0, _running(facts) - 1))
+
+
+def _running(facts: Path) -> int:
+    """Returns how many threads run or wait for a core, 0 where the system does not say.
+
+    ``facts`` counts them without the delay of its averages. In a container it counts those of the whole machine, as
+    ``os.cpu_count`` counts its cores.
+    """
+    try:
+        return int(facts.read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 class Load:

@@ -15,9 +15,8 @@ be NaN in place of the formula's number. Launches: forward 1, backward 3; dx, wh
 additions of torch's: its kernel writes the 9 shares of each pixel of h.
 
 Bytes: x and y; x and g, which the programs of three rows of taps read. A 20x3000x80 bf16 input with 256 channels is
-157 MB of y: 47 us at 3.35 TB/s. Predicted for an H100: 143 us forward, 179 us backward. The weights' gradients are
-added up in parts that depend on the shape alone, and the parts in float64: results repeat bit for bit, there are no
-atomics.
+157 MB of y: 47 us at 3.35 TB/s. The weights' gradients are added up in parts that depend
+on the shape alone, and the parts in float64: results repeat bit for bit, there are no atomics.
 """
 
 import torch

@@ -11,8 +11,7 @@ Bytes per element of e bytes: forward 5e, backward 8e; without a gate 3e and 4e;
 takes 5 us forward and 8 us backward at 4.3 TB/s.
 
 A program holds tiles of whole rows in registers. Forward, a warp has 512 elements of a row, or 256 from capability 9.0
-on, where a gated row of 512 channels is predicted to take 9.5 us in place of 8.7 within one warp, though its sums need
-no barrier (1024x4x512 in bf16, H100).
+on.
 Rows of the four inputs may lie apart, as slices of a projection do. In the backward, program p sums its rows' shares of
 dweight and dbias and writes them as row p of two tables, float64 ones for float32 tensors, and a second kernel adds the
 tables' rows in float64 (_parts.py).
@@ -206,7 +205,7 @@ def backward_tile(
 
     On 9.0, in 16 bits, many programs of one row or few hide the barriers of a row's sums: in a trial on an H200 they
     took less time than one tile for each multiprocessor, at 800 to 30,000 rows of 512 channels. Elsewhere this is not
-    measured, and predicted to take longer.
+    measured.
     """
     spills = gated and (dtype == torch.float32 or masked or generation >= 100)
     most = WARPS // 2 if spills else WARPS

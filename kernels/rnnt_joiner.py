@@ -40,8 +40,7 @@ from fastasr.kernels._weights_dropout import constants, dropped, row_words
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 128 << 20
 FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
-# Up to so many rows of a frame go one by one. Of 1,600 frames of 512 channels, 5 rows are predicted to take 10 us on an
-# H100 in place of 23, and 16 rows 26 in place of 36; of 160 frames with 64 rows, 51 in place of 14.
+# Frames with at most SHORT rows have a program for each row: tiles of eight rows would be mostly empty.
 SHORT, SHORT_FRAME = 16, {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
 # a thread for each channel: each stores the element of DLM that it loaded
 CONTEXT = {"BLOCK_T": 64, "BLOCK_C": 128, "num_warps": 4}
@@ -330,8 +329,7 @@ def context_gradient_kernel(
 def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, int]]:
     """Returns tile shape, warps and stages of ``hidden`` and of the two kernels that multiply
     (tests/kernels/budgets.toml: no spills; 128 rows spill on capability 12.0). On 9.0, 256 outputs at once read a
-    quarter less from the second-level cache: for 30,832 rows of 640 channels and 8,193 outputs, ``scores`` is predicted
-    to take 816 us on an H100 in place of 1,116. ``logits_gradient`` would spill; 64 outputs at once in four warps took
+    quarter less from the second-level cache. ``logits_gradient`` would spill; 64 outputs at once in four warps took
     less time in a trial on an H200 than 128 in eight.
     """
     wide = dtype == torch.float32
@@ -408,9 +406,7 @@ class _Plan:
     def share(self, count: int) -> int:
         """Returns the outputs of a program of `scores`: those for which its programs take the fewest turns of a block.
 
-        A multiprocessor holds one program of 16 bits, two of float32 (tests/kernels/budgets.toml: registers). The 63
-        blocks of rows of 8,000 rows and 5,000 outputs are predicted to take 109 us on an H100 with 2 shares, which run
-        at once, and 118 with 7. The shares of a row are added up: devices with other numbers of multiprocessors may
+        A multiprocessor holds one program of 16 bits, two of float32 (tests/kernels/budgets.toml: registers). The shares of a row are added up: devices with other numbers of multiprocessors may
         round the last bits of L otherwise.
         """
         block, blocks = self.scores["BLOCK_N"], self.blocks(count)

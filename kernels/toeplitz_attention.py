@@ -231,7 +231,7 @@ def tiles(
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed. In 16 bits and without dropout 32 rows have up to 512 columns of v where operands come
     from shared memory, 256 elsewhere. Their scores are then computed twice or four times at V = 1024 instead of eight
-    times: forward is predicted to take 62 us in place of 123 on an H100, 152 in place of 233 on an A100 (1024 frames).
+    times.
     """
     wide = dtype == torch.float32
     from_shared = generation in (90, 100) and not wide  # operands of products, which leaves more registers

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # build_dist.sh PYTHON [aarch64]: builds build/dist/*.tar.gz from the sources and build/dist/*.whl from that alone.
-# auditwheel names the oldest system that the wheel runs on: manylinux_2_28 without CUDA code, this machine's glibc with
-# it. With aarch64 both go to build/dist-aarch64, and the wheel is for Linux on aarch64: Debian's cross compiler builds
+# auditwheel names the oldest system that the wheel runs on: manylinux_2_28 without CUDA code, manylinux_2_34 with it.
+# With aarch64 both go to build/dist-aarch64, and the wheel is for Linux on aarch64: Debian's cross compiler builds
 # it, without CUDA code, against the libraries of torch's wheel for aarch64, which pip downloads once.
 # build/source holds the unpacked archive and keeps what was compiled: files have their own dates, so a second run
 # compiles what has changed.

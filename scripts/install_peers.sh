@@ -4,28 +4,20 @@
 set -euo pipefail
 python=$1
 here=$(cd "$(dirname "$0")" && pwd)
-pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$here/constraints.txt")
 
-# What `import zipformer` and `import speechbrain` import, and what the ONNX export needs.
-"${pip[@]}" tensorboard huggingface_hub tqdm pandas braceexpand kaldialign sentencepiece simple-sentencepiece \
-  packaging pyyaml hyperpyyaml scipy onnx onnxruntime onnxscript typeguard attrs wrapt regex safetensors tokenizers soxr
-# Without their dependencies: these ask for torch packages of their own.
-"${pip[@]}" --no-deps kaldifst webdataset atdataset zipformer torchaudio espnet returnn dm-tree \
-  transformers accelerate speechbrain nemo_toolkit loralib
+python() { "$python" "$@"; }
+pip() {
+  local options=(--quiet --disable-pip-version-check -c "$here/constraints.txt")
+  # The tests import NeMo's encoder without the 130 packages that NeMo needs for training and data.
+  [[ $* == *nemo_toolkit* ]] && options+=(--no-deps)
+  "$python" -m pip "$@" "${options[@]}"
+}
 
-# torchaudio's wheels are linked against CUDA: with a CPU torch their libraries do not load and the import fails.
-# Its Python parts (torchaudio.models, compliance) need none of them, so the libraries go.
-"$python" - <<'PY'
-import importlib.util
-import pathlib
-
-import torch
-
-if torch.version.cuda is None:
-    package = pathlib.Path(importlib.util.find_spec("torchaudio").origin).parent
-    for library in package.rglob("*.so"):
-        library.unlink()
-PY
+# What tests need beside the frameworks: ONNX, adapters, the tables of byte-level units.
+pip install onnx onnxruntime onnxscript sentencepiece simple-sentencepiece soxr
+pip install --no-deps accelerate loralib
+# The lines that docs/install.md shows.
+source "$here/peers.sh"
 
 # fast_rnnt comes as sources; where they do not compile, the tests that compare with it are skipped and say so.
 sources=$(mktemp -d)

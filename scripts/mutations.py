@@ -129,6 +129,20 @@ FAULTS = (
         ("tests/swap/test_verify.py",),
     ),
     Fault(
+        "fastasr/swap/verdict.py",
+        "a module like an earlier one passes whatever it computes",
+        "            if not difference <= limit < math.inf:  # nor is it with NaN\n",
+        "            if False:\n",
+        ("tests/swap/test_like_modules.py",),
+    ),
+    Fault(
+        "fastasr/swap/interruption.py",
+        "Ctrl-C takes effect at once",
+        "        if len(pressed) > 1:\n",
+        "        if pressed:\n",
+        ("tests/swap/test_verify_messages.py",),
+    ),
+    Fault(
         "fastasr/swap/reach.py",
         "the dicts of a model come back empty",
         "                    base.__setitem__(held, key, value)\n",

@@ -29,7 +29,7 @@ STEPS = {
     "install": "`pip install` of the wheel",
     "model": "a swapped model that has run",
 }
-# The package is upstream's, from PyPI.
+MODEL = "a small Zipformer of two layers"  # The package is upstream's, from PyPI.
 SWAP = """
 import fastasr, torch
 from zipformer.modules.zipformer import Zipformer
@@ -69,7 +69,9 @@ def table() -> str:
     lines = ["| what there is | after |", "|---|---:|"]
     lines += [f"| {what} | {row[name]:.1f} s |" for name, what in STEPS.items()]
     where = f"{row['device_name']}, torch {row['torch']}, commit {row['commit']}, {row['date'][:10]}"
-    what = f"A wheel of {row['wheel_mb']:.1f} MB; the machine's load was {row['load']:.1f}"
+    what = (
+        f"The model is {MODEL}; a wheel of {row['wheel_mb']:.1f} MB; the machine's load was {row['load']:.1f}"
+    )
     return "\n".join([*lines, "", f"{what}; **{where}**."])
 
 
@@ -79,8 +81,8 @@ def sentence() -> str:
         return NONE_YET
     row = json.loads(RESULTS.read_text(encoding="utf-8"))[-1]
     return (
-        f"Where torch is installed, it takes {row['model']:.0f} s from nothing to a swapped model that has run\n"
-        "([measured](docs/install.md#from-the-wheel))."
+        f"Where torch and the package `zipformer` are installed, it takes {row['model']:.0f} s from nothing to\n"
+        f"{MODEL} that is swapped and has run ([measured](docs/install.md#from-the-wheel))."
     )
 
 

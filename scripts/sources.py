@@ -184,7 +184,9 @@ def operators() -> dict[str, Path]:
 def lazy() -> dict[str, str]:
     """Returns dotted name -> package, of what ``fastasr`` shows to a type checker and loads when it is asked for."""
     blocks = (node for node in _tree(modules()["fastasr"]).body if isinstance(node, ast.If))
-    imports = (node for block in blocks for node in block.body if node.module != "fastasr")
+    imports = (
+        n for block in blocks for n in block.body if isinstance(n, ast.ImportFrom) and n.module != "fastasr"
+    )
     return {f"fastasr.{a.name}": node.module for node in imports for a in node.names}
 
 
@@ -230,7 +232,8 @@ def _native(path: Path) -> set[Path]:
 
 def _python(path: Path, test: str = "") -> set[Path]:
     if path == modules()["fastasr"]:
-        return {modules()[name] for name in ("fastasr.ops", "fastasr.ops._dispatch")}
+        names = "fastasr.ops", "fastasr.ops._dispatch", "fastasr._registration"
+        return {modules()[name] for name in names if name in modules()}
     mentioned, used, texts = words(path, test), references(path, test), set(_texts(path, test))
     names = imported(path, test) | used | {text for text in texts if re.fullmatch(r"fastasr(\.\w+)+", text)}
     if "fastasr" in used:

@@ -3,9 +3,9 @@
 
     python scripts/tables.py [--check]
 
-Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, those
-of frameworks from the rules. The picture of a TDT's memory is drawn from its rows. ``--check`` changes nothing and ends
-with 1 when a page does not say what they say.
+Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, those of frameworks from the
+rules, the lines that install them from peers.sh. The picture of a TDT's memory is drawn from its rows. ``--check``
+changes nothing and ends with 1 when a page does not say what they say.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import test_matrix
 import test_minutes
 
 from fastasr import ops
-from fastasr.benchmarks import predictions, sweep
+from fastasr.benchmarks import sweep
 from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.device import whole_models as on_gpus
 from fastasr.benchmarks.markdown import put, table, whole_models, without_padding
@@ -44,10 +44,10 @@ SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
 NEWCOMER_MARKERS = "<!-- newcomer:start -->", "<!-- newcomer:end -->"
 WHOLE_MARKERS = "<!-- whole:start -->", "<!-- whole:end -->"
+TRAINING_MARKERS = "<!-- training:start -->", "<!-- training:end -->"
 GPU_MARKERS = "<!-- gpu:start -->", "<!-- gpu:end -->"
 SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
-LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
-SUMS_MARKERS = "<!-- sums:start -->", "<!-- sums:end -->"
+PEERS_MARKERS = "<!-- peers:start -->", "<!-- peers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
@@ -156,6 +156,12 @@ def op_rows() -> str:
     return "\n".join(lines)
 
 
+def peers() -> str:
+    """Returns the lines that install each framework, without the head of their file."""
+    lines = (ROOT / "scripts" / "peers.sh").read_text(encoding="utf-8").partition("\n\n")[2]
+    return f"```bash\n# needs: an index of packages for pip\n{lines}```"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
     found += [put(DOCS / "install.md", crowd.table(), check, *CROWD_MARKERS)]
     found += [put(DOCS / "install.md", newcomer.table(), check, *NEWCOMER_MARKERS)]
+    found += [put(DOCS / "install.md", peers(), check, *PEERS_MARKERS)]
     found += [put(ROOT / "README.md", newcomer.sentence(), check, *NEWCOMER_MARKERS)]
     found += [put(DOCS / "testing.md", instruction_sets.table(), check, *SETS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
@@ -189,14 +196,12 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "rnnt.md", transducer_memory.table(rows), check, *MEMORY_MARKERS)]
     if not check and transducer_memory.memory_rows(rows, transducer_memory.TDT):
         transducer_memory.main(["--tdt"])
-    found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
-    found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
-    found += [put(DOCS / "gpu-predictions.md", predictions.sums(), check, *SUMS_MARKERS)]
     on_gpu = verdict.records(GPU_RECORDS)
     found += [put(DOCS / "gpu-queue.md", verdict.tables(on_gpu), check)]
     found += [put(ROOT / "README.md", verdict.sentence(on_gpu), check, *GPU_MARKERS)]
     whole = verdict.records(WHOLE_RECORDS)
     found += [put(ROOT / "README.md", on_gpus.summary(whole), check, *WHOLE_MARKERS)]
+    found += [put(ROOT / "README.md", on_gpus.training([*on_gpu, *whole]), check, *TRAINING_MARKERS)]
     found += [put(DOCS / "graphs.md", on_gpus.details(whole), check, *WHOLE_MARKERS)]
     return max(found)
 

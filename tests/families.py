@@ -284,6 +284,66 @@ def parakeet(lengths=(75, 50, 9), **options):
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
+def lasr():
+    transformers = pytest.importorskip("transformers")
+    names = "subsampling_conv_channels", "num_mel_bins", "num_hidden_layers", "intermediate_size"
+    sizes = {name: SIZES[name] for name in names} | {"hidden_size": 24, "num_attention_heads": 2}
+    config = transformers.LasrEncoderConfig(**sizes, conv_kernel_size=6, layerdrop=0.0)
+    x = torch.randn(3, 75, sizes["num_mel_bins"], generator=numbers(1))
+    mask = torch.arange(75) < torch.tensor([75, 50, 30])[:, None]
+    model = transformers.LasrEncoder(config)
+    return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+
+
+def granite_speech5():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+    config = transformers.GraniteSpeech5EncoderConfig(
+        **sizes, vocab_size=11, num_mel_bins=5, context_size=8, activation_dropout=0.1
+    )
+    x = torch.randn(2, 44, 20, generator=numbers(1))
+    mask = torch.arange(44) < torch.tensor([44, 30])[:, None]
+    model = transformers.GraniteSpeech5Encoder(config)
+    return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+
+
+def of_wav2vec2(package, class_name, config_name, **options):
+    """An encoder with modules of Wav2Vec2Conformer's code."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        module = pytest.importorskip(f"transformers.models.{package}.modeling_{package}")
+        config = getattr(transformers, config_name)(
+            hidden_size=WIDTH, conv_depthwise_kernel_size=TAPS, **options
+        )
+        config._attn_implementation = "sdpa"
+        x = torch.randn(3, 21, WIDTH, generator=numbers(1))
+        mask = torch.arange(21) < torch.tensor([21, 13, 5])[:, None]
+
+        def run(model):
+            found = model(x.clone(), attention_mask=mask)
+            return [found if isinstance(found, torch.Tensor) else found[0]]
+
+        return getattr(module, class_name)(config), run
+
+    return made
+
+
+SEAMLESS = {
+    "speech_encoder_layers": 2,
+    "speech_encoder_attention_heads": HEADS,
+    "speech_encoder_intermediate_size": HIDDEN,
+    "speech_encoder_dropout": 0.1,
+    "speech_encoder_layerdrop": 0.0,
+}
+W2V_BERT = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "intermediate_size": HIDDEN,
+    "layerdrop": 0.0,
+}
+
+
 def nemotron(**options):
     pytest.importorskip("transformers.models.nemotron_asr_streaming")
     from transformers import NemotronAsrStreamingEncoder
@@ -392,6 +452,19 @@ FAMILIES = {
     "mega": mega,
     "mega rotary": lambda: mega(rel_pos_bias_type="rotary"),
     "parakeet": parakeet,
+    "lasr": lasr,
+    "granite speech 5": granite_speech5,
+    "seamless m4t": of_wav2vec2(
+        "seamless_m4t",
+        "SeamlessM4TConformerEncoder",
+        "SeamlessM4TConfig",
+        max_source_positions=64,
+        **SEAMLESS,
+    ),
+    "seamless m4t v2": of_wav2vec2(
+        "seamless_m4t_v2", "SeamlessM4Tv2ConformerEncoder", "SeamlessM4Tv2Config", **SEAMLESS
+    ),
+    "w2v-bert": of_wav2vec2("wav2vec2_bert", "Wav2Vec2BertEncoder", "Wav2Vec2BertConfig", **W2V_BERT),
     "parakeet tdt": parakeet_transducer("TDT"),
     "parakeet rnn-t": parakeet_transducer("RNNT"),
     "nemotron": nemotron,

@@ -5,7 +5,7 @@ import contextlib
 
 import torch
 
-from fastasr.swap.verify import StayInFp64
+from fastasr.swap.replay import StayInFp64
 
 
 @contextlib.contextmanager

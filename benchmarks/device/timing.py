@@ -14,9 +14,7 @@ from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.case import Case, row, variant
 from fastasr.benchmarks.device.checks import reported
 from fastasr.benchmarks.device.machine import GPU
-from fastasr.benchmarks.environment import device_name
 from fastasr.benchmarks.harness import Variant, peak_bytes
-from fastasr.benchmarks.predictions import predicted
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.time_limit import Expired, time_limit
 from fastasr.models import fast_conformer, zipformer
@@ -81,14 +79,9 @@ def time_pass(tell: Callable, machine: GPU, case: Case, dtype: torch.dtype, pass
     rate = limits.gemm_flops_per_second(machine.device, dtype) if cost.flops else 1.0
     if cost.flops / rate * 1e3 > limit_ms:
         limit_ms, limit = cost.flops / rate * 1e3, f"GEMM {rate / 1e12:.0f} TFLOP/s"
-    microseconds = None
-    if dtype is torch.bfloat16:
-        microseconds = predicted(case.op, pass_, case.name, device_name(machine.device))
     rows = []
     for name, (device, host) in times.items():
         more = {"reps": len(device), "limit": limit, "host_ms": round(statistics.median(host), 6)}
-        if name == "fastasr" and microseconds is not None:
-            more["predicted_ms"] = microseconds / 1e3
         if name != "copy" and not machine.dry:
             more["peak_bytes"] = peak_bytes(variants[name], machine.device)
         made = row(case, machine.device, dtype, pass_, name, _quartiles(device), limit_ms, **more)

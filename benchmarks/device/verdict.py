@@ -2,7 +2,6 @@
 """What the records of a run say: verdict.md, the table of docs/gpu-queue.md, and the exit code."""
 
 import json
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from fastasr.benchmarks.table import Unit, units
 
 RIGHT, WRONG, UNUSABLE, SLOW, UNFINISHED = range(5)  # exit codes
 SLOWER = 1.05  # times the time of eager or torch.compile, from which on an op is called slower
-FAR = 2.0  # times the prediction or its inverse, from which on the cost model is called off
 COLUMNS = (*CHECKS, *SANITIZERS, "tests")
 BAD = ("wrong", "hung", "crashed")
 SHOWN_KERNELS = 15  # of a step's profile, the longest
@@ -159,7 +157,7 @@ def _us(milliseconds: float | None) -> str:
 
 
 def times_table(found: dict[str, Subject]) -> str:
-    """Returns the table of microseconds: on the device, the prediction, on the host, and of the others."""
+    """Returns the table of microseconds: on the device, on the host, and of the others."""
     lines = []
     for name, subject in found.items():
         for unit in subject.timed:
@@ -167,25 +165,10 @@ def times_table(found: dict[str, Subject]) -> str:
             if ours is None:
                 continue
             others = (unit.median(other) for other in ("eager", "compile", "copy"))
-            times = (ours.median_ms, ours.predicted_ms, ours.host_ms, *others)
+            times = (ours.median_ms, ours.host_ms, *others)
             lines.append((name + mark(first), first.case, first.dtype, first.pass_, *map(_us, times)))
-    head = (
-        "",
-        *["case", "dtype", "pass", "**fastasr**", "predicted", "host", "eager", "`torch.compile`", "copy"],
-    )
-    return _table(head, lines, 6) if lines else "No times yet."
-
-
-def beside_predictions(found: dict[str, Subject]) -> str:
-    """Returns a sentence about the times over the predicted ones, "" where none has a prediction."""
-    ours = [unit.row("fastasr") for subject in found.values() for unit in subject.timed]
-    ratios = sorted(row.median_ms / row.predicted_ms for row in ours if row and row.predicted_ms)
-    if not ratios:
-        return ""
-    return (
-        f"The device took {ratios[0]:.2f} to {ratios[-1]:.2f} times as long as predicted, in the median "
-        f"{statistics.median(ratios):.2f} times, over {len(ratios)} passes."
-    )
+    head = ("", "case", "dtype", "pass", "**fastasr**", "host", "eager", "`torch.compile`", "copy")
+    return _table(head, lines, 5) if lines else "No times yet."
 
 
 def sentence(records: Sequence[dict]) -> str:
@@ -211,7 +194,7 @@ def tables(records: Sequence[dict]) -> str:
         timed = [unit.first for subject in found.values() for unit in subject.timed]
         where += OLD_NOTE if any(subject.old for subject in found.values()) or mark(*timed) else ""
     watch = _table(("op", "what to look at"), ((f"`{op}`", to_watch(op) or "–") for op in kernels()))
-    parts = where, checks_table(found), times_table(found), beside_predictions(found), watch
+    parts = where, checks_table(found), times_table(found), watch
     return "\n\n".join(part for part in parts if part)
 
 
@@ -223,15 +206,6 @@ def exit_code(records: Sequence[dict], left: Sequence[str]) -> int:
     if left:
         return UNFINISHED
     return SLOW if any(subject.slow for subject in found) else RIGHT
-
-
-def _off(found: dict[str, Subject]) -> Iterable[str]:
-    for name, subject in found.items():
-        for unit in subject.timed:
-            ours = unit.row("fastasr")
-            if ours and ours.predicted_ms and not 1 / FAR < ours.median_ms / ours.predicted_ms < FAR:
-                times = f"{_us(ours.median_ms)} µs, predicted {_us(ours.predicted_ms)}"
-                yield f"{name} {unit.first.case} {unit.first.pass_}: {times}"
 
 
 def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
@@ -251,7 +225,7 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
         "## Right or wrong",
         checks_table(found),
         "## Times in microseconds",
-        "Device time of fastasr, its prediction, the time until a call returns on the host, device time of the others. "
+        "Device time of fastasr, the time until a call returns on the host, device time of the others. "
         "A training step's time includes the gaps between its kernels.",
         times_table(found),
     ]
@@ -273,8 +247,6 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
                 f"### Output of {record['stage']} {record['kind']}: {record['name']}",
                 f"```\n{record['output']}\n```",
             ]
-    off = list(_off(found))
-    parts += ["### Predictions that are off", "\n".join(f"- {line}" for line in off)] if off else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -373,6 +373,46 @@ def summary(records: Iterable[dict]) -> str:
     return "\n".join([*_table(head, lines, len(columns) + 2), "", _where(found)])
 
 
+TRAINED_WITH = {"zipformer": "icefall", "fast_conformer": "NeMo or transformers"}
+
+
+def training(records: Sequence[dict]) -> str:
+    """Returns what the README says that a training step in bfloat16 gains: a line for each measured step, recorded or
+    not, with its memory and what bounds it.
+
+    records: those of whole models, and those of ops, among which a Zipformer-M is measured without graphs.
+    """
+    busy = {
+        (record["op"], message["of"]): message["busy_ms"]
+        for record in records
+        for message in record["messages"]
+        if "busy_ms" in message
+    }
+    rows = (Row.from_dict(row) for record in records for m in record["messages"] for row in m.get("rows", ()))
+    lines = []
+    for unit in units(rows):
+        name = unit.first.name
+        if name == "zipformer_training" or (name in TITLES and unit.first.case.startswith("training")):
+            theirs = unit.row("upstream") or unit.row("eager")
+            for key, words in (("fastasr", "not recorded"), ("recorded", "recorded")):
+                if theirs and (ours := unit.row(key)):
+                    lines.append(_gain(theirs, ours, ours.busy_ms or busy[name, key], words))
+    return "\n".join(lines) or NONE_YET
+
+
+def _gain(theirs: Row, ours: Row, kernels: float, words: str) -> str:
+    package = next(package for name, package in TRAINED_WITH.items() if ours.name.startswith(name))
+    bound = "kernels" if kernels > ours.median_ms / 2 else "host"
+    found = [
+        f"- {TITLES.get(ours.name, TITLES['zipformer_m'])} with {package}, {words}: {duration(theirs.median_ms)} → "
+        f"{duration(ours.median_ms)} ({times(theirs.median_ms / ours.median_ms)})"
+    ]
+    if ours.peak_bytes and theirs.peak_bytes:
+        found.append(f"{theirs.peak_bytes / 1e9:.1f} → {ours.peak_bytes / 1e9:.1f} GB")
+    found.append(f"bound by the {bound}: {duration(kernels)} of kernels ({ours.device_name}{mark(ours)})")
+    return ", ".join(found)
+
+
 def details(records: Sequence[dict]) -> str:
     """Returns the tables of docs/graphs.md: wall clock, host, kernels and memory of every way to run a model; and the
     longest kernels of the steps that were profiled."""

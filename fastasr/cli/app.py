@@ -45,11 +45,17 @@ def env(json: Json = False) -> None:
 
 
 @app.command()
-def ops(json: Json = False) -> None:
-    """Every op and backend: available here or not, and why not."""
+def ops(
+    ops: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OP]...", help="Names of ops, for their devices, dtypes and reasons."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Every op and its backends: available here or not, and why not."""
     from fastasr.cli import ops as command
 
-    command.run(as_json=json)
+    command.run(ops or [], as_json=json)
 
 
 @app.command()

@@ -60,7 +60,7 @@ def check_device(name: str) -> None:
     if kind == "cuda" and (reason := no_gpu()):
         fail(f"--device {name}: {reason}, or leave --device out to use the CPU")
     try:
-        torch.empty(0, device=name, dtype=torch.float32)
+        torch.empty(0, dtype=torch.float32, device=name)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: {str(error).splitlines()[0]}")
 

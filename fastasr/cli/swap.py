@@ -103,7 +103,7 @@ def _print_report(report) -> None:
     console = out()
     for row in report.rolled_back:
         console.print(f"[bold red]restored[/] {escape(row.path)}: {escape(row.reason)}", soft_wrap=True)
-    console.print(report)
+    console.print(escape(report), soft_wrap=True)
 
 
 def run(
@@ -129,13 +129,15 @@ def run(
             "[yellow]nothing in this model can be replaced[/]; the report says why, module by module"
         )
     before = copy.deepcopy(model) if timed and inputs is not None else None
-    with progress.status("verifying every swapped module on the inputs" if verify else "swapping"):
-        try:
-            report = fastasr.accelerate(model, verify=inputs if verify else None, weights=weights)
-        except ValueError as error:
+    try:
+        report = fastasr.accelerate(model, verify=inputs if verify else None, weights=weights)
+    except Exception as error:  # most likely the user's model does not accept these inputs
+        notes = getattr(error, "__notes__", [])
+        if isinstance(error, ValueError) and not notes:
             fail(str(error))
-        except Exception as error:  # most likely the user's model does not accept these inputs
-            fail(f"the model could not be run on the inputs: {type(error).__name__}: {error}")
+        fail(
+            "\n".join([f"the model could not be run on the inputs: {type(error).__name__}: {error}", *notes])
+        )
     result["report"] = report.to_dict()
     result["verified"] = report.verified
     result["ok"] = report.ok

@@ -167,7 +167,9 @@ def _verify(stages: Stages, ours: torch.nn.Module, story: Story) -> None:
     with stages.stage("Verification, layer by layer, on this speech"):
         excerpt = excerpt_of(story.features, story.lengths)
         seconds = " and ".join(f"{n / 100:.1f} s" for n in excerpt[1].tolist())
-        stages.say("every swapped module runs both ways, values and gradients, against upstream in float64")
+        stages.say(
+            "every swapped module runs both ways, values and gradients; of like ones the first in float64 too"
+        )
         stages.say(f"on {seconds} of the batch: all of it would take minutes")
         checked = fastasr.verify(ours, excerpt)
         merge(story.swap, checked)
@@ -223,6 +225,7 @@ def merge(report: fastasr.SwapReport, checked: fastasr.SwapReport) -> None:
     for row in report.rows:
         if (result := results.get(row.path)) is not None:
             row.status, row.errors = result.status, result.errors
+            row.allowed, row.like = result.allowed, result.like
             row.reason = "; ".join(filter(None, (row.reason, result.reason)))
     report.verified = True
 

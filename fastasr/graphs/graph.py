@@ -52,6 +52,8 @@ class Gradients:
         """Returns what autograd is given: fresh views, since it keeps a gradient that nobody else holds, and copies
         others. ``found`` says which parameters have one."""
         views = self._views([b.clone() for b in self.buffers]) if self.clones else self.views
+        if all(found):
+            return map(torch.Tensor.detach, views)
         return [v.detach() if has else None for v, has in zip(views, found, strict=True)]
 
     def keep_accumulated(self):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from fastasr import _left
 from fastasr._recording import recording
@@ -115,32 +116,41 @@ class _Structure:
         modules = list(module.modules())
         # (the module's own dict holds its bound forward, and so the module)
         self.own = [vars(m) for m in modules if m is not module]
-        self.tables = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
-        self.filled = [table for table in self.tables if table]
+        # (an entry in a table that was empty is read by no forward that was recorded)
+        self.tables = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
         self.hooks = [
             d
             for m in modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
             if m is not module
         ]
-        self.count = sum(map(len, self.tables))
+        self.hooks_known = None
         self.entries, self.forwards = self._entries(), self._forwards()
         self.parameters = list(module.parameters())
         self.state = [*self.parameters, *module.buffers()]
 
     def _entries(self):
-        return [*chain.from_iterable(map(dict.values, self.filled))]
+        return [*chain.from_iterable(map(dict.values, self.tables))]
 
     def _forwards(self):
         return [*map(dict.get, self.own, repeat("forward"))]
 
     def stays(self):
         """Says whether the module has the same submodules, tensors and forwards. They are compared by identity."""
+        entries = self._entries()
         return (
-            sum(map(len, self.tables)) == self.count
-            and all(map(operator.is_, self._entries(), self.entries))
+            len(entries) == len(self.entries)
+            and all(map(operator.is_, entries, self.entries))
             and all(map(operator.is_, self._forwards(), self.forwards))
         )
+
+    def has_hooks(self):
+        """Says whether a submodule has hooks. They are looked at again after any hook was registered anywhere."""
+        if RemovableHandle.next_id != self.hooks_known:
+            if any(self.hooks):
+                return True
+            self.hooks_known = RemovableHandle.next_id
+        return False
 
     def training(self):
         return tuple(map(operator.itemgetter("training"), self.own))
@@ -205,7 +215,7 @@ class ModuleGraphs:
 
     def _graph(self, module, leaves, form, chosen):
         """Returns the graph of this call, or None and why there is none ("": not yet)."""
-        reason = _unrecordable(leaves) or ("submodules have hooks" if any(self.structure.hooks) else "")
+        reason = _unrecordable(leaves) or ("submodules have hooks" if self.structure.has_hooks() else "")
         if reason:
             return None, f"not replayed: {reason}"
         if self._looks_first(module) and not self.structure.stays():

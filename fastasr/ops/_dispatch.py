@@ -314,12 +314,15 @@ def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dt
     return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in others) else x.dtype
 
 
-@torch.compiler.assume_constant_result
 def _served(family: str, device_type: str, index: int | None, dtype: torch.dtype, forced: str) -> bool:
     # when the graph runs, a traced dual level is one of C++ alone, which the operator would not see
     if forward_ad._current_level >= 0 and not transforms_active():
         return False
     return FAMILIES[family]._choose(torch.device(device_type, index), dtype) is not None
+
+
+# What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo: that takes as long as torch.
+_served._dynamo_marked_constant = True
 
 
 def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:

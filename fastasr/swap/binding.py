@@ -114,6 +114,11 @@ def bound_forward(module):
     return bound_function(module, "forward")
 
 
+def is_guarded(module):
+    """Says whether ``bind`` was called for this module and not undone, even if other code has bound a forward since."""
+    return isinstance(vars(module).get(_GUARD), _ScriptGuard)
+
+
 def foreign_method(module, name):
     """Returns a method that other code than ``bind`` put on this instance, or None.
 

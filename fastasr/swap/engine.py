@@ -18,7 +18,7 @@ from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
 from fastasr.swap import weights as reduced
 from fastasr.swap.reach import Reach
-from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
+from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Restored, Row, SwapReport
 from fastasr.swap.rule import Known, Rule, upstream_class, upstream_forward
 from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.rules.torch import LINEAR
@@ -217,6 +217,7 @@ def _verify(model, inputs, report, unproven, before):
         if result is None:
             continue
         row.status, row.errors = result.status, result.errors
+        row.allowed, row.like = result.allowed, result.like
         if result.status == ROLLED_BACK:
             row.reason = result.reason
         elif row.path in unproven and result.errors is None:
@@ -245,18 +246,21 @@ def explain(model, only=None, exclude=None):
 
 
 def restore(model):
-    """Gives every swapped module of ``model`` its own forward back. Returns the number of these modules."""
+    """Gives every swapped module of ``model`` its own forward back. Returns the number of these modules, a
+    :class:`fastasr.swap.report.Restored`, which prints what was done and what was left."""
     _check_model("restore", model)
-    reduced.release(model)
-    for module in model.modules():
-        recording.release(module)
-    rules, count = rules_by_forward(), 0
-    for module in list(model.modules()):
-        bound = binding.unbind(module)
+    weights = reduced.release(model)
+    graphs = sum(recording.release(module) is not None for module in model.modules())
+    rules, count, left = rules_by_forward(), 0, []
+    modules = list(model.named_modules())
+    for path, module in modules:
+        guarded, bound = binding.is_guarded(module), binding.unbind(module)
         if bound is not None:
             rules[bound[0]].release(module)
             count += 1
-    return count
+        elif guarded:
+            left.append(path)
+    return Restored(count, type(model).__name__, len(modules), left, weights, graphs)
 
 
 def refresh(model):

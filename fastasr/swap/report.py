@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of a swap: which modules were replaced, which were not, and why."""
 
-import io
 import json
-import shutil
+import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 REPLACED = "replaced"
 SKIPPED = "skipped"
 ROLLED_BACK = "rolled back"
+
+WIDTH = 80  # columns of the printed report
+_COUNT = 7  # "  12 x "
+_ERRORS = len(" 1.2e-03 of 4.5e-06")
+_NOTE = len(" [12]")
+_CLASSES = 40
+_DRAWS = (
+    "`with fastasr.upstream_draws():` gives upstream's dropout; docs/swap.md has it under "
+    '"Dropout of attention weights"'
+)
 
 
 @dataclass
@@ -18,7 +27,9 @@ class Row:
 
     An error is the largest one against an fp64 run of upstream's code, relative to the largest magnitude of the
     result. ``values`` and ``gradients`` are fastasr's errors, ``upstream_values`` and ``upstream_gradients`` those of
-    upstream in the model's own precision.
+    upstream in the model's own precision. ``allowed`` holds the errors that pass, for ``values`` and ``gradients``.
+    ``like`` is the path of a like module if that one's fp64 run served this one too: ``values`` and ``gradients`` are
+    then sums of the measured difference from upstream and of upstream's error there.
     """
 
     path: str
@@ -28,6 +39,8 @@ class Row:
     status: str
     reason: str
     errors: dict | None = None
+    allowed: dict | None = None
+    like: str | None = None
 
 
 @dataclass
@@ -40,8 +53,8 @@ class SwapReport:
     ``graphs`` says of ``accelerate(graphs=True)`` why calls of an encoder are not recorded (path -> reason, None: they
     are).
     ``weights`` is the :class:`fastasr.swap.weights.ReducedReport` of ``accelerate(weights=...)``, or None.
-    ``print(report)`` shows equal rows as one line; ``report.table(every=True)`` has one line per module
-    and, after them, one per weight.
+    ``print(report)`` shows equal rows as one, in two lines of at most 80 columns; ``report.table(every=True)`` has a
+    row per module and, after them, a line per weight.
     """
 
     model: str
@@ -120,39 +133,81 @@ class SwapReport:
         lines += _of_encoders(self.graphs, "recorded", "not recorded")
         if self.weights is not None:
             lines += [self.weights.summary, *self.weights.lines()]
-        return "\n".join(lines)
+        return "\n".join(map(wrapped, lines))
 
     def table(self, every=False):
-        """Returns the report as text: one line per module or, with ``every=False``, per group of equal rows."""
-        columns, lines = self._lines(every)
-        try:
-            text = _rich_table(columns, lines)
-        except ImportError:
-            text = _plain_table(columns, lines)
-        weights = self.weights.every() if every and self.weights is not None else []
-        return "\n".join([text, *weights, self.summary])
-
-    def _lines(self, every):
-        columns = ["module", "class", "kernels", "status", "error", "reason"]
-        if every:
-            rows = [(row, row.path or "(the model)") for row in self.rows]
-        else:
-            rows = _grouped(self.rows)
-        lines = [
-            [where, row.class_name, kernel_names(row), self._status(row), _largest_error(row), row.reason]
-            for row, where in rows
-        ]
-        return columns, lines
-
-    def _status(self, row):
-        return "would be replaced" if self.dry_run and row.status == REPLACED else row.status
+        """Returns the report as text, with two lines per module or, with ``every=False``, per group of equal rows."""
+        rows = [(1, row) for row in self.rows] if every else _grouped(self.rows)
+        lines, notes = [], {}
+        for status in (REPLACED, ROLLED_BACK, SKIPPED):
+            group = [item for item in rows if item[1].status == status]
+            if not group:
+                continue
+            heading = "would be replaced" if self.dry_run and status == REPLACED else status
+            verified = any(row.errors for _, row in group)
+            lines.append(heading + "error of allowed".rjust(WIDTH - len(heading)) if verified else heading)
+            classes = min(_CLASSES - 12 * verified, max(len(row.class_name) for _, row in group))
+            for count, row in group:
+                lines += _lines_of(count, row, classes, verified, notes)
+        for text, number in notes.items():
+            lines.append(wrapped(f"[{number}] {text}"))
+        if any("upstream_draws" in text for text in notes):
+            lines.append(wrapped(_DRAWS))
+        if every and self.weights is not None:
+            lines += map(wrapped, self.weights.every())
+        return "\n".join([*lines, self.summary])
 
     def __str__(self):
         return self.table()
 
-    def __rich__(self):
-        columns, lines = self._lines(every=False)
-        return _build_rich(columns, lines, self.summary)
+
+def _lines_of(count, row, classes, verified, notes):
+    """Returns the two lines of a row, with the classes in so many columns. What its reason says beyond the first part,
+    or beyond the second line, goes to ``notes``, text -> number."""
+    name = shortened(row.class_name, classes, middle="," not in row.class_name).ljust(classes)
+    room = WIDTH - _COUNT - classes - 1 - (_ERRORS if verified else 0)
+    path = shortened(row.path or "(the model)", room).ljust(room)
+    first = f"{count:4d} x {name} {path}{_largest_error(row) if verified else ''}".rstrip()
+    reason, *others = row.reason.split("; ")
+    kernels = " ".join(row.kernels)
+    text, room = f"{kernels}: {reason}" if kernels else reason, WIDTH - _COUNT - _NOTE * len(others)
+    if len(text) > room:
+        others.insert(0, reason)
+        text = shortened(text, room - _NOTE, middle=False)
+    numbers = (notes.setdefault(other, len(notes) + 1) for other in others)
+    return [first, " " * _COUNT + text + "".join(f" [{number}]" for number in numbers)]
+
+
+def wrapped(line):
+    """Returns a line as several of at most 80 columns, of which the later ones are indented."""
+    return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+
+
+class Restored(int):
+    """The number of modules that ``restore`` gave their own forward back. ``print`` and the interactive prompt show
+    what else it did; in an f-string it is the number.
+
+    ``modules`` is the number of modules of the model. ``left`` holds the paths of swapped modules that keep a forward
+    which other code bound after the swap. ``weights`` is the number of weights whose copies in fewer bits are dropped,
+    and ``graphs`` that of modules whose recorded calls are.
+    """
+
+    def __new__(cls, count, model, modules, left, weights, graphs):
+        self = super().__new__(cls, count)
+        self.model, self.modules, self.left, self.weights, self.graphs = model, modules, left, weights, graphs
+        return self
+
+    def __repr__(self):
+        lines = [f"{self.model}: restored {self:d} of {self.modules} modules to their own forward"]
+        lines += [f"dropped the copies of {self.weights} weights in fewer bits"] if self.weights else []
+        lines += [f"dropped the recorded calls of {self.graphs} modules"] if self.graphs else []
+        lines += [f"left {path or '(the model)'}: other code has bound its forward" for path in self.left]
+        return "\n".join(map(wrapped, lines))
+
+    __str__ = __repr__
+
+    def __format__(self, spec):
+        return int.__format__(int(self), spec)
 
 
 def _of_encoders(reasons, how, how_not):
@@ -170,72 +225,46 @@ def kernel_names(row):
 
 
 def _grouped(rows):
-    """Returns [(row, where)], one per group of equal rows. Modules without a rule share one line per reason."""
+    """Returns [(count, row)], one per group of equal rows. Modules without a rule share a row per reason."""
     groups = {}
     for row in rows:
         like = row.class_name if row.rule else None
         groups.setdefault((row.status, row.reason, row.rule, like, row.kernels), []).append(row)
     result = []
     for group in groups.values():
-        first = group[0]
-        path = first.path or "(the model)"
+        first, names = group[0], group[0].class_name
         if first.rule is None and len(group) > 1:
             counts = Counter(row.class_name for row in group)
             names = ", ".join(name if n == 1 else f"{n} {name}" for name, n in counts.most_common())
-            errors = None
-        else:
-            names, errors = first.class_name, _worst(group)
-        merged = Row(path, names, first.rule, first.kernels, first.status, first.reason, errors)
-        result.append((merged, path if len(group) == 1 else f"{len(group)} x, first {path}"))
-    order = [REPLACED, ROLLED_BACK, SKIPPED]
-    return sorted(result, key=lambda item: order.index(item[0].status))
+        merged = Row(first.path, names, first.rule, first.kernels, first.status, first.reason, *worst(group))
+        result.append((len(group), merged))
+    return result
 
 
-def _worst(group):
-    errors = {}
-    for row in group:
+def worst(rows):
+    """Returns the largest errors of rows that have some, and the errors that are allowed there."""
+    errors, allowed = {}, {}
+    for row in rows:
         for name, value in (row.errors or {}).items():
-            errors[name] = max(errors.get(name, 0.0), value)
-    return errors or None
+            if value >= errors.get(name, 0.0):
+                errors[name] = value
+                if name in row.allowed:
+                    allowed[name] = row.allowed[name]
+    return errors, allowed
+
+
+def shortened(text, width, middle=True):
+    """Returns ``text`` in at most ``width`` characters; what is left out is in the middle, or at the end."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2 if middle else 0
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}" if width > 0 else ""
 
 
 def _largest_error(row):
-    if not row.errors:
+    """Returns the error that is largest relative to what is allowed, and the allowed one."""
+    shares = {name: row.errors[name] / limit if limit else 0.0 for name, limit in (row.allowed or {}).items()}
+    if not shares:
         return ""
-    values = [row.errors[k] for k in ("values", "gradients") if row.errors.get(k) is not None]
-    return f"{max(values):.1e}" if values else ""
-
-
-def _build_rich(columns, lines, caption=None):
-    from rich.table import Table
-
-    table = Table(caption=caption, caption_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    styles = {REPLACED: "green", ROLLED_BACK: "bold red", SKIPPED: "dim"}
-    for line in lines:
-        table.add_row(*[_escape(cell) for cell in line], style=styles.get(line[3]))
-    return table
-
-
-def _escape(cell):
-    from rich.markup import escape
-
-    return escape(cell)
-
-
-def _rich_table(columns, lines):
-    from rich.console import Console
-
-    width = max(110, shutil.get_terminal_size((150, 24)).columns)
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(_build_rich(columns, lines))
-    return console.file.getvalue().rstrip("\n")
-
-
-def _plain_table(columns, lines):
-    rows = [columns, *lines]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    name = max(shares, key=shares.get)
+    return f" {row.errors[name]:.1e} of {row.allowed[name]:.1e}"

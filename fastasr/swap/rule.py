@@ -59,12 +59,14 @@ class Graphed:
     """The way in which calls of a module are recorded: ``forward`` is what is recorded, or None for the rule's forward;
     ``obstacle(module)`` returns the reason why calls of an instance never are, or None. ``choice`` names the method
     that draws how a call runs, if there is one. ``parts(module)`` returns its submodules that are recorded one by one
-    where the whole is not: with layers that are dropped at random, or for gradients that are ready part by part."""
+    where the whole is not: with layers that are dropped at random, or for gradients that are ready part by part.
+    ``caller`` is the rule's forward if it calls the module's graphs itself, with other arguments than its own."""
 
     forward: Callable | None = None
     obstacle: Callable = field(default=lambda module: None)
     choice: str | None = None
     parts: Callable = field(default=lambda module: ())
+    caller: Callable | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +129,8 @@ class Rule:
     @functools.cached_property
     def replay(self):
         """Returns the forward that replays recorded calls."""
+        if self.graphs is not None and self.graphs.caller is not None:
+            return self.graphs.caller
         return replaying(self.recorded, f"{self.name} {self.class_name}")
 
     @functools.cached_property

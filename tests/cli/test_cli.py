@@ -129,6 +129,32 @@ def test_ops_shows_every_op_with_every_backend(run):
     text = run("ops").stdout
     assert all(name in text for name in ops.NAMES)
     assert [row["reason"] for row in rows if row["reason"] not in text] == []
+    assert max(map(len, text.splitlines())) <= 80
+    assert sum(line.startswith(f"{name} ") for line in text.splitlines() for name in ops.NAMES) == len(
+        ops.NAMES
+    )
+
+
+def test_ops_shows_the_details_of_some(run, monkeypatch):
+    rows = json.loads(run("ops", "bypass", "linear", "--json").stdout)
+    assert {row["op"] for row in rows} == {"bypass", "linear"}
+    text = run("ops", "bypass", "linear").stdout
+    assert text.splitlines()[0] == "bypass"
+    assert "linear" in text.splitlines()
+    assert text.count("eager   yes") == 2
+    assert "devices: any; dtypes: float32, bfloat16, float16, float64" in text
+    assert "now     cpu tensors of float32 get " in text
+    monkeypatch.setattr(_dispatch, "native_reason", lambda: "the native library is not built")
+    missing = {row["reason"] for row in json.loads(run("ops", "bypass", "--json").stdout)}
+    text = " ".join(run("ops", "bypass").stdout.split())
+    assert all(reason in text for reason in missing)
+    assert max(map(len, run("ops", *ops.NAMES).stdout.splitlines())) <= 80
+
+
+def test_ops_refuses_unknown_names(run):
+    result = run("ops", "bypas")
+    assert result.exit_code == 2
+    assert "no op is called 'bypas'; did you mean 'bypass'?" in result.stderr
 
 
 # --- check
@@ -421,7 +447,7 @@ def test_swap_in_int8(run, monkeypatch):
     result = run(*SMALL, "--weights", "int8", "--reps", "1")
     assert result.exit_code == 0, result.stderr
     assert "1 of 1 weights in int8" in result.stdout
-    assert "the outputs change by" in result.stdout
+    assert "the outputs change by" in " ".join(result.stdout.split())
     assert "× as fast" in result.stdout
     result = run(*SMALL, "--weights", "int4")
     assert result.exit_code == 2
@@ -534,6 +560,10 @@ def test_a_failing_verification_ends_with_one(run, monkeypatch):
         (
             ("models_for_cli:model", "--input", "models_for_cli:wrong_inputs"),
             "could not be run on the inputs",
+        ),
+        (
+            ("models_for_cli:model", "--input", "models_for_cli:wrong_inputs"),
+            "The model is as it was before the call.",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from fastasr import ops
 LAYERS = (
     *("_transforms", "_left", "_recording", "_renamed", "files", "processor", "kernels"),
     *("ops", "rnnt", "compat", "testing", "models", "graphs", "export", "decoding", "swap"),
-    "fastasr",
+    *("_registration", "fastasr"),
     *("audio", "streaming", "recipe", "benchmarks", "demo", "cli"),
 )
 

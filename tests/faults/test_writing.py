@@ -334,7 +334,6 @@ ELSEWHERE = {  # what is written to temporary folders, to what is no file, or ro
     "benchmarks/harness.py",
     "benchmarks/plots.py",
     "benchmarks/studies/int8_peers.py",
-    "benchmarks/studies/predict/cuda.py",
     "benchmarks/models/recipe_step.py",
     "benchmarks/models/streaming_peers.py",
 }

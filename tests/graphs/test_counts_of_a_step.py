@@ -8,6 +8,7 @@ numbers are constant, so that no regulariser of the Zipformer acts, or every one
 """
 
 import functools
+import importlib
 import random
 from collections import Counter
 from typing import NamedTuple
@@ -26,6 +27,7 @@ pytest.importorskip("triton")
 from fastasr.testing.fake_gpu import models_on_fake_gpu
 from fastasr.testing.tape import TapeRecorder
 
+linear = importlib.import_module("fastasr.ops.linear")
 pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="counts are those of torch 2.13"
 )
@@ -58,7 +60,7 @@ CASES = {
 
 
 # Kernels of a recorded training step of the encoder and its front end, of torch and of fastasr.
-RECORDED = {"torch": 1733, "fastasr": 2410}
+RECORDED = {"torch": 1460, "fastasr": 2956}
 
 
 class CountingTapes(TapeRecorder):
@@ -160,7 +162,8 @@ def test_counts_do_not_grow(case, monkeypatch):
     )
 
 
-def test_kernels_of_a_recorded_step_do_not_grow():
+def test_kernels_of_a_recorded_step_do_not_grow(monkeypatch):
+    monkeypatch.setattr(linear, "MANY_ROWS", 0)  # bias gradients are added up as those of real batches
     model, inputs = model_and_inputs("zipformer")
     model.train()
     with models_on_fake_gpu() as gpu:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the CUDA launchers over the emulation of csrc/tests: the backend of fastasr/testing/cuda_launchers.py then
+"""Compiles the CUDA launchers over the emulation of csrc/tests: the backend of cuda_launchers.py then
 computes on the CPU what the GPU would, operation by operation.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastasr.testing.cuda_launchers import load
+from tests.kernels.cuda_launchers import load
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 

@@ -189,8 +189,7 @@ def test_budgets_fit_shared_memory(rows, architecture):
 
 @each_architecture
 def test_budgets_repeat_no_work(rows, architecture):
-    """Warps compute a product or its exponentials twice in these kernels alone, by the ends of their names.
-    Microseconds are predictions for an H100 (docs/gpu-predictions.md)."""
+    """Warps compute a product or its exponentials twice in these kernels alone, by the ends of their names."""
     known = {
         # products of 16 x 16 need two of four warps; the others repeat them on tensor cores that would be idle
         "layer_norm_lstm": ("bf16", "tf32"),
@@ -198,8 +197,8 @@ def test_budgets_repeat_no_work(rows, architecture):
         "segment_attention keys": ("tf32",),
         # on sm_90, forward with dropout
         "toeplitz_attention forward": ("bf16", "fp16"),
-        # the sums over 32 columns alone: two warps on 32 rows take 3,055 us in place of 1,538, four on 64 columns
-        # spill; with TF32 over 16 columns, as 32 spill with a mask
+        # the sums over 32 columns alone: two warps on 32 rows take longer, four on 64 columns spill;
+        # with TF32 over 16 columns, as 32 spill with a mask
         "zipformer_attention keys": ("bf16", "fp16", "tf32"),
     }
     found = {

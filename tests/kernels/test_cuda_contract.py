@@ -6,8 +6,8 @@ import pytest
 import fastasr
 from fastasr.testing import tables
 from fastasr.testing.checks import cases
-from fastasr.testing.cuda_launchers import OPS, serving
 from tests.kernels import cuda_emulated
+from tests.kernels.cuda_launchers import OPS, serving
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulated.compiler() is None, reason="there is no C++ compiler"),

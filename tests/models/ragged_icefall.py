@@ -20,7 +20,7 @@ def differences(encoder_class, causal):
     """Returns the report's reasons for padding, and how far outputs and gradients of the swapped encoder without
     padding are from those of the recipe's code on each recording alone, relative to the largest."""
     import fastasr
-    from fastasr.swap.verify import StayInFp64
+    from fastasr.swap.replay import StayInFp64
 
     torch.manual_seed(0)
     chunks = {"causal": True, "chunk_size": (8,), "left_context_frames": (32,)} if causal else {}

@@ -285,23 +285,25 @@ def test_every_operation_is_measured_again(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "threads", "crowds"),
+    ("text", "threads", "crowds", "free"),
     [
-        ("0.00 0.00 0.00 1/100 9", 1, 0),
-        ("0.00 0.00 0.00 4/100 9", 4, 0),
-        ("0.00 0.00 0.00 2/100 9", 1, 0.5),  # of 8 cores: two others do no harm
-        ("0.00 0.00 0.00 9/100 9", 8, 2),  # the other one waits for a core of ours
-        ("9.00 9.00 9.00 0/0 0", 1, 0),
-        ("9.00 9.00 9.00", 1, 0),
-        ("", 1, 0),
-        (None, 1, 0),
+        ("0.00 0.00 0.00 1/100 9", 1, 0, 8),
+        ("0.00 0.00 0.00 4/100 9", 4, 0, 5),
+        ("0.00 0.00 0.00 2/100 9", 1, 0.5, 7),  # of 8 cores: two others do no harm
+        ("0.00 0.00 0.00 9/100 9", 8, 2, 1),  # the other one waits for a core of ours
+        ("0.00 0.00 0.00 30/100 9", 8, 44, 1),
+        ("9.00 9.00 9.00 0/0 0", 1, 0, 8),
+        ("9.00 9.00 9.00", 1, 0, 8),
+        ("", 1, 0, 8),
+        (None, 1, 0, 8),
     ],
 )
-def test_threads_of_others(monkeypatch, tmp_path, text, threads, crowds):
+def test_threads_of_others(monkeypatch, tmp_path, text, threads, crowds, free):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     if text is not None:
         (tmp_path / "loadavg").write_text(text)
     assert processor.crowd(threads, tmp_path / "loadavg") == crowds
+    assert processor.free_cores(tmp_path / "loadavg") == free
 
 
 @pytest.mark.skipif(not LOAD.exists(), reason="the system does not count the threads that run")

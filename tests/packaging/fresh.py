@@ -37,23 +37,15 @@ def run(*command, **environment) -> str:
 
 
 class Fresh:
-    """A new environment that holds one wheel. ``python(code)`` runs outside the repository."""
+    """A new environment that holds one wheel, if one is given. ``python(code)`` runs outside the repository."""
 
-    def __init__(self, folder: Path, wheel: Path) -> None:
+    def __init__(self, folder: Path, wheel: Path | None = None) -> None:
         self.folder = folder
         run(sys.executable, "-m", "venv", "--without-pip", folder)
         self.bin = folder / "bin"
-        run(
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            self.bin / "python",
-            "install",
-            "--no-deps",
-            "--no-index",
-            wheel,
-        )
+        self.pip = (sys.executable, "-m", "pip", "--python", self.bin / "python")
+        if wheel is not None:
+            run(*self.pip, "install", "--no-deps", "--no-index", wheel)
         (self.packages,) = (folder / "lib").glob("python*/site-packages")
         # These come after the wheel's own packages, and that folder's .pth files (an editable fastasr) are not read.
         (self.packages / "torch-from-elsewhere.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")

@@ -2,11 +2,16 @@
 """What a Conformer's blocks leave to upstream's code: it computes what upstream does, is logged once, and
 ``fastasr.why`` names the reason. ``tests/swap/test_ways_back.py`` has those of all other models."""
 
+import copy
+
+import families
 import pytest
 import torch
 from families import TAPS, WIDTH
 from leaving import Case, check, unreached
 from test_conformer import ATTENTION, call, pair
+
+import fastasr
 
 LENGTHS = torch.tensor([21, 13, 5])
 
@@ -129,7 +134,16 @@ def cache_of_a_hooked_convolution():
     return case(ours, theirs, lambda net: net.layers[0].conv(x, cache=cache), "layers.0.conv", reason)
 
 
+def glu_of_seamless():
+    theirs, run = families.make("seamless m4t")
+    ours = copy.deepcopy(theirs.eval())
+    fastasr.accelerate(ours)
+    ours.layers[0].conv_module.glu.register_forward_hook(lambda *_: None)
+    return case(ours, theirs, run, "layers.0.conv_module", "glu or pointwise_conv1 is no plain one")
+
+
 OTHERS = (
+    glu_of_seamless,
     weights_of_wav2vec2,
     a_query_without_keys,
     positions_of_each_sequence,

@@ -199,6 +199,47 @@ def quantised(model, path, seen):
     torch.ao.quantization.quantize_dynamic(model, {path}, dtype=torch.qint8, inplace=True)
 
 
+def _other_convolution(model, path, **options):
+    """Puts a convolution in the place that differs in these options, with the weights if they fit."""
+    module = model.get_submodule(path)
+    names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+    own = {name: getattr(module, name) for name in names} | {"bias": module.bias is not None}
+    other = type(module)(**own | options)
+    if other.weight.shape == module.weight.shape:
+        other.load_state_dict(module.state_dict())
+    _replace(model, path, other.train(module.training))
+
+
+def padded_to_the_same_length(model, path, seen):
+    _other_convolution(model, path, padding="same")
+
+
+def padded_nowhere(model, path, seen):
+    _other_convolution(model, path, padding="valid")
+
+
+def padded_in_a_circle(model, path, seen):
+    _other_convolution(model, path, padding_mode="circular")
+
+
+def dilated(model, path, seen):
+    _other_convolution(model, path, padding="same", dilation=2)
+
+
+def even_taps(model, path, seen):
+    taps = model.get_submodule(path).kernel_size
+    _other_convolution(model, path, padding="same", kernel_size=[k + 1 for k in taps])
+
+
 ANY = (
     forward_hook,
     pre_hook,
@@ -210,6 +251,7 @@ ANY = (
     subclass,
 )
 LINEAR = (low_rank_by_loralib, low_rank_by_peft, quantised)
+CONVOLUTIONS = (padded_to_the_same_length, padded_nowhere, padded_in_a_circle, dilated, even_taps)
 WEIGHTS = (old_weight_norm, new_weight_norm, spectral_norm, frozen, tied, other_dtype)
 ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 ONLY_IN = {  # quantised layers have no gradients
@@ -226,6 +268,8 @@ def changes(module):
         yield from LINEAR[: 3 if kind is nn.Linear else 1]
     if kind in (nn.Linear, nn.Conv1d, nn.Conv2d):
         yield from WEIGHTS
+    if kind in (nn.Conv1d, nn.Conv2d):
+        yield from CONVOLUTIONS
     if kind in (nn.LayerNorm, nn.BatchNorm1d, nn.Embedding):
         yield from (frozen, other_dtype)
     if kind is nn.Dropout or kind.__name__ in ("SwooshL", "SwooshR", "Identity", "Balancer", "Whiten"):

@@ -2,9 +2,10 @@
 """The report names every module with a reason, as text, dictionary and JSON."""
 
 import json
-import sys
 
+import families
 import pytest
+import torch
 from tiny_zipformer import medium
 
 import fastasr
@@ -80,21 +81,73 @@ def test_dictionary_and_json(model, inputs):
     assert all(0 < error < 1e-5 for error in row["errors"].values())
 
 
-@pytest.mark.parametrize("rich", [True, False])
-def test_as_text(model, monkeypatch, rich):
-    if not rich:
-        monkeypatch.setitem(sys.modules, "rich", None)
-        monkeypatch.setitem(sys.modules, "rich.console", None)
-        monkeypatch.setitem(sys.modules, "rich.table", None)
-    monkeypatch.setenv("COLUMNS", "150")
+def test_as_text(model):
     report = fastasr.accelerate(model)
     text = str(report)
-    assert report.summary in text
+    assert text.endswith(report.summary)
     assert "BiasNorm" in text
     assert "no rule for this class" in text
     every = report.table(every=True)
-    assert len(every.splitlines()) >= len(report.rows)
+    assert len(every.splitlines()) >= 2 * len(report.rows)
     assert "would be replaced" in str(fastasr.explain(model))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_it_fits_80_columns_and_names_every_reason(family):
+    model, _ = families.make(family)
+    report = fastasr.explain(model)
+    for row in report.replaced[::3]:  # as verify fills them
+        row.errors = {"values": 1.25e-7, "upstream_values": 1e-7}
+        row.allowed = {"values": 9.5e-7}
+    for row in report.replaced[1::3]:
+        row.status, row.reason = "rolled back", f"verification: inference: {'error of the output ' * 9}"
+    report.verified, report.ragged = True, {path: "a hook of yours " * 6 for path, _ in model.named_modules()}
+    for every in (False, True):
+        text = report.table(every=every)
+        assert max(map(len, text.splitlines())) <= 80
+        words = " ".join(text.split())
+        assert all(part.strip() in words for row in report.rows for part in row.reason.split("; "))
+        assert ("with fastasr.upstream_draws():" in text) == ("see upstream_draws" in words)
+    assert "1.2e-07 of 9.5e-07" in text
+
+
+def test_errors_beside_what_is_allowed(model, inputs):
+    report = fastasr.accelerate(model, only="*norm", verify=inputs)
+    for row in report.replaced:
+        assert 0 < row.errors["values"] <= row.allowed["values"]
+        assert 0 < row.errors["gradients"] <= row.allowed["gradients"]
+    shares = [
+        (row.errors[kind] / row.allowed[kind], row, kind) for row in report.replaced for kind in row.allowed
+    ]
+    _, row, kind = max(shares, key=lambda share: share[0])
+    line = next(line for line in report.table(every=True).splitlines() if f" {row.path} " in line)
+    assert line.endswith(f"{row.errors[kind]:.1e} of {row.allowed[kind]:.1e}")
+
+
+def test_restored(model):
+    count = len(fastasr.accelerate(model).replaced)
+    foreign = model.encoder_embed.out_norm
+    foreign.forward = lambda x: x
+    done = fastasr.restore(model)
+    assert done == count - 1
+    assert f"{done} of them" == f"{count - 1} of them"
+    lines = str(done).splitlines()
+    assert repr(done) == str(done)
+    modules = len(list(model.modules()))
+    assert lines[0] == f"Encoder: restored {count - 1} of {modules} modules to their own forward"
+    assert lines[1] == "left encoder_embed.out_norm: other code has bound its forward"
+    assert done.left == ["encoder_embed.out_norm"]
+    assert (
+        str(fastasr.restore(torch.nn.Linear(2, 2))) == "Linear: restored 0 of 1 modules to their own forward"
+    )
+
+
+def test_restored_weights():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval()
+    freed = len(fastasr.accelerate(model, weights="int8").weights.reduced)
+    done = fastasr.restore(model)
+    assert done.weights == freed
+    assert (f"dropped the copies of {freed} weights in fewer bits" in str(done)) == bool(freed)
 
 
 def test_looking_up_a_row(model):

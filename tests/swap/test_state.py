@@ -29,6 +29,8 @@ TENSORS = {
     "bool": lambda: torch.tensor([True, False]),
     "int64 scalar": lambda: torch.tensor(3),
     "empty": lambda: torch.empty(0, 3),
+    "whole words": lambda: torch.tensor([float("nan"), -0.0, 1.0, 2.0]).view(2, 2),
+    "whole words, not at the start of one": lambda: torch.randn(9)[1:],
     "expanded": lambda: torch.randn(3, 1).expand(3, 4),
 }
 

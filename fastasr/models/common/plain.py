@@ -87,9 +87,13 @@ def is_plain(module, *classes):
 def is_plain_named(module, names, owner):
     """Says the same of a class that is known by its name: fastasr's, or that of the framework of ``owner``, the module
     around it, whose source a rule has read. A class of another origin may have the name too."""
-    cls = type(module)
-    named = cls.__name__ in names and is_of_framework(cls, type(owner))
-    return named and not is_watched(module) and has_known_forward(module)
+    return type(module).__name__ in names and is_upstreams(module, owner)
+
+
+def is_upstreams(module, owner):
+    """Says the same of a module whose class a rule has not named."""
+    known = is_of_framework(type(module), type(owner))
+    return known and not is_watched(module) and has_known_forward(module)
 
 
 @functools.cache

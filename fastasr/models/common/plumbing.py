@@ -62,13 +62,35 @@ def conv_delay(module, causal=False):
     if not is_plain(module, cls if nemo else torch.nn.Conv1d):
         return None
     taps = module.kernel_size[0]
-    left, right = (module._left_padding, module._right_padding) if nemo else module.padding * 2
+    # torch's own reading of ``padding``, a number or "same", which pads even numbers of taps unevenly
+    both = module._reversed_padding_repeated_twice
+    left, right = (module._left_padding, module._right_padding) if nemo else both
     plain = (
         module.groups == module.in_channels == module.out_channels
         and (module.stride, module.dilation, module.padding_mode) == ((1,), (1,), "zeros")
         and left + right == (taps - 1) * (2 if causal else 1)
     )
     return left - taps // 2 if plain else None
+
+
+def is_pointwise_conv2d(module):
+    """Says whether this is torch's convolution of 1 × 1 taps without hooks."""
+    sizes = (1, 1), (1, 1), (0, 0), 1
+    return (
+        is_plain(module, torch.nn.Conv2d)
+        and (module.kernel_size, module.stride, module.padding, module.groups) == sizes
+    )
+
+
+def is_depthwise_conv2d(module):
+    """Says whether this is torch's depthwise convolution of odd taps that keeps both lengths, without hooks."""
+    return (
+        is_plain(module, torch.nn.Conv2d)
+        and module.groups == module.in_channels == module.out_channels
+        and (module.stride, module.dilation, module.padding_mode) == ((1, 1), (1, 1), "zeros")
+        and module.padding == tuple(k // 2 for k in module.kernel_size)
+        and all(k % 2 for k in module.kernel_size)
+    )
 
 
 def is_depthwise_conv(module):

@@ -100,6 +100,25 @@ def wav2vec2_convolution(self, hidden_states):
     return _dropped(self.dropout, y)
 
 
+def seamless_convolution(self, hidden_states, attention_mask=None):
+    """Serves transformers' SeamlessM4T: hidden states (B, T, width), mask (B, T), 1 at valid frames, or None -> (B, T,
+    width). Upstream sets padding to 0 before ``pointwise_conv1``, which has no bias, so that the gated frame is 0."""
+    first = self.pointwise_conv1
+    if not is_plain(self.glu, torch.nn.GLU) or not is_plain(first, torch.nn.Conv1d) or first.bias is not None:
+        _left.note(self, "glu or pointwise_conv1 is no plain one, or has a bias")
+        return type(self).forward(self, hidden_states, attention_mask)
+    y = gated_convolution(
+        self.layer_norm(hidden_states),
+        first,
+        self.depthwise_conv,
+        self.batch_norm,
+        self.activation,
+        self.pointwise_conv2,
+        None if attention_mask is None else ~attention_mask.bool(),
+    )
+    return _dropped(self.dropout, y)
+
+
 def torchaudio_convolution(self, input):
     """torchaudio's Conformer. input (B, T, width) -> same shape. Padding is not masked."""
     first, gate, *rest, dropout = self.sequential

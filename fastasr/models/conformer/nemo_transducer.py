@@ -8,7 +8,7 @@ from torch import nn
 
 from fastasr import _left
 from fastasr.models.common.attention_dropout import as_upstream
-from fastasr.models.common.plain import has_known_forward, is_plain, is_plain_named, is_watched
+from fastasr.models.common.plain import is_plain, is_plain_named, is_upstreams
 from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
 
 LOSSES = ("RNNTLossNumba", "RNNTLossPytorch", "TDTLossNumba", "TDTLossPytorch")
@@ -96,7 +96,7 @@ def why_with_logits(joint) -> str | None:
     if core is not None and core.blank != expected:
         return f"blank is {core.blank}, expected the last token, {expected}"
     losses_are_plain = core is None or (
-        is_plain_named(core, LOSSES, joint) and not is_watched(joint.loss) and has_known_forward(joint.loss)
+        is_plain_named(core, LOSSES, joint) and is_upstreams(joint.loss, joint)
     )
     if not losses_are_plain:
         return "its loss has hooks or another forward"

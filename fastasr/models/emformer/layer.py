@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fastasr import _left
-from fastasr.models.common.plain import has_known_forward, is_watched
+from fastasr.models.common.plain import is_upstreams
 from fastasr.models.emformer.parts import ACTIVATIONS, seen_frames
 from fastasr.models.emformer.stream import Step, infer_segment
 from fastasr.models.emformer.utterance import encode_utterance
@@ -57,7 +57,7 @@ def upstream_attends(layer: nn.Module) -> bool:
     attention = layer.attention
     if type(attention) is EmformerAttention:
         return False
-    return is_watched(attention) or "infer" in vars(attention) or not has_known_forward(attention)
+    return "infer" in vars(attention) or not is_upstreams(attention, layer)
 
 
 class EmformerLayer(nn.Module):

@@ -22,7 +22,7 @@ from fastasr.models.fast_conformer.attention import attended
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import FastConformerPositions
-from fastasr.models.fast_conformer.subsampling import convolved, is_plain_pointwise, stem
+from fastasr.models.fast_conformer.subsampling import convolved, stem
 
 
 def cached_attention(
@@ -163,15 +163,20 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
     return pointwise(self.pointwise_conv2, self.activation(self.norm(z)))
 
 
+def front_convolutions(self):
+    """Returns the convolutions over time of a NemotronAsrStreamingEncoderSubsamplingConv2D."""
+    return [self.conv_in, *(getattr(layer, "depthwise_conv", layer) for layer in self.layers)]
+
+
 def causal_subsampling(self, input_features, attention_mask=None, padding_cache=None):
     """Serves NemotronAsrStreamingEncoderSubsamplingConv2D: features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames,
     or None -> (B, T, width). Without a cache each of the convolutions makes ⌊n / 2⌋ + 1 frames and bins of n."""
-    convs = [self.conv_in, *(getattr(layer, "depthwise_conv", layer) for layer in self.layers)]
+    convs = front_convolutions(self)
     products = [getattr(layer, "pointwise_conv", layer) for layer in self.layers]
     if not (
         all(_is_upstreams(self, conv, "CausalConv2D") for conv in convs)
         and all(_is_upstreams(self, layer, "SubsamplingLayer") for layer in self.layers)
-        and all(map(is_plain_pointwise, products))
+        and all(map(plumbing.is_pointwise_conv2d, products))
         and fused_name(self.act_fn) == "relu"
     ):
         _left.note(self, "one of its layers has hooks or is no plain one")

@@ -208,17 +208,8 @@ def _is_plain(layer):
         return is_plain(layer, torch.nn.ReLU)
     depthwise = (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (2, 2), (1, 1))
     depthwise = depthwise and layer.groups == layer.in_channels
-    return is_plain_pointwise(layer) or (
+    return plumbing.is_pointwise_conv2d(layer) or (
         depthwise and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-    )
-
-
-def is_plain_pointwise(layer):
-    """Says whether this is torch's convolution of 1 × 1 taps without hooks."""
-    sizes = (1, 1), (1, 1), (0, 0), 1
-    return (
-        is_plain(layer, torch.nn.Conv2d)
-        and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == sizes
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastasr import _left, rnnt
-from fastasr.models.common.plain import has_known_forward, is_plain, is_watched
+from fastasr.models.common.plain import is_plain, is_plain_named
 from fastasr.models.transducer.sequences import pad_sequences
 
 
@@ -62,10 +62,8 @@ class TransducerLoss:
         ranges = rnnt.get_rnnt_prune_ranges(*occupation, boundary, prune_range)
         joiner = self.joiner
         options = {"boundary": boundary, "reduction": reduction}
-        if (
-            not is_plain(joiner.output_linear, torch.nn.Linear)
-            or is_watched(joiner)
-            or not has_known_forward(joiner)
+        if not is_plain(joiner.output_linear, torch.nn.Linear) or not is_plain_named(
+            joiner, ("Joiner",), self
         ):
             _left.note(
                 self, "the joiner has hooks or is no plain one: its logits are formed", "forward_transducer"

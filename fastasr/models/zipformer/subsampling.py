@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from fastasr import ops
 from fastasr._recording import recording
 from fastasr._transforms import Function, is_transformed
+from fastasr.models.common import plumbing
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named
@@ -287,12 +288,15 @@ def _residual(layer, x, y, mask):
 
 
 def _has_plain_parts(layer):
-    """Says whether the convolutions and the activation may be computed without calling them, and no part has hooks."""
-    convs = layer.depthwise_conv, layer.pointwise_conv1, layer.pointwise_conv2
+    """Says whether all parts are upstream's, without hooks: then they need not be called."""
     return (
-        all(is_plain(conv, torch.nn.Conv2d) for conv in convs)
+        plumbing.is_depthwise_conv2d(layer.depthwise_conv)
+        and all(map(plumbing.is_pointwise_conv2d, (layer.pointwise_conv1, layer.pointwise_conv2)))
         and is_plain_named(layer.activation, ("SwooshL",), layer)
-        and not any_watched(layer.children())
+        and all(
+            is_plain_named(part, ("Balancer", "Whiten", "Identity"), layer)
+            for part in (layer.hidden_balancer, layer.out_balancer, layer.out_whiten)
+        )
     )
 
 

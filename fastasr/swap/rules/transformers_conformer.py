@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for transformers' other Conformers: Wav2Vec2Conformer and FastSpeech2Conformer."""
+"""Rules for transformers' other Conformers: Wav2Vec2Conformer and FastSpeech2Conformer, and for those modules of
+SeamlessM4T and w2v-BERT that have Wav2Vec2Conformer's code."""
+
+import dataclasses
 
 import torch
 
@@ -93,10 +96,50 @@ FASTSPEECH2_CONVOLUTION = convolution_rule(
     known={"678665bfb3c75f52d4520768": _TRANSFORMERS},
 )
 
+
+def _seamless_convolution_structure(module):
+    if getattr(module.pointwise_conv1, "bias", None) is not None:
+        return "pointwise_conv1 has a bias, which padding would add to its neighbours"
+    return _wav2vec2_convolution_structure(module)
+
+
+_FROM_5_18 = Known("transformers 5.18 to 5.24")
+
+SEAMLESS_ATTENTION = dataclasses.replace(
+    WAV2VEC2_ATTENTION,
+    name="transformers.seamless_m4t_attention",
+    class_name="SeamlessM4TConformerSelfAttention",
+    known={"30f4f4dfea92885aac1cbe3f": _FROM_5_18},
+)
+
+SEAMLESS_CONVOLUTION = convolution_rule(
+    name="transformers.seamless_m4t_convolution",
+    class_name="SeamlessM4TConformerConvolutionModule",
+    forward=models.seamless_convolution,
+    structure=_seamless_convolution_structure,
+    known={"d01c2bcc9da4dfcbfefc8604": _FROM_5_18},
+)
+
+# Class -> the fingerprint of its forward, the code of which is Wav2Vec2Conformer's
+_FEED_FORWARDS = {
+    "SeamlessM4TConformerFeedForward": "aece9ef0e35e6cf4962d6c7e",
+    "SeamlessM4Tv2ConformerFeedForward": "1a8813902efe5097bc59dacd",
+    "Wav2Vec2BertFeedForward": "7c259bd1671ef63e28af4104",
+}
+FEED_FORWARDS = tuple(
+    dataclasses.replace(
+        WAV2VEC2_FEED_FORWARD, name=f"transformers.{name}", class_name=name, known={value: _FROM_5_18}
+    )
+    for name, value in _FEED_FORWARDS.items()
+)
+
 RULES = (
     WAV2VEC2_ATTENTION,
     WAV2VEC2_CONVOLUTION,
     WAV2VEC2_FEED_FORWARD,
     FASTSPEECH2_ATTENTION,
     FASTSPEECH2_CONVOLUTION,
+    SEAMLESS_ATTENTION,
+    SEAMLESS_CONVOLUTION,
+    *FEED_FORWARDS,
 )

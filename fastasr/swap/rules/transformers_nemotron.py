@@ -7,8 +7,18 @@ import sys
 import torch
 
 from fastasr import _left
-from fastasr.models.fast_conformer import FastConformerFeedForward, attention, causal, positions
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
+from fastasr.graphs.module import of
+from fastasr.models.fast_conformer import FastConformerFeedForward, attention, causal, positions, stream_state
+from fastasr.swap import binding
+from fastasr.swap.rule import (
+    Graphed,
+    Known,
+    Rule,
+    check_child_names,
+    check_parameters,
+    unread_child,
+    upstream_class,
+)
 from fastasr.swap.rules import transformers_parakeet as parakeet
 
 _CAUSAL_1D, _CAUSAL_2D = {"490bda47555e4ff32663f51b"}, {"729bfd53b68871a0ce46be64"}
@@ -88,16 +98,28 @@ def encoder(
             self, input_features, attention_mask, position_ids, cache, output_attention_mask, use_cache,
             padding_cache, num_lookahead_tokens, **kwargs,
         )  # fmt: skip
-    x = self.subsampling(input_features, padding_cache=padding_cache)
-    x *= self.input_scale
-    cached = cache.get_mask_sizes(frames, 0)[0] - frames
-    embeddings = self.encode_positions(x, cached_frames=cached)
     output = sys.modules[upstream_class(self).__module__].NemotronAsrStreamingEncoderModelOutput
     name = "cache" if hasattr(output, "cache") else "past_key_values"
-    caches = {name: cache, "padding_cache": padding_cache}
-    for layer in self.layers:
-        x = layer(x, position_embeddings=embeddings, use_cache=use_cache, **caches)
+    caches, graphs = {name: cache, "padding_cache": padding_cache}, of(self)
+    x = None
+    if graphs is not None and not torch.is_grad_enabled():
+        x = stream_state.next_chunk(self, graphs, input_features, name, cache, padding_cache)
+    if x is None:
+        x = self.subsampling(input_features, padding_cache=padding_cache)
+        x *= self.input_scale
+        cached = cache.get_mask_sizes(frames, 0)[0] - frames
+        embeddings = self.encode_positions(x, cached_frames=cached)
+        for layer in self.layers:
+            x = layer(x, position_embeddings=embeddings, use_cache=use_cache, **caches)
     return output(last_hidden_state=x, **caches)
+
+
+def _never_recorded(encoder):
+    """Returns a reason unless every part that takes a cache runs our forward: a recorded chunk gives it another's."""
+    parts = [encoder.subsampling, *(m for layer in encoder.layers for m in (layer.self_attn, layer.conv))]
+    ours = causal.cached_attention, causal.causal_convolution, causal.causal_subsampling
+    others = {type(m).__name__ for m in parts if binding.bound_forward(m) not in ours}
+    return f"not replaced: {', '.join(sorted(others))}" if others else None
 
 
 def _rule(part, class_name, forward, structure, known, kernels="", **more):
@@ -149,5 +171,6 @@ ENCODER = _rule(
         "509491641bddcea1866ee716": "5.17 to 5.22",
     },
     shallow=True, companion=True,
+    graphs=Graphed(stream_state.chunk, _never_recorded, caller=encoder),
 )  # fmt: skip
 RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS, ENCODER)

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from fastasr.models.common.plain import has_known_forward, is_plain, is_watched
+from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.rnnt import lengths, tdt_joiner_loss
 from fastasr.swap.rule import upstream_class
 
@@ -63,8 +63,7 @@ def why_with_logits_always(model) -> str:
         return f"joint.activation is not a plain {activation.__name__}"
     if not is_plain(head, torch.nn.Linear):
         return "joint.head is not a plain Linear"
-    plain = not is_watched(model.joint) and has_known_forward(model.joint)
-    return "" if plain else "joint has hooks or another forward"
+    return "" if is_upstreams(model.joint, model) else "joint has hooks or another forward"
 
 
 def shared(result):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launchers of csrc/cuda, called through ctypes on CPU tensors: over the emulation of csrc/tests they compute on
-the CPU what a GPU would, and over the recorder of the predictions they only say what they launch.
+"""The launchers of csrc/cuda, called through ctypes on CPU tensors: over the emulation of csrc/tests they compute
+there what a GPU would.
 """
 
 import ctypes

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets Ctrl-C end a verification where nothing is half done."""
+
+import contextlib
+import signal
+import threading
+
+
+@contextlib.contextmanager
+def deferred():
+    """Yields a function that raises KeyboardInterrupt if there was a Ctrl-C in the block. The end of the block calls
+    it. A second Ctrl-C takes effect at once.
+
+    A KeyboardInterrupt that comes at any time can come between two lines that undo something together. Where the
+    process has no Python handler of SIGINT, or in another thread than the main one, the block changes nothing.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield lambda: None
+        return
+    pressed = []
+
+    def note(number, frame):
+        pressed.append((number, frame))
+        if len(pressed) > 1:
+            handler(*pressed.pop())
+
+    def interruption():
+        if pressed:
+            handler(*pressed.pop())
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interruption
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        interruption()

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one call of a module any number of times, each from the same state: by fastasr's code, by upstream's, and by
+upstream's in fp64.
+
+"Upstream's own code" is the user's module as it is, with the forwards, hooks, parametrizations and adapters that the
+user gave to modules inside. The fp64 run therefore takes place in the module itself, whose tensors are exchanged for
+fp64 ones meanwhile: a copy of the module would lack what a forward or a hook holds in its variables. Each run starts
+from the same state (:class:`ModelState`): that in which the model reached the module, then ``module.train(...)`` where
+the pass needs the other mode. Setting the ``training`` flags alone would give a module in which no user's model ever
+is, such as an adapter that is merged into its weight in training; what ``train`` writes is undone like everything else.
+"""
+
+import contextlib
+import copy
+import enum
+import functools
+import time
+from types import NoneType
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fastasr.models.common.attention_dropout import upstream_draws
+from fastasr.swap import binding
+from fastasr.swap.reach import Reach
+from fastasr.swap.rule import upstream_class
+from fastasr.swap.rules import rules_by_forward
+from fastasr.swap.state import RandomState
+from fastasr.swap.verdict import largest
+
+# Inputs that differ in the last bit, whose errors of upstream's code stand for its own error. An error that a sum
+# multiplies has the spread of one random number: the largest of four is too small a measure once in some 60 modules.
+_NEARBY = 16
+
+
+class Call:
+    """A call of a probe's method in one pass, which runs any number of times from the state in which the model made it.
+    ``draw`` numbers the random gradient of the output. ``without_fp64`` says why it has no run in fp64."""
+
+    def __init__(self, probe, state, args, kwargs, training, draw):
+        self.probe, self.state, self.inputs = probe, state, (args, kwargs)
+        self.training, self.draw = training, draw
+        self.without_fp64 = None
+
+    def ours(self):
+        """Runs fastasr's forward."""
+        probe = self.probe
+        untried = (probe.likeness, self.training) not in probe.checks.verdicts
+        return self._run("upstream" if probe.rule.shallow else "ours", probe.ours, untried=untried)
+
+    def upstream(self, prepare=None, roundings=None):
+        """Runs upstream's forward. When module and inputs are in the state to run in, ``prepare`` takes the inputs, and
+        a stack for contexts of the run, and returns the inputs to run on. ``roundings`` perturbs the gradient of the
+        output."""
+        probe, seconds = self.probe, self.probe.checks.seconds
+        if probe.likeness in seconds:
+            return self._run("upstream", probe.upstream, prepare, roundings)
+        began = time.thread_time()
+        outcome = self._run("upstream", probe.upstream, prepare, roundings)
+        seconds[probe.likeness] = time.thread_time() - began
+        return outcome
+
+    def _run(self, side, forward, prepare=None, roundings=None, untried=False):
+        """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules."""
+        checks, module, shared = self.probe.checks, self.probe.module, self.probe.rule.shared
+        checks.interruption()
+        with self.state, checks.run_as(side), upstream_draws(), contextlib.ExitStack() as stack:
+            checks.use_threads(self.probe.likeness, untried)
+            if module.training is not self.training:
+                module.train(self.training)
+            args, kwargs = self.inputs if prepare is None else prepare(self.inputs, stack)
+            outcome = _replay(module, forward, args, kwargs, self.training, shared, self.draw, roundings)
+            outcome.random = RandomState()
+        return outcome
+
+
+def likeness(probe, args, kwargs):
+    """Returns what a call of a module has in common with those of like modules: classes, modes and shapes."""
+
+    def of(leaf):
+        if isinstance(leaf, torch.Tensor):
+            return leaf.dtype, tuple(leaf.shape), leaf.device, leaf.requires_grad
+        return leaf if isinstance(leaf, (bool, int, float, str, NoneType)) else type(leaf)
+
+    module = probe.module
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    parts = [(type(part), part.training) for part in module.modules()]
+    return probe.rule, probe.name, str((parts, tree_map(of, (tensors, args, kwargs))))
+
+
+def least_precise(module, args, kwargs):
+    """Returns the floating type of least precision of inputs and parameters."""
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+    floating = [t.dtype for t in (*tensors, *module.parameters()) if t.is_floating_point()]
+    return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def holds_shards(module):
+    return any(upstream_class(part) is not type(part) for part in module.modules() if part is not module)
+
+
+class Outcome:
+    """The result of one run. ``values``: the output tensors; ``gradients``: those of the inputs, then of the
+    parameters, with names."""
+
+    def __init__(self, values, gradients):
+        self.values, self.gradients = values, gradients
+        self.random = None
+
+    def has_shapes_of(self, other):
+        def shapes(outcome):
+            return [None if t is None else t.shape for _, t in (*outcome.values, *outcome.gradients)]
+
+        return shapes(self) == shapes(other)
+
+
+def _replay(module, forward, args, kwargs, training, shared, draw, roundings=None):
+    """Runs ``forward`` once on detached inputs. ``shared`` selects what of its result is compared; the output gradient
+    is random number ``draw``, and ``roundings`` perturbs it.
+    """
+
+    def fresh(value):
+        value = value.detach()
+        return value.clone().requires_grad_() if training and value.is_floating_point() else value
+
+    args, kwargs = _mapped(fresh, (args, kwargs))
+    with torch.set_grad_enabled(training):
+        outputs = tree_flatten(_sorted(shared(forward(*args, **kwargs))))[0]
+        outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
+        values = [(f"output {i}" if len(outputs) > 1 else "the output", t) for i, t in enumerate(outputs)]
+        gradients = _gradients(module, outputs, (args, kwargs), draw, roundings) if training else []
+    # Copies, as an output may be memory that is restored: of an input that was changed in place, or of a buffer.
+    return Outcome([(name, t.detach().clone()) for name, t in values], gradients)
+
+
+def _mapped(function, value):
+    """Returns ``value`` with ``function`` of its tensors, and copies of the objects that hold some: a forward updates a
+    cache that it is given, and the next one must find it as it was."""
+    copies = {}
+
+    def of_leaf(leaf):
+        if isinstance(leaf, torch.Tensor):
+            return function(leaf)
+        if not hasattr(leaf, "__dict__") or callable(leaf) or isinstance(leaf, enum.Enum):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = twin = copy.copy(leaf)
+            vars(twin).update({name: tree_map(of_leaf, held) for name, held in vars(leaf).items()})
+        return copies[id(leaf)]
+
+    return tree_map(of_leaf, value)
+
+
+def _sorted(value):
+    """Returns a result with its dicts sorted by key."""
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value, key=str)}
+    return type(value)(map(_sorted, value)) if type(value) in (list, tuple) else value
+
+
+def _gradients(module, outputs, inputs, draw, roundings):
+    leaves = [t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor) and t.requires_grad]
+    named = [(f"input {i}", t) for i, t in enumerate(leaves)]
+    named += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    outputs = [t for t in outputs if t.requires_grad]
+    if not named or not outputs:
+        return []
+    generator = torch.Generator().manual_seed(draw)
+    seeds = []
+    for t in outputs:
+        seed = torch.randn(t.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+            t.device, t.dtype
+        )
+        seeds.append(seed if roundings is None else roundings(seed))
+    found = torch.autograd.grad(outputs, [t for _, t in named], seeds, allow_unused=True)
+    return [(f"the gradient of {name}", g) for (name, _), g in zip(named, found, strict=True)]
+
+
+class _DrawInLowPrecision(TorchFunctionMode):
+    """Makes fp64 code draw the numbers that the same code draws in ``dtype``, so that masks are the same."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.rand, torch.randn) and kwargs.get("dtype") is torch.float64:
+            kwargs["dtype"] = self.dtype
+            return func(*args, **kwargs).double()
+        if func is F.dropout and args and args[0].dtype is torch.float64:
+            return self._dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, x, p=0.5, training=True, inplace=False):
+        if not training or p == 0:
+            return F.dropout(x, p, training, inplace)
+        kept = F.dropout(torch.ones_like(x, dtype=self.dtype), p) != 0
+        return x * kept / (1 - p) if p < 1 else x * 0
+
+
+class StayInFp64(TorchDispatchMode):
+    """Replaces casts of fp64 tensors to fp32 by copies. Upstream's softmax and regularisers cast in their backward
+    passes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32
+        if cast and args[0].dtype is torch.float64:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+class Reference:
+    """Upstream's code in fp64, for a call that gave ``upstream`` in its own precision."""
+
+    def __init__(self, call, upstream):
+        self.call, self.count, self.dtype = call, call.probe.count, call.probe.dtype
+        self.nearby, self.outcome, self.rounded = None, None, None
+        if holds_shards(call.probe.module):
+            call.without_fp64 = "FSDP2 keeps its parameters"
+            return
+        try:
+            self.outcome = self._replay(None)
+        except Exception as error:  # an extension without fp64, fp32 tensors that are not exchanged
+            call.without_fp64 = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return
+        if not self.outcome.has_shapes_of(upstream):
+            self.outcome, call.without_fp64 = None, "it gives results of other shapes"
+
+    def _to_fp64(self, roundings):
+        """Exchanges every floating tensor of the module's state for one in fp64, and empties caches."""
+        rules = rules_by_forward()
+        for part in self.call.probe.module.modules():
+            rule = rules.get(binding.bound_forward(part))
+            if rule is not None:
+                rule.empty_caches(part)
+        twins = {}
+
+        def twin(value):
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                return value
+            if id(value) not in twins:
+                twins[id(value)] = _in_fp64(value, roundings)
+            return twins[id(value)]
+
+        Reach((self.call.probe.module,), self.call.state.reach.outside).exchange(twin)
+
+    def _replay(self, roundings):
+        def prepare(inputs, stack):
+            self._to_fp64(roundings)
+            inputs = _mapped(_double, inputs)
+            if roundings is not None:
+                inputs = tree_map(roundings, inputs)
+            devices = [t.device.type for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor)]
+            autocast = torch.autocast(next(iter(devices), "cpu"), enabled=False)
+            for mode in (_DrawInLowPrecision(self.dtype), autocast, StayInFp64()):
+                stack.enter_context(mode)
+            return inputs
+
+        return self.call.upstream(prepare, roundings)
+
+    def of(self, kind):
+        """Returns the list of named fp64 tensors, or None without a reference."""
+        return None if self.outcome is None else getattr(self.outcome, kind)
+
+    def rounding_effect(self, kind):
+        """Returns the largest change of each tensor when inputs, parameters and output gradient are rounded once."""
+        if self.rounded is None:
+            generator = torch.Generator().manual_seed(1)
+            self.rounded = self._replay(functools.partial(_moved, generator, torch.finfo(self.dtype).eps / 2))
+        pairs = zip(getattr(self.rounded, kind), getattr(self.outcome, kind), strict=True)
+        return [0.0 if b is None else largest(a - b) for (_, a), (_, b) in pairs]
+
+    def nearby_error(self, kind, index):
+        """Returns the largest error of one tensor of upstream's code, in its own precision, over inputs that differ in
+        the last bit."""
+        if self.nearby is None:
+            generator = torch.Generator().manual_seed(2)
+            moved = functools.partial(_moved, generator, None)
+            runs = (self.call.upstream(lambda inputs, _: tree_map(moved, inputs)) for _ in range(_NEARBY))
+            self.nearby = list(runs)
+        exact = getattr(self.outcome, kind)[index][1]
+        found = (getattr(run, kind)[index][1] for run in self.nearby)
+        return max(largest(tensor.double() - exact) for tensor in found)
+
+
+def _double(value):
+    return value.detach().double() if value.is_floating_point() else value
+
+
+def _in_fp64(tensor, roundings):
+    """Returns a tensor of a module in fp64, with its attributes and hooks."""
+    data = _double(tensor)
+    if roundings is not None and isinstance(tensor, torch.nn.Parameter):
+        data = roundings(data)
+    if isinstance(tensor, torch.nn.Parameter):
+        data = torch.nn.Parameter(data, tensor.requires_grad)
+    elif tensor.is_leaf and tensor.requires_grad:
+        data.requires_grad_()
+    vars(data).update(vars(tensor))
+    if tensor.is_leaf and tensor._backward_hooks:
+        data._backward_hooks = tensor._backward_hooks
+    return data
+
+
+def _moved(generator, step, value):
+    """Returns a floating tensor whose elements are up or down by the relative ``step``, else that of its dtype."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    step = torch.finfo(value.dtype).eps if step is None else step
+    signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int64, device="cpu")
+    signs = signs.to(value.device, value.dtype)
+    return value.detach() * (1 + step * (2 * signs - 1))

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for modules of transformers' LASR (google/medasr) and Granite Speech 5 that have Parakeet's code."""
+
+import dataclasses
+
+from fastasr.swap.rule import Known
+from fastasr.swap.rules import transformers_parakeet as parakeet
+
+_FROM_5_18 = Known("transformers 5.18 to 5.24")
+
+FEED_FORWARD = dataclasses.replace(
+    parakeet.FEED_FORWARD,
+    name="transformers.lasr_feed_forward",
+    class_name="LasrEncoderFeedForward",
+    known={"d5c81f0c3302c856dd2cc3f5": _FROM_5_18},
+)
+CONVOLUTION = dataclasses.replace(
+    parakeet.CONVOLUTION,
+    name="transformers.lasr_convolution",
+    class_name="LasrEncoderConvolutionModule",
+    known={"36080375278d33620e96213f": _FROM_5_18},
+)
+GRANITE_FEED_FORWARD = dataclasses.replace(
+    parakeet.FEED_FORWARD,
+    name="transformers.granite_speech5_feed_forward",
+    class_name="GraniteSpeech5EncoderFeedForward",
+    known={"0b2fd325bffc6a1fb93811be": _FROM_5_18},
+)
+
+RULES = (FEED_FORWARD, CONVOLUTION, GRANITE_FEED_FORWARD)

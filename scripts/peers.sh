@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
+# What pip installs for each framework, beside a torch that stays. docs/install.md shows these lines by
+# scripts/tables.py, and scripts/install_peers.sh runs them.
+
+# transformers
+pip install transformers
+
+# RETURNN
+pip install returnn dm-tree
+
+# torchaudio: without CUDA in torch its libraries do not load, and what fastasr swaps needs none of them
+pip install --no-deps torchaudio==2.11.0
+python -c "import torch; raise SystemExit(torch.version.cuda is None)" ||
+  rm -f "$(python -c "import sysconfig; print(sysconfig.get_path('platlib'))")"/torchaudio/lib/*.so
+
+# SpeechBrain, after torchaudio
+pip install speechbrain==1.1.2
+
+# ESPnet's encoders and decoders; by itself, ESPnet asks for another torch
+pip install typeguard packaging numpy
+pip install --no-deps espnet==202511
+
+# the PyPI package zipformer, after torchaudio; by itself, it asks for torch 2.7, and version 0.1.2 has other code
+pip install tensorboard kaldialign soundfile braceexpand pyyaml tqdm
+pip install --no-deps zipformer==0.1.3 atdataset webdataset kaldifst
+
+# NeMo
+pip install "nemo_toolkit[asr]==3.0.0"
