@@ -15,10 +15,10 @@ arguments = sized("{op}", {arguments}).arguments(Make())
 assert gradcheck("{op}", **arguments).ok
 ```
 
-```
-fastasr check {op} --shape {shape} --dtype bfloat16
-fastasr bench {op} --shape {shape} --compile
-```"""
+From the shell:
+
+- `fastasr check {op} --shape {shape} --dtype bfloat16`
+- `fastasr bench {op} --shape {shape} --compile`"""
 
 
 def recipe(name: str) -> str:

@@ -23,7 +23,7 @@ def test_the_recipe_of_an_op_runs(name, capsys):
     assert recipe in text
     exec(re.search(r"```python\n(.*?)```", recipe, re.DOTALL)[1], {})
     assert f"{name}: float32 on cpu" in capsys.readouterr().out
-    commands = re.findall(r"^fastasr (.*)$", recipe, re.MULTILINE)
+    commands = re.findall(r"^- `fastasr (.*)`$", recipe, re.MULTILINE)
     assert [command.split()[:2] for command in commands] == [["check", name], ["bench", name]]
     sizes = re.search(r"--shape (\S+)", commands[1])[1]
     options = runner.Options(names=(name,), sizes=console.sizes(sizes))
@@ -31,7 +31,7 @@ def test_the_recipe_of_an_op_runs(name, capsys):
 
 
 def test_the_command_that_checks_an_op_runs():
-    command = re.search(r"^fastasr (check .*)$", recipes.recipe("bypass"), re.MULTILINE)[1]
+    command = re.search(r"^- `fastasr (check .*)`$", recipes.recipe("bypass"), re.MULTILINE)[1]
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("bypass: bfloat16 on cpu")
