@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs suites, writes each unit's rows as soon as they are measured, and resumes an interrupted run."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ SMALL = (20, 2)  # frames and sequences of an op's call in a quick run
 @dataclass(frozen=True)
 class Options:
     """The options of a run. ``names`` are ops, "dispatch", models, or the suites "ops" and "models"; empty means
-    everything, and in a quick run all but the models.
+    everything, and in a quick run the ops.
 
     ``sizes`` are those of the ops' calls (``fastasr.testing.sized``) in the place of model sizes. ``quick`` is a
     functional run of seconds, of small calls, whose figures mean nothing. ``fresh`` measures again what the file
@@ -49,7 +50,7 @@ class Options:
 
         Raises ``ValueError`` for an unknown name, and for sizes that an op does not have.
         """
-        chosen = select(self.names or (("ops", dispatch.NAME) if self.quick else ()))
+        chosen = select(self.names or (("ops",) if self.quick else ()))
         if self.sizes and (not self.names or set(chosen) - set(ops.names())):
             raise ValueError(
                 "sizes are for ops: expected their names, got " + (", ".join(self.names) or "none")
@@ -201,19 +202,24 @@ def run(
             summary.problems.append(message)
         report(message)
 
-    for name in chosen:
-        report(name)
-        if not options.quick and options.patience > 0:
-            wait_until_idle(patience=options.patience, report=report)
-        try:
-            for unit in _units(name, options, summary, note):
-                rows.merge(options.out, unit)
-                summary.rows += unit
-                on_rows(unit)
-        except upstream.MissingUpstream as error:
-            note(f"{name}: left out: {error}")
-        except Exception as error:  # one benchmark must not stop the others
-            first = (str(error).strip().splitlines() or [""])[0]
-            note(f"{name}: failed: {type(error).__name__}: {first[:200]}")
+    gc.collect()
+    gc.freeze()  # collections before each measurement leave out all that was imported, which takes most of their time
+    try:
+        for name in chosen:
+            report(name)
+            if not options.quick and options.patience > 0:
+                wait_until_idle(patience=options.patience, report=report)
+            try:
+                for unit in _units(name, options, summary, note):
+                    rows.merge(options.out, unit)
+                    summary.rows += unit
+                    on_rows(unit)
+            except upstream.MissingUpstream as error:
+                note(f"{name}: left out: {error}")
+            except Exception as error:  # one benchmark must not stop the others
+                first = (str(error).strip().splitlines() or [""])[0]
+                note(f"{name}: failed: {type(error).__name__}: {first[:200]}")
+    finally:
+        gc.unfreeze()
     summary.seconds = time.monotonic() - start
     return summary

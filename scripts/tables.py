@@ -16,6 +16,7 @@ from pathlib import Path
 import frameworks
 import instruction_sets
 import newcomer
+import recipes
 import test_matrix
 import test_minutes
 
@@ -88,6 +89,14 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
         made[DOCS / ELSEWHERE[module.NAME]] = module.table(own)
     made[DOCS / ELSEWHERE[ragged.NAME]] = without_padding([row for row in rows if row.name == ragged.NAME])
     return made
+
+
+def by_page() -> dict[Path, list[str]]:
+    """Returns page -> the ops that it is about."""
+    found: dict[Path, list[str]] = {}
+    for name in sorted(ops.NAMES):
+        found.setdefault(op_page(name), []).append(name)
+    return found
 
 
 FAMILIES = {  # folders of csrc/cpu
@@ -166,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     swept = [row for row in everything if row.suite == sweep.SUITE]
     rows = [row for row in everything if row.suite != sweep.SUITE]
     found = [put(page, block, check) for page, block in measured(rows).items()]
+    found += [put(page, recipes.recipes(names), check, *recipes.MARKERS) for page, names in by_page().items()]
     found += [put(ROOT / "README.md", op_families(), check, *OPS_MARKERS)]
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     found += [put(DOCS / "frameworks.md", frameworks.table(), check, *RULES_MARKERS)]

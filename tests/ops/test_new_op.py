@@ -34,6 +34,8 @@ assert ops.__file__.startswith({folder!r})
 assert "scaled_sine" in ops.__all__
 assert ops.scaled_sine.op.summary == "scale · sin(x) over the last dimension"
 assert "scaled_sine" in benchmarks.names()
+from fastasr.testing import Make, gradcheck, sized
+assert gradcheck(ops.scaled_sine, **sized("scaled_sine", T=5, B=2, C=8).arguments(Make())).ok
 options = ["-q", "-x", "-rp", "-p", "no:cacheprovider", "-k", "scaled_sine or every_public"]
 sys.exit(pytest.main([*options, {contract!r}, {declaration!r}]))
 """
