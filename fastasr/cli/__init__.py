@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``fastasr``: env, ops, check, bench, gpu, swap (needs the extra ``cli``)."""
+"""The command ``fastasr``: env, ops, check, bench, gpu, swap, export, transcribe (needs the extra ``cli``)."""
 
 import os
 import sys

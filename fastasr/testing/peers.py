@@ -5,12 +5,10 @@ import importlib
 
 # how to install what ``module`` imports
 INSTALL = {
-    "zipformer": "pip install --no-deps zipformer==0.1.3, and what it imports",
-    "espnet2": "pip install --no-deps espnet==202511, and what it imports",
-    "torchaudio": "pip install --no-deps torchaudio==2.11.0",
-    "nemo": "pip install --no-deps nemo_toolkit==3.0.0",
-    "speechbrain": "pip install --no-deps speechbrain==1.1.2, and what it imports",
-    "transformers": "pip install transformers==5.23.0",
+    **dict.fromkeys(
+        ("zipformer", "espnet2", "torchaudio", "nemo", "speechbrain", "transformers"),
+        'docs/install.md has the lines of pip for it, under "Frameworks"',
+    ),
     "fast_rnnt": "python scripts/build_fast_rnnt.py SOURCES",
     "onnx": "pip install 'fastasr[export]'",
     "onnxruntime": "pip install 'fastasr[export]'",
