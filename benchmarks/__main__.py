@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("bench-report/results.jsonl"), help="JSON Lines file"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="functional run of seconds; figures mean nothing"
+        "--quick", action="store_true", help="measure small calls, to see that it works; figures mean nothing"
     )
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--fresh", action="store_true", help="measure again what the file already holds")

@@ -28,7 +28,7 @@ class Options:
     everything, and in a quick run the ops.
 
     ``sizes`` are those of the ops' calls (``fastasr.testing.sized``) in the place of model sizes. ``quick`` is a
-    functional run of seconds, of small calls, whose figures mean nothing. ``fresh`` measures again what the file
+    functional run of small calls, whose figures mean nothing. ``fresh`` measures again what the file
     already has for this commit. ``compile`` adds torch.compile of the ops' formulas, ``compile_model`` of the whole
     model as well (minutes). ``patience`` is how many seconds to wait for idle cores before each op or model.
     """

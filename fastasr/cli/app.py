@@ -106,7 +106,7 @@ def bench(
         Path, typer.Option(help="Folder for results.jsonl, the plots and index.html.", file_okay=False)
     ] = Path("bench-report"),
     quick: Annotated[
-        bool, typer.Option(help="Run in seconds, on small calls, to see that it works; figures mean nothing.")
+        bool, typer.Option(help="Measure small calls, to see that it works; figures mean nothing.")
     ] = False,
     fresh: Annotated[
         bool,
