@@ -33,6 +33,7 @@ import sys
 import types
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from fastasr import _left, processor
 from fastasr.models.common.ragged import padded
@@ -106,6 +107,7 @@ def _probed(model, swapped, inputs, gradients, whole, interruption):
     exact = _reduced_weights.suspended()  # the swap is right in float32; weights= bounds its own error
     unnoted = _left.ignored()
     given = () if callable(inputs) else (inputs,)
+    _refuse_nan(given)
     state = ModelState(model, *given, whole=whole)
     with _released(swapped), state, _no_compilation(), exact, padded(), unnoted, torch.no_grad():
         checks = _Checks(_PASSES if gradients else _PASSES[:1], state, interruption)
@@ -127,6 +129,15 @@ def _probed(model, swapped, inputs, gradients, whole, interruption):
                 error.add_note(_about(model, inputs))
                 raise
     return probes
+
+
+def _refuse_nan(inputs):
+    """Raises ValueError if an input holds NaN, with which every comparison would hold. Masks may hold infinities."""
+    for t in tree_flatten(inputs)[0]:
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.isnan().any():
+            raise ValueError(
+                f"verify: inputs: expected numbers, got NaN in a tensor of shape {tuple(t.shape)}"
+            )
 
 
 def _about(model, inputs):

@@ -258,3 +258,16 @@ def test_numpys_generator(odd):
             change()
             change()
         assert state() == before
+
+
+def test_inputs_with_nan_are_refused():
+    """With NaN in both results every comparison would hold. Masks may hold infinities."""
+    model, inputs = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    fastasr.accelerate(model, verify=inputs)
+    fastasr.restore(model)
+    inputs[1, 2] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"verify: inputs: expected numbers, got NaN in a tensor of shape \(2, 4\)"
+    ):
+        fastasr.accelerate(model, verify=(inputs,))
+    assert "forward" not in vars(model)
