@@ -172,10 +172,14 @@ def wait_until_idle(
             return load
         if time.monotonic() >= end:
             if report is not None:
-                report(f"other processes still use {load:.1f} cores: measuring all the same")
+                report(
+                    f"other processes still use {load:.1f} cores: measuring all the same; such figures tell little"
+                )
             return load
         if report is not None and not told:
-            report(f"other processes use {load:.1f} cores: waiting up to {patience:.0f} s for idle ones")
+            report(
+                f"other processes use {load:.1f} cores: waiting up to {patience:.0f} s for idle ones (--patience 0: none)"
+            )
             told = True
 
 

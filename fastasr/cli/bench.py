@@ -123,7 +123,7 @@ def run(
     )
     if plots and found:
         _draw(found, folder, summary.problems)
-    if summary.problems:
+    if not found or any("left out" not in problem for problem in summary.problems):
         raise typer.Exit(1)
 
 
