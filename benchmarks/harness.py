@@ -177,9 +177,8 @@ def wait_until_idle(
                 )
             return load
         if report is not None and not told:
-            report(
-                f"other processes use {load:.1f} cores: waiting up to {patience:.0f} s for idle ones (--patience 0: none)"
-            )
+            until = f"waiting up to {patience:.0f} s for idle ones (--patience 0: none)"
+            report(f"other processes use {load:.1f} cores: {until}")
             told = True
 
 
