@@ -4,7 +4,7 @@ they refuse.
 """
 
 import pytest
-import tables
+import logit_tables
 import torch
 from steps import numbers, seeded
 from tiny_recogniser import RECOGNISER, STREAMING
@@ -52,9 +52,9 @@ def _input(name, model, encoder_out):
 # --------------------------------------------------------------------------- brute force
 @pytest.mark.parametrize("seed", range(4))
 def test_beam_search_finds_the_best_of_all(seed):
-    model = tables.TableTransducer(seed=seed)
+    model = logit_tables.TableTransducer(seed=seed)
     frames = torch.randn(5, 3, generator=numbers(seed + 50))
-    expected = tables.transducer_probabilities(model, frames)
+    expected = logit_tables.transducer_probabilities(model, frames)
     best = max(expected, key=lambda tokens: expected[tokens] / (len(tokens) + 1))
     found = decoding.modified_beam_search(model, frames[None], beam=1000)
     assert tuple(found.tokens[0]) == best
@@ -67,7 +67,7 @@ def test_beam_search_finds_the_best_of_all(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_prefix_beam_search_finds_the_best_of_all(seed):
     log_probs = torch.randn(6, 3, generator=numbers(seed)).log_softmax(-1)
-    expected = tables.ctc_probabilities(log_probs)
+    expected = logit_tables.ctc_probabilities(log_probs)
     best = max(expected, key=expected.get)
     found = decoding.ctc_prefix_beam_search(log_probs[None], beam=1000)
     assert tuple(found.tokens[0]) == best
@@ -78,7 +78,7 @@ def test_prefix_beam_search_finds_the_best_of_all(seed):
 
 
 def test_greedy_search_step_by_step():
-    model = tables.TableTransducer(seed=3)
+    model = logit_tables.TableTransducer(seed=3)
     frames = torch.randn(9, 3, generator=numbers(5))
     tokens, stamps, score = [], [], 0.0
     for t, row in enumerate(frames):
@@ -104,7 +104,7 @@ def test_ctc_greedy_search_by_hand():
 
 
 # --------------------------------------------------------------------------- properties
-@pytest.mark.parametrize("name", _searches(tables.TableTransducer()))
+@pytest.mark.parametrize("name", _searches(logit_tables.TableTransducer()))
 @pytest.mark.parametrize("step", [1, 4])
 def test_chunks_give_what_the_whole_gives(model, encoder_out, name, step):
     """This holds across "a blank a" and "a a" at the boundaries, and with streams that end."""
@@ -126,7 +126,7 @@ def test_chunks_give_what_the_whole_gives(model, encoder_out, name, step):
         assert stamps == sorted(stamps)
 
 
-@pytest.mark.parametrize("name", _searches(tables.TableTransducer()))
+@pytest.mark.parametrize("name", _searches(logit_tables.TableTransducer()))
 def test_a_batch_gives_what_its_sequences_give(model, encoder_out, name):
     search, x = _searches(model)[name], _input(name, model, encoder_out)
     batch = search.result(search.advance(search.start(len(LENGTHS)), x, torch.tensor(LENGTHS)))
@@ -138,14 +138,14 @@ def test_a_batch_gives_what_its_sequences_give(model, encoder_out, name):
 
 
 def test_nothing_heard():
-    for search in _searches(tables.TableTransducer()).values():
+    for search in _searches(logit_tables.TableTransducer()).values():
         found = search.result(search.advance(search.start(2), torch.zeros(2, 0, 3)))
         assert found.tokens == [[], []]
 
 
 def test_a_wider_beam_is_not_less_likely():
     for seed in range(5):
-        model = tables.TableTransducer(vocabulary=5, seed=seed)
+        model = logit_tables.TableTransducer(vocabulary=5, seed=seed)
         frames = torch.randn(1, 12, 5, generator=numbers(seed))
         narrow, wide = (
             decoding.ctc_prefix_beam_search(frames.log_softmax(-1), beam=b).scores[0] for b in (1, 50)
