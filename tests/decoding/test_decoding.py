@@ -3,8 +3,8 @@
 they refuse.
 """
 
-import pytest
 import logit_tables
+import pytest
 import torch
 from steps import numbers, seeded
 from tiny_recogniser import RECOGNISER, STREAMING
