@@ -406,8 +406,9 @@ class _Plan:
     def share(self, count: int) -> int:
         """Returns the outputs of a program of `scores`: those for which its programs take the fewest turns of a block.
 
-        A multiprocessor holds one program of 16 bits, two of float32 (tests/kernels/budgets.toml: registers). The shares of a row are added up: devices with other numbers of multiprocessors may
-        round the last bits of L otherwise.
+        A multiprocessor holds one program of 16 bits, two of float32 (tests/kernels/budgets.toml: registers). The
+        shares of a row are added up: devices with other numbers of multiprocessors may round the last bits of L
+        otherwise.
         """
         block, blocks = self.scores["BLOCK_N"], self.blocks(count)
         tiles = cdiv(self.v, block)
