@@ -19,8 +19,6 @@ from fastasr.cli import env
 from fastasr.cli.app import app
 from fastasr.ops import _dispatch, _gemm
 
-pytestmark = pytest.mark.needs("benchmarks", "fastasr", "examples", "README.md")
-
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

@@ -20,8 +20,6 @@ from fastasr.audio.recordings import Clip
 from fastasr.demo import __main__ as command
 from fastasr.demo import run, stages
 
-pytestmark = pytest.mark.needs("benchmarks", "fastasr/demo/*.py")
-
 
 def quiet(_: str) -> None:
     pass

@@ -23,7 +23,6 @@ from fastasr.recipe import checkpoints, curves, recogniser, sizes
 from fastasr.recipe.logs import COLUMNS, Log
 from fastasr.recipe.training import learn_units
 
-pytestmark = pytest.mark.needs("tests/faults")
 COUNTS = [pytest.param(40, id="40"), pytest.param(1000, id="1000", marks=pytest.mark.long)]
 
 

@@ -22,7 +22,6 @@ from fastasr.ops import _gemm
 from fastasr.recipe import checkpoints, recogniser
 from fastasr.recipe.logs import COLUMNS, Log
 
-pytestmark = pytest.mark.needs("fastasr", "benchmarks", "examples", "tests/faults")
 KILLS = [pytest.param(5, id="5"), pytest.param(200, id="200", marks=pytest.mark.long)]
 NATIVE = _gemm._Choice("native", under_load=False, times=1, at=1.8e9)
 needs_both = pytest.mark.skipif(bool(_gemm.reason()), reason=_gemm.reason())

@@ -22,8 +22,6 @@ from fastasr.recipe import checkpoints, recogniser, sizes, speech
 from fastasr.recipe.transducers import TRANSDUCERS
 from fastasr.swap import weights
 
-pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
-
 ENCODERS = tuple(TRANSDUCERS)
 STEPS = 5  # from the fifth on the averaged model is another
 

@@ -14,7 +14,6 @@ pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastas
 
 from fastasr.recipe import listings, speech
 
-pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPEAKERS = {"ann": 1.0, "bob": 0.7, "eve": 1.3}
 

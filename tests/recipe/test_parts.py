@@ -15,8 +15,6 @@ from fastasr.recipe.logs import COLUMNS, Log
 from fastasr.recipe.units import Units
 from fastasr.testing import seeds
 
-pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
-
 TEXTS = ["please press one", "the number is busy", "i'm sorry", "press two to call back"] * 4
 
 

@@ -12,8 +12,6 @@ pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastas
 
 from fastasr.recipe import checkpoints
 
-pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
-
 
 @pytest.fixture
 def spoken(tmp_path):

@@ -10,8 +10,6 @@ from steps import seeded
 from fastasr.recipe.eden import eden
 from fastasr.recipe.scaled_adam import ScaledAdam
 
-pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
-
 
 @pytest.fixture(scope="module")
 def upstream():

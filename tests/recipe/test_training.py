@@ -14,8 +14,6 @@ from tiny_runs import TINY, in_two_processes, losses, same_checkpoints, trainer
 from fastasr.ops import _dispatch, _reduced_weights
 from fastasr.recipe import checkpoints, recogniser, sizes, training
 
-pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
-
 
 def test_a_run_writes_what_it_says(trained):
     simple = losses(trained, "simple")  # the pruned loss counts more and more at first

@@ -16,8 +16,6 @@ from zipformer.modules import model as upstream
 import fastasr
 from fastasr.compat import k2
 
-pytestmark = pytest.mark.needs("tests/rnnt", "fastasr/compat/*.py")
-
 
 @pytest.fixture(scope="module")
 def inputs():

@@ -2,9 +2,6 @@
 """icefall's Zipformer2 through the native engine."""
 
 import icefall_checkout
-import pytest
-
-pytestmark = pytest.mark.needs("fastasr", "tests/streaming/icefall_chunks.py")
 
 
 @icefall_checkout.needed
