@@ -20,6 +20,7 @@ from steps import seeded
 from fastasr.testing import seeds
 
 STARTS_PROCESSES = {"benchmarks", "cli", "examples", "faults", "kernels", "packaging", "recipe"}
+OF_EVERY_OP = {"test_budgets", "test_docs"}
 # The models are tiny: threads cost more than they bring, most of all beside other processes.
 TINY_MODELS = {"models", "parity", "recipe", "streaming", "swap"}
 
@@ -55,8 +56,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_of(item, op: str) -> bool:
-    """Says whether a test has the name of an op, in its own name or as that of its file."""
-    return not {op, f"test_{op}"}.isdisjoint(re.findall(r"\w+", item.nodeid))
+    """Says whether a test has the name of an op, in its own name or as that of its file, or judges every op at once."""
+    return item.path.stem in OF_EVERY_OP or not {op, f"test_{op}"}.isdisjoint(re.findall(r"\w+", item.nodeid))
 
 
 def _long_ones_first(items: list) -> None:
