@@ -69,10 +69,10 @@ $(STAMPS)/fastasr: $(STAMPS)/tools scripts/python_headers.sh pyproject.toml
 # The library for this machine alone: its own instruction set, CUDA code where it has a GPU.
 fastasr/libfastasr.so: $(NATIVE) | $(STAMPS)/fastasr
 	@echo "== fastasr/libfastasr.so: C++ kernels for this machine, about two minutes without a compiler's cache"
-	source $(STAMPS)/build.env; CMAKE_ARGS="$${CMAKE_ARGS:-} -DFASTASR_SETS=native" \
-	  FASTASR_CUDA=$${FASTASR_CUDA:-$$(if nvidia-smi -L; then echo; else echo 0; fi 2>/dev/null | tail -n 1)} \
-	  $(PY) setup.py --quiet build_ext --inplace >build/native.log 2>&1 || { cat build/native.log >&2; exit 1; }
-	touch $@
+	@mkdir -p build; source $(STAMPS)/build.env; export CMAKE_ARGS="$${CMAKE_ARGS:-} -DFASTASR_SETS=native"; \
+	  FASTASR_CUDA=$${FASTASR_CUDA-$(if $(shell command -v nvidia-smi),,0)} $(PY) setup.py --quiet build_ext --inplace \
+	  >build/native.log 2>&1 || { cat build/native.log >&2; exit 1; }
+	@touch $@
 
 # The archive of sources, the wheel made from it with kernels for every machine, and its library in the place of the one
 # for this machine: what is tested is what is shipped.
