@@ -12,13 +12,13 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
-ELEMENTS = 4096  # of a tile: 8 in each thread
+ELEMENTS = 4096  # A tile has this many elements: 8 in each thread.
 WARPS = 16
-ADDING = {"BLOCK_C": 8, "num_warps": 8}
-MOST_PARTS = 1024  # of a tile: more pass through in blocks
+REDUCE = {"BLOCK_C": 8, "num_warps": 8}
+MAX_PARTS = 1024  # A tile adds at most this many parts; longer inputs take several blocks.
 
 
-def deal(
+def split_rows(
     rows: int, columns: int, like: torch.Tensor, tiles: int = 1, elements: int = ELEMENTS, resident: int = 1
 ) -> tuple[int, int, int]:
     """Returns (rows per tile of that many columns, rows per part, parts) for ``tiles`` programs of each part, of which
@@ -30,9 +30,9 @@ def deal(
     return block, rows_per_part, cdiv(rows, rows_per_part)
 
 
-def adding(parts: int) -> dict[str, int]:
+def reduce_tile(parts: int) -> dict[str, int]:
     """Returns the tile and the warps of a kernel that adds up so many parts."""
-    return {"BLOCK_P": max(128, next_power_of_2(parts)), **ADDING}
+    return {"BLOCK_P": max(128, next_power_of_2(parts)), **REDUCE}
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -53,6 +53,6 @@ def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C:
 def add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
     """Writes the sums over the rows of tables (..., parts, columns), added up in float64."""
     parts, columns = table.shape[-2:]
-    tile = adding(min(parts, MOST_PARTS))
+    tile = reduce_tile(min(parts, MAX_PARTS))
     grid = cdiv(columns, tile["BLOCK_C"]), out.numel() // columns
     launch(add_parts_kernel, grid, table, out, parts, columns, **tile)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch
-from fastasr.kernels._parts import WARPS, add_parts, deal
+from fastasr.kernels._parts import WARPS, add_parts, split_rows
 
 COLUMNS = 64  # of a tile: models have multiples of 64 channels
 PROGRAMS = 4  # on a multiprocessor, to keep as many bytes in flight as memory needs
@@ -37,7 +37,7 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
     columns = x.shape[-1]
     rows = x.numel() // columns
     column_tiles = cdiv(columns, COLUMNS)
-    block_r, rows_per_part, parts = deal(rows, COLUMNS, x, column_tiles, resident=PROGRAMS)
+    block_r, rows_per_part, parts = split_rows(rows, COLUMNS, x, column_tiles, resident=PROGRAMS)
     table = x.new_empty((parts, columns), dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
     total = x.new_empty(columns)
     launch(sum_kernel, (parts * column_tiles,),

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastasr.kernels import residual_norm
 from fastasr.kernels._launch import cdiv, generation, launch
-from fastasr.kernels._parts import ADDING, adding, deal
+from fastasr.kernels._parts import REDUCE, reduce_tile, split_rows
 from fastasr.kernels.residual_norm import _blocks, _centred, _load, _mean, _padded, _stride, add_parts_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,7 +129,9 @@ def add_norm_backward(
     rows = x.numel() // channels
     dtype = _dtype(x, update)
     elements, warps, resident = residual_norm.backward_tile(channels, dtype, False, False, generation(x))
-    block_r, rows_per_part, parts = deal(rows, _padded(channels), x, elements=elements, resident=resident)
+    block_r, rows_per_part, parts = split_rows(
+        rows, _padded(channels), x, elements=elements, resident=resident
+    )
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     shares = torch.float64 if dtype == torch.float32 else torch.float32
     table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
@@ -138,7 +140,7 @@ def add_norm_backward(
         _stride(x), _stride(update), eps, scale,
         T_TYPE=TYPES[dtype], BLOCK_R=block_r, BLOCK_C=_padded(channels), num_warps=warps,
     )  # fmt: skip
-    launch(add_parts_kernel, (cdiv(channels, ADDING["BLOCK_C"]), 2),
-        table, dweight, dbias, parts, channels, **adding(parts),
+    launch(add_parts_kernel, (cdiv(channels, REDUCE["BLOCK_C"]), 2),
+        table, dweight, dbias, parts, channels, **reduce_tile(parts),
     )  # fmt: skip
     return dx, dupdate, dweight, dbias

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
-from fastasr.kernels._parts import ADDING, WARPS, adding, deal
+from fastasr.kernels._parts import REDUCE, WARPS, reduce_tile, split_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -185,7 +185,7 @@ def bias_norm_backward(
         return torch.empty_like(x), torch.zeros_like(bias), torch.zeros_like(log_scale)
     rows = x.numel() // channels
     block_c = _padded(channels)
-    block_r, rows_per_part, parts = deal(rows, block_c, x, resident=2)
+    block_r, rows_per_part, parts = split_rows(rows, block_c, x, resident=2)
     dx, dbias, dlog_scale = torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
     dbias_parts = x.new_empty((parts, channels), dtype=torch.float32)
     dlog_scale_parts = x.new_empty(parts, dtype=torch.float32)
@@ -193,7 +193,7 @@ def bias_norm_backward(
         grad, x, bias, log_scale, dx, dbias_parts, dlog_scale_parts, rows, rows_per_part, channels,
         BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
-    launch(add_parts_kernel, (cdiv(channels, ADDING["BLOCK_C"]),),
-        dbias_parts, dlog_scale_parts, dbias, dlog_scale, parts, channels, **adding(parts),
+    launch(add_parts_kernel, (cdiv(channels, REDUCE["BLOCK_C"]),),
+        dbias_parts, dlog_scale_parts, dbias, dlog_scale, parts, channels, **reduce_tile(parts),
     )  # fmt: skip
     return dx, dbias, dlog_scale

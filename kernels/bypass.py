@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch
-from fastasr.kernels._parts import WARPS, add_parts, deal
+from fastasr.kernels._parts import WARPS, add_parts, split_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -116,7 +116,7 @@ def bypass_backward(
     rows = x.numel() // columns
     block_c = backward_columns(columns, grad.dtype)
     column_tiles = cdiv(columns, block_c)
-    block_r, rows_per_part, parts = deal(rows, block_c, x, column_tiles)
+    block_r, rows_per_part, parts = split_rows(rows, block_c, x, column_tiles)
     dscale = torch.empty_like(scale)
     table = x.new_empty((parts, columns), dtype=torch.float32)
     launch(backward_kernel, (parts * column_tiles,),

@@ -26,7 +26,7 @@ from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels import gated_depthwise_conv, residual_norm
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import cdiv, launch
-from fastasr.kernels._parts import ADDING, adding, deal
+from fastasr.kernels._parts import REDUCE, reduce_tile, split_rows
 from fastasr.kernels.gated_depthwise_conv import _in_tiles, _lay_out
 from fastasr.kernels.residual_norm import MAX_CHANNELS, _centred, _mean
 
@@ -261,7 +261,7 @@ class _Call:
     def norm_gradients(self, norm_weight, dgate) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes dg over du in dgate and returns (dnorm_weight, dnorm_bias)."""
         block_c = residual_norm._padded(self.channels)
-        block_r, rows_per_part, parts = deal(
+        block_r, rows_per_part, parts = split_rows(
             self.rows, block_c, dgate, elements=GRADIENT_ELEMENTS, resident=RESIDENT
         )
         shares = torch.float64 if dgate.dtype == torch.float32 else torch.float32
@@ -272,8 +272,8 @@ class _Call:
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
         dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
-        launch(residual_norm.add_parts_kernel, (cdiv(self.channels, ADDING["BLOCK_C"]), 2),
-            table, dweight, dbias, parts, self.channels, **adding(parts),
+        launch(residual_norm.add_parts_kernel, (cdiv(self.channels, REDUCE["BLOCK_C"]), 2),
+            table, dweight, dbias, parts, self.channels, **reduce_tile(parts),
         )  # fmt: skip
         return dweight, dbias
 

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
 from fastasr.kernels._launch import cdiv, generation, launch, next_power_of_2
-from fastasr.kernels._parts import ADDING, ELEMENTS, WARPS, adding, deal
+from fastasr.kernels._parts import ELEMENTS, REDUCE, WARPS, reduce_tile, split_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -283,7 +283,7 @@ def residual_norm_backward(
     rows = x.numel() // channels
     block_c = _padded(channels)
     elements, warps, resident = backward_tile(channels, x.dtype, gated, mask is not None, generation(x))
-    block_r, rows_per_part, parts = deal(rows, block_c, x, elements=elements, resident=resident)
+    block_r, rows_per_part, parts = split_rows(rows, block_c, x, elements=elements, resident=resident)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     shares = torch.float64 if x.dtype == torch.float32 else torch.float32
     table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
@@ -292,7 +292,7 @@ def residual_norm_backward(
         *map(_stride, (x, update, candidate, hidden)), eps,
         ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
-    launch(add_parts_kernel, (cdiv(channels, ADDING["BLOCK_C"]), 2),
-        table, dweight, dbias, parts, channels, **adding(parts),
+    launch(add_parts_kernel, (cdiv(channels, REDUCE["BLOCK_C"]), 2),
+        table, dweight, dbias, parts, channels, **reduce_tile(parts),
     )  # fmt: skip
     return dx, dupdate, dsum, dweight, dbias

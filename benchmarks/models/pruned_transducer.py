@@ -21,7 +21,7 @@ from fastasr.benchmarks.case import BOTH, Report
 from fastasr.benchmarks.harness import Variant
 from fastasr.benchmarks.models.unit import COMPILE, FASTASR, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.rows import Row
-from fastasr.ops.rnnt_joiner import KEPT_BYTES
+from fastasr.ops._joiner import KEPT_BYTES
 
 NAME = "pruned_transducer"
 AGAIN = "fastasr, logits again"

@@ -13,9 +13,9 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-# Kernels receive the position of a name in NAMES.
 Activation = Literal["identity", "silu", "relu", "tanh", "gelu"]
 NAMES = get_args(Activation)
+NUMBERS = {name: number for number, name in enumerate(NAMES)}  # what kernels receive
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": _identity,
     "silu": F.silu,

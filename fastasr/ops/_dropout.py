@@ -48,6 +48,15 @@ def windows(like: Tensor, places: Tensor, sequences: int, keys: int, p: float) -
     return dense.flatten(1).index_select(1, (rows + places).flatten()).reshape(sequences, *places.shape)
 
 
+def draw_mask(x: Tensor, dropout_p: float, dropout_shared_dim: int | None) -> Tensor:
+    """Draws the dropout mask with one ``torch.rand`` call of x's dtype, as upstream does."""
+    shape = list(x.shape)
+    if dropout_shared_dim is not None:
+        shape[dropout_shared_dim] = 1
+    kept = torch.rand(*shape, device=x.device, dtype=x.dtype) > dropout_p
+    return kept.to(x.dtype) * (1.0 / (1.0 - dropout_p))
+
+
 def serves(p: float, *tensors: Tensor) -> bool:
     return (
         0 < p < 1

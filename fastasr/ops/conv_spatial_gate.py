@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation
+from fastasr.ops._depthwise_conv import depthwise_conv
 from fastasr.ops._op import op
-from fastasr.ops.gated_depthwise_conv import depthwise_conv
 
 
 @op(

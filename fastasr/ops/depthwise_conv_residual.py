@@ -16,8 +16,8 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr.ops._depthwise_conv import depthwise_conv
 from fastasr.ops._op import op
-from fastasr.ops.gated_depthwise_conv import depthwise_conv
 
 
 @op(

@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import swoosh
+from fastasr.ops import _swoosh
+from fastasr.ops._depthwise_conv import ACTIVATIONS, depthwise_conv
 from fastasr.ops._op import op
 from fastasr.ops._register import cast
-
-ACTIVATIONS = {"identity": 0, "swoosh_r": 1, "silu": 2}  # with the kernels' numbers
 
 
 # --------------------------------------------------------------------------- parts
@@ -65,18 +64,6 @@ def _cache_gradient(op, grads, found, saved) -> None:
         du = du.masked_fill(saved.padding_mask[:, frames - taken :].t().unsqueeze(-1), 0.0)
     gate = torch.sigmoid(s)
     dh[frames - taken :] += torch.cat([du * gate, du * x * gate * (1.0 - gate)], dim=-1).to(dh.dtype)
-
-
-def depthwise_conv(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns the T frames of the depthwise convolution of u (B, C, T + K - 1)."""
-    channels, taps = weight.shape[0], weight.shape[-1]
-    frames = u.shape[2] - taps + 1
-    if not channels:  # torch refuses a convolution of no groups
-        empty = weight.reshape(0, taps).sum(1, keepdim=True)
-        return u[..., :frames] + (empty if bias is None else empty + bias.unsqueeze(1))
-    if not frames:  # torch refuses a convolution to no frames
-        u = F.pad(u, (0, 1))
-    return F.conv1d(u, weight.reshape(channels, 1, taps), bias, groups=channels)[..., :frames]
 
 
 def _within_chunks(u, weight, bias, chunk_scale, chunk_size) -> Tensor:
@@ -178,7 +165,7 @@ def gated_depthwise_conv(
         z = z + _within_chunks(u, weight, bias, chunk_scale, chunk_size)
     y = z.permute(2, 0, 1)  # [T, B, C]
     if activation == "swoosh_r":
-        y = swoosh.definition(y, "SwooshR")
+        y = _swoosh.definition(y, "SwooshR")
     elif activation == "silu":
         y = F.silu(y)
     return (y, new_cache) if return_cache else y

@@ -5,7 +5,6 @@ r"""Linear layer: y = x Wᵀ + b, dx = g W, dW = gᵀ x, db = Σ_rows g.
 2 M N K each for y, dx and dW.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,16 +17,9 @@ from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_allowed
 
 from fastasr._recording import recording
 from fastasr.ops import _gemm, _reduced_weights
-from fastasr.ops._dispatch import (
-    KernelFamily,
-    Kernels,
-    forced_backend,
-    native_kernels,
-    triton_kernels,
-)
+from fastasr.ops._dispatch import KernelFamily, Kernels, forced_backend, native_kernels, triton_kernels
+from fastasr.ops._linear import FITS, bias_grad
 from fastasr.ops._op import op
-
-MANY_ROWS = 512  # from here on the kernels add up rows: torch's sum is one launch in place of two
 
 
 class _Family(KernelFamily):
@@ -46,27 +38,11 @@ _NATIVE = native_kernels("linear", "gemm", lambda: Kernels("cpu", _gemm.forward,
 _SUMS = replace(triton_kernels("linear"), load=lambda: Kernels("triton", _gemm.forward, None))
 FAMILY = _Family("linear", (), (_NATIVE,), vendor=True)
 
-# These checks cover what the product itself does not refuse.
-FITS = (
-    "x.layout is weight.layout is _strided and len(_rows := weight.shape) == 2 and (bias is None or "
-    "bias.layout is _strided and bias.dim() == 1 and bias.numel() == _rows[0])"
-)
-
-
 _MOST_CALLS = 10_000  # that are remembered
 _MIDDLE = 1024 * _gemm.SMALL  # larger steps take a hundred times as long as a node in Python
 
 
 # --------------------------------------------------------------------------- kernels
-def bias_grad(grad: Tensor, backend: str = "cpu") -> Tensor:
-    """Returns the sum over rows, a copy where there is one row (an op's output may not be its input). Of 30,000 rows of
-    192 in bfloat16, torch's takes 57 us on an H200, that of torch.compile 11.
-    """
-    if backend == "triton" and grad.is_contiguous() and grad.numel() > MANY_ROWS * grad.shape[-1]:
-        return importlib.import_module("fastasr.kernels._sum_rows").sum_rows(grad)
-    return grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad.clone()
-
-
 def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     (grad,) = grads
     return (

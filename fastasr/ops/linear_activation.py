@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation, _gemm
+from fastasr.ops._activation import NUMBERS
+from fastasr.ops._linear import FITS
 from fastasr.ops._op import op
-from fastasr.ops.linear import FITS
-
-NUMBERS = {name: number for number, name in enumerate(_activation.NAMES)}
 
 
 # --------------------------------------------------------------------------- kernels

@@ -17,79 +17,18 @@ forward reads s, v, o, z and writes x, y; backward reads s, v, z, g and writes x
 writes ds, dv, dz. FLOPs of the products: 2 T² B D forward, 4 T² B D backward.
 """
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fastasr.ops import _dispatch, _gemm, _layout
-from fastasr.ops._dispatch import FLOATING, KernelFamily, Kernels, native_kernels, triton_kernels
+from fastasr.ops import _gemm, _layout
+from fastasr.ops._dispatch import FLOATING
+from fastasr.ops._nonlin_attention import FAMILY, Passes
 from fastasr.ops._op import op
 
 
 # --------------------------------------------------------------------------- kernels
-@dataclass(frozen=True)
-class _Passes(Kernels):
-    """``forward`` is the gate, ``projected -> x``; ``backward`` what precedes the products of the backward pass,
-    ``(grad, projected) -> (x, u)``."""
-
-    product: Callable  # (projected, o) -> y
-    gradient: Callable  # (dx, grad, projected, o) -> dprojected
-
-
-def _load(backend: str) -> _Passes:
-    names = [f"nonlin_attention_{name}" for name in ("gate", "operands", "product", "gradient")]
-    if backend == "cpu":
-        return _Passes(backend, *(_dispatch.registered(backend, name) for name in names))
-    module = importlib.import_module("fastasr.kernels.nonlin_attention")
-    return _Passes(backend, *(getattr(module, name) for name in names))
-
-
-_NATIVE = native_kernels("nonlin_attention", "nonlin_attention_gate", partial(_load, "cpu"))
-_TRITON = replace(triton_kernels("nonlin_attention"), load=partial(_load, "triton"))
-FAMILY = KernelFamily("nonlin_attention", (), (_NATIVE, _TRITON))
-
-
-def passes(weights: Tensor, projected: Tensor) -> _Passes:
-    """Returns the passes around the products, for a caller who computes these. ``forward`` and ``backward`` take a
-    number of rows too, to which x is filled up with zeros, and ``backward`` then a number on the device: where it is
-    not 0, x is 0.
-    """
-    found = FAMILY.kernels(projected, weights)
-    return found if found is not None and found.backend == "triton" else _EAGER
-
-
-def _gate(projected: Tensor, rows: int) -> Tensor:
-    s, v, _ = projected.chunk(3, dim=-1)
-    x = v * torch.tanh(s)
-    return x if rows == len(x) else torch.nn.functional.pad(x, (0, 0, 0, 0, 0, rows - len(x)))
-
-
-def _operands(grad: Tensor, projected: Tensor, rows: int, constant: Tensor | None) -> tuple[Tensor, Tensor]:
-    x = _gate(projected, rows)
-    x = x if constant is None else torch.where(constant == 0, x, 0)
-    return x, grad * projected.chunk(3, dim=-1)[2]
-
-
-def _slopes(dx: Tensor, grad: Tensor, projected: Tensor, o: Tensor) -> Tensor:
-    s, v, _ = projected.chunk(3, dim=-1)
-    dx, y = dx.transpose(0, 1), torch.tanh(s)
-    return torch.cat([dx * v * (1 - y * y), dx * y, grad * o.transpose(0, 1)], -1)
-
-
-_EAGER = _Passes(
-    "eager",
-    _gate,
-    _operands,
-    lambda projected, o: o.transpose(0, 1) * projected.chunk(3, dim=-1)[2],
-    _slopes,
-)
-
-
 def _fits(weights: Tensor, projected: Tensor) -> bool:
     """Checks the operands first: the product is the vendor's, which declines nothing."""
     strided = weights.layout is projected.layout is torch.strided
@@ -99,7 +38,7 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
     return channels % 3 == 0 and weights.shape == (batch, frames, frames)
 
 
-def _fast(kernels: _Passes, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+def _fast(kernels: Passes, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
     o = _gemm.batched(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o

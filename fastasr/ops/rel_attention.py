@@ -36,29 +36,7 @@ from torch import Tensor
 
 from fastasr.ops import _weights_dropout
 from fastasr.ops._op import op
-
-
-def relative_shift(scores: Tensor) -> Tensor:
-    """Maps (..., T, T + K − 1) by offset to (..., T, K) by key: element (i, j) is that of offset j − i. The result is a
-    view.
-    """
-    frames, offsets = scores.shape[-2:]
-    if frames < 2:  # without queries there are no offsets, whatever the number of keys: (0, 1) goes with any
-        return scores if frames else scores.sum(-1, keepdim=True)
-    # with rows one element closer together, each key's scores stand in one column
-    flat = scores.flatten(-2)[..., frames - 1 : -1]
-    return flat.unflatten(-1, (frames, offsets - 1))[..., : offsets - frames + 1]
-
-
-def outside_context(scores: Tensor, context: tuple[int, int], chunk_size: int) -> Tensor:
-    """Returns (T, K) for scores (..., T, K), True where a key is outside the context of a query."""
-    frames, keys = scores.shape[-2:]
-    key = torch.arange(keys, device=scores.device, dtype=torch.int64)
-    chunk = key[keys - frames :, None] // chunk_size * chunk_size
-    (left, right), hidden = context, torch.zeros(frames, keys, dtype=torch.bool, device=scores.device)
-    if left >= 0:
-        hidden = hidden | (key < chunk - left)
-    return hidden if right < 0 else hidden | (key >= chunk + chunk_size + right)
+from fastasr.ops._relative_positions import outside_context, relative_shift
 
 
 def _check(op, a) -> None:

@@ -25,103 +25,28 @@ the first and 8 N backward. Kept for the backward: 16 N bytes, and 4 N (V + D) w
 N (20 V + 4 D) bytes at the peak of its backward.
 """
 
-import math
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _activation, _joiner_rows, _weights_dropout
-from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, triton_kernels
-from fastasr.ops._lattice import check_boundary, values_are_checked, whole, within
+from fastasr.ops._joiner import ACTIVATIONS, FAMILY, check, launch, log_probabilities, operands
 from fastasr.ops._op import op
-from fastasr.ops._register import autocast_dtype
-
-ACTIVATIONS = {name: _activation.NAMES.index(name) for name in ("tanh", "relu")}
-KEPT_BYTES = 1 << 28  # up to this size the logits of all rows are kept unless the caller decides
-
-_CHUNKS = Kernels("cpu", _joiner_rows.forward, _joiner_rows.backward)
-_NATIVE = native_kernels("rnnt_joiner", "rnnt_joiner_rows", lambda: _CHUNKS)
-FAMILY = KernelFamily("rnnt_joiner", (), (_NATIVE, triton_kernels("rnnt_joiner")))
 
 
 # --------------------------------------------------------------------------- parts
-def _band(
-    symbols: Tensor, starts: Tensor, boundary: Tensor | None, s_range: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (s within [0, S], whether the row is inside, whether it has a symbol), each (B, T, R)."""
-    (batch, length), frames = symbols.shape, starts.shape[1]
-    s = starts.unsqueeze(-1) + torch.arange(s_range, device=starts.device, dtype=torch.int64)
-    if boundary is None:
-        boundary = whole(torch.full((batch,), length, device=starts.device, dtype=torch.int64), frames)
-    t = torch.arange(frames, device=starts.device, dtype=torch.int64).unsqueeze(1)
-    has_symbol, inside = within(boundary, s, t, False)
-    has_symbol, inside = has_symbol & (s >= 0) & (s < length), inside & (s >= 0) & (s <= length)
-    return s.clamp(0, length), inside, has_symbol
-
-
-def check(op, a, starts: Tensor | None, outputs: int) -> None:
-    """Checks what the signature of a joiner does not say; ``outputs`` are the tokens."""
-    frames, length = a.am.shape[1], a.symbols.shape[1]
-    joined = torch.promote_types(a.am.dtype, a.lm.dtype)
-    if autocast_dtype(a.am) is None:
-        for name, t in (("weight", a.weight), ("bias", a.bias)):
-            if t is not None and t.dtype != joined:
-                op.fail(name, f"dtype {joined} (that of am + lm)", t.dtype, TypeError)
-    if not 0 <= a.termination_symbol < outputs:
-        op.fail("termination_symbol", f"a number in [0, {outputs})", a.termination_symbol)
-    if a.dropout_p and a.dropout_seed is None:
-        op.fail("dropout_seed", "a Tensor where dropout_p is more than 0", None)
-    check_boundary(op, a.boundary, length, frames)
-    if not values_are_checked(a.am):
-        return
-    symbols = a.symbols
-    if a.boundary is not None:
-        s_begin, t_begin, s_end, t_end = (column.unsqueeze(1) for column in a.boundary.unbind(1))
-        s, t = (
-            torch.arange(length, dtype=torch.int64, device="cpu"),
-            torch.arange(frames, dtype=torch.int64, device="cpu"),
-        )
-        symbols = symbols[(s >= s_begin) & (s < s_end)]
-        starts = None if starts is None else starts[(t >= t_begin) & (t < t_end)]
-    for name, values, end in (("symbols", symbols, outputs), ("starts", starts, length + 1)):
-        if values is None:
-            continue
-        least, most = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
-        if least < 0 or most >= max(end, 1):
-            op.fail(name, f"values in [0, {end})", least if least < 0 else most)
-
-
 def _check(op, a) -> None:
     if a.hat and a.weight.shape[0] < 2:
         op.fail("weight", "at least 2 outputs with hat", a.weight.shape[0])
     check(op, a, a.starts, a.weight.shape[0])
 
 
-def operands(a, starts: Tensor, s_range: int, hat: bool, durations: int) -> tuple:
-    """Returns a joiner's operands for kernels in both directions: the tensors, then the options."""
-    indices = (None if t is None else t.long() for t in (a.symbols, starts, a.boundary, a.dropout_seed))
-    options = s_range, a.termination_symbol, ACTIVATIONS[a.activation], hat, durations, a.dropout_p
-    return (a.am, a.lm, a.weight, a.bias, *indices, *options)
-
-
 def _operands(a) -> tuple:
     return operands(a, a.starts, a.s_range, a.hat, 0)
 
 
-def launched(kernels, a, operands: tuple, rows: int, keep: bool) -> tuple[Tensor, ...]:
-    """Returns a joiner's outputs and what is kept."""
-    kept = a.keep_logits
-    if kept is None:
-        kept = rows * sum(a.weight.shape) * max(4, a.weight.dtype.itemsize) <= KEPT_BYTES
-    *outputs, normaliser, chunks = kernels.forward(*operands, keep, kept)
-    normaliser.chunks = chunks  # they live until the backward has run
-    return *outputs, normaliser
-
-
 def _launch(op, kernels, a, dtype, keep: bool):
-    px, py, _, normaliser = launched(kernels, a, _operands(a), a.starts.numel() * a.s_range, keep)
+    px, py, _, normaliser = launch(kernels, a, _operands(a), a.starts.numel() * a.s_range, keep)
     return px, py, normaliser
 
 
@@ -188,24 +113,7 @@ def rnnt_joiner(
             outside ``torch.compile``. On a GPU that check would wait for the device: there a symbol outside the
             vocabulary gives NaN, and a row whose s is outside [0, S] is -inf.
     """
-    symbols, starts = symbols.long(), starts.long()
-    s, inside, has_symbol = _band(symbols, starts, boundary, s_range)
-    index = s.flatten(1)
-    context = lm.gather(1, index.unsqueeze(-1).expand(-1, -1, lm.shape[2])).view(*s.shape, lm.shape[2])
-    hidden = _activation.FUNCTIONS[activation](am.unsqueeze(2) + context)
-    if dropout_p:
-        hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
-    logits = F.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # 0 at s = S
-    target = F.pad(symbols, (0, 1)).clamp(0, weight.shape[0] - 1).gather(1, index).view(*s.shape, 1)
-    blank = logits[..., termination_symbol]
-    if hat:
-        outputs = torch.arange(weight.shape[0], device=am.device, dtype=torch.int64)
-        others = logits.masked_fill(outputs == termination_symbol, -math.inf)
-        px = torch.log_softmax(others, -1).gather(-1, target).squeeze(-1) + F.logsigmoid(-blank)
-        py = F.logsigmoid(blank)
-    else:
-        logprobs = torch.log_softmax(logits, -1)
-        px, py = logprobs.gather(-1, target).squeeze(-1), logprobs[..., termination_symbol]
-    return px.masked_fill(~has_symbol, -math.inf), py.masked_fill(~inside, -math.inf)
+    return log_probabilities(
+        am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat, dropout_p,
+        dropout_seed,
+    )  # fmt: skip

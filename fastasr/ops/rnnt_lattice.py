@@ -24,102 +24,11 @@ from functools import partial
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops._lattice import (
-    INF,
-    check_boundary,
-    launch,
-    log_add,
-    log_probabilities,
-    occupation,
-    share,
-    whole,
-    within,
-)
+from fastasr.ops._lattice import check_boundary, launch
+from fastasr.ops._lattice_steps import RnntSteps
 from fastasr.ops._op import op
-
-
-# --------------------------------------------------------------------------- the formula, step by step
-class Steps:
-    """A batch of lattices by steps k: a regular lattice's anti-diagonals s + t, a modified one's frames. The arcs that
-    leave a step are (K, B, S+1) each, by the s they enter.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor, boundary: Tensor | None):
-        batch, symbols, width = x.shape
-        frames = y.shape[2]
-        self.regular = width > frames
-        self.steps = frames + symbols * self.regular
-        if boundary is None:
-            boundary = whole(torch.full((batch,), symbols, device=x.device, dtype=torch.int64), frames)
-        limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)
-        boundary = torch.stack([column.clamp(0, most) for column, most in limits], 1)
-        self.row, t = (torch.arange(n, device=x.device, dtype=torch.int64) for n in (symbols + 1, width))
-        inside_x, inside_y = within(boundary, self.row[:, None], t, self.regular)
-        self.inside = inside_x[:, :-1], inside_y[..., :frames]
-        x, y, self.poisoned = log_probabilities(x, y, *self.inside)
-        self.x, self.y = F.pad(self._to_steps(x), (1, 0), value=-INF), self._to_steps(y)
-        self.begin, self.end = boundary[:, :2], boundary[:, 2:]  # (s, t)
-
-    def _to_steps(self, x: Tensor) -> Tensor:
-        """Maps (B, R, W) to (K, B, R): row s of a regular lattice moves s steps on; reading rows of K + 1 as rows of K
-        does that.
-        """
-        if self.regular:
-            batch, rows, width = x.shape
-            x = F.pad(x, (0, self.steps + 1 - width), value=-INF).flatten(1)
-            x = x[:, : rows * self.steps].reshape(batch, rows, self.steps)
-        return x.permute(2, 0, 1)
-
-    def _from_steps(self, x: Tensor, width: int) -> Tensor:
-        x = x.permute(1, 2, 0)
-        if self.regular:
-            batch, rows, steps = x.shape
-            x = F.pad(x.flatten(1), (0, rows)).reshape(batch, rows, steps + 1)
-        return x[..., :width]
-
-    def step_of(self, cell: Tensor) -> Tensor:
-        """Returns the step of cells (s, t)."""
-        return cell.sum(1) if self.regular else cell[:, 1]
-
-    def _at(self, cell: Tensor, k: int) -> Tensor:
-        """Returns (B, S+1): the cell, where it is in step k."""
-        return (self.row == cell[:, :1]) & (self.step_of(cell) == k)[:, None]
-
-    def cells(self, add=log_add) -> Tensor:
-        """Returns p by steps, (K + 1, B, S + 1). ``add`` joins the symbol arc that enters a cell and the blank arc."""
-        p = self.y.new_full((len(self.begin), len(self.row)), -INF)
-        cells = []
-        for k in range(self.steps + 1):
-            if k:
-                entering = F.pad(p[:, :-1], (1, 0), value=-INF)
-                p = add(entering + self.x[k - 1], p + self.y[k - 1])
-            p = torch.where(self._at(self.begin, k), 0.0, p)
-            cells.append(p)
-        return torch.stack(cells)
-
-    def scores(self, cells: Tensor) -> Tensor:
-        batch = torch.arange(len(self.end), device=cells.device, dtype=torch.int64)
-        scores = cells[self.step_of(self.end), batch, self.end[:, 0]]
-        # zeros give gradients even without arcs
-        scores = scores + self.x[:0].sum((0, 2)) + self.y[:0].sum((0, 2))
-        return torch.where(self.poisoned, float("nan"), scores)
-
-    def occupations(self, cells: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gradients of the scores by x and y."""
-        entering = F.pad(cells[:-1, :, :-1], (1, 0), value=-INF) + self.x
-        shares = share(entering, cells[1:])  # shares of the symbol arc in each cell
-        dx, dy, g = torch.empty_like(self.x), torch.empty_like(self.y), torch.zeros_like(cells[0])
-        for k in range(self.steps - 1, -1, -1):
-            g = torch.where(self._at(self.end, k + 1), scores.isfinite().to(g.dtype)[:, None], g)
-            dx[k] = g * shares[k]
-            dy[k] = g - dx[k]
-            g = dy[k] + F.pad(dx[k, :, 1:], (0, 1))
-        dx = self._from_steps(dx[..., 1:], self.inside[0].shape[2])
-        dy = self._from_steps(dy, self.inside[1].shape[2])
-        return occupation(dx, scores, self.inside[0]), occupation(dy, scores, self.inside[1])
 
 
 # --------------------------------------------------------------------------- kernels
@@ -200,7 +109,7 @@ def rnnt_lattice(
         ValueError: shapes or devices do not match; a boundary that is not inside the lattice (on a GPU it is moved
             inside instead: to look at it would stall the GPU).
     """
-    lattice = Steps(symbol_logprobs, blank_logprobs, boundary)
+    lattice = RnntSteps(symbol_logprobs, blank_logprobs, boundary)
     cells = lattice.cells()
     scores = lattice.scores(cells)
     if not return_occupation:

@@ -8,25 +8,11 @@ derivative sigmoid(x − a) − 0.08 with a = 4, 1. Upstream: ``SwooshL``, ``Swo
 from functools import partial
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from fastasr.ops import _layout
-from fastasr.ops._dispatch import KernelFamily, native_kernels, triton_kernels
 from fastasr.ops._op import op
-
-FAMILY = KernelFamily("swoosh", ("swoosh_linear",), (native_kernels("swoosh"), triton_kernels("swoosh")))
-
-KINDS = {"SwooshL": False, "SwooshR": True}  # the flag that the kernels take: true for SwooshR
-SHIFT = {"SwooshL": 4.0, "SwooshR": 1.0}
-OFFSET = {"SwooshL": 0.035, "SwooshR": 0.313261687}
-
-
-# --------------------------------------------------------------------------- definition
-def definition(x: Tensor, kind: str) -> Tensor:
-    """The formula in eager PyTorch; ``kind`` is SwooshL or SwooshR."""
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.logaddexp(zero, x - SHIFT[kind]) - 0.08 * x - OFFSET[kind]
+from fastasr.ops._swoosh import FAMILY, KINDS, definition
 
 
 # --------------------------------------------------------------------------- kernels

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _gemm, _reduced_weights, swoosh
+from fastasr.ops import _gemm, _reduced_weights, _swoosh
+from fastasr.ops._dropout import draw_mask
+from fastasr.ops._linear import FITS, bias_grad
 from fastasr.ops._op import op
-from fastasr.ops.linear import FITS, bias_grad
-from fastasr.ops.swoosh import KINDS
+from fastasr.ops._swoosh import KINDS
 
 
 # --------------------------------------------------------------------------- kernels
@@ -52,7 +53,7 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
 
 # --------------------------------------------------------------------------- the op
 @op(
-    swoosh.FAMILY,
+    _swoosh.FAMILY,
     one_dtype="x weight bias",
     autocast="weight bias",  # upstream computes the activation in x's dtype
     deciding="x",
@@ -73,20 +74,11 @@ def swoosh_linear(
     shared_dim: int = -1,
 ) -> Annotated[Tensor, "*S N", "weight"]:
     """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``."""
-    y = swoosh.definition(x, kind)
+    y = _swoosh.definition(x, kind)
     return F.linear(y if mask is None else y * mask, weight, bias)
 
 
 with_mask = swoosh_linear
-
-
-def draw_mask(x: Tensor, dropout_p: float, dropout_shared_dim: int | None) -> Tensor:
-    """Draws the dropout mask with one ``torch.rand`` call of x's dtype, as upstream does."""
-    shape = list(x.shape)
-    if dropout_shared_dim is not None:
-        shape[dropout_shared_dim] = 1
-    kept = torch.rand(*shape, device=x.device, dtype=x.dtype) > dropout_p
-    return kept.to(x.dtype) * (1.0 / (1.0 - dropout_p))
 
 
 @with_mask.op.public

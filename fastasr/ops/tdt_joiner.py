@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation, _weights_dropout
+from fastasr.ops._joiner import ACTIVATIONS, FAMILY, check, launch, log_probabilities, operands
 from fastasr.ops._lattice import within
 from fastasr.ops._op import op
-from fastasr.ops.rnnt_joiner import ACTIVATIONS, FAMILY, check, launched, operands, rnnt_joiner
 
 
 # --------------------------------------------------------------------------- parts
@@ -36,7 +36,7 @@ def _operands(a) -> tuple:
 
 
 def _launch(op, kernels, a, dtype, keep: bool):
-    px, *rest = launched(kernels, a, _operands(a), a.am.shape[0] * a.am.shape[1] * a.lm.shape[1], keep)
+    px, *rest = launch(kernels, a, _operands(a), a.am.shape[0] * a.am.shape[1] * a.lm.shape[1], keep)
     return px[:, :, :-1].contiguous(), *rest
 
 
@@ -98,15 +98,10 @@ def tdt_joiner(
     starts = symbols.new_zeros(am.shape[:2])
     parts = slice(None, -durations), slice(-durations, None)
     weights, biases = ([None if t is None else t[part] for part in parts] for t in (weight, bias))
-    px, py = rnnt_joiner.definition(
-        *(am, lm, weights[0], biases[0], symbols, starts),
-        s_range=lm.shape[1],
-        termination_symbol=termination_symbol,
-        boundary=boundary,
-        activation=activation,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-    )
+    px, py = log_probabilities(
+        am, lm, weights[0], biases[0], symbols, starts, lm.shape[1], termination_symbol, boundary, activation, False,
+        dropout_p, dropout_seed,
+    )  # fmt: skip
     hidden = _activation.FUNCTIONS[activation](am.unsqueeze(2) + lm.unsqueeze(1))
     if dropout_p:
         hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)

@@ -23,79 +23,11 @@ bytes: forward (N + 2) e, and 2 N e where shares are kept; backward (3 N + 2) e.
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops._lattice import INF, check_boundary, log_probabilities, values_are_checked, whole, within
+from fastasr.ops._lattice import check_boundary, values_are_checked
+from fastasr.ops._lattice_steps import TdtSteps
 from fastasr.ops._op import op
-
-
-# --------------------------------------------------------------------------- the formula, step by step
-def _log_sum(terms: list[Tensor]) -> Tensor:
-    """Returns log Σ e^term, with a gradient of 0 where all are -inf."""
-    stacked = torch.stack(terms)
-    none = (stacked == -INF).all(0)
-    return torch.where(none, -INF, torch.where(none, 0.0, stacked).logsumexp(0))
-
-
-class Steps:
-    """A batch of lattices by steps t + s. The arcs that leave a step are (K, B, S+1), by the s that they leave."""
-
-    def __init__(self, x: Tensor, y: Tensor, z: Tensor, durations: Tensor, boundary: Tensor | None):
-        batch, frames, self.row = y.shape
-        symbols, self.durations = self.row - 1, durations.tolist()
-        if boundary is None:
-            boundary = whole(torch.full((batch,), symbols, device=x.device, dtype=torch.int64), frames)
-        limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)
-        boundary = torch.stack([column.clamp(0, most) for column, most in limits], 1)
-        self.s = torch.arange(self.row, device=x.device, dtype=torch.int64)
-        t, t_end = (
-            torch.arange(frames, device=x.device, dtype=torch.int64)[:, None],
-            boundary[:, 3].view(-1, 1, 1),
-        )
-        inside_x, inside_y = within(boundary, self.s, t, False)
-        x, y, poisoned = log_probabilities(F.pad(x, (0, 1)), y, inside_x, inside_y)
-        every = z.unbind(3)
-        pairs = [log_probabilities(one, one, inside_y, inside_y) for one in every]
-        self.poisoned = torch.stack([poisoned, *(bad for _, _, bad in pairs)]).any(0)
-        self.steps = frames + symbols
-        self.symbols, self.blanks = [], []
-        for d, (one, _, _) in zip(self.durations, pairs, strict=True):
-            self.symbols.append(self._to_steps(torch.where(t + d < t_end, x + one, -INF)))
-            self.blanks.append(self._to_steps(torch.where((t + d <= t_end) & (d > 0), y + one, -INF)))
-        self.begin, self.end = boundary[:, :2], boundary[:, 2:]  # (s, t)
-        # zeros give gradients even without arcs
-        self.zero = x[:, :0].sum((1, 2)) + y[:, :0].sum((1, 2)) + z[:, :0].to(x.dtype).sum((1, 2, 3))
-
-    def _to_steps(self, x: Tensor) -> Tensor:
-        """Maps (B, T, S+1) to (K, B, S+1)."""
-        t = torch.arange(self.steps, device=x.device, dtype=torch.int64)[:, None] - self.s  # [K, S+1]
-        frames = x.shape[1]
-        if not frames:
-            return x.new_full((self.steps, len(x), self.row), -INF)
-        found = torch.where((t >= 0) & (t < frames), x[:, t.clamp(0, frames - 1), self.s], -INF)
-        return found.transpose(0, 1)
-
-    def arcs(self, k: int) -> list[tuple[int, int, int]]:
-        """Returns the arcs that may enter step k, those of each duration, blank before symbol: the duration's index,
-        and by how many steps and symbols the arc moves on."""
-        arcs = (arc for i, d in enumerate(self.durations) for arc in ((i, d, 0), (i, d + 1, 1)))
-        return [arc for arc in arcs if 0 < arc[1] <= k]
-
-    def scores(self, add=_log_sum) -> Tensor:
-        """Returns the scores. ``add`` joins -inf and what the arcs that enter a cell give, in the order of ``arcs``."""
-        cells, begin = [], self.begin.sum(1)[:, None]
-        nothing = self.zero.new_full((len(self.begin), self.row), -INF)
-        for k in range(self.steps + 1):
-            terms = [nothing]
-            for i, back, symbol in self.arcs(k):
-                leaving = cells[k - back] + (self.symbols if symbol else self.blanks)[i][k - back]
-                terms.append(F.pad(leaving[:, :-1], (1, 0), value=-INF) if symbol else leaving)
-            at_begin = (self.s == self.begin[:, :1]) & (begin == k)
-            cells.append(torch.where(at_begin, 0.0, add(terms)))
-        batch = torch.arange(len(self.end), device=self.s.device, dtype=torch.int64)
-        scores = torch.stack(cells)[self.end.sum(1), batch, self.end[:, 0]] + self.zero
-        return torch.where(self.poisoned, float("nan"), scores)
 
 
 # --------------------------------------------------------------------------- kernels
@@ -148,4 +80,4 @@ def tdt_lattice(
             that are negative or equal (on a GPU the boundary is moved inside, and nothing leads along a negative
             duration).
     """
-    return Steps(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary).scores()
+    return TdtSteps(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary).scores()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops._op import op
-from fastasr.ops.zipformer_attention_weights import (
+from fastasr.ops._zipformer_attention import (
     AttentionMask,
     CachedKey,
     ChunkSize,
@@ -23,7 +23,8 @@ from fastasr.ops.zipformer_attention_weights import (
     PaddingMask,
     Positions,
     Projection,
-    zipformer_attention_weights,
+    scores,
+    softmax,
 )
 
 _FORWARD = (
@@ -79,12 +80,8 @@ def zipformer_attention(
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; a number is out of range.
     """
-    weights = zipformer_attention_weights.definition(
-        x, pos, num_heads, query_head_dim,
-        key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
-        left_context_chunks=left_context_chunks, cached_key=cached_key,
-    )  # fmt: skip
-    weights = weights[:value_heads]
+    s = scores(x, pos, cached_key, num_heads, query_head_dim)
+    weights = softmax(s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks)[:value_heads]
     heads = len(weights)
     value = value.reshape(*value.shape[:2], heads, value.shape[2] // heads).permute(2, 1, 0, 3)
     return torch.matmul(weights, value).permute(2, 1, 0, 3).flatten(2)

@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops.rnnt_lattice import Steps
-from fastasr.ops.tdt_lattice import Steps as TdtSteps
+from fastasr.ops._lattice_steps import RnntSteps, TdtSteps
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, joiner, lengths, logprobs, tdt
 
@@ -91,7 +90,7 @@ def _through_rnnt(op, px, py, boundary, rnnt_type) -> Alignment:
     if boundary is not None:
         boundary = boundary.to(torch.int64)
     with torch.no_grad():
-        lattice = Steps(*logprobs.lattice(op, px.double(), py.double(), boundary, rnnt_type), boundary)
+        lattice = RnntSteps(*logprobs.lattice(op, px.double(), py.double(), boundary, rnnt_type), boundary)
         chosen = []
 
         def best(symbol: Tensor, blank: Tensor) -> Tensor:

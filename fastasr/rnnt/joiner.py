@@ -15,8 +15,8 @@ from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.ops import _activation, _weights_dropout
 from fastasr.ops._dispatch import PLAIN, forced_backend
+from fastasr.ops._joiner import ACTIVATIONS
 from fastasr.ops._register import autocast_dtype
-from fastasr.ops.rnnt_joiner import ACTIVATIONS
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logits_losses, logprobs, losses
 

@@ -34,3 +34,12 @@ def test_imports_go_down():
         f"{a} imports {b}" for a in IMPORTS for b in IMPORTS[a] if a != "fastasr" and layer(a) < layer(b)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_ops_share_through_shared_files():
+    """What several ops share is in a file with an underscore, so that a change of one op concerns that op alone."""
+    files = {
+        name for name in IMPORTS if name.startswith("fastasr.ops.") and not name.startswith("fastasr.ops._")
+    }
+    wrong = [f"{a} imports {b}" for a in IMPORTS if a.startswith("fastasr.ops.") for b in IMPORTS[a] & files]
+    assert not wrong, "\n".join(wrong)

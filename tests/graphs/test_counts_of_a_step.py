@@ -8,7 +8,6 @@ numbers are constant, so that no regulariser of the Zipformer acts, or every one
 """
 
 import functools
-import importlib
 import random
 from collections import Counter
 from typing import NamedTuple
@@ -22,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastasr.benchmarks import upstream
 from fastasr.models import zipformer
 from fastasr.models.fast_conformer import FastConformerEncoder, masks
+from fastasr.ops import _linear
 
 pytest.importorskip("triton")
 from fastasr.testing.fake_gpu import models_on_fake_gpu
 from fastasr.testing.tape import TapeRecorder
 
-linear = importlib.import_module("fastasr.ops.linear")
 pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="counts are those of torch 2.13"
 )
@@ -163,7 +162,7 @@ def test_counts_do_not_grow(case, monkeypatch):
 
 
 def test_kernels_of_a_recorded_step_do_not_grow(monkeypatch):
-    monkeypatch.setattr(linear, "MANY_ROWS", 0)  # bias gradients are added up as those of real batches
+    monkeypatch.setattr(_linear, "MANY_ROWS", 0)  # bias gradients are added up as those of real batches
     model, inputs = model_and_inputs("zipformer")
     model.train()
     with models_on_fake_gpu() as gpu:

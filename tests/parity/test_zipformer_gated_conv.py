@@ -9,14 +9,14 @@ pytest.importorskip("zipformer", reason="upstream's package is not installed")
 from zipformer.modules.zipformer import ConvolutionModule
 
 from fastasr import ops
-from fastasr.ops import swoosh
+from fastasr.ops import _swoosh
 
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 
 class _SwooshR(torch.nn.Module):
     def forward(self, x):
-        return swoosh.definition(x, "SwooshR")
+        return _swoosh.definition(x, "SwooshR")
 
 
 def _upstream(channels, taps, causal, dtype=torch.float32):

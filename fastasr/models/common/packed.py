@@ -11,9 +11,9 @@ from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.models.common.ragged import Packing
 from fastasr.ops import _dispatch, _gemm, _weights_dropout
-from fastasr.ops.gated_depthwise_conv import ACTIVATIONS
-from fastasr.ops.linear import bias_grad
-from fastasr.ops.swoosh import KINDS
+from fastasr.ops._depthwise_conv import ACTIVATIONS
+from fastasr.ops._linear import bias_grad
+from fastasr.ops._swoosh import KINDS
 from fastasr.ops.swoosh_linear import with_mask
 
 

@@ -9,7 +9,7 @@ import torch
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import is_plain
-from fastasr.ops.rel_attention import relative_shift
+from fastasr.ops._relative_positions import relative_shift
 
 
 class RelPositionMultiHeadedAttention(torch.nn.Module):

@@ -12,7 +12,7 @@ from fastasr.models.emformer.layer import EmformerLayer, upstream_attends
 from fastasr.models.emformer.parts import seen_frames, segment_means
 from fastasr.models.emformer.stream import Step, infer_segment
 from fastasr.models.emformer.utterance import encode_utterance
-from fastasr.ops.segment_attention import segments_of
+from fastasr.ops._segments import segments_of
 
 
 class Emformer(nn.Module):

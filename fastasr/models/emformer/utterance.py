@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastasr.models.emformer.parts import finish, project, segment_means
 from fastasr.ops import _dropout, segment_attention
-from fastasr.ops.segment_attention import key_rows, query_rows, segments_of
+from fastasr.ops._segments import key_rows, query_rows, segments_of
 
 
 def encode_utterance(

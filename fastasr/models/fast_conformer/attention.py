@@ -22,7 +22,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _kept, _reduced_weights
-from fastasr.ops.rel_attention import relative_shift
+from fastasr.ops._relative_positions import relative_shift
 
 _PROJECTED = weakref.WeakKeyDictionary()  # module -> what its projected positions were made of, and these
 STANDARD = ("sdpa", "eager", "flex_attention")  # transformers' implementations of one formula

@@ -6,9 +6,9 @@ import torch
 from fastasr._transforms import Function
 from fastasr.models.common import activations, plumbing
 from fastasr.ops import _dropout, _gemm
+from fastasr.ops._activation import NUMBERS
+from fastasr.ops._linear import bias_grad
 from fastasr.ops._register import refuse_double_backward
-from fastasr.ops.linear import bias_grad
-from fastasr.ops.linear_activation import NUMBERS
 
 
 class FastConformerFeedForward(torch.nn.Module):

@@ -11,7 +11,7 @@ from fastasr._recording import recording
 from fastasr._transforms import is_transformed
 from fastasr.models.common.ragged import are_all_padded, on_gpu
 from fastasr.ops import _kept
-from fastasr.ops.rel_attention import outside_context
+from fastasr.ops._relative_positions import outside_context
 
 
 class Seen(NamedTuple):

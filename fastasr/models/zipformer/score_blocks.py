@@ -7,8 +7,8 @@ unmaterialised weights that have no kernel use it.
 
 import torch
 
-from fastasr.ops.rel_attention import relative_shift
-from fastasr.ops.zipformer_attention_weights import MASKED
+from fastasr.ops._relative_positions import relative_shift
+from fastasr.ops._zipformer_attention import MASKED
 
 BLOCK_ELEMENTS = 1 << 22  # the most scores in memory at once
 

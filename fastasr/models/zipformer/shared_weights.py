@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
 from fastasr.ops import _decided, _gemm, _layout
-from fastasr.ops.nonlin_attention import passes
+from fastasr.ops._nonlin_attention import passes
 
 
 class SharedWeights:

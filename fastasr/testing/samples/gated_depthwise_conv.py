@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from fastasr.ops import swoosh
-from fastasr.ops.gated_depthwise_conv import ACTIVATIONS
+from fastasr.ops import _swoosh
+from fastasr.ops._depthwise_conv import ACTIVATIONS
 from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, case, costs, module, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
@@ -152,7 +152,7 @@ class Between(torch.nn.Module):
     def forward(self, h):
         x, s = h.chunk(2, dim=2)
         y = self.conv((x * torch.sigmoid(s)).permute(1, 2, 0), **self.options).permute(2, 0, 1)
-        return swoosh.definition(y, "SwooshR")
+        return _swoosh.definition(y, "SwooshR")
 
 
 def _upstream(h, weight, bias, chunk_size=None, **causal):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fastasr.ops.rel_attention import outside_context, relative_shift
+from fastasr.ops._relative_positions import outside_context, relative_shift
 from fastasr.testing.speed import (
     BATCH,
     FRAMES,

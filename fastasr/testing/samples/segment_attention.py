@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fastasr.ops.segment_attention import rows_of
+from fastasr.ops._segments import rows_of
 from fastasr.testing.speed import Case, case, computed, costs, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 

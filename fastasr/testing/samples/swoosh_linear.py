@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.ops import swoosh_linear
-from fastasr.ops.swoosh_linear import draw_mask
+from fastasr.ops._dropout import draw_mask
 from fastasr.testing.samples.linear import affine
 from fastasr.testing.speed import (
     BATCH,

@@ -3,7 +3,7 @@
 
 from fastasr.kernels import _parts, bias_norm
 
-from .configuration import DTYPES, Configuration, adding
+from .configuration import DTYPES, Configuration, reduce_tile
 
 
 def configurations():
@@ -35,6 +35,6 @@ def configurations():
     one = {"BLOCK_R": block_r, "BLOCK_C": block_c, "C": 1}  # Triton makes integers that are 1 constants
     yield Configuration("bias_norm backward, C=1, x bf16", bias_norm.backward_kernel, mixed, one, warps)
     for block_p in (128, 256, 512):
-        constants, warps = adding(block_p)
+        constants, warps = reduce_tile(block_p)
         name = f"bias_norm parts, {block_p}"
         yield Configuration(name, bias_norm.add_parts_kernel, mixed, constants, warps, ("C",))

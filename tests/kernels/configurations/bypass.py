@@ -4,7 +4,7 @@
 from fastasr.kernels import _parts, bypass
 
 from ._decided import decided
-from .configuration import Configuration, adding
+from .configuration import Configuration, reduce_tile
 
 
 def configurations():
@@ -27,8 +27,8 @@ def configurations():
     types = every["fp32"] | {"PARTS": "fp32"}
     name = "bypass backward, one column, fp32"
     yield Configuration(name, bypass.backward_kernel, types, one, _parts.WARPS)
-    for block_p in (128, 256, _parts.MOST_PARTS):
-        constants, warps = adding(block_p)
+    for block_p in (128, 256, _parts.MAX_PARTS):
+        constants, warps = reduce_tile(block_p)
         types = {"PARTS": "fp32", "OUT": "fp32"}
         name = f"bypass parts, {block_p}"
         yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))

@@ -53,7 +53,7 @@ def element_type(dtype: str) -> str:
     return "fp32" if dtype == "tf32" else dtype
 
 
-def adding(parts: int) -> tuple[dict[str, int], int]:
+def reduce_tile(parts: int) -> tuple[dict[str, int], int]:
     """Returns (constants, warps) of a kernel that adds up so many parts."""
-    constants = _parts.adding(parts)
+    constants = _parts.reduce_tile(parts)
     return constants, constants.pop("num_warps")

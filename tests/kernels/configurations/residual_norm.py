@@ -3,7 +3,7 @@
 
 from fastasr.kernels import residual_norm
 
-from .configuration import DTYPES, Configuration, adding
+from .configuration import DTYPES, Configuration, reduce_tile
 
 
 def configurations(generation: int):
@@ -49,7 +49,7 @@ def configurations(generation: int):
     yield configuration("C=1, gated", "backward", "fp32", 1, {**gated, **ones})
     # layer_norm_lstm and conv_spatial_gate, which launch add_parts_kernel too, take 16 columns
     sixteen = (({"BLOCK_P": 128, "BLOCK_C": 16}, 4), ({"BLOCK_P": 2048, "BLOCK_C": 16}, 16))
-    for constants, warps in (adding(128), adding(256), adding(2048), *sixteen):
+    for constants, warps in (reduce_tile(128), reduce_tile(256), reduce_tile(2048), *sixteen):
         block_p = "{BLOCK_P}x{BLOCK_C}".format(**constants)
         for dtype, parameter in (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "bf16")):
             name = f"residual_norm parts, {block_p}, {dtype}" + ", bf16 sums" * (parameter == "bf16")

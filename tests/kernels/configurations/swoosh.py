@@ -3,7 +3,7 @@
 
 from fastasr.kernels import _parts, _sum_rows, swoosh
 
-from .configuration import Configuration, adding
+from .configuration import Configuration, reduce_tile
 
 
 def configurations():
@@ -32,7 +32,7 @@ def configurations():
         yield Configuration(
             f"swoosh sum, {dtype}", _sum_rows.sum_kernel, types, tile, _parts.WARPS, ("columns",)
         )
-        constants, warps = adding(512)
+        constants, warps = reduce_tile(512)
         types = {"PARTS": shares, "OUT": dtype}
         name = f"swoosh sum, parts, {dtype}"
         yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))

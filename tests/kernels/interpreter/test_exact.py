@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastasr.kernels import bypass, residual_norm, segment_attention, zipformer_attention
-from fastasr.ops.segment_attention import rows_of
+from fastasr.ops._segments import rows_of
 
 
 def test_a_scale_of_zero_or_one_selects():

@@ -10,7 +10,7 @@ from fastasr.kernels import (
     toeplitz_attention,
     zipformer_attention_weights,
 )
-from fastasr.ops.segment_attention import rows_of
+from fastasr.ops._segments import rows_of
 
 pytestmark = pytest.mark.usefixtures("products_in_order")
 NAN = float("nan")

@@ -6,7 +6,7 @@ import torch
 from triton.runtime import interpreter
 
 from fastasr.kernels import layer_norm_lstm, segment_attention
-from fastasr.ops.segment_attention import rows_of
+from fastasr.ops._segments import rows_of
 from tests.kernels.interpreter.test_needs import lstm
 
 

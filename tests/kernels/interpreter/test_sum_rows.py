@@ -7,7 +7,7 @@ import torch
 from fastasr import backend, ops
 from fastasr._recording import recorded_by
 from fastasr.kernels import _sum_rows
-from fastasr.ops.linear import MANY_ROWS
+from fastasr.ops._linear import MANY_ROWS
 from fastasr.testing.tolerance import compare
 
 
