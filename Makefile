@@ -104,7 +104,7 @@ tested: build/dist/.made $(STAMPS)/peers
 
 # --------------------------------------------------------------------------- the two commands
 demo: install
-	$(PY) -m fastasr.demo $(ARGS)
+	$(PY) -m fastasr.asr.demo $(ARGS)
 
 # Each worker of the Python suite has one thread. OP=bypass chooses the tests of one op.
 SUITE = source $(STAMPS)/build.env; OMP_NUM_THREADS=1 \

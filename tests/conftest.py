@@ -22,7 +22,7 @@ from fastasr.testing import seeds
 STARTS_PROCESSES = {"benchmarks", "cli", "examples", "faults", "kernels", "packaging", "recipe"}
 OF_EVERY_OP = {"test_budgets", "test_docs"}
 # The models are tiny: threads cost more than they bring, most of all beside other processes.
-TINY_MODELS = {"models", "parity", "recipe", "streaming", "swap"}
+TINY_MODELS = {"asr", "models", "parity", "recipe", "streaming", "swap"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,7 +5,7 @@ import icefall_checkout
 import torch
 from icefall_loss import Ragged
 
-from fastasr.models.transducer import AsrModel
+from fastasr.asr.recogniser import AsrModel
 from fastasr.swap.rules.zipformer.asr_model import ICEFALL_MODEL
 
 

@@ -19,7 +19,7 @@ from fastasr.compat import k2
 
 @pytest.fixture(scope="module")
 def inputs():
-    pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastasr[demo]")
+    pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastasr[asr]")
     return asr_models.batch(Path(__file__).parents[2] / "demo/cache")  # where `make demo` keeps them
 
 
