@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from fastasr import ops, processor
+from fastasr import processor
 from fastasr.ops._dispatch import gpu_backends
 
 ROOT = Path(__file__).resolve().parent.parent
-WRITERS = ("_op.py", "_source.py", "_signature.py", "_shapes.py", "_errors.py")  # of the source of an op
 # A change in these makes a measurement a different one; results and documentation do not.
 MEASURED_PATHS = ("fastasr", "kernels", "csrc", "benchmarks", "setup.py", "CMakeLists.txt")
 
@@ -71,8 +70,7 @@ def _sources():
 @functools.cache
 def code(suite: str, name: str, device: str = "cpu") -> str:
     """Returns a hash of the files that an op or model is made of, without its samples and without the harness; "" if
-    there is no checkout or no such file. What writes the ops' source counts by what it writes. A model's name starts
-    with that of its benchmark.
+    there is no checkout or no such file. A model's name starts with that of its benchmark.
     """
     sources = _sources()
     if sources is None:
@@ -89,11 +87,8 @@ def code(suite: str, name: str, device: str = "cpu") -> str:
     # every benchmark imports the module that can make a Zipformer; one that does has the word itself
     others = (*others, "fastasr/testing", "benchmarks/upstream.py")
     needed = sources.closure(path, without=tuple(ROOT / other for other in others))
-    functions = (getattr(ops, op, None) for op, file in sorted(sources.ops().items()) if file in needed)
-    written = "".join(function.op.source for function in functions if callable(function))
-    needed -= {ROOT / "fastasr" / "ops" / name for name in WRITERS}
     files = (p for p in needed if p == path or not p.is_relative_to(ROOT / "benchmarks"))
-    return sources.digest(files, salt=written)[:12]
+    return sources.digest(files)[:12]
 
 
 def _fastasr_version() -> str:

@@ -38,6 +38,7 @@ WITHOUT_UPSTREAM = (
     *(f"fastasr/{name}" for name in ("__init__.py", "swap", "models", "ops", "testing", "rnnt", "decoding")),
     *("fastasr/streaming", "fastasr/export", "kernels", "tests/conftest.py"),
 )
+WRITTEN = ("_written", "_wrapped")  # the folders of fastasr/ops with the functions that an op's users call
 ENGINE = ("fastasr/ops", "fastasr/testing")  # have the registries, or get from them what they are asked for
 
 
@@ -196,7 +197,6 @@ def gathered() -> dict[str, set[Path]]:
     package needs the modules that it names, and all of them only if it uses what has been made of them."""
     found = {n: p for n, p in modules().items() if p.name == "__init__.py" and "iter_modules" in words(p)}
     found["fastasr.testing.samples"] = modules()["fastasr.testing.samples"]  # benchmarks/ops.py imports them
-    del found["fastasr.ops"]
     return {n: {*p.parent.glob("*.py"), *p.parent.glob("*/__init__.py")} for n, p in found.items()}
 
 
@@ -244,11 +244,14 @@ def _python(path: Path, test: str = "") -> set[Path]:
         found |= {p for f in {path.parent, ROOT / "tests"} for p in f.glob("*.py") if p.stem in mentioned}
         found |= {p for folder in path.parents for p in [folder / "conftest.py"] if p.exists()}
     if path == modules()["fastasr.ops"]:
-        return found
+        return {p for p in found if p.parent.name not in WRITTEN}
     if "__file__" in mentioned and not path.is_relative_to(ROOT / "tests"):
         found |= {p for p in path.parent.iterdir() if p.is_file() and p.suffix not in (".py", ".so")}
     if path.parent == ROOT / "fastasr/ops":
         mine = {name for name, file in ops().items() if file == path}
+        found |= {
+            p for folder in WRITTEN for name in mine if (p := path.parent / folder / f"{name}.py").exists()
+        }
         found |= {p for p in (ROOT / "kernels" / f"{word}.py" for word in mine | mentioned) if p.exists()}
         found |= {p for name, p in operators().items() if any(name.startswith(f"{op}_") for op in mine)}
     elif not path.is_relative_to(ROOT / "kernels"):

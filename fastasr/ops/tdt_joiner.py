@@ -55,7 +55,7 @@ def _gradients(op, kernels, grads, s, needs):
     launch=_launch,
     gradients=_gradients,
     check=_check,
-    fits="False",  # the kernels do not check values
+    fast=False,  # the kernels do not check values
 )
 def tdt_joiner(
     am: Annotated[Tensor, "B T D"],
@@ -98,7 +98,7 @@ def tdt_joiner(
     starts = symbols.new_zeros(am.shape[:2])
     parts = slice(None, -durations), slice(-durations, None)
     weights, biases = ([None if t is None else t[part] for part in parts] for t in (weight, bias))
-    px, py = rnnt_joiner.definition(
+    px, py = rnnt_joiner(
         *(am, lm, weights[0], biases[0], symbols, starts),
         s_range=lm.shape[1],
         termination_symbol=termination_symbol,

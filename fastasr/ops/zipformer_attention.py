@@ -79,7 +79,7 @@ def zipformer_attention(
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; a number is out of range.
     """
-    weights = zipformer_attention_weights.definition(
+    weights = zipformer_attention_weights(
         x, pos, num_heads, query_head_dim,
         key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
         left_context_chunks=left_context_chunks, cached_key=cached_key,

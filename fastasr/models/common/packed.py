@@ -11,10 +11,10 @@ from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.models.common.ragged import Packing
 from fastasr.ops import _dispatch, _gemm, _weights_dropout
+from fastasr.ops._wrapped.swoosh_linear import with_mask
 from fastasr.ops.gated_depthwise_conv import ACTIVATIONS
 from fastasr.ops.linear import bias_grad
 from fastasr.ops.swoosh import KINDS
-from fastasr.ops.swoosh_linear import with_mask
 
 
 def is_native(*tensors: Tensor | None) -> bool:

@@ -14,7 +14,8 @@ from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.decisions import is_zero, keep_rates
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.ops import _decided
-from fastasr.ops.swoosh_linear import draw_mask, with_mask
+from fastasr.ops._wrapped.swoosh_linear import with_mask
+from fastasr.ops.swoosh_linear import draw_mask
 
 
 class SwooshL(torch.nn.Module):
