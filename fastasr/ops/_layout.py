@@ -76,3 +76,19 @@ class ChannelRows:
         """Returns contiguous rows as a tensor of x's shape."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return rows.view(self.shape).permute(inverse)
+
+
+def as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    return t.flatten(1).contiguous()
+
+
+def as_vector(t: Tensor) -> Tensor:
+    return t.flatten().contiguous()
+
+
+def as_int64(t: Tensor) -> Tensor:
+    return t.to(torch.int64).contiguous()

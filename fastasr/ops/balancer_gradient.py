@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
-from fastasr.ops._op import op
+from fastasr.ops._op import OPS, op
 
 FLOOR = 1.0e-20  # least u − μ², u, and root mean square of d loss / dx
 
@@ -72,6 +72,12 @@ def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
     return _forward(kernels, keep, *a) if served and a.x.numel() else op.definition(*a)
 
 
+def _fits(grad: Tensor, x: Tensor, *options) -> bool:
+    *numbers, dim, limits, act = options
+    strided = x.layout is grad.layout is torch.strided and x.shape == grad.shape and x.numel() > 0
+    return strided and -x.dim() <= dim < x.dim() and limits is act is None and None not in numbers
+
+
 # --------------------------------------------------------------------------- the op
 @op(
     FAMILY,
@@ -80,9 +86,7 @@ def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
     check=_check,
     launch=_launch,
     fast=_forward,
-    fits="x.layout is grad.layout is _strided and x.shape == grad.shape and x.numel() "
-    "and -x.dim() <= channel_dim < x.dim() and limits is act is None "
-    "and None not in (min_mean, max_mean, min_rms, max_rms, grad_scale)",
+    fits=_fits,
     summary="Gradient of Zipformer's Balancer: channels kept in a range of mean and size",
 )
 def balancer_gradient(
@@ -150,4 +154,5 @@ def balance_(grad: Tensor, x: Tensor, channel_dim: int, limits: Tensor, act: Ten
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
             kernels.forward(seen, x_seen, *[None] * 5, limits, act, in_place=True)
             return
-    grad.copy_(balancer_gradient(grad, x, channel_dim=channel_dim, limits=limits, act=act))
+    public = OPS["balancer_gradient"].function
+    grad.copy_(public(grad, x, channel_dim=channel_dim, limits=limits, act=act))

@@ -44,6 +44,10 @@ def _fast(kernels: Passes, keep: bool, weights: Tensor, projected: Tensor) -> tu
     return kernels.product(projected, o), o
 
 
+def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
+    return _fast(kernels, keep, *a)
+
+
 def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
     projected, grad = _layout.rows(s.projected), grads[0].contiguous()
     x, u = kernels.backward(grad, projected)
@@ -59,7 +63,7 @@ def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
     one_dtype="projected weights",
     autocast="formula",
     keeps={"o": Annotated[Tensor, "B T D", "projected"]},
-    launch=lambda op, kernels, a, dtype, keep: _fast(kernels, keep, *a),
+    launch=_launch,
     gradients=_gradients,
     fast=_fast,
     fits=_fits,

@@ -58,7 +58,7 @@ def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
-    x, *operands = _operands(kernels, saved, op.dtype(saved, op.outputs[0]))
+    x, *operands = _operands(kernels, saved, op.written.result_dtypes(saved)[0])
     (grad,) = grads
     grad = grad.to(x.dtype).contiguous()
     dx, dupdate, dsum, *others = kernels.backward(

@@ -15,7 +15,6 @@ lattice, with the band scattered into -inf, gives the same. Bytes per cell of e 
 kept), backward 3 e. Upstream scatters: ``rnnt_loss_pruned`` of k2 and fast_rnnt.
 """
 
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -160,6 +159,19 @@ def _call(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_oc
     return scores, *occupations, shares if keep else None
 
 
+def _launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+    return launch(_call, kernels, a, dtype, keep)
+
+
+def _fast(
+    kernels, keep: bool, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation: bool
+):
+    if return_occupation:
+        return _call(kernels, keep, symbol_logprobs, blank_logprobs, starts, boundary, modified, True)
+    scores, shares = kernels.forward(symbol_logprobs, blank_logprobs, starts, boundary, modified, keep)
+    return scores, None, None, shares
+
+
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
@@ -169,10 +181,8 @@ def _call(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_oc
     unread="symbol_logprobs blank_logprobs",
     backward="grad scores shares starts boundary symbol_logprobs.shape[2] modified",
     check=_check,
-    launch=partial(launch, _call),
-    fast="_call(_kernels, keep, symbol_logprobs, blank_logprobs, starts, boundary, modified, True) if "
-    "return_occupation else ((found := _kernels.forward(symbol_logprobs, blank_logprobs, starts, boundary, modified, "
-    "keep))[0], None, None, found[1])",  # see rnnt_lattice
+    launch=_launch,
+    fast=_fast,
 )
 def rnnt_pruned_lattice(
     symbol_logprobs: Annotated[Tensor, "B T R, R >= 1"],

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastasr.ops import _gemm
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
-from fastasr.ops._op import op
+from fastasr.ops._op import OPS, op
 from fastasr.ops._register import autocast_dtype
 
 EPS = 1.0e-20  # added to d² and |v|
@@ -85,7 +85,7 @@ def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
     deciding="x grad",
     check=_check,
     launch=_launch,
-    fits="False",
+    fast=False,  # nothing here checks the operands
     summary="Gradient of Zipformer's Whiten: the covariance of channels near a multiple of the identity",
 )
 def whitening_gradient(
@@ -154,7 +154,7 @@ def whiten_(
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
             kernels.forward(seen, rows, num_groups, None, None, limits, act, white)
             return
-    y, found = whitening_gradient(grad, x, num_groups, limits=limits, act=act)
+    y, found = OPS["whitening_gradient"].function(grad, x, num_groups, limits=limits, act=act)
     grad.copy_(y)
     white.copy_(found)
 

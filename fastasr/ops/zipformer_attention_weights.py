@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastasr.ops._op import op
+from fastasr.ops._op import OPS, op
 from fastasr.ops._zipformer_attention import (
     AttentionMask,
     CachedKey,
@@ -50,8 +50,7 @@ _FORWARD = f"{_TENSORS} num_heads query_head_dim chunk_size left_context_chunks"
     returns="weights",
     one_dtype="x pos cached_key",
     autocast="one dtype",
-    strides={"grad": "rows"},
-    empty=_empty,
+    strides={"grad": "rows", "weights": _empty},
     forward=_FORWARD,
     backward=f"grad weights {_FORWARD} score_penalty score_limit",
     saves=f"weights {_TENSORS}",
@@ -105,8 +104,7 @@ def gradients(grad, weights, x, pos, num_heads, query_head_dim, masks: dict, pen
     """Returns the gradients of x and pos. ``act`` is one number on the device: where it is 0, there is no penalty.
     ``masks`` are the op's arguments of masks and chunks.
     """
-    op = zipformer_attention_weights.op
-    kernels = op.family.kernels(x)
+    kernels = OPS["zipformer_attention_weights"].family.kernels(x)
     masks = _MASKS | masks
     if kernels is None or kernels.backend != "triton" or x.dtype is torch.float64:
         with torch.enable_grad():

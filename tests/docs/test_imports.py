@@ -43,5 +43,8 @@ def test_ops_share_through_shared_files():
     files = {
         name for name in IMPORTS if name.startswith("fastasr.ops.") and not name.startswith("fastasr.ops._")
     }
-    wrong = [f"{a} imports {b}" for a in IMPORTS if a.startswith("fastasr.ops.") for b in IMPORTS[a] & files]
+    mine = [
+        a for a in IMPORTS if a.startswith("fastasr.ops.") and "._written." not in a and "._wrapped." not in a
+    ]
+    wrong = [f"{a} imports {b}" for a in mine for b in IMPORTS[a] & files]
     assert not wrong, "\n".join(wrong)
