@@ -60,7 +60,7 @@ def passes(weights: Tensor, projected: Tensor) -> _Passes:
     not 0, x is 0.
     """
     found = FAMILY.kernels(projected, weights)
-    return found if found is not None and found.backend == "triton" else _EAGER
+    return found if isinstance(found, _Passes) and found.backend == "triton" else _EAGER
 
 
 def _gate(projected: Tensor, rows: int) -> Tensor:
@@ -99,7 +99,7 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
     return channels % 3 == 0 and weights.shape == (batch, frames, frames)
 
 
-def _fast(kernels: _Passes, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+def _fast(kernels, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
     o = _gemm.batched(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o
