@@ -42,7 +42,7 @@ help:
 	@echo "make bench      measure; rows, plots and a page in bench-report/"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make ops        write fastasr/ops/_written from the declarations (make op OP=bypass: of one op)"
-	@echo "make lint       ruff and clang-format"
+	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make fuzz N=... SEED=...   random valid and invalid calls of every op"
 	@echo "make clean      delete build products (distclean: .venv too)"
 
@@ -90,7 +90,7 @@ $(STAMPS)/peers: scripts/install_peers.sh scripts/peers.sh scripts/build_fast_rn
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/torch scripts/constraints.txt
-	$(PINNED) ruff clang-format
+	$(PINNED) ruff clang-format mypy
 	touch $@
 
 $(STAMPS)/docs: $(STAMPS)/torch scripts/constraints.txt
@@ -173,6 +173,7 @@ op: $(STAMPS)/lint
 lint: $(STAMPS)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:

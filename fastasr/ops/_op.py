@@ -6,7 +6,7 @@ At run time the decorator only records the declaration. ``make op OP=<name>`` re
 registered operator with its fake, autograd and autocast rule. An irregular part is a function in the op's own file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -132,7 +132,7 @@ class Op:
     def fail(self, name: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
         raise error(f"fastasr.{self.name}: {name}: expected {expected}, got {got}")
 
-    def wrong_tensor(self, name: str, value: object, expected: str = "") -> NoReturn:
+    def wrong_tensor(self, name: str, value: Any, expected: str = "") -> NoReturn:
         """Raises; by default a floating tensor is expected, and three errors tell its faults apart."""
         if not expected and not isinstance(value, Tensor):
             self.fail(name, "a torch.Tensor", type(value).__name__, TypeError)
@@ -157,7 +157,7 @@ class Op:
     def wrong_dimension(self, name: str, value: int, of: Tensor) -> NoReturn:
         self.fail(name, f"a dimension in [{-of.dim()}, {of.dim() - 1}]", value)
 
-    def wrong_choice(self, name: str, value: object, choices: dict[str, int]) -> NoReturn:
+    def wrong_choice(self, name: str, value: object, choices: Collection[str]) -> NoReturn:
         if isinstance(value, str):
             self.fail(name, f"one of {tuple(choices)}", repr(value))
         self.fail(name, "a str", type(value).__name__, TypeError)

@@ -57,7 +57,7 @@ def declined(op, error: RuntimeError) -> bool:
 
 def applied(function: type[Function]) -> Callable:
     """Returns what ``function.apply`` calls in the end; the rest of it serves transforms and costs 1 us."""
-    return super(Function, function).apply
+    return super(Function, function).apply  # type: ignore[misc]
 
 
 def wanted(needs_input_grad: tuple[bool, ...], places: tuple[int, ...]) -> list[bool]:
@@ -80,8 +80,8 @@ def promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def wide(*tensors: Tensor | None) -> torch.dtype:
-    return torch.promote_types(promoted(*tensors), torch.float32)
+def wide(first: Tensor, *others: Tensor | None) -> torch.dtype:
+    return torch.promote_types(promoted(first, *others), torch.float32)
 
 
 def as_tuple(found) -> tuple:
@@ -140,10 +140,11 @@ def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
         leaves.append(t)
     with _recording():
         outputs = as_tuple(op.definition(**values))
-    pairs = zip(outputs, grads, strict=False)
-    pairs = [(o, g.to(o.dtype)) for o, g in pairs if g is not None and o.requires_grad]
+    pairs = [
+        (o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad
+    ]
     wanted = [t for t in leaves if t is not None]
-    found = map(torch.zeros_like, wanted)
+    found: Iterator[Tensor] = map(torch.zeros_like, wanted)
     if pairs:
         outputs, grads = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True))

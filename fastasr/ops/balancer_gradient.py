@@ -16,7 +16,7 @@ Upstream: ``BalancerFunction`` in ``zipformer.modules.scaling``, by a second aut
 """
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -117,8 +117,8 @@ def balancer_gradient(
         TypeError: grad or x is not a floating tensor.
         ValueError: shapes or devices do not match; channel_dim is no dimension of x; limits are missing or given twice.
     """
-    if limits is not None:
-        min_mean, max_mean, min_rms, max_rms, grad_scale = limits.unbind()
+    numbers: Any = min_mean, max_mean, min_rms, max_rms, grad_scale
+    low_mean, high_mean, low_rms, high_rms, size = numbers if limits is None else limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
     channel_dim = channel_dim % x.dim() + 1
     # the first dimension because a mean over no dimension would be one over all
@@ -133,15 +133,15 @@ def balancer_gradient(
     s, r = variance.sqrt(), power.sqrt()
     m = mu / s
 
-    e = (m - m.clamp(min_mean, max_mean)).sign()
-    f = (r - r.clamp(min_rms, max_rms)).sign()
+    e = (m - m.clamp(low_mean, high_mean)).sign()
+    f = (r - r.clamp(low_rms, high_rms)).sign()
     # Below the floors the statistics are constants.
     e_slope, f = e * (centred >= FLOOR), f * (square >= FLOOR)
     p = e / s + f * mu / power
     q = f / power - e_slope * m / variance
     count = x.numel() // max(1, mu.numel())
     rms = (p * p + q * q * centred).sqrt() / max(1, count)
-    scale = grad_scale / rms.clamp(min=FLOOR) / max(1, count)
+    scale = size / rms.clamp(min=FLOOR) / max(1, count)
     y = torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d))[0].to(grad.dtype)
     return y if act is None else torch.where(act != 0, y, grad)
 

@@ -63,7 +63,8 @@ def _average(
     dtype = torch.promote_types(widest(x, (*parameters, residual, state)), torch.float32)
     q, b, c = coefficients(*(p.to(dtype) for p in parameters))
     start = None if state is None else state.to(dtype)
-    start = _complex(start) if state is not None and c.is_complex() else start
+    if start is not None and c.is_complex():
+        start = _complex(start)
     u = x.permute([layout.index(d) for d in "BDL"]).to(dtype)
     masked = u if padding_mask is None else u.masked_fill(padding_mask.unsqueeze(1), 0.0)
     channels, length = u.shape[1:]
@@ -86,7 +87,7 @@ def _average(
         z = z + residual.to(dtype).flatten().unsqueeze(-1) * u
     y = _activation.FUNCTIONS[activation](z).to(x.dtype)
     y = y.permute(["BDL".index(d) for d in layout]).contiguous()
-    if not return_state:
+    if last is None or not return_state:
         return y
     return y, torch.stack((last.real, last.imag), -1) if last.is_complex() else last
 

@@ -56,7 +56,7 @@ def _read(kernels, work: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor |
     convert what they load.
     """
     if kernels.backend == "cpu":
-        tensors = (None if t is None else t.to(work) for t in tensors)
+        tensors = tuple(None if t is None else t.to(work) for t in tensors)
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 

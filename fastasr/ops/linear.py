@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_allowed
+from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_allowed  # type: ignore[attr-defined]
 
 from fastasr._recording import recording
 from fastasr.ops import _gemm
@@ -83,7 +83,9 @@ def _step(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tenso
 
 def _by_node(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes the layer by a node of autograd in Python, whose products are the faster ones."""
-    return OPS["linear"].written.apply(FAMILY.native, True, x, weight, bias)
+    apply = OPS["linear"].written.apply
+    assert apply is not None
+    return apply(FAMILY.native, True, x, weight, bias)
 
 
 _gemm.offer("step", torch=partial(_step, F.linear), native=partial(_step, _by_node))

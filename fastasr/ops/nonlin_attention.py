@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastasr.ops import _gemm, _layout
 from fastasr.ops._dispatch import FLOATING
-from fastasr.ops._nonlin_attention import FAMILY, Passes
+from fastasr.ops._nonlin_attention import FAMILY
 from fastasr.ops._op import op
 
 
@@ -38,7 +38,7 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
     return channels % 3 == 0 and weights.shape == (batch, frames, frames)
 
 
-def _fast(kernels: Passes, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+def _fast(kernels, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
     o = _gemm.batched(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o

@@ -28,7 +28,7 @@ PARAMETERS = ("dropout_mask", "weight", "bias")
 
 
 # --------------------------------------------------------------------------- kernels
-def _operands(kernels, a, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def _operands(kernels, a, dtype: torch.dtype) -> tuple:
     """Returns the inputs in one dtype with evenly spaced rows, and the parameters: in the dtype of the computation, or
     in their own for Triton's kernels, which convert what they load.
     """

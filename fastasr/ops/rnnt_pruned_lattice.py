@@ -74,7 +74,8 @@ class _Band:
         """Returns (p, a), (B, T, R) and (B, T, R + 1)."""
         batch, frames, window = self.x.shape
         p = self.x.new_full((batch, window), -INF)
-        ps, leaving = [], []
+        ps: list[Tensor] = []
+        leaving: list[Tensor] = []
         for t in range(frames):
             if t:
                 p = self._moved(leaving[-1], t - 1, t, window, -INF)
@@ -131,7 +132,8 @@ class _Band:
                 dx[:, t, r - 1] = symbol = g[:, r] * shares[:, t, r - 1]
                 g[:, r] -= symbol
                 g[:, r - 1] += symbol
-        return tuple(occupation(d, scores, inside) for d, inside in zip((dx, dy), self.inside, strict=True))
+        inside_x, inside_y = self.inside
+        return occupation(dx, scores, inside_x), occupation(dy, scores, inside_y)
 
 
 # --------------------------------------------------------------------------- kernels

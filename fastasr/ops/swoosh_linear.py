@@ -51,7 +51,9 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
         dx, activation = kernels.backward(dy, x.contiguous(), *options, needs.weight)
     elif needs.weight:
         activation = _activate(kernels, saved)
-    dweight = _gemm.weight_grad(grad, activation.to(weight.dtype)) if needs.weight else None
+    dweight = None
+    if activation is not None and needs.weight:
+        dweight = _gemm.weight_grad(grad, activation.to(weight.dtype))
     return dx, dweight, bias_grad(grad, kernels.backend) if needs.bias else None
 
 

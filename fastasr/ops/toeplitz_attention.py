@@ -62,7 +62,7 @@ def mask_of(
     return mask
 
 
-def _operands(kernels, s, *more: Tensor) -> tuple[Tensor | None, ...]:
+def _operands(kernels, s, *more: Tensor) -> tuple:
     """Returns the operands as kernels read them: activations, of which ``more`` come first, in one dtype; the others in
     the dtype of the computation, parameters in their own for Triton's kernels, which convert what they load.
     """

@@ -15,7 +15,7 @@ Upstream: ``WhiteningPenaltyFunction`` in ``zipformer.modules.scaling``, by a se
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -115,20 +115,20 @@ def whitening_gradient(
         ValueError: shapes or devices do not match; num_groups does not divide the channels; limits are missing or given
             twice.
     """
-    if limits is not None:
-        limit, grad_scale = limits.unbind()
+    numbers: Any = (limit, grad_scale)
+    least, size = numbers if limits is None else limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
     grad = grad.detach()
     with _exact_products(x):
         frames = _grouped(x.detach().to(compute), num_groups)
         metric, covariance, d = _metric(frames)
-        white = metric < limit
+        white = metric < least
         covariance.diagonal(dim1=1, dim2=2).sub_(metric * d)
         covariance *= 4.0 / (covariance.shape[0] * covariance.shape[1]) / (d * d + EPS)
         v = _gemm.batched(frames, covariance)
     v -= v.mean(dim=1, keepdim=True)  # 0 but for rounding, which the gradient of a bias would add up
     v = v.transpose(0, 1).reshape(x.shape)
-    scale = grad_scale * (_norm(grad, compute) / (_norm(v, compute) + EPS))
+    scale = size * (_norm(grad, compute) / (_norm(v, compute) + EPS))
     y = torch.addcmul(grad.to(compute), v, scale).to(grad.dtype)
     if act is None:
         return torch.where(white, grad, y), white

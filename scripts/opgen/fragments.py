@@ -664,10 +664,10 @@ def _formula_under_autocast(op: Declared) -> list[str]:
     """Serves only operands that have autocast's dtype already, because eager casts only some of its steps."""
     if op.op.autocast != "formula":
         return []
-    differs = " or ".join(f"{name}.dtype is not dtype" for name in op.one_dtype)
+    differs = " or ".join(f"{name}.dtype is not cast_dtype" for name in op.one_dtype)
     return [
-        f"dtype = autocast_dtype({op.leader.name})",
-        f"if dtype is not None and ({differs}):\n    return {_formula(op)}",
+        f"cast_dtype = autocast_dtype({op.leader.name})",
+        f"if cast_dtype is not None and ({differs}):\n    return {_formula(op)}",
     ]
 
 
@@ -692,9 +692,9 @@ def _cast(op: Declared) -> list[str]:
         return []
     names, deciding = _names(op.arguments), ", ".join(op.deciding)
     return [
-        f"dtype = autocast_dtype({op.leader.name})",
-        "if dtype is not None:",
-        f"    {_tuple([a.name for a in op.arguments] + ['_'] * bool(op.keeps))} = under_autocast(dtype, {names})",
+        f"cast_dtype = autocast_dtype({op.leader.name})",
+        "if cast_dtype is not None:",
+        f"    {_tuple([a.name for a in op.arguments] + ['_'] * bool(op.keeps))} = under_autocast(cast_dtype, {names})",
         f"    kernels = family.kernels({deciding})",
         "    if kernels is None:",
         f"        return {_formula(op)}",

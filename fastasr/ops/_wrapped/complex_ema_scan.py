@@ -5,6 +5,7 @@ declared formula know real and imaginary parts alone.
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ COMPLEX = (torch.complex64, torch.complex128)
 op = OPS["complex_ema_scan"]
 
 
-def _complex_states(scan: Callable) -> Callable:
+F = TypeVar("F", bound=Callable)
+
+
+def _complex_states(scan: F) -> F:
+    @functools.wraps(scan)
     def function(  # the names stand here once more because *arguments and **options take a tenth of a small call's time
         x, alpha, delta, theta, gamma, omega=None, *, state=None, return_state=False, padding_mask=None,
         truncation=None, direction="forward", activation="identity", layout="LBD",
@@ -32,9 +37,9 @@ def _complex_states(scan: Callable) -> Callable:
             return found[0], torch.view_as_complex(found[1])
         return found
 
-    return function
+    return cast(F, function)
 
 
 definition = _complex_states(op.definition)
-complex_ema_scan = functools.wraps(with_real_states)(_complex_states(with_real_states))
+complex_ema_scan = _complex_states(with_real_states)
 op.serve(complex_ema_scan, definition=definition)

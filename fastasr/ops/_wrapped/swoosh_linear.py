@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public swoosh_linear, which draws the dropout mask that the op takes."""
 
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from fastasr.ops._dropout import draw_mask
@@ -53,12 +52,11 @@ def swoosh_linear(
     return with_mask(x, weight, bias, kind, draw_mask(x, dropout_p, dim), -1 if dim is None else dim)
 
 
-def _dimension(value: object, x: Tensor) -> int:
+def _dimension(value: Any, x: Tensor) -> int:
     """Returns the shared dimension counted from 0; other checks report a wrong x."""
     if not isinstance(x, Tensor) or not x.dim():
         return -1
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        op.fail("dropout_shared_dim", "an int", type(value).__name__, TypeError)
+    op.wrong_int("dropout_shared_dim", value)
     if not -x.dim() <= value < x.dim():
         op.wrong_dimension("dropout_shared_dim", value, x)
     return value % x.dim()

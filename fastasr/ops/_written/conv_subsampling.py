@@ -145,10 +145,10 @@ def conv_subsampling(
     kernels = family.kernels(x)
     if kernels is None:
         return formula(x, weight, bias, depthwise_weight, depthwise_bias, mask, left=left)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
         x, weight, bias, depthwise_weight, depthwise_bias, mask, left = under_autocast(
-            dtype, x, weight, bias, depthwise_weight, depthwise_bias, mask, left
+            cast_dtype, x, weight, bias, depthwise_weight, depthwise_bias, mask, left
         )
         kernels = family.kernels(x)
         if kernels is None:

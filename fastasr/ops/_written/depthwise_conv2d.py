@@ -115,9 +115,9 @@ def depthwise_conv2d(
     kernels = family.kernels(x)
     if kernels is None:
         return formula(x, weight, bias, padding=padding)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight, bias, padding = under_autocast(dtype, x, weight, bias, padding)
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
+        x, weight, bias, padding = under_autocast(cast_dtype, x, weight, bias, padding)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(x, weight, bias, padding=padding)

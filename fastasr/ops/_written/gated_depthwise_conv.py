@@ -257,11 +257,11 @@ def gated_depthwise_conv(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
             chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay,
         )  # fmt: skip
-    dtype = autocast_dtype(h)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(h)
+    if cast_dtype is not None:
         names = under_autocast(
-            dtype, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay,
+            cast_dtype, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            chunk_size, activation, return_cache, delay,
         )  # fmt: skip
         (
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,

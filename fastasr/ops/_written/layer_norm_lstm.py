@@ -197,11 +197,11 @@ def layer_norm_lstm(
         return formula(
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
         )
-    dtype = autocast_dtype(x)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
         names = under_autocast(
-            dtype, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden,
-            cell, eps,
+            cast_dtype, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias,
+            hidden, cell, eps,
         )  # fmt: skip
         (
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,

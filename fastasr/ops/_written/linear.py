@@ -105,9 +105,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     kernels = family.kernels(x)
     if kernels is None:
         return formula(x, weight, bias)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight, bias = under_autocast(dtype, x, weight, bias)
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
+        x, weight, bias = under_autocast(cast_dtype, x, weight, bias)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(x, weight, bias)

@@ -118,9 +118,9 @@ def linear_activation(
     kernels = family.kernels(x)
     if kernels is None:
         return formula(x, weight, bias, activation)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight, bias, activation, _ = under_autocast(dtype, x, weight, bias, activation)
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
+        x, weight, bias, activation, _ = under_autocast(cast_dtype, x, weight, bias, activation)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(x, weight, bias, activation)

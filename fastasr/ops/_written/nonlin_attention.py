@@ -92,8 +92,8 @@ def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
                 check(weights, projected)
                 raise
     check(weights, projected)
-    dtype = autocast_dtype(projected)
-    if dtype is not None and (projected.dtype is not dtype or weights.dtype is not dtype):
+    cast_dtype = autocast_dtype(projected)
+    if cast_dtype is not None and (projected.dtype is not cast_dtype or weights.dtype is not cast_dtype):
         return formula(weights, projected)
     if is_compiling() or not (type(weights) in PLAIN and type(projected) in PLAIN):
         return traced(weights, projected)

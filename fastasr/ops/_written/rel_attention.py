@@ -202,10 +202,10 @@ def rel_attention(
             q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
             dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
         )  # fmt: skip
-    dtype = autocast_dtype(q)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(q)
+    if cast_dtype is not None:
         names = under_autocast(
-            dtype, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
+            cast_dtype, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
             context, chunk_size,
         )  # fmt: skip
         (

@@ -157,11 +157,11 @@ def rnnt_joiner(
             boundary=boundary, activation=activation, hat=hat, keep_logits=keep_logits, dropout_p=dropout_p,
             dropout_seed=dropout_seed,
         )  # fmt: skip
-    dtype = autocast_dtype(am)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(am)
+    if cast_dtype is not None:
         names = under_autocast(
-            dtype, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation,
-            hat, keep_logits, dropout_p, dropout_seed,
+            cast_dtype, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
+            activation, hat, keep_logits, dropout_p, dropout_seed,
         )  # fmt: skip
         (
             am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,

@@ -205,10 +205,10 @@ def segment_attention(
             max_memory_size=max_memory_size, past_frames=past_frames, past_memory=past_memory,
             lengths=lengths, history=history, weights_dropout=weights_dropout,
         )  # fmt: skip
-    dtype = autocast_dtype(query)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(query)
+    if cast_dtype is not None:
         names = under_autocast(
-            dtype, query, key, value, num_heads, frames, segment_length, left_context_length,
+            cast_dtype, query, key, value, num_heads, frames, segment_length, left_context_length,
             right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
         )  # fmt: skip
         (

@@ -121,10 +121,10 @@ def swoosh_linear(
     kernels = family.kernels(x)
     if kernels is None:
         return formula(x, weight, bias, kind, mask, shared_dim)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
         x, weight, bias, kind, mask, shared_dim = under_autocast(
-            dtype, x, weight, bias, kind, mask, shared_dim
+            cast_dtype, x, weight, bias, kind, mask, shared_dim
         )
         kernels = family.kernels(x)
         if kernels is None:

@@ -142,10 +142,10 @@ def tdt_joiner(
             boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
             dropout_seed=dropout_seed,
         )  # fmt: skip
-    dtype = autocast_dtype(am)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(am)
+    if cast_dtype is not None:
         names = under_autocast(
-            dtype, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
+            cast_dtype, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
             keep_logits, dropout_p, dropout_seed,
         )  # fmt: skip
         (

@@ -175,10 +175,10 @@ def zipformer_attention(
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
             left_context_chunks=left_context_chunks, cached_key=cached_key,
         )  # fmt: skip
-    dtype = autocast_dtype(x)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
         names = under_autocast(
-            dtype, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
+            cast_dtype, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
             chunk_size, left_context_chunks, cached_key,
         )  # fmt: skip
         (

@@ -184,10 +184,10 @@ def zipformer_attention_weights(
             chunk_size=chunk_size, left_context_chunks=left_context_chunks, cached_key=cached_key,
             score_penalty=score_penalty, score_limit=score_limit,
         )  # fmt: skip
-    dtype = autocast_dtype(x)
-    if dtype is not None:
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
         names = under_autocast(
-            dtype, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+            cast_dtype, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
             left_context_chunks, cached_key, score_penalty, score_limit,
         )  # fmt: skip
         (
