@@ -307,8 +307,10 @@ def granite_speech5():
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
-def of_wav2vec2(package, class_name, config_name, **options):
-    """An encoder with modules of Wav2Vec2Conformer's code."""
+def of_wav2vec2(
+    package, class_name, config_name, lengths=(21, 13, 5), masked=True, implementation="sdpa", **options
+):
+    """An encoder with modules of Wav2Vec2Conformer's code. ``lengths``: those of the batch."""
 
     def made():
         transformers = pytest.importorskip("transformers")
@@ -316,17 +318,27 @@ def of_wav2vec2(package, class_name, config_name, **options):
         config = getattr(transformers, config_name)(
             hidden_size=WIDTH, conv_depthwise_kernel_size=TAPS, **options
         )
-        config._attn_implementation = "sdpa"
-        x = torch.randn(3, 21, WIDTH, generator=numbers(1))
-        mask = torch.arange(21) < torch.tensor([21, 13, 5])[:, None]
+        config._attn_implementation = implementation
+        frames = max(lengths)
+        x = torch.randn(len(lengths), frames, WIDTH, generator=numbers(1))
+        mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
 
         def run(model):
-            found = model(x.clone(), attention_mask=mask)
+            found = model(x.clone(), attention_mask=mask if masked else None)
             return [found if isinstance(found, torch.Tensor) else found[0]]
 
         return getattr(module, class_name)(config), run
 
     return made
+
+
+def seamless_v2(**options):
+    names = "seamless_m4t_v2", "SeamlessM4Tv2ConformerEncoder", "SeamlessM4Tv2Config"
+    return of_wav2vec2(*names, **SEAMLESS, **options)
+
+
+def w2v_bert(**options):
+    return of_wav2vec2("wav2vec2_bert", "Wav2Vec2BertEncoder", "Wav2Vec2BertConfig", **W2V_BERT, **options)
 
 
 SEAMLESS = {
@@ -461,10 +473,9 @@ FAMILIES = {
         max_source_positions=64,
         **SEAMLESS,
     ),
-    "seamless m4t v2": of_wav2vec2(
-        "seamless_m4t_v2", "SeamlessM4Tv2ConformerEncoder", "SeamlessM4Tv2Config", **SEAMLESS
-    ),
-    "w2v-bert": of_wav2vec2("wav2vec2_bert", "Wav2Vec2BertEncoder", "Wav2Vec2BertConfig", **W2V_BERT),
+    "seamless m4t v2": seamless_v2(),
+    "seamless m4t v2, chunks": seamless_v2(speech_encoder_chunk_size=8, speech_encoder_left_chunk_num=1),
+    "w2v-bert": w2v_bert(),
     "parakeet tdt": parakeet_transducer("TDT"),
     "parakeet rnn-t": parakeet_transducer("RNNT"),
     "nemotron": nemotron,

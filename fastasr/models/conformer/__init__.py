@@ -6,10 +6,12 @@ from fastasr.models.conformer.attention import (
     fastspeech2_attention,
     nemo_attention,
     nemo_local_attention,
+    relative_key_attention,
     speechbrain_attention,
     wav2vec2_attention,
 )
 from fastasr.models.conformer.convolution import (
+    causal_seamless_convolution,
     espnet_convolution,
     fastspeech2_convolution,
     nemo_convolution,
@@ -27,6 +29,7 @@ from fastasr.models.conformer.feed_forward import (
 from fastasr.models.conformer.subsampling import nemo_subsampling
 
 __all__ = [
+    "causal_seamless_convolution",
     "espnet_convolution",
     "fastspeech2_attention",
     "fastspeech2_convolution",
@@ -35,6 +38,7 @@ __all__ = [
     "nemo_feed_forward",
     "nemo_local_attention",
     "nemo_subsampling",
+    "relative_key_attention",
     "seamless_convolution",
     "speechbrain_attention",
     "speechbrain_convolution",

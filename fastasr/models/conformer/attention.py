@@ -10,40 +10,41 @@ import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, plumbing
-from fastasr.models.common.plain import is_watched
+from fastasr.models.common.plain import is_plain, is_watched
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, first_rows, projected
-from fastasr.models.fast_conformer.masks import is_readable, seen
+from fastasr.models.fast_conformer.masks import seen
 
 _WEIGHTS = "attention weights are asked for"
 _OTHER = "an input, a mask or positions that rel_attention does not take"
 
 
 def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_position_embeddings=None, **kwargs):
-    """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: the
-    query sees the key) or None, position embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
-    batch, frames = hidden_states.shape[:2]
-    implementation = self.config._attn_implementation
-    fits = (
-        implementation in STANDARD
-        and not (implementation == "eager" and is_watched(self))
-        and is_readable(attention_mask, batch, frames)
-        and _is_one_table(relative_position_embeddings, frames)
-    )
-    by = seen(attention_mask) if fits and attention_mask is not None else None
-    if fits and (by is None or by.empty_rows is None):
-        dropout = _dropout_of(self)
-        if dropout is not None:
-            hidden = masks.of_kernel(attention_mask, by)
-            return _attention(self, hidden_states, relative_position_embeddings, hidden, dropout), None
-        attention_dropout.note_formed(self)
-    elif implementation == "eager" and is_watched(self):
-        _left.note(self, _WEIGHTS)
-    elif fits:
-        _left.note(self, "a query sees no key")
-    else:
-        masks.note_unread(self, implementation in STANDARD, implementation)
-    return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
+    """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width), attention mask (``masks.read``), position
+    embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
+    fits = _is_one_table(relative_position_embeddings, hidden_states.shape[1])
+    options = _options(self, hidden_states, attention_mask, fits)
+    if options is None:
+        return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
+    return _attention(self, hidden_states, relative_position_embeddings, *options), None
+
+
+def relative_key_attention(self, hidden_states, attention_mask=None, *positions, **kwargs):
+    """Serves SeamlessM4T v2 and w2v-BERT 2.0 of transformers, whose heads share a table E of l + r + 1 rows (Shaw et
+    al., "Self-attention with relative position representations", 2018): s[i,j] = q_i·(k_j + E[clamp(j − i, −l, r) + l])
+    / √d. hidden states (B, T, width), attention mask (``masks.read``) -> ((B, T, width), None). With positions of
+    Transformer-XL w2v-BERT has the attention of Wav2Vec2Conformer."""
+    if self.position_embeddings_type == "relative":
+        return wav2vec2_attention(self, hidden_states, attention_mask, *positions, **kwargs)
+    frames, table = hidden_states.shape[1], self.distance_embedding
+    options = _options(self, hidden_states, attention_mask, is_plain(table, torch.nn.Embedding))
+    if options is None:
+        return type(self).forward(self, hidden_states, attention_mask, *positions, **kwargs)
+    layers = self.linear_q, self.linear_k, self.linear_v
+    q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (self.num_heads, -1)) for layer in layers)
+    left, right = self.left_max_position_embeddings, self.right_max_position_embeddings
+    rows = table(_offsets(frames, left, right, table.weight.device) + left)
+    return plumbing.linear(self.linear_out, _shaw(q, k, v, rows, *options).flatten(2)), None
 
 
 def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None, output_attentions=False):
@@ -146,6 +147,53 @@ def speechbrain_attention(
     y = ops.rel_attention(q * scale, k, v, p, u, w, **hidden, **dropout)
     out = plumbing.linear(self.out_proj, y.flatten(2))
     return (out, None) if return_attn_weights else out
+
+
+def _options(module, x, mask, fits):
+    """Returns the arguments of ``ops.rel_attention`` for a call of a module of transformers: what ``mask`` hides, and
+    dropout; None where upstream's code serves the call. ``fits``: whether the positions are served."""
+    (batch, frames), config = x.shape[:2], module.config
+    implementation = config._attn_implementation
+    if implementation == "eager" and is_watched(module):
+        _left.note(module, _WEIGHTS)
+        return None
+    pairs = masks.read(mask, implementation, batch, frames) if fits and implementation in STANDARD else None
+    if pairs is None and (mask is not None or not fits or implementation not in STANDARD):
+        masks.note_unread(module, implementation in STANDARD, implementation)
+        return None
+    by = None if pairs is None else seen(pairs, left=_before_chunks(config, frames))
+    if by is not None and by.empty_rows is not None:
+        _left.note(module, "a query sees no key")
+        return None
+    dropout = attention_dropout.of_kernel(plumbing.dropped_share(module.dropout), x.device)
+    if dropout is None:
+        attention_dropout.note_formed(module)
+        return None
+    hidden = masks.of_kernel(pairs, by)
+    for name, value in hidden.items():
+        if name.endswith("mask"):  # one for all sequences, or one for each
+            hidden[name] = value.expand(batch, *value.shape[1:])
+    return hidden, dropout
+
+
+def _before_chunks(config, frames):
+    """Returns how many frames before its chunk a query of SeamlessM4T v2 sees, None without chunks."""
+    size = getattr(config, "speech_encoder_chunk_size", None)
+    if size is None:
+        return None
+    count = config.speech_encoder_left_chunk_num
+    return frames if count < 0 else size * count
+
+
+def _offsets(frames, left, right, device):
+    """Returns (2T − 1): how many frames a key is behind the query, at least −left and at most right."""
+    return torch.arange(1 - frames, frames, dtype=torch.int64, device=device).clamp(-left, right)
+
+
+def _shaw(q, k, v, rows, hidden, dropout):
+    """Returns softmax_j(q_i·(k_j + rows[T − 1 + j − i]) / √d) v, (B, T, H, d), of rows (2T − 1, d) for all heads."""
+    rows, none = rows.to(q.dtype).unsqueeze(1).expand(-1, q.shape[2], -1), q.new_zeros(q.shape[2:])
+    return ops.rel_attention(q, k, v, rows, none, none, **hidden, **dropout)
 
 
 def _note(module, fits, reason):

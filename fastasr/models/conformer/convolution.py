@@ -103,20 +103,26 @@ def wav2vec2_convolution(self, hidden_states):
 def seamless_convolution(self, hidden_states, attention_mask=None):
     """Serves transformers' SeamlessM4T: hidden states (B, T, width), mask (B, T), 1 at valid frames, or None -> (B, T,
     width). Upstream sets padding to 0 before ``pointwise_conv1``, which has no bias, so that the gated frame is 0."""
+    return _seamless(self, hidden_states, attention_mask, "batch_norm")
+
+
+def causal_seamless_convolution(self, hidden_states, attention_mask=None):
+    """Serves SeamlessM4T v2 and w2v-BERT 2.0, whose convolution sees the past alone and whose norm is LayerNorm."""
+    before = self.depthwise_conv.kernel_size[0] - 1
+    return _seamless(
+        self, hidden_states, attention_mask, "depthwise_layer_norm", by_frame=True, before=before
+    )
+
+
+def _seamless(self, hidden_states, attention_mask, norm, **options):
     first = self.pointwise_conv1
     if not is_plain(self.glu, torch.nn.GLU) or not is_plain(first, torch.nn.Conv1d) or first.bias is not None:
         _left.note(self, "glu or pointwise_conv1 is no plain one, or has a bias")
         return type(self).forward(self, hidden_states, attention_mask)
-    y = gated_convolution(
-        self.layer_norm(hidden_states),
-        first,
-        self.depthwise_conv,
-        self.batch_norm,
-        self.activation,
-        self.pointwise_conv2,
-        None if attention_mask is None else ~attention_mask.bool(),
-    )
-    return _dropped(self.dropout, y)
+    h = pointwise(first, self.layer_norm(hidden_states))
+    hidden = None if attention_mask is None else ~attention_mask.bool()
+    layers = self.depthwise_conv, getattr(self, norm), self.activation, self.pointwise_conv2
+    return _dropped(self.dropout, after_gate(h, *layers, hidden, **options))
 
 
 def torchaudio_convolution(self, input):

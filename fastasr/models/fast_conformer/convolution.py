@@ -61,10 +61,13 @@ def gated_convolution(x, first, conv, norm, activation, last, hidden=None, packi
     return after_gate(pointwise(first, x), conv, norm, activation, last, hidden, packing=packing)
 
 
-def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_frame=False, packing=None):
+def after_gate(
+    h, conv, norm, activation, last, hidden=None, cache=None, by_frame=False, packing=None, before=0
+):
     """Does the same from h = first(x) (B, T, 2 width) on. ``cache`` (B, width, P) holds the P gated frames that the
-    convolution sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels."""
-    delay = plumbing.conv_delay(conv)
+    convolution sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels.
+    ``before``: frames of 0 that stand before h and that the convolution itself does not add."""
+    delay = plumbing.conv_delay(conv, before=before)
     if delay is not None and (by_frame or is_batch_norm(norm)):
         folded = not by_frame and not norm.training
         weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
@@ -90,7 +93,7 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
         if packing is not None:
             slots = packing.with_gaps(conv.weight.shape[-1] // 2 + abs(delay))
             h = packing.spread(h[0], slots).unsqueeze(0)
-        z = conv(gated(h, hidden))
+        z = conv(F.pad(gated(h, hidden), (before, 0)))
         if packing is not None:
             z = packing.gathered(z[0].T, slots).T.unsqueeze(0)
         y = activation(norm(z.transpose(1, 2)) if by_frame else norm(z).transpose(1, 2))

@@ -35,7 +35,49 @@ def is_readable(mask: Tensor | None, batch: int, frames: int, keys: int | None =
     2 GB.
     """
     shapes = ((batch, 1, frames, frames), (batch, frames)) if keys is None else ((batch, 1, frames, keys),)
-    return mask is None or (mask.dtype == torch.bool and mask.shape in shapes)
+    return mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape in shapes)
+
+
+def read(mask, implementation: str, batch: int, frames: int) -> Tensor | None:
+    """Returns a mask that transformers made for an implementation of attention as ``seen`` reads it, bool (B or 1, 1,
+    T, T), or None if there is none or it says more than what a query sees.
+
+    For "sdpa" it is such a tensor, for "eager" 0 and the lowest number, which is added to the scores, and for
+    "flex_attention" a BlockMask, a function of the indices. Another dtype is added to the scores as well.
+    """
+    if mask is None or tuple(mask.shape) not in {(n, 1, frames, frames) for n in (1, batch)}:
+        return None
+    evaluate = None
+    if not isinstance(mask, Tensor):
+        evaluate = _evaluated if implementation == "flex_attention" else None
+    elif implementation == "sdpa" and mask.dtype == torch.bool:
+        return mask
+    elif implementation == "eager" and mask.is_floating_point():
+        evaluate = _added
+    if evaluate is None or torch.compiler.is_compiling() or is_transformed() or recording() is not None:
+        return None
+    if not isinstance(mask, Tensor):
+        version = None
+    else:
+        version = (
+            object() if mask.is_cpu else _kept.content(mask)
+        )  # reading it anew is a small part of eager's work
+    kept = getattr(mask, "_fastasr_pairs", None)
+    if kept is None or kept[0] != version:
+        kept = mask._fastasr_pairs = version, evaluate(mask)
+    return kept[1]
+
+
+def _added(mask):
+    sees = mask == 0
+    return sees if bool((sees | (mask == torch.finfo(mask.dtype).min)).all()) else None
+
+
+def _evaluated(mask):
+    of_sequence = torch.arange(mask.shape[0], device=mask.kv_num_blocks.device, dtype=torch.int64)
+    query = torch.arange(mask.shape[-1], device=of_sequence.device, dtype=torch.int64)
+    sees = mask.mask_mod(of_sequence[:, None, None], query.new_zeros(()), query[:, None], query)
+    return sees.expand(len(of_sequence), len(query), len(query)).unsqueeze(1)
 
 
 def note_unread(attention, known: bool, implementation: str | None) -> None:
