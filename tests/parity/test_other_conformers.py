@@ -15,8 +15,19 @@ import fastasr
 
 # Family -> the classes that a rule of the framework replaces
 REPLACED = {
+    "nemo transformer": {"MultiHeadAttention", "FeedForward"},
+    "nemo transformer, causal": {"MultiHeadAttention", "FeedForward"},
     "lasr": {"LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
-    "granite speech 5": {"GraniteSpeech5EncoderFeedForward"},
+    **{
+        family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
+        for family, name in (
+            ("granite speech", "GraniteSpeech"),
+            ("granite speech plus", "GraniteSpeechPlus"),
+        )
+    },
+    "granite speech 5": {
+        f"GraniteSpeech5Encoder{part}" for part in ("Attention", "ConvolutionModule", "FeedForward")
+    },
     "seamless m4t": {
         "SeamlessM4TConformerFeedForward",
         "SeamlessM4TConformerSelfAttention",
@@ -56,6 +67,24 @@ OTHERWISE = {
         "no mask": families.w2v_bert(masked=False),
         "dropout": families.w2v_bert(attention_dropout=0.1, conformer_conv_dropout=0.1),
     },
+}
+OTHERWISE["granite speech"] = {
+    "less than a block": families.granite_speech(frames=7),
+    "a block": families.granite_speech(frames=20),
+    "a frame more": families.granite_speech(frames=21, conv_kernel_size=8),
+    "dropout": families.granite_speech(dropout=0.1, context_size=24),
+}
+OTHERWISE["granite speech plus"] = {"kept layers": families.granite_speech("Plus", cat_hidden_layers=[0, 1])}
+OTHERWISE["granite speech 5"] = {
+    "odd lengths": lambda: families.granite_speech5((51, 51, 23)),
+    "no frames": lambda: families.granite_speech5((40, 0)),
+    "a recording": lambda: families.granite_speech5((43,)),
+    "dropout": lambda: families.granite_speech5(attention_dropout=0.1),
+}
+OTHERWISE["nemo transformer"] = {
+    "one frame": families.nemo_transformer(lengths=(4, 4)),
+    "norms": families.nemo_transformer(qk_norm=True, pre_block_norm=False, xscaling=True),
+    "stacked": families.nemo_transformer(subsampling="stacking_norm", drop_rate=0.2),
 }
 ALL = [*REPLACED, *(f"{family}: {name}" for family, made in OTHERWISE.items() for name in made)]
 TOLERANCE = 1e-10
@@ -168,8 +197,11 @@ def test_in_short_dtypes(name, dtype):
 
 
 IMPLEMENTATIONS = {
-    "eager": ("w2v-bert", "w2v-bert: no mask", "w2v-bert: relative", "seamless m4t v2"),
-    "flex_attention": ("w2v-bert", "w2v-bert: no mask"),  # with v2's mask upstream's crashes on a CPU
+    "eager": ("w2v-bert", "w2v-bert: no mask", "w2v-bert: relative", "seamless m4t v2", "granite speech 5"),
+    "flex_attention": (
+        "w2v-bert",
+        "w2v-bert: no mask",
+    ),  # with a tensor as the mask upstream's crashes on a CPU
 }
 
 
@@ -218,3 +250,67 @@ def test_what_a_whole_model_returns(implementation):
                 assert a is b
             else:
                 same(a, b, b.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["nemo transformer", "nemo transformer, causal"])
+def test_flex_attention_of_nemo(name, monkeypatch):
+    """Values are those of torch's FlexAttention, which has no gradient on a CPU, and of pre-encoded frames."""
+    theirs, ours, call = pair(name)
+    module = families.nemo_encoder.load_transformer()
+    monkeypatch.setattr(module, "flex_attention", module.of_torch)
+    x, lengths = torch.randn(2, 9, 32), torch.tensor([9, 5])
+    with torch.no_grad():
+        torch.testing.assert_close(call(ours)[0], call(theirs)[0], rtol=1e-5, atol=1e-5)
+        found, expected = (model(x, lengths, bypass_pre_encode=True)[0] for model in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError):
+        call(theirs)
+    call(ours)[0].sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["abs_pos", "no_pos"])
+def test_nemo_without_relative_positions(kind):
+    seeded(kind)
+    model, _ = families.nemo_transformer(self_attention_model=kind)()
+    skipped = [
+        row.reason for row in fastasr.accelerate(model).skipped if row.class_name == "MultiHeadAttention"
+    ]
+    assert set(skipped) == {"has no relative positions"}
+
+
+@pytest.mark.parametrize("name", ["granite speech", "granite speech plus", "granite speech 5"])
+def test_all_outputs_of_granite_speech(name):
+    """Twice, as upstream adds to the output of its middle layer in place, and records the outputs of attention."""
+    theirs, ours, call = pair(name)
+    asked = {"output_hidden_states": True, "output_attentions": name != "granite speech 5"}
+    results = {}
+    for model in (theirs, ours):
+        hooks = (
+            model.register_forward_pre_hook(lambda _, args, given: (args, given | asked), with_kwargs=True),
+            model.register_forward_hook(lambda module, _, y: results.setdefault(module, []).append(y)),
+        )
+        with torch.no_grad():
+            call(model), call(model)
+        for hook in hooks:
+            hook.remove()
+    for found, expected in zip(results[ours], results[theirs], strict=True):
+        pairs = [*zip(found.hidden_states, expected.hidden_states, strict=True)]
+        pairs += zip(found.attentions or (), expected.attentions or (), strict=True)
+        assert len(pairs) >= len(ours.layers)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_granite_speech5_with_norms_of_float32():
+    """As from_pretrained loads it in 16 bits."""
+    theirs, ours, call = pair("granite speech 5")
+    exact = copy.deepcopy(theirs).double().eval()
+    for model in (theirs, ours):
+        model.bfloat16().eval()
+        for layer in model.layers:
+            layer.conv.norm.float()
+    with torch.no_grad():
+        truth = inputs_in(torch.float64, call)(exact)[0]
+        found, expected = (inputs_in(torch.bfloat16, call)(model)[0] for model in (ours, theirs))
+    assert found.dtype == expected.dtype
+    assert (found - truth).abs().mean() <= 1.5 * (expected - truth).abs().mean()

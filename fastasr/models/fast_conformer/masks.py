@@ -80,6 +80,37 @@ def _evaluated(mask):
     return sees.expand(len(of_sequence), len(query), len(query)).unsqueeze(1)
 
 
+# The functions of NeMo's TransformerEncoder from which it makes a BlockMask, and what they say beside the lengths
+_OF_NEMO = {
+    ("_make_padding_mod.<locals>.pad_mask",): {},
+    ("_make_causal_mod.<locals>.causal", "_make_padding_mod.<locals>.pad_mask"): {"context": (-1, 0)},
+}
+
+
+def of_nemo(mask, batch: int, frames: int, cls) -> dict | None:
+    """Returns the arguments of ``ops.rel_attention`` for a BlockMask that the module of the class ``cls`` made, or None
+    if it is of another origin. The last query sees all that any does."""
+    if mask is None:
+        return {}
+    function = getattr(mask, "mask_mod", None)
+    if function is None or tuple(mask.shape) != (batch, 1, frames, frames):
+        return None
+    parts = (function,)
+    if function.__qualname__ == "and_masks.<locals>.and_mask":
+        parts = function.__closure__[0].cell_contents
+    context = _OF_NEMO.get(tuple(part.__qualname__ for part in parts))
+    if context is None or {part.__module__ for part in parts} != {cls.__module__}:
+        return None
+    name = f"_fastasr_hidden_{torch.is_inference_mode_enabled()}"
+    kept = getattr(mask, name, None)
+    if kept is None:
+        of_sequence = torch.arange(batch, device=mask.kv_num_blocks.device, dtype=torch.int64)
+        key = torch.arange(frames, device=of_sequence.device, dtype=torch.int64)
+        kept = ~function(of_sequence[:, None], key.new_zeros(()), key[-1:], key)
+        setattr(mask, name, kept)
+    return {"key_padding_mask": kept, **context}
+
+
 def note_unread(attention, known: bool, implementation: str | None) -> None:
     """Notes that upstream's code serves this call: its implementation is not ``known``, or its mask is not readable."""
     if known:
@@ -109,7 +140,7 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
             return Seen(hidden, hidden, True, {})
         by_query = ~mask if hides else mask[:, 0]
         return Seen(~by_query.any(1), ~by_query.any(2), False, {})
-    version = _kept.content(mask)
+    version = _kept.content(mask), torch.is_inference_mode_enabled()  # whose tensors no gradient may keep
     kept = getattr(mask, "_fastasr_seen", None)
     if kept is None or kept[0] != version:
         if mask.dim() == 2:
