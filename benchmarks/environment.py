@@ -7,17 +7,14 @@ import importlib.util
 import os
 import platform
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from fastasr import ops, processor
-from fastasr.ops._dispatch import gpu_backends
 
 ROOT = Path(__file__).resolve().parent.parent
-WRITERS = ("_op.py", "_source.py", "_signature.py", "_shapes.py", "_errors.py")  # of the source of an op
 # A change in these makes a measurement a different one; results and documentation do not.
 MEASURED_PATHS = ("fastasr", "kernels", "csrc", "benchmarks", "setup.py", "CMakeLists.txt")
 
@@ -56,44 +53,25 @@ def commit() -> str:
 
 
 @functools.cache
-def _sources():
-    """Returns scripts/sources.py of the checkout, which knows what a file needs, or None outside a checkout."""
-    path = ROOT / "scripts" / "sources.py"
-    if not path.exists():
-        return None
-    spec = importlib.util.spec_from_file_location("sources", path)
-    found = sys.modules["sources"] = sys.modules.get("sources") or importlib.util.module_from_spec(spec)
-    if not hasattr(found, "closure"):
-        spec.loader.exec_module(found)
-    return found
-
-
-@functools.cache
 def code(suite: str, name: str, device: str = "cpu") -> str:
-    """Returns a hash of the files that an op or model is made of, without its samples and without the harness; "" if
-    there is no checkout or no such file. What writes the ops' source counts by what it writes. A model's name starts
-    with that of its benchmark.
+    """Returns a hash of the files of an op or a model; "" outside a checkout.
+
+    An op's files have its name: its declaration, and its kernels for this device. A model's files are those of its
+    folder, with which the model's name starts, or of all models where it has none.
     """
-    sources = _sources()
-    if sources is None:
-        return ""
-    path = sources.ops().get(name)
-    if path is None:
-        benchmarks = (p for p in (ROOT / "benchmarks" / "models").glob("*.py") if name.startswith(p.stem))
-        path = max(benchmarks, key=lambda p: len(p.stem), default=None)
-    if path is None:
-        return ""
-    others = ("kernels", "csrc/cuda")
-    if torch.device(device).type != "cpu":  # kernels in Triton need nothing of csrc
-        others = ("csrc/cpu",) if gpu_backends().get(name) == "cuda" else ("csrc",)
-    # every benchmark imports the module that can make a Zipformer; one that does has the word itself
-    others = (*others, "fastasr/testing", "benchmarks/upstream.py")
-    needed = sources.closure(path, without=tuple(ROOT / other for other in others))
-    functions = (getattr(ops, op, None) for op, file in sorted(sources.ops().items()) if file in needed)
-    written = "".join(function.op.source for function in functions if callable(function))
-    needed -= {ROOT / "fastasr" / "ops" / name for name in WRITERS}
-    files = (p for p in needed if p == path or not p.is_relative_to(ROOT / "benchmarks"))
-    return sources.digest(files, salt=written)[:12]
+    if name in ops.NAMES and suite != "models":
+        stem = getattr(ops, name).__module__.rpartition(".")[2]
+        tops = (
+            ("csrc/cpu", "csrc/bindings") if torch.device(device).type == "cpu" else ("csrc/cuda", "kernels")
+        )
+        own = (p for top in ("fastasr/ops", *tops) for p in (ROOT / top).rglob(f"{stem}.*"))
+    else:
+        models = ROOT / "fastasr" / "models"
+        folders = (p for p in models.glob("*/") if name.startswith(p.name))
+        own = max(folders, key=lambda p: len(p.name), default=models).rglob("*.py")
+    own = sorted(p for p in own if p.suffix != ".pyc")
+    contents = (path.name.encode() + path.read_bytes() for path in own)
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:12] if own else ""
 
 
 def _fastasr_version() -> str:

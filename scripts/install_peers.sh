@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# install_peers.sh PYTHON: the upstream packages that parity tests and benchmarks compare with. PYTHON has torch.
+# install_peers.sh PYTHON [NAME...]: the upstream packages that parity tests and benchmarks compare with. PYTHON has torch.
+# NAMEs choose paragraphs of peers.sh; without any, everything is installed.
 set -euo pipefail
 python=$1
+shift
 here=$(cd "$(dirname "$0")" && pwd)
 
 python() { "$python" "$@"; }
@@ -12,6 +14,11 @@ pip() {
   [[ $* == *nemo_toolkit* ]] && options+=(--no-deps)
   "$python" -m pip "$@" "${options[@]}"
 }
+
+for name in "$@"; do
+  source <(awk -v RS= -v head="^# $name[:,]" '$0 ~ head' "$here/peers.sh")
+done
+[[ $# == 0 ]] || exit 0
 
 # What tests need beside the frameworks: ONNX, adapters, the tables of byte-level units.
 pip install onnx onnxruntime onnxscript sentencepiece simple-sentencepiece soxr

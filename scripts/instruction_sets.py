@@ -2,7 +2,7 @@
 """Runs the C++ tests of a build folder on every instruction set and keeps a row per set. Without a folder it prints the
 sets of the installed library that this machine runs, but for the widest, which serves where FASTASR_SIMD names none.
 
-    CI_FULL=1 scripts/cpp_tests.sh build/cpp-release ""
+    scripts/cpp_tests.sh build/cpp-release ""
     python scripts/instruction_sets.py build/cpp-release
     python scripts/instruction_sets.py build/cpp-aarch64 "qemu-user"      # where an emulator runs them
 

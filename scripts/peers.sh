@@ -21,7 +21,7 @@ pip install speechbrain==1.1.2
 pip install typeguard packaging numpy
 pip install --no-deps espnet==202511
 
-# the PyPI package zipformer, after torchaudio; by itself, it asks for torch 2.7, and version 0.1.2 has other code
+# zipformer, the PyPI package, after torchaudio; by itself, it asks for torch 2.7, and version 0.1.2 has other code
 pip install tensorboard kaldialign soundfile braceexpand pyyaml tqdm
 pip install --no-deps zipformer==0.1.3 atdataset webdataset kaldifst
 

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import frameworks
 import instruction_sets
-import newcomer
 import recipes
 import test_matrix
-import test_minutes
 
 from fastasr import ops
 from fastasr.benchmarks import sweep
@@ -27,7 +25,7 @@ from fastasr.benchmarks.device import whole_models as on_gpus
 from fastasr.benchmarks.markdown import put, table, whole_models, without_padding
 from fastasr.benchmarks.models import nemotron_streaming, ragged, recipe_step, reduced_weights, transcribe
 from fastasr.benchmarks.rows import Row, read_all
-from fastasr.benchmarks.studies import crowd, curves, growth, launch_cost, transducer_memory
+from fastasr.benchmarks.studies import curves, growth, transducer_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -35,14 +33,11 @@ GPU_RECORDS = ROOT / "benchmarks" / "results" / "gpu.json"  # the units.json of 
 WHOLE_RECORDS = ROOT / "benchmarks" / "results" / "whole_models.json"  # those of a run of stage M
 OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
 RULES_MARKERS = "<!-- rules:start -->", "<!-- rules:end -->"
-LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
 CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
 GROWTH_MARKERS = "<!-- growth:start -->", "<!-- growth:end -->"
 MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
 MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
 SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
-CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
-NEWCOMER_MARKERS = "<!-- newcomer:start -->", "<!-- newcomer:end -->"
 WHOLE_MARKERS = "<!-- whole:start -->", "<!-- whole:end -->"
 TRAINING_MARKERS = "<!-- training:start -->", "<!-- training:end -->"
 GPU_MARKERS = "<!-- gpu:start -->", "<!-- gpu:end -->"
@@ -180,14 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     found += [put(DOCS / "frameworks.md", frameworks.table(), check, *RULES_MARKERS)]
     found += [put(DOCS / "benchmarks.md", sweep.table(swept), check, *SWEEP_MARKERS)]
-    found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
-    found += [put(DOCS / "install.md", crowd.table(), check, *CROWD_MARKERS)]
-    found += [put(DOCS / "install.md", newcomer.table(), check, *NEWCOMER_MARKERS)]
     found += [put(DOCS / "install.md", peers(), check, *PEERS_MARKERS)]
-    found += [put(ROOT / "README.md", newcomer.sentence(), check, *NEWCOMER_MARKERS)]
     found += [put(DOCS / "testing.md", instruction_sets.table(), check, *SETS_MARKERS)]
-    found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
     tables = {nemotron_streaming.NAME: (nemotron_streaming.table, CHUNKS_MARKERS)}
     tables |= {f"{model}{growth.ENDING}": (growth.table, GROWTH_MARKERS) for model in growth.SIZES}
     for name, (made, markers) in tables.items():

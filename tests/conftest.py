@@ -2,14 +2,16 @@
 """What all tests share: the seed of the run, its folder of measured choices, and the tests that need a GPU.
 
 ``SEED`` in the environment repeats a run's random numbers; without it, each run draws a seed. The processes that a test
-starts inherit it. Tests of whole models run on one thread. With FASTASR_LEDGER a test that has passed with the same
-files is skipped.
+starts inherit it. Tests of whole models run on one thread. With ``OP`` in the environment only the tests run that
+have the op's name, in their own or in their file's.
 """
 
 import gc
 import os
+import re
 import sys
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from steps import seeded
 
 from fastasr.testing import seeds
 
+STARTS_PROCESSES = {"benchmarks", "cli", "examples", "faults", "kernels", "packaging", "recipe"}
+OF_EVERY_OP = {"test_budgets", "test_docs"}
 # The models are tiny: threads cost more than they bring, most of all beside other processes.
-TINY_MODELS = {"models", "parity", "recipe", "streaming", "swap"}
+TINY_MODELS = {"asr", "models", "parity", "recipe", "streaming", "swap"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,26 +36,37 @@ def pytest_configure(config):
     folder = tempfile.TemporaryDirectory(prefix="fastasr-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ["FASTASR_CACHE"] = folder.name
-    if path := os.environ.get("FASTASR_LEDGER"):
-        from ledger import Ledger
-
-        ledger = Ledger(config, path)
-        config.pluginmanager.register(ledger, "ledger")
-        if not hasattr(config, "workerinput"):
-            print(f"of {len(ledger.done)} files whose tests have passed, {len(ledger.skipped)} are skipped")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     inner = [item for item in items if item.get_closest_marker("inner")]
+    if op := os.environ.get("OP"):
+        config.hook.pytest_deselected(items=[item for item in items if not _is_of(item, op)])
+        items[:] = [item for item in items if _is_of(item, op)]
     yield
     items += [item for item in inner if item not in items]
+    _long_ones_first(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _is_of(item, op: str) -> bool:
+    """Says whether a test has the name of an op, in its own name or as that of its file, or judges every op at once."""
+    return item.path.stem in OF_EVERY_OP or not {op, f"test_{op}"}.isdisjoint(re.findall(r"\w+", item.nodeid))
+
+
+def _long_ones_first(items: list) -> None:
+    """Sorts files of tests by a guess of their time, so that no process has a long one left at the end."""
+    share = Counter(item.path for item in items)
+    for item in items:
+        share[item.path] += 50 if item.path.parent.name in STARTS_PROCESSES else 0
+        share[item.path] += 1000 if item.get_closest_marker("inner") else 0
+    items.sort(key=lambda item: -share[item.path])
 
 
 @pytest.fixture(autouse=True, scope="module")

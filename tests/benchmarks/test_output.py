@@ -15,8 +15,6 @@ from fastasr.benchmarks.studies import curves
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
 
-pytestmark = pytest.mark.needs("benchmarks")
-
 PNG = b"\x89PNG\r\n"
 
 

@@ -12,7 +12,6 @@ from fastasr import ops
 
 pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.needs("benchmarks", "fastasr")
 
 
 def _pytest(*arguments: str) -> str:

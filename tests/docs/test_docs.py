@@ -13,7 +13,6 @@ from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.studies import (
     breakdown,
     int8_peers,
-    int8_shares,
     recipe,
     streaming_accuracy,
     streaming_load,
@@ -66,7 +65,7 @@ def test_the_load_page_says_what_the_committed_load_test_says():
 
 
 def test_pages_say_what_the_studies_found():
-    for study in (breakdown, int8_peers, int8_shares):
+    for study in (breakdown, int8_peers):
         assert study.main(["--check"]) == 0, f"run python -m {study.__name__} --page-only"
 
 

@@ -13,8 +13,6 @@ from fastasr.benchmarks import runner
 from fastasr.cli import console
 from fastasr.cli.app import app
 
-pytestmark = pytest.mark.needs("docs/ops", "fastasr", "benchmarks", "scripts")
-
 
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_the_recipe_of_an_op_runs(name, capsys):

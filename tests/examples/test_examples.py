@@ -15,11 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
-def needs(*examples: str):
-    return pytest.mark.needs("tests/recipe", "examples", *(f"examples/{name}.py" for name in examples))
-
-
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -44,7 +39,6 @@ def run(name: str, folder: Path, *arguments: str) -> str:
     return printed.getvalue()
 
 
-@needs("accelerate_zipformer")
 def test_accelerate_zipformer(tmp_path):
     pytest.importorskip("zipformer", exc_type=ImportError)
     text = process("accelerate_zipformer.py", tmp_path, text=True).stdout
@@ -55,7 +49,6 @@ def test_accelerate_zipformer(tmp_path):
     assert int(re.search(r"restored (\d+) modules", text)[1]) > 20
 
 
-@needs("train_char_lm")
 def test_train_char_lm(tmp_path):
     """The example learns a text of two repeated sentences, to the same perplexity in eager and fused, and continues
     one.
@@ -77,13 +70,12 @@ def test_train_char_lm(tmp_path):
     assert "continued: all ag" in printed
 
 
-@needs("fine_tune_parakeet")
 @pytest.mark.parametrize("kind", [(), ("--tdt",)], ids=["CTC", "TDT"])
 def test_fine_tune_parakeet(tmp_path, kind):
     """Upstream's losses and those of the swapped model with upstream's draws differ by rounding."""
     for name in ("transformers", "accelerate", "kaldi_native_fbank", "kaldialign", "matplotlib"):
         pytest.importorskip(name)
-    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "recipe"))
+    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "asr" / "recipe"))
     import beeps
 
     speech, runs = beeps.folder(tmp_path / "speech", count=12), ["upstream", "swapped, upstream's draws"]
@@ -106,12 +98,11 @@ def test_fine_tune_parakeet(tmp_path, kind):
     assert (tmp_path / "losses.png").stat().st_size > 1000
 
 
-@needs("train_transducer", "transcribe", "live")
 def test_train_transducer_and_transcribe(tmp_path):
     """A run that is killed and started again has the losses of a run without a break; its result reads a recording."""
     for name in ("kaldi_native_fbank", "kaldialign", "onnxruntime", "matplotlib"):
-        pytest.importorskip(name, reason="the recipe needs the extras fastasr[recipe] and fastasr[export]")
-    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "recipe"))
+        pytest.importorskip(name, reason="the recipe needs the extra fastasr[asr]")
+    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "asr" / "recipe"))
     import beeps
 
     speech = beeps.folder(tmp_path / "speech", count=16)
@@ -178,7 +169,6 @@ def _live(folder, speech, wav):
     assert f"beeps-0.wav: {text}".strip() in [line.strip() for line in table.splitlines()]
 
 
-@needs("train_transducer", "transcribe", "live")
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -198,13 +188,11 @@ def test_what_the_recipe_refuses(tmp_path, monkeypatch, name, arguments, message
     assert message in ended.value.code
 
 
-@needs()
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     assert [p.name for p in EXAMPLES.glob("*.py") if f'"{p.name}"' not in tested] == []
 
 
-@needs("upstream_models")
 def test_upstream_models_convert_from_returnn(capsys):
     """The test stays in this process, as RETURNN takes long to import; the other models are in tests/cli."""
     pytest.importorskip("returnn.frontend.encoder.e_branchformer")

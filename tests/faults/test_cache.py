@@ -13,7 +13,6 @@ import torch
 
 from fastasr.ops import _gemm
 
-pytestmark = pytest.mark.needs("fastasr/ops", "fastasr/files.py", "tests/faults")
 needs_both = pytest.mark.skipif(bool(_gemm.reason()), reason=_gemm.reason())
 COUNTS = [pytest.param(40, id="40"), pytest.param(1000, id="1000", marks=pytest.mark.long)]
 X86 = "model name\t: Some CPU\ncpu family\t: 6\nmodel\t\t: 143\ncpu MHz\t\t: 2000\nflags\t\t: sse2 avx2 avx512f\n"

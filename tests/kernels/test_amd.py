@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.needs("kernels", "tests/kernels")
 
 SHARED = 64 << 10
 

@@ -23,7 +23,6 @@ from tests.kernels import budgets
 from tests.kernels.configurations.configuration import ARCHITECTURES, SHARED
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.needs("kernels", "tests/kernels")
 
 SECTIONS = budgets.read()
 MOST = ("registers", "spills", "shared", "narrow", "repeated")  # may not grow

@@ -11,8 +11,6 @@ import fastasr
 from fastasr import ops
 from fastasr.ops import _dispatch
 
-pytestmark = pytest.mark.needs("csrc/cuda", "csrc/bindings/ema_scan_cuda.cpp", "tests/kernels")
-
 CUDA = torch._C.DispatchKey.CUDA
 
 built = pytest.mark.skipif(

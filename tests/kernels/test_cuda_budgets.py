@@ -19,8 +19,6 @@ import pytest
 
 from fastasr.ops import _dispatch
 
-pytestmark = pytest.mark.needs("csrc/cuda", "tests/kernels")
-
 BUDGETS = Path(__file__).with_name("cuda_budgets.toml")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 

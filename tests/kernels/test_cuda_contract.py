@@ -11,7 +11,6 @@ from tests.kernels.cuda_launchers import OPS, serving
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulated.compiler() is None, reason="there is no C++ compiler"),
-    pytest.mark.needs("csrc/cuda", "csrc/cuda/ema_scan.cu", "tests/kernels"),
 ]
 
 

@@ -30,7 +30,6 @@ from fastasr.testing.table import floating, table
 
 triton = pytest.importorskip("triton")
 
-pytestmark = pytest.mark.needs("benchmarks", "kernels", "tests/kernels")
 COMMAND = [sys.executable, "-m", "fastasr.benchmarks.device"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 

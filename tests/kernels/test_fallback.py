@@ -19,8 +19,6 @@ from triton.runtime.errors import OutOfResources
 from fastasr.kernels import bypass, rnnt_lattice
 from fastasr.testing.fake_gpu import fake_gpu
 
-pytestmark = pytest.mark.needs("kernels", "tests/kernels")
-
 OLD = "the kernels need compute capability 8.0, and the device has 7.5"
 
 

@@ -12,7 +12,6 @@ from fastasr.testing.table import forward_and_backward, tables
 
 triton = pytest.importorskip("triton")
 
-pytestmark = pytest.mark.needs("kernels")
 KERNELS = {
     "layer_norm_lstm": ("forward_kernel", "backward_kernel"),
     "zipformer_attention": ("forward_kernel",),

@@ -2,11 +2,6 @@
 """icefall's Zipformer2 without padding."""
 
 import icefall_checkout
-import pytest
-
-pytestmark = pytest.mark.needs(
-    "fastasr", "tests/models/ragged_icefall.py", "tests/streaming/icefall_chunks.py"
-)
 
 
 @icefall_checkout.needed

@@ -12,7 +12,6 @@ from fastasr.testing import Make, seeded, tables
 from fastasr.testing.fuzz import Shape, refused, run_one
 from fastasr.testing.refusals import refusals
 
-pytestmark = pytest.mark.needs()
 CALLS = 70
 
 
@@ -40,7 +39,6 @@ def test_calls_with_little_in_them_are_refused_too(name):
             refused(tables()[name], refusal, refusal.arguments())
 
 
-@pytest.mark.always
 def test_calls_of_all_ops_in_a_process_of_their_own():
     command = [sys.executable, "-m", "fastasr.testing.fuzz", "-n", "250"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

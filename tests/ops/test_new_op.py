@@ -8,11 +8,7 @@ import sys
 from pathlib import Path
 from textwrap import dedent
 
-import pytest
-
 from fastasr.testing.checks import CHECKS
-
-pytestmark = pytest.mark.needs("CONTRIBUTING.md", "benchmarks", "fastasr/ops", "fastasr/testing", "tests/ops")
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
@@ -70,7 +66,7 @@ def test_the_steps_make_an_op(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", RUN.format(folder=str(tmp_path), **tests)],
         cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "FASTASR_LEDGER"} | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OP": ""},
         capture_output=True,
         text=True,
         timeout=600,

@@ -11,8 +11,6 @@ from fastasr.ops import _weights_dropout, rel_attention
 from fastasr.ops._dispatch import native_reason
 from fastasr.testing import seeded
 
-pytestmark = pytest.mark.needs()
-
 INF, NAN = float("inf"), float("nan")
 
 # It runs one pass forward and backward over T frames, in the memory of T x T / 4 floats beyond what it had before.

@@ -10,8 +10,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.needs("fastasr/ops", "fastasr/testing", "csrc/cpu", "csrc/bindings")
-
 # A process counts its threads. Those of torch's pool stay when their work is done, so none is missed.
 COUNT = """
 import json, os, sys

@@ -12,7 +12,6 @@ from page_blocks import OPS, PAGES, blocks
 
 pytestmark = [
     pytest.mark.packaging,
-    pytest.mark.needs("README.md", "docs", "examples", "tests/packaging", "tests/page_blocks.py", "fastasr"),
 ]
 
 

@@ -2,14 +2,11 @@
 """The transducer loss of icefall's AsrModel, whose labels are ragged."""
 
 import icefall_checkout
-import pytest
 import torch
 from icefall_loss import Ragged
 
-from fastasr.models.transducer import AsrModel
+from fastasr.asr.recogniser import AsrModel
 from fastasr.swap.rules.zipformer.asr_model import ICEFALL_MODEL
-
-pytestmark = pytest.mark.needs("fastasr", "tests/rnnt/icefall_loss.py")
 
 
 def test_ragged_labels_give_the_losses_of_lists():
