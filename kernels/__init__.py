@@ -7,8 +7,7 @@ a long file.
 Each file needs Triton and is imported when its op first runs on a device, so importing this package never
 fails. A launcher takes contiguous tensors on one device, runs on that device's current stream, never waits
 for the device, and returns new tensors. It starts kernels by ``_launch.launch`` alone, which sees to device and
-stream. ``DTYPES`` in each file names the element types its kernels read and write; they compute and accumulate in
-float32.
+stream. Kernels read and write float32, bfloat16 and float16; they compute and accumulate in float32.
 """
 
 

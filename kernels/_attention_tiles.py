@@ -4,12 +4,14 @@
 PRECISE, which float32 tensors use, adds sums in float64 and computes exponentials within a unit in the last place.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 
 NONE = tl.constexpr(float("-inf"))
+PIECE_BYTES = 128 << 20  # of scores' gradients that exist at once
 
 
 @triton.jit
@@ -82,3 +84,23 @@ def running(maximum, scores, PRECISE: tl.constexpr):
     new = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(new == NONE, 0.0, new)
     return new, exp_nonpositive(maximum - shift, PRECISE), exp_nonpositive(scores - shift[:, None], PRECISE)
+
+
+@triton.jit
+def slopes_of(
+    g, G, V, i, j, keep_i, keep_j, v_time,
+    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Returns dW of queries i and keys j; ``g`` holds the rows of G if they fit a block."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if VALUE_DIM <= BLOCK_V:
+        value = load_rows(V, j, v_time, tl.arange(0, BLOCK_V), keep_j, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        total = tl.dot(g, tl.trans(value), total)
+    else:
+        total = products(total, G, i, v_time, keep_i, V, j, v_time, keep_j, VALUE_DIM, BLOCK_V)
+    return total
+
+
+def mask_stride(attn_mask: torch.Tensor | None) -> int:
+    """Returns the elements from one sequence to the next of a mask of pairs: 0 where all sequences share it."""
+    return attn_mask.stride(0) if attn_mask is not None and attn_mask.dim() == 3 else 0

@@ -116,3 +116,8 @@ def _refuse(kernel, arguments) -> None:
     tensors = ((i, t) for i, t in enumerate(arguments) if isinstance(t, torch.Tensor))
     found = ", ".join(f"{kernel.arg_names[i]} on {t.device}" for i, t in tensors)
     raise ValueError(f"fastasr.kernels: {kernel.__name__}: expected tensors on one CUDA device, got {found}")
+
+
+def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns a bool mask as the numbers 0 and 1, which kernels read."""
+    return None if mask is None else mask.view(torch.uint8)

@@ -15,6 +15,7 @@ from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 ELEMENTS = 4096  # A tile has this many elements: 8 in each thread.
 WARPS = 16
 REDUCE = {"BLOCK_C": 8, "num_warps": 8}
+TABLES = {"BLOCK": 1024, "num_warps": 4}  # numbers of a program that adds up tables
 MAX_PARTS = 1024  # A tile adds at most this many parts; longer inputs take several blocks.
 
 
@@ -56,3 +57,50 @@ def add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
     tile = reduce_tile(min(parts, MAX_PARTS))
     grid = cdiv(columns, tile["BLOCK_C"]), out.numel() // columns
     launch(add_parts_kernel, grid, table, out, parts, columns, **tile)
+
+
+@triton.jit
+def sum_parts(at, keep):
+    """Returns the sums over the parts that lie ``at`` pointers, whose first dimension is the part's, in float64."""
+    table = tl.load(at, mask=keep, other=0.0)  # [BLOCK_P, BLOCK_C]
+    return tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_pair_kernel(PARTS, FIRST, SECOND, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Adds up the rows of two tables of ``parts`` rows, one behind the other; program_id(1) is the table."""
+    second = tl.program_id(1)
+    p = tl.arange(0, BLOCK_P)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    keep = (p < parts)[:, None] & (c < columns)[None, :]
+    rows = second.to(tl.int64) * parts + p
+    total = sum_parts(PARTS + rows[:, None] * columns + c[None, :], keep)
+    if second == 0:
+        tl.store(FIRST + c, total.to(FIRST.dtype.element_ty), mask=c < columns)
+    else:
+        tl.store(SECOND + c, total.to(SECOND.dtype.element_ty), mask=c < columns)
+
+
+def add_pair(
+    table: torch.Tensor, first: torch.Tensor, second: torch.Tensor, tile: dict[str, int] | None = None
+):
+    """Writes the sums over the rows of two tables (2, parts, columns), added up in float64. A tile holds all parts."""
+    _, parts, columns = table.shape
+    tile = tile or reduce_tile(parts)
+    launch(add_pair_kernel, (cdiv(columns, tile["BLOCK_C"]), 2), table, first, second, parts, columns, **tile)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_tables_kernel(PARTS, OUT, size, parts, BLOCK: tl.constexpr):
+    """Adds up ``parts`` tables of ``size`` numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for part in range(parts):
+        total += tl.load(PARTS + part * size.to(tl.int64) + at, mask=at < size, other=0.0).to(tl.float64)
+    tl.store(OUT + at, total.to(tl.float32).to(OUT.dtype.element_ty), mask=at < size)
+
+
+def add_tables(parts: torch.Tensor, out: torch.Tensor, count: int) -> None:
+    """Writes the sum of ``count`` tables of out's size, added up in float64."""
+    size = out.numel()
+    launch(add_tables_kernel, (cdiv(size, TABLES["BLOCK"]),), parts, out, size, count, **TABLES)

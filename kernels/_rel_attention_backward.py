@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import load_rows, sums
+from fastasr.kernels._attention_tiles import load_rows, slopes_of, sums
 from fastasr.kernels._rel_attention_scores import (
     SIZES,
     UNALIGNED,
@@ -19,7 +19,6 @@ from fastasr.kernels._rel_attention_scores import (
 from fastasr.kernels._rel_position_tiles import place
 from fastasr.kernels._relative_shift import by_offset, merged
 from fastasr.kernels._weights_dropout import dropped, row_words
-from fastasr.kernels.zipformer_attention import slopes_of
 
 
 @triton.jit

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
+from fastasr.kernels._parts import sum_parts
 
 MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
 # By the bytes of an element: the taps of a program that computes gradients, and the sums of a thread there per channel.
@@ -33,6 +34,7 @@ BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four 
 BLOCK_S = 4  # segments of a tile: two channels per thread
 # Below so many taps a loaded frame is used little: a tile has this many segments then, and a thread eight channels.
 FEW, WIDE = 5, 16
+MAX_PARTS = 64  # of a sum over frames
 
 
 @triton.jit
@@ -310,3 +312,58 @@ def gradients(
         segments.length, segments.per_part, segments.count, row, sum_row, table.shape[1],
         G_STEP=g_steps.FRAME, X_STEP=x_steps.FRAME, CHUNKED=chunked, **form, num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+@triton.jit
+def lay_out(SOURCE, TABLE, row, rows, taps, C, pid, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Copies SOURCE (C, taps) to the rows of TABLE (tiles, rows, BLOCK_C) from ``row`` on."""
+    tile = pid % tl.cdiv(C, BLOCK_C)
+    k = pid // tl.cdiv(C, BLOCK_C) * BLOCK_K + tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_C)
+    c = tile * BLOCK_C + lane
+    keep = (k < taps)[:, None] & (c < C)[None, :]
+    w = tl.load(SOURCE + c[None, :] * taps + k[:, None], mask=keep, other=0.0)  # [BLOCK_K, BLOCK_C]
+    at = TABLE + (tile * rows + row + k)[:, None] * BLOCK_C + lane[None, :]
+    tl.store(at, w.to(TABLE.dtype.element_ty), mask=(k < taps)[:, None])
+
+
+@triton.jit
+def in_tiles(tile, batch, b, frames, t, lane, BLOCK_C: tl.constexpr):
+    """Returns the offsets of frames t of sequences b in tiles."""
+    return ((tile * batch + b).to(tl.int64) * frames + t)[:, None] * BLOCK_C + lane[None, :]
+
+
+@triton.jit
+def _store_column(POINTER, total, c, C, columns, column):
+    at = POINTER + c.to(tl.int64) * columns + column
+    tl.store(at, total.to(POINTER.dtype.element_ty), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["parts", "causal_parts", "taps", "skip"])
+def add_taps_kernel(
+    PARTS, DWEIGHT, DBIAS, DCAUSAL_WEIGHT, DCAUSAL_BIAS, parts, causal_parts, C, taps, skip,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # Rows of a part: dbias, dweight (K), and in chunk-causal form dcausal_bias, dcausal_weight (P + 1). The first and
+    # last ``skip`` taps of dweight have no rows: no frame of a chunk meets them.
+    pid = tl.program_id(0)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = pid // c_tiles
+    rows = tl.num_programs(0) // c_tiles
+    p = tl.arange(0, BLOCK_P)
+    there = tl.where(row > taps, causal_parts, parts)
+    there = tl.where((row > 0) & (row <= skip) | (row > taps - skip) & (row <= taps), 0, there)
+    keep = (p < there)[:, None] & (c < C)[None, :]
+    total = sum_parts(PARTS + (p[:, None] * rows + row) * C + c[None, :], keep)
+    if row == 0:
+        if DBIAS is not None:
+            _store_column(DBIAS, total, c, C, 1, 0)
+    elif row <= taps:
+        _store_column(DWEIGHT, total, c, C, taps, row - 1)
+    elif row == taps + 1:
+        if DCAUSAL_BIAS is not None:
+            _store_column(DCAUSAL_BIAS, total, c, C, 1, 0)
+    else:
+        if DCAUSAL_WEIGHT is not None:
+            _store_column(DCAUSAL_WEIGHT, total, c, C, taps // 2 + 1, row - taps - 2)

@@ -6,7 +6,7 @@
     dweight = sum_rows grad_y n      dbias = sum_rows grad_y
 
 Bytes per element, x of 4 bytes and update of 2, as under autocast: forward 12, backward 18. A 7500x512 tensor takes
-11 us forward and 16 us backward at 4.3 TB/s. The tiles are those of residual_norm.py, whose helpers these kernels use.
+11 us forward and 16 us backward at 4.3 TB/s. Tiles are in _layer_norm.py.
 The backward reads x and update again: neither t nor statistics are kept.
 """
 
@@ -14,12 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels import residual_norm
 from fastasr.kernels._launch import cdiv, generation, launch
-from fastasr.kernels._parts import REDUCE, reduce_tile, split_rows
-from fastasr.kernels.residual_norm import _blocks, _centred, _load, _mean, _padded, _stride, add_parts_kernel
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastasr.kernels._layer_norm import (
+    backward_tile,
+    forward_elements,
+    load_tile,
+    normalise,
+    row_blocks,
+    row_mean,
+    row_stride,
+    row_width,
+)
+from fastasr.kernels._parts import add_pair, split_rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -32,10 +38,10 @@ def forward_kernel(
     c = tl.arange(0, BLOCK_C)
     keep = (r < rows)[:, None] & (c < C)[None, :]
     offsets = r[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
-    t = tl.fma(_load(UPDATE, r, c, update_stride, keep), scale, _load(X, r, c, x_stride, keep))
+    t = tl.fma(load_tile(UPDATE, r, c, update_stride, keep), scale, load_tile(X, r, c, x_stride, keep))
     t = t.to(T.dtype.element_ty)
     tl.store(T + offsets, t, mask=keep)
-    n, inverse = _centred(t.to(tl.float32), keep, eps, C, PRECISE)
+    n, inverse = normalise(t.to(tl.float32), keep, eps, C, PRECISE)
     w = tl.load(WEIGHT + c, mask=c < C, other=0.0).to(tl.float32)
     b = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
     y = tl.fma(n * inverse[:, None], w[None, :], b[None, :])
@@ -60,16 +66,16 @@ def backward_kernel(
         r = first + tl.arange(0, BLOCK_R)
         keep = (r < end)[:, None] & in_row[None, :]
         offsets = r[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
-        t = tl.fma(_load(UPDATE, r, c, update_stride, keep), scale, _load(X, r, c, x_stride, keep))
+        t = tl.fma(load_tile(UPDATE, r, c, update_stride, keep), scale, load_tile(X, r, c, x_stride, keep))
         grad = tl.load(GRAD_Y + offsets, mask=keep, other=0.0).to(tl.float32)
-        n, inverse = _centred(t.to(T_TYPE).to(tl.float32), keep, eps, C, PRECISE)
+        n, inverse = normalise(t.to(T_TYPE).to(tl.float32), keep, eps, C, PRECISE)
         # With eps = 0 the scale of a row past the end is infinite.
         n = tl.where(keep, n * inverse[:, None], 0.0)
         dweight = tl.fma(grad, n, dweight)
         dbias += grad
         d = grad * w[None, :]
-        mean = _mean(d, C, PRECISE).to(tl.float32)
-        along = _mean(d * n, C, PRECISE).to(tl.float32)
+        mean = row_mean(d, C, PRECISE).to(tl.float32)
+        along = row_mean(d * n, C, PRECISE).to(tl.float32)
         dt = tl.fma(-n, along[:, None], d - mean[:, None]) * inverse[:, None]
         if GRAD_T is not None:
             dt += tl.load(GRAD_T + offsets, mask=keep, other=0.0).to(tl.float32)
@@ -96,16 +102,16 @@ def add_norm_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns t, in the promoted dtype of x and update, and y in update's, both contiguous. The rows of x and update
     are evenly spaced; weight and bias are contiguous, each in its own dtype. Raises ``ValueError`` if C is more than
-    ``residual_norm.MAX_CHANNELS``.
+    ``_layer_norm.MAX_CHANNELS``.
     """
     channels = x.shape[-1]
     t = torch.empty(x.shape, dtype=_dtype(x, update), device=x.device)
     y = torch.empty(x.shape, dtype=update.dtype, device=x.device)
     if x.numel():
         rows = x.numel() // channels
-        block_r, block_c, warps = _blocks(channels, residual_norm.forward_elements(generation(x)))
+        block_r, block_c, warps = row_blocks(channels, forward_elements(generation(x)))
         launch(forward_kernel, (cdiv(rows, block_r),),
-            x, update, weight, bias, t, y, rows, channels, _stride(x), _stride(update), eps, scale,
+            x, update, weight, bias, t, y, rows, channels, row_stride(x), row_stride(update), eps, scale,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
     return t, y
@@ -128,19 +134,17 @@ def add_norm_backward(
         return dx, dupdate, torch.zeros_like(weight), torch.zeros_like(bias)
     rows = x.numel() // channels
     dtype = _dtype(x, update)
-    elements, warps, resident = residual_norm.backward_tile(channels, dtype, False, False, generation(x))
+    elements, warps, resident = backward_tile(channels, dtype, False, False, generation(x))
     block_r, rows_per_part, parts = split_rows(
-        rows, _padded(channels), x, elements=elements, resident=resident
+        rows, row_width(channels), x, elements=elements, resident=resident
     )
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     shares = torch.float64 if dtype == torch.float32 else torch.float32
     table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
     launch(backward_kernel, (parts,),
         grad_t, grad_y, x, update, weight, dx, dupdate, table, rows, rows_per_part, channels,
-        _stride(x), _stride(update), eps, scale,
-        T_TYPE=TYPES[dtype], BLOCK_R=block_r, BLOCK_C=_padded(channels), num_warps=warps,
+        row_stride(x), row_stride(update), eps, scale,
+        T_TYPE=TYPES[dtype], BLOCK_R=block_r, BLOCK_C=row_width(channels), num_warps=warps,
     )  # fmt: skip
-    launch(add_parts_kernel, (cdiv(channels, REDUCE["BLOCK_C"]), 2),
-        table, dweight, dbias, parts, channels, **reduce_tile(parts),
-    )  # fmt: skip
+    add_pair(table, dweight, dbias)
     return dx, dupdate, dweight, dbias

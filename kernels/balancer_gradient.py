@@ -20,8 +20,6 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 BYTES = 16384  # of a tile: 32 in each thread
 WARPS = 16
 CHANNELS = 32  # of a tile at most

@@ -19,9 +19,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
-from fastasr.kernels._parts import REDUCE, WARPS, reduce_tile, split_rows
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastasr.kernels._parts import REDUCE, WARPS, reduce_tile, split_rows, sum_parts
 
 # Rows live in registers: up to 8192 channels take at most 16 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
@@ -125,18 +123,16 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def add_parts_kernel(
+def add_sums_kernel(
     DBIAS_PARTS, DLOG_SCALE_PARTS, DBIAS, DLOG_SCALE, parts, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     p = tl.arange(0, BLOCK_P)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     keep = (p < parts)[:, None] & (c < C)[None, :]
-    table = tl.load(DBIAS_PARTS + p[:, None] * C + c[None, :], mask=keep, other=0.0)  # [BLOCK_P, BLOCK_C]
-    dbias = tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
+    dbias = sum_parts(DBIAS_PARTS + p[:, None] * C + c[None, :], keep)
     tl.store(DBIAS + c, dbias.to(DBIAS.dtype.element_ty), mask=c < C)
     if tl.program_id(0) == 0:
-        column = tl.load(DLOG_SCALE_PARTS + p, mask=p < parts, other=0.0)
-        dlog_scale = tl.sum(column.to(tl.float64), axis=0).to(tl.float32)
+        dlog_scale = sum_parts(DLOG_SCALE_PARTS + p, p < parts)
         tl.store(DLOG_SCALE, dlog_scale.to(DLOG_SCALE.dtype.element_ty))
 
 
@@ -193,7 +189,7 @@ def bias_norm_backward(
         grad, x, bias, log_scale, dx, dbias_parts, dlog_scale_parts, rows, rows_per_part, channels,
         BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
-    launch(add_parts_kernel, (cdiv(channels, REDUCE["BLOCK_C"]),),
+    launch(add_sums_kernel, (cdiv(channels, REDUCE["BLOCK_C"]),),
         dbias_parts, dlog_scale_parts, dbias, dlog_scale, parts, channels, **reduce_tile(parts),
     )  # fmt: skip
     return dx, dbias, dlog_scale

@@ -21,8 +21,6 @@ import triton.language as tl
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import WARPS, add_parts, split_rows
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 NUM_WARPS = 4  # forward
 
 

@@ -23,14 +23,10 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
-from fastasr.kernels import gated_depthwise_conv, residual_norm
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import cdiv, launch
-from fastasr.kernels._parts import REDUCE, reduce_tile, split_rows
-from fastasr.kernels.gated_depthwise_conv import _in_tiles, _lay_out
-from fastasr.kernels.residual_norm import MAX_CHANNELS, _centred, _mean
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_blocks, row_mean, row_width
+from fastasr.kernels._parts import add_pair, split_rows
 
 BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # of a convolving program
 BLOCK_K = 4
@@ -66,7 +62,7 @@ def normalise_kernel(
         keep = (r < rows)[:, None] & (c < C)[None, :]
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
         g = _load(GATE, at, keep)  # [BLOCK_R, BLOCK_C]
-        n, scale = _centred(g, keep, eps, C, PRECISE)
+        n, scale = normalise(g, keep, eps, C, PRECISE)
         w = tl.load(NORM_WEIGHT + c, mask=c < C, other=0.0)
         b = tl.load(NORM_BIAS + c, mask=c < C, other=0.0)
         u = tl.fma(n * scale[:, None], w[None, :], b[None, :])
@@ -75,7 +71,7 @@ def normalise_kernel(
         at = ((c // TILE_C)[None, :].to(tl.int64) * rows + r[:, None]) * TILE_C + (c % TILE_C)[None, :]
         tl.store(U + at, u.to(U.dtype.element_ty), mask=keep)
     else:
-        _lay_out(WEIGHT, TABLE, 0, taps, taps, C, pid - row_programs, TILE_K, TILE_C)
+        sliding.lay_out(WEIGHT, TABLE, 0, taps, taps, C, pid - row_programs, TILE_K, TILE_C)
 
 
 @triton.jit(do_not_specialize=["frames", "rows", "rows_per_part"])
@@ -98,7 +94,7 @@ def norm_gradient_kernel(
         keep = (r < end)[:, None] & in_row[None, :]
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
         g = _load(GATE, at, keep)  # [BLOCK_R, BLOCK_C]
-        n, scale = _centred(g, keep, eps, C, PRECISE)
+        n, scale = normalise(g, keep, eps, C, PRECISE)
         # With eps = 0 the scale of a row past the end is infinite.
         n = tl.where(keep, n * scale[:, None], 0.0)
         at = r[:, None].to(tl.int64) * (2 * C) + c[None, :]
@@ -106,8 +102,8 @@ def norm_gradient_kernel(
         dweight = tl.fma(du, n, dweight)
         dbias += du
         d = du * w[None, :]
-        mean = _mean(d, C, PRECISE).to(tl.float32)
-        along = _mean(d * n, C, PRECISE).to(tl.float32)
+        mean = row_mean(d, C, PRECISE).to(tl.float32)
+        along = row_mean(d * n, C, PRECISE).to(tl.float32)
         dg = tl.fma(-n, along[:, None], d - mean[:, None]) * scale[:, None]
         tl.store(DGATE + at, dg.to(DGATE.dtype.element_ty), mask=keep)
         first += BLOCK_R
@@ -134,7 +130,7 @@ def _convolve(
 ):  # fmt: skip
     """Returns the convolution of groups, without the bias, with the taps as they are or reversed."""
     start = t - TAPS // 2
-    at = POINTER + _in_tiles(tile, batch, b, frames, start, tl.arange(0, BLOCK_C), BLOCK_C)
+    at = POINTER + sliding.in_tiles(tile, batch, b, frames, start, tl.arange(0, BLOCK_C), BLOCK_C)
     row = sliding.taps_at(TABLE, tile * TAPS + (TAPS - 1 if TURNED else 0), BLOCK_G, BLOCK_C)
     return sliding.sums(
         sliding.zeros(GROUP, BLOCK_G, BLOCK_C), at, start, tl.full([BLOCK_G], 0, tl.int32) + frames, row, None,
@@ -192,7 +188,7 @@ def output_gradient_kernel(
         dy = _load(GRAD + (row * C + c[None, :]), n * C, keep)
         act, slope = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
         results += ((dy * r * slope).to(Q.dtype.element_ty), (dy * act).to(DFACTOR.dtype.element_ty))
-    at = _in_tiles(tile, batch, b, frames, first, lane, BLOCK_C)
+    at = sliding.in_tiles(tile, batch, b, frames, first, lane, BLOCK_C)
     for n in tl.static_range(GROUP):
         keep = tl.broadcast_to((first + n < frames)[:, None], at.shape)
         tl.store(Q + at + n * BLOCK_C, results[2 * n], mask=keep)
@@ -245,7 +241,7 @@ class _Call:
         self.c_tiles = cdiv(self.channels, BLOCK_C)
         self.u, self.u_steps = sliding.tiles(self.batch, self.frames, self.channels, x)
         self.table = torch.empty(self.c_tiles, self.taps, BLOCK_C, dtype=torch.float32, device=x.device)
-        block_r, block_c, warps = residual_norm._blocks(self.channels, NORMALISE_ELEMENTS, NORMALISE_WARPS)
+        block_r, block_c, warps = row_blocks(self.channels, NORMALISE_ELEMENTS, NORMALISE_WARPS)
         programs = cdiv(self.rows, block_r)
         tables = cdiv(self.taps, BLOCK_K) * self.c_tiles
         launch(normalise_kernel, (programs + tables,),
@@ -260,7 +256,7 @@ class _Call:
 
     def norm_gradients(self, norm_weight, dgate) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes dg over du in dgate and returns (dnorm_weight, dnorm_bias)."""
-        block_c = residual_norm._padded(self.channels)
+        block_c = row_width(self.channels)
         block_r, rows_per_part, parts = split_rows(
             self.rows, block_c, dgate, elements=GRADIENT_ELEMENTS, resident=RESIDENT
         )
@@ -272,9 +268,7 @@ class _Call:
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
         dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
-        launch(residual_norm.add_parts_kernel, (cdiv(self.channels, REDUCE["BLOCK_C"]), 2),
-            table, dweight, dbias, parts, self.channels, **reduce_tile(parts),
-        )  # fmt: skip
+        add_pair(table, dweight, dbias)
         return dweight, dbias
 
 
@@ -312,16 +306,14 @@ def conv_spatial_gate_backward(
     launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dgate, *call.sizes, **call.form)
     dnorm_weight, dnorm_bias = call.norm_gradients(norm_weight, dgate)
     (frames, batch, channels), taps = call.sizes, call.taps
-    segments = sliding.Segments(
-        frames, batch, frames, taps, call.c_tiles, gated_depthwise_conv.MAX_PARTS, q.dtype
-    )
+    segments = sliding.Segments(frames, batch, frames, taps, call.c_tiles, sliding.MAX_PARTS, q.dtype)
     table = torch.empty(segments.parts, 1 + taps, channels, dtype=torch.float32, device=x.device)
     sliding.gradients(
         q, call.u, table, segments, call.u_steps, call.u_steps, batch, channels, taps // 2, 0, 1, 0, False
     )
     dweight, dbias = torch.empty_like(weight), torch.empty_like(norm_bias)
-    launch(gated_depthwise_conv.add_parts_kernel, ((1 + taps) * call.c_tiles,),
+    launch(sliding.add_taps_kernel, ((1 + taps) * call.c_tiles,),
         table, dweight, dbias, None, None, segments.parts, 0, channels, taps, 0,
-        BLOCK_P=gated_depthwise_conv.MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        BLOCK_P=sliding.MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return dx, dnorm_weight, dnorm_bias, dweight, dbias

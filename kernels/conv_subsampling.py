@@ -23,10 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels import depthwise_conv2d
-from fastasr.kernels._launch import cdiv, dot_options, launch
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastasr.kernels._launch import as_bytes, cdiv, dot_options, launch
+from fastasr.kernels._maps import add_map_taps_kernel
 
 SIZES = ["frames", "width", "first_frames", "first_width", "out_frames", "out_width", "left", "rows"]
 SLOTS = tl.constexpr(16)  # 9 taps, the bias, zeros: the depth of a product
@@ -215,10 +213,6 @@ def _sizes(x, left: int) -> tuple[int, ...]:
     return frames, width, first_frames, first_width, (first_frames - 1) // 2, (first_width + left) // 2, left
 
 
-def _bytes(mask):
-    return None if mask is None else mask.view(torch.uint8)
-
-
 def conv_subsampling_forward(
     x, weight, bias, depthwise_weight, depthwise_bias, mask, left: int
 ) -> torch.Tensor:
@@ -231,7 +225,7 @@ def conv_subsampling_forward(
         tile, rows = tiles(x.dtype)["forward"], y.shape[:3].numel()
         grid = (cdiv(rows, tile["BLOCK_P"]) * cdiv(channels, tile["BLOCK_C"]),)
         launch(forward_kernel, grid,
-            x, weight, bias, depthwise_weight, depthwise_bias, _bytes(mask), y, *sizes, rows, channels,
+            x, weight, bias, depthwise_weight, depthwise_bias, as_bytes(mask), y, *sizes, rows, channels,
             **tile,
         )  # fmt: skip
     return y
@@ -247,7 +241,7 @@ def conv_subsampling_backward(
     if not grad.numel():
         found = (torch.zeros_like(weight), weight.new_zeros(channels)) * 2
         return x.new_zeros(x.shape if need_x else 0), *found
-    inputs = grad, x, weight, bias, depthwise_weight, _bytes(mask)
+    inputs = grad, x, weight, bias, depthwise_weight, as_bytes(mask)
     shapes = tiles(x.dtype)
     dx = _input_gradient(inputs, sizes, shapes["input_gradient"]) if need_x else x.new_empty(0)
     tile, rows = shapes["weight_gradient"], grad.shape[:3].numel()
@@ -261,7 +255,7 @@ def conv_subsampling_backward(
     found = []
     for share, parameter in zip(table.split((3 * parts, parts)), (weight, depthwise_weight), strict=True):
         found += torch.empty_like(parameter), parameter.new_empty(channels)
-        launch(depthwise_conv2d.add_parts_kernel, (10 * cdiv(channels, BLOCK_SUM),),
+        launch(add_map_taps_kernel, (10 * cdiv(channels, BLOCK_SUM),),
             share, *found[-2:], len(share), channels, 9, BLOCK_P=4 * MAX_PARTS, BLOCK_C=BLOCK_SUM, num_warps=4,
         )  # fmt: skip
     return dx, *found

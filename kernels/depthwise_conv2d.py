@@ -5,9 +5,7 @@
     dx: the same of the gradient g, taps turned around, padding (K - 1 - P, L - 1 - Q)
     dw[c, i, j] = sum_(b, t, f) g[b, t, f, c] x[b, t + i - P, f + j - Q, c]     dbias[c] = sum g
 
-Column by column of the taps, a thread convolves a group of frames of one pixel along time (_sliding_taps.py): each
-frame is loaded once for all taps of a column. Threads of a program have neighbouring pixels, so that most loads come
-from the first-level cache. The weights lie as rows of channels (one small copy). Launches: forward 2; backward 3 for dx
+The kernels are in _maps.py. Launches: forward 2; backward 3 for dx
 and dw with their parts, and one copy.
 
 Bytes per element of e bytes: forward 2e; backward 2e for dx, 2e for dw. A 20x750x19x128 bf16 map at 4.3 TB/s: 34 us
@@ -17,150 +15,8 @@ bit for bit, there are no atomics.
 """
 
 import torch
-import triton
-import triton.language as tl
 
-from fastasr.kernels import _sliding_taps as sliding
-from fastasr.kernels._launch import cdiv, launch
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-MOST_FRAMES = 16  # of a group
-BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups, and channels, of a tile
-MAX_PARTS = 128
-
-
-@triton.jit(
-    do_not_specialize=["frames", "width", "out_frames", "out_width", "taps_f", "pad_t", "pad_f", "rows"]
-)
-def forward_kernel(
-    X, TABLE, BIAS, Y, frames, width, out_frames, out_width, C, taps_f, pad_t, pad_f, rows,
-    TURNED: tl.constexpr, RESIDUAL: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    # A row: one pixel of GROUP frames, (b, t / GROUP, f). TABLE: (taps, C). RESIDUAL: y is of x's size.
-    c_tiles = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = pid // c_tiles * BLOCK_G + tl.arange(0, BLOCK_G)
-    groups = tl.cdiv(out_frames, GROUP)
-    f = row % out_width
-    t = row // out_width % groups * GROUP
-    b = (row // out_width // groups).to(tl.int64)
-    in_row = c < C
-    x_step, y_step = width.to(tl.int64) * C, out_width.to(tl.int64) * C
-    w_step = taps_f * C
-    pixel = f - pad_f
-    at = X + ((b * frames + (t - pad_t)) * x_step + pixel.to(tl.int64) * C)[:, None] + c[None, :]
-    # A tap per group, as a row of them would be laid out anew in shared memory.
-    taps = TABLE + tl.broadcast_to(c[None, :], at.shape)
-    if TURNED:
-        taps += (TAPS * taps_f - 1) * C
-        w_step = -w_step
-    z = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
-    for _j in range(taps_f):
-        span = tl.where((pixel.to(tl.uint32) < width.to(tl.uint32)) & (row < rows), frames, 0)
-        z = sliding.sums(z, at, t - pad_t, span, taps, in_row, x_step, w_step, TAPS, GROUP)
-        pixel += 1
-        at += C
-        taps += -C if TURNED else C
-    bias = tl.zeros([1, BLOCK_C], tl.float32)
-    if BIAS is not None:
-        bias += tl.load(BIAS + c, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    at = ((b * out_frames + t) * y_step + f.to(tl.int64) * C)[:, None] + c[None, :]
-    results = ()
-    for r in tl.static_range(GROUP):
-        y = z[r] + bias
-        if RESIDUAL:
-            keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]
-            y += tl.load(X + at + r * y_step, mask=keep, other=0.0).to(tl.float32)
-        results += (y.to(Y.dtype.element_ty),)
-    for r in tl.static_range(GROUP):
-        keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]
-        tl.store(Y + at + r * y_step, results[r], mask=keep)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    c_tiles = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = pid // c_tiles
-    p = tl.arange(0, BLOCK_P)
-    keep = (p < parts)[:, None] & (c < C)[None, :]
-    at = (p[:, None] * (taps + 1) + k) * C + c[None, :]
-    table = tl.load(PARTS + at, mask=keep, other=0.0)  # [BLOCK_P, BLOCK_C]
-    total = tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
-    if k < taps:
-        if DWEIGHT is not None:
-            tl.store(DWEIGHT + c * taps + k, total.to(DWEIGHT.dtype.element_ty), mask=c < C)
-    else:
-        if DBIAS is not None:
-            tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
-
-
-def form(taps: int, frames: int, dtype: torch.dtype) -> dict[str, int]:
-    """Returns the constants of the convolving kernel, for taps of a column."""
-    few = taps < sliding.FEW
-    group = sliding.group_of(frames, 4 if few else MOST_FRAMES)
-    block = BLOCK_G if few or dtype != torch.float32 else BLOCK_G // 2  # in float32 as many would spill
-    return {"TAPS": taps, "GROUP": group, "BLOCK_G": block, "BLOCK_C": BLOCK_C}
-
-
-def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: bool = False) -> torch.Tensor:
-    """Returns the convolution of x with the taps (reversed if ``flip``), plus x itself if ``residual``. out_size is
-    (frames, width) of the result. Errors name ``op``.
-    """
-    batch, frames, width, channels = x.shape
-    taps_t, taps_f = weight.shape[-2:]
-    y = x.new_empty(batch, *out_size, channels)
-    if not y.numel():
-        return y
-    constants = form(taps_t, out_size[0], x.dtype)
-    group = constants["GROUP"]
-    rows = batch * cdiv(out_size[0], group) * out_size[1]
-    _check_rows(op, max(group * rows, batch * frames * width))
-    table = weight.view(channels, taps_t * taps_f).t().contiguous()  # rows of channels
-    grid = (cdiv(rows, constants["BLOCK_G"]) * cdiv(channels, BLOCK_C),)
-    launch(forward_kernel, grid,
-        x, table, bias, y, frames, width, *out_size, channels, taps_f, *padding, rows,
-        TURNED=flip, RESIDUAL=residual, **constants, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return y
-
-
-def parameter_gradients(
-    op: str, grad, x, weight, padding, need_weight: bool, need_bias: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Returns (dweight, dbias) of a convolution of x with this padding, None where not needed."""
-    batch, frames, width, channels = x.shape
-    taps_t, taps_f = weight.shape[-2:]
-    if not grad.numel():
-        dweight = torch.zeros_like(weight) if need_weight else None
-        return dweight, weight.new_zeros(channels) if need_bias else None
-    _check_rows(op, max(grad.shape[:3].numel(), batch * frames * width))
-    out_frames, out_width = grad.shape[1:3]
-    segments = sliding.Segments(out_frames, batch * out_width, out_frames, taps_t, 1, MAX_PARTS, x.dtype)
-    taps = taps_t * taps_f
-    table = torch.empty(segments.parts, taps + 1, channels, dtype=torch.float32, device=x.device)
-    steps = (sliding.Steps(BLOCK_C, t.stride(0), t.stride(1)) for t in (grad, x))
-    shape = sliding.Map(out_width, width, taps_f, padding[1])
-    more = frames - out_frames
-    sliding.gradients(
-        grad, x, table, segments, *steps, batch, channels, padding[0] + more, more, 0, taps, False, shape
-    )
-    dweight = torch.empty_like(weight) if need_weight else None
-    dbias = weight.new_empty(channels) if need_bias else None
-    launch(add_parts_kernel, ((taps + 1) * cdiv(channels, BLOCK_C),),
-        table, dweight, dbias, segments.parts, channels, taps,
-        BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return dweight, dbias
-
-
-def _check_rows(op: str, rows: int) -> None:
-    if rows + BLOCK_G * MOST_FRAMES >= 2**31:
-        raise ValueError(f"fastasr.{op}: x: expected fewer than 2**31 pixels on CUDA, got {rows}")
+from fastasr.kernels import _maps as maps
 
 
 def depthwise_conv2d_forward(x, weight, bias, pad_t: int, pad_f: int) -> torch.Tensor:
@@ -169,7 +25,7 @@ def depthwise_conv2d_forward(x, weight, bias, pad_t: int, pad_f: int) -> torch.T
     """
     taps_t, taps_f = weight.shape[-2:]
     size = x.shape[1] + 2 * pad_t - taps_t + 1, x.shape[2] + 2 * pad_f - taps_f + 1
-    return convolve("depthwise_conv2d", x, weight, bias, (pad_t, pad_f), size, False)
+    return maps.convolve("depthwise_conv2d", x, weight, bias, (pad_t, pad_f), size, False)
 
 
 def depthwise_conv2d_backward(
@@ -180,8 +36,8 @@ def depthwise_conv2d_backward(
     dx = nothing
     if need_x:
         padding = weight.shape[-2] - 1 - pad_t, weight.shape[-1] - 1 - pad_f
-        dx = convolve(op, grad, weight, None, padding, x.shape[1:3], True)
+        dx = maps.convolve(op, grad, weight, None, padding, x.shape[1:3], True)
     if not (need_weight or need_bias):
         return dx, nothing, nothing
-    found = parameter_gradients(op, grad, x, weight, (pad_t, pad_f), need_weight, need_bias)
+    found = maps.parameter_gradients(op, grad, x, weight, (pad_t, pad_f), need_weight, need_bias)
     return dx, *(nothing if g is None else g for g in found)

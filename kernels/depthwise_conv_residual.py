@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A depthwise convolution over time added to its input, forward and backward, by the kernels of depthwise_conv2d.
+"""A depthwise convolution over time added to its input, forward and backward, by the kernels of maps (_maps.py).
 
     x (B, T, C); K taps, P = K // 2:    y[t] = x[t] + bias + sum_k w[k] x[t + k - P]
     dx[t] = g[t] + sum_k w[k] g[t - k + P]      dw[k] = sum g[t] x[t + k - P]       dbias = sum g
@@ -11,10 +11,9 @@ Bytes per element of e bytes: forward 2e, backward 4e.
 
 import torch
 
-from fastasr.kernels import depthwise_conv2d as maps
+from fastasr.kernels import _maps as maps
 
 OP = "depthwise_conv_residual"
-DTYPES = maps.DTYPES
 
 
 def _add_convolution(x, weight, bias, flip: bool) -> torch.Tensor:

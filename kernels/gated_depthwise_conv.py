@@ -26,17 +26,14 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
-from fastasr.kernels._launch import cdiv, launch
-from fastasr.kernels.swoosh import _activation, _exp_minus_abs, _slope
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastasr.kernels._launch import as_bytes, cdiv, launch
+from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
 
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, sliding.BLOCK_C, 4  # a tile of 16 elements per thread
 BATCH = tl.constexpr(4)  # frames whose loads wait for no store
 BLOCK_R, EDGE_WARPS = 128, 8  # chunks that a program adds at once
-MAX_PARTS = 64
 BLOCK_K = 8
 
 
@@ -53,25 +50,6 @@ def _logistic(x, SHORT: tl.constexpr):
     if not SHORT:
         r = tl.fma(r, tl.fma(-d, r, 1.0), r)
     return tl.where(x > 0.0, 1.0, u) * r
-
-
-@triton.jit
-def _lay_out(SOURCE, TABLE, row, rows, taps, C, pid, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Copies SOURCE (C, taps) to the rows of TABLE (tiles, rows, BLOCK_C) from ``row`` on."""
-    tile = pid % tl.cdiv(C, BLOCK_C)
-    k = pid // tl.cdiv(C, BLOCK_C) * BLOCK_K + tl.arange(0, BLOCK_K)
-    lane = tl.arange(0, BLOCK_C)
-    c = tile * BLOCK_C + lane
-    keep = (k < taps)[:, None] & (c < C)[None, :]
-    w = tl.load(SOURCE + c[None, :] * taps + k[:, None], mask=keep, other=0.0)  # [BLOCK_K, BLOCK_C]
-    at = TABLE + (tile * rows + row + k)[:, None] * BLOCK_C + lane[None, :]
-    tl.store(at, w.to(TABLE.dtype.element_ty), mask=(k < taps)[:, None])
-
-
-@triton.jit
-def _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C: tl.constexpr):
-    """Returns the offsets of frames t of sequences b in tiles."""
-    return ((tile * batch + b).to(tl.int64) * frames + t)[:, None] * BLOCK_C + lane[None, :]
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "past", "gate_programs"])
@@ -101,24 +79,26 @@ def gate_kernel(
             cached = (t < 0)[:, None] & (c < C)[None, :]
             before = (b[:, None].to(tl.int64) * C + c[None, :]) * past + past + t[:, None]
             u += tl.load(CACHE + before, mask=cached, other=0.0).to(tl.float32)
-        at = _in_tiles(tile, batch, b, past + frames, past + t, lane, BLOCK_C)
+        at = sliding.in_tiles(tile, batch, b, past + frames, past + t, lane, BLOCK_C)
         tl.store(U + at, u.to(U.dtype.element_ty), mask=(t < frames)[:, None])
     else:
         tiles = tl.cdiv(taps, BLOCK_K) * tl.cdiv(C, BLOCK_C)
         pid -= gate_programs
         if CAUSAL_WEIGHT is None:
-            _lay_out(WEIGHT, TABLE, 0, taps, taps, C, pid, BLOCK_K, BLOCK_C)
+            sliding.lay_out(WEIGHT, TABLE, 0, taps, taps, C, pid, BLOCK_K, BLOCK_C)
         else:
             rows = 4 * taps + 1
             if pid < tiles:
-                _lay_out(WEIGHT, TABLE, 0, rows, taps, C, pid, BLOCK_K, BLOCK_C)
+                sliding.lay_out(WEIGHT, TABLE, 0, rows, taps, C, pid, BLOCK_K, BLOCK_C)
             elif pid < 2 * tiles:
-                _lay_out(CAUSAL_WEIGHT, TABLE, taps, rows, taps // 2 + 1, C, pid - tiles, BLOCK_K, BLOCK_C)
+                sliding.lay_out(
+                    CAUSAL_WEIGHT, TABLE, taps, rows, taps // 2 + 1, C, pid - tiles, BLOCK_K, BLOCK_C
+                )
             else:  # L, then R
                 pid -= 2 * tiles
                 right = pid // tiles
                 row = taps + taps // 2 + 1 + right * taps
-                _lay_out(
+                sliding.lay_out(
                     CHUNK_SCALE + right * C * taps, TABLE, row, rows, taps, C, pid % tiles, BLOCK_K, BLOCK_C
                 )
 
@@ -163,7 +143,7 @@ def _convolve(
     """Returns the sums of groups over all frames, and over those of their chunks, without biases. In plain form the
     first are with w; else with v, and the others with w.
     """
-    at = U + _in_tiles(tile, batch, b, past + frames, t, tl.arange(0, BLOCK_C), BLOCK_C)
+    at = U + sliding.in_tiles(tile, batch, b, past + frames, t, tl.arange(0, BLOCK_C), BLOCK_C)
     every = tl.full([BLOCK_G], 0, tl.int32) + (frames + past)
     zero = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
     row = sliding.taps_at(TABLE, taps if CHUNKED else 0, BLOCK_G, BLOCK_C)
@@ -223,8 +203,8 @@ def forward_kernel(
                 taps, CHUNKED, BLOCK_C,
             )  # fmt: skip
             if ACTIVATION == SWOOSH_R:
-                shifted, u = _exp_minus_abs(z, True, SHORT)
-                z = _activation(z, shifted, u, True, SHORT)
+                shifted, u = exp_minus_abs(z, True, SHORT)
+                z = swoosh(z, shifted, u, True, SHORT)
             elif ACTIVATION == SILU:
                 z *= _logistic(z, SHORT)
             results += (z.to(Y.dtype.element_ty),)
@@ -253,7 +233,7 @@ def output_gradient_kernel(
         t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
     )
     step = tl.cast(grad_time_stride, tl.int64)
-    out = _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C)
+    out = sliding.in_tiles(tile, batch, b, frames, t, lane, BLOCK_C)
     for r in tl.static_range(0, GROUP, min(GROUP, BATCH)):
         results = ()
         for n in tl.static_range(min(GROUP, BATCH)):
@@ -264,8 +244,8 @@ def output_gradient_kernel(
             keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
             q = tl.load(at + (r + n) * step, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
             if ACTIVATION == SWOOSH_R:
-                shifted, u = _exp_minus_abs(z, True, SHORT)
-                q *= _slope(shifted, u, SHORT)
+                shifted, u = exp_minus_abs(z, True, SHORT)
+                q *= swoosh_slope(shifted, u, SHORT)
             elif ACTIVATION == SILU:
                 s = _logistic(z, SHORT)
                 q *= s * tl.fma(z, 1.0 - s, 1.0)
@@ -307,8 +287,9 @@ def input_gradient_kernel(
     zero = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
     if TILED:
         of_chunk = sliding.sums(
-            zero, R + _in_tiles(tile, batch, b, frames, start, lane, BLOCK_C), start - first if CHUNKED else start,
-            last - first if CHUNKED else every, row, None, BLOCK_C, -BLOCK_C, TAPS, GROUP,
+            zero, R + sliding.in_tiles(tile, batch, b, frames, start, lane, BLOCK_C),
+            start - first if CHUNKED else start, last - first if CHUNKED else every,
+            row, None, BLOCK_C, -BLOCK_C, TAPS, GROUP,
         )  # fmt: skip
     else:
         step = tl.cast(q_time_stride, tl.int64)
@@ -320,7 +301,7 @@ def input_gradient_kernel(
     of_all = of_chunk
     if CHUNKED:
         of_all = sliding.sums(
-            zero, Q + _in_tiles(tile, batch, b, frames, t, lane, BLOCK_C), t, every,
+            zero, Q + sliding.in_tiles(tile, batch, b, frames, t, lane, BLOCK_C), t, every,
             sliding.taps_at(TABLE, taps + past, BLOCK_G, BLOCK_C), None, BLOCK_C, -BLOCK_C, CAUSAL_TAPS, GROUP,
         )  # fmt: skip
     at = H + (t[:, None].to(tl.int64) * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :])
@@ -374,52 +355,13 @@ def edge_gradient_kernel(
             i = start + tl.arange(0, BLOCK_R)
             t = i // batch * chunk + position
             keep = tl.broadcast_to(((i < here) & (t < frames))[:, None], [BLOCK_R, BLOCK_C])
-            at = _in_tiles(tile, batch, i % batch, frames, t, lane, BLOCK_C)
+            at = sliding.in_tiles(tile, batch, i % batch, frames, t, lane, BLOCK_C)
             total += tl.load(V + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
             start += BLOCK_R
     at = (tl.where(right, C, 0) + c).to(tl.int64) * taps + tl.where(right, column - taps, column)
     if V.dtype.element_ty == tl.float32:  # in float32 this sum would else be less exact than eager's
         total = total.to(tl.float64)
     tl.store(DCHUNK_SCALE + at, tl.sum(total, axis=0).to(DCHUNK_SCALE.dtype.element_ty), mask=c < C)
-
-
-@triton.jit
-def _store_column(POINTER, total, c, C, columns, column):
-    at = POINTER + c.to(tl.int64) * columns + column
-    tl.store(at, total.to(POINTER.dtype.element_ty), mask=c < C)
-
-
-@triton.jit(do_not_specialize=["parts", "causal_parts", "taps", "skip"])
-def add_parts_kernel(
-    PARTS, DWEIGHT, DBIAS, DCAUSAL_WEIGHT, DCAUSAL_BIAS, parts, causal_parts, C, taps, skip,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    # Rows of a part: dbias, dweight (K), and in chunk-causal form dcausal_bias, dcausal_weight (P + 1). The first and
-    # last ``skip`` taps of dweight have no rows: no frame of a chunk meets them.
-    pid = tl.program_id(0)
-    c_tiles = tl.cdiv(C, BLOCK_C)
-    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = pid // c_tiles
-    rows = tl.num_programs(0) // c_tiles
-    p = tl.arange(0, BLOCK_P)
-    there = tl.where(row > taps, causal_parts, parts)
-    there = tl.where((row > 0) & (row <= skip) | (row > taps - skip) & (row <= taps), 0, there)
-    keep = (p < there)[:, None] & (c < C)[None, :]
-    table = tl.load(
-        PARTS + (p[:, None] * rows + row) * C + c[None, :], mask=keep, other=0.0
-    )  # [BLOCK_P, BLOCK_C]
-    total = tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
-    if row == 0:
-        if DBIAS is not None:
-            _store_column(DBIAS, total, c, C, 1, 0)
-    elif row <= taps:
-        _store_column(DWEIGHT, total, c, C, taps, row - 1)
-    elif row == taps + 1:
-        if DCAUSAL_BIAS is not None:
-            _store_column(DCAUSAL_BIAS, total, c, C, 1, 0)
-    else:
-        if DCAUSAL_WEIGHT is not None:
-            _store_column(DCAUSAL_WEIGHT, total, c, C, taps // 2 + 1, row - taps - 2)
 
 
 def convolving(taps: int, chunk: int, chunked: bool) -> dict[str, int]:
@@ -460,7 +402,7 @@ class _Call:
         gates = cdiv((self.frames + self.past) * self.batch, BLOCK_T) * self.c_tiles
         tables = cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
         launch(gate_kernel, (gates + tables,),
-            h, _bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
+            h, as_bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
             h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, self.past, gates,
             BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -489,10 +431,6 @@ def _as_laid(h: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor
     if h.stride(1) > h.stride(0):
         return torch.empty((batch, frames, channels), dtype=dtype, device=h.device).transpose(0, 1)
     return torch.empty((frames, batch, channels), dtype=dtype, device=h.device)
-
-
-def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
 
 
 def gated_depthwise_conv_forward(
@@ -568,16 +506,18 @@ def gated_depthwise_conv_backward(
     if r is None:
         r = q
     launch(input_gradient_kernel, call.grid(0 if dcache is None else past),
-        q, r, h, _bytes(mask), call.table, dh, dcache, grad.stride(0), grad.stride(1), h.stride(0), h.stride(1),
+        q, r, h, as_bytes(mask), call.table, dh, dcache, grad.stride(0), grad.stride(1), h.stride(0), h.stride(1),
         dh.stride(0), dh.stride(1), *call.sizes(), TILED=tiled, **call.form,
     )  # fmt: skip
     count = call.form["TAPS"]
     skip = (taps - count) // 2
     segments = of_causal = sliding.Segments(
-        frames, batch, call.chunk, count, call.c_tiles, MAX_PARTS, q.dtype
+        frames, batch, call.chunk, count, call.c_tiles, sliding.MAX_PARTS, q.dtype
     )
     if call.chunked:
-        of_causal = sliding.Segments(frames, batch, frames, past + 1, call.c_tiles, MAX_PARTS, q.dtype)
+        of_causal = sliding.Segments(
+            frames, batch, frames, past + 1, call.c_tiles, sliding.MAX_PARTS, q.dtype
+        )
     rows = 1 + taps + (2 + past if call.chunked else 0)
     parts = max(segments.parts, of_causal.parts)
     table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)
@@ -588,8 +528,8 @@ def gated_depthwise_conv_backward(
         launch(edge_gradient_kernel, (2 * taps * call.c_tiles,),
             v, dchunk_scale, *call.sizes()[:5], BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=EDGE_WARPS,
         )  # fmt: skip
-    launch(add_parts_kernel, (rows * call.c_tiles,),
+    launch(sliding.add_taps_kernel, (rows * call.c_tiles,),
         table, dweight, dbias, dcausal_weight, dcausal_bias, segments.parts, of_causal.parts, channels, taps, skip,
-        BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        BLOCK_P=sliding.MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return dh, *(h.new_empty(0) if g is None else g for g in found)

@@ -33,12 +33,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels import residual_norm
 from fastasr.kernels._activation import TANH, activate_with_slope, sigmoid_pair
 from fastasr.kernels._launch import cdiv, dot_options, launch, next_power_of_2, processors
-from fastasr.kernels.residual_norm import _mean
+from fastasr.kernels._layer_norm import centre, inverse_root, row_mean
+from fastasr.kernels._parts import add_pair
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("fastasr")
 
 MAX_UNITS = 8192
@@ -46,6 +45,7 @@ BLOCK_B, BLOCK_N, NUM_WARPS = 16, 16, 4  # a tile of the products
 MAX_K, MAX_K_PRECISE = 128, 32  # float32 operands of a product lie in registers: more would spill
 MAX_ROWS, ROW_TILE = 4, 512  # sequences of a tile of rows, and numbers of each of its quarters
 BLOCK_P, PART_ROWS, MAX_PARTS = 64, 16, 64  # columns and rows of a tile of the norms' sums
+NORM_SUMS = {"BLOCK_P": 128, "BLOCK_C": 16, "num_warps": 4}
 
 
 @triton.jit
@@ -101,21 +101,6 @@ def _product(
 
 
 @triton.jit
-def _centred(x, mean, keep, PRECISE: tl.constexpr):
-    """Returns x - mean, 0 where not ``keep``. The mean of float32 gates has two parts, exact to float64."""
-    high = mean.to(tl.float32)
-    x = x - high[:, None]
-    if PRECISE:
-        x = x - (mean - high.to(tl.float64)).to(tl.float32)[:, None]
-    return tl.where(keep, x, 0.0)
-
-
-@triton.jit
-def _scale(square, eps):
-    return tl.div_rn(1.0, tl.sqrt_rn((square + eps).to(tl.float32)))
-
-
-@triton.jit
 def _gate(n, q, WEIGHT, BIAS, u, units):
     """Returns a quarter of the normalised gates with its weight and bias applied."""
     w = _load(WEIGHT, q * units + u, u < units)
@@ -140,15 +125,15 @@ def _step(
     f = _load(PRODUCT, at + units, keep) + _fresh(RECURRENT, near + units, again)
     v = _load(PRODUCT, at + 2 * units, keep) + _fresh(RECURRENT, near + 2 * units, again)
     o = _load(PRODUCT, at + 3 * units, keep) + _fresh(RECURRENT, near + 3 * units, again)
-    mean = (_mean(i, units, PRECISE) + _mean(f, units, PRECISE)) * 0.25
-    mean += (_mean(v, units, PRECISE) + _mean(o, units, PRECISE)) * 0.25
-    i = _centred(i, mean, keep, PRECISE)
-    f = _centred(f, mean, keep, PRECISE)
-    v = _centred(v, mean, keep, PRECISE)
-    o = _centred(o, mean, keep, PRECISE)
-    square = (_mean(i * i, units, PRECISE) + _mean(f * f, units, PRECISE)) * 0.25
-    square += (_mean(v * v, units, PRECISE) + _mean(o * o, units, PRECISE)) * 0.25
-    gate_scale = _scale(square, eps)
+    mean = (row_mean(i, units, PRECISE) + row_mean(f, units, PRECISE)) * 0.25
+    mean += (row_mean(v, units, PRECISE) + row_mean(o, units, PRECISE)) * 0.25
+    i = centre(i, mean, keep, PRECISE)
+    f = centre(f, mean, keep, PRECISE)
+    v = centre(v, mean, keep, PRECISE)
+    o = centre(o, mean, keep, PRECISE)
+    square = (row_mean(i * i, units, PRECISE) + row_mean(f * f, units, PRECISE)) * 0.25
+    square += (row_mean(v * v, units, PRECISE) + row_mean(o * o, units, PRECISE)) * 0.25
+    gate_scale = inverse_root(square, eps)
     i *= gate_scale[:, None]
     f *= gate_scale[:, None]
     v *= gate_scale[:, None]
@@ -166,8 +151,8 @@ def _step(
     v, _ = activate_with_slope(_gate(v, 2, GATE_WEIGHT, GATE_BIAS, u, units), TANH, PRECISE)
     o, _ = sigmoid_pair(_gate(o, 3, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
     c = tl.where(keep, tl.fma(f, c, i * v), 0.0)
-    c = _centred(c, _mean(c, units, PRECISE), keep, PRECISE)
-    cell_scale = _scale(_mean(c * c, units, PRECISE), eps)
+    c = centre(c, row_mean(c, units, PRECISE), keep, PRECISE)
+    cell_scale = inverse_root(row_mean(c * c, units, PRECISE), eps)
     c *= cell_scale[:, None]
     if NORMED is not None:
         tl.store(NORMED + kept + 4 * units, c, mask=keep)
@@ -244,7 +229,10 @@ def _step_back(
     dc = tl.fma(dh, o * slope, _load(DCELL, own, keep))
     tl.store(BEFORE + kept + 4 * units, dc, mask=keep)
     dc *= _load(CELL_WEIGHT, u, u < units)[None, :]
-    mean, along = _mean(dc, units, PRECISE).to(tl.float32), _mean(dc * nc, units, PRECISE).to(tl.float32)
+    mean, along = (
+        row_mean(dc, units, PRECISE).to(tl.float32),
+        row_mean(dc * nc, units, PRECISE).to(tl.float32),
+    )
     dc = tl.fma(-nc, along[:, None], dc - mean[:, None]) * cell_scale[:, None]
     # the gates
     if step > 0:
@@ -267,8 +255,8 @@ def _step_back(
     df *= _load(GATE_WEIGHT, units + u, u < units)[None, :]
     dv *= _load(GATE_WEIGHT, 2 * units + u, u < units)[None, :]
     do *= _load(GATE_WEIGHT, 3 * units + u, u < units)[None, :]
-    mean = (_mean(di + df, units, PRECISE) + _mean(dv + do, units, PRECISE)).to(tl.float32) * 0.25
-    along = _mean(di * ni + df * nf, units, PRECISE) + _mean(dv * nv + do * no, units, PRECISE)
+    mean = (row_mean(di + df, units, PRECISE) + row_mean(dv + do, units, PRECISE)).to(tl.float32) * 0.25
+    along = row_mean(di * ni + df * nf, units, PRECISE) + row_mean(dv * nv + do * no, units, PRECISE)
     along = along.to(tl.float32) * 0.25
     at = (row * (4 * units))[:, None] + u[None, :]
     out = DGATES.dtype.element_ty
@@ -527,6 +515,4 @@ def _norm_gradients(normed, before, rows: int, row: int, start: int, out: list[t
         normed[start:], before[start:], table, rows, rows_per_part, row, columns,
         BLOCK_R=PART_ROWS, BLOCK_C=BLOCK_P, num_warps=4,
     )  # fmt: skip
-    launch(residual_norm.add_parts_kernel, (cdiv(columns, 16), 2),
-        table, *out, parts, columns, BLOCK_P=128, BLOCK_C=16, num_warps=4,
-    )  # fmt: skip
+    add_pair(table, *out, NORM_SUMS)

@@ -13,11 +13,9 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._flat import flat_range, flat_tail
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import add_parts
-from fastasr.kernels.swoosh import _flat_range, _flat_tail
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BLOCK, NUM_WARPS = 2048, 4  # 16 elements per thread
 BLOCK_R, BLOCK_C = 32, 64  # the same, and as many sums
@@ -34,10 +32,10 @@ def _forward_at(Z, Y, offsets, keep, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["groups", "tail"])
 def forward_kernel(Z, Y, groups, tail, ACTIVATION: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr):
-    offsets, keep = _flat_range(groups, BLOCK)
+    offsets, keep = flat_range(groups, BLOCK)
     _forward_at(Z, Y, offsets, keep, ACTIVATION)
     if TAIL:
-        offsets, keep = _flat_tail(groups, tail)
+        offsets, keep = flat_tail(groups, tail)
         _forward_at(Z, Y, offsets, keep, ACTIVATION)
 
 

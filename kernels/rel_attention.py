@@ -33,8 +33,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
-from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, rounded
+from fastasr.kernels._attention_tiles import NONE, PIECE_BYTES, load_rows, mask_stride, running, sums
+from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, launch, next_power_of_2, rounded
+from fastasr.kernels._parts import add_tables
 from fastasr.kernels._rel_attention_backward import (
     biases_kernel,
     delta_kernel,
@@ -57,10 +58,6 @@ from fastasr.kernels._rel_position_tiles import head_block, place
 from fastasr.kernels._relative_shift import moved
 from fastasr.kernels._weights_dropout import constants as dropout_constants
 from fastasr.kernels._weights_dropout import dropped, row_words
-from fastasr.kernels.zipformer_attention import PIECE_BYTES
-from fastasr.kernels.zipformer_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # --------------------------------------------------------------------------- forward
@@ -202,9 +199,9 @@ def rel_attention_forward(
     tile = _tiles(q, v, attn_mask, dropout_p, window)["forward"]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
-        q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask),
+        q, k, v, pos, bias_u, bias_v, as_bytes(key_padding_mask), as_bytes(attn_mask),
         dropout_seed if dropout_p else None, y, lse,
-        *sizes, batch, blocks, heads, *_strides(q, k, v, y), _mask_batch(attn_mask), *_last(dim, dropout_p),
+        *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_last(dim, dropout_p),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
     )  # fmt: skip
     return y, lse
@@ -283,9 +280,9 @@ def rel_attention_backward(
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
-    strides, last = (*_strides(q, k, v, grad), _mask_batch(attn_mask)), _last(dim, dropout_p)
+    strides, last = (*_strides(q, k, v, grad), mask_stride(attn_mask)), _last(dim, dropout_p)
     operands = (
-        grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask),
+        grad, q, k, v, pos, bias_u, bias_v, as_bytes(key_padding_mask), as_bytes(attn_mask),
         dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -336,9 +333,7 @@ def rel_attention_backward(
             ds, q, bias_v, parts, *sizes, first, count, here, low, high, each, groups, batch, tall, heads,
             q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
         )  # fmt: skip
-    met_by = dpos[low:high]
-    size = met_by.numel()
-    launch(add_parts_kernel, (cdiv(size, PARTS["BLOCK"]),), parts, met_by, size, groups, **PARTS)
+    add_tables(parts, dpos[low:high], groups)
     launch(biases_kernel, (cdiv(width, BIASES["BLOCK_C"]), 2),
         sums_of, du, dw, batch * blocks, width, **BIASES,
     )  # fmt: skip

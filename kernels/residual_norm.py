@@ -22,43 +22,18 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
-from fastasr.kernels._launch import cdiv, generation, launch, next_power_of_2
-from fastasr.kernels._parts import ELEMENTS, REDUCE, WARPS, reduce_tile, split_rows
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Rows live in registers: up to 4096 channels take at most 8 elements in each thread; wider rows spill.
-MAX_CHANNELS = 65536
-
-
-@triton.jit
-def _mean(values, C, PRECISE: tl.constexpr):
-    """Returns row means, added in float64 when PRECISE."""
-    if PRECISE:
-        values = values.to(tl.float64)
-    return tl.sum(values, axis=1) / C
-
-
-@triton.jit
-def _centred(t, keep, eps, C, PRECISE: tl.constexpr):
-    """Returns t - mean t, 0 where not ``keep``, and 1 / sqrt(var t + eps).
-
-    MEGA's epsilon is 1e-12: a row of almost equal elements is normalised by the rounding errors of its elements, and
-    this kernel must not add its own. So the mean of float32 tensors is subtracted in two parts, exact to float64.
-    """
-    mean = _mean(t, C, PRECISE)
-    high = mean.to(tl.float32)
-    t = t - high[:, None]
-    if PRECISE:
-        t = t - (mean - high.to(tl.float64)).to(tl.float32)[:, None]
-    t = tl.where(keep, t, 0.0)
-    variance = _mean(t * t, C, PRECISE) + eps
-    return t, tl.div_rn(1.0, tl.sqrt_rn(variance.to(tl.float32)))
-
-
-@triton.jit
-def _load(X, r, c, stride, keep):
-    return tl.load(X + r[:, None] * stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+from fastasr.kernels._launch import cdiv, generation, launch
+from fastasr.kernels._layer_norm import (
+    backward_tile,
+    forward_elements,
+    load_tile,
+    normalise,
+    row_blocks,
+    row_mean,
+    row_stride,
+    row_width,
+)
+from fastasr.kernels._parts import add_pair, split_rows
 
 
 @triton.jit
@@ -67,10 +42,10 @@ def _proposal(
     ACTIVATION: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Returns a = act(candidate + hidden) mask, and its derivative."""
-    total = _load(CANDIDATE, r, c, candidate_stride, keep) + _load(HIDDEN, r, c, hidden_stride, keep)
+    total = load_tile(CANDIDATE, r, c, candidate_stride, keep) + load_tile(HIDDEN, r, c, hidden_stride, keep)
     a, slope = activate_with_slope(total, ACTIVATION, PRECISE)
     if MASK is not None:
-        mask = _load(MASK, r, c, C, keep)
+        mask = load_tile(MASK, r, c, C, keep)
         a = a * mask
         slope = slope * mask
     return a, slope
@@ -86,8 +61,8 @@ def forward_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     keep = (r < rows)[:, None] & (c < C)[None, :]
-    x = _load(X, r, c, x_stride, keep)
-    update = _load(UPDATE, r, c, update_stride, keep)
+    x = load_tile(X, r, c, x_stride, keep)
+    update = load_tile(UPDATE, r, c, update_stride, keep)
     if CANDIDATE is None:
         t = x + update
     else:
@@ -96,7 +71,7 @@ def forward_kernel(
         )
         s, _ = sigmoid_pair(update, PRECISE)
         t = tl.fma(s, a - x, x)
-    t, scale = _centred(t, keep, eps, C, PRECISE)
+    t, scale = normalise(t, keep, eps, C, PRECISE)
     w = tl.load(WEIGHT + c, mask=c < C, other=0.0).to(tl.float32)
     b = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
     y = tl.fma(t * scale[:, None], w[None, :], b[None, :])
@@ -122,8 +97,8 @@ def backward_kernel(
         r = first + tl.arange(0, BLOCK_R)
         keep = (r < end)[:, None] & in_row[None, :]
         offsets = r[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
-        x = _load(X, r, c, x_stride, keep)
-        update = _load(UPDATE, r, c, update_stride, keep)
+        x = load_tile(X, r, c, x_stride, keep)
+        update = load_tile(UPDATE, r, c, update_stride, keep)
         if CANDIDATE is None:
             grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
             t = x + update
@@ -135,7 +110,7 @@ def backward_kernel(
             t = tl.fma(s, a - x, x)
             to_update = s * rest * (a - x)
             to_sum = s * slope
-        n, scale = _centred(t, keep, eps, C, PRECISE)
+        n, scale = normalise(t, keep, eps, C, PRECISE)
         # With eps = 0 the scale of a row past the end is infinite.
         n = tl.where(keep, n * scale[:, None], 0.0)
         if CANDIDATE is not None:
@@ -143,8 +118,8 @@ def backward_kernel(
         dweight = tl.fma(grad, n, dweight)
         dbias += grad
         d = grad * w[None, :]
-        mean = _mean(d, C, PRECISE).to(tl.float32)
-        along = _mean(d * n, C, PRECISE).to(tl.float32)
+        mean = row_mean(d, C, PRECISE).to(tl.float32)
+        along = row_mean(d * n, C, PRECISE).to(tl.float32)
         dt = tl.fma(-n, along[:, None], d - mean[:, None]) * scale[:, None]
         if CANDIDATE is None:
             tl.store(DX + offsets, dt.to(DX.dtype.element_ty), mask=keep)
@@ -158,71 +133,6 @@ def backward_kernel(
     dbias = tl.sum(dbias.to(PARTS.dtype.element_ty), axis=0)
     tl.store(row, dweight, mask=in_row)
     tl.store(row + tl.num_programs(0).to(tl.int64) * C, dbias, mask=in_row)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Adds the columns of two tables of ``parts`` rows, one behind the other."""
-    second = tl.program_id(1)
-    p = tl.arange(0, BLOCK_P)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    keep = (p < parts)[:, None] & (c < C)[None, :]
-    rows = second.to(tl.int64) * parts + p
-    table = tl.load(PARTS + rows[:, None] * C + c[None, :], mask=keep, other=0.0)  # [BLOCK_P, BLOCK_C]
-    total = tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
-    if second == 0:
-        tl.store(DWEIGHT + c, total.to(DWEIGHT.dtype.element_ty), mask=c < C)
-    else:
-        tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
-
-
-def _padded(channels: int) -> int:
-    """Returns the channels of a tile."""
-    if channels > MAX_CHANNELS:
-        raise ValueError(
-            f"residual_norm: expected at most {MAX_CHANNELS} channels in the Triton kernel, got {channels}"
-        )
-    return max(32, next_power_of_2(channels))
-
-
-def _blocks(channels: int, elements: int, least: int = 1) -> tuple[int, int, int]:
-    """Returns (rows per tile, padded channels, warps) for ``elements`` per warp; ``least`` to 16 warps."""
-    block_c = _padded(channels)
-    warps = max(least, min(16, block_c // elements))
-    return max(1, elements * warps // block_c), block_c, warps
-
-
-def forward_elements(generation: int) -> int:
-    """Returns the elements of a warp in the forward."""
-    return 256 if generation >= 90 else 512
-
-
-def backward_tile(
-    channels: int, dtype: torch.dtype, gated: bool, masked: bool, generation: int
-) -> tuple[int, int, int]:
-    """Returns (elements of a tile of the backward, its warps, programs on a multiprocessor). Where 16 warps would
-    spill, programs have eight at most, whose threads may have twice the registers.
-
-    On 9.0, in 16 bits, many programs of one row or few hide the barriers of a row's sums: in a trial on an H200 they
-    took less time than one tile for each multiprocessor, at 800 to 30,000 rows of 512 channels. Elsewhere this is not
-    measured.
-    """
-    spills = gated and (dtype == torch.float32 or masked or generation >= 100)
-    most = WARPS // 2 if spills else WARPS
-    if dtype == torch.float32 or generation != 90:
-        return ELEMENTS * most // WARPS, most, WARPS // most
-    share = 256 if gated else 128  # elements of a warp
-    warps = max(512 // share, min(most, _padded(channels) // share))
-    return 512, warps, ELEMENTS // share // warps
-
-
-def _stride(t: torch.Tensor | None) -> int:
-    """Returns elements from one row to the next; rows are dense and evenly spaced
-    (``fastasr.ops._layout.rows``).
-    """
-    if t is None:
-        return 0
-    return next((t.stride(d) for d in range(t.dim() - 2, -1, -1) if t.shape[d] > 1), t.shape[-1])
 
 
 def residual_norm_forward(
@@ -247,10 +157,10 @@ def residual_norm_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         rows = x.numel() // channels
-        block_r, block_c, warps = _blocks(channels, forward_elements(generation(x)))
+        block_r, block_c, warps = row_blocks(channels, forward_elements(generation(x)))
         launch(forward_kernel, (cdiv(rows, block_r),),
             x, update, candidate, hidden, mask, weight, bias, y, rows, channels,
-            *map(_stride, (x, update, candidate, hidden)), eps,
+            *map(row_stride, (x, update, candidate, hidden)), eps,
             ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
     return y, None
@@ -281,7 +191,7 @@ def residual_norm_backward(
     if not x.numel():
         return dx, dupdate, dsum, torch.zeros_like(weight), torch.zeros_like(bias)
     rows = x.numel() // channels
-    block_c = _padded(channels)
+    block_c = row_width(channels)
     elements, warps, resident = backward_tile(channels, x.dtype, gated, mask is not None, generation(x))
     block_r, rows_per_part, parts = split_rows(rows, block_c, x, elements=elements, resident=resident)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -289,10 +199,8 @@ def residual_norm_backward(
     table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
     launch(backward_kernel, (parts,),
         grad, x, update, candidate, hidden, mask, weight, dx, dupdate, dsum, table, rows, rows_per_part, channels,
-        *map(_stride, (x, update, candidate, hidden)), eps,
+        *map(row_stride, (x, update, candidate, hidden)), eps,
         ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
-    launch(add_parts_kernel, (cdiv(channels, REDUCE["BLOCK_C"]), 2),
-        table, dweight, dbias, parts, channels, **reduce_tile(parts),
-    )  # fmt: skip
+    add_pair(table, dweight, dbias)
     return dx, dupdate, dsum, dweight, dbias

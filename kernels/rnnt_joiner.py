@@ -37,7 +37,6 @@ from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_
 from fastasr.kernels._parts import add_parts
 from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 128 << 20
 FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 # Frames with at most SHORT rows have a program for each row: tiles of eight rows would be mostly empty.

@@ -6,7 +6,7 @@
 A row of cells is a linear recurrence along t, p[t] = p[t-1] y[t-1] + c[t] with c from the row before: a scan. Lanes are
 t, or u = t - s in a modified lattice: there too a symbol stays in its lane, so rows stay in registers and nothing is
 exchanged but in the scan, and x, y and the shares are read along rows. A lattice longer than a block of lanes is cut
-into blocks of columns, whose last column the next block reads. In the forward numbers are m 2^e, see scaled_number.py.
+into blocks of columns, whose last column the next block reads. In the forward numbers are m 2^e, see _scaled_number.py.
 
 The forward stores each cell's share w of the symbol arc. In the backward the mass g of a row is a scan from the right,
 g[t] = d[t] + (1 - w[t+1]) g[t+1], d being what symbols carry down from the row after; nothing but products and sums.
@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._lattice import is_unfit, load_boundary
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._scaled_number import (
     FLOOR,
@@ -34,31 +35,13 @@ from fastasr.kernels._scaled_number import (
 MAX_LANES = 1024
 
 
-@triton.jit
-def _boundary(BOUNDARY, b, symbols, frames):
-    """Returns s_begin, t_begin and the extents; an extent below 0 means that there is no path."""
-    if BOUNDARY is None:
-        return 0, 0, symbols, frames
-    else:  # noqa: RET505 - Triton compiles one of the branches
-        s_begin = tl.minimum(tl.maximum(tl.load(BOUNDARY + 4 * b), 0), symbols).to(tl.int32)
-        t_begin = tl.minimum(tl.maximum(tl.load(BOUNDARY + 4 * b + 1), 0), frames).to(tl.int32)
-        s_end = tl.minimum(tl.maximum(tl.load(BOUNDARY + 4 * b + 2), 0), symbols).to(tl.int32)
-        t_end = tl.minimum(tl.maximum(tl.load(BOUNDARY + 4 * b + 3), 0), frames).to(tl.int32)
-        return s_begin, t_begin, s_end - s_begin, t_end - t_begin
-
-
-@triton.jit
-def _unfit(x):
-    return ((x != x) | (x == float("inf"))).to(tl.int32)
-
-
 @triton.jit(do_not_specialize=["symbols", "frames", "width"])
 def forward_kernel(
     X, Y, BOUNDARY, SCORES, SHARES, COLUMN, symbols, frames, width, share_row,
     MODIFIED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    s_begin, t_begin, rows, columns = _boundary(BOUNDARY, b, symbols, frames)
+    s_begin, t_begin, rows, columns = load_boundary(BOUNDARY, b, symbols, frames)
     lane = tl.arange(0, BLOCK)
     x_first = X + (b * symbols + s_begin) * width + t_begin
     y_first = Y + (b * (symbols + 1) + s_begin) * frames + t_begin
@@ -87,12 +70,12 @@ def forward_kernel(
                 mask=(u > 0) & (from_y < columns),
                 other=float("-inf"),
             )
-            unfit |= _unfit(x) | _unfit(y)
+            unfit |= is_unfit(x) | is_unfit(y)
             if MODIFIED:  # no path can take these arcs: they are read only because they may make a result NaN
                 early = u < s
-                unfit |= _unfit(tl.load(y_first + s * y_row + u, mask=early & (u < columns), other=0.0))
+                unfit |= is_unfit(tl.load(y_first + s * y_row + u, mask=early & (u < columns), other=0.0))
                 early &= (u < columns) & (s < rows)
-                unfit |= _unfit(tl.load(x_first + s * x_row + u, mask=early, other=0.0))
+                unfit |= is_unfit(tl.load(x_first + s * x_row + u, mask=early, other=0.0))
             xm, xe = split(x)
             ym, ye = split(y)
             begin = (u == 0) & (s == 0)
@@ -127,7 +110,7 @@ def backward_kernel(
     MODIFIED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    s_begin, t_begin, rows, columns = _boundary(BOUNDARY, b, symbols, frames)
+    s_begin, t_begin, rows, columns = load_boundary(BOUNDARY, b, symbols, frames)
     lane = tl.arange(0, BLOCK)
     x_first = DX + (b * symbols + s_begin) * width + t_begin
     y_first = DY + (b * (symbols + 1) + s_begin) * frames + t_begin

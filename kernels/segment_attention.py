@@ -27,7 +27,6 @@ from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
 from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, rounded
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEMORY, RIGHT, FRAME = (tl.constexpr(number) for number in range(3))  # kinds of keys
 NOWHERE = tl.constexpr(1 << 30)  # the first frame of a segment that sees nothing
 SIZES = [

@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._flat import flat_range, flat_tail
 from fastasr.kernels._launch import cdiv, launch
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
 
 # 16 elements per thread: two (16-bit) or four (32-bit) 128-bit loads in flight in every thread.
 BLOCK = 2048
@@ -35,63 +35,11 @@ NO_MASK, FULL_MASK, ROW_MASK, COLUMN_MASK = 0, 1, 2, 3
 
 
 @triton.jit
-def _exp_minus_abs(x, RIGHT: tl.constexpr, SHORT: tl.constexpr):
-    """Returns z = x - a and u = exp(-|z|).
-
-    Unless SHORT, it adds back to first order what z and the exponent e lost in rounding, r = (x - a) - e ln 2: without
-    this the error of u is three times that of torch's exp.
-    """
-    a: tl.constexpr = 1.0 if RIGHT else 4.0
-    z = x - a
-    e = tl.fma(x, 1.4426950408889634, -1.4426950408889634 * a)
-    u = tl.exp2(-tl.abs(e))
-    if not SHORT:
-        r = tl.fma(e, -0.6931471805599453, z) + (x - (z + a))
-        u = tl.where(u > 1e-20, tl.fma(u, tl.where(z > 0.0, -r, r), u), u)  # r is nan for infinite x
-    return z, u
-
-
-@triton.jit
-def _activation(x, z, u, RIGHT: tl.constexpr, SHORT: tl.constexpr):
-    """Returns swoosh(x). log1p(u) = u + u^2 Q(u), Q minimax on [0, 1], has an error of 3.3e-8, or 1e-5
-    when SHORT.
-    """
-    if SHORT:
-        q = tl.fma(u, -0.024734515696763992, 0.10359258204698563)
-        q = tl.fma(u, q, -0.21240416169166565)
-        q = tl.fma(u, q, 0.32622605562210083)
-        q = tl.fma(u, q, -0.49953946471214294)
-    else:
-        q = tl.fma(u, 0.0053648208267986774, -0.030065778642892838)
-        q = tl.fma(u, q, 0.0792045146226883)
-        q = tl.fma(u, q, -0.13753800094127655)
-        q = tl.fma(u, q, 0.191536545753479)
-        q = tl.fma(u, q, -0.24857163429260254)
-        q = tl.fma(u, q, 0.3332132399082184)
-        q = tl.fma(u, q, -0.49999648332595825)
-    log1p = tl.fma(u * u, q, u)
-    # log1p - c comes first: both are small, so the sum is rounded once at its own scale, not at that of max(z, 0).
-    return tl.fma(x, -0.08, tl.maximum(z, 0.0) + (log1p - (0.313261687 if RIGHT else 0.035)))
-
-
-@triton.jit
-def _slope(z, u, SHORT: tl.constexpr):
-    """Returns swoosh'(x). Unless SHORT, a Newton step takes the hardware's reciprocal from 2 ulp to under
-    1.
-    """
-    d = 1.0 + u
-    r = 1.0 / d
-    if not SHORT:
-        r = tl.fma(r, tl.fma(-d, r, 1.0), r)
-    return tl.fma(tl.where(z > 0.0, 1.0, u), r, -0.08)
-
-
-@triton.jit
 def _forward_at(X, Y, offsets, keep, mask, RIGHT: tl.constexpr):
     SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
     x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
-    z, u = _exp_minus_abs(x, RIGHT, SHORT)
-    y = _activation(x, z, u, RIGHT, SHORT) * mask
+    z, u = exp_minus_abs(x, RIGHT, SHORT)
+    y = swoosh(x, z, u, RIGHT, SHORT) * mask
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
 
 
@@ -100,28 +48,12 @@ def _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT: tl.constexpr, OUTPU
     SHORT: tl.constexpr = DX.dtype.element_ty.primitive_bitwidth == 16
     x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
     grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
-    z, u = _exp_minus_abs(x, RIGHT, SHORT)
-    dx = grad * mask * _slope(z, u, SHORT)
+    z, u = exp_minus_abs(x, RIGHT, SHORT)
+    dx = grad * mask * swoosh_slope(z, u, SHORT)
     tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=keep)
     if OUTPUT:
-        y = _activation(x, z, u, RIGHT, SHORT) * mask
+        y = swoosh(x, z, u, RIGHT, SHORT) * mask
         tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
-
-
-@triton.jit
-def _flat_range(groups, BLOCK: tl.constexpr):
-    """Returns this program's offsets among groups of 16 elements: whole groups keep masked accesses 128
-    bits wide.
-    """
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return offsets, offsets < groups.to(tl.int64) * 16
-
-
-@triton.jit
-def _flat_tail(groups, tail):
-    """Returns the offsets of the last ``tail`` < 16 elements, in the last program only."""
-    lanes = tl.arange(0, 16)
-    return groups.to(tl.int64) * 16 + lanes, (lanes < tail) & (tl.program_id(0) == tl.num_programs(0) - 1)
 
 
 @triton.jit
@@ -155,13 +87,13 @@ def _tile_range(
 def forward_flat(
     X, MASK, Y, groups, tail, RIGHT: tl.constexpr, KIND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    offsets, keep = _flat_range(groups, BLOCK)
+    offsets, keep = flat_range(groups, BLOCK)
     mask = 1.0
     if KIND == 1:
         mask = tl.load(MASK + offsets, mask=keep, other=0.0).to(tl.float32)
     _forward_at(X, Y, offsets, keep, mask, RIGHT)
     if TAIL:
-        offsets, keep = _flat_tail(groups, tail)
+        offsets, keep = flat_tail(groups, tail)
         mask = 1.0
         if KIND == 1:
             mask = tl.load(MASK + offsets, mask=keep, other=0.0).to(tl.float32)
@@ -185,13 +117,13 @@ def backward_flat(
     GRAD, X, MASK, DX, Y, groups, tail,
     RIGHT: tl.constexpr, KIND: tl.constexpr, OUTPUT: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets, keep = _flat_range(groups, BLOCK)
+    offsets, keep = flat_range(groups, BLOCK)
     mask = 1.0
     if KIND == 1:
         mask = tl.load(MASK + offsets, mask=keep, other=0.0).to(tl.float32)
     _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT, OUTPUT)
     if TAIL:
-        offsets, keep = _flat_tail(groups, tail)
+        offsets, keep = flat_tail(groups, tail)
         mask = 1.0
         if KIND == 1:
             mask = tl.load(MASK + offsets, mask=keep, other=0.0).to(tl.float32)

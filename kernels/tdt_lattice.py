@@ -6,7 +6,7 @@
 
 Frames follow each other; lanes are s. A frame sums what the arcs of earlier frames bring, cell by cell, and passes it
 on by the arcs of duration 0, which lead from s to s + 1 within the frame: a scan. Cells, as m 2^e (see
-scaled_number.py), go through memory, because a lane reads its neighbour's of earlier frames. The forward stores the
+_scaled_number.py), go through memory, because a lane reads its neighbour's of earlier frames. The forward stores the
 share that each arc has in the cell where it leads. In the backward the mass g of a frame is the sum of w g' over the
 arcs that leave it, with a scan from the right for the arcs of duration 0.
 
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import Unlaunchable
+from fastasr.kernels._lattice import is_unfit, load_boundary
 from fastasr.kernels._launch import launch, next_power_of_2
 from fastasr.kernels._scaled_number import (
     FLOOR,
@@ -30,7 +31,6 @@ from fastasr.kernels._scaled_number import (
     ratio,
     split,
 )
-from fastasr.kernels.rnnt_lattice import _boundary, _unfit
 
 MAX_LANES = 4096
 NONE = tl.constexpr(float("-inf"))
@@ -62,7 +62,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    s_begin, t_begin, rows, columns = _boundary(BOUNDARY, b, symbols, frames)
+    s_begin, t_begin, rows, columns = load_boundary(BOUNDARY, b, symbols, frames)
     s = tl.arange(0, BLOCK)  # [BLOCK], s - s_begin
     row = symbols + 1
     first = b * frames + t_begin
@@ -88,7 +88,7 @@ def forward_kernel(
             start = t64 - d
             if t < columns:  # every number inside the boundary is looked at
                 z = tl.load(Z + (t64 * row + s) * count + i, mask=inside, other=0.0).to(tl.float32)
-                unfit |= _unfit(z)
+                unfit |= is_unfit(z)
             if (d > 0) & (start >= 0):
                 # blank: from the same s
                 am, ae = _arc(Y, Z, start * row + s, (start * row + s) * count + i, inside)
@@ -107,7 +107,7 @@ def forward_kernel(
         if t < columns:
             x = tl.load(X + t64 * symbols + s, mask=has_symbol, other=0.0).to(tl.float32)
             y = tl.load(Y + t64 * row + s, mask=inside, other=0.0).to(tl.float32)
-            unfit |= _unfit(x) | _unfit(y)
+            unfit |= is_unfit(x) | is_unfit(y)
             if within >= 0:  # along the frame
                 before = (s > 0) & inside
                 at = s - 1
@@ -148,7 +148,7 @@ def backward_kernel(
     GRAD, SCORES, SHARES, DURATIONS, BOUNDARY, DX, DY, DZ, MASS, symbols, frames, count, BLOCK: tl.constexpr
 ):
     b = tl.program_id(0).to(tl.int64)
-    s_begin, t_begin, rows, columns = _boundary(BOUNDARY, b, symbols, frames)
+    s_begin, t_begin, rows, columns = load_boundary(BOUNDARY, b, symbols, frames)
     s = tl.arange(0, BLOCK)  # [BLOCK], s - s_begin
     row = symbols + 1
     first = b * frames + t_begin

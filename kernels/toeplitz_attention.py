@@ -47,7 +47,6 @@ from fastasr.kernels._toeplitz_attention_backward import (
     values_kernel,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PARTS = 512
 PIECE_BYTES = 16 << 20  # of each tensor of pairs: both stay in the second-level cache of most GPUs
 

@@ -26,8 +26,6 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 SUM_COLUMNS = 64  # of a program that adds up columns
 PART_ROWS = 256  # a part of the rows has at least so many
 RESIDENT = 2  # programs of the products, and of |grad|^2, on a multiprocessor

@@ -26,8 +26,17 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels._attention_tiles import (
+    NONE,
+    PIECE_BYTES,
+    load_rows,
+    mask_stride,
+    running,
+    slopes_of,
+    sums,
+)
 from fastasr.kernels._launch import (
+    as_bytes,
     cdiv,
     dot_options,
     generation,
@@ -36,6 +45,7 @@ from fastasr.kernels._launch import (
     processors,
     rounded,
 )
+from fastasr.kernels._parts import add_tables
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -46,20 +56,7 @@ from fastasr.kernels._rel_position_tiles import (
     scores_of,
     window,
 )
-from fastasr.kernels.zipformer_attention_weights import (
-    PARTS,
-    SIZES,
-    UNALIGNED,
-    _bytes,
-    _mask_batch,
-    _rows,
-    add_parts_kernel,
-    add_positions,
-    positions_kernel,
-)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PIECE_BYTES = 128 << 20
+from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, positions_kernel, row_size
 
 
 # --------------------------------------------------------------------------- forward
@@ -143,19 +140,6 @@ def forward_kernel(
 
 
 # --------------------------------------------------------------------------- backward
-@triton.jit
-def slopes_of(
-    g, G, V, i, j, keep_i, keep_j, v_time,
-    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Returns dW of queries i and keys j; ``g`` holds the rows of G if they fit a block."""
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if VALUE_DIM <= BLOCK_V:
-        value = load_rows(V, j, v_time, tl.arange(0, BLOCK_V), keep_j, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
-        total = tl.dot(g, tl.trans(value), total)
-    else:
-        total = products(total, G, i, v_time, keep_i, V, j, v_time, keep_j, VALUE_DIM, BLOCK_V)
-    return total
 
 
 @triton.jit
@@ -442,10 +426,10 @@ def zipformer_attention_forward(
     ]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (value_heads * batch * blocks, cdiv(value_dim, tile["BLOCK_V"])),
-        x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), value, y,
+        x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), value, y,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
-        _mask_batch(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
+        mask_stride(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
     )  # fmt: skip
     return y
 
@@ -481,14 +465,14 @@ def zipformer_attention_backward(
     maximum, inverse, delta = (x.new_empty(pairs * frames, dtype=torch.float32) for _ in range(3))
     strides = (
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
-        _mask_batch(attn_mask),
+        mask_stride(attn_mask),
     )  # fmt: skip
-    masks = _bytes(key_padding_mask), _bytes(attn_mask)
+    masks = as_bytes(key_padding_mask), as_bytes(attn_mask)
     constants = o.constants | {"VALUE_DIM": value_dim}
 
     tile = shapes["queries"]
     columns = cdiv(dim, tile["BLOCK_D"])
-    row = _rows(o.keys)
+    row = row_size(o.keys)
     rows = frames
     if o.pos_dim:
         most = PIECE_BYTES // (pairs * row * x.element_size() * tile["BLOCK_M"])
@@ -547,8 +531,5 @@ class _Diagonals:
     def total(self, sequences: int) -> torch.Tensor:
         """Returns dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
         dpos = self.x.new_empty(sequences, *self.parts.shape[1:])
-        size = dpos.numel()
-        launch(add_parts_kernel, (cdiv(size, PARTS["BLOCK"]),),
-            self.parts, dpos, size, self.o.batch // sequences, **PARTS,
-        )  # fmt: skip
+        add_tables(self.parts, dpos, self.o.batch // sequences)
         return dpos

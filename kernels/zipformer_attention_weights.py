@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
-from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, rounded
+from fastasr.kernels._attention_tiles import NONE, load_rows, mask_stride, running, sums
+from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, launch, next_power_of_2, rounded
+from fastasr.kernels._parts import add_tables
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -38,15 +39,9 @@ from fastasr.kernels._rel_position_tiles import (
     position_scores,
     query_key,
     scores_of,
-    unpacked,
     window,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROW = 16  # rows of W and dS are padded to this many elements
-PARTS = {"BLOCK": 1024, "num_warps": 4}
-SIZES = ["frames", "keys", "left", "batch", "blocks", "heads", "offsets", "chunk", "left_chunks"]
-UNALIGNED = ["X", "K", "R", "PADDING", "MASK"]
+from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, positions_kernel, row_size
 
 
 # --------------------------------------------------------------------------- forward
@@ -158,25 +153,6 @@ def forward_kernel(
 def softmax_gradient(w, g, delta):
     """Returns W (g - delta), in float32."""
     return w.to(tl.float32) * (g.to(tl.float32) - delta[:, None])
-
-
-@triton.jit
-def add_positions(
-    dp, ds, R, at, offsets, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
-):  # fmt: skip
-    """Returns dp + dS R[at], [BLOCK_M, BLOCK_P]."""
-    c = tl.arange(0, BLOCK_P)[None, :]
-    if PACKED:
-        r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
-        d0, d1 = tl.sum(ds * r0, axis=1)[:, None], tl.sum(ds * r1, axis=1)[:, None]
-        d2, d3 = tl.sum(ds * r2, axis=1)[:, None], tl.sum(ds * r3, axis=1)[:, None]
-        dp += tl.where(c < 2, tl.where(c == 0, d0, d1), tl.where(c == 2, d2, d3))
-    else:
-        for number in range(POS_DIM):
-            r = tl.load(R + number * offsets + at).to(tl.float32)
-            dp += tl.where(c == number, tl.sum(ds * r, axis=1)[:, None], 0.0)
-    return dp
 
 
 @triton.jit(
@@ -339,52 +315,6 @@ def seeing(first_key, count, frames, left, chunk, left_chunks):
     return tl.minimum(first, frames), end
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first", "rows", "base"], do_not_specialize_on_alignment=["X"])
-def positions_kernel(
-    DS, X, PARTS, frames, keys, first, rows, base, batch, blocks, heads, offsets, ds_row, x_time, x_batch,
-    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Writes sum_i dS[i, i - (T - 1) + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first +
-    rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS.
-    """
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
-    r = base + block * BLOCK_O + tl.arange(0, BLOCK_O)
-    c = tl.arange(0, BLOCK_P)
-    X += sequence * x_batch + first.to(tl.int64) * x_time + 2 * heads * DIM + head * POS_DIM
-    DS += (head * batch + sequence) * rows * ds_row
-    shift = frames - 1 - first  # row i and offset r are key r - shift + i
-    low = shift - base - block * BLOCK_O  # the row whose key 0 the first offset is
-    begin = tl.maximum(low - (BLOCK_O - 1), 0)
-    end = tl.minimum(low + keys, rows)
-    dr = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
-    for start in range(begin, end, BLOCK_M):
-        i = start + tl.arange(0, BLOCK_M)
-        keep_i = i < rows
-        j = (r - shift)[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
-        inside = (j >= 0) & (j < keys) & keep_i[None, :]
-        ds = tl.load(DS + i.to(tl.int64)[None, :] * ds_row + j, mask=inside, other=0.0)
-        p = load_rows(X, i, x_time, c, keep_i, POS_DIM)  # [BLOCK_M, BLOCK_P]
-        dr = tl.dot(ds, p, dr)
-    out = PARTS + sequence * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
-    out += head * POS_DIM + c[None, :]
-    whole = (r < offsets)[:, None] & (c < POS_DIM)[None, :]
-    dr = dr.to(PARTS.dtype.element_ty)
-    if ADD:
-        dr += tl.load(out, mask=whole, other=0.0)
-    tl.store(out, dr, mask=whole)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def add_parts_kernel(PARTS, OUT, size, parts, BLOCK: tl.constexpr):
-    """Adds ``parts`` tables of ``size`` numbers."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
-    for part in range(parts):
-        total += tl.load(PARTS + part * size.to(tl.int64) + at, mask=at < size, other=0.0).to(tl.float64)
-    tl.store(OUT + at, total.to(tl.float32).to(OUT.dtype.element_ty), mask=at < size)
-
-
 # --------------------------------------------------------------------------- launchers
 def tiles(
     keys: int,
@@ -421,14 +351,6 @@ def tiles(
     return {name: shape | dot_options(dtype) for name, shape in shapes.items()}
 
 
-def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
-
-
-def _rows(keys: int) -> int:
-    return cdiv(keys, ROW) * ROW
-
-
 def zipformer_attention_weights_forward(
     x: torch.Tensor,
     pos: torch.Tensor | None,
@@ -445,7 +367,7 @@ def zipformer_attention_weights_forward(
     """
     frames, batch, _ = x.shape
     keys = frames + (0 if cached_key is None else cached_key.shape[0])
-    row = _rows(keys)
+    row = row_size(keys)
     weights = x.new_empty(heads * batch * frames * row)  # changed in place so that it is no view
     weights.as_strided_((heads, batch, frames, keys), (batch * frames * row, frames * row, row, 1))
     if not weights.numel():
@@ -454,16 +376,12 @@ def zipformer_attention_weights_forward(
     tile = tiles(keys, dim, o.pos_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)["forward"]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (o.pairs * blocks,),
-        x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), weights,
+        x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), weights,
         frames, keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-        x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
+        x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, mask_stride(attn_mask), row,
         **o.constants, **tile,
     )  # fmt: skip
     return weights
-
-
-def _mask_batch(attn_mask: torch.Tensor | None) -> int:
-    return attn_mask.stride(0) if attn_mask is not None and attn_mask.dim() == 3 else 0
 
 
 def zipformer_attention_weights_backward(
@@ -496,7 +414,7 @@ def zipformer_attention_weights_backward(
     own_pos = width // heads - 2 * dim
     sizes = o.keys, dim, own_pos, x.dtype, generation(x)
     dx = torch.empty_like(x)
-    row = _rows(o.keys)
+    row = row_size(o.keys)
     ds = x.new_empty(o.pairs * frames * row)
 
     for penalised in (penalty != 0.0,) if act is None else (False, True):
@@ -505,10 +423,10 @@ def zipformer_attention_weights_backward(
         columns = cdiv(dim, tile["BLOCK_D"])
         blocks = cdiv(frames, tile["BLOCK_M"])
         launch(queries_kernel, (o.pairs * blocks, columns),
-            grad, weights, x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), act, dx, ds,
+            grad, weights, x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), act, dx, ds,
             frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
             *grad.stride()[:3], *weights.stride()[:3],
-            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
+            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, mask_stride(attn_mask), row,
             float(penalty), float(limit),
             **o.constants, PENALTY=penalised, WIDE_POS=own_pos, **tile,
         )  # fmt: skip
@@ -548,6 +466,5 @@ def position_gradients(
     if not shared:
         return parts
     dpos = x.new_empty(1, *parts.shape[1:])
-    size = dpos.numel()
-    launch(add_parts_kernel, (cdiv(size, PARTS["BLOCK"]),), parts, dpos, size, o.batch, **PARTS)
+    add_tables(parts, dpos, o.batch)
     return dpos

@@ -45,21 +45,21 @@ def interpreted(op: str) -> tuple[str, ...]:
 
 FAULTS = (
     Fault(
-        "kernels/swoosh.py",
+        "kernels/_flat.py",
         "the tail is left out where 8 elements remain",
         "(lanes < tail) &",
         "(lanes < tail) & (tail != 8) &",
         interpreted("swoosh_l"),
     ),
     Fault(
-        "kernels/swoosh.py",
+        "kernels/_flat.py",
         "offsets have 32 bits",
         "offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)",
         "offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)",
         ("tests/kernels/interpreter/test_swoosh.py",),
     ),
     Fault(
-        "kernels/swoosh.py",
+        "kernels/_swoosh.py",
         "a right activation has the offset of a left one",
         "a: tl.constexpr = 1.0 if RIGHT else 4.0",
         "a: tl.constexpr = 4.0",

@@ -38,13 +38,14 @@ def test_imports_go_down():
     assert not wrong, "\n".join(wrong)
 
 
-def test_ops_share_through_shared_files():
+@pytest.mark.parametrize("package", ["fastasr.ops", "fastasr.kernels"])
+def test_ops_share_through_shared_files(package):
     """What several ops share is in a file with an underscore, so that a change of one op concerns that op alone."""
     files = {
-        name for name in IMPORTS if name.startswith("fastasr.ops.") and not name.startswith("fastasr.ops._")
+        name for name in IMPORTS if name.startswith(f"{package}.") and not name.startswith(f"{package}._")
     }
     mine = [
-        a for a in IMPORTS if a.startswith("fastasr.ops.") and "._written." not in a and "._wrapped." not in a
+        a for a in IMPORTS if a.startswith(f"{package}.") and "._written." not in a and "._wrapped." not in a
     ]
     wrong = [f"{a} imports {b}" for a in mine for b in IMPORTS[a] & files]
     assert not wrong, "\n".join(wrong)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of kernels that several convolutions share."""
 
+from fastasr.kernels import _maps as maps
 from fastasr.kernels import _sliding_taps as sliding
-from fastasr.kernels import depthwise_conv2d as conv
 
 from .configuration import DTYPES, Configuration
 
 
 def depthwise(op: str, dtype: str, types: dict, taps: int, residual: bool):
-    tile = conv.form(taps, 1500, DTYPES[dtype]) | {"RESIDUAL": residual}
+    tile = maps.form(taps, 1500, DTYPES[dtype]) | {"RESIDUAL": residual}
     for name, constants in (
         ("forward", {**tile, "TURNED": False}),
         ("input gradient", {**tile, "TURNED": True, "BIAS": None}),
     ):
         name = f"{op} {name}, {dtype}"
-        yield Configuration(name, conv.forward_kernel, types, constants, conv.NUM_WARPS, ("C",))
+        yield Configuration(name, maps.forward_kernel, types, constants, maps.NUM_WARPS, ("C",))
 
 
 def taps_gradients(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/add_norm.py."""
 
-from fastasr.kernels import add_norm, residual_norm
+from fastasr.kernels import _layer_norm, add_norm
 
 from .configuration import DTYPES, Configuration
 
@@ -10,14 +10,12 @@ def configurations(generation: int):
     def configuration(kernel: str, dtype: str, channels: int, update: str = ""):
         # x, t and the parameters have the first dtype, update and y the second
         update = update or dtype
-        block_c = residual_norm._padded(channels)
+        block_c = _layer_norm.row_width(channels)
         constants = {}
         if kernel == "forward":
-            block_r, _, warps = residual_norm._blocks(channels, residual_norm.forward_elements(generation))
+            block_r, _, warps = _layer_norm.row_blocks(channels, _layer_norm.forward_elements(generation))
         else:
-            elements, warps, _ = residual_norm.backward_tile(
-                channels, DTYPES[dtype], False, False, generation
-            )
+            elements, warps, _ = _layer_norm.backward_tile(channels, DTYPES[dtype], False, False, generation)
             block_r = max(1, elements // block_c)
             constants = {"T_TYPE": add_norm.TYPES[DTYPES[dtype]]}
         types = dict.fromkeys(("X", "T", "DX", "GRAD_T"), dtype)

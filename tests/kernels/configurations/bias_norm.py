@@ -37,4 +37,4 @@ def configurations():
     for block_p in (128, 256, 512):
         constants, warps = reduce_tile(block_p)
         name = f"bias_norm parts, {block_p}"
-        yield Configuration(name, bias_norm.add_parts_kernel, mixed, constants, warps, ("C",))
+        yield Configuration(name, bias_norm.add_sums_kernel, mixed, constants, warps, ("C",))

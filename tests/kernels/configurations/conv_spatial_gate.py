@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/conv_spatial_gate.py."""
 
+from fastasr.kernels import _layer_norm
 from fastasr.kernels import conv_spatial_gate as gate
-from fastasr.kernels import residual_norm
 
 from .configuration import Configuration
 
@@ -26,7 +26,7 @@ def configurations():  # the weight's gradient is that of gated_depthwise_conv
         if dtype == "fp16":
             continue
         for channels in (512, 1536):
-            whole = residual_norm._blocks(channels, gate.NORMALISE_ELEMENTS, gate.NORMALISE_WARPS)
+            whole = _layer_norm.row_blocks(channels, gate.NORMALISE_ELEMENTS, gate.NORMALISE_WARPS)
             parts = (max(1, gate.GRADIENT_ELEMENTS // whole[1]), whole[1], gate.GRADIENT_WARPS)
             for name, (block_r, block_c, warps) in (("normalise", whole), ("norm_gradient", parts)):
                 constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "MASK": None}

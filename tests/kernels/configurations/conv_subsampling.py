@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/conv_subsampling.py."""
 
+from fastasr.kernels import _maps
 from fastasr.kernels import conv_subsampling as conv
-from fastasr.kernels import depthwise_conv2d
 
 from .configuration import PRODUCTS, Configuration, element_type, setting
 
@@ -22,4 +22,4 @@ def configurations():
             yield Configuration(name, kernel, types, constants, warps, ("C",), stages=stages)
         if dtype != "tf32":
             name = f"conv_subsampling add parts, {dtype}"
-            yield Configuration(name, depthwise_conv2d.add_parts_kernel, types, parts, 4, ("C",))
+            yield Configuration(name, _maps.add_map_taps_kernel, types, parts, 4, ("C",))

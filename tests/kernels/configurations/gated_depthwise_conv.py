@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/gated_depthwise_conv.py."""
 
+from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels import gated_depthwise_conv as conv
-from fastasr.kernels._sliding_taps import LINE
 
 from ._depthwise import taps_gradients
 from .configuration import Configuration
@@ -29,16 +29,16 @@ def configurations():
                 ("forward", outer | {"ACTIVATION": 1}),
                 ("output_gradient", outer | only_q | {"ACTIVATION": 1}),
                 ("input_gradient", outer | {"TILED": True}),
-                ("add_parts", block_c | none | {"BLOCK_P": conv.MAX_PARTS}),
+                ("add_taps", block_c | none | {"BLOCK_P": sliding.MAX_PARTS}),
             ):
                 name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
-                function = getattr(conv, f"{kernel}_kernel")
+                function = getattr(sliding if kernel == "add_taps" else conv, f"{kernel}_kernel")
                 yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
             name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
             strides = ("C", "g_batch", "g_time", "x_batch", "x_time")
-            yield taps_gradients(name, types, 31, LINE, strides, (True, True), chunked)
+            yield taps_gradients(name, types, 31, sliding.LINE, strides, (True, True), chunked)
         name = f"gated_depthwise_conv weight gradient, no activation, {dtype}"
-        yield taps_gradients(name, types, 31, LINE, strides, (False, True))
+        yield taps_gradients(name, types, 31, sliding.LINE, strides, (False, True))
         rows = absent | conv.convolving(31, 1500, False) | {"TILED": False}
         name = f"gated_depthwise_conv input gradient, no activation, {dtype}"
         yield Configuration(name, conv.input_gradient_kernel, types, rows, conv.NUM_WARPS, divisible)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/residual_norm.py."""
 
-from fastasr.kernels import residual_norm
+from fastasr.kernels import _layer_norm, _parts, residual_norm
 
 from .configuration import DTYPES, Configuration, reduce_tile
 
 
 def configurations(generation: int):
     inputs, outputs = ("X", "UPDATE", "CANDIDATE", "HIDDEN", "GRAD"), ("Y", "DX", "DUPDATE", "DSUM")
-    parameters = ("MASK", "WEIGHT", "BIAS", "DWEIGHT", "DBIAS")
+    parameters = ("MASK", "WEIGHT", "BIAS", "FIRST", "SECOND")
     shares = {"fp32": "fp64", "bf16": "fp32", "fp16": "fp32"}
     plain = {"CANDIDATE": None, "HIDDEN": None, "MASK": None, "ACTIVATION": 0}
     gated, masked = {"MASK": None, "ACTIVATION": 1}, {"ACTIVATION": 1}
@@ -17,9 +17,9 @@ def configurations(generation: int):
     def configuration(
         label: str, kernel: str, dtype: str, channels: int, constants: dict, parameter: str = "fp32"
     ):
-        block_r, block_c, warps = residual_norm._blocks(channels, residual_norm.forward_elements(generation))
+        block_r, block_c, warps = _layer_norm.row_blocks(channels, _layer_norm.forward_elements(generation))
         if kernel == "backward":
-            elements, warps, _ = residual_norm.backward_tile(
+            elements, warps, _ = _layer_norm.backward_tile(
                 channels, DTYPES[dtype], "CANDIDATE" not in constants, "MASK" not in constants, generation
             )
             block_r = max(1, elements // block_c)
@@ -47,11 +47,11 @@ def configurations(generation: int):
         yield configuration("gated, bf16 parameters, C=512", kernel, "bf16", 512, gated, "bf16")
     ones = dict.fromkeys(strides, 1)  # Triton makes integers that are 1 constants
     yield configuration("C=1, gated", "backward", "fp32", 1, {**gated, **ones})
-    # layer_norm_lstm and conv_spatial_gate, which launch add_parts_kernel too, take 16 columns
-    sixteen = (({"BLOCK_P": 128, "BLOCK_C": 16}, 4), ({"BLOCK_P": 2048, "BLOCK_C": 16}, 16))
-    for constants, warps in (reduce_tile(128), reduce_tile(256), reduce_tile(2048), *sixteen):
+    # layer_norm_lstm takes 16 columns
+    sixteen = {"BLOCK_P": 128, "BLOCK_C": 16}, 4
+    for constants, warps in (reduce_tile(128), reduce_tile(256), reduce_tile(2048), sixteen):
         block_p = "{BLOCK_P}x{BLOCK_C}".format(**constants)
         for dtype, parameter in (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "bf16")):
             name = f"residual_norm parts, {block_p}, {dtype}" + ", bf16 sums" * (parameter == "bf16")
             types = dict.fromkeys(parameters, parameter) | {"PARTS": dtype}
-            yield Configuration(name, residual_norm.add_parts_kernel, types, constants, warps, ("C",))
+            yield Configuration(name, _parts.add_pair_kernel, types, constants, warps, ("columns",))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/zipformer_attention_weights.py."""
 
+from fastasr.kernels import _parts
 from fastasr.kernels import zipformer_attention_weights as module
 
 from .configuration import PRODUCTS, Configuration, element_type, setting
@@ -63,6 +64,6 @@ def configurations(generation: int):
             yield configuration(name, "odd sizes", dtype, 1500, 40, 6)
     for dtype in ("fp32", "bf16"):
         types = {"PARTS": "fp64" if dtype == "fp32" else "fp32", "OUT": dtype}
-        constants, warps = {"BLOCK": module.PARTS["BLOCK"]}, module.PARTS["num_warps"]
+        constants, warps = {"BLOCK": _parts.TABLES["BLOCK"]}, _parts.TABLES["num_warps"]
         name = f"zipformer_attention_weights parts, {dtype}"
-        yield Configuration(name, module.add_parts_kernel, types, constants, warps, ("size",))
+        yield Configuration(name, _parts.add_tables_kernel, types, constants, warps, ("size",))

@@ -6,11 +6,11 @@ several parts of a sum and several pieces of a workspace, and masks hide somethi
 """
 
 from fastasr.kernels import (
+    _maps,
     _parts,
+    _sliding_taps,
     balancer_gradient,
     conv_subsampling,
-    depthwise_conv2d,
-    gated_depthwise_conv,
     layer_norm_lstm,
     linear_activation,
     rel_attention,
@@ -25,7 +25,7 @@ from fastasr.kernels import (
 
 BLOCK = 16  # the least that tl.dot takes
 RELATIVE = rel_attention, zipformer_attention, zipformer_attention_weights
-WITH_PARTS = conv_subsampling, depthwise_conv2d, gated_depthwise_conv, layer_norm_lstm, linear_activation
+WITH_PARTS = _maps, _sliding_taps, conv_subsampling, layer_norm_lstm, linear_activation
 WITH_PARTS += (toeplitz_attention,)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastasr.kernels import (
+    _zipformer_attention,
     conv_spatial_gate,
     segment_attention,
     toeplitz_attention,
@@ -103,7 +104,7 @@ def test_columns_behind_the_rows_of_weights():
     call = x, pos, cached, None, None, 1, 8, 8, 1
     weights = zipformer_attention_weights.zipformer_attention_weights_forward(*call)
     assert not weights._is_view(), "weights may be changed in place"
-    assert weights.stride(2) % zipformer_attention_weights.ROW == 0
+    assert weights.stride(2) % _zipformer_attention.ROW == 0
     grad, width = torch.randn(weights.shape), weights.shape[-1]
     padded = torch.full((*weights.shape[:-1], 80), NAN)
     padded[..., :width] = weights

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fastasr.kernels import bias_norm, conv_spatial_gate, residual_norm
+from fastasr.kernels import _layer_norm, bias_norm, conv_spatial_gate, residual_norm
 
 
 def _rows(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,13 +18,13 @@ def test_bias_norm():
 
 
 def test_residual_norm():
-    x, vector = _rows(residual_norm.MAX_CHANNELS + 1)
+    x, vector = _rows(_layer_norm.MAX_CHANNELS + 1)
     with pytest.raises(ValueError, match="channels"):
         residual_norm.residual_norm_forward(x, x, None, None, None, vector, vector, 1e-5, 0, False)
 
 
 def test_conv_spatial_gate():
-    _, vector = _rows(conv_spatial_gate.MAX_CHANNELS + 1)
+    _, vector = _rows(_layer_norm.MAX_CHANNELS + 1)
     x, _ = _rows(2 * vector.numel())
     with pytest.raises(ValueError, match=r"fastasr.conv_spatial_gate: x: expected at most .* got shape"):
         conv_spatial_gate.conv_spatial_gate_forward(x, vector, vector, vector[:, None], None, None, 1e-5, 0)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels.bias_norm import bias_norm_forward
-from fastasr.kernels.swoosh import DTYPES, swoosh_backward, swoosh_forward
+from fastasr.kernels.swoosh import swoosh_backward, swoosh_forward
 from fastasr.ops import _activation, bias_norm
 
 # the activations, to be computed in float64, without cancellation in the tails
@@ -51,7 +51,7 @@ def test_activations(activation):
 
 
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_swoosh(dtype, right):
     big = 3e4 if dtype is torch.float16 else 1e38
     x = torch.tensor([INF, -INF, NAN, 1e4, -1e4, big, -big, 0.0, -0.0]).to(dtype)

@@ -8,8 +8,11 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fastasr.kernels.swoosh import BLOCK, DTYPES, _flat_range, swoosh_backward, swoosh_forward
+from fastasr.kernels._flat import flat_range
+from fastasr.kernels.swoosh import BLOCK, swoosh_backward, swoosh_forward
 from fastasr.testing.tolerance import compare
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 # (shape, dimension along which the mask is shared; None: no mask, -1: a mask of full size)
 CASES = [
@@ -90,7 +93,7 @@ def test_mask_of_another_type():
 
 @triton.jit
 def _offsets(Y, groups, SIZE: tl.constexpr):
-    offsets, keep = _flat_range(groups, SIZE)
+    offsets, keep = flat_range(groups, SIZE)
     tl.store(Y + tl.arange(0, SIZE), offsets, mask=keep)
 
 

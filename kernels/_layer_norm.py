@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LayerNorm of rows that a program holds in registers: pieces of kernels, and the tiles of each pass."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels._launch import next_power_of_2
+from fastasr.kernels._parts import ELEMENTS, WARPS
+
+# Rows live in registers: up to 4096 channels take at most 8 elements in each thread; wider rows spill.
+MAX_CHANNELS = 65536
+
+
+@triton.jit
+def row_mean(values, C, PRECISE: tl.constexpr):
+    """Returns row means, added in float64 when PRECISE."""
+    if PRECISE:
+        values = values.to(tl.float64)
+    return tl.sum(values, axis=1) / C
+
+
+@triton.jit
+def centre(t, mean, keep, PRECISE: tl.constexpr):
+    """Returns t - mean, 0 where not ``keep``. The mean of float32 rows is subtracted in two parts, exact to float64."""
+    high = mean.to(tl.float32)
+    t = t - high[:, None]
+    if PRECISE:
+        t = t - (mean - high.to(tl.float64)).to(tl.float32)[:, None]
+    return tl.where(keep, t, 0.0)
+
+
+@triton.jit
+def inverse_root(variance, eps):
+    """Returns 1 / sqrt(variance + eps)."""
+    return tl.div_rn(1.0, tl.sqrt_rn((variance + eps).to(tl.float32)))
+
+
+@triton.jit
+def normalise(t, keep, eps, C, PRECISE: tl.constexpr):
+    """Returns t - mean t, 0 where not ``keep``, and 1 / sqrt(var t + eps).
+
+    MEGA's epsilon is 1e-12: a row of almost equal elements is normalised by the rounding errors of its elements, and a
+    kernel must not add its own.
+    """
+    t = centre(t, row_mean(t, C, PRECISE), keep, PRECISE)
+    return t, inverse_root(row_mean(t * t, C, PRECISE), eps)
+
+
+@triton.jit
+def load_tile(X, r, c, stride, keep):
+    return tl.load(X + r[:, None] * stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+
+
+def row_width(channels: int) -> int:
+    """Returns the channels of a tile."""
+    if channels > MAX_CHANNELS:
+        raise ValueError(
+            f"LayerNorm: expected at most {MAX_CHANNELS} channels in the Triton kernels, got {channels}"
+        )
+    return max(32, next_power_of_2(channels))
+
+
+def row_blocks(channels: int, elements: int, least: int = 1) -> tuple[int, int, int]:
+    """Returns (rows per tile, padded channels, warps) for ``elements`` per warp; ``least`` to 16 warps."""
+    block_c = row_width(channels)
+    warps = max(least, min(16, block_c // elements))
+    return max(1, elements * warps // block_c), block_c, warps
+
+
+def forward_elements(generation: int) -> int:
+    """Returns the elements of a warp in the forward."""
+    return 256 if generation >= 90 else 512
+
+
+def backward_tile(
+    channels: int, dtype: torch.dtype, gated: bool, masked: bool, generation: int
+) -> tuple[int, int, int]:
+    """Returns (elements of a tile of the backward, its warps, programs on a multiprocessor). Where 16 warps would
+    spill, programs have eight at most, whose threads may have twice the registers.
+
+    On 9.0, in 16 bits, many programs of one row or few hide the barriers of a row's sums: in a trial on an H200 they
+    took less time than one tile for each multiprocessor, at 800 to 30,000 rows of 512 channels. Elsewhere this is not
+    measured.
+    """
+    spills = gated and (dtype == torch.float32 or masked or generation >= 100)
+    most = WARPS // 2 if spills else WARPS
+    if dtype == torch.float32 or generation != 90:
+        return ELEMENTS * most // WARPS, most, WARPS // most
+    share = 256 if gated else 128  # elements of a warp
+    warps = max(512 // share, min(most, row_width(channels) // share))
+    return 512, warps, ELEMENTS // share // warps
+
+
+def row_stride(t: torch.Tensor | None) -> int:
+    """Returns elements from one row to the next; rows are dense and evenly spaced
+    (``fastasr.ops._layout.rows``).
+    """
+    if t is None:
+        return 0
+    return next((t.stride(d) for d in range(t.dim() - 2, -1, -1) if t.shape[d] > 1), t.shape[-1])

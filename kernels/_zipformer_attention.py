@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with Zipformer's relative positions: the gradients of positions, and how rows of W and dS lie in memory."""
+
+import triton
+import triton.language as tl
+
+from fastasr.kernels._attention_tiles import load_rows
+from fastasr.kernels._launch import cdiv
+from fastasr.kernels._rel_position_tiles import place, unpacked
+
+ROW = 16  # rows of W and dS are padded to this many elements
+SIZES = ["frames", "keys", "left", "batch", "blocks", "heads", "offsets", "chunk", "left_chunks"]
+UNALIGNED = ["X", "K", "R", "PADDING", "MASK"]
+
+
+@triton.jit
+def add_positions(
+    dp, ds, R, at, offsets, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
+    """Returns dp + dS R[at], [BLOCK_M, BLOCK_P]."""
+    c = tl.arange(0, BLOCK_P)[None, :]
+    if PACKED:
+        r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
+        d0, d1 = tl.sum(ds * r0, axis=1)[:, None], tl.sum(ds * r1, axis=1)[:, None]
+        d2, d3 = tl.sum(ds * r2, axis=1)[:, None], tl.sum(ds * r3, axis=1)[:, None]
+        dp += tl.where(c < 2, tl.where(c == 0, d0, d1), tl.where(c == 2, d2, d3))
+    else:
+        for number in range(POS_DIM):
+            r = tl.load(R + number * offsets + at).to(tl.float32)
+            dp += tl.where(c == number, tl.sum(ds * r, axis=1)[:, None], 0.0)
+    return dp
+
+
+@triton.jit(do_not_specialize=[*SIZES, "first", "rows", "base"], do_not_specialize_on_alignment=["X"])
+def positions_kernel(
+    DS, X, PARTS, frames, keys, first, rows, base, batch, blocks, heads, offsets, ds_row, x_time, x_batch,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Writes sum_i dS[i, i - (T - 1) + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first +
+    rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS.
+    """
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    r = base + block * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_P)
+    X += sequence * x_batch + first.to(tl.int64) * x_time + 2 * heads * DIM + head * POS_DIM
+    DS += (head * batch + sequence) * rows * ds_row
+    shift = frames - 1 - first  # row i and offset r are key r - shift + i
+    low = shift - base - block * BLOCK_O  # the row whose key 0 the first offset is
+    begin = tl.maximum(low - (BLOCK_O - 1), 0)
+    end = tl.minimum(low + keys, rows)
+    dr = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        keep_i = i < rows
+        j = (r - shift)[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
+        inside = (j >= 0) & (j < keys) & keep_i[None, :]
+        ds = tl.load(DS + i.to(tl.int64)[None, :] * ds_row + j, mask=inside, other=0.0)
+        p = load_rows(X, i, x_time, c, keep_i, POS_DIM)  # [BLOCK_M, BLOCK_P]
+        dr = tl.dot(ds, p, dr)
+    out = PARTS + sequence * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
+    out += head * POS_DIM + c[None, :]
+    whole = (r < offsets)[:, None] & (c < POS_DIM)[None, :]
+    dr = dr.to(PARTS.dtype.element_ty)
+    if ADD:
+        dr += tl.load(out, mask=whole, other=0.0)
+    tl.store(out, dr, mask=whole)
+
+
+def row_size(keys: int) -> int:
+    """Returns the elements from one row of W or dS to the next."""
+    return cdiv(keys, ROW) * ROW
