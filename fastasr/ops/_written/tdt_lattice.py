@@ -234,10 +234,10 @@ def traced(symbol_logprobs, blank_logprobs, duration_logprobs, durations, bounda
 def run_kernels(kernels, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, keep):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     scores_dtype = wide(symbol_logprobs, blank_logprobs, duration_logprobs)
-
+    dtype = scores_dtype if kernels.backend == "cpu" else None
     scores, shares = kernels.forward(
-        symbol_logprobs, blank_logprobs, duration_logprobs, operand(durations, None), operand(boundary, None),
-        keep,
+        operand(symbol_logprobs, dtype), operand(blank_logprobs, dtype), operand(duration_logprobs, dtype),
+        operand(durations, None), operand(boundary, None), keep,
     )  # fmt: skip
     if scores.dtype is not scores_dtype:
         scores = scores.to(scores_dtype)
