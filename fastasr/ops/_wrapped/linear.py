@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 return F.linear(x, weight, bias)
             if wins is None and _plain(x, weight, bias) and _decide(call, x, weight, bias):
                 return F.linear(x, weight, bias)
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         pass  # the checks tell what is wrong
     return checked(x, weight, bias)
 
