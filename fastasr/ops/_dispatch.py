@@ -233,7 +233,7 @@ class KernelFamily:
     # by device and dtype: the backend whose kernels the device could not launch, and why
     failed: dict = field(default_factory=dict)
     # Returns the native kernels while they serve plain CPU tensors, else None. An op's shortest path calls them before
-    # any check: the kernels' own checks raise RuntimeError, and the op then takes the checked path.
+    # any check: the kernels' own checks raise ValueError, and the op then takes the checked path.
     native: Kernels | None = None
 
     def __post_init__(self) -> None:

@@ -21,10 +21,6 @@ OPS: dict[str, "Op"] = {}
 KERNELS = {"cpu": native_kernels, "cuda": cuda_kernels, "triton": triton_kernels}
 
 
-class Declined(RuntimeError):
-    """The shortest path raises this for a part that cannot serve the call; the checked path then takes the call."""
-
-
 @dataclass(frozen=True)
 class Written:
     """What the written file of an op gives to functions that serve all ops."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions that the written files of the ops call."""
 
-import re
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +13,10 @@ from torch.autograd import Function
 from fastasr._transforms import by_formula, refuse
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING
-from fastasr.ops._op import Declined
 
+# Kernels decline arguments by ValueError (``decline`` in csrc/bindings/dispatch.h), and the dispatcher raises
+# NotImplementedError where it has no kernel for the tensors.
+NOT_MINE = (ValueError, NotImplementedError)
 MASKS, COMPUTE = (torch.bool, *FLOATING), (torch.float32, torch.float64)
 BOOL, INT64 = (torch.bool,), (torch.int64,)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -44,15 +45,6 @@ make = tuple.__new__
 def listed(*sizes: object) -> str:
     """Returns a shape as an error message shows it."""
     return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
-
-
-def declined(op, error: RuntimeError) -> bool:
-    """Says whether the kernels declined these arguments: their checks put the operator's name before the reason, or
-    the dispatcher has no kernel for the tensors. Any other error is raised.
-    """
-    if isinstance(error, Declined | NotImplementedError):
-        return True
-    return re.search(rf", {op.family.name}(_forward)?: ", str(error)) is not None
 
 
 def applied(function: type[Function]) -> Callable:

@@ -403,8 +403,12 @@ def _operand(op: Declared, name: str, dtype: str, grad: bool = False) -> str:
     return f"operand({name}, {dtype}" + (f", {LAYOUTS[layout]})" if layout else ")")
 
 
-def _operands(op: Declared, dtype: str, tokens: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Returns lines that find the dtypes, and each tensor among the tokens as the kernels read it."""
+def _operands(
+    op: Declared, dtype: str, tokens: list[str], released: Iterable[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Returns lines that find the dtypes, and each tensor among the tokens as the kernels read it, but those whose
+    memory was ``released``.
+    """
     wide = [*op.wide, *(f"grad_{o.name}" for o in op.outputs if o.wide and op.wide)]
     if op.op.deciding:
         first, *others = op.deciding
@@ -416,7 +420,7 @@ def _operands(op: Declared, dtype: str, tokens: list[str]) -> tuple[list[str], d
     found = {}
     for name in tokens:
         grad = name.startswith("grad_") and name not in {a.name for a in op.arguments}
-        tensor = next((a for a in op.tensors if a.name == name and not (grad or name in op.unread)), None)
+        tensor = next((a for a in op.tensors if a.name == name and not (grad or name in released)), None)
         if not grad and tensor is None:
             continue
         floating = grad or tensor.kind == "floating"
@@ -467,7 +471,7 @@ def _differentiate(op: Declared, grads: list[str]) -> list[str]:
     found = [f"d_{a.name}" for a in op.differentiable]
     if op.op.gradients is None:
         lines = ["needs = make(Needs, needs)"] * op.asks
-        more, tensors = _operands(op, _dtype(op, op.outputs[0]), op.backward)
+        more, tensors = _operands(op, _dtype(op, op.outputs[0]), op.backward, op.unread)
         lines += [*more, *_backward_call(op, _call(op, op.backward, tensors)), *_add_flagged(op)]
         names = [a.name for a in op.differentiable] if op.asks else ()
         lines += [f"if not needs.{name}:\n    d_{name} = None" for name in names]

@@ -33,7 +33,7 @@ IMPORTS = {
     "fastasr.ops._layout": "as_int64 as_it_is as_matrix as_vector dense_channels rows",
     "fastasr.ops._op": "OPS Written",
     "fastasr.ops._register": "autocast_dtype cast refuse_double_backward register",
-    "fastasr.ops._runtime": "BOOL COMPUTE INT64 INTEGERS MASKS Like applied as_tuple back declined "
+    "fastasr.ops._runtime": "BOOL COMPUTE INT64 INTEGERS MASKS Like NOT_MINE applied as_tuple back "
     "formula_gradients formula_results gradients_without is_batched listed make operand promoted stand_in "
     "transformed_backward transformed_gradients transformed_results wanted wide",
 }

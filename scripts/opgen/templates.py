@@ -80,11 +80,12 @@ if (
         {apply_direct}
         {results} = {native}
         return {selected}
-    except RuntimeError as error:
-        if not declined(op, error):
-            # tells what is wrong with the arguments, if anything is
-            check({names})
-            raise
+    except NOT_MINE:
+        pass  # the checked path takes what the kernels decline
+    except RuntimeError:
+        # tells what is wrong with the arguments, if anything is
+        check({names})
+        raise
 """
 
 NODE = """

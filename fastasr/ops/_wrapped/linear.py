@@ -21,7 +21,6 @@ op = OPS["linear"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    call = wins = None
     try:
         if not is_dynamo_compiling() and type(x) in PLAIN:
             call = (
@@ -38,10 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 and (bias is None or bias.layout is torch.strided)
             ):
                 return F.linear(x, weight, bias)
-    except (AttributeError, RuntimeError, TypeError):
+            if wins is None and _plain(x, weight, bias) and _decide(call, x, weight, bias):
+                return F.linear(x, weight, bias)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         pass  # the checks tell what is wrong
-    if wins is None and call is not None and _plain(x, weight, bias) and _decide(call, x, weight, bias):
-        return F.linear(x, weight, bias)
     return checked(x, weight, bias)
 
 

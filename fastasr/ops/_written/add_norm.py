@@ -16,9 +16,9 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -102,11 +102,12 @@ def add_norm(
                 return apply(kernels, True, x, update, weight, bias, eps, scale)
             t, y = kernels.forward(x, update, weight, bias, eps, scale)
             return t, y
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, update, weight, bias, eps, scale)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, update, weight, bias, eps, scale)
+            raise
     check(x, update, weight, bias, eps, scale)
     if is_compiling() or not (
         type(x) in PLAIN and type(update) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN

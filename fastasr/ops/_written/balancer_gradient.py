@@ -15,7 +15,7 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import register
-from fastasr.ops._runtime import MASKS, declined, formula_results, listed, make, promoted, transformed_results
+from fastasr.ops._runtime import MASKS, NOT_MINE, formula_results, listed, make, promoted, transformed_results
 from fastasr.ops.balancer_gradient import _check, _fits, _forward, _launch
 from fastasr.ops.balancer_gradient import balancer_gradient as formula
 
@@ -93,11 +93,12 @@ def balancer_gradient(
                 kernels, False, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim,
                 limits, act,
             )  # fmt: skip
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+            raise
     check(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
     if is_compiling() or not (
         type(grad) in PLAIN

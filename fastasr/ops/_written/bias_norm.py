@@ -16,10 +16,10 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -88,11 +88,12 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
             if is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
                 return apply(kernels, True, x, bias, log_scale, channel_dim)
             return kernels.forward(x, bias, log_scale)
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, bias, log_scale, channel_dim)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, bias, log_scale, channel_dim)
+            raise
     check(x, bias, log_scale, channel_dim)
     if is_compiling() or not (type(x) in PLAIN and type(bias) in PLAIN and type(log_scale) in PLAIN):
         return traced(x, bias, log_scale, channel_dim)

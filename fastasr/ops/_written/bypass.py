@@ -16,10 +16,10 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -83,11 +83,12 @@ def bypass(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
             if is_grad_enabled() and (x_orig.requires_grad or x.requires_grad or scale.requires_grad):
                 return apply(kernels, True, x_orig, x, scale)
             return kernels.forward(x_orig, x, scale)
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x_orig, x, scale)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x_orig, x, scale)
+            raise
     check(x_orig, x, scale)
     if is_compiling() or not (type(x_orig) in PLAIN and type(x) in PLAIN and type(scale) in PLAIN):
         return traced(x_orig, x, scale)

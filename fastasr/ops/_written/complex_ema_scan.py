@@ -19,10 +19,10 @@ from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -210,14 +210,15 @@ def complex_ema_scan(
                 DIRECTION_CODES[direction], ACTIVATION_CODES[activation], LAYOUT_CODES[layout], return_state,
             )  # fmt: skip
             return (y, last) if return_state else y
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(
-                    x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
-                    direction, activation, layout,
-                )  # fmt: skip
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
+                direction, activation, layout,
+            )  # fmt: skip
+            raise
     check(
         x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation, direction,
         activation, layout,

@@ -19,10 +19,10 @@ from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -126,11 +126,12 @@ def conv_spatial_gate(
             return kernels.forward(
                 x, norm_weight, norm_bias, weight, bias, padding_mask, eps, ACTIVATION_CODES[activation]
             )
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+            raise
     check(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
     if is_compiling() or not (
         type(x) in PLAIN

@@ -17,9 +17,9 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -125,11 +125,12 @@ def conv_subsampling(
             ):
                 return apply(kernels, True, x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
             return kernels.forward(x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
+            raise
     check(x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
     if is_compiling() or not (
         type(x) in PLAIN

@@ -16,10 +16,10 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -100,11 +100,12 @@ def depthwise_conv2d(
             ):
                 return apply(kernels, True, x, weight, bias, padding)
             return kernels.forward(x, weight, bias, *padding)
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, weight, bias, padding)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias, padding)
+            raise
     check(x, weight, bias, padding)
     if is_compiling() or not (
         type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)

@@ -18,10 +18,10 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
     COMPUTE,
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -86,11 +86,12 @@ def depthwise_conv_residual(x: Tensor, weight: Tensor, bias: Tensor | None = Non
             ):
                 return apply(kernels, True, x, weight, bias)
             return kernels.forward(x, weight, bias)
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, weight, bias)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias)
+            raise
     check(x, weight, bias)
     if is_compiling() or not (
         type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)

@@ -18,10 +18,10 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -220,14 +220,15 @@ def gated_depthwise_conv(
                 ACTIVATION_CODES[activation], return_cache, delay,
             )  # fmt: skip
             return (y, new_cache) if return_cache else y
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(
-                    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                    activation, return_cache, delay,
-                )  # fmt: skip
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+                activation, return_cache, delay,
+            )  # fmt: skip
+            raise
     check(
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
         return_cache, delay,

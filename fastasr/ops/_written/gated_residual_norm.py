@@ -17,9 +17,9 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
     MASKS,
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -134,11 +134,12 @@ def gated_residual_norm(
                 False,
             )  # fmt: skip
             return y
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask)
+            raise
     check(x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask)
     if is_compiling() or not (
         type(x) in PLAIN

@@ -16,9 +16,9 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -164,14 +164,15 @@ def layer_norm_lstm(
                 cell_bias, hidden, cell, eps,
             )  # fmt: skip
             return y, last_hidden, last_cell
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(
-                    x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden,
-                    cell, eps,
-                )  # fmt: skip
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell,
+                eps,
+            )  # fmt: skip
+            raise
     check(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps)
     if is_compiling() or not (
         type(x) in PLAIN

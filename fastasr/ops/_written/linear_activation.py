@@ -16,9 +16,9 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -103,11 +103,12 @@ def linear_activation(
                 return apply(kernels, True, x, weight, bias, activation)
             y, _ = _fast(kernels, False, x, weight, bias, activation)
             return y
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, weight, bias, activation)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias, activation)
+            raise
     check(x, weight, bias, activation)
     if is_compiling() or not (
         type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)

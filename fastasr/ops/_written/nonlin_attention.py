@@ -16,9 +16,9 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
 from fastasr.ops._runtime import (
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -86,11 +86,12 @@ def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
                 return apply(kernels, True, weights, projected)
             y, _ = _fast(kernels, False, weights, projected)
             return y
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(weights, projected)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(weights, projected)
+            raise
     check(weights, projected)
     cast_dtype = autocast_dtype(projected)
     if cast_dtype is not None and (projected.dtype is not cast_dtype or weights.dtype is not cast_dtype):

@@ -18,9 +18,9 @@ from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, 
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -164,14 +164,15 @@ def rel_attention(
                 chunk_size,
             )  # fmt: skip
             return y
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(
-                    q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
-                    context, chunk_size,
-                )  # fmt: skip
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+                chunk_size,
+            )  # fmt: skip
+            raise
     check(
         q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
         chunk_size,

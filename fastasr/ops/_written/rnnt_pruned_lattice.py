@@ -18,10 +18,10 @@ from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
     COMPUTE,
     INT64,
+    NOT_MINE,
     Like,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -144,11 +144,12 @@ def rnnt_pruned_lattice(
                 kernels, False, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
             )
             return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation)
+            raise
     check(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation)
     if is_compiling() or not (
         type(symbol_logprobs) in PLAIN

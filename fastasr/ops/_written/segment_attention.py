@@ -20,9 +20,9 @@ from fastasr.ops._runtime import (
     COMPUTE,
     INTEGERS,
     MASKS,
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -166,15 +166,16 @@ def segment_attention(
                 query, key, value, lengths, history, weights_dropout, num_heads, frames, segment_length,
                 left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
             )  # fmt: skip
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(
-                    query, key, value, num_heads, frames, segment_length, left_context_length,
-                    right_context_length, max_memory_size, past_frames, past_memory, lengths, history,
-                    weights_dropout,
-                )  # fmt: skip
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                query, key, value, num_heads, frames, segment_length, left_context_length,
+                right_context_length, max_memory_size, past_frames, past_memory, lengths, history,
+                weights_dropout,
+            )  # fmt: skip
+            raise
     check(
         query, key, value, num_heads, frames, segment_length, left_context_length, right_context_length,
         max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,

@@ -17,9 +17,9 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
     MASKS,
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -103,11 +103,12 @@ def swoosh_linear(
             ):
                 return apply(kernels, True, x, weight, bias, kind, mask, shared_dim)
             return _fast(kernels, False, x, weight, bias, kind, mask, shared_dim)
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x, weight, bias, kind, mask, shared_dim)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias, kind, mask, shared_dim)
+            raise
     check(x, weight, bias, kind, mask, shared_dim)
     if is_compiling() or not (
         type(x) in PLAIN

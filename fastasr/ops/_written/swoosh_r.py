@@ -16,9 +16,9 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -60,11 +60,12 @@ def swoosh_r(x: Tensor) -> Tensor:
             if is_grad_enabled() and (x.requires_grad):
                 return apply(kernels, True, x)
             return kernels.forward(x, True, None, -1)
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(x)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x)
+            raise
     check(x)
     if is_compiling() or type(x) not in PLAIN:
         return traced(x)

@@ -18,10 +18,10 @@ from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
     COMPUTE,
     INT64,
+    NOT_MINE,
     Like,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -113,11 +113,12 @@ def tdt_lattice(
                 symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, False
             )
             return scores
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
+            raise
     check(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
     if is_compiling() or not (
         type(symbol_logprobs) in PLAIN
@@ -234,10 +235,10 @@ def traced(symbol_logprobs, blank_logprobs, duration_logprobs, durations, bounda
 def run_kernels(kernels, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, keep):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     scores_dtype = wide(symbol_logprobs, blank_logprobs, duration_logprobs)
-
+    dtype = scores_dtype if kernels.backend == "cpu" else None
     scores, shares = kernels.forward(
-        symbol_logprobs, blank_logprobs, duration_logprobs, operand(durations, None), operand(boundary, None),
-        keep,
+        operand(symbol_logprobs, dtype), operand(blank_logprobs, dtype), operand(duration_logprobs, dtype),
+        operand(durations, None), operand(boundary, None), keep,
     )  # fmt: skip
     if scores.dtype is not scores_dtype:
         scores = scores.to(scores_dtype)

@@ -18,9 +18,9 @@ from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
     MASKS,
+    NOT_MINE,
     applied,
     as_tuple,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -180,14 +180,15 @@ def toeplitz_attention(
                 causal, chunk_size, ACTIVATION_CODES[activation], activate_value, False,
             )  # fmt: skip
             return y
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(
-                    query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask,
-                    chunk_size, activation, weights_dropout, activate_value,
-                )  # fmt: skip
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
+                activation, weights_dropout, activate_value,
+            )  # fmt: skip
+            raise
     check(
         query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
         activation, weights_dropout, activate_value,

@@ -17,10 +17,10 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -139,14 +139,15 @@ def zipformer_attention(
                 x, pos, value, cached_key, key_padding_mask, attn_mask, num_heads, query_head_dim,
                 (value_heads or num_heads), chunk_size, left_context_chunks,
             )  # fmt: skip
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(
-                    x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-                    chunk_size, left_context_chunks, cached_key,
-                )  # fmt: skip
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
+                chunk_size, left_context_chunks, cached_key,
+            )  # fmt: skip
+            raise
     check(
         x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, chunk_size,
         left_context_chunks, cached_key,

@@ -18,10 +18,10 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
+    NOT_MINE,
     applied,
     as_tuple,
     back,
-    declined,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -149,14 +149,15 @@ def zipformer_attention_weights(
                 x, pos, cached_key, key_padding_mask, attn_mask, num_heads, query_head_dim, chunk_size,
                 left_context_chunks,
             )  # fmt: skip
-        except RuntimeError as error:
-            if not declined(op, error):
-                # tells what is wrong with the arguments, if anything is
-                check(
-                    x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
-                    left_context_chunks, cached_key, score_penalty, score_limit,
-                )  # fmt: skip
-                raise
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+                left_context_chunks, cached_key, score_penalty, score_limit,
+            )  # fmt: skip
+            raise
     check(
         x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
         cached_key, score_penalty, score_limit,
