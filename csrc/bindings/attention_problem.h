@@ -77,9 +77,9 @@ struct QueryParts {
 };
 
 template <typename C>
-struct Packed {
+struct WorkspaceLayout {
   int64_t kt, key_rows, rt, total;  // offsets into the workspace
-  Packed(const AttentionProblem& a, bool backward) {
+  WorkspaceLayout(const AttentionProblem& a, bool backward) {
     const int64_t pairs = a.heads * a.batch;
     kt = 0;
     key_rows = kt + pairs * a.keys_transposed_size();
@@ -90,27 +90,27 @@ struct Packed {
 
 template <typename T>
 void pack(const AttentionProblem& a, const Tensor& x, const Optional& pos, const Optional& cached_key,
-          const Packed<cpu::compute_t<T>>& packed, cpu::compute_t<T>* w, bool backward) {
+          const WorkspaceLayout<cpu::compute_t<T>>& layout, cpu::compute_t<T>* w, bool backward) {
   const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
   const int64_t pairs = a.heads * a.batch, grain = std::max<int64_t>(1, kGrain / (a.padded_keys() * a.query_dim));
   const T *xp = data<T>(x), *cp = a.left ? data<T>(*cached_key) : nullptr, *pp = a.pos_batch ? data<T>(*pos) : nullptr;
   parallel_range(pairs + a.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (i < pairs) {
-        kernel.pack_keys(a, xp, cp, i, w + packed.kt + i * a.keys_transposed_size(),
-                         backward ? w + packed.key_rows + i * a.key_rows_size() : nullptr);
+        kernel.pack_keys(a, xp, cp, i, w + layout.kt + i * a.keys_transposed_size(),
+                         backward ? w + layout.key_rows + i * a.key_rows_size() : nullptr);
       } else {
         const int64_t k = i - pairs;
-        kernel.pack_positions(a, pp, k / a.pos_batch, k % a.pos_batch, w + packed.rt + k * a.positions_size());
+        kernel.pack_positions(a, pp, k / a.pos_batch, k % a.pos_batch, w + layout.rt + k * a.positions_size());
       }
     }
   });
 }
 
 template <typename C>
-const C* positions_of(const AttentionProblem& a, const C* rt, int64_t hb) {
+const C* positions_of(const AttentionProblem& a, const C* rt, int64_t pair) {
   if (!a.pos_batch) return nullptr;
-  return rt + (hb / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : hb % a.batch)) * a.positions_size();
+  return rt + (pair / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : pair % a.batch)) * a.positions_size();
 }
 
 }  // namespace fastasr

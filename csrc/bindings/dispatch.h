@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "cpu/math/number.h"
-#include "cpu/rows/rows.h"
+#include "cpu/rows/sum_blocks.h"
 
 // Every binding needs these: the kernel's storage type for a tensor, checks, and a split of the work that depends on
 // the shape alone. Python has already checked the arguments and named them: the checks here guard memory. A check

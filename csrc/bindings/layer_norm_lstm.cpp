@@ -18,17 +18,17 @@ void check_size(const Tensor& t, const Tensor& reference, int64_t size, const ch
   check(t.numel() == size, op, name, " has another number of elements");
 }
 
-// Runs f(team, begin, end) on as many threads as there is work for.
+// Runs f(barrier, begin, end) on as many threads as there is work for.
 template <typename F>
-void on_team(const LstmSizes& s, const F& f) {
-  cpu::Team team(s.units());
+void on_threads(const LstmSizes& s, const F& f) {
+  cpu::PhaseBarrier barrier(s.units());
   // work of a step: with less, meeting costs more than it saves
   const int64_t work = s.batch * s.hidden * (4 * s.hidden + 64);
   const int64_t threads =
       work < (int64_t{1} << 17) ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), s.units());
-  if (threads <= 1) return f(team, int64_t{0}, s.units());
+  if (threads <= 1) return f(barrier, int64_t{0}, s.units());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    f(team, s.units() * begin / threads, s.units() * end / threads);
+    f(barrier, s.units() * begin / threads, s.units() * end / threads);
   });
 }
 
@@ -111,8 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
     const int64_t state = s.batch * s.hidden;
     if (s.steps && state) {
       const Scratch<C> scratch(cpu::lstm_forward_scratch(s));
-      on_team(s, [&](cpu::Team& team, int64_t begin, int64_t end) {
-        kernel.forward(p, yp, cp, kp, scratch.data(), team, begin, end);
+      on_threads(s, [&](cpu::PhaseBarrier& barrier, int64_t begin, int64_t end) {
+        kernel.forward(p, yp, cp, kp, scratch.data(), barrier, begin, end);
       });
       copy_or_clear(hp, yp + (s.steps - 1) * state, state);
     } else {
@@ -160,8 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
     copy_or_clear(grad.cell, given(grad_cell), batch * s.hidden);
     std::vector<double> sums(static_cast<size_t>(10 * s.hidden));
     const Scratch<C> scratch(cpu::lstm_backward_scratch(s) + 1);
-    on_team(s, [&](cpu::Team& team, int64_t begin, int64_t end) {
-      kernel.backward(p, data<C>(kept), grad, sums.data(), scratch.data(), team, begin, end);
+    on_threads(s, [&](cpu::PhaseBarrier& barrier, int64_t begin, int64_t end) {
+      kernel.backward(p, data<C>(kept), grad, sums.data(), scratch.data(), barrier, begin, end);
     });
   });
   return {dgates, dgate_weight, dgate_bias, dcell_weight, dcell_bias, dhidden, dcell};

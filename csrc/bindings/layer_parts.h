@@ -25,10 +25,13 @@ namespace swoosh {
 Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int64_t shared_dim);
 }  // namespace swoosh
 
-namespace rows {
+namespace bypass {
 Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale);
+}  // namespace bypass
+
+namespace bias_norm {
 Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale);
-}  // namespace rows
+}  // namespace bias_norm
 
 namespace nonlin_attention {
 Tensor gate(const Tensor& projected);

@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
       if (r.has_few_queries()) {
         parallel_tasks(pairs, kt_size + v_size, [&](int64_t begin, int64_t end) {
           const Scratch<float> scratch(r.few_queries_scratch());
-          for (int64_t hb = begin; hb < end; hb++)
-            cpu::rel_attention_few_queries(r, ranges.data(), t, hb, mutable_data<float>(y), mutable_data<float>(lse),
+          for (int64_t pair = begin; pair < end; pair++)
+            cpu::rel_attention_few_queries(r, ranges.data(), t, pair, mutable_data<float>(y), mutable_data<float>(lse),
                                            scratch.data());
         });
         return;
@@ -110,11 +110,11 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     C *const kt = workspace.data(), *const values = kt + pairs * kt_size, *const rt = values + pairs * v_size;
     parallel_steps(a.heads + pairs, (kt_size + v_size) / 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        const int64_t hb = i - a.heads;
-        if (hb < 0)
+        const int64_t pair = i - a.heads;
+        if (pair < 0)
           kernel.pack_positions(r, t, i, rt + i * rt_size, static_cast<C*>(nullptr));
         else
-          kernel.pack_keys(r, t, hb, kt + hb * kt_size, values + hb * v_size);
+          kernel.pack_keys(r, t, pair, kt + pair * kt_size, values + pair * v_size);
       }
     });
     T* yp = mutable_data<T>(y);
@@ -124,9 +124,9 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     parallel_steps(pairs * tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
-        const int64_t hb = i / tasks, first = i % tasks * rows;
-        kernel.forward(r, ranges.data(), t, kt + hb * kt_size, values + hb * v_size, rt + hb / a.batch * rt_size, hb,
-                       first, std::min(first + rows, a.frames), yp, lp, scratch.data());
+        const int64_t pair = i / tasks, first = i % tasks * rows;
+        kernel.forward(r, ranges.data(), t, kt + pair * kt_size, values + pair * v_size, rt + pair / a.batch * rt_size,
+                       pair, first, std::min(first + rows, a.frames), yp, lp, scratch.data());
       }
     });
   });

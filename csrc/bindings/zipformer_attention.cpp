@@ -34,11 +34,11 @@ Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const T
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
-    const Packed<C> packed(a, false);
-    const int64_t pairs = v.heads * a.batch, values_at = packed.total;
+    const WorkspaceLayout<C> layout(a, false);
+    const int64_t pairs = v.heads * a.batch, values_at = layout.total;
     const Scratch<C> workspace(values_at + pairs * attention_values_size(a, v));
     C* const w = workspace.data();
-    pack<T>(a, x, pos, cached_key, packed, w, false);
+    pack<T>(a, x, pos, cached_key, layout, w, false);
     parallel_tasks(pairs, attention_values_size(a, v), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         kernel.pack_values(a, v, data<T>(value), i, w + values_at + i * attention_values_size(a, v));
@@ -51,10 +51,10 @@ Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const T
         pairs * tasks, pairs_work(std::min(rows, a.frames), a.keys(), channels), [&](int64_t begin, int64_t end) {
           const Scratch<C> scratch(attention_values_scratch(a, v));
           for (int64_t i = begin; i < end; i++) {
-            const int64_t hb = i / tasks, first = i % tasks * rows;
-            kernel.forward(a, v, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
-                           positions_of(a, w + packed.rt, hb), w + values_at + hb * attention_values_size(a, v), hb,
-                           first, std::min(first + rows, a.frames), yp, scratch.data());
+            const int64_t pair = i / tasks, first = i % tasks * rows;
+            kernel.forward(a, v, ranges.data(), xp, w + layout.kt + pair * a.keys_transposed_size(),
+                           positions_of(a, w + layout.rt, pair), w + values_at + pair * attention_values_size(a, v),
+                           pair, first, std::min(first + rows, a.frames), yp, scratch.data());
           }
         });
   });
@@ -87,15 +87,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
     const auto& shared = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
-    const Packed<C> packed(a, true);
+    const WorkspaceLayout<C> layout(a, true);
     const int64_t pairs = v.heads * a.batch, dk_size = a.key_rows_size(), dv_size = attention_values_size(a, v);
     const int64_t drt_size = a.pos_batch ? a.positions_size() : 0, vt_size = attention_values_transposed_size(a, v);
     const QueryParts parts(a, pairs, dk_size + dv_size + drt_size);
-    const int64_t tasks = pairs * parts.count, vt_at = packed.total, dk_at = vt_at + pairs * vt_size;
+    const int64_t tasks = pairs * parts.count, vt_at = layout.total, dk_at = vt_at + pairs * vt_size;
     const int64_t drt_at = dk_at + tasks * dk_size, dv_at = drt_at + tasks * drt_size;
     const Scratch<C> workspace(dv_at + tasks * dv_size);
     C* const w = workspace.data();
-    pack<T>(a, x, pos, cached_key, packed, w, true);
+    pack<T>(a, x, pos, cached_key, layout, w, true);
     const T *xp = data<T>(x), *gp = data<T>(grad), *vp = data<T>(value);
     T *dxp = mutable_data<T>(dx), *dvp = mutable_data<T>(dvalue);
     T* dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
@@ -106,17 +106,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
     parallel_tasks(tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(attention_values_backward_scratch(a, v));
       for (int64_t i = begin; i < end; i++) {
-        const int64_t hb = i / parts.count, first = i % parts.count * parts.rows;
-        kernel.backward(a, v, ranges.data(), gp, xp, w + packed.kt + hb * a.keys_transposed_size(),
-                        w + packed.key_rows + hb * dk_size, positions_of(a, w + packed.rt, hb),
-                        w + vt_at + hb * vt_size, hb, first, std::min(first + parts.rows, a.frames), dxp,
+        const int64_t pair = i / parts.count, first = i % parts.count * parts.rows;
+        kernel.backward(a, v, ranges.data(), gp, xp, w + layout.kt + pair * a.keys_transposed_size(),
+                        w + layout.key_rows + pair * dk_size, positions_of(a, w + layout.rt, pair),
+                        w + vt_at + pair * vt_size, pair, first, std::min(first + parts.rows, a.frames), dxp,
                         w + dk_at + i * dk_size, w + drt_at + i * drt_size, w + dv_at + i * dv_size, scratch.data());
       }
     });
     parallel_tasks(pairs, work, [&](int64_t begin, int64_t end) {
-      for (int64_t hb = begin; hb < end; hb++) {
-        shared.store_keys(a, w + dk_at + hb * parts.count * dk_size, parts.count, hb, dxp, dcp);
-        kernel.store_values(a, v, w + dv_at + hb * parts.count * dv_size, parts.count, hb, dvp);
+      for (int64_t pair = begin; pair < end; pair++) {
+        shared.store_keys(a, w + dk_at + pair * parts.count * dk_size, parts.count, pair, dxp, dcp);
+        kernel.store_values(a, v, w + dv_at + pair * parts.count * dv_size, parts.count, pair, dvp);
       }
     });
     if (a.pos_batch) {

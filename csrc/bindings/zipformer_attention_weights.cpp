@@ -48,10 +48,10 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos,
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
-    const Packed<C> packed(a, false);
-    const Scratch<C> workspace(packed.total);
+    const WorkspaceLayout<C> layout(a, false);
+    const Scratch<C> workspace(layout.total);
     C* const w = workspace.data();
-    pack<T>(a, x, pos, cached_key, packed, w, false);
+    pack<T>(a, x, pos, cached_key, layout, w, false);
     const T* xp = data<T>(x);
     T* wp = mutable_data<T>(weights);
     // A task has four strips: its W fits in the second cache together with the packed keys.
@@ -60,10 +60,10 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos,
     parallel_tasks(a.heads * a.batch * tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(a.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
-        const int64_t hb = i / tasks, first = i % tasks * rows;
-        kernel.forward(a, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
-                       positions_of(a, w + packed.rt, hb), hb, first, std::min(first + rows, a.frames),
-                       wp + hb * weights.stride(1), weights.stride(2), scratch.data());
+        const int64_t pair = i / tasks, first = i % tasks * rows;
+        kernel.forward(a, ranges.data(), xp, w + layout.kt + pair * a.keys_transposed_size(),
+                       positions_of(a, w + layout.rt, pair), pair, first, std::min(first + rows, a.frames),
+                       wp + pair * weights.stride(1), weights.stride(2), scratch.data());
       }
     });
   });
@@ -93,32 +93,33 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
-    const Packed<C> packed(a, true);
+    const WorkspaceLayout<C> layout(a, true);
     const int64_t pairs = a.heads * a.batch;
     const QueryParts parts(a, pairs, a.key_rows_size() + a.positions_size());
     const int64_t tasks = pairs * parts.count;
-    const int64_t dk_at = packed.total, drt_at = dk_at + tasks * a.key_rows_size();
+    const int64_t dk_at = layout.total, drt_at = dk_at + tasks * a.key_rows_size();
     const Scratch<C> workspace(drt_at + (a.pos_batch ? tasks * a.positions_size() : 0));
     C* const w = workspace.data();
-    pack<T>(a, x, pos, cached_key, packed, w, true);
+    pack<T>(a, x, pos, cached_key, layout, w, true);
     const T *xp = data<T>(x), *wp = data<T>(weights), *gp = data<T>(grad);
     T *dxp = mutable_data<T>(dx), *dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
     const int64_t work = pairs_work(std::min(parts.rows, a.frames), a.keys(), 2 * (a.query_dim + a.pos_dim));
     parallel_tasks(tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(a.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
-        const int64_t hb = i / parts.count, first = i % parts.count * parts.rows, h = hb / a.batch, b = hb % a.batch;
+        const int64_t pair = i / parts.count, first = i % parts.count * parts.rows, h = pair / a.batch,
+                      b = pair % a.batch;
         kernel.backward(a, ranges.data(), xp, wp + h * weights.stride(0) + b * weights.stride(1), weights.stride(2),
                         gp + h * grad.stride(0) + b * grad.stride(1), grad.stride(2),
-                        w + packed.kt + hb * a.keys_transposed_size(), w + packed.key_rows + hb * a.key_rows_size(),
-                        positions_of(a, w + packed.rt, hb), hb, first, std::min(first + parts.rows, a.frames), dxp,
+                        w + layout.kt + pair * a.keys_transposed_size(), w + layout.key_rows + pair * a.key_rows_size(),
+                        positions_of(a, w + layout.rt, pair), pair, first, std::min(first + parts.rows, a.frames), dxp,
                         w + dk_at + i * a.key_rows_size(), a.pos_batch ? w + drt_at + i * a.positions_size() : nullptr,
                         scratch.data());
       }
     });
     parallel_tasks(pairs, work, [&](int64_t begin, int64_t end) {
-      for (int64_t hb = begin; hb < end; hb++)
-        kernel.store_keys(a, w + dk_at + hb * parts.count * a.key_rows_size(), parts.count, hb, dxp, dcp);
+      for (int64_t pair = begin; pair < end; pair++)
+        kernel.store_keys(a, w + dk_at + pair * parts.count * a.key_rows_size(), parts.count, pair, dxp, dcp);
     });
     if (a.pos_batch) {
       T* dpp = mutable_data<T>(dpos);

@@ -5,6 +5,7 @@
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 #include "cpu/conv/gated_depthwise_conv.h"
+#include "cpu/rows/add.h"
 
 // A whole layer of Zipformer's encoder in inference, in float32: the kernels of its ops one after the other, as
 // fastasr/models/zipformer/layer.py calls them. Python and torch's dispatcher take half a millisecond for the 45 calls
@@ -182,11 +183,11 @@ Tensor zipformer_layer(const Tensor& src, const Tensor& positions, const Optiona
   x = layer.self_attention(kAttention1, x, attention);
   x = layer.convolution(kConvolution1, x, convolutions, 0, each, padding, conv_chunk);
   x = layer.feed_forward(kFeedForward2, x);
-  x = rows::bypass_forward(src, x, scales[0]);
+  x = bypass::bypass_forward(src, x, scales[0]);
   x = layer.self_attention(kAttention2, x, attention);
   x = layer.convolution(kConvolution2, x, convolutions, each, each, padding, conv_chunk);
   x = layer.feed_forward(kFeedForward3, x);
-  return rows::bypass_forward(src, rows::bias_norm_forward(x, scales[1], scales[2]), scales[3]);
+  return bypass::bypass_forward(src, bias_norm::bias_norm_forward(x, scales[1], scales[2]), scales[3]);
 }
 
 }  // namespace

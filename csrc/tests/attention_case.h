@@ -121,7 +121,7 @@ void expect_near(const char* name, Buffer<T>& got, const Reals& expected, double
 
 // Holds the packed operands of a case and the parts of the gradients of keys and positions.
 template <typename T>
-struct Packed {
+struct Workspace {
   using C = compute_t<T>;
   AttentionCase<T>& c;
   const AttentionProblem& a = c.a;
@@ -133,21 +133,21 @@ struct Packed {
   std::vector<cpu::KeyRange> ranges = std::vector<cpu::KeyRange>(static_cast<size_t>(a.batch));
   const cpu::AttentionWeightsKernels<T>& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
 
-  explicit Packed(AttentionCase<T>& of) : c(of) {
+  explicit Workspace(AttentionCase<T>& of) : c(of) {
     attention_key_ranges(a, ranges.data());
-    for (int64_t hb = 0; hb < pairs; hb++) kernel.pack_keys(a, c.x, c.cached, hb, kt_of(hb), rows_of(hb));
+    for (int64_t pair = 0; pair < pairs; pair++) kernel.pack_keys(a, c.x, c.cached, pair, kt_of(pair), rows_of(pair));
     for (int64_t k = 0; k < a.heads * a.pos_batch; k++)
       kernel.pack_positions(a, c.pos, k / a.pos_batch, k % a.pos_batch, rt + k * a.positions_size());
   }
-  C* kt_of(int64_t hb) { return kt + hb * a.keys_transposed_size(); }
-  C* rows_of(int64_t hb) { return rows + hb * a.key_rows_size(); }
-  C* dk_of(int64_t hb, int64_t k) { return dk + (hb * parts + k) * a.key_rows_size(); }
-  C* drt_of(int64_t hb, int64_t k) { return drt + (hb * parts + k) * a.positions_size(); }
-  const C* positions_of(int64_t hb) {
+  C* kt_of(int64_t pair) { return kt + pair * a.keys_transposed_size(); }
+  C* rows_of(int64_t pair) { return rows + pair * a.key_rows_size(); }
+  C* dk_of(int64_t pair, int64_t k) { return dk + (pair * parts + k) * a.key_rows_size(); }
+  C* drt_of(int64_t pair, int64_t k) { return drt + (pair * parts + k) * a.positions_size(); }
+  const C* positions_of(int64_t pair) {
     if (!a.pos_batch) return nullptr;
-    return rt + (hb / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : hb % a.batch)) * a.positions_size();
+    return rt + (pair / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : pair % a.batch)) * a.positions_size();
   }
-  void store_keys(int64_t hb) { kernel.store_keys(a, dk_of(hb, 0), parts, hb, dx, dcached); }
+  void store_keys(int64_t pair) { kernel.store_keys(a, dk_of(pair, 0), parts, pair, dx, dcached); }
   void store_positions(int64_t heads) {
     for (int64_t k = 0; k < heads * a.pos_batch; k++)
       kernel.store_positions(a, drt, parts, k / a.pos_batch, k % a.pos_batch, dpos);

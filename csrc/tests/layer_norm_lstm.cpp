@@ -76,17 +76,17 @@ struct Call {
         }
   }
 
-  // Runs f(team, begin, end) by `threads` threads; 0 stands for two owners one after the other, in this thread.
+  // Runs f(barrier, begin, end) by `threads` threads; 0 stands for two owners one after the other, in this thread.
   template <typename F>
   void by_threads(int64_t threads, const F& f) {
-    cpu::Team team(size.units());
+    cpu::PhaseBarrier barrier(size.units());
     const int64_t all = size.units();
     if (threads == 0) {
-      f(team, int64_t{0}, all / 2);
-      f(team, all / 2, all);
+      f(barrier, int64_t{0}, all / 2);
+      f(barrier, all / 2, all);
       return;
     }
-    test::on_threads(threads, [&](int64_t i) { f(team, all * i / threads, all * (i + 1) / threads); });
+    test::on_threads(threads, [&](int64_t i) { f(barrier, all * i / threads, all * (i + 1) / threads); });
   }
 
   void run(int64_t threads) {
@@ -100,16 +100,16 @@ struct Call {
     p.hidden = states ? hidden.data() : nullptr, p.cell = states ? cell.data() : nullptr;
     p.eps = kEps;
     Buffer<C> scratch(cpu::lstm_forward_scratch(size)), more(cpu::lstm_backward_scratch(size));
-    by_threads(threads, [&](cpu::Team& team, int64_t begin, int64_t end) {
-      kernel.forward(p, y, last_cell, kept, scratch, team, begin, end);
+    by_threads(threads, [&](cpu::PhaseBarrier& barrier, int64_t begin, int64_t end) {
+      kernel.forward(p, y, last_cell, kept, scratch, barrier, begin, end);
     });
     std::copy_n(grad_hidden.data(), n, dhidden.data());
     std::copy_n(grad_cell.data(), n, dcell.data());
     std::vector<double> sums(static_cast<size_t>(10 * size.hidden));
     const cpu::LayerNormLstmGradients<C> grad{grad_y,     dhidden,      dcell,      dgates, dgate_weight,
                                               dgate_bias, dcell_weight, dcell_bias, true};
-    by_threads(threads, [&](cpu::Team& team, int64_t begin, int64_t end) {
-      kernel.backward(p, kept, grad, sums.data(), more, team, begin, end);
+    by_threads(threads, [&](cpu::PhaseBarrier& barrier, int64_t begin, int64_t end) {
+      kernel.backward(p, kept, grad, sums.data(), more, barrier, begin, end);
     });
   }
 

@@ -138,14 +138,14 @@ void values(const Shape& shape, uint64_t seed) {
   sums.set(0), biases.set(0);
   for (int64_t h = 0; h < a.heads; h++)
     kernel.pack_positions(r, t, h, rt + h * r.positions_transposed_size(), rows + h * r.positions_size());
-  for (int64_t hb = 0; hb < pairs; hb++) {
-    const C* positions = rt + hb / a.batch * r.positions_transposed_size();
-    kernel.pack_keys(r, t, hb, kt, packed);
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    const C* positions = rt + pair / a.batch * r.positions_transposed_size();
+    kernel.pack_keys(r, t, pair, kt, packed);
     for (int64_t i = 0; i < a.frames; i += cpu::kRelAttentionQueries)
-      kernel.forward(r, ranges.data(), t, kt, packed, positions, hb, i,
+      kernel.forward(r, ranges.data(), t, kt, packed, positions, pair, i,
                      std::min(i + cpu::kRelAttentionQueries, a.frames), y, lse, forward);
-    kernel.backward(r, ranges.data(), c.grad, t, positions, rows + hb / a.batch * r.positions_size(), hb, dq, dk, dv,
-                    {sums + hb * r.positions_size(), biases + hb * 2 * a.query_dim}, backward);
+    kernel.backward(r, ranges.data(), c.grad, t, positions, rows + pair / a.batch * r.positions_size(), pair, dq, dk,
+                    dv, {sums + pair * r.positions_size(), biases + pair * 2 * a.query_dim}, backward);
   }
   for (int64_t h = 0; h < a.heads; h++)
     kernel.store_sums(r, {sums + h * parts * r.positions_size(), biases + h * parts * 2 * a.query_dim}, parts, h, dpos,
@@ -163,7 +163,8 @@ void values(const Shape& shape, uint64_t seed) {
     if (!r.has_few_queries()) return;
     Buffer<T> few(c.grad.size(), 1), scratch(r.few_queries_scratch());
     lse.set(0);
-    for (int64_t hb = 0; hb < pairs; hb++) rel_attention_few_queries(r, ranges.data(), t, hb, few, lse, scratch);
+    for (int64_t pair = 0; pair < pairs; pair++)
+      rel_attention_few_queries(r, ranges.data(), t, pair, few, lse, scratch);
     same("y of few queries", few, c.y, 128), same("lse of few queries", lse, c.lse, 64);
   }
 }

@@ -47,7 +47,7 @@ void values(const AttentionShape& shape, const ValueShape& v, uint64_t seed) {
   using C = compute_t<T>;
   const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
   Weighted<T> w(shape, v, seed);
-  Packed<T> p(w.c);
+  Workspace<T> p(w.c);
   AttentionCase<T>& c = w.c;
   const AttentionProblem& a = c.a;
   const int64_t valued = v.heads * a.batch, vs = attention_values_size(a, v),
@@ -56,19 +56,19 @@ void values(const AttentionShape& shape, const ValueShape& v, uint64_t seed) {
       forward_scratch(attention_values_scratch(a, v)), backward_scratch(attention_values_backward_scratch(a, v));
   Buffer<T> y(w.grad.size(), 1), dvalue(w.value.size(), 1);
   p.dx.set(0), p.dpos.set(0), p.dcached.set(0);
-  for (int64_t hb = 0; hb < valued; hb++) {
-    kernel.pack_values(a, v, w.value, hb, packed + hb * vs);
-    kernel.transpose_values(a, v, w.value, hb, transposed + hb * vts);
+  for (int64_t pair = 0; pair < valued; pair++) {
+    kernel.pack_values(a, v, w.value, pair, packed + pair * vs);
+    kernel.transpose_values(a, v, w.value, pair, transposed + pair * vts);
     in_pieces(a.frames, cpu::kAttentionQueries, [&](int64_t begin, int64_t end) {
-      kernel.forward(a, v, p.ranges.data(), c.x, p.kt_of(hb), p.positions_of(hb), packed + hb * vs, hb, begin, end, y,
-                     forward_scratch);
+      kernel.forward(a, v, p.ranges.data(), c.x, p.kt_of(pair), p.positions_of(pair), packed + pair * vs, pair, begin,
+                     end, y, forward_scratch);
     });
     for (int64_t k = 0; k < p.parts; k++)
-      kernel.backward(a, v, p.ranges.data(), w.grad, c.x, p.kt_of(hb), p.rows_of(hb), p.positions_of(hb),
-                      transposed + hb * vts, hb, k * p.part, std::min(a.frames, (k + 1) * p.part), p.dx, p.dk_of(hb, k),
-                      p.drt_of(hb, k), dv + (hb * p.parts + k) * vs, backward_scratch);
-    p.store_keys(hb);
-    kernel.store_values(a, v, dv + hb * p.parts * vs, p.parts, hb, dvalue);
+      kernel.backward(a, v, p.ranges.data(), w.grad, c.x, p.kt_of(pair), p.rows_of(pair), p.positions_of(pair),
+                      transposed + pair * vts, pair, k * p.part, std::min(a.frames, (k + 1) * p.part), p.dx,
+                      p.dk_of(pair, k), p.drt_of(pair, k), dv + (pair * p.parts + k) * vs, backward_scratch);
+    p.store_keys(pair);
+    kernel.store_values(a, v, dv + pair * p.parts * vs, p.parts, pair, dvalue);
   }
   p.store_positions(v.heads);
   const double unit = 256 * Type<C>::half_ulp;

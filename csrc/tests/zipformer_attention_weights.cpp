@@ -13,20 +13,21 @@ void values(const AttentionShape& shape, uint64_t seed) {
   INFO(Type<T>::name, " T=", shape.frames, " left=", shape.left, " chunk=", shape.chunk);
   using C = compute_t<T>;
   AttentionCase<T> c(shape, seed);
-  Packed<T> p(c);
+  Workspace<T> p(c);
   const cpu::AttentionProblem& a = c.a;
   const int64_t stride = a.keys() + 3;
   Buffer<C> forward_scratch(a.forward_scratch()), backward_scratch(a.backward_scratch());
   Buffer<T> w(p.pairs * a.frames * stride, 1);
-  for (int64_t hb = 0; hb < p.pairs; hb++) {
-    T* weights = w + hb * a.frames * stride;
-    p.kernel.forward(a, p.ranges.data(), c.x, p.kt_of(hb), p.positions_of(hb), hb, 0, a.frames, weights, stride,
+  for (int64_t pair = 0; pair < p.pairs; pair++) {
+    T* weights = w + pair * a.frames * stride;
+    p.kernel.forward(a, p.ranges.data(), c.x, p.kt_of(pair), p.positions_of(pair), pair, 0, a.frames, weights, stride,
                      forward_scratch);
     for (int64_t k = 0; k < p.parts; k++)
-      p.kernel.backward(a, p.ranges.data(), c.x, weights, stride, c.grad + hb * a.frames * a.keys(), a.keys(),
-                        p.kt_of(hb), p.rows_of(hb), p.positions_of(hb), hb, k * p.part,
-                        std::min(a.frames, (k + 1) * p.part), p.dx, p.dk_of(hb, k), p.drt_of(hb, k), backward_scratch);
-    p.store_keys(hb);
+      p.kernel.backward(a, p.ranges.data(), c.x, weights, stride, c.grad + pair * a.frames * a.keys(), a.keys(),
+                        p.kt_of(pair), p.rows_of(pair), p.positions_of(pair), pair, k * p.part,
+                        std::min(a.frames, (k + 1) * p.part), p.dx, p.dk_of(pair, k), p.drt_of(pair, k),
+                        backward_scratch);
+    p.store_keys(pair);
   }
   p.store_positions(a.heads);
   // W is rounded to T before its gradient is formed from it

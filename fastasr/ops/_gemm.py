@@ -301,7 +301,7 @@ def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) ->
     return _chosen((operation, m.bit_length(), n, k, torch.get_num_threads()), operands)
 
 
-def offer(operation: str, **products: Callable[..., Tensor]) -> None:
+def register_product(operation: str, **products: Callable[..., Tensor]) -> None:
     """Adds an operation, ``torch`` and ``native``, among which ``is_torch`` chooses."""
     for name, product in products.items():
         _PRODUCTS[name][operation] = product
@@ -315,7 +315,7 @@ def is_torch(key: tuple, *operands: Tensor | None) -> bool | None:
     return None if f is None else f is _PRODUCTS["torch"][key[0]]
 
 
-def known(operation: str, m: int, n: int, k: int) -> str | None:
+def chosen_product(operation: str, m: int, n: int, k: int) -> str | None:
     """Returns the name of the product that serves such a call in float32 on the CPU, None before one has been chosen.
     ``forward`` has m rows, n outputs and k inputs; ``input_grad`` multiplies (m, k) by (k, n).
     """
@@ -374,8 +374,8 @@ def conv2d_grads(
 
 
 def known_batched(m: int, n: int, k: int) -> str | None:
-    """Does what :func:`known` does for :func:`batched` of plain tensors."""
-    return known("input_grad", m, k, n) if m * n * k > _LARGE else "torch"
+    """Does what :func:`chosen_product` does for :func:`batched` of plain tensors."""
+    return chosen_product("input_grad", m, k, n) if m * n * k > _LARGE else "torch"
 
 
 def batched(a: Tensor, b: Tensor) -> Tensor:

@@ -201,10 +201,10 @@ void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w,
 }
 
 template <typename C, typename F>
-void for_each_strip(const AttentionProblem& a, int64_t hb, int64_t begin, int64_t end, const F& f) {
+void for_each_strip(const AttentionProblem& a, int64_t pair, int64_t begin, int64_t end, const F& f) {
   const int rows = kernels<AttentionTiles<C>>().rows;
   for (int64_t i = begin; i < end; i += rows)
-    f(Strip{hb / a.batch, hb % a.batch, i, rows, static_cast<int>(std::min<int64_t>(rows, a.frames - i))});
+    f(Strip{pair / a.batch, pair % a.batch, i, rows, static_cast<int>(std::min<int64_t>(rows, a.frames - i))});
 }
 
 }  // namespace fastasr::cpu

@@ -25,14 +25,14 @@ C scale_of(const RelAttention& r) {
 
 // Returns the row of a query in (batch, frames, heads, width).
 template <typename T>
-T* row_of(const AttentionProblem& a, T* t, int64_t width, int64_t hb, int64_t frame) {
-  return t + ((hb % a.batch * a.frames + frame) * a.heads + hb / a.batch) * width;
+T* row_of(const AttentionProblem& a, T* t, int64_t width, int64_t pair, int64_t frame) {
+  return t + ((pair % a.batch * a.frames + frame) * a.heads + pair / a.batch) * width;
 }
 
 // Returns the row of a key in (batch, keys, heads, width).
 template <typename T>
-T* key_row(const AttentionProblem& a, T* t, int64_t width, int64_t hb, int64_t key) {
-  return t + ((hb % a.batch * a.keys() + key) * a.heads + hb / a.batch) * width;
+T* key_row(const AttentionProblem& a, T* t, int64_t width, int64_t pair, int64_t key) {
+  return t + ((pair % a.batch * a.keys() + key) * a.heads + pair / a.batch) * width;
 }
 
 // Returns the keys that the context of the queries [first, last] lets through.
@@ -93,14 +93,14 @@ void copy_padded(const T* in, int64_t step, int64_t count, int64_t width, C* out
 // Prepares a strip's queries with the biases, times the scale: rows of `dim()`, zeros behind their channels, and by
 // channel. Rows behind the last frame are zeros.
 template <typename T, typename C = compute_t<T>>
-void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, int64_t hb, C* content_rows,
+void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, int64_t pair, C* content_rows,
                  C* position_rows, C* content, C* position) {
   const AttentionProblem& a = r.problem;
   const int64_t dim = a.query_dim, depth = r.dim();
   const T *u = t.bias_u + s.head * dim, *w = t.bias_v + s.head * dim;
   const C scale = scale_of<C>(r);
   for (int m = 0; m < s.stored; m++) {
-    const T* q = row_of(a, t.q, dim, hb, s.begin + m);
+    const T* q = row_of(a, t.q, dim, pair, s.begin + m);
     C* __restrict c = content_rows + m * depth, * __restrict p = position_rows + m * depth;
     for (int64_t d = 0; d < dim; d++) c[d] = (load(q[d]) + load(u[d])) * scale;
     for (int64_t d = 0; d < dim; d++) p[d] = (load(q[d]) + load(w[d])) * scale;
@@ -153,10 +153,10 @@ bool hides_any(const RelAttention& r, const KeyRange& range, int64_t sequence, i
 
 // Applies dropout to n numbers of a row, the first of which belongs to the key `begin`.
 template <typename C>
-void drop(const RelAttention& r, int64_t hb, int64_t frame, int64_t begin, int64_t n, C* row) {
+void drop(const RelAttention& r, int64_t pair, int64_t frame, int64_t begin, int64_t n, C* row) {
   const AttentionProblem& a = r.problem;
   if (r.dropout.threshold == 0) return;
-  const int64_t weights_row = (hb % a.batch * a.heads + hb / a.batch) * a.frames + frame;
+  const int64_t weights_row = (pair % a.batch * a.heads + pair / a.batch) * a.frames + frame;
   kernels<AttentionRows<C>>().drop(row, n, dropout_row(r.dropout, weights_row), begin, r.dropout.threshold,
                                    static_cast<C>(r.dropout.scale));
 }
@@ -170,11 +170,11 @@ Window window_of(const RelAttention& r, const KeyRange& range, int64_t first, in
 }
 
 template <typename T, typename C = compute_t<T>>
-void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t hb, C* keys_transposed, C* values) {
+void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t pair, C* keys_transposed, C* values) {
   const AttentionProblem& a = r.problem;
   const int64_t n = r.key_rows(), dim = a.query_dim;
-  const T* in = key_row(a, t.v, r.value_dim, hb, 0);
-  transpose_padded(key_row(a, t.k, dim, hb, 0), a.heads * dim, a.keys(), dim, keys_transposed, n);
+  const T* in = key_row(a, t.v, r.value_dim, pair, 0);
+  transpose_padded(key_row(a, t.k, dim, pair, 0), a.heads * dim, a.keys(), dim, keys_transposed, n);
   copy_padded(in, a.heads * r.value_dim, a.keys(), r.value_dim, values, r.values(), n);
 }
 
@@ -200,14 +200,14 @@ struct StripState {
 };
 
 template <typename T, typename C = compute_t<T>>
-void store_strip(const RelAttention& r, const KeyRange& range, int64_t hb, const Strip& strip,
+void store_strip(const RelAttention& r, const KeyRange& range, int64_t pair, const Strip& strip,
                  const RunningSoftmax<C>& softmax, T* y, C* lse) {
   const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const AttentionProblem& a = r.problem;
-  const int64_t h = hb / a.batch, b = hb % a.batch;
+  const int64_t h = pair / a.batch, b = pair % a.batch;
   for (int m = 0; m < strip.stored; m++) {
     const int64_t frame = strip.begin + m;
-    T* out = row_of(a, y, r.value_dim, hb, frame);
+    T* out = row_of(a, y, r.value_dim, pair, frame);
     const bool none = softmax.sum[m] == 0 && hides_any(r, range, b, frame);  // the query sees no key
     if (none)
       std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(r.value_dim));
@@ -219,23 +219,23 @@ void store_strip(const RelAttention& r, const KeyRange& range, int64_t hb, const
 
 template <typename T, typename C = compute_t<T>>
 void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t, const C* kt, const C* v,
-             const C* rt, int64_t hb, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
+             const C* rt, int64_t pair, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
   const AttentionProblem& a = r.problem;
   const int64_t depth = r.values();
-  const KeyRange& range = ranges[hb % a.batch];
+  const KeyRange& range = ranges[pair % a.batch];
   const Window window = window_of(r, range, begin, end - 1);
   C *scores = scratch, *band = scores + kAttentionRows * kKeyBlock, *part = band + kAttentionRows * kBandWidth;
   C *rows = part + kAttentionRows * depth, *memory = rows + 2 * kAttentionRows * r.dim();
   StripState<C> states[kStrips];
   int count = 0;
-  for_each_strip<C>(a, hb, begin, end, [&](const Strip& strip) {
+  for_each_strip<C>(a, pair, begin, end, [&](const Strip& strip) {
     StripState<C>& s = states[count++];
     s.strip = strip;
     s.window = window_of(r, range, strip.begin, strip.begin + strip.stored - 1);
     s.softmax.total = memory, memory += strip.rows * depth;
     s.content = memory, memory += strip.rows * a.query_dim;
     s.position = memory, memory += strip.rows * a.query_dim;
-    load_biased(r, t, strip, hb, rows, rows + strip.rows * r.dim(), s.content, s.position);
+    load_biased(r, t, strip, pair, rows, rows + strip.rows * r.dim(), s.content, s.position);
     s.softmax.reset(strip.rows, depth);
   });
   for (int64_t j0 = window.begin; j0 < window.end; j0 += kKeyBlock)
@@ -245,9 +245,9 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
       if (from >= to) continue;
       scores_of(r, range, s.strip, s.content, s.position, kt, rt, from, to, scores, kKeyBlock, band);
       s.softmax.add(scores, s.strip.stored, to - from, v + from * depth, depth, part,
-                    [&](int m, C* row) { drop(r, hb, s.strip.begin + m, from, to - from, row); });
+                    [&](int m, C* row) { drop(r, pair, s.strip.begin + m, from, to - from, row); });
     }
-  for (int k = 0; k < count; k++) store_strip(r, range, hb, states[k].strip, states[k].softmax, y, lse);
+  for (int k = 0; k < count; k++) store_strip(r, range, pair, states[k].strip, states[k].softmax, y, lse);
 }
 
 // The memory of few_queries.
@@ -304,7 +304,7 @@ struct BackwardProblem {
   const KeyRange& range;
   const T* grad;
   const C *rt, *rows;  // R of this head
-  int64_t hb;
+  int64_t pair;
   const BackwardMemory<C>& m;
   Window window;  // of the block
 };
@@ -319,8 +319,8 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
   const int64_t depth = b.r.dim(), values = b.r.values(), width = b.r.value_dim, row0 = t.begin - first;
   const Window w = b.window;
   C *weights = m.weights + row0 * m.stride, *ds = m.ds + row0 * m.stride;
-  load_biased(b.r, b.t, t, b.hb, m.q + row0 * depth, m.p + row0 * depth, m.content, m.position);
-  copy_padded(row_of(a, b.grad, width, b.hb, t.begin), a.heads * width, t.stored, width, m.g + row0 * values, values,
+  load_biased(b.r, b.t, t, b.pair, m.q + row0 * depth, m.p + row0 * depth, m.content, m.position);
+  copy_padded(row_of(a, b.grad, width, b.pair, t.begin), a.heads * width, t.stored, width, m.g + row0 * values, values,
               t.rows);
   transpose(m.g + row0 * values, values, t.rows, width, m.columns, t.rows);
   for (int64_t j = w.begin; j < w.end; j += kKeyBlock) {
@@ -341,9 +341,9 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
       zero(e, n), zero(gradient, n), zero(g, values);
       continue;
     }
-    drop(b.r, b.hb, t.begin + i, w.begin, n, gradient);
+    drop(b.r, b.pair, t.begin + i, w.begin, n, gradient);
     row_kernels.attention_gradient(e, sum, gradient, n);
-    drop(b.r, b.hb, t.begin + i, w.begin, n, e);
+    drop(b.r, b.pair, t.begin + i, w.begin, n, e);
     for (int64_t d = 0; d < width; d++) g[d] /= sum;
   }
 }
@@ -385,7 +385,7 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
       sums.positions + (kAttentionMargin + a.frames - 1 - first) * depth);
   const C scale = scale_of<C>(b.r);
   for (int64_t i = 0; i < count; i++) {
-    T* row = row_of(a, dq, dim, b.hb, first + i);
+    T* row = row_of(a, dq, dim, b.pair, first + i);
     const C *content = m.dq + i * depth, *position = m.dp + i * depth;
     for (int64_t d = 0; d < dim; d++) store(&row[d], (content[d] + position[d]) * scale);
   }
@@ -399,26 +399,26 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
 
 template <typename T, typename C = compute_t<T>>
 void backward(const RelAttention& r, const KeyRange* ranges, const T* grad, const RelAttentionOperands<T>& t,
-              const C* rt, const C* rows, int64_t hb, T* dq, T* dk, T* dv, const RelAttentionSums<C>& sums,
+              const C* rt, const C* rows, int64_t pair, T* dq, T* dk, T* dv, const RelAttentionSums<C>& sums,
               C* scratch) {
   const AttentionProblem& a = r.problem;
   const BackwardMemory<C> m(r, scratch);
   const int64_t n = r.key_rows(), depth = r.dim(), values = r.values(), dim = a.query_dim, width = r.value_dim;
-  const KeyRange& range = ranges[hb % a.batch];
-  BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, hb, m, {}};
-  const T* keys = key_row(a, t.k, dim, hb, 0);
+  const KeyRange& range = ranges[pair % a.batch];
+  BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, pair, m, {}};
+  const T* keys = key_row(a, t.k, dim, pair, 0);
   copy_padded(keys, a.heads * dim, a.keys(), dim, m.keys, depth, n);
   transpose_padded(keys, a.heads * dim, a.keys(), dim, m.kt, n);
-  transpose_padded(key_row(a, t.v, width, hb, 0), a.heads * width, a.keys(), width, m.vt, n);
+  transpose_padded(key_row(a, t.v, width, pair, 0), a.heads * width, a.keys(), width, m.vt, n);
   zero(m.dk, depth * n), zero(m.dv, values * n);
   for (int64_t first = 0; first < a.frames; first += kBackwardQueries) {
     const int64_t count = std::min(kBackwardQueries, a.frames - first);
     b.window = window_of(r, range, first, first + count - 1);
-    for_each_strip<C>(a, hb, first, first + count, [&](const Strip& s) { strip_softmax_gradient(b, s, first); });
+    for_each_strip<C>(a, pair, first, first + count, [&](const Strip& s) { strip_softmax_gradient(b, s, first); });
     block_gradients(b, first, count, dq, sums);
   }
   for (int64_t j = 0; j < a.keys(); j++) {
-    T *key = key_row(a, dk, dim, hb, j), *value = key_row(a, dv, width, hb, j);
+    T *key = key_row(a, dk, dim, pair, j), *value = key_row(a, dv, width, pair, j);
     for (int64_t d = 0; d < dim; d++) store(&key[d], m.dk[j * depth + d]);
     for (int64_t d = 0; d < width; d++) store(&value[d], m.dv[j * values + d]);
   }
@@ -465,14 +465,14 @@ int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*t
 
 // Queries, keys and positions are multiplied where they lie: packed keys would serve too few queries.
 void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<float>& t,
-                               int64_t hb, float* y, float* lse, float* scratch) {
+                               int64_t pair, float* y, float* lse, float* scratch) {
   const AttentionProblem& a = r.problem;
   const FewQueries m(r);
-  const int64_t dim = a.query_dim, head = hb / a.batch, step = a.heads * dim, n = a.keys();
-  const KeyRange& range = ranges[hb % a.batch];
+  const int64_t dim = a.query_dim, head = pair / a.batch, step = a.heads * dim, n = a.keys();
+  const KeyRange& range = ranges[pair % a.batch];
   const float *u = t.bias_u + head * dim, *w = t.bias_v + head * dim, scale = scale_of<float>(r);
   for (int64_t i = 0; i < a.frames; i++) {
-    const float* __restrict q = row_of(a, t.q, dim, hb, i);
+    const float* __restrict q = row_of(a, t.q, dim, pair, i);
     float* __restrict c = scratch + m.content + i * m.depth, * __restrict p = scratch + m.position + i * m.depth;
     for (int64_t d = 0; d < dim; d++) c[d] = (q[d] + u[d]) * scale, p[d] = (q[d] + w[d]) * scale;
   }
@@ -482,12 +482,12 @@ void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, co
                            nullptr,        scratch + out, out_row, a.frames, count, dim};
     gemm.products(g, 0, gemm.groups(g));
   };
-  product(m.content, key_row(a, t.k, dim, hb, 0), m.by_key, n, m.keys);
+  product(m.content, key_row(a, t.k, dim, pair, 0), m.by_key, n, m.keys);
   product(m.position, t.pos + head * dim, m.by_offset, a.offsets(), m.offsets);
   float *const block = scratch + m.block, *const packed = scratch + m.packed;
-  const float* values = key_row(a, t.v, r.value_dim, hb, 0);
+  const float* values = key_row(a, t.v, r.value_dim, pair, 0);
   copy_padded(values, a.heads * r.value_dim, n, r.value_dim, packed, m.values, m.keys);
-  for_each_strip<float>(a, hb, 0, a.frames, [&](const Strip& strip) {
+  for_each_strip<float>(a, pair, 0, a.frames, [&](const Strip& strip) {
     zero(block, kAttentionRows * kKeyBlock);
     RunningSoftmax<float> softmax;
     softmax.total = scratch + m.total;
@@ -501,7 +501,7 @@ void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, co
       hide(r, strip, k, range, 0, m.keys, row);
     }
     softmax.add(block, strip.stored, m.keys, packed, m.values, scratch + m.part);
-    store_strip(r, range, hb, strip, softmax, y, lse);
+    store_strip(r, range, pair, strip, softmax, y, lse);
   });
 }
 

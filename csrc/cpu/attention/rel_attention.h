@@ -60,23 +60,23 @@ struct RelAttentionSums {
   double* biases;  // (2, query_dim)
 };
 
-// Each function works on one head and sequence, hb = h * batch + b.
+// Each function works on one head and sequence, pair = h * batch + b.
 template <typename T>
 struct RelAttentionKernels {
   static constexpr bool kCompiledOnce = true;
   using C = compute_t<T>;
   using Operands = RelAttentionOperands<T>;
-  void (*pack_keys)(const RelAttention& r, const Operands& t, int64_t hb, C* keys_transposed, C* values);
+  void (*pack_keys)(const RelAttention& r, const Operands& t, int64_t pair, C* keys_transposed, C* values);
   // Packs R of one head by channel and, when `rows` is not null, by row.
   void (*pack_positions)(const RelAttention& r, const Operands& t, int64_t head, C* transposed, C* rows);
   // Computes rows [begin, end) of y (batch, frames, heads, value_dim) and lse (batch, heads, frames); begin is a
   // multiple of kRelAttentionQueries, end - begin at most that.
   void (*forward)(const RelAttention& r, const KeyRange* ranges, const Operands& t, const C* keys_transposed,
-                  const C* values, const C* positions_transposed, int64_t hb, int64_t begin, int64_t end, T* y, C* lse,
-                  C* scratch);
+                  const C* values, const C* positions_transposed, int64_t pair, int64_t begin, int64_t end, T* y,
+                  C* lse, C* scratch);
   // Computes dq, dk and dv of one head and sequence, and adds to the sums.
   void (*backward)(const RelAttention& r, const KeyRange* ranges, const T* grad, const Operands& t,
-                   const C* positions_transposed, const C* positions, int64_t hb, T* dq, T* dk, T* dv,
+                   const C* positions_transposed, const C* positions, int64_t pair, T* dq, T* dk, T* dv,
                    const RelAttentionSums<C>& sums, C* scratch);
   // Computes dpos, dbias_u and dbias_v of one head: `parts` sums, added in their order and in double.
   void (*store_sums)(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head, T* dpos,
@@ -85,6 +85,6 @@ struct RelAttentionKernels {
 
 // Computes y and lse of one head and sequence of a stream's chunk, without packed operands.
 void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<float>& t,
-                               int64_t hb, float* y, float* lse, float* scratch);
+                               int64_t pair, float* y, float* lse, float* scratch);
 
 }  // namespace fastasr::cpu

@@ -64,14 +64,14 @@ void walk(const Block<C>& b, StripState<C>* states, int count) {
 
 template <typename T, typename C = compute_t<T>>
 void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* x, const C* kt,
-             const C* rt, const C* values, int64_t hb, int64_t begin, int64_t end, T* y, C* scratch) {
+             const C* rt, const C* values, int64_t pair, int64_t begin, int64_t end, T* y, C* scratch) {
   const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
-  const int64_t depth = v.padded_dim(), h = hb / a.batch, sequence = hb % a.batch;
+  const int64_t depth = v.padded_dim(), h = pair / a.batch, sequence = pair % a.batch;
   const Block<C> block = {a, ranges[sequence], kt, rt, values, depth, scratch, scratch + kAttentionRows * kKeyBlock};
   StripState<C> states[kMostStrips];
   int count = 0;
   C* memory = block.part + kAttentionRows * depth;
-  for_each_strip<C>(a, hb, begin, end, [&](const Strip& t) {
+  for_each_strip<C>(a, pair, begin, end, [&](const Strip& t) {
     StripState<C>& state = states[count++];
     state.strip = t, state.window = strip_window(a, t, block.range), state.done = false;
     state.softmax.total = memory, memory += t.rows * depth;
@@ -100,8 +100,8 @@ void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ran
 }
 
 template <typename T, typename C = compute_t<T>>
-void pack_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb, C* packed) {
-  const int64_t h = hb / a.batch, b = hb % a.batch, depth = v.padded_dim();
+void pack_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t pair, C* packed) {
+  const int64_t h = pair / a.batch, b = pair % a.batch, depth = v.padded_dim();
   std::memset(packed, 0, sizeof(C) * static_cast<size_t>(attention_values_size(a, v)));
   for (int64_t j = 0; j < a.keys(); j++) {
     const T* row = values + ((j * a.batch + b) * v.heads + h) * v.dim;
@@ -110,8 +110,8 @@ void pack_values(const AttentionProblem& a, const ValueShape& v, const T* values
 }
 
 template <typename T, typename C = compute_t<T>>
-void transpose_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb, C* transposed) {
-  const int64_t h = hb / a.batch, b = hb % a.batch, padded = a.padded_keys();
+void transpose_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t pair, C* transposed) {
+  const int64_t h = pair / a.batch, b = pair % a.batch, padded = a.padded_keys();
   for (int64_t j0 = 0; j0 < padded; j0 += 16)
     for (int64_t j = j0; j < j0 + 16; j++) {
       const T* row = j < a.keys() ? values + ((j * a.batch + b) * v.heads + h) * v.dim : nullptr;
@@ -201,8 +201,8 @@ void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRan
 }
 
 template <typename T, typename C = compute_t<T>>
-void store_values(const AttentionProblem& a, const ValueShape& v, const C* dv, int64_t parts, int64_t hb, T* dvalue) {
-  const int64_t h = hb / a.batch, b = hb % a.batch, depth = v.padded_dim(), size = attention_values_size(a, v);
+void store_values(const AttentionProblem& a, const ValueShape& v, const C* dv, int64_t parts, int64_t pair, T* dvalue) {
+  const int64_t h = pair / a.batch, b = pair % a.batch, depth = v.padded_dim(), size = attention_values_size(a, v);
   for (int64_t j = 0; j < a.keys(); j++) {
     T* row = dvalue + ((j * a.batch + b) * v.heads + h) * v.dim;
     for (int64_t d = 0; d < v.dim; d++) {
@@ -215,13 +215,13 @@ void store_values(const AttentionProblem& a, const ValueShape& v, const C* dv, i
 
 template <typename T, typename C = compute_t<T>>
 void backward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* grad, const T* x,
-              const C* keys_transposed, const C* key_rows, const C* positions, const C* values_transposed, int64_t hb,
+              const C* keys_transposed, const C* key_rows, const C* positions, const C* values_transposed, int64_t pair,
               int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* dv, C* scratch) {
   std::memset(dk, 0, sizeof(C) * static_cast<size_t>(a.key_rows_size()));
   std::memset(dv, 0, sizeof(C) * static_cast<size_t>(attention_values_size(a, v)));
   if (a.pos_batch) std::memset(drt, 0, sizeof(C) * static_cast<size_t>(a.positions_size()));
   const BackwardStrip<C> strip(a, v, scratch);
-  for_each_strip<C>(a, hb, begin, end, [&](const Strip& t) {
+  for_each_strip<C>(a, pair, begin, end, [&](const Strip& t) {
     backward_strip(a, v, ranges[t.sequence], t, grad, x, keys_transposed, key_rows, positions, values_transposed, dx,
                    dk, drt, dv, strip);
   });

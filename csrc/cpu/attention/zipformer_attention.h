@@ -29,27 +29,28 @@ int64_t attention_values_scratch(const AttentionProblem& a, const ValueShape& v)
 int64_t attention_values_transposed_size(const AttentionProblem& a, const ValueShape& v);   // packed for backward
 int64_t attention_values_backward_scratch(const AttentionProblem& a, const ValueShape& v);  // per thread
 
-// Each function works on one head and sequence, hb = h * batch + b.
+// Each function works on one head and sequence, pair = h * batch + b.
 template <typename T>
 struct ZipformerAttentionKernels {
   static constexpr bool kCompiledOnce = true;
   using C = compute_t<T>;
   // Packs values (keys, batch, heads * dim) of one head and sequence as rows of padded_dim().
-  void (*pack_values)(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb, C* packed);
+  void (*pack_values)(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t pair, C* packed);
   // Computes rows [begin, end) of y (frames, batch, heads * dim); end - begin <= kAttentionQueries, begin is a multiple
   // of it.
   void (*forward)(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* x,
-                  const C* keys_transposed, const C* positions, const C* packed_values, int64_t hb, int64_t begin,
+                  const C* keys_transposed, const C* positions, const C* packed_values, int64_t pair, int64_t begin,
                   int64_t end, T* y, C* scratch);
   // Packs values (keys, batch, heads * dim) of one head and sequence, channels by keys.
-  void (*transpose_values)(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb, C* transposed);
+  void (*transpose_values)(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t pair,
+                           C* transposed);
   // Computes dx of the queries' and positions' channels at rows [begin, end), begin a multiple of attention_rows(); dk
   // (padded_keys, padded_dim), drt (positions_size) and dv (padded_keys, v.padded_dim) are those of these rows alone.
   void (*backward)(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* grad, const T* x,
                    const C* keys_transposed, const C* key_rows, const C* positions, const C* values_transposed,
-                   int64_t hb, int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* dv, C* scratch);
+                   int64_t pair, int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* dv, C* scratch);
   // Adds the parts of dv and writes the sum to dvalue (keys, batch, heads * dim).
-  void (*store_values)(const AttentionProblem& a, const ValueShape& v, const C* dv, int64_t parts, int64_t hb,
+  void (*store_values)(const AttentionProblem& a, const ValueShape& v, const C* dv, int64_t parts, int64_t pair,
                        T* dvalue);
 };
 

@@ -115,9 +115,9 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
 }
 
 template <typename T, typename C = compute_t<T>>
-void pack_keys(const AttentionProblem& a, const T* x, const T* cached, int64_t hb, C* transposed, C* rows) {
+void pack_keys(const AttentionProblem& a, const T* x, const T* cached, int64_t pair, C* transposed, C* rows) {
   constexpr int64_t kBlock = 16;
-  const int64_t h = hb / a.batch, b = hb % a.batch, padded = a.padded_keys(), dim = a.padded_dim();
+  const int64_t h = pair / a.batch, b = pair % a.batch, padded = a.padded_keys(), dim = a.padded_dim();
   for (int64_t j0 = 0; j0 < padded; j0 += kBlock) {
     const T* key[kBlock];
     const int64_t n = std::clamp<int64_t>(a.keys() - j0, 0, kBlock);
@@ -152,8 +152,8 @@ void pack_positions(const AttentionProblem& a, const T* pos, int64_t head, int64
 }
 
 template <typename T, typename C = compute_t<T>>
-void store_keys(const AttentionProblem& a, const C* dk, int64_t parts, int64_t hb, T* dx, T* dcached) {
-  const int64_t h = hb / a.batch, b = hb % a.batch, dim = a.padded_dim(), size = a.key_rows_size();
+void store_keys(const AttentionProblem& a, const C* dk, int64_t parts, int64_t pair, T* dx, T* dcached) {
+  const int64_t h = pair / a.batch, b = pair % a.batch, dim = a.padded_dim(), size = a.key_rows_size();
   for (int64_t j = 0; j < a.keys(); j++) {
     T* key = j < a.left ? dcached + ((j * a.batch + b) * a.heads + h) * a.query_dim
                         : dx + ((j - a.left) * a.batch + b) * a.width() + (a.heads + h) * a.query_dim;
@@ -182,8 +182,8 @@ void store_positions(const AttentionProblem& a, const C* drt, int64_t parts, int
 
 template <typename T, typename C = compute_t<T>>
 void forward(const AttentionProblem& a, const KeyRange* ranges, const T* x, const C* keys_transposed,
-             const C* positions, int64_t hb, int64_t begin, int64_t end, T* weights, int64_t stride, C* scratch) {
-  for_each_strip<C>(a, hb, begin, end, [&](const Strip& t) {
+             const C* positions, int64_t pair, int64_t begin, int64_t end, T* weights, int64_t stride, C* scratch) {
+  for_each_strip<C>(a, pair, begin, end, [&](const Strip& t) {
     forward_strip(a, ranges[t.sequence], x, keys_transposed, positions, t, weights, stride, scratch);
   });
 }
@@ -191,10 +191,10 @@ void forward(const AttentionProblem& a, const KeyRange* ranges, const T* x, cons
 template <typename T, typename C = compute_t<T>>
 void backward(const AttentionProblem& a, const KeyRange* ranges, const T* x, const T* weights, int64_t weights_stride,
               const T* grad, int64_t grad_stride, const C* keys_transposed, const C* key_rows, const C* positions,
-              int64_t hb, int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* scratch) {
+              int64_t pair, int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* scratch) {
   std::memset(dk, 0, sizeof(C) * static_cast<size_t>(a.key_rows_size()));
   if (a.pos_batch) std::memset(drt, 0, sizeof(C) * static_cast<size_t>(a.positions_size()));
-  for_each_strip<C>(a, hb, begin, end, [&](const Strip& t) {
+  for_each_strip<C>(a, pair, begin, end, [&](const Strip& t) {
     backward_strip(a, ranges[t.sequence], x, weights, weights_stride, grad, grad_stride, keys_transposed, key_rows,
                    positions, t, dx, dk, drt, scratch);
   });

@@ -49,24 +49,24 @@ struct KeyRange {
 
 int64_t attention_rows(bool wide);  // rows of a strip; wide: double
 
-// Each function works on one head and sequence, hb = h * batch + b, and overwrites its outputs.
+// Each function works on one head and sequence, pair = h * batch + b, and overwrites its outputs.
 template <typename T>
 struct AttentionWeightsKernels {
   static constexpr bool kCompiledOnce = true;
   using C = compute_t<T>;
-  void (*pack_keys)(const AttentionProblem& a, const T* x, const T* cached, int64_t hb, C* transposed, C* rows);
+  void (*pack_keys)(const AttentionProblem& a, const T* x, const T* cached, int64_t pair, C* transposed, C* rows);
   void (*pack_positions)(const AttentionProblem& a, const T* pos, int64_t head, int64_t sequence, C* packed);
   // Computes rows [begin, end) of W; begin is a multiple of attention_rows(). W's rows are `stride` apart.
   void (*forward)(const AttentionProblem& a, const KeyRange* ranges, const T* x, const C* keys_transposed,
-                  const C* positions, int64_t hb, int64_t begin, int64_t end, T* weights, int64_t stride, C* scratch);
+                  const C* positions, int64_t pair, int64_t begin, int64_t end, T* weights, int64_t stride, C* scratch);
   // Computes dx of the queries' and positions' channels at rows [begin, end); dk (padded_keys, padded_dim) and drt
   // (positions_size) are those of these rows alone.
   void (*backward)(const AttentionProblem& a, const KeyRange* ranges, const T* x, const T* weights,
                    int64_t weights_stride, const T* grad, int64_t grad_stride, const C* keys_transposed,
-                   const C* key_rows, const C* positions, int64_t hb, int64_t begin, int64_t end, T* dx, C* dk, C* drt,
-                   C* scratch);
+                   const C* key_rows, const C* positions, int64_t pair, int64_t begin, int64_t end, T* dx, C* dk,
+                   C* drt, C* scratch);
   // Adds the parts of dk and writes the sum to dx and dcached.
-  void (*store_keys)(const AttentionProblem& a, const C* dk, int64_t parts, int64_t hb, T* dx, T* dcached);
+  void (*store_keys)(const AttentionProblem& a, const C* dk, int64_t parts, int64_t pair, T* dx, T* dcached);
   // Adds the parts of drt, over the batch too when R is shared, in a fixed order and in double.
   void (*store_positions)(const AttentionProblem& a, const C* drt, int64_t parts, int64_t head, int64_t sequence,
                           T* dpos);

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cpu/simd/kernels.h"
-#include "cpu/support/team.h"
+#include "cpu/support/phase_barrier.h"
 
 // LSTM with LayerNorm on the gates and on the cell, over T steps of B sequences with H units:
 //   z = LN(x_t W_xᵀ + h W_hᵀ)   i, f, g, o: the quarters of z   c = LN(σ(f) c + σ(i) tanh(g))   h = σ(o) tanh(c)
@@ -50,15 +50,15 @@ FASTASR_INLINE constexpr int64_t lstm_forward_scratch(const LstmSizes& s) {
 }
 FASTASR_INLINE constexpr int64_t lstm_backward_scratch(const LstmSizes& s) { return s.batch * 4 * s.units(); }
 
-// Every thread of the team calls this for the units [begin, end) that it owns.
+// Every thread that meets at the barrier calls this for the units [begin, end) that it owns.
 template <typename C>
 struct LayerNormLstmKernels {
   // y is (T, B, H), cell (B, H) the last one; kept may be null.
-  void (*forward)(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team, int64_t begin,
+  void (*forward)(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, PhaseBarrier& barrier, int64_t begin,
                   int64_t end);
   // sums holds 10 H zeros.
   void (*backward)(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradients<C>& grad, double* sums,
-                   C* scratch, Team& team, int64_t begin, int64_t end);
+                   C* scratch, PhaseBarrier& barrier, int64_t begin, int64_t end);
 };
 
 }  // namespace fastasr::cpu

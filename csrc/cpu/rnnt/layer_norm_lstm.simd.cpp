@@ -294,7 +294,8 @@ __attribute__((noinline)) C cells(C* __restrict gates, const C* __restrict befor
 }
 
 template <typename C>
-void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team, int64_t begin, int64_t end) {
+void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, PhaseBarrier& barrier, int64_t begin,
+             int64_t end) {
   const LstmSizes s = p.size;
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *gates = scratch, *gate_parts = gates + batch * gate_row, *cell_parts = gate_parts + 2 * s.units() * batch;
@@ -354,9 +355,9 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team
       }
     };
     // in alternating order: the weights read last are still in the cache
-    team.phase(3 * t, begin, end, products, t % 2);
+    barrier.phase(3 * t, begin, end, products, t % 2);
 
-    team.phase(3 * t + 1, begin, end, [&](int64_t unit) {
+    barrier.phase(3 * t + 1, begin, end, [&](int64_t unit) {
       if (merged != 3 * t + 1) {
         for (int64_t b = 0; b < batch; b++) merge_moments(gate_parts, s, b, 4, p.eps, &rows_of[size_t(b)]);
         merged = 3 * t + 1;
@@ -384,7 +385,7 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team
       }
     });
 
-    team.phase(3 * t + 2, begin, end, [&](int64_t unit) {
+    barrier.phase(3 * t + 2, begin, end, [&](int64_t unit) {
       if (merged != 3 * t + 2) {
         for (int64_t b = 0; b < batch; b++) merge_moments(cell_parts, s, b, 1, p.eps, &rows_of[size_t(b)]);
         merged = 3 * t + 2;
@@ -415,7 +416,7 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team
 
 template <typename C>
 void backward(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradients<C>& grad, double* sums, C* scratch,
-              Team& team, int64_t begin, int64_t end) {
+              PhaseBarrier& barrier, int64_t begin, int64_t end) {
   const LstmSizes s = p.size;
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *cell_parts = scratch, *gate_parts = cell_parts + 2 * s.units() * batch;
@@ -476,10 +477,10 @@ void backward(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradi
         }
       }
     };
-    team.phase(phase++, begin, end, through_output, t % 2);
+    barrier.phase(phase++, begin, end, through_output, t % 2);
 
     // through the cell's normalisation, the activations and the gates' weights
-    team.phase(phase, begin, end, [&](int64_t unit) {
+    barrier.phase(phase, begin, end, [&](int64_t unit) {
       if (merged != phase) {
         for (int64_t b = 0; b < batch; b++)
           merge_sums(cell_parts, s, b, static_cast<double>(hidden), &rows_of[size_t(b)]);
@@ -551,7 +552,7 @@ void backward(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradi
     phase++;
 
     // through the gates' normalisation
-    team.phase(phase, begin, end, [&](int64_t unit) {
+    barrier.phase(phase, begin, end, [&](int64_t unit) {
       if (merged != phase) {
         for (int64_t b = 0; b < batch; b++)
           merge_sums(gate_parts, s, b, static_cast<double>(4 * hidden), &rows_of[size_t(b)]);
@@ -572,7 +573,7 @@ void backward(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradi
     phase++;
   }
 
-  team.phase(phase, begin, end, [&](int64_t unit) {
+  barrier.phase(phase, begin, end, [&](int64_t unit) {
     const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
     if (s.steps && grad.first_state)
       products_with_columns(p.hidden_weight + u0, hidden, grad.gates, batch, width, grad.hidden + u0);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rows/rows.h"
+#include "cpu/rows/bias_norm.h"
 
 #include <cmath>
 

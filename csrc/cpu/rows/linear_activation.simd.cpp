@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rows/rows.h"
+#include "cpu/rows/linear_activation.h"
 
 #include <algorithm>
 #include <type_traits>

@@ -6,7 +6,7 @@
 
 #include "cpu/conv/depthwise_conv2d.h"
 #include "cpu/gemm/skinny_gemm.h"
-#include "cpu/rows/rows.h"
+#include "cpu/rows/bias_norm.h"
 #include "cpu/rows/swoosh.h"
 #include "cpu/streaming/zipformer_chunk_rows.simd.h"
 #include "cpu/streaming/zipformer_chunk_scratch.h"

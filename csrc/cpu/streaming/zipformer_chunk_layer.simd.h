@@ -3,7 +3,8 @@
 
 #include <algorithm>
 
-#include "cpu/rows/rows.h"
+#include "cpu/rows/bias_norm.h"
+#include "cpu/rows/bypass.h"
 #include "cpu/rows/swoosh.h"
 #include "cpu/streaming/zipformer_chunk_rows.simd.h"
 #include "cpu/streaming/zipformer_chunk_scratch.h"

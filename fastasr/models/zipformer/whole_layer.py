@@ -189,7 +189,7 @@ class _Layer(PackedLayer):
             x = pos_emb if name == "self_attn_weights.linear_pos" else src
             copy = _reduced_weights.of(x, weight) if _reduced_weights.copies else None
             if copy is None:
-                way = _gemm.known("forward", x.shape[0] * x.shape[1], *weight.shape)
+                way = _gemm.chosen_product("forward", x.shape[0] * x.shape[1], *weight.shape)
                 found.weights.append(weight)
             else:
                 way = copy.format

@@ -18,9 +18,9 @@
 // finishes everything, and the result does not depend on who does what.
 namespace fastasr::cpu {
 
-class Team {
+class PhaseBarrier {
  public:
-  FASTASR_MEMBER explicit Team(int64_t units) : units_(units), next_(static_cast<size_t>(units)) {}
+  FASTASR_MEMBER explicit PhaseBarrier(int64_t units) : units_(units), next_(static_cast<size_t>(units)) {}
 
   // Runs phase number `phase` (0, 1, ... in order) for the thread that owns units [begin, end): some thread calls f(u)
   // for each unit u, from the last on if `backwards`. Returns when all units of the phase are done.
