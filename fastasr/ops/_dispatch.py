@@ -205,10 +205,6 @@ class Kernels:
     backward: Callable | None
 
 
-def _fit(device: torch.device | None = None) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One backend of a kernel family: where it works, why it may not, and how to load it."""
@@ -219,7 +215,7 @@ class Implementation:
     reason: Callable[[], str]
     load: Callable[[], Kernels]
     # the reason why it does not serve a CUDA device
-    unfit: Callable[..., str] = _fit
+    unfit: Callable[..., str] = lambda device=None: ""
 
 
 @dataclass

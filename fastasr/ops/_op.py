@@ -115,9 +115,6 @@ class Op:
         OPS[self.name] = self
         return formula
 
-    def __repr__(self) -> str:
-        return f"<op {self.name}>"
-
     def serve(self, function: F, written: Written | None = None, definition: Callable | None = None) -> F:
         """Makes ``function`` the public one, with the op as ``.op`` and the formula as ``.definition``."""
         self.function, self.written = function, written or self.written
