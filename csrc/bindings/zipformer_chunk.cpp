@@ -2,9 +2,11 @@
 #include "cpu/streaming/zipformer_chunk.h"
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "bindings/packed_weights.h"
+#include "bindings/pooled.h"
 
 namespace fastasr::bindings::zipformer_chunk {
 namespace {
@@ -12,59 +14,110 @@ namespace {
 using cpu::ChunkPlan;
 using cpu::ChunkShape;
 
-ChunkPlan plan_of(const std::vector<int64_t>& numbers) {
-  const ChunkShape shape(numbers);
-  check(!shape.stacks.empty(), "zipformer_chunk", "the numbers describe no encoder that this step serves");
+int64_t weight_floats(const ChunkPlan& plan) { return (plan.weight_bytes + 3) / 4; }
+
+ChunkPlan plan_of(const std::vector<int64_t>& sizes) {
+  const ChunkShape shape(sizes);
+  check(!shape.stacks.empty(), "zipformer_chunk", "the sizes describe no encoder that this step serves");
   return ChunkPlan(shape);
 }
 
-// Returns the floats of weights, of vectors, of a stream's states, and of the scratch memory of `streams` streams, and
-// how many products and tables packing takes.
-std::vector<int64_t> zipformer_chunk_sizes(std::vector<int64_t> numbers, int64_t streams) {
-  const ChunkPlan plan = plan_of(numbers);
-  return {(plan.weight_bytes + 3) / 4,
-          plan.vector_floats,
-          plan.state_floats,
-          plan.scratch_floats(streams),
-          static_cast<int64_t>(plan.products.size()),
-          static_cast<int64_t>(plan.tables.size())};
+// Returns the plan of one layer.
+ChunkPlan plan_of(const std::vector<int64_t>& sizes, int64_t frames, int64_t left) {
+  const std::vector<cpu::ChunkStack> layer = cpu::read_stacks(sizes, 0);
+  check(layer.size() == 1 && layer[0].factor == 1 && layer[0].layers == 1 && frames > 0 && left >= 0, "zipformer_layer",
+        "the sizes describe no layer");
+  return {layer[0], frames, left};
 }
 
-// products holds weights and biases in turn; tables: see cpu::ChunkPlan. Returns weights and vectors.
-std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> numbers, std::vector<Tensor> products,
-                                         std::vector<Tensor> tables) {
-  const ChunkPlan plan = plan_of(numbers);
-  const auto count = static_cast<int64_t>(plan.products.size());
-  check(static_cast<int64_t>(products.size()) == 2 * count && tables.size() == plan.tables.size(),
-        "zipformer_chunk_pack", "expected ", 2 * count, " weights and biases and ", plan.tables.size(), " tables, got ",
-        products.size(), " and ", tables.size());
-  for (size_t i = 0; i < products.size(); i++) {
-    const cpu::ChunkProduct& p = plan.products[i / 2];
-    check_floats(products[i], i % 2 ? p.outputs : p.outputs * p.inputs, i % 2 ? "a bias" : "a weight");
-  }
-  for (size_t i = 0; i < tables.size(); i++)
-    check_floats(tables[i], plan.tables[i].rows * plan.tables[i].columns, "a table");
-  const Tensor weights = on_huge_pages(products[0], (plan.weight_bytes + 3) / 4);
-  const Tensor vectors = on_huge_pages(products[0], plan.vector_floats);
-  auto* packed = reinterpret_cast<char*>(mutable_data<float>(weights));
-  auto* values = mutable_data<float>(vectors);
-  std::fill(values, values + plan.vector_floats, 0.0f);
-  parallel_range(count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      cpu::chunk_pack_product(plan, i, data<float>(products[static_cast<size_t>(2 * i)]),
-                              data<float>(products[static_cast<size_t>(2 * i + 1)]), packed, values);
+// Returns the names of an encoder's sizes and of a stack's, in their order.
+std::string zipformer_chunk_names() {
+  std::string names;
+  const auto add = [&](const char* name, auto) { names += name, names += ' '; };
+  ChunkShape().each_size(add);
+  names += '|';
+  cpu::ChunkStack().each_size(add);
+  return names;
+}
+
+// Returns the floats of weights, of vectors, of a stream's states, and of the scratch memory of `streams` streams.
+std::vector<int64_t> zipformer_chunk_floats(std::vector<int64_t> sizes, int64_t streams) {
+  const ChunkPlan plan = plan_of(sizes);
+  return {weight_floats(plan), plan.vector_floats, plan.state_floats, plan.scratch_floats(streams)};
+}
+
+// Packs weights and biases of the plan's products; either list may be empty, and its target is then null.
+void pack_products(const ChunkPlan& plan, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                   float* packed, float* vectors) {
+  const size_t count = plan.products.size();
+  for (const auto* list : {&weights, &biases})
+    check(list->empty() || list->size() == count, "zipformer_chunk", "expected ", count,
+          list == &weights ? " weights, got " : " biases, got ", list->size());
+  for (size_t i = 0; i < weights.size(); i++)
+    check_floats(weights[i], plan.products[i].outputs * plan.products[i].inputs, "a weight");
+  for (size_t i = 0; i < biases.size(); i++) check_floats(biases[i], plan.products[i].outputs, "a bias");
+  parallel_range(static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); i++)
+      cpu::chunk_pack_product(plan, static_cast<int64_t>(i), packed ? data<float>(weights[i]) : nullptr,
+                              vectors ? data<float>(biases[i]) : nullptr, reinterpret_cast<char*>(packed), vectors);
   });
-  for (size_t i = 0; i < tables.size(); i++) cpu::chunk_pack_table(plan.tables[i], data<float>(tables[i]), values);
-  return {weights, vectors};
+}
+
+void pack_tables(const ChunkPlan& plan, const std::vector<Tensor>& tables, float* vectors) {
+  check(tables.size() == plan.tables.size(), "zipformer_chunk", "expected ", plan.tables.size(), " tables, got ",
+        tables.size());
+  for (size_t i = 0; i < tables.size(); i++) {
+    check_floats(tables[i], plan.tables[i].rows * plan.tables[i].columns, "a table");
+    cpu::chunk_pack_table(plan.tables[i], data<float>(tables[i]), vectors);
+  }
+}
+
+float* zeroed(const Tensor& vectors) {
+  auto* const values = mutable_data<float>(vectors);
+  std::fill(values, values + vectors.numel(), 0.0f);
+  return values;
+}
+
+// The order of products and tables: see cpu::ChunkPlan. Returns weights and vectors.
+std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> sizes, std::vector<Tensor> weights,
+                                         std::vector<Tensor> biases, std::vector<Tensor> tables) {
+  const ChunkPlan plan = plan_of(sizes);
+  check(!weights.empty() && !biases.empty(), "zipformer_chunk_pack", "no products");
+  const Tensor packed = on_huge_pages(weights[0], weight_floats(plan));
+  const Tensor vectors = on_huge_pages(weights[0], plan.vector_floats);
+  float* const values = zeroed(vectors);
+  pack_products(plan, weights, biases, mutable_data<float>(packed), values);
+  pack_tables(plan, tables, values);
+  return {packed, vectors};
+}
+
+// Packs a layer's matrices; they do not depend on the size of a chunk.
+Tensor zipformer_layer_weights(std::vector<int64_t> sizes, std::vector<Tensor> weights) {
+  const ChunkPlan plan = plan_of(sizes, 1, 0);
+  check(!weights.empty(), "zipformer_layer_weights", "no weights");
+  const Tensor packed = on_huge_pages(weights[0], weight_floats(plan));
+  pack_products(plan, weights, {}, mutable_data<float>(packed), nullptr);
+  return packed;
+}
+
+// Packs everything else of a layer that does not change from chunk to chunk of one size.
+Tensor zipformer_layer_vectors(std::vector<int64_t> sizes, int64_t frames, int64_t left, std::vector<Tensor> biases,
+                               std::vector<Tensor> tables) {
+  const ChunkPlan plan = plan_of(sizes, frames, left);
+  check(!biases.empty(), "zipformer_layer_vectors", "no biases");
+  const Tensor vectors = new_contiguous(biases[0], {plan.vector_floats});
+  float* const values = zeroed(vectors);
+  pack_products(plan, {}, biases, nullptr, values);
+  pack_tables(plan, tables, values);
+  return vectors;
 }
 
 // states (slots, floats), counters (slots, 2) of int64; slots: those of the streams, in the order of features.
-Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor vectors, Tensor states,
-                            Tensor counters, Tensor scratch, Tensor features, std::vector<int64_t> slots,
-                            int64_t threads) {
-  const ChunkPlan plan = plan_of(numbers);
+Tensor zipformer_chunk_step(std::vector<int64_t> sizes, Tensor weights, Tensor vectors, Tensor states, Tensor counters,
+                            Tensor scratch, Tensor features, std::vector<int64_t> slots, int64_t threads) {
+  const ChunkPlan plan = plan_of(sizes);
   const auto streams = static_cast<int64_t>(slots.size());
-  check_floats(weights, (plan.weight_bytes + 3) / 4, "weights");
+  check_floats(weights, weight_floats(plan), "weights");
   check_floats(vectors, plan.vector_floats, "vectors");
   check(states.dim() == 2, "zipformer_chunk_step", "states");
   check_floats(states, states.size(0) * plan.state_floats, "states");
@@ -102,10 +155,47 @@ Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor
   return out;
 }
 
+// Takes x (frames, streams, dim), the six states as cpu::kLayerStates has them, and masked (streams, left + frames) or
+// none. Returns y and the six states after it.
+std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> sizes, int64_t left, Tensor weights, Tensor vectors,
+                                         Tensor x, std::vector<Tensor> states, std::optional<Tensor> masked,
+                                         int64_t threads) {
+  check(x.dim() == 3, "zipformer_layer_step", "x");
+  const int64_t frames = x.size(0), streams = x.size(1);
+  const ChunkPlan plan = plan_of(sizes, frames, left);
+  check_floats(x, frames * streams * plan.stacks[0].shape.dim, "x");
+  check_floats(weights, weight_floats(plan), "weights");
+  check_floats(vectors, plan.vector_floats, "vectors");
+  check(static_cast<int64_t>(states.size()) == cpu::kLayerStates, "zipformer_layer_step", "states");
+  if (masked)
+    check(masked->is_cpu() && dtype_of(*masked) == ScalarType::Bool && masked->is_contiguous() &&
+              masked->numel() == streams * (left + frames),
+          "zipformer_layer_step", "masked");
+  std::vector<Tensor> out{new_contiguous(x)};
+  const float* before[cpu::kLayerStates];
+  float* after[cpu::kLayerStates];
+  for (int64_t i = 0; i < cpu::kLayerStates; i++) {
+    const Tensor& state = states[static_cast<size_t>(i)];
+    check_floats(state, cpu::layer_state_floats(plan.stacks[0], i, streams), "a state");
+    out.push_back(new_contiguous(state));
+    before[i] = data<float>(state), after[i] = mutable_data<float>(out.back());
+  }
+  const Scratch<float> scratch(cpu::layer_scratch_floats(plan, streams));
+  cpu::layer_step({plan,
+                   reinterpret_cast<const char*>(data<float>(weights)),
+                   data<float>(vectors),
+                   data_or_null<uint8_t>(masked),
+                   streams,
+                   scratch.data(),
+                   {threads, run_parts}},
+                  data<float>(x), before, mutable_data<float>(out[0]), after);
+  return out;
+}
+
 // Copies a stream's states to `tensors`, or from them; see cpu::chunk_export.
-void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor counters, int64_t slot,
+void zipformer_chunk_states(std::vector<int64_t> sizes, Tensor states, Tensor counters, int64_t slot,
                             std::vector<Tensor> tensors, bool restore) {
-  const ChunkPlan plan = plan_of(numbers);
+  const ChunkPlan plan = plan_of(sizes);
   check(states.dim() == 2 && slot >= 0 && slot < states.size(0), "zipformer_chunk_states", "slot");
   check_floats(states, states.size(0) * plan.state_floats, "states");
   check(dtype_of(counters) == ScalarType::Long && counters.numel() == 2 * states.size(0), "zipformer_chunk_states",
@@ -117,13 +207,9 @@ void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor 
     check_floats(tensors[at], numel, "a state");
     to.push_back(mutable_data<float>(tensors[at++]));
   };
-  for (const ChunkPlan::Stack& s : plan.stacks)
-    for (int64_t i = 0; i < s.shape.layers; i++) {
-      take(s.left * s.shape.heads * s.shape.query);
-      take(s.left * s.shape.hidden);
-      for (int j = 0; j < 2; j++) take(s.left * s.shape.heads * s.shape.value);
-      for (int j = 0; j < 2; j++) take(s.shape.dim * s.pad);
-    }
+  for (const ChunkPlan::Stack& stack : plan.stacks)
+    for (int64_t i = 0; i < stack.shape.layers * cpu::kLayerStates; i++)
+      take(cpu::layer_state_floats(stack, i % cpu::kLayerStates, 1));
   take(plan.shape.maps[2] * cpu::kFrontPast * plan.shape.width3());
   check(at == tensors.size(), "zipformer_chunk_states", "expected ", at, " tensors, got ", tensors.size());
   float* const state = mutable_data<float>(states) + slot * plan.state_floats;
@@ -136,19 +222,29 @@ void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor 
 
 }  // namespace
 
-FASTASR_OPERATORS({"zipformer_chunk_sizes(int[] numbers, int streams) -> int[]", Boxed<zipformer_chunk_sizes>::call},
-                  {"zipformer_chunk_pack(int[] numbers, Tensor[] products, Tensor[] tables) -> Tensor[]",
+FASTASR_OPERATORS({"zipformer_chunk_names() -> str", Boxed<zipformer_chunk_names>::call},
+                  {"zipformer_chunk_floats(int[] sizes, int streams) -> int[]", Boxed<zipformer_chunk_floats>::call},
+                  {"zipformer_chunk_pack(int[] sizes, Tensor[] weights, Tensor[] biases, Tensor[] tables) -> Tensor[]",
                    Boxed<zipformer_chunk_pack>::call},
-                  {"zipformer_chunk_step(int[] numbers, Tensor weights, Tensor vectors, Tensor(a!) states, "
+                  {"zipformer_chunk_step(int[] sizes, Tensor weights, Tensor vectors, Tensor(a!) states, "
                    "Tensor(b!) counters, Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor",
                    Boxed<zipformer_chunk_step>::call},
-                  {"zipformer_chunk_states(int[] numbers, Tensor(a!) states, Tensor(b!) counters, int slot, "
+                  {"zipformer_chunk_states(int[] sizes, Tensor(a!) states, Tensor(b!) counters, int slot, "
                    "Tensor[] tensors, bool restore) -> ()",
-                   Boxed<zipformer_chunk_states>::call})
+                   Boxed<zipformer_chunk_states>::call},
+                  {"zipformer_layer_weights(int[] sizes, Tensor[] weights) -> Tensor",
+                   Boxed<zipformer_layer_weights>::call},
+                  {"zipformer_layer_vectors(int[] sizes, int frames, int left, Tensor[] biases, Tensor[] tables)"
+                   " -> Tensor",
+                   Boxed<zipformer_layer_vectors>::call},
+                  {"zipformer_layer_step(int[] sizes, int left, Tensor weights, Tensor vectors, Tensor x, "
+                   "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
+                   Boxed<zipformer_layer_step>::call})
 
-// It takes no tensor that would tell the dispatcher that it runs on the CPU.
+// They take no tensor that would tell the dispatcher that they run on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
-  m.impl("zipformer_chunk_sizes", Boxed<zipformer_chunk_sizes>::call);
+  m.impl("zipformer_chunk_names", Boxed<zipformer_chunk_names>::call);
+  m.impl("zipformer_chunk_floats", Boxed<zipformer_chunk_floats>::call);
 }
 
 }  // namespace fastasr::bindings::zipformer_chunk

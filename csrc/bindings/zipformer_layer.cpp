@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <array>
+#include <string>
 #include <vector>
 
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 #include "cpu/conv/gated_depthwise_conv.h"
 #include "cpu/rows/add.h"
+#include "cpu/streaming/zipformer_order.h"
 
 // A whole layer of Zipformer's encoder in inference, in float32: the kernels of its ops one after the other, as
 // fastasr/models/zipformer/layer.py calls them. Python and torch's dispatcher take half a millisecond for the 45 calls
@@ -18,19 +21,35 @@ constexpr const char* kOp = "zipformer_layer";
 // What computes a product. The last two are cpu::WeightFormat's formats, after kReduced.
 constexpr int64_t kTorch = 0, kGemm = 1, kFewRows = 2, kReduced = 2;
 
-// The products of a layer in the order of `weights`. Two follow each other in every module: in_proj and out_proj.
-enum Product : size_t {
-  kScores,  // in_proj of the attention weights, then linear_pos
-  kPositions,
-  kFeedForward1,
-  kNonlinAttention = kFeedForward1 + 2,
-  kAttention1 = kNonlinAttention + 2,
-  kConvolution1 = kAttention1 + 2,
-  kFeedForward2 = kConvolution1 + 2,
-  kAttention2 = kFeedForward2 + 2,
-  kConvolution2 = kAttention2 + 2,
-  kFeedForward3 = kConvolution2 + 2,
-  kProducts = kFeedForward3 + 2
+struct Product {
+  const Tensor *weight, *bias;  // the weight is a matrix, or a packed copy where `way` says so
+  int64_t way, outputs;
+};
+struct Module {
+  Product in, out;
+};
+// The convolution's tensors; the last three are null but in the chunk-causal form.
+struct Convolution {
+  const Tensor *weight, *bias, *causal_weight, *causal_bias, *chunk_scale;
+};
+
+struct Weights {
+  Product scores, positions;  // of the attention weights
+  Module forward[3], nonlin, attention[2], convolution[2];
+
+  // Calls f(name, product) for every product in the order in which lists have them.
+  template <typename F>
+  void each_product(const F& f) {
+    f("self_attn_weights.in_proj", scores), f("self_attn_weights.linear_pos", positions);
+    f("feed_forward1.in_proj", forward[0].in), f("feed_forward1.out_proj", forward[0].out);
+    f("nonlin_attention.in_proj", nonlin.in), f("nonlin_attention.out_proj", nonlin.out);
+    f("self_attn1.in_proj", attention[0].in), f("self_attn1.out_proj", attention[0].out);
+    f("conv_module1.in_proj", convolution[0].in), f("conv_module1.out_proj", convolution[0].out);
+    f("feed_forward2.in_proj", forward[1].in), f("feed_forward2.out_proj", forward[1].out);
+    f("self_attn2.in_proj", attention[1].in), f("self_attn2.out_proj", attention[1].out);
+    f("conv_module2.in_proj", convolution[1].in), f("conv_module2.out_proj", convolution[1].out);
+    f("feed_forward3.in_proj", forward[2].in), f("feed_forward3.out_proj", forward[2].out);
+  }
 };
 
 using Tensors = std::vector<Tensor>;
@@ -51,46 +70,92 @@ Tensor plus(const Tensor& x, Tensor y) {
   return y;
 }
 
-// Its functions add what a module computes to `x`, the module's input.
+// The modules, see cpu::run_zipformer_layer.
 struct Layer {
-  const Tensors &weights, &biases;
-  const std::vector<int64_t>&ways, &outputs;
+  const Weights& weights;
+  const Convolution (&convolutions)[2];
   int64_t first_head_way;
+  const Tensor &src, &positions, &mid, &norm_bias, &norm_log_scale, &bypass;
+  const Optional &padding, &mask;
+  int64_t heads, query_dim, chunk, left_chunks, conv_chunk;
+  Tensor x = src, attention = src;
 
+  void attention_weights() {
+    attention = zipformer_attention_weights::zipformer_attention_weights_forward(
+        linear(weights.scores, x), linear(weights.positions, positions), {}, padding, mask, heads, query_dim, chunk,
+        left_chunks);
+  }
+
+  void feed_forward(int i) {
+    const Module& m = weights.forward[i];
+    if (m.in.way != kGemm || m.out.way > kReduced)
+      x = linear(m.out, linear(m.in, x), cpu::ReducedInput::swoosh_l, x);
+    else
+      x = linear(m.out, multiplied(m.in, x, {}, true), cpu::ReducedInput::x, x);
+  }
+
+  void nonlin_attention() {
+    const Tensor projected = linear(weights.nonlin.in, x);
+    const Tensor o = of_first_head(bindings::nonlin_attention::gate(projected));
+    x = linear(weights.nonlin.out, bindings::nonlin_attention::product(projected, o), cpu::ReducedInput::x, x);
+  }
+
+  void self_attention(int i) {
+    const Module& m = weights.attention[i];
+    x = linear(m.out, weighted_values::weighted_values(attention, linear(m.in, x)), cpu::ReducedInput::x, x);
+  }
+
+  void convolution(int i) {
+    const Module& m = weights.convolution[i];
+    const Convolution& c = convolutions[i];
+    const auto at = [](const Tensor* t) { return t ? Optional(*t) : Optional(); };
+    const auto swoosh_r = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
+    const Tensor y = std::get<0>(gated_depthwise_conv::gated_depthwise_conv_forward(
+        linear(m.in, x), *c.weight, at(c.bias), at(c.causal_weight), at(c.causal_bias), at(c.chunk_scale), padding, {},
+        conv_chunk, swoosh_r, false, 0));
+    x = linear(m.out, y, cpu::ReducedInput::x, x);
+  }
+
+  void bypass_mid() { x = bypass::bypass_forward(src, x, mid); }
+
+  void norm_and_bypass() {
+    x = bypass::bypass_forward(src, bias_norm::bias_norm_forward(x, norm_bias, norm_log_scale), bypass);
+  }
+
+ private:
   // Returns f(x) weightᵀ + bias, where f is SwooshL, SwooshR or nothing, and `onto` more if that is given.
-  Tensor linear(size_t i, const Tensor& x, cpu::ReducedInput f = cpu::ReducedInput::x,
-                const Optional& onto = {}) const {
-    if (ways[i] > kReduced) {
-      const int64_t n = outputs[i];
-      const Tensor y = new_pooled(x, {x.size(0), x.size(1), n});
+  static Tensor linear(const Product& p, const Tensor& x, cpu::ReducedInput f = cpu::ReducedInput::x,
+                       const Optional& onto = {}) {
+    if (p.way > kReduced) {
+      const Tensor y = new_pooled(x, {x.size(0), x.size(1), p.outputs});
       cpu::ReducedGemm g{};
-      g.x = data<float>(x), g.x_row = g.k = x.size(2), g.bias = data_or_null<float>(bias(i));
-      g.y = mutable_data<float>(y), g.y_row = g.n = n, g.m = x.size(0) * x.size(1);
-      g.format = static_cast<cpu::WeightFormat>(ways[i] - kReduced), g.input = f;
-      reduced_gemm::multiply(g, weights[i]);
+      g.x = data<float>(x), g.x_row = g.k = x.size(2), g.bias = data_or_null<float>(bias(p));
+      g.y = mutable_data<float>(y), g.y_row = g.n = p.outputs, g.m = x.size(0) * x.size(1);
+      g.format = static_cast<cpu::WeightFormat>(p.way - kReduced), g.input = f;
+      reduced_gemm::multiply(g, *p.weight);
       return onto ? plus(*onto, y) : y;
     }
     if (f != cpu::ReducedInput::x)
-      return multiplied(i, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1), onto);
-    return multiplied(i, x, onto);
+      return multiplied(p, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1), onto);
+    return multiplied(p, x, onto);
   }
 
-  Optional bias(size_t i) const { return biases[i].numel() ? Optional(biases[i]) : Optional(); }
+  static Optional bias(const Product& p) { return p.bias->numel() ? Optional(*p.bias) : Optional(); }
 
-  Tensor multiplied(size_t i, const Tensor& x, const Optional& onto, bool swoosh_l = false) const {
+  static Tensor multiplied(const Product& p, const Tensor& x, const Optional& onto, bool swoosh_l = false) {
     using torch::stable::detail::from;
-    const Tensor& weight = weights[i];
-    const int64_t k = x.size(2), n = outputs[i];
+    const Tensor& weight = *p.weight;
+    const int64_t k = x.size(2), n = p.outputs;
     check(weight.dim() == 2 && weight.size(0) == n && weight.size(1) == k, kOp, "a weight has another shape");
-    if (ways[i] == kTorch || ways[i] == kFewRows) {
-      const Tensor y = ways[i] == kTorch ? by_torch("aten::linear", {from(x), from(weight), from(bias(i))})
-                                         : gemm::linear_few_rows(x, weight, bias(i));
+    if (p.way == kTorch || p.way == kFewRows) {
+      const Tensor y = p.way == kTorch ? by_torch("aten::linear", {from(x), from(weight), from(bias(p))})
+                                       : gemm::linear_few_rows(x, weight, bias(p));
       return onto ? plus(*onto, y) : y;
     }
     const Tensor y = new_pooled(x, {x.size(0), x.size(1), n});
     cpu::Gemm<float> g{};
     g.a = data<float>(x), g.a_row = k, g.a_depth = 1;
-    g.bias = data_or_null<float>(bias(i));
+    g.bias = data_or_null<float>(bias(p));
     g.c = mutable_data<float>(y), g.c_row = n, g.m = x.size(0) * x.size(1), g.n = n, g.k = k;
     g.swoosh_l = swoosh_l;
     if (onto) {
@@ -102,34 +167,8 @@ struct Layer {
     return y;
   }
 
-  Tensor feed_forward(size_t i, const Tensor& x) const {
-    if (ways[i] != kGemm || ways[i + 1] > kReduced) return linear(i + 1, linear(i, x), cpu::ReducedInput::swoosh_l, x);
-    return linear(i + 1, multiplied(i, x, {}, true), cpu::ReducedInput::x, x);
-  }
-
-  Tensor self_attention(size_t i, const Tensor& x, const Tensor& attention) const {
-    const Tensor y = weighted_values::weighted_values(attention, linear(i, x));
-    return linear(i + 1, y, cpu::ReducedInput::x, x);
-  }
-
-  // tensors are weight and bias, and in the chunk-causal form causal_weight, causal_bias and chunk_scale.
-  Tensor convolution(size_t i, const Tensor& x, const Tensors& tensors, size_t first, size_t count,
-                     const Optional& padding, int64_t chunk) const {
-    const auto at = [&](size_t j) { return j < count ? Optional(tensors[first + j]) : Optional(); };
-    const auto swoosh_r = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
-    const Tensor y = std::get<0>(gated_depthwise_conv::gated_depthwise_conv_forward(
-        linear(i, x), tensors[first], at(1), at(2), at(3), at(4), padding, {}, chunk, swoosh_r, false, 0));
-    return linear(i + 1, y, cpu::ReducedInput::x, x);
-  }
-
-  Tensor nonlin_attention(const Tensor& x, const Tensor& attention) const {
-    const Tensor projected = linear(kNonlinAttention, x);
-    const Tensor o = of_first_head(attention, bindings::nonlin_attention::gate(projected));
-    return linear(kNonlinAttention + 1, bindings::nonlin_attention::product(projected, o), cpu::ReducedInput::x, x);
-  }
-
   // Returns (batch, time, channels) for values (time, batch, channels).
-  Tensor of_first_head(const Tensor& attention, const Tensor& values) const {
+  Tensor of_first_head(const Tensor& values) const {
     const int64_t frames = values.size(0), batch = values.size(1), channels = values.size(2);
     if (first_head_way == kTorch) {
       using torch::stable::detail::from;
@@ -151,52 +190,65 @@ struct Layer {
   }
 };
 
-// Takes src (time, batch, channels), contiguous, and positions (1 or batch, 2 time - 1, pos_dim). weights are matrices,
-// or packed copies where `ways` says so; an absent bias has no elements. convolutions are the tensors of both modules,
-// scales the bypass in the middle, the norm's bias and log_scale, and the last bypass. ways has one more number, that
-// of the first head's product. chunk and left_chunks are those of attention, conv_chunk is the convolutions'.
+// Returns the names of the products, in their order.
+std::string zipformer_layer_names() {
+  std::string names;
+  Weights().each_product([&](const char* name, const Product&) { names += name, names += ' '; });
+  return names;
+}
+
+Convolution convolution_of(const Tensors& tensors, size_t which) {
+  const size_t each = tensors.size() / 2;
+  const auto at = [&](size_t i) { return i < each ? &tensors[which * each + i] : nullptr; };
+  return {at(0), at(1), at(2), at(3), at(4)};
+}
+
+// Takes src (time, batch, channels), contiguous, and positions (1 or batch, 2 time - 1, pos_dim). weights, biases, ways
+// and outputs have the order of zipformer_layer_names; an absent bias has no elements. convolutions are the tensors of
+// both modules. chunk and left_chunks are those of attention, conv_chunk is the convolutions'.
 Tensor zipformer_layer(const Tensor& src, const Tensor& positions, const Optional& padding, const Optional& mask,
-                       Tensors weights, Tensors biases, Tensors convolutions, Tensors scales, std::vector<int64_t> ways,
-                       std::vector<int64_t> outputs, int64_t heads, int64_t query_dim, int64_t chunk,
+                       Tensors weights, Tensors biases, std::vector<int64_t> ways, std::vector<int64_t> outputs,
+                       int64_t first_head_way, Tensors convolutions, Tensor bypass_mid, Tensor norm_bias,
+                       Tensor norm_log_scale, Tensor bypass, int64_t heads, int64_t query_dim, int64_t chunk,
                        int64_t left_chunks, int64_t conv_chunk) {
   check(src.dim() == 3 && src.is_cpu() && is_dense(src, ScalarType::Float, {src.size(0), src.size(1), src.size(2)}),
         kOp, "src");
   check(positions.dim() == 3 && positions.is_contiguous() && dtype_of(positions) == ScalarType::Float, kOp,
         "positions");
-  check(weights.size() == kProducts && biases.size() == kProducts && outputs.size() == kProducts &&
-            ways.size() == kProducts + 1 && scales.size() == 4,
-        kOp, "wrong number of tensors");
-  for (const Tensors* list : {&weights, &biases, &convolutions, &scales})
-    for (const Tensor& t : *list)
-      check(t.is_cpu() && t.is_contiguous() && dtype_of(t) == ScalarType::Float, kOp, "a parameter");
-  for (size_t i = 0; i < kProducts; i++)
-    check(biases[i].numel() == 0 || biases[i].numel() == outputs[i], kOp, "a bias has another size");
-  const size_t each = convolutions.size() / 2;
-  check(convolutions.size() % 2 == 0 && (each == 2 || each == 5), kOp, "convolutions");
-
-  const Layer layer{weights, biases, ways, outputs, ways[kProducts]};
-  const Tensor attention = zipformer_attention_weights::zipformer_attention_weights_forward(
-      layer.linear(kScores, src), layer.linear(kPositions, positions), {}, padding, mask, heads, query_dim, chunk,
-      left_chunks);
-  Tensor x = layer.feed_forward(kFeedForward1, src);
-  x = layer.nonlin_attention(x, attention);
-  x = layer.self_attention(kAttention1, x, attention);
-  x = layer.convolution(kConvolution1, x, convolutions, 0, each, padding, conv_chunk);
-  x = layer.feed_forward(kFeedForward2, x);
-  x = bypass::bypass_forward(src, x, scales[0]);
-  x = layer.self_attention(kAttention2, x, attention);
-  x = layer.convolution(kConvolution2, x, convolutions, each, each, padding, conv_chunk);
-  x = layer.feed_forward(kFeedForward3, x);
-  return bypass::bypass_forward(src, bias_norm::bias_norm_forward(x, scales[1], scales[2]), scales[3]);
+  const auto check_parameter = [](const Tensor& t) {
+    check(t.is_cpu() && t.is_contiguous() && dtype_of(t) == ScalarType::Float, kOp, "a parameter");
+  };
+  for (const Tensors* list : {&weights, &biases, &convolutions})
+    for (const Tensor& t : *list) check_parameter(t);
+  for (const Tensor* t : {&bypass_mid, &norm_bias, &norm_log_scale, &bypass}) check_parameter(*t);
+  check(convolutions.size() == 4 || convolutions.size() == 10, kOp, "convolutions");
+  Weights products{};
+  size_t count = 0;
+  products.each_product([&](const char* name, Product& p) {
+    const size_t i = count++;
+    check(i < std::min({weights.size(), biases.size(), ways.size(), outputs.size()}), kOp, name, " is missing");
+    p = {&weights[i], &biases[i], ways[i], outputs[i]};
+    check(p.bias->numel() == 0 || p.bias->numel() == p.outputs, kOp, "the bias of ", name, " has another size");
+  });
+  const Convolution both[2] = {convolution_of(convolutions, 0), convolution_of(convolutions, 1)};
+  Layer layer{products, both,    first_head_way, src,   positions, bypass_mid, norm_bias,   norm_log_scale,
+              bypass,   padding, mask,           heads, query_dim, chunk,      left_chunks, conv_chunk};
+  cpu::run_zipformer_layer(layer);
+  return layer.x;
 }
 
 }  // namespace
 
 FASTASR_OPERATORS(
+    {"zipformer_layer_names() -> str", Boxed<zipformer_layer_names>::call},
     {"zipformer_layer(Tensor src, Tensor positions, Tensor? key_padding_mask, Tensor? attn_mask, "
-     "Tensor[] weights, Tensor[] biases, Tensor[] convolutions, Tensor[] scales, int[] ways, "
-     "int[] outputs, int num_heads, int query_head_dim, int chunk_size, int left_context_chunks, "
-     "int conv_chunk_size) -> Tensor",
+     "Tensor[] weights, Tensor[] biases, int[] ways, int[] outputs, int first_head_way, Tensor[] convolutions, "
+     "Tensor bypass_mid, Tensor norm_bias, Tensor norm_log_scale, Tensor bypass, int num_heads, int query_head_dim, "
+     "int chunk_size, int left_context_chunks, int conv_chunk_size) -> Tensor",
      Boxed<zipformer_layer>::call})
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
+  m.impl("zipformer_layer_names", Boxed<zipformer_layer_names>::call);
+}
 
 }  // namespace fastasr::bindings::zipformer_layer

@@ -128,11 +128,8 @@ void moves(WeightFormat format) {
   Random random(13);
   std::vector<std::vector<float>> tensors;
   for (const ChunkPlan::Stack& s : e.plan.stacks)
-    for (int64_t i = 0; i < s.shape.layers; i++)
-      for (const int64_t n :
-           {s.left * s.shape.heads * s.shape.query, s.left * s.shape.hidden, s.left * s.shape.heads * s.shape.value,
-            s.left * s.shape.heads * s.shape.value, s.shape.dim * s.pad, s.shape.dim * s.pad})
-        tensors.emplace_back(static_cast<size_t>(n));
+    for (int64_t i = 0; i < s.shape.layers * cpu::kLayerStates; i++)
+      tensors.emplace_back(static_cast<size_t>(cpu::layer_state_floats(s, i % cpu::kLayerStates, 1)));
   tensors.emplace_back(static_cast<size_t>(e.plan.shape.maps[2] * cpu::kFrontPast * e.plan.shape.width3()));
   std::vector<float*> to;
   for (std::vector<float>& t : tensors) to.push_back(t.data());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/streaming/zipformer_layer_step.h"
+#include "cpu/streaming/zipformer_chunk.h"
 
 #include "tests/check.h"
 
@@ -51,7 +51,7 @@ Tensors run(Layer& layer, const Tensors& in, const std::vector<uint8_t>& masked,
   std::vector<Buffer<float>> after;
   const float* before[kLayerStates];
   float* results[kLayerStates];
-  for (int64_t i = 0; i < kLayerStates; i++) after.emplace_back(cpu::layer_state_floats(plan, i, streams));
+  for (int64_t i = 0; i < kLayerStates; i++) after.emplace_back(cpu::layer_state_floats(plan.stacks[0], i, streams));
   for (size_t i = 0; i < kLayerStates; i++) {
     CHECK(in[i + 1].size() == static_cast<size_t>(after[i].size()), "size of state %zu", i);
     before[i] = in[i + 1].data(), results[i] = after[i].data();
@@ -104,7 +104,7 @@ void streams(int64_t frames, int64_t left, bool with_mask) {
   Random random(static_cast<uint64_t>(frames * 31 + left));
   Tensors in;
   for (int64_t i = -1; i < kLayerStates; i++) {
-    const int64_t n = i < 0 ? frames * kStreams * kOdd.dim : cpu::layer_state_floats(layer.plan, i, kStreams);
+    const int64_t n = i < 0 ? frames * kStreams * kOdd.dim : cpu::layer_state_floats(layer.plan.stacks[0], i, kStreams);
     std::vector<float> values(static_cast<size_t>(n));
     for (float& v : values) v = static_cast<float>(random.normal());
     in.push_back(values);

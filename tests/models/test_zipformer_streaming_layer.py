@@ -10,6 +10,7 @@ from packed_layers import assert_near, check_declined, other_threads, zipformer_
 
 from fastasr.models.zipformer import streaming_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
+from fastasr.models.zipformer.packing import EncoderSizes, StackSizes
 
 _layer = partial(zipformer_layer, causal=True)
 
@@ -63,6 +64,11 @@ def test_a_chunk(dim, kernel, frames, streams, left):
         got = _served(layer, chunk)
         assert_near(got, _by_submodules(exact, _wide(chunk)))
         assert all(torch.equal(a, b) for a, b in zip(layer.streaming_forward(*chunk), got, strict=True))
+
+
+def test_sizes_have_the_names_of_the_native_structs():
+    names = [part.split() for part in torch.ops.fastasr_cpu.zipformer_chunk_names().split("|")]
+    assert names == [list(EncoderSizes._fields), list(StackSizes._fields)]
 
 
 @torch.no_grad()

@@ -52,6 +52,10 @@ def products(request, monkeypatch):
     _gemm.forget()
 
 
+def test_products_have_the_order_of_the_native_call():
+    assert torch.ops.fastasr_cpu.zipformer_layer_names().split() == list(whole_layer.PRODUCTS)
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(("frames", "batch"), [(1, 1), (1, 3), (9, 2), (130, 1)])

@@ -19,9 +19,22 @@
 // a stream's bits depend neither on the others nor on the number of threads.
 namespace fastasr::cpu {
 
+// The sizes of a stack, or of a layer alone, whose factor and layers are 1.
 struct ChunkStack {
   int64_t dim, factor, layers, heads, query, value, pos, taps, inner[3], hidden;
+
+  // Calls f(name, field) for every size, in the order in which a list of ints has them. LayerSizes in
+  // fastasr/models/zipformer/packing.py has the same names.
+  template <typename F>
+  void each_size(const F& f) {
+    f("dim", dim), f("factor", factor), f("layers", layers), f("heads", heads), f("query", query), f("value", value);
+    f("pos", pos), f("taps", taps), f("inner1", inner[0]), f("inner2", inner[1]), f("inner3", inner[2]);
+    f("hidden", hidden);
+  }
 };
+
+// Reads the sizes of stacks from `sizes`, from index `at` to the end. It returns none if they do not describe stacks.
+std::vector<ChunkStack> read_stacks(const std::vector<int64_t>& sizes, size_t at);
 
 struct ChunkShape {
   int64_t chunk = 0, left = 0;  // frames at 50 Hz, before the stacks' own downsampling
@@ -30,10 +43,17 @@ struct ChunkShape {
   WeightFormat weights = WeightFormat::fp32;  // format of the products, see also rounds_inputs
   std::vector<ChunkStack> stacks;
 
-  // Reads a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. If the list does
-  // not describe an encoder that this step serves, `stacks` stays empty.
-  explicit ChunkShape(const std::vector<int64_t>& numbers);
+  // Reads the sizes of each_size, then those of each stack. If they do not describe an encoder that this step serves,
+  // `stacks` stays empty.
+  explicit ChunkShape(const std::vector<int64_t>& sizes);
   ChunkShape() = default;
+
+  // Does as ChunkStack::each_size does, for the sizes of EncoderSizes in fastasr/models/zipformer/packing.py.
+  template <typename F>
+  void each_size(const F& f) {
+    f("chunk", chunk), f("left", left), f("bins", bins), f("maps1", maps[0]), f("maps2", maps[1]), f("maps3", maps[2]);
+    f("expanded", expanded), f("weights", weights);
+  }
 
   FASTASR_MEMBER int64_t input_frames() const { return 2 * chunk + 13; }
   // Returns the bins of the second and third convolution's maps.
@@ -152,10 +172,31 @@ struct ChunkKernels {
 void chunk_begin(const ChunkStep& step);
 void chunk_end(const ChunkStep& step);
 
-// Copies the states of one stream to upstream's tensors of batch 1, or from them. There are six per layer, each
-// contiguous: key (left, heads query), hidden (left, hidden), two values (left, heads value), two convolutions (dim,
-// pad); then the front end's (maps[2], 3, width3).
+// Copies the states of one stream to upstream's tensors, or from them: the six of each layer for one stream (see
+// kLayerStates), then the front end's (maps[2], 3, width3).
 void chunk_export(const ChunkPlan& plan, const float* state, const ChunkCounters& counters, float* const* tensors);
 void chunk_import(const ChunkPlan& plan, const float* const* tensors, float* state, ChunkCounters* counters);
+
+// One chunk through one layer, with the states as upstream's tensors. Copying them into the layout above and back takes
+// a hundredth of the time of reading the layer's weights.
+
+// The six states of a layer, contiguous: key (left, streams, heads query), hidden (streams, left, hidden), two values
+// (left, streams, heads value), two convolutions (streams, dim, pad).
+constexpr int64_t kLayerStates = 6;
+int64_t layer_state_floats(const ChunkPlan::Stack& stack, int64_t index, int64_t streams);
+
+struct LayerStep {
+  const ChunkPlan& plan;  // the plan of one layer
+  const char* weights;
+  const float* vectors;
+  const uint8_t* masked;  // (streams, left + frames), nonzero: masked; or null
+  int64_t streams;
+  float* scratch;  // layer_scratch_floats(plan, streams)
+  Workers workers;
+};
+int64_t layer_scratch_floats(const ChunkPlan& plan, int64_t streams);
+
+// Maps x (frames, streams, dim), contiguous, to y of the same shape, and writes the states after it.
+void layer_step(const LayerStep& step, const float* x, const float* const* states, float* y, float* const* after);
 
 }  // namespace fastasr::cpu

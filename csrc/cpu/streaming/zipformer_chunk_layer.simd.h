@@ -8,6 +8,7 @@
 #include "cpu/rows/swoosh.h"
 #include "cpu/streaming/zipformer_chunk_rows.simd.h"
 #include "cpu/streaming/zipformer_chunk_scratch.h"
+#include "cpu/streaming/zipformer_order.h"
 
 namespace fastasr::cpu {
 inline namespace FASTASR_SIMD {
@@ -24,62 +25,16 @@ class Layer {
         room_(step.plan, step.streams, step.scratch) {}
 
   void run(float* input) {
-    x_ = room_.x;
-    product(l_.attention, input, s_.stride, room_.projected);
-    attention_weights();
-    product(l_.forward_in[0], input, s_.stride, room_.projected);
-    swoosh(s_.shape.inner[0], l_.forward_in[0].stride(), Swoosh::L);
-    product(l_.forward_out[0], room_.hidden, l_.forward_in[0].stride(), room_.y);
+    input_ = input, x_ = room_.x;
     std::copy(input, input + rows_ * s_.stride, x_);
-    add();
-    nonlin_attention();
-    self_attention(0);
-    convolution(0);
-    feed_forward(1);
-    kernels<BypassKernels<float>>().forward(input, x_, vector(l_.mid), room_.y, rows_, s_.stride);
-    std::swap(x_, room_.y);
-    self_attention(1);
-    convolution(1);
-    feed_forward(2);
-    for (int64_t r = 0; r < rows_; r++)
-      kernels<BiasNormKernels<float>>().forward(x_ + r * s_.stride, vector(l_.norm_bias), *vector(l_.norm_scale),
-                                                room_.y + r * s_.stride, 1, s_.shape.dim);
-    chunk_combine(input, room_.y, vector(l_.bypass), 1, rows_, s_.stride);
+    run_zipformer_layer(*this);
   }
 
- private:
-  const float* vector(const ChunkTable& t) const { return step_.vectors + t.at; }
-  float* state(int64_t stream) const { return step_.states + step_.slots[stream] * step_.plan.state_floats; }
-  int64_t behind(int64_t stream) const { return step_.counters[step_.slots[stream]].at * s_.frames; }
-  float* weights(int64_t stream, int64_t head) const {
-    return room_.weights + (stream * s_.shape.heads + head) * s_.frames * padded_keys_;
-  }
-  const uint8_t* masked(int64_t stream) const { return step_.masked ? step_.masked + stream * s_.keys : nullptr; }
-  void product(const ChunkProduct& p, const float* x, int64_t x_stride, float* y) const {
-    chunk_product(step_, p, x, x_stride, rows_, room_.levels, y);
-  }
-  void add() const { chunk_add(room_.y, x_, rows_ * s_.stride); }
-
-  // Computes hidden = swoosh(projected), rows of n elements.
-  void swoosh(int64_t n, int64_t stride, Swoosh kind) const {
-    step_.workers.split(rows_, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++)
-        kernels<SwooshKernels<float>>().forward(room_.projected + r * stride, nullptr, Mask::none,
-                                                room_.hidden + r * stride, n, kind);
-    });
-  }
-
-  void feed_forward(int i) const {
-    product(l_.forward_in[i], x_, s_.stride, room_.projected);
-    swoosh(s_.shape.inner[i], l_.forward_in[i].stride(), Swoosh::L);
-    product(l_.forward_out[i], room_.hidden, l_.forward_in[i].stride(), room_.y);
-    add();
-  }
-
-  // Appends the keys, and leaves every head's weights in room_.weights.
+  // The modules, see run_zipformer_layer. This one appends the keys, and leaves every head's weights in room_.weights.
   void attention_weights() const {
     const ChunkStack& n = s_.shape;
     const int64_t stride = l_.attention.stride(), width = n.heads * n.query;
+    product(l_.attention, x_, s_.stride, room_.projected);
     step_.workers.split(step_.streams * n.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t stream = i / n.heads, head = i % n.heads;
@@ -97,6 +52,13 @@ class Layer {
         chunk_softmax(w, padded_keys_, s_.frames, unseen, masked(stream), s_.keys);
       }
     });
+  }
+
+  void feed_forward(int i) const {
+    product(l_.forward_in[i], x_, s_.stride, room_.projected);
+    swoosh(s_.shape.inner[i], l_.forward_in[i].stride(), Swoosh::L);
+    product(l_.forward_out[i], room_.hidden, l_.forward_in[i].stride(), room_.y);
+    add();
   }
 
   void nonlin_attention() const {
@@ -168,12 +130,47 @@ class Layer {
     add();
   }
 
+  void bypass_mid() {
+    kernels<BypassKernels<float>>().forward(input_, x_, vector(l_.mid), room_.y, rows_, s_.stride);
+    std::swap(x_, room_.y);
+  }
+
+  // Leaves the layer's output in place of its input.
+  void norm_and_bypass() const {
+    for (int64_t r = 0; r < rows_; r++)
+      kernels<BiasNormKernels<float>>().forward(x_ + r * s_.stride, vector(l_.norm_bias), *vector(l_.norm_scale),
+                                                room_.y + r * s_.stride, 1, s_.shape.dim);
+    chunk_combine(input_, room_.y, vector(l_.bypass), 1, rows_, s_.stride);
+  }
+
+ private:
+  const float* vector(const ChunkTable& t) const { return step_.vectors + t.at; }
+  float* state(int64_t stream) const { return step_.states + step_.slots[stream] * step_.plan.state_floats; }
+  int64_t behind(int64_t stream) const { return step_.counters[step_.slots[stream]].at * s_.frames; }
+  float* weights(int64_t stream, int64_t head) const {
+    return room_.weights + (stream * s_.shape.heads + head) * s_.frames * padded_keys_;
+  }
+  const uint8_t* masked(int64_t stream) const { return step_.masked ? step_.masked + stream * s_.keys : nullptr; }
+  void product(const ChunkProduct& p, const float* x, int64_t x_stride, float* y) const {
+    chunk_product(step_, p, x, x_stride, rows_, room_.levels, y);
+  }
+  void add() const { chunk_add(room_.y, x_, rows_ * s_.stride); }
+
+  // Computes hidden = swoosh(projected), rows of n elements.
+  void swoosh(int64_t n, int64_t stride, Swoosh kind) const {
+    step_.workers.split(rows_, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++)
+        kernels<SwooshKernels<float>>().forward(room_.projected + r * stride, nullptr, Mask::none,
+                                                room_.hidden + r * stride, n, kind);
+    });
+  }
+
   const ChunkStep& step_;
   const ChunkPlan::Stack& s_;
   const ChunkLayer& l_;
   const int64_t rows_, padded_keys_;
   ChunkRoom room_;
-  float* x_ = nullptr;
+  float *input_ = nullptr, *x_ = nullptr;
 };
 
 }  // namespace FASTASR_SIMD

@@ -1,14 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/streaming/zipformer_chunk_scratch.h"
 
 namespace fastasr::cpu {
 namespace {
 
-constexpr size_t kHead = 8, kPerStack = 12;
 constexpr int64_t kConvTaps = 9;    // taps of the front end's convolutions, 3 x 3
 constexpr int64_t kDepthTaps = 49;  // taps of ConvNeXt's convolution, 7 x 7
+
+// Reads the sizes from index `at` on, which it advances. It returns false if the list is too short.
+template <typename T>
+bool read(const std::vector<int64_t>& sizes, size_t* at, T* to) {
+  bool fits = true;
+  to->each_size([&](const char*, auto& size) {
+    fits = fits && *at < sizes.size();
+    if (fits) size = static_cast<std::remove_reference_t<decltype(size)>>(sizes[(*at)++]);
+  });
+  return fits;
+}
 
 // Hands out offsets in the order of the calls.
 struct Layout {
@@ -108,22 +120,28 @@ ChunkPlan::Stack stack(const ChunkStack& n, int64_t frames, int64_t left, int64_
 
 int64_t ChunkProduct::stride() const { return panel_count(outputs) * kPanelColumns; }
 
-ChunkShape::ChunkShape(const std::vector<int64_t>& numbers) {
-  const bool fits = numbers.size() > kHead && (numbers.size() - kHead) % kPerStack == 0;
-  if (!fits) return;
-  const int64_t* n = numbers.data();
-  chunk = n[0], left = n[1], bins = n[2], expanded = n[6];
-  for (int i = 0; i < 3; i++) maps[i] = n[3 + i];
-  if (chunk < 2 || chunk % 2 != 0 || left < 0 || bins < 7 || expanded < 1 || n[7] < 0 || n[7] > 3) return;
-  if (std::min({maps[0], maps[1], maps[2]}) < 1) return;
-  weights = static_cast<WeightFormat>(n[7]);
-  std::vector<ChunkStack> all;
-  for (size_t at = kHead; at < numbers.size(); at += kPerStack) {
-    const int64_t* s = n + at;
-    if (*std::min_element(s, s + kPerStack) < 1 || chunk % s[1] != 0 || left % s[1] != 0 || s[7] % 2 == 0) return;
-    all.push_back({s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], {s[8], s[9], s[10]}, s[11]});
+std::vector<ChunkStack> read_stacks(const std::vector<int64_t>& sizes, size_t at) {
+  std::vector<ChunkStack> stacks;
+  while (at < sizes.size()) {
+    ChunkStack& s = stacks.emplace_back();
+    if (!read(sizes, &at, &s) || s.taps % 2 == 0) return {};
+    int64_t least = 1;
+    s.each_size([&](const char*, int64_t size) { least = std::min(least, size); });
+    if (least < 1) return {};
   }
-  stacks = all;
+  return stacks;
+}
+
+ChunkShape::ChunkShape(const std::vector<int64_t>& sizes) {
+  size_t at = 0;
+  if (!read(sizes, &at, this)) return;
+  if (chunk < 2 || chunk % 2 != 0 || left < 0 || bins < 7 || expanded < 1) return;
+  if (weights < WeightFormat::fp32 || weights > WeightFormat::fp16) return;
+  if (std::min({maps[0], maps[1], maps[2]}) < 1) return;
+  std::vector<ChunkStack> all = read_stacks(sizes, at);
+  for (const ChunkStack& s : all)
+    if (chunk % s.factor != 0 || left % s.factor != 0) return;
+  stacks = std::move(all);
 }
 
 bool ChunkShape::rounds_inputs() const {

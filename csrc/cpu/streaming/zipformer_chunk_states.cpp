@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
-#include "cpu/streaming/zipformer_chunk.h"
+#include "cpu/streaming/zipformer_chunk_scratch.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -27,35 +29,85 @@ void to_front(const ChunkPlan::Stack& s, const ChunkLayer& l, float* state, int6
   }
 }
 
-// Calls f(float in the state, tensor, index in it) for each number of a stream's states, `at` chunks behind the front.
-template <typename F>
-void each_number(const ChunkPlan& plan, int64_t at, const F& f) {
-  int64_t tensor = 0;
-  for (const ChunkPlan::Stack& s : plan.stacks) {
-    const ChunkStack& n = s.shape;
-    const int64_t skip = at * s.frames, width = n.heads * n.query, value = round_up(n.value, kChunkLanes);
-    for (const ChunkLayer& l : s.layers) {
+constexpr int64_t kBlock = 16;  // a transposition works on blocks of this size
+
+void copy(const float* from, float* to, int64_t n) { std::memcpy(to, from, static_cast<size_t>(n) * 4); }
+
+// Computes to[c][t] = from[t][c].
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t first = 0; first < rows; first += kBlock)
+    for (int64_t c = 0; c < columns; c++)
+      for (int64_t t = first; t < std::min(rows, first + kBlock); t++)
+        to[c * to_stride + t] = from[t * from_stride + c];
+}
+
+// Copies a layer's states of stream `index` of `streams` between upstream's tensors and `state`, the stream's states.
+struct LayerStates {
+  const ChunkPlan::Stack& s;
+  const ChunkLayer& l;
+  int64_t index, streams;
+
+  int64_t key_width() const { return s.shape.heads * s.shape.query; }
+  int64_t value_width() const { return s.shape.heads * s.shape.value; }
+  int64_t value_lanes() const { return round_up(s.shape.value, kChunkLanes); }
+
+  void load(const float* const* tensors, float* state) const {
+    const int64_t keys = key_width();
+    transpose(tensors[0] + index * keys, streams * keys, s.left, keys, state + l.keys, s.capacity);
+    const float* hidden = tensors[1] + index * s.left * s.shape.hidden;
+    for (int64_t t = 0; t < s.left; t++)
+      copy(hidden + t * s.shape.hidden, state + l.hidden + t * s.hidden, s.shape.hidden);
+    for (int i = 0; i < 2; i++) {
       for (int64_t t = 0; t < s.left; t++)
-        for (int64_t c = 0; c < width; c++) f(l.keys + c * s.capacity + skip + t, tensor, t * width + c);
-      tensor++;
-      for (int64_t t = 0; t < s.left; t++)
-        for (int64_t c = 0; c < n.hidden; c++) f(l.hidden + (skip + t) * s.hidden + c, tensor, t * n.hidden + c);
-      tensor++;
-      for (int i = 0; i < 2; i++, tensor++)
-        for (int64_t t = 0; t < s.left; t++)
-          for (int64_t h = 0; h < n.heads; h++)
-            for (int64_t c = 0; c < n.value; c++)
-              f(l.values[i] + (h * s.capacity + skip + t) * value + c, tensor, (t * n.heads + h) * n.value + c);
-      for (int i = 0; i < 2; i++, tensor++)
-        for (int64_t c = 0; c < n.dim; c++)
-          for (int64_t t = 0; t < s.pad; t++) f(l.conv[i].ring + (skip + t) * s.channels + c, tensor, c * s.pad + t);
+        for (int64_t h = 0; h < s.shape.heads; h++)
+          copy(tensors[2 + i] + (t * streams + index) * value_width() + h * s.shape.value,
+               state + l.values[i] + (h * s.capacity + t) * value_lanes(), s.shape.value);
+      transpose(tensors[4 + i] + index * s.shape.dim * s.pad, s.pad, s.shape.dim, s.pad, state + l.conv[i].ring,
+                s.channels);
     }
   }
-  const int64_t width = plan.shape.width3(), maps = plan.shape.maps[2];
-  for (int64_t c = 0; c < maps; c++)
-    for (int64_t t = 0; t < kFrontPast; t++)
-      for (int64_t b = 0; b < width; b++)
-        f(plan.front_past + (t * width + b) * maps + c, tensor, (c * kFrontPast + t) * width + b);
+
+  // Writes the states that begin `behind` frames behind the rings' front. `before`, if not null, are the tensors that
+  // the front was loaded from: the rows of the context that they hold are copied from there.
+  void store(const float* state, int64_t behind, const float* const* before, float* const* tensors) const {
+    const int64_t kept = before ? std::max<int64_t>(0, s.left - behind) : 0, keys = key_width();
+    const int64_t values = value_width();
+    for (int64_t t = 0; t < s.left; t++) {
+      float* const row = tensors[0] + (t * streams + index) * keys;
+      if (t < kept)
+        copy(before[0] + ((t + behind) * streams + index) * keys, row, keys);
+      else
+        for (int64_t c = 0; c < keys; c++) row[c] = state[l.keys + c * s.capacity + behind + t];
+      copy(state + l.hidden + (behind + t) * s.hidden, tensors[1] + (index * s.left + t) * s.shape.hidden,
+           s.shape.hidden);
+    }
+    for (int i = 0; i < 2; i++) {
+      for (int64_t t = 0; t < s.left; t++) {
+        float* const row = tensors[2 + i] + (t * streams + index) * values;
+        if (t < kept) {
+          copy(before[2 + i] + ((t + behind) * streams + index) * values, row, values);
+        } else {
+          for (int64_t h = 0; h < s.shape.heads; h++)
+            copy(state + l.values[i] + (h * s.capacity + behind + t) * value_lanes(), row + h * s.shape.value,
+                 s.shape.value);
+        }
+      }
+      transpose(state + l.conv[i].ring + behind * s.channels, s.channels, s.pad, s.shape.dim,
+                tensors[4 + i] + index * s.shape.dim * s.pad, s.pad);
+    }
+  }
+};
+
+// Calls f(states of a layer, index of its first tensor) for each layer of one stream; returns the number of tensors.
+template <typename F>
+int64_t each_layer(const ChunkPlan& plan, const F& f) {
+  int64_t tensor = 0;
+  for (const ChunkPlan::Stack& s : plan.stacks)
+    for (const ChunkLayer& l : s.layers) {
+      f(LayerStates{s, l, 0, 1}, tensor);
+      tensor += kLayerStates;
+    }
+  return tensor;
 }
 
 }  // namespace
@@ -83,13 +135,65 @@ void chunk_end(const ChunkStep& step) {
 }
 
 void chunk_export(const ChunkPlan& plan, const float* state, const ChunkCounters& counters, float* const* tensors) {
-  each_number(plan, counters.at, [&](int64_t from, int64_t tensor, int64_t to) { tensors[tensor][to] = state[from]; });
+  const int64_t maps = plan.shape.maps[2], width = plan.shape.width3();
+  const int64_t layers = each_layer(plan, [&](const LayerStates& layer, int64_t first) {
+    layer.store(state, counters.at * layer.s.frames, nullptr, tensors + first);
+  });
+  transpose(state + plan.front_past, maps, kFrontPast * width, maps, tensors[layers], kFrontPast * width);
 }
 
 void chunk_import(const ChunkPlan& plan, const float* const* tensors, float* state, ChunkCounters* counters) {
+  const int64_t maps = plan.shape.maps[2], width = plan.shape.width3();
   std::fill(state, state + plan.state_floats, 0.0f);
   counters->at = 0;
-  each_number(plan, 0, [&](int64_t to, int64_t tensor, int64_t from) { state[to] = tensors[tensor][from]; });
+  const int64_t layers =
+      each_layer(plan, [&](const LayerStates& layer, int64_t first) { layer.load(tensors + first, state); });
+  transpose(tensors[layers], kFrontPast * width, maps, kFrontPast * width, state + plan.front_past, maps);
+}
+
+int64_t layer_state_floats(const ChunkPlan::Stack& s, int64_t index, int64_t streams) {
+  const ChunkStack& n = s.shape;
+  const int64_t frame = index == 0 ? n.heads * n.query : index == 1 ? n.hidden : n.heads * n.value;
+  return streams * (index < 4 ? s.left * frame : n.dim * s.pad);
+}
+
+int64_t layer_scratch_floats(const ChunkPlan& plan, int64_t streams) {
+  const ChunkPlan::Stack& s = plan.stacks[0];
+  return ChunkRoom(plan, streams, nullptr).size + streams * (plan.state_floats + s.frames * s.stride);
+}
+
+void layer_step(const LayerStep& step, const float* x, const float* const* states, float* y, float* const* after) {
+  const ChunkPlan& plan = step.plan;
+  const ChunkPlan::Stack& s = plan.stacks[0];
+  const ChunkLayer& l = s.layers[0];
+  const int64_t streams = step.streams, dim = s.shape.dim;
+  float* const memory = step.scratch + ChunkRoom(plan, streams, nullptr).size;
+  float* const rows = memory + streams * plan.state_floats;
+  std::vector<int64_t> slots(static_cast<size_t>(streams));
+  std::iota(slots.begin(), slots.end(), 0);
+  // a context that has been in full, and rings at their front
+  std::vector<ChunkCounters> counters(static_cast<size_t>(streams), ChunkCounters{s.left, 0});
+  const auto each_stream = [&](const auto& f) {
+    step.workers.split(streams, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) f(LayerStates{s, l, i, streams}, memory + i * plan.state_floats);
+    });
+  };
+  each_stream([&](const LayerStates& stream, float* state) {
+    stream.load(states, state);
+    for (int64_t t = 0; t < s.frames; t++) {
+      float* const row = rows + (stream.index * s.frames + t) * s.stride;
+      copy(x + (t * streams + stream.index) * dim, row, dim);
+      std::fill(row + dim, row + s.stride, 0.0f);
+    }
+  });
+  kernels<ChunkKernels>().layer({plan, step.weights, step.vectors, memory, counters.data(), slots.data(), streams, 0,
+                                 step.scratch, step.workers, step.masked},
+                                s, l, rows);
+  each_stream([&](const LayerStates& stream, const float* state) {
+    stream.store(state, s.frames, states, after);
+    for (int64_t t = 0; t < s.frames; t++)
+      copy(rows + (stream.index * s.frames + t) * s.stride, y + (t * streams + stream.index) * dim, dim);
+  });
 }
 
 }  // namespace fastasr::cpu

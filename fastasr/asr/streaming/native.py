@@ -35,30 +35,31 @@ class NativeBackend(Backend):
         for name, value in (("max_streams", max_streams), ("threads", threads)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"NativeBackend: {name} must be an int of 1 or more, got {value!r}")
-        self._ops, self._numbers = torch.ops.fastasr_cpu, None
+        self._ops, self._sizes = torch.ops.fastasr_cpu, None
         self._options = chunk_size, left_context_frames, weights
-        packed = self.load(model)
-        _, _, per_stream, scratch, *_ = self._ops.zipformer_chunk_sizes(packed.numbers, 1)
+        encoder, stacks = self.load(model)
+        _, _, per_stream, scratch = self._ops.zipformer_chunk_floats(self._sizes, 1)
         self._states = torch.zeros(max_streams, per_stream, dtype=torch.float32, device="cpu")
         self._counters = torch.zeros(max_streams, _COUNTERS, dtype=torch.int64, device="cpu")
         # memory, and for how many streams
         self._scratch, self._room = torch.zeros(scratch, dtype=torch.float32, device="cpu"), 1
         self._threads = threads
-        self._width = packed.products[8].shape[1] // packed.numbers[5]
+        self._width = _width(encoder.bins)
         self._frames = 2 * chunk_size + 13
-        self._shapes = [tuple(shape) for shape in _state_shapes(packed.numbers, self._width)]
+        self._shapes = list(_state_shapes(encoder, stacks))
         self.weights_bytes = 4 * (self._weights.numel() + self._vectors.numel())
         self.streams_bytes = 4 * self._states.numel() + 8 * self._counters.numel()
 
     def load(self, model):
-        packed = pack(model, *self._options)
-        if self._numbers not in (None, packed.numbers):
+        encoder, stacks, packed = pack(model, *self._options)
+        sizes = [size for part in (encoder, *stacks) for size in part]
+        if self._sizes not in (None, sizes):
             raise ValueError("NativeBackend: the model has other sizes than before: make another engine")
-        self._numbers = packed.numbers
+        self._sizes = sizes
         self._weights, self._vectors = self._ops.zipformer_chunk_pack(
-            packed.numbers, packed.products, packed.tables
+            sizes, packed.weights, packed.biases, packed.tables
         )
-        return packed
+        return encoder, stacks
 
     def reset(self, slot):
         """Puts the slot to the beginning of a stream."""
@@ -82,7 +83,7 @@ class NativeBackend(Backend):
                 f"step: features must be float32 on the CPU, got {features.dtype} on {features.device}"
             )
         bins = features.shape[2] if features.ndim == 3 else 0
-        if tuple(features.shape[:2]) != expected or ((bins - 1) // 2 - 1) // 2 != self._width:
+        if tuple(features.shape[:2]) != expected or _width(bins) != self._width:
             raise ValueError(
                 f"step: features must be ({expected[0]}, {expected[1]}, bins), with bins that the front end takes, got "
                 f"{tuple(features.shape)}"
@@ -90,12 +91,12 @@ class NativeBackend(Backend):
         if len(slots) > self._room:
             self._room = len(slots)
             self._scratch = torch.zeros(
-                self._ops.zipformer_chunk_sizes(self._numbers, self._room)[3],
+                self._ops.zipformer_chunk_floats(self._sizes, self._room)[3],
                 dtype=torch.float32,
                 device="cpu",
             )
         return self._ops.zipformer_chunk_step(
-            self._numbers,
+            self._sizes,
             self._weights,
             self._vectors,
             self._states,
@@ -111,7 +112,7 @@ class NativeBackend(Backend):
         processed_lens."""
         self._check_slots([slot])
         states = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self._shapes]
-        self._ops.zipformer_chunk_states(self._numbers, self._states, self._counters, slot, states, False)
+        self._ops.zipformer_chunk_states(self._sizes, self._states, self._counters, slot, states, False)
         return [*states, self._counters[slot, :1].to(torch.int32)]
 
     def import_states(self, slot, states):
@@ -123,7 +124,7 @@ class NativeBackend(Backend):
             [torch.empty(shape, device="meta", dtype=torch.float32) for shape in (*self._shapes, (1,))],
         )
         floats = [state.detach().to("cpu", torch.float32).contiguous() for state in states[:-1]]
-        self._ops.zipformer_chunk_states(self._numbers, self._states, self._counters, slot, floats, True)
+        self._ops.zipformer_chunk_states(self._sizes, self._states, self._counters, slot, floats, True)
         self._counters[slot, 0] = int(states[-1])
 
     def release(self, model):
@@ -140,15 +141,14 @@ class NativeBackend(Backend):
             raise ValueError(f"NativeBackend: slots must be different ones below {count}, got {slots}")
 
 
-def _state_shapes(numbers, width):
-    """Returns the shapes of a stream's state tensors in upstream's order, without processed_lens."""
-    left_context_frames, maps = numbers[1], numbers[5]
-    for at in range(8, len(numbers), 12):
-        dim, factor, layers, heads, query, value, _, taps, _, _, _, hidden = numbers[at : at + 12]
-        left = left_context_frames // factor
-        for _ in range(layers):
-            yield left, 1, heads * query
-            yield 1, 1, left, hidden
-            yield from [(left, 1, heads * value)] * 2
-            yield from [(1, dim, taps // 2)] * 2
-    yield 1, maps, 3, width
+def _width(bins):
+    """Returns the bins of the third convolution's maps."""
+    return ((bins - 1) // 2 - 1) // 2
+
+
+def _state_shapes(encoder, stacks):
+    """Yields the shapes of a stream's state tensors in upstream's order, without processed_lens."""
+    for stack in stacks:
+        for _ in range(stack.layers):
+            yield from stack.state_shapes(1, encoder.left // stack.factor)
+    yield 1, encoder.maps3, 3, _width(encoder.bins)

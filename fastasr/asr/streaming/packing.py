@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs a streaming Zipformer and its front end for the native step: numbers, matrices and small tables.
+"""Packs a streaming Zipformer and its front end for the native step: sizes, matrices and small tables.
 
 ``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp) defines the order. This module computes once what is
 the same for every chunk: the projected positions, the scale of the convolutions within a chunk, the softmax of the
@@ -8,7 +8,7 @@ downsampling and exp(log_scale) of the norms.
 
 import torch
 
-from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer
+from fastasr.models.zipformer.packing import EncoderSizes, Packed, StackSizes, pack_layer
 from fastasr.ops import _weight_formats
 from fastasr.ops._weight_formats import FORMATS
 
@@ -18,7 +18,8 @@ OUTPUT_DOWNSAMPLING = 2
 
 @torch.no_grad()
 def pack(model, chunk_size, left_context_frames, weights="fp32"):
-    """Packs ``model.encoder_embed`` and ``model.encoder``, causal and in eval mode, for chunks of one size.
+    """Packs ``model.encoder_embed`` and ``model.encoder``, causal and in eval mode, for chunks of one size. Returns the
+    encoder's sizes, those of its stacks, and what is packed.
 
     Raises ValueError for arguments that do not fit the model, NotImplementedError for a model that the native step does
     not support.
@@ -33,14 +34,15 @@ def pack(model, chunk_size, left_context_frames, weights="fp32"):
     expand = embed.convnext.pointwise_conv1
     width = embed.out.in_features // convolutions[-1].out_channels
     most_bins = 4 * width + 6  # the most bins that give maps of this width
-    packed = Packed([chunk_size, left_context_frames, most_bins])
-    packed.numbers += [conv.out_channels for conv in convolutions]
-    packed.numbers += [expand.out_channels, FORMATS[weights]]
+    maps = [conv.out_channels for conv in convolutions]
+    sizes = EncoderSizes(
+        chunk_size, left_context_frames, most_bins, *maps, expand.out_channels, FORMATS[weights]
+    )
+    packed = Packed()
     _pack_front_end(packed, embed, width, most_bins)
-    for stack in encoder.encoders:
-        _pack_stack(packed, stack, chunk_size, left_context_frames)
+    stacks = [_pack_stack(packed, stack, sizes) for stack in encoder.encoders]
     packed.table(encoder.downsample_output.bias.softmax(0))
-    return packed
+    return sizes, stacks, packed
 
 
 def matrices(encoder):
@@ -105,19 +107,20 @@ def _pack_front_end(packed, embed, width, most_bins):
     packed.table(embed.out_norm.log_scale.exp())
 
 
-def _pack_stack(packed, stack, chunk_size, left_context_frames):
+def _pack_stack(packed, stack, sizes):
+    """Packs a stack and returns its sizes."""
     factor = _factor(stack)
     encoder = stack if factor == 1 else stack.encoder
-    frames, left = chunk_size // factor, left_context_frames // factor
-    layer = encoder.layers[0]
-    packed.numbers += numbers_of_layer(layer, factor, len(encoder.layers))
+    frames, left = sizes.chunk // factor, sizes.left // factor
     if factor > 1:
         packed.table(stack.downsample.bias.softmax(0))
         packed.table(stack.out_combiner.bypass_scale)
-    x = packed.products[0].new_zeros(frames, 1, layer.self_attn_weights.in_proj.in_features)
+    own = StackSizes.of(encoder.layers[0], factor, len(encoder.layers))
+    x = packed.weights[0].new_zeros(frames, 1, own.dim)
     positions = encoder.encoder_pos(x, left)[0]  # [left + 2 frames - 1, D]
     for layer in encoder.layers:
         pack_layer(packed, layer, positions, frames)
+    return own
 
 
 def _convolutions(embed):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs a causal layer for the native chunk: numbers, matrices and small tables.
+"""Packs a causal layer for the native chunk: sizes, matrices and small tables.
 
 ``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp) defines the order. This module computes once what is
 the same for every chunk: the projected positions, the scale of the convolutions within a chunk and exp(log_scale) of
@@ -7,23 +7,79 @@ the norm.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
 
 
+class EncoderSizes(NamedTuple):
+    """The sizes of ``cpu::ChunkShape``: frames at 50 Hz, the front end's, and the format of the weights."""
+
+    chunk: int
+    left: int
+    bins: int
+    maps1: int
+    maps2: int
+    maps3: int
+    expanded: int
+    weights: int
+
+
+class StackSizes(NamedTuple):
+    """The sizes of ``cpu::ChunkStack``. The factor is the downsampling."""
+
+    dim: int
+    factor: int
+    layers: int
+    heads: int
+    query: int
+    value: int
+    pos: int
+    taps: int
+    inner1: int
+    inner2: int
+    inner3: int
+    hidden: int
+
+    @classmethod
+    def of(cls, layer, factor=1, layers=1):
+        """Returns the sizes of a stack of layers like this one."""
+        attention = layer.self_attn_weights
+        return cls(
+            dim=attention.in_proj.in_features,
+            factor=factor,
+            layers=layers,
+            heads=attention.num_heads,
+            query=attention.query_head_dim,
+            value=layer.self_attn1.in_proj.out_features // attention.num_heads,
+            pos=attention.pos_head_dim,
+            taps=layer.conv_module1.depthwise_conv.kernel_size,
+            inner1=layer.feed_forward1.in_proj.out_features,
+            inner2=layer.feed_forward2.in_proj.out_features,
+            inner3=layer.feed_forward3.in_proj.out_features,
+            hidden=layer.nonlin_attention.out_proj.in_features,
+        )
+
+    def state_shapes(self, streams, left):
+        """Returns the shapes of a layer's six states, as upstream has them. left is in frames of the stack."""
+        values, past = (left, streams, self.heads * self.value), (streams, self.dim, self.taps // 2)
+        keys, hidden = (left, streams, self.heads * self.query), (1, streams, left, self.hidden)
+        return keys, hidden, values, values, past, past
+
+
 @dataclass
 class Packed:
-    """``numbers`` describe the shapes; ``products`` are weights (outputs, inputs) and biases in turn."""
+    """What packing takes: weights (outputs, inputs) and biases of the products, and small tables."""
 
-    numbers: list = field(default_factory=list)
-    products: list = field(default_factory=list)
+    weights: list = field(default_factory=list)
+    biases: list = field(default_factory=list)
     tables: list = field(default_factory=list)
 
     def product(self, weight, bias):
-        self.products.append(_floats(weight.flatten(1)))
-        self.products.append(weight.new_zeros(len(weight)) if bias is None else _floats(bias))
+        self.weights.append(_floats(weight.flatten(1)))
+        self.biases.append(weight.new_zeros(len(weight)) if bias is None else _floats(bias))
 
     def linears(self, *modules):
         for module in modules:
@@ -31,23 +87,6 @@ class Packed:
 
     def table(self, values):
         self.tables.append(_floats(values))
-
-
-def numbers_of_layer(layer, factor=1, layers=1):
-    """Returns the numbers of ``cpu::ChunkStack``."""
-    attention = layer.self_attn_weights
-    return [
-        attention.in_proj.in_features,
-        factor,
-        layers,
-        attention.num_heads,
-        attention.query_head_dim,
-        layer.self_attn1.in_proj.out_features // attention.num_heads,
-        attention.pos_head_dim,
-        layer.conv_module1.depthwise_conv.kernel_size,
-        *(getattr(layer, f"feed_forward{i}").in_proj.out_features for i in (1, 2, 3)),
-        layer.nonlin_attention.out_proj.in_features,
-    ]
 
 
 def pack_layer(packed, layer, positions, frames):

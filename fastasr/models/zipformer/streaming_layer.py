@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one chunk through a streaming layer in one native call; states stay upstream's tensors.
 
-The call is in csrc/cpu/streaming/zipformer_layer_step.h. :mod:`fastasr.models.common.packed_layers` tells when the
-weights are packed, what that costs, and how to decline it.
+The call is ``layer_step`` in csrc/cpu/streaming/zipformer_chunk.h. :mod:`fastasr.models.common.packed_layers` tells
+when the weights are packed, what that costs, and how to decline it.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from fastasr.models.common.plain import is_plain, runs
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
-from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer
+from fastasr.models.zipformer.packing import Packed, StackSizes, pack_layer
 from fastasr.models.zipformer.self_attention import SelfAttention
 
 # The rows of a chunk are frames times streams. With more rows, reading the weights no longer dominates.
@@ -65,24 +65,19 @@ class _PackedLayer(PackedLayer):
         super().__init__(layer, by_submodules)
 
     def _pack(self, layer):
-        self.numbers = numbers_of_layer(layer)
-        packed = Packed()
-        pack_layer(
-            packed, layer, layer.norm.bias.new_zeros(1, layer.self_attn_weights.linear_pos.in_features), 1
-        )
-        self._weights = torch.ops.fastasr_cpu.zipformer_layer_weights.default(
-            self.numbers, packed.products[::2]
-        )
-        dim, _, _, heads, query, value, _, taps, _, _, _, hidden = self.numbers
-        self._dim, self._pad = dim, taps // 2
-        self._widths = heads * query, hidden, heads * value
+        self.sizes = StackSizes.of(layer)
         self._positions = layer.self_attn_weights.linear_pos.in_features
+        packed = Packed()
+        pack_layer(packed, layer, layer.norm.bias.new_zeros(1, self._positions), 1)
+        self._weights = torch.ops.fastasr_cpu.zipformer_layer_weights.default(self.sizes, packed.weights)
 
     def _example(self, by_submodules):
         """Computes a chunk of 3 frames with 5 frames of left context both ways."""
         frames, left = 3, 5
-        wave = torch.arange(1.0, frames * self._dim + 1, dtype=torch.float32, device="cpu").mul_(0.7).sin_()
-        src = wave.view(frames, 1, self._dim)
+        wave = (
+            torch.arange(1.0, frames * self.sizes.dim + 1, dtype=torch.float32, device="cpu").mul_(0.7).sin_()
+        )
+        src = wave.view(frames, 1, self.sizes.dim)
         pos_emb = (
             torch.arange(
                 1.0, (left + 2 * frames - 1) * self._positions + 1, dtype=torch.float32, device="cpu"
@@ -96,7 +91,7 @@ class _PackedLayer(PackedLayer):
             .mul_(0.9 + 0.1 * i)
             .sin_()
             .view(shape)
-            for i, shape in enumerate(map(torch.Size, self._shapes(1, left)))
+            for i, shape in enumerate(map(torch.Size, self.sizes.state_shapes(1, left)))
         ]
         masked = torch.zeros(1, left + frames, dtype=torch.bool, device="cpu")
         masked[:, [1, -1]] = True
@@ -104,20 +99,15 @@ class _PackedLayer(PackedLayer):
         self._tables.clear()
         return got, by_submodules(src, pos_emb, states, left, masked)
 
-    def _shapes(self, streams, left):
-        key, hidden, value = self._widths
-        of_value, of_conv = (left, streams, value), (streams, self._dim, self._pad)
-        return (left, streams, key), (1, streams, left, hidden), of_value, of_value, of_conv, of_conv
-
     def fits(self, src, pos_emb, states, left, masked):
         """Says whether the native call can read these arguments without conversion."""
         frames, streams, dim = src.shape
         return (
-            dim == self._dim
+            dim == self.sizes.dim
             and pos_emb.shape == (1, left + 2 * frames - 1, self._positions)
             and all(
                 state.shape == shape and state.dtype is torch.float32 and state.is_cpu
-                for state, shape in zip(states, self._shapes(streams, left), strict=True)
+                for state, shape in zip(states, self.sizes.state_shapes(streams, left), strict=True)
             )
             and (
                 masked is None
@@ -127,7 +117,7 @@ class _PackedLayer(PackedLayer):
 
     def run(self, src, pos_emb, states, left, masked):
         return torch.ops.fastasr_cpu.zipformer_layer_step.default(
-            self.numbers,
+            self.sizes,
             left,
             self._weights,
             self._vectors(src.shape[0], left, pos_emb),
@@ -146,7 +136,7 @@ class _PackedLayer(PackedLayer):
         with torch.no_grad():
             pack_layer(packed, self._layer(), pos_emb[0], frames)
         vectors = torch.ops.fastasr_cpu.zipformer_layer_vectors.default(
-            self.numbers, frames, left, packed.products[1::2], packed.tables
+            self.sizes, frames, left, packed.biases, packed.tables
         )
         while len(self._tables) >= CHUNK_SIZES:
             del self._tables[next(iter(self._tables))]

@@ -44,11 +44,11 @@ _PAIRS = (
 )
 _ACTIVATED = {f"feed_forward{i}.out_proj": "SwooshL" for i in (1, 2, 3)}
 _ACTIVATED |= {f"conv_module{i}.out_proj": "SwooshR" for i in (1, 2)}
-_PRODUCTS = (
+PRODUCTS = (
     *("self_attn_weights.in_proj", "self_attn_weights.linear_pos"),
     *(f"{module}.{projection}" for module in _PAIRS for projection in ("in_proj", "out_proj")),
 )
-_MODULES |= {name: ActivationDropoutAndLinear if name in _ACTIVATED else Linear for name in _PRODUCTS}
+_MODULES |= {name: ActivationDropoutAndLinear if name in _ACTIVATED else Linear for name in PRODUCTS}
 
 
 def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_context_chunks, by_submodules):
@@ -89,6 +89,7 @@ class _Products:
 
     weights: list
     ways: list
+    first_head_way: int
     copies: list
 
 
@@ -106,7 +107,7 @@ class _Layer(PackedLayer):
         return ""
 
     def _pack(self, layer):
-        modules = [layer.get_submodule(name) for name in _PRODUCTS]
+        modules = [layer.get_submodule(name) for name in PRODUCTS]
         self._weights = [module.weight for module in modules]
         none = layer.norm.bias.new_empty(0)
         self._biases = [none if module.bias is None else module.bias for module in modules]
@@ -122,8 +123,8 @@ class _Layer(PackedLayer):
                 raise ValueError("a convolution that the kernel does not compute")
             self._convolutions += tensors
         self._causal = len(self._convolutions) > 4
-        norm = layer.norm
-        self._scales = [layer.bypass_mid.bypass_scale, norm.bias, norm.log_scale, layer.bypass.bypass_scale]
+        self._bypass_mid, self._bypass = layer.bypass_mid.bypass_scale, layer.bypass.bypass_scale
+        self._norm_bias, self._norm_log_scale = layer.norm.bias, layer.norm.log_scale
         self._products = {}
 
     def _example(self, by_submodules):
@@ -181,11 +182,14 @@ class _Layer(PackedLayer):
         return None if any(copy.watch is not None for copy in found.copies) else found
 
     def _measured(self, src, pos_emb):
-        found = _Products([], [], [])
-        frames = len(src)
+        frames, hidden = len(src), self._weights[PRODUCTS.index("nonlin_attention.out_proj")].shape[1]
+        first_head_way = _gemm.known_batched(frames, frames, hidden)
+        if first_head_way is None:
+            return None
+        found = _Products([], [], _WAYS[first_head_way], [])
         if _reduced_weights.copies:
             self._state.compare()
-        for name, weight in zip(_PRODUCTS, self._weights, strict=True):
+        for name, weight in zip(PRODUCTS, self._weights, strict=True):
             x = pos_emb if name == "self_attn_weights.linear_pos" else src
             copy = _reduced_weights.of(x, weight) if _reduced_weights.copies else None
             if copy is None:
@@ -198,12 +202,6 @@ class _Layer(PackedLayer):
             if way is None:
                 return None
             found.ways.append(_WAYS[way])
-        way = _gemm.known_batched(
-            frames, frames, self._weights[_PRODUCTS.index("nonlin_attention.out_proj")].shape[1]
-        )
-        if way is None:
-            return None
-        found.ways.append(_WAYS[way])
         return found
 
     def run(self, products, src, pos_emb, chunk_size, masks):
@@ -214,10 +212,14 @@ class _Layer(PackedLayer):
             masks["attn_mask"],
             products.weights,
             self._biases,
-            self._convolutions,
-            self._scales,
             products.ways,
             self._outputs,
+            products.first_head_way,
+            self._convolutions,
+            self._bypass_mid,
+            self._norm_bias,
+            self._norm_log_scale,
+            self._bypass,
             self._heads,
             self._query_dim,
             masks["chunk_size"],
