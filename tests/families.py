@@ -7,6 +7,8 @@ is not installed. Together the models have a module for every rule.
 """
 
 import copy
+import os
+import sys
 
 import nemo_encoder
 import pytest
@@ -197,6 +199,33 @@ def causal_zipformer():
         return found
 
     return made, run
+
+
+def zipvoice(time=2, padded=True, stream=None, **options):
+    """ZipVoice's decoder or encoders. ``time``: the dimensions of the time step, or None without. ``stream``: the pairs
+    of widths of the dialogue model, and which of them the input has."""
+
+    def made():
+        pytest.importorskip("zipvoice")
+        from zipvoice.models.modules import zipformer as of_one
+        from zipvoice.models.modules import zipformer_two_stream as of_two
+
+        sizes = {"downsampling_factor": (1, 2, 1), "num_encoder_layers": (1, 2, 1), "num_heads": 4}
+        sizes |= {"encoder_dim": 32, "query_head_dim": 8, "value_head_dim": 6, "feedforward_dim": 48}
+        sizes |= {"cnn_module_kernel": (7, 5, 7), "pos_dim": 16, "time_embed_dim": 12}
+        sizes |= {"use_time_embed": time is not None, "in_dim": 10, "out_dim": 6}
+        if stream is None:
+            model, width = of_one.TTSZipformer(**sizes | options), 10
+        else:
+            (first, second), which = stream
+            model = of_two.TTSZipformerTwoStream(**sizes | {"in_dim": (first, second), "out_dim": (6, 12)})
+            width = stream[0][which]
+        x = torch.randn(2, 21, width, generator=numbers(1))
+        t = None if time is None else torch.rand((2, 21)[:time], generator=numbers(2))
+        padding = torch.arange(21) >= torch.tensor([21, 15])[:, None] if padded else None
+        return model, lambda model: [model(x, t, padding)]
+
+    return made
 
 
 def zipformer_recogniser():
@@ -514,6 +543,9 @@ FAMILIES = {
     "parakeet, ragged": lambda: parakeet((75, 75, 75), **STILL),
     "zipformer, ragged": lambda: zipformer((60, 60)),
 }
+if CHECKOUT := os.environ.get("FASTASR_ZIPVOICE"):  # the package on PyPI is empty
+    sys.path.append(CHECKOUT)
+    FAMILIES["zipvoice"] = zipvoice()
 SWAP = {
     "parakeet, ragged": {"ragged": True},
     "zipformer, ragged": {"ragged": True},
