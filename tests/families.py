@@ -363,6 +363,40 @@ def granite_speech5(lengths=(44, 30), **options):
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
+def phi4_audio(frames=83, padded=True):
+    """Padding is hardly hidden: upstream adds its mask to the scores as 0 and 1."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        module = pytest.importorskip("transformers.models.phi4_multimodal.modeling_phi4_multimodal")
+        sizes = {"hidden_size": 32, "intermediate_size": 40, "num_blocks": 1, "num_attention_heads": HEADS}
+        sizes |= {"nemo_conv_channels": 8, "input_size": 20, "ext_pw_out_channel": 32}
+        sizes |= {"depthwise_separable_out_channel": 32}
+        config = transformers.Phi4MultimodalAudioConfig(**sizes, attn_implementation="sdpa")
+        x = torch.randn(2, frames, 20, generator=numbers(1))
+        mask = torch.arange(frames) < torch.tensor([frames, 60])[:, None] if padded else None
+        return module.Phi4MultimodalAudioModel(config), lambda model: [model(x, mask)]
+
+    return made
+
+
+def fun_asr_nano(**options):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "num_mel_bins": 5,
+        "num_stacked_frames": 4,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": HEADS,
+    }
+    sizes |= {"intermediate_size": HIDDEN, "fsmn_kernel_size": TAPS, "num_timestamp_prediction_layers": 1}
+    module = pytest.importorskip("transformers.models.fun_asr_nano.modeling_fun_asr_nano")
+    config = transformers.FunAsrNanoEncoderConfig(**sizes | options)
+    x = torch.randn(2, 21, 20, generator=numbers(1))
+    mask = (torch.arange(21) < torch.tensor([21, 13])[:, None]).long()
+    return module.FunAsrNanoEncoder(config), lambda model: [model(x, mask).last_hidden_state]
+
+
 def of_wav2vec2(
     package, class_name, config_name, lengths=(21, 13, 5), masked=True, implementation="sdpa", **options
 ):
@@ -523,6 +557,8 @@ FAMILIES = {
     "mega rotary": lambda: mega(rel_pos_bias_type="rotary"),
     "parakeet": parakeet,
     "lasr": lasr,
+    "phi-4": phi4_audio(),
+    "fun-asr-nano": fun_asr_nano,
     "granite speech": granite_speech(),
     "granite speech plus": granite_speech("Plus"),
     "granite speech 5": granite_speech5,
