@@ -7,6 +7,8 @@ is not installed. Together the models have a module for every rule.
 """
 
 import copy
+import os
+import sys
 
 import nemo_encoder
 import pytest
@@ -199,6 +201,33 @@ def causal_zipformer():
     return made, run
 
 
+def zipvoice(time=2, padded=True, stream=None, **options):
+    """ZipVoice's decoder or encoders. ``time``: the dimensions of the time step, or None without. ``stream``: the pairs
+    of widths of the dialogue model, and which of them the input has."""
+
+    def made():
+        pytest.importorskip("zipvoice")
+        from zipvoice.models.modules import zipformer as of_one
+        from zipvoice.models.modules import zipformer_two_stream as of_two
+
+        sizes = {"downsampling_factor": (1, 2, 1), "num_encoder_layers": (1, 2, 1), "num_heads": 4}
+        sizes |= {"encoder_dim": 32, "query_head_dim": 8, "value_head_dim": 6, "feedforward_dim": 48}
+        sizes |= {"cnn_module_kernel": (7, 5, 7), "pos_dim": 16, "time_embed_dim": 12}
+        sizes |= {"use_time_embed": time is not None, "in_dim": 10, "out_dim": 6}
+        if stream is None:
+            model, width = of_one.TTSZipformer(**sizes | options), 10
+        else:
+            (first, second), which = stream
+            model = of_two.TTSZipformerTwoStream(**sizes | {"in_dim": (first, second), "out_dim": (6, 12)})
+            width = stream[0][which]
+        x = torch.randn(2, 21, width, generator=numbers(1))
+        t = None if time is None else torch.rand((2, 21)[:time], generator=numbers(2))
+        padding = torch.arange(21) >= torch.tensor([21, 15])[:, None] if padded else None
+        return model, lambda model: [model(x, t, padding)]
+
+    return made
+
+
 def zipformer_recogniser():
     """The losses of an AsrModel with a transducer; k2's are those of fastasr.compat."""
     module = pytest.importorskip("zipformer.modules.model")
@@ -332,6 +361,40 @@ def granite_speech5(lengths=(44, 30), **options):
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     model = transformers.GraniteSpeech5Encoder(config)
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+
+
+def phi4_audio(frames=83, padded=True):
+    """Padding is hardly hidden: upstream adds its mask to the scores as 0 and 1."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        module = pytest.importorskip("transformers.models.phi4_multimodal.modeling_phi4_multimodal")
+        sizes = {"hidden_size": 32, "intermediate_size": 40, "num_blocks": 1, "num_attention_heads": HEADS}
+        sizes |= {"nemo_conv_channels": 8, "input_size": 20, "ext_pw_out_channel": 32}
+        sizes |= {"depthwise_separable_out_channel": 32}
+        config = transformers.Phi4MultimodalAudioConfig(**sizes, attn_implementation="sdpa")
+        x = torch.randn(2, frames, 20, generator=numbers(1))
+        mask = torch.arange(frames) < torch.tensor([frames, 60])[:, None] if padded else None
+        return module.Phi4MultimodalAudioModel(config), lambda model: [model(x, mask)]
+
+    return made
+
+
+def fun_asr_nano(**options):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "num_mel_bins": 5,
+        "num_stacked_frames": 4,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": HEADS,
+    }
+    sizes |= {"intermediate_size": HIDDEN, "fsmn_kernel_size": TAPS, "num_timestamp_prediction_layers": 1}
+    module = pytest.importorskip("transformers.models.fun_asr_nano.modeling_fun_asr_nano")
+    config = transformers.FunAsrNanoEncoderConfig(**sizes | options)
+    x = torch.randn(2, 21, 20, generator=numbers(1))
+    mask = (torch.arange(21) < torch.tensor([21, 13])[:, None]).long()
+    return module.FunAsrNanoEncoder(config), lambda model: [model(x, mask).last_hidden_state]
 
 
 def of_wav2vec2(
@@ -494,6 +557,8 @@ FAMILIES = {
     "mega rotary": lambda: mega(rel_pos_bias_type="rotary"),
     "parakeet": parakeet,
     "lasr": lasr,
+    "phi-4": phi4_audio(),
+    "fun-asr-nano": fun_asr_nano,
     "granite speech": granite_speech(),
     "granite speech plus": granite_speech("Plus"),
     "granite speech 5": granite_speech5,
@@ -514,6 +579,9 @@ FAMILIES = {
     "parakeet, ragged": lambda: parakeet((75, 75, 75), **STILL),
     "zipformer, ragged": lambda: zipformer((60, 60)),
 }
+if CHECKOUT := os.environ.get("FASTASR_ZIPVOICE"):  # the package on PyPI is empty
+    sys.path.append(CHECKOUT)
+    FAMILIES["zipvoice"] = zipvoice()
 SWAP = {
     "parakeet, ragged": {"ragged": True},
     "zipformer, ragged": {"ragged": True},

@@ -150,7 +150,8 @@ class Rule:
         """Binds our functions to ``module``. ``known``: the version of upstream's code that it runs, if known."""
         self.empty_caches(module)
         forward = known.forward if known is not None and known.forward is not None else self.forward
-        binding.bind(module, forward, self.methods)
+        cls = upstream_class(module)
+        binding.bind(module, forward, [pair for pair in self.methods if hasattr(cls, pair[0])])
 
     def empty_caches(self, module):
         for name, empty in self.caches.items():

@@ -172,7 +172,7 @@ def mask_of_nemo_transformer():
     return of_nemo_transformer(reason, lambda ours: None, "layers.0.attn", run)
 
 
-def of_granite_speech(family, reason, part, block):
+def with_a_hook(family, reason, part, block):
     theirs, run = families.make(family)
     ours = copy.deepcopy(theirs)
     fastasr.accelerate(ours)
@@ -180,21 +180,33 @@ def of_granite_speech(family, reason, part, block):
     return case(ours, theirs, run, block, reason)
 
 
+def front_end_of_phi4():
+    reason = "conv or one of its layers has hooks or is no plain one"
+    return with_a_hook("phi-4", reason, "conv.0", "embed")
+
+
+def memory_of_fun_asr():
+    reason = "conv or pad has hooks, or has an even number of taps"
+    return with_a_hook("fun-asr-nano", reason, "conv", "layers.0.self_attn.fsmn")
+
+
 def glu_of_granite_speech():
-    return of_granite_speech("granite speech", "glu is not a plain GLU", "glu", "layers.0.conv")
+    return with_a_hook("granite speech", "glu is not a plain GLU", "glu", "layers.0.conv")
 
 
 def table_of_granite_speech():
     reason = "an input, a mask or positions that rel_attention does not take"
-    return of_granite_speech("granite speech", reason, "rel_pos_emb", "layers.0.attn")
+    return with_a_hook("granite speech", reason, "rel_pos_emb", "layers.0.attn")
 
 
 def table_of_granite_speech5():
     reason = "an input, a mask or positions that rel_attention does not take"
-    return of_granite_speech("granite speech 5", reason, "rel_pos_emb", "layers.0.self_attn")
+    return with_a_hook("granite speech 5", reason, "rel_pos_emb", "layers.0.self_attn")
 
 
 OTHERS = (
+    front_end_of_phi4,
+    memory_of_fun_asr,
     glu_of_granite_speech,
     table_of_granite_speech,
     table_of_granite_speech5,

@@ -17,6 +17,8 @@ import fastasr
 REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
     "nemo transformer, causal": {"MultiHeadAttention", "FeedForward"},
+    "phi-4": {"Phi4MultimodalAudioNemoConvSubsampling"},
+    "fun-asr-nano": {"FunAsrNanoFSMN", "FunAsrNanoMLP"},
     "lasr": {"LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
     **{
         family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
@@ -68,6 +70,11 @@ OTHERWISE = {
         "dropout": families.w2v_bert(attention_dropout=0.1, conformer_conv_dropout=0.1),
     },
 }
+OTHERWISE["phi-4"] = {
+    "an odd length": families.phi4_audio(frames=61),
+    "no mask": families.phi4_audio(padded=False),
+}
+OTHERWISE["fun-asr-nano"] = {"dropout": lambda: families.fun_asr_nano(hidden_dropout=0.2)}
 OTHERWISE["granite speech"] = {
     "less than a block": families.granite_speech(frames=7),
     "a block": families.granite_speech(frames=20),

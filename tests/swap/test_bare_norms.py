@@ -6,9 +6,12 @@ import families
 import pytest
 import torch
 
+# upstream's encoder reads the dtype of the weight of its first norm
+IMPOSSIBLE = {("fun-asr-nano", "no parameters")}
+CASES = [(name, change) for name in families.FAMILIES for change in bare_norms.CHANGES]
 
-@pytest.mark.parametrize("change", bare_norms.CHANGES)
-@pytest.mark.parametrize("name", families.FAMILIES)
+
+@pytest.mark.parametrize(("name", "change"), [case for case in CASES if case not in IMPOSSIBLE])
 def test_bare_norms(name, change):
     model, run = families.make(name)
     bare_norms.check(model, lambda net: torch.cat([t.flatten() for t in run(net)]), change)

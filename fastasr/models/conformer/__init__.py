@@ -17,6 +17,7 @@ from fastasr.models.conformer.convolution import (
     causal_seamless_convolution,
     espnet_convolution,
     fastspeech2_convolution,
+    fun_asr_memory,
     granite_speech5_convolution,
     granite_speech_convolution,
     nemo_convolution,
@@ -26,6 +27,7 @@ from fastasr.models.conformer.convolution import (
     wav2vec2_convolution,
 )
 from fastasr.models.conformer.feed_forward import (
+    fun_asr_feed_forward,
     granite_speech_feed_forward,
     nemo_feed_forward,
     nemo_transformer_feed_forward,
@@ -33,13 +35,15 @@ from fastasr.models.conformer.feed_forward import (
     torchaudio_feed_forward,
     wav2vec2_feed_forward,
 )
-from fastasr.models.conformer.subsampling import nemo_subsampling
+from fastasr.models.conformer.subsampling import nemo_subsampling, phi4_subsampling
 
 __all__ = [
     "causal_seamless_convolution",
     "espnet_convolution",
     "fastspeech2_attention",
     "fastspeech2_convolution",
+    "fun_asr_feed_forward",
+    "fun_asr_memory",
     "granite_speech5_attention",
     "granite_speech5_convolution",
     "granite_speech_attention",
@@ -52,6 +56,7 @@ __all__ = [
     "nemo_subsampling",
     "nemo_transformer_attention",
     "nemo_transformer_feed_forward",
+    "phi4_subsampling",
     "relative_key_attention",
     "seamless_convolution",
     "speechbrain_attention",

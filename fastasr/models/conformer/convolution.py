@@ -152,6 +152,19 @@ def granite_speech5_convolution(self, hidden_states, attention_mask=None):
     return plumbing.linear(self.pointwise_lin2, y)
 
 
+def fun_asr_memory(self, hidden_states, input_features_mask):
+    """Serves the memory of transformers' Fun-ASR-Nano (FSMN), without a gate: hidden states (B, T, width), mask (B, T),
+    1 at valid frames -> same shape: u plus its depthwise convolution, with u 0 at padding."""
+    u = hidden_states * input_features_mask.unsqueeze(-1).to(hidden_states.dtype)
+    conv, pad = self.conv, self.pad
+    odd = is_plain(pad, torch.nn.ConstantPad1d) and pad.value == 0.0 and pad.padding[0] == pad.padding[1]
+    if not odd or plumbing.conv_delay(conv, around=pad.padding) != 0:
+        _left.note(self, "conv or pad has hooks, or has an even number of taps")
+        return type(self).forward(self, hidden_states, input_features_mask)
+    y = _as_upstream_lays_it(self, ops.depthwise_conv_residual(u, conv.weight, conv.bias))
+    return F.dropout(y, self.dropout) if self.training and self.dropout else y
+
+
 def torchaudio_convolution(self, input):
     """torchaudio's Conformer. input (B, T, width) -> same shape. Padding is not masked."""
     first, gate, *rest, dropout = self.sequential

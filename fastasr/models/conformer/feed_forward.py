@@ -2,6 +2,7 @@
 """Feed-forward modules: dropout(W2 dropout(activation(W1 x + b1)) + b2)."""
 
 import torch
+import torch.nn.functional as F
 
 from fastasr import _left
 from fastasr.models.common import activations, plumbing
@@ -54,6 +55,14 @@ def granite_speech_feed_forward(self, hidden_states):
     """Serves transformers' Granite Speech, whose LayerNorm comes first: hidden states (..., width) -> same shape."""
     layers = self.up_proj, self.silu, self.dropout, self.down_proj, self.dropout
     return _in_sequence(layers, self.pre_norm(hidden_states))
+
+
+def fun_asr_feed_forward(self, hidden_states):
+    """Serves transformers' Fun-ASR-Nano: hidden states (..., width) -> same shape."""
+    rate = self.hidden_dropout if self.training else 0.0
+    hidden = activations.activated(self.fc1, self.activation_fn, hidden_states)
+    hidden = plumbing.linear(self.fc2, F.dropout(hidden, rate) if rate else hidden)
+    return F.dropout(hidden, rate) if rate else hidden
 
 
 def _in_sequence(layers, x):

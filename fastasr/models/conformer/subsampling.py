@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's front end of depthwise strided convolutions: that of :mod:`fastasr.models.fast_conformer.subsampling`."""
+"""Front ends of depthwise strided convolutions: that of :mod:`fastasr.models.fast_conformer.subsampling`."""
 
 import torch
 
 from fastasr import _left
 from fastasr.models.common import plumbing
-from fastasr.models.common.plain import is_plain_named
+from fastasr.models.common.plain import is_plain, is_plain_named
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
 
 
@@ -24,3 +24,17 @@ def nemo_subsampling(self, x, lengths):
     valid = torch.arange(x.shape[1], device=x.device, dtype=torch.int64) < lengths.unsqueeze(1)
     y = convolved(self.conv, x * valid.unsqueeze(2), lengths)
     return plumbing.linear(self.out, y), subsampled(self.conv, lengths)
+
+
+def phi4_subsampling(self, hidden_states, mask):
+    """Serves transformers' Phi-4-multimodal: features (B, T₀, mel_bins), mask (B, T₀), True or 1 at valid frames, or
+    None -> (B, ⌈T₀ / factor⌉, width), and bool (B, 1, ⌈T₀ / factor⌉) or None. Padding is not masked."""
+    if not (is_plain(self.conv, torch.nn.Sequential) and are_plain(self.conv)):
+        _left.note(self, "conv or one of its layers has hooks or is no plain one")
+        return type(self).forward(self, hidden_states, mask)
+    y = plumbing.linear(self.out, convolved(self.conv, hidden_states, None))
+    if mask is None:
+        return y, None
+    lengths = torch.ceil(mask.sum(1) / self.subsampling_factor)
+    frame = torch.arange(y.shape[1], device=y.device, dtype=torch.int64)
+    return y, (frame < lengths.unsqueeze(1)).unsqueeze(1)

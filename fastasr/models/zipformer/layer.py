@@ -174,7 +174,15 @@ class ZipformerEncoderLayer(torch.nn.Module):
         return self.whiten(src)
 
     def _branches(
-        self, may_be_constant, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, left_context_chunks
+        self,
+        may_be_constant,
+        src,
+        pos_emb,
+        chunk_size,
+        attn_mask,
+        src_key_padding_mask,
+        left_context_chunks,
+        time_emb=None,
     ):
         attention_skip_rate = rate(self.attention_skip_rate) if self.training else 0.0
         weights = self.self_attn_weights
@@ -188,6 +196,8 @@ class ZipformerEncoderLayer(torch.nn.Module):
         attn_weights = weights(
             x, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask, **window
         )
+        if time_emb is not None:
+            src = x_ff1 = src + time_emb
         src, x = plus(src, self.feed_forward1(x_ff1))
 
         attention_mask = _sequence_mask(self, src, attention_skip_rate)
@@ -196,13 +206,13 @@ class ZipformerEncoderLayer(torch.nn.Module):
         first_head = _perhaps_constant(self, first_head) if may_be_constant else first_head
         src, x = plus(src, self.balancer_na(self.nonlin_attention(x, first_head)), attention_mask)
         src, x = plus(src, self.self_attn1(x, attn_weights), attention_mask)
-        src, x = _plus_convolved(self, self.conv_module1, src, x, chunk_size, src_key_padding_mask)
+        src, x = _plus_convolved(self, "conv_module1", src, x, chunk_size, src_key_padding_mask, time_emb)
         ff2_skip_rate = rate(self.ff2_skip_rate) if self.training else 0.0
         src, _ = _plus_dropped(self, src, self.balancer_ff2(self.feed_forward2(x)), ff2_skip_rate)
         src, x = forked(self.bypass_mid(src_mid, src), wide=1, narrow=1)
 
         src, x = plus(src, self.self_attn2(x, attn_weights), attention_mask)
-        src, x = _plus_convolved(self, self.conv_module2, src, x, chunk_size, src_key_padding_mask)
+        src, x = _plus_convolved(self, "conv_module2", src, x, chunk_size, src_key_padding_mask, time_emb)
         ff3_skip_rate = rate(self.ff3_skip_rate) if self.training else 0.0
         src, _ = _plus_dropped(self, src, self.balancer_ff3(self.feed_forward3(x)), ff3_skip_rate)
         return self.bypass(src_orig, self.norm(self.balancer1(src)))
@@ -362,9 +372,14 @@ def _balancer(channels, min_positive, max_positive, **limits):
     return Balancer(channels, channel_dim=-1, min_positive=min_positive, max_positive=max_positive, **limits)
 
 
-def _plus_convolved(layer, conv_module, src, x, chunk_size, src_key_padding_mask):
+def _plus_convolved(layer, name, src, x, chunk_size, src_key_padding_mask, time_emb):
+    if not getattr(layer, "use_conv", True):
+        return src, x
     skip_rate = rate(layer.conv_skip_rate) if layer.training else 0.0
-    y = conv_module(x, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
+    if time_emb is not None:
+        src = x = src + time_emb
+    options = {"chunk_size": chunk_size} if chunk_size >= 0 else {}  # ZipVoice's module takes none
+    y = getattr(layer, name)(x, src_key_padding_mask=src_key_padding_mask, **options)
     return _plus_dropped(layer, src, y, skip_rate)
 
 
@@ -395,3 +410,14 @@ def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=Non
     return ZipformerEncoderLayer._encode(
         layer, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, not layer.training
     )
+
+
+def timed_forward(layer, src, pos_emb, time_emb=None, attn_mask=None, src_key_padding_mask=None):
+    """Computes ZipVoice's layer, which has convolutions if ``use_conv`` says so, and adds ``time_emb``, (batch,
+    embed_dim) or (time, batch, embed_dim), to the stream before feed_forward1 and before each convolution. The weights
+    come from the input without it."""
+    call = src, pos_emb, -1, attn_mask, src_key_padding_mask
+    if time_emb is None and layer.use_conv:
+        return ZipformerEncoderLayer._encode(layer, *call, layer.training)
+    src = ZipformerEncoderLayer._branches(layer, layer.training, *call, None, time_emb)
+    return layer.whiten(layer.balancer2(src))

@@ -4,9 +4,11 @@
 icefall's Swoosh classes call k2, whose backward pass rounds the derivative to 8 bits at random; ours is exact.
 """
 
+from dataclasses import replace
+
 from fastasr.models import zipformer as models
 from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate, own_forward
-from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
+from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE, ZIPVOICE
 
 
 def swoosh_functions(module):
@@ -52,6 +54,10 @@ def _name(function):
     return getattr(inner, "__name__", type(inner).__name__)
 
 
+def _draws_in_training(module):
+    return "without k2 upstream's draws random numbers in training; in ZipVoice it acts on the time alone"
+
+
 def _scheduled_or_no_dropout(module):
     """Returns a reason if the dropout rate, a number or a schedule, is not 0 in eval mode: before icefall's pull
     request 1770 it acted there too.
@@ -71,6 +77,7 @@ SWOOSH_L = Rule(
     known={
         "6f2dee7a835d9f8e6dcef639": PACKAGE,
         "43926691ea5904af92c73f93": ICEFALL,  # since pull request 1940: the output has the input's dtype
+        "cd4a23f30f2318794f81a711": replace(ZIPVOICE, condition=_draws_in_training),
     },
 )
 
@@ -84,6 +91,7 @@ SWOOSH_R = Rule(
     known={
         "336a09ba89d66c7f0cf011e1": PACKAGE,
         "efb990e8dee97a31a9e9d681": ICEFALL,  # since pull request 1940
+        "f539c0774209e1456a203bb2": replace(ZIPVOICE, condition=_draws_in_training),
     },
 )
 
@@ -98,6 +106,7 @@ ACTIVATION_DROPOUT_AND_LINEAR = Rule(
         "781e452b79baa27b704fe4c1": PACKAGE,  # activation SwooshL
         "35132d02a7d6bf2a98a0f1ba": PACKAGE,  # activation SwooshR
         "23c796cf93a9157ec368b352": ICEFALL,  # since pull request 1770
+        "3eab76849c2aa6a886321bff": replace(ZIPVOICE, condition=_scheduled_or_no_dropout),
         "553d188554ac839c5fbd665f": Known("icefall before pull request 1770", _scheduled_or_no_dropout),
     },
 )

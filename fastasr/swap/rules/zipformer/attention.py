@@ -15,7 +15,14 @@ from fastasr.swap.rule import (
     unread_code,
     upstream_class,
 )
-from fastasr.swap.rules.zipformer.versions import BOTH, ICEFALL, IDENTITIES, PACKAGE, forward_and_streaming
+from fastasr.swap.rules.zipformer.versions import (
+    BOTH,
+    ICEFALL,
+    IDENTITIES,
+    PACKAGE,
+    ZIPVOICE,
+    forward_and_streaming,
+)
 
 _ATTENTION_WEIGHTS_CHILDREN = (
     "in_proj",
@@ -82,7 +89,10 @@ SELF_ATTENTION = Rule(
     kernels=("zipformer_attention",),
     structure=_self_attention_structure,
     functions=forward_and_streaming,
-    known={"836323bd78272a27e5e90971": BOTH},  # icefall: every version so far
+    known={
+        "836323bd78272a27e5e90971": BOTH,  # icefall: every version so far
+        "2edbaa7f109f1a6a0b584d22": ZIPVOICE,
+    },
 )
 
 NONLIN_ATTENTION = Rule(
@@ -96,6 +106,7 @@ NONLIN_ATTENTION = Rule(
     functions=forward_and_streaming,
     known={
         "b5ad09c7eb732457b1e70f40": BOTH,  # icefall: since pull request 1316
+        "60ad6eb8427d2c7ea7d025d5": ZIPVOICE,
         "3f97f9cdb30b3190c5aaaa44": Known("icefall before pull request 1316"),  # other spelling of the thirds
     },
 )
@@ -111,6 +122,7 @@ ATTENTION_WEIGHTS = Rule(
     functions=forward_and_streaming,
     known={
         "f41130237f56f29288f4eed3": PACKAGE,
+        "62168f22e83f307eef3b018d": ZIPVOICE,
         "82ce9c023898984ea0183483": ICEFALL,  # since pull request 2086, which converts masks to bool
         "c003313bb3c86b4bef3288c4": Known("icefall since pull request 1974"),  # and its SSL, adapter recipes
         "4ff76c9551040c4aa1a333a7": Known("icefall between pull requests 1814 and 1841"),

@@ -15,7 +15,7 @@ from fastasr.swap.rule import (
     upstream_class,
 )
 from fastasr.swap.rules.zipformer.regularisers import BALANCERS, WHITENS
-from fastasr.swap.rules.zipformer.versions import BOTH, ICEFALL, IDENTITIES, forward_and_streaming
+from fastasr.swap.rules.zipformer.versions import BOTH, ICEFALL, IDENTITIES, ZIPVOICE, forward_and_streaming
 
 _CONVOLUTION_CHILDREN = {
     "balancer1": "Balancer",
@@ -35,7 +35,8 @@ CHUNK_CAUSAL = {
 
 def _convolution_structure(module):
     """Our forward calls in_proj and out_proj as upstream's does, so these may have any class."""
-    conv = "ChunkCausalDepthwiseConv1d" if module.causal else torch.nn.Conv1d
+    causal = getattr(module, "causal", False)  # ZipVoice has no causal ones
+    conv = "ChunkCausalDepthwiseConv1d" if causal else torch.nn.Conv1d
     allowed = _CONVOLUTION_CHILDREN | {"depthwise_conv": conv}
     for name in ("in_proj", "out_proj"):
         allowed[name] = upstream_class(getattr(module, name))
@@ -45,7 +46,7 @@ def _convolution_structure(module):
         return reason or f"lacks the submodules {', '.join(missing)}"
     if upstream_class(module.sigmoid) is not torch.nn.Sigmoid or foreign_forward(module.sigmoid) is not None:
         return "submodule sigmoid is not a plain torch.nn.Sigmoid"
-    over_time = _chunk_causal if module.causal else _depthwise_over_time
+    over_time = _chunk_causal if causal else _depthwise_over_time
     reason = over_time("depthwise_conv", module.depthwise_conv)
     for name, known in (
         ("balancer1", BALANCERS),
@@ -100,6 +101,7 @@ CONVOLUTION = Rule(
     functions=forward_and_streaming,
     known={
         "df95c5ab6f048b58a93ee9ed": BOTH,  # icefall: since pull request 1316
+        "b5bd3f4a492521f8cb150326": ZIPVOICE,
         "4053a40ef406b863c3dcc02f": ICEFALL,  # since pull request 2086, which converts masks to bool
         "6c0ecf0385c1b92430724293": Known("icefall before pull request 1316"),  # and in some recipes since
         "4fa18653b036d5169f44cf57": Known("icefall before pull request 1316"),  # other spelling of the halves

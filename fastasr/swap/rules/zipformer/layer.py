@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer import streaming_layer, whole_layer
-from fastasr.models.zipformer.layer import CONSTANT_ATTENTION, constant_attention_in_eval
+from fastasr.models.zipformer.layer import CONSTANT_ATTENTION, constant_attention_in_eval, timed_forward
 from fastasr.swap.binding import bound_forward
 from fastasr.swap.rule import Known, Rule, check_child_names, check_children, check_parameters, is_rate
-from fastasr.swap.rules.zipformer.versions import BOTH, PACKAGE, forward_and_streaming
+from fastasr.swap.rules.zipformer.versions import BOTH, PACKAGE, ZIPVOICE, forward_and_streaming
 
 
 def _bias_norm_structure(module):
@@ -56,9 +56,9 @@ def _encoder_layer_structure(module):
     shapes = {
         name: module._parameters[name].shape for name in ("bypass_scale",) if name in module._parameters
     }
-    reason = check_parameters(module, shapes) or check_child_names(
-        module, _LAYER_PARTS, optional=_LAYER_RATES
-    )
+    without = () if getattr(module, "use_conv", True) else ("conv_module1", "conv_module2")  # ZipVoice's
+    parts = [name for name in _LAYER_PARTS if name not in without]
+    reason = check_parameters(module, shapes) or check_child_names(module, parts, optional=_LAYER_RATES)
     for name in _LAYER_RATES:
         if reason is None and not is_rate(getattr(module, name)):
             reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
@@ -90,7 +90,7 @@ BYPASS = Rule(
 
 def _native_calls(module):
     """Returns why the layer's native calls, which are for the CPU, cannot be used."""
-    if not module.norm.bias.is_cpu:
+    if not module.norm.bias.is_cpu or bound_forward(module) is timed_forward:  # which the call's time decides
         return {}
     forward = whole_layer.why_not(module)
     if bound_forward(module) is constant_attention_in_eval:
@@ -116,6 +116,7 @@ ZIPFORMER2_ENCODER_LAYER = replace(
     ENCODER_LAYER,
     class_name="Zipformer2EncoderLayer",
     known={
+        "b055b13e3d4fce7eb85fadf7": replace(ZIPVOICE, forward=timed_forward),
         "5718a2a12ff1cca637c6b081": Known("icefall's zipformer since pull request 1566"),
         "49cb2da3402689d14445f5b4": Known(  # and its SSL, LoRA, HENT and multi-joiner recipes
             "icefall before pull request 1566", forward=constant_attention_in_eval

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for Balancer and Whiten, which act on gradients alone."""
 
+from dataclasses import replace
+
 from fastasr.models import zipformer as models
 from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate
-from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
+from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE, ZIPVOICE
 
 # Inference leaves the balancers out, because these versions return their input if it needs no gradient.
 BALANCERS = {
     "11eb10d0735c5e5c3fea5f1a": PACKAGE,
     "5b8544f975686064be524bb7": ICEFALL,  # since pull request 1974
+    "94b142634dc8a2057f896839": ZIPVOICE,
     "5e2cd40d81ed3f21460c0365": Known("icefall before pull request 1974"),
     "ea1e082139b9f1b7c8175862": Known("icefall before pull request 1108"),  # and its zipformer_prompt_asr
 }
@@ -51,6 +54,7 @@ def _grad_scale_is_a_number(module):
 WHITENS = {
     "59f435fe5116d207ed3b2a9d": PACKAGE,
     "2427f1994408e76d9e722891": ICEFALL,  # since pull request 1974
+    "d8898cd7fa5dd75f19804b8b": replace(ZIPVOICE, condition=_grad_scale_is_a_number),
     "c3009322678ced8184ee6400": Known("icefall before pull request 1974"),
     "f27d60a9ca1403688b23218a": Known("icefall before pull request 1663", _grad_scale_is_a_number),
     # and its zipformer_prompt_asr

@@ -5,6 +5,7 @@ from fastasr.swap.rule import Known, own_forward, upstream_class
 
 PACKAGE = Known("zipformer 0.1.3")  # on PyPI
 ICEFALL = Known("icefall's zipformer")  # egs/*/*/zipformer
+ZIPVOICE = Known("ZipVoice")  # k2-fsa/ZipVoice at 2f7326f, zipvoice/models/modules
 BOTH = Known("zipformer 0.1.3 and icefall's zipformer")
 
 # Our convolution module does not call the identities, nor in inference the second balancer and the whitening.

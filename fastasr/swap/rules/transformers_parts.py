@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for single modules of transformers' audio towers: Phi-4-multimodal's front end, Fun-ASR-Nano's memory and
+feed-forward."""
+
+from fastasr.models import conformer as models
+from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
+from fastasr.swap.rules.conformer import feed_forward_rule
+from fastasr.swap.rules.transformers_parakeet import SILU
+
+_FROM_5_18 = Known("transformers 5.18 to 5.24")
+
+
+def _phi4_structure(module):
+    expected = 2 + 3 * (module.sampling_num - 1)
+    if len(module.conv) != expected:
+        return f"submodule conv has {len(module.conv)} layers, expected {expected}"
+    return check_parameters(module, {}) or check_child_names(module, ("act_fn", "conv", "out"))
+
+
+def _memory_structure(module):
+    if module.conv.kernel_size[0] % 2 == 0:
+        return f"conv has {module.conv.kernel_size[0]} taps, expected an odd number"
+    return check_parameters(module, {}) or check_child_names(module, ("conv", "pad"))
+
+
+def _feed_forward_structure(module):
+    reason = check_parameters(module, {}) or check_child_names(module, ("activation_fn", "fc1", "fc2"))
+    return reason or unread_child(module, "activation_fn", "SiLUActivation", SILU)
+
+
+SUBSAMPLING = Rule(
+    name="transformers.phi4_subsampling",
+    class_name="Phi4MultimodalAudioNemoConvSubsampling",
+    forward=models.phi4_subsampling,
+    kernels=("conv_subsampling", "linear_activation", "linear"),
+    structure=_phi4_structure,
+    known={"c3d771b28703db5e8fbda107": _FROM_5_18},
+)
+MEMORY = Rule(
+    name="transformers.fun_asr_memory",
+    class_name="FunAsrNanoFSMN",
+    forward=models.fun_asr_memory,
+    kernels=("depthwise_conv_residual",),
+    structure=_memory_structure,
+    known={"b58cbc314547e0eb11669b54": _FROM_5_18},
+)
+FEED_FORWARD = feed_forward_rule(
+    name="transformers.fun_asr_feed_forward",
+    class_name="FunAsrNanoMLP",
+    forward=models.fun_asr_feed_forward,
+    structure=_feed_forward_structure,
+    known={"e0a0768230314a0ea5b13f42": _FROM_5_18},
+)
+
+RULES = (SUBSAMPLING, MEMORY, FEED_FORWARD)
