@@ -28,7 +28,7 @@ SOURCES := $(shell find csrc fastasr kernels benchmarks scripts docs examples te
 NATIVE := $(shell find csrc -type f ! -path 'csrc/tests/*') CMakeLists.txt setup.py
 LIBRARY := $(if $(filter 0,$(FASTASR_NATIVE)),,fastasr/libfastasr.so)
 
-.PHONY: help install dist demo test test-python test-long test-matrix test-cpp test-cpp-long test-cpp-aarch64 bench docs lint fuzz clean distclean
+.PHONY: help install dist demo test test-python test-long test-matrix test-cpp test-cpp-long test-cpp-aarch64 bench docs ops op lint fuzz clean distclean
 
 help:
 	@echo "make demo       a Zipformer on real speech: upstream against fastasr, with a report"
@@ -41,7 +41,8 @@ help:
 	@echo "make test-matrix   the wheel in fresh environments: every torch from 2.11 on, every Python (ARGS=--torch 2.11 ...)"
 	@echo "make bench      measure; rows, plots and a page in bench-report/"
 	@echo "make docs       the documentation as a site, in build/site"
-	@echo "make lint       ruff and clang-format"
+	@echo "make ops        write fastasr/ops/_written from the declarations (make op OP=bypass: of one op)"
+	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make fuzz N=... SEED=...   random valid and invalid calls of every op"
 	@echo "make clean      delete build products (distclean: .venv too)"
 
@@ -89,7 +90,7 @@ $(STAMPS)/peers: scripts/install_peers.sh scripts/peers.sh scripts/build_fast_rn
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/torch scripts/constraints.txt
-	$(PINNED) ruff clang-format
+	$(PINNED) ruff clang-format mypy
 	touch $@
 
 $(STAMPS)/docs: $(STAMPS)/torch scripts/constraints.txt
@@ -163,9 +164,16 @@ bench: install $(STAMPS)/peers
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
+ops: $(STAMPS)/lint
+	$(PY) scripts/opgen
+
+op: $(STAMPS)/lint
+	$(PY) scripts/opgen $(OP)
+
 lint: $(STAMPS)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:

@@ -60,7 +60,7 @@ def code(suite: str, name: str, device: str = "cpu") -> str:
     folder, with which the model's name starts, or of all models where it has none.
     """
     if name in ops.NAMES and suite != "models":
-        stem = getattr(ops, name).__module__.rpartition(".")[2]
+        stem = ops.OPS[name].definition.__module__.rpartition(".")[2]
         tops = (
             ("csrc/cpu", "csrc/bindings") if torch.device(device).type == "cpu" else ("csrc/cuda", "kernels")
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from fastasr.models.common.sequences import make_pad_mask
 from fastasr.testing.peers import MissingUpstream, module
 
 __all__ = ["MissingUpstream", "module"]
@@ -55,9 +56,8 @@ class Encoder(torch.nn.Module):
 
     def __init__(self, config: dict, package=None):
         super().__init__()
-        scaling, subsampling, zipformer, utils = (
-            package or module(f"zipformer.{name}")
-            for name in ("modules.scaling", "modules.subsampling", "modules.zipformer", "utils")
+        scaling, subsampling, zipformer = (
+            package or module(f"zipformer.modules.{name}") for name in ("scaling", "subsampling", "zipformer")
         )
 
         def dropout():
@@ -65,11 +65,10 @@ class Encoder(torch.nn.Module):
 
         self.encoder_embed = subsampling.Conv2dSubsampling(BINS, config["encoder_dim"][0], dropout=dropout())
         self.encoder = zipformer.Zipformer(**config, dropout=dropout())
-        self._make_pad_mask = utils.make_pad_mask
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor):
         x, lengths = self.encoder_embed(x, lengths)
-        padding = self._make_pad_mask(lengths, x.shape[1])
+        padding = make_pad_mask(lengths, x.shape[1])
         x, lengths = self.encoder(x.permute(1, 0, 2), lengths, padding)
         return x.permute(1, 0, 2), lengths
 

@@ -2,6 +2,7 @@
 """The part of an op's page that says how to check and measure the op at shapes of one's own."""
 
 from fastasr import ops
+from fastasr.testing.declared import declared
 from fastasr.testing.speed import sizes_of
 
 MARKERS = "<!-- recipe:start -->", "<!-- recipe:end -->"
@@ -26,7 +27,7 @@ def recipe(name: str) -> str:
     defaults = sizes_of(name)
     sizes = defaults | dict(zip(defaults, FEW, strict=False))
     shape = ",".join(f"{n}={size}" for n, size in sizes.items())
-    tensors = ", ".join(a.name for a in ops.OPS[name].tensors if not a.optional)
+    tensors = ", ".join(a.name for a in declared(ops.OPS[name]).tensors if not a.optional)
     return TEXT.format(op=name, tensors=tensors, arguments=shape.replace(",", ", "), shape=shape)
 
 

@@ -60,7 +60,7 @@ def op_page(name: str) -> Path:
 
 
 def _file(name: str) -> str:
-    return getattr(ops, name).__module__.rpartition(".")[2]
+    return ops.OPS[name].definition.__module__.rpartition(".")[2]
 
 
 def measured(rows: Sequence[Row]) -> dict[Path, str]:

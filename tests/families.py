@@ -150,6 +150,16 @@ def nemo_local(**options):
     return made, lambda model: [call("nemo", model, x, lengths)]
 
 
+def nemo_transformer(lengths=(80, 51, 0), **options):
+    def made():
+        sizes = {"d_model": 32, "n_heads": HEADS, "n_layers": 2, "ff_expansion": 1.5}
+        model = nemo_encoder.load_transformer().TransformerEncoder(feat_in=WIDTH, **sizes, **options)
+        x = torch.randn(len(lengths), WIDTH, max(lengths), generator=numbers(1))
+        return model, lambda model: [model(x, torch.tensor(lengths))[0]]
+
+    return made
+
+
 def zipformer(lengths=None):
     pytest.importorskip("zipformer")
     import tiny_zipformer
@@ -295,20 +305,39 @@ def lasr():
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
-def granite_speech5():
+def granite_speech(kind="", frames=53, **options):
+    """Padding is frames of 0, which the encoder cannot tell from others."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        folder = f"granite_speech_{kind.lower()}".rstrip("_")
+        module = pytest.importorskip(f"transformers.models.{folder}.modeling_{folder}")
+        sizes = {"input_dim": 20, "hidden_dim": WIDTH, "num_layers": 2, "num_heads": HEADS, "dim_head": 12}
+        sizes |= {"output_dim": 11, "context_size": 20, "max_pos_emb": 24, "conv_kernel_size": TAPS}
+        name = f"GraniteSpeech{kind}"
+        config = getattr(transformers, f"{name}EncoderConfig")(**sizes | options)
+        x = torch.randn(2, frames, 20, generator=numbers(1))
+        x[1, frames // 2 :] = 0.0
+        return getattr(module, f"{name}CTCEncoder")(config), lambda model: [model(x).last_hidden_state]
+
+    return made
+
+
+def granite_speech5(lengths=(44, 30), **options):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
-    config = transformers.GraniteSpeech5EncoderConfig(
-        **sizes, vocab_size=11, num_mel_bins=5, context_size=8, activation_dropout=0.1
-    )
-    x = torch.randn(2, 44, 20, generator=numbers(1))
-    mask = torch.arange(44) < torch.tensor([44, 30])[:, None]
+    sizes |= {"vocab_size": 11, "num_mel_bins": 5, "context_size": 8, "activation_dropout": 0.1}
+    config = transformers.GraniteSpeech5EncoderConfig(**sizes | options)
+    x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     model = transformers.GraniteSpeech5Encoder(config)
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
-def of_wav2vec2(package, class_name, config_name, **options):
-    """An encoder with modules of Wav2Vec2Conformer's code."""
+def of_wav2vec2(
+    package, class_name, config_name, lengths=(21, 13, 5), masked=True, implementation="sdpa", **options
+):
+    """An encoder with modules of Wav2Vec2Conformer's code. ``lengths``: those of the batch."""
 
     def made():
         transformers = pytest.importorskip("transformers")
@@ -316,17 +345,27 @@ def of_wav2vec2(package, class_name, config_name, **options):
         config = getattr(transformers, config_name)(
             hidden_size=WIDTH, conv_depthwise_kernel_size=TAPS, **options
         )
-        config._attn_implementation = "sdpa"
-        x = torch.randn(3, 21, WIDTH, generator=numbers(1))
-        mask = torch.arange(21) < torch.tensor([21, 13, 5])[:, None]
+        config._attn_implementation = implementation
+        frames = max(lengths)
+        x = torch.randn(len(lengths), frames, WIDTH, generator=numbers(1))
+        mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
 
         def run(model):
-            found = model(x.clone(), attention_mask=mask)
+            found = model(x.clone(), attention_mask=mask if masked else None)
             return [found if isinstance(found, torch.Tensor) else found[0]]
 
         return getattr(module, class_name)(config), run
 
     return made
+
+
+def seamless_v2(**options):
+    names = "seamless_m4t_v2", "SeamlessM4Tv2ConformerEncoder", "SeamlessM4Tv2Config"
+    return of_wav2vec2(*names, **SEAMLESS, **options)
+
+
+def w2v_bert(**options):
+    return of_wav2vec2("wav2vec2_bert", "Wav2Vec2BertEncoder", "Wav2Vec2BertConfig", **W2V_BERT, **options)
 
 
 SEAMLESS = {
@@ -441,6 +480,8 @@ class _Wer:
 FAMILIES = {
     **{f"{name} conformer": conformer(name) for name in MODELS},
     "nemo local": nemo_local,
+    "nemo transformer": nemo_transformer(),
+    "nemo transformer, causal": nemo_transformer(attn_mode="causal", qk_norm=True, qkv_bias=True),
     "nemo joint": nemo_joint(),
     "zipformer": zipformer,
     "zipformer, causal": causal_zipformer,
@@ -453,6 +494,8 @@ FAMILIES = {
     "mega rotary": lambda: mega(rel_pos_bias_type="rotary"),
     "parakeet": parakeet,
     "lasr": lasr,
+    "granite speech": granite_speech(),
+    "granite speech plus": granite_speech("Plus"),
     "granite speech 5": granite_speech5,
     "seamless m4t": of_wav2vec2(
         "seamless_m4t",
@@ -461,10 +504,9 @@ FAMILIES = {
         max_source_positions=64,
         **SEAMLESS,
     ),
-    "seamless m4t v2": of_wav2vec2(
-        "seamless_m4t_v2", "SeamlessM4Tv2ConformerEncoder", "SeamlessM4Tv2Config", **SEAMLESS
-    ),
-    "w2v-bert": of_wav2vec2("wav2vec2_bert", "Wav2Vec2BertEncoder", "Wav2Vec2BertConfig", **W2V_BERT),
+    "seamless m4t v2": seamless_v2(),
+    "seamless m4t v2, chunks": seamless_v2(speech_encoder_chunk_size=8, speech_encoder_left_chunk_num=1),
+    "w2v-bert": w2v_bert(),
     "parakeet tdt": parakeet_transducer("TDT"),
     "parakeet rnn-t": parakeet_transducer("RNNT"),
     "nemotron": nemotron,

@@ -14,6 +14,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 _WITHOUT_INIT = (
     "nemo.collections",
@@ -92,6 +93,27 @@ def _stand_ins(root):
 def load():
     """Returns the module ``nemo.collections.asr.modules.conformer_encoder``; skips the test without nemo_toolkit."""
     return _load("nemo.collections.asr.modules.conformer_encoder")
+
+
+def load_transformer():
+    """Returns the module ``nemo.collections.asr.modules.transformer_encoder``, with a dense FlexAttention: on a CPU
+    torch's has no gradient. It stays in the module as ``of_torch``."""
+    module = _load("nemo.collections.asr.modules.transformer_encoder")
+    if not hasattr(module, "of_torch"):
+        module.of_torch, module.flex_attention = module.flex_attention, _dense
+    return module
+
+
+def _dense(q, k, v, block_mask=None, score_mod=None):
+    batch, heads, query, key = (torch.arange(n, dtype=torch.int64) for n in (*q.shape[:3], k.shape[2]))
+    indices = batch[:, None, None, None], heads[:, None, None], query[:, None], key
+    scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
+    scores = scores if score_mod is None else score_mod(scores, *indices)
+    if block_mask is None:
+        return scores.softmax(-1) @ v
+    sees = block_mask.mask_mod(*indices)
+    weights = scores.masked_fill(~sees, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(~sees, 0.0) @ v
 
 
 def load_transducer():

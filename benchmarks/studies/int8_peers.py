@@ -214,9 +214,9 @@ def _prepare(folder, size, seconds):
     with torch.no_grad():
         model.joiner.output_linear.bias[0] += 4.0
     torch.save({"config": config(size, None), "state": model.state_dict()}, folder / "model.pt")
-    from fastasr.asr import recogniser
+    from fastasr.asr.recogniser import AsrModel
 
-    ours = recogniser.AsrModel(**config(size, None)).eval()
+    ours = AsrModel(**config(size, None)).eval()
     ours.load_state_dict(model.state_dict(), strict=True)
     export_onnx(ours, folder, int8=True, reduce_range=int8_saturates())
     names = ["<blk>", *(f"t{i}" for i in range(1, VOCABULARY))]
@@ -471,9 +471,10 @@ def readings(run, utterances, names=NAMES, report=lambda _: None):
     from fastasr.asr.export import export_onnx
     from fastasr.asr.recipe import checkpoints, recogniser, sizes
     from fastasr.asr.recipe.speech import LONGEST
+    from fastasr.asr.recogniser import AsrModel
 
     loaded = recogniser.load(run)
-    if not isinstance(loaded.model, recogniser.AsrModel):
+    if not isinstance(loaded.model, AsrModel):
         raise ValueError(f"{run} is no Zipformer's run, whose ONNX files the peers read")
     found = checkpoints.load(Path(run) / checkpoints.NAME)
     with tempfile.TemporaryDirectory() as path:

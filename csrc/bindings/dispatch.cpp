@@ -9,7 +9,7 @@ namespace fastasr {
 void decline(const char* op, std::initializer_list<Piece> reason) {
   std::string text = std::string("fastasr, ") + op + ": ";
   for (const Piece& piece : reason) text += piece.text();
-  throw std::runtime_error(text);
+  throw std::invalid_argument(text);
 }
 
 void out_of_memory(size_t bytes) {

@@ -22,8 +22,8 @@
 #include "cpu/rows/sum_blocks.h"
 
 // Every binding needs these: the kernel's storage type for a tensor, checks, and a split of the work that depends on
-// the shape alone. Python has already checked the arguments and named them: the checks here guard memory. Every check
-// puts the operator's name before its reason: that tells Python that the kernel declines the call, and Python takes
+// the shape alone. Python has already checked the arguments and named them: the checks here guard memory. A check
+// that fails declines the call: it throws std::invalid_argument, which Python sees as ValueError, and Python takes
 // another path. Any other error, such as a failed allocation, reaches the user.
 namespace fastasr {
 
@@ -47,7 +47,7 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Declines the call: raises an error that names the operator and then gives the reason, pieces of text and numbers.
+// Declines the call: throws std::invalid_argument with the operator's name and the reason, pieces of text and numbers.
 class Piece {
  public:
   Piece(const char* text) : text_(text) {}
@@ -61,7 +61,7 @@ class Piece {
 };
 [[noreturn]] void decline(const char* op, std::initializer_list<Piece> reason);
 
-// Raises an error that names no operator, so it reaches the user.
+// Raises an error that does not decline, so it reaches the user.
 [[noreturn]] void out_of_memory(size_t bytes);
 
 template <typename... Reason>

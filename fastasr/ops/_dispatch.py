@@ -202,7 +202,11 @@ class Kernels:
 
     backend: str
     forward: Callable
-    backward: Callable
+    backward: Callable | None
+
+
+def _fit(device: torch.device | None = None) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ class Implementation:
     reason: Callable[[], str]
     load: Callable[[], Kernels]
     # the reason why it does not serve a CUDA device
-    unfit: Callable[[torch.device | None], str] = lambda device=None: ""
+    unfit: Callable[..., str] = _fit
 
 
 @dataclass
@@ -229,7 +233,7 @@ class KernelFamily:
     # by device and dtype: the backend whose kernels the device could not launch, and why
     failed: dict = field(default_factory=dict)
     # Returns the native kernels while they serve plain CPU tensors, else None. An op's shortest path calls them before
-    # any check: the kernels' own checks raise RuntimeError, and the op then takes the checked path.
+    # any check: the kernels' own checks raise ValueError, and the op then takes the checked path.
     native: Kernels | None = None
 
     def __post_init__(self) -> None:
@@ -318,11 +322,12 @@ def _served(family: str, device_type: str, index: int | None, dtype: torch.dtype
     # when the graph runs, a traced dual level is one of C++ alone, which the operator would not see
     if forward_ad._current_level >= 0 and not transforms_active():
         return False
-    return FAMILIES[family]._choose(torch.device(device_type, index), dtype) is not None
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    return FAMILIES[family]._choose(device, dtype) is not None
 
 
 # What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo: that takes as long as torch.
-_served._dynamo_marked_constant = True
+vars(_served)["_dynamo_marked_constant"] = True
 
 
 def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:

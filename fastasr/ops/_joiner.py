@@ -45,7 +45,7 @@ def log_probabilities(
     index = s.flatten(1)
     context = lm.gather(1, index.unsqueeze(-1).expand(-1, -1, lm.shape[2])).view(*s.shape, lm.shape[2])
     hidden = _activation.FUNCTIONS[activation](am.unsqueeze(2) + context)
-    if dropout_p:
+    if dropout_p and dropout_seed is not None:
         hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -86,7 +86,7 @@ def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int
 
 
 # --------------------------------------------------------------------------- kernels
-def launch(call: Callable, op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+def launch(call: Callable, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
     """Calls the kernels with contiguous tensors in the dtype of the scores."""
     x, y, *others = (t.contiguous() if isinstance(t, Tensor) else t for t in a)
     found = call(kernels, keep, x.to(dtype), y.to(dtype), *others)

@@ -141,7 +141,8 @@ class TdtSteps:
 
     def scores(self, add=_log_sum) -> Tensor:
         """Returns the scores. ``add`` joins -inf and what the arcs that enter a cell give, in the order of ``arcs``."""
-        cells, begin = [], self.begin.sum(1)[:, None]
+        cells: list[Tensor] = []
+        begin = self.begin.sum(1)[:, None]
         nothing = self.zero.new_full((len(self.begin), self.row), -INF)
         for k in range(self.steps + 1):
             terms = [nothing]

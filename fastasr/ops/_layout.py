@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels take contiguous memory. Dense tensors in another order (channels_last) are viewed, not copied."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+
+def _by_stride(x: Tensor, dims: Iterable[int]) -> list[int]:
+    """Returns dimensions in the order of memory."""
+    strides, sizes = x.stride(), x.shape
+    return sorted(dims, key=lambda d: (-strides[d], -sizes[d]))
 
 
 def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
@@ -16,10 +22,10 @@ def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
     if x.is_contiguous():
         return f(x, *(t.contiguous() for t in like))
     dense = x
-    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), -x.size(d)))
+    order = _by_stride(x, range(x.dim()))
     if not x.permute(order).is_contiguous():
         dense = torch.empty_like(x).copy_(x)
-        order = sorted(range(x.dim()), key=lambda d: (-dense.stride(d), -dense.size(d)))
+        order = _by_stride(dense, range(x.dim()))
         if not dense.permute(order).is_contiguous():
             return f(x.contiguous(), *(t.contiguous() for t in like))
     inverse = [order.index(d) for d in range(x.dim())]
@@ -60,7 +66,7 @@ class ChannelRows:
     def __init__(self, x: Tensor, dim: int):
         dim %= x.dim()
         others = [d for d in range(x.dim()) if d != dim]
-        self.order = [*sorted(others, key=lambda d: (-x.stride(d), -x.size(d))), dim]
+        self.order = [*_by_stride(x, others), dim]
         last = x.permute(self.order)
         self.shape = last.shape
         self.rows = last.reshape(last.shape[:-1].numel(), last.shape[-1])
@@ -76,3 +82,19 @@ class ChannelRows:
         """Returns contiguous rows as a tensor of x's shape."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return rows.view(self.shape).permute(inverse)
+
+
+def as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    return t.flatten(1).contiguous()
+
+
+def as_vector(t: Tensor) -> Tensor:
+    return t.flatten().contiguous()
+
+
+def as_int64(t: Tensor) -> Tensor:
+    return t.to(torch.int64).contiguous()

@@ -3,15 +3,19 @@
 
 import importlib
 
+import torch
 from torch import Tensor
 
 MANY_ROWS = 512  # from here on the kernels add up rows: torch's sum is one launch in place of two
 
-# These checks cover what the product itself does not refuse.
-FITS = (
-    "x.layout is weight.layout is _strided and len(_rows := weight.shape) == 2 and (bias is None or "
-    "bias.layout is _strided and bias.dim() == 1 and bias.numel() == _rows[0])"
-)
+
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *_) -> bool:
+    """Checks what the product itself does not refuse."""
+    if not (x.layout is weight.layout is torch.strided and weight.dim() == 2):
+        return False
+    return bias is None or (
+        bias.layout is torch.strided and bias.dim() == 1 and bias.numel() == weight.shape[0]
+    )
 
 
 def bias_grad(grad: Tensor, backend: str = "cpu") -> Tensor:

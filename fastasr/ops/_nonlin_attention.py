@@ -41,7 +41,7 @@ def passes(weights: Tensor, projected: Tensor) -> Passes:
     not 0, x is 0.
     """
     found = FAMILY.kernels(projected, weights)
-    return found if found is not None and found.backend == "triton" else _EAGER
+    return found if isinstance(found, Passes) and found.backend == "triton" else _EAGER
 
 
 def _gate(projected: Tensor, rows: int) -> Tensor:

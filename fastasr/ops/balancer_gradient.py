@@ -16,14 +16,14 @@ Upstream: ``BalancerFunction`` in ``zipformer.modules.scaling``, by a second aut
 """
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
-from fastasr.ops._op import op
+from fastasr.ops._op import OPS, op
 
 FLOOR = 1.0e-20  # least u − μ², u, and root mean square of d loss / dx
 
@@ -72,6 +72,12 @@ def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
     return _forward(kernels, keep, *a) if served and a.x.numel() else op.definition(*a)
 
 
+def _fits(grad: Tensor, x: Tensor, *options) -> bool:
+    *numbers, dim, limits, act = options
+    strided = x.layout is grad.layout is torch.strided and x.shape == grad.shape and x.numel() > 0
+    return strided and -x.dim() <= dim < x.dim() and limits is act is None and None not in numbers
+
+
 # --------------------------------------------------------------------------- the op
 @op(
     FAMILY,
@@ -80,9 +86,7 @@ def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
     check=_check,
     launch=_launch,
     fast=_forward,
-    fits="x.layout is grad.layout is _strided and x.shape == grad.shape and x.numel() "
-    "and -x.dim() <= channel_dim < x.dim() and limits is act is None "
-    "and None not in (min_mean, max_mean, min_rms, max_rms, grad_scale)",
+    fits=_fits,
     summary="Gradient of Zipformer's Balancer: channels kept in a range of mean and size",
 )
 def balancer_gradient(
@@ -113,8 +117,8 @@ def balancer_gradient(
         TypeError: grad or x is not a floating tensor.
         ValueError: shapes or devices do not match; channel_dim is no dimension of x; limits are missing or given twice.
     """
-    if limits is not None:
-        min_mean, max_mean, min_rms, max_rms, grad_scale = limits.unbind()
+    numbers: Any = min_mean, max_mean, min_rms, max_rms, grad_scale
+    low_mean, high_mean, low_rms, high_rms, size = numbers if limits is None else limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
     channel_dim = channel_dim % x.dim() + 1
     # the first dimension because a mean over no dimension would be one over all
@@ -129,15 +133,15 @@ def balancer_gradient(
     s, r = variance.sqrt(), power.sqrt()
     m = mu / s
 
-    e = (m - m.clamp(min_mean, max_mean)).sign()
-    f = (r - r.clamp(min_rms, max_rms)).sign()
+    e = (m - m.clamp(low_mean, high_mean)).sign()
+    f = (r - r.clamp(low_rms, high_rms)).sign()
     # Below the floors the statistics are constants.
     e_slope, f = e * (centred >= FLOOR), f * (square >= FLOOR)
     p = e / s + f * mu / power
     q = f / power - e_slope * m / variance
     count = x.numel() // max(1, mu.numel())
     rms = (p * p + q * q * centred).sqrt() / max(1, count)
-    scale = grad_scale / rms.clamp(min=FLOOR) / max(1, count)
+    scale = size / rms.clamp(min=FLOOR) / max(1, count)
     y = torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d))[0].to(grad.dtype)
     return y if act is None else torch.where(act != 0, y, grad)
 
@@ -150,4 +154,5 @@ def balance_(grad: Tensor, x: Tensor, channel_dim: int, limits: Tensor, act: Ten
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
             kernels.forward(seen, x_seen, *[None] * 5, limits, act, in_place=True)
             return
-    grad.copy_(balancer_gradient(grad, x, channel_dim=channel_dim, limits=limits, act=act))
+    public = OPS["balancer_gradient"].function
+    grad.copy_(public(grad, x, channel_dim=channel_dim, limits=limits, act=act))

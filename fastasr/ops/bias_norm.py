@@ -36,7 +36,7 @@ def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
 def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
     (grad,) = grads
     grad = grad.movedim(saved.channel_dim, -1).contiguous()
-    operands = _operands(kernels, saved, op.dtype(saved, op.outputs[0]))
+    operands = _operands(kernels, saved, op.written.result_dtypes(saved)[0])
     dx, dbias, dlog_scale = kernels.backward(grad, *operands)
     return dx.movedim(-1, saved.channel_dim), dbias, dlog_scale
 
@@ -44,10 +44,8 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    own_dtype="log_scale",
     check=_check,
     fast_strides="x",
-    fits="channel_dim == -1",
     forward="x bias log_scale",
     backward="grad x bias log_scale -> x bias log_scale",
     launch=_launch,

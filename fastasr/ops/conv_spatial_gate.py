@@ -14,7 +14,7 @@ u[t + k − P], dbias = Σ q; with d = du ⊙ norm_weight: dg = (d − mean d �
 Σ du ⊙ n, dnorm_bias = Σ du. Only x is saved: backward computes the rows' statistics, u and z again.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +40,7 @@ def conv_spatial_gate(
     eps: Annotated[float, ">= 0"] = 1e-5,
     *,
     padding_mask: Annotated[Tensor, "B T", bool] | None = None,
-    activation: Literal[_activation.NAMES] = "identity",
+    activation: _activation.Activation = "identity",
 ) -> Annotated[Tensor, "B T C", "x"]:
     """r · act(depthwise convolution over time of LayerNorm(g)) for x = (r, g).
 

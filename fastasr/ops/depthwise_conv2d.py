@@ -19,6 +19,10 @@ from fastasr.ops._op import op
 
 
 # --------------------------------------------------------------------------- parts
+def _padding(a) -> tuple[int, int]:
+    return a.padding
+
+
 def _padding_fits(op, a) -> None:
     taps = a.weight.shape[-2:]
     for pad, count in zip(a.padding, taps, strict=True):
@@ -35,7 +39,7 @@ def _padding_fits(op, a) -> None:
     "cpu triton",
     one_dtype="x weight bias",
     autocast="one dtype",
-    sizes={"P Q": lambda a: a.padding},
+    sizes={"P Q": _padding},
     forward="x weight bias *padding",
     backward="grad x weight *padding *needs",
     check=_padding_fits,

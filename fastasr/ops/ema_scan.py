@@ -14,7 +14,6 @@ Upstream: ``MultiHeadDampedEMA`` in ``espnet2.asr_transducer.decoder.modules.meg
 ``megalodon.modules``, convolutions by FFT.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Literal
@@ -31,10 +30,9 @@ States = Annotated[Tensor, "R N | R N 1, N >= 1, N <= 64"]
 Mask = Annotated[Tensor, "B L", bool]
 Truncation = Annotated[int, ">= 1"]
 Direction = Literal["forward", "reverse", "bidirectional"]
-Activation = Literal[_activation.NAMES]
+Activation = _activation.Activation
 Layout = Literal["LBD", "BLD", "BDL"]
 Y = Annotated[Tensor, "X Y Z", "x"]
-COMPLEX = (torch.complex64, torch.complex128)
 
 
 # --------------------------------------------------------------------------- formula
@@ -65,7 +63,8 @@ def _average(
     dtype = torch.promote_types(widest(x, (*parameters, residual, state)), torch.float32)
     q, b, c = coefficients(*(p.to(dtype) for p in parameters))
     start = None if state is None else state.to(dtype)
-    start = _complex(start) if state is not None and c.is_complex() else start
+    if start is not None and c.is_complex():
+        start = _complex(start)
     u = x.permute([layout.index(d) for d in "BDL"]).to(dtype)
     masked = u if padding_mask is None else u.masked_fill(padding_mask.unsqueeze(1), 0.0)
     channels, length = u.shape[1:]
@@ -88,7 +87,7 @@ def _average(
         z = z + residual.to(dtype).flatten().unsqueeze(-1) * u
     y = _activation.FUNCTIONS[activation](z).to(x.dtype)
     y = y.permute(["BDL".index(d) for d in layout]).contiguous()
-    if not return_state:
+    if last is None or not return_state:
         return y
     return y, torch.stack((last.real, last.imag), -1) if last.is_complex() else last
 
@@ -178,35 +177,6 @@ def ema_scan(
     )  # fmt: skip
 
 
-def _with_complex_states(scan: Callable) -> Callable:
-    """Lets the public function and its definition also take and return states as complex numbers. The operator and the
-    formula below it know real and imaginary parts alone.
-    """
-    public = scan.op.public(_complex_states(scan))
-    public.definition = _complex_states(scan.definition)
-    return public
-
-
-def _complex_states(scan: Callable) -> Callable:
-    @functools.wraps(scan)
-    def function(  # the names stand here once more because *arguments and **options take a tenth of a small call's time
-        x, alpha, delta, theta, gamma, omega=None, *, state=None, return_state=False, padding_mask=None,
-        truncation=None, direction="forward", activation="identity", layout="LBD",
-    ):  # fmt: skip
-        is_complex = isinstance(state, Tensor) and state.dim() == 3 and state.dtype in COMPLEX
-        found = scan(
-            x, alpha, delta, theta, gamma, omega, padding_mask=padding_mask, return_state=return_state,
-            state=torch.view_as_real(state.resolve_conj()) if is_complex else state,
-            truncation=truncation, direction=direction, activation=activation, layout=layout,
-        )  # fmt: skip
-        if return_state and (state is None or is_complex):
-            return found[0], torch.view_as_complex(found[1])
-        return found
-
-    return function
-
-
-@_with_complex_states
 @_scan(
     "alpha delta theta gamma omega",
     {"alpha": "matrix", "delta": "matrix", "theta": "vector", "omega": "vector"},

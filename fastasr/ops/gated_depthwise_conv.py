@@ -31,6 +31,12 @@ from fastasr.ops._register import cast
 
 # --------------------------------------------------------------------------- parts
 def _check(op, a) -> None:
+    needs = {"causal_weight": "chunk_scale", "chunk_scale": "causal_weight", "causal_bias": "causal_weight"}
+    for name, partner in needs.items():
+        if getattr(a, partner) is None and getattr(a, name) is not None:
+            op.fail(name, f"it together with {partner}", f"no {partner}")
+    if a.causal_weight is None and a.chunk_size != -1:
+        op.fail("chunk_size", "it together with causal_weight", "no causal_weight")
     taps = a.weight.shape[-1]
     if a.causal_weight is not None and taps % 2 == 0:
         op.fail("weight", "an odd number of taps in chunk-causal form", taps)
@@ -38,6 +44,12 @@ def _check(op, a) -> None:
         op.fail("delay", f"{-(taps // 2)} to {(taps - 1) // 2} for {taps} taps", a.delay)
     if a.causal_weight is not None and a.delay:
         op.fail("delay", "0 in chunk-causal form", a.delay)
+
+
+def _fits(
+    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, *_
+) -> bool:
+    return chunk_size == -1 or causal_weight is not None
 
 
 def _autocast(op, dtype, a):
@@ -94,13 +106,8 @@ def edge_scale(chunk_scale: Tensor, size: int) -> Tensor:
     one_dtype="h weight bias causal_weight causal_bias",
     autocast=_autocast,
     strides={"h": "channels", "grad": "channels"},
-    needs={
-        "causal_weight": "chunk_scale",
-        "chunk_scale": "causal_weight",
-        "causal_bias": "causal_weight",
-        "chunk_size": "causal_weight",
-    },
     check=_check,
+    fits=_fits,
     flagged=_cache_gradient,
     summary="gate, padding mask, depthwise convolution (plain, chunk-causal, streaming), SiLU or SwooshR",
 )

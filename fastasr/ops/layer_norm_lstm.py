@@ -41,6 +41,12 @@ def _fast(native, keep: bool, x, input_weight, *others):
     return native.forward(*operands, *others, keep)
 
 
+def _fits(x: Tensor, input_weight: Tensor, *_) -> bool:
+    """Checks what the product with W_x, which is the vendor's, does not: it takes dtypes that the kernel refuses."""
+    strided = x.layout is input_weight.layout is torch.strided
+    return strided and x.dtype is torch.float32 and x.dim() == 3 and input_weight.dim() == 2
+
+
 def _norms(a) -> tuple[Tensor, ...]:
     return a.gate_weight, a.gate_bias, a.cell_weight, a.cell_bias
 
@@ -50,7 +56,7 @@ def _read(kernels, work: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor |
     convert what they load.
     """
     if kernels.backend == "cpu":
-        tensors = (None if t is None else t.to(work) for t in tensors)
+        tensors = tuple(None if t is None else t.to(work) for t in tensors)
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
@@ -109,9 +115,7 @@ def _gradients(op, kernels, grads, s, needs):
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    # the vendor's product with W_x takes dtypes that the kernel does not
-    fits="_dtype is _float32 and x.layout is input_weight.layout is _strided and x.dim() == 3 "
-    "and input_weight.dim() == 2",
+    fits=_fits,
     summary="LSTM with LayerNorm on gates and cell, whole sequences and one step",
 )
 def layer_norm_lstm(

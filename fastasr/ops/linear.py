@@ -13,13 +13,20 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_allowed
+from torch._C._autograd import _saved_tensors_hooks_is_enabled as _hooks_allowed  # type: ignore[attr-defined]
 
 from fastasr._recording import recording
-from fastasr.ops import _gemm, _reduced_weights
-from fastasr.ops._dispatch import KernelFamily, Kernels, forced_backend, native_kernels, triton_kernels
-from fastasr.ops._linear import FITS, bias_grad
-from fastasr.ops._op import op
+from fastasr.ops import _gemm
+from fastasr.ops._dispatch import (
+    FLOATING,
+    KernelFamily,
+    Kernels,
+    forced_backend,
+    native_kernels,
+    triton_kernels,
+)
+from fastasr.ops._linear import bias_grad, fits
+from fastasr.ops._op import OPS, op
 
 
 class _Family(KernelFamily):
@@ -38,11 +45,24 @@ _NATIVE = native_kernels("linear", "gemm", lambda: Kernels("cpu", _gemm.forward,
 _SUMS = replace(triton_kernels("linear"), load=lambda: Kernels("triton", _gemm.forward, None))
 FAMILY = _Family("linear", (), (_NATIVE,), vendor=True)
 
-_MOST_CALLS = 10_000  # that are remembered
 _MIDDLE = 1024 * _gemm.SMALL  # larger steps take a hundred times as long as a node in Python
 
 
 # --------------------------------------------------------------------------- kernels
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Only float32 has a choice, and only float32 may be forced."""
+    served = x.dtype is torch.float32 or (x.dtype in FLOATING and forced_backend() == "auto")
+    return served and fits(x, weight, bias)
+
+
+def _product(kernels, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return kernels.forward(x, weight, bias)
+
+
+def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+    return kernels.forward(*a)
+
+
 def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     (grad,) = grads
     return (
@@ -63,13 +83,15 @@ def _step(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tenso
 
 def _by_node(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes the layer by a node of autograd in Python, whose products are the faster ones."""
-    return linear.op.apply(FAMILY.native, True, x, weight, bias)
+    apply = OPS["linear"].written.apply
+    assert apply is not None
+    return apply(FAMILY.native, True, x, weight, bias)
 
 
 _gemm.register_product("step", torch=partial(_step, F.linear), native=partial(_step, _by_node))
 
 
-def _torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
+def torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
     """Says whether torch serves this call at least as fast, or None before the products of its passes are chosen.
 
     torch's own node of autograd costs less than one in Python: it decides for small sizes, and for those in the middle
@@ -96,39 +118,15 @@ def _torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
     return False if False in wins else None
 
 
-def _by_torch(call: tuple, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
-    """Does what ``_torch_wins`` does, and remembers the answer for such calls. A copy in fewer bits comes first."""
-    if _reduced_weights.copies:
-        return _reduced_weights.of(x, weight) is None and _torch_wins(x, weight, bias)
-    wins = _torch_wins(x, weight, bias)
-    if wins is not None:
-        if len(FAMILY.chosen) >= _MOST_CALLS:
-            FAMILY.chosen.clear()
-        FAMILY.chosen[call] = wins
-        if _reduced_weights.copies:  # another thread has made one meanwhile
-            FAMILY.chosen.clear()
-    return wins
-
-
 # --------------------------------------------------------------------------- the op
 @op(
     FAMILY,
     one_dtype="x weight bias",
     autocast="one dtype",
-    launch=lambda op, kernels, a, dtype, keep: kernels.forward(*a),
+    launch=_launch,
     gradients=_gradients,
-    fast="_kernels.forward(x, weight, bias)",
-    # Only float32 has a choice, and only float32 may be forced.
-    fits=f"(_dtype is _float32 or _dtype in _FLOATING and _forced_backend() == 'auto') and {FITS}",
-    by_torch=(
-        "F.linear(x, weight, bias)",
-        "(x.numel(), weight.shape, bias is None or bias.shape, x.dtype, "
-        "_is_grad_enabled() and weight.requires_grad, torch.get_num_threads())",
-        # torch refuses the rest, but not a weight that lies on the meta device
-        "x.is_cpu and weight.is_cpu and x.layout is weight.layout is _strided and "
-        "(bias is None or bias.layout is _strided)",
-        "_by_torch(_call, x, weight, bias)",
-    ),
+    fast=_product,
+    fits=_fits,
     summary="a linear layer, by the matrix product that measured faster on this machine",
 )
 def linear(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastasr.ops import _activation, _gemm
 from fastasr.ops._activation import NUMBERS
-from fastasr.ops._linear import FITS
+from fastasr.ops._linear import fits
 from fastasr.ops._op import op
 
 
@@ -20,6 +20,11 @@ from fastasr.ops._op import op
 def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
     z = _gemm.forward(a.x, a.weight, a.bias).contiguous()
     return kernels.forward(z, NUMBERS[a.activation], not keep), z
+
+
+def _fast(kernels, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str):
+    z = _gemm.forward(x, weight, bias)
+    return kernels.forward(z, NUMBERS[activation], not keep), z  # unless z is kept, y takes its place
 
 
 def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
@@ -40,9 +45,8 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     keeps={"z": Annotated[Tensor, "*S N", "y"]},
     launch=_launch,
     gradients=_gradients,
-    # unless z is kept, y takes its place
-    fast="_kernels.forward(z := _gemm.forward(x, weight, bias), NUMBERS[activation], not keep), z",
-    fits=FITS,
+    fast=_fast,
+    fits=fits,
     summary="a linear layer with SiLU, GELU, ReLU or tanh: feed-forward blocks, gated MLPs",
 )
 def linear_activation(

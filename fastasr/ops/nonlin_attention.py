@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastasr.ops import _gemm, _layout
 from fastasr.ops._dispatch import FLOATING
-from fastasr.ops._nonlin_attention import FAMILY, Passes
+from fastasr.ops._nonlin_attention import FAMILY
 from fastasr.ops._op import op
 
 
@@ -38,10 +38,14 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
     return channels % 3 == 0 and weights.shape == (batch, frames, frames)
 
 
-def _fast(kernels: Passes, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+def _fast(kernels, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
     o = _gemm.batched(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o
+
+
+def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
+    return _fast(kernels, keep, *a)
 
 
 def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
@@ -59,7 +63,7 @@ def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
     one_dtype="projected weights",
     autocast="formula",
     keeps={"o": Annotated[Tensor, "B T D", "projected"]},
-    launch=lambda op, kernels, a, dtype, keep: _fast(kernels, keep, *a),
+    launch=_launch,
     gradients=_gradients,
     fast=_fast,
     fits=_fits,

@@ -116,7 +116,7 @@ def rel_attention(
     weights = torch.softmax(scores, -1)
     for mask in masks:
         weights = weights.masked_fill(mask, 0)
-    if dropout_p:
+    if dropout_p and dropout_seed is not None:
         kept = _weights_dropout.kept(dropout_seed, dropout_p, *weights.shape)
         weights = weights * kept / (1 - dropout_p)
     return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2)

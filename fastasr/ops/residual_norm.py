@@ -28,7 +28,7 @@ PARAMETERS = ("dropout_mask", "weight", "bias")
 
 
 # --------------------------------------------------------------------------- kernels
-def _operands(kernels, a, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def _operands(kernels, a, dtype: torch.dtype) -> tuple:
     """Returns the inputs in one dtype with evenly spaced rows, and the parameters: in the dtype of the computation, or
     in their own for Triton's kernels, which convert what they load.
     """
@@ -58,7 +58,7 @@ def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
-    x, *operands = _operands(kernels, saved, op.dtype(saved, op.outputs[0]))
+    x, *operands = _operands(kernels, saved, op.written.result_dtypes(saved)[0])
     (grad,) = grads
     grad = grad.to(x.dtype).contiguous()
     dx, dupdate, dsum, *others = kernels.backward(

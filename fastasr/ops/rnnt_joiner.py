@@ -64,7 +64,7 @@ def _gradients(op, kernels, grads, s, needs):
     launch=_launch,
     gradients=_gradients,
     check=_check,
-    fits="False",  # the kernels do not check values
+    fast=False,  # the kernels do not check values
 )
 def rnnt_joiner(
     am: Annotated[Tensor, "B T D"],

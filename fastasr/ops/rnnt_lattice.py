@@ -20,7 +20,6 @@ bytes: forward 2 e (3 e when shares are kept), backward 3 e. Upstream:
 ``mutual_information_recursion`` of k2 and fast_rnnt.
 """
 
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -60,6 +59,17 @@ def _call(kernels, keep: bool, x, y, boundary, return_occupation: bool):
     return scores, *kernels.backward(None, scores, shares, boundary, *sizes), shares if keep else None
 
 
+def _launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+    return launch(_call, kernels, a, dtype, keep)
+
+
+def _fast(kernels, keep: bool, symbol_logprobs, blank_logprobs, boundary, return_occupation: bool):
+    if return_occupation:
+        return _call(kernels, keep, symbol_logprobs, blank_logprobs, boundary, True)
+    scores, shares = kernels.forward(symbol_logprobs, blank_logprobs, boundary, keep)
+    return scores, None, None, shares
+
+
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
@@ -70,10 +80,8 @@ def _call(kernels, keep: bool, x, y, boundary, return_occupation: bool):
     backward="grad scores shares boundary "
     "symbol_logprobs.shape[1] symbol_logprobs.shape[2] blank_logprobs.shape[2]",
     check=_check,
-    launch=partial(launch, _call),
-    # without occupations the kernels are called at once: a Python function costs 0.1 us
-    fast="_call(_kernels, keep, symbol_logprobs, blank_logprobs, boundary, True) if return_occupation else "
-    "((found := _kernels.forward(symbol_logprobs, blank_logprobs, boundary, keep))[0], None, None, found[1])",
+    launch=_launch,
+    fast=_fast,
 )
 def rnnt_lattice(
     symbol_logprobs: Annotated[Tensor, "B S W"],

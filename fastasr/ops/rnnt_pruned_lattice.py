@@ -15,7 +15,6 @@ lattice, with the band scattered into -inf, gives the same. Bytes per cell of e 
 kept), backward 3 e. Upstream scatters: ``rnnt_loss_pruned`` of k2 and fast_rnnt.
 """
 
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -75,7 +74,8 @@ class _Band:
         """Returns (p, a), (B, T, R) and (B, T, R + 1)."""
         batch, frames, window = self.x.shape
         p = self.x.new_full((batch, window), -INF)
-        ps, leaving = [], []
+        ps: list[Tensor] = []
+        leaving: list[Tensor] = []
         for t in range(frames):
             if t:
                 p = self._moved(leaving[-1], t - 1, t, window, -INF)
@@ -132,7 +132,8 @@ class _Band:
                 dx[:, t, r - 1] = symbol = g[:, r] * shares[:, t, r - 1]
                 g[:, r] -= symbol
                 g[:, r - 1] += symbol
-        return tuple(occupation(d, scores, inside) for d, inside in zip((dx, dy), self.inside, strict=True))
+        inside_x, inside_y = self.inside
+        return occupation(dx, scores, inside_x), occupation(dy, scores, inside_y)
 
 
 # --------------------------------------------------------------------------- kernels
@@ -160,6 +161,19 @@ def _call(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_oc
     return scores, *occupations, shares if keep else None
 
 
+def _launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+    return launch(_call, kernels, a, dtype, keep)
+
+
+def _fast(
+    kernels, keep: bool, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation: bool
+):
+    if return_occupation:
+        return _call(kernels, keep, symbol_logprobs, blank_logprobs, starts, boundary, modified, True)
+    scores, shares = kernels.forward(symbol_logprobs, blank_logprobs, starts, boundary, modified, keep)
+    return scores, None, None, shares
+
+
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
@@ -169,10 +183,8 @@ def _call(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_oc
     unread="symbol_logprobs blank_logprobs",
     backward="grad scores shares starts boundary symbol_logprobs.shape[2] modified",
     check=_check,
-    launch=partial(launch, _call),
-    fast="_call(_kernels, keep, symbol_logprobs, blank_logprobs, starts, boundary, modified, True) if "
-    "return_occupation else ((found := _kernels.forward(symbol_logprobs, blank_logprobs, starts, boundary, modified, "
-    "keep))[0], None, None, found[1])",  # see rnnt_lattice
+    launch=_launch,
+    fast=_fast,
 )
 def rnnt_pruned_lattice(
     symbol_logprobs: Annotated[Tensor, "B T R, R >= 1"],

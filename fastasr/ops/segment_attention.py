@@ -26,7 +26,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastasr.ops._op import op
+from fastasr.ops._op import OPS, op
 from fastasr.ops._segments import hidden_lanes, key_rows, query_rows, rows_of
 
 
@@ -35,7 +35,7 @@ def _sizes(a) -> tuple[int, int, int]:
     """Returns the rows of queries and of keys, and the lanes of a window."""
     memory, right, segment = a.max_memory_size, a.right_context_length, a.segment_length
     if a.past_memory and not memory:
-        segment_attention.op.fail("past_memory", "0 without memory", a.past_memory)
+        OPS["segment_attention"].fail("past_memory", "0 without memory", a.past_memory)
     rows = rows_of(a.frames, segment, right, memory, a.past_frames, a.past_memory)
     return *rows, memory + right + a.left_context_length + segment
 

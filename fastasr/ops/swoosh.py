@@ -5,7 +5,6 @@ SwooshL(x) = log(1 + e^(x-4)) − 0.08 x − 0.035, SwooshR(x) = log(1 + e^(x-1)
 derivative sigmoid(x − a) − 0.08 with a = 4, 1. Upstream: ``SwooshL``, ``SwooshR`` in ``zipformer.modules.scaling``.
 """
 
-from functools import partial
 from typing import Annotated
 
 from torch import Tensor
@@ -16,28 +15,30 @@ from fastasr.ops._swoosh import FAMILY, KINDS, definition
 
 
 # --------------------------------------------------------------------------- kernels
-def _launch(swoosh_r: bool, op, kernels, a, dtype, keep: bool) -> Tensor:
+def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+    swoosh_r = op.name == "swoosh_r"
     return _layout.elementwise(lambda t: kernels.forward(t, swoosh_r, None, -1), a.x)
 
 
-def _gradients(swoosh_r: bool, op, kernels, grads, saved, needs) -> tuple[Tensor]:
-    return (
-        _layout.elementwise(
-            lambda t, g: kernels.backward(g, t, swoosh_r, None, -1, False)[0], saved.x, *grads
-        ),
-    )
+def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor]:
+    swoosh_r = op.name == "swoosh_r"
+
+    def gradient(x: Tensor, grad: Tensor) -> Tensor:
+        return kernels.backward(grad, x, swoosh_r, None, -1, False)[0]
+
+    return (_layout.elementwise(gradient, saved.x, *grads),)
 
 
 def _op(kind: str):
     swoosh_r = KINDS[kind]
     return op(
         FAMILY,
-        like="x",
+        strides={"y": "x"},
         fast_strides="x",
         forward=f"x {swoosh_r} None -1",
         backward=f"grad x {swoosh_r} None -1 False -> x _",
-        launch=partial(_launch, swoosh_r),
-        gradients=partial(_gradients, swoosh_r),
+        launch=_launch,
+        gradients=_gradients,
         summary="log(1 + e^(x−a)) − 0.08 x − b",
     )
 

@@ -55,7 +55,7 @@ def _gradients(op, kernels, grads, s, needs):
     launch=_launch,
     gradients=_gradients,
     check=_check,
-    fits="False",  # the kernels do not check values
+    fast=False,  # the kernels do not check values
 )
 def tdt_joiner(
     am: Annotated[Tensor, "B T D"],
@@ -97,13 +97,14 @@ def tdt_joiner(
     """
     starts = symbols.new_zeros(am.shape[:2])
     parts = slice(None, -durations), slice(-durations, None)
-    weights, biases = ([None if t is None else t[part] for part in parts] for t in (weight, bias))
+    weights = [weight[part] for part in parts]
+    biases = [None if bias is None else bias[part] for part in parts]
     px, py = log_probabilities(
         am, lm, weights[0], biases[0], symbols, starts, lm.shape[1], termination_symbol, boundary, activation, False,
         dropout_p, dropout_seed,
     )  # fmt: skip
     hidden = _activation.FUNCTIONS[activation](am.unsqueeze(2) + lm.unsqueeze(1))
-    if dropout_p:
+    if dropout_p and dropout_seed is not None:
         hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
     logits = F.linear(hidden, weights[1], biases[1])
     pd = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

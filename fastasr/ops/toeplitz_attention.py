@@ -35,6 +35,14 @@ def chunks(length: int, chunk_size: int) -> tuple[int, int]:
     return size, (length + size - 1) // size
 
 
+def _chunks(a) -> tuple[int, int]:
+    return chunks(len(a.query_key), a.chunk_size)
+
+
+def _fits(query_key: Tensor, *_) -> bool:
+    return query_key.dtype is torch.float32
+
+
 def mask_of(
     length: int, size: int, count: int, causal: bool, padding_mask: Tensor | None, device: torch.device
 ) -> Tensor | None:
@@ -54,7 +62,7 @@ def mask_of(
     return mask
 
 
-def _operands(kernels, s, *more: Tensor) -> tuple[Tensor | None, ...]:
+def _operands(kernels, s, *more: Tensor) -> tuple:
     """Returns the operands as kernels read them: activations, of which ``more`` come first, in one dtype; the others in
     the dtype of the computation, parameters in their own for Triton's kernels, which convert what they load.
     """
@@ -92,8 +100,8 @@ PARAMETERS = "qk_weight qk_bias position_bias"
     "cpu triton",
     deciding=f"query_key gate value {PARAMETERS}",
     keeps={"mixed": Annotated[Tensor, "L B V", "query_key + gate + value"]},
-    sizes={"count size": lambda a: reversed(chunks(len(a.query_key), a.chunk_size))},
-    fits="query_key.dtype is _float32",
+    sizes={"size count": _chunks},
+    fits=_fits,
     launch=_launch,
     gradients=_gradients,
     summary="Mega's gated attention: softmax(q·k + β[j−i]) v · act(gate), all that lies between its products",

@@ -15,7 +15,7 @@ Upstream: ``WhiteningPenaltyFunction`` in ``zipformer.modules.scaling``, by a se
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from fastasr.ops import _gemm
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
-from fastasr.ops._op import op
+from fastasr.ops._op import OPS, op
 from fastasr.ops._register import autocast_dtype
 
 EPS = 1.0e-20  # added to d² and |v|
@@ -85,7 +85,7 @@ def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
     deciding="x grad",
     check=_check,
     launch=_launch,
-    fits="False",
+    fast=False,  # nothing here checks the operands
     summary="Gradient of Zipformer's Whiten: the covariance of channels near a multiple of the identity",
 )
 def whitening_gradient(
@@ -115,20 +115,20 @@ def whitening_gradient(
         ValueError: shapes or devices do not match; num_groups does not divide the channels; limits are missing or given
             twice.
     """
-    if limits is not None:
-        limit, grad_scale = limits.unbind()
+    numbers: Any = (limit, grad_scale)
+    least, size = numbers if limits is None else limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
     grad = grad.detach()
     with _exact_products(x):
         frames = _grouped(x.detach().to(compute), num_groups)
         metric, covariance, d = _metric(frames)
-        white = metric < limit
+        white = metric < least
         covariance.diagonal(dim1=1, dim2=2).sub_(metric * d)
         covariance *= 4.0 / (covariance.shape[0] * covariance.shape[1]) / (d * d + EPS)
         v = _gemm.batched(frames, covariance)
     v -= v.mean(dim=1, keepdim=True)  # 0 but for rounding, which the gradient of a bias would add up
     v = v.transpose(0, 1).reshape(x.shape)
-    scale = grad_scale * (_norm(grad, compute) / (_norm(v, compute) + EPS))
+    scale = size * (_norm(grad, compute) / (_norm(v, compute) + EPS))
     y = torch.addcmul(grad.to(compute), v, scale).to(grad.dtype)
     if act is None:
         return torch.where(white, grad, y), white
@@ -154,7 +154,7 @@ def whiten_(
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
             kernels.forward(seen, rows, num_groups, None, None, limits, act, white)
             return
-    y, found = whitening_gradient(grad, x, num_groups, limits=limits, act=act)
+    y, found = OPS["whitening_gradient"].function(grad, x, num_groups, limits=limits, act=act)
     grad.copy_(y)
     white.copy_(found)
 

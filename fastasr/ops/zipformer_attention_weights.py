@@ -9,12 +9,12 @@ dq = dS k, dk = dSᵀ q, dp[i] = Σ_j dS R[T−1−i+j], dR[r] = Σ p[i] dS[i,j]
 Upstream: ``RelPositionMultiheadAttentionWeights`` in ``zipformer.modules.zipformer``.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from fastasr.ops._op import op
+from fastasr.ops._op import OPS, op
 from fastasr.ops._zipformer_attention import (
     AttentionMask,
     CachedKey,
@@ -50,8 +50,7 @@ _FORWARD = f"{_TENSORS} num_heads query_head_dim chunk_size left_context_chunks"
     returns="weights",
     one_dtype="x pos cached_key",
     autocast="one dtype",
-    strides={"grad": "rows"},
-    empty=_empty,
+    strides={"grad": "rows", "weights": _empty},
     forward=_FORWARD,
     backward=f"grad weights {_FORWARD} score_penalty score_limit",
     saves=f"weights {_TENSORS}",
@@ -105,13 +104,12 @@ def gradients(grad, weights, x, pos, num_heads, query_head_dim, masks: dict, pen
     """Returns the gradients of x and pos. ``act`` is one number on the device: where it is 0, there is no penalty.
     ``masks`` are the op's arguments of masks and chunks.
     """
-    op = zipformer_attention_weights.op
-    kernels = op.family.kernels(x)
+    kernels: Any = OPS["zipformer_attention_weights"].family.kernels(x)
     masks = _MASKS | masks
     if kernels is None or kernels.backend != "triton" or x.dtype is torch.float64:
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (x, pos)]
-            s = scores(*inputs, None, num_heads, query_head_dim)
+            s = scores(inputs[0], inputs[1], None, num_heads, query_head_dim)
             s = Penalty.apply(s, penalty * (act != 0).to(s.dtype), limit)
             w = softmax(s, inputs[0], **masks)
         return torch.autograd.grad(w, inputs, grad.to(w.dtype))

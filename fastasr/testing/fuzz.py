@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastasr import ops
 from fastasr.testing.refusals import Refusal, refusals
 from fastasr.testing.seeds import begin, seeded
 from fastasr.testing.table import Make, OpTable, flat, floating, tables, with_tensors
@@ -143,7 +142,7 @@ class Call:
             )
         self.refusal = None
         if rng.random() < 0.2:
-            self.refusal = rng.choice(list(refusals(ops.OPS[self.table.op], arguments)))
+            self.refusal = rng.choice(list(refusals(self.table.op, arguments)))
             arguments = self.refusal.arguments()
         elif rng.random() < 0.5:
             arguments = _break(arguments, rng)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastasr import ops
 from fastasr.ops import _dispatch
 from fastasr.testing.checks import _drawing_like
+from fastasr.testing.declared import declared
 from fastasr.testing.seeds import seed_torch, seeded
 from fastasr.testing.table import Make, OpTable, flat, table, with_tensors
 from fastasr.testing.tolerance import JUDGED_DRAWS, Comparison, compare, judged
@@ -102,17 +103,17 @@ def gradcheck(op: str | Callable, /, **arguments) -> GradientReport:
     return report
 
 
-def examine(op: str | Callable, arguments: dict) -> GradientReport:
+def examine(called: str | Callable, arguments: dict) -> GradientReport:
     """Returns what ``gradcheck`` prints."""
-    of_op = table(op)
-    declared = ops.OPS[of_op.op]
+    of_op = table(called)
+    op = declared(ops.OPS[of_op.op])
     given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    leader = given.get(declared.leader.name)
+    leader = given.get(op.leader.name)
     devices = [leader.device] if leader is not None and leader.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        call = _Call(of_op, arguments, [a.name for a in declared.differentiable if a.name in given])
+        call = _Call(of_op, arguments, [a.name for a in op.differentiable if a.name in given])
         lines = tuple(call.lines())
-    backend, reason = _dispatch.explain_choice(declared.family.name, leader.device, leader.dtype)
+    backend, reason = _dispatch.explain_choice(op.op.family.name, leader.device, leader.dtype)
     dtype = str(leader.dtype).removeprefix("torch.")
     served = f"the {backend} kernels" if not reason else f"eager ({reason})"
     return GradientReport(of_op.op, dtype, str(leader.device), served, lines)

@@ -13,8 +13,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from fastasr.ops._op import Op
-from fastasr.ops._shapes import Dim, Pattern, Shape, condition
+from fastasr.ops import OPS
+from fastasr.testing.declared import Declared, declared
+from fastasr.testing.declared.shapes import Dim, Pattern, Shape, condition
 
 NUMBERS = (-2, -1, 0, 1, 99, 1.5, -0.5, float("nan"))
 
@@ -30,7 +31,7 @@ class Refusal:
     blamed: str
 
 
-def _given_sizes(op: Op, a) -> dict[str, int]:
+def given_sizes(op: Declared, a) -> dict[str, int]:
     given = ((names.split(), size(a)) for names, size in op.sizes.items())
     return {name: value for names, values in given for name, value in zip(names, values, strict=True)}
 
@@ -64,11 +65,11 @@ def _match(alternative: Shape, shape: tuple[int, ...], names: dict) -> dict | No
 
 
 @cache
-def _tensors(op: Op) -> tuple:
+def _tensors(op: Declared) -> tuple:
     return tuple(op.in_binding_order())
 
 
-def mismatch(op: Op, arguments: dict) -> str | None:
+def mismatch(op: Declared, arguments: dict) -> str | None:
     """Returns the name of the first tensor whose shape does not fit the tensors before it."""
     names = {a.name: arguments.get(a.name, a.default) for a in op.options if a.kind == "int"}
     for a in _tensors(op):
@@ -79,11 +80,15 @@ def mismatch(op: Op, arguments: dict) -> str | None:
         found = match(a.pattern, tuple(value.shape), names)
         if found is None:
             return a.name
-        names = found | (_given_sizes(op, op.Arguments(**arguments)) if a is op.leader and op.sizes else {})
+        names = found | (
+            given_sizes(op, op.op.written.Arguments(**arguments)) if a is op.leader and op.sizes else {}
+        )
     return None
 
 
-def refusals(op: Op, arguments: dict) -> Iterator[Refusal]:
+def refusals(name: str, arguments: dict) -> Iterator[Refusal]:
+    op = declared(OPS[name])
+
     def refusal(label: str, name: str, value: object, error: type[Exception], blamed: str = "") -> Refusal:
         make = value if callable(value) else lambda: value
         return Refusal(f"{name} {label}", lambda: arguments | {name: make()}, error, blamed or name)
@@ -104,22 +109,11 @@ def refusals(op: Op, arguments: dict) -> Iterator[Refusal]:
                 yield refusal(label, a.name, other, ValueError, blamed)
         if a.name in op.one_dtype[1:]:
             yield refusal("of another dtype", a.name, partial(value.to, _other(value.dtype)), TypeError)
-    public = inspect.signature(op.function).parameters
+    public = inspect.signature(op.op.function).parameters
     for a in op.options:
         for value in _wrong_options(a, arguments) if a.name in public else ():
             error = ValueError if isinstance(value, _types(a)) and not isinstance(value, bool) else TypeError
             yield refusal(f"is {value!r}", a.name, value, error)
-    for name, partner in op.needs.items():
-        given, needed = arguments.get(name), arguments.get(partner)
-        if given is not None and needed is not None and op.argument(name).pattern:
-            without = {n: None for n in op.needs if n != name and op.argument(n).pattern}
-            call = {n: v for n, v in (arguments | without).items() if n not in _flags(op)} | {name: given}
-            yield Refusal(f"{name} without {partner}", lambda call=call: call, ValueError, name)
-
-
-def _flags(op: Op) -> set[str]:
-    """Returns the options that belong to another argument."""
-    return {n for n in op.needs if not op.argument(n).pattern}
 
 
 def _wrong_tensors(a, value: Tensor) -> Iterator[tuple[str, object]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr._nearest import nearest
+from fastasr.testing.declared import Declared, declared
 from fastasr.testing.seeds import seeded
 
 MANY = 2**20  # numbers that a CPU takes long to draw
@@ -101,7 +102,7 @@ class Invalid:
         object.__setattr__(self, "arguments", placed(self.arguments))
 
 
-def _returned(op, arguments: dict, found):
+def _returned(op: Declared, arguments: dict, found):
     """Turns the operator's results into those of the public function for its keyword arguments."""
     asked = [not o.flag or arguments.get(o.flag) for o in op.outputs]
     found = (found,) if isinstance(found, Tensor) else found
@@ -136,13 +137,13 @@ class OpTable:
     result: Callable[[dict, object], object] = lambda arguments, outputs: outputs
 
     def __post_init__(self) -> None:
-        declared = ops.OPS.get(self.op)
-        if declared is None or self.definition is not None:
+        op = ops.OPS.get(self.op)
+        if op is None or self.definition is not None:
             return
         for name, value in (
-            ("definition", declared.function.definition),
-            ("registered", lambda a: declared.Arguments(**a)),
-            ("result", partial(_returned, declared)),
+            ("definition", op.function.definition),
+            ("registered", lambda a: op.written.Arguments(**a)),
+            ("result", partial(_returned, declared(op))),
         ):
             object.__setattr__(self, name, value)
 

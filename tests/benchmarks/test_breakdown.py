@@ -24,6 +24,7 @@ def test_parts(name, shapes, part):
     assert breakdown.part_of(name, shapes) == part
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
 def test_a_tiny_model(tmp_path):
     pytest.importorskip("zipformer.modules.zipformer", exc_type=ImportError)

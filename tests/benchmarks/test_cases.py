@@ -308,6 +308,7 @@ def test_a_step_of_the_recipe():
     assert list(recipe_step.measure(**calls, skip=lambda *unit: True)) == []
 
 
+@pytest.mark.long
 def test_the_peak_memory_of_the_recipe(tmp_path):
     pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[asr]")
     from fastasr.benchmarks.models import recipe_step
@@ -373,6 +374,7 @@ def test_the_loss_of_a_transducer_with_durations():
     torch.testing.assert_close(problem.fused(), problem.upstream(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_memory_of_a_transducer_with_durations(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("transformers")

@@ -17,6 +17,7 @@ def files(tmp_path, monkeypatch):
     return ["--results", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "growth.png")]
 
 
+@pytest.mark.long
 def test_memory_grows_with_the_length(files, tmp_path, capsys):
     """The encoder is tiny: time-by-time weights would make the longer one's memory grow sixteen times."""
     pytest.importorskip("zipformer.modules.zipformer", exc_type=ImportError)

@@ -15,6 +15,7 @@ PLACE = {"device_name": "a CPU", "torch": "2.13.0", "commit": "abc", "date": "20
 PAGE = "\n".join(mark for name in ("peers", "runs") for mark in results.marks(name))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
 def test_a_tiny_model(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
@@ -97,6 +98,7 @@ def _tones(seconds):
     return (levels * torch.sin(2 * torch.pi * pitches * time)).flatten()
 
 
+@pytest.mark.long
 def test_peers_read_a_tiny_run(tmp_path):
     """The texts are what our model reads, so an implementation in float32 gets no character wrong."""
     for package in ("onnxruntime", "kaldi_native_fbank", "kaldialign"):

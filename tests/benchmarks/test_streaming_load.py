@@ -138,6 +138,7 @@ def test_unknown_implementation():
         streaming_peers.make(["tensorrt"])
 
 
+@pytest.mark.long
 def test_a_tiny_model_in_real_time(tmp_path, capsys):
     pytest.importorskip("zipformer", exc_type=ImportError)
     pytest.importorskip("matplotlib")

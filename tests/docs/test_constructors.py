@@ -4,12 +4,9 @@ under ``torch.set_default_dtype`` or ``torch.set_default_device``. A module's co
 """
 
 import ast
-import re
 
 import sources
 from torch.utils._device import _device_constructors
-
-from fastasr import ops
 
 MAKERS = {f.__name__ for f in _device_constructors()} | {"Tensor", "FloatTensor"}
 INFERRED = {"as_tensor", "asarray"}  # take the dtype of what they are given
@@ -78,21 +75,6 @@ def test_every_tensor_has_a_dtype_and_a_device():
     assert not found, "\n".join(found)
 
 
-def test_every_tensor_of_an_op_has_a_dtype_and_a_device():
-    """In the source that is made from its declaration, where names have an underscore before them."""
-    makers = re.compile(rf"(?<![\w.])_({'|'.join(MAKERS)})\(")
-    sources_of_ops = {name: ast.parse(makers.sub(r"torch.\1(", op.source)) for name, op in ops.OPS.items()}
-    calls = [
-        (name, node)
-        for name, tree in sources_of_ops.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and maker(node)
-    ]
-    assert len({name for name, _ in calls}) > len(ops.OPS) // 2
-    found = [f"{name}: {ast.unparse(call)}" for name, call in calls if left_out(call)]
-    assert not found, "\n".join(found)
-
-
 def test_no_maker_is_imported_by_its_name():
     found = [
         f"{path}: {alias.name}"
@@ -100,7 +82,7 @@ def test_no_maker_is_imported_by_its_name():
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "torch"
         for alias in node.names
-        if alias.name in MAKERS - {"Tensor"} and path.name != "_parts.py"  # what the source of an op calls
+        if alias.name in MAKERS - {"Tensor"}
     ]
     calls = [
         f"{path}, line {node.lineno}: {ast.unparse(node)}"

@@ -83,10 +83,10 @@ WRONG = [
 def test_both_passes_name_what_is_wrong(name, value, message):
     namespace = torch.ops.fastasr_cuda
     arguments = _arguments(**{name: value})
-    with pytest.raises(RuntimeError, match=f"ema_scan_forward: {message}"):
+    with pytest.raises(ValueError, match=f"ema_scan_forward: {message}"):
         namespace.ema_scan_forward.default._op_dk(CUDA, *arguments, False)
     grad = torch.zeros(5, 2, 3)
-    with pytest.raises(RuntimeError, match=f"ema_scan_backward: {message}"):
+    with pytest.raises(ValueError, match=f"ema_scan_backward: {message}"):
         namespace.ema_scan_backward.default._op_dk(CUDA, grad, None, *arguments)
 
 
@@ -111,9 +111,9 @@ COMPLEX_WRONG = [
 def test_complex_numbers_too(name, value, message):
     namespace = torch.ops.fastasr_cuda
     arguments = _complex_arguments(**{name: value})
-    with pytest.raises(RuntimeError, match=f"complex_ema_scan_forward: {message}"):
+    with pytest.raises(ValueError, match=f"complex_ema_scan_forward: {message}"):
         namespace.complex_ema_scan_forward.default._op_dk(CUDA, *arguments, False)
-    with pytest.raises(RuntimeError, match=f"complex_ema_scan_backward: {message}"):
+    with pytest.raises(ValueError, match=f"complex_ema_scan_backward: {message}"):
         namespace.complex_ema_scan_backward.default._op_dk(CUDA, torch.zeros(5, 2, 3), None, *arguments)
 
 
@@ -121,7 +121,7 @@ def test_complex_numbers_too(name, value, message):
 def test_the_gradient_of_a_complex_state():
     backward = torch.ops.fastasr_cuda.complex_ema_scan_backward.default
     grad, grad_state = torch.zeros(5, 2, 3), torch.zeros(2, 3, 4, 3)
-    with pytest.raises(RuntimeError, match="grad_state: expected 2 in dimension 3, got 3"):
+    with pytest.raises(ValueError, match="grad_state: expected 2 in dimension 3, got 3"):
         backward._op_dk(CUDA, grad, grad_state, *_complex_arguments())
 
 
@@ -133,20 +133,20 @@ def test_options_that_exclude_each_other():
         "direction": 2
     }
     state = torch.zeros(2, 3, 4)
-    with pytest.raises(RuntimeError, match="need_state: expected false"):
+    with pytest.raises(ValueError, match="need_state: expected false"):
         forward._op_dk(CUDA, *_arguments(**both), True)
-    with pytest.raises(RuntimeError, match="need_state: expected false"):
+    with pytest.raises(ValueError, match="need_state: expected false"):
         forward._op_dk(CUDA, *_arguments(truncation=2), True)
-    with pytest.raises(RuntimeError, match="state: expected none with both directions"):
+    with pytest.raises(ValueError, match="state: expected none with both directions"):
         forward._op_dk(CUDA, *_arguments(**both, state=state), False)
-    with pytest.raises(RuntimeError, match="state: expected none with truncation"):
+    with pytest.raises(ValueError, match="state: expected none with truncation"):
         forward._op_dk(CUDA, *_arguments(truncation=2, state=state), False)
     grad = torch.zeros(5, 2, 3)
-    with pytest.raises(RuntimeError, match="grad_state: expected none"):
+    with pytest.raises(ValueError, match="grad_state: expected none"):
         backward._op_dk(CUDA, grad, state, *_arguments(truncation=2))
-    with pytest.raises(RuntimeError, match="grad: expected 5 in dimension 0, got 4"):
+    with pytest.raises(ValueError, match="grad: expected 5 in dimension 0, got 4"):
         backward._op_dk(CUDA, grad[:4], None, *_arguments())
-    with pytest.raises(RuntimeError, match="grad: expected x's dtype"):
+    with pytest.raises(ValueError, match="grad: expected x's dtype"):
         backward._op_dk(CUDA, grad.double(), None, *_arguments())
 
 

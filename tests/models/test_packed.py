@@ -12,7 +12,7 @@ from fastasr.models.common.ragged import Packing
 from fastasr.models.zipformer.packed_weights import of_one_call
 from fastasr.models.zipformer.self_attention import weighted
 from fastasr.ops import _dispatch
-from fastasr.ops.swoosh_linear import with_mask
+from fastasr.ops._wrapped.swoosh_linear import with_mask
 
 LENGTHS = [70, 0, 13, 1, 13, 140, 2]
 PACKING = Packing(LENGTHS, torch.device("cpu"))

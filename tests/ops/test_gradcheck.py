@@ -8,6 +8,7 @@ import torch
 
 from fastasr import ops
 from fastasr.testing import Make, gradcheck, gradients, sized
+from fastasr.testing.declared import declared
 from fastasr.testing.speed import sizes_of
 from fastasr.testing.table import samples_of, table
 
@@ -39,7 +40,7 @@ def test_every_op_passes(name, capsys):
     assert report.ok, report
     shown = capsys.readouterr().out
     assert shown.strip() == str(report)
-    differentiable = {a.name for a in ops.OPS[name].differentiable}
+    differentiable = {a.name for a in declared(ops.OPS[name]).differentiable}
     given = {k for k, v in sample.arguments(Make()).items() if isinstance(v, torch.Tensor)}
     assert {line.what for line in report.lines} == {
         "values",
@@ -202,10 +203,10 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_sizes_are_the_declared_ones(name):
-    op, sizes = ops.OPS[name], sizes_of(name)
-    declared = {n for a in op.tensors for n in a.pattern.names} | {a.name for a in op.options}
-    declared |= {n for names in op.sizes for n in names.split()}
-    assert set(sizes) <= declared | GENERIC
+    op, sizes = declared(ops.OPS[name]), sizes_of(name)
+    known = {n for a in op.tensors for n in a.pattern.names} | {a.name for a in op.options}
+    known |= {n for names in op.sizes for n in names.split()}
+    assert set(sizes) <= known | GENERIC
     first, second = list(sizes)[:2]
     case = sized(name, **{first: 21, second: 3})
     arguments = case.arguments(Make())
@@ -220,11 +221,11 @@ def test_sizes_are_the_declared_ones(name):
 
 def _bound(op, arguments: dict) -> dict:
     """Returns the sizes that a call's tensors and options have, by their declared names."""
-    from fastasr.testing.refusals import _given_sizes, match
+    from fastasr.testing.refusals import given_sizes, match
 
     known = {a.name: arguments[a.name] for a in op.options if a.kind == "int" and a.name in arguments}
     if op.sizes:
-        known |= _given_sizes(op, op.Arguments(**arguments))
+        known |= given_sizes(op, op.op.written.Arguments(**arguments))
     for a in op.in_binding_order():
         if arguments.get(a.name) is not None:
             known |= match(a.pattern, tuple(arguments[a.name].shape), known)

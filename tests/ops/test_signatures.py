@@ -10,14 +10,14 @@ import torch
 
 import fastasr
 from fastasr import ops
-from fastasr.ops._op import Op
 from fastasr.testing import Make
+from fastasr.testing.declared import declared, signature
 from fastasr.testing.table import table
 
 OPTIONS = [
     (name, a.name)
     for name, op in ops.OPS.items()
-    for a in op.options
+    for a in declared(op).options
     if a.kind == "choice" and a.name in inspect.signature(op.function).parameters
 ]
 
@@ -35,7 +35,7 @@ def test_the_signature_shows_types_alone(name):
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
 def test_a_literal_lists_the_values_that_calls_accept(name, option):
     listed = get_args(inspect.signature(getattr(ops, name)).parameters[option].annotation)
-    assert set(listed) == set(ops.OPS[name].argument(option).codes)
+    assert set(listed) == set(declared(ops.OPS[name]).argument(option).codes)
     for value in listed:
         assert any(_accepts(name, sample, {option: value}) for sample in table(name).samples), value
     with pytest.raises(ValueError, match=rf"fastasr.{name}: {option}: expected one of \('") as raised:
@@ -61,7 +61,7 @@ def test_a_declaration_lists_all_values():
         """Returns half of x."""
 
     with pytest.raises(ValueError, match=r"way: expected \('up', 'down'\) in its Literal, got \('up',\)"):
-        Op("cpu")(halved)
+        signature.arguments(halved)
 
 
 def test_completion_offers_public_names_alone():

@@ -7,6 +7,7 @@ import copy
 import families
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 from families import TAPS, WIDTH
 from leaving import Case, check, unreached
 from test_conformer import ATTENTION, call, pair
@@ -142,7 +143,63 @@ def glu_of_seamless():
     return case(ours, theirs, run, "layers.0.conv_module", "glu or pointwise_conv1 is no plain one")
 
 
+def of_nemo_transformer(reason, change, path, run=None):
+    theirs, call = families.make("nemo transformer")
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    change(ours)
+    return case(ours, theirs, run or call, path, reason)
+
+
+def sequence_of_nemo_transformer():
+    def change(ours):
+        ours.layers[0].ffn.net.register_forward_hook(lambda *_: None)
+
+    return of_nemo_transformer("net is not a plain Sequential", change, "layers.0.ffn")
+
+
+def mask_of_nemo_transformer():
+    flex = torch.nn.attention.flex_attention
+
+    def run(model):
+        mask = flex.create_block_mask(
+            lambda b, h, q, k: (q - k).abs() < 3, B=2, H=1, Q_LEN=5, KV_LEN=5, device="cpu"
+        )
+        x, positions = torch.linspace(-1, 1, 2 * 5 * 32).sin().view(2, 5, 32), torch.ones(1, 9, 32)
+        return model.layers[0].attn(x, mask, positions)
+
+    reason = "an input, a mask or positions that rel_attention does not take"
+    return of_nemo_transformer(reason, lambda ours: None, "layers.0.attn", run)
+
+
+def of_granite_speech(family, reason, part, block):
+    theirs, run = families.make(family)
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    ours.get_submodule(f"{block}.{part}").register_forward_hook(lambda *_: None)
+    return case(ours, theirs, run, block, reason)
+
+
+def glu_of_granite_speech():
+    return of_granite_speech("granite speech", "glu is not a plain GLU", "glu", "layers.0.conv")
+
+
+def table_of_granite_speech():
+    reason = "an input, a mask or positions that rel_attention does not take"
+    return of_granite_speech("granite speech", reason, "rel_pos_emb", "layers.0.attn")
+
+
+def table_of_granite_speech5():
+    reason = "an input, a mask or positions that rel_attention does not take"
+    return of_granite_speech("granite speech 5", reason, "rel_pos_emb", "layers.0.self_attn")
+
+
 OTHERS = (
+    glu_of_granite_speech,
+    table_of_granite_speech,
+    table_of_granite_speech5,
+    sequence_of_nemo_transformer,
+    mask_of_nemo_transformer,
     glu_of_seamless,
     weights_of_wav2vec2,
     a_query_without_keys,

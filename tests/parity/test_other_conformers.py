@@ -3,36 +3,106 @@
 float64, with masks and under checkpointing."""
 
 import copy
+import functools
 
 import families
 import pytest
 import torch
 from steps import moved, seeded
+from torch.utils.checkpoint import checkpoint
 
 import fastasr
 
 # Family -> the classes that a rule of the framework replaces
 REPLACED = {
+    "nemo transformer": {"MultiHeadAttention", "FeedForward"},
+    "nemo transformer, causal": {"MultiHeadAttention", "FeedForward"},
     "lasr": {"LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
-    "granite speech 5": {"GraniteSpeech5EncoderFeedForward"},
+    **{
+        family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
+        for family, name in (
+            ("granite speech", "GraniteSpeech"),
+            ("granite speech plus", "GraniteSpeechPlus"),
+        )
+    },
+    "granite speech 5": {
+        f"GraniteSpeech5Encoder{part}" for part in ("Attention", "ConvolutionModule", "FeedForward")
+    },
     "seamless m4t": {
         "SeamlessM4TConformerFeedForward",
         "SeamlessM4TConformerSelfAttention",
         "SeamlessM4TConformerConvolutionModule",
     },
-    "seamless m4t v2": {"SeamlessM4Tv2ConformerFeedForward"},
-    "w2v-bert": {"Wav2Vec2BertFeedForward"},
+    "seamless m4t v2": {
+        "SeamlessM4Tv2ConformerFeedForward",
+        "SeamlessM4Tv2ConformerSelfAttention",
+        "SeamlessM4Tv2ConformerConvolutionModule",
+    },
+    "w2v-bert": {
+        "Wav2Vec2BertFeedForward",
+        "Wav2Vec2BertSelfAttention",
+        "Wav2Vec2BertConvolutionModule",
+    },
 }
+CHUNKS = {"speech_encoder_chunk_size": 8}
+# The same models otherwise: family -> name -> how it is made
+OTHERWISE = {
+    "seamless m4t v2": {
+        "chunks": families.seamless_v2(**CHUNKS, speech_encoder_left_chunk_num=1),
+        "chunks, all before": families.seamless_v2(**CHUNKS, speech_encoder_left_chunk_num=-1),
+        "chunks, none before": families.seamless_v2(
+            **CHUNKS, speech_encoder_left_chunk_num=0, lengths=(29, 25)
+        ),
+        "chunks of padding": families.seamless_v2(**CHUNKS, speech_encoder_left_chunk_num=0),
+        "chunks, no mask": families.seamless_v2(
+            **CHUNKS, speech_encoder_left_chunk_num=1, masked=False, lengths=(21, 21)
+        ),
+    },
+    "w2v-bert": {
+        "a long recording": families.w2v_bert(lengths=(90, 74)),
+        "no frames but one": families.w2v_bert(lengths=(1, 1)),
+        "a recording without frames": families.w2v_bert(lengths=(9, 0)),
+        "no context": families.w2v_bert(left_max_position_embeddings=0, right_max_position_embeddings=0),
+        "relative": families.w2v_bert(position_embeddings_type="relative"),
+        "no mask": families.w2v_bert(masked=False),
+        "dropout": families.w2v_bert(attention_dropout=0.1, conformer_conv_dropout=0.1),
+    },
+}
+OTHERWISE["granite speech"] = {
+    "less than a block": families.granite_speech(frames=7),
+    "a block": families.granite_speech(frames=20),
+    "a frame more": families.granite_speech(frames=21, conv_kernel_size=8),
+    "dropout": families.granite_speech(dropout=0.1, context_size=24),
+}
+OTHERWISE["granite speech plus"] = {"kept layers": families.granite_speech("Plus", cat_hidden_layers=[0, 1])}
+OTHERWISE["granite speech 5"] = {
+    "odd lengths": lambda: families.granite_speech5((51, 51, 23)),
+    "no frames": lambda: families.granite_speech5((40, 0)),
+    "a recording": lambda: families.granite_speech5((43,)),
+    "dropout": lambda: families.granite_speech5(attention_dropout=0.1),
+}
+OTHERWISE["nemo transformer"] = {
+    "one frame": families.nemo_transformer(lengths=(4, 4)),
+    "norms": families.nemo_transformer(qk_norm=True, pre_block_norm=False, xscaling=True),
+    "stacked": families.nemo_transformer(subsampling="stacking_norm", drop_rate=0.2),
+}
+ALL = [*REPLACED, *(f"{family}: {name}" for family, made in OTHERWISE.items() for name in made)]
 TOLERANCE = 1e-10
 
 
 def pair(name):
     """Returns upstream's model, the swapped one and a call of them, in float64."""
-    model, call = families.make(name)
+    family, _, variant = name.partition(": ")
+    if variant:
+        seeded(name)
+        model, call = OTHERWISE[family][variant]()
+        model = moved(model, 0.05).eval()
+    else:
+        model, call = families.make(name)
     theirs = moved(model, 0.1)
     ours = copy.deepcopy(theirs)
     report = fastasr.accelerate(ours)
-    assert {row.class_name for row in report.replaced} - {"Linear"} == REPLACED[name]
+    assert {row.class_name for row in report.replaced} - {"Linear"} == REPLACED[family]
     return theirs, ours, call
 
 
@@ -42,8 +112,8 @@ def outcome(model, call, training):
     seeded("call")
     with torch.set_grad_enabled(training), fastasr.upstream_draws():
         y = call(model)[0]
-    if training:
-        (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        if training:
+            (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return y.detach(), gradients, torch.rand((), dtype=torch.float64)
 
@@ -53,7 +123,7 @@ def same(found, expected, largest):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("name", ALL)
 def test_a_step(name, training):
     theirs, ours, call = pair(name)
     theirs.double(), ours.double()
@@ -98,10 +168,13 @@ def test_restored(name):
         assert torch.equal(call(ours)[0], call(theirs)[0])
 
 
-@pytest.mark.parametrize("name", ["lasr", "granite speech 5"])
+@pytest.mark.parametrize("name", REPLACED)
 def test_under_checkpointing(name):
     theirs, ours, call = pair(name)
-    ours.gradient_checkpointing_enable()
+    for module in ours.modules():
+        if hasattr(module, "gradient_checkpointing"):  # as the whole model's gradient_checkpointing_enable
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     found, expected = (outcome(model, call, True) for model in (ours, theirs))
     largest = max(g.abs().max().item() for g in expected[1].values() if g is not None)
     for key, g in expected[1].items():
@@ -110,7 +183,7 @@ def test_under_checkpointing(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["lasr", "seamless m4t"])
+@pytest.mark.parametrize("name", REPLACED)
 def test_in_short_dtypes(name, dtype):
     """The swapped model is as near to float64 as upstream."""
     theirs, ours, call = pair(name)
@@ -120,4 +193,124 @@ def test_in_short_dtypes(name, dtype):
         found, expected = (
             inputs_in(dtype, call)(model.to(dtype).eval())[0].double() for model in (ours, theirs)
         )
+    assert (found - truth).abs().mean() <= 1.5 * (expected - truth).abs().mean()
+
+
+IMPLEMENTATIONS = {
+    "eager": ("w2v-bert", "w2v-bert: no mask", "w2v-bert: relative", "seamless m4t v2", "granite speech 5"),
+    "flex_attention": (
+        "w2v-bert",
+        "w2v-bert: no mask",
+    ),  # with a tensor as the mask upstream's crashes on a CPU
+}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name"), [(kind, name) for kind, names in IMPLEMENTATIONS.items() for name in names]
+)
+def test_implementations(implementation, name):
+    """Whatever the implementation, also where upstream's adds the mask's True to the scores as 1."""
+    theirs, ours, call = pair(name)
+    theirs.config._attn_implementation = ours.config._attn_implementation = implementation
+    with torch.no_grad():
+        torch.testing.assert_close(call(ours)[0], call(theirs)[0], rtol=1e-4, atol=1e-4)
+    left = fastasr.why(ours).to_dict()
+    assert any("self_attn" in key for key in left) == (name == "seamless m4t v2"), left
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_what_a_whole_model_returns(implementation):
+    """w2v-BERT with its adapter, whose attention has no positions, and every output that can be asked for."""
+    transformers = pytest.importorskip("transformers")
+    seeded("whole")
+    config = transformers.Wav2Vec2BertConfig(
+        **families.W2V_BERT | {"layerdrop": 0.5}, hidden_size=families.WIDTH, add_adapter=True,
+        feature_projection_input_dim=10, attn_implementation=implementation, mask_time_prob=0.0,
+    )  # fmt: skip
+    theirs = moved(transformers.Wav2Vec2BertModel(config), 0.1).double()
+    ours = copy.deepcopy(theirs)
+    report = fastasr.accelerate(ours)
+    skipped = [row.reason for row in report.skipped if row.class_name == "Wav2Vec2BertSelfAttention"]
+    assert skipped == ["position_embeddings_type is None, expected 'relative_key' or 'relative'"]
+    inputs = {
+        "input_features": torch.randn(2, 20, 10, dtype=torch.float64),
+        "attention_mask": torch.arange(20) < torch.tensor([[20], [11]]),
+    }
+    for training, asked in ((False, True), (True, False)):
+        found, expected = [], []
+        for model, outputs in ((ours, found), (theirs, expected)):
+            seeded("call")
+            with fastasr.upstream_draws(), torch.set_grad_enabled(training):
+                model.train(training)
+                y = model(**inputs, output_attentions=asked, output_hidden_states=asked)
+            outputs += [y.last_hidden_state, *(y.hidden_states or ()), *(y.attentions or ())]
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            if a is None or b is None:
+                assert a is b
+            else:
+                same(a, b, b.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["nemo transformer", "nemo transformer, causal"])
+def test_flex_attention_of_nemo(name, monkeypatch):
+    """Values are those of torch's FlexAttention, which has no gradient on a CPU, and of pre-encoded frames."""
+    theirs, ours, call = pair(name)
+    module = families.nemo_encoder.load_transformer()
+    monkeypatch.setattr(module, "flex_attention", module.of_torch)
+    x, lengths = torch.randn(2, 9, 32), torch.tensor([9, 5])
+    with torch.no_grad():
+        torch.testing.assert_close(call(ours)[0], call(theirs)[0], rtol=1e-5, atol=1e-5)
+        found, expected = (model(x, lengths, bypass_pre_encode=True)[0] for model in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError):
+        call(theirs)
+    call(ours)[0].sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["abs_pos", "no_pos"])
+def test_nemo_without_relative_positions(kind):
+    seeded(kind)
+    model, _ = families.nemo_transformer(self_attention_model=kind)()
+    skipped = [
+        row.reason for row in fastasr.accelerate(model).skipped if row.class_name == "MultiHeadAttention"
+    ]
+    assert set(skipped) == {"has no relative positions"}
+
+
+@pytest.mark.parametrize("name", ["granite speech", "granite speech plus", "granite speech 5"])
+def test_all_outputs_of_granite_speech(name):
+    """Twice, as upstream adds to the output of its middle layer in place, and records the outputs of attention."""
+    theirs, ours, call = pair(name)
+    asked = {"output_hidden_states": True, "output_attentions": name != "granite speech 5"}
+    results = {}
+    for model in (theirs, ours):
+        hooks = (
+            model.register_forward_pre_hook(lambda _, args, given: (args, given | asked), with_kwargs=True),
+            model.register_forward_hook(lambda module, _, y: results.setdefault(module, []).append(y)),
+        )
+        with torch.no_grad():
+            call(model), call(model)
+        for hook in hooks:
+            hook.remove()
+    for found, expected in zip(results[ours], results[theirs], strict=True):
+        pairs = [*zip(found.hidden_states, expected.hidden_states, strict=True)]
+        pairs += zip(found.attentions or (), expected.attentions or (), strict=True)
+        assert len(pairs) >= len(ours.layers)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_granite_speech5_with_norms_of_float32():
+    """As from_pretrained loads it in 16 bits."""
+    theirs, ours, call = pair("granite speech 5")
+    exact = copy.deepcopy(theirs).double().eval()
+    for model in (theirs, ours):
+        model.bfloat16().eval()
+        for layer in model.layers:
+            layer.conv.norm.float()
+    with torch.no_grad():
+        truth = inputs_in(torch.float64, call)(exact)[0]
+        found, expected = (inputs_in(torch.bfloat16, call)(model)[0] for model in (ours, theirs))
+    assert found.dtype == expected.dtype
     assert (found - truth).abs().mean() <= 1.5 * (expected - truth).abs().mean()

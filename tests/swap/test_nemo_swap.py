@@ -188,7 +188,11 @@ DECLINED = {
         "layers.0.self_attn",
         "att_context_size is [3, 2], expected equal ones: else upstream shifts the positions",
     ),
-    "no positions": ({"self_attention_model": "abs_pos"}, "layers.0.self_attn", "container"),
+    "no positions": (
+        {"self_attention_model": "abs_pos"},
+        "layers.0.self_attn",
+        "has no relative positions",
+    ),
 }
 
 

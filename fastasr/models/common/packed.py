@@ -14,7 +14,7 @@ from fastasr.ops import _dispatch, _gemm, _weights_dropout
 from fastasr.ops._depthwise_conv import ACTIVATIONS
 from fastasr.ops._linear import bias_grad
 from fastasr.ops._swoosh import KINDS
-from fastasr.ops.swoosh_linear import with_mask
+from fastasr.ops._wrapped.swoosh_linear import with_mask
 
 
 def is_native(*tensors: Tensor | None) -> bool:

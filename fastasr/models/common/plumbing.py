@@ -52,10 +52,11 @@ def is_layer_norm(module):
     )
 
 
-def conv_delay(module, causal=False):
+def conv_delay(module, causal=False, around=(0, 0), stride=1):
     """Returns P − ⌊K / 2⌋ of a depthwise convolution of K taps over time that keeps the length and sees P frames of the
     past, or None for any other module and under hooks. It is torch's, or NeMo's class that pads by itself. ``causal``:
-    torch's with all of its padding on either side, whose last frames are cut.
+    torch's with all of its padding on either side, whose last frames are cut. ``around``: the frames of 0 that the
+    caller puts on either side. ``stride``: that of the convolution, whose result is every so many frames of the same.
     """
     cls = type(module)
     nemo = cls.__name__ == "CausalConv1D" and cls.__module__.startswith("nemo.")
@@ -65,9 +66,10 @@ def conv_delay(module, causal=False):
     # torch's own reading of ``padding``, a number or "same", which pads even numbers of taps unevenly
     both = module._reversed_padding_repeated_twice
     left, right = (module._left_padding, module._right_padding) if nemo else both
+    left, right = left + around[0], right + around[1]
     plain = (
         module.groups == module.in_channels == module.out_channels
-        and (module.stride, module.dilation, module.padding_mode) == ((1,), (1,), "zeros")
+        and (module.stride, module.dilation, module.padding_mode) == ((stride,), (1,), "zeros")
         and left + right == (taps - 1) * (2 if causal else 1)
     )
     return left - taps // 2 if plain else None

@@ -4,14 +4,21 @@ to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`.""
 
 from fastasr.models.conformer.attention import (
     fastspeech2_attention,
+    granite_speech5_attention,
+    granite_speech_attention,
     nemo_attention,
     nemo_local_attention,
+    nemo_transformer_attention,
+    relative_key_attention,
     speechbrain_attention,
     wav2vec2_attention,
 )
 from fastasr.models.conformer.convolution import (
+    causal_seamless_convolution,
     espnet_convolution,
     fastspeech2_convolution,
+    granite_speech5_convolution,
+    granite_speech_convolution,
     nemo_convolution,
     seamless_convolution,
     speechbrain_convolution,
@@ -19,7 +26,9 @@ from fastasr.models.conformer.convolution import (
     wav2vec2_convolution,
 )
 from fastasr.models.conformer.feed_forward import (
+    granite_speech_feed_forward,
     nemo_feed_forward,
+    nemo_transformer_feed_forward,
     speechbrain_feed_forward,
     torchaudio_feed_forward,
     wav2vec2_feed_forward,
@@ -27,14 +36,23 @@ from fastasr.models.conformer.feed_forward import (
 from fastasr.models.conformer.subsampling import nemo_subsampling
 
 __all__ = [
+    "causal_seamless_convolution",
     "espnet_convolution",
     "fastspeech2_attention",
     "fastspeech2_convolution",
+    "granite_speech5_attention",
+    "granite_speech5_convolution",
+    "granite_speech_attention",
+    "granite_speech_convolution",
+    "granite_speech_feed_forward",
     "nemo_attention",
     "nemo_convolution",
     "nemo_feed_forward",
     "nemo_local_attention",
     "nemo_subsampling",
+    "nemo_transformer_attention",
+    "nemo_transformer_feed_forward",
+    "relative_key_attention",
     "seamless_convolution",
     "speechbrain_attention",
     "speechbrain_convolution",

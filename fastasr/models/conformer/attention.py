@@ -5,45 +5,124 @@ Each forward runs upstream's code for what the op does not compute: weights that
 that is drawn as upstream does, position embeddings of each sequence's own.
 """
 
+import types
+
 import torch
 import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, plumbing
-from fastasr.models.common.plain import is_watched
+from fastasr.models.common.plain import is_plain, is_watched
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.attention import STANDARD, first_rows, projected
-from fastasr.models.fast_conformer.masks import is_readable, seen
+from fastasr.models.fast_conformer.attention import STANDARD, first_rows, mean_of_values, projected
+from fastasr.models.fast_conformer.masks import seen
 
 _WEIGHTS = "attention weights are asked for"
+_NONE = types.MappingProxyType({})  # no dropout
 _OTHER = "an input, a mask or positions that rel_attention does not take"
 
 
 def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_position_embeddings=None, **kwargs):
-    """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: the
-    query sees the key) or None, position embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
-    batch, frames = hidden_states.shape[:2]
-    implementation = self.config._attn_implementation
-    fits = (
-        implementation in STANDARD
-        and not (implementation == "eager" and is_watched(self))
-        and is_readable(attention_mask, batch, frames)
-        and _is_one_table(relative_position_embeddings, frames)
-    )
-    by = seen(attention_mask) if fits and attention_mask is not None else None
-    if fits and (by is None or by.empty_rows is None):
-        dropout = _dropout_of(self)
-        if dropout is not None:
-            hidden = masks.of_kernel(attention_mask, by)
-            return _attention(self, hidden_states, relative_position_embeddings, hidden, dropout), None
-        attention_dropout.note_formed(self)
-    elif implementation == "eager" and is_watched(self):
-        _left.note(self, _WEIGHTS)
-    elif fits:
-        _left.note(self, "a query sees no key")
-    else:
-        masks.note_unread(self, implementation in STANDARD, implementation)
-    return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
+    """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width), attention mask (``masks.read``), position
+    embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
+    fits = _is_one_table(relative_position_embeddings, hidden_states.shape[1])
+    options = _options(self, hidden_states, attention_mask, fits)
+    if options is None:
+        return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
+    return _attention(self, hidden_states, relative_position_embeddings, *options), None
+
+
+def relative_key_attention(self, hidden_states, attention_mask=None, *positions, **kwargs):
+    """Serves SeamlessM4T v2 and w2v-BERT 2.0 of transformers, whose heads share a table E of l + r + 1 rows (Shaw et
+    al., "Self-attention with relative position representations", 2018): s[i,j] = q_i·(k_j + E[clamp(j − i, −l, r) + l])
+    / √d. hidden states (B, T, width), attention mask (``masks.read``) -> ((B, T, width), None). With positions of
+    Transformer-XL w2v-BERT has the attention of Wav2Vec2Conformer."""
+    if self.position_embeddings_type == "relative":
+        return wav2vec2_attention(self, hidden_states, attention_mask, *positions, **kwargs)
+    frames, table = hidden_states.shape[1], self.distance_embedding
+    options = _options(self, hidden_states, attention_mask, is_plain(table, torch.nn.Embedding))
+    if options is None:
+        return type(self).forward(self, hidden_states, attention_mask, *positions, **kwargs)
+    layers = self.linear_q, self.linear_k, self.linear_v
+    q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (self.num_heads, -1)) for layer in layers)
+    left, right = self.left_max_position_embeddings, self.right_max_position_embeddings
+    rows = table(_offsets(frames, left, right, table.weight.device) + left)
+    return plumbing.linear(self.linear_out, _shaw(q, k, v, rows, *options).flatten(2)), None
+
+
+def granite_speech_attention(self, hidden_states, attention_dists):
+    """Serves transformers' Granite Speech and its Plus. hidden states (B, T, width), rows of the table of positions (C,
+    C) -> (B, T, width): s[i,j] = q_i·(k_j + E[dists[i mod C, j mod C]]) / √d within blocks of C frames. Padding is seen
+    by the other frames of its block: upstream's encoder has no lengths."""
+    rows = _rows_in_blocks(self, hidden_states.shape[1], attention_dists)
+    if rows is None:
+        _left.note(self, _OTHER)
+        return type(self).forward(self, hidden_states, attention_dists)
+    x = self.pre_norm(hidden_states)
+    projections = plumbing.linear(self.to_q, x), *plumbing.linear(self.to_kv, x).chunk(2, -1)
+    q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in projections)
+    y = _shaw(q, k, v, rows, {"context": (0, 0), "chunk_size": self.context_size})
+    return plumbing.dropout(self.dropout, plumbing.linear(self.to_out, y.flatten(2)))
+
+
+def granite_speech5_attention(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+    """Serves transformers' Granite Speech 5, whose blocks see no padding: as above, with an attention mask (bool
+    (B, T), True at valid frames) or None -> ((B, T, width), None). Every query of a block of padding gives the mean of
+    the C values of its block, those behind the end being 0."""
+    (batch, frames), mask = hidden_states.shape[:2], attention_mask
+    rows, dropout = _rows_in_blocks(self, frames, position_embeddings), None
+    known = self.config._attn_implementation in STANDARD
+    fits = rows is not None and known and (mask is None or mask.shape == (batch, frames))
+    if fits:
+        share = self.attention_dropout if self.training else 0.0
+        dropout = attention_dropout.of_kernel(share, hidden_states.device)
+    if dropout is None:
+        if fits:
+            attention_dropout.note_formed(self)
+        else:
+            masks.note_unread(self, known, self.config._attn_implementation)
+        return type(self).forward(self, hidden_states, position_embeddings, mask, **kwargs)
+    heads, size = self.config.num_attention_heads, self.context_size
+    layers = self.q_proj, self.k_proj, self.v_proj
+    q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (heads, -1)) for layer in layers)
+    hidden = {"context": (0, 0), "chunk_size": size}
+    by = None if mask is None else seen(mask)
+    y = _shaw(q, k, v, rows, hidden | masks.of_kernel(mask, by), dropout)
+    if by is not None and by.empty_rows is not None and masks.are_empty_rows_read(by, y.device):
+        y = _with_means(y, q, k, v, mask, size)
+    return plumbing.linear(self.o_proj, y.flatten(2)), None
+
+
+def _rows_in_blocks(module, frames, indices):
+    """Returns the rows (2T − 1, d) of the table of positions by offset, or None if ``indices`` (C, C) or the table are
+    no plain ones."""
+    size, table = module.context_size, module.rel_pos_emb
+    if not frames or not is_plain(table, torch.nn.Embedding) or indices.shape != (size, size):
+        return None
+    if not torch.compiler.is_compiling():
+        version = None if indices.is_inference() else indices._version
+        kept = getattr(indices, "_fastasr_by_offset", None)
+        if kept is None or kept[0] != version:
+            kept = indices._fastasr_by_offset = version, torch.equal(indices[1:, 1:], indices[:-1, :-1])
+        if not kept[1]:
+            return None
+    by_offset = torch.cat([indices[1:, 0].flip(0), indices[0]])
+    return table(by_offset[_offsets(frames, size - 1, size - 1, indices.device) + size - 1])
+
+
+def _with_means(y, q, k, v, mask, size):
+    """Returns y (B, T, H, d) with upstream's values in blocks of ``size`` frames without a valid one."""
+    frames = y.shape[1]
+    missing = -frames % size
+
+    def blocks(t):
+        t = F.pad(t, (0, 0, 0, 0, 0, missing))
+        return t.unflatten(1, (-1, size)).flatten(0, 1)
+
+    empty = ~F.pad(mask, (0, missing)).unflatten(1, (-1, size)).any(2)  # [B, blocks]
+    mean = mean_of_values(blocks(q), blocks(k), blocks(v), 0.0).to(y.dtype)
+    mean = mean.expand(-1, size, -1, -1).unflatten(0, empty.shape).flatten(1, 2)[:, :frames]
+    return torch.where(empty.repeat_interleave(size, 1)[:, :frames, None, None], mean, y)
 
 
 def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None, output_attentions=False):
@@ -115,6 +194,24 @@ def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None)
     return _attention(self, query, None, hidden, dropout, pad_mask, rows=p)
 
 
+def nemo_transformer_attention(self, x, block_mask=None, pos_emb=None):
+    """NeMo's TransformerEncoder, which computes by FlexAttention. x (B, T, width), BlockMask of lengths, causal or not,
+    or None, position embeddings (1, 2T − 1, width) -> (B, T, width). Padding sees the valid frames, and a sequence
+    without frames gives 0."""
+    batch, frames = x.shape[:2]
+    hidden = masks.of_nemo(block_mask, batch, frames, type(self)) if _is_one_table(pos_emb, frames) else None
+    if hidden is None:
+        _left.note(self, _OTHER)
+        return type(self).forward(self, x, block_mask, pos_emb)
+    heads = self.pos_bias_u.shape
+    q, k, v = plumbing.linear(self.w_qkv, x).view(batch, frames, 3, *heads).unbind(2)
+    if self.qk_norm:
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+    rows = projected(self, self.linear_pos, pos_emb[0]).view(-1, *heads)
+    y = ops.rel_attention(q, k, v, rows, self.pos_bias_u, self.pos_bias_v, **hidden)
+    return plumbing.linear(self.out_proj, y.flatten(2))
+
+
 def speechbrain_attention(
     self, query, key, value, pos_embs, key_padding_mask=None, attn_mask=None, return_attn_weights=True
 ):
@@ -146,6 +243,53 @@ def speechbrain_attention(
     y = ops.rel_attention(q * scale, k, v, p, u, w, **hidden, **dropout)
     out = plumbing.linear(self.out_proj, y.flatten(2))
     return (out, None) if return_attn_weights else out
+
+
+def _options(module, x, mask, fits):
+    """Returns the arguments of ``ops.rel_attention`` for a call of a module of transformers: what ``mask`` hides, and
+    dropout; None where upstream's code serves the call. ``fits``: whether the positions are served."""
+    (batch, frames), config = x.shape[:2], module.config
+    implementation = config._attn_implementation
+    if implementation == "eager" and is_watched(module):
+        _left.note(module, _WEIGHTS)
+        return None
+    pairs = masks.read(mask, implementation, batch, frames) if fits and implementation in STANDARD else None
+    if pairs is None and (mask is not None or not fits or implementation not in STANDARD):
+        masks.note_unread(module, implementation in STANDARD, implementation)
+        return None
+    by = None if pairs is None else seen(pairs, left=_before_chunks(config, frames))
+    if by is not None and by.empty_rows is not None:
+        _left.note(module, "a query sees no key")
+        return None
+    dropout = attention_dropout.of_kernel(plumbing.dropped_share(module.dropout), x.device)
+    if dropout is None:
+        attention_dropout.note_formed(module)
+        return None
+    hidden = masks.of_kernel(pairs, by)
+    for name, value in hidden.items():
+        if name.endswith("mask"):  # one for all sequences, or one for each
+            hidden[name] = value.expand(batch, *value.shape[1:])
+    return hidden, dropout
+
+
+def _before_chunks(config, frames):
+    """Returns how many frames before its chunk a query of SeamlessM4T v2 sees, None without chunks."""
+    size = getattr(config, "speech_encoder_chunk_size", None)
+    if size is None:
+        return None
+    count = config.speech_encoder_left_chunk_num
+    return frames if count < 0 else size * count
+
+
+def _offsets(frames, left, right, device):
+    """Returns (2T − 1): how many frames a key is behind the query, at least −left and at most right."""
+    return torch.arange(1 - frames, frames, dtype=torch.int64, device=device).clamp(-left, right)
+
+
+def _shaw(q, k, v, rows, hidden, dropout=_NONE):
+    """Returns softmax_j(q_i·(k_j + rows[T − 1 + j − i]) / √d) v, (B, T, H, d), of rows (2T − 1, d) for all heads."""
+    rows, none = rows.to(q.dtype).unsqueeze(1).expand(-1, q.shape[2], -1), q.new_zeros(q.shape[2:])
+    return ops.rel_attention(q, k, v, rows, none, none, **hidden, **dropout)
 
 
 def _note(module, fits, reason):

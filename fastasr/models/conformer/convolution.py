@@ -6,15 +6,18 @@ import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import plumbing
-from fastasr.models.common.plain import is_plain
+from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
     after_gate,
+    convolved,
     gated,
     gated_convolution,
     is_batch_norm,
     pointwise,
 )
+
+_SILU = torch.nn.SiLU()
 
 
 def espnet_convolution(self, x):
@@ -38,7 +41,9 @@ def nemo_convolution(self, x, pad_mask=None, cache=None):
         _left.note(self, "a cache, and a convolution or norm that is no plain one or has hooks")
         return type(self).forward(self, x, pad_mask, cache)
     h = pointwise(self.pointwise_conv1, x)
-    y = after_gate(h, conv, norm, self.activation, self.pointwise_conv2, pad_mask, cache, by_frame)
+    y = after_gate(
+        h, conv, norm, self.activation, self.pointwise_conv2, pad_mask, cache=cache, by_frame=by_frame
+    )
     y = _as_upstream_lays_it(self, y)
     return y if cache is None else (y, conv.update_cache(gated(h, pad_mask), cache)[1])
 
@@ -103,20 +108,48 @@ def wav2vec2_convolution(self, hidden_states):
 def seamless_convolution(self, hidden_states, attention_mask=None):
     """Serves transformers' SeamlessM4T: hidden states (B, T, width), mask (B, T), 1 at valid frames, or None -> (B, T,
     width). Upstream sets padding to 0 before ``pointwise_conv1``, which has no bias, so that the gated frame is 0."""
+    return _seamless(self, hidden_states, attention_mask, "batch_norm")
+
+
+def causal_seamless_convolution(self, hidden_states, attention_mask=None):
+    """Serves SeamlessM4T v2 and w2v-BERT 2.0, whose convolution sees the past alone and whose norm is LayerNorm."""
+    around = self.depthwise_conv.kernel_size[0] - 1, 0
+    return _seamless(
+        self, hidden_states, attention_mask, "depthwise_layer_norm", by_frame=True, around=around
+    )
+
+
+def _seamless(self, hidden_states, attention_mask, norm, **options):
     first = self.pointwise_conv1
     if not is_plain(self.glu, torch.nn.GLU) or not is_plain(first, torch.nn.Conv1d) or first.bias is not None:
         _left.note(self, "glu or pointwise_conv1 is no plain one, or has a bias")
         return type(self).forward(self, hidden_states, attention_mask)
-    y = gated_convolution(
-        self.layer_norm(hidden_states),
-        first,
-        self.depthwise_conv,
-        self.batch_norm,
-        self.activation,
-        self.pointwise_conv2,
-        None if attention_mask is None else ~attention_mask.bool(),
-    )
+    h = pointwise(first, self.layer_norm(hidden_states))
+    hidden = None if attention_mask is None else ~attention_mask.bool()
+    layers = self.depthwise_conv, getattr(self, norm), self.activation, self.pointwise_conv2
+    return _dropped(self.dropout, after_gate(h, *layers, hidden, **options))
+
+
+def granite_speech_convolution(self, hidden_states):
+    """Serves Granite Speech and its Plus: hidden states (B, T, width) -> same shape. Padding is not masked."""
+    if not is_plain(self.glu, torch.nn.GLU):
+        _left.note(self, "glu is not a plain GLU")
+        return type(self).forward(self, hidden_states)
+    conv, around = self.depth_conv, (0, 0)
+    if is_upstreams(conv, self):
+        conv, around = conv.conv, conv.padding
+    h = pointwise(self.up_conv, self.norm(hidden_states))
+    y = after_gate(h, conv, self.batch_norm, self.silu, self.down_conv, around=around)
     return _dropped(self.dropout, y)
+
+
+def granite_speech5_convolution(self, hidden_states, attention_mask=None):
+    """Serves Granite Speech 5: hidden states (B, T, width), mask (bool (B, T), True at valid frames) or None -> (B,
+    ⌈T / stride⌉, width)."""
+    h = plumbing.linear(self.pointwise_lin1, hidden_states)
+    hidden = None if attention_mask is None else ~attention_mask
+    y = convolved(h, self.depthwise_conv, self.norm, _SILU, hidden, stride=self.depthwise_conv.stride[0])
+    return plumbing.linear(self.pointwise_lin2, y)
 
 
 def torchaudio_convolution(self, input):

@@ -38,6 +38,25 @@ def torchaudio_feed_forward(self, input):
     if not is_plain(self.sequential, torch.nn.Sequential):
         _left.note(self, "sequential is not a plain Sequential")
         return type(self).forward(self, input)
-    norm, first, activation, middle, last, dropout = self.sequential
-    hidden = plumbing.dropout(middle, activations.activated(first, activation, norm(input)))
+    norm, *layers = self.sequential
+    return _in_sequence(layers, norm(input))
+
+
+def nemo_transformer_feed_forward(self, x):
+    """NeMo's TransformerEncoder. x (..., width) -> same shape."""
+    if not is_plain(self.net, torch.nn.Sequential):
+        _left.note(self, "net is not a plain Sequential")
+        return type(self).forward(self, x)
+    return _in_sequence(self.net, x)
+
+
+def granite_speech_feed_forward(self, hidden_states):
+    """Serves transformers' Granite Speech, whose LayerNorm comes first: hidden states (..., width) -> same shape."""
+    layers = self.up_proj, self.silu, self.dropout, self.down_proj, self.dropout
+    return _in_sequence(layers, self.pre_norm(hidden_states))
+
+
+def _in_sequence(layers, x):
+    first, activation, middle, last, dropout = layers
+    hidden = plumbing.dropout(middle, activations.activated(first, activation, x))
     return plumbing.dropout(dropout, plumbing.linear(last, hidden))

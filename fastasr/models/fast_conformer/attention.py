@@ -121,7 +121,7 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     dropout = module.attention_dropout if module.training else 0.0
     rows = max(0, q.shape[1] + k.shape[1] - 1)  # the others are of keys behind those of the queries
     shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
-    served = shared and not is_transformed()  # the gradient of _mean is for reverse mode alone
+    served = shared and not is_transformed()  # the gradient of mean_of_values is for reverse mode alone
     of_kernel = attention_dropout.of_kernel(dropout, q.device) if served else None
     if of_kernel is None:
         if shared:
@@ -136,7 +136,7 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     y = ops.rel_attention(q, k, v, p, module.bias_u, module.bias_v, **masks.of_kernel(mask, by), **of_kernel)
     if not mean or by is None or by.empty_rows is None or not masks.are_empty_rows_read(by, q.device):
         return y
-    return torch.where(by.empty_rows[:, :, None, None], _mean(module, q, k, v).to(y.dtype), y)
+    return torch.where(by.empty_rows[:, :, None, None], mean_of_values(q, k, v, module.bias_u).to(y.dtype), y)
 
 
 def first_rows(table, rows):
@@ -144,7 +144,7 @@ def first_rows(table, rows):
     return table if len(table) == rows else table[:rows]
 
 
-def _mean(module, q, k, v):
+def mean_of_values(q, k, v, bias):
     """Returns (B, 1 or T, H, d): the mean of v over all keys, with the gradient of a softmax of equal scores.
 
     With C = Σ_j (k_j − k̄)ᵀ v_j / (T √d), d mean_i = d v̄ + d(q_i + u) C + (q_i + u) dC|_k: the difference below is 0 and
@@ -154,7 +154,7 @@ def _mean(module, q, k, v):
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         return mean
     spread = torch.einsum("bthd,bthe->bhde", k - k.mean(1, keepdim=True), v.detach())
-    slope = torch.einsum("bthd,bhde->bthe", q + module.bias_u, spread * (q.shape[-1] ** -0.5 / q.shape[1]))
+    slope = torch.einsum("bthd,bhde->bthe", q + bias, spread * (q.shape[-1] ** -0.5 / q.shape[1]))
     return mean + (slope - slope.detach())
 
 

@@ -61,10 +61,18 @@ def gated_convolution(x, first, conv, norm, activation, last, hidden=None, packi
     return after_gate(pointwise(first, x), conv, norm, activation, last, hidden, packing=packing)
 
 
-def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_frame=False, packing=None):
-    """Does the same from h = first(x) (B, T, 2 width) on. ``cache`` (B, width, P) holds the P gated frames that the
-    convolution sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels."""
-    delay = plumbing.conv_delay(conv)
+def after_gate(h, conv, norm, activation, last, hidden=None, **options):
+    """Does the same from h = first(x) (B, T, 2 width) on. ``options`` are those of ``convolved``."""
+    return pointwise(last, convolved(h, conv, norm, activation, hidden, **options))
+
+
+def convolved(
+    h, conv, norm, activation, hidden=None, cache=None, by_frame=False, packing=None, around=(0, 0), stride=1
+):
+    """Returns ``activation(norm(conv(glu(h))))``. ``cache`` (B, width, P) holds the P gated frames that the convolution
+    sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels. ``around``: frames of
+    0 on either side, which the convolution itself does not add. ``stride``: that of the convolution."""
+    delay = plumbing.conv_delay(conv, around=around, stride=stride)
     if delay is not None and (by_frame or is_batch_norm(norm)):
         folded = not by_frame and not norm.training
         weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
@@ -74,6 +82,7 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
             z = ops.gated_depthwise_conv(h, weight, bias, padding_mask=hidden, cache=cache, **options)
         else:
             z = packed.convolved(packing, h, weight, bias, **options)  # [T, B, C]
+        z = z[::stride]
         if by_frame:
             z = norm(z.transpose(0, 1))
         elif folded:
@@ -90,11 +99,11 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
         if packing is not None:
             slots = packing.with_gaps(conv.weight.shape[-1] // 2 + abs(delay))
             h = packing.spread(h[0], slots).unsqueeze(0)
-        z = conv(gated(h, hidden))
+        z = conv(F.pad(gated(h, hidden), around))
         if packing is not None:
             z = packing.gathered(z[0].T, slots).T.unsqueeze(0)
         y = activation(norm(z.transpose(1, 2)) if by_frame else norm(z).transpose(1, 2))
-    return pointwise(last, y)
+    return y
 
 
 def gated(h, hidden=None):

@@ -35,7 +35,80 @@ def is_readable(mask: Tensor | None, batch: int, frames: int, keys: int | None =
     2 GB.
     """
     shapes = ((batch, 1, frames, frames), (batch, frames)) if keys is None else ((batch, 1, frames, keys),)
-    return mask is None or (mask.dtype == torch.bool and mask.shape in shapes)
+    return mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape in shapes)
+
+
+def read(mask, implementation: str, batch: int, frames: int) -> Tensor | None:
+    """Returns a mask that transformers made for an implementation of attention as ``seen`` reads it, bool (B or 1, 1,
+    T, T), or None if there is none or it says more than what a query sees.
+
+    For "sdpa" it is such a tensor, for "eager" 0 and the lowest number, which is added to the scores, and for
+    "flex_attention" a BlockMask, a function of the indices. Another dtype is added to the scores as well.
+    """
+    if mask is None or tuple(mask.shape) not in {(n, 1, frames, frames) for n in (1, batch)}:
+        return None
+    evaluate = None
+    if not isinstance(mask, Tensor):
+        evaluate = _evaluated if implementation == "flex_attention" else None
+    elif implementation == "sdpa" and mask.dtype == torch.bool:
+        return mask
+    elif implementation == "eager" and mask.is_floating_point():
+        evaluate = _added
+    if evaluate is None or torch.compiler.is_compiling() or is_transformed() or recording() is not None:
+        return None
+    if not isinstance(mask, Tensor):
+        version = None
+    else:
+        version = (
+            object() if mask.is_cpu else _kept.content(mask)
+        )  # reading it anew is a small part of eager's work
+    kept = getattr(mask, "_fastasr_pairs", None)
+    if kept is None or kept[0] != version:
+        kept = mask._fastasr_pairs = version, evaluate(mask)
+    return kept[1]
+
+
+def _added(mask):
+    sees = mask == 0
+    return sees if bool((sees | (mask == torch.finfo(mask.dtype).min)).all()) else None
+
+
+def _evaluated(mask):
+    of_sequence = torch.arange(mask.shape[0], device=mask.kv_num_blocks.device, dtype=torch.int64)
+    query = torch.arange(mask.shape[-1], device=of_sequence.device, dtype=torch.int64)
+    sees = mask.mask_mod(of_sequence[:, None, None], query.new_zeros(()), query[:, None], query)
+    return sees.expand(len(of_sequence), len(query), len(query)).unsqueeze(1)
+
+
+# The functions of NeMo's TransformerEncoder from which it makes a BlockMask, and what they say beside the lengths
+_OF_NEMO = {
+    ("_make_padding_mod.<locals>.pad_mask",): {},
+    ("_make_causal_mod.<locals>.causal", "_make_padding_mod.<locals>.pad_mask"): {"context": (-1, 0)},
+}
+
+
+def of_nemo(mask, batch: int, frames: int, cls) -> dict | None:
+    """Returns the arguments of ``ops.rel_attention`` for a BlockMask that the module of the class ``cls`` made, or None
+    if it is of another origin. The last query sees all that any does."""
+    if mask is None:
+        return {}
+    function = getattr(mask, "mask_mod", None)
+    if function is None or tuple(mask.shape) != (batch, 1, frames, frames):
+        return None
+    parts = (function,)
+    if function.__qualname__ == "and_masks.<locals>.and_mask":
+        parts = function.__closure__[0].cell_contents
+    context = _OF_NEMO.get(tuple(part.__qualname__ for part in parts))
+    if context is None or {part.__module__ for part in parts} != {cls.__module__}:
+        return None
+    name = f"_fastasr_hidden_{torch.is_inference_mode_enabled()}"
+    kept = getattr(mask, name, None)
+    if kept is None:
+        of_sequence = torch.arange(batch, device=mask.kv_num_blocks.device, dtype=torch.int64)
+        key = torch.arange(frames, device=of_sequence.device, dtype=torch.int64)
+        kept = ~function(of_sequence[:, None], key.new_zeros(()), key[-1:], key)
+        setattr(mask, name, kept)
+    return {"key_padding_mask": kept, **context}
 
 
 def note_unread(attention, known: bool, implementation: str | None) -> None:
@@ -67,7 +140,7 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
             return Seen(hidden, hidden, True, {})
         by_query = ~mask if hides else mask[:, 0]
         return Seen(~by_query.any(1), ~by_query.any(2), False, {})
-    version = _kept.content(mask)
+    version = _kept.content(mask), torch.is_inference_mode_enabled()  # whose tensors no gradient may keep
     kept = getattr(mask, "_fastasr_seen", None)
     if kept is None or kept[0] != version:
         if mask.dim() == 2:

@@ -15,7 +15,7 @@ from fastasr.models.zipformer.decisions import is_zero, keep_rates
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.ops import _decided
 from fastasr.ops._dropout import draw_mask
-from fastasr.ops.swoosh_linear import with_mask
+from fastasr.ops._wrapped.swoosh_linear import with_mask
 
 
 class SwooshL(torch.nn.Module):

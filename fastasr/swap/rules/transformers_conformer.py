@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for transformers' other Conformers: Wav2Vec2Conformer and FastSpeech2Conformer, and for those modules of
+"""Rules for transformers' other Conformers: Wav2Vec2Conformer and FastSpeech2Conformer, and for modules of
 SeamlessM4T and w2v-BERT that have Wav2Vec2Conformer's code."""
 
 import dataclasses
@@ -14,11 +14,11 @@ from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolutio
 _TRANSFORMERS = Known("transformers 5.6 to 5.24")
 
 
-_NOTE = "the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws"
+NOTE = "the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws"
 _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
 
 
-def _attention_structure(module):
+def attention_structure(module):
     heads, width = module.num_heads, module.linear_q.out_features // module.num_heads
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (heads, width))
     return check_parameters(module, shapes) or check_child_names(module, (*_LINEARS, "dropout"))
@@ -27,11 +27,11 @@ def _attention_structure(module):
 def _wav2vec2_attention_structure(module):
     if module.position_embeddings_type != "relative":
         return f"position_embeddings_type is {module.position_embeddings_type!r}, expected 'relative'"
-    return _attention_structure(module)
+    return attention_structure(module)
 
 
-def _wav2vec2_convolution_structure(module):
-    children = ("pointwise_conv1", "glu", "depthwise_conv", "batch_norm", "activation", "pointwise_conv2")
+def _wav2vec2_convolution_structure(module, norm="batch_norm"):
+    children = ("pointwise_conv1", "glu", "depthwise_conv", norm, "activation", "pointwise_conv2")
     reason = check_parameters(module, {}) or check_child_names(module, ("layer_norm", *children, "dropout"))
     reason = reason or unread_child(module, "activation", "SiLUActivation", SILU)
     if reason is None and (type(module.glu) is not torch.nn.GLU or module.glu.dim != 1):
@@ -59,17 +59,17 @@ WAV2VEC2_ATTENTION = attention_rule(
     known={"3be48be58561286160964bba": Known("transformers 5.17 to 5.24")},
     shared=lambda result: result[0],
     hooks=CAPTURING,
-    note=_NOTE,
+    note=NOTE,
 )
 
 FASTSPEECH2_ATTENTION = attention_rule(
     name="transformers.fastspeech2_conformer_attention",
     class_name="FastSpeech2ConformerAttention",
     forward=models.fastspeech2_attention,
-    structure=_attention_structure,
+    structure=attention_structure,
     known={"7c37bb05d8926df2afba4abb": _TRANSFORMERS},
     shared=lambda result: result[0],
-    note=_NOTE,
+    note=NOTE,
 )
 
 WAV2VEC2_CONVOLUTION = convolution_rule(
@@ -97,10 +97,10 @@ FASTSPEECH2_CONVOLUTION = convolution_rule(
 )
 
 
-def _seamless_convolution_structure(module):
+def seamless_convolution_structure(module, norm="batch_norm"):
     if getattr(module.pointwise_conv1, "bias", None) is not None:
         return "pointwise_conv1 has a bias, which padding would add to its neighbours"
-    return _wav2vec2_convolution_structure(module)
+    return _wav2vec2_convolution_structure(module, norm)
 
 
 _FROM_5_18 = Known("transformers 5.18 to 5.24")
@@ -116,7 +116,7 @@ SEAMLESS_CONVOLUTION = convolution_rule(
     name="transformers.seamless_m4t_convolution",
     class_name="SeamlessM4TConformerConvolutionModule",
     forward=models.seamless_convolution,
-    structure=_seamless_convolution_structure,
+    structure=seamless_convolution_structure,
     known={"d01c2bcc9da4dfcbfefc8604": _FROM_5_18},
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for modules of transformers' LASR (google/medasr) and Granite Speech 5 that have Parakeet's code."""
+"""Rules for modules of transformers' LASR (google/medasr), which have Parakeet's code."""
 
 import dataclasses
 
@@ -20,11 +20,4 @@ CONVOLUTION = dataclasses.replace(
     class_name="LasrEncoderConvolutionModule",
     known={"36080375278d33620e96213f": _FROM_5_18},
 )
-GRANITE_FEED_FORWARD = dataclasses.replace(
-    parakeet.FEED_FORWARD,
-    name="transformers.granite_speech5_feed_forward",
-    class_name="GraniteSpeech5EncoderFeedForward",
-    known={"0b2fd325bffc6a1fb93811be": _FROM_5_18},
-)
-
-RULES = (FEED_FORWARD, CONVOLUTION, GRANITE_FEED_FORWARD)
+RULES = (FEED_FORWARD, CONVOLUTION)

@@ -7,13 +7,14 @@ one step with its cache.
 """
 
 import math
+from functools import partial
 
 import torch
 
 from fastasr.ops import _swoosh
 from fastasr.ops._depthwise_conv import ACTIVATIONS
 from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, case, costs, module, upstream_member
-from fastasr.testing.table import Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
 def _plain(make: Make, frames: int, batch: int, channels: int, taps: int, **options) -> dict:
@@ -48,6 +49,13 @@ def _stream(make: Make, frames: int, batch: int, channels: int, taps: int, chunk
     return _causal(make, frames, batch, channels, taps, chunk, cache=cache)
 
 
+def _without(name: str, partner: str, make: Make) -> dict:
+    """Returns a chunk-causal call with ``name`` but without the argument that it needs."""
+    call = _causal(make, 12, 2, 10, 3, 4)
+    needed = ("causal_weight", "chunk_scale", "causal_bias", "chunk_size")
+    return {k: v for k, v in call.items() if k == name or k not in needed}
+
+
 def _random(make: Make, shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), shape.size()
     taps = shape.choice((1, 3, 7, 15, 31))
@@ -76,6 +84,12 @@ def _saturated_gates(make: Make, arguments: dict) -> dict:
     return arguments
 
 
+NEEDS = (
+    ("causal_weight", "chunk_scale"),
+    ("chunk_scale", "causal_weight"),
+    ("causal_bias", "causal_weight"),
+    ("chunk_size", "causal_weight"),
+)
 TABLE = OpTable(
     op="gated_depthwise_conv",
     samples=(
@@ -136,6 +150,13 @@ TABLE = OpTable(
     ),
     unread=("weight", "causal_weight"),  # some taps reach no frame of a short sequence
     random=_random,
+    invalid=tuple(
+        Invalid(f"{name} without {partner}", partial(_without, name, partner), ValueError, match)
+        for name, partner in NEEDS
+        for match in [
+            f"fastasr.gated_depthwise_conv: {name}: expected it together with {partner}, got no {partner}"
+        ]
+    ),
 )
 
 

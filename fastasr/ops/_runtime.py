@@ -1,39 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions that an op's generated source calls; there each name of this file has an underscore before it."""
-
-# ruff: noqa: F401 (the written source uses what is imported)
+"""The functions that the written files of the ops call."""
 
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import (
-    Tensor,
-    empty,
-    empty_like,
-    float32,
-    float64,
-    is_autocast_enabled,
-    is_grad_enabled,
-    promote_types,
-    strided,
-)
-from torch._C._functorch import is_legacy_batchedtensor as is_batched  # of is_grads_batched=True
-from torch.autograd import Function, forward_ad
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor as is_batched  # noqa: F401 (of is_grads_batched=True)
+from torch.autograd import Function
 
-from fastasr._transforms import by_formula, refuse, refuse_unless_batched, transforms_active
+from fastasr._transforms import by_formula, refuse
 from fastasr.kernels import Unlaunchable
-from fastasr.ops._dispatch import FLOATING, PLAIN, forced_backend, served, widest
-from fastasr.ops._register import autocast_dtype, refuse_double_backward
+from fastasr.ops._dispatch import FLOATING
 
-MASKS, COMPUTE = (torch.bool, *FLOATING), (float32, float64)
+# Kernels decline arguments by ValueError (``decline`` in csrc/bindings/dispatch.h), and the dispatcher raises
+# NotImplementedError where it has no kernel for the tensors.
+NOT_MINE = (ValueError, NotImplementedError)
+MASKS, COMPUTE = (torch.bool, *FLOATING), (torch.float32, torch.float64)
 BOOL, INT64 = (torch.bool,), (torch.int64,)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def operand(t: Tensor | None, dtype: torch.dtype | None, layout: Callable) -> Tensor | None:
+def operand(
+    t: Tensor | None, dtype: torch.dtype | None, layout: Callable[[Tensor], Tensor] = Tensor.contiguous
+) -> Tensor | None:
     """Returns a tensor as kernels read it."""
     return None if t is None else layout(t if dtype is None or t.dtype is dtype else t.to(dtype))
 
@@ -51,6 +42,21 @@ Like = namedtuple("Like", "shape dtype")  # all that remains of an argument whos
 make = tuple.__new__
 
 
+def listed(*sizes: object) -> str:
+    """Returns a shape as an error message shows it."""
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
+
+
+def applied(function: type[Function]) -> Callable:
+    """Returns what ``function.apply`` calls in the end; the rest of it serves transforms and costs 1 us."""
+    return super(Function, function).apply  # type: ignore[misc]
+
+
+def wanted(needs_input_grad: tuple[bool, ...], places: tuple[int, ...]) -> list[bool]:
+    """Says which floating tensors need a gradient; an argument that the dispatcher left out needs none."""
+    return [i < len(needs_input_grad) and needs_input_grad[i] for i in places]
+
+
 def stand_in(t: Tensor) -> Tensor:
     """Returns a tensor of the same shape and dtype over the memory of one number: a NaN, which shows wherever it is
     read.
@@ -66,8 +72,8 @@ def promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def wide(*tensors: Tensor | None) -> torch.dtype:
-    return torch.promote_types(promoted(*tensors), torch.float32)
+def wide(first: Tensor, *others: Tensor | None) -> torch.dtype:
+    return torch.promote_types(promoted(first, *others), torch.float32)
 
 
 def as_tuple(found) -> tuple:
@@ -88,8 +94,9 @@ def _recording() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------- the formula in the kernels' place
-def formula_results(op, a):
+def formula_results(op, *arguments):
     """Computes the operator's results by the formula, where no kernel serves."""
+    a = op.written.Arguments(*arguments)
     with torch.no_grad():
         found = as_tuple(op.definition(**a._asdict()))
     inputs = {t.untyped_storage().data_ptr() for t in a if isinstance(t, Tensor)}
@@ -98,42 +105,44 @@ def formula_results(op, a):
 
 
 def transformed_results(op, *arguments):
-    """Computes the operator's results under a transform, from its arguments without ``keep``."""
-    a = op.Arguments(*arguments[: len(op.arguments)])
+    """Computes the operator's results under a transform, from its arguments, which may end with ``keep``."""
+    Arguments = op.written.Arguments
+    a = Arguments(*arguments[: len(Arguments._fields)])
     found = as_tuple(by_formula(op, a))
     return _as_registered(op, a, [t.clone() if any(t is x for x in a) else t for t in found])
 
 
 def _as_registered(op, a, found: list[Tensor]):
     """Returns the formula's results as the registered operator does."""
-    wanted = (*op.outputs, *op.keeps)
-    found += [found[0].new_empty(0) for _ in wanted[len(found) :]]
-    found = [t.to(op.dtype(a, o)) for t, o in zip(found, wanted, strict=True)]
-    found = found if op.like else [t.contiguous() for t in found]
+    dtypes = op.written.result_dtypes(a)
+    found += [found[0].new_empty(0) for _ in dtypes[len(found) :]]
+    found = [t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)]
+    found = [t.contiguous() for t in found] if op.written.dense else found
     return found[0] if len(found) == 1 else tuple(found)
 
 
 def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
     """Computes the gradients by autograd, in float32 or better."""
-    values = {a.name: getattr(saved, a.name) for a in op.arguments}
+    values = {name: getattr(saved, name) for name in op.written.Arguments._fields}
     leaves = []
-    for a in op.differentiable:
-        t = values[a.name]
+    for name in op.written.differentiable:
+        t = values[name]
         if t is not None:
-            t = values[a.name] = t.detach().to(wide(t), copy=True).requires_grad_()
+            t = values[name] = t.detach().to(wide(t), copy=True).requires_grad_()
         leaves.append(t)
     with _recording():
         outputs = as_tuple(op.definition(**values))
-    pairs = zip(outputs, grads, strict=False)
-    pairs = [(o, g.to(o.dtype)) for o, g in pairs if g is not None and o.requires_grad]
+    pairs = [
+        (o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad
+    ]
     wanted = [t for t in leaves if t is not None]
-    found = map(torch.zeros_like, wanted)
+    found: Iterator[Tensor] = map(torch.zeros_like, wanted)
     if pairs:
         outputs, grads = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True))
     return tuple(
-        None if t is None else next(found).to(getattr(saved, a.name).dtype)
-        for a, t in zip(op.differentiable, leaves, strict=True)
+        None if t is None else next(found).to(getattr(saved, name).dtype)
+        for name, t in zip(op.written.differentiable, leaves, strict=True)
     )
 
 
@@ -145,10 +154,12 @@ def transformed_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
         refuse(op.name, error)
 
 
-def transformed_backward(op, *arguments):
-    """Computes the results of the operator's backward from its arguments, as ``transformed_gradients`` does."""
-    grads, saved = arguments[: len(op.graded)], arguments[len(op.graded) :][: len(op.Saved._fields)]
-    found = transformed_gradients(op, grads, op.Saved(*saved))
+def transformed_backward(op, outputs: int, *arguments):
+    """Computes the results of the operator's backward from its arguments, the first of which are the gradients of so
+    many outputs, as ``transformed_gradients`` does.
+    """
+    grads, saved = arguments[:outputs], arguments[outputs:][: len(op.written.Saved._fields)]
+    found = transformed_gradients(op, grads, op.written.Saved(*saved))
     none = torch.empty(0, dtype=grads[0].dtype, device=grads[0].device)
     found = tuple(none if d is None else d for d in found)
     return found[0] if len(found) == 1 else found
@@ -163,5 +174,5 @@ def gradients_without(error: Unlaunchable, op, grads, saved) -> tuple[Tensor | N
             f"fastasr.{op.name}: the kernels cannot compute the gradients here: {error}; "
             f"compute values and gradients under `with fastasr.backend('eager'):`"
         ) from error
-    op.family.give_up(error, *(getattr(saved, name) for name in op.deciding))
+    op.family.give_up(error, *(getattr(saved, name) for name in op.written.deciding))
     return formula_gradients(op, grads, saved)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The signature of an op, read from the annotations of its formula.
 
-h: Annotated[Tensor, "T B 2*C"]                      a floating tensor; shapes: see :mod:`fastasr.ops._shapes`
+h: Annotated[Tensor, "T B 2*C"]                      a floating tensor; shapes.py has the shapes
 padding_mask: Annotated[Tensor, "B T", bool] | None  a bool tensor, or none
 lengths: Annotated[Tensor, "B", int]                 a tensor of integers
 boundary: Annotated[Tensor, "B 4", torch.int64]      a tensor of int64 alone
@@ -19,20 +19,18 @@ return_cache: bool                                   a flag; ``return_...`` asks
 """
 
 import inspect
-import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fastasr.ops._shapes import Pattern
+from fastasr.testing.declared.shapes import Pattern
 
-TENSORS = {  # a kind -> the dtypes that are right (a name of _parts.py), and what an error expects
+TENSORS = {  # a kind -> the dtypes that are right (a name of _runtime.py), and what an error expects
     "floating": ("FLOATING", ""),  # three errors, see ``Errors.wrong_tensor``
     "constant": ("MASKS", "a bool or floating tensor"),
     bool: ("BOOL", "a bool tensor"),
@@ -41,6 +39,7 @@ TENSORS = {  # a kind -> the dtypes that are right (a name of _parts.py), and wh
 }
 SCHEMA = {"int": "SymInt", "pair": "SymInt[2]", "float": "float", "flag": "bool", "choice": "str"}
 PYTHON = {"int": "int", "pair": "tuple", "float": "float", "flag": "bool", "choice": "str"}
+PLAIN = {"pair": "tuple[int, int]", "flag": "bool"}
 WORDS = ((">=", "at least"), ("<=", "at most"), (">", "more than"), ("<", "less than"))
 
 
@@ -53,6 +52,7 @@ class Argument:
     pattern: Pattern | None = None
     constraint: str = ""
     codes: dict = field(default_factory=dict)  # a choice -> the number that kernels get
+    choices: tuple[str, ...] = ()  # in the order of the signature
     keyword_only: bool = False
 
     @property
@@ -62,6 +62,14 @@ class Argument:
     @property
     def type_name(self) -> str:
         return PYTHON[self.kind]
+
+    @property
+    def type_text(self) -> str:
+        """Returns the plain type, as help and type checkers show it."""
+        text = "Tensor" if self.pattern else PLAIN.get(self.kind, self.kind)
+        if self.choices:
+            text = f"Literal[{', '.join(map(repr, self.choices))}]"
+        return f"{text} | None" if self.optional else text
 
     @property
     def schema(self) -> str:
@@ -103,19 +111,6 @@ class Output:
     constant: bool = False  # it has no gradient
 
 
-def plain(formula: Callable) -> inspect.Signature:
-    """Returns the formula's signature with types alone, as ``help`` and completion show it."""
-    hints = {name: _with_bars(hint) for name, hint in get_type_hints(formula).items()}
-    signature = inspect.signature(formula)
-    parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
-    return signature.replace(parameters=parameters, return_annotation=hints["return"])
-
-
-def _with_bars(hint):
-    """Returns ``A | B`` for ``Union[A, B]``, which get_type_hints makes of it where A or B was annotated."""
-    return reduce(operator.or_, get_args(hint)) if get_origin(hint) is Union else hint
-
-
 def arguments(formula: Callable) -> tuple[Argument, ...]:
     hints = get_type_hints(formula, include_extras=True)
     return tuple(_argument(p, hints[p.name]) for p in inspect.signature(formula).parameters.values())
@@ -130,6 +125,7 @@ def _argument(parameter: inspect.Parameter, hint) -> Argument:
         more["pattern"] = Pattern.parse(extra[0])
     elif get_origin(type_) is Literal:
         kind, values = "choice", get_args(type_)
+        more["choices"] = values
         more["codes"] = extra[0] if extra else {value: place for place, value in enumerate(values)}
         if set(more["codes"]) != set(values):
             raise ValueError(

@@ -76,15 +76,15 @@ class Shape:
         """Says whether every shape fits."""
         return not self.dims and (self.rest == "..." or self.rest not in known | {""})
 
-    def text(self, names: Names) -> str:
-        rest = names.get(self.rest, ("...",)) if self.rest else ()
-        dims = (d.value(names) if d.names <= names.keys() else _put(d.text, names) for d in self.dims)
-        parts = [*rest, *dims]
-        return f"({', '.join(map(str, parts))}{',' if len(parts) == 1 else ''})"
+    def listed_code(self, known: set[str]) -> str:
+        """Returns code for the shape in an error message, with the sizes that are known."""
+        rest = [f"*{self.rest}" if self.rest in known else '"..."'] if self.rest else []
+        dims = (d.text if d.names <= known else _text_code(d.text, known) for d in self.dims)
+        return f"listed({', '.join((*rest, *dims))})"
 
     def tuple_code(self) -> str:
         parts = [f"*{self.rest}"] * bool(self.rest) + [d.text for d in self.dims]
-        return f"({', '.join(parts)},)" if parts else "()"
+        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
     def solve(self, known: set[str], shape: str) -> tuple[str, list[str], list[str]]:
         """Returns (rank condition, conditions, bindings) as code over the variable ``shape``, and adds to ``known``."""
@@ -141,10 +141,15 @@ class Pattern:
         """Says whether one name stands for the whole shape."""
         return len(self.alternatives) == 1 and not self.alternatives[0].dims
 
-    def text(self, names: Names) -> str:
-        """Returns the text for an error message, with the known sizes."""
-        shapes = " or ".join(shape.text(names) for shape in self.alternatives)
-        return ", ".join((shapes, *(_put(c, names) for c in self.conditions)))
+    def text_code(self, known: set[str], like: str) -> str:
+        """Returns code for the text of an error message; ``like`` is another argument with the same pattern, or ""."""
+        parts = [f"{{{shape.listed_code(known)}}}" for shape in self.alternatives]
+        conditions = "".join(f", {_braced(c, known)}" for c in self.conditions)
+        of = f" (that of {like})" if self.whole and like else ""
+        if len(parts) == 1 and not conditions and not of:
+            return parts[0][1:-1]
+        quote = "'" if '"' in (text := f"{' or '.join(parts)}{conditions}{of}") else '"'
+        return f"f{quote}{text}{quote}"
 
     def bind(self, known: set[str], tensor: str) -> Iterator[str]:
         """Returns lines that bind the names of a shape that fits."""
@@ -184,6 +189,15 @@ class Pattern:
         yield f"    {wrong}"
 
 
+def _braced(text: str, known: set[str]) -> str:
+    return re.sub(r"[A-Za-z_]\w*", lambda m: f"{{{m[0]}}}" if m[0] in known else m[0], text)
+
+
+def _text_code(text: str, known: set[str]) -> str:
+    braced = _braced(text, known)
+    return f'f"{braced}"' if braced != text else f'"{text}"'
+
+
 def words(text: str) -> list[str]:
     """Splits at spaces outside parentheses."""
     return re.findall(r"(?:\([^()]*\)|\S)+", text)
@@ -191,7 +205,3 @@ def words(text: str) -> list[str]:
 
 def condition(text: str) -> str:
     return re.sub(r"^(\w+) odd$", r"\1 % 2 == 1", text)
-
-
-def _put(text: str, names: Names) -> str:
-    return re.sub(r"[A-Za-z_]\w*", lambda m: str(names.get(m[0], m[0])), text)

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=add_norm` writes this file from fastasr/ops/add_norm.py: change that one.
+"""x + scale · update, and its LayerNorm"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wanted,
+)
+from fastasr.ops.add_norm import _gradients, _launch
+from fastasr.ops.add_norm import add_norm as formula
+
+op = OPS["add_norm"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    update: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-05
+    scale: float = 1.0
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    update: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    scale: float
+
+
+class Needs(NamedTuple):
+    x: bool
+    update: bool
+    weight: bool
+    bias: bool
+
+
+# --------------------------------------------------------------------------- the public function
+def add_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-05, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Returns x + scale · update, and its LayerNorm over the last dimension.
+
+    Args:
+        x, update: (..., C), one shape. float32, bfloat16, float16 or float64.
+        weight, bias: (C,).
+        eps: added to the variance.
+        scale: of the update.
+    Returns:
+        The sum, in the promoted dtype of x and update, and the LayerNorm of the sum as it is rounded, computed in
+        float32 or better and rounded once to update's dtype. Both have x's shape.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not match.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and type(update) in PLAIN
+        and type(weight) in PLAIN
+        and type(bias) in PLAIN
+        and type(eps) is float
+        and (eps >= 0)
+        and type(scale) is float
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad
+            ):
+                return apply(kernels, True, x, update, weight, bias, eps, scale)
+            t, y = kernels.forward(x, update, weight, bias, eps, scale)
+            return t, y
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, update, weight, bias, eps, scale)
+            raise
+    check(x, update, weight, bias, eps, scale)
+    if is_compiling() or not (
+        type(x) in PLAIN and type(update) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN
+    ):
+        return traced(x, update, weight, bias, eps, scale)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x, update, weight, bias, eps, scale))
+    kernels = family.kernels(x, update, weight, bias)
+    if kernels is None:
+        return formula(x, update, weight, bias, eps, scale)
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad
+        ):
+            return apply(kernels, False, x, update, weight, bias, eps, scale)
+        t, y = run_kernels(kernels, x, update, weight, bias, eps, scale)
+    except Unlaunchable as error:
+        family.give_up(error, x, update, weight, bias)
+        return formula(x, update, weight, bias, eps, scale)
+    return t, y
+
+
+def check(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(eps) is not float:
+        op.wrong_float("eps", eps)
+    if not (eps >= 0):
+        op.fail("eps", "at least 0", eps)
+    if type(scale) is not float:
+        op.wrong_float("scale", scale)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) >= 1:
+        S = shape[:-1]
+        C = shape[-1]
+        right = C >= 1
+    if not right:
+        op.wrong_shape("x", x, f"{listed('...', 'C')}, C >= 1")
+    if not isinstance(update, Tensor) or update.dtype not in FLOATING or update.layout is not torch.strided:
+        op.wrong_tensor("update", update)
+    if update.shape != (*S, C):
+        op.wrong_shape("update", update, listed(*S, C))
+    if update.device != x.device:
+        op.wrong_device("update", update, "x", x)
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    if weight.shape != (C,):
+        op.wrong_shape("weight", weight, listed(C))
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+        op.wrong_tensor("bias", bias)
+    if bias.shape != (C,):
+        op.wrong_shape("bias", bias, listed(C))
+    if bias.device != x.device:
+        op.wrong_device("bias", bias, "x", x)
+
+
+def traced(x, update, weight, bias, eps, scale):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("add_norm", x, update, weight, bias):
+        return formula(x, update, weight, bias, eps, scale)
+    t, y = operator(x, update, weight, bias, eps, scale)
+    return t, y
+
+
+def run_kernels(kernels, x, update, weight, bias, eps, scale):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    t_dtype = promoted(x, update)
+    y_dtype = promoted(update)
+    t, y = _launch(op, kernels, make(Arguments, (x, update, weight, bias, eps, scale)), t_dtype, False)
+    if t.dtype is not t_dtype:
+        t = t.to(t_dtype)
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    return t, y
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x, a.update), promoted(a.update))
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class AddNorm(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, update, weight, bias, eps, scale):
+        if direct:
+            t, y = kernels.forward(x, update, weight, bias, eps, scale)
+        else:
+            t, y = run_kernels(kernels, x, update, weight, bias, eps, scale)
+        ctx.save_for_backward(x, update, weight, bias)
+        ctx.rest = kernels, direct, eps, scale
+        ctx.set_materialize_grads(False)
+        return t, y
+
+    @staticmethod
+    def backward(ctx, grad_t, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("add_norm")
+        # once: a checkpoint gives them one time
+        x, update, weight, bias = ctx.saved_tensors
+        kernels, direct, eps, scale = ctx.rest
+        if grad_t is None and grad_y is None:
+            return (None,) * 8
+        if (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_t is not None and is_batched(grad_t))
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x, d_update, d_weight, d_bias = transformed_gradients(
+                op, (grad_t, grad_y), make(Saved, (x, update, weight, bias, eps, scale))
+            )
+            return None, None, d_x, d_update, d_weight, d_bias, None, None
+        needs = ctx.needs_input_grad[2:6]
+        try:
+            d_x, d_update, d_weight, d_bias = differentiate(
+                kernels, grad_t, grad_y, x, update, weight, bias, eps, scale, needs
+            )
+        except Unlaunchable as error:
+            d_x, d_update, d_weight, d_bias = gradients_without(
+                error, op, (grad_t, grad_y), make(Saved, (x, update, weight, bias, eps, scale))
+            )
+        return None, None, d_x, d_update, d_weight, d_bias, None, None
+
+
+def differentiate(kernels, grad_t, grad_y, x, update, weight, bias, eps, scale, needs):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    d_x, d_update, d_weight, d_bias = _gradients(
+        op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, eps, scale,)), make(Needs,
+        needs),
+    )  # fmt: skip
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_update is not None and d_update.dtype is not update.dtype:
+        d_update = d_update.to(update.dtype)
+    if d_weight is not None and d_weight.dtype is not weight.dtype:
+        d_weight = d_weight.to(weight.dtype)
+    if d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_update, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, update, weight, bias, eps=1e-05, scale=1.0):
+    kernels = family.kernels(x, update, weight, bias)
+    if kernels is None:
+        return formula_results(op, x, update, weight, bias, eps, scale)
+    try:
+        t, y = run_kernels(kernels, x, update, weight, bias, eps, scale)
+    except Unlaunchable as error:
+        family.give_up(error, x, update, weight, bias)
+        return formula_results(op, x, update, weight, bias, eps, scale)
+    return t.contiguous(), y.contiguous()
+
+
+def fake(x, update, weight, bias, eps=1e-05, scale=1.0):
+    S = x.shape[:-1]
+    C = x.shape[-1]
+    return torch.empty((*S, C), dtype=promoted(x, update), device=x.device), torch.empty(
+        (*S, C), dtype=promoted(update), device=x.device
+    )
+
+
+def set_up(ctx, inputs, output):
+    x, update, weight, bias, eps, scale = inputs
+    t, y = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, update, weight, bias)
+    ctx.rest = eps, scale
+
+
+def backward(ctx, grad_t, grad_y, *_):
+    if grad_t is None and grad_y is None:
+        return (None,) * 6
+    x, update, weight, bias = ctx.saved_tensors
+    eps, scale = ctx.rest
+    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
+    d_x, d_update, d_weight, d_bias = as_tuple(
+        backward_operator(grad_t, grad_y, x, update, weight, bias, eps, scale, needs)
+    )
+    return (
+        None if not needs[0] else d_x,
+        None if not needs[1] else d_update,
+        None if not needs[2] else d_weight,
+        None if not needs[3] else d_bias,
+        None,
+        None,
+    )
+
+
+def run_backward(grad_t, grad_y, x, update, weight, bias, eps, scale, needs):
+    kernels = family.kernels(x, update, weight, bias)
+    if kernels is None:
+        d_x, d_update, d_weight, d_bias = formula_gradients(
+            op, (grad_t, grad_y), Saved(x, update, weight, bias, eps, scale)
+        )
+    else:
+        try:
+            d_x, d_update, d_weight, d_bias = differentiate(
+                kernels, grad_t, grad_y, x, update, weight, bias, eps, scale, needs
+            )
+        except Unlaunchable as error:
+            d_x, d_update, d_weight, d_bias = gradients_without(
+                error, op, (grad_t, grad_y), Saved(x, update, weight, bias, eps, scale)
+            )
+    return (
+        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
+        x.new_empty(0) if not needs[1] or d_update is None else d_update.contiguous(),
+        x.new_empty(0) if not needs[2] or d_weight is None else d_weight.contiguous(),
+        x.new_empty(0) if not needs[3] or d_bias is None else d_bias.contiguous(),
+    )
+
+
+def fake_backward(grad_t, grad_y, x, update, weight, bias, eps, scale, needs):
+    return (
+        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
+        x.new_empty(0) if not needs[1] else update.new_empty(update.shape),
+        x.new_empty(0) if not needs[2] else weight.new_empty(weight.shape),
+        x.new_empty(0) if not needs[3] else bias.new_empty(bias.shape),
+    )
+
+
+backward_operator = register(
+    "add_norm_backward(Tensor? grad_t, Tensor? grad_y, Tensor x, Tensor update, Tensor weight, Tensor "
+    "bias, float eps, float scale, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 2),
+)
+operator = register(
+    "add_norm(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps=1e-05, float scale=1.0) -> "
+    "(Tensor, Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(AddNorm)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x", "update", "weight", "bias"),
+    differentiable=("x", "update", "weight", "bias"),
+    dense=True,
+)
+op.serve(add_norm, written)

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=balancer_gradient` writes this file from fastasr/ops/balancer_gradient.py: change that one.
+"""Gradient of Zipformer's Balancer: channels kept in a range of mean and size"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import register
+from fastasr.ops._runtime import MASKS, NOT_MINE, formula_results, listed, make, promoted, transformed_results
+from fastasr.ops.balancer_gradient import _check, _fits, _forward, _launch
+from fastasr.ops.balancer_gradient import balancer_gradient as formula
+
+op = OPS["balancer_gradient"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    min_mean: float | None = None
+    max_mean: float | None = None
+    min_rms: float | None = None
+    max_rms: float | None = None
+    grad_scale: float | None = None
+    channel_dim: int = -1
+    limits: Tensor | None = None
+    act: Tensor | None = None
+
+
+# --------------------------------------------------------------------------- the public function
+def balancer_gradient(
+    grad: Tensor,
+    x: Tensor,
+    min_mean: float | None = None,
+    max_mean: float | None = None,
+    min_rms: float | None = None,
+    max_rms: float | None = None,
+    grad_scale: float | None = None,
+    channel_dim: int = -1,
+    limits: Tensor | None = None,
+    act: Tensor | None = None,
+) -> Tensor:
+    """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
+
+    Args:
+        grad, x: the same shape, with at least one dimension. float32, bfloat16, float16 or float64.
+        min_mean, max_mean: limits of a channel's mean over its standard deviation.
+        min_rms, max_rms: limits of its root mean square.
+        grad_scale: root mean square of the change relative to ``grad``.
+        channel_dim: the dimension of the channels.
+        limits: the five numbers on the device of x, in place of the numbers above.
+        act: one number on the device of x. If it is 0, the result is ``grad`` unchanged.
+    Returns:
+        A tensor of grad's shape and dtype, computed in float32 or better, rounded once.
+    Raises:
+        TypeError: grad or x is not a floating tensor.
+        ValueError: shapes or devices do not match; channel_dim is no dimension of x; limits are missing or given twice.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(grad) in PLAIN
+        and grad.is_cpu
+        and (dtype := grad.dtype)
+        and type(x) in PLAIN
+        and x.is_cpu
+        and (limits is None or (type(limits) in PLAIN and limits.is_cpu and limits.dtype is dtype))
+        and (
+            act is None
+            or (type(act) in PLAIN and act.is_cpu and act.dtype is dtype and not act.requires_grad)
+        )
+        and (min_mean is None or type(min_mean) is float)
+        and (max_mean is None or type(max_mean) is float)
+        and (min_rms is None or type(min_rms) is float)
+        and (max_rms is None or type(max_rms) is float)
+        and (grad_scale is None or type(grad_scale) is float)
+        and type(channel_dim) is int
+        and _fits(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            return _forward(
+                kernels, False, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim,
+                limits, act,
+            )  # fmt: skip
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+            raise
+    check(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+    if is_compiling() or not (
+        type(grad) in PLAIN
+        and type(x) in PLAIN
+        and (limits is None or type(limits) in PLAIN)
+        and (act is None or type(act) in PLAIN)
+    ):
+        return traced(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(
+            op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+        )
+    kernels = family.kernels(x, grad)
+    if kernels is None:
+        return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+    try:
+        y = run_kernels(
+            kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
+        )
+    except Unlaunchable as error:
+        family.give_up(error, x, grad)
+        return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+    return y
+
+
+def check(
+    grad: Tensor,
+    x: Tensor,
+    min_mean: float | None,
+    max_mean: float | None,
+    min_rms: float | None,
+    max_rms: float | None,
+    grad_scale: float | None,
+    channel_dim: int,
+    limits: Tensor | None,
+    act: Tensor | None,
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if min_mean is not None and type(min_mean) is not float:
+        op.wrong_float("min_mean", min_mean)
+    if max_mean is not None and type(max_mean) is not float:
+        op.wrong_float("max_mean", max_mean)
+    if min_rms is not None and type(min_rms) is not float:
+        op.wrong_float("min_rms", min_rms)
+    if max_rms is not None and type(max_rms) is not float:
+        op.wrong_float("max_rms", max_rms)
+    if grad_scale is not None and type(grad_scale) is not float:
+        op.wrong_float("grad_scale", grad_scale)
+    if not isinstance(grad, Tensor) or grad.dtype not in FLOATING or grad.layout is not torch.strided:
+        op.wrong_tensor("grad", grad)
+    shape, right = grad.shape, False
+    if len(shape) >= 1:
+        S = shape[:-1]
+        D = shape[-1]
+        right = True
+    if not right:
+        op.wrong_shape("grad", grad, listed("...", "D"))
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    if x.shape != (*S, D):
+        op.wrong_shape("x", x, listed(*S, D))
+    if x.device != grad.device:
+        op.wrong_device("x", x, "grad", grad)
+    if limits is not None:
+        if (
+            not isinstance(limits, Tensor)
+            or limits.dtype not in FLOATING
+            or limits.layout is not torch.strided
+        ):
+            op.wrong_tensor("limits", limits)
+        if limits.shape != (5,):
+            op.wrong_shape("limits", limits, listed(5))
+        if limits.device != grad.device:
+            op.wrong_device("limits", limits, "grad", grad)
+    if act is not None:
+        if not isinstance(act, Tensor) or act.dtype not in MASKS or act.layout is not torch.strided:
+            op.wrong_tensor("act", act, "a bool or floating tensor")
+        if act.requires_grad:
+            op.fail("act", "a constant", "a tensor that requires a gradient")
+        if act.shape != () and act.shape != (1,):
+            op.wrong_shape("act", act, f"{listed()} or {listed(1)}")
+        if act.device != grad.device:
+            op.wrong_device("act", act, "grad", grad)
+    if type(channel_dim) is not int:
+        op.wrong_int("channel_dim", channel_dim)
+    if not (-x.dim() <= channel_dim < x.dim()):
+        op.wrong_dimension("channel_dim", channel_dim, x)
+    _check(op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act))
+
+
+def traced(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("balancer_gradient", x, grad):
+        return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+    return operator(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+
+
+def run_kernels(kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(grad)
+    y = _launch(
+        op, kernels, make(Arguments, (grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim,
+        limits, act,)), y_dtype, False,
+    )  # fmt: skip
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    return y
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.grad),)
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(
+    grad, x, min_mean=None, max_mean=None, min_rms=None, max_rms=None, grad_scale=None, channel_dim=-1,
+    limits=None, act=None,
+):  # fmt: skip
+    kernels = family.kernels(x, grad)
+    if kernels is None:
+        return formula_results(
+            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
+        )
+    try:
+        y = run_kernels(
+            kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
+        )
+    except Unlaunchable as error:
+        family.give_up(error, x, grad)
+        return formula_results(
+            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
+        )
+    return y.contiguous()
+
+
+def fake(
+    grad, x, min_mean=None, max_mean=None, min_rms=None, max_rms=None, grad_scale=None, channel_dim=-1,
+    limits=None, act=None,
+):  # fmt: skip
+    S = grad.shape[:-1]
+    D = grad.shape[-1]
+    return torch.empty((*S, D), dtype=promoted(grad), device=grad.device)
+
+
+backward_operator = None
+operator = register(
+    "balancer_gradient(Tensor grad, Tensor x, float? min_mean=None, float? max_mean=None, float? "
+    "min_rms=None, float? max_rms=None, float? grad_scale=None, SymInt channel_dim=-1, Tensor? "
+    "limits=None, Tensor? act=None) -> Tensor",
+    run,
+    fake,
+    transformed=partial(transformed_results, op),
+)
+apply = None
+written = Written(
+    Arguments=Arguments,
+    Saved=None,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x", "grad"),
+    differentiable=(),
+    dense=True,
+)
+op.serve(balancer_gradient, written)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=bias_norm` writes this file from fastasr/ops/bias_norm.py: change that one.
+"""x · mean((x − bias)²)^(−½) · e^log_scale"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    as_tuple,
+    back,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+)
+from fastasr.ops.bias_norm import _check, _gradients, _launch
+from fastasr.ops.bias_norm import bias_norm as formula
+
+op = OPS["bias_norm"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    bias: Tensor
+    log_scale: Tensor
+    channel_dim: int = -1
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    bias: Tensor
+    log_scale: Tensor
+    channel_dim: int
+
+
+# --------------------------------------------------------------------------- the public function
+def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1) -> Tensor:
+    """x · mean((x − bias)², channel_dim)^(−1/2) · e^log_scale. There is no epsilon: a row equal to bias gives inf.
+
+    Args:
+        x: any shape with at least one dimension; float32, bfloat16, float16 or float64.
+        bias: (C,), C = x.shape[channel_dim].
+        log_scale: one element.
+        channel_dim: the dimension that is normalised.
+    Returns:
+        A tensor of x's shape; its dtype is the promotion of x's and bias's (as the formula's), computed in float32 or
+        better and rounded once.
+    Raises:
+        TypeError: an argument is not a floating tensor, or channel_dim not an int.
+        ValueError: shapes or devices do not match.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and (dtype := x.dtype)
+        and x.is_contiguous()
+        and type(bias) in PLAIN
+        and bias.dtype is dtype
+        and type(log_scale) in PLAIN
+        and log_scale.dtype is dtype
+        and type(channel_dim) is int
+        and channel_dim == -1
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
+                return apply(kernels, True, x, bias, log_scale, channel_dim)
+            return kernels.forward(x, bias, log_scale)
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, bias, log_scale, channel_dim)
+            raise
+    check(x, bias, log_scale, channel_dim)
+    if is_compiling() or not (type(x) in PLAIN and type(bias) in PLAIN and type(log_scale) in PLAIN):
+        return traced(x, bias, log_scale, channel_dim)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x, bias, log_scale, channel_dim))
+    kernels = family.kernels(x, bias)
+    if kernels is None:
+        return formula(x, bias, log_scale, channel_dim)
+    try:
+        if is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
+            return apply(kernels, False, x, bias, log_scale, channel_dim)
+        y = run_kernels(kernels, x, bias, log_scale, channel_dim)
+    except Unlaunchable as error:
+        family.give_up(error, x, bias)
+        return formula(x, bias, log_scale, channel_dim)
+    return y
+
+
+def check(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) >= 1:
+        right = True
+    if not right:
+        op.wrong_shape("x", x, listed("...", "D"))
+    if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+        op.wrong_tensor("bias", bias)
+    shape, right = bias.shape, False
+    if len(shape) == 1:
+        right = True
+    if not right:
+        op.wrong_shape("bias", bias, listed("C"))
+    if bias.device != x.device:
+        op.wrong_device("bias", bias, "x", x)
+    if (
+        not isinstance(log_scale, Tensor)
+        or log_scale.dtype not in FLOATING
+        or log_scale.layout is not torch.strided
+    ):
+        op.wrong_tensor("log_scale", log_scale)
+    if log_scale.shape != () and log_scale.shape != (1,):
+        op.wrong_shape("log_scale", log_scale, f"{listed()} or {listed(1)}")
+    if log_scale.device != x.device:
+        op.wrong_device("log_scale", log_scale, "x", x)
+    if type(channel_dim) is not int:
+        op.wrong_int("channel_dim", channel_dim)
+    if not (-x.dim() <= channel_dim < x.dim()):
+        op.wrong_dimension("channel_dim", channel_dim, x)
+    _check(op, Arguments(x, bias, log_scale, channel_dim))
+
+
+def traced(x, bias, log_scale, channel_dim):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("bias_norm", x, bias):
+        return formula(x, bias, log_scale, channel_dim)
+    return operator(x, bias, log_scale, channel_dim)
+
+
+def run_kernels(kernels, x, bias, log_scale, channel_dim):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x, bias)
+    y = _launch(op, kernels, make(Arguments, (x, bias, log_scale, channel_dim)), y_dtype, False)
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    return y
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x, a.bias),)
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class BiasNorm(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, bias, log_scale, channel_dim):
+        y = (
+            kernels.forward(x, bias, log_scale)
+            if direct
+            else run_kernels(kernels, x, bias, log_scale, channel_dim)
+        )
+        ctx.save_for_backward(x, bias, log_scale)
+        ctx.rest = kernels, direct, channel_dim
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("bias_norm")
+        # once: a checkpoint gives them one time
+        x, bias, log_scale = ctx.saved_tensors
+        kernels, direct, channel_dim = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_x, d_bias, d_log_scale = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim))
+            )
+            return None, None, d_x, d_bias, d_log_scale, None
+        if direct:
+            d_x, d_bias, d_log_scale = kernels.backward(grad_y.contiguous(), x, bias, log_scale)
+            return None, None, d_x, d_bias, d_log_scale, None
+        try:
+            d_x, d_bias, d_log_scale = differentiate(kernels, grad_y, x, bias, log_scale, channel_dim)
+        except Unlaunchable as error:
+            d_x, d_bias, d_log_scale = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim))
+            )
+        return None, None, d_x, d_bias, d_log_scale, None
+
+
+def differentiate(kernels, grad_y, x, bias, log_scale, channel_dim):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    d_x, d_bias, d_log_scale = _gradients(
+        op, kernels, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim)), None
+    )
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    d_log_scale = back(d_log_scale, log_scale)
+    return d_x, d_bias, d_log_scale
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, bias, log_scale, channel_dim=-1):
+    kernels = family.kernels(x, bias)
+    if kernels is None:
+        return formula_results(op, x, bias, log_scale, channel_dim)
+    try:
+        y = run_kernels(kernels, x, bias, log_scale, channel_dim)
+    except Unlaunchable as error:
+        family.give_up(error, x, bias)
+        return formula_results(op, x, bias, log_scale, channel_dim)
+    return y.contiguous()
+
+
+def fake(x, bias, log_scale, channel_dim=-1):
+    S = x.shape[:-1]
+    D = x.shape[-1]
+
+    return torch.empty((*S, D), dtype=promoted(x, bias), device=x.device)
+
+
+def set_up(ctx, inputs, output):
+    x, bias, log_scale, channel_dim = inputs
+
+    ctx.save_for_backward(x, bias, log_scale)
+    ctx.rest = (channel_dim,)
+
+
+def backward(ctx, grad_y, *_):
+    x, bias, log_scale = ctx.saved_tensors
+    (channel_dim,) = ctx.rest
+    d_x, d_bias, d_log_scale = as_tuple(backward_operator(grad_y, x, bias, log_scale, channel_dim))
+    return d_x, d_bias, d_log_scale, None
+
+
+def run_backward(grad_y, x, bias, log_scale, channel_dim):
+    kernels = family.kernels(x, bias)
+    if kernels is None:
+        d_x, d_bias, d_log_scale = formula_gradients(op, (grad_y,), Saved(x, bias, log_scale, channel_dim))
+    else:
+        try:
+            d_x, d_bias, d_log_scale = differentiate(kernels, grad_y, x, bias, log_scale, channel_dim)
+        except Unlaunchable as error:
+            d_x, d_bias, d_log_scale = gradients_without(
+                error, op, (grad_y,), Saved(x, bias, log_scale, channel_dim)
+            )
+    return d_x.contiguous(), d_bias.contiguous(), d_log_scale.contiguous()
+
+
+def fake_backward(grad_y, x, bias, log_scale, channel_dim):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape), log_scale.new_empty(log_scale.shape)
+
+
+backward_operator = register(
+    "bias_norm_backward(Tensor grad_y, Tensor x, Tensor bias, Tensor log_scale, SymInt channel_dim) -> "
+    "(Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "bias_norm(Tensor x, Tensor bias, Tensor log_scale, SymInt channel_dim=-1) -> Tensor",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(BiasNorm)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x", "bias"),
+    differentiable=("x", "bias", "log_scale"),
+    dense=True,
+)
+op.serve(bias_norm, written)

@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=conv_spatial_gate` writes this file from fastasr/ops/conv_spatial_gate.py: change that one.
+"""LayerNorm of the gate, depthwise convolution, product: the gating unit of E-Branchformer's cgMLP"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled, promote_types
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
+from fastasr.ops._layout import dense_channels
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._runtime import (
+    BOOL,
+    COMPUTE,
+    NOT_MINE,
+    applied,
+    as_tuple,
+    back,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    operand,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+)
+from fastasr.ops.conv_spatial_gate import conv_spatial_gate as formula
+
+op = OPS["conv_spatial_gate"]
+family = op.family
+ACTIVATION_CODES = {"identity": 0, "silu": 1, "relu": 2, "tanh": 3, "gelu": 4}
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-05
+    padding_mask: Tensor | None = None
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity"
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    padding_mask: Tensor | None
+    eps: float
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"]
+
+
+# --------------------------------------------------------------------------- the public function
+def conv_spatial_gate(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-05,
+    *,
+    padding_mask: Tensor | None = None,
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity",
+) -> Tensor:
+    """r · act(depthwise convolution over time of LayerNorm(g)) for x = (r, g).
+
+    Args:
+        x: (B, T, 2C), the factor and the gate; float32, bfloat16, float16 or float64. Its channels are read where they
+            lie if they are contiguous, whatever the other strides.
+        norm_weight, norm_bias: (C,), of the LayerNorm.
+        weight: (C, 1, K) or (C, K), K odd: the taps, padded with zeros to the same length.
+        bias: (C,), of the convolution.
+        eps: added to the variance.
+        padding_mask: (B, T), bool; True: the frame is padding, and its normalised gate counts as 0.
+        activation: of the gate: "identity", "silu", "relu", "tanh" or "gelu".
+    Returns:
+        y (B, T, C), contiguous, in x's dtype, computed in float32 or better and rounded once.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or names do not match.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and (x.is_contiguous() or x.stride(-1) == 1)
+        and type(norm_weight) in PLAIN
+        and norm_weight.dtype in COMPUTE
+        and type(norm_bias) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (padding_mask is None or type(padding_mask) in PLAIN)
+        and type(eps) is float
+        and (eps >= 0)
+        and type(activation) is str
+        and activation in ACTIVATION_CODES
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                x.requires_grad
+                or norm_weight.requires_grad
+                or norm_bias.requires_grad
+                or weight.requires_grad
+                or (bias is not None and bias.requires_grad)
+            ):
+                return apply(
+                    kernels, True, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation
+                )
+            return kernels.forward(
+                x, norm_weight, norm_bias, weight, bias, padding_mask, eps, ACTIVATION_CODES[activation]
+            )
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+            raise
+    check(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+    if is_compiling() or not (
+        type(x) in PLAIN
+        and type(norm_weight) in PLAIN
+        and type(norm_bias) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (padding_mask is None or type(padding_mask) in PLAIN)
+    ):
+        return traced(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(
+            op, Arguments(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+        )
+    kernels = family.kernels(x, norm_weight, norm_bias, weight, bias)
+    if kernels is None:
+        return formula(
+            x, norm_weight, norm_bias, weight, bias, eps, padding_mask=padding_mask, activation=activation
+        )
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad
+            or norm_weight.requires_grad
+            or norm_bias.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
+            return apply(
+                kernels, False, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation
+            )
+        y = run_kernels(kernels, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+    except Unlaunchable as error:
+        family.give_up(error, x, norm_weight, norm_bias, weight, bias)
+        return formula(
+            x, norm_weight, norm_bias, weight, bias, eps, padding_mask=padding_mask, activation=activation
+        )
+    return y
+
+
+def check(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    padding_mask: Tensor | None,
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"],
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(eps) is not float:
+        op.wrong_float("eps", eps)
+    if not (eps >= 0):
+        op.fail("eps", "at least 0", eps)
+    if not (type(activation) is str and activation in ACTIVATION_CODES):
+        op.wrong_choice("activation", activation, ACTIVATION_CODES)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) == 3:
+        B = shape[0]
+        T = shape[1]
+        C = shape[2] // 2
+        right = shape[2] % 2 == 0 and C >= 1
+    if not right:
+        op.wrong_shape("x", x, f"{listed('B', 'T', '2*C')}, C >= 1")
+    if (
+        not isinstance(norm_weight, Tensor)
+        or norm_weight.dtype not in FLOATING
+        or norm_weight.layout is not torch.strided
+    ):
+        op.wrong_tensor("norm_weight", norm_weight)
+    if norm_weight.shape != (C,):
+        op.wrong_shape("norm_weight", norm_weight, listed(C))
+    if norm_weight.device != x.device:
+        op.wrong_device("norm_weight", norm_weight, "x", x)
+    if (
+        not isinstance(norm_bias, Tensor)
+        or norm_bias.dtype not in FLOATING
+        or norm_bias.layout is not torch.strided
+    ):
+        op.wrong_tensor("norm_bias", norm_bias)
+    if norm_bias.shape != (C,):
+        op.wrong_shape("norm_bias", norm_bias, listed(C))
+    if norm_bias.device != x.device:
+        op.wrong_device("norm_bias", norm_bias, "x", x)
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    shape, right = weight.shape, False
+    if len(shape) == 3:
+        K = shape[2]
+        right = shape[0] == C and shape[1] == 1 and K % 2 == 1
+    elif len(shape) == 2:
+        K = shape[1]
+        right = shape[0] == C and K % 2 == 1
+    if not right:
+        op.wrong_shape("weight", weight, f"{listed(C, 1, 'K')} or {listed(C, 'K')}, K odd")
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+            op.wrong_tensor("bias", bias)
+        if bias.shape != (C,):
+            op.wrong_shape("bias", bias, listed(C))
+        if bias.device != x.device:
+            op.wrong_device("bias", bias, "x", x)
+    if padding_mask is not None:
+        if (
+            not isinstance(padding_mask, Tensor)
+            or padding_mask.dtype not in BOOL
+            or padding_mask.layout is not torch.strided
+        ):
+            op.wrong_tensor("padding_mask", padding_mask, "a bool tensor")
+        if padding_mask.shape != (B, T):
+            op.wrong_shape("padding_mask", padding_mask, listed(B, T))
+        if padding_mask.device != x.device:
+            op.wrong_device("padding_mask", padding_mask, "x", x)
+
+
+def traced(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("conv_spatial_gate", x, norm_weight, norm_bias, weight, bias):
+        return formula(
+            x, norm_weight, norm_bias, weight, bias, eps, padding_mask=padding_mask, activation=activation
+        )
+    return operator(x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+
+
+def run_kernels(kernels, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x)
+    dtype = widest(x, (norm_weight, norm_bias, weight, bias))
+    work = promote_types(dtype, torch.float32)
+    y = kernels.forward(
+        operand(x, dtype, dense_channels), operand(norm_weight, work), operand(norm_bias, work),
+        operand(weight, work), operand(bias, work), operand(padding_mask, None), eps,
+        ACTIVATION_CODES[activation],
+    )  # fmt: skip
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    return y
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x),)
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class ConvSpatialGate(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation):
+        if direct:
+            y = kernels.forward(
+                x, norm_weight, norm_bias, weight, bias, padding_mask, eps, ACTIVATION_CODES[activation]
+            )
+        else:
+            y = run_kernels(kernels, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, padding_mask)
+        ctx.rest = kernels, direct, eps, activation
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("conv_spatial_gate")
+        # once: a checkpoint gives them one time
+        x, norm_weight, norm_bias, weight, bias, padding_mask = ctx.saved_tensors
+        kernels, direct, eps, activation = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
+                activation,)),
+            )  # fmt: skip
+            return None, None, d_x, d_norm_weight, d_norm_bias, d_weight, d_bias, None, None, None
+        if direct:
+            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = kernels.backward(
+                grad_y.contiguous(), x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
+                ACTIVATION_CODES[activation],
+            )  # fmt: skip
+            return (
+                None,
+                None,
+                d_x,
+                d_norm_weight,
+                d_norm_bias,
+                d_weight,
+                None if bias is None else d_bias,
+                None,
+                None,
+                None,
+            )
+        try:
+            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation
+            )
+        except Unlaunchable as error:
+            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
+                activation,)),
+            )  # fmt: skip
+        return None, None, d_x, d_norm_weight, d_norm_bias, d_weight, d_bias, None, None, None
+
+
+def differentiate(kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    dtype = widest(x, (norm_weight, norm_bias, weight, bias))
+    work = promote_types(dtype, torch.float32)
+    d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = kernels.backward(
+        operand(grad_y, dtype), operand(x, dtype, dense_channels), operand(norm_weight, work),
+        operand(norm_bias, work), operand(weight, work), operand(bias, work), operand(padding_mask, None),
+        eps, ACTIVATION_CODES[activation],
+    )  # fmt: skip
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_norm_weight is not None and d_norm_weight.dtype is not norm_weight.dtype:
+        d_norm_weight = d_norm_weight.to(norm_weight.dtype)
+    if d_norm_bias is not None and d_norm_bias.dtype is not norm_bias.dtype:
+        d_norm_bias = d_norm_bias.to(norm_bias.dtype)
+    d_weight = back(d_weight, weight)
+    if bias is None:
+        d_bias = None
+    elif d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, norm_weight, norm_bias, weight, bias=None, eps=1e-05, padding_mask=None, activation="identity"):
+    kernels = family.kernels(x, norm_weight, norm_bias, weight, bias)
+    if kernels is None:
+        return formula_results(op, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+    try:
+        y = run_kernels(kernels, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+    except Unlaunchable as error:
+        family.give_up(error, x, norm_weight, norm_bias, weight, bias)
+        return formula_results(op, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+    return y.contiguous()
+
+
+def fake(x, norm_weight, norm_bias, weight, bias=None, eps=1e-05, padding_mask=None, activation="identity"):
+    B = x.shape[0]
+    T = x.shape[1]
+    C = x.shape[2] // 2
+
+    return torch.empty((B, T, C), dtype=promoted(x), device=x.device)
+
+
+def set_up(ctx, inputs, output):
+    x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation = inputs
+
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, padding_mask)
+    ctx.rest = eps, activation
+
+
+def backward(ctx, grad_y, *_):
+    x, norm_weight, norm_bias, weight, bias, padding_mask = ctx.saved_tensors
+    eps, activation = ctx.rest
+    d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = as_tuple(
+        backward_operator(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation)
+    )
+    return d_x, d_norm_weight, d_norm_bias, d_weight, None if bias is None else d_bias, None, None, None
+
+
+def run_backward(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
+    kernels = family.kernels(x, norm_weight, norm_bias, weight, bias)
+    if kernels is None:
+        d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = formula_gradients(
+            op, (grad_y,), Saved(x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation)
+        )
+    else:
+        try:
+            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation
+            )
+        except Unlaunchable as error:
+            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), Saved(x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
+                activation),
+            )  # fmt: skip
+    return (
+        d_x.contiguous(),
+        d_norm_weight.contiguous(),
+        d_norm_bias.contiguous(),
+        d_weight.contiguous(),
+        x.new_empty(0) if bias is None else d_bias.contiguous(),
+    )
+
+
+def fake_backward(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
+    return (
+        x.new_empty(x.shape),
+        norm_weight.new_empty(norm_weight.shape),
+        norm_bias.new_empty(norm_bias.shape),
+        weight.new_empty(weight.shape),
+        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+backward_operator = register(
+    "conv_spatial_gate_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor "
+    "weight, Tensor? bias, Tensor? padding_mask, float eps, str activation) -> (Tensor, Tensor, Tensor, "
+    "Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "conv_spatial_gate(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias=None, "
+    'float eps=1e-05, Tensor? padding_mask=None, str activation="identity") -> Tensor',
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(ConvSpatialGate)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x", "norm_weight", "norm_bias", "weight", "bias"),
+    differentiable=("x", "norm_weight", "norm_bias", "weight", "bias"),
+    dense=True,
+)
+op.serve(conv_spatial_gate, written)

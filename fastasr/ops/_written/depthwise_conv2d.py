@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=depthwise_conv2d` writes this file from fastasr/ops/depthwise_conv2d.py: change that one.
+"""depthwise convolution of maps, channels last, as in ConvNeXt"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    as_tuple,
+    back,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    operand,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wanted,
+)
+from fastasr.ops.depthwise_conv2d import _padding, _padding_fits
+from fastasr.ops.depthwise_conv2d import depthwise_conv2d as formula
+
+op = OPS["depthwise_conv2d"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    padding: tuple[int, int] = (0, 0)
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    padding: tuple[int, int]
+
+
+class Needs(NamedTuple):
+    x: bool
+    weight: bool
+    bias: bool
+
+
+# --------------------------------------------------------------------------- the public function
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """Convolves every channel of the maps x with taps of its own, stride 1, zeros around x; channels last.
+
+    Args:
+        x: (B, T, F, C), contiguous best: ``map.permute(0, 2, 3, 1)`` of a map in channels_last order is. float32,
+            bfloat16, float16 or float64.
+        weight: (C, 1, K, L), that of a ``torch.nn.Conv2d`` with C groups, or (C, K, L); x's dtype, except under
+            autocast, which casts as it does for ``torch.nn.functional.conv2d``.
+        bias: (C,) or None.
+        padding: (P, Q), zeros before and after the frames and the pixels of a frame; less than (K, L).
+    Returns:
+        (B, T + 2P − K + 1, F + 2Q − L + 1, C), x's dtype, computed in float32 or better and rounded once.
+    Raises:
+        TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
+        ValueError: shapes or devices do not match; padding out of range; x, padded, is smaller than the kernel.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and x.is_contiguous()
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and type(padding) is tuple
+        and len(padding) == 2
+        and type(padding[0]) is type(padding[1]) is int
+        and not is_autocast_enabled("cpu")
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            ):
+                return apply(kernels, True, x, weight, bias, padding)
+            return kernels.forward(x, weight, bias, *padding)
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias, padding)
+            raise
+    check(x, weight, bias, padding)
+    if is_compiling() or not (
+        type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
+    ):
+        return traced(x, weight, bias, padding)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x, weight, bias, padding))
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula(x, weight, bias, padding=padding)
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
+        x, weight, bias, padding = under_autocast(cast_dtype, x, weight, bias, padding)
+        kernels = family.kernels(x)
+        if kernels is None:
+            return formula(x, weight, bias, padding=padding)
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return apply(kernels, False, x, weight, bias, padding)
+        y = run_kernels(kernels, x, weight, bias, padding)
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula(x, weight, bias, padding=padding)
+    return y
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if not (type(padding) is tuple and len(padding) == 2 and type(padding[0]) is type(padding[1]) is int):
+        op.wrong_pair("padding", padding)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) == 4:
+        C = shape[3]
+        right = True
+    if not right:
+        op.wrong_shape("x", x, listed("B", "T", "F", "C"))
+    P, Q = _padding(Arguments(x, weight, bias, padding))
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    shape, right = weight.shape, False
+    if len(shape) == 4:
+        K = shape[2]
+        L = shape[3]
+        right = shape[0] == C and shape[1] == 1 and K >= 1 and L >= 1
+    elif len(shape) == 3:
+        K = shape[1]
+        L = shape[2]
+        right = shape[0] == C and K >= 1 and L >= 1
+    if not right:
+        op.wrong_shape("weight", weight, f"{listed(C, 1, 'K', 'L')} or {listed(C, 'K', 'L')}, K >= 1, L >= 1")
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+            op.wrong_tensor("bias", bias)
+        if bias.shape != (C,):
+            op.wrong_shape("bias", bias, listed(C))
+        if bias.device != x.device:
+            op.wrong_device("bias", bias, "x", x)
+    if autocast_dtype(x) is None:
+        if weight.dtype != x.dtype:
+            op.wrong_dtype("weight", weight, "x", x)
+        if bias is not None and bias.dtype != x.dtype:
+            op.wrong_dtype("bias", bias, "x", x)
+    _padding_fits(op, Arguments(x, weight, bias, padding))
+
+
+def traced(x, weight, bias, padding):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("depthwise_conv2d", x):
+        return formula(x, weight, bias, padding=padding)
+    return operator(x, weight, bias, padding)
+
+
+def run_kernels(kernels, x, weight, bias, padding):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x)
+    dtype = y_dtype if kernels.backend == "cpu" else None
+    y = kernels.forward(operand(x, dtype), operand(weight, dtype), operand(bias, dtype), *padding)
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    return y
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x),)
+
+
+def under_autocast(dtype, x, weight, bias=None, padding=(0, 0)):
+    """Casts the arguments as autocast does for this dtype."""
+    x, weight, bias = cast(dtype, x, weight, bias)
+    return x, weight, bias, padding
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class DepthwiseConv2D(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, weight, bias, padding):
+        y = (
+            kernels.forward(x, weight, bias, *padding)
+            if direct
+            else run_kernels(kernels, x, weight, bias, padding)
+        )
+        ctx.save_for_backward(x, weight, bias)
+        ctx.rest = kernels, direct, padding
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("depthwise_conv2d")
+        # once: a checkpoint gives them one time
+        x, weight, bias = ctx.saved_tensors
+        kernels, direct, padding = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_x, d_weight, d_bias = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, weight, bias, padding))
+            )
+            return None, None, d_x, d_weight, d_bias, None
+        needs = ctx.needs_input_grad[2:5]
+        try:
+            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding, needs)
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, weight, bias, padding))
+            )
+        return None, None, d_x, d_weight, d_bias, None
+
+
+def differentiate(kernels, grad_y, x, weight, bias, padding, needs):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    needs = make(Needs, needs)
+    dtype = promoted(x) if kernels.backend == "cpu" else None
+    d_x, d_weight, d_bias = kernels.backward(
+        operand(grad_y, dtype), operand(x, dtype), operand(weight, dtype), *padding, *needs
+    )
+    if not needs.x:
+        d_x = None
+    if not needs.weight:
+        d_weight = None
+    if not needs.bias:
+        d_bias = None
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    d_weight = back(d_weight, weight)
+    if bias is None:
+        d_bias = None
+    elif d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, weight, bias=None, padding=(0, 0)):
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula_results(op, x, weight, bias, padding)
+    try:
+        y = run_kernels(kernels, x, weight, bias, padding)
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula_results(op, x, weight, bias, padding)
+    return y.contiguous()
+
+
+def fake(x, weight, bias=None, padding=(0, 0)):
+    B = x.shape[0]
+    T = x.shape[1]
+    F = x.shape[2]
+    C = x.shape[3]
+    P, Q = _padding(Arguments(x, weight, bias, padding))
+    if len(weight.shape) == 4:
+        K = weight.shape[2]
+        L = weight.shape[3]
+    elif len(weight.shape) == 3:
+        K = weight.shape[1]
+        L = weight.shape[2]
+    return torch.empty((B, T + 2 * P - K + 1, F + 2 * Q - L + 1, C), dtype=promoted(x), device=x.device)
+
+
+def set_up(ctx, inputs, output):
+    x, weight, bias, padding = inputs
+
+    ctx.save_for_backward(x, weight, bias)
+    ctx.rest = (padding,)
+
+
+def backward(ctx, grad_y, *_):
+    x, weight, bias = ctx.saved_tensors
+    (padding,) = ctx.rest
+    needs = wanted(ctx.needs_input_grad, (0, 1, 2))
+    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, padding, needs))
+    return (
+        None if not needs[0] else d_x,
+        None if not needs[1] else d_weight,
+        None if bias is None or not needs[2] else d_bias,
+        None,
+    )
+
+
+def run_backward(grad_y, x, weight, bias, padding, needs):
+    kernels = family.kernels(x)
+    if kernels is None:
+        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, padding))
+    else:
+        try:
+            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding, needs)
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), Saved(x, weight, bias, padding))
+    return (
+        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
+        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
+        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
+    )
+
+
+def fake_backward(grad_y, x, weight, bias, padding, needs):
+    return (
+        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
+        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
+        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
+    )
+
+
+backward_operator = register(
+    "depthwise_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, SymInt[2] padding, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias=None, SymInt[2] padding=[0, 0]) -> Tensor",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    autocast=under_autocast,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(DepthwiseConv2D)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x",),
+    differentiable=("x", "weight", "bias"),
+    dense=True,
+)
+op.serve(depthwise_conv2d, written)

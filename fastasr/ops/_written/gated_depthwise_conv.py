@@ -1,0 +1,789 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=gated_depthwise_conv` writes this file from fastasr/ops/gated_depthwise_conv.py: change that one.
+"""gate, padding mask, depthwise convolution (plain, chunk-causal, streaming), SiLU or SwooshR"""
+
+from functools import partial
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._layout import dense_channels
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
+from fastasr.ops._runtime import (
+    BOOL,
+    NOT_MINE,
+    applied,
+    as_tuple,
+    back,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    operand,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+)
+from fastasr.ops.gated_depthwise_conv import _autocast, _cache_gradient, _check, _fits
+from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv as formula
+
+op = OPS["gated_depthwise_conv"]
+family = op.family
+ACTIVATION_CODES = {"identity": 0, "swoosh_r": 1, "silu": 2}
+
+
+class Arguments(NamedTuple):
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    causal_weight: Tensor | None = None
+    causal_bias: Tensor | None = None
+    chunk_scale: Tensor | None = None
+    padding_mask: Tensor | None = None
+    cache: Tensor | None = None
+    chunk_size: int = -1
+    activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r"
+    return_cache: bool = False
+    delay: int = 0
+
+
+class Saved(NamedTuple):
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    causal_weight: Tensor | None
+    causal_bias: Tensor | None
+    chunk_scale: Tensor | None
+    padding_mask: Tensor | None
+    cache: Tensor | None
+    chunk_size: int
+    activation: Literal["swoosh_r", "silu", "identity"]
+    return_cache: bool
+    delay: int
+
+
+# --------------------------------------------------------------------------- the public function
+@overload
+def gated_depthwise_conv(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    causal_weight: Tensor | None = None,
+    causal_bias: Tensor | None = None,
+    chunk_scale: Tensor | None = None,
+    *,
+    padding_mask: Tensor | None = None,
+    cache: Tensor | None = None,
+    chunk_size: int = -1,
+    activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
+    return_cache: Literal[False] = False,
+    delay: int = 0,
+) -> Tensor: ...
+@overload
+def gated_depthwise_conv(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    causal_weight: Tensor | None = None,
+    causal_bias: Tensor | None = None,
+    chunk_scale: Tensor | None = None,
+    *,
+    padding_mask: Tensor | None = None,
+    cache: Tensor | None = None,
+    chunk_size: int = -1,
+    activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
+    return_cache: Literal[True],
+    delay: int = 0,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gated_depthwise_conv(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    causal_weight: Tensor | None = None,
+    causal_bias: Tensor | None = None,
+    chunk_scale: Tensor | None = None,
+    *,
+    padding_mask: Tensor | None = None,
+    cache: Tensor | None = None,
+    chunk_size: int = -1,
+    activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
+    return_cache: bool,
+    delay: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def gated_depthwise_conv(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    causal_weight: Tensor | None = None,
+    causal_bias: Tensor | None = None,
+    chunk_scale: Tensor | None = None,
+    *,
+    padding_mask: Tensor | None = None,
+    cache: Tensor | None = None,
+    chunk_size: int = -1,
+    activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
+    return_cache: bool = False,
+    delay: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """act of the depthwise convolution over time of x · sigmoid(s), for h = (x, s); plain, or chunk-causal.
+
+    Args:
+        h: (T, B, 2C), both halves of a gated projection; float32, bfloat16, float16 or float64. Its channels are read
+            where they lie if they are contiguous, whatever the other strides.
+        weight: (C, 1, K) or (C, K): the taps of the plain convolution, padded with zeros to the same length; in
+            chunk-causal form, where K is odd, those of the convolution within each chunk.
+        bias: (C,), of that convolution.
+        causal_weight: (C, 1, (K + 1) / 2) or (C, (K + 1) / 2): the taps on this frame and those before it, whatever
+            their chunk. Together with chunk_scale it selects the chunk-causal form.
+        causal_bias: (C,).
+        chunk_scale: (2, C, K): what the scale of the convolution within the chunk has beyond 1, by the distance from
+            the chunk's first frame, and to its last.
+        padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
+        cache: (B, C, K // 2 + delay): x · sigmoid(s) of the frames before the first, which else are 0.
+        chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
+        activation: "swoosh_r", "silu" or "identity".
+        return_cache: return (y, cache for the frames that follow).
+        delay: plain form: the convolution sees K // 2 + delay frames of the past; (K − 1) // 2 makes it causal.
+    Returns:
+        y (T, B, C), in the promotion of h's and chunk_scale's dtype, computed in float32 or better and rounded once. It
+        is contiguous, or lies in h's order of memory. The new cache has the promotion of h's and the cache's dtype.
+    Raises:
+        TypeError: an argument is of the wrong type, or a tensor not floating (padding_mask: not bool).
+        ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; a tap would not reach the
+            frame itself because of delay; an argument of the chunk-causal form is given without the others.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(h) in PLAIN
+        and h.is_cpu
+        and (dtype := h.dtype)
+        and (h.is_contiguous() or h.stride(-1) == 1)
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (causal_weight is None or type(causal_weight) in PLAIN)
+        and (causal_bias is None or type(causal_bias) in PLAIN)
+        and (chunk_scale is None or (type(chunk_scale) in PLAIN and chunk_scale.dtype is dtype))
+        and (padding_mask is None or type(padding_mask) in PLAIN)
+        and (cache is None or (type(cache) in PLAIN and cache.dtype is dtype))
+        and type(chunk_size) is int
+        and (chunk_size == -1 or chunk_size >= 1)
+        and type(activation) is str
+        and activation in ACTIVATION_CODES
+        and type(return_cache) is bool
+        and type(delay) is int
+        and not is_autocast_enabled("cpu")
+        and _fits(
+            h,
+            weight,
+            bias,
+            causal_weight,
+            causal_bias,
+            chunk_scale,
+            padding_mask,
+            cache,
+            chunk_size,
+            activation,
+            return_cache,
+            delay,
+        )
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                h.requires_grad
+                or weight.requires_grad
+                or (bias is not None and bias.requires_grad)
+                or (causal_weight is not None and causal_weight.requires_grad)
+                or (causal_bias is not None and causal_bias.requires_grad)
+                or (chunk_scale is not None and chunk_scale.requires_grad)
+                or (cache is not None and cache.requires_grad)
+            ):
+                return apply(
+                    kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
+                    cache, chunk_size, activation, return_cache, delay,
+                )  # fmt: skip
+            y, new_cache = kernels.forward(
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+                ACTIVATION_CODES[activation], return_cache, delay,
+            )  # fmt: skip
+            return (y, new_cache) if return_cache else y
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+                activation, return_cache, delay,
+            )  # fmt: skip
+            raise
+    check(
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
+        return_cache, delay,
+    )  # fmt: skip
+    if is_compiling() or not (
+        type(h) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (causal_weight is None or type(causal_weight) in PLAIN)
+        and (causal_bias is None or type(causal_bias) in PLAIN)
+        and (chunk_scale is None or type(chunk_scale) in PLAIN)
+        and (padding_mask is None or type(padding_mask) in PLAIN)
+        and (cache is None or type(cache) in PLAIN)
+    ):
+        return traced(
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+            activation, return_cache, delay,
+        )  # fmt: skip
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(
+            op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            chunk_size, activation, return_cache, delay),
+        )  # fmt: skip
+    kernels = family.kernels(h, chunk_scale)
+    if kernels is None:
+        return formula(
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
+            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay,
+        )  # fmt: skip
+    cast_dtype = autocast_dtype(h)
+    if cast_dtype is not None:
+        names = under_autocast(
+            cast_dtype, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            chunk_size, activation, return_cache, delay,
+        )  # fmt: skip
+        (
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+            activation, return_cache, delay,
+        ) = names  # fmt: skip
+        kernels = family.kernels(h, chunk_scale)
+        if kernels is None:
+            return formula(
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
+                cache=cache, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
+                delay=delay,
+            )  # fmt: skip
+    try:
+        if is_grad_enabled() and (
+            h.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (causal_weight is not None and causal_weight.requires_grad)
+            or (causal_bias is not None and causal_bias.requires_grad)
+            or (chunk_scale is not None and chunk_scale.requires_grad)
+            or (cache is not None and cache.requires_grad)
+        ):
+            return apply(
+                kernels, False, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+                chunk_size, activation, return_cache, delay,
+            )  # fmt: skip
+        y, new_cache = run_kernels(
+            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            chunk_size, activation, return_cache, delay,
+        )  # fmt: skip
+    except Unlaunchable as error:
+        family.give_up(error, h, chunk_scale)
+        return formula(
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
+            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay,
+        )  # fmt: skip
+    return (y, new_cache) if return_cache else y
+
+
+def check(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor | None,
+    causal_bias: Tensor | None,
+    chunk_scale: Tensor | None,
+    padding_mask: Tensor | None,
+    cache: Tensor | None,
+    chunk_size: int,
+    activation: Literal["swoosh_r", "silu", "identity"],
+    return_cache: bool,
+    delay: int,
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(chunk_size) is not int:
+        op.wrong_int("chunk_size", chunk_size)
+    if not (chunk_size == -1 or chunk_size >= 1):
+        op.fail("chunk_size", "-1 or at least 1", chunk_size)
+    if not (type(activation) is str and activation in ACTIVATION_CODES):
+        op.wrong_choice("activation", activation, ACTIVATION_CODES)
+    if type(return_cache) is not bool:
+        op.wrong_flag("return_cache", return_cache)
+    if type(delay) is not int:
+        op.wrong_int("delay", delay)
+    if not isinstance(h, Tensor) or h.dtype not in FLOATING or h.layout is not torch.strided:
+        op.wrong_tensor("h", h)
+    shape, right = h.shape, False
+    if len(shape) == 3:
+        T = shape[0]
+        B = shape[1]
+        C = shape[2] // 2
+        right = shape[2] % 2 == 0
+    if not right:
+        op.wrong_shape("h", h, listed("T", "B", "2*C"))
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    shape, right = weight.shape, False
+    if len(shape) == 3:
+        K = shape[2]
+        right = shape[0] == C and shape[1] == 1 and K >= 1
+    elif len(shape) == 2:
+        K = shape[1]
+        right = shape[0] == C and K >= 1
+    if not right:
+        op.wrong_shape("weight", weight, f"{listed(C, 1, 'K')} or {listed(C, 'K')}, K >= 1")
+    if weight.device != h.device:
+        op.wrong_device("weight", weight, "h", h)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+            op.wrong_tensor("bias", bias)
+        if bias.shape != (C,):
+            op.wrong_shape("bias", bias, listed(C))
+        if bias.device != h.device:
+            op.wrong_device("bias", bias, "h", h)
+    if causal_weight is not None:
+        if (
+            not isinstance(causal_weight, Tensor)
+            or causal_weight.dtype not in FLOATING
+            or causal_weight.layout is not torch.strided
+        ):
+            op.wrong_tensor("causal_weight", causal_weight)
+        if causal_weight.shape != (C, 1, K // 2 + 1) and causal_weight.shape != (C, K // 2 + 1):
+            op.wrong_shape(
+                "causal_weight", causal_weight, f"{listed(C, 1, K // 2 + 1)} or {listed(C, K // 2 + 1)}"
+            )
+        if causal_weight.device != h.device:
+            op.wrong_device("causal_weight", causal_weight, "h", h)
+    if causal_bias is not None:
+        if (
+            not isinstance(causal_bias, Tensor)
+            or causal_bias.dtype not in FLOATING
+            or causal_bias.layout is not torch.strided
+        ):
+            op.wrong_tensor("causal_bias", causal_bias)
+        if causal_bias.shape != (C,):
+            op.wrong_shape("causal_bias", causal_bias, listed(C))
+        if causal_bias.device != h.device:
+            op.wrong_device("causal_bias", causal_bias, "h", h)
+    if chunk_scale is not None:
+        if (
+            not isinstance(chunk_scale, Tensor)
+            or chunk_scale.dtype not in FLOATING
+            or chunk_scale.layout is not torch.strided
+        ):
+            op.wrong_tensor("chunk_scale", chunk_scale)
+        if chunk_scale.shape != (2, C, K):
+            op.wrong_shape("chunk_scale", chunk_scale, listed(2, C, K))
+        if chunk_scale.device != h.device:
+            op.wrong_device("chunk_scale", chunk_scale, "h", h)
+    if padding_mask is not None:
+        if (
+            not isinstance(padding_mask, Tensor)
+            or padding_mask.dtype not in BOOL
+            or padding_mask.layout is not torch.strided
+        ):
+            op.wrong_tensor("padding_mask", padding_mask, "a bool tensor")
+        if padding_mask.shape != (B, T):
+            op.wrong_shape("padding_mask", padding_mask, listed(B, T))
+        if padding_mask.device != h.device:
+            op.wrong_device("padding_mask", padding_mask, "h", h)
+    if cache is not None:
+        if not isinstance(cache, Tensor) or cache.dtype not in FLOATING or cache.layout is not torch.strided:
+            op.wrong_tensor("cache", cache)
+        if cache.shape != (B, C, K // 2 + delay):
+            op.wrong_shape("cache", cache, listed(B, C, K // 2 + delay))
+        if cache.device != h.device:
+            op.wrong_device("cache", cache, "h", h)
+    if autocast_dtype(h) is None:
+        if weight.dtype != h.dtype:
+            op.wrong_dtype("weight", weight, "h", h)
+        if bias is not None and bias.dtype != h.dtype:
+            op.wrong_dtype("bias", bias, "h", h)
+        if causal_weight is not None and causal_weight.dtype != h.dtype:
+            op.wrong_dtype("causal_weight", causal_weight, "h", h)
+        if causal_bias is not None and causal_bias.dtype != h.dtype:
+            op.wrong_dtype("causal_bias", causal_bias, "h", h)
+    _check(
+        op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+        chunk_size, activation, return_cache, delay),
+    )  # fmt: skip
+
+
+def traced(
+    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
+    return_cache, delay,
+):  # fmt: skip
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("gated_depthwise_conv", h, chunk_scale):
+        return formula(
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
+            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay,
+        )  # fmt: skip
+    y, new_cache = operator(
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
+        return_cache, delay,
+    )  # fmt: skip
+    return (y, new_cache) if return_cache else y
+
+
+def run_kernels(
+    kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+    activation, return_cache, delay,
+):  # fmt: skip
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(h, chunk_scale)
+    new_cache_dtype = promoted(h, cache)
+    dtype = y_dtype if kernels.backend == "cpu" else None
+    y, new_cache = kernels.forward(
+        operand(h, dtype, dense_channels), operand(weight, dtype), operand(bias, dtype),
+        operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale, dtype),
+        operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
+        return_cache, delay,
+    )  # fmt: skip
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    if new_cache.dtype is not new_cache_dtype:
+        new_cache = new_cache.to(new_cache_dtype)
+    return y, new_cache
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.h, a.chunk_scale), promoted(a.h, a.cache))
+
+
+def under_autocast(
+    dtype, h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
+    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0,
+):  # fmt: skip
+    """Casts the arguments as autocast does for this dtype."""
+    return _autocast(
+        op, dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+        chunk_size, activation, return_cache, delay),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class GatedDepthwiseConv(Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, direct, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+        chunk_size, activation, return_cache, delay,
+    ):  # fmt: skip
+        if direct:
+            y, new_cache = kernels.forward(
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+                ACTIVATION_CODES[activation], return_cache, delay,
+            )  # fmt: skip
+        else:
+            y, new_cache = run_kernels(
+                kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+                chunk_size, activation, return_cache, delay,
+            )  # fmt: skip
+        ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
+        ctx.rest = kernels, direct, chunk_size, activation, return_cache, delay
+        return (y, new_cache) if return_cache else y
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_new_cache=None, *_):
+        if is_grad_enabled():
+            refuse_double_backward("gated_depthwise_conv")
+        # once: a checkpoint gives them one time
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
+        kernels, direct, chunk_size, activation, return_cache, delay = ctx.rest
+        if (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or is_batched(grad_y)
+            or (grad_new_cache is not None and is_batched(grad_new_cache))
+        ):
+            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = transformed_gradients(
+                op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
+                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,)),
+            )  # fmt: skip
+            return (
+                None,
+                None,
+                d_h,
+                d_weight,
+                d_bias,
+                d_causal_weight,
+                d_causal_bias,
+                d_chunk_scale,
+                None,
+                d_cache,
+                None,
+                None,
+                None,
+                None,
+            )
+        if direct:
+            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
+                operand(grad_y, None, dense_channels), h, weight, bias, causal_weight, causal_bias,
+                chunk_scale, padding_mask, cache, chunk_size, ACTIVATION_CODES[activation], delay,
+            )  # fmt: skip
+            if return_cache:
+                _cache_gradient(
+                    op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias,
+                    d_chunk_scale, d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
+                    chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,)),
+                )  # fmt: skip
+            return (
+                None,
+                None,
+                d_h,
+                d_weight,
+                None if bias is None else d_bias,
+                None if causal_weight is None else d_causal_weight,
+                None if causal_bias is None else d_causal_bias,
+                None if chunk_scale is None else d_chunk_scale,
+                None,
+                None if cache is None else d_cache,
+                None,
+                None,
+                None,
+                None,
+            )
+        try:
+            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
+                kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
+                padding_mask, cache, chunk_size, activation, return_cache, delay,
+            )  # fmt: skip
+        except Unlaunchable as error:
+            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
+                error, op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight,
+                causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,)),
+            )  # fmt: skip
+        return (
+            None,
+            None,
+            d_h,
+            d_weight,
+            d_bias,
+            d_causal_weight,
+            d_causal_bias,
+            d_chunk_scale,
+            None,
+            d_cache,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def differentiate(
+    kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
+    cache, chunk_size, activation, return_cache, delay,
+):  # fmt: skip
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    dtype = promoted(h, chunk_scale) if kernels.backend == "cpu" else None
+    d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
+        operand(grad_y, dtype, dense_channels), operand(h, dtype, dense_channels), operand(weight, dtype),
+        operand(bias, dtype), operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale,
+        dtype), operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
+        delay,
+    )  # fmt: skip
+    if return_cache:
+        _cache_gradient(
+            op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale,
+            d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
+            cache, chunk_size, activation, return_cache, delay,)),
+        )  # fmt: skip
+    if d_h is not None and d_h.dtype is not h.dtype:
+        d_h = d_h.to(h.dtype)
+    d_weight = back(d_weight, weight)
+    if bias is None:
+        d_bias = None
+    elif d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    d_causal_weight = back(d_causal_weight, causal_weight)
+    if causal_bias is None:
+        d_causal_bias = None
+    elif d_causal_bias is not None and d_causal_bias.dtype is not causal_bias.dtype:
+        d_causal_bias = d_causal_bias.to(causal_bias.dtype)
+    if chunk_scale is None:
+        d_chunk_scale = None
+    elif d_chunk_scale is not None and d_chunk_scale.dtype is not chunk_scale.dtype:
+        d_chunk_scale = d_chunk_scale.to(chunk_scale.dtype)
+    if cache is None:
+        d_cache = None
+    elif d_cache is not None and d_cache.dtype is not cache.dtype:
+        d_cache = d_cache.to(cache.dtype)
+    return d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(
+    h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
+    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0,
+):  # fmt: skip
+    kernels = family.kernels(h, chunk_scale)
+    if kernels is None:
+        return formula_results(
+            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+            activation, return_cache, delay,
+        )  # fmt: skip
+    try:
+        y, new_cache = run_kernels(
+            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            chunk_size, activation, return_cache, delay,
+        )  # fmt: skip
+    except Unlaunchable as error:
+        family.give_up(error, h, chunk_scale)
+        return formula_results(
+            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+            activation, return_cache, delay,
+        )  # fmt: skip
+    return y.contiguous(), new_cache.contiguous()
+
+
+def fake(
+    h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
+    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0,
+):  # fmt: skip
+    T = h.shape[0]
+    B = h.shape[1]
+    C = h.shape[2] // 2
+    if len(weight.shape) == 3:
+        K = weight.shape[2]
+    elif len(weight.shape) == 2:
+        K = weight.shape[1]
+    return torch.empty((T, B, C), dtype=promoted(h, chunk_scale), device=h.device), torch.empty(
+        (B, C, K // 2 + delay) if return_cache else (0,), dtype=promoted(h, cache), device=h.device
+    )
+
+
+def set_up(ctx, inputs, output):
+    (
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
+        return_cache, delay,
+    ) = inputs  # fmt: skip
+    y, new_cache = output
+    if not return_cache:
+        ctx.mark_non_differentiable(new_cache)
+    ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
+    ctx.rest = chunk_size, activation, return_cache, delay
+
+
+def backward(ctx, grad_y, grad_new_cache, *_):
+    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
+    chunk_size, activation, return_cache, delay = ctx.rest
+    grad_new_cache = grad_new_cache if return_cache else None
+    d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = as_tuple(
+        backward_operator(grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
+        padding_mask, cache, chunk_size, activation, return_cache, delay),
+    )  # fmt: skip
+    return (
+        d_h,
+        d_weight,
+        None if bias is None else d_bias,
+        None if causal_weight is None else d_causal_weight,
+        None if causal_bias is None else d_causal_bias,
+        None if chunk_scale is None else d_chunk_scale,
+        None,
+        None if cache is None else d_cache,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def run_backward(
+    grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+    chunk_size, activation, return_cache, delay,
+):  # fmt: skip
+    kernels = family.kernels(h, chunk_scale)
+    if kernels is None:
+        d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = formula_gradients(
+            op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias, chunk_scale,
+            padding_mask, cache, chunk_size, activation, return_cache, delay),
+        )  # fmt: skip
+    else:
+        try:
+            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
+                kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
+                padding_mask, cache, chunk_size, activation, return_cache, delay,
+            )  # fmt: skip
+        except Unlaunchable as error:
+            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
+                error, op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias,
+                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay),
+            )  # fmt: skip
+    return (
+        d_h.contiguous(),
+        d_weight.contiguous(),
+        h.new_empty(0) if bias is None else d_bias.contiguous(),
+        h.new_empty(0) if causal_weight is None else d_causal_weight.contiguous(),
+        h.new_empty(0) if causal_bias is None else d_causal_bias.contiguous(),
+        h.new_empty(0) if chunk_scale is None else d_chunk_scale.contiguous(),
+        h.new_empty(0) if cache is None else d_cache.contiguous(),
+    )
+
+
+def fake_backward(
+    grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+    chunk_size, activation, return_cache, delay,
+):  # fmt: skip
+    return (
+        h.new_empty(h.shape),
+        weight.new_empty(weight.shape),
+        h.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+        h.new_empty(0) if causal_weight is None else causal_weight.new_empty(causal_weight.shape),
+        h.new_empty(0) if causal_bias is None else causal_bias.new_empty(causal_bias.shape),
+        h.new_empty(0) if chunk_scale is None else chunk_scale.new_empty(chunk_scale.shape),
+        h.new_empty(0) if cache is None else cache.new_empty(cache.shape),
+    )
+
+
+backward_operator = register(
+    "gated_depthwise_conv_backward(Tensor? grad_y, Tensor? grad_new_cache, Tensor h, Tensor weight, "
+    "Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, "
+    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay) -> (Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 2),
+)
+operator = register(
+    "gated_depthwise_conv(Tensor h, Tensor weight, Tensor? bias=None, Tensor? causal_weight=None, Tensor? "
+    "causal_bias=None, Tensor? chunk_scale=None, Tensor? padding_mask=None, Tensor? cache=None, SymInt "
+    'chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt delay=0) -> (Tensor, '
+    "Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    autocast=under_autocast,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(GatedDepthwiseConv)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("h", "chunk_scale"),
+    differentiable=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
+    dense=True,
+)
+op.serve(gated_depthwise_conv, written)

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=linear` writes this file from fastasr/ops/linear.py: change that one.
+"""a linear layer, by the matrix product that measured faster on this machine"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wanted,
+)
+from fastasr.ops.linear import _fits, _gradients, _launch, _product
+from fastasr.ops.linear import linear as formula
+
+op = OPS["linear"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Needs(NamedTuple):
+    x: bool
+    weight: bool
+    bias: bool
+
+
+# --------------------------------------------------------------------------- the public function
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias: ``torch.nn.functional.linear``, faster where another matrix product is.
+
+    Args:
+        x: (..., K); float32, bfloat16, float16 or float64.
+        weight: (N, K); bias: (N,) or None; x's dtype, except under autocast, which casts all three.
+    Returns:
+        (..., N).
+    Raises:
+        TypeError: an argument is not a floating tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not match.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and (dtype := x.dtype)
+        and type(weight) in PLAIN
+        and weight.is_cpu
+        and weight.dtype is dtype
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype))
+        and not is_autocast_enabled("cpu")
+        and _fits(x, weight, bias)
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            ):
+                return apply(kernels, True, x, weight, bias)
+            return _product(kernels, False, x, weight, bias)
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias)
+            raise
+    check(x, weight, bias)
+    if is_compiling() or not (
+        type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
+    ):
+        return traced(x, weight, bias)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x, weight, bias))
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula(x, weight, bias)
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
+        x, weight, bias = under_autocast(cast_dtype, x, weight, bias)
+        kernels = family.kernels(x)
+        if kernels is None:
+            return formula(x, weight, bias)
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return apply(kernels, False, x, weight, bias)
+        y = run_kernels(kernels, x, weight, bias)
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula(x, weight, bias)
+    return y
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) >= 1:
+        K = shape[-1]
+        right = True
+    if not right:
+        op.wrong_shape("x", x, listed("...", "K"))
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    shape, right = weight.shape, False
+    if len(shape) == 2:
+        N = shape[0]
+        right = shape[1] == K
+    if not right:
+        op.wrong_shape("weight", weight, listed("N", K))
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+            op.wrong_tensor("bias", bias)
+        if bias.shape != (N,):
+            op.wrong_shape("bias", bias, listed(N))
+        if bias.device != x.device:
+            op.wrong_device("bias", bias, "x", x)
+    if autocast_dtype(x) is None:
+        if weight.dtype != x.dtype:
+            op.wrong_dtype("weight", weight, "x", x)
+        if bias is not None and bias.dtype != x.dtype:
+            op.wrong_dtype("bias", bias, "x", x)
+
+
+def traced(x, weight, bias):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("linear", x):
+        return formula(x, weight, bias)
+    return operator(x, weight, bias)
+
+
+def run_kernels(kernels, x, weight, bias):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x)
+    y = _launch(op, kernels, make(Arguments, (x, weight, bias)), y_dtype, False)
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    return y
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x),)
+
+
+def under_autocast(dtype, x, weight, bias=None):
+    """Casts the arguments as autocast does for this dtype."""
+    x, weight, bias = cast(dtype, x, weight, bias)
+    return x, weight, bias
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class Linear(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, weight, bias):
+        y = _product(kernels, True, x, weight, bias) if direct else run_kernels(kernels, x, weight, bias)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.rest = kernels, direct
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("linear")
+        # once: a checkpoint gives them one time
+        x, weight, bias = ctx.saved_tensors
+        kernels, direct = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_x, d_weight, d_bias = transformed_gradients(op, (grad_y,), make(Saved, (x, weight, bias)))
+            return None, None, d_x, d_weight, d_bias
+        needs = ctx.needs_input_grad[2:5]
+        try:
+            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, needs)
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), make(Saved, (x, weight, bias)))
+        return None, None, d_x, d_weight, d_bias
+
+
+def differentiate(kernels, grad_y, x, weight, bias, needs):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    d_x, d_weight, d_bias = _gradients(
+        op, kernels, (grad_y,), make(Saved, (x, weight, bias)), make(Needs, needs)
+    )
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_weight is not None and d_weight.dtype is not weight.dtype:
+        d_weight = d_weight.to(weight.dtype)
+    if bias is None:
+        d_bias = None
+    elif d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, weight, bias=None):
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula_results(op, x, weight, bias)
+    try:
+        y = run_kernels(kernels, x, weight, bias)
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula_results(op, x, weight, bias)
+    return y.contiguous()
+
+
+def fake(x, weight, bias=None):
+    S = x.shape[:-1]
+
+    N = weight.shape[0]
+    return torch.empty((*S, N), dtype=promoted(x), device=x.device)
+
+
+def set_up(ctx, inputs, output):
+    x, weight, bias = inputs
+
+    ctx.save_for_backward(x, weight, bias)
+
+
+def backward(ctx, grad_y, *_):
+    x, weight, bias = ctx.saved_tensors
+    needs = wanted(ctx.needs_input_grad, (0, 1, 2))
+    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, needs))
+    return (
+        None if not needs[0] else d_x,
+        None if not needs[1] else d_weight,
+        None if bias is None or not needs[2] else d_bias,
+    )
+
+
+def run_backward(grad_y, x, weight, bias, needs):
+    kernels = family.kernels(x)
+    if kernels is None:
+        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias))
+    else:
+        try:
+            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, needs)
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), Saved(x, weight, bias))
+    return (
+        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
+        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
+        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
+    )
+
+
+def fake_backward(grad_y, x, weight, bias, needs):
+    return (
+        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
+        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
+        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
+    )
+
+
+backward_operator = register(
+    "linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, bool[] needs) -> (Tensor, "
+    "Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    autocast=under_autocast,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(Linear)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x",),
+    differentiable=("x", "weight", "bias"),
+    dense=True,
+)
+op.serve(linear, written)

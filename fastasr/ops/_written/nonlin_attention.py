@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=nonlin_attention` writes this file from fastasr/ops/nonlin_attention.py: change that one.
+"""(W (v tanh s)) z, between the projections of Zipformer's NonlinAttention"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wanted,
+)
+from fastasr.ops.nonlin_attention import _fast, _fits, _gradients, _launch
+from fastasr.ops.nonlin_attention import nonlin_attention as formula
+
+op = OPS["nonlin_attention"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    weights: Tensor
+    projected: Tensor
+
+
+class Saved(NamedTuple):
+    weights: Tensor
+    projected: Tensor
+    o: Tensor
+
+
+class Needs(NamedTuple):
+    weights: bool
+    projected: bool
+
+
+# --------------------------------------------------------------------------- the public function
+def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
+    """(W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
+
+    Args:
+        weights: (B, T, T), any strides; float32, bfloat16, float16 or float64.
+        projected: (T, B, 3 D), of the same dtype outside autocast.
+    Returns:
+        (T, B, D) in that dtype; x and o are rounded to it too, as in eager. Under autocast what eager gives.
+    Raises:
+        TypeError: an argument is not a floating tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not match.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(projected) in PLAIN
+        and projected.is_cpu
+        and (dtype := projected.dtype)
+        and type(weights) in PLAIN
+        and weights.is_cpu
+        and weights.dtype is dtype
+        and not is_autocast_enabled("cpu")
+        and _fits(weights, projected)
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (weights.requires_grad or projected.requires_grad):
+                return apply(kernels, True, weights, projected)
+            y, _ = _fast(kernels, False, weights, projected)
+            return y
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(weights, projected)
+            raise
+    check(weights, projected)
+    cast_dtype = autocast_dtype(projected)
+    if cast_dtype is not None and (projected.dtype is not cast_dtype or weights.dtype is not cast_dtype):
+        return formula(weights, projected)
+    if is_compiling() or not (type(weights) in PLAIN and type(projected) in PLAIN):
+        return traced(weights, projected)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(weights, projected))
+    kernels = family.kernels(projected)
+    if kernels is None:
+        return formula(weights, projected)
+    try:
+        if is_grad_enabled() and (weights.requires_grad or projected.requires_grad):
+            return apply(kernels, False, weights, projected)
+        y, _ = run_kernels(kernels, weights, projected, False)
+    except Unlaunchable as error:
+        family.give_up(error, projected)
+        return formula(weights, projected)
+    return y
+
+
+def check(weights: Tensor, projected: Tensor) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if (
+        not isinstance(projected, Tensor)
+        or projected.dtype not in FLOATING
+        or projected.layout is not torch.strided
+    ):
+        op.wrong_tensor("projected", projected)
+    shape, right = projected.shape, False
+    if len(shape) == 3:
+        T = shape[0]
+        B = shape[1]
+
+        right = shape[2] % 3 == 0
+    if not right:
+        op.wrong_shape("projected", projected, listed("T", "B", "3*D"))
+    if (
+        not isinstance(weights, Tensor)
+        or weights.dtype not in FLOATING
+        or weights.layout is not torch.strided
+    ):
+        op.wrong_tensor("weights", weights)
+    if weights.shape != (B, T, T):
+        op.wrong_shape("weights", weights, listed(B, T, T))
+    if weights.device != projected.device:
+        op.wrong_device("weights", weights, "projected", projected)
+    if autocast_dtype(projected) is None and weights.dtype != projected.dtype:
+        op.wrong_dtype("weights", weights, "projected", projected)
+
+
+def traced(weights, projected):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("nonlin_attention", projected):
+        return formula(weights, projected)
+    y, _ = operator(
+        weights, projected, is_grad_enabled() and (weights.requires_grad or projected.requires_grad)
+    )
+    return y
+
+
+def run_kernels(kernels, weights, projected, keep):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(projected)
+    y, o = _launch(op, kernels, make(Arguments, (weights, projected)), y_dtype, keep)
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    if o.dtype is not y_dtype:
+        o = o.to(y_dtype)
+    return y, o
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.projected), promoted(a.projected))
+
+
+def under_autocast(dtype, weights, projected, keep=False):
+    """Casts the arguments as autocast does for this dtype."""
+    return weights, projected, keep
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class NonlinAttention(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, weights, projected):
+        if direct:
+            y, o = _fast(kernels, True, weights, projected)
+        else:
+            y, o = run_kernels(kernels, weights, projected, True)
+        ctx.save_for_backward(weights, projected, o)
+        ctx.rest = kernels, direct
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("nonlin_attention")
+        # once: a checkpoint gives them one time
+        weights, projected, o = ctx.saved_tensors
+        kernels, direct = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_weights, d_projected = transformed_gradients(
+                op, (grad_y,), make(Saved, (weights, projected, o))
+            )
+            return None, None, d_weights, d_projected
+        needs = ctx.needs_input_grad[2:4]
+        try:
+            d_weights, d_projected = differentiate(kernels, grad_y, weights, projected, o, needs)
+        except Unlaunchable as error:
+            d_weights, d_projected = gradients_without(
+                error, op, (grad_y,), make(Saved, (weights, projected, o))
+            )
+        return None, None, d_weights, d_projected
+
+
+def differentiate(kernels, grad_y, weights, projected, o, needs):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    d_weights, d_projected = _gradients(
+        op, kernels, (grad_y,), make(Saved, (weights, projected, o)), make(Needs, needs)
+    )
+    if d_weights is not None and d_weights.dtype is not weights.dtype:
+        d_weights = d_weights.to(weights.dtype)
+    if d_projected is not None and d_projected.dtype is not projected.dtype:
+        d_projected = d_projected.to(projected.dtype)
+    return d_weights, d_projected
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(weights, projected, keep=False):
+    kernels = family.kernels(projected)
+    if kernels is None:
+        return formula_results(op, weights, projected)
+    try:
+        y, o = run_kernels(kernels, weights, projected, keep)
+    except Unlaunchable as error:
+        family.give_up(error, projected)
+        return formula_results(op, weights, projected)
+    if not keep:
+        o = o.new_empty(0)
+    return y.contiguous(), o.contiguous()
+
+
+def fake(weights, projected, keep=False):
+    keep = keep and family.kernels(projected) is not None
+    T = projected.shape[0]
+    B = projected.shape[1]
+    D = projected.shape[2] // 3
+    return torch.empty((T, B, D), dtype=promoted(projected), device=projected.device), torch.empty(
+        (B, T, D) if keep else (0,), dtype=promoted(projected), device=projected.device
+    )
+
+
+def set_up(ctx, inputs, output):
+    weights, projected, keep = inputs
+    y, o = output
+    ctx.mark_non_differentiable(o)
+    ctx.save_for_backward(weights, projected, o)
+    ctx.rest = (keep,)
+
+
+def backward(ctx, grad_y, *_):
+    weights, projected, o = ctx.saved_tensors
+    (keep,) = ctx.rest
+    if not keep:
+        _, o = operator(weights, projected, True)
+    needs = wanted(ctx.needs_input_grad, (0, 1))
+    d_weights, d_projected = as_tuple(backward_operator(grad_y, weights, projected, o, needs))
+    return None if not needs[0] else d_weights, None if not needs[1] else d_projected, None
+
+
+def run_backward(grad_y, weights, projected, o, needs):
+    kernels = family.kernels(projected)
+    if kernels is None:
+        d_weights, d_projected = formula_gradients(op, (grad_y,), Saved(weights, projected, o))
+    else:
+        try:
+            d_weights, d_projected = differentiate(kernels, grad_y, weights, projected, o, needs)
+        except Unlaunchable as error:
+            d_weights, d_projected = gradients_without(error, op, (grad_y,), Saved(weights, projected, o))
+    return projected.new_empty(0) if not needs[
+        0
+    ] or d_weights is None else d_weights.contiguous(), projected.new_empty(0) if not needs[
+        1
+    ] or d_projected is None else d_projected.contiguous()
+
+
+def fake_backward(grad_y, weights, projected, o, needs):
+    return projected.new_empty(0) if not needs[0] else weights.new_empty(weights.shape), projected.new_empty(
+        0
+    ) if not needs[1] else projected.new_empty(projected.shape)
+
+
+backward_operator = register(
+    "nonlin_attention_backward(Tensor grad_y, Tensor weights, Tensor projected, Tensor o, bool[] needs) "
+    "-> (Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "nonlin_attention(Tensor weights, Tensor projected, bool keep=False) -> (Tensor, Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    autocast=under_autocast,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(NonlinAttention)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("projected",),
+    differentiable=("weights", "projected"),
+    dense=True,
+)
+op.serve(nonlin_attention, written)

@@ -1,0 +1,661 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=rel_attention` writes this file from fastasr/ops/rel_attention.py: change that one.
+"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; limited context, cache"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._runtime import (
+    BOOL,
+    INT64,
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    operand,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wide,
+)
+from fastasr.ops.rel_attention import _check
+from fastasr.ops.rel_attention import rel_attention as formula
+
+op = OPS["rel_attention"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    bias_u: Tensor
+    bias_v: Tensor
+    key_padding_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+    context: tuple[int, int] = (-1, -1)
+    chunk_size: int = 1
+
+
+class Saved(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    bias_u: Tensor
+    bias_v: Tensor
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    dropout_seed: Tensor | None
+    y: Tensor
+    lse: Tensor
+    dropout_p: float
+    context: tuple[int, int]
+    chunk_size: int
+
+
+# --------------------------------------------------------------------------- the public function
+def rel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    bias_u: Tensor,
+    bias_v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    context: tuple[int, int] = (-1, -1),
+    chunk_size: int = 1,
+) -> Tensor:
+    """softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory.
+
+    Args:
+        q: (B, T, H, d), d of at least 1. float32, bfloat16, float16 or float64.
+        k: (B, K, H, d), K of at least T: those of the queries' frames are the last T.
+        v: (B, K, H, e), e of at least 1.
+        pos: (T + K − 1, H, d), the projected positions: row r is that of a key r − (K − 1) frames behind the query. No
+            rows where T is 0.
+        bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
+        key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
+        attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
+        dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
+        dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
+            give the same weights on every backend.
+        context: (left, right): a query sees the keys from ``left`` frames before its chunk to ``right`` frames behind
+            it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
+        chunk_size: frames of a chunk, counted from the first key. 1: the context is that of each frame.
+        All floating tensors have q's dtype, but for autocast, which casts them.
+    Returns:
+        (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
+        sees no key.
+    Raises:
+        TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
+        ValueError: shapes or devices do not match; an option is out of range.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(q) in PLAIN
+        and q.is_cpu
+        and q.is_contiguous()
+        and type(k) in PLAIN
+        and k.is_contiguous()
+        and type(v) in PLAIN
+        and v.is_contiguous()
+        and type(pos) in PLAIN
+        and pos.is_contiguous()
+        and type(bias_u) in PLAIN
+        and bias_u.is_contiguous()
+        and type(bias_v) in PLAIN
+        and bias_v.is_contiguous()
+        and (
+            key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_contiguous())
+        )
+        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_contiguous()))
+        and (dropout_seed is None or (type(dropout_seed) in PLAIN and dropout_seed.is_contiguous()))
+        and type(dropout_p) is float
+        and (dropout_p >= 0 and dropout_p < 1)
+        and type(context) is tuple
+        and len(context) == 2
+        and type(context[0]) is type(context[1]) is int
+        and type(chunk_size) is int
+        and (chunk_size >= 1)
+        and not is_autocast_enabled("cpu")
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or pos.requires_grad
+                or bias_u.requires_grad
+                or bias_v.requires_grad
+            ):
+                return apply(
+                    kernels, True, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p,
+                    dropout_seed, context, chunk_size,
+                )  # fmt: skip
+            y, _ = kernels.forward(
+                q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, dropout_p, *context,
+                chunk_size,
+            )  # fmt: skip
+            return y
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(
+                q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+                chunk_size,
+            )  # fmt: skip
+            raise
+    check(
+        q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+        chunk_size,
+    )  # fmt: skip
+    if is_compiling() or not (
+        type(q) in PLAIN
+        and type(k) in PLAIN
+        and type(v) in PLAIN
+        and type(pos) in PLAIN
+        and type(bias_u) in PLAIN
+        and type(bias_v) in PLAIN
+        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
+        and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (dropout_seed is None or type(dropout_seed) in PLAIN)
+    ):
+        return traced(
+            q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+            chunk_size,
+        )  # fmt: skip
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(
+            op, Arguments(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
+            context, chunk_size),
+        )  # fmt: skip
+    kernels = family.kernels(q)
+    if kernels is None:
+        return formula(
+            q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+        )  # fmt: skip
+    cast_dtype = autocast_dtype(q)
+    if cast_dtype is not None:
+        names = under_autocast(
+            cast_dtype, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
+            context, chunk_size,
+        )  # fmt: skip
+        (
+            q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+            chunk_size, _,
+        ) = names  # fmt: skip
+        kernels = family.kernels(q)
+        if kernels is None:
+            return formula(
+                q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+                dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            )  # fmt: skip
+    try:
+        if is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or pos.requires_grad
+            or bias_u.requires_grad
+            or bias_v.requires_grad
+        ):
+            return apply(
+                kernels, False, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p,
+                dropout_seed, context, chunk_size,
+            )  # fmt: skip
+        y, _ = run_kernels(
+            kernels, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
+            context, chunk_size, False,
+        )  # fmt: skip
+    except Unlaunchable as error:
+        family.give_up(error, q)
+        return formula(
+            q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+        )  # fmt: skip
+    return y
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    bias_u: Tensor,
+    bias_v: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    context: tuple[int, int],
+    chunk_size: int,
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(dropout_p) is not float:
+        op.wrong_float("dropout_p", dropout_p)
+    if not (dropout_p >= 0 and dropout_p < 1):
+        op.fail("dropout_p", "at least 0 and less than 1", dropout_p)
+    if not (type(context) is tuple and len(context) == 2 and type(context[0]) is type(context[1]) is int):
+        op.wrong_pair("context", context)
+    if type(chunk_size) is not int:
+        op.wrong_int("chunk_size", chunk_size)
+    if not (chunk_size >= 1):
+        op.fail("chunk_size", "at least 1", chunk_size)
+    if not isinstance(q, Tensor) or q.dtype not in FLOATING or q.layout is not torch.strided:
+        op.wrong_tensor("q", q)
+    shape, right = q.shape, False
+    if len(shape) == 4:
+        B = shape[0]
+        T = shape[1]
+        H = shape[2]
+        D = shape[3]
+        right = H >= 1 and D >= 1
+    if not right:
+        op.wrong_shape("q", q, f"{listed('B', 'T', 'H', 'D')}, H >= 1, D >= 1")
+    if not isinstance(k, Tensor) or k.dtype not in FLOATING or k.layout is not torch.strided:
+        op.wrong_tensor("k", k)
+    shape, right = k.shape, False
+    if len(shape) == 4:
+        K = shape[1]
+        right = shape[0] == B and shape[2] == H and shape[3] == D and K >= T
+    if not right:
+        op.wrong_shape("k", k, f"{listed(B, 'K', H, D)}, K >= {T}")
+    if k.device != q.device:
+        op.wrong_device("k", k, "q", q)
+    if not isinstance(v, Tensor) or v.dtype not in FLOATING or v.layout is not torch.strided:
+        op.wrong_tensor("v", v)
+    shape, right = v.shape, False
+    if len(shape) == 4:
+        E = shape[3]
+        right = shape[0] == B and shape[1] == K and shape[2] == H and E >= 1
+    if not right:
+        op.wrong_shape("v", v, f"{listed(B, K, H, 'E')}, E >= 1")
+    if v.device != q.device:
+        op.wrong_device("v", v, "q", q)
+    if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
+        op.wrong_tensor("pos", pos)
+    if pos.shape != ((T and T + K - 1), H, D):
+        op.wrong_shape("pos", pos, listed((T and T + K - 1), H, D))
+    if pos.device != q.device:
+        op.wrong_device("pos", pos, "q", q)
+    if not isinstance(bias_u, Tensor) or bias_u.dtype not in FLOATING or bias_u.layout is not torch.strided:
+        op.wrong_tensor("bias_u", bias_u)
+    if bias_u.shape != (H, D):
+        op.wrong_shape("bias_u", bias_u, listed(H, D))
+    if bias_u.device != q.device:
+        op.wrong_device("bias_u", bias_u, "q", q)
+    if not isinstance(bias_v, Tensor) or bias_v.dtype not in FLOATING or bias_v.layout is not torch.strided:
+        op.wrong_tensor("bias_v", bias_v)
+    if bias_v.shape != (H, D):
+        op.wrong_shape("bias_v", bias_v, listed(H, D))
+    if bias_v.device != q.device:
+        op.wrong_device("bias_v", bias_v, "q", q)
+    if key_padding_mask is not None:
+        if (
+            not isinstance(key_padding_mask, Tensor)
+            or key_padding_mask.dtype not in BOOL
+            or key_padding_mask.layout is not torch.strided
+        ):
+            op.wrong_tensor("key_padding_mask", key_padding_mask, "a bool tensor")
+        if key_padding_mask.shape != (B, K):
+            op.wrong_shape("key_padding_mask", key_padding_mask, listed(B, K))
+        if key_padding_mask.device != q.device:
+            op.wrong_device("key_padding_mask", key_padding_mask, "q", q)
+    if attn_mask is not None:
+        if (
+            not isinstance(attn_mask, Tensor)
+            or attn_mask.dtype not in BOOL
+            or attn_mask.layout is not torch.strided
+        ):
+            op.wrong_tensor("attn_mask", attn_mask, "a bool tensor")
+        if attn_mask.shape != (T, K) and attn_mask.shape != (B, T, K):
+            op.wrong_shape("attn_mask", attn_mask, f"{listed(T, K)} or {listed(B, T, K)}")
+        if attn_mask.device != q.device:
+            op.wrong_device("attn_mask", attn_mask, "q", q)
+    if dropout_seed is not None:
+        if (
+            not isinstance(dropout_seed, Tensor)
+            or dropout_seed.dtype not in INT64
+            or dropout_seed.layout is not torch.strided
+        ):
+            op.wrong_tensor("dropout_seed", dropout_seed, "an int64 tensor")
+        if dropout_seed.shape != (1,):
+            op.wrong_shape("dropout_seed", dropout_seed, listed(1))
+        if dropout_seed.device != q.device:
+            op.wrong_device("dropout_seed", dropout_seed, "q", q)
+    if autocast_dtype(q) is None:
+        if k.dtype != q.dtype:
+            op.wrong_dtype("k", k, "q", q)
+        if v.dtype != q.dtype:
+            op.wrong_dtype("v", v, "q", q)
+        if pos.dtype != q.dtype:
+            op.wrong_dtype("pos", pos, "q", q)
+        if bias_u.dtype != q.dtype:
+            op.wrong_dtype("bias_u", bias_u, "q", q)
+        if bias_v.dtype != q.dtype:
+            op.wrong_dtype("bias_v", bias_v, "q", q)
+    _check(
+        op, Arguments(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
+        context, chunk_size),
+    )  # fmt: skip
+
+
+def traced(
+    q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size
+):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("rel_attention", q):
+        return formula(
+            q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+        )  # fmt: skip
+    y, _ = operator(
+        q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+        chunk_size,
+        is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or pos.requires_grad or bias_u.requires_grad or bias_v.requires_grad),
+    )  # fmt: skip
+    return y
+
+
+def run_kernels(
+    kernels, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+    chunk_size, keep,
+):  # fmt: skip
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(q)
+    lse_dtype = wide(q)
+    dtype = y_dtype if kernels.backend == "cpu" else None
+    y, lse = kernels.forward(
+        operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
+        operand(bias_v, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
+        operand(dropout_seed, None), dropout_p, *context, chunk_size,
+    )  # fmt: skip
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    if lse.dtype is not lse_dtype:
+        lse = lse.to(lse_dtype)
+    return y, lse
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.q), wide(a.q))
+
+
+def under_autocast(
+    dtype, q, k, v, pos, bias_u, bias_v, key_padding_mask=None, attn_mask=None, dropout_p=0.0,
+    dropout_seed=None, context=(-1, -1), chunk_size=1, keep=False,
+):  # fmt: skip
+    """Casts the arguments as autocast does for this dtype."""
+    q, k, v, pos, bias_u, bias_v = cast(dtype, q, k, v, pos, bias_u, bias_v)
+    return (
+        q,
+        k,
+        v,
+        pos,
+        bias_u,
+        bias_v,
+        key_padding_mask,
+        attn_mask,
+        dropout_p,
+        dropout_seed,
+        context,
+        chunk_size,
+        keep,
+    )
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class RelAttention(Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p,
+        dropout_seed, context, chunk_size,
+    ):  # fmt: skip
+        if direct:
+            y, lse = kernels.forward(
+                q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, dropout_p, *context,
+                chunk_size,
+            )  # fmt: skip
+        else:
+            y, lse = run_kernels(
+                kernels, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
+                context, chunk_size, True,
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse)
+        ctx.rest = kernels, direct, dropout_p, context, chunk_size
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("rel_attention")
+        # once: a checkpoint gives them one time
+        q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse = ctx.saved_tensors
+        kernels, direct, dropout_p, context, chunk_size = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = transformed_gradients(
+                op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask,
+                dropout_seed, y, lse, dropout_p, context, chunk_size,)),
+            )  # fmt: skip
+            return None, None, d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, None, None, None, None, None, None
+        if direct:
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = kernels.backward(
+                grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed,
+                y, lse, dropout_p, *context, chunk_size,
+            )  # fmt: skip
+            return None, None, d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, None, None, None, None, None, None
+        try:
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = differentiate(
+                kernels, grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y,
+                lse, dropout_p, context, chunk_size,
+            )  # fmt: skip
+        except Unlaunchable as error:
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = gradients_without(
+                error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask,
+                dropout_seed, y, lse, dropout_p, context, chunk_size,)),
+            )  # fmt: skip
+        return None, None, d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, None, None, None, None, None, None
+
+
+def differentiate(
+    kernels, grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse,
+    dropout_p, context, chunk_size,
+):  # fmt: skip
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    dtype = promoted(q) if kernels.backend == "cpu" else None
+    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = kernels.backward(
+        operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
+        operand(bias_u, dtype), operand(bias_v, dtype), operand(key_padding_mask, None), operand(attn_mask,
+        None), operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size,
+    )  # fmt: skip
+    if d_q is not None and d_q.dtype is not q.dtype:
+        d_q = d_q.to(q.dtype)
+    if d_k is not None and d_k.dtype is not k.dtype:
+        d_k = d_k.to(k.dtype)
+    if d_v is not None and d_v.dtype is not v.dtype:
+        d_v = d_v.to(v.dtype)
+    if d_pos is not None and d_pos.dtype is not pos.dtype:
+        d_pos = d_pos.to(pos.dtype)
+    if d_bias_u is not None and d_bias_u.dtype is not bias_u.dtype:
+        d_bias_u = d_bias_u.to(bias_u.dtype)
+    if d_bias_v is not None and d_bias_v.dtype is not bias_v.dtype:
+        d_bias_v = d_bias_v.to(bias_v.dtype)
+    return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(
+    q, k, v, pos, bias_u, bias_v, key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None,
+    context=(-1, -1), chunk_size=1, keep=False,
+):  # fmt: skip
+    kernels = family.kernels(q)
+    if kernels is None:
+        return formula_results(
+            op, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+            chunk_size,
+        )  # fmt: skip
+    try:
+        y, lse = run_kernels(
+            kernels, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
+            context, chunk_size, keep,
+        )  # fmt: skip
+    except Unlaunchable as error:
+        family.give_up(error, q)
+        return formula_results(
+            op, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+            chunk_size,
+        )  # fmt: skip
+    if not keep:
+        lse = lse.new_empty(0)
+    return y.contiguous(), lse.contiguous()
+
+
+def fake(
+    q, k, v, pos, bias_u, bias_v, key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None,
+    context=(-1, -1), chunk_size=1, keep=False,
+):  # fmt: skip
+    keep = keep and family.kernels(q) is not None
+    B = q.shape[0]
+    T = q.shape[1]
+    H = q.shape[2]
+
+    E = v.shape[3]
+    return torch.empty((B, T, H, E), dtype=promoted(q), device=q.device), torch.empty(
+        (B, H, T) if keep else (0,), dtype=wide(q), device=q.device
+    )
+
+
+def set_up(ctx, inputs, output):
+    (
+        q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+        chunk_size, keep,
+    ) = inputs  # fmt: skip
+    y, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse)
+    ctx.rest = dropout_p, context, chunk_size, keep
+
+
+def backward(ctx, grad_y, *_):
+    q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse = ctx.saved_tensors
+    dropout_p, context, chunk_size, keep = ctx.rest
+    if not keep:
+        _, lse = operator(
+            q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
+            chunk_size, True,
+        )  # fmt: skip
+    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = as_tuple(
+        backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y,
+        lse, dropout_p, context, chunk_size),
+    )  # fmt: skip
+    return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, None, None, None, None, None, None, None
+
+
+def run_backward(
+    grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p,
+    context, chunk_size,
+):  # fmt: skip
+    kernels = family.kernels(q)
+    if kernels is None:
+        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = formula_gradients(
+            op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y,
+            lse, dropout_p, context, chunk_size),
+        )  # fmt: skip
+    else:
+        try:
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = differentiate(
+                kernels, grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y,
+                lse, dropout_p, context, chunk_size,
+            )  # fmt: skip
+        except Unlaunchable as error:
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = gradients_without(
+                error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask,
+                dropout_seed, y, lse, dropout_p, context, chunk_size),
+            )  # fmt: skip
+    return (
+        d_q.contiguous(),
+        d_k.contiguous(),
+        d_v.contiguous(),
+        d_pos.contiguous(),
+        d_bias_u.contiguous(),
+        d_bias_v.contiguous(),
+    )
+
+
+def fake_backward(
+    grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p,
+    context, chunk_size,
+):  # fmt: skip
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        pos.new_empty(pos.shape),
+        bias_u.new_empty(bias_u.shape),
+        bias_v.new_empty(bias_v.shape),
+    )
+
+
+backward_operator = register(
+    "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
+    "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor y, Tensor "
+    "lse, float dropout_p, SymInt[2] context, SymInt chunk_size) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "rel_attention(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, Tensor? "
+    "key_padding_mask=None, Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, "
+    "SymInt[2] context=[-1, -1], SymInt chunk_size=1, bool keep=False) -> (Tensor, Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    autocast=under_autocast,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(RelAttention)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("q",),
+    differentiable=("q", "k", "v", "pos", "bias_u", "bias_v"),
+    dense=True,
+)
+op.serve(rel_attention, written)

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=residual_norm` writes this file from fastasr/ops/residual_norm.py: change that one.
+"""LN(x + update)"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wide,
+)
+from fastasr.ops.residual_norm import _gradients, _launch
+from fastasr.ops.residual_norm import residual_norm as formula
+
+op = OPS["residual_norm"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    update: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-05
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    update: Tensor
+    weight: Tensor
+    bias: Tensor
+    statistics: Tensor
+    eps: float
+
+
+# --------------------------------------------------------------------------- the public function
+def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-05) -> Tensor:
+    """LayerNorm(x + update) over the last dimension.
+
+    Args:
+        x, update: (..., D), one shape. float32, bfloat16, float16 or float64.
+        weight, bias: (D,).
+        eps: added to the variance.
+    Returns:
+        A tensor of x's shape in the promoted dtype of x and update, computed in float32 or better, rounded once.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not match.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and type(update) in PLAIN
+        and type(weight) in PLAIN
+        and type(bias) in PLAIN
+        and type(eps) is float
+        and (eps >= 0)
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad
+            ):
+                return apply(kernels, True, x, update, weight, bias, eps)
+            y, _ = kernels.forward(x, update, None, None, None, weight, bias, eps, 0, False)
+            return y
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, update, weight, bias, eps)
+            raise
+    check(x, update, weight, bias, eps)
+    if is_compiling() or not (
+        type(x) in PLAIN and type(update) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN
+    ):
+        return traced(x, update, weight, bias, eps)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x, update, weight, bias, eps))
+    kernels = family.kernels(x, update, weight, bias)
+    if kernels is None:
+        return formula(x, update, weight, bias, eps)
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad
+        ):
+            return apply(kernels, False, x, update, weight, bias, eps)
+        y, _ = run_kernels(kernels, x, update, weight, bias, eps, False)
+    except Unlaunchable as error:
+        family.give_up(error, x, update, weight, bias)
+        return formula(x, update, weight, bias, eps)
+    return y
+
+
+def check(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(eps) is not float:
+        op.wrong_float("eps", eps)
+    if not (eps >= 0):
+        op.fail("eps", "at least 0", eps)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) >= 1:
+        S = shape[:-1]
+        C = shape[-1]
+        right = C >= 1
+    if not right:
+        op.wrong_shape("x", x, f"{listed('...', 'C')}, C >= 1")
+    if not isinstance(update, Tensor) or update.dtype not in FLOATING or update.layout is not torch.strided:
+        op.wrong_tensor("update", update)
+    if update.shape != (*S, C):
+        op.wrong_shape("update", update, listed(*S, C))
+    if update.device != x.device:
+        op.wrong_device("update", update, "x", x)
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    if weight.shape != (C,):
+        op.wrong_shape("weight", weight, listed(C))
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+        op.wrong_tensor("bias", bias)
+    if bias.shape != (C,):
+        op.wrong_shape("bias", bias, listed(C))
+    if bias.device != x.device:
+        op.wrong_device("bias", bias, "x", x)
+
+
+def traced(x, update, weight, bias, eps):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("residual_norm", x, update, weight, bias):
+        return formula(x, update, weight, bias, eps)
+    y, _ = operator(
+        x, update, weight, bias, eps,
+        is_grad_enabled() and (x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad),
+    )  # fmt: skip
+    return y
+
+
+def run_kernels(kernels, x, update, weight, bias, eps, keep):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x, update)
+    statistics_dtype = wide(x, update, weight, bias)
+    y, statistics = _launch(op, kernels, make(Arguments, (x, update, weight, bias, eps)), y_dtype, keep)
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    if statistics.dtype is not statistics_dtype:
+        statistics = statistics.to(statistics_dtype)
+    return y, statistics
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x, a.update), wide(a.x, a.update, a.weight, a.bias))
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class ResidualNorm(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, update, weight, bias, eps):
+        if direct:
+            y, statistics = kernels.forward(x, update, None, None, None, weight, bias, eps, 0, True)
+        else:
+            y, statistics = run_kernels(kernels, x, update, weight, bias, eps, True)
+        ctx.save_for_backward(x, update, weight, bias, statistics)
+        ctx.rest = kernels, direct, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("residual_norm")
+        # once: a checkpoint gives them one time
+        x, update, weight, bias, statistics = ctx.saved_tensors
+        kernels, direct, eps = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_x, d_update, d_weight, d_bias = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps))
+            )
+            return None, None, d_x, d_update, d_weight, d_bias, None
+        if direct:
+            d_x, _, _, d_weight, d_bias = kernels.backward(
+                grad_y.contiguous(), x, update, None, None, None, weight, bias, statistics, eps, 0
+            )
+            d_update = d_x
+            return None, None, d_x, d_update, d_weight, d_bias, None
+        try:
+            d_x, d_update, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, update, weight, bias, statistics, eps
+            )
+        except Unlaunchable as error:
+            d_x, d_update, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps))
+            )
+        return None, None, d_x, d_update, d_weight, d_bias, None
+
+
+def differentiate(kernels, grad_y, x, update, weight, bias, statistics, eps):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    d_x, d_update, d_weight, d_bias = _gradients(
+        op, kernels, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps)), None
+    )
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_update is not None and d_update.dtype is not update.dtype:
+        d_update = d_update.to(update.dtype)
+    if d_weight is not None and d_weight.dtype is not weight.dtype:
+        d_weight = d_weight.to(weight.dtype)
+    if d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_update, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, update, weight, bias, eps=1e-05, keep=False):
+    kernels = family.kernels(x, update, weight, bias)
+    if kernels is None:
+        return formula_results(op, x, update, weight, bias, eps)
+    try:
+        y, statistics = run_kernels(kernels, x, update, weight, bias, eps, keep)
+    except Unlaunchable as error:
+        family.give_up(error, x, update, weight, bias)
+        return formula_results(op, x, update, weight, bias, eps)
+    if not keep:
+        statistics = statistics.new_empty(0)
+    return y.contiguous(), statistics.contiguous()
+
+
+def fake(x, update, weight, bias, eps=1e-05, keep=False):
+    keep = keep and family.kernels(x, update, weight, bias) is not None
+    S = x.shape[:-1]
+    C = x.shape[-1]
+    return torch.empty((*S, C), dtype=promoted(x, update), device=x.device), torch.empty(
+        (*S, 3) if keep else (0,), dtype=wide(x, update, weight, bias), device=x.device
+    )
+
+
+def set_up(ctx, inputs, output):
+    x, update, weight, bias, eps, keep = inputs
+    y, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(x, update, weight, bias, statistics)
+    ctx.rest = eps, keep
+
+
+def backward(ctx, grad_y, *_):
+    x, update, weight, bias, statistics = ctx.saved_tensors
+    eps, keep = ctx.rest
+    if not keep:
+        _, statistics = operator(x, update, weight, bias, eps, True)
+    d_x, d_update, d_weight, d_bias = as_tuple(
+        backward_operator(grad_y, x, update, weight, bias, statistics, eps)
+    )
+    return d_x, d_update, d_weight, d_bias, None, None
+
+
+def run_backward(grad_y, x, update, weight, bias, statistics, eps):
+    kernels = family.kernels(x, update, weight, bias)
+    if kernels is None:
+        d_x, d_update, d_weight, d_bias = formula_gradients(
+            op, (grad_y,), Saved(x, update, weight, bias, statistics, eps)
+        )
+    else:
+        try:
+            d_x, d_update, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, update, weight, bias, statistics, eps
+            )
+        except Unlaunchable as error:
+            d_x, d_update, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), Saved(x, update, weight, bias, statistics, eps)
+            )
+        d_update = d_update.clone()
+    return d_x.contiguous(), d_update.contiguous(), d_weight.contiguous(), d_bias.contiguous()
+
+
+def fake_backward(grad_y, x, update, weight, bias, statistics, eps):
+    return (
+        x.new_empty(x.shape),
+        update.new_empty(update.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+    )
+
+
+backward_operator = register(
+    "residual_norm_backward(Tensor grad_y, Tensor x, Tensor update, Tensor weight, Tensor bias, Tensor "
+    "statistics, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "residual_norm(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps=1e-05, bool keep=False) "
+    "-> (Tensor, Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(ResidualNorm)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x", "update", "weight", "bias"),
+    differentiable=("x", "update", "weight", "bias"),
+    dense=True,
+)
+op.serve(residual_norm, written)

@@ -1,0 +1,655 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=rnnt_joiner` writes this file from fastasr/ops/rnnt_joiner.py: change that one.
+"""(symbol_logprobs, blank_logprobs) of a pruned transducer's joiner, without a tensor of B × T × R × V"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._runtime import (
+    INT64,
+    INTEGERS,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wanted,
+    wide,
+)
+from fastasr.ops.rnnt_joiner import _check, _gradients, _launch
+from fastasr.ops.rnnt_joiner import rnnt_joiner as formula
+
+op = OPS["rnnt_joiner"]
+family = op.family
+ACTIVATION_CODES = {"tanh": 3, "relu": 2}
+
+
+class Arguments(NamedTuple):
+    am: Tensor
+    lm: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    symbols: Tensor
+    starts: Tensor
+    s_range: int
+    termination_symbol: int
+    boundary: Tensor | None = None
+    activation: Literal["tanh", "relu"] = "tanh"
+    hat: bool = False
+    keep_logits: bool | None = None
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    am: Tensor
+    lm: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    symbols: Tensor
+    starts: Tensor
+    boundary: Tensor | None
+    dropout_seed: Tensor | None
+    normaliser: Tensor
+    s_range: int
+    termination_symbol: int
+    activation: Literal["tanh", "relu"]
+    hat: bool
+    keep_logits: bool | None
+    dropout_p: float
+
+
+class Needs(NamedTuple):
+    am: bool
+    lm: bool
+    weight: bool
+    bias: bool
+
+
+# --------------------------------------------------------------------------- the public function
+def rnnt_joiner(
+    am: Tensor,
+    lm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    symbols: Tensor,
+    starts: Tensor,
+    *,
+    s_range: int,
+    termination_symbol: int,
+    boundary: Tensor | None = None,
+    activation: Literal["tanh", "relu"] = "tanh",
+    hat: bool = False,
+    keep_logits: bool | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns (symbol_logprobs, blank_logprobs) of a pruned transducer's joiner, without a tensor of B × T × R × V.
+
+    Args:
+        am: (B, T, D), the projected frames; lm: (B, S + 1, D), the projected contexts. float32, bfloat16, float16 or
+            float64.
+        weight: (V, D); bias: (V,) or None: the output layer, in the dtype of am + lm, except under autocast, which
+            casts them.
+        symbols: int64 (B, S), values in [0, V) within the boundary; what lies behind it is not read.
+        starts: int64 (B, T), the first s of each frame's window (``ranges[:, :, 0]`` of k2), in [0, S].
+        s_range: R, the size of the window; S + 1 with starts of 0 is the full lattice. Rows with s > S are outside.
+        termination_symbol: the output of blank.
+        boundary: int64 (B, 4) of s_begin, t_begin, s_end, t_end; None: all of every sequence.
+        activation: "tanh" or "relu".
+        hat: factor blank out as a Bernoulli variable (HAT).
+        keep_logits: keep logits for the backward (4 N (V + D) bytes) or compute them again; None: by their size.
+        dropout_p: the share of h that is set to 0; the others are divided by 1 − dropout_p.
+        dropout_seed: int64 (1,), which chooses these values; needed where dropout_p is more than 0.
+    Returns:
+        Both (B, T, R), float32 (float64 for float64). symbol_logprobs is -inf where s has no symbol before s_end, both
+        are -inf outside the boundary. Rows outside it, and in the backward pass rows whose gradients are both 0, are
+        not computed.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or names do not match; symbols, starts or boundary out of range, for CPU tensors
+            outside ``torch.compile``. On a GPU that check would wait for the device: there a symbol outside the
+            vocabulary gives NaN, and a row whose s is outside [0, S] is -inf.
+    """
+    check(
+        am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+        keep_logits, dropout_p, dropout_seed,
+    )  # fmt: skip
+    if is_compiling() or not (
+        type(am) in PLAIN
+        and type(lm) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and type(symbols) in PLAIN
+        and type(starts) in PLAIN
+        and (boundary is None or type(boundary) in PLAIN)
+        and (dropout_seed is None or type(dropout_seed) in PLAIN)
+    ):
+        return traced(
+            am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+            keep_logits, dropout_p, dropout_seed,
+        )  # fmt: skip
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(
+            op, Arguments(am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
+            activation, hat, keep_logits, dropout_p, dropout_seed),
+        )  # fmt: skip
+    kernels = family.kernels(am, lm, weight)
+    if kernels is None:
+        return formula(
+            am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
+            boundary=boundary, activation=activation, hat=hat, keep_logits=keep_logits, dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+        )  # fmt: skip
+    cast_dtype = autocast_dtype(am)
+    if cast_dtype is not None:
+        names = under_autocast(
+            cast_dtype, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
+            activation, hat, keep_logits, dropout_p, dropout_seed,
+        )  # fmt: skip
+        (
+            am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+            keep_logits, dropout_p, dropout_seed, _,
+        ) = names  # fmt: skip
+        kernels = family.kernels(am, lm, weight)
+        if kernels is None:
+            return formula(
+                am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
+                boundary=boundary, activation=activation, hat=hat, keep_logits=keep_logits,
+                dropout_p=dropout_p, dropout_seed=dropout_seed,
+            )  # fmt: skip
+    try:
+        if is_grad_enabled() and (
+            am.requires_grad
+            or lm.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
+            return apply(
+                kernels, False, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
+                activation, hat, keep_logits, dropout_p, dropout_seed,
+            )  # fmt: skip
+        symbol_logprobs, blank_logprobs, _ = run_kernels(
+            kernels, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation,
+            hat, keep_logits, dropout_p, dropout_seed, False,
+        )  # fmt: skip
+    except Unlaunchable as error:
+        family.give_up(error, am, lm, weight)
+        return formula(
+            am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
+            boundary=boundary, activation=activation, hat=hat, keep_logits=keep_logits, dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+        )  # fmt: skip
+    return symbol_logprobs, blank_logprobs
+
+
+def check(
+    am: Tensor,
+    lm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    symbols: Tensor,
+    starts: Tensor,
+    s_range: int,
+    termination_symbol: int,
+    boundary: Tensor | None,
+    activation: Literal["tanh", "relu"],
+    hat: bool,
+    keep_logits: bool | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(s_range) is not int:
+        op.wrong_int("s_range", s_range)
+    if not (s_range >= 1):
+        op.fail("s_range", "at least 1", s_range)
+    if type(termination_symbol) is not int:
+        op.wrong_int("termination_symbol", termination_symbol)
+    if not (type(activation) is str and activation in ACTIVATION_CODES):
+        op.wrong_choice("activation", activation, ACTIVATION_CODES)
+    if type(hat) is not bool:
+        op.wrong_flag("hat", hat)
+    if keep_logits is not None and type(keep_logits) is not bool:
+        op.wrong_flag("keep_logits", keep_logits)
+    if type(dropout_p) is not float:
+        op.wrong_float("dropout_p", dropout_p)
+    if not (dropout_p >= 0 and dropout_p < 1):
+        op.fail("dropout_p", "at least 0 and less than 1", dropout_p)
+    if not isinstance(am, Tensor) or am.dtype not in FLOATING or am.layout is not torch.strided:
+        op.wrong_tensor("am", am)
+    shape, right = am.shape, False
+    if len(shape) == 3:
+        B = shape[0]
+        T = shape[1]
+        D = shape[2]
+        right = True
+    if not right:
+        op.wrong_shape("am", am, listed("B", "T", "D"))
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    shape, right = weight.shape, False
+    if len(shape) == 2:
+        V = shape[0]
+        right = shape[1] == D and V >= 1
+    if not right:
+        op.wrong_shape("weight", weight, f"{listed('V', D)}, V >= 1")
+    if weight.device != am.device:
+        op.wrong_device("weight", weight, "am", am)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+            op.wrong_tensor("bias", bias)
+        if bias.shape != (V,):
+            op.wrong_shape("bias", bias, listed(V))
+        if bias.device != am.device:
+            op.wrong_device("bias", bias, "am", am)
+    if (
+        not isinstance(symbols, Tensor)
+        or symbols.dtype not in INTEGERS
+        or symbols.layout is not torch.strided
+    ):
+        op.wrong_tensor("symbols", symbols, "a tensor of integers")
+    shape, right = symbols.shape, False
+    if len(shape) == 2:
+        S = shape[1]
+        right = shape[0] == B
+    if not right:
+        op.wrong_shape("symbols", symbols, listed(B, "S"))
+    if symbols.device != am.device:
+        op.wrong_device("symbols", symbols, "am", am)
+    if not isinstance(lm, Tensor) or lm.dtype not in FLOATING or lm.layout is not torch.strided:
+        op.wrong_tensor("lm", lm)
+    if lm.shape != (B, S + 1, D):
+        op.wrong_shape("lm", lm, listed(B, S + 1, D))
+    if lm.device != am.device:
+        op.wrong_device("lm", lm, "am", am)
+    if not isinstance(starts, Tensor) or starts.dtype not in INTEGERS or starts.layout is not torch.strided:
+        op.wrong_tensor("starts", starts, "a tensor of integers")
+    if starts.shape != (B, T):
+        op.wrong_shape("starts", starts, listed(B, T))
+    if starts.device != am.device:
+        op.wrong_device("starts", starts, "am", am)
+    if boundary is not None:
+        if (
+            not isinstance(boundary, Tensor)
+            or boundary.dtype not in INTEGERS
+            or boundary.layout is not torch.strided
+        ):
+            op.wrong_tensor("boundary", boundary, "a tensor of integers")
+        if boundary.shape != (B, 4):
+            op.wrong_shape("boundary", boundary, listed(B, 4))
+        if boundary.device != am.device:
+            op.wrong_device("boundary", boundary, "am", am)
+    if dropout_seed is not None:
+        if (
+            not isinstance(dropout_seed, Tensor)
+            or dropout_seed.dtype not in INT64
+            or dropout_seed.layout is not torch.strided
+        ):
+            op.wrong_tensor("dropout_seed", dropout_seed, "an int64 tensor")
+        if dropout_seed.shape != (1,):
+            op.wrong_shape("dropout_seed", dropout_seed, listed(1))
+        if dropout_seed.device != am.device:
+            op.wrong_device("dropout_seed", dropout_seed, "am", am)
+    _check(
+        op, Arguments(am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
+        activation, hat, keep_logits, dropout_p, dropout_seed),
+    )  # fmt: skip
+
+
+def traced(
+    am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+    keep_logits, dropout_p, dropout_seed,
+):  # fmt: skip
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("rnnt_joiner", am, lm, weight):
+        return formula(
+            am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
+            boundary=boundary, activation=activation, hat=hat, keep_logits=keep_logits, dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+        )  # fmt: skip
+    symbol_logprobs, blank_logprobs, _ = operator(
+        am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+        keep_logits, dropout_p, dropout_seed,
+        is_grad_enabled() and (am.requires_grad or lm.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+    )  # fmt: skip
+    return symbol_logprobs, blank_logprobs
+
+
+def run_kernels(
+    kernels, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+    keep_logits, dropout_p, dropout_seed, keep,
+):  # fmt: skip
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    symbol_logprobs_dtype = wide(am, lm, weight)
+    normaliser_dtype = torch.float64
+    symbol_logprobs, blank_logprobs, normaliser = _launch(
+        op, kernels, make(Arguments, (am, lm, weight, bias, symbols, starts, s_range, termination_symbol,
+        boundary, activation, hat, keep_logits, dropout_p, dropout_seed,)), symbol_logprobs_dtype, keep,
+    )  # fmt: skip
+    if symbol_logprobs.dtype is not symbol_logprobs_dtype:
+        symbol_logprobs = symbol_logprobs.to(symbol_logprobs_dtype)
+    if blank_logprobs.dtype is not symbol_logprobs_dtype:
+        blank_logprobs = blank_logprobs.to(symbol_logprobs_dtype)
+    if normaliser.dtype is not normaliser_dtype:
+        normaliser = normaliser.to(normaliser_dtype)
+    return symbol_logprobs, blank_logprobs, normaliser
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (wide(a.am, a.lm, a.weight), wide(a.am, a.lm, a.weight), torch.float64)
+
+
+def under_autocast(
+    dtype, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary=None,
+    activation='tanh', hat=False, keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
+):  # fmt: skip
+    """Casts the arguments as autocast does for this dtype."""
+    weight, bias = cast(dtype, weight, bias)
+    return (
+        am,
+        lm,
+        weight,
+        bias,
+        symbols,
+        starts,
+        s_range,
+        termination_symbol,
+        boundary,
+        activation,
+        hat,
+        keep_logits,
+        dropout_p,
+        dropout_seed,
+        keep,
+    )
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class RnntJoiner(Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, direct, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
+        activation, hat, keep_logits, dropout_p, dropout_seed,
+    ):  # fmt: skip
+        symbol_logprobs, blank_logprobs, normaliser = run_kernels(
+            kernels, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation,
+            hat, keep_logits, dropout_p, dropout_seed, True,
+        )  # fmt: skip
+        ctx.save_for_backward(am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser)
+        ctx.rest = kernels, direct, s_range, termination_symbol, activation, hat, keep_logits, dropout_p
+        return symbol_logprobs, blank_logprobs
+
+    @staticmethod
+    def backward(ctx, grad_symbol_logprobs, grad_blank_logprobs, *_):
+        if is_grad_enabled():
+            refuse_double_backward("rnnt_joiner")
+        # once: a checkpoint gives them one time
+        am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
+        kernels, direct, s_range, termination_symbol, activation, hat, keep_logits, dropout_p = ctx.rest
+        if (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or is_batched(grad_symbol_logprobs)
+            or is_batched(grad_blank_logprobs)
+        ):
+            d_am, d_lm, d_weight, d_bias = transformed_gradients(
+                op, (grad_symbol_logprobs, grad_blank_logprobs,), make(Saved, (am, lm, weight, bias, symbols,
+                starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat,
+                keep_logits, dropout_p,)),
+            )  # fmt: skip
+            return (
+                None,
+                None,
+                d_am,
+                d_lm,
+                d_weight,
+                d_bias,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
+        needs = ctx.needs_input_grad[2:6]
+        try:
+            d_am, d_lm, d_weight, d_bias = differentiate(
+                kernels, grad_symbol_logprobs, grad_blank_logprobs, am, lm, weight, bias, symbols, starts,
+                boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits,
+                dropout_p, needs,
+            )  # fmt: skip
+        except Unlaunchable as error:
+            d_am, d_lm, d_weight, d_bias = gradients_without(
+                error, op, (grad_symbol_logprobs, grad_blank_logprobs,), make(Saved, (am, lm, weight, bias,
+                symbols, starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation,
+                hat, keep_logits, dropout_p,)),
+            )  # fmt: skip
+        return (
+            None,
+            None,
+            d_am,
+            d_lm,
+            d_weight,
+            d_bias,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def differentiate(
+    kernels, grad_symbol_logprobs, grad_blank_logprobs, am, lm, weight, bias, symbols, starts, boundary,
+    dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits, dropout_p, needs,
+):  # fmt: skip
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    d_am, d_lm, d_weight, d_bias = _gradients(
+        op, kernels, (grad_symbol_logprobs, grad_blank_logprobs,), make(Saved, (am, lm, weight, bias, symbols,
+        starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits,
+        dropout_p,)), make(Needs, needs),
+    )  # fmt: skip
+    if d_am is not None and d_am.dtype is not am.dtype:
+        d_am = d_am.to(am.dtype)
+    if d_lm is not None and d_lm.dtype is not lm.dtype:
+        d_lm = d_lm.to(lm.dtype)
+    if d_weight is not None and d_weight.dtype is not weight.dtype:
+        d_weight = d_weight.to(weight.dtype)
+    if bias is None:
+        d_bias = None
+    elif d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_am, d_lm, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(
+    am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary=None, activation='tanh',
+    hat=False, keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
+):  # fmt: skip
+    kernels = family.kernels(am, lm, weight)
+    if kernels is None:
+        return formula_results(
+            op, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+            keep_logits, dropout_p, dropout_seed,
+        )  # fmt: skip
+    try:
+        symbol_logprobs, blank_logprobs, normaliser = run_kernels(
+            kernels, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation,
+            hat, keep_logits, dropout_p, dropout_seed, keep,
+        )  # fmt: skip
+    except Unlaunchable as error:
+        family.give_up(error, am, lm, weight)
+        return formula_results(
+            op, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+            keep_logits, dropout_p, dropout_seed,
+        )  # fmt: skip
+    if not keep:
+        normaliser = normaliser.new_empty(0)
+    return symbol_logprobs.contiguous(), blank_logprobs.contiguous(), normaliser.contiguous()
+
+
+def fake(
+    am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary=None, activation='tanh',
+    hat=False, keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
+):  # fmt: skip
+    keep = keep and family.kernels(am, lm, weight) is not None
+    B = am.shape[0]
+    T = am.shape[1]
+
+    return (
+        torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range) if keep else (0,), dtype=torch.float64, device=am.device),
+    )
+
+
+def set_up(ctx, inputs, output):
+    (
+        am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+        keep_logits, dropout_p, dropout_seed, keep,
+    ) = inputs  # fmt: skip
+    symbol_logprobs, blank_logprobs, normaliser = output
+    ctx.mark_non_differentiable(normaliser)
+    ctx.save_for_backward(am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser)
+    ctx.rest = s_range, termination_symbol, activation, hat, keep_logits, dropout_p, keep
+
+
+def backward(ctx, grad_symbol_logprobs, grad_blank_logprobs, *_):
+    am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
+    s_range, termination_symbol, activation, hat, keep_logits, dropout_p, keep = ctx.rest
+    if not keep:
+        _, _, normaliser = operator(
+            am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
+            keep_logits, dropout_p, dropout_seed, True,
+        )  # fmt: skip
+    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
+    d_am, d_lm, d_weight, d_bias = as_tuple(
+        backward_operator(grad_symbol_logprobs, grad_blank_logprobs, am, lm, weight, bias, symbols, starts,
+        boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits,
+        dropout_p, needs),
+    )  # fmt: skip
+    return (
+        None if not needs[0] else d_am,
+        None if not needs[1] else d_lm,
+        None if not needs[2] else d_weight,
+        None if bias is None or not needs[3] else d_bias,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def run_backward(
+    grad_symbol_logprobs, grad_blank_logprobs, am, lm, weight, bias, symbols, starts, boundary, dropout_seed,
+    normaliser, s_range, termination_symbol, activation, hat, keep_logits, dropout_p, needs,
+):  # fmt: skip
+    kernels = family.kernels(am, lm, weight)
+    if kernels is None:
+        d_am, d_lm, d_weight, d_bias = formula_gradients(
+            op, (grad_symbol_logprobs, grad_blank_logprobs,), Saved(am, lm, weight, bias, symbols, starts,
+            boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits,
+            dropout_p),
+        )  # fmt: skip
+    else:
+        try:
+            d_am, d_lm, d_weight, d_bias = differentiate(
+                kernels, grad_symbol_logprobs, grad_blank_logprobs, am, lm, weight, bias, symbols, starts,
+                boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits,
+                dropout_p, needs,
+            )  # fmt: skip
+        except Unlaunchable as error:
+            d_am, d_lm, d_weight, d_bias = gradients_without(
+                error, op, (grad_symbol_logprobs, grad_blank_logprobs,), Saved(am, lm, weight, bias, symbols,
+                starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat,
+                keep_logits, dropout_p),
+            )  # fmt: skip
+    return (
+        am.new_empty(0) if not needs[0] or d_am is None else d_am.contiguous(),
+        am.new_empty(0) if not needs[1] or d_lm is None else d_lm.contiguous(),
+        am.new_empty(0) if not needs[2] or d_weight is None else d_weight.contiguous(),
+        am.new_empty(0) if bias is None or not needs[3] or d_bias is None else d_bias.contiguous(),
+    )
+
+
+def fake_backward(
+    grad_symbol_logprobs, grad_blank_logprobs, am, lm, weight, bias, symbols, starts, boundary, dropout_seed,
+    normaliser, s_range, termination_symbol, activation, hat, keep_logits, dropout_p, needs,
+):  # fmt: skip
+    return (
+        am.new_empty(0) if not needs[0] else am.new_empty(am.shape),
+        am.new_empty(0) if not needs[1] else lm.new_empty(lm.shape),
+        am.new_empty(0) if not needs[2] else weight.new_empty(weight.shape),
+        am.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape),
+    )
+
+
+backward_operator = register(
+    "rnnt_joiner_backward(Tensor? grad_symbol_logprobs, Tensor? grad_blank_logprobs, Tensor am, Tensor "
+    "lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor starts, Tensor? boundary, Tensor? "
+    "dropout_seed, Tensor normaliser, SymInt s_range, SymInt termination_symbol, str activation, bool "
+    "hat, bool? keep_logits, float dropout_p, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 2),
+)
+operator = register(
+    "rnnt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor starts, SymInt "
+    's_range, SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", bool hat=False, '
+    "bool? keep_logits=None, float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, "
+    "Tensor, Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    autocast=under_autocast,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(RnntJoiner)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("am", "lm", "weight"),
+    differentiable=("am", "lm", "weight", "bias"),
+    dense=True,
+)
+op.serve(rnnt_joiner, written)

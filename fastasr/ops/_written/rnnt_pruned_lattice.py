@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=rnnt_pruned_lattice` writes this file from fastasr/ops/rnnt_pruned_lattice.py: change that one.
+"""the log of the summed probability of all paths through each lattice that stay inside the band"""
+
+from functools import partial
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, refuse_unless_batched, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._runtime import (
+    COMPUTE,
+    INT64,
+    NOT_MINE,
+    Like,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    listed,
+    make,
+    operand,
+    stand_in,
+    transformed_results,
+    wide,
+)
+from fastasr.ops.rnnt_pruned_lattice import _check, _fast, _kept_shape, _launch
+from fastasr.ops.rnnt_pruned_lattice import rnnt_pruned_lattice as formula
+
+op = OPS["rnnt_pruned_lattice"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    symbol_logprobs: Tensor
+    blank_logprobs: Tensor
+    starts: Tensor
+    boundary: Tensor | None = None
+    modified: bool = False
+    return_occupation: bool = False
+
+
+class Saved(NamedTuple):
+    symbol_logprobs: Tensor
+    blank_logprobs: Tensor
+    starts: Tensor
+    boundary: Tensor | None
+    scores: Tensor
+    shares: Tensor
+    modified: bool
+    return_occupation: bool
+
+
+# --------------------------------------------------------------------------- the public function
+@overload
+def rnnt_pruned_lattice(
+    symbol_logprobs: Tensor,
+    blank_logprobs: Tensor,
+    starts: Tensor,
+    boundary: Tensor | None = None,
+    *,
+    modified: bool = False,
+    return_occupation: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def rnnt_pruned_lattice(
+    symbol_logprobs: Tensor,
+    blank_logprobs: Tensor,
+    starts: Tensor,
+    boundary: Tensor | None = None,
+    *,
+    modified: bool = False,
+    return_occupation: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def rnnt_pruned_lattice(
+    symbol_logprobs: Tensor,
+    blank_logprobs: Tensor,
+    starts: Tensor,
+    boundary: Tensor | None = None,
+    *,
+    modified: bool = False,
+    return_occupation: bool,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+def rnnt_pruned_lattice(
+    symbol_logprobs: Tensor,
+    blank_logprobs: Tensor,
+    starts: Tensor,
+    boundary: Tensor | None = None,
+    *,
+    modified: bool = False,
+    return_occupation: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Returns the log of the summed probability of all paths through each lattice that stay inside the band.
+
+    Args:
+        symbol_logprobs, blank_logprobs: (B, T, R), log probabilities of symbol s+1 and of a blank in cell (s, t),
+            s = starts[b, t] + r. float32, bfloat16, float16 or float64; special values as in ``rnnt_lattice``. The
+            last column's symbols are not used in the regular lattice: they leave the band.
+        starts: (B, T) int64, the first s of each frame's window; it does not decrease along t.
+        boundary: (B, 4) int64, [s_begin, t_begin, s_end, t_end]; None: from (0, 0) to the top of the last window,
+            [0, 0, starts[b, -1] + R - 1, T].
+        modified: a symbol takes a frame.
+        return_occupation: return occupations too.
+    Returns:
+        scores (B,), of float64 if an argument is, else of float32; -inf where no path reaches the end. With
+        ``return_occupation`` (scores, symbol_occupation, blank_occupation), see ``rnnt_lattice``.
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: shapes or devices do not match; on the CPU: starts that decrease or are negative, a boundary that is
+            not in order or ends after T. On a GPU these are not looked at, which would stall it: nothing outside the
+            tensors is read, and what comes out is unspecified.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(symbol_logprobs) in PLAIN
+        and symbol_logprobs.is_cpu
+        and symbol_logprobs.dtype in COMPUTE
+        and symbol_logprobs.is_contiguous()
+        and type(blank_logprobs) in PLAIN
+        and type(starts) in PLAIN
+        and (boundary is None or type(boundary) in PLAIN)
+        and type(modified) is bool
+        and type(return_occupation) is bool
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad):
+                return apply(
+                    kernels, True, symbol_logprobs, blank_logprobs, starts, boundary, modified,
+                    return_occupation,
+                )  # fmt: skip
+            scores, symbol_occupation, blank_occupation, _ = _fast(
+                kernels, False, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
+            )
+            return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation)
+            raise
+    check(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation)
+    if is_compiling() or not (
+        type(symbol_logprobs) in PLAIN
+        and type(blank_logprobs) in PLAIN
+        and type(starts) in PLAIN
+        and (boundary is None or type(boundary) in PLAIN)
+    ):
+        return traced(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(
+            op, Arguments(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation)
+        )
+    kernels = family.kernels(symbol_logprobs, blank_logprobs)
+    if kernels is None:
+        return formula(
+            symbol_logprobs, blank_logprobs, starts, boundary, modified=modified,
+            return_occupation=return_occupation,
+        )  # fmt: skip
+    try:
+        if is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad):
+            return apply(
+                kernels, False, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
+            )
+        scores, symbol_occupation, blank_occupation, _ = run_kernels(
+            kernels, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, False
+        )
+    except Unlaunchable as error:
+        family.give_up(error, symbol_logprobs, blank_logprobs)
+        return formula(
+            symbol_logprobs, blank_logprobs, starts, boundary, modified=modified,
+            return_occupation=return_occupation,
+        )  # fmt: skip
+    return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
+
+
+def check(
+    symbol_logprobs: Tensor,
+    blank_logprobs: Tensor,
+    starts: Tensor,
+    boundary: Tensor | None,
+    modified: bool,
+    return_occupation: bool,
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(modified) is not bool:
+        op.wrong_flag("modified", modified)
+    if type(return_occupation) is not bool:
+        op.wrong_flag("return_occupation", return_occupation)
+    if (
+        not isinstance(symbol_logprobs, Tensor)
+        or symbol_logprobs.dtype not in FLOATING
+        or symbol_logprobs.layout is not torch.strided
+    ):
+        op.wrong_tensor("symbol_logprobs", symbol_logprobs)
+    shape, right = symbol_logprobs.shape, False
+    if len(shape) == 3:
+        B = shape[0]
+        T = shape[1]
+        R = shape[2]
+        right = R >= 1
+    if not right:
+        op.wrong_shape("symbol_logprobs", symbol_logprobs, f"{listed('B', 'T', 'R')}, R >= 1")
+    if (
+        not isinstance(blank_logprobs, Tensor)
+        or blank_logprobs.dtype not in FLOATING
+        or blank_logprobs.layout is not torch.strided
+    ):
+        op.wrong_tensor("blank_logprobs", blank_logprobs)
+    if blank_logprobs.shape != (B, T, R):
+        op.wrong_shape("blank_logprobs", blank_logprobs, listed(B, T, R))
+    if blank_logprobs.device != symbol_logprobs.device:
+        op.wrong_device("blank_logprobs", blank_logprobs, "symbol_logprobs", symbol_logprobs)
+    if not isinstance(starts, Tensor) or starts.dtype not in INT64 or starts.layout is not torch.strided:
+        op.wrong_tensor("starts", starts, "an int64 tensor")
+    if starts.shape != (B, T):
+        op.wrong_shape("starts", starts, listed(B, T))
+    if starts.device != symbol_logprobs.device:
+        op.wrong_device("starts", starts, "symbol_logprobs", symbol_logprobs)
+    if boundary is not None:
+        if (
+            not isinstance(boundary, Tensor)
+            or boundary.dtype not in INT64
+            or boundary.layout is not torch.strided
+        ):
+            op.wrong_tensor("boundary", boundary, "an int64 tensor")
+        if boundary.shape != (B, 4):
+            op.wrong_shape("boundary", boundary, listed(B, 4))
+        if boundary.device != symbol_logprobs.device:
+            op.wrong_device("boundary", boundary, "symbol_logprobs", symbol_logprobs)
+    _check(op, Arguments(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation))
+
+
+def traced(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("rnnt_pruned_lattice", symbol_logprobs, blank_logprobs):
+        return formula(
+            symbol_logprobs, blank_logprobs, starts, boundary, modified=modified,
+            return_occupation=return_occupation,
+        )  # fmt: skip
+    scores, symbol_occupation, blank_occupation, _ = operator(
+        symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation,
+        is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad),
+    )  # fmt: skip
+    return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
+
+
+def run_kernels(
+    kernels, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, keep
+):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    scores_dtype = wide(symbol_logprobs, blank_logprobs)
+    scores, symbol_occupation, blank_occupation, shares = _launch(
+        op, kernels, make(Arguments, (symbol_logprobs, blank_logprobs, starts, boundary, modified,
+        return_occupation,)), scores_dtype, keep,
+    )  # fmt: skip
+    if scores.dtype is not scores_dtype:
+        scores = scores.to(scores_dtype)
+    if symbol_occupation.dtype is not scores_dtype:
+        symbol_occupation = symbol_occupation.to(scores_dtype)
+    if blank_occupation.dtype is not scores_dtype:
+        blank_occupation = blank_occupation.to(scores_dtype)
+    if shares.dtype is not scores_dtype:
+        shares = shares.to(scores_dtype)
+    return scores, symbol_occupation, blank_occupation, shares
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (
+        wide(a.symbol_logprobs, a.blank_logprobs),
+        wide(a.symbol_logprobs, a.blank_logprobs),
+        wide(a.symbol_logprobs, a.blank_logprobs),
+        wide(a.symbol_logprobs, a.blank_logprobs),
+    )
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class RnntPrunedLattice(Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, direct, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
+    ):
+        if direct:
+            scores, symbol_occupation, blank_occupation, shares = _fast(
+                kernels, True, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
+            )
+        else:
+            scores, symbol_occupation, blank_occupation, shares = run_kernels(
+                kernels, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, True
+            )
+        ctx.save_for_backward(starts, boundary, scores, shares)
+        ctx.rest = (
+            kernels,
+            direct,
+            modified,
+            return_occupation,
+            (symbol_logprobs.shape, symbol_logprobs.dtype),
+            (blank_logprobs.shape, blank_logprobs.dtype),
+        )
+        if return_occupation:
+            ctx.mark_non_differentiable(symbol_occupation, blank_occupation)
+        return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
+
+    @staticmethod
+    def backward(ctx, grad_scores, *_):
+        if is_grad_enabled():
+            refuse_double_backward("rnnt_pruned_lattice")
+        # once: a checkpoint gives them one time
+        starts, boundary, scores, shares = ctx.saved_tensors
+        kernels, direct, modified, return_occupation, symbol_logprobs, blank_logprobs = ctx.rest
+        symbol_logprobs = make(Like, symbol_logprobs)
+        blank_logprobs = make(Like, blank_logprobs)
+        refuse_unless_batched("rnnt_pruned_lattice")
+        if direct:
+            d_symbol_logprobs, d_blank_logprobs = kernels.backward(
+                grad_scores.contiguous(), scores, shares, starts, boundary, symbol_logprobs.shape[2], modified
+            )
+            return None, None, d_symbol_logprobs, d_blank_logprobs, None, None, None, None
+        try:
+            d_symbol_logprobs, d_blank_logprobs = differentiate(
+                kernels, grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
+                modified, return_occupation,
+            )  # fmt: skip
+        except Unlaunchable as error:
+            d_symbol_logprobs, d_blank_logprobs = gradients_without(
+                error, op, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, starts, boundary,
+                scores, shares, modified, return_occupation,)),
+            )  # fmt: skip
+        return None, None, d_symbol_logprobs, d_blank_logprobs, None, None, None, None
+
+
+def differentiate(
+    kernels, grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares, modified,
+    return_occupation,
+):  # fmt: skip
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    dtype = wide(symbol_logprobs, blank_logprobs) if kernels.backend == "cpu" else None
+    d_symbol_logprobs, d_blank_logprobs = kernels.backward(
+        operand(grad_scores, dtype), scores, shares, operand(starts, None), operand(boundary, None),
+        symbol_logprobs.shape[2], modified,
+    )  # fmt: skip
+    if d_symbol_logprobs is not None and d_symbol_logprobs.dtype is not symbol_logprobs.dtype:
+        d_symbol_logprobs = d_symbol_logprobs.to(symbol_logprobs.dtype)
+    if d_blank_logprobs is not None and d_blank_logprobs.dtype is not blank_logprobs.dtype:
+        d_blank_logprobs = d_blank_logprobs.to(blank_logprobs.dtype)
+    return d_symbol_logprobs, d_blank_logprobs
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(
+    symbol_logprobs, blank_logprobs, starts, boundary=None, modified=False, return_occupation=False,
+    keep=False,
+):  # fmt: skip
+    kernels = family.kernels(symbol_logprobs, blank_logprobs)
+    if kernels is None:
+        return formula_results(
+            op, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
+        )
+    try:
+        scores, symbol_occupation, blank_occupation, shares = run_kernels(
+            kernels, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, keep
+        )
+    except Unlaunchable as error:
+        family.give_up(error, symbol_logprobs, blank_logprobs)
+        return formula_results(
+            op, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
+        )
+    if not keep:
+        shares = shares.new_empty(0)
+    return (
+        scores.contiguous(),
+        symbol_occupation.contiguous(),
+        blank_occupation.contiguous(),
+        shares.contiguous(),
+    )
+
+
+def fake(
+    symbol_logprobs, blank_logprobs, starts, boundary=None, modified=False, return_occupation=False,
+    keep=False,
+):  # fmt: skip
+    keep = keep and family.kernels(symbol_logprobs, blank_logprobs) is not None
+    B = symbol_logprobs.shape[0]
+    T = symbol_logprobs.shape[1]
+    R = symbol_logprobs.shape[2]
+    return (
+        torch.empty((B,), dtype=wide(symbol_logprobs, blank_logprobs), device=symbol_logprobs.device),
+        torch.empty(
+            (B, T, R) if return_occupation else (0,),
+            dtype=wide(symbol_logprobs, blank_logprobs),
+            device=symbol_logprobs.device,
+        ),
+        torch.empty(
+            (B, T, R) if return_occupation else (0,),
+            dtype=wide(symbol_logprobs, blank_logprobs),
+            device=symbol_logprobs.device,
+        ),
+        torch.empty(
+            _kept_shape(
+                family.kernels(symbol_logprobs, blank_logprobs).backend,
+                Arguments(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation),
+            )
+            if keep
+            else (0,),
+            dtype=wide(symbol_logprobs, blank_logprobs),
+            device=symbol_logprobs.device,
+        ),
+    )
+
+
+def set_up(ctx, inputs, output):
+    symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, keep = inputs
+    scores, symbol_occupation, blank_occupation, shares = output
+    ctx.mark_non_differentiable(symbol_occupation, blank_occupation, shares)
+    if keep and family.kernels(symbol_logprobs, blank_logprobs) is not None:
+        symbol_logprobs = stand_in(symbol_logprobs)
+        blank_logprobs = stand_in(blank_logprobs)
+    ctx.save_for_backward(symbol_logprobs, blank_logprobs, starts, boundary, scores, shares)
+    ctx.rest = modified, return_occupation, keep
+
+
+def backward(ctx, grad_scores, *_):
+    symbol_logprobs, blank_logprobs, starts, boundary, scores, shares = ctx.saved_tensors
+    modified, return_occupation, keep = ctx.rest
+    if not keep:
+        _, _, _, shares = operator(
+            symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, True
+        )
+    d_symbol_logprobs, d_blank_logprobs = as_tuple(
+        backward_operator(grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
+        modified, return_occupation),
+    )  # fmt: skip
+    return d_symbol_logprobs, d_blank_logprobs, None, None, None, None, None
+
+
+def run_backward(
+    grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares, modified,
+    return_occupation,
+):  # fmt: skip
+    kernels = family.kernels(symbol_logprobs, blank_logprobs)
+    if kernels is None:
+        d_symbol_logprobs, d_blank_logprobs = formula_gradients(
+            op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
+            modified, return_occupation),
+        )  # fmt: skip
+    else:
+        try:
+            d_symbol_logprobs, d_blank_logprobs = differentiate(
+                kernels, grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
+                modified, return_occupation,
+            )  # fmt: skip
+        except Unlaunchable as error:
+            d_symbol_logprobs, d_blank_logprobs = gradients_without(
+                error, op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, starts, boundary, scores,
+                shares, modified, return_occupation),
+            )  # fmt: skip
+    return d_symbol_logprobs.contiguous(), d_blank_logprobs.contiguous()
+
+
+def fake_backward(
+    grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares, modified,
+    return_occupation,
+):  # fmt: skip
+    return symbol_logprobs.new_empty(symbol_logprobs.shape), blank_logprobs.new_empty(blank_logprobs.shape)
+
+
+backward_operator = register(
+    "rnnt_pruned_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, "
+    "Tensor starts, Tensor? boundary, Tensor scores, Tensor shares, bool modified, bool "
+    "return_occupation) -> (Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+)
+operator = register(
+    "rnnt_pruned_lattice(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, Tensor? "
+    "boundary=None, bool modified=False, bool return_occupation=False, bool keep=False) -> (Tensor, "
+    "Tensor, Tensor, Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(RnntPrunedLattice)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("symbol_logprobs", "blank_logprobs"),
+    differentiable=("symbol_logprobs", "blank_logprobs"),
+    dense=True,
+)
+op.serve(rnnt_pruned_lattice, written)

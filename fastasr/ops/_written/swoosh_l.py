@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=swoosh_l` writes this file from fastasr/ops/swoosh.py: change that one.
+"""log(1 + e^(x−a)) − 0.08 x − b"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    make,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+)
+from fastasr.ops.swoosh import _gradients, _launch
+from fastasr.ops.swoosh import swoosh_l as formula
+
+op = OPS["swoosh_l"]
+family = op.family
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+
+
+class Saved(NamedTuple):
+    x: Tensor
+
+
+# --------------------------------------------------------------------------- the public function
+def swoosh_l(x: Tensor) -> Tensor:
+    """SwooshL(x) = log(1 + e^(x-4)) − 0.08 x − 0.035, elementwise.
+
+    Args:
+        x: any shape; float32, bfloat16, float16 or float64.
+    Returns:
+        A tensor of x's shape and dtype; computed in float32 (float64 for float64) and rounded once. SwooshL(+inf) is
+        NaN, as in the formula.
+    Raises:
+        TypeError: x is not a floating tensor.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and x.is_contiguous()
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (x.requires_grad):
+                return apply(kernels, True, x)
+            return kernels.forward(x, False, None, -1)
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x)
+            raise
+    check(x)
+    if is_compiling() or type(x) not in PLAIN:
+        return traced(x)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x))
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula(x)
+    try:
+        if is_grad_enabled() and (x.requires_grad):
+            return apply(kernels, False, x)
+        y = run_kernels(kernels, x)
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula(x)
+    return y
+
+
+def check(x: Tensor) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+
+
+def traced(x):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("swoosh", x):
+        return formula(x)
+    return operator(x)
+
+
+def run_kernels(kernels, x):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x)
+    y = _launch(op, kernels, make(Arguments, (x,)), y_dtype, False)
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    return y
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x),)
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class SwooshL(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x):
+        y = kernels.forward(x, False, None, -1) if direct else run_kernels(kernels, x)
+        ctx.save_for_backward(x)
+        ctx.rest = kernels, direct
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("swoosh_l")
+        # once: a checkpoint gives them one time
+        (x,) = ctx.saved_tensors
+        kernels, direct = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            (d_x,) = transformed_gradients(op, (grad_y,), make(Saved, (x,)))
+            return None, None, d_x
+        if direct:
+            d_x, _ = kernels.backward(grad_y.contiguous(), x, False, None, -1, False)
+            return None, None, d_x
+        try:
+            (d_x,) = differentiate(kernels, grad_y, x)
+        except Unlaunchable as error:
+            (d_x,) = gradients_without(error, op, (grad_y,), make(Saved, (x,)))
+        return None, None, d_x
+
+
+def differentiate(kernels, grad_y, x):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    (d_x,) = _gradients(op, kernels, (grad_y,), make(Saved, (x,)), None)
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    return (d_x,)
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x):
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula_results(op, x)
+    try:
+        y = run_kernels(kernels, x)
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula_results(op, x)
+    return y
+
+
+def fake(x):
+
+    return torch.empty_like(x, dtype=promoted(x))
+
+
+def set_up(ctx, inputs, output):
+    (x,) = inputs
+
+    ctx.save_for_backward(x)
+
+
+def backward(ctx, grad_y, *_):
+    (x,) = ctx.saved_tensors
+    (d_x,) = as_tuple(backward_operator(grad_y, x))
+    return (d_x,)
+
+
+def run_backward(grad_y, x):
+    kernels = family.kernels(x)
+    if kernels is None:
+        (d_x,) = formula_gradients(op, (grad_y,), Saved(x))
+    else:
+        try:
+            (d_x,) = differentiate(kernels, grad_y, x)
+        except Unlaunchable as error:
+            (d_x,) = gradients_without(error, op, (grad_y,), Saved(x))
+    return d_x
+
+
+def fake_backward(grad_y, x):
+    return torch.empty_like(x)
+
+
+backward_operator = register(
+    "swoosh_l_backward(Tensor grad_y, Tensor x) -> Tensor",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "swoosh_l(Tensor x) -> Tensor",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(SwooshL)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x",),
+    differentiable=("x",),
+    dense=False,
+)
+op.serve(swoosh_l, written)

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=swoosh_linear` writes this file from fastasr/ops/swoosh_linear.py: change that one.
+"""activation, dropout with a shared mask, linear layer; saves only x"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._runtime import (
+    MASKS,
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wanted,
+)
+from fastasr.ops.swoosh_linear import _fast, _gradients, _launch, fits
+from fastasr.ops.swoosh_linear import swoosh_linear as formula
+
+op = OPS["swoosh_linear"]
+family = op.family
+KIND_CODES = {"SwooshL": False, "SwooshR": True}
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    kind: Literal["SwooshL", "SwooshR"] = "SwooshL"
+    mask: Tensor | None = None
+    shared_dim: int = -1
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    kind: Literal["SwooshL", "SwooshR"]
+    shared_dim: int
+
+
+class Needs(NamedTuple):
+    x: bool
+    weight: bool
+    bias: bool
+
+
+# --------------------------------------------------------------------------- the public function
+def swoosh_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    kind: Literal["SwooshL", "SwooshR"] = "SwooshL",
+    mask: Tensor | None = None,
+    shared_dim: int = -1,
+) -> Tensor:
+    """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``."""
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and (dtype := x.dtype)
+        and x.is_contiguous()
+        and type(weight) in PLAIN
+        and weight.is_cpu
+        and weight.dtype is dtype
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype))
+        and (
+            mask is None
+            or (type(mask) in PLAIN and mask.is_cpu and mask.dtype is dtype and not mask.requires_grad)
+        )
+        and type(kind) is str
+        and kind in KIND_CODES
+        and type(shared_dim) is int
+        and not is_autocast_enabled("cpu")
+        and fits(x, weight, bias, kind, mask, shared_dim)
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            ):
+                return apply(kernels, True, x, weight, bias, kind, mask, shared_dim)
+            return _fast(kernels, False, x, weight, bias, kind, mask, shared_dim)
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias, kind, mask, shared_dim)
+            raise
+    check(x, weight, bias, kind, mask, shared_dim)
+    if is_compiling() or not (
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (mask is None or type(mask) in PLAIN)
+    ):
+        return traced(x, weight, bias, kind, mask, shared_dim)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x, weight, bias, kind, mask, shared_dim))
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula(x, weight, bias, kind, mask, shared_dim)
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
+        x, weight, bias, kind, mask, shared_dim = under_autocast(
+            cast_dtype, x, weight, bias, kind, mask, shared_dim
+        )
+        kernels = family.kernels(x)
+        if kernels is None:
+            return formula(x, weight, bias, kind, mask, shared_dim)
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return apply(kernels, False, x, weight, bias, kind, mask, shared_dim)
+        y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula(x, weight, bias, kind, mask, shared_dim)
+    return y
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: Literal["SwooshL", "SwooshR"],
+    mask: Tensor | None,
+    shared_dim: int,
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if not (type(kind) is str and kind in KIND_CODES):
+        op.wrong_choice("kind", kind, KIND_CODES)
+    if type(shared_dim) is not int:
+        op.wrong_int("shared_dim", shared_dim)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) >= 1:
+        K = shape[-1]
+        right = True
+    if not right:
+        op.wrong_shape("x", x, listed("...", "K"))
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    shape, right = weight.shape, False
+    if len(shape) == 2:
+        N = shape[0]
+        right = shape[1] == K
+    if not right:
+        op.wrong_shape("weight", weight, listed("N", K))
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+            op.wrong_tensor("bias", bias)
+        if bias.shape != (N,):
+            op.wrong_shape("bias", bias, listed(N))
+        if bias.device != x.device:
+            op.wrong_device("bias", bias, "x", x)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype not in MASKS or mask.layout is not torch.strided:
+            op.wrong_tensor("mask", mask, "a bool or floating tensor")
+        if mask.requires_grad:
+            op.fail("mask", "a constant", "a tensor that requires a gradient")
+        if mask.device != x.device:
+            op.wrong_device("mask", mask, "x", x)
+    if autocast_dtype(x) is None:
+        if weight.dtype != x.dtype:
+            op.wrong_dtype("weight", weight, "x", x)
+        if bias is not None and bias.dtype != x.dtype:
+            op.wrong_dtype("bias", bias, "x", x)
+
+
+def traced(x, weight, bias, kind, mask, shared_dim):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("swoosh", x):
+        return formula(x, weight, bias, kind, mask, shared_dim)
+    return operator(x, weight, bias, kind, mask, shared_dim)
+
+
+def run_kernels(kernels, x, weight, bias, kind, mask, shared_dim):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(weight)
+    y = _launch(op, kernels, make(Arguments, (x, weight, bias, kind, mask, shared_dim)), y_dtype, False)
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    return y
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.weight),)
+
+
+def under_autocast(dtype, x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
+    """Casts the arguments as autocast does for this dtype."""
+    weight, bias = cast(dtype, weight, bias)
+    return x, weight, bias, kind, mask, shared_dim
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class SwooshLinear(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, weight, bias, kind, mask, shared_dim):
+        if direct:
+            y = _fast(kernels, True, x, weight, bias, kind, mask, shared_dim)
+        else:
+            y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+        ctx.save_for_backward(x, weight, bias, mask)
+        ctx.rest = kernels, direct, kind, shared_dim
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("swoosh_linear")
+        # once: a checkpoint gives them one time
+        x, weight, bias, mask = ctx.saved_tensors
+        kernels, direct, kind, shared_dim = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_x, d_weight, d_bias = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim))
+            )
+            return None, None, d_x, d_weight, d_bias, None, None, None
+        needs = ctx.needs_input_grad[2:5]
+        try:
+            d_x, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs
+            )
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim))
+            )
+        return None, None, d_x, d_weight, d_bias, None, None, None
+
+
+def differentiate(kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    d_x, d_weight, d_bias = _gradients(
+        op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim)), make(Needs, needs)
+    )
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_weight is not None and d_weight.dtype is not weight.dtype:
+        d_weight = d_weight.to(weight.dtype)
+    if bias is None:
+        d_bias = None
+    elif d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula_results(op, x, weight, bias, kind, mask, shared_dim)
+    try:
+        y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula_results(op, x, weight, bias, kind, mask, shared_dim)
+    return y.contiguous()
+
+
+def fake(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
+    S = x.shape[:-1]
+
+    N = weight.shape[0]
+    return torch.empty((*S, N), dtype=promoted(weight), device=x.device)
+
+
+def set_up(ctx, inputs, output):
+    x, weight, bias, kind, mask, shared_dim = inputs
+
+    ctx.save_for_backward(x, weight, bias, mask)
+    ctx.rest = kind, shared_dim
+
+
+def backward(ctx, grad_y, *_):
+    x, weight, bias, mask = ctx.saved_tensors
+    kind, shared_dim = ctx.rest
+    needs = wanted(ctx.needs_input_grad, (0, 1, 2))
+    d_x, d_weight, d_bias = as_tuple(
+        backward_operator(grad_y, x, weight, bias, mask, kind, shared_dim, needs)
+    )
+    return (
+        None if not needs[0] else d_x,
+        None if not needs[1] else d_weight,
+        None if bias is None or not needs[2] else d_bias,
+        None,
+        None,
+        None,
+    )
+
+
+def run_backward(grad_y, x, weight, bias, mask, kind, shared_dim, needs):
+    kernels = family.kernels(x)
+    if kernels is None:
+        d_x, d_weight, d_bias = formula_gradients(
+            op, (grad_y,), Saved(x, weight, bias, mask, kind, shared_dim)
+        )
+    else:
+        try:
+            d_x, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs
+            )
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), Saved(x, weight, bias, mask, kind, shared_dim)
+            )
+    return (
+        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
+        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
+        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
+    )
+
+
+def fake_backward(grad_y, x, weight, bias, mask, kind, shared_dim, needs):
+    return (
+        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
+        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
+        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
+    )
+
+
+backward_operator = register(
+    "swoosh_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, str kind, "
+    "SymInt shared_dim, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    'swoosh_linear(Tensor x, Tensor weight, Tensor? bias=None, str kind="SwooshL", Tensor? mask=None, '
+    "SymInt shared_dim=-1) -> Tensor",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    autocast=under_autocast,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(SwooshLinear)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x",),
+    differentiable=("x", "weight", "bias"),
+    dense=True,
+)
+op.serve(swoosh_linear, written)

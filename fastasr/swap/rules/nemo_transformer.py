@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for NeMo's TransformerEncoder (nemo/collections/asr/modules/transformer_encoder.py)."""
+
+import torch
+
+from fastasr.models import conformer as models
+from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence
+from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
+
+_NEMO = Known("nemo_toolkit 3.0")
+
+
+def _attention_structure(module):
+    if not getattr(module, "_uses_rel_pos", False):  # as of NeMo's Conformer with absolute positions
+        return "has no relative positions"
+    shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.n_heads, module.head_dim))
+    norms = ("q_norm", "k_norm") if module.qk_norm else ()
+    return check_parameters(module, shapes) or check_child_names(
+        module, ("w_qkv", "out_proj", "linear_pos", *norms)
+    )
+
+
+def _feed_forward_structure(module):
+    layers = torch.nn.Linear, torch.nn.GELU, torch.nn.Dropout, torch.nn.Linear, torch.nn.Dropout
+    reason = check_parameters(module, {}) or check_child_names(module, ("net",))
+    return reason or check_sequence(module, "net", [(kind, torch.nn.Module) for kind in layers])
+
+
+ATTENTION = attention_rule(
+    name="nemo.transformer_attention",
+    class_name="MultiHeadAttention",
+    forward=models.nemo_transformer_attention,
+    structure=_attention_structure,
+    known={"8f34364df7ac27cbb0f16b93": _NEMO},
+    note="on a CPU it trains, which upstream's FlexAttention cannot",
+)
+
+FEED_FORWARD = feed_forward_rule(
+    name="nemo.transformer_feed_forward",
+    class_name="FeedForward",
+    forward=models.nemo_transformer_feed_forward,
+    structure=_feed_forward_structure,
+    known={"86f338468c3c8d09995b8f5c": _NEMO},
+)
+
+RULES = (ATTENTION, FEED_FORWARD)

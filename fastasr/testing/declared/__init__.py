@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the declaration of an op says: its arguments, shapes, results and kernel calls, read from its formula.
+
+``scripts/opgen`` writes the ops' files from this, and the generic checks, the fuzzer and the documentation read it.
+``fastasr.ops`` itself never does: at run time an op is its written file.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+from fastasr.ops._op import Op
+from fastasr.testing.declared import signature
+from fastasr.testing.declared.shapes import words
+from fastasr.testing.declared.signature import Argument, Output
+
+
+class Declared:
+    """An op's declaration, read. ``op`` holds the fields as they were written."""
+
+    def __init__(self, op: Op):
+        formula = op.definition
+        self.op, self.name = op, op.name
+        self.arguments = signature.arguments(formula)
+        self.tensors = tuple(a for a in self.arguments if a.pattern)
+        self.options = tuple(a for a in self.arguments if not a.pattern)
+        self.differentiable = tuple(a for a in self.tensors if a.kind == "floating" and op.differentiable)
+        self.one_dtype, self.wide, self.unread = op.one_dtype.split(), op.wide.split(), op.unread.split()
+        self.leader = self.argument(self.one_dtype[0]) if self.one_dtype else self.tensors[0]
+        self.outputs = signature.outputs(formula, op.returns.split())
+        self.keeps = tuple(signature.output(name, hint) for name, hint in (op.keeps or {}).items())
+        self.found = (*self.outputs, *self.keeps)
+        self.graded = tuple(o for o in self.outputs if not o.constant)
+        self.deciding = op.deciding.split() or self.dtype_names(self.outputs[0])
+        self.sizes: dict[str, Callable] = op.sizes or {}
+        self.strides = op.strides or {}
+        # the kernels' call, or the part for gradients, asks which ones are wanted; other calls give them all
+        self.asks = "needs" in op.backward or (bool(op.gradients) and not op.backward)
+        self.saves = op.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
+        self._read_kernel_calls()
+
+    def _read_kernel_calls(self) -> None:
+        tensors, options = [a.name for a in self.tensors], [a.name for a in self.options]
+        always = [f"grad_{o.name}" for o in self.graded if not o.flag or self.op.flagged is None]
+        self.forward = words(self.op.forward) or [*tensors, *options, *["keep"] * bool(self.keeps)]
+        backward, _, results = self.op.backward.partition("->")
+        self.backward_results = results.split() or [a.name for a in self.differentiable]
+        # only the forward has the flags that ask for outputs
+        options = [name for name in options if not name.startswith("return_")]
+        tokens = words(backward) or [*always, *tensors, *(o.name for o in self.keeps), *options]
+        self.backward = [always[0] if token == "grad" else token for token in tokens]
+
+    def argument(self, name: str) -> Argument:
+        return next(a for a in self.arguments if a.name == name)
+
+    def like(self, output: Output) -> str:
+        """Returns the argument whose strides an output has, or ""."""
+        like = self.strides.get(output.name, "")
+        return like if isinstance(like, str) else ""
+
+    def known_sizes(self) -> set[str]:
+        """Returns the names that shapes may use before a tensor binds them: options, and the results of ``sizes``."""
+        given = {name for names in self.sizes for name in names.split()}
+        return given | {a.name for a in self.options if a.kind == "int" and not a.optional}
+
+    def in_binding_order(self) -> Iterator[Argument]:
+        """Returns the tensors, each after those that bind the names in its shape: first the leader, then as in the
+        signature. T + L binds L only where no tensor has it alone.
+        """
+        left, known = sorted(self.tensors, key=lambda a: a is not self.leader), self.known_sizes()
+        while left:
+            found = {}
+            for a in left:
+                try:
+                    lines = list(a.pattern.bind(set(known), a.name))
+                except ValueError as error:
+                    reason = error
+                    continue
+                found.setdefault(any(" - (" in line for line in lines) and a is not self.leader, a)
+            if not found:
+                raise ValueError(f"{self.name}: {reason}")
+            a = found.get(False) or found[True]
+            list(a.pattern.bind(known, a.name))
+            left.remove(a)
+            yield a
+
+    def dtype_names(self, output: Output) -> list[str]:
+        """Returns the arguments that an output's dtype is promoted from."""
+        others = {o.name: o for o in self.found}
+        names = ([name] if name not in others else self.dtype_names(others[name]) for name in output.dtype)
+        return [name for group in names for name in group]
+
+
+@cache
+def declared(op: Op) -> Declared:
+    return Declared(op)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the declarations of a checkout, and compares or replaces the files that are written from them."""
+
+import pkgutil
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+BEGIN, END = "# written by `make ops`: begin", "# written by `make ops`: end"
+
+
+def main(op: list[str], check: bool, root: Path) -> int:
+    folder = root / "fastasr" / "ops"
+    wanted = _written(root, folder)
+    unknown = set(op) - {path.stem for path in wanted}
+    if unknown:
+        print(f"no op {', '.join(sorted(unknown))} in {folder}")
+        return 2
+    present = {path: path.read_text(encoding="utf-8") for path in (folder / "_written").glob("*.py")}
+    present[folder / "__init__.py"] = (folder / "__init__.py").read_text(encoding="utf-8")
+    different = [path for path in {**wanted, **present} if wanted.get(path) != present.get(path)]
+    if op and not check:
+        different = [path for path in different if path.stem in op or path.stem == "__init__"]
+    for path in sorted(different):
+        print(
+            f"{'differs' if check else 'written' if path in wanted else 'deleted'}: {path.relative_to(root)}"
+        )
+        if check:
+            continue
+        if path in wanted:
+            path.write_text(wanted[path], encoding="utf-8")
+        else:
+            path.unlink()
+    if check and different:
+        print("run `make ops`, which writes these files from the declarations in fastasr/ops")
+    return int(check and bool(different))
+
+
+def _written(root: Path, folder: Path) -> dict[Path, str]:
+    """Returns the files as they should be."""
+    ops = _declarations(root, folder)
+    from fastasr.testing.declared import declared
+    from opgen import modules
+
+    texts = {f"{name}.py": modules.write(declared(op)) for name, op in ops.items()}
+    texts["__init__.py"] = _names(folder, sorted(ops))
+    found = modules.formatted(texts, root / "pyproject.toml")
+    ours = (
+        '# SPDX-License-Identifier: Apache-2.0\n"""The ops as they run. `make ops` writes these files."""\n'
+    )
+    return {
+        folder / "__init__.py": found.pop("__init__.py"),
+        folder / "_written" / "__init__.py": ours,
+        **{folder / "_written" / name: text for name, text in found.items()},
+    }
+
+
+def _declarations(root: Path, folder: Path) -> dict:
+    """Returns the ops. Their packages are bare, so that this works whatever the written files hold."""
+    for name, path in (
+        ("fastasr", root / "fastasr"),
+        ("fastasr.ops", folder),
+        ("fastasr.testing", root / "fastasr" / "testing"),
+    ):
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__ = [str(path)]
+    for module in pkgutil.iter_modules([str(folder)]):
+        if not module.name.startswith("_"):
+            import_module(f"fastasr.ops.{module.name}")
+    return import_module("fastasr.ops._op").OPS
+
+
+def _names(folder: Path, ops: list[str]) -> str:
+    """Returns ``fastasr/ops/__init__.py`` with the imports of the public functions."""
+    text = (folder / "__init__.py").read_text(encoding="utf-8")
+    lines = [BEGIN]
+    for name in ops:
+        place = "_wrapped" if (folder / "_wrapped" / f"{name}.py").exists() else "_written"
+        lines.append(f"from fastasr.ops.{place}.{name} import {name} as {name}")
+    return re.sub(f"{BEGIN}.*?{END}", "\n".join((*lines, END)), text, flags=re.S)

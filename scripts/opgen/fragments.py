@@ -1,0 +1,743 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes an op's code: what the templates leave open, from the declaration."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from textwrap import indent
+
+import torch
+
+from fastasr.testing.declared import Declared
+from fastasr.testing.declared.signature import TENSORS, Argument, Output
+from opgen import templates
+
+TRANSFORMED = "transforms_active() or forward_ad._current_level >= 0"  # _transforms.is_transformed()
+LAYOUTS = {  # strides in a declaration -> the function that gives them
+    "channels": "dense_channels",
+    "rows": "rows",
+    "matrix": "as_matrix",
+    "vector": "as_vector",
+    "int64": "as_int64",
+    "any": "as_it_is",
+}
+
+
+def write(op: Declared) -> str:
+    """Returns the code of an op, behind its imports."""
+    parts = [templates.TOP, templates.PUBLIC]
+    parts += [templates.NODE] * bool(op.differentiable) + [templates.OPERATOR]
+    parts += [templates.OPERATOR_GRADIENTS] * bool(op.differentiable) + [templates.REGISTRATION]
+    fragments = _fragments(op)
+    return "\n\n".join(_render(part, fragments) for part in parts)
+
+
+def _fragments(op: Declared) -> dict[str, str | list[str]]:
+    grads = [f"grad_{o.name}" for o in op.graded]
+    options = [a.name for a in op.options]
+    rest = [*options, *["keep"] * bool(op.keeps)]
+    gradients = [f"d_{a.name}" for a in op.differentiable]
+    return {
+        "name": op.name,
+        "class_name": op.name.title().replace("_", ""),
+        "family": op.op.family.name,
+        "names": _names(op.arguments),
+        "typed_parameters": _typed(op.arguments),
+        "typed_arguments": ", ".join(f"{a.name}: {a.type_text}" for a in op.arguments),
+        "operator_parameters": _operator_parameters(op),
+        "overloads": _overloads(op),
+        "return_type": _return_type(op),
+        "docstring": _docstring(op.op.definition),
+        "codes": [f"{_codes(a)} = {a.codes!r}" for a in op.options if a.codes],
+        "arguments_tuple": _named_tuple("Arguments", [(a.name, a.type_text, a) for a in op.arguments]),
+        "saved_tuple": _saved_tuple(op),
+        "needs_tuple": _named_tuple("Needs", [(a.name, "bool", None) for a in op.differentiable if op.asks]),
+        "deciding": ", ".join(op.deciding),
+        "rest": ", ".join(
+            ["kernels", "direct", *options, *(f"({name}.shape, {name}.dtype)" for name in op.unread)]
+        ),
+        "likes": [f"{name} = make(Like, {name})" for name in op.unread],
+        "rest_names": ", ".join(["kernels", "direct", *options, *op.unread]),
+        "saves": ", ".join(op.saves),
+        "saves_directly": ", ".join(name for name in op.saves if name not in op.unread),
+        "saved": ", ".join(op.saves + options),
+        "found": _names(op.found),
+        "dense_found": ", ".join(o.name + ".contiguous()" * (o.name not in op.strides) for o in op.found),
+        "results": _results(op),
+        "selected": _selected(op),
+        "result_dtypes": f"({', '.join(_dtype(op, o, 'a.') for o in op.found)},)",
+        "grads": ", ".join(grads),
+        "optional_grads": ", ".join(
+            g + "=None" * bool(o.flag) for g, o in zip(grads, op.graded, strict=True)
+        ),
+        "gradients": ", ".join(gradients),
+        "gradients_tuple": _tuple(gradients),
+        "keep": ", keep" * bool(op.keeps),
+        "not_keeping": ", False" * bool(op.keeps),
+        "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
+        "needs": ", needs" * op.asks,
+        "needs_from_autograd": [f"needs = {_needed(op)}"] * op.asks,
+        "needs_from_dispatcher": [f"needs = wanted(ctx.needs_input_grad, {_places(op)!r})"] * op.asks,
+        "materialize": ["ctx.set_materialize_grads(False)"] * (not op.op.materialize),
+        "no_grads": _no_grads(op, grads, len(op.arguments) + bool(op.keeps)),
+        "no_grads_directly": _no_grads(op, grads, len(op.arguments) + 2),
+        "checks": _checks(op),
+        "launch": _launch(op),
+        "drop": [f"if not keep:\n    {o.name} = {o.name}.new_empty(0)" for o in op.keeps],
+        "sizes": _sizes(op),
+        "empty": ", ".join(_empty(op, o) for o in op.found),
+        "not_differentiable": _not_differentiable(op),
+        "constants": _constants(op),
+        "stand_ins": _stand_ins(op),
+        "remember": [f"ctx.rest = {_tuple(rest)}"] * bool(rest),
+        "operator_rest": [f"{_tuple(rest)} = ctx.rest"] * bool(rest),
+        "compute_again": [
+            f"if not keep:\n    {', '.join('_' for _ in op.outputs)}, {_names(op.keeps)} = "
+            f"operator({_names(op.arguments)}, True)"
+        ]
+        * bool(op.keeps),
+        "flags": [f"grad_{o.name} = grad_{o.name} if {o.flag} else None" for o in op.graded if o.flag],
+        "for_the_operator": _for_the_operator(op),
+        "dense_gradients": _each_gradient(
+            op, "d_{0}" if _is_like(op) else "d_{0}.contiguous()", " or d_{0} is None"
+        ),
+        "apart": [f"d_{n} = d_{n}.clone()" for token in op.backward_results for n in token.split("=")[1:]],
+        "empty_gradients": _each_gradient(
+            op, "torch.empty_like({0})" if _is_like(op) else "{0}.new_empty({0}.shape)"
+        ),
+        "differentiate": _differentiate(op, grads),
+        "transformed": TRANSFORMED,
+        "under_transforms": _under_transforms(op, grads),
+        "forward": _node_forward(op),
+        "native_backward": _native_backward(op, grads),
+        "for_autograd": _for_autograd(op),
+        "shortest_path": _shortest_path(op),
+        "apply": _apply(op, False),
+        "plain": " and ".join(_optional(a, f"type({a.name}) in PLAIN") for a in op.tensors),
+        "formula": _formula(op),
+        "under_autocast": _under_autocast(op),
+        "cast": _cast(op),
+        "formula_under_autocast": _formula_under_autocast(op),
+    } | _registration(op)
+
+
+def _render(template: str, fragments: dict[str, str | list[str]]) -> str:
+    """Puts fragments that are texts into their lines; fragments that are lists of lines stand alone on theirs."""
+    lines = []
+    for line in template.strip("\n").split("\n"):
+        alone = re.fullmatch(r"( *)\{(\w+)\}", line)
+        if not alone:
+            line = line.format_map(fragments)
+            target = re.fullmatch(r"( *)(.*), = (.*)", line)
+            if target:
+                line = f"{target[1]}{_tuple(target[2].split(', '))} = {target[3]}"
+            lines.append(line)
+            continue
+        found = fragments[alone[2]]
+        text = found if isinstance(found, str) else "\n".join(found)
+        lines += indent(text, alone[1]).split("\n") if text else []
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------- names, types
+def _names(named: Iterable[Argument | Output]) -> str:
+    return ", ".join(a.name for a in named)
+
+
+def _tuple(names: list[str]) -> str:
+    return f"({names[0]},)" if len(names) == 1 else ", ".join(names)
+
+
+def _codes(a: Argument) -> str:
+    return f"{a.name.upper()}_CODES"
+
+
+def _parameter(a: Argument, type_text: str = "") -> str:
+    text = f"{a.name}: {type_text or a.type_text}"
+    return text if a.required else f"{text} = {a.default!r}"
+
+
+def _with_keywords(arguments: Iterable[Argument], parts: list[str]) -> str:
+    keywords = [a.keyword_only for a in arguments]
+    if any(keywords):
+        parts.insert(keywords.index(True), "*")
+    return ", ".join(parts)
+
+
+def _typed(arguments: tuple[Argument, ...]) -> str:
+    return _with_keywords(arguments, [_parameter(a) for a in arguments])
+
+
+def _operator_parameters(op: Declared) -> str:
+    parts = [a.name if a.required else f"{a.name}={a.default!r}" for a in op.arguments]
+    return ", ".join(parts + ["keep=False"] * bool(op.keeps))
+
+
+def _returned(count: int) -> str:
+    return "Tensor" if count == 1 else f"tuple[{', '.join(['Tensor'] * count)}]"
+
+
+def _forms(op: Declared) -> list[str]:
+    """Returns the type of the result; where a flag asks for more outputs, without and with them."""
+    always = sum(not o.flag for o in op.outputs)
+    return [_returned(count) for count in dict.fromkeys((always, len(op.outputs)))]
+
+
+def _return_type(op: Declared) -> str:
+    return " | ".join(_forms(op))
+
+
+def _overloads(op: Declared) -> Iterator[str]:
+    flag = op.outputs[-1].flag
+    if not flag:
+        return
+    answers = ("Literal[False]", " = False"), ("Literal[True]", ""), ("bool", "")
+    for (type_text, default), returned in zip(answers, (*_forms(op), _return_type(op)), strict=True):
+        parts = [f"{a.name}: {type_text}{default}" if a.name == flag else _parameter(a) for a in op.arguments]
+        yield f"@overload\ndef {op.name}({_with_keywords(op.arguments, parts)}) -> {returned}: ..."
+
+
+def _docstring(formula: Callable) -> str:
+    doc = inspect.cleandoc(formula.__doc__ or "")
+    quotes = '"""'
+    return f"{quotes}{doc}\n{quotes}" if "\n" in doc else f"{quotes}{doc}{quotes}"
+
+
+def _named_tuple(name: str, fields: list[tuple[str, str, Argument | None]]) -> list[str]:
+    if not fields:
+        return []
+    required = [a is None or a.required for _, _, a in fields]
+    trailing = True not in required[required.index(False) :] if False in required else False
+    lines = [f"class {name}(NamedTuple):"]
+    for field, type_text, a in fields:
+        default = f" = {a.default!r}" if a is not None and trailing and not a.required else ""
+        lines.append(f"    {field}: {type_text}{default}")
+    return lines
+
+
+def _saved_tuple(op: Declared) -> list[str]:
+    if not op.differentiable:
+        return []
+    types = {a.name: a.type_text for a in op.arguments}
+    names = (*op.saves, *(a.name for a in op.options))
+    return _named_tuple("Saved", [(name, types.get(name, "Tensor"), None) for name in names])
+
+
+def _results(op: Declared) -> str:
+    return ", ".join((*(o.name for o in op.outputs), *("_" for _ in op.keeps)))
+
+
+def _selected(op: Declared) -> str:
+    everything, flag = _names(op.outputs), op.outputs[-1].flag
+    first = ", ".join(o.name for o in op.outputs if not o.flag)
+    return f"({everything}) if {flag} else {first}" if flag else everything
+
+
+def _formula(op: Declared) -> str:
+    return f"formula({', '.join(f'{a.name}={a.name}' if a.keyword_only else a.name for a in op.arguments)})"
+
+
+def _wanted(op: Declared) -> str:
+    parts = (f"{a.name} is not None and " * a.optional + f"{a.name}.requires_grad" for a in op.differentiable)
+    return f"is_grad_enabled() and ({' or '.join(parts)})"
+
+
+def _apply(op: Declared, direct: bool) -> list[str]:
+    call = f"return apply(kernels, {direct}, {_names(op.arguments)})"
+    return [f"if {_wanted(op)}:\n    {call}"] * bool(op.differentiable)
+
+
+def _places(op: Declared) -> tuple[int, ...]:
+    return tuple(op.arguments.index(a) for a in op.differentiable)
+
+
+def _needed(op: Declared) -> str:
+    """Returns autograd's answer for each floating tensor; the node's first two arguments are kernels and direct."""
+    places = _places(op)
+    if places == tuple(range(len(places))):
+        return f"ctx.needs_input_grad[2:{2 + len(places)}]"
+    return _tuple([f"ctx.needs_input_grad[{2 + place}]" for place in places])
+
+
+def _optional(a: Argument, condition: str) -> str:
+    return f"({a.name} is None or {condition})" if a.optional else condition
+
+
+def _if_given(a: Argument, lines: Iterable[str], otherwise: Iterable[str] = ()) -> Iterator[str]:
+    """Returns the lines; those of an optional argument run only where it is given."""
+    body, other = "\n".join(lines), "\n".join(otherwise)
+    if not a.optional or not body:
+        yield from body.split("\n") if body else ()
+        return
+    yield f"if {a.name} is not None:\n{indent(body, '    ')}"
+    if other:
+        yield f"else:\n{indent(other, '    ')}"
+
+
+# --------------------------------------------------------------------------- checks
+def _checks(op: Declared) -> list[str]:
+    lines = [line for a in op.options if not a.dimension_of for line in _if_given(a, _option(a))]
+    known = op.known_sizes()
+    for a in op.in_binding_order():
+        before = set(known)
+        body = [*_tensor(op, a, known)]
+        lines += _if_given(a, body, (f"{name} = 0" for name in sorted(known - before)))
+        lines += _given_sizes(op) if a is op.leader else ()
+    lines += [line for a in op.options if a.dimension_of for line in _if_given(a, _option(a))]
+    lines += _one_dtype(op)
+    part = op.op.check
+    return lines + ([f"{_part(part)}(op, Arguments({_names(op.arguments)}))"] if part else [])
+
+
+def _part(function: Callable) -> str:
+    return function.__name__
+
+
+def _option(a: Argument) -> Iterator[str]:
+    more = f", {_codes(a)}" if a.codes else ""
+    yield f'if not ({_right_type(a)}):\n    op.wrong_{a.kind}("{a.name}", {a.name}{more})'
+    if a.dimension_of:
+        yield f'if not ({a.condition}):\n    op.wrong_dimension("{a.name}", {a.name}, {a.dimension_of})'
+    elif a.constraint:
+        yield f'if not ({a.condition}):\n    op.fail("{a.name}", "{a.expected}", {a.name})'
+
+
+def _right_type(a: Argument) -> str:
+    more = f" and {a.name} in {_codes(a)}" if a.codes else ""
+    if a.kind == "pair":
+        more = f" and len({a.name}) == 2 and type({a.name}[0]) is type({a.name}[1]) is int"
+    return f"type({a.name}) is {a.type_name}{more}"
+
+
+def _given_sizes(op: Declared) -> list[str]:
+    arguments = f"Arguments({_names(op.arguments)})"
+    return [f"{_tuple(n.split())} = {_part(size)}({arguments})" for n, size in op.sizes.items()]
+
+
+def _tensor(op: Declared, a: Argument, known: set[str]) -> Iterator[str]:
+    name, leader, pattern = a.name, op.leader.name, a.pattern
+    dtypes, expected = TENSORS[a.kind]
+    yield f"if not isinstance({name}, Tensor) or {name}.dtype not in {dtypes} or {name}.layout is not torch.strided:"
+    yield f'    op.wrong_tensor("{name}", {name}' + (f', "{expected}")' if expected else ")")
+    if a.kind == "constant":
+        yield f'if {name}.requires_grad:\n    op.fail("{name}", "a constant", "a tensor that requires a gradient")'
+    like = next(other.name for other in op.tensors if other.pattern == pattern)
+    text = pattern.text_code(set(known), like if like != name else "")
+    yield from pattern.check(known, name, f'op.wrong_shape("{name}", {name}, {text})')
+    if name != leader:
+        wrong = f'op.wrong_device("{name}", {name}, "{leader}", {leader})'
+        yield f"if {name}.device != {leader}.device:\n    {wrong}"
+
+
+def _one_dtype(op: Declared) -> Iterator[str]:
+    lines = []
+    for name in op.one_dtype[1:]:
+        first = op.one_dtype[0]
+        wrong = f'op.wrong_dtype("{name}", {name}, "{first}", {first})'
+        lines += _if_given(op.argument(name), [f"if {name}.dtype != {first}.dtype:\n    {wrong}"])
+    if lines and op.op.autocast is not None:
+        lines = [f"if autocast_dtype({op.one_dtype[0]}) is None:", indent("\n".join(lines), "    ")]
+    yield from lines
+
+
+# --------------------------------------------------------------------------- results without numbers
+def _sizes(op: Declared) -> list[str]:
+    lines, known = [], op.known_sizes()
+    if op.keeps:  # the formula keeps nothing
+        lines.append(f"keep = keep and family.kernels({', '.join(op.deciding)}) is not None")
+    for a in op.in_binding_order():
+        before = set(known)
+        bound = list(a.pattern.bind(known, a.name))
+        lines += _if_given(a, bound, (f"{name} = 0" for name in sorted(known - before)))
+        lines += _given_sizes(op) if a is op.leader else ()
+    return lines
+
+
+def _is_like(op: Declared) -> bool:
+    """Says whether all results have the strides of an argument."""
+    return all(op.like(o) for o in op.outputs)
+
+
+def _empty(op: Declared, output: Output) -> str:
+    asked = output.flag or ("keep" if output in op.keeps else "")
+    dtype, device = _dtype(op, output), f"device={op.leader.name}.device"
+    if op.like(output) and not asked:
+        return f"torch.empty_like({op.like(output)}, dtype={dtype})"
+    if callable(output.pattern):
+        backend = f"family.kernels({', '.join(op.deciding)}).backend"
+        shape = f"{_part(output.pattern)}({backend}, Arguments({_names(op.arguments)}))"
+    else:
+        shape = output.pattern.alternatives[0].tuple_code()
+    shape += f" if {asked} else (0,)" * bool(asked)
+    empty = "torch.empty"
+    if output.name in op.strides and not asked:
+        own = _part(op.strides[output.name])
+        empty = f"(torch.empty if family.kernels({', '.join(op.deciding)}) is None else {own})"
+    return f"{empty}({shape}, dtype={dtype}, {device})"
+
+
+def _dtype(op: Declared, output: Output, prefix: str = "") -> str:
+    if isinstance(output.dtype, torch.dtype):
+        return str(output.dtype)
+    names = ", ".join(prefix + name for name in op.dtype_names(output))
+    return f"{'wide' if output.wide else 'promoted'}({names})"
+
+
+# --------------------------------------------------------------------------- kernels
+def _call(op: Declared, tokens: list[str], renamed: dict[str, str] | None = None) -> str:
+    """Returns a kernel's arguments: choices as their codes, no number as 0, renamed ones, and the rest unchanged."""
+    names = {a.name: f"{_codes(a)}[{a.name}]" for a in op.options if a.codes}
+    names |= {a.name: f"{a.name} or 0" for a in op.options if a.kind == "int" and a.optional}
+    names |= renamed or {}
+    return ", ".join(names.get(token, token) for token in tokens)
+
+
+def _layout(op: Declared, name: str, grad: bool = False) -> str:
+    """Returns the name of strides, or "" for contiguous memory."""
+    return op.strides.get(name) or (grad and op.strides.get("grad")) or ""
+
+
+def _operand(op: Declared, name: str, dtype: str, grad: bool = False) -> str:
+    layout = _layout(op, name, grad)
+    return f"operand({name}, {dtype}" + (f", {LAYOUTS[layout]})" if layout else ")")
+
+
+def _operands(
+    op: Declared, dtype: str, tokens: list[str], released: Iterable[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Returns lines that find the dtypes, and each tensor among the tokens as the kernels read it, but those whose
+    memory was ``released``.
+    """
+    wide = [*op.wide, *(f"grad_{o.name}" for o in op.outputs if o.wide and op.wide)]
+    if op.op.deciding:
+        first, *others = op.deciding
+        lines = [f"dtype = widest({first}, ({''.join(f'{o}, ' for o in others)}))"]
+        dtype = "dtype"
+    else:
+        lines = [f'dtype = {dtype} if kernels.backend == "cpu" else None']
+    lines += [f"work = promote_types({dtype}, torch.float32)"] * bool(op.wide)
+    found = {}
+    for name in tokens:
+        grad = name.startswith("grad_") and name not in {a.name for a in op.arguments}
+        tensor = next((a for a in op.tensors if a.name == name and not (grad or name in released)), None)
+        if not grad and tensor is None:
+            continue
+        floating = grad or tensor.kind == "floating"
+        found[name] = _operand(op, name, "work" if name in wide else "dtype" if floating else "None", grad)
+    return lines, found
+
+
+def _launch(op: Declared) -> list[str]:
+    codes = {}
+    for o in op.found:
+        codes.setdefault(_dtype(op, o), f"{o.name}_dtype")
+    first, *others = (f"{name} = {code}" for code, name in codes.items())
+    dtype = f"{op.outputs[0].name}_dtype"
+    lines = [first, *others]
+    if op.op.launch is None:
+        more, tensors = _operands(op, dtype, op.forward)
+        lines += [*more, f"{_names(op.found)} = kernels.forward({_call(op, op.forward, tensors)})"]
+    else:
+        keep = "keep" if op.keeps else "False"
+        arguments = f"make(Arguments, ({_names(op.arguments)},))"
+        lines.append(f"{_names(op.found)} = {_part(op.op.launch)}(op, kernels, {arguments}, {dtype}, {keep})")
+    for o in op.found:
+        name = codes[_dtype(op, o)]
+        lines.append(f"if {o.name}.dtype is not {name}:\n    {o.name} = {o.name}.to({name})")
+    return lines
+
+
+def _native(op: Declared, keep: str) -> str:
+    """Returns the shortest path's call, on the arguments as they are."""
+    if callable(op.op.fast):
+        return f"{_part(op.op.fast)}(kernels, {keep}, {_names(op.arguments)})"
+    return f"kernels.forward({_call(op, op.forward, {'keep': keep})})"
+
+
+def _node_forward(op: Declared) -> list[str]:
+    found, keeping = _names(op.found), ", True" * bool(op.keeps)
+    checked = f"{found} = run_kernels(kernels, {_names(op.arguments)}{keeping})"
+    if op.op.fast is False:
+        return [checked]
+    return [f"if direct:\n    {found} = {_native(op, 'True')}\nelse:\n    {checked}"]
+
+
+def _saved_call(op: Declared) -> str:
+    return f"make(Saved, ({', '.join((*op.saves, *(a.name for a in op.options)))},))"
+
+
+def _differentiate(op: Declared, grads: list[str]) -> list[str]:
+    found = [f"d_{a.name}" for a in op.differentiable]
+    if op.op.gradients is None:
+        lines = ["needs = make(Needs, needs)"] * op.asks
+        more, tensors = _operands(op, _dtype(op, op.outputs[0]), op.backward, op.unread)
+        lines += [*more, *_backward_call(op, _call(op, op.backward, tensors)), *_add_flagged(op)]
+        names = [a.name for a in op.differentiable] if op.asks else ()
+        lines += [f"if not needs.{name}:\n    d_{name} = None" for name in names]
+    else:
+        needs = "make(Needs, needs)" if op.asks else "None"
+        call = f"{_part(op.op.gradients)}(op, kernels, ({', '.join(grads)},), {_saved_call(op)}, {needs})"
+        lines = [f"{_tuple(found)} = {call}"]
+    return lines + [_back(d, a) for d, a in zip(found, op.differentiable, strict=True)]
+
+
+def _back(gradient: str, a: Argument) -> str:
+    """Casts a gradient to the dtype of its tensor, and to its shape where several shapes are allowed."""
+    if len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "...":
+        return f"{gradient} = back({gradient}, {a.name})"
+    differs = f"{gradient} is not None and {gradient}.dtype is not {a.name}.dtype"
+    cast = f"if {differs}:\n    {gradient} = {gradient}.to({a.name}.dtype)"
+    return f"if {a.name} is None:\n    {gradient} = None\nel{cast}" if a.optional else cast
+
+
+def _backward_call(op: Declared, arguments: str) -> Iterator[str]:
+    """Returns the backward call. ``x=y`` among the results is the gradient of both."""
+    results = [name.split("=") for name in op.backward_results]
+    targets = ", ".join("_" if first == "_" else f"d_{first}" for first, *_ in results)
+    yield f"{targets} = kernels.backward({arguments})"
+    yield from (f"d_{name} = d_{first}" for first, *others in results for name in others)
+
+
+def _add_flagged(op: Declared) -> list[str]:
+    part = op.op.flagged
+    if part is None:
+        return []
+    flags, found = [o for o in op.outputs if o.flag], ", ".join(f"d_{a.name}" for a in op.differentiable)
+    grads = ", ".join(f"grad_{o.name}" for o in flags)
+    return [f"if {flags[0].flag}:\n    {_part(part)}(op, ({grads},), ({found},), {_saved_call(op)})"]
+
+
+def _under_transforms(op: Declared, grads: list[str]) -> list[str]:
+    """Serves gradients under a transform that began after the forward pass."""
+    if op.unread:
+        return [f'refuse_unless_batched("{op.name}")']
+    found, given = [f"d_{a.name}" for a in op.differentiable], _for_autograd(op)
+    batched = " or ".join(
+        f"{grad} is not None and is_batched({grad})"
+        if o.flag or not op.op.materialize
+        else f"is_batched({grad})"
+        for grad, o in zip(grads, op.graded, strict=True)
+    )
+    return [
+        f"if {TRANSFORMED} or {batched}:",
+        f"    {_tuple(found)} = transformed_gradients(op, ({', '.join(grads)},), {_saved_call(op)})",
+        f"    return None, None, {given}",
+    ]
+
+
+def _for_autograd(op: Declared) -> str:
+    return ", ".join(f"d_{a.name}" if a in op.differentiable else "None" for a in op.arguments)
+
+
+def _grad_operands(op: Declared, tokens: list[str]) -> dict[str, str]:
+    """Returns the outputs' gradients as the native kernels read them."""
+    found = {}
+    for o in op.graded:
+        name = f"grad_{o.name}"
+        if name in tokens:
+            plain = not (o.flag or _layout(op, name, True))
+            found[name] = f"{name}.contiguous()" if plain else _operand(op, name, "None", True)
+    return found
+
+
+def _native_backward(op: Declared, grads: list[str]) -> list[str]:
+    if op.asks or op.op.fast is False:
+        return []
+    call = _backward_call(op, _call(op, op.backward, _grad_operands(op, op.backward)))
+    given = ", ".join(
+        "None"
+        if a not in op.differentiable
+        else f"None if {a.name} is None else " * a.optional + f"d_{a.name}"
+        for a in op.arguments
+    )
+    lines = "\n".join((*call, *_add_flagged(op), f"return None, None, {given}"))
+    return ["if direct:", indent(lines, "    ")]
+
+
+# --------------------------------------------------------------------------- gradients of the operator
+def _no_grads(op: Declared, grads: list[str], count: int) -> list[str]:
+    if op.op.materialize:
+        return []
+    return [f"if {' is None and '.join(grads)} is None:\n    return (None,) * {count}"]
+
+
+def _constants(op: Declared) -> list[str]:
+    """Returns the constants of the direct path, where outputs that are not asked for do not exist."""
+    found = [o for o in op.outputs if o.constant]
+    mark = f"ctx.mark_non_differentiable({_names(found)})"
+    return [f"if {found[0].flag}:\n    {mark}" if found[0].flag else mark] if found else []
+
+
+def _stand_ins(op: Declared) -> list[str]:
+    lines = [f"{name} = stand_in({name})" for name in op.unread]
+    served = f"keep and family.kernels({', '.join(op.deciding)}) is not None"
+    return [f"if {served}:", *(f"    {line}" for line in lines)] if lines else []
+
+
+def _not_differentiable(op: Declared) -> list[str]:
+    flags = [o for o in op.graded if o.flag]
+    constants = [o for o in op.found if o.constant or o in op.keeps]
+    always = [f"ctx.mark_non_differentiable({_names(constants)})"] * bool(constants)
+    absent = f"if not {flags[0].flag if flags else ''}:\n    ctx.mark_non_differentiable({_names((*flags, *op.keeps))})"
+    return always + [absent] * bool(flags)
+
+
+def _gone(op: Declared, more: str = "") -> dict[str, str]:
+    """Says for each gradient when the operator gives a tensor without elements."""
+    return {
+        a.name: " or ".join(
+            [f"{a.name} is None"] * a.optional + [f"not needs[{i}]{more.format(a.name)}"] * op.asks
+        )
+        for i, a in enumerate(op.differentiable)
+    }
+
+
+def _each_gradient(op: Declared, form: str, more: str = "") -> str:
+    nothing = f"{op.leader.name}.new_empty(0)"
+    return ", ".join(
+        (f"{nothing} if {gone} else " if gone else "") + form.format(name)
+        for name, gone in _gone(op, more).items()
+    )
+
+
+def _for_the_operator(op: Declared) -> str:
+    gone = _gone(op)
+    given = [
+        (f"None if {gone[a.name]} else " if gone.get(a.name) else "") + f"d_{a.name}"
+        if a.name in gone
+        else "None"
+        for a in op.arguments
+    ]
+    return _tuple(given + ["None"] * bool(op.keeps))
+
+
+# --------------------------------------------------------------------------- the public function
+def _shortest_path(op: Declared) -> str:
+    if op.op.fast is False:
+        return ""
+    fragments = {
+        "conditions": "\nand ".join(_conditions(op)),
+        "apply_direct": _apply(op, True),
+        "results": _results(op),
+        "native": _native(op, "False"),
+        "selected": _selected(op),
+        "names": _names(op.arguments),
+    }
+    return _render(templates.SHORTEST_PATH, fragments)
+
+
+def _conditions(op: Declared) -> Iterator[str]:
+    """Returns the conditions of the shortest path: plain CPU tensors, exact options. The kernels check the rest."""
+    yield "kernels is not None"
+    fast, fits = callable(op.op.fast), op.op.fits
+    others = [a for a in op.tensors if a is not op.leader]
+    # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product comes first, which does not.
+    unchecked = bool(fast and fits)
+    told = op.deciding if op.op.deciding else () if unchecked else op.one_dtype
+    untold = [a for a in others if a.name not in told] if unchecked or not fast else []
+    compared = [a for a in untold if a.kind in ("constant", "floating")]
+    # What the other path converts for the kernels is left to it: their decline would cost it 20 us more.
+    wide = [op.leader.name] if op.outputs[0].wide else op.wide[: not op.op.launch]
+    taken = {"": "{0}.is_contiguous()", "channels": "({0}.is_contiguous() or {0}.stride(-1) == 1)"}
+    layout = _layout(op, op.leader.name)
+    converts = layout in taken and (op.outputs[0].wide or not (op.op.launch or fast))
+    dense = op.op.fast_strides.split() or [op.leader.name] * converts
+    for a in (op.leader, *others):
+        parts = [f"type({a.name}) in PLAIN"]
+        parts += [f"{a.name}.is_cpu"] * (a is op.leader or unchecked)
+        # reading an attribute costs 40 ns, a local variable 1
+        parts += [f"(dtype := {a.name}.dtype)"] * (a is op.leader and bool(compared))
+        parts += [f"{a.name}.dtype is dtype"] * (a in compared)
+        parts += [f"{a.name}.dtype in COMPUTE"] * (a.name in wide)
+        parts += [taken.get(layout, "").format(a.name)] * (a.name in dense)
+        parts += [f"not {a.name}.requires_grad"] * (a.kind == "constant")
+        yield _optional(a, " and ".join(parts))
+    for a in op.options:
+        condition = f" and ({a.condition})" if a.constraint and not a.dimension_of else ""
+        # kernels that do not get a dimension know the default one alone
+        condition += f" and {a.name} == {a.default!r}" * bool(a.dimension_of and not fast)
+        yield _optional(a, _right_type(a) + condition)
+    yield from ['not is_autocast_enabled("cpu")'] * (op.op.autocast is not None)
+    yield from [f"{_part(fits)}({_names(op.arguments)})"] if fits else []
+    yield "not is_dynamo_compiling()"  # exports that trace without dynamo have no plain tensors
+    yield f"not ({TRANSFORMED})"  # behind the former, because dynamo knows transforms by itself
+
+
+def _formula_under_autocast(op: Declared) -> list[str]:
+    """Serves only operands that have autocast's dtype already, because eager casts only some of its steps."""
+    if op.op.autocast != "formula":
+        return []
+    differs = " or ".join(f"{name}.dtype is not cast_dtype" for name in op.one_dtype)
+    return [
+        f"cast_dtype = autocast_dtype({op.leader.name})",
+        f"if cast_dtype is not None and ({differs}):\n    return {_formula(op)}",
+    ]
+
+
+def _under_autocast(op: Declared) -> list[str]:
+    rule = op.op.autocast
+    if rule is None:
+        return []
+    names, keep = _names(op.arguments), ", keep" * bool(op.keeps)
+    lines = [f"def under_autocast(dtype, {_operator_parameters(op)}):"]
+    lines.append('    """Casts the arguments as autocast does for this dtype."""')
+    if callable(rule):
+        lines.append(f"    arguments = {_part(rule)}(op, dtype, Arguments({names}))")
+        return [*lines, f"    return *arguments{keep}" if keep else "    return arguments"]
+    if rule != "formula":
+        cast = op.one_dtype if rule == "one dtype" else rule.split()
+        lines.append(f"    {_tuple(cast)} = cast(dtype, {', '.join(cast)})")
+    return [*lines, f"    return {_tuple([a.name for a in op.arguments] + ['keep'] * bool(op.keeps))}"]
+
+
+def _cast(op: Declared) -> list[str]:
+    if op.op.autocast in (None, "formula"):
+        return []
+    names, deciding = _names(op.arguments), ", ".join(op.deciding)
+    return [
+        f"cast_dtype = autocast_dtype({op.leader.name})",
+        "if cast_dtype is not None:",
+        f"    {_tuple([a.name for a in op.arguments] + ['_'] * bool(op.keeps))} = under_autocast(cast_dtype, {names})",
+        f"    kernels = family.kernels({deciding})",
+        "    if kernels is None:",
+        f"        return {_formula(op)}",
+    ]
+
+
+# --------------------------------------------------------------------------- registration
+def _registration(op: Declared) -> dict[str, str | list[str]]:
+    """Returns the schemas and what else registers the operator. It returns every output, without elements where it was
+    not asked for, and what is kept. ``<name>_backward`` takes gradients, ``saves`` and the options.
+    """
+    tensors = {a.name: f"Tensor{'?' * a.optional} {a.name}" for a in op.tensors}
+    saved = [tensors.get(name, f"Tensor {name}") for name in op.saves]
+    grads = [f"Tensor{'?' * (len(op.graded) > 1)} grad_{o.name}" for o in op.graded]
+    options = [a.schema.partition("=")[0] for a in op.options]
+    backward = ", ".join((*grads, *saved, *options, *["bool[] needs"] * op.asks))
+    forward = ", ".join((*(a.schema for a in op.arguments), *["bool keep=False"] * bool(op.keeps)))
+    registered = ["setup_context=set_up,", "backward=backward,"] * bool(op.differentiable)
+    registered += ["autocast=under_autocast,"] * (op.op.autocast is not None)
+    operator = ["backward_operator = None"]
+    if op.differentiable:
+        schema = _schema(f"{op.name}_backward", backward, len(op.differentiable))
+        operator = ["backward_operator = register(", *schema, "run_backward,", "fake_backward,"]
+        if not op.unread:
+            operator.append(f"transformed=partial(transformed_backward, op, {len(grads)}),")
+        operator.append(")")
+    return {
+        "schema": _schema(op.name, forward, len(op.found)),
+        "registered": registered,
+        "backward_operator": operator,
+        "applied": f"applied({op.name.title().replace('_', '')})" if op.differentiable else "None",
+        "saved_class": "Saved" if op.differentiable else "None",
+        "deciding_names": f"({''.join(f'{name!r}, ' for name in op.deciding)})",
+        "differentiable_names": f"({''.join(f'{a.name!r}, ' for a in op.differentiable)})",
+        "dense": str(not _is_like(op)),
+    }
+
+
+def _schema(name: str, arguments: str, count: int) -> list[str]:
+    results = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+    lines = textwrap.wrap(f"{name}({arguments}) -> {results}", 100, break_on_hyphens=False)
+    return [*(f"{line + ' '!r}" for line in lines[:-1]), f"{lines[-1]!r},"]
