@@ -93,7 +93,7 @@ install: build/dist/.made $(STAMPS)/peers
 
 # --------------------------------------------------------------------------- the two commands
 demo: install
-	$(PY) -m fastasr.demo $(ARGS)
+	$(PY) -m fastasr.asr.demo $(ARGS)
 
 # Each worker of the Python suite has one thread. The ledger lets it skip what has passed with the same files.
 SUITE = source $(STAMPS)/build.env; OMP_NUM_THREADS=1 FASTASR_LEDGER=$${XDG_CACHE_HOME:-$$HOME/.cache}/fastasr/tests.sqlite \

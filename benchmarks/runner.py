@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastasr._renamed import nearest_or_all
+from fastasr._nearest import nearest_or_all
 from fastasr.benchmarks import dispatch, models, ops, rows, upstream
 from fastasr.benchmarks.case import Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name

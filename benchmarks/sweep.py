@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fastasr import files
-from fastasr._renamed import nearest_or_all
+from fastasr._nearest import nearest_or_all
 from fastasr.benchmarks import models, ops, rows, upstream
 from fastasr.benchmarks.case import TRAINING, Report, Settings, measure
 from fastasr.benchmarks.harness import limit_memory

@@ -6,7 +6,7 @@
 
 ``--model`` is the folder of a ParakeetForCTC with its processor; without it a tiny model begins from random weights.
 ``--tdt`` trains a tiny ParakeetForTDT, whose swapped joint and loss never hold the logits. Afterwards upstream's code
-runs the encoder, ``fastasr.decoding`` reads what is held out, and the recordings are counted of which upstream's
+runs the encoder, ``fastasr.asr.decoding`` reads what is held out, and the recordings are counted of which upstream's
 ``generate`` makes other tokens.
 ``--speech`` is a folder of recordings with a .txt beside each; without it Debian's telephone prompts are downloaded.
 Each of three runs has a process of its own: upstream's code; the swapped model with upstream's random numbers, whose
@@ -37,13 +37,13 @@ from transformers import (
 )
 
 import fastasr
-from fastasr import decoding
-from fastasr.audio.features import resample
+from fastasr.asr import decoding
+from fastasr.asr.audio.features import resample
+from fastasr.asr.recipe import speech
+from fastasr.asr.recipe.scoring import error_rate
+from fastasr.asr.recipe.units import Units
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.harness import peak_bytes
-from fastasr.recipe import speech
-from fastasr.recipe.scoring import error_rate
-from fastasr.recipe.units import Units
 
 RUNS = ("upstream", "swapped, upstream's draws", "swapped")
 TINY = {

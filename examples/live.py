@@ -32,9 +32,9 @@ def parser():
 
 def made(options, streams):
     """Returns (recogniser, a reader of recordings of its rate) of ``options``."""
-    from fastasr.recipe import recogniser, sizes, speech
-    from fastasr.recipe.transducers import Transducer
-    from fastasr.streaming import EndpointRules, StreamingEncoder, StreamingRecogniser
+    from fastasr.asr.recipe import recogniser, sizes, speech
+    from fastasr.asr.recipe.transducers import Transducer
+    from fastasr.asr.streaming import EndpointRules, StreamingEncoder, StreamingRecogniser
 
     loaded = recogniser.load(options.model)
     if isinstance(loaded.model, tuple):

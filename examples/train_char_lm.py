@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fastasr
-from fastasr.audio import recordings
+from fastasr.asr.audio import recordings
 from fastasr.benchmarks.environment import stamp
 from fastasr.models.mega import MEGADecoder
 

@@ -70,7 +70,7 @@ def parser():
 
 
 def plot(arguments):
-    from fastasr.recipe import curves
+    from fastasr.asr.recipe import curves
 
     picture, *logs = arguments
     if not logs:
@@ -112,7 +112,7 @@ def progress_bar(steps, shown):
 def train(options):
     import torch
 
-    from fastasr.recipe import parallel, sizes, speech, training
+    from fastasr.asr.recipe import parallel, sizes, speech, training
 
     device = sizes.on(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     world = parallel.start(options.parallel, device)

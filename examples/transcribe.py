@@ -53,7 +53,7 @@ def parser():
 
 def compare(options):
     """Reads the recordings that training has held out with both models, streaming. Exits with 1 when a text differs."""
-    from fastasr.recipe import recogniser, speech
+    from fastasr.asr.recipe import recogniser, speech
 
     readers = recogniser.load(options.model), recogniser.load(options.compare)
     _, held_out = speech.load(options.cache, options.speech, (1.0,), held_out=options.held_out)
@@ -97,7 +97,7 @@ def transcribe(recogniser, path, options):
 
 def main(arguments=None):
     options = parser().parse_args(arguments)
-    from fastasr.recipe import recogniser
+    from fastasr.asr.recipe import recogniser
 
     try:
         if options.export:

@@ -26,15 +26,13 @@ _GRAPHS = ("Graphs", "graph_state")
 _SUBPACKAGES = (
     "ops",
     "models",
-    "decoding",
-    "export",
     "graphs",
     "rnnt",
-    "streaming",
     "compat",
     "swap",
     "testing",
     "kernels",
+    "asr",
     "benchmarks",
 )
 __all__ = [
@@ -79,10 +77,9 @@ def __getattr__(name: str):
         return import_module("fastasr.ops._dispatch").backend
     if name in _SUBPACKAGES:
         return import_module(f"fastasr.{name}")
-    from fastasr._renamed import nearest
+    from fastasr._nearest import no_attribute
 
-    # without an object, since Python would add the nearest name once more
-    raise AttributeError(f"module 'fastasr' has no attribute {name!r}{nearest(name, __dir__())}", obj=None)
+    raise no_attribute(__name__, name, __dir__())
 
 
 def __dir__() -> list[str]:

@@ -18,6 +18,7 @@ import sources
 from sources import ROOT
 
 PICTURE = ROOT / "docs" / "architecture.svg"
+WITHOUT_BOX = (ROOT / "fastasr", ROOT / "fastasr/asr")  # their __init__ hand on names of the boxes below them
 WIDTH, HEIGHT, GAP, RISE = 196, 86, 14, 48  # size of a box; space between boxes and between rows
 Graph = dict[str, set[str]]
 
@@ -25,7 +26,7 @@ Graph = dict[str, set[str]]
 def folder(path: Path) -> str:
     """Returns the box that a source file belongs to: its package, or its folder in csrc."""
     parts = path.relative_to(ROOT).parts
-    depth = {"fastasr": 2, "csrc": 3 if parts[1:2] == ("cpu",) else 2}.get(parts[0], 1)
+    depth = {"fastasr": 2, "csrc": 2}.get(parts[0], 1) + (parts[:2] in (("fastasr", "asr"), ("csrc", "cpu")))
     return "/".join(parts[: min(depth, len(parts) - 1)])
 
 
@@ -33,7 +34,7 @@ def imported(path: Path) -> set[str]:
     """Returns the boxes that a Python file imports from, at its head or in a function."""
     files = {sources.modules()[name] for name in sources.imported(path)}
     native = {"csrc/bindings"} if "libfastasr.so" in path.read_text(encoding="utf-8") else set()
-    return native | {folder(file) for file in files if file.parent != ROOT / "fastasr"}
+    return native | {folder(file) for file in files if file.parent not in WITHOUT_BOX}
 
 
 def graph() -> Graph:
@@ -41,7 +42,7 @@ def graph() -> Graph:
     needs: Graph = {}
     for top in ("fastasr", "kernels", "benchmarks"):
         for path in sorted((ROOT / top).rglob("*.py")):
-            if path.parent != ROOT / "fastasr":  # the package's own __init__ hands on names of others
+            if path.parent not in WITHOUT_BOX:
                 needs.setdefault(folder(path), set()).update(imported(path))
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         if path.suffix in (".h", ".cpp", ".cu", ".cuh") and "tests" not in path.parts:

@@ -35,8 +35,9 @@ REGISTRIES = {
 RULES = ROOT / "fastasr/swap/rules"
 # In these no model of upstream's is made that could be swapped.
 WITHOUT_UPSTREAM = (
-    *(f"fastasr/{name}" for name in ("__init__.py", "swap", "models", "ops", "testing", "rnnt", "decoding")),
-    *("fastasr/streaming", "fastasr/export", "kernels", "tests/conftest.py"),
+    *(f"fastasr/{name}" for name in ("__init__.py", "swap", "models", "ops", "testing", "rnnt")),
+    *(f"fastasr/asr/{name}" for name in ("__init__.py", "recogniser", "decoding", "streaming", "export")),
+    *("kernels", "tests/conftest.py"),
 )
 ENGINE = ("fastasr/ops", "fastasr/testing")  # have the registries, or get from them what they are asked for
 

@@ -18,7 +18,7 @@ from steps import seeded
 from fastasr.testing import seeds
 
 # The models are tiny: threads cost more than they bring, most of all beside other processes.
-TINY_MODELS = {"models", "parity", "recipe", "streaming", "swap"}
+TINY_MODELS = {"asr", "models", "parity", "recipe", "streaming", "swap"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -50,7 +50,7 @@ def shape_name(size: str, duration: float) -> str:
 
 def _made_up(count: int = 8) -> tuple[list, list]:
     """Returns noise and letters for a quick run."""
-    from fastasr.recipe import speech
+    from fastasr.asr.recipe import speech
 
     generator = torch.Generator().manual_seed(0)
     found = [
@@ -61,7 +61,7 @@ def _made_up(count: int = 8) -> tuple[list, list]:
 
 
 def _speech(size: str, report: Report) -> tuple[list, list]:
-    from fastasr.recipe import speech
+    from fastasr.asr.recipe import speech
 
     if size == "tiny":
         return _made_up()
@@ -75,7 +75,7 @@ class Steps:
     """The chosen batches of an epoch, trained on by one implementation."""
 
     def __init__(self, implementation: str, size: str, duration: float, speeches, folder: Path):
-        from fastasr.recipe import training
+        from fastasr.asr.recipe import training
 
         options = training.Options(
             out=folder,

@@ -3,11 +3,11 @@
 
 - ``upstream``: the PyPI package's streaming wrapper as it is;
 - ``scripted``: the same by ``torch.jit.script`` and ``torch.jit.freeze``, as upstream's exporter writes it;
-- ``onnxruntime``, ``onnxruntime int8``: the files that ``fastasr.export`` writes of the same weights (with the joiner's
-  projection, one product more);
+- ``onnxruntime``, ``onnxruntime int8``: the files that ``fastasr.asr.export`` writes of the same weights (with the
+  joiner's projection, one product more);
 - ``sherpa-onnx``, ``sherpa-onnx int8``: its online recogniser on the same files, with its own features and greedy
   search, which no other implementation runs; only if they are named;
-- ``engine fp32``, ``engine bf16``, ``engine int8``: ``fastasr.streaming.StreamingEncoder``.
+- ``engine fp32``, ``engine bf16``, ``engine int8``: ``fastasr.asr.streaming.StreamingEncoder``.
 
 Those before sherpa-onnx keep a list of states per stream, which they stack for a call and split after it, as upstream's
 servers do.
@@ -102,7 +102,7 @@ class EngineStreams:
     """The streams of the engine, and how long it took to pack."""
 
     def __init__(self, model, chunk, weights, threads, most):
-        from fastasr.streaming import StreamingEncoder
+        from fastasr.asr.streaming import StreamingEncoder
 
         began = time.perf_counter()
         self._encoder = StreamingEncoder.from_model(
@@ -171,10 +171,10 @@ def _exported(names, theirs, size, chunk, threads):
     """Returns {name: streams} of implementations that read ONNX files."""
     for name in ("onnx", "onnxruntime"):
         upstream.module(name)
-    from fastasr.export import export_onnx
-    from fastasr.models import zipformer
+    from fastasr.asr import export, recogniser
+    from fastasr.asr.export import export_onnx
 
-    ours = zipformer.AsrModel(**config(size, chunk)).eval()
+    ours = recogniser.AsrModel(**config(size, chunk)).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     made = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +188,7 @@ def _exported(names, theirs, size, chunk, threads):
             if name in SHERPA:
                 made[name] = SherpaStreams(parts, tokens, chunk, threads)
             else:
-                made[name] = _onnx(zipformer.OnnxStreamingTransducerModel(*parts, threads=threads))
+                made[name] = _onnx(export.OnnxStreamingTransducerModel(*parts, threads=threads))
     return made
 
 

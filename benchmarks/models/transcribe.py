@@ -4,8 +4,9 @@ onnxruntime, on as many threads. Divided by 16 s, a row's time is the real-time 
 
 Cases: the encoder of a whole utterance; encoder and greedy search of a whole utterance; as a stream in chunks of 16 and
 32 frames (0.32 and 0.64 s) with 128 frames of left context, encoder and greedy search, where "engine" is
-``fastasr.streaming.StreamingEncoder`` with packed weights and "fastasr" the model's own code. Weights are random, the
-joiner's bias made so that blank wins most frames, as speech has it. onnxruntime runs what ``fastasr.export`` wrote.
+``fastasr.asr.streaming.StreamingEncoder`` with packed weights and "fastasr" the model's own code. Weights are random,
+the joiner's bias made so that blank wins most frames, as speech has it. onnxruntime runs what ``fastasr.asr.export``
+wrote.
 """
 
 import tempfile
@@ -14,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from fastasr import decoding
+from fastasr.asr import decoding
+from fastasr.asr.streaming import StreamingEncoder, utterance_chunks
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, times
-from fastasr.streaming import StreamingEncoder, utterance_chunks
 
 NAME = "transcribe"
 ENCODER, WHOLE, STREAM = "encoder, whole", "whole", "stream, chunks of {}"
@@ -45,16 +46,16 @@ def config(size: str, chunk: int | None) -> dict:
 
 def _models(size: str, chunk: int | None, folder: Path) -> dict[str, object]:
     """Returns every implementation with the same weights."""
-    from fastasr.export import export_onnx
-    from fastasr.models import zipformer
+    from fastasr.asr import export, recogniser
+    from fastasr.asr.export import export_onnx
 
     theirs = upstream.recogniser(config(size, chunk))
     with torch.no_grad():
         theirs.joiner.output_linear.bias[0] += 4.0
-    ours = zipformer.AsrModel(**config(size, chunk)).eval()
+    ours = recogniser.AsrModel(**config(size, chunk)).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     files = export_onnx(ours, folder / f"{chunk}")
-    made = zipformer.OnnxStreamingTransducerModel if chunk else zipformer.OnnxTransducerModel
+    made = export.OnnxStreamingTransducerModel if chunk else export.OnnxTransducerModel
     session = made(*(files[n] for n in ("encoder", "decoder", "joiner")), threads=torch.get_num_threads())
     return {UPSTREAM: theirs, FASTASR: ours, ONNX: session}
 

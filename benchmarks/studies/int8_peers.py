@@ -9,8 +9,8 @@
 Each implementation reads recordings from samples to tokens by greedy search, each in a process of its own: a Zipformer
 with random weights whose joiner's bias lets blank win most frames. All but sherpa-onnx share our features and our
 search, and their decoder and joiner run where their encoder does (OpenVINO's in onnxruntime). Files are those of
-``fastasr.export``. An implementation whose package is not installed is left out, and the program says so: sherpa-onnx
-and OpenVINO may lie in a folder that PYTHONPATH names.
+``fastasr.asr.export``. An implementation whose package is not installed is left out, and the program says so:
+sherpa-onnx and OpenVINO may lie in a folder that PYTHONPATH names.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from types import SimpleNamespace
 import torch
 
 from fastasr import files
+from fastasr.asr.decoding.chunks import SILENCE
+from fastasr.asr.recipe.transducers import EBranchformerTransducer
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import int8_saturates, stamp
 from fastasr.benchmarks.plots import COLOURS, bars, png, pyplot
 from fastasr.benchmarks.studies import results
-from fastasr.decoding.chunks import SILENCE
-from fastasr.recipe.transducers import EBranchformerTransducer
 
 RATE = 16000
 FORMATS = ("float32", "bf16", "int8")
@@ -119,7 +119,7 @@ def _onnx_files(name, folder):
 
 
 def _onnx_model(name, folder, threads, streams=False):
-    from fastasr.export import OnnxStreamingTransducerModel, OnnxTransducerModel
+    from fastasr.asr.export import OnnxStreamingTransducerModel, OnnxTransducerModel
 
     files = _onnx_files(name, folder)
     model = (OnnxStreamingTransducerModel if streams else OnnxTransducerModel)(*files, threads=threads)
@@ -150,8 +150,8 @@ def _sherpa(name, folder, threads):
 
 def _reader(name, folder, threads):
     """Returns (read, encode or None, files): read(samples) -> tokens, encode(samples) -> what the joiner gets."""
-    from fastasr import decoding
-    from fastasr.audio.features import fbank
+    from fastasr.asr import decoding
+    from fastasr.asr.audio.features import fbank
 
     if name.startswith("sherpa"):
         read, files = _sherpa(name, folder, threads)
@@ -207,16 +207,16 @@ def _samples(folder):
 
 
 def _prepare(folder, size, seconds):
+    from fastasr.asr.export import export_onnx
     from fastasr.benchmarks.models.transcribe import VOCABULARY, config
-    from fastasr.export import export_onnx
 
     model = upstream.distinct(upstream.recogniser(config(size, None)))
     with torch.no_grad():
         model.joiner.output_linear.bias[0] += 4.0
     torch.save({"config": config(size, None), "state": model.state_dict()}, folder / "model.pt")
-    from fastasr.models import zipformer
+    from fastasr.asr.recogniser import AsrModel
 
-    ours = zipformer.AsrModel(**config(size, None)).eval()
+    ours = AsrModel(**config(size, None)).eval()
     ours.load_state_dict(model.state_dict(), strict=True)
     export_onnx(ours, folder, int8=True, reduce_range=int8_saturates())
     names = ["<blk>", *(f"t{i}" for i in range(1, VOCABULARY))]
@@ -300,7 +300,7 @@ def versions():
 # --------------------------------------------------------------------------- error rates of trained models
 def joined(utterances, longer_than, silence=SILENCE):
     """Returns utterances made of ``utterances``, one after another with pauses: each of more than so many seconds."""
-    from fastasr.recipe.speech import Utterance
+    from fastasr.asr.recipe.speech import Utterance
 
     made, parts, words = [], [], []
     for utterance in utterances:
@@ -314,7 +314,7 @@ def joined(utterances, longer_than, silence=SILENCE):
 
 
 def _whole(loaded, utterances, _):
-    from fastasr import decoding
+    from fastasr.asr import decoding
 
     read = []
     for utterance in utterances:
@@ -327,8 +327,8 @@ def _whole(loaded, utterances, _):
 
 def _streaming(loaded, utterances, weights):
     """Reads a Zipformer's streams by the engine, another encoder's by its own code."""
+    from fastasr.asr.recipe.transducers import Transducer
     from fastasr.benchmarks.studies import streaming_accuracy
-    from fastasr.recipe.transducers import Transducer
 
     if isinstance(loaded.model, Transducer):
         return [list(loaded.stream_features([u.features[0]]))[-1][0] for u in utterances]
@@ -340,8 +340,8 @@ def accuracy(runs, utterances, report=lambda _: None):
     encoder streams, as streams, in each format: a row for those of up to LONGEST seconds and one for the others, with
     the error rates and how many texts are not those of float32."""
     import fastasr
-    from fastasr.recipe import checkpoints, recogniser
-    from fastasr.recipe.speech import LONGEST
+    from fastasr.asr.recipe import checkpoints, recogniser
+    from fastasr.asr.recipe.speech import LONGEST
 
     found = {}
     for run in runs:
@@ -376,8 +376,8 @@ def accuracy(runs, utterances, report=lambda _: None):
 def _compared(utterances, heard):
     """Returns a row about the recordings of up to LONGEST seconds and one about the others: the error rates of each of
     ``heard``, name -> texts, and how many of its texts are not those of the first."""
-    from fastasr.recipe import scoring
-    from fastasr.recipe.speech import LONGEST
+    from fastasr.asr.recipe import scoring
+    from fastasr.asr.recipe.speech import LONGEST
 
     rows = []
     for long in (False, True):
@@ -406,7 +406,7 @@ def _compared(utterances, heard):
 def in_frames(samples):
     """Returns samples as (frames of 10 ms, samples of a frame), as many frames as the features have: ``joined`` then
     joins the same recordings."""
-    from fastasr.recipe import speech
+    from fastasr.asr.recipe import speech
 
     length = speech.RATE // 100
     frames = (len(samples) + length // 2) // length
@@ -417,7 +417,7 @@ def _sherpa_streams(name, folder, rate, bins):
     """Returns a function from the samples of a whole recording to its text."""
     import sherpa_onnx
 
-    from fastasr.recipe import speech
+    from fastasr.asr.recipe import speech
 
     parts = dict(zip(("encoder", "decoder", "joiner"), map(str, _onnx_files(name, folder)), strict=True))
     recogniser = sherpa_onnx.OnlineRecognizer.from_transducer(
@@ -442,8 +442,8 @@ def _sherpa_streams(name, folder, rate, bins):
 
 def texts(name, folder):
     """Prints what an implementation reads in the recordings of ``readings``, a line of JSON."""
-    from fastasr.recipe.recogniser import Recogniser
-    from fastasr.recipe.units import Units
+    from fastasr.asr.recipe.recogniser import Recogniser
+    from fastasr.asr.recipe.units import Units
 
     torch.set_num_threads(1)
     given = torch.load(folder / "recordings.pt", weights_only=True)
@@ -468,13 +468,13 @@ def texts(name, folder):
 def readings(run, utterances, names=NAMES, report=lambda _: None):
     """Returns how the implementations read ``utterances``, whose features are ``in_frames``, with the weights of a
     Zipformer's run: rows as in ``accuracy``, in which upstream's are the first texts."""
-    from fastasr.export import export_onnx
-    from fastasr.models import zipformer
-    from fastasr.recipe import checkpoints, recogniser, sizes
-    from fastasr.recipe.speech import LONGEST
+    from fastasr.asr.export import export_onnx
+    from fastasr.asr.recipe import checkpoints, recogniser, sizes
+    from fastasr.asr.recipe.speech import LONGEST
+    from fastasr.asr.recogniser import AsrModel
 
     loaded = recogniser.load(run)
-    if not isinstance(loaded.model, zipformer.AsrModel):
+    if not isinstance(loaded.model, AsrModel):
         raise ValueError(f"{run} is no Zipformer's run, whose ONNX files the peers read")
     found = checkpoints.load(Path(run) / checkpoints.NAME)
     with tempfile.TemporaryDirectory() as path:
@@ -655,7 +655,7 @@ def main(arguments=None):
 
 def _unheard(options, features=None, silence=SILENCE):
     """Returns the recordings at each speed that the recipe does not train on, and longer ones made of them."""
-    from fastasr.recipe import speech
+    from fastasr.asr.recipe import speech
 
     found = []
     for speed in SPEEDS:

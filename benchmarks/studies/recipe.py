@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastasr import files
+from fastasr.asr.recipe import checkpoints, recogniser, sizes, speech, training
+from fastasr.asr.recipe.curves import read, smoothed
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.markdown import put
 from fastasr.benchmarks.models import recipe_step
 from fastasr.benchmarks.plots import png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.studies.swapped_training import moved_by_one_rounding, summary
-from fastasr.recipe import checkpoints, recogniser, sizes, speech, training
-from fastasr.recipe.curves import read, smoothed
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE, ROUNDED = "fastasr", "rounded"

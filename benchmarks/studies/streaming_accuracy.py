@@ -23,8 +23,8 @@ def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, str
 
     ``differs`` counts the recordings that the engine reads differently from the model's own streaming code.
     """
-    from fastasr import decoding
-    from fastasr.recipe import recogniser, scoring
+    from fastasr.asr import decoding
+    from fastasr.asr.recipe import recogniser, scoring
 
     loaded = recogniser.load(run)
     said, own = [utterance.text for utterance in utterances], []
@@ -55,8 +55,8 @@ def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, str
 
 def engine_texts(loaded, utterances, weights, method="greedy", backend=None, streams=8):
     """Returns the texts that the engine reads, ``streams`` utterances side by side, and the engine's report."""
-    from fastasr.recipe import sizes
-    from fastasr.streaming import StreamingEncoder, StreamingRecogniser
+    from fastasr.asr.recipe import sizes
+    from fastasr.asr.streaming import StreamingEncoder, StreamingRecogniser
 
     encoder = StreamingEncoder.from_model(
         loaded.model,
@@ -77,7 +77,7 @@ def engine_texts(loaded, utterances, weights, method="greedy", backend=None, str
 
 def _read(reader, utterances):
     """Returns the texts of utterances that are streamed side by side."""
-    from fastasr import decoding
+    from fastasr.asr import decoding
 
     streams = [reader.open() for _ in utterances]
     waiting = {}
@@ -128,7 +128,7 @@ def main(arguments=None):
     options = made.parse_args(arguments)
 
     def measured(_):
-        from fastasr.recipe import speech
+        from fastasr.asr.recipe import speech
 
         _, held_out = speech.load(options.cache, options.speech, speeds=(1.0,))
         found = measure(options.run, held_out, method=options.method, backend=options.backend)

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from fastasr import files
+from fastasr.asr.recipe import speech, training
+from fastasr.asr.recipe.curves import read
 from fastasr.benchmarks.environment import stamp
-from fastasr.recipe import speech, training
-from fastasr.recipe.curves import read
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = {"upstream": False, "swapped": True, "upstream, parameters rounded": False}

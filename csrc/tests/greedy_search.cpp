@@ -3,7 +3,7 @@
 
 #include "tests/check.h"
 
-// Values are compared with a loop over one sequence in tests/decoding/test_label_looping.py. These tests check what is
+// Values are compared with a loop over one sequence in tests/models/test_label_looping.py. These tests check what is
 // read and written, and that a sequence's bits depend on nothing but the sequence.
 namespace fastasr::test {
 namespace {

@@ -4,7 +4,7 @@
 #include "cpu/streaming/zipformer_chunk_rows.h"
 #include "tests/check.h"
 
-// The whole chunk's values are compared with the model's own code in tests/streaming. These tests check the pieces,
+// The whole chunk's values are compared with the model's own code in tests/asr/streaming. These tests check the pieces,
 // what is read and written, and that a stream's bits depend on nothing but the stream.
 namespace fastasr::test {
 namespace {

@@ -7,7 +7,7 @@ import json
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastasr._renamed import nearest_or_all
+from fastasr._nearest import nearest_or_all
 from fastasr.cli.console import check_device, check_dtype, err, escape, fail, out, sizes, table
 
 SHOWN = 20  # the most failures that are printed in full

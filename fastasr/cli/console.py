@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastasr._renamed import nearest
+from fastasr._nearest import nearest
 
 PLAIN_WIDTH = 160  # columns of a pipe or a file, so that rows are not wrapped
 

@@ -21,7 +21,7 @@ from fastasr.ops import _dispatch, _gemm
 EXTRAS = {
     "cli": ("typer", "rich"),
     "bench": ("matplotlib", "jinja2", "psutil"),
-    "demo": ("kaldi-native-fbank", "soundfile", "numpy"),
+    "asr": ("numpy", "soundfile", "soxr", "kaldi-native-fbank", "kaldialign", "onnx", "onnxruntime"),
 }
 UPSTREAM = ("zipformer",)
 

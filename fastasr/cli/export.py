@@ -12,7 +12,7 @@ from fastasr.cli.swap import call, load
 
 
 def run(reference: str, folder: Path, *, suffix: str, int8: bool, reduce_range: bool, as_json: bool) -> None:
-    from fastasr.export import export_onnx
+    from fastasr.asr.export import export_onnx
 
     model = call(load(reference, "MODULE:FACTORY"), "MODULE:FACTORY", reference)
     if not isinstance(model, torch.nn.Module):

@@ -7,7 +7,7 @@ import textwrap
 import torch
 
 import fastasr  # noqa: F401 - registers the ops
-from fastasr._renamed import nearest_or_all
+from fastasr._nearest import nearest_or_all
 from fastasr.cli.console import escape, fail, mark, out, table
 from fastasr.ops import _dispatch
 

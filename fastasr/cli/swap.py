@@ -13,7 +13,7 @@ import torch
 import typer
 
 import fastasr
-from fastasr._renamed import nearest
+from fastasr._nearest import nearest
 from fastasr.cli.console import err, escape, fail, out, table
 
 

@@ -13,15 +13,15 @@ from rich.progress import Progress
 
 import fastasr
 from fastasr import files
-from fastasr.audio import captions, recordings
-from fastasr.audio.captions import Timed
+from fastasr.asr.audio import captions, recordings
+from fastasr.asr.audio.captions import Timed
+from fastasr.asr.decoding import ctc_prefix_beam_search, modified_beam_search
 from fastasr.cli.bench import DTYPES
 from fastasr.cli.console import check_device, err, escape, fail, out
-from fastasr.decoding import ctc_prefix_beam_search, modified_beam_search
 from fastasr.rnnt import ctc_align
 
 MODELS = ("ParakeetForCTC", "ParakeetForRNNT", "ParakeetForTDT")
-INSTALL = "pip install 'fastasr[transcribe]'"
+INSTALL = "pip install 'fastasr[asr,cli]' 'transformers>=5.23'"
 
 
 def load(folder: Path, device: str, dtype: torch.dtype):

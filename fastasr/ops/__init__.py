@@ -7,7 +7,7 @@ Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` pri
 import pkgutil
 from importlib import import_module
 
-from fastasr._renamed import old_names as _old_names
+from fastasr._nearest import no_attribute as _no_attribute
 from fastasr.ops import _dispatch
 from fastasr.ops._op import OPS
 
@@ -23,8 +23,9 @@ NAMES = tuple(sorted(OPS))
 GRADIENTS = tuple(name for name, op in OPS.items() if op.is_gradient)
 __all__ = list(NAMES)
 
-_RENAMED = {f"rel_position_{name}": f"zipformer_{name}" for name in ("attention", "attention_weights")}
-__getattr__ = _old_names(globals(), _RENAMED)
+
+def __getattr__(name: str):
+    raise _no_attribute(__name__, name, __all__)
 
 
 def __dir__() -> list[str]:

@@ -10,8 +10,8 @@ INSTALL = {
         'docs/install.md has the lines of pip for it, under "Frameworks"',
     ),
     "fast_rnnt": "python scripts/build_fast_rnnt.py SOURCES",
-    "onnx": "pip install 'fastasr[export]'",
-    "onnxruntime": "pip install 'fastasr[export]'",
+    "onnx": "pip install 'fastasr[asr]'",
+    "onnxruntime": "pip install 'fastasr[asr]'",
 }
 
 

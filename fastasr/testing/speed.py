@@ -13,7 +13,7 @@ from functools import cache, partial
 import torch
 
 from fastasr import ops
-from fastasr._renamed import nearest
+from fastasr._nearest import nearest
 from fastasr.testing import peers
 from fastasr.testing.table import Make, floating, placed, samples_of
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr._renamed import nearest
+from fastasr._nearest import nearest
 from fastasr.testing.seeds import seeded
 
 MANY = 2**20  # numbers that a CPU takes long to draw

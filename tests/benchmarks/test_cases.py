@@ -294,7 +294,7 @@ def test_the_predictor_of_the_emformer_transducer():
 
 def test_a_step_of_the_recipe():
     """It also measures the peak of one implementation, in its own process."""
-    pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[recipe]")
+    pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[asr]")
     from fastasr.benchmarks.models import recipe_step
 
     calls = {"size": "tiny", "durations": (5.0,), "inner_compile": False, "settings": QUICK}
@@ -309,7 +309,7 @@ def test_a_step_of_the_recipe():
 
 
 def test_the_peak_memory_of_the_recipe(tmp_path):
-    pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[recipe]")
+    pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[asr]")
     from fastasr.benchmarks.models import recipe_step
 
     torch.save(recipe_step._made_up(), tmp_path / "speech.pt")

@@ -66,8 +66,8 @@ def test_the_table_of_runs():
 
 def _tiny_run(folder):
     """Writes a run whose random weights say letters when something sounds and blank in silence."""
-    from fastasr.recipe import checkpoints, sizes, speech
-    from fastasr.recipe.units import Units
+    from fastasr.asr.recipe import checkpoints, sizes, speech
+    from fastasr.asr.recipe.units import Units
 
     units = Units.learn("char", ["abcdefghij klmnopqrs"])
     arguments = sizes.config("tiny", len(units), speech.BINS)
@@ -89,7 +89,7 @@ def _tiny_run(folder):
 
 def _tones(seconds):
     """Returns samples of tones of a tenth of a second, each of its own pitch and loudness."""
-    from fastasr.recipe.speech import RATE
+    from fastasr.asr.recipe.speech import RATE
 
     length = RATE // 10
     count, time = round(10 * seconds), torch.arange(length) / RATE
@@ -102,8 +102,8 @@ def test_peers_read_a_tiny_run(tmp_path):
     for package in ("onnxruntime", "kaldi_native_fbank", "kaldialign"):
         pytest.importorskip(package)
     pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
-    from fastasr.recipe import recogniser
-    from fastasr.recipe.speech import Utterance
+    from fastasr.asr.recipe import recogniser
+    from fastasr.asr.recipe.speech import Utterance
 
     run = tmp_path / "tiny"
     _tiny_run(run)

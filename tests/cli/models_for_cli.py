@@ -52,6 +52,6 @@ def not_a_model():
 def recogniser():
     from tiny_recogniser import RECOGNISER, WHOLE
 
-    from fastasr.models.zipformer import AsrModel
+    from fastasr.asr.recogniser import AsrModel
 
     return AsrModel(**RECOGNISER | WHOLE).eval()

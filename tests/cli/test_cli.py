@@ -118,7 +118,7 @@ def test_env_names_what_is_missing(run, monkeypatch):
     monkeypatch.setattr(env, "_version", lambda name: None if name == "soundfile" else known(name))
     monkeypatch.setattr(_dispatch, "native_reason", lambda: "the native library is not built")
     text = run("env").stdout
-    assert "soundfile not installed: pip install 'fastasr[demo]'" in text
+    assert "soundfile not installed: pip install 'fastasr[asr]'" in text
     assert "no: the native library is not built" in text
 
 

@@ -15,12 +15,12 @@ pytest.importorskip("kaldi_native_fbank")
 pytest.importorskip("rich")
 from rich.console import Console
 
-from fastasr.audio import features, recordings
-from fastasr.audio.recordings import Clip
-from fastasr.demo import __main__ as command
-from fastasr.demo import run, stages
+from fastasr.asr.audio import features, recordings
+from fastasr.asr.audio.recordings import Clip
+from fastasr.asr.demo import __main__ as command
+from fastasr.asr.demo import run, stages
 
-pytestmark = pytest.mark.needs("benchmarks", "fastasr/demo/*.py")
+pytestmark = pytest.mark.needs("benchmarks", "fastasr/asr/demo/*.py")
 
 
 def quiet(_: str) -> None:

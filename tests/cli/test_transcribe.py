@@ -11,11 +11,11 @@ import torch
 from tiny_parakeet import SIZES
 from typer.testing import CliRunner
 
-from fastasr import decoding
-from fastasr.audio import recordings
-from fastasr.audio.captions import Timed, lines, srt, words
+from fastasr.asr import decoding
+from fastasr.asr.audio import recordings
+from fastasr.asr.audio.captions import Timed, lines, srt, words
 from fastasr.cli.app import app
-from fastasr.decoding.label_looping import LabelLooping
+from fastasr.models.transducer.label_looping import LabelLooping
 
 transformers = pytest.importorskip("transformers")
 PIECES = ["<pad>", " th", "e", " cat", "s", " sat", "."]
@@ -255,7 +255,7 @@ def test_refusals(folder, recording, tmp_path, monkeypatch):
         assert "Traceback" not in said
         assert not said.endswith(":")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install 'fastasr[transcribe]'" in call(place, path).stderr
+    assert "pip install 'fastasr[asr,cli]' 'transformers>=5.23'" in call(place, path).stderr
 
 
 @pytest.mark.parametrize("samples", [320, 321, 479, 640])

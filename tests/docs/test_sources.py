@@ -81,7 +81,14 @@ def test_the_contract_of_an_op_needs_its_own_code():
 
 def test_modules_that_python_loads_are_found():
     """Every op and every rule of the swap is loaded, and needed only where it is used: these are added here."""
-    entries = ("streaming", "export", "recipe.training", "demo.run", "cli.app", "benchmarks.runner")
+    entries = (
+        "asr.streaming",
+        "asr.export",
+        "asr.recipe.training",
+        "asr.demo.run",
+        "cli.app",
+        "benchmarks.runner",
+    )
     code = "import importlib, json, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(f'fastasr.{name}')\n"
     code += "    print(json.dumps([m for m in sys.modules if m.startswith('fastasr')]))"
     run = subprocess.run([sys.executable, "-c", code, *entries], capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ import torch
 
 
 def needs(*examples: str):
-    return pytest.mark.needs("tests/recipe", "examples", *(f"examples/{name}.py" for name in examples))
+    return pytest.mark.needs("tests/asr/recipe", "examples", *(f"examples/{name}.py" for name in examples))
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -83,7 +83,7 @@ def test_fine_tune_parakeet(tmp_path, kind):
     """Upstream's losses and those of the swapped model with upstream's draws differ by rounding."""
     for name in ("transformers", "accelerate", "kaldi_native_fbank", "kaldialign", "matplotlib"):
         pytest.importorskip(name)
-    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "recipe"))
+    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "asr" / "recipe"))
     import beeps
 
     speech, runs = beeps.folder(tmp_path / "speech", count=12), ["upstream", "swapped, upstream's draws"]
@@ -110,8 +110,8 @@ def test_fine_tune_parakeet(tmp_path, kind):
 def test_train_transducer_and_transcribe(tmp_path):
     """A run that is killed and started again has the losses of a run without a break; its result reads a recording."""
     for name in ("kaldi_native_fbank", "kaldialign", "onnxruntime", "matplotlib"):
-        pytest.importorskip(name, reason="the recipe needs the extras fastasr[recipe] and fastasr[export]")
-    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "recipe"))
+        pytest.importorskip(name, reason="the recipe needs the extra fastasr[asr]")
+    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "asr" / "recipe"))
     import beeps
 
     speech = beeps.folder(tmp_path / "speech", count=16)

@@ -11,7 +11,7 @@ from pathlib import Path
 # Its children start with torch imported, in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "fastasr.ops", "fastasr.recipe.checkpoints", "fastasr.benchmarks.rows"]
+    ["torch", "fastasr.ops", "fastasr.asr.recipe.checkpoints", "fastasr.benchmarks.rows"]
 )
 PATIENCE_S = 60
 MEMORY = 1 << 30  # bytes, above what a child has at its start

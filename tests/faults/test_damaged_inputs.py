@@ -17,11 +17,11 @@ import children
 import pytest
 import torch
 
-from fastasr.audio import recordings
+from fastasr.asr.audio import recordings
+from fastasr.asr.recipe import checkpoints, curves, recogniser, sizes
+from fastasr.asr.recipe.logs import COLUMNS, Log
+from fastasr.asr.recipe.training import learn_units
 from fastasr.benchmarks import rows
-from fastasr.recipe import checkpoints, curves, recogniser, sizes
-from fastasr.recipe.logs import COLUMNS, Log
-from fastasr.recipe.training import learn_units
 
 pytestmark = pytest.mark.needs("tests/faults")
 COUNTS = [pytest.param(40, id="40"), pytest.param(1000, id="1000", marks=pytest.mark.long)]

@@ -17,10 +17,10 @@ import sources
 import torch
 
 from fastasr import files
+from fastasr.asr.recipe import checkpoints, recogniser
+from fastasr.asr.recipe.logs import COLUMNS, Log
 from fastasr.benchmarks import rows
 from fastasr.ops import _gemm
-from fastasr.recipe import checkpoints, recogniser
-from fastasr.recipe.logs import COLUMNS, Log
 
 pytestmark = pytest.mark.needs("fastasr", "benchmarks", "examples", "tests/faults")
 KILLS = [pytest.param(5, id="5"), pytest.param(200, id="200", marks=pytest.mark.long)]
@@ -173,7 +173,7 @@ def test_an_export_that_ends_early_does_not_load(tmp_path, monkeypatch):
     def interrupted(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastasr.export.export_onnx", interrupted)
+    monkeypatch.setattr("fastasr.asr.export.export_onnx", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recogniser.export("last.pt", tmp_path)
     monkeypatch.undo()
@@ -327,10 +327,10 @@ def test_links_devices_and_modes(tmp_path):
 WRITERS = {"write_text", "write_bytes", "savez", "savefig"}
 ELSEWHERE = {  # what is written to temporary folders, to what is no file, or row by row
     "fastasr/files.py",
-    "fastasr/recipe/checkpoints.py",
-    "fastasr/recipe/curves.py",
-    "fastasr/recipe/logs.py",
-    "fastasr/export/onnx_files.py",
+    "fastasr/asr/recipe/checkpoints.py",
+    "fastasr/asr/recipe/curves.py",
+    "fastasr/asr/recipe/logs.py",
+    "fastasr/asr/export/onnx_files.py",
     "benchmarks/harness.py",
     "benchmarks/plots.py",
     "benchmarks/studies/int8_peers.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "streaming"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "asr" / "streaming"))
 from icefall_chunks import recipe
 
 LENGTHS = [60, 33, 1, 0, 17]

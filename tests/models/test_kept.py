@@ -17,15 +17,15 @@ from tiny_parakeet import SIZES, STILL
 from tiny_recogniser import RECOGNISER, STREAMING
 
 import fastasr
-from fastasr import decoding
-from fastasr.models import emformer, emformer_rnnt, fast_conformer, zipformer
+from fastasr.asr import decoding, recogniser
+from fastasr.asr.streaming import EagerBackend, StreamingEncoder
+from fastasr.models import emformer, emformer_rnnt, fast_conformer
 from fastasr.models.emformer import packed_step, stream
 from fastasr.models.fast_conformer.positions import table
 from fastasr.models.mega import decoding as mega_decoding
 from fastasr.models.zipformer import ZipformerEncoderLayer, streaming_layer, whole_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
 from fastasr.ops import _dispatch, _kept, _reduced_weights
-from fastasr.streaming import EagerBackend, StreamingEncoder
 
 pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
 LIMIT = 2e-5  # relative to the rms of each result
@@ -162,7 +162,7 @@ class Search:
 class AsrSearch(Search):
     @staticmethod
     def make():
-        model = zipformer.AsrModel(**RECOGNISER | STREAMING | {"vocab_size": 12, "context_size": 2}).eval()
+        model = recogniser.AsrModel(**RECOGNISER | STREAMING | {"vocab_size": 12, "context_size": 2}).eval()
         for part in (model.joiner, model.decoder):
             for parameter in part.parameters():
                 parameter.data.normal_(std=0.5)
@@ -228,7 +228,7 @@ class Engine:
         self.backend, self.weights, self.engines = backend, weights, weakref.WeakKeyDictionary()
 
     def make(self):
-        model = zipformer.AsrModel(**RECOGNISER | STREAMING | {"vocab_size": 12}).eval()
+        model = recogniser.AsrModel(**RECOGNISER | STREAMING | {"vocab_size": 12}).eval()
         for parameter in model.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))
         return model

@@ -13,8 +13,9 @@ import torch
 from steps import moved, numbers, seeded
 from tiny_recogniser import RECOGNISER, STREAMING, WHOLE
 
-from fastasr import decoding, models, rnnt, streaming
-from fastasr.audio import features, recordings
+from fastasr import models, rnnt
+from fastasr.asr import decoding, export, recogniser, streaming
+from fastasr.asr.audio import features, recordings
 from fastasr.models import e_branchformer, emformer, emformer_rnnt, fast_conformer, mega, zipformer
 from fastasr.models.e_branchformer import returnn
 from fastasr.models.mega import activations, normalizations
@@ -35,7 +36,7 @@ def frames_and_mask(lengths, width):
 
 def zipformer_losses():
     def make():
-        return zipformer.AsrModel(
+        return recogniser.AsrModel(
             **RECOGNISER | WHOLE,
             feature_dim=20,
             vocab_size=12,
@@ -83,12 +84,12 @@ def zipformer_without_padding():
 
 def streaming_zipformer():
     def make():
-        return zipformer.AsrModel(**RECOGNISER | STREAMING, feature_dim=20, vocab_size=12, use_ctc=True)
+        return recogniser.AsrModel(**RECOGNISER | STREAMING, feature_dim=20, vocab_size=12, use_ctc=True)
 
     x = drawn(2, 77, 20)
 
     def run(model):
-        wrapper = zipformer.StreamingEncoderWrapper(model.encoder, model.encoder_embed)
+        wrapper = export.StreamingEncoderWrapper(model.encoder, model.encoder_embed)
         size, states, found = wrapper.chunk_size * 2, wrapper.get_init_states(2), []
         for begin in range(0, 48, size):
             chunk = x[:, begin : begin + size + 13]

@@ -5,7 +5,7 @@ import icefall_checkout
 import pytest
 
 pytestmark = pytest.mark.needs(
-    "fastasr", "tests/models/ragged_icefall.py", "tests/streaming/icefall_chunks.py"
+    "fastasr", "tests/models/ragged_icefall.py", "tests/asr/streaming/icefall_chunks.py"
 )
 
 

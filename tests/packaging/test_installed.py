@@ -11,7 +11,7 @@ from fastasr.ops import _dispatch
 pytestmark = [
     pytest.mark.packaging,
     pytest.mark.needs(
-        "kernels", "benchmarks", "csrc/cuda", "scripts", "tests/packaging", "fastasr/demo/*.py"
+        "kernels", "benchmarks", "csrc/cuda", "scripts", "tests/packaging", "fastasr/asr/demo/*.py"
     ),
 ]
 
@@ -90,17 +90,18 @@ def test_every_op_keeps_the_contract(installed):
 RECOGNISE = """
 import sys
 import torch
-sys.path[:0] = [{tests!r}, {tests!r} + "/recipe"]
+sys.path[:0] = [{tests!r}, {tests!r} + "/asr/recipe"]
 import beeps
 from tiny_recogniser import RECOGNISER, STREAMING
-from fastasr import decoding, streaming
-from fastasr.export import export_onnx
+from fastasr.asr import decoding, streaming
+from fastasr.asr.export import export_onnx
+from fastasr.asr.recogniser import AsrModel
 from fastasr.models import zipformer
-from fastasr.recipe import checkpoints, speech, training
+from fastasr.asr.recipe import checkpoints, speech, training
 from pathlib import Path
 
 options = RECOGNISER | STREAMING | {{"feature_dim": 80, "vocab_size": 12, "use_ctc": True}}
-model = zipformer.AsrModel(**options).eval()
+model = AsrModel(**options).eval()
 x = torch.randn(2, 120, 80)
 found = decoding.greedy_search(model, *decoding.encode(model, x, torch.tensor([120, 77])))
 assert len(found.tokens) == 2
@@ -127,7 +128,7 @@ def test_a_recogniser_decodes_streams_is_exported_and_trained(installed):
 
 DEMO = """
 import contextlib, io
-from fastasr.demo.__main__ import main
+from fastasr.asr.demo.__main__ import main
 
 errors = io.StringIO()
 with contextlib.redirect_stderr(errors):

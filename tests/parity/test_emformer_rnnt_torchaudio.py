@@ -7,7 +7,7 @@ from steps import cotangent, moved, numbers, same_state, seeded
 from tiny_emformer_rnnt import tiny
 
 from fastasr import rnnt
-from fastasr.decoding import RNNTBeamSearch
+from fastasr.asr.decoding import RNNTBeamSearch
 from fastasr.models import emformer_rnnt
 from fastasr.models.emformer_rnnt import RNNT, CustomLSTM, Joiner, Predictor, emformer_rnnt_base
 

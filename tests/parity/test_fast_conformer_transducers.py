@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import transformers
 
 import fastasr.compat.torchaudio
-from fastasr import decoding
+from fastasr.asr import decoding
 from fastasr.models.fast_conformer import FastConformerRNNT, FastConformerTDT
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")

@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zipformer import utils as theirs
 
+from fastasr.asr import recogniser
 from fastasr.models import zipformer as ours
+from fastasr.models.common.sequences import pad_sequences
 
 TABLE = "<blk> 0\na 3\n▁b 1\n<0xE2> 5\n<0x82> 6\n<0xAC> 7\n#0 8\n#1 9\n"
 
 
 def test_symbol_table(tmp_path):
-    our_table, their_table = (utils.SymbolTable.from_str(TABLE) for utils in (ours, theirs))
+    our_table, their_table = (utils.SymbolTable.from_str(TABLE) for utils in (recogniser, theirs))
     for table in (our_table, their_table):
         assert table.add("new") == 10
         assert table.add("new") == 10
@@ -27,7 +29,7 @@ def test_symbol_table(tmp_path):
         table.to_file(tmp_path / type(table).__module__)
     ours_file, theirs_file = (tmp_path / type(t).__module__ for t in (our_table, their_table))
     assert ours_file.read_text() == theirs_file.read_text() == our_table.to_str() == their_table.to_str()
-    assert ours.SymbolTable.from_file(ours_file) == our_table
+    assert recogniser.SymbolTable.from_file(ours_file) == our_table
     assert our_table.ids == their_table.ids
     assert our_table.symbols == their_table.symbols
     assert len(our_table) == len(their_table)
@@ -35,8 +37,8 @@ def test_symbol_table(tmp_path):
     assert our_table["a"] == their_table.get("a") == 3
     assert "a" in our_table
     assert 99 not in our_table
-    assert ours.num_tokens(our_table) == theirs.num_tokens(their_table)
-    other = (ours.SymbolTable.from_str("<blk> 0\nz 20"), theirs.SymbolTable.from_str("<blk> 0\nz 20"))
+    assert recogniser.num_tokens(our_table) == theirs.num_tokens(their_table)
+    other = (recogniser.SymbolTable.from_str("<blk> 0\nz 20"), theirs.SymbolTable.from_str("<blk> 0\nz 20"))
     assert our_table.merge(other[0]).to_str() == their_table.merge(other[1]).to_str()
 
 
@@ -52,25 +54,27 @@ def test_symbol_table(tmp_path):
 )
 def test_a_damaged_table(text, message):
     with pytest.raises(ValueError, match=message):
-        ours.SymbolTable.from_str(text)
+        recogniser.SymbolTable.from_str(text)
 
 
 def test_tables_that_disagree():
-    table = ours.SymbolTable.from_str("<blk> 0\na 1")
+    table = recogniser.SymbolTable.from_str("<blk> 0\na 1")
     for text, message in (("<eps> 0", "eps"), ("<blk> 0\nb 1", "id 1"), ("<blk> 0\na 2", "'a'")):
         with pytest.raises(ValueError, match=message):
-            table.merge(ours.SymbolTable.from_str(text))
+            table.merge(recogniser.SymbolTable.from_str(text))
 
 
 def test_text_of_tokens():
-    our_table, their_table = (utils.SymbolTable.from_str(TABLE) for utils in (ours, theirs))
+    our_table, their_table = (utils.SymbolTable.from_str(TABLE) for utils in (recogniser, theirs))
     tokens = [3, 1, 3, 5, 6, 7]
     assert (
-        ours.token_ids_to_text(tokens, our_table) == theirs.token_ids_to_text(tokens, their_table) == "a ba€"
+        recogniser.token_ids_to_text(tokens, our_table)
+        == theirs.token_ids_to_text(tokens, their_table)
+        == "a ba€"
     )
-    assert ours.token_ids_to_text([3, 5], our_table) == "a\ufffd"  # upstream raises UnicodeDecodeError
+    assert recogniser.token_ids_to_text([3, 5], our_table) == "a\ufffd"  # upstream raises UnicodeDecodeError
     with pytest.raises(ValueError, match="id 77 is not in the table"):
-        ours.token_ids_to_text([77], our_table)
+        recogniser.token_ids_to_text([77], our_table)
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,7 +85,7 @@ def test_text_of_tokens():
 )
 def test_pad_sequences(sequences, sos, eos):
     for value, expected in zip(
-        ours.pad_sequences(sequences, -1, sos, eos),
+        pad_sequences(sequences, -1, sos, eos),
         theirs.pad_sequences(sequences, -1, sos, eos),
         strict=True,
     ):
@@ -92,7 +96,7 @@ def test_pad_sequences(sequences, sos, eos):
 def test_states_are_stacked_and_unstacked():
     from zipformer.modules.model import StreamingEncoderWrapper
 
-    model = ours.AsrModel(**tiny_asr.STREAMING)
+    model = recogniser.AsrModel(**tiny_asr.STREAMING)
     states = []
     for _ in range(3):
         made = StreamingEncoderWrapper(model.encoder, model.encoder_embed).get_init_states()

@@ -19,7 +19,8 @@ from zipformer.modules import model as theirs
 from zipformer.modules.label_smoothing import LabelSmoothingLoss
 from zipformer.utils import make_pad_mask
 
-from fastasr.models import zipformer as ours
+from fastasr.asr import recogniser
+from fastasr.models.common import sequences
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def _upstreams_losses(monkeypatch):
 def _twins(config, count=20000.0):
     seeded(0)
     their_model = moved(theirs.AsrModel(**config), 0.05, 3)
-    our_model = ours.AsrModel(**config)
+    our_model = recogniser.AsrModel(**config)
     our_model.load_state_dict(their_model.state_dict(), strict=True)
     return [tiny.set_batch_count(m, count).train() for m in (our_model, their_model)]
 
@@ -44,7 +45,7 @@ def _twins(config, count=20000.0):
 @pytest.mark.parametrize("config", tiny_asr.CONFIGS.values(), ids=tiny_asr.CONFIGS)
 def test_same_modules_same_initial_state_same_draws(config):
     made = []
-    for module in (ours, theirs):
+    for module in (recogniser, theirs):
         seeded(5)
         made.append((module.AsrModel(**config), draws()))
     assert made[0][1] == made[1][1]
@@ -144,7 +145,7 @@ def test_encoder_output_and_lengths():
 def test_decoder(context, need_pad):
     seeded(0)
     their_decoder = theirs.Decoder(11, 8, 0, context).eval()
-    our_decoder = ours.Decoder(11, 8, 0, context).eval()
+    our_decoder = recogniser.Decoder(11, 8, 0, context).eval()
     our_decoder.load_state_dict(their_decoder.state_dict(), strict=True)
     y = torch.tensor([[-1] * (context - 1) + [0], list(range(1, context + 1))])
     if need_pad:
@@ -153,7 +154,7 @@ def test_decoder(context, need_pad):
 
 
 def test_joiner():
-    their_joiner, our_joiner = theirs.Joiner(6, 5, 7, 9), ours.Joiner(6, 5, 7, 9)
+    their_joiner, our_joiner = theirs.Joiner(6, 5, 7, 9), recogniser.Joiner(6, 5, 7, 9)
     our_joiner.load_state_dict(their_joiner.state_dict(), strict=True)
     a, b = torch.randn(2, 3, 1, 6), torch.randn(2, 1, 4, 5)
     torch.testing.assert_close(our_joiner(a, b), their_joiner(a, b))
@@ -167,7 +168,7 @@ def test_attention(masks, scale):
     """Values and gradients agree, those of the penalty on large scores included."""
     seeded(0)
     their_attn = their_attention.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
-    our_attn = ours.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
+    our_attn = recogniser.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
     our_attn.load_state_dict(their_attn.state_dict(), strict=True)
     query = scale * torch.randn(5, 3, 12, dtype=torch.float64)
     memory = scale * torch.randn(7, 3, 10, dtype=torch.float64)
@@ -193,7 +194,7 @@ def test_attention(masks, scale):
 
 @pytest.mark.parametrize("width", [8, 12])
 def test_positional_encoding(width):
-    our_pe = ours.PositionalEncoding(width, 0.1, max_len=4).eval()
+    our_pe = recogniser.PositionalEncoding(width, 0.1, max_len=4).eval()
     their_pe = their_attention.PositionalEncoding(width, 0.1, max_len=4).eval()
     for length in (3, 9):
         x = torch.randn(2, length, width)
@@ -206,7 +207,7 @@ def test_attention_decoder_losses():
     arguments = {"num_decoder_layers": 2, "attention_dim": 8, "num_heads": 2, "feedforward_dim": 12}
     arguments |= {"decoder_dim": 8, "memory_dim": 6, "sos_id": 1, "eos_id": 2}
     their_model = their_attention.AttentionDecoderModel(11, **arguments).eval()
-    our_model = ours.AttentionDecoderModel(11, **arguments).eval()
+    our_model = recogniser.AttentionDecoderModel(11, **arguments).eval()
     our_model.load_state_dict(their_model.state_dict(), strict=True)
     memory, lengths = torch.randn(3, 9, 6), torch.tensor([9, 4, 6])
     for reduction in ("sum", "none"):
@@ -222,15 +223,18 @@ def test_attention_decoder_losses():
 def test_label_smoothing(reduction, smoothing):
     x, target = torch.randn(2, 4, 6), torch.tensor([[1, 2, 0, -1], [5, -1, -1, -1]])
     torch.testing.assert_close(
-        *(cls(-1, smoothing, reduction)(x, target) for cls in (ours.LabelSmoothingLoss, LabelSmoothingLoss))
+        *(
+            cls(-1, smoothing, reduction)(x, target)
+            for cls in (recogniser.LabelSmoothingLoss, LabelSmoothingLoss)
+        )
     )
 
 
 def test_swish_and_subsequent_mask():
     x = torch.randn(50) * 5
-    torch.testing.assert_close(ours.Swish()(x), their_attention.Swish()(x))
+    torch.testing.assert_close(recogniser.Swish()(x), their_attention.Swish()(x))
     for size in (0, 1, 5):
-        assert torch.equal(ours.subsequent_mask(size), their_attention.subsequent_mask(size))
+        assert torch.equal(sequences.subsequent_mask(size), their_attention.subsequent_mask(size))
 
 
 def test_masks_and_time_warp_change_what_is_learned():

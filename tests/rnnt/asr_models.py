@@ -5,7 +5,7 @@ from pathlib import Path
 
 from steps import moved, seeded
 
-from fastasr.audio import features, recordings
+from fastasr.asr.audio import features, recordings
 
 VOCABULARY = 64
 CONFIG = {

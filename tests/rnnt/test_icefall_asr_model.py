@@ -6,7 +6,7 @@ import pytest
 import torch
 from icefall_loss import Ragged
 
-from fastasr.models.transducer import AsrModel
+from fastasr.asr.recogniser import AsrModel
 from fastasr.swap.rules.zipformer.asr_model import ICEFALL_MODEL
 
 pytestmark = pytest.mark.needs("fastasr", "tests/rnnt/icefall_loss.py")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.needs("tests/rnnt", "fastasr/compat/*.py")
 
 @pytest.fixture(scope="module")
 def inputs():
-    pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastasr[demo]")
+    pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastasr[asr]")
     return asr_models.batch(Path(__file__).parents[2] / "demo/cache")  # where `make demo` keeps them
 
 

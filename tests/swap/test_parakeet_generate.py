@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 
 import fastasr
-from fastasr.decoding.label_looping import LabelLooping
+from fastasr.models.transducer.label_looping import LabelLooping
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 SMALL = SIZES | {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}

@@ -31,13 +31,13 @@ from torch.autograd import forward_ad
 from torchaudio.models import emformer, rnnt
 
 import fastasr
-from fastasr import decoding
+from fastasr.asr import decoding
+from fastasr.asr.recogniser import AsrModel
+from fastasr.asr.streaming import StreamingEncoder
 from fastasr.compat import transformers as compat
 from fastasr.models.fast_conformer import FastConformerEncoder
-from fastasr.models.zipformer import AsrModel
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer, constant_attention_in_eval
 from fastasr.ops import _dispatch
-from fastasr.streaming import StreamingEncoder
 from fastasr.swap import binding
 from fastasr.testing.tape import TapeRecorder
 

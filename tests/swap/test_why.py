@@ -11,7 +11,7 @@ from steps import seeded
 from test_parakeet_generate import batch, only_generate, parakeet
 
 import fastasr
-from fastasr import decoding
+from fastasr.asr import decoding
 
 pytestmark = ways.pytestmark
 

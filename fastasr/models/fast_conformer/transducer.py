@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoder with a transducer: RNN-T (Graves, 2012) or TDT (Xu et al., 2023), whose labels and blanks
-have durations. ``fastasr.decoding`` searches these models."""
+have durations. ``fastasr.asr.decoding`` searches these models."""
 
 import torch
 import torch.nn.functional as F

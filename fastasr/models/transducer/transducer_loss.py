@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastasr import _left, rnnt
 from fastasr.models.common.plain import is_plain, is_plain_named
-from fastasr.models.transducer.sequences import pad_sequences
+from fastasr.models.common.sequences import pad_sequences
 
 
 class TransducerLoss:

@@ -2,11 +2,8 @@
 """Zipformer, one file per concept. Yao et al., "Zipformer: A faster and better encoder for automatic speech
 recognition", ICLR 2024, https://arxiv.org/abs/2310.11230.
 
-The recogniser around the encoder is in ``fastasr.models.transducer``, its wrappers for ONNX in ``fastasr.export``.
-Their public names can also be imported from here.
+The recogniser around the encoder is in ``fastasr.asr.recogniser``, its wrappers for ONNX in ``fastasr.asr.export``.
 """
-
-import importlib
 
 from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear, SwooshL, SwooshR
@@ -37,13 +34,8 @@ from fastasr.models.zipformer.stream_states import stack_states, unstack_states
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling, ConvNeXt
 from fastasr.models.zipformer.whitening import Whiten
 
-# These modules import Zipformer's parts, so their names are looked up at first access instead of imported here.
-_ELSEWHERE = ("fastasr.models.transducer", "fastasr.export")
-
 __all__ = [
     "ActivationDropoutAndLinear",
-    "AsrModel",
-    "AttentionDecoderModel",
     "Balancer",
     "BiasNorm",
     "BypassModule",
@@ -52,33 +44,16 @@ __all__ = [
     "Conv2dSubsampling",
     "ConvNeXt",
     "ConvolutionModule",
-    "Decoder",
-    "DecoderLayer",
     "DownsampledZipformerEncoder",
     "Dropout2",
     "Dropout3",
-    "EncoderWrapper",
     "FeedforwardModule",
     "FloatLike",
     "Identity",
-    "Joiner",
-    "LabelSmoothingLoss",
     "LimitParamValue",
     "Linear",
-    "MultiHeadAttention",
     "NonlinAttention",
-    "OnnxCtcModel",
-    "OnnxCtcWrapper",
-    "OnnxDecoderWrapper",
-    "OnnxEncoderWrapper",
-    "OnnxJoinerWrapper",
-    "OnnxStreamingCtcModel",
-    "OnnxStreamingCtcWrapper",
-    "OnnxStreamingEncoderWrapper",
-    "OnnxStreamingTransducerModel",
-    "OnnxTransducerModel",
     "PiecewiseLinear",
-    "PositionalEncoding",
     "RelPositionMultiheadAttentionWeights",
     "ScaleGrad",
     "ScaledConv2d",
@@ -87,12 +62,8 @@ __all__ = [
     "SelfAttention",
     "SimpleDownsample",
     "SimpleUpsample",
-    "StreamingEncoderWrapper",
-    "Swish",
     "SwooshL",
     "SwooshR",
-    "SymbolTable",
-    "TransformerDecoder",
     "Whiten",
     "Zipformer",
     "ZipformerEncoder",
@@ -101,23 +72,10 @@ __all__ = [
     "convert_num_channels",
     "is_module_available",
     "limit_param_value",
-    "make_pad_mask",
-    "num_tokens",
-    "pad_sequences",
     "penalize_abs_values_gt",
     "scale_grad",
     "softmax",
     "stack_states",
-    "subsequent_mask",
-    "token_ids_to_text",
     "unstack_states",
     "with_loss",
 ]
-
-
-def __getattr__(name):
-    if name in __all__:
-        for place in map(importlib.import_module, _ELSEWHERE):
-            if name in place.__all__:
-                return getattr(place, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of models that searches read: they have no rules, and stay in float32 (fastasr/swap/weights.py)."""
 
-from fastasr.decoding.looping_transducers import looping_transducer
+from fastasr.models.transducer.looping_transducers import looping_transducer
 
 
 def searched(model):

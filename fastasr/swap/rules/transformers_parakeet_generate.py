@@ -3,17 +3,18 @@
 (transformers/models/parakeet): plain greedy search of float32 models on the CPU runs as one native call after the
 encoder, and a forward with labels computes the loss without logits.
 
-``sequences`` and ``durations`` are upstream's, see ``fastasr.decoding.parakeet_generate``. Whatever else ``generate``
-is asked for runs upstream's loop. Upstream takes the largest of all logits for the next token, so the generation config
-of a TDT must suppress its durations: without that our search serves too, as long as no duration has the largest logit.
+``sequences`` and ``durations`` are upstream's, see ``fastasr.models.transducer.parakeet_steps``. Whatever else
+``generate`` is asked for runs upstream's loop. Upstream takes the largest of all logits for the next token, so the
+generation config of a TDT must suppress its durations: without that our search serves too, as long as no duration has
+the largest logit.
 """
 
 import torch
 
 from fastasr import _left
-from fastasr.decoding.looping_transducers import Parakeet, Unserved, release
-from fastasr.decoding.parakeet_generate import no_duration_wins, steps_of_generate
 from fastasr.models.common.plain import any_watched
+from fastasr.models.transducer.looping_transducers import Parakeet, Unserved, release
+from fastasr.models.transducer.parakeet_steps import no_duration_wins, steps_of_generate
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
 from fastasr.swap.rules.transformers_parakeet_loss import (
     shared,

@@ -4,7 +4,7 @@
 import itertools
 from dataclasses import replace
 
-from fastasr.models import zipformer as models
+from fastasr.models.transducer.transducer_loss import TransducerLoss
 from fastasr.swap.rule import Rule, check_parameters, own_forward, unread_code, upstream_class
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
@@ -33,7 +33,7 @@ def _ragged(self, encoder_out, encoder_out_lens, y, y_lens, prune_range=5, am_sc
     values, splits = y.values.tolist(), y.shape.row_splits(1).tolist()
     tokens = [values[begin:end] for begin, end in itertools.pairwise(splits)]
     options = prune_range, am_scale, lm_scale
-    return models.AsrModel.forward_transducer(self, encoder_out, encoder_out_lens, tokens, *options)
+    return TransducerLoss.forward_transducer(self, encoder_out, encoder_out_lens, tokens, *options)
 
 
 def _forward_transducer(module):
@@ -44,7 +44,7 @@ ASR_MODEL = Rule(
     name="zipformer.asr_model",
     class_name="AsrModel",
     forward=_upstreams_forward,
-    methods=(("forward_transducer", models.AsrModel.forward_transducer),),
+    methods=(("forward_transducer", TransducerLoss.forward_transducer),),
     compared=("forward_transducer",),
     kernels=("rnnt_lattice", "rnnt_joiner", "rnnt_pruned_lattice"),
     structure=_asr_model_structure,

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beam search of a transducer with at most one token per frame, and of a TDT, whose tokens and blanks have durations.
+
+A step takes, of each sequence, the hypotheses that stand on the earliest frame. Of all their pairs with a token, in a
+TDT their triples with a token and a duration, the ``beam`` likeliest remain; then the ``beam`` likeliest of these and
+of the hypotheses that wait on later frames. Those with equal tokens on the same frame are one hypothesis, whose
+probability is the sum. Without durations each token and each blank moves on by a frame. In a TDT (Xu et al., 2023) the
+duration moves a hypothesis as it moves greedy search, which is the search with a beam of 1.
+
+All hypotheses of a batch go through the networks together. The result is the hypothesis with the highest
+log-probability per token, summed over the frames where it stands; the context before the first token counts as tokens
+too.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from fastasr.asr.decoding.results import Decoded, check_beam, frames_of
+from fastasr.asr.decoding.transducers import RecurrentTransducer, as_transducer, first_context
+from fastasr.models.transducer.looping_transducers import Stateless, looping_transducer
+
+
+@dataclass
+class Hypothesis:
+    """Tokens with the context before them, the frames of the tokens, the log-probability of all its paths, the frame on
+    which it stands and the tokens that it emitted there. A predictor with a state has its state, and whether it has yet
+    to read the last token.
+    """
+
+    tokens: tuple[int, ...]
+    timestamps: tuple[int, ...]
+    log_prob: float
+    frame: int = 0
+    symbols: int = 0
+    state: torch.Tensor | None = field(default=None, repr=False)
+    pending: bool = True
+
+
+@dataclass
+class BeamState:
+    """The hypotheses of every stream, the likeliest first, and how many frames it has seen."""
+
+    beams: list[list[Hypothesis]]
+    frames: list[int]
+
+
+class ModifiedBeamSearch:
+    """Beam search of ``model``: an AsrModel, an ONNX model, torchaudio's RNN-T, or transformers' ParakeetForRNNT or
+    ParakeetForTDT.
+
+    Args:
+        beam: hypotheses that remain after a step.
+        temperature: divides the logits.
+        blank_penalty: subtracted from blank's logit.
+        max_sym_per_frame: of a TDT alone, the tokens of duration 0 on a frame after which it moves on by 1. None: the
+            model's own.
+
+    Raises:
+        TypeError: the model is no transducer that can be searched. ValueError: an argument has no such value.
+    """
+
+    def __init__(self, model, beam=4, temperature=1.0, blank_penalty=0.0, max_sym_per_frame=None):
+        check_beam("ModifiedBeamSearch", beam)
+        if temperature <= 0:
+            raise ValueError(f"ModifiedBeamSearch: temperature must be above 0, got {temperature}")
+        looping = looping_transducer(model)
+        if looping is None or isinstance(looping, Stateless):
+            self.transducer, self.durations = as_transducer("ModifiedBeamSearch", model), ()
+        else:
+            self.transducer = RecurrentTransducer("ModifiedBeamSearch", looping)
+            self.durations = looping.durations
+        if max_sym_per_frame is not None and (max_sym_per_frame < 1 or not self.durations):
+            raise ValueError(
+                "ModifiedBeamSearch: max_sym_per_frame: expected None, or at least 1 for a TDT, "
+                f"got {max_sym_per_frame}"
+            )
+        self.max_sym_per_frame = max_sym_per_frame or (looping.most_symbols if self.durations else 1)
+        self.beam = beam
+        self.temperature = temperature
+        self.blank_penalty = blank_penalty
+
+    def start(self, batch_size=1):
+        first = Hypothesis(tuple(first_context(self.transducer)), (), 0.0)
+        return BeamState([[first] for _ in range(batch_size)], [0] * batch_size)
+
+    @torch.inference_mode()
+    def advance(self, state, encoder_out, lengths=None):
+        """Updates ``state`` in place by encoder_out (batch, frames, channels), of which ``lengths`` (batch,) frames are
+        valid, and returns it.
+        """
+        frames = frames_of("ModifiedBeamSearch", encoder_out, lengths, len(state.beams))
+        projected = self.transducer.project(encoder_out)
+        ends = [before + more for before, more in zip(state.frames, frames, strict=True)]
+        while True:
+            earliest = [min(h.frame for h in beam) for beam in state.beams]
+            rows = [n for n, t in enumerate(earliest) if t < ends[n]]
+            if not rows:
+                break
+            at = [earliest[n] - state.frames[n] for n in rows]
+            self._step(state, projected[rows, at], rows, [earliest[n] for n in rows])
+        state.frames = ends
+        return state
+
+    def _step(self, state, frames, rows, earliest):
+        """Moves the hypotheses of ``rows`` that stand on their ``earliest`` frames, whose features are ``frames``."""
+        here = [[h for h in state.beams[n] if h.frame == t] for n, t in zip(rows, earliest, strict=True)]
+        hypotheses = [h for standing in here for h in standing]
+        owners = [row for row, standing in enumerate(here) for _ in standing]
+        logits = self.transducer.join(frames[owners], self._predictions(hypotheses))
+        outputs = logits.shape[1] - len(self.durations)
+        if self.blank_penalty:
+            logits[:, self.transducer.blank_id] -= self.blank_penalty
+        logits = logits.float() / self.temperature
+        log_probs = logits[:, :outputs].log_softmax(dim=-1)
+        if self.durations:
+            of_durations = logits[:, outputs:].log_softmax(dim=-1)
+            log_probs = (log_probs.unsqueeze(2) + of_durations.unsqueeze(1)).flatten(1)
+        log_probs += torch.tensor(
+            [h.log_prob for h in hypotheses], device=log_probs.device, dtype=torch.float32
+        ).unsqueeze(1)
+        first = 0
+        for n, t, standing in zip(rows, earliest, here, strict=True):
+            scores = log_probs[first : first + len(standing)].flatten()
+            best, places = scores.topk(min(self.beam, scores.numel()))
+            first += len(standing)
+            moved = [
+                self._moved(standing[place // log_probs.shape[1]], place % log_probs.shape[1], p)
+                for place, p in zip(places.tolist(), best.tolist(), strict=True)
+            ]
+            waiting = [h for h in state.beams[n] if h.frame > t]
+            state.beams[n] = self._merged(waiting + moved)
+
+    def _predictions(self, hypotheses):
+        context = self.transducer.context_size
+        if not isinstance(self.transducer, RecurrentTransducer):
+            return self.transducer.predict([list(h.tokens[-context:]) for h in hypotheses])
+        late = [h for h in hypotheses if h.pending]
+        if late:
+            states = self.transducer.step([h.tokens[-1] for h in late], [h.state for h in late])
+            for h, new in zip(late, states, strict=True):
+                h.state, h.pending = new, False
+        return self.transducer.predictions(torch.stack([h.state for h in hypotheses]))
+
+    def _moved(self, old, choice, log_prob):
+        """Returns the hypothesis after a choice of token and duration."""
+        token, which = divmod(choice, len(self.durations) or 1)
+        move = self.durations[which] if self.durations else 1
+        if token in (self.transducer.blank_id, self.transducer.unk_id):
+            to = old.frame + max(move, 1)
+            return Hypothesis(old.tokens, old.timestamps, log_prob, to, 0, old.state, old.pending)
+        symbols = 0 if move else old.symbols + 1
+        if symbols == self.max_sym_per_frame:
+            move, symbols = 1, 0
+        tokens, timestamps = (*old.tokens, token), (*old.timestamps, old.frame)
+        return Hypothesis(tokens, timestamps, log_prob, old.frame + move, symbols, old.state)
+
+    def _merged(self, hypotheses):
+        """Returns the likeliest hypotheses, the likeliest first."""
+        found = {}
+        for new in sorted(hypotheses, key=lambda h: h.log_prob, reverse=True):
+            same = found.setdefault((new.tokens, new.frame), new)
+            if same is not new:
+                same.log_prob = log_add(same.log_prob, new.log_prob)
+        return sorted(found.values(), key=lambda h: h.log_prob, reverse=True)[: self.beam]
+
+    def result(self, state):
+        best = [max(_by_tokens(beam), key=lambda h: h.log_prob / len(h.tokens)) for beam in state.beams]
+        context = self.transducer.context_size
+        return Decoded(
+            [list(h.tokens[context:]) for h in best],
+            [list(h.timestamps) for h in best],
+            [h.log_prob for h in best],
+        )
+
+
+def _by_tokens(beam):
+    """Returns one hypothesis for all with the same tokens, whose log-probability is that of all of them."""
+    found = {}
+    for h in beam:
+        same = found.setdefault(h.tokens, Hypothesis(h.tokens, h.timestamps, -math.inf))
+        same.log_prob = log_add(same.log_prob, h.log_prob)
+    return found.values()
+
+
+def log_add(a, b):
+    """Returns log(e^a + e^b)."""
+    high, low = max(a, b), min(a, b)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+
+
+def modified_beam_search(
+    model,
+    encoder_out,
+    encoder_out_lens=None,
+    beam=4,
+    temperature=1.0,
+    blank_penalty=0.0,
+    max_sym_per_frame=None,
+):
+    """Returns the tokens of whole utterances from encoder_out (batch, frames, channels) and lengths (batch,). See
+    :class:`ModifiedBeamSearch`."""
+    search = ModifiedBeamSearch(model, beam, temperature, blank_penalty, max_sym_per_frame)
+    return search.result(search.advance(search.start(encoder_out.shape[0]), encoder_out, encoder_out_lens))

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads and writes checkpoints. A checkpoint is written to another file and renamed, so it is complete at any moment.
+
+The entries ``model`` and ``model_avg`` are state dicts as in icefall's checkpoints.
+"""
+
+from pathlib import Path
+
+import torch
+
+from fastasr import files
+from fastasr.asr.recipe.parallel import full, like
+
+NAME = "last.pt"
+NEEDED = ("model", "model_avg", "arguments", "units", "step", "features")
+
+
+def save(path, content):
+    """Writes ``content`` and replaces ``path`` at the end, so a killed process leaves the previous checkpoint. Raises
+    OSError if there is no room for it."""
+    with files.replacing(path) as unfinished:
+        try:
+            torch.save(content, unfinished)
+        except RuntimeError as error:  # torch's writer does not say what the system said
+            raise OSError(
+                f"{path} cannot be written, is the disk full? {str(error).splitlines()[0]}"
+            ) from None
+
+
+def load(path):
+    """Returns the content that ``save`` wrote. Raises ValueError for a missing, damaged or foreign file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # which one depends on what torch's unpickler stumbles over
+        reason = next(iter(str(error).splitlines()), "it is empty")
+        raise ValueError(f"the checkpoint {path} is damaged: {type(error).__name__}: {reason}") from None
+    missing = [name for name in NEEDED if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of this recipe: it lacks {', '.join(missing)}")
+    return found
+
+
+def model_state(model, values=None):
+    """Returns the state dict with unsharded tensors. ``values``, if given, replace the parameters in their order."""
+    state = {name: full(tensor).detach() for name, tensor in model.state_dict().items()}
+    if values is not None:
+        for (name, _), value in zip(model.named_parameters(), values, strict=True):
+            state[name] = full(value).detach()
+    return state
+
+
+def load_parameters(model, state):
+    """Loads a state dict strictly into a model that may be sharded."""
+    expected = model.state_dict()
+    if set(expected) != set(state):
+        raise ValueError(
+            f"the checkpoint is of another model: {sorted(set(expected) ^ set(state))[:4]} differ"
+        )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(
+                    f"the checkpoint is of another model: {name} is {tuple(state[name].shape)}, expected "
+                    f"{tuple(tensor.shape)}"
+                )
+            tensor.copy_(like(state[name], tensor))
+
+
+def optimizer_state(optimizer):
+    group = optimizer.param_groups[0]
+    return {
+        "group": {name: value for name, value in group.items() if name != "params"},
+        "state": [{k: full(v) for k, v in optimizer.state[p].items()} for p in group["params"]],
+    }
+
+
+def load_optimizer(optimizer, state):
+    group = optimizer.param_groups[0]
+    if len(state["state"]) != len(group["params"]):
+        raise ValueError("the checkpoint's optimizer is of another model")
+    device = group["params"][0].device
+    group.update({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in state["group"].items()})
+    for p, values in zip(group["params"], state["state"], strict=True):
+        optimizer.state[p] = {name: like(value, p) for name, value in values.items()}

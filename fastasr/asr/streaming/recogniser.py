@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognises many streams live with an encoder, a search over its frames, and rules for the end of a segment."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from fastasr.asr import decoding
+from fastasr.asr.streaming.encoder import StreamingEncoder
+
+FRAME = 0.04  # seconds per frame of the encoder's output, with features every 10 ms
+METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
+
+
+@dataclass(frozen=True)
+class EndpointRules:
+    """The rules for the end of a segment.
+
+    A segment without tokens ends after ``silence`` seconds, one with tokens ``trailing`` seconds after the last token,
+    and any segment after ``longest`` seconds. None turns a rule off.
+    """
+
+    silence: float | None = 2.4
+    trailing: float | None = 1.2
+    longest: float | None = 20.0
+
+    def reached(self, frames, last):
+        """Says whether a segment of ``frames`` frames ends here; ``last`` is the frame of its last token, None
+        without.
+        """
+        quiet = frames * FRAME if last is None else (frames - 1 - last) * FRAME
+        limit = self.silence if last is None else self.trailing
+        return (limit is not None and quiet >= limit) or (
+            self.longest is not None and frames * FRAME >= self.longest
+        )
+
+
+@dataclass
+class Result:
+    """The tokens of a stream's segment so far, or of the whole segment if ``final``.
+
+    ``times`` are the times at which the tokens were decided, ``start`` is the segment's beginning and ``end`` how far
+    it has been heard, all in seconds from the stream's beginning. ``text`` is the tokens' text if the recogniser has
+    ``to_text``.
+    """
+
+    stream: int
+    segment: int
+    tokens: list[int]
+    times: list[float]
+    start: float
+    end: float
+    score: float
+    text: str | None = None
+    final: bool = False
+
+
+@dataclass
+class _Stream:
+    state: object
+    segment: int = 0
+    first_frame: int = 0  # first frame of the segment
+    frames: int = 0
+    ended: bool = False
+    finals: list = field(default_factory=list)
+
+
+class StreamingRecogniser:
+    """Runs greedy or beam search, of the transducer or CTC, over a StreamingEncoder.
+
+        recogniser = StreamingRecogniser(model, encoder, method="beam", to_text=units.decode)
+        stream = recogniser.open()
+        recogniser.push(stream, samples)          # as they arrive
+        for result in recogniser.advance(): ...   # one chunk of every stream that has one waiting
+        recogniser.end(stream)                    # no more samples
+        recogniser.finish(stream)                 # the Results of the waiting chunks
+
+    Args:
+        model: the model with the ``decoder`` and ``joiner`` or the ``ctc_output`` that belong to the encoder.
+        encoder: a StreamingEncoder of the same model.
+        method: "greedy", "beam", "ctc-greedy" or "ctc-beam".
+        beam: number of hypotheses of a beam search.
+        to_text: a function from a list of tokens to text.
+        endpoint: EndpointRules, or None for one segment per stream. A new segment begins with an empty search, but the
+            encoder keeps its states.
+        blank_penalty: subtracted from blank's logit in transducer searches.
+    """
+
+    def __init__(
+        self,
+        model,
+        encoder,
+        method="greedy",
+        beam=4,
+        to_text=None,
+        endpoint=None,
+        blank_penalty=0.0,
+    ):
+        if not isinstance(encoder, StreamingEncoder):
+            raise TypeError(
+                f"StreamingRecogniser: encoder must be a StreamingEncoder, got {type(encoder).__name__}"
+            )
+        if method not in METHODS:
+            raise ValueError(
+                f"StreamingRecogniser: method must be one of {', '.join(METHODS)}, got {method!r}"
+            )
+        if model.training:
+            raise ValueError("StreamingRecogniser: the model is in training mode: call model.eval()")
+        self.encoder = encoder
+        self.head = None
+        if method.startswith("ctc-"):
+            self.head = getattr(model, "ctc_output", None)
+            if self.head is None:
+                raise ValueError(f"StreamingRecogniser: this {type(model).__name__} has no CTC output")
+        blank = getattr(model, "blank_id", 0)
+        if method == "greedy":
+            self.search = decoding.GreedySearch(model, blank_penalty=blank_penalty)
+        elif method == "beam":
+            self.search = decoding.ModifiedBeamSearch(model, beam=beam, blank_penalty=blank_penalty)
+        elif method == "ctc-greedy":
+            self.search = decoding.CtcGreedySearch(blank)
+        else:
+            self.search = decoding.CtcPrefixBeamSearch(beam, blank)
+        self.to_text = to_text
+        self.endpoint = endpoint
+        self._streams = {}
+        self.seconds = {"encoder": 0.0, "search": 0.0}
+
+    # ------------------------------------------------------------------ streams
+    def open(self):
+        """Opens a stream and returns its number. Raises RuntimeError if the encoder has no free slot."""
+        stream = self.encoder.open()
+        self._streams[stream] = _Stream(self.search.start(1))
+        return stream
+
+    def close(self, stream):
+        """Closes a stream and drops its results."""
+        self._of("close", stream)
+        del self._streams[stream]
+        self.encoder.close(stream)
+
+    def reset(self, stream):
+        """Puts the stream back to its beginning."""
+        self._of("reset", stream)
+        self.encoder.reset(stream)
+        self._streams[stream] = _Stream(self.search.start(1))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for stream in list(self._streams):
+            self.close(stream)
+
+    @property
+    def streams(self):
+        return list(self._streams)
+
+    def _of(self, function, stream):
+        found = self._streams.get(stream)
+        if found is None:
+            raise ValueError(f"{function}: this recogniser has no open stream {stream!r}")
+        return found
+
+    # ------------------------------------------------------------------ samples and words
+    def push(self, stream, samples, rate=None):
+        """Adds samples to a stream. Returns how many of its chunks wait for ``advance``."""
+        self._of("push", stream)
+        return self.encoder.push(stream, samples, rate)
+
+    def end(self, stream):
+        """Ends the samples of a stream. Returns how many of its chunks wait for ``advance``."""
+        self._of("end", stream).ended = True
+        return self.encoder.end(stream)
+
+    def advance(self, streams=None):
+        """Recognises one waiting chunk of each of ``streams`` (default: all) and returns a Result for each.
+
+        A Result is final if the segment ends with this chunk: at an endpoint, or at the last chunk after ``end``.
+        """
+        mine = self.streams if streams is None else [s for s in streams if self._of("advance", s)]
+        began = time.perf_counter()
+        streams, encoder_out = self.encoder.advance(mine)
+        middle = time.perf_counter()
+        results = self.accept(streams, encoder_out)
+        self.seconds["encoder"] += middle - began
+        self.seconds["search"] += time.perf_counter() - middle
+        return results
+
+    @torch.inference_mode()
+    def accept(self, streams, encoder_out, lengths=None):
+        """Does the same as ``advance`` for given encoder output (n, frames, channels) and lengths (n,)."""
+        if not streams:
+            return []
+        kept = [self._of("accept", stream) for stream in streams]
+        frames = encoder_out if self.head is None else self.head(encoder_out)
+        state = self.search.advance(decoding.join_states([one.state for one in kept]), frames, lengths)
+        counts = (
+            [frames.shape[1]] * len(kept)
+            if lengths is None
+            else torch.as_tensor(lengths, device="cpu").tolist()
+        )
+        waiting = set(self.encoder.ready)
+        results = []
+        for stream, one, part, count in zip(streams, kept, decoding.split_state(state), counts, strict=True):
+            one.state = part
+            one.frames += count
+            results.append(self._result(stream, one, last=one.ended and stream not in waiting))
+        return results
+
+    def finish(self, stream):
+        """Ends a stream and recognises its waiting chunks. Returns their Results, of which the last is final."""
+        self.end(stream)
+        results = []
+        while stream in self.encoder.ready:
+            results += self.advance([stream])
+        return results
+
+    def result(self, stream):
+        """Returns the Result of the stream's current segment so far."""
+        return self._made(stream, self._of("result", stream))
+
+    def finals(self, stream):
+        """Returns the stream's final Results so far."""
+        return list(self._of("finals", stream).finals)
+
+    def _result(self, stream, one, last):
+        made = self._made(stream, one)
+        frames = one.frames - one.first_frame
+        decided = round(made.times[-1] / FRAME) - one.first_frame if made.times else None
+        if last or (self.endpoint is not None and self.endpoint.reached(frames, decided)):
+            made.final = True
+            one.finals.append(made)
+            one.segment += 1
+            one.first_frame = one.frames
+            one.state = self.search.start(1)
+        return made
+
+    def _made(self, stream, one):
+        found = self.search.result(one.state)
+        tokens, frames = found.tokens[0], found.timestamps[0]
+        return Result(
+            stream,
+            one.segment,
+            tokens,
+            [(one.first_frame + frame) * FRAME for frame in frames],
+            one.first_frame * FRAME,
+            one.frames * FRAME,
+            found.scores[0],
+            None if self.to_text is None else self.to_text(tokens),
+        )

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words of many streams at once are those of each stream alone; segments end where the rules say."""
+
+import pytest
+import torch
+from conftest import CHUNK, LEFT
+from oracle import Alone
+from steps import numbers
+
+from fastasr.asr import decoding
+from fastasr.asr.streaming import EndpointRules, FbankStream, Result, StreamingEncoder, StreamingRecogniser
+from fastasr.asr.streaming.recogniser import FRAME
+
+pytest.importorskip("kaldi_native_fbank")
+METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
+
+
+@pytest.fixture(scope="module")
+def recordings():
+    generator = numbers(7)
+    return [torch.randn(n, generator=generator) * 0.1 for n in (9000, 14000, 6001)]
+
+
+def engine(model, **options):
+    return StreamingEncoder.from_model(model, CHUNK, LEFT, **options)
+
+
+def alone(model, recogniser, samples, method):
+    """Runs the search over the stream's own chunks, encoded one by one by the model's own code."""
+    computer, chunks, stream = FbankStream(), decoding.FeatureChunks(CHUNK), Alone(model, CHUNK, LEFT)
+    features = torch.cat([computer.accept(samples), computer.finish()])
+    search, state = recogniser.search, recogniser.search.start()
+    with torch.no_grad():
+        for chunk in [*chunks.accept(features), *chunks.finish()]:
+            y = stream.step(chunk)[None]
+            state = search.advance(state, model.ctc_output(y) if method.startswith("ctc-") else y)
+    return search.result(state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_streams_together_are_as_alone(model, recordings, method):
+    with StreamingRecogniser(
+        model, engine(model), method, beam=3, to_text=lambda tokens: " ".join(map(str, tokens))
+    ) as recogniser:
+        streams = [recogniser.open() for _ in recordings]
+        waiting = [list(samples.split(1600 + 500 * i)) for i, samples in enumerate(recordings)]
+        last = {}
+        while any(waiting):
+            for stream, pieces in zip(streams, waiting, strict=True):
+                if pieces:
+                    recogniser.push(stream, pieces.pop(0))
+                    if not pieces:
+                        recogniser.end(stream)
+            for result in recogniser.advance():
+                before = last.get(result.stream)
+                assert before is None or result.end > before.end
+                last[result.stream] = result
+        for stream in streams:
+            for result in recogniser.finish(stream):
+                last[stream] = result
+        spoken = 0
+        for stream, samples in zip(streams, recordings, strict=True):
+            expected, found = alone(model, recogniser, samples, method), last[stream]
+            assert found.final
+            assert recogniser.finals(stream) == [found]
+            assert found.tokens == expected.tokens[0]
+            assert found.times == pytest.approx([FRAME * frame for frame in expected.timestamps[0]])
+            assert found.score == pytest.approx(expected.scores[0], rel=1e-3)
+            assert found.text == " ".join(map(str, found.tokens))
+            spoken += len(found.tokens)
+        assert spoken >= 3
+        assert recogniser.seconds["encoder"] > 0
+    assert recogniser.streams == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_states_of_searches_join_and_split(model, method):
+    recogniser = StreamingRecogniser(model, engine(model), method, beam=3)
+    search, generator = recogniser.search, numbers(8)
+    width = 12 if method.startswith("ctc-") else 48
+    x = torch.randn(2, 3, 6, width, generator=generator).log_softmax(-1)
+    whole = search.advance(search.advance(search.start(3), x[0]), x[1])
+    parts = [search.advance(search.start(1), x[0, n : n + 1]) for n in range(3)]
+    joined = search.advance(decoding.join_states([parts[2], parts[0], parts[1]]), x[1][[2, 0, 1]])
+    split = decoding.split_state(joined)
+    for n, place in enumerate((1, 2, 0)):
+        assert search.result(split[place]).tokens[0] == search.result(whole).tokens[n]
+        assert search.result(split[place]).timestamps[0] == search.result(whole).timestamps[n]
+    with pytest.raises(ValueError, match="at least one"):
+        decoding.join_states([])
+    other = decoding.CtcGreedySearch() if method != "ctc-greedy" else decoding.CtcPrefixBeamSearch()
+    with pytest.raises(ValueError, match="of one search"):
+        decoding.join_states([parts[0], other.start(1)])
+
+
+def test_endpoint_rules():
+    rules = EndpointRules(silence=2.0, trailing=0.8, longest=4.0)
+    assert not rules.reached(49, None)
+    assert rules.reached(50, None)
+    assert not rules.reached(40, 20)
+    assert rules.reached(41, 20)
+    assert rules.reached(100, 99)
+    assert not EndpointRules(None, None, None).reached(10**6, None)
+    assert not EndpointRules(None, 1.0, None).reached(10**6, None)
+
+
+class _Spoken:
+    """A CTC search over frames whose first channel is the token."""
+
+    def __init__(self, recogniser):
+        self.recogniser = recogniser
+        recogniser.head = lambda y: torch.nn.functional.one_hot(y[..., 0].long(), 12).float().log()
+
+    def say(self, stream, tokens):
+        y = torch.tensor(tokens, dtype=torch.float32).view(1, -1, 1)
+        (result,) = self.recogniser.accept([stream], y)
+        return result
+
+
+def test_segments_end_after_silence(model):
+    rules = EndpointRules(silence=0.4, trailing=0.2, longest=1.2)
+    recogniser = StreamingRecogniser(model, engine(model), "ctc-greedy", endpoint=rules)
+    stream = recogniser.open()
+    say = _Spoken(recogniser).say
+    assert say(stream, [0, 3, 0, 0]) == Result(
+        stream, 0, [3], [pytest.approx(FRAME)], 0.0, 4 * FRAME, pytest.approx(0.0), None, False
+    )
+    partial = say(stream, [4, 0, 0, 0])
+    assert (partial.tokens, partial.final) == ([3, 4], False)
+    final = say(stream, [0, 0, 0, 0])  # 7 frames after the token: 0.28 s
+    assert (final.tokens, final.final, final.segment) == ([3, 4], True, 0)
+    quiet = say(stream, [0] * 4)
+    assert (quiet.tokens, quiet.segment, quiet.start) == ([], 1, pytest.approx(12 * FRAME))
+    assert not say(stream, [0] * 4).final
+    assert say(stream, [0] * 4).final  # 0.48 s of nothing
+    results = [say(stream, [5, 6, 5, 6]) for _ in range(8)]
+    assert [result.final for result in results] == [False] * 7 + [True]  # 32 frames are 1.28 s
+    assert results[7].segment == 2
+    assert results[7].times[0] == pytest.approx(24 * FRAME)
+    assert [r.segment for r in recogniser.finals(stream)] == [0, 1, 2]
+    assert recogniser.result(stream).segment == 3
+    recogniser.reset(stream)
+    assert recogniser.result(stream).segment == 0
+
+
+def test_what_is_refused(model):
+    encoder = engine(model)
+    for options, match in (
+        ({"method": "best"}, "method must be one of greedy"),
+        ({"beam": 0, "method": "beam"}, "beam"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            StreamingRecogniser(model, encoder, **options)
+    with pytest.raises(TypeError, match="must be a StreamingEncoder, got AsrModel"):
+        StreamingRecogniser(model, model)
+    with pytest.raises(ValueError, match="has no CTC output"):
+        StreamingRecogniser(model.encoder, encoder, "ctc-greedy")
+    recogniser = StreamingRecogniser(model, encoder)
+    for call in (recogniser.close, recogniser.reset, recogniser.end, recogniser.result, recogniser.finish):
+        with pytest.raises(ValueError, match="no open stream 7"):
+            call(7)
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"):
+            StreamingRecogniser(model, encoder)
+    finally:
+        model.eval()
