@@ -10,7 +10,7 @@ import operator
 
 import torch
 
-from fastasr.models.fast_conformer import causal
+from fastasr.models.fast_conformer import nemotron
 
 
 def chunk(self, x, name, keys_values, last_frames, front_frames):
@@ -36,7 +36,7 @@ def chunk(self, x, name, keys_values, last_frames, front_frames):
 def next_chunk(self, graphs, x, name, cache, padding_cache):
     """Returns the next frames of streams by a recorded ``chunk``, and brings transformers' caches up to date; or None
     if the caches' tensors differ in shape, or hold no chunk yet."""
-    kept = [causal.window_layer(cache, i) for i in range(len(self.layers))]
+    kept = [nemotron.window_layer(cache, i) for i in range(len(self.layers))]
     paddings = [padding_cache.layers.get(conv.cache_key) for conv in _convolutions(self)]
     if None in kept or None in paddings or any(getattr(p, "is_first_chunk", False) for p in paddings):
         return None
@@ -63,7 +63,7 @@ def next_chunk(self, graphs, x, name, cache, padding_cache):
 def _convolutions(encoder):
     """Returns the convolutions that keep frames: those of the layers, then those of the front end."""
     layers = [layer.conv.depthwise_conv for layer in encoder.layers]
-    return [*layers, *causal.front_convolutions(encoder.subsampling)]
+    return [*layers, *nemotron.front_convolutions(encoder.subsampling)]
 
 
 def _alike(tensors):

@@ -5,8 +5,8 @@ ESPnet's Conformer and Branchformer use the same classes for attention, feed-for
 them there as well.
 """
 
-from fastasr.models import conformer
 from fastasr.models import e_branchformer as models
+from fastasr.swap import forwards
 from fastasr.swap.rule import (
     Known,
     Rule,
@@ -109,7 +109,7 @@ GATING_MLP = Rule(
 CONVOLUTION = convolution_rule(
     name="espnet.conformer_convolution",
     class_name="ConvolutionModule",
-    forward=conformer.espnet_convolution,
+    forward=forwards.espnet_convolution,
     structure=_convolution_structure,
     known={"2f808e0e85acb8c584f3c13a": _ESPNET},
 )

@@ -3,7 +3,7 @@
 
 from torch import nn
 
-from fastasr.models.conformer import nemo_transducer as models
+from fastasr.swap.forwards import nemo_transducer as models
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, check_sequence, unread_child
 
 _NEMO = Known("nemo_toolkit 3.0")

@@ -3,7 +3,7 @@
 
 from torch import nn
 
-from fastasr.models import conformer as models
+from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence, unread_child
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 

@@ -3,7 +3,7 @@
 
 import torch
 
-from fastasr.models import conformer as models
+from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence
 from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
 

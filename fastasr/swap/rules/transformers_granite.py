@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from fastasr.models import conformer as models
+from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules import transformers_parakeet as parakeet
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule

@@ -8,7 +8,13 @@ import torch
 
 from fastasr import _left
 from fastasr.graphs.module import of
-from fastasr.models.fast_conformer import FastConformerFeedForward, attention, causal, positions, stream_state
+from fastasr.models.fast_conformer import (
+    FastConformerFeedForward,
+    attention,
+    nemotron,
+    positions,
+    stream_state,
+)
 from fastasr.swap import binding
 from fastasr.swap.rule import (
     Graphed,
@@ -93,7 +99,7 @@ def encoder(
         _left.note(
             self, "upstream's forward makes a mask of pairs: the chunk's call asks for more than its frames"
         )
-    if not known or asked or not streams or not causal.sees_everything(cache, frames, num_lookahead_tokens):
+    if not known or asked or not streams or not nemotron.sees_everything(cache, frames, num_lookahead_tokens):
         return upstream_class(self).forward(
             self, input_features, attention_mask, position_ids, cache, output_attention_mask, use_cache,
             padding_cache, num_lookahead_tokens, **kwargs,
@@ -117,7 +123,7 @@ def encoder(
 def _never_recorded(encoder):
     """Returns a reason unless every part that takes a cache runs our forward: a recorded chunk gives it another's."""
     parts = [encoder.subsampling, *(m for layer in encoder.layers for m in (layer.self_attn, layer.conv))]
-    ours = causal.cached_attention, causal.causal_convolution, causal.causal_subsampling
+    ours = nemotron.cached_attention, nemotron.causal_convolution, nemotron.causal_subsampling
     others = {type(m).__name__ for m in parts if binding.bound_forward(m) not in ours}
     return f"not replaced: {', '.join(sorted(others))}" if others else None
 
@@ -135,13 +141,13 @@ def _rule(part, class_name, forward, structure, known, kernels="", **more):
 
 
 ATTENTION = _rule(
-    "attention", "Attention", causal.cached_attention, _attention_structure,
+    "attention", "Attention", nemotron.cached_attention, _attention_structure,
     {"2c65c53d098ad1fe05072f4c": "5.24", "1710d25767b8e99381952a49": "5.17 to 5.23"},
     "linear rel_attention", release=attention.release, shared=lambda result: result[0], hooks=parakeet.CAPTURING,
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )  # fmt: skip
 CONVOLUTION = _rule(
-    "convolution", "ConvolutionModule", causal.causal_convolution, _convolution_structure,
+    "convolution", "ConvolutionModule", nemotron.causal_convolution, _convolution_structure,
     {"b06d1b1a5b7542df6a8cb506": "5.17 to 5.24"},
     "linear gated_depthwise_conv",
 )  # fmt: skip
@@ -150,12 +156,12 @@ FEED_FORWARD = _rule(
     {"42a30cc7e2d4ef6832511448": "5.17 to 5.24"}, "linear_activation linear",
 )  # fmt: skip
 SUBSAMPLING = _rule(
-    "subsampling", "SubsamplingConv2D", causal.causal_subsampling, _subsampling_structure,
+    "subsampling", "SubsamplingConv2D", nemotron.causal_subsampling, _subsampling_structure,
     {"ff63eb2e7f1ea0850f9768b2": "5.17 to 5.24"},
     "conv_subsampling linear_activation linear",
 )  # fmt: skip
 POSITIONS = _rule(
-    "positions", "RelPositionalEncoding", causal.limited_positions, parakeet.positions_structure,
+    "positions", "RelPositionalEncoding", nemotron.limited_positions, parakeet.positions_structure,
     {
         "db7d0f1bb257c2c27c9f3f30": "5.24",
         "9c01af313de053d2168e55bb": "5.19 to 5.23",

@@ -2,7 +2,7 @@
 """Rules for single modules of transformers' audio towers: Phi-4-multimodal's front end, Fun-ASR-Nano's memory and
 feed-forward."""
 
-from fastasr.models import conformer as models
+from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules.conformer import feed_forward_rule
 from fastasr.swap.rules.transformers_parakeet import SILU

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the attention and the causal convolution of transformers' SeamlessM4T v2 and w2v-BERT 2.0."""
 
-from fastasr.models import conformer as models
+from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, check_child_names, check_parameters
 from fastasr.swap.rules import transformers_conformer as conformer
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule

@@ -2,7 +2,7 @@
 """Forward passes for the modules of other packages' Conformers (Gulati et al., "Conformer", 2020), which the swap binds
 to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`."""
 
-from fastasr.models.conformer.attention import (
+from fastasr.swap.forwards.attention import (
     fastspeech2_attention,
     granite_speech5_attention,
     granite_speech_attention,
@@ -13,7 +13,7 @@ from fastasr.models.conformer.attention import (
     speechbrain_attention,
     wav2vec2_attention,
 )
-from fastasr.models.conformer.convolution import (
+from fastasr.swap.forwards.convolution import (
     causal_seamless_convolution,
     espnet_convolution,
     fastspeech2_convolution,
@@ -26,7 +26,7 @@ from fastasr.models.conformer.convolution import (
     torchaudio_convolution,
     wav2vec2_convolution,
 )
-from fastasr.models.conformer.feed_forward import (
+from fastasr.swap.forwards.feed_forward import (
     fun_asr_feed_forward,
     granite_speech_feed_forward,
     nemo_feed_forward,
@@ -35,7 +35,7 @@ from fastasr.models.conformer.feed_forward import (
     torchaudio_feed_forward,
     wav2vec2_feed_forward,
 )
-from fastasr.models.conformer.subsampling import nemo_subsampling, phi4_subsampling
+from fastasr.swap.forwards.subsampling import nemo_subsampling, phi4_subsampling
 
 __all__ = [
     "causal_seamless_convolution",
