@@ -169,6 +169,7 @@ ops: $(STAMPS)/lint
 
 op: $(STAMPS)/lint
 	$(PY) scripts/opgen $(OP)
+	$(PY) scripts/tables.py
 
 lint: $(STAMPS)/lint
 	$(VENV)/bin/ruff check .

@@ -18,7 +18,7 @@ import instruction_sets
 import recipes
 import test_matrix
 
-from fastasr import ops
+from fastasr import files, ops
 from fastasr.benchmarks import sweep
 from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.device import whole_models as on_gpus
@@ -111,8 +111,9 @@ def by_family() -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {family: [] for family in FAMILIES.values()}
     for name in sorted(ops.NAMES, key=lambda name: (op_page(name).stem, name)):
-        shared = {"gemm"} if "linear" in name else _folders(ops.OPS[name].family.name)
-        found[FAMILIES[max(_folders(_file(name)) or shared, default="")]].append(name)
+        op = ops.OPS[name]
+        shared = {"gemm"} if "linear" in name else _folders(op.family.name)
+        found[FAMILIES[op.subject or max(_folders(_file(name)) or shared, default="")]].append(name)
     return {family: names for family, names in found.items() if names}
 
 
@@ -130,6 +131,20 @@ def op_families() -> str:
     return "\n".join(lines)
 
 
+NEW_PAGE = """# {op}
+
+{summary}.
+
+## At your own shapes
+
+<!-- recipe:start -->
+<!-- recipe:end -->
+
+## Measured
+
+<!-- bench:start -->
+<!-- bench:end -->
+"""
 KERNELS = {"cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
 
 
@@ -163,9 +178,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare only")
     check = parser.parse_args(arguments).check
-    if missing := [str(page) for page in map(op_page, ops.NAMES) if not page.exists()]:
-        print(f"missing: {', '.join(missing)}", file=sys.stderr)
-        return 1
+    if missing := [page for page in map(op_page, ops.NAMES) if not page.exists()]:
+        if check:
+            print(f"missing: {', '.join(map(str, missing))}; run python scripts/tables.py", file=sys.stderr)
+            return 1
+        for page in missing:
+            files.write(page, NEW_PAGE.format(op=page.stem, summary=ops.OPS[page.stem].summary))
     everything = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     swept = [row for row in everything if row.suite == sweep.SUITE]
     rows = [row for row in everything if row.suite != sweep.SUITE]

@@ -339,16 +339,15 @@ def native_kernels(
     load: Callable[[], Kernels] | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATING,
 ) -> Implementation:
-    """Returns the C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``, or what ``load`` returns for
-    calls of ``operator``.
+    """Returns the C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and, if there is one, ``_backward``, or what
+    ``load`` returns for calls of ``operator``.
     """
-    operators = [operator] if operator else [f"{name}_forward", f"{name}_backward"]
-    load = load or partial(_registered, "cpu", name)
-    return Implementation("cpu", ("cpu",), dtypes, partial(reason_cpu, *operators), load)
+    reason = partial(reason_cpu, operator or f"{name}_forward")
+    return Implementation("cpu", ("cpu",), dtypes, reason, load or partial(_registered, "cpu", name))
 
 
 def cuda_kernels(name: str) -> Implementation:
-    """Returns the CUDA kernels ``torch.ops.fastasr_cuda.<name>_forward`` and ``_backward``."""
+    """Returns the CUDA kernels ``torch.ops.fastasr_cuda.<name>_forward`` and, if there is one, ``_backward``."""
     load = partial(_registered, "cuda", name)
     return Implementation("cuda", ("cuda",), FLOATING, partial(_reason_cuda, name), load, _unfit_for_cuda)
 
@@ -360,13 +359,13 @@ def registered(backend: str, name: str) -> Callable:
 
 
 def _registered(backend: str, name: str) -> Kernels:
-    return Kernels(backend, *(registered(backend, f"{name}_{pass_}") for pass_ in ("forward", "backward")))
+    has_backward = hasattr(getattr(torch.ops, f"fastasr_{backend}"), f"{name}_backward")
+    backward = registered(backend, f"{name}_backward") if has_backward else None
+    return Kernels(backend, registered(backend, f"{name}_forward"), backward)
 
 
 def triton_kernels(name: str) -> Implementation:
-    """Returns the Triton launchers ``fastasr.kernels.<name>.<name>_forward`` and, of an op with a gradient,
-    ``_backward``.
-    """
+    """Returns the Triton launchers ``fastasr.kernels.<name>.<name>_forward`` and, if there is one, ``_backward``."""
 
     def load() -> Kernels:
         module = importlib.import_module(f"fastasr.kernels.{name}")

@@ -50,6 +50,9 @@ class Op:
     _: KW_ONLY
     returns: str = "y"  # the outputs' names
     summary: str = ""  # what the table of ops says; by default the docstring's first line
+    subject: str = (
+        ""  # where the table lists it: a folder of csrc/cpu, by default the one that has its kernel
+    )
 
     # dtypes and strides
     one_dtype: str = ""  # these arguments must have the first one's dtype, except under an autocast rule

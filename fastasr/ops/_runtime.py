@@ -146,6 +146,11 @@ def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
     )
 
 
+def gradients_of_formula(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
+    """The ``gradients`` of an op whose kernels have no backward pass."""
+    return formula_gradients(op, grads, saved)
+
+
 def transformed_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
     """Computes the gradients by the formula, under a transform that began after the forward pass."""
     try:
