@@ -41,7 +41,7 @@ print(json.dumps({
     "python": sys.version.split()[0],
     "torch": torch.__version__,
     "backend": _dispatch.explain_choice("swoosh", "cpu", torch.float32)[0],
-    "reason": _dispatch.native_reason(),
+    "reason": _dispatch.why_not_native(),
 }))
 """
 

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.stages or set(options.stages) - set("ABMC"):
         parser.error(f"--stages: expected letters of ABMC, got {options.stages!r}")
     machine = DryRun() if options.dry_run else GPU()
-    if reason := machine.obstacle():
+    if reason := machine.why_not():
         print(f"fastasr gpu: {reason}", file=sys.stderr)
         return verdict.UNUSABLE
     wanted = [unit for unit in units(machine) if unit.stage in options.stages]

@@ -56,12 +56,12 @@ class GPU:
     device, dry = "cuda", False
     more_draws = JUDGED_DRAWS[:2]  # of a call at a shape of training, if the first draw fails
 
-    def obstacle(self) -> str:
+    def why_not(self) -> str:
         """Says why nothing can run here, or returns ""."""
         if not torch.cuda.is_available():
             built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
             return f"no GPU: torch {torch.__version__}, built for {built}, sees no CUDA device"
-        return _dispatch._unfit_for_triton() or _dispatch._triton_reason()
+        return _dispatch._why_not_triton_on() or _dispatch._why_no_triton()
 
     def facts(self) -> dict:
         """Returns what the results depend on: versions, the device, the native library."""
@@ -179,8 +179,8 @@ class DryRun(GPU):
     device, dry = "cpu", True
     more_draws = JUDGED_DRAWS
 
-    def obstacle(self) -> str:
-        return _dispatch._triton_reason()
+    def why_not(self) -> str:
+        return _dispatch._why_no_triton()
 
     def facts(self) -> dict:
         return _versions("cpu") | {"devices": 1}
@@ -253,4 +253,4 @@ def _versions(device: str) -> dict:
         for file in sorted(f for folder in folders for f in folder.rglob("*") if f.suffix in (".py", ".so")):
             digest.update(file.read_bytes())
         found["commit"] += f"-{digest.hexdigest()[:8]}"
-    return found | {"native": _dispatch.native_build_info() or _dispatch.native_reason()}
+    return found | {"native": _dispatch.native_build_info() or _dispatch.why_not_native()}

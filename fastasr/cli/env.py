@@ -109,8 +109,8 @@ def collect() -> dict:
         },
         "cuda": _cuda(),
         "native": {
-            "loaded": not _dispatch.native_reason(),
-            "reason": _dispatch.native_reason(),
+            "loaded": not _dispatch.why_not_native(),
+            "reason": _dispatch.why_not_native(),
             **_native(),
         },
         "triton": {

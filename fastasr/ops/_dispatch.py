@@ -33,7 +33,7 @@ NATIVE_LIBRARY = Path(__file__).resolve().parents[1] / "libfastasr.so"
 
 
 @cache
-def native_reason() -> str:
+def why_not_native() -> str:
     """Loads the native library, once; says why there is none, or returns "". It holds ``torch.ops.fastasr_cpu.*``."""
     if not NATIVE_LIBRARY.exists():
         return "the native library is not built (installed with FASTASR_NATIVE=0, or from source files alone)"
@@ -55,7 +55,7 @@ def native_build_info() -> dict:
     """Returns SIMD level in use and CUDA architectures of the native library; {} when it is missing. How it was built
     is known in the Python that built it.
     """
-    if native_reason():
+    if why_not_native():
         return {}
     library = torch.ops.fastasr_cpu
     architectures = library.cuda_architectures() or None
@@ -74,7 +74,7 @@ def native_build_info() -> dict:
 
 
 @cache
-def _triton_reason() -> str:
+def _why_no_triton() -> str:
     try:
         importlib.import_module("triton")
     except Exception as error:
@@ -88,10 +88,10 @@ def interpreting() -> bool:
 
 
 @cache
-def reason_cpu(*operators: str) -> str:
+def why_not_cpu(*operators: str) -> str:
     """Says why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, for one of ``operators``, or returns ""."""
-    if native_reason():
-        return native_reason()
+    if why_not_native():
+        return why_not_native()
     if all(hasattr(torch.ops.fastasr_cpu, operator) for operator in operators):
         return ""
     return "the native library has no kernel for it: it was built from another version, build it again"
@@ -103,13 +103,13 @@ def serves_floats(operators: Sequence[str], *tensors: torch.Tensor) -> bool:
         direct(*tensors)
         and all(t.is_cpu and t.dtype is torch.float32 for t in tensors)
         and _forced in ("auto", "cpu")
-        and not reason_cpu(*operators)
+        and not why_not_cpu(*operators)
     )
 
 
-def _reason_cuda(name: str) -> str:
-    if native_reason():
-        return native_reason()
+def _why_not_cuda(name: str) -> str:
+    if why_not_native():
+        return why_not_native()
     if native_build_info()["cuda_architectures"] is None:
         return "the native library was built without CUDA"
     if not hasattr(torch.ops.fastasr_cuda, f"{name}_forward"):
@@ -117,21 +117,21 @@ def _reason_cuda(name: str) -> str:
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-def _reason_triton() -> str:
-    reason = _triton_reason()
+def _why_not_triton() -> str:
+    reason = _why_no_triton()
     if reason or interpreting():
         return reason
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-def _unfit_for_triton(device: torch.device | None = None) -> str:
+def _why_not_triton_on(device: torch.device | None = None) -> str:
     """Says why the Triton kernels do not serve a CUDA device, by default the current one, or returns ""."""
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs, and this is torch for ROCm"
     return _too_old(device, 80)
 
 
-def _unfit_for_cuda(device: torch.device | None = None) -> str:
+def _why_not_cuda_on(device: torch.device | None = None) -> str:
     """Says why the native library's CUDA kernels do not serve a CUDA device, or returns ""."""
     return _too_old(device, min(map(int, re.findall(r"\d+", native_build_info()["cuda_architectures"]))))
 
@@ -187,11 +187,11 @@ def _forget() -> None:
 
 def prepare() -> None:
     """Loads the native library, where there is one, and opens the shortest path to its kernels."""
-    if native_reason() or _forced not in ("auto", "cpu"):
+    if why_not_native() or _forced not in ("auto", "cpu"):
         return
     for family in FAMILIES.values():
         for implementation in family.implementations:
-            if implementation.backend == "cpu" and not implementation.reason():
+            if implementation.backend == "cpu" and not implementation.why_not():
                 family.native = implementation.load()
 
 
@@ -212,10 +212,10 @@ class Implementation:
     backend: str
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    reason: Callable[[], str]
+    why_not: Callable[[], str]
     load: Callable[[], Kernels]
     # the reason why it does not serve a CUDA device
-    unfit: Callable[..., str] = lambda device=None: ""
+    why_not_on: Callable[..., str] = lambda device=None: ""
 
 
 @dataclass
@@ -289,8 +289,8 @@ class KernelFamily:
             return f"no {str(dtype).removeprefix('torch.')} kernel"
         failed, why = self.failed.get((device, dtype), ("", ""))
         return (
-            implementation.reason()
-            or (implementation.unfit(device) if device.type == "cuda" else "")
+            implementation.why_not()
+            or (implementation.why_not_on(device) if device.type == "cuda" else "")
             or (why if failed == backend else "")
         )
 
@@ -342,14 +342,14 @@ def native_kernels(
     """Returns the C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and, if there is one, ``_backward``, or what
     ``load`` returns for calls of ``operator``.
     """
-    reason = partial(reason_cpu, operator or f"{name}_forward")
+    reason = partial(why_not_cpu, operator or f"{name}_forward")
     return Implementation("cpu", ("cpu",), dtypes, reason, load or partial(_registered, "cpu", name))
 
 
 def cuda_kernels(name: str) -> Implementation:
     """Returns the CUDA kernels ``torch.ops.fastasr_cuda.<name>_forward`` and, if there is one, ``_backward``."""
     load = partial(_registered, "cuda", name)
-    return Implementation("cuda", ("cuda",), FLOATING, partial(_reason_cuda, name), load, _unfit_for_cuda)
+    return Implementation("cuda", ("cuda",), FLOATING, partial(_why_not_cuda, name), load, _why_not_cuda_on)
 
 
 def registered(backend: str, name: str) -> Callable:
@@ -373,7 +373,7 @@ def triton_kernels(name: str) -> Implementation:
             "triton", getattr(module, f"{name}_forward"), getattr(module, f"{name}_backward", None)
         )
 
-    return Implementation("triton", ("cuda",), FLOATING[:3], _reason_triton, load, _unfit_for_triton)
+    return Implementation("triton", ("cuda",), FLOATING[:3], _why_not_triton, load, _why_not_triton_on)
 
 
 def table() -> list[dict]:
@@ -384,9 +384,9 @@ def table() -> list[dict]:
     for family in FAMILIES.values():
         for op in family.ops:
             for implementation in family.implementations:
-                reason = implementation.reason()
+                reason = implementation.why_not()
                 if not reason and torch.cuda.is_available():
-                    reason = implementation.unfit()
+                    reason = implementation.why_not_on()
                 devices = list(implementation.device_types)
                 rows.append(_row(op, implementation.backend, reason, devices, implementation.dtypes))
             rows.append(_row(op, "eager", "", ["any"], FLOATING))

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastasr import files, processor
 from fastasr.ops import _dispatch, _reduced_weights
-from fastasr.ops._dispatch import reason_cpu
+from fastasr.ops._dispatch import why_not_cpu
 
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
@@ -50,7 +50,7 @@ _AGAIN_S = 60  # until a choice made under load is measured again, doubled each 
 _DOUBLED = 11  # times, which makes a day and a half
 _AGAIN_BUDGET_S = 0.5  # of one process: a model has some hundred choices, of 20 ms each
 
-reason = partial(reason_cpu, "gemm")  # says why there is nothing to choose from; "" when there is
+why_not = partial(why_not_cpu, "gemm")  # says why there is nothing to choose from; "" when there is
 
 
 # --------------------------------------------------------------------------- the two products
@@ -221,13 +221,13 @@ def _decide(key: tuple, operands: tuple | None) -> str:
     policy = os.environ.get("FASTASR_GEMM", "auto")
     if policy not in ("auto", "torch", "native"):
         raise ValueError(f"FASTASR_GEMM: expected auto, torch or native, got {policy!r}")
-    if policy == "torch" or reason():
+    if policy == "torch" or why_not():
         return "torch"
     operation, m, *sizes, threads = key
     # Its kernel takes 8 outputs or more, and a class of 16 has none with fewer. There "native" is no candidate: MKL's
     # sums of so few rows may be short ones, and its error was 2.4 times theirs on an Intel processor.
     few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and sizes[0] >= 16
-    own = "few rows" if few and not reason_cpu("linear_few_rows") else "native"
+    own = "few rows" if few and not why_not_cpu("linear_few_rows") else "native"
     if policy == "native":
         return own
     half_octaves = " ".join(str(round(2 * math.log2(size))) for size in sizes)

@@ -53,7 +53,7 @@ class Joiner:
         if wide is torch.float64:
             dtype = wide
         short = weight.dtype is torch.bfloat16 and wide is torch.float32 and weight.shape[1] > 0
-        short = short and not _reduced_weights.reason("bf16")
+        short = short and not _reduced_weights.why_not("bf16")
         am, lm = am.to(dtype).contiguous(), lm.to(dtype).contiguous()
         weight = (weight if short else weight.to(wide)).contiguous()
         bias = None if bias is None else bias.to(wide).contiguous()

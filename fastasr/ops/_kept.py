@@ -53,7 +53,7 @@ class Originals:
         self._marks = self._marked(tensors)
         self._pieces = self._sample = None
         sampled = list(filter(_is_readable, tensors if compared is None else compared))
-        if sampled and _dispatch.reason_cpu("kept_pieces"):
+        if sampled and _dispatch.why_not_cpu("kept_pieces"):
             self._sample = [t.clone() for t in _sampled(tensors)]
         elif sampled:
             spans = torch.tensor(
@@ -107,7 +107,7 @@ def content(mask: Tensor) -> object:
     without waiting for a GPU."""
     if not mask.is_cpu:
         return None if mask.is_inference() else mask._version
-    if not _is_readable(mask) or _dispatch.reason_cpu("kept_digest"):
+    if not _is_readable(mask) or _dispatch.why_not_cpu("kept_digest"):
         return object()
     return torch.ops.fastasr_cpu.kept_digest.default(mask)
 

@@ -24,9 +24,9 @@ FORMATS = {format: _weight_formats.FORMATS[format] for format in ("bf16", "int8"
 MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
 
 
-def reason(format: str) -> str:
+def why_not(format: str) -> str:
     """Says why no product runs on such copies on this machine, or returns ""."""
-    why = _dispatch.reason_cpu("reduced_linear")
+    why = _dispatch.why_not_cpu("reduced_linear")
     if not why and format == "bf16" and not _dispatch.native_build_info()["bf16_gains"]:
         return "this processor has no instructions for bf16, or slow ones: float32 is as fast"
     return why

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops._dispatch import PLAIN, forced_backend, reason_cpu
+from fastasr.ops._dispatch import PLAIN, forced_backend, why_not_cpu
 from fastasr.ops._register import register
 
 _SLICE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -36,7 +36,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 @cache
 def _native() -> list[Callable]:
     names = "rnnt_row_logprobs_forward", "rnnt_row_logprobs_backward"
-    return [] if reason_cpu(*names) else [getattr(torch.ops.fastasr_cpu, name).default for name in names]
+    return [] if why_not_cpu(*names) else [getattr(torch.ops.fastasr_cpu, name).default for name in names]
 
 
 def _kernels(logits: Tensor) -> list[Callable]:

@@ -148,7 +148,7 @@ def _leave_padding_out(plan, report):
         if rule is None or rule.ragged is None:
             continue
         swapped = binding.bound_forward(module) is not None or (made is decision.later and made.apply)
-        reason = rule.ragged.obstacle(module) if swapped else made.reason
+        reason = rule.ragged.why_not(module) if swapped else made.reason
         if reason is None:
             binding.bind(module, rule.ragged.forward, rule.methods)
             row.rule, row.status = rule.name, REPLACED
@@ -176,7 +176,7 @@ def _record(plan, report, options):
         if bound is rule.replay_part and type(module).__name__ != rule.class_name:
             continue  # a part of one, from an earlier call
         fits = row.status == REPLACED or (made is decision.later and made.apply) or _is_own(module)
-        reason = (missing or rule.graphs.obstacle(module)) if fits else made.reason
+        reason = (missing or rule.graphs.why_not(module)) if fits else made.reason
         if reason is None and rule.ragged is not None and bound is rule.ragged.forward:
             reason = "it runs without padding, in another shape at every call"
         if reason is None:
@@ -240,7 +240,7 @@ def explain(model, only=None, exclude=None):
         report.rows.append(_row(path, module, decision, decision.apply))
         ragged = decision.rule.ragged if decision.rule is not None else None
         if ragged is not None and binding.bound_forward(module) is ragged.forward:
-            _note_padding(report, report.rows[-1], hook(module) or ragged.obstacle(module))
+            _note_padding(report, report.rows[-1], hook(module) or ragged.why_not(module))
     _note_leaving(plan, report)
     return report
 
@@ -353,7 +353,7 @@ def decide(module):
     forward = binding.bound_forward(module)
     if forward is not None:
         return Decision(rule, True, "already swapped")
-    reason = _obstacle(module, rule) or _structure(rule, module)
+    reason = _why_not(module, rule) or _structure(rule, module)
     if reason is not None or rule.forward is None:
         return Decision(rule, reason is None, reason or "upstream's code, with what is swapped inside")
     return _recognise(rule, module)
@@ -381,7 +381,7 @@ def _rule_for(module):
     )
 
 
-def _obstacle(module, rule):
+def _why_not(module, rule):
     """Returns why nothing may be bound to this instance, for any class; None if there is no such reason."""
     if _is_own(module):
         return "is fastasr's own class already"

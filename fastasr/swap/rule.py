@@ -42,11 +42,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Ragged:
-    """The way in which an encoder leaves padding out: ``forward`` is bound in place of the rule's, ``obstacle(module)``
+    """The way in which an encoder leaves padding out: ``forward`` is bound in place of the rule's, ``why_not(module)``
     returns the reason why an instance, whose modules are swapped already, cannot do so, or None."""
 
     forward: Callable
-    obstacle: Callable
+    why_not: Callable
 
 
 def upstream_forward(module, *args, **kwargs):
@@ -57,13 +57,13 @@ def upstream_forward(module, *args, **kwargs):
 @dataclass(frozen=True)
 class Graphed:
     """The way in which calls of a module are recorded: ``forward`` is what is recorded, or None for the rule's forward;
-    ``obstacle(module)`` returns the reason why calls of an instance never are, or None. ``choice`` names the method
+    ``why_not(module)`` returns the reason why calls of an instance never are, or None. ``choice`` names the method
     that draws how a call runs, if there is one. ``parts(module)`` returns its submodules that are recorded one by one
     where the whole is not: with layers that are dropped at random, or for gradients that are ready part by part.
     ``caller`` is the rule's forward if it calls the module's graphs itself, with other arguments than its own."""
 
     forward: Callable | None = None
-    obstacle: Callable = field(default=lambda module: None)
+    why_not: Callable = field(default=lambda module: None)
     choice: str | None = None
     parts: Callable = field(default=lambda module: ())
     caller: Callable | None = None

@@ -120,11 +120,11 @@ def keep(model, format, chosen, inputs, run, bound, before):
 
 def _reduce(model, format, chosen, inputs, run, bound, before):
     report = ReducedReport(format, [])
-    whole = _reduced_weights.reason(format)
+    whole = _reduced_weights.why_not(format)
     weights, searched = [], _searched(model)
     for path, module, weight, by_us in _weights(model):
-        obstacle = SEARCHED if id(weight) in searched else _obstacle(weight, by_us)
-        row = WeightRow(path, tuple(weight.shape), FLOAT32, whole or obstacle)
+        why_not = SEARCHED if id(weight) in searched else _why_not(weight, by_us)
+        row = WeightRow(path, tuple(weight.shape), FLOAT32, whole or why_not)
         if not chosen(path, module):
             row.reason = "not selected"
         if not row.reason:
@@ -188,7 +188,7 @@ def _searched(model):
     return {id(w) for module in model.modules() for part in rules.searched(module) for w in part.parameters()}
 
 
-def _obstacle(weight, by_us):
+def _why_not(weight, by_us):
     if weight.dtype is not torch.float32 or not weight.is_cpu:
         return f"it is {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}, not float32 on the CPU"
     if not by_us:

@@ -98,7 +98,7 @@ def _known(module, rule) -> dict[str, str | None]:
         return {}
     found = rule.leaves(module)
     if rule.ragged is not None and binding.bound_forward(module) is rule.ragged.forward:
-        found |= {"forward": hook(module) or rule.ragged.obstacle(module) or ""}
+        found |= {"forward": hook(module) or rule.ragged.why_not(module) or ""}
     parameter = next(module.parameters(), None)
     if parameter is not None and (eager := why_eager(rule.kernels, parameter.device, parameter.dtype)):
         found |= {"ops": eager}

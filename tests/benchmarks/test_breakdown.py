@@ -25,7 +25,7 @@ def test_parts(name, shapes, part):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+@pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
 def test_a_tiny_model(tmp_path):
     pytest.importorskip("zipformer.modules.zipformer", exc_type=ImportError)
     page, results = tmp_path / "page.md", tmp_path / "found.json"

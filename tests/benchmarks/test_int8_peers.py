@@ -16,7 +16,7 @@ PAGE = "\n".join(mark for name in ("peers", "runs") for mark in results.marks(na
 
 
 @pytest.mark.long
-@pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+@pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
 def test_a_tiny_model(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("zipformer.modules.model", exc_type=ImportError)

@@ -95,7 +95,7 @@ def test_env(run):
     found = json.loads(run("env", "--json").stdout)
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["torch threads"] == torch.get_num_threads()
-    assert found["native"]["loaded"] == (not _dispatch.native_reason())
+    assert found["native"]["loaded"] == (not _dispatch.why_not_native())
     assert found["triton"]["usable"] or found["triton"]["reason"]
 
 
@@ -114,7 +114,7 @@ def test_env_counts_choices_made_under_load(run, monkeypatch, tmp_path):
 def test_env_names_what_is_missing(run, monkeypatch):
     known = env._version
     monkeypatch.setattr(env, "_version", lambda name: None if name == "soundfile" else known(name))
-    monkeypatch.setattr(_dispatch, "native_reason", lambda: "the native library is not built")
+    monkeypatch.setattr(_dispatch, "why_not_native", lambda: "the native library is not built")
     text = run("env").stdout
     assert "soundfile not installed: pip install 'fastasr[asr]'" in text
     assert "no: the native library is not built" in text
@@ -142,7 +142,7 @@ def test_ops_shows_the_details_of_some(run, monkeypatch):
     assert text.count("eager   yes") == 2
     assert "devices: any; dtypes: float32, bfloat16, float16, float64" in text
     assert "now     cpu tensors of float32 get " in text
-    monkeypatch.setattr(_dispatch, "native_reason", lambda: "the native library is not built")
+    monkeypatch.setattr(_dispatch, "why_not_native", lambda: "the native library is not built")
     missing = {row["reason"] for row in json.loads(run("ops", "bypass", "--json").stdout)}
     text = " ".join(run("ops", "bypass").stdout.split())
     assert all(reason in text for reason in missing)

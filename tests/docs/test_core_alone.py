@@ -37,7 +37,7 @@ from fastasr.ops import _dispatch
 for part in ("ops", "models", "graphs", "swap", "rnnt", "compat", "testing", "kernels"):
     package = importlib.import_module(f"fastasr.{part}")
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if part != "kernels" or not _dispatch._triton_reason():
+        if part != "kernels" or not _dispatch._why_no_triton():
             importlib.import_module(found.name)
 """,
     "ops": """

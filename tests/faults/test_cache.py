@@ -13,7 +13,7 @@ import torch
 
 from fastasr.ops import _gemm
 
-needs_both = pytest.mark.skipif(bool(_gemm.reason()), reason=_gemm.reason())
+needs_both = pytest.mark.skipif(bool(_gemm.why_not()), reason=_gemm.why_not())
 COUNTS = [pytest.param(40, id="40"), pytest.param(1000, id="1000", marks=pytest.mark.long)]
 X86 = "model name\t: Some CPU\ncpu family\t: 6\nmodel\t\t: 143\ncpu MHz\t\t: 2000\nflags\t\t: sse2 avx2 avx512f\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 50\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"

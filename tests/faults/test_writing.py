@@ -24,7 +24,7 @@ from fastasr.ops import _gemm
 
 KILLS = [pytest.param(5, id="5"), pytest.param(200, id="200", marks=pytest.mark.long)]
 NATIVE = _gemm._Choice("native", under_load=False, times=1, at=1.8e9)
-needs_both = pytest.mark.skipif(bool(_gemm.reason()), reason=_gemm.reason())
+needs_both = pytest.mark.skipif(bool(_gemm.why_not()), reason=_gemm.why_not())
 
 
 @pytest.fixture

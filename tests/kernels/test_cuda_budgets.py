@@ -77,15 +77,15 @@ def measure() -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def _obstacle() -> str:
-    if _dispatch.native_reason():
-        return _dispatch.native_reason()
+def _why_not() -> str:
+    if _dispatch.why_not_native():
+        return _dispatch.why_not_native()
     if _dispatch.native_build_info()["cuda_architectures"] is None:
         return "the native library was built without CUDA (no nvcc)"
     return "" if _cuobjdump() else "there is no cuobjdump"
 
 
-@pytest.mark.skipif(bool(_obstacle()), reason=_obstacle())
+@pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 def test_resources():
     budgets = tomllib.loads(BUDGETS.read_text())
     compiler = _dispatch.native_build_info()["nvcc"]
@@ -104,7 +104,7 @@ def test_resources():
     assert not over, "\n".join(over)
 
 
-@pytest.mark.skipif(bool(_obstacle()), reason=_obstacle())
+@pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 def test_every_architecture_is_in_the_library():
     dump = subprocess.run(
         [_cuobjdump(), "--list-elf", _dispatch.NATIVE_LIBRARY], capture_output=True, text=True

@@ -333,7 +333,7 @@ def test_the_facts_of_a_gpu(cuda):
     assert (facts["capability"], facts["multiprocessors"]) == ("9.0", 132)
     assert (GPU().jobs(16), GPU().jobs(2)) == (6, 1)
     cuda.get_device_capability.return_value = 7, 5
-    assert "compute capability 8.0" in GPU().obstacle()
+    assert "compute capability 8.0" in GPU().why_not()
 
 
 @pytest.mark.parametrize(("code", "how"), [(0, "right"), (3, "wrong"), (1, "skipped")])

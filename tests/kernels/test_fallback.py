@@ -58,8 +58,8 @@ def test_other_backends_of_triton(devices, monkeypatch):
 def test_devices_older_than_the_native_library(devices, monkeypatch):
     """The CUDA C++ kernels were compiled for some architectures and run on newer ones."""
     monkeypatch.setattr(_dispatch, "native_build_info", lambda: {"cuda_architectures": "80-real,90-virtual"})
-    monkeypatch.setattr(_dispatch, "_reason_cuda", lambda name: "")
-    (cuda,) = (replace(i, reason=str) for i in FAMILIES["ema_scan"].implementations if i.backend == "cuda")
+    monkeypatch.setattr(_dispatch, "_why_not_cuda", lambda name: "")
+    (cuda,) = (replace(i, why_not=str) for i in FAMILIES["ema_scan"].implementations if i.backend == "cuda")
     why_not = FAMILIES["ema_scan"].why_not
     assert why_not(cuda, torch.device("cuda", 0), torch.float32) == OLD
     assert why_not(cuda, torch.device("cuda", 1), torch.float32) == ""

@@ -27,7 +27,7 @@ from fastasr.models.zipformer import ZipformerEncoderLayer, streaming_layer, who
 from fastasr.models.zipformer.layer import _stream_by_submodules
 from fastasr.ops import _dispatch, _kept, _reduced_weights
 
-pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
 LIMIT = 2e-5  # relative to the rms of each result
 CHUNK = 8
 

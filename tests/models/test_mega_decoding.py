@@ -28,7 +28,7 @@ from mega_decoders import (
 from fastasr.models.mega import MEGADecoder, decoding
 from fastasr.ops import _dispatch, _gemm
 
-pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason=_dispatch.native_reason())
+pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason=_dispatch.why_not_native())
 
 
 @pytest.fixture(autouse=True)

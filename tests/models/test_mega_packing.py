@@ -13,7 +13,7 @@ import fastasr
 from fastasr.models.mega import decoding
 from fastasr.ops import _dispatch
 
-pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason=_dispatch.native_reason())
+pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason=_dispatch.why_not_native())
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from fastasr.ops._wrapped.swoosh_linear import with_mask
 
 LENGTHS = [70, 0, 13, 1, 13, 140, 2]
 PACKING = Packing(LENGTHS, torch.device("cpu"))
-pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
 of_every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 

@@ -90,8 +90,8 @@ def test_large():
 @torch.no_grad()
 @pytest.mark.parametrize("format", ["bf16", "int8"])
 def test_fewer_bits(format):
-    if _reduced_weights.reason(format):
-        pytest.skip(_reduced_weights.reason(format))
+    if _reduced_weights.why_not(format):
+        pytest.skip(_reduced_weights.why_not(format))
     layer = zipformer_layer(dim=64, num_heads=4, feedforward_dim=128)
     call = _call(layer, 40, 2)
     exact = _by_submodules(layer, call)

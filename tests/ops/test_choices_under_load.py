@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastasr import ops, processor
 from fastasr.ops import _gemm
 
-pytestmark = pytest.mark.skipif(bool(_gemm.reason()), reason=_gemm.reason())
+pytestmark = pytest.mark.skipif(bool(_gemm.why_not()), reason=_gemm.why_not())
 LOAD = Path("/proc/loadavg")
 DAY_S = 86400
 IDLE = {"torch": 1e-3, "native": 1.27e-3}  # seconds; torch's product is the faster one

@@ -11,7 +11,7 @@ import fastasr
 from fastasr import ops, processor
 from fastasr.ops import _gemm
 
-needs_both = pytest.mark.skipif(bool(_gemm.reason()), reason=_gemm.reason())
+needs_both = pytest.mark.skipif(bool(_gemm.why_not()), reason=_gemm.why_not())
 PRODUCTS = ["torch", pytest.param("native", marks=needs_both)]
 
 

@@ -9,7 +9,7 @@ from fastasr import ops
 from fastasr.ops import _dispatch
 
 pytestmark = pytest.mark.skipif(
-    bool(_dispatch.native_reason()) or _dispatch.forced_backend() not in ("auto", "cpu"),
+    bool(_dispatch.why_not_native()) or _dispatch.forced_backend() not in ("auto", "cpu"),
     reason="the native kernels do not serve here",
 )
 ELEMENTS = 2_300_000  # 9.2 MB in float32

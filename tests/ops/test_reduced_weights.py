@@ -16,7 +16,7 @@ from steps import numbers
 from fastasr import ops
 from fastasr.ops import _dispatch, _gemm, _reduced_weights
 
-pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
 # Products of x in 7 bits, where the processor adds two of them in 16, have twice the error of 8.
 EIGHT_BITS = _dispatch.native_build_info().get("simd_set") not in ("avx2", "avx512")
 

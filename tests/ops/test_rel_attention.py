@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastasr.ops import _weights_dropout, rel_attention
-from fastasr.ops._dispatch import native_reason
+from fastasr.ops._dispatch import why_not_native
 from fastasr.testing import seeded
 
 INF, NAN = float("inf"), float("nan")
@@ -36,7 +36,7 @@ else:
 """
 
 
-@pytest.mark.skipif(bool(native_reason()), reason="the definition keeps T x T tensors")
+@pytest.mark.skipif(bool(why_not_native()), reason="the definition keeps T x T tensors")
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux limits a process's data")
 def test_memory_is_linear_in_time():
     done = subprocess.run([sys.executable, "-c", _PASS], capture_output=True, text=True)

@@ -13,7 +13,7 @@ from fastasr.ops import _dispatch, _joiner_rows
 from fastasr.testing import seeded
 
 pytestmark = pytest.mark.skipif(
-    bool(_dispatch.reason_cpu("rnnt_joiner_rows")), reason="needs the native library"
+    bool(_dispatch.why_not_cpu("rnnt_joiner_rows")), reason="needs the native library"
 )
 definition = ops.rnnt_joiner.definition
 OPTIONS = {"s_range": 3, "termination_symbol": 0}

@@ -43,7 +43,7 @@ chosen = _dispatch.explain_choice("swoosh", "cpu", torch.float32)
 print(json.dumps({{
     "file": fastasr.__file__,
     "version": fastasr.__version__,
-    "reason": _dispatch.native_reason(),
+    "reason": _dispatch.why_not_native(),
     "chosen": chosen,
     "table": _dispatch.table(),
 }}))

@@ -302,7 +302,7 @@ def test_verify_a_stream():
 
 @pytest.mark.parametrize("format", ["bf16", "int8"])
 def test_chunks_on_weights_of_fewer_bits(format):
-    if reason := _reduced_weights.reason(format):
+    if reason := _reduced_weights.why_not(format):
         pytest.skip(reason)
     theirs, ours = pair(hidden_size=64, num_attention_heads=4, intermediate_size=128)
     inputs = batch()["input_features"]

@@ -10,7 +10,7 @@ from fastasr.ops import _dispatch
 from fastasr.swap import weights
 from fastasr.swap.state import ModelState
 
-pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
 
 
 def relative(got, truth):

@@ -16,8 +16,8 @@ from transformers import ParakeetEncoder, ParakeetEncoderConfig
 import fastasr
 from fastasr.ops import _dispatch, _reduced_weights
 
-pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
-HAS_BF16 = not _reduced_weights.reason("bf16")
+pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
+HAS_BF16 = not _reduced_weights.why_not("bf16")
 FORMATS = [
     "int8",
     pytest.param("bf16", marks=pytest.mark.skipif(not HAS_BF16, reason="no BF16 instructions that gain")),

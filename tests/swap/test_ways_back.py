@@ -43,7 +43,7 @@ from fastasr.testing.tape import TapeRecorder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using the model-agnostic default"),
-    pytest.mark.skipif(bool(_dispatch.native_reason()), reason=_dispatch.native_reason()),
+    pytest.mark.skipif(bool(_dispatch.why_not_native()), reason=_dispatch.why_not_native()),
 ]
 CASES = {}
 
@@ -226,7 +226,7 @@ def loss(what):
 @contextlib.contextmanager
 def no_library():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_dispatch, "native_reason", lambda: "there is no library")
+        patch.setattr(_dispatch, "why_not_native", lambda: "there is no library")
         yield
 
 

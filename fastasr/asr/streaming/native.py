@@ -30,7 +30,7 @@ class NativeBackend(Backend):
     name = "native"
 
     def __init__(self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1):
-        if reason := _dispatch.native_reason():
+        if reason := _dispatch.why_not_native():
             raise NotImplementedError(reason)
         for name, value in (("max_streams", max_streams), ("threads", threads)):
             if not isinstance(value, int) or value < 1:

@@ -26,7 +26,7 @@ def is_native(*tensors: Tensor | None) -> bool:
         )
         and not torch.is_autocast_enabled("cpu")
         and _dispatch.forced_backend() in ("auto", "cpu")
-        and not _dispatch.reason_cpu("rel_attention_packed_forward")
+        and not _dispatch.why_not_cpu("rel_attention_packed_forward")
     )
 
 

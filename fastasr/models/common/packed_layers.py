@@ -46,7 +46,7 @@ def may_call(layer, x, weight):
         is_plain_inference(layer, x, weight, 3)
         and not torch.jit.is_tracing()
         and _dispatch.forced_backend() in ("auto", "cpu")
-        and not _dispatch.native_reason()
+        and not _dispatch.why_not_native()
     )
 
 
@@ -60,8 +60,8 @@ def note_declined(layer, x, weight, method):
     forced = _dispatch.forced_backend()
     if torch.is_autocast_enabled("cpu"):
         _left.note(layer, "autocast is on", method)
-    elif _dispatch.native_reason():
-        _left.note(layer, _dispatch.native_reason(), method)
+    elif _dispatch.why_not_native():
+        _left.note(layer, _dispatch.why_not_native(), method)
     elif forced not in ("auto", "cpu"):
         _left.note(layer, f"backend {forced!r} is forced", method, logging.INFO)
     elif is_plain_inference(layer, x, weight, 3):
@@ -74,7 +74,7 @@ class PackedLayer(abc.ABC):
     """The weights of a layer in the order in which the native call reads them.
 
     ``reason`` says why the native call cannot be used; it is "" if it can. A subclass packs the weights (``_pack``),
-    gives the reasons that hold until the layer changes (``_why_never``, "" for none) and computes an example both
+    gives the reasons that hold until the layer changes (``_why_not_ever``, "" for none) and computes an example both
     natively and by the layer's operations (``_example``).
     """
 
@@ -84,7 +84,9 @@ class PackedLayer(abc.ABC):
 
     def __init__(self, layer, by_operations):
         self._state = ModuleState(layer, methods=self.METHODS, copies=self.COPIES)
-        self.reason = _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_never(layer)
+        self.reason = (
+            _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_not_ever(layer)
+        )
         if not self.reason and any_watched(layer.modules()):
             self.reason = _WATCHED
         if not self.reason:  # the example would call such a part
@@ -113,7 +115,7 @@ class PackedLayer(abc.ABC):
         return (self.reason == _WATCHED and first_watched(layer)) or self.reason
 
     @abc.abstractmethod
-    def _why_never(self, layer): ...
+    def _why_not_ever(self, layer): ...
 
     @abc.abstractmethod
     def _pack(self, layer): ...

@@ -56,12 +56,12 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def lengths(
-    encoder, valid: Tensor, obstacle: Callable[[], str | None], least_on_gpu: int = 0
+    encoder, valid: Tensor, why_not: Callable[[], str | None], least_on_gpu: int = 0
 ) -> list[int] | None:
     """Returns the frames of each recording, or None where the batch has no padding to leave out or the padding must
     stay, which this function notes.
 
-    ``valid`` (B, T) is True at the frames that exist; on a GPU this function waits for it. ``obstacle()`` returns why
+    ``valid`` (B, T) is True at the frames that exist; on a GPU this function waits for it. ``why_not()`` returns why
     the encoder cannot leave padding out now, or None. Inside ``padded``, under torch.compile and tracing, which would
     take the lengths for constants, and under transforms, batches stay padded. A GPU computes the padding sooner than
     its host makes the calls without it: there inference stays padded, and so do training batches with less than
@@ -76,7 +76,7 @@ def lengths(
     if torch.equal(
         valid, torch.arange(valid.shape[1], device=valid.device, dtype=torch.int64) < counts[:, None]
     ):
-        reason = hook(encoder) or obstacle()
+        reason = hook(encoder) or why_not()
         few = not torch.is_grad_enabled() or valid.numel() - sum(found) < least_on_gpu
         if reason is None and few and on_gpu(valid.device):
             reason = "on a GPU that takes less time"

@@ -127,7 +127,7 @@ class _PackedLayer(PackedLayer):
             torch.get_num_threads(),
         )
 
-    def _why_never(self, layer):
+    def _why_not_ever(self, layer):
         for name in ("attention.emb_to_key_value", "attention.emb_to_query", "attention.out_proj"):
             if not is_plain(layer.get_submodule(name), nn.Linear):
                 return f"{name} is not a plain Linear"

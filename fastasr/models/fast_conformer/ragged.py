@@ -22,7 +22,7 @@ from fastasr.models.fast_conformer.subsampling import (
 )
 
 
-def obstacle(encoder) -> str | None:
+def why_not(encoder) -> str | None:
     """Returns why this encoder cannot leave padding out, or None."""
     for i, layer in enumerate(encoder.layers):
         if not runs(layer.self_attn, FastConformerAttention.forward):
@@ -53,7 +53,7 @@ def _obstacle_of_call(encoder):
         attention_dropout.forms_weights(layer.self_attn.attention_dropout) for layer in encoder.layers
     ):
         return "the dropout of attention weights is drawn as upstream draws it"
-    return obstacle(encoder)
+    return why_not(encoder)
 
 
 def encoded(encoder, features, lengths):

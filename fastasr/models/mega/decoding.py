@@ -134,7 +134,7 @@ def _advance(state, length, chunk):
 
 # --------------------------------------------------------------------------- conditions
 def _native():
-    return _dispatch.forced_backend() in ("auto", "cpu") and not _dispatch.native_reason()
+    return _dispatch.forced_backend() in ("auto", "cpu") and not _dispatch.why_not_native()
 
 
 def _serves_natively(decoder):
@@ -159,7 +159,7 @@ def _why_not_now(decoder, labels):
     if torch.is_autocast_enabled(weight.device.type):
         return "autocast is on"
     if weight.is_cpu and not _native():
-        return _dispatch.native_reason() or f"backend {_dispatch.forced_backend()!r} is forced"
+        return _dispatch.why_not_native() or f"backend {_dispatch.forced_backend()!r} is forced"
     if not weight.is_cpu and _dispatch.forced_backend() not in ("auto", "cuda"):
         return f"backend {_dispatch.forced_backend()!r} is forced"
     if labels is None:
@@ -169,7 +169,7 @@ def _why_not_now(decoder, labels):
     return "" if labels.shape[1] == 1 else "it is more than one step"
 
 
-def _why_never(decoder):
+def _why_not_ever(decoder):
     """Returns a reason that holds until the module changes, or ""."""
     parameters = list(decoder.parameters())
     device, dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
@@ -258,7 +258,9 @@ class _Plan:
         self._state = ModuleState(decoder, lambda module: getattr(module, "p", 0))
         self.blocks, self.on_cpu = len(decoder.mega_blocks), decoder.embed.weight.is_cpu
         self.reason = (
-            "a submodule has hooks, or is in training mode" if self._state.watched() else _why_never(decoder)
+            "a submodule has hooks, or is in training mode"
+            if self._state.watched()
+            else _why_not_ever(decoder)
         )
         if not self.reason:
             self._pack(decoder)

@@ -290,7 +290,7 @@ def why_not_now():
 
 def why_not_native(w):
     """Returns why a search with these weights cannot run natively, or ""."""
-    if reason := _dispatch.reason_cpu("greedy_pack", "greedy_search"):
+    if reason := _dispatch.why_not_cpu("greedy_pack", "greedy_search"):
         return reason
     if any(not t.is_cpu for t in w.tensors()):
         return "not all parameters are on the CPU"

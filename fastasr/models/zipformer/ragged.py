@@ -40,7 +40,7 @@ _OURS = {
 _parts = attrgetter(*_OURS)
 
 
-def obstacle(encoder) -> str | None:
+def why_not(encoder) -> str | None:
     """Returns why this encoder cannot leave padding out, or None."""
     for name, module in _not_called(encoder):
         if any_watched([module]):
@@ -74,7 +74,7 @@ def lengths(encoder, x, mask) -> list[int] | None:
     None."""
     if mask is None or mask.shape != (x.shape[1], x.shape[0]):
         return None
-    return ragged.lengths(encoder, ~mask.to(torch.bool), lambda: obstacle(encoder), LEAST_ON_GPU)
+    return ragged.lengths(encoder, ~mask.to(torch.bool), lambda: why_not(encoder), LEAST_ON_GPU)
 
 
 def encoded(encoder, x, lengths):

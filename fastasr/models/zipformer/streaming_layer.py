@@ -143,7 +143,7 @@ class _PackedLayer(PackedLayer):
         self._tables[frames, left] = pos_emb.clone(), vectors
         return vectors
 
-    def _why_never(self, layer):
+    def _why_not_ever(self, layer):
         for name, ours in _STREAMING.items():
             if not runs(getattr(layer, name), ours.streaming_forward, "streaming_forward"):
                 return f"{name} runs other code than fastasr's"

@@ -96,7 +96,7 @@ class _Products:
 class _Layer(PackedLayer):
     OPERATIONS, COPIES = "submodules", False
 
-    def _why_never(self, layer):
+    def _why_not_ever(self, layer):
         parts = dict(layer.named_modules())
         for name, ours in _MODULES.items():
             if name not in parts or not runs(parts[name], ours.forward):

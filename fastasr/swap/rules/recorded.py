@@ -10,7 +10,7 @@ def _layers(encoder):
     return next((list(getattr(encoder, name)) for name in names if hasattr(encoder, name)), [])
 
 
-def _obstacle(encoder):
+def _why_not(encoder):
     ragged = getattr(encoder, "ragged", False)
     return "it runs without padding, in another shape at every call" if ragged else None
 
@@ -24,4 +24,4 @@ CLASSES = {
     "FastSpeech2ConformerEncoder": "transformers'",
 }
 
-RULES = tuple(recorded(f"recorded.{name}", name, obstacle=_obstacle, parts=_layers) for name in CLASSES)
+RULES = tuple(recorded(f"recorded.{name}", name, why_not=_why_not, parts=_layers) for name in CLASSES)

@@ -147,7 +147,7 @@ def _ragged_obstacle(module):
         reason = unread_code(f"layers.{i}", layer, own_forward, {_BLOCK})
         if reason is not None:
             return reason
-    return ragged.obstacle(module)
+    return ragged.why_not(module)
 
 
 def encoder_structure(module):

@@ -177,7 +177,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, encoder, ki
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
-@pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+@pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
 def test_int8_reads_what_float32_reads(run, trained, speech_sets, monkeypatch):
     """A model of few steps says few letters, which int8 hardly changes. No weight is too small here."""
     monkeypatch.setattr(weights, "SMALL", 0)

@@ -41,7 +41,7 @@ def test_a_resumed_run_has_the_losses_of_one_without_a_break(trained, tmp_path, 
     same_checkpoints(trained, tmp_path)
 
 
-@pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+@pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
 def test_copies_of_another_models_weights_change_no_bit(trained, tmp_path, speech_sets):
     layer = torch.nn.Linear(72, 100)
     _reduced_weights.keep(layer.weight, "int8")

@@ -23,7 +23,7 @@ ROUNDED = {
     "int8": 5e-3 if _dispatch.native_build_info().get("simd_set") in ("avx2", "avx512") else 4e-3,
 }  # the documented change by rounded weights, in int8 of inputs as well
 # from the model's own code with equally rounded weights: some native products round their inputs too
-ROUNDS_INPUTS = {"bf16": not _reduced_weights.reason("bf16"), "fp16": False, "int8": True}
+ROUNDS_INPUTS = {"bf16": not _reduced_weights.why_not("bf16"), "fp16": False, "int8": True}
 OWN_CODE = {kind: ROUNDED[kind] if both else LIMIT for kind, both in ROUNDS_INPUTS.items()}
 every_format = pytest.mark.parametrize("weights", ["fp32", *ROUNDED])
 

@@ -37,7 +37,7 @@ _MASKED = "upstream's forward runs, which makes a mask of time by time for chunk
 def causal_encoder(self, x, x_lens, src_key_padding_mask=None):
     """Runs as upstream, but for its mask of time by time, which layers that know their windows do not need."""
     compiling = torch.compiler.is_compiling()
-    reason = None if compiling else why_masked(self)
+    reason = None if compiling else why_not(self)
     if reason is not None:
         _left.note(self, _MASKED.format(reason))
     if compiling or reason is not None:
@@ -46,11 +46,11 @@ def causal_encoder(self, x, x_lens, src_key_padding_mask=None):
 
 
 def _masked_now(encoder):
-    reason = why_masked(encoder) if bound_forward(encoder) is causal_encoder else None
+    reason = why_not(encoder) if bound_forward(encoder) is causal_encoder else None
     return {"forward": "" if reason is None else _MASKED.format(reason)}
 
 
-def why_masked(encoder):
+def why_not(encoder):
     """Returns why an encoder in chunks keeps upstream's mask, or None. It looks anew at every call, since layers may be
     restored, replaced or hooked at any time."""
     reason = _unread_stacks(encoder)
@@ -103,7 +103,7 @@ def _without_padding(encoder, padded, x, x_lens, src_key_padding_mask):
     return ragged.encoded(encoder, x, lengths), (x_lens + 1) // 2
 
 
-def _obstacle(encoder):
+def _why_not(encoder):
     """Without padding our forward does what resampling does too."""
     reason = _unread_stacks(encoder)
     reason = reason or unread_code("downsample_output", encoder.downsample_output, own_forward, _RESAMPLING)
@@ -113,7 +113,7 @@ def _obstacle(encoder):
                 reason = reason or unread_code(
                     f"{name}.{part}", getattr(stack, part), own_forward, _RESAMPLING
                 )
-    return reason or ragged.obstacle(encoder)
+    return reason or ragged.why_not(encoder)
 
 
 def _parts(encoder):
@@ -137,7 +137,7 @@ CAUSAL_ENCODER = Rule(
     structure=_causal_structure,
     known={"a8293a774b5bf0cea0a06a0a": PACKAGE},
     companion=True,
-    ragged=Ragged(ragged_causal_encoder, _obstacle),
+    ragged=Ragged(ragged_causal_encoder, _why_not),
     graphs=Graphed(choice="get_chunk_info", parts=_parts),
     leaves=_masked_now,
     note="makes no mask for chunks where all layers and their self_attn_weights are swapped",
@@ -154,7 +154,7 @@ ENCODER = replace(
     structure=_structure,
     leaves=lambda module: {},
     shallow=True,
-    ragged=Ragged(ragged_encoder, _obstacle),
+    ragged=Ragged(ragged_encoder, _why_not),
     graphs=Graphed(upstream_forward, parts=_parts),
     note="bound by ragged=True and graphs=True alone",
 )
