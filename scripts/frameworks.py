@@ -34,7 +34,7 @@ def _reasons(function: Callable, seen: set) -> Iterator[str]:
     """
     function = inspect.unwrap(function)
     if function in seen or not getattr(function, "__module__", "").startswith(
-        ("fastasr.swap.rules", "fastasr.models")
+        ("fastasr.swap.rules", "fastasr.swap.forwards", "fastasr.models")
     ):
         return
     seen.add(function)

@@ -9,6 +9,7 @@ changes nothing and ends with 1 when a page does not say what they say.
 """
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,10 @@ def op_families() -> str:
 
 NEW_PAGE = """# {op}
 
+```
+fastasr.ops.{op}{signature}
+```
+
 {summary}.
 
 ## At your own shapes
@@ -145,6 +150,16 @@ NEW_PAGE = """# {op}
 <!-- bench:start -->
 <!-- bench:end -->
 """
+
+
+def new_page(op: str) -> str:
+    """Returns the beginning of an op's page."""
+    signature = inspect.signature(getattr(ops, op))
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    signature = signature.replace(parameters=plain, return_annotation=signature.empty)
+    return NEW_PAGE.format(op=op, signature=signature, summary=ops.OPS[op].summary)
+
+
 KERNELS = {"cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
 
 
@@ -183,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"missing: {', '.join(map(str, missing))}; run python scripts/tables.py", file=sys.stderr)
             return 1
         for page in missing:
-            files.write(page, NEW_PAGE.format(op=page.stem, summary=ops.OPS[page.stem].summary))
+            files.write(page, new_page(page.stem))
     everything = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     swept = [row for row in everything if row.suite == sweep.SUITE]
     rows = [row for row in everything if row.suite != sweep.SUITE]

@@ -20,7 +20,7 @@ from steps import seeded
 from fastasr.testing import seeds
 
 STARTS_PROCESSES = {"benchmarks", "cli", "examples", "faults", "kernels", "packaging", "recipe"}
-OF_EVERY_OP = {"test_budgets", "test_docs"}
+OF_EVERY_OP = {"test_budgets", "test_docs", "test_opgen"}
 # The models are tiny: threads cost more than they bring, most of all beside other processes.
 TINY_MODELS = {"asr", "models", "parity", "recipe", "streaming", "swap"}
 

@@ -20,9 +20,9 @@ def as_on_gpu(monkeypatch):
 
 @pytest.fixture
 def means(monkeypatch):
-    """The calls of ``_mean``."""
-    calls, mean = [], attention._mean
-    monkeypatch.setattr(attention, "_mean", lambda *arguments: calls.append(1) or mean(*arguments))
+    """The calls of ``mean_of_values``."""
+    calls, mean = [], attention.mean_of_values
+    monkeypatch.setattr(attention, "mean_of_values", lambda *arguments: calls.append(1) or mean(*arguments))
     return calls
 
 
