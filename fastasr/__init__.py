@@ -2,13 +2,13 @@
 """Fused, verified, reversible kernels for speech models: the same call on GPU and CPU.
 
 ``accelerate(model)`` swaps faster forwards into a model in place and reports what it did; ``verify``, ``restore``,
-``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``refresh`` makes again what is kept between calls,
+``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``refresh`` renews the data kept between calls,
 ``why`` says which calls leave the fast path and why, and inside ``upstream_draws`` attention draws its dropout as
 upstream does. ``fastasr.ops`` holds the operations themselves.
 
 ``import fastasr`` registers ``torch.ops.fastasr``, which ``torch.export.load`` looks up: at once if torch is imported,
 and otherwise as soon as it is. It imports nothing else: the command answers ``--help`` without torch, and each name
-here imports what it needs when it is first used.
+here imports its module when it is first used.
 """
 
 from importlib import import_module

@@ -35,14 +35,14 @@ _thread = threading.local()
 
 def note(obj: object, reason: str, method: str = "forward", level: int = logging.WARNING) -> None:
     """Records that a call of ``method`` leaves, and why, and logs it the first time: once per class, method and reason,
-    so a reason must not hold what differs from call to call.
+    so a reason must not contain details that differ from call to call.
 
     Does nothing under torch.compile and torch.export, which trace this function away, and inside ``ignored``.
-    ``level`` is INFO for what the caller asked for, such as gradients or a transform.
+    ``level`` is INFO if the caller asked for it, as for gradients or a transform.
     """
     if torch.compiler.is_compiling() or is_ignored():
         return
-    if is_transformed():  # whatever else the caller sees
+    if is_transformed():  # A transform comes before the caller's reason.
         reason, level = f"the call is under {transform()}", logging.INFO
     methods = _left.get(obj)
     if methods is None:
@@ -70,7 +70,7 @@ def is_ignored() -> bool:
 
 @contextlib.contextmanager
 def ignored() -> Iterator[None]:
-    """Inside the block nothing is noted in this thread: fastasr makes the calls itself, to compare both ways."""
+    """Notes nothing in this thread inside the block, where fastasr itself makes the calls to compare both ways."""
     before, _thread.ignored = is_ignored(), True
     try:
         yield

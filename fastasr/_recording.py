@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a call is being recorded, to be replayed later (:mod:`fastasr.graphs`). Code of any layer may ask.
+"""Says whether a call is being recorded, to be replayed later (:mod:`fastasr.graphs`). Code of any layer may ask.
 
 Recorded code reads nothing but tensors whose addresses stay: no value may reach the host, and a number that the host
 draws or reads in every call comes from ``recording().numbers``. The host runs it once, so only the device's time counts
@@ -14,7 +14,7 @@ _thread = threading.local()
 
 def recording():
     """Returns the :class:`fastasr.graphs.recording.Recording` of this thread's calls, or None. Backward passes run in a
-    thread of autograd's: a node of autograd keeps what it found in its forward pass.
+    thread of autograd's, so a node of autograd keeps the recording of its forward pass.
     """
     return getattr(_thread, "recording", None)
 
@@ -26,7 +26,7 @@ def on_host(t):
 
 @contextlib.contextmanager
 def recorded_by(found):
-    """Inside the block ``recording()`` of this thread returns ``found``."""
+    """Has ``recording()`` return ``found`` in this thread, inside the block."""
     before, _thread.recording = recording(), found
     try:
         yield

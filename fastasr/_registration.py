@@ -10,7 +10,7 @@ from importlib import import_module
 
 
 def register_with_torch() -> None:
-    """Registers the ops now if torch is imported, and otherwise at the end of its import."""
+    """Registers the ops now if torch is imported, and at the end of its import if not."""
     if "torch" in sys.modules:
         import_module("fastasr.ops")
     else:
@@ -25,7 +25,7 @@ class _BesideTorch:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:  # else torch is missing, or a folder without code
+        if spec is not None and spec.loader is not None:  # None: no torch, or a folder without code
             execute = spec.loader.exec_module
 
             def execute_and_register(module) -> None:

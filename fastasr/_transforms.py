@@ -28,13 +28,13 @@ def transform() -> str:
 
 
 def refuse(name: str, cause: Exception | None = None) -> NoReturn:
-    """Raises RuntimeError: what is called ``name`` cannot be transformed, for the reason of ``cause``."""
+    """Raises RuntimeError, which says that ``name`` cannot be transformed, for the reason of ``cause``."""
     why = f": {cause}" if cause else "; its gradient is written by hand, for torch's reverse mode alone"
     raise RuntimeError(f"fastasr.{name}: not possible under {transform()}{why}") from cause
 
 
 def refuse_unless_batched(name: str) -> None:
-    """Refuses what has no formula. Under vmap the dispatcher calls kernels once for each element of the batch."""
+    """Refuses a function without a formula. Under vmap the dispatcher calls kernels once per element of the batch."""
     if is_transformed() and transform() != "torch.func.vmap":
         refuse(name)
 
@@ -74,5 +74,5 @@ class Function(torch.autograd.Function):
             if cls.formula is None:
                 refuse(cls.known_as)
             return cls.formula(*args)
-        # what Function.apply calls in the end; the rest of it serves transforms and costs 1 us
+        # This is the C++ call inside Function.apply, whose other code serves transforms and costs 1 us.
         return super(torch.autograd.Function, cls).apply(*args)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIX = ".unfinished"
-_ABANDONED_S = 3600  # A file that nobody has written to for so long is what a killed process left.
+_ABANDONED_S = 3600  # A killed process left a file that nobody has written to for this long.
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[Path]:
     renaming, so it survives a loss of power too. A device or a pipe is written directly. Raises OSError, which names
     ``path``, if the folder cannot be written to.
     """
-    path = Path(os.path.realpath(path))  # A link goes on to name its file.
+    path = Path(os.path.realpath(path))  # A link stays; its file is replaced.
     if path.exists() and not path.is_file():
         yield path
         return
@@ -49,7 +49,7 @@ def write(path: str | os.PathLike, content: str | bytes, durable: bool = True) -
 
 
 def _delete_abandoned(unfinished: Path) -> None:
-    now = unfinished.stat().st_mtime  # by the clock of the file system
+    now = unfinished.stat().st_mtime  # the file system's clock
     for other in unfinished.parent.glob(f".fastasr-*{SUFFIX}"):
         with contextlib.suppress(OSError):  # Another process may have renamed or deleted it.
             if now - other.stat().st_mtime > _ABANDONED_S:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 # An idle machine of two cores waits for up to 4 % of a measurement, and its median round takes 1.1 times the shortest.
 # One other thread beside two of ours makes that 40 %, or 1.35 and more.
-_WAITED = 0.1  # of the time
+_WAITED = 0.1  # the share of the time
 _SPREAD = 1.25  # the median time of equal calls over the shortest
 
 
@@ -26,17 +26,17 @@ def fields(facts: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
 
 
 def crowd(threads: int, facts: Path = Path("/proc/loadavg")) -> float:
-    """Returns how many threads of other processes run or wait for a core at this moment, relative to as many as do not
-    disturb ``threads`` of our own: above 1 they disturb them. 0 where the system does not say.
+    """Returns how many threads of other processes run or wait for a core at this moment, relative to the number that
+    does not disturb ``threads`` of ours: above 1 they do. It returns 0 if the system does not say.
     """
     cores = os.cpu_count() or 1
-    # More than a quarter of the cores share their caches and memory with ours; more than we leave free wait for ours.
+    # Threads on more than a quarter of the cores slow our memory; more than the cores that we leave free delay ours.
     return max(0, _running(facts) - threads) / min(cores / 4, max(0.5, cores - threads))
 
 
 def free_cores(facts: Path = Path("/proc/loadavg")) -> int:
-    """Returns how many cores no thread of another process wants at this moment, one of our threads running: at least
-    one; all where the system does not say.
+    """Returns how many cores no thread of another process wants at this moment, while one of ours runs: at least one,
+    and all if the system does not say.
     """
     return max(1, (os.cpu_count() or 1) - max(0, _running(facts) - 1))
 
@@ -56,11 +56,11 @@ def _running(facts: Path) -> int:
 class Load:
     """Watches for load by other processes while something is measured on ``threads`` threads.
 
-    Three signs are looked at, because each is the only one somewhere. Most systems count the threads that want a core,
+    It reads three signs, because on some machines there is only one. Most systems count the threads that want a core,
     which is the only sign of a steady load beside us. A sandbox hides that number, a container with a few cores of a
-    large machine hardly sees it move, and it says nothing of a limit on the container's time: there our own clocks tell
-    that this thread had to wait, or that equal calls took different times. Averages such as ``os.getloadavg`` are a
-    minute late and include what this process did before.
+    large machine hardly sees it move, and it ignores a limit on the container's time: there our own clocks tell that
+    this thread had to wait, or that equal calls took different times. Averages such as ``os.getloadavg`` are a minute
+    late and include this process's own earlier work.
     """
 
     def __init__(self, threads: int):

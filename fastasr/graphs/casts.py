@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters in autocast's dtype: one copy for all of them at the beginning of a recorded pass.
+"""Casts all parameters to autocast's dtype by one copy at the beginning of a recorded pass.
 
 Under autocast every product casts its weights, and autograd casts their gradients back: 1,200 small kernels in a
 training step of a Zipformer. While a call is recorded, the modules hold the casts in the place of these parameters.
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Uses(TorchDispatchMode):
-    """Finds the parameters that a pass uses only by casting all of one to ``dtype``, once."""
+    """Finds the parameters of which a pass uses only one whole cast to ``dtype``."""
 
     def __init__(self, parameters, dtype):
         super().__init__()
@@ -38,7 +38,7 @@ class Uses(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def castable(self, parameters):
-        """Returns those of the parameters that need not be there in their own dtype."""
+        """Returns the parameters that the pass does not need in their own dtype."""
         alone = Counter(map(_storage, parameters))  # two parameters may be views of one tensor
         return [
             p
@@ -64,7 +64,7 @@ class Casts:
         starts, end = [], 0
         for p in parameters:
             starts.append(end)
-            end += -(-p.numel() // 64) * 64  # each begins where vectors of 16 bytes may
+            end += -(-p.numel() // 64) * 64  # each begins at a multiple of 16 bytes
         buffer = torch.zeros(end, dtype=dtype, device=parameters[0].device)
         self.leaves = [
             buffer[start : start + p.numel()].view(p.shape).requires_grad_(p.requires_grad)
@@ -85,7 +85,7 @@ class Casts:
 
     @contextlib.contextmanager
     def in_place(self):
-        """Inside the block the modules hold the casts."""
+        """Has the modules hold the casts inside the block."""
         try:
             for table, name, p in self.places:
                 table[name] = self.of[id(p)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes as CUDA graphs."""
+"""Records passes as CUDA graphs."""
 
 import torch
 
@@ -8,7 +8,7 @@ from fastasr.graphs.recording import Unrecordable
 
 
 class CudaRecorder:
-    """Records the passes of one module as CUDA graphs whose memory is one pool."""
+    """Records the passes of one module as CUDA graphs that share one pool of memory."""
 
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
@@ -27,8 +27,8 @@ class CudaRecorder:
             torch.cuda.set_rng_state(state[1])
 
     def record(self, function, recording):
-        """Returns what replays ``function()``, and what it returned. Nothing has run on the device, and torch's
-        generators are where they were.
+        """Returns a replay of ``function()``, and its result. Nothing has run on the device, and torch's generators
+        are where they were.
         """
         graph, state = torch.cuda.CUDAGraph(), torch.get_rng_state()
         capture = torch.cuda.graph(

@@ -29,14 +29,14 @@ class Gradients:
 
     def __init__(self, parameters, clones=False):
         self.parameters, self.clones = parameters, clones
-        self.pieces = [None] * len(parameters)  # (buffer, where it begins, how many, in which shape)
+        self.pieces = [None] * len(parameters)  # (buffer, first element, number of elements, shape)
         self.buffers = []
         for dtype, device in {(p.dtype, p.device) for p in parameters}:
             begin = 0
             for i, p in enumerate(parameters):
                 if (p.dtype, p.device) == (dtype, device):
                     self.pieces[i] = len(self.buffers), begin, p.numel(), p.shape
-                    begin += -(-p.numel() // 64) * 64  # each piece begins where vectors of 16 bytes may
+                    begin += -(-p.numel() // 64) * 64  # each piece begins at a multiple of 16 bytes
             self.buffers.append(torch.zeros(begin, dtype=dtype, device=device))
         self.views = self._views(self.buffers)
         self.addresses = [view.data_ptr() for view in self.views]
@@ -49,8 +49,8 @@ class Gradients:
         return sum(b.numel() * b.element_size() for b in self.buffers)
 
     def given(self, found):
-        """Returns what autograd is given: fresh views, since it keeps a gradient that nobody else holds, and copies
-        others. ``found`` says which parameters have one."""
+        """Returns the gradients for autograd as fresh views, because it keeps a gradient that nobody else holds, and
+        copies others. ``found`` says which parameters have one."""
         views = self._views([b.clone() for b in self.buffers]) if self.clones else self.views
         if all(found):
             return map(torch.Tensor.detach, views)
@@ -97,7 +97,7 @@ class Graph:
 
     def _forward(self):
         kind = self.device.type
-        # a cast that autocast keeps for later calls would be one from before the optimizer's step
+        # A cast that autocast keeps for later calls would be older than the optimizer's step.
         cast = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, torch.get_autocast_dtype(kind), cast, cache_enabled=False):
             if self.casts is None:
@@ -107,7 +107,7 @@ class Graph:
                 return tree_flatten(self.forward(self.static))
 
     def _backward(self, outputs, incoming):
-        """Returns the gradients of the inputs, and which parameters have one. Theirs are in ``self.gradients``."""
+        """Returns the inputs' gradients, and which parameters have one; these lie in ``self.gradients``."""
         inputs = [t for t in self.tensors if t.requires_grad]
         found = self._differentiated(outputs, inputs, incoming)
         ours = found[len(inputs) :]
@@ -128,8 +128,8 @@ class Graph:
             return torch.autograd.grad(outputs, inputs + parameters, incoming, allow_unused=True)
 
     def _rehearse(self, recorder, module):
-        """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. Libraries
-        choose kernels and allocate workspaces then, and it shows which parameters are only cast.
+        """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
+        libraries choose kernels and allocate workspaces, and it shows which parameters are only cast.
         """
         buffers = list(module.buffers())
         before = [b.clone() for b in buffers]

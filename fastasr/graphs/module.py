@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The graphs of a module: which calls are replayed, which run as they are, and why.
 
-The first calls of a kind run as they are. Then it is recorded, and each call of that kind is a replay while nothing has
-changed on which the recording depends. Whatever cannot be recorded runs as it is, with a reason that the user can read.
+The first calls of a kind run as they are. Then the kind is recorded, and its calls are replays as long as nothing
+changes on which the recording depends. A call that cannot be recorded runs as it is, with a reason for the user.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from fastasr.models.common import attention_dropout
 from fastasr.models.common.plain import any_global_hook
 from fastasr.ops import _dispatch
 
-MAX_KINDS = 1024  # that a module remembers
-MAX_DROPS = 2  # of a kind's graph, to make room for others: then the kind is not recorded again
+MAX_KINDS = 1024  # A module remembers at most this many.
+MAX_DROPS = 2  # A kind whose graph was dropped this often, to make room for others, is not recorded again.
 _OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
 _NOT_RECORDED = "not recorded: "
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -57,11 +57,11 @@ class Graphs:
     most: graphs that a module keeps in training and in inference; the one used longest ago goes first.
     memory: bytes, or text such as "8GB", that the graphs of a module may hold beyond what they share.
     parts: records the layers or stacks of an encoder one by one, so that the gradients of each are ready early, for
-        DistributedDataParallel to send them while others are computed. Otherwise this happens only where an encoder
+        DistributedDataParallel to send them while others are computed. If False, this happens only where an encoder
         drops layers at random, so that its calls as a whole cannot be recorded.
-    clone_gradients: gives every backward pass gradients of its own. Otherwise the next backward pass overwrites
-        gradients that are no longer any parameter's ``grad``.
-    recorder: makes what records the calls of a module; None for CUDA graphs.
+    clone_gradients: gives every backward pass its own gradients. If False, the next backward pass overwrites gradients
+        that are not any parameter's ``grad``.
+    recorder: makes the recorder of a module's calls; None for CUDA graphs.
     """
 
     after: int = 2
@@ -93,7 +93,7 @@ def _bytes(memory):
 
 @dataclass
 class Kind:
-    """What is known of a kind of call: how often it was seen, replayed, recorded, and dropped to make room for others;
+    """The record of a kind of call: how often it was seen, replayed, recorded, and dropped to make room for others;
     the bytes of its graph; or why it is not recorded.
     """
 
@@ -107,16 +107,16 @@ class Kind:
 
 
 class _Structure:
-    """All of a module but the values of its tensors that a recording depends on. It is compared at every call, so it
-    holds the dicts of all submodules, and compares them by functions of C: a walk over the modules costs more than a
-    replay.
+    """The parts of a module on which a recording depends, except the values of its tensors. They are compared at every
+    call, so it holds the dicts of all submodules and compares them by functions of C: a walk over the modules costs
+    more than a replay.
     """
 
     def __init__(self, module):
         modules = list(module.modules())
-        # (the module's own dict holds its bound forward, and so the module)
+        # The module's own dict is left out: it holds the bound forward, and so the module.
         self.own = [vars(m) for m in modules if m is not module]
-        # (an entry in a table that was empty is read by no forward that was recorded)
+        # Empty tables are left out: no recorded forward reads an entry that is added to one later.
         self.tables = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
         self.hooks = [
             d
@@ -145,7 +145,7 @@ class _Structure:
         )
 
     def has_hooks(self):
-        """Says whether a submodule has hooks. They are looked at again after any hook was registered anywhere."""
+        """Says whether a submodule has hooks. It looks again after any hook was registered anywhere."""
         if RemovableHandle.next_id != self.hooks_known:
             if any(self.hooks):
                 return True
@@ -157,15 +157,15 @@ class _Structure:
 
 
 class ModuleGraphs:
-    """The graphs of one module, and what replays them. ``forward(module, *args, **kwargs)`` is what is recorded.
+    """The graphs of one module, and their replays. It records ``forward(module, *args, **kwargs)``.
 
     ``choice`` names a method of the module without arguments that draws how a call runs, such as the size of its
-    chunks: calls for which it returns different things are of different kinds. The calls of a part that ``has_whole``
-    are recorded only where those of the encoder around it cannot be.
+    chunks: calls for which it returns different values are of different kinds. If a part ``has_whole``, its calls are
+    recorded only if the encoder around it cannot be.
     """
 
     def __init__(self, module, forward, options, choice=None, whole=False):
-        self._module = weakref.ref(module)  # which lives on without its graphs
+        self._module = weakref.ref(module)  # The graphs do not keep it alive.
         self.forward, self.options, self.choice, self.has_whole = forward, options, choice, whole
         self.kinds, self.graphs = OrderedDict(), OrderedDict()
         # a weak reference to the node of a replayed forward pass whose backward pass may follow
@@ -207,7 +207,7 @@ class ModuleGraphs:
                 _left.note(module, reason, level=logging.INFO if reason == _OUTSTANDING else logging.WARNING)
             with _in_parts(reason.startswith(_NOT_RECORDED)):
                 return self.forward(module, *args, **kwargs)
-        if not graph.trains and not self.structure.stays():  # looked at while the GPU works
+        if not graph.trains and not self.structure.stays():  # This comparison runs while the GPU works.
             with self._lock:
                 self._begin()
             return self(*args, **kwargs)
@@ -282,7 +282,7 @@ class ModuleGraphs:
                 vars(module).pop(self.choice, None)
                 changed = _put_back(module, before)
             graph.addresses = self._addresses()
-            if changed:  # a replay would not change it, and a tensor that was made would be overwritten
+            if changed:  # a replay would not change it, and would overwrite new tensors
                 raise Unrecordable(f"a call changes attributes of modules: {', '.join(changed)}")
             if random.getstate() != state:
                 raise Unrecordable("it draws from Python's random outside of a plan")
@@ -313,7 +313,7 @@ class ModuleGraphs:
                     )
 
     def _key(self, module, leaves, form):
-        """Returns all that selects the code of a call."""
+        """Returns everything that selects the code of a call."""
         tensors = tuple(
             (a.shape, a.dtype, a.device, a.requires_grad, a.stride())
             if isinstance(a, torch.Tensor)
@@ -335,7 +335,7 @@ class ModuleGraphs:
 
 
 def _attributes(module):
-    """Returns what the attributes of all submodules hold, and the elements of those that are lists or dicts."""
+    """Returns the attributes of all submodules, and the elements of those that are lists or dicts."""
     return {(m, name): (value, _elements(value)) for m in module.modules() for name, value in vars(m).items()}
 
 
@@ -345,7 +345,7 @@ def _elements(value):
 
 
 def _put_back(module, before):
-    """Gives changed attributes their values back, but for elements of lists and dicts. Returns their names."""
+    """Gives changed attributes their values back, except elements of lists and dicts. Returns their names."""
     changed = []
     for (m, name), (value, elements) in _attributes(module).items():
         old, old_elements = before.get((m, name), (None, None))
@@ -423,8 +423,8 @@ def of(module):
 
 
 def graph_state(model):
-    """Returns path -> list of :class:`Kind` for every module of ``model`` that has graphs: what was seen, recorded and
-    replayed, how many bytes it holds, or why it is not recorded.
+    """Returns path -> list of :class:`Kind` for every module of ``model`` that has graphs: the calls seen, recorded and
+    replayed, the bytes that it holds, or why it is not recorded.
     """
     found = {path: of(module) for path, module in model.named_modules()}
     return {path: list(graphs.kinds.values()) for path, graphs in found.items() if graphs is not None}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass under construction: what the host decides before each replay.
+"""One pass under construction, and the numbers that the host decides before each replay.
 
 A *plan* is a function without arguments that returns numbers: it draws the random numbers and reads the schedules that
 the unrecorded call would draw and read at this place. Recording calls no plan. Before each replay all plans run in the
@@ -12,12 +12,12 @@ import torch
 from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Verdict, Verdicts
 
-CAPACITY = 1 << 14  # numbers of one pass: a Zipformer-M has about 2,500
-MAX_VERDICTS = 1 << 12  # verdicts of one pass: a Zipformer-M has 178
+CAPACITY = 1 << 14  # A pass has at most this many numbers: a Zipformer-M has about 2,500.
+MAX_VERDICTS = 1 << 12  # A pass has at most this many verdicts: a Zipformer-M has 178.
 
 
 class Unrecordable(Exception):
-    """Raised while a call is recorded where it cannot be; the message says why."""
+    """Raised while a call is recorded that cannot be; the message says why."""
 
 
 class Recording:
@@ -33,14 +33,14 @@ class Recording:
         self.now = [0.0] * CAPACITY
         self.plans, self.used = [], 0
         self.phases = []  # (schedule, whether it was 0): a replay is valid while this holds
-        # Whether what acts on gradients owns them, and may change them in place; and of which columns they are.
+        # Whether modules that act on gradients may change them in place; and which columns of them they change.
         self.owned, self.columns = False, None
-        self.told = []  # (who hears it, whether it is to hear), one for each of the verdicts
+        self.told = []  # (listener, whether to call it), one for each verdict
         self.verdicts = torch.zeros(MAX_VERDICTS if back is None else 0, 16, dtype=torch.bool, device=device)
 
     def numbers(self, plan, count):
         """Returns the ``Numbers`` that ``plan`` returns before each replay."""
-        # each begins at a multiple of 16 bytes: kernels are compiled for such addresses and for others
+        # Each begins at a multiple of 16 bytes, because kernels are compiled apart for other addresses.
         begin = -(-self.used // 4) * 4 if count else self.used
         self.used = begin + count
         if self.used > CAPACITY:
@@ -85,7 +85,7 @@ class Recording:
             self.values[: self.used].copy_(numbers, non_blocking=True)
 
     def tell(self):
-        """Tells what the replay found to those who acted: one copy for all, which nobody waits for here."""
+        """Tells the verdicts of the replay to the listeners that acted: one copy for all, without waiting for it."""
         if self.told:
             found = Verdicts(self.verdicts[: len(self.told), 0])
             for i, (hear, acts) in enumerate(self.told):

@@ -46,7 +46,7 @@ from fastasr.ops._written.zipformer_attention_weights import (
 
 # written by `make ops`: end
 
-# registers torch.ops.fastasr_cpu.*; where the library is missing, a table reports it instead of an exception
+# This registers torch.ops.fastasr_cpu.*. If the library is missing, the table of ops says so and nothing raises.
 _dispatch.prepare()
 
 NAMES = tuple(sorted(OPS))

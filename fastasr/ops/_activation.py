@@ -15,7 +15,7 @@ def _identity(x: Tensor) -> Tensor:
 
 Activation = Literal["identity", "silu", "relu", "tanh", "gelu"]
 NAMES = get_args(Activation)
-NUMBERS = {name: number for number, name in enumerate(NAMES)}  # what kernels receive
+NUMBERS = {name: number for number, name in enumerate(NAMES)}  # Kernels receive the number.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": _identity,
     "silu": F.silu,

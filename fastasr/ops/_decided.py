@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small steps of a recorded training pass, whose decisions are numbers on the device, as one kernel each on CUDA.
 
-Not public: rates and flags are tensors of one element that the host writes before each replay, and random numbers are
-drawn by the caller, so that they are those of a pass that is not recorded. A sequence is kept where its number exceeds
-the rate. Each function below is its formula in eager, which serves elsewhere.
+Not public: rates and flags are tensors of one element that the host writes before each replay. The caller draws the
+random numbers, so a recorded pass has the same ones as an unrecorded one. A sequence is kept where its number exceeds
+the rate. Off CUDA, each function below runs its eager formula.
 """
 
 import importlib
@@ -40,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 def plus(src: Tensor, y: Tensor, drawn: Drawn | None, narrow: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """src, y (T, B, C) -> src + y, without y where a sequence is dropped, and that in ``narrow`` (None: itself)."""
+    """Returns src + y (T, B, C), without y in dropped sequences, and this sum in ``narrow`` (None: the sum itself)."""
     kernels = _kernels(src, y)
     if kernels is not None:
         return kernels.plus(src.contiguous(), y.contiguous(), *(drawn or (None, None)), narrow)
@@ -51,8 +51,8 @@ def plus(src: Tensor, y: Tensor, drawn: Drawn | None, narrow: torch.dtype | None
 def gradients(
     grads: list[Tensor], drawn: Drawn | None, dtype: torch.dtype | None, narrow: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One to five gradients of (T, B, C), the widest first -> their sum in ``dtype``, and in ``narrow`` for the kept
-    sequences; None for a dtype of None. Both are new tensors.
+    """Returns the sum of one to five gradients (T, B, C), the widest first, in ``dtype``, and in ``narrow`` for the
+    kept sequences; None for a dtype of None. Both are new tensors.
     """
     kernels = _kernels(*grads)
     if kernels is not None:
@@ -76,7 +76,7 @@ def mask(drawn: Tensor, rate: Tensor, scale: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, drawn: Drawn) -> Tensor:
-    """x (C,) -> (B, C): x for the kept sequences, 0 for the others."""
+    """Returns (B, C): x (C,) for the kept sequences, 0 for the others."""
     kernels = _kernels(x)
     if kernels is not None:
         return kernels.scaled(x.contiguous(), *drawn)
@@ -84,8 +84,8 @@ def scaled(x: Tensor, drawn: Drawn) -> Tensor:
 
 
 def limited(grad: Tensor, x: Tensor, limits: Tensor, drawn: Drawn | None = None) -> Tensor:
-    """Returns the gradient of x, turned where it would push x further out of its limits. ``limits`` are whether they
-    apply, the least and the greatest x. With ``drawn``, ``grad`` is that of :func:`scaled`.
+    """Returns the gradient of x, turned where it would push x further out of its limits. ``limits`` holds whether
+    they apply, the least and the greatest x. With ``drawn``, ``grad`` is the gradient of :func:`scaled`.
     """
     kernels = _kernels(x[None], grad)
     if kernels is not None:
@@ -129,5 +129,5 @@ def join_heads(x: Tensor, heads: int, rows: int, dim: int) -> Tensor:
 
 
 def pads(x: Tensor) -> bool:
-    """Says whether kernels serve x, which pad with zeros what products read."""
+    """Says whether kernels serve x; they pad the operands of products with zeros."""
     return _kernels(x) is not None

@@ -52,8 +52,8 @@ def why_not_native() -> str:
 
 @cache
 def native_build_info() -> dict:
-    """Returns SIMD level in use and CUDA architectures of the native library; {} when it is missing. How it was built
-    is known in the Python that built it.
+    """Returns the native library's SIMD level in use and CUDA architectures; {} when it is missing. Only the Python
+    version that built it also gets the compiler's facts.
     """
     if why_not_native():
         return {}
@@ -214,7 +214,7 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[], str]
     load: Callable[[], Kernels]
-    # the reason why it does not serve a CUDA device
+    # Says why it does not serve a CUDA device.
     why_not_on: Callable[..., str] = lambda device=None: ""
 
 
@@ -223,7 +223,7 @@ class KernelFamily:
     name: str
     ops: tuple[str, ...]
     implementations: tuple[Implementation, ...]
-    # the definition calls a vendor library's kernel: using it loses nothing worth a warning
+    # The definition calls a vendor library's kernel, so falling back to it needs no warning.
     vendor: bool = False
     chosen: dict = field(default_factory=dict)
     # by device and dtype: the backend whose kernels the device could not launch, and why
@@ -315,14 +315,14 @@ def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dt
 
 
 def _served(family: str, device_type: str, index: int | None, dtype: torch.dtype, forced: str) -> bool:
-    # when the graph runs, a traced dual level is one of C++ alone, which the operator would not see
+    # When the graph runs, a traced dual level exists in C++ alone, and the operator would not see it.
     if forward_ad._current_level >= 0 and not transforms_active():
         return False
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     return FAMILIES[family]._choose(device, dtype) is not None
 
 
-# What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo: that takes as long as torch.
+# torch.compiler.assume_constant_result sets this, but calling it imports torch._dynamo, which takes as long as torch.
 vars(_served)["_dynamo_marked_constant"] = True
 
 

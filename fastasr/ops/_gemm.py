@@ -2,13 +2,13 @@
 """The matrix product around a kernel: torch's or one of fastasr's own, whichever was measured faster on this machine.
 
 torch's float32 products go through MKL, which takes a slow path on some CPUs. fastasr's own product
-(csrc/cpu/gemm/gemm.h) takes operands of any strides, reads long rows where they lie, packs the rest and writes to
-memory that was used before, which is faster for large results and for transposed operands, as gradients have. A third
-one, for fewer than 16 rows as in a stream's chunk, reads each weight once, where it lies. The choice is measured, never
-guessed from a vendor name: the first call of each shape class runs both on its own operands (a few calls' time), and
-the winner is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Beside other
-processes another product may be the faster one, or seem so: the file says which choices were made there, and a later
-process makes them again. Only float32 on CPU has a choice; torch computes everything else.
+(csrc/cpu/gemm/gemm.h) takes operands of any strides, reads long rows where they lie, packs the rest and writes results
+to freed buffers. It is faster for large results and for the transposed operands of gradients. A third product, for
+fewer than 16 rows as in a stream's chunk, reads each weight once, where it lies. The choice is measured, never guessed
+from a vendor name: the first call of each shape class runs both on its own operands (a few calls' time), and the winner
+is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Load from other processes
+may change which product is faster, or seems so: the file marks choices made under load, and a later process measures
+them again. Only float32 on CPU has a choice; torch computes everything else.
 
 Environment: ``FASTASR_GEMM=auto|torch|native``, ``FASTASR_CACHE=<folder>`` (default: the user's cache folder).
 """
@@ -36,19 +36,19 @@ from fastasr.ops._dispatch import why_not_cpu
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
 _MARGIN_UNDER_LOAD = 0.9
-_REVISION = 8  # of fastasr's product, of its measurement and of the file: other choices are not read
-_PAIRS = 8  # of rounds, one in either order: at least one, and more as long as all take less than _SHORT_S
-_SHORT_S = 0.05  # twice that under load
+_REVISION = 8  # It rises with fastasr's product, measurement and file; choices of others are not read.
+_PAIRS = 8  # At most this many pairs of rounds are timed, and after the first only while all take less than _SHORT_S.
+_SHORT_S = 0.05  # A measurement under load may take twice as long.
 _BUDGET_S = 0.5
-_MOST_FEW = 15  # rows: cpu::kFewRows
-_FEW_COLUMNS = 14  # as many rows as a tile of registers has with AVX-512
-SMALL = 1 << 17  # one row of 192 to 512 is below it
-_LARGE = 96 * SMALL  # torch multiplies smaller matrices of a batch at once, faster than fastasr one by one
-CHAINS = 12  # columns: where a weight's gradient has fewer, torch adds in one chain of floats
+_MOST_FEW = 15  # The product of few rows takes at most this many: cpu::kFewRows.
+_FEW_COLUMNS = 14  # A tile of registers has this many rows with AVX-512.
+SMALL = 1 << 17  # One row of 192 inputs and 512 outputs is below it.
+_LARGE = 96 * SMALL  # torch multiplies a batch of smaller matrices at once, faster than fastasr one by one.
+CHAINS = 12  # If a weight's gradient has fewer columns, torch adds it up in one chain of floats.
 _CLEAR = 1.1  # Stop after two pairs if fastasr's product is this much slower.
-_AGAIN_S = 60  # until a choice made under load is measured again, doubled each time it was under load again
-_DOUBLED = 11  # times, which makes a day and a half
-_AGAIN_BUDGET_S = 0.5  # of one process: a model has some hundred choices, of 20 ms each
+_AGAIN_S = 60  # A choice made under load is measured again after this time, which doubles with each loaded measurement.
+_DOUBLED = 11  # The time doubles at most this often, to a day and a half.
+_AGAIN_BUDGET_S = 0.5  # A process spends at most this: a model has some hundred choices, of 20 ms each.
 
 why_not = partial(why_not_cpu, "gemm")  # says why there is nothing to choose from; "" when there is
 
@@ -106,7 +106,7 @@ _PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
         "weight_grad": lambda g, x: _native(g.t(), x),
         "conv_weight_grad": _planes,
     },
-    "few rows": {"forward": _few_rows},  # "native" of fewer than 16 rows; its bits are other ones
+    "few rows": {"forward": _few_rows},  # "native" of fewer than 16 rows; it gives different bits
 }
 
 
@@ -118,7 +118,7 @@ def _machine(*facts: Path) -> str:
     fields = processor.fields(*facts)
     name = platform.processor() or platform.machine()
     name += "".join(f"{key}: {value}" for key, value in fields.items() if key.startswith(known))
-    # FASTASR_SIMD may hold kernels of another set than the machine's widest
+    # FASTASR_SIMD may select a narrower set of kernels than the machine's widest.
     name += _dispatch.native_build_info().get("simd_set", "")
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
@@ -136,20 +136,20 @@ def cache_file() -> Path:
 class _Choice:
     product: str
     under_load: bool
-    times: int  # that it has been measured
-    at: float  # when it was last, in seconds since 1970
+    times: int  # how often it has been measured
+    at: float  # the time of the last measurement, in seconds since 1970
 
     def due(self) -> bool:
         """Says whether it is to be measured again, if the machine is idle."""
         wait = _AGAIN_S << min(self.times - 1, _DOUBLED)
-        # a negative time: the clock has been set back
+        # If the time is negative, the clock was set back.
         return self.under_load and _again > 0 and not 0 <= time.time() - self.at < wait
 
 
 _choices: dict[tuple, Callable[..., Tensor]] = {}
 _forgotten = 0
 _saved: dict[str, object] | None = None
-_again = _AGAIN_BUDGET_S  # is left
+_again = _AGAIN_BUDGET_S  # the seconds left
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -173,8 +173,8 @@ def _parsed(entry: object, products: Collection[str] = _PRODUCTS) -> _Choice | N
 
 
 def _remember(key: str, choice: _Choice, products: Collection[str] = _PRODUCTS) -> _Choice:
-    """Writes a choice to the file. Returns the one that holds: one that another process has made on an idle machine
-    meanwhile is better than one made under load.
+    """Writes a choice to the file. Returns the one that holds: a choice that another process made meanwhile on an
+    idle machine replaces one made under load.
     """
     path = cache_file()
     try:
@@ -184,7 +184,7 @@ def _remember(key: str, choice: _Choice, products: Collection[str] = _PRODUCTS) 
         if other is not None and choice.under_load > other.under_load:
             return other
         content[key] = asdict(choice)
-        # without what is damaged; a line each: json's own indentation takes ten times as long
+        # Damaged entries are dropped. Each entry takes a line: json's own indentation takes ten times as long.
         whole = sorted(item for item in content.items() if _parsed(item[1]) is not None)
         lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in whole)
         files.write(path, "{\n" + ",\n".join(lines) + "\n}\n", durable=False)
@@ -194,7 +194,7 @@ def _remember(key: str, choice: _Choice, products: Collection[str] = _PRODUCTS) 
 
 
 def kept() -> tuple[int, int]:
-    """Counts the choices on disk, and those of them that were made under load."""
+    """Counts the choices on disk, and among them the ones made under load."""
     found = [choice for entry in _read(cache_file()).values() if (choice := _parsed(entry)) is not None]
     return len(found), sum(choice.under_load for choice in found)
 
@@ -209,13 +209,13 @@ def forget() -> None:
 
 
 def generation() -> int:
-    """Counts the calls of ``forget``: choices hold as long as the number."""
+    """Counts the calls of ``forget``: choices are valid while the number stays."""
     return _forgotten
 
 
 def _decide(key: tuple, operands: tuple | None) -> str:
-    """Returns the product for calls of this class, which is measured on the operands; without any, "" if that has not
-    been done yet.
+    """Returns the product for calls of this class, measured on the operands. Without operands it returns "" before the
+    first measurement.
     """
     global _saved, _again
     policy = os.environ.get("FASTASR_GEMM", "auto")
@@ -224,8 +224,8 @@ def _decide(key: tuple, operands: tuple | None) -> str:
     if policy == "torch" or why_not():
         return "torch"
     operation, m, *sizes, threads = key
-    # Its kernel takes 8 outputs or more, and a class of 16 has none with fewer. There "native" is no candidate: MKL's
-    # sums of so few rows may be short ones, and its error was 2.4 times theirs on an Intel processor.
+    # The kernel takes 8 outputs or more, which all calls of a class of 16 have. For few rows "native" is no candidate:
+    # MKL may add them in short sums, and the error of "native" was 2.4 times MKL's on an Intel processor.
     few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and sizes[0] >= 16
     own = "few rows" if few and not why_not_cpu("linear_few_rows") else "native"
     if policy == "native":
@@ -254,7 +254,7 @@ def _decide(key: tuple, operands: tuple | None) -> str:
 
 
 def _timed(product: str, operation: str, operands: tuple) -> float:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # without other processes
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # a thread's own time
     begin = clock()
     _PRODUCTS[product][operation](*operands)
     return clock() - begin
@@ -279,7 +279,7 @@ def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
             load.look()
     busy = load.is_high(theirs, ours)
     margin = _MARGIN_UNDER_LOAD if busy else _MARGIN
-    # The shortest times are those that others disturbed least. The median of rounds shows if only one was lucky.
+    # Other processes disturb the shortest times least. The median of rounds shows if only one was lucky.
     wins = theirs and min(ours) < margin * min(theirs)
     wins = wins and processor.median([b - a for a, b in zip(theirs, ours, strict=True)]) < 0
     return own if wins else "torch", busy
@@ -352,7 +352,7 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     if grad.dim() != 2:
         grad, x = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (grad, x))
     (rows, n), k = grad.shape, x.shape[1]
-    if k <= _FEW_COLUMNS < n:  # they fill more of a tile of registers as rows
+    if k <= _FEW_COLUMNS < n:  # Few columns fill more of a tile of registers as rows.
         return weight_grad(x, grad).t().contiguous()
     if grad.numel() * k < SMALL:
         return _weight_grad(grad, x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rnnt_joiner and tdt_joiner share: their kernels, the formula of a row, checks and operands."""
+"""Code that rnnt_joiner and tdt_joiner share: their kernels, the formula of a row, checks and operands."""
 
 import math
 
@@ -49,7 +49,7 @@ def log_probabilities(
         hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # 0 at s = S
+    # The symbol at s = S is 0.
     target = F.pad(symbols, (0, 1)).clamp(0, weight.shape[0] - 1).gather(1, index).view(*s.shape, 1)
     blank = logits[..., termination_symbol]
     if hat:
@@ -103,10 +103,10 @@ def operands(a, starts: Tensor, s_range: int, hat: bool, durations: int) -> tupl
 
 
 def launch(kernels, a, operands: tuple, rows: int, keep: bool) -> tuple[Tensor, ...]:
-    """Returns a joiner's outputs and what is kept."""
+    """Returns a joiner's outputs and the tensors kept for its backward pass."""
     kept = a.keep_logits
     if kept is None:
         kept = rows * sum(a.weight.shape) * max(4, a.weight.dtype.itemsize) <= KEPT_BYTES
     *outputs, normaliser, chunks = kernels.forward(*operands, keep, kept)
-    normaliser.chunks = chunks  # they live until the backward has run
+    normaliser.chunks = chunks  # The chunks live until the backward has run.
     return *outputs, normaliser

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastasr.ops import _gemm, _reduced_weights
 
-# Bytes of a chunk's hidden values and logits: what one pass wrote is still in the cache when the next pass reads it.
+# A chunk's hidden values and logits have this many bytes, so that the next pass still finds them in the cache.
 CHUNK_BYTES = 6 << 20
 CHUNK_ROWS = 528
 
@@ -43,8 +43,8 @@ class Joiner:
     hat: bool
     durations: int  # the number of outputs behind the tokens
     dropout: float
-    wide: torch.dtype = torch.float32  # of the results
-    short: bool = False  # the products are of bfloat16
+    wide: torch.dtype = torch.float32  # the dtype of the results
+    short: bool = False  # whether products multiply bfloat16
 
     @classmethod
     def of(cls, am, lm, weight, bias, symbols, starts, boundary, seed, *rest) -> "Joiner":
@@ -85,7 +85,7 @@ class Joiner:
         return _gemm.forward(hidden, self.weight, self.bias)
 
     def product_gradients(self, d: Tensor, hidden: Tensor, dweight: Tensor, needs) -> Tensor | None:
-        """Adds the weight's gradient to ``dweight`` and returns that of ``hidden``, each if it is needed."""
+        """Adds the weight's gradient to ``dweight`` and returns the gradient of ``hidden``, each if needed."""
         if self.short:
             d, hidden = d.bfloat16(), hidden.bfloat16()
         if needs[2]:
@@ -161,7 +161,7 @@ def backward(grad_symbol, grad_blank, grad_durations, *arguments) -> tuple[Tenso
             if dhidden is not None:
                 if p.dropout:
                     p.drop(chunk, dhidden)
-                    hidden = hidden * (1 - p.dropout)  # tanh' needs what was kept as it was
+                    hidden = hidden * (1 - p.dropout)  # tanh' needs the kept values unchanged.
                 torch.ops.fastasr_cpu.rnnt_joiner_hidden_gradient.default(
                     dhidden, hidden, chunk, p.activation, dam, dlm
                 )

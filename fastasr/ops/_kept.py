@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notices that tensors have changed from which something is kept between calls.
+"""Notices changes of tensors from which something is kept between calls.
 
 Kept are:
 
@@ -7,10 +7,10 @@ Kept are:
   encoder (``models/fast_conformer/positions.py``);
 - the packed weights of a layer's native call (``models/common/packed_layers.py``: Zipformer's layers, Emformer's), and
   of a decoder's step (``models/mega/decoding.py``; on a GPU its coefficients);
-- the weights of a greedy search (``decoding/looping_transducers.py``);
-- an engine's copy of a whole encoder (``streaming/encoder.py``);
+- the weights of a greedy search (``models/transducer/looping_transducers.py``);
+- an engine's copy of a whole encoder (``asr/streaming/encoder.py``);
 - weights in fewer bits (``ops/_reduced_weights.py``);
-- what a mask of attention hides (``models/fast_conformer/masks.py``), for which :func:`content` stands instead.
+- the hidden keys of an attention mask (``models/fast_conformer/masks.py``), which are compared by :func:`content`.
 
 Each of the others holds :class:`Originals`, a record of the tensors that it was made of, and is made again when they
 differ from it. The address and torch's counter of writes are compared; writes through ``parameter.data``, through a
@@ -33,11 +33,11 @@ from torch import Tensor
 from fastasr.ops import _dispatch
 
 PARTS = 8  # kKeptPieces of csrc/cpu/support/kept.h
-_RETURNED = 1 << 16  # bytes from which on the allocator may have given memory back to the system
-_SAMPLED = 256  # elements of a tensor that are compared where there is no native library
+_RETURNED = 1 << 16  # From this many bytes on, the allocator may have returned memory to the system.
+_SAMPLED = 256  # Without the native library, this many elements of a tensor are compared.
 _counter, _address = Tensor._version.__get__, Tensor.data_ptr
 _every: "weakref.WeakSet[Originals]" = weakref.WeakSet()
-_lock = threading.RLock()  # of this set
+_lock = threading.RLock()  # guards the set
 
 
 class Originals:
@@ -61,7 +61,7 @@ class Originals:
             )
             pieces = (torch.ops.fastasr_cpu.kept_pieces.default(spans, i, parts) for i in range(parts))
             self._pieces = itertools.cycle(list(pieces))
-            # of such tensors the size is compared as well: at the old address a smaller one may end before a piece
+            # Their sizes are compared too: a smaller tensor at the old address may end before a compared piece.
             large = [i for i, t in enumerate(tensors) if t.nbytes >= _RETURNED]
             self._large = operator.itemgetter(*large, large[0]) if large else lambda tensors: ()
             self._sizes = [*map(Tensor.numel, self._large(tensors))]
@@ -77,7 +77,7 @@ class Originals:
             return None
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
-        """Says whether these, the tensors of the record, are as they were, as far as it shows."""
+        """Says whether ``tensors``, the tensors of the record, seem unchanged."""
         return (
             not self._dropped
             and self._marked(tensors) == self._marks
@@ -91,7 +91,7 @@ class Originals:
 
 
 def drop(tensors: Iterable[Tensor]) -> int:
-    """Has everything that was made of one of these tensors be made again. Returns how many things that are."""
+    """Has everything made of one of these tensors made again. Returns the number of these things."""
     ids, dropped = set(map(id, tensors)), 0
     with _lock:
         every = list(_every)
@@ -103,8 +103,8 @@ def drop(tensors: Iterable[Tensor]) -> int:
 
 
 def content(mask: Tensor) -> object:
-    """Returns what is equal to another content of the same bool tensor only if nothing has changed, as far as it shows
-    without waiting for a GPU."""
+    """Returns a key for the content of a bool tensor. Two keys of one tensor are equal only if it has not changed
+    between them, as far as shows without waiting for a GPU."""
     if not mask.is_cpu:
         return None if mask.is_inference() else mask._version
     if not _is_readable(mask) or _dispatch.why_not_cpu("kept_digest"):

@@ -51,7 +51,7 @@ class RnntSteps:
         return cell.sum(1) if self.regular else cell[:, 1]
 
     def _at(self, cell: Tensor, k: int) -> Tensor:
-        """Returns (B, S+1): the cell, where it is in step k."""
+        """Returns (B, S+1), True at the cell if it is in step k."""
         return (self.row == cell[:, :1]) & (self.step_of(cell) == k)[:, None]
 
     def cells(self, add=log_add) -> Tensor:
@@ -140,7 +140,7 @@ class TdtSteps:
         return [arc for arc in arcs if 0 < arc[1] <= k]
 
     def scores(self, add=_log_sum) -> Tensor:
-        """Returns the scores. ``add`` joins -inf and what the arcs that enter a cell give, in the order of ``arcs``."""
+        """Returns the scores. ``add`` joins -inf and the terms of the arcs into a cell, in the order of ``arcs``."""
         cells: list[Tensor] = []
         begin = self.begin.sum(1)[:, None]
         nothing = self.zero.new_full((len(self.begin), self.row), -INF)

@@ -34,8 +34,8 @@ def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
 
 
 def rows(t: Tensor) -> Tensor:
-    """Returns ``t`` itself when its rows (the last dimension) are dense and evenly spaced, as those of a slice of a
-    projection are; else a contiguous copy.
+    """Returns ``t`` itself if its rows (the last dimension) are dense and evenly spaced, as in a slice of a projection,
+    and a contiguous copy if not.
     """
     if t.is_contiguous():
         return t
@@ -52,8 +52,8 @@ def rows(t: Tensor) -> Tensor:
 
 
 def dense_channels(t: Tensor) -> Tensor:
-    """Returns ``t`` (time, batch, channels) itself when its channels are dense, whatever the other strides; else a
-    copy.
+    """Returns ``t`` (time, batch, channels) itself if its channels are dense, whatever the other strides, and a copy if
+    not.
     """
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
 

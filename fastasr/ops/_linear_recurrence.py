@@ -95,7 +95,7 @@ def window(inputs: Tensor, q: Tensor, taps: int) -> Tensor:
     def late(h: Tensor, power: Tensor, steps: int) -> Tensor:
         return power.unsqueeze(-1) * F.pad(h, (steps, -steps))
 
-    # It takes only powers of two of q: their angle is exact, while that of q^36 would be rounded before its cosine.
+    # It takes only powers of two of q, whose angles are exact; the angle of q^36 would be rounded before its cosine.
     total, counted, shift = 0.0 * (q**1.0).unsqueeze(-1), 0, q**0.0
     block, size = inputs, 1  # the sum of `size` taps
     while True:

@@ -15,7 +15,7 @@ from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, triton_
 
 @dataclass(frozen=True)
 class Passes(Kernels):
-    """``forward`` is the gate, ``projected -> x``; ``backward`` what precedes the products of the backward pass,
+    """``forward`` is the gate, ``projected -> x``; ``backward`` the pass before the products of the backward one,
     ``(grad, projected) -> (x, u)``."""
 
     product: Callable  # (projected, o) -> y
@@ -36,9 +36,9 @@ FAMILY = KernelFamily("nonlin_attention", (), (_NATIVE, _TRITON))
 
 
 def passes(weights: Tensor, projected: Tensor) -> Passes:
-    """Returns the passes around the products, for a caller who computes these. ``forward`` and ``backward`` take a
-    number of rows too, to which x is filled up with zeros, and ``backward`` then a number on the device: where it is
-    not 0, x is 0.
+    """Returns the passes around the products, for a caller who computes these. ``forward`` and ``backward`` also take a
+    number of rows, to which they fill up x with zeros; ``backward`` then takes a number on the device too, and x is 0
+    where it is not 0.
     """
     found = FAMILY.kernels(projected, weights)
     return found if isinstance(found, Passes) and found.backend == "triton" else _EAGER

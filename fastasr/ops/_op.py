@@ -23,7 +23,7 @@ KERNELS = {"cpu": native_kernels, "cuda": cuda_kernels, "triton": triton_kernels
 
 @dataclass(frozen=True)
 class Written:
-    """What the written file of an op gives to functions that serve all ops."""
+    """The parts of an op's written file that functions for all ops use."""
 
     check: Callable[..., None]
     operator: Any
@@ -41,15 +41,15 @@ class Written:
 class Op:
     """A declaration. Calling it on the formula records it and returns the formula.
 
-    In the fields that are functions ``a`` holds the arguments by name, ``saved`` what ``saves`` names and the options,
-    and ``needs`` a bool per floating tensor, or None where kernels give all gradients at once. Each such function has
-    a name in the op's file, which the written file imports.
+    In the fields that are functions ``a`` holds the arguments by name, ``saved`` the tensors that ``saves`` names and
+    the options, and ``needs`` a bool per floating tensor, or None where kernels give all gradients at once. Each such
+    function has a name in the op's file, which the written file imports.
     """
 
     kernels: str | KernelFamily  # backends by name, the preferred first; or a family that several ops share
     _: KW_ONLY
     returns: str = "y"  # the outputs' names
-    summary: str = ""  # what the table of ops says; by default the docstring's first line
+    summary: str = ""  # the text in the table of ops; by default the docstring's first line
     subject: str = (
         ""  # where the table lists it: a folder of csrc/cpu, by default the one that has its kernel
     )
@@ -59,12 +59,12 @@ class Op:
     # The autocast rule: "one dtype" casts those arguments, names cast others, a function (op, dtype, a) -> a casts by
     # itself, "formula" does what eager does, and None applies no rule.
     autocast: str | Callable | None = None
-    # The dtypes of these arguments choose the kernels, which read floating tensors in it: float64 where one argument
-    # has it, else the first one's dtype. By default the first output's dtype chooses, and C++ kernels read it.
+    # The dtypes of these arguments choose the kernels and the dtype in which these read floating tensors: float64 where
+    # one argument has it, else the first one's. By default the first output's dtype chooses, and C++ kernels read it.
     deciding: str = ""
     wide: str = ""  # kernels get these arguments in that dtype, but at least float32
-    # Strides by name. Of an argument, a gradient "grad_y", or all gradients "grad": "any", "channels", "rows",
-    # "matrix", "vector" or "int64". Of an output: an argument whose strides it has, or a function (shape, dtype=,
+    # Strides by name. For an argument, a gradient "grad_y", or all gradients "grad": "any", "channels", "rows",
+    # "matrix", "vector" or "int64". For an output: an argument whose strides it has, or a function (shape, dtype=,
     # device=) that allocates what kernels return. All others are contiguous.
     strides: dict[str, str | Callable] | None = None
 
@@ -84,7 +84,7 @@ class Op:
     check: Callable | None = None  # (op, a); the native kernels check the same, or ``fits`` does
 
     # the backward pass
-    # Kernels hand these on besides the outputs: {name: Annotated[Tensor, shape, dtype]}. Where the shape depends on the
+    # Kernels return these besides the outputs: {name: Annotated[Tensor, shape, dtype]}. Where the shape depends on the
     # backend it is a function (backend, a) -> sizes.
     keeps: dict[str, Any] | None = None
     saves: str = ""  # the saved arguments, outputs and keeps; by default all tensors and keeps

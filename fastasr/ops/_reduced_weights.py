@@ -2,8 +2,8 @@
 """Copies of the weights of linear layers in fewer bits, which the products of inference read in their place.
 
 ``keep`` makes the copy of a parameter; from then on every product of an op with that parameter, or with a view of all
-of it as a matrix, runs on the copy (csrc/cpu/gemm/reduced_gemm.h has the formulas). The parameter itself stays, and a
-change of it (:mod:`fastasr.ops._kept`) makes its copy anew at the next product. A copy lives as long as its parameter,
+of it as a matrix, runs on the copy (csrc/cpu/gemm/reduced_gemm.h has the formulas). The parameter itself stays. If
+it changes (:mod:`fastasr.ops._kept`), the next product makes the copy again. A copy lives as long as its parameter,
 or until ``drop``.
 """
 
@@ -21,7 +21,7 @@ from fastasr import _left
 from fastasr.ops import _dispatch, _kept, _weight_formats
 
 FORMATS = {format: _weight_formats.FORMATS[format] for format in ("bf16", "int8")}
-MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
+MOST_INPUTS = 1 << 16  # as in csrc/cpu/gemm/reduced_gemm.h
 
 
 def why_not(format: str) -> str:
@@ -34,7 +34,7 @@ def why_not(format: str) -> str:
 
 @functools.cache
 def _product() -> Callable[..., Tensor]:
-    return torch.ops.fastasr_cpu.reduced_linear.default  # whose call costs less than that of all overloads
+    return torch.ops.fastasr_cpu.reduced_linear.default  # One overload costs less to call.
 
 
 class Copy:
@@ -52,7 +52,7 @@ class Copy:
         originals = _kept.Originals([weight], parts=_kept.PARTS)
         matrix = weight.detach().flatten(1).contiguous()
         self.packed = torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format])
-        # at the end: until then, other threads see that the copy is old
+        # These are set last: until then, other threads see that the copy is old.
         self._originals, self.address, self.outputs = originals, weight.data_ptr(), len(weight)
         _changed()
 
@@ -93,12 +93,12 @@ class Copy:
 _by_parameter = WeakIdKeyDictionary()  # parameter -> its copy
 copies: dict[int, Copy] = {}  # by the address of the parameter
 _thread = threading.local()
-_lock = threading.RLock()  # of both dictionaries
+_lock = threading.RLock()  # guards both dictionaries
 _changes = 0
 
 
 def generation() -> int:
-    """Counts the changes of copies: what was found among them holds as long as the number."""
+    """Counts the changes of copies: a result found among them is valid while the number stays."""
     return _changes
 
 
@@ -116,7 +116,7 @@ def keep(weight: Tensor, format: str) -> Copy:
         _refile(copy.address)
         _by_parameter[weight] = copies[copy.address] = copy
         if before is not None and copies.get(before.address) is before:
-            del copies[before.address]  # now: without any copies other threads would look for none
+            del copies[before.address]  # Without any copy, other threads would look for none.
         weakref.finalize(weight, _forget, copy.address)
         _changed()
         return copy
@@ -143,8 +143,8 @@ def is_suspended() -> bool:
 
 
 def _refile(address: int) -> None:
-    """Puts the copy at an address that its parameter has left, if there is one, where the parameter is now: products
-    look for copies only while there are some."""
+    """Moves the copy at an address that its parameter has left, if there is one, to the parameter's present address:
+    products look for copies only while there are some."""
     copy = copies.pop(address, None)
     weight = None if copy is None else copy._weight()
     if weight is not None and _by_parameter.get(weight) is copy:
@@ -152,7 +152,7 @@ def _refile(address: int) -> None:
 
 
 def _forget(address: int) -> None:
-    """Frees the copy at the address of a parameter that died, unless another has its memory by now."""
+    """Frees the copy at the address of a parameter that died, unless another parameter has its memory."""
     with _lock:
         copy = copies.get(address)
         if copy is not None and not copy.fresh():

@@ -70,8 +70,8 @@ def _autocast_kernel(op, device_type: str, key: str, autocast: Callable) -> Call
 
 
 def refuse_double_backward(name: str, *_) -> None:
-    """Raises RuntimeError. A backward on the direct path calls this where grad mode is on at its start, which is so
-    under ``create_graph=True`` alone.
+    """Raises RuntimeError. A backward on the direct path calls this if grad mode is on at its start, as only
+    ``create_graph=True`` makes it.
     """
     raise RuntimeError(
         f"fastasr.{name}: gradients of gradients are not implemented by the kernels; "

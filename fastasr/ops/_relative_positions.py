@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def relative_shift(scores: Tensor) -> Tensor:
-    """Maps (..., T, T + K − 1) by offset to (..., T, K) by key: element (i, j) is that of offset j − i. The result is a
+    """Maps (..., T, T + K − 1) by offset to (..., T, K) by key: element (i, j) has offset j − i. The result is a
     view.
     """
     frames, offsets = scores.shape[-2:]

@@ -37,7 +37,7 @@ def back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
     return grad if grad.shape == t.shape else grad.reshape(t.shape)
 
 
-Like = namedtuple("Like", "shape dtype")  # all that remains of an argument whose memory is released
+Like = namedtuple("Like", "shape dtype")  # stands for an argument whose memory is released
 # makes a named tuple in half the time of a call of its class, which is a Python function
 make = tuple.__new__
 
@@ -48,7 +48,7 @@ def listed(*sizes: object) -> str:
 
 
 def applied(function: type[Function]) -> Callable:
-    """Returns what ``function.apply`` calls in the end; the rest of it serves transforms and costs 1 us."""
+    """Returns the C++ call inside ``function.apply``, whose other code serves transforms and costs 1 us."""
     return super(Function, function).apply  # type: ignore[misc]
 
 
@@ -160,8 +160,8 @@ def transformed_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
 
 
 def transformed_backward(op, outputs: int, *arguments):
-    """Computes the results of the operator's backward from its arguments, the first of which are the gradients of so
-    many outputs, as ``transformed_gradients`` does.
+    """Computes the results of the operator's backward from its arguments, as ``transformed_gradients`` does. The first
+    arguments are the gradients of the ``outputs`` outputs.
     """
     grads, saved = arguments[:outputs], arguments[outputs:][: len(op.written.Saved._fields)]
     found = transformed_gradients(op, grads, op.written.Saved(*saved))
@@ -171,7 +171,7 @@ def transformed_backward(op, outputs: int, *arguments):
 
 
 def gradients_without(error: Unlaunchable, op, grads, saved) -> tuple[Tensor | None, ...]:
-    """Computes the gradients by the formula where the device cannot launch the kernels, and calls them no more. Raises
+    """Computes the gradients by the formula where the device cannot launch the kernels, and stops calling these. Raises
     ``RuntimeError`` where the formula's arguments are not kept.
     """
     if op.unread:

@@ -63,7 +63,7 @@ def key_rows(
 def hidden_lanes(
     position: Tensor, there: Tensor, lengths: Tensor | None, history: Tensor | None, right: int, memory: int
 ) -> Tensor:
-    """Returns (B or 1, n, W): True where a lane of a window holds nothing to be seen."""
+    """Returns (B or 1, n, W): True where a lane of a window holds no visible key."""
     lane, hidden = torch.arange(there.shape[1], device=there.device, dtype=torch.int64), ~there[None]
     utterance = lane >= memory + right
     if lengths is not None:

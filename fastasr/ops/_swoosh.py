@@ -14,6 +14,6 @@ OFFSET = {"SwooshL": 0.035, "SwooshR": 0.313261687}
 
 
 def definition(x: Tensor, kind: str) -> Tensor:
-    """The formula in eager PyTorch; ``kind`` is SwooshL or SwooshR."""
+    """Computes the formula in eager PyTorch; ``kind`` is SwooshL or SwooshR."""
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     return torch.logaddexp(zero, x - SHIFT[kind]) - 0.08 * x - OFFSET[kind]

@@ -3,7 +3,7 @@
 
 The kernels compute the same hash (csrc/cpu/attention/weights_dropout.h, kernels/_weights_dropout.py), forward and again
 backward, so all backends keep the same weights for one seed. A weight has the row n = (b H + h) T + i and the key j.
-All arithmetic is that of unsigned 32-bit words; s0 and s1 are the lower and the upper word of the seed:
+All arithmetic is on unsigned 32-bit words; s0 and s1 are the lower and the upper word of the seed:
 
     mix(x) = x ^ x >> 16 after x <- (x ^ x >> 16) M1, x <- (x ^ x >> 15) M2
     a = mix(mix(n ^ s0) ^ s1)                c = mix(mix(n ^ ~s1) + s0 + G)

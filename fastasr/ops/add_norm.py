@@ -2,11 +2,11 @@
 r"""A residual and the LayerNorm that follows, as blocks with the norm before each branch have between two branches.
 
 t = x + scale · update, the stream of the block;  y = n ⊙ weight + bias, n = (t − mean t) / √(var t + eps), over the
-channels: what the next branch takes. With gradients T of t and Y of y, and d = Y ⊙ weight:
+channels, is the input of the next branch. With gradients T of t and Y of y, and d = Y ⊙ weight:
 dx = T + (d − mean d − n mean(d n)) / √(var t + eps), dupdate = scale · dx, dweight = Σ_rows Y ⊙ n, dbias = Σ_rows Y.
 
-Under autocast the stream is float32 and a branch computes in 16 bits: y has the dtype of update, which the last branch
-has made, so that no pass over memory casts it.
+Under autocast the stream is float32 and a branch computes in 16 bits: y has the dtype of update, the last branch's
+output, so that no pass over memory casts it.
 """
 
 from typing import Annotated
@@ -58,7 +58,7 @@ def add_norm(
         x, update: (..., C), one shape. float32, bfloat16, float16 or float64.
         weight, bias: (C,).
         eps: added to the variance.
-        scale: of the update.
+        scale: the factor of the update.
     Returns:
         The sum, in the promoted dtype of x and update, and the LayerNorm of the sum as it is rounded, computed in
         float32 or better and rounded once to update's dtype. Both have x's shape.

@@ -67,7 +67,7 @@ def _forward(kernels, keep: bool, grad: Tensor, x: Tensor, *options) -> Tensor:
 
 
 def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
-    native = kernels.backend == "cpu"  # which reads no number on the device
+    native = kernels.backend == "cpu"  # The C++ kernels read no number on the device.
     served = not native or (a.grad.dtype is a.x.dtype and a.limits is a.act is None)
     return _forward(kernels, keep, *a) if served and a.x.numel() else op.definition(*a)
 
@@ -121,7 +121,7 @@ def balancer_gradient(
     low_mean, high_mean, low_rms, high_rms, size = numbers if limits is None else limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
     channel_dim = channel_dim % x.dim() + 1
-    # the first dimension because a mean over no dimension would be one over all
+    # x gets a first dimension, because a mean over no dimension would be one over all.
     grad = grad.detach()
     x, g = x.detach().to(compute)[None], grad.to(compute)[None]
     dims = [i for i in range(x.dim()) if i != channel_dim]

@@ -42,7 +42,7 @@ def _fast(native, keep: bool, x, input_weight, *others):
 
 
 def _fits(x: Tensor, input_weight: Tensor, *_) -> bool:
-    """Checks what the product with W_x, which is the vendor's, does not: it takes dtypes that the kernel refuses."""
+    """Checks the dtypes, because the vendor's product with W_x takes some that the kernel refuses."""
     strided = x.layout is input_weight.layout is torch.strided
     return strided and x.dtype is torch.float32 and x.dim() == 3 and input_weight.dim() == 2
 

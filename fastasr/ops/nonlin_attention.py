@@ -30,7 +30,7 @@ from fastasr.ops._op import op
 
 # --------------------------------------------------------------------------- kernels
 def _fits(weights: Tensor, projected: Tensor) -> bool:
-    """Checks the operands first: the product is the vendor's, which declines nothing."""
+    """Checks the operands first, because the vendor's product declines nothing."""
     strided = weights.layout is projected.layout is torch.strided
     if not strided or projected.dim() != 3 or projected.dtype not in FLOATING:
         return False
@@ -78,7 +78,7 @@ def nonlin_attention(
         weights: (B, T, T), any strides; float32, bfloat16, float16 or float64.
         projected: (T, B, 3 D), of the same dtype outside autocast.
     Returns:
-        (T, B, D) in that dtype; x and o are rounded to it too, as in eager. Under autocast what eager gives.
+        (T, B, D) in that dtype; x and o are rounded to it too, as in eager. Under autocast the result is eager's.
     Raises:
         TypeError: an argument is not a floating tensor, or dtypes differ outside autocast.
         ValueError: shapes or devices do not match.

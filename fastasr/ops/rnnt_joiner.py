@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The joiner of a pruned transducer, and what a lattice reads of it (Kuang et al., 2022, section 3).
+r"""The joiner of a pruned transducer, and the log-probabilities that a lattice reads (Kuang et al., 2022, section 3).
 
 Row (b, t, r), with s = starts[b, t] + r, joins frame t and the context of s symbols:
 
@@ -93,7 +93,7 @@ def rnnt_joiner(
             float64.
         weight: (V, D); bias: (V,) or None: the output layer, in the dtype of am + lm, except under autocast, which
             casts them.
-        symbols: int64 (B, S), values in [0, V) within the boundary; what lies behind it is not read.
+        symbols: int64 (B, S), values in [0, V) within the boundary; symbols behind it are not read.
         starts: int64 (B, T), the first s of each frame's window (``ranges[:, :, 0]`` of k2), in [0, S].
         s_range: R, the size of the window; S + 1 with starts of 0 is the full lattice. Rows with s > S are outside.
         termination_symbol: the output of blank.

@@ -219,8 +219,8 @@ def rnnt_pruned_lattice(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: shapes or devices do not match; on the CPU: starts that decrease or are negative, a boundary that is
-            not in order or ends after T. On a GPU these are not looked at, which would stall it: nothing outside the
-            tensors is read, and what comes out is unspecified.
+            not in order or ends after T. On a GPU these are not checked, because reading them would stall it: nothing
+            outside the tensors is read, and the result is unspecified.
     """
     band = _Band(symbol_logprobs, blank_logprobs, starts, boundary, modified)
     cells = band.cells()

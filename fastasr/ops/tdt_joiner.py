@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The joiner of a token-and-duration transducer, and what a lattice reads of it (Xu et al., 2023).
+r"""The joiner of a token-and-duration transducer, and the log-probabilities that a lattice reads (Xu et al., 2023).
 
 Row (b, t, s) joins frame t and the context of s symbols. The output layer has V tokens and, behind them, N durations:
 

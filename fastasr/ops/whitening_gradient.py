@@ -50,7 +50,7 @@ def _check(op, a) -> None:
 
 # --------------------------------------------------------------------------- kernels
 def _operands(grad: Tensor, x: Tensor, dense: bool) -> tuple[Tensor, Tensor, ChannelRows]:
-    """Returns grad and x as rows, and what gives rows x's shape. Rows of grad may lie apart unless ``dense``."""
+    """Returns grad and x as rows, and the ChannelRows of x. Rows of grad may lie apart unless ``dense``."""
     seen = ChannelRows(x, -1)
     rows = seen.rows if seen.rows.stride(1) == 1 or seen.rows.shape[1] == 1 else seen.rows.contiguous()
     return seen.of(grad, dense), rows, seen

@@ -3,7 +3,7 @@ r"""Values weighted by attention with relative positions of Zipformer, without t
 
     y[t,b,h] = Σ_j W[h,b,t,j] v[j,b,h],  W as in :mod:`fastasr.ops.zipformer_attention_weights`
 
-v holds the values of the first ``value_heads`` heads side by side. With G = dy: dV = Wᵀ G, dW = G Vᵀ, and from dW as
+v holds the values of the first ``value_heads`` heads side by side. With G = dy: dV = Wᵀ G, dW = G Vᵀ, and the rest as
 there. W is never stored: forward and backward meet blocks of queries with all keys, O(T) memory for one block, and the
 backward pass computes the scores again from the inputs: nothing else is kept.
 """

@@ -92,7 +92,7 @@ def between(op: str, name: str, value: Tensor, most: int, expected: str) -> list
         holds(op, name, (value >= 0) & (value <= most), expected, value)
         return None
     numbers = value.tolist()
-    if not all(0 <= one <= most for one in numbers):  # Python is faster for so few
+    if not all(0 <= one <= most for one in numbers):  # Python is faster for few numbers.
         _refuse(op, name, expected, value)
     return numbers
 
@@ -136,7 +136,7 @@ def boundary(op: str, value: object, batch: int, length: int, frames: int, like:
         return value
     expected = f"rows [s_begin, t_begin, s_end, t_end] within S = {length} and T = {frames}, begin <= end"
     if value.is_cpu:
-        rows = value.tolist()  # Python is faster for so few
+        rows = value.tolist()  # Python is faster for few numbers.
         if not all(0 <= s <= end <= length and 0 <= t <= stop <= frames for s, t, end, stop in rows):
             _refuse(op, "boundary", expected, value)
     else:

@@ -33,8 +33,8 @@ _SLICE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 def _slices(am: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
-    """Returns the (sequences, frames) whose exponentials are computed at a time. Where products are batched, a slice
-    holds all sequences, else one.
+    """Returns the (sequences, frames) whose exponentials are computed at a time. If products are batched, a slice
+    holds all sequences, and one sequence if not.
     """
     batch, frames, classes = am.shape
     together = batch if _batched(am) else 1

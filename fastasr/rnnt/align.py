@@ -56,7 +56,7 @@ def rnnt_align(
     boundary: Tensor | None = None,
     rnnt_type: str = "regular",
 ) -> Alignment:
-    """Returns the alignment of logits (B, T, S + 1, C). The arguments are those of ``rnnt_loss``."""
+    """Returns the alignment of logits (B, T, S + 1, C). ``rnnt_loss`` describes the arguments."""
     op = "rnnt.rnnt_align"
     arguments.choice(op, "rnnt_type", rnnt_type, arguments.RNNT_TYPES)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def _through_tdt(px, py, pd, durations, boundary, sigma) -> Alignment:
         chosen = []
 
         def best(terms: list[Tensor]) -> Tensor:
-            scores, which = torch.stack(terms).max(0)  # of equal ones the first
+            scores, which = torch.stack(terms).max(0)  # the first of equal ones
             chosen.append(which.to(torch.uint8))
             return scores
 
@@ -170,7 +170,7 @@ def _through_tdt(px, py, pd, durations, boundary, sigma) -> Alignment:
     return _alignment(px.transpose(1, 2), steps - lattice.s[:-1], moved - 1, steps >= 0, scores)
 
 
-# --------------------------------------------------------------------------- what both share
+# --------------------------------------------------------------------------- shared by both
 def _best_path(tokens, chosen, moves, begin, end) -> tuple[Tensor, Tensor]:
     """Returns the step of the cell where each token is emitted (B, S), -1 if none is, and by how many steps the path
     moves on with it.
@@ -189,7 +189,7 @@ def _best_path(tokens, chosen, moves, begin, end) -> tuple[Tensor, Tensor]:
         on_path = (at == k) & (k > begin[1])
         move = torch.where(on_path.unsqueeze(1), moves[min(k, len(moves)) - 1][arc], 0)
         at, s = at - move[:, 0], s - move[:, 1]
-        token = torch.where(move[:, 1] > 0, s, tokens).unsqueeze(1)  # the last column takes what is no token
+        token = torch.where(move[:, 1] > 0, s, tokens).unsqueeze(1)  # the last column: arcs without token
         steps.scatter_(1, token, at.unsqueeze(1))
         moved.scatter_(1, token, move[:, :1])
     return steps[:, :-1], moved[:, :-1]
@@ -198,7 +198,7 @@ def _best_path(tokens, chosen, moves, begin, end) -> tuple[Tensor, Tensor]:
 def _alignment(px: Tensor, starts: Tensor, durations: Tensor, found: Tensor, scores: Tensor) -> Alignment:
     """Returns the alignment of the tokens that are ``found`` (B, S), with confidences read from px (B, S, T)."""
     found = found & scores.isfinite().unsqueeze(1)
-    if not px.shape[2]:  # gather needs an element
+    if not px.shape[2]:  # gather needs at least one element
         return Alignment(found.long() - 1, found.long(), found.double(), scores)
     starts = torch.where(found, starts, -1)
     confidences = px.gather(2, starts.clamp(min=0).unsqueeze(2))[..., 0].double().exp()
@@ -251,15 +251,15 @@ def ctc_align(
 
 
 def _ctc_forward(log_probs, labels, frame_counts, ends) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns by how many states the best path into each state moved on each frame (T, B, 2 S + 1), the state that it
-    ends in (B,) and its score (B,)."""
+    """Returns by how many states the best path into each state moved on each frame (T, B, 2 S + 1), its last state (B,)
+    and its score (B,)."""
     batch, frames, _ = log_probs.shape
     width = labels.shape[1]
     differ = log_probs.new_full(
         (batch, width), -math.inf, dtype=torch.float64
-    )  # what coming from l - 2 costs
+    )  # the cost of coming from l - 2
     differ[:, 2:].masked_fill_(labels[:, 2:] != labels[:, :-2], 0.0)
-    # two frames in turn; the two columns in front are no states
+    # It holds two frames in turn. The two columns in front are no states.
     both = log_probs.new_full((2, batch, width + 2), -math.inf, dtype=torch.float64)
     both[0, :, 2] = 0.0  # the first frame may begin with the first token
     moves = torch.empty(frames, batch, width, dtype=torch.uint8, device=labels.device)

@@ -20,7 +20,7 @@ from fastasr.ops._register import autocast_dtype
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logits_losses, logprobs, losses
 
-SMALL = 1 << 18  # numbers of all rows of the hidden layer and of the logits
+SMALL = 1 << 18  # A small joiner has at most this many hidden values and logits.
 
 
 def pruned_joiner_loss(
@@ -129,8 +129,8 @@ def joiner_loss(
 
 
 def _is_small(am, lm, weight, bias) -> bool:
-    """Says whether the logits are so few that the calls cost more than them: eager products and one node for the loss
-    are the faster path then."""
+    """Says whether the logits are so few that calls cost more than the arithmetic: then eager products and one node for
+    the loss are faster."""
     operands = (am, lm, weight) if bias is None else (am, lm, weight, bias)
     if not all(type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu for t in operands):
         return False
@@ -176,7 +176,7 @@ class _Negligible(Function):
     """Passes (px, py), and durations (..., N), through unchanged. In their gradients, cells with almost no
     part in any path count as having none, so that the joiner's backward pass leaves them out.
 
-    A cell's part is |gx| + |gy|; that of a sequence's first cell is the whole. A part below 1/64 of the dtype's
+    A cell's part is |gx| + |gy|; the part of a sequence's first cell is the whole. A part below 1/64 of the dtype's
     rounding error (2e-9 in float32) of the whole does not show in sums over cells. With windows of 5 and random
     weights 43 % of the cells are below it.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RNN-T losses of batches that are described by lengths, as torchaudio, transformers, NeMo and warp-rnnt describe them.
+"""RNN-T losses of batches described by lengths, as in torchaudio, transformers, NeMo and warp-rnnt.
 
 ``fastasr.compat`` has these packages' functions. Reductions of the losses l_b of sequences with S_b symbols, as in
 transformers and NeMo: ``mean`` is the mean of l_b / S_b, ``mean_volume`` Σ l_b / Σ S_b, ``mean_batch`` the mean of l_b,
@@ -99,7 +99,7 @@ def boundary(op, logit_lengths, target_lengths, batch: int, frames: int, length:
     ):
         ends.append(arguments.checked_integers(op, name, value, (batch,), like, "the logits"))
         numbers.append(arguments.between(op, name, value, most, f"lengths in [0, {most}]"))
-    if None not in numbers:  # one tensor of few numbers costs less than the conversions
+    if None not in numbers:  # One small tensor costs less than the conversions.
         rows = [(0, 0, symbols, frames) for frames, symbols in zip(*numbers, strict=True)]
         return torch.tensor(rows, device="cpu", dtype=torch.int64)
     stop, end = (value.to(torch.int64) for value in ends)

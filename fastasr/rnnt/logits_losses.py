@@ -21,7 +21,7 @@ def losses(
     fused_log_softmax: bool = True,
     in_place: bool = False,
 ) -> Tensor:
-    """Returns the losses (B,). Whoever calls has checked the arguments.
+    """Returns the losses (B,). The caller has checked the arguments.
 
     Args:
         rows: int64 (B, T, U + 1), the symbol of each row of logits.
@@ -41,7 +41,7 @@ def given(logprobs: Tensor, rows: Tensor, blank: int) -> tuple[Tensor, Tensor]:
 
 
 class _Losses(Function):
-    """The losses as one node of autograd's graph: of a short sequence, nodes cost more than the lattice.
+    """The losses as one node of autograd's graph: for a short sequence, nodes cost more than the lattice.
 
     With the occupations ox and oy of the lattice's arcs, which are the gradients of its score, the loss has
     dpx = −(1 + λ) ox and dpy = −oy.
@@ -88,11 +88,11 @@ class _Losses(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # under create_graph=True alone
+        if torch.is_grad_enabled():  # This happens under create_graph=True alone.
             raise RuntimeError("fastasr.rnnt: gradients of this loss's gradients are not implemented")
         logits, rows, normaliser, ox, oy = ctx.saved_tensors
         blank, factor, clamp, in_place = ctx.rest
-        if in_place:  # whoever keeps the logits for a backward pass of its own gets torch's error
+        if in_place:  # Other nodes that keep the logits for their backward pass get torch's error.
             logits = logits.detach()
             torch.autograd.graph.increment_version(logits)
         scale = -grad.view(-1, 1, 1) if clamp <= 0 else -1.0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Transducer losses: −log of the summed probability of all alignments (Graves, 2012), for every joiner.
 
-Arguments that all of them take besides their joiner's:
+All of them take these arguments besides their joiner's:
 
 - ``boundary`` (B, 4): rows [s_begin, t_begin, s_end, t_end]; None: whole sequences.
 - ``rnnt_type``: regular, modified or constrained, see ``fastasr.rnnt.logprobs``.
@@ -14,7 +14,7 @@ Arguments that all of them take besides their joiner's:
 - ``fastemit_lambda`` λ: FastEmit (Yu et al., 2021): gradients through symbol arcs are multiplied by 1 + λ; the value
   of the loss does not change.
 
-An empty transcript (S = 0) is valid; a sequence without frames has the loss 0 if it has no symbols, else +∞.
+An empty transcript (S = 0) is valid; a sequence without frames has the loss 0 if it has no symbols, and +∞ if it has.
 """
 
 import math
@@ -141,7 +141,7 @@ def rnnt_loss_pruned(
     return over_band(op, *band, rnnt_type, delay_penalty, factor, reduction, zero_infinity)
 
 
-# --------------------------------------------------------------------------- what they share
+# --------------------------------------------------------------------------- shared code
 def over_lattice(
     op: str,
     px: Tensor,

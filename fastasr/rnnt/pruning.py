@@ -25,7 +25,7 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_
         px_grad: (B, S, T + 1) or (B, S, T), occupation of the symbol arcs, as ``return_grad=True`` gives them.
         py_grad: (B, S + 1, T), occupation of the blank arcs.
         boundary: (B, 4), rows [s_begin, t_begin, s_end, t_end].
-        s_range: R, positions per frame, at least 2 in a regular lattice; a larger one than S + 1 counts as S + 1.
+        s_range: R, positions per frame, at least 2 in a regular lattice; an R above S + 1 counts as S + 1.
 
     In a regular lattice T frames with windows of R reach at most T (R − 1) symbols. Where a sequence has more, R
     grows to the smallest that reaches them all, with a warning; on a GPU that would mean waiting for the boundary,

@@ -37,8 +37,8 @@ def mutual_information_recursion(
 def joint_mutual_information_recursion(
     px: Sequence[Tensor], py: Sequence[Tensor], boundary: Tensor | None = None
 ) -> Tensor:
-    """Runs the recursion on the sums of several px and several py, and splits its result into what each of them
-    contributes.
+    """Runs the recursion on the sums of several px and several py, and splits its result into the contribution of
+    each.
 
     Args:
         px, py: sequences of N tensors, each as in ``mutual_information_recursion``.

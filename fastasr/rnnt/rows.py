@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The two log-probabilities that a lattice reads of each row of logits: its symbol's and blank's.
+r"""The two log-probabilities that a lattice reads from each row of logits: its symbol's and blank's.
 
 With L = log Σ_c e^l_c: px = l_y − L, py = l_blank − L. HAT (Variani et al., "Hybrid autoregressive transducer", 2020):
 py = log σ(l_blank), and with L over the other classes px = l_y − L + log σ(−l_blank).

@@ -97,7 +97,7 @@ def tdt_joiner_loss(
     return _loss(op, *negligible(px, py, pd), *rest, sigma, fastemit_lambda, reduction, zero_infinity)
 
 
-# --------------------------------------------------------------------------- what the lattice reads
+# --------------------------------------------------------------------------- log-probabilities for the lattice
 def logprobs_of_logits(
     op, token_logits, duration_logits, targets, logit_lengths, target_lengths, blank_token_id, durations
 ) -> tuple[Tensor, ...]:
@@ -148,7 +148,7 @@ def logprobs_of_joiner(
     return *found, steps, boundary
 
 
-# --------------------------------------------------------------------------- what they share
+# --------------------------------------------------------------------------- shared code
 def _loss(op, px, py, pd, steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity) -> Tensor:
     factor = 1.0 + _check.number(op, "fastemit_lambda", fastemit_lambda)
     if _check.number(op, "sigma", sigma):

@@ -44,7 +44,7 @@ def _refuse(module, what):
 @functools.cache
 def guarded(function, name="forward"):
     """Returns ``function`` with a check that it is not being traced. There is one wrapper per function, by which a swap
-    is recognised. Hooks of all modules want to see every call that upstream's code makes: with them it runs."""
+    is recognised. With hooks of all modules, which must see every call of upstream's code, that code runs."""
 
     @functools.wraps(function)
     def guard(self, *args, **kwargs):
@@ -57,7 +57,7 @@ def guarded(function, name="forward"):
             _refuse(self, "torch.onnx.export")
         return function(self, *args, **kwargs)
 
-    # Libraries that wrap forwards, as accelerate does, take their wrappers off along __wrapped__, and would take ours.
+    # Libraries that wrap forwards, such as accelerate, remove wrappers along __wrapped__ and would remove ours.
     del guard.__wrapped__
     guard.__signature__ = inspect.signature(function)
     guard.__name__ = name  # a bound method pickles by name: upstream's own is found on loading

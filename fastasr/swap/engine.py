@@ -81,7 +81,7 @@ def accelerate(
         every layer, hooks) runs on the padded batch and warns.
     graphs: True, or :class:`fastasr.Graphs` with options, to record the calls of encoders as CUDA graphs, forward and
         backward, and replay them: a call then costs the host a few milliseconds. ``report.graphs`` says which encoders
-        are recorded and why others are not, ``fastasr.graph_state(model)`` what has come of it.
+        are recorded and why others are not, ``fastasr.graph_state(model)`` counts their replays.
 
     Raises TypeError if model is not a torch.nn.Module or a selector has another type, ValueError if a pattern matches
     nothing, ``strict=False`` is given without ``verify``, or ``weights`` is no such format or the model is in training
@@ -96,14 +96,14 @@ def accelerate(
     modules, only, exclude = _selection(model, only, exclude)
     if weights is not None:
         reduced.check(model, weights, weights_error)
-    # Brought back if anything raises an error. Without inputs no code runs that changes values of tensors.
+    # The state to restore if anything raises an error. Without inputs no code runs that changes values of tensors.
     before = Reach((model,)) if verify is None else ModelState(model)
     report = SwapReport(type(model).__name__)
     unproven = set()
     try:
         plan = _plan(modules, only, exclude, every_linear=weights is not None)
         if verify is not None:
-            before.restore()  # the rules have read the user's modules, which may run code of the user's
+            before.restore()  # The rules have read the user's modules, which may have run the user's code.
         for path, module, decision in plan:
             accept = decision.apply or (decision.unknown_source and not strict)
             if accept and binding.bound_forward(module) is None:
@@ -174,7 +174,7 @@ def _record(plan, report, options):
             continue
         bound = binding.bound_forward(module)
         if bound is rule.replay_part and type(module).__name__ != rule.class_name:
-            continue  # a part of one, from an earlier call
+            continue  # It is a part of a recorded encoder, from an earlier call.
         fits = row.status == REPLACED or (made is decision.later and made.apply) or _is_own(module)
         reason = (missing or rule.graphs.why_not(module)) if fits else made.reason
         if reason is None and rule.ragged is not None and bound is rule.ragged.forward:
@@ -232,7 +232,7 @@ def explain(model, only=None, exclude=None):
     """Returns the report that ``accelerate`` would return, and changes nothing. It raises the same errors.
 
     It also says whether encoders that ``accelerate(ragged=True)`` made run without padding still can: a module may have
-    got a hook since, for example.
+    got a hook meanwhile, for example.
     """
     report = SwapReport(type(model).__name__, dry_run=True)
     plan = _plan(*_selection(model, only, exclude))
@@ -247,7 +247,7 @@ def explain(model, only=None, exclude=None):
 
 def restore(model):
     """Gives every swapped module of ``model`` its own forward back. Returns the number of these modules, a
-    :class:`fastasr.swap.report.Restored`, which prints what was done and what was left."""
+    :class:`fastasr.swap.report.Restored`, which prints the modules that were restored and those that were not."""
     _check_model("restore", model)
     weights = reduced.release(model)
     graphs = sum(recording.release(module) is not None for module in model.modules())
@@ -264,10 +264,10 @@ def restore(model):
 
 
 def refresh(model):
-    """Has everything that is kept of ``model`` between calls be made again at the next call: packed weights, positions,
+    """Has everything that is kept of ``model`` between calls made again at the next call: packed weights, positions,
     weights in fewer bits, engines. Returns the number of these things.
 
-    Changes of the parameters are noticed without it, but for writes to a few elements that torch does not count
+    Changes of the parameters are noticed without it, except writes to a few elements that torch does not count
     (through ``parameter.data``, a NumPy view or another process), any such write on a GPU, and changes of plain
     attributes such as a norm's ``eps``. See :mod:`fastasr.ops._kept`.
     """

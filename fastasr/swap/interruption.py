@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets Ctrl-C end a verification where nothing is half done."""
+"""Lets Ctrl-C end a verification only between steps, so that nothing is half done."""
 
 import contextlib
 import signal
@@ -11,8 +11,8 @@ def deferred():
     """Yields a function that raises KeyboardInterrupt if there was a Ctrl-C in the block. The end of the block calls
     it. A second Ctrl-C takes effect at once.
 
-    A KeyboardInterrupt that comes at any time can come between two lines that undo something together. Where the
-    process has no Python handler of SIGINT, or in another thread than the main one, the block changes nothing.
+    A plain KeyboardInterrupt may come between two lines that undo something together. If the process has no Python
+    handler of SIGINT, or outside the main thread, the block changes nothing.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

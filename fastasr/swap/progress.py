@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows on a terminal how far a verification is, in one line that is rewritten."""
+"""Shows the progress of a verification on a terminal, in one line that it rewrites."""
 
 import shutil
 import sys
@@ -7,8 +7,8 @@ import time
 
 from fastasr.swap.report import shortened
 
-_INTERVAL = 0.1  # seconds between two lines; what ends sooner shows none
-_CLEAR = "\r\x1b[K"  # to the first column, and delete the line
+_INTERVAL = 0.1  # seconds between two lines; a verification that ends sooner shows none
+_CLEAR = "\r\x1b[K"  # moves to the first column and deletes the line
 
 
 class Progress:

@@ -18,7 +18,7 @@ except ImportError:  # torch works without it
     np = None
 
 # Objects other than modules, tensors and containers are entered if a module holds them, and if such an object does.
-# Further away are a trainer's data sets and what other threads work on.
+# Objects further away hold a trainer's data sets and the data of other threads.
 _LEVELS = 2
 _CONSTANT = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
 _CONTAINERS = {dict, list, set, collections.OrderedDict, collections.deque}
@@ -30,7 +30,7 @@ class Reach:
     """The tensors and changeable objects that can be reached from ``roots``, and the contents of the objects.
 
     It follows the attributes of modules, wherever they are held; the elements of containers; the variables of
-    functions, as a forward or a hook that a user put on an instance has them; and the attributes of objects of any
+    functions, such as a forward or a hook that a user put on an instance; and the attributes of objects of any
     class that is not the standard library's, torch's or fastasr's, at most ``_LEVELS`` of these in a row. ``outside``
     holds the ids of modules that are not entered.
     """
@@ -44,7 +44,7 @@ class Reach:
             found = self._follow(found)
 
     def _follow(self, stack):
-        """Follows everything in ``stack``, but returns what objects hold that are no module, tensor or container."""
+        """Follows everything in ``stack``, but returns the contents of objects other than modules and containers."""
         held = []
         others, seen, outside = [], self._seen, self.outside
         while stack:
@@ -55,7 +55,7 @@ class Reach:
             if follow is Reach.attributes:
                 others.append(value)
                 continue
-            seen[id(value)] = value  # which keeps it alive, so that no other object gets its id
+            seen[id(value)] = value  # This keeps it alive, so that no other object gets its id.
             follow(self, value, stack)
         for value in others:
             if id(value) not in seen:
@@ -98,7 +98,7 @@ class Reach:
     def restore(self):
         """Puts all contents back; writes only what has changed."""
         for owner, cls, names, values in self._namespaces:
-            if type(owner) is not cls:  # a lazy layer that became an ordinary one
+            if type(owner) is not cls:  # A lazy layer became an ordinary one.
                 object.__setattr__(owner, "__class__", cls)
             namespace = vars(owner)
             if tuple(namespace) != names or not all(map(is_, namespace.values(), values)):
@@ -108,7 +108,7 @@ class Reach:
             held.clear()
         for held, keys, values in self._dicts:
             if tuple(held) != keys or not all(map(is_, held.values(), values)):
-                # Not by methods of a subclass, which may do more or raise an error.
+                # A subclass's own methods may do more or raise an error.
                 base = collections.OrderedDict if isinstance(held, collections.OrderedDict) else dict
                 base.clear(held)
                 for key, value in zip(keys, values, strict=True):
@@ -126,7 +126,7 @@ def _exchange(held, items, other_for):
 
 def _module(reach, module, stack):
     reach.attributes(module, stack)
-    if isinstance(module, torch.jit.ScriptModule):  # whose namespace holds neither tensors nor flags
+    if isinstance(module, torch.jit.ScriptModule):  # Its namespace holds neither tensors nor flags.
         stack += [*module.children(), *module.parameters(recurse=False), *module.buffers(recurse=False)]
         reach.other(module, module.training, _put_mode)
 

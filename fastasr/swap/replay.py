@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one call of a module any number of times, each from the same state: by fastasr's code, by upstream's, and by
+"""Runs one call of a module any number of times, each from the same state, on fastasr's code, on upstream's, and on
 upstream's in fp64.
 
 "Upstream's own code" is the user's module as it is, with the forwards, hooks, parametrizations and adapters that the
 user gave to modules inside. The fp64 run therefore takes place in the module itself, whose tensors are exchanged for
-fp64 ones meanwhile: a copy of the module would lack what a forward or a hook holds in its variables. Each run starts
-from the same state (:class:`ModelState`): that in which the model reached the module, then ``module.train(...)`` where
-the pass needs the other mode. Setting the ``training`` flags alone would give a module in which no user's model ever
-is, such as an adapter that is merged into its weight in training; what ``train`` writes is undone like everything else.
+fp64 ones meanwhile: a copy of the module would lack the variables of a forward or a hook. Each run starts from the same
+state (:class:`ModelState`), in which the model reached the module, then calls ``module.train(...)`` if the pass needs
+the other mode. Setting the ``training`` flags alone could give a state in which no user's module ever is, such as an
+adapter merged into its weight in training. The writes of ``train`` are undone like all others.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from fastasr.swap.rules import rules_by_forward
 from fastasr.swap.state import RandomState
 from fastasr.swap.verdict import largest
 
-# Inputs that differ in the last bit, whose errors of upstream's code stand for its own error. An error that a sum
-# multiplies has the spread of one random number: the largest of four is too small a measure once in some 60 modules.
+# Upstream's own error is taken as its largest over this many inputs that differ in the last bit. An error that a sum
+# multiplies spreads like one random number: the largest of four is too small a measure once in some 60 modules.
 _NEARBY = 16
 
 
@@ -78,7 +78,7 @@ class Call:
 
 
 def likeness(probe, args, kwargs):
-    """Returns what a call of a module has in common with those of like modules: classes, modes and shapes."""
+    """Returns the classes, modes and shapes of a module's call, which calls of like modules share."""
 
     def of(leaf):
         if isinstance(leaf, torch.Tensor):
@@ -118,8 +118,8 @@ class Outcome:
 
 
 def _replay(module, forward, args, kwargs, training, shared, draw, roundings=None):
-    """Runs ``forward`` once on detached inputs. ``shared`` selects what of its result is compared; the output gradient
-    is random number ``draw``, and ``roundings`` perturbs it.
+    """Runs ``forward`` once on detached inputs. ``shared`` selects the part of its result to compare; the output
+    gradient is random number ``draw``, and ``roundings`` perturbs it.
     """
 
     def fresh(value):
@@ -132,7 +132,7 @@ def _replay(module, forward, args, kwargs, training, shared, draw, roundings=Non
         outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
         values = [(f"output {i}" if len(outputs) > 1 else "the output", t) for i, t in enumerate(outputs)]
         gradients = _gradients(module, outputs, (args, kwargs), draw, roundings) if training else []
-    # Copies, as an output may be memory that is restored: of an input that was changed in place, or of a buffer.
+    # The values are copies, because an output may share restored memory: an input changed in place, or a buffer.
     return Outcome([(name, t.detach().clone()) for name, t in values], gradients)
 
 
@@ -225,7 +225,7 @@ class Reference:
             return
         try:
             self.outcome = self._replay(None)
-        except Exception as error:  # an extension without fp64, fp32 tensors that are not exchanged
+        except Exception as error:  # e.g. an extension lacks fp64, or fp32 tensors were not exchanged
             call.without_fp64 = f"{type(error).__name__}: {error}".partition("\n")[0]
             return
         if not self.outcome.has_shapes_of(upstream):
@@ -308,7 +308,7 @@ def _in_fp64(tensor, roundings):
 
 
 def _moved(generator, step, value):
-    """Returns a floating tensor whose elements are up or down by the relative ``step``, else that of its dtype."""
+    """Returns a floating tensor whose elements are up or down by the relative ``step``, by default its dtype's."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     step = torch.finfo(value.dtype).eps if step is None else step

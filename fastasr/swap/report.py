@@ -162,8 +162,8 @@ class SwapReport:
 
 
 def _lines_of(count, row, classes, verified, notes):
-    """Returns the two lines of a row, with the classes in so many columns. What its reason says beyond the first part,
-    or beyond the second line, goes to ``notes``, text -> number."""
+    """Returns the two lines of a row, with the classes in ``classes`` columns. The parts of its reason after the
+    first, and text beyond the second line, go to ``notes``, text -> number."""
     name = shortened(row.class_name, classes, middle="," not in row.class_name).ljust(classes)
     room = WIDTH - _COUNT - classes - 1 - (_ERRORS if verified else 0)
     path = shortened(row.path or "(the model)", room).ljust(room)
@@ -185,11 +185,11 @@ def wrapped(line):
 
 class Restored(int):
     """The number of modules that ``restore`` gave their own forward back. ``print`` and the interactive prompt show
-    what else it did; in an f-string it is the number.
+    the other fields too; in an f-string it is the number.
 
     ``modules`` is the number of modules of the model. ``left`` holds the paths of swapped modules that keep a forward
-    which other code bound after the swap. ``weights`` is the number of weights whose copies in fewer bits are dropped,
-    and ``graphs`` that of modules whose recorded calls are.
+    which other code bound after the swap. ``weights`` counts the weights whose copies in fewer bits are dropped, and
+    ``graphs`` the modules whose recorded calls are.
     """
 
     def __new__(cls, count, model, modules, left, weights, graphs):
@@ -254,7 +254,7 @@ def worst(rows):
 
 
 def shortened(text, width, middle=True):
-    """Returns ``text`` in at most ``width`` characters; what is left out is in the middle, or at the end."""
+    """Returns ``text`` in at most ``width`` characters, shortened in the middle or at the end."""
     if len(text) <= width:
         return text
     end = (width - 1) // 2 if middle else 0

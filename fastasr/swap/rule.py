@@ -56,10 +56,10 @@ def upstream_forward(module, *args, **kwargs):
 
 @dataclass(frozen=True)
 class Graphed:
-    """The way in which calls of a module are recorded: ``forward`` is what is recorded, or None for the rule's forward;
+    """The way in which calls of a module are recorded: ``forward`` is recorded, or the rule's forward if it is None;
     ``why_not(module)`` returns the reason why calls of an instance never are, or None. ``choice`` names the method
     that draws how a call runs, if there is one. ``parts(module)`` returns its submodules that are recorded one by one
-    where the whole is not: with layers that are dropped at random, or for gradients that are ready part by part.
+    if the whole is not: because layers are dropped at random, or gradients must be ready part by part.
     ``caller`` is the rule's forward if it calls the module's graphs itself, with other arguments than its own."""
 
     forward: Callable | None = None
@@ -92,8 +92,8 @@ class Rule:
     ``ragged`` says how encoders of this class leave padding out, or is None if they do not. If its forward is the
     rule's, nothing but ``accelerate(ragged=True)`` binds it.
     ``graphs`` says how ``accelerate(graphs=True)`` records calls of this class, or is None if it does not.
-    ``leaves(module)`` returns, of methods whose calls may leave fastasr's fast path, method -> why any call of a
-    swapped module would leave it now: "" if nothing is known, None if that shows at its first call.
+    ``leaves(module)`` returns method -> reason for the methods whose calls may leave fastasr's fast path: the reason
+    why any call of a swapped module would leave it now, "" if none is known, None if the first call will show it.
     """
 
     name: str
@@ -160,8 +160,8 @@ class Rule:
 
 
 def recorded(name, class_name, **graphs):
-    """Returns the rule for a class whose code stays upstream's, in whatever version: its calls are recorded with what
-    is swapped inside."""
+    """Returns the rule for a class whose code stays upstream's, in any version: its calls are recorded with the
+    swapped modules inside."""
     return Rule(name, class_name, None, lambda module: None, known={}, graphs=Graphed(**graphs))
 
 

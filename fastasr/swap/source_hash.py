@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computes a fingerprint of the code that a module runs. Copies of the same code have the same fingerprint, edited
-copies another.
+copies a different one.
 
 The fingerprint of some functions is the SHA-256 of their normalised syntax trees and of everything beside them that
 they reach: functions and classes named in their bodies, and methods called on ``self``. "Beside" means in a source file
@@ -113,7 +113,7 @@ def _reached(obj, tree, owner):
         if not isinstance(found, (types.FunctionType, type)):
             continue
         found = unwrap(found)
-        if "<locals>" in found.__qualname__:  # a decorator made at import, which only its name identifies
+        if "<locals>" in found.__qualname__:  # A decorator made it; only its name identifies it.
             continue
         file = _source_file(found)
         if file is not None and os.path.dirname(file) == folder:

@@ -16,7 +16,7 @@ from fastasr.swap.reach import TENSOR_HOOKS, Reach, np
 from fastasr.swap.rule import upstream_class
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_MT19937_BYTES = 624 * 4 + 4  # NumPy's generator: 624 words, and the number of those that were used
+_MT19937_BYTES = 624 * 4 + 4  # NumPy's generator: 624 words, and the number of used ones
 
 
 class RandomState:
@@ -51,7 +51,7 @@ class RandomState:
 
 
 # NumPy takes 45 us to return the state of its global generator, and 40 to set it, which is longer than many a module
-# runs. Its memory, which takes 1 us to read, tells whether the generator was used since. Only a normal number that was
+# runs. Reading its memory takes 1 us and shows whether the generator was used in between. Only a normal number that was
 # drawn in advance is not in that memory.
 _numpy_read = None, None  # the memory when the state was last read, and the state
 
@@ -83,7 +83,7 @@ def _same_numpy_state(a, b):
 
 
 class TorchModes:
-    """Torch's global modes, of which a module may leave one set whose forward raised an error."""
+    """Torch's global modes. A module whose forward raises an error may leave one set."""
 
     def __init__(self):
         self.saved = [(get, put, get()) for get, put in _modes()]
@@ -141,13 +141,13 @@ class ModelState:
     """The state of the world in which a model runs, as it was when this object was made. ``restore`` brings it back any
     number of times, and so does the end of the context.
 
-    The state is what :class:`Reach` finds from ``roots``, a model and its inputs for example, for each tensor its
-    values to the bit, its memory, ``requires_grad``, ``grad`` and hooks; random states; and torch's modes. A module may
+    The state is everything that :class:`Reach` finds from ``roots``, such as a model and its inputs; for each tensor
+    its values to the bit, memory, ``requires_grad``, ``grad`` and hooks; random states; and torch's modes. A module may
     change any of them in its forward, and in ``train`` and ``eval``, where adapters write to the weights. Tensors that
     have not changed are not written, so their versions, by which autograd and copies of weights know them, stay.
 
-    whole: the state of the model of which ``roots`` are parts. Values that are the same as then share its copies, so
-        that there is one copy of every parameter, and modules that belong to other parts of the model are left to it.
+    whole: the state of the model of which ``roots`` are parts. Values that have not changed from it share its copies,
+        so that there is one copy of every parameter, and it restores the modules of other parts of the model.
     """
 
     def __init__(self, *roots, whole=None):
@@ -218,7 +218,7 @@ class _TensorState:
             if not torch.equal(self.bits, self.saved):
                 with torch.inference_mode(self.bits.is_inference()):
                     self.bits.copy_(self.saved)
-                # Who has seen the change by the version must see its end, and no one else.
+                # Code that saw the change by the version must see its end, and no other code.
                 if self.version is not None and tensor._version != self.version:
                     increment_version(tensor)
         if not self.leaf:
@@ -246,14 +246,14 @@ def _bits(data):
         return None
     if _is_freed(data):
         return None
-    if 0 in data.stride():  # expanded: each element once
+    if 0 in data.stride():  # Of an expanded tensor, take each element once.
         sizes = [1 if step == 0 else size for size, step in zip(data.shape, data.stride(), strict=True)]
         data = data.as_strided(sizes, data.stride()) if data.numel() else data
     if data.is_complex():
         data = torch.view_as_real(data.conj() if data.is_conj() else data)
     size, offset = data.element_size(), data.storage_offset()
     if data.is_contiguous() and not (data.numel() * size % 8 or offset * size % 8):
-        return data.view(-1).view(torch.int64)  # whose comparison takes half of the time
+        return data.view(-1).view(torch.int64)  # Comparing 64-bit integers takes half of the time.
     return data.view(_INTEGERS[size])
 
 

@@ -7,7 +7,7 @@ A tensor passes if its error against upstream's code in fp64 is at most
 * a few units in the last place of the largest result, for each swapped module on the way to it, or
 * a few times the effect of rounding the inputs once, which sums with cancellation need, or
 * twice upstream's largest error over inputs that differ in the last bit: Whiten's gradient loses any number of digits
-  where the covariance is nearly white, and each order of its sums loses others.
+  where the covariance is nearly white, and each order of its sums loses different ones.
 
 The error of a result that is zero except for rounding, such as the gradient of a key's bias, is taken relative to the
 largest of the other results.
@@ -119,7 +119,7 @@ def near(ours, upstream, count, dtype, like):
     """Returns the parts of a Verdict that no run in fp64 can change, or None if one could.
 
     ours, upstream: lists of named tensors. count: the number of swapped modules on the way to them. dtype: the type of
-        least precision of those from which they were computed.
+        least precision among the tensors from which they were computed.
     like: the Verdict of a like module, in fp64. Its errors of upstream's code stand for those that are not measured,
         and its ``cancelled`` tensors for those that are zero except for rounding.
     """
@@ -141,9 +141,9 @@ def near(ours, upstream, count, dtype, like):
             if its.cancelled and scale <= _ULPS * eps * most:
                 scale = most
             half = count * _ulps(dtype) * eps / 2
-            # the factor (1 - half), since the scale is that of upstream's result in place of the exact one
+            # The factor is (1 - half), because the scale is upstream's result instead of the exact one.
             limit = min(half * (1 - half), _PLAIN_TOLERANCE[dtype]) * scale
-            if not difference <= limit < math.inf:  # nor is it with NaN
+            if not difference <= limit < math.inf:  # NaN fails too.
                 return None
             parts[-1] = its._replace(error=its.upstream + difference / (scale or 1.0))
     return parts

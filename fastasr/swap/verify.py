@@ -20,9 +20,9 @@ With dropout of attention weights, the training passes compare fastasr's formula
 If no fp64 run is possible, the two are compared with each other, with a tolerance for their dtype, and the report says
 so; there a result is zero except for rounding if it is a few units in the last place of the largest of the others.
 
-While other processes want the cores, and for all that is short, one thread is used: each of many tiny operations would
-wait for all threads, and on a busy machine such waits take longer than the work. But in the first of like modules,
-fastasr's code runs on as many threads as torch is set to, as it will later.
+Short runs, and all runs while other processes want the cores, use one thread: each of many tiny operations would wait
+for all threads, and on a busy machine such waits take longer than the work. But in the first of like modules, fastasr's
+code runs on as many threads as torch is set to, as it will later.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ from fastasr.swap.verdict import Verdict, near
 
 _PASSES = ("inference", "training")
 _KINDS = ("values", "gradients")
-_WORTH_THREADS = 0.05  # seconds that a run takes on one thread: a shorter one gains little by more
+_WORTH_THREADS = 0.05  # A run that takes fewer seconds on one thread gains little from more.
 
 
 def verify(model, inputs, gradients=True, rollback=True):
@@ -104,7 +104,7 @@ def _probed(model, swapped, inputs, gradients, whole, interruption):
     """Runs the model once, and compares every swapped module that the run reaches. Returns a list of probes for each
     swapped module.
     """
-    exact = _reduced_weights.suspended()  # the swap is right in float32; weights= bounds its own error
+    exact = _reduced_weights.suspended()  # The swap is compared in float32; weights= bounds its own error.
     unnoted = _left.ignored()
     given = () if callable(inputs) else (inputs,)
     _refuse_nan(given)
@@ -141,7 +141,7 @@ def _refuse_nan(inputs):
 
 
 def _about(model, inputs):
-    """Returns what the reader of an error of the model's own code needs to know."""
+    """Returns a note for errors of the model's own code: the inputs' shapes and the forward's arguments."""
 
     def shape(value):
         if isinstance(value, torch.Tensor):
@@ -153,7 +153,7 @@ def _about(model, inputs):
         parameters = inspect.signature(model.forward).parameters.values()
         takes = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
         takes = f"\n    {name}.forward takes ({takes})"
-    except (TypeError, ValueError):  # a forward that is not written in Python
+    except (TypeError, ValueError):  # The forward is not written in Python.
         takes = ""
     if isinstance(inputs, dict):
         given = ", ".join(f"{key}={shape(value)}" for key, value in inputs.items())
@@ -180,7 +180,7 @@ def run(model, inputs):
 
 @contextlib.contextmanager
 def _released(swapped):
-    """Frees at the end what our forwards keep for the modules: they made some of it from weights that were restored."""
+    """Frees at the end the data that our forwards keep: they made some of it from weights that were restored."""
     try:
         yield
     finally:
@@ -199,7 +199,7 @@ def _no_compilation():
 
 
 class _Checks:
-    """What the probes of one verification share: the passes, the state of the model before it, ``interruption``, which
+    """The data that the probes of one verification share: passes, the model's earlier state, ``interruption``, which
     raises KeyboardInterrupt after Ctrl-C, and ``side``, which says whose forward a probe runs when called."""
 
     def __init__(self, passes, state, interruption):
@@ -281,7 +281,7 @@ class _Probe:
             calls = [Call(self, state, args, kwargs, training, draw) for draw in range(3 if training else 1)]
             try:
                 reason = self._run_both(calls[0])
-                # of one gradient of the output a sum may lose more by its order than in hundreds of others
+                # For one gradient of the output, the order of a sum may cost more digits than for hundreds of others.
                 if reason is not None and training and all(self._run_both(c) is None for c in calls[1:]):
                     reason = None
             except _UpstreamRaises as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the weights of a swapped model whose products run in fewer bits, measures what that costs, and undoes it.
+"""Chooses the weights of a swapped model whose products run in fewer bits, measures the error, and undoes it.
 
 :func:`keep` makes a copy of every weight of a linear layer or a pointwise convolution whose product runs through
 fastasr's ops (:mod:`fastasr.ops._reduced_weights`); the parameters stay. With inputs it measures the error of each
@@ -25,7 +25,7 @@ from fastasr.swap.state import ModelState
 FLOAT32 = "float32"
 SMALL = 4096  # a weight with fewer elements gains less than its rows cost to convert
 OUTLIER = 3.0  # an error this many times the median of the model's products stands out
-NOTICEABLE = {"bf16": 0.01, "int8": 0.03}  # below it no error stands out
+NOTICEABLE = {"bf16": 0.01, "int8": 0.03}  # No error below this stands out.
 SEARCHED = "a search compares its results"
 STEP = 8  # an eighth of the weights goes back to float32 at a time
 LINEAR = ("ActivationDropoutAndLinear",)  # Zipformer's linear layers that are no torch.nn.Linear, by class
@@ -103,7 +103,7 @@ def check(model, format, bound):
 def keep(model, format, chosen, inputs, run, bound, before):
     """Reduces the weights of ``model`` and returns a ReducedReport. An error leaves them as they were.
 
-    chosen: a function (path, module) -> bool. inputs: those of ``verify``, or None. run: a function
+    chosen: a function (path, module) -> bool. inputs: as for ``verify``, or None. run: a function
     (model, inputs) that runs the model and returns its result. bound: the largest relative rms error of the outputs.
     before: the model's state, if there are inputs.
     """
@@ -249,8 +249,8 @@ def _outputs(result):
 
 
 def _error(got, expected):
-    """Returns the largest relative rms error of the outputs, infinity where one has another shape or is a NaN; None
-    where there are none."""
+    """Returns the largest relative rms error of the outputs, infinity if one has another shape or a NaN, and None if
+    there are none."""
     errors = []
     for a, b in zip(got, expected, strict=True):
         size = b.square().sum().item() if a.shape == b.shape else 0.0

@@ -73,13 +73,13 @@ def _lines(rows):
 
 
 def why(obj) -> Why:
-    """Returns why calls of ``obj`` and of what it holds leave fastasr's fast path.
+    """Returns why calls of ``obj`` and of the objects that it holds leave fastasr's fast path.
 
     obj: a swapped model or one of fastasr's, a module of one, or a search, an engine or a recogniser of fastasr's.
 
-    For each method it has the reason that holds now, found without running the model, and that of the last call that
-    left, which was logged too (logger "fastasr"). Training, compiled and traced calls run other fast paths and are not
-    among them. ``explain`` says which modules are swapped at all.
+    For each method it has the reason that holds now, found without running the model, and the reason of the last call
+    that left, which was also logged (logger "fastasr"). Training, compiled and traced calls run other fast paths and do
+    not count. ``explain`` says which modules are swapped at all.
 
     Raises TypeError if ``obj`` is neither a module nor an object of fastasr's.
     """
@@ -93,7 +93,7 @@ def why(obj) -> Why:
 
 
 def _known(module, rule) -> dict[str, str | None]:
-    """Returns what is known now of a module that runs the functions of ``rule``, swapped or as one of our classes."""
+    """Returns the reasons known now for a module that runs ``rule``'s functions, swapped or as one of our classes."""
     if rule is None:
         return {}
     found = rule.leaves(module)

@@ -14,7 +14,7 @@ _as_upstream = False
 
 @contextmanager
 def upstream_draws():
-    """Inside the block, attention with relative positions draws the dropout of its weights as upstream does.
+    """Has attention with relative positions draw the dropout of its weights as upstream does, inside the block.
 
     By default the kernel decides by a hash which weights to drop, because it never holds all of them. The share and the
     distribution are upstream's, the random numbers are not. Inside the block the same seed drops the same weights as

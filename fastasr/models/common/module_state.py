@@ -38,7 +38,7 @@ class ModuleState:
         )
 
     def compare(self):
-        """Has values be compared from now on, because copies of them have been found."""
+        """Compares values from now on, because copies of them have been found."""
         self._originals = _kept.Originals(self._tensors, parts=_kept.PARTS)
 
     def traceable(self):
@@ -50,7 +50,7 @@ class ModuleState:
         return any(self._hooks) or any(map(operator.itemgetter("training"), self._dropping))
 
     def unchanged(self):
-        """Says whether nothing but hooks and modes has changed since the record was made."""
+        """Says whether the module still equals the record, except in hooks and modes."""
         now = list(self._now())
         return (
             len(now) == len(self._members)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations over time on packed frames (see ``ragged``), each in one call for all recordings: native kernels know the
-lengths, so that nothing is copied and autograd has one node. Other tensors take the copies of ``ragged``.
+lengths, so that nothing is copied and autograd has one node. Other tensors are copied by ``ragged``.
 """
 
 import torch
@@ -31,7 +31,7 @@ def is_native(*tensors: Tensor | None) -> bool:
 
 
 def convolved(packing: Packing, h: Tensor, weight, bias, activation: str, delay: int = 0) -> Tensor:
-    """h (N, 1, 2C) -> (N, 1, C): ``ops.gated_depthwise_conv`` in plain form of each recording."""
+    """h (N, 1, 2C) -> (N, 1, C): ``ops.gated_depthwise_conv`` in plain form for each recording."""
     if is_native(h, weight, bias):
         return _Convolution.apply(h, weight, bias, packing.lengths, ACTIVATIONS[activation], delay)
     slots = packing.with_gaps(weight.shape[-1] // 2 + abs(delay))
@@ -42,8 +42,8 @@ def convolved(packing: Packing, h: Tensor, weight, bias, activation: str, delay:
 def attended(
     packing: Packing, q: Tensor, k: Tensor, v: Tensor, *positions_and_biases, dropout_p: float
 ) -> Tensor:
-    """Queries, keys and values (N, H, d) -> (N, H, d): ``ops.rel_attention`` of each recording, which sees itself, by
-    the native kernel. The positions are those of the longest recording."""
+    """Queries, keys and values (N, H, d) -> (N, H, d): ``ops.rel_attention`` for each recording, which sees itself, by
+    the native kernel. The positions belong to the longest recording."""
     seeds = _weights_dropout.draw_seed(q.device, len(packing.lengths)) if dropout_p else None
     return _Attention.apply(q, k, v, *positions_and_biases, seeds, packing.lengths, dropout_p)
 

@@ -89,7 +89,7 @@ class PackedLayer(abc.ABC):
         )
         if not self.reason and any_watched(layer.modules()):
             self.reason = _WATCHED
-        if not self.reason:  # the example would call such a part
+        if not self.reason:  # The example would call the part that has a reason.
             foreign = (n for n, part in layer.named_modules() if n and _runs_foreign_code(part, type(layer)))
             self.reason = next((f"{name} {_FOREIGN}" for name in foreign), "")
         if not self.reason and not self._state.traceable():

@@ -21,7 +21,7 @@ _GLOBAL_HOOKS = (
     _nn._global_backward_hooks,
     _nn._global_backward_pre_hooks,
 )
-# torch's forwards as they were on import: somebody may replace that of a class
+# torch's forwards as they were on import: somebody may replace a class's forward
 _OF_TORCH = {
     cls: cls.forward
     for cls in vars(torch.nn).values()
@@ -70,7 +70,7 @@ def has_known_forward(module):
     if bound is None:
         own = _OF_TORCH.get(type(module))
         return own is None or own is type(module).forward
-    # whoever wraps a forward copies its attributes, so the method itself must be ours
+    # Wrappers of a forward copy its attributes, so the method itself must be ours.
     return (
         type(bound) is types.MethodType
         and bound.__self__ is module
@@ -85,8 +85,8 @@ def is_plain(module, *classes):
 
 
 def is_plain_named(module, names, owner):
-    """Says the same of a class that is known by its name: fastasr's, or that of the framework of ``owner``, the module
-    around it, whose source a rule has read. A class of another origin may have the name too."""
+    """Says the same of a class that is known by its name: fastasr's, or one of the framework of ``owner``, the module
+    around it, whose source a rule has read. A class of different origin may have the name too."""
     return type(module).__name__ in names and is_upstreams(module, owner)
 
 

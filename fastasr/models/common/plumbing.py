@@ -56,7 +56,7 @@ def conv_delay(module, causal=False, around=(0, 0), stride=1):
     """Returns P − ⌊K / 2⌋ of a depthwise convolution of K taps over time that keeps the length and sees P frames of the
     past, or None for any other module and under hooks. It is torch's, or NeMo's class that pads by itself. ``causal``:
     torch's with all of its padding on either side, whose last frames are cut. ``around``: the frames of 0 that the
-    caller puts on either side. ``stride``: that of the convolution, whose result is every so many frames of the same.
+    caller puts on either side. ``stride``: the convolution's, whose result is every ``stride``-th frame.
     """
     cls = type(module)
     nemo = cls.__name__ == "CausalConv1D" and cls.__module__.startswith("nemo.")

@@ -2,10 +2,10 @@
 """Batches without padding: the frames of all recordings lie one after the other, as rows of one tensor.
 
 Products, norms and activations run on these rows as on any others. Attention and convolutions over time are one native
-call each, see ``packed``. Where that does not serve, attention runs per recording, on views; short recordings of
-similar length share a call. A convolution then runs once over all rows, with frames of zeros between the recordings.
-Copies are moves of rows, so that a backward pass takes time linear in the rows, and a GPU gets as many calls for many
-recordings as for few: there few groups share calls of attention, whatever the recordings' number.
+call each, see ``packed``. If that cannot serve, attention runs per recording, on views; short recordings of similar
+length share a call. A convolution then runs once over all rows, with frames of zeros between the recordings. Copies
+are moves of rows, so that a backward pass takes time linear in the rows. A GPU gets as many calls for many recordings
+as for few, because few groups share calls of attention there, whatever the number of recordings.
 """
 
 import functools
@@ -23,9 +23,9 @@ from fastasr import _left
 from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
 
-# Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
-# than the padding. On a GPU, which has work for many recordings at once, those do that lack half of the frames or fewer
-# than so many.
+# Recordings shorter than SHORT whose lengths differ by at most LACKING frames share one call of attention, because a
+# call costs more than that much padding. A GPU has work for many recordings at once: there recordings share a call if
+# they lack half of the frames, or fewer than LACKING.
 SHORT, LACKING = 64, 8
 LACKING_ON_GPU = 256
 
@@ -37,7 +37,7 @@ _all_padded = False
 
 @contextmanager
 def padded():
-    """Inside the block encoders run on padded batches whatever ``ragged`` says. The setting holds for all threads."""
+    """Has encoders run on padded batches inside the block, whatever ``ragged`` says, in all threads."""
     global _all_padded
     before, _all_padded = _all_padded, True
     try:
@@ -100,7 +100,7 @@ def hook(encoder) -> str | None:
 def _hooked(encoder):
     """Yields (module, its hooks) for the modules inside the encoder that have hooks.
 
-    Every ragged call looks at all modules anew, so no hook or module that was added meanwhile is missed. The loop takes
+    Every ragged call looks at all modules anew, so it misses no hook or module that was added meanwhile. The loop takes
     0.3 times as long as one over ``encoder.modules()``, which for a small batch was 3 % of the call.
     """
     modules = list(encoder.children())
@@ -144,12 +144,12 @@ class Packing:
 
     @functools.cached_property
     def groups(self) -> list[Group]:
-        """Returns the recordings that share a call of attention; those of no frames are in none."""
+        """Returns the recordings that share a call of attention; recordings without frames are in none."""
         return self._groups(self._lacking)
 
     @functools.cached_property
     def equal(self) -> list[Group]:
-        """Returns those recordings of equal length that share a call."""
+        """Returns the recordings of equal length, which share a call."""
         return self._groups(lambda longest: min(self._lacking(longest), 0))
 
     def _groups(self, lacking: Callable[[int], int]) -> list[Group]:
@@ -233,7 +233,7 @@ class Packing:
     def _places(self, begins: tuple[int, ...]) -> Tensor:
         """Returns the places (N,) of the rows where the recordings begin at ``begins``."""
         if begins not in self._found:
-            like = {"dtype": torch.int64, "device": "cpu"}  # where nothing waits for a GPU
+            like = {"dtype": torch.int64, "device": "cpu"}  # on the CPU nothing waits for a GPU
             sizes = torch.tensor(self.lengths, **like)
             before = (torch.tensor(begins, **like) - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
             self._found[begins] = (torch.arange(len(before), **like) + before).to(self.device)
@@ -267,7 +267,7 @@ class Packing:
         )
 
     def repeated(self, values: Tensor) -> Tensor:
-        """Returns values (B, ...) of the recordings as those of their frames, (N, ...)."""
+        """Returns values (B, ...) of the recordings, repeated for their frames, (N, ...)."""
         return _Repeated.apply(values, self)
 
     def at_rate(self, factor: int) -> "Rate":
@@ -278,7 +278,7 @@ class Packing:
 
     @contextmanager
     def in_use(self):
-        """Inside the block ``current()`` of this thread returns this packing."""
+        """Has ``current()`` return this packing in this thread, inside the block."""
         before, _local.packing = current(), self
         try:
             yield
@@ -286,7 +286,7 @@ class Packing:
             _local.packing = before
 
     def with_gaps(self, frames: int) -> list[int]:
-        """Returns the slots that leave so many zeros behind each recording."""
+        """Returns the slots that leave ``frames`` zeros behind each recording."""
         return [length + frames for length in self.lengths]
 
     def batch(self, rows: Tensor, frames: int) -> Tensor:
@@ -295,7 +295,7 @@ class Packing:
 
 
 class Rate:
-    """Frames of a packing and those of the recordings after downsampling by ``factor``, ``slower``."""
+    """Maps frames of a packing to those of ``slower``, the recordings after downsampling by ``factor``, and back."""
 
     def __init__(self, packing: Packing, factor: int):
         self.factor = factor
@@ -306,7 +306,7 @@ class Rate:
         owner_of_slot = other.recording.repeat_interleave(factor)
         first, first_slot = sizes.cumsum(0) - sizes, slots.cumsum(0) - slots
         within = torch.arange(len(owner_of_slot), dtype=torch.int64, device="cpu") - first_slot[owner_of_slot]
-        # of every slot the frame, behind a recording's end its last one; of every frame the slot; the slots behind ends
+        # The frame of every slot (behind a recording's end its last one), the slot of every frame, slots behind ends.
         frames = first[owner_of_slot] + torch.minimum(within, sizes[owner_of_slot] - 1)
         of_frames = torch.arange(len(owner), dtype=torch.int64, device="cpu") + (first_slot - first)[owner]
         behind = (within >= sizes[owner_of_slot]).nonzero()[:, 0]
@@ -322,7 +322,7 @@ class Rate:
 
 
 class _Placed(Function):
-    """Returns so many rows: those given at their ``places``, zeros elsewhere."""
+    """Returns ``count`` rows: the given ones at their ``places``, zeros elsewhere."""
 
     @staticmethod
     def forward(ctx, rows, places, count):

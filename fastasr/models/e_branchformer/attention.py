@@ -18,7 +18,7 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
     Row T − 1 + o of pos_emb belongs to the keys o frames after the query. mask is (B, 1, T) or (B, T, T), True at keys
     that the query sees, or None. The attention of a query that sees no key is 0 before the last projection. The module
     does not keep the weights, and forms them only for ``zero_triu`` or, with dropout, inside
-    :func:`fastasr.upstream_draws`: else see :func:`fastasr.ops.rel_attention`.
+    :func:`fastasr.upstream_draws`. See :func:`fastasr.ops.rel_attention`.
     """
 
     def __init__(self, n_head, n_feat, dropout_rate, zero_triu=False):

@@ -26,7 +26,7 @@ class RelPositionalEncoding(torch.nn.Module):
         if self.pe is not None and self.pe.shape[1] >= 2 * frames - 1:
             if self.pe.dtype == x.dtype and self.pe.device == x.device:
                 return
-            # One of fewer bits cannot become one of more, and one on the meta device has no values.
+            # A table of fewer bits cannot become one of more, and one on the meta device has no values.
             frames = (self.pe.shape[1] + 1) // 2
         with torch.inference_mode(False):  # a table of inference mode could not be used in training
             self.pe = relative_sinusoids(frames, self.d_model).to(device=x.device, dtype=x.dtype)

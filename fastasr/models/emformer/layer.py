@@ -11,7 +11,7 @@ from fastasr.models.emformer.stream import Step, infer_segment
 from fastasr.models.emformer.utterance import encode_utterance
 
 _WATCHED = "its attention has hooks or another forward"
-_HIDDEN = -1e4  # e^x below this is 0 beside any score, so hidden keys can be left out
+_HIDDEN = -1e4  # A score this low has weight 0 beside any other, so hidden keys can be left out.
 
 
 class EmformerAttention(nn.Module):

@@ -50,8 +50,8 @@ def encode_utterance(
 def _attention_dropout(query: Tensor, keys: int, attention: nn.Module, sizes: tuple[int, ...]) -> Tensor:
     """Returns the dropout factors (B, H, Q, lanes) of the weights inside the windows.
 
-    Upstream draws for the dense (B H, Q, K). This function draws as many numbers and picks those of the windows, so
-    the same seed drops the same weights.
+    Upstream draws numbers for the dense (B H, Q, K). This function draws the same ones and picks those of the windows,
+    so the same seed drops the same weights.
     """
     batch, heads = query.shape[1], attention.num_heads
     places = _window_places(*sizes, query.device)

@@ -155,7 +155,7 @@ def emformer_rnnt_model(
     """Returns an RNN-T with an Emformer as transcriber, as ``torchaudio.models.emformer_rnnt_model`` does.
 
     ``transcribe`` takes utterances followed by ``right_context_length`` frames. ``transcribe_streaming`` takes
-    segments of ``segment_length`` frames followed by as many.
+    segments of ``segment_length`` frames followed by ``right_context_length`` frames.
 
     Args:
         input_dim: channels of the features. encoding_dim: channels of both encodings. num_symbols: number of labels,

@@ -24,7 +24,7 @@ from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _kept, _reduced_weights
 from fastasr.ops._relative_positions import relative_shift
 
-_PROJECTED = weakref.WeakKeyDictionary()  # module -> what its projected positions were made of, and these
+_PROJECTED = weakref.WeakKeyDictionary()  # module -> the sources of its projected positions, and these
 STANDARD = ("sdpa", "eager", "flex_attention")  # transformers' implementations of one formula
 
 
@@ -39,7 +39,7 @@ class FastConformerAttention(torch.nn.Module):
     ``Packing`` as the mask, hidden states are (1, N, width) and positions are those of its longest recording.
 
     The weights are not returned. They are formed only if every sequence has position embeddings of its own, or while
-    dropout is drawn from them inside :func:`fastasr.upstream_draws`: else see :func:`fastasr.ops.rel_attention`.
+    dropout is drawn from them inside :func:`fastasr.upstream_draws`. See :func:`fastasr.ops.rel_attention`.
     """
 
     def __init__(self, width, heads, bias=True, attention_dropout=0.0):
@@ -115,13 +115,13 @@ def _of_recordings(module, q, k, v, table, packing):
 def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     """Returns y (B, T, H, d) of queries (B, T, H, d), which stand at the last frames of keys and values (B, K, H, d).
 
-    The position embeddings have 2K − 1 rows. ``by`` is what ``masks.seen`` reads in the mask. A query that sees no key
+    The position embeddings have 2K − 1 rows. ``by`` is the ``masks.Seen`` of the mask. A query that sees no key
     gets 0, or with ``mean`` the mean of v (``masks.are_empty_rows_read``): in the kernel's case without dropout.
     """
     dropout = module.attention_dropout if module.training else 0.0
-    rows = max(0, q.shape[1] + k.shape[1] - 1)  # the others are of keys behind those of the queries
+    rows = max(0, q.shape[1] + k.shape[1] - 1)  # The others are for keys behind the queries'.
     shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
-    served = shared and not is_transformed()  # the gradient of mean_of_values is for reverse mode alone
+    served = shared and not is_transformed()  # mean_of_values has a gradient in reverse mode alone.
     of_kernel = attention_dropout.of_kernel(dropout, q.device) if served else None
     if of_kernel is None:
         if shared:
@@ -194,7 +194,7 @@ def projected(module, projection, table):
     kept = _PROJECTED.get(module)
     if kept is None or kept[0] != form or not kept[1].unchanged(tensors):
         originals = _kept.Originals(tensors)
-        with _reduced_weights.suspended():  # computed once, so exactly
+        with _reduced_weights.suspended():  # It is computed once, so exactly.
             positions = plumbing.linear(projection, table)
         # the table is kept as well: as long as it lives, no other tensor has its address
         kept = _PROJECTED[module] = form, originals, table, positions

@@ -38,7 +38,7 @@ class FastConformerBlock(torch.nn.Module):
         autocast = autocast_dtype(x) is not None
         add_norm = _fused if _is_fused(self, x, autocast) else _by_torch
         if add_norm is _fused and autocast and x.dtype.itemsize == 2:
-            x = x.float()  # as all blocks after the first get it, since autocast computes norms in float32
+            x = x.float()  # All blocks after the first get float32, because autocast computes norms in it.
         x, n = add_norm(self.norm_self_att, x, self.feed_forward1(self.norm_feed_forward1(x)), 0.5)
         attended = self.self_attn(
             hidden_states=n, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
@@ -64,7 +64,7 @@ def _is_fused(block, x, autocast):
 
 
 def _fused(norm, x, update, scale=1.0):
-    if update.dtype is not x.dtype and autocast_dtype(x) is None:  # where no layer casts what it gets
+    if update.dtype is not x.dtype and autocast_dtype(x) is None:  # No layer casts its input here.
         return _by_torch(norm, x, update, scale)
     return ops.add_norm(x, update, norm.weight, norm.bias, norm.eps, scale)
 

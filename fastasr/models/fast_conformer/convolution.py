@@ -5,7 +5,7 @@ r"""The convolution module: gate, padding mask, depthwise convolution over time,
     y = W_out SiLU(BN(z)) + b_out
 
 In eval mode BatchNorm is in the taps: w' = w γ / √(var + eps), b' = β + (b − mean) γ / √(var + eps). In training its
-statistics are those of all B · T frames, padding included, as upstream.
+statistics are over all B · T frames, padding included, as upstream.
 """
 
 import torch
@@ -88,11 +88,11 @@ def convolved(
         elif folded:
             z = z.transpose(0, 1)
         elif z.dtype is torch.bfloat16 and masks.on_gpu(z.device):
-            # frames as they lie: statistics of 16 bits are exact enough, and four transposing copies are saved
+            # Frames stay as they lie: statistics of 16 bits are exact enough, and this saves four transposing copies.
             z = norm(z.transpose(0, 1).flatten(0, 1)).unflatten(0, z.shape[1::-1])
         else:
-            # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
-            # frames first again before the activation: its gradient would walk over two orders at once
+            # Channels come first, as upstream: over a matrix of frames torch's statistics are 2 to 10 times less exact.
+            # Frames come first again before the activation, whose gradient would walk over two orders at once.
             z = norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2).contiguous()
         y = z if fused else activation(z)
     else:
@@ -117,7 +117,7 @@ def is_batch_norm(norm):
     return (
         is_plain(norm, torch.nn.BatchNorm1d)
         and norm.track_running_stats
-        # what takes the statistics or the parameters away later leaves the flags
+        # Code that takes the statistics or the parameters away later leaves the flags.
         and not any(t is None for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
     )
 
@@ -138,6 +138,6 @@ def pointwise(conv, x):
         is_plain(conv, torch.nn.Conv1d)
         and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == sizes
     ):
-        # not weight[..., 0], whose gradient autograd would write into zeros
+        # Autograd would write the gradient of weight[..., 0] into zeros.
         return ops.linear(x, conv.weight.flatten(1), conv.bias)
     return conv(x.transpose(1, 2)).transpose(1, 2)

@@ -18,8 +18,8 @@ class FastConformerEncoder(torch.nn.Module):
     Args:
         mel_bins: features of a frame, a multiple of ``factor``.
         width, layers, heads, hidden: the model's width, its blocks, their heads, the width within feed-forward blocks.
-        taps: of the convolutions over time, odd.
-        channels, factor: of the front end; the factor is a power of 2.
+        taps: the taps of the convolutions over time, odd.
+        channels, factor: the front end's channels and reduction; the factor is a power of 2.
         bias, conv_bias: whether projections and feed-forward blocks, and convolutions, have biases.
         dropout, activation_dropout, attention_dropout, position_dropout, layer_drop: rates in training.
         scale_input: whether the front end's output is multiplied by √width.
@@ -85,7 +85,7 @@ class FastConformerEncoder(torch.nn.Module):
     def forward(self, input_features, attention_mask=None):
         """Features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames, or None -> ((B, T, width), mask (B, T) or None).
 
-        T = ⌈T₀ / factor⌉. Output at padding frames is not 0, but for ``ragged``; on a GPU it is not upstream's.
+        T = ⌈T₀ / factor⌉. Output at padding frames is 0 only with ``ragged``; on a GPU it is not upstream's.
         """
         lengths = ragged.lengths(self, input_features, attention_mask) if self.ragged else None
         if lengths is not None:

@@ -47,8 +47,8 @@ def _is_served(module, x, dropout):
 
 
 class _Trained(Function):
-    """Keeps W1 x + b1 and which elements dropout kept. What the second layer takes is as large, and backward computes
-    it again."""
+    """Keeps W1 x + b1 and which elements dropout kept. The second layer's input is as large, and backward computes it
+    again."""
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, activation, p):

@@ -15,7 +15,7 @@ from fastasr.ops._relative_positions import outside_context
 
 
 class Seen(NamedTuple):
-    """What queries see of keys.
+    """The keys that queries see.
 
     ``hidden_keys`` (B, T): True at keys that no query sees. ``empty_rows`` (B, T): True at queries that see no key, or
     None if there are none; a GPU does not look whether a mask (B, T) has some. ``by_length``: whether every other query
@@ -40,7 +40,7 @@ def is_readable(mask: Tensor | None, batch: int, frames: int, keys: int | None =
 
 def read(mask, implementation: str, batch: int, frames: int) -> Tensor | None:
     """Returns a mask that transformers made for an implementation of attention as ``seen`` reads it, bool (B or 1, 1,
-    T, T), or None if there is none or it says more than what a query sees.
+    T, T), or None if there is none or it does more than hide keys.
 
     For "sdpa" it is such a tensor, for "eager" 0 and the lowest number, which is added to the scores, and for
     "flex_attention" a BlockMask, a function of the indices. Another dtype is added to the scores as well.
@@ -80,7 +80,7 @@ def _evaluated(mask):
     return sees.expand(len(of_sequence), len(query), len(query)).unsqueeze(1)
 
 
-# The functions of NeMo's TransformerEncoder from which it makes a BlockMask, and what they say beside the lengths
+# The functions from which NeMo's TransformerEncoder makes a BlockMask, and the contexts that they add to the lengths
 _OF_NEMO = {
     ("_make_padding_mod.<locals>.pad_mask",): {},
     ("_make_causal_mod.<locals>.causal", "_make_padding_mod.<locals>.pad_mask"): {"context": (-1, 0)},
@@ -125,22 +125,22 @@ def pairs(mask: Tensor) -> Tensor:
 
 
 def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
-    """Returns what queries see by ``mask``, bool (B, 1, T, K), True where a query sees a key, or bool (B, T), True at
-    valid frames. With ``hides`` the mask is NeMo's: (B, T, T), True where a key is hidden. ``left``: it may stand for
-    chunks and as many earlier ones as fit into so many frames.
+    """Returns the Seen of ``mask``, bool (B, 1, T, K), True where a query sees a key, or bool (B, T), True at valid
+    frames. With ``hides`` the mask is NeMo's: (B, T, T), True where a key is hidden. ``left``: it may stand for chunks
+    and as many earlier ones as fit into ``left`` frames.
 
     The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer. On
     the CPU it holds for this content of the mask; on a GPU writes that torch does not count pass unnoticed.
     """
     if (
         torch.compiler.is_compiling() or is_transformed() or recording() is not None
-    ):  # nothing may depend on values, or be kept
+    ):  # Nothing may depend on values, or be kept.
         if mask.dim() == 2:
             hidden = ~mask
             return Seen(hidden, hidden, True, {})
         by_query = ~mask if hides else mask[:, 0]
         return Seen(~by_query.any(1), ~by_query.any(2), False, {})
-    version = _kept.content(mask), torch.is_inference_mode_enabled()  # whose tensors no gradient may keep
+    version = _kept.content(mask), torch.is_inference_mode_enabled()  # No gradient may keep its tensors.
     kept = getattr(mask, "_fastasr_seen", None)
     if kept is None or kept[0] != version:
         if mask.dim() == 2:
@@ -148,15 +148,15 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
         else:
             by_query = ~mask if hides else mask[:, 0]
             rows, keys = by_query.any(2), by_query.any(1)
-            # where each is seen or sees, all pairs are in the mask exactly if their number is that of the mask's; a sum
-            # would first copy the mask as 64-bit integers
+            # The mask holds all pairs of seeing queries and seen keys exactly if it holds as many as there are. A sum
+            # would first copy the mask as 64-bit integers.
             counts = torch.stack([torch.count_nonzero(m) for m in by_query]) if len(mask) else rows.sum(1)
             by_length = torch.equal(counts, rows.sum(1) * keys.sum(1))
         empty = ~rows
         context = {} if by_length or left is None else _chunks(by_query, keys, left)
         are_some = (mask.dim() == 2 and on_gpu(mask.device)) or bool(
             empty.any()
-        )  # a GPU's answer is waited for
+        )  # This waits for the answer of a GPU.
         kept = version, Seen(~keys, empty if are_some else None, by_length, context)
         mask._fastasr_seen = kept
     return kept[1]
@@ -176,13 +176,13 @@ def _chunks(by_query: Tensor, seen_keys: Tensor, left: int) -> dict:
 def are_empty_rows_read(by: Seen, device: torch.device) -> bool:
     """Says whether queries that see no key need upstream's values. With a mask of lengths these are padding, which no
     other frame depends on: later layers hide its keys, and the convolutions set its frames to 0. A GPU leaves the
-    values out, which would take the host a tenth of a call. The CPU and ``verify`` compute them.
+    values out, because they would take the host a tenth of a call. The CPU and ``verify`` compute them.
     """
     return not (by.by_length and on_gpu(device)) or are_all_padded()
 
 
 def of_kernel(mask: Tensor | None, by: Seen | None, hides: bool = False) -> dict[str, Tensor]:
-    """Returns the arguments of ``ops.rel_attention`` for ``mask`` and what queries see by it; {} without a mask."""
+    """Returns the arguments of ``ops.rel_attention`` for ``mask`` and its Seen; {} without a mask."""
     if by is None:
         return {}
     if by.by_length or by.context:

@@ -5,7 +5,7 @@ r"""Attention, convolution module and front end of Nemotron's streaming FastConf
 Attention sees chunks: with a look-ahead of r frames, those of its own chunk of r + 1 frames and of the earlier ones
 that fit into the left context. Convolutions over time are padded on the left (the front end's by one more frame on the
 right); after the convolution LayerNorm stands for BatchNorm. Each takes the past from a cache and updates it, so that
-chunk by chunk the outputs are those of the whole recording. Attributes are those of transformers'
+chunks give the outputs of the whole recording. Attributes have the names of transformers'
 ``NemotronAsrStreamingEncoder``.
 """
 
@@ -79,8 +79,8 @@ def sees_everything(cache, frames, look_ahead):
 class _Room:
     """Memory (2, B, N, H, d) of keys and values. The cache's, ``keys`` and ``values``, are the last up to ``end``.
 
-    A copy of a cache's layer may share it: whichever comes first writes behind ``end``, and the other sees that its
-    tensors are not these any more.
+    A copy of a cache's layer may share it: the first to come writes behind ``end``, and the other sees that its tensors
+    are different ones.
     """
 
     def __init__(self, memory, layer):
@@ -155,7 +155,7 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
             found, cache = found
             kept.cache.copy_(cache)
         z = found.transpose(0, 1)
-    else:  # upstream makes the cache, and gradients need what it was
+    else:  # Upstream makes the cache, and gradients need its old values.
         u = F.glu(h, -1).transpose(1, 2)
         u = u if all_masked_rows is None else u.masked_fill(all_masked_rows, 0.0)
         u = padding_cache.update(u, conv.cache_key, conv)  # [B, C, K - 1 + T]
@@ -195,7 +195,7 @@ def causal_subsampling(self, input_features, attention_mask=None, padding_cache=
 
 
 def _subsampled_chunk(convs, products, x, lengths, cache):
-    """Returns what the last linear layer takes, (B, n, C · F), of the features behind those that the cache holds."""
+    """Returns the last linear layer's input (B, n, C · F) for the features that follow the cached ones."""
     h = x.unsqueeze(-1)
     for i, conv in enumerate(convs):
         h = cache.update(F.pad(h.permute(0, 3, 1, 2), (2, 1)), conv.cache_key, conv)
@@ -212,7 +212,7 @@ def _subsampled_chunk(convs, products, x, lengths, cache):
 
 
 def limited_positions(self, hidden_states, cached_frames=None):
-    """NemotronAsrStreamingEncoderRelPositionalEncoding, which refuses sequences longer than its configuration's."""
+    """Serves NemotronAsrStreamingEncoderRelPositionalEncoding, which refuses sequences above its configured length."""
     cached_frames = cached_frames or 0
     if hidden_states.shape[1] + cached_frames > self.max_position_embeddings:
         return type(self).forward(self, hidden_states, cached_frames)

@@ -10,9 +10,9 @@ from fastasr._recording import recording
 from fastasr._transforms import is_transformed
 from fastasr.ops import _kept
 
-_TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far, and what it was made of
+_TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far, and its sources
 KEPT_FRAMES = (
-    1024  # tables, and their projections in every layer, are kept for sequences of at most so many frames
+    1024  # Tables, and their projections in every layer, are kept for sequences of at most this many frames.
 )
 
 
@@ -22,7 +22,7 @@ def release(module) -> None:
 
 
 def table(frames: int, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns (2 frames − 1, D): row r is that of a key frames − 1 − r before its query. Columns 2k and 2k + 1 are sine
+    """Returns (2 frames − 1, D): row r is for a key frames − 1 − r before its query. Columns 2k and 2k + 1 are sine
     and cosine of the distance times frequencies[k], computed in float32."""
     place = torch.arange(max(0, 2 * frames - 1), dtype=torch.float32, device=frequencies.device)
     angles = (frames - 1.0 - place)[:, None] * frequencies.float()
@@ -43,7 +43,7 @@ class FastConformerPositions(torch.nn.Module):
         return 1.0 / 10000.0 ** (even / self.width)
 
     def _apply(self, fn, recurse=True):
-        """Moves the frequencies. No cast takes bits away from them, and ``to_empty`` does not lose them."""
+        """Moves the frequencies without casting them to fewer bits, and keeps them in ``to_empty``."""
         before = self.inv_freq
         super()._apply(fn, recurse)
         now = self.inv_freq

@@ -2,8 +2,8 @@
 """The encoder without padding: its blocks run on the frames that exist, packed as ``models.common.ragged`` describes.
 
 The blocks get a ``Packing`` where the padded encoder gives them a mask; our attention and convolution module read it.
-A recording's output is what it is alone, and 0 behind its end. In training BatchNorm's statistics are those of the
-frames that exist, and each dropout draws numbers for these frames alone.
+A recording's output is the same as if it were alone, and 0 behind its end. In training BatchNorm's statistics are over
+the frames that exist, and each dropout draws numbers for these frames alone.
 """
 
 import torch

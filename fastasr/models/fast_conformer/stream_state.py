@@ -72,7 +72,7 @@ def _alike(tensors):
 
 
 class _Keys:
-    """Stands for transformers' cache of keys and values. ``kept``: those after this chunk."""
+    """Stands for transformers' cache of keys and values. ``kept``: keys and values after this chunk."""
 
     layers, offloading = (), False
 
@@ -91,7 +91,7 @@ class _Padding:
 
 
 class _Paddings:
-    """Stands for transformers' cache of the frames before convolutions. They stay as many in a chunk."""
+    """Stands for transformers' cache of the frames before convolutions. A chunk does not change their number."""
 
     def __init__(self, convolutions, frames):
         self.layers = {conv.cache_key: _Padding(t) for conv, t in zip(convolutions, frames, strict=True)}

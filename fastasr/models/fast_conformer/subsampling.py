@@ -3,8 +3,8 @@ r"""The front end: three convolutions of stride 2, the second and third depthwis
 
 Frames behind a sequence's end are 0 after every convolution. Everything is computed channels last.
 ``ops.conv_subsampling`` computes the first two convolutions without the map between them, which would be most of the
-memory of a training step. In inference on the CPU a strip of frames follows the other: an output frame sees 15 frames
-of the input (of a factor of 8), and what lies between needs little memory however long the recording.
+memory of a training step. Inference on the CPU computes one strip of frames after the other: an output frame sees 15
+frames of the input (with a factor of 8), so the maps between need little memory however long the recording.
 
 Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 """
@@ -22,7 +22,7 @@ from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing, with_zeros
 
-STRIP_BYTES = 32 << 20  # of the second convolution's output: strips of 8 MB to 128 MB cost the same
+STRIP_BYTES = 32 << 20  # A strip of the second convolution's output; 8 MB to 128 MB cost the same.
 
 
 class FastConformerSubsampling(torch.nn.Module):
@@ -86,7 +86,7 @@ def in_a_row(module, recordings):
 
 
 def convolved(layers, x, lengths, left=1):
-    """Returns what the last linear layer takes, (B, T, C · F), of features (B, T₀, mel_bins), of which ``lengths`` (B),
+    """Returns the last linear layer's input (B, T, C · F) for features (B, T₀, mel_bins), of which ``lengths`` (B),
     or None for all, are valid, or ``Spans`` where B is 1. ``layers`` are those of the front end above, whose
     convolutions are padded by ``left`` on the left of both axes and by 1 on the right: T is ⌈T₀ / factor⌉ with 1."""
     batch, frames, bins = x.shape
@@ -105,7 +105,7 @@ def convolved(layers, x, lengths, left=1):
         strip = max(1, STRIP_BYTES // max(1, per_frame))
     if isinstance(lengths, Spans):
         pass
-    elif eager_cpu:  # by lists of lengths, which no other device should wait for
+    elif eager_cpu:  # It uses lists of lengths, for which another device would have to wait.
         lengths = [frames] * batch if lengths is None else lengths.tolist()
     elif lengths is None:
         lengths = torch.full((batch,), frames, device=x.device, dtype=torch.int64)
@@ -130,7 +130,7 @@ def _stages(layers):
 
 
 def _strip(layers, x, lengths, begin, count, left):
-    """Returns frames begin … begin + count − 1 of what ``linear`` takes, (B, count, C · F)."""
+    """Returns frames begin … begin + count − 1 of the input of ``linear``, (B, count, C · F)."""
     levels = [(begin, count)]
     for _ in range(_stages(layers)):  # the frames that these need, level by level, down to those of x
         begin, count = 2 * begin - left, 2 * count + 1
@@ -150,7 +150,7 @@ def _strip(layers, x, lengths, begin, count, left):
             weight, bias, groups = depthwise.weight, depthwise.bias, depthwise.groups
             h = F.conv2d(h, weight, bias, stride=2, padding=padding, groups=groups).permute(0, 2, 3, 1)
         h = ops.linear_activation(h, pointwise.weight.flatten(1), pointwise.bias, "relu")
-        h = _within(h, begin, lengths)  # what the depthwise convolution makes there, no other frame sees
+        h = _within(h, begin, lengths)  # No other frame sees the depthwise convolution's output there.
     return h.transpose(2, 3).flatten(2)  # [B, count, C * F]
 
 
@@ -193,8 +193,8 @@ def _within(h, begin, lengths):
     changes while no gradient is wanted."""
     inside = _inside(lengths, begin, h.shape[1], h.device)
     if inside is None:
-        return h  # as most strips: a pass over memory less
-    if not on_host(h):  # which would wait for the numbers of these frames
+        return h  # Most strips save a pass over memory here.
+    if not on_host(h):  # Another device would wait for the numbers of these frames.
         return h.masked_fill(~inside[..., None, None], 0.0)
     outside = (~inside).flatten().nonzero()[:, 0]
     rows = h.flatten(0, 1)

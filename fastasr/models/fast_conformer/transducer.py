@@ -46,7 +46,7 @@ class FastConformerRNNT(torch.nn.Module):
         vocabulary: the number of tokens, blank included.
         hidden, layers: the width of prediction and joint network, and the LSTM's layers.
         blank: the blank token; None: the last one.
-        activation: of the joint network: "relu" or "tanh".
+        activation: the joint network's activation, "relu" or "tanh".
         max_symbols_per_step: labels on a frame after which greedy search moves on.
     """
 
@@ -112,7 +112,7 @@ class FastConformerRNNT(torch.nn.Module):
         return lengths.reduced("rnnt.joiner_loss", losses, symbols, reduction)
 
     def _joined(self, input_features, attention_mask, labels):
-        """Returns what the joint network adds, (B, T, hidden) and (B, U + 1, hidden), and the mask between."""
+        """Returns the joint network's two summands, (B, T, hidden) and (B, U + 1, hidden), and the mask between."""
         x, mask = self.encoder(input_features, attention_mask)
         contexts = self.decoder(F.pad(labels, (1, 0), value=self.blank_token_id))
         return plumbing.linear(self.encoder_projector, x), mask, contexts
@@ -128,7 +128,7 @@ class FastConformerRNNT(torch.nn.Module):
         return self.joint(contexts.unsqueeze(1), frames.unsqueeze(2))
 
     def _call(self, input_features, attention_mask, labels, label_lengths):
-        """Returns what the joint network adds, labels, lengths of frames and labels; and the latter."""
+        """Returns the joint network's summands, labels, lengths of frames and labels; and the label lengths."""
         frames, mask, contexts = self._joined(input_features, attention_mask, labels)
         ends = labels.new_full((len(labels),), frames.shape[1]) if mask is None else mask.sum(-1)
         symbols = labels.new_full((len(labels),), labels.shape[1]) if label_lengths is None else label_lengths

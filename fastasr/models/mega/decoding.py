@@ -55,7 +55,7 @@ def step(decoder, labels, states):
 
 
 def _stepped(plan, labels, states):
-    """Returns what ``step`` returns, or None if the states are none that the native step reads."""
+    """Returns the result of ``step``, or None if the native step cannot read the states."""
     if len(states) != plan.blocks:
         return None
     flat, lengths = [], []

@@ -48,7 +48,7 @@ class StaticStep:
         self.length = torch.zeros(1, **index)  # positions before this one
         self.absent = torch.zeros(
             self.blocks, batch, **index
-        )  # the first of them, which a sequence does not have
+        )  # how many of the first positions each sequence lacks
         self.average = torch.zeros(self.blocks, batch, mega.size, heads, **like)
         self.history = torch.zeros(self.blocks, batch, rows, self.key + mega.v_size, **like)
         self.out = torch.zeros(batch, 1, mega.size, **like)

@@ -22,8 +22,8 @@ from fastasr.ops import _activation, _dispatch, _weight_formats
 from fastasr.ops._weight_formats import FORMATS
 
 ACTIVATIONS = ("relu", "tanh")
-_MOST_LAYERS = 8  # of the native call
-_RECORDED = 256  # frames from which on a GPU a step is recorded: a recording costs as much as many steps
+_MOST_LAYERS = 8  # the native call's limit
+_RECORDED = 256  # A GPU records a step from this many frames on: a recording costs as much as many steps.
 
 # The integers of a sequence; the predictor's last tokens follow, the newest last. A negative token embeds as zeros.
 FRAME, SYMBOLS, PENDING, END, TOKENS = range(5)
@@ -81,8 +81,8 @@ class Rules:
         blank: the blank token. skipped: a token that counts as blank; -1: none.
         durations: values of the durations, in the order of the head's outputs; () for RNN-T.
         most_symbols: labels on one frame before the sequence is moved by 1; 0: any number.
-        together: every sequence takes as many steps as the longest: behind its end it goes on, from then on with the
-            last of all frames, and there is at least one step. Otherwise each ends at its own length.
+        together: True: every sequence takes as many steps as the longest. Behind its end it goes on with the last of
+            all frames, and there is at least one step. False: each ends at its own length.
         blank_penalty: subtracted from blank's logit.
         scored: whether to return the tokens' log-probabilities.
     """
@@ -320,17 +320,17 @@ def _by_operations(w, encoded, lengths, rules, state, counters, most_steps):
 
 
 def _pace(encoded):
-    """Returns what records a step, if anything, and the number of steps after which the host looks whether all
-    sequences have ended, for which it waits for the device. A graph serves one call, so it must be worth recording."""
+    """Returns the recorder of a step, if any, and the number of steps after which the host checks whether all sequences
+    have ended, which waits for the device. A graph serves one call, so it must be worth recording."""
     if not encoded.is_cuda:
         return None, 1
     return capture if encoded.shape[1] >= _RECORDED else None, 32
 
 
 def _step(w, encoded, lengths, rules, state, counters, steps, looking):
-    """Returns two functions without arguments: which sequences take another step, and what takes it. Unless the host is
-    ``looking`` whether the predictor must run, they wait for nothing and keep all shapes and addresses, so that a CUDA
-    graph can replay the step. Behind the end it does nothing.
+    """Returns two functions without arguments: one says which sequences take another step, one takes it. Unless the
+    host is ``looking`` whether the predictor must run, they wait for nothing and keep all shapes and addresses, so that
+    a CUDA graph can replay the step. Behind the end the step does nothing.
     """
     batch, frames, joint = encoded.shape
     rows = torch.arange(batch, device=encoded.device, dtype=torch.int64)
@@ -375,7 +375,7 @@ def _step(w, encoded, lengths, rules, state, counters, steps, looking):
         end = torch.where((counters[:, END] == 0) & (frame >= lengths), counts, counters[:, END])
         context = torch.cat((counters[:, TOKENS + 1 :], token.unsqueeze(1)), 1)
         context = torch.where(blank.unsqueeze(1), counters[:, TOKENS:], context)
-        waits = (~blank).to(counters.dtype)  # the predictor has read what stood there before
+        waits = (~blank).to(counters.dtype)  # The predictor has read the earlier token there.
         after = torch.cat((torch.stack((frame, symbols, waits, end), 1), context), 1)
         counters.copy_(torch.where(now.unsqueeze(1), after, counters))
 

@@ -21,7 +21,7 @@ from fastasr.models.transducer.label_looping import (
     why_not_now,
 )
 
-_AGREEMENT = 1e-4  # of logits with those of the model's own modules, relative to the largest
+_AGREEMENT = 1e-4  # The logits may differ this much from the modules' own, relative to the largest.
 _TRAINING = "it is in training mode"
 _ACTIVATIONS = {torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh"}
 
@@ -95,7 +95,7 @@ class LoopingTransducer:
 
     @_unrounded_products()
     def checked_weights(self):
-        """Returns the weights, having compared what they compute with what the modules compute."""
+        """Returns the weights, after comparing their results with the modules'."""
         w = self._read_weights()
         with _as_unserved():
             tokens = [self.first_token(), (self.first_token() + 1) % len(w.embedding)]

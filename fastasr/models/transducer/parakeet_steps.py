@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy search of Parakeet's transducers as ``generate`` of transformers does it, with what is peculiar to it.
+"""Greedy search of Parakeet's transducers as ``generate`` of transformers does it, with its peculiarities.
 
 TDT moves by the index of the duration and has no limit of labels per frame, ended sequences go on until all have ended,
 and the length limit counts blanks.
@@ -9,7 +9,7 @@ import torch
 
 from fastasr.models.transducer.label_looping import TOKENS, Rules
 
-_STEPS_AT_ONCE = 128  # whose logits are in memory at once, 4 MB for a sequence of Parakeet's
+_STEPS_AT_ONCE = 128  # This many steps' logits are in memory at once, 4 MB for a sequence.
 
 
 def steps_of_generate(transducer, looping, frames, lengths, first, most_steps):
@@ -45,6 +45,6 @@ def no_duration_wins(model, frames, first, steps):
             decoder_hidden_states=contexts[rows, before[:, part]],
         )
         largest = (logits[..., :tokens].amax(-1), logits[..., tokens:].amax(-1))
-        if not (largest[0] >= largest[1]).all():  # a NaN is not
+        if not (largest[0] >= largest[1]).all():  # A NaN fails too.
             return False
     return True

@@ -86,7 +86,7 @@ class ActivationDropoutAndLinear(torch.nn.Module):
 
 
 def _is_without_k2(self):
-    """Says whether this is ZipVoice's class, which drops nothing where k2 is not loaded."""
+    """Says whether this is ZipVoice's class, which drops nothing if k2 is not loaded."""
     return type(self).__module__.startswith("zipvoice.") and "k2" not in sys.modules
 
 

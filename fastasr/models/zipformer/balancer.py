@@ -122,7 +122,7 @@ class Balancer(torch.nn.Module):
         if not x.requires_grad:
             return x
         recorded = recording()
-        if recorded is not None:  # memory does not depend on the decision then
+        if recorded is not None:  # In a recorded call memory does not depend on the decision.
             numbers = recorded.numbers(lambda: _decided(self) or [0.0] * 6, 6)
             return changing(x, partial(_change, numbers, self.channel_dim))
         if x.is_cuda and decided(lambda: self.mem_cutoff(memory_of_pass(self, x.device))):

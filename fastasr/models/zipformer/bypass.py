@@ -68,7 +68,7 @@ class BypassModule(torch.nn.Module):
         batch = src.shape[1] if packing is None else len(packing.lengths)
         if recording() is None:
             scale = self._get_bypass_scale(batch)
-        else:  # upstream's method would decide once for all replays
+        else:  # Upstream's method would decide once for all replays.
             scale = BypassModule._get_bypass_scale(self, batch)
         if packing is None or scale.dim() == 1:
             return ops.bypass(src_orig, src, scale)

@@ -77,7 +77,7 @@ class _Replayed:
 
 
 class _Recorded:
-    """Inside this context, ``tape`` takes the decisions."""
+    """Has ``tape`` take the decisions inside this context."""
 
     def __init__(self, tape):
         self.tape = tape

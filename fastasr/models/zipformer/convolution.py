@@ -186,7 +186,7 @@ def _fits(mask, h):
 
 
 def _of_batch(mask, h):
-    """Returns the mask as the kernel reads it: those of stacks at lower rates are strided."""
+    """Returns the mask as the kernel reads it: the masks of stacks at lower rates are strided."""
     return None if mask is None else mask.to(torch.bool).expand(h.shape[1], h.shape[0]).contiguous()
 
 

@@ -53,8 +53,8 @@ def is_zero(number):
 # --------------------------------------------------------------------------- where gradients are changed
 @contextlib.contextmanager
 def owning(owned=True):
-    """Inside the block Balancers and Whitens of a call that is recorded change gradients in place: the node behind each
-    of them gives its gradient to nobody else.
+    """Has Balancers and Whitens of a recorded call change gradients in place inside the block: the node behind each of
+    them gives its gradient to nobody else.
     """
     with _setting("owned", owned):
         yield

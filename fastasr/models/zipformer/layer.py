@@ -169,7 +169,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
     def _encode_by_submodules(self, may_be_constant, *call):
         with owning():  # no two nodes in a layer get the same gradient
             src = ZipformerEncoderLayer._branches(self, may_be_constant, *call)
-        with owning(runs(self.whiten, Whiten.forward)):  # it has a copy
+        with owning(runs(self.whiten, Whiten.forward)):  # Whiten has a copy of its own.
             src = self.balancer2(src)
         return self.whiten(src)
 
@@ -405,7 +405,7 @@ def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=Non
     """Computes ``ZipformerEncoderLayer.forward`` as in icefall before March 2024: ``const_attention_rate``, whose
     published schedule is 0 in eval mode, acts in eval mode only. Its random number is drawn in eval mode only too.
     """
-    if src.is_cpu and not layer.training:  # where a native call would serve
+    if src.is_cpu and not layer.training:  # A native call would serve otherwise.
         _left.note(layer, CONSTANT_ATTENTION, level=logging.INFO)
     return ZipformerEncoderLayer._encode(
         layer, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, not layer.training

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention weights of packed frames: tensors of each recording, where the native kernels form them in one call; else
-those of each group of recordings apart, as tensors or unmaterialised."""
+"""Attention weights of packed frames: tensors of each recording, where the native kernels form them in one call,
+and elsewhere of each group of recordings, as tensors or unmaterialised."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -53,7 +53,7 @@ class PackedWeights:
         return all(isinstance(part, torch.Tensor) for part in self.parts)
 
     def gated(self, projected):
-        """projected (N, 1, 3 channels) -> what ``ops.nonlin_attention`` makes of it with the first head's weights."""
+        """projected (N, 1, 3 channels) -> the result of ``ops.nonlin_attention`` with the first head's weights."""
         if self.alone:
             return _Gated.apply(projected.contiguous(), *self.parts)
         values = (p.transpose(0, 1) for p in self.packing.stacked(projected[:, 0]))

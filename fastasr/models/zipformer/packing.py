@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs a causal layer for the native chunk: sizes, matrices and small tables.
 
-``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp) defines the order. This module computes once what is
-the same for every chunk: the projected positions, the scale of the convolutions within a chunk and exp(log_scale) of
+``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp) defines the order. This module computes once the data
+that all chunks share: the projected positions, the scale of the convolutions within a chunk and exp(log_scale) of
 the norm.
 """
 
@@ -71,7 +71,7 @@ class StackSizes(NamedTuple):
 
 @dataclass
 class Packed:
-    """What packing takes: weights (outputs, inputs) and biases of the products, and small tables."""
+    """The inputs of packing: weights (outputs, inputs) and biases of the products, and small tables."""
 
     weights: list = field(default_factory=list)
     biases: list = field(default_factory=list)

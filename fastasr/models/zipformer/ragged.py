@@ -2,8 +2,9 @@
 """The encoder without padding: its layers run on the frames that exist, packed as ``models.common.ragged`` describes.
 
 Every stack has a packing of its own frame rate in use while its layers run; attention, convolution, bypass and dropout
-of whole sequences ask for it. A recording's output is what it is alone: at its end the downsampling repeats its own
-last frame, where upstream's reads frames of padding. In training balancers and whitening see the frames that exist.
+of whole sequences ask for it. A recording's output is the same as if it were alone: at its end the downsampling repeats
+its own last frame, where upstream's reads frames of padding. In training balancers and whitening see the frames that
+exist.
 """
 
 from operator import attrgetter

@@ -16,7 +16,7 @@ from fastasr.ops._register import autocast_dtype
 
 
 def forked(src, wide, narrow):
-    """Returns ``src`` for ``wide`` consumers that take its own dtype and ``narrow`` ones that take that of autocast."""
+    """Returns ``src`` for ``wide`` consumers that take its own dtype and ``narrow`` ones that take autocast's."""
     if recording() is None:
         return (src,) * (wide + narrow)
     return _Forked.apply(src, wide, narrow, _narrow(src))
@@ -72,6 +72,6 @@ class _Forked(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        # in the order in which autograd adds them: that of the backward pass
+        # Autograd adds them in the order of the backward pass.
         grads = [g for g in (*grads[: ctx.wide][::-1], *grads[ctx.wide :][::-1]) if g is not None]
         return _decided.gradients(grads, None, ctx.dtype, None)[0] if grads else None, None, None, None

@@ -15,7 +15,7 @@ from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _dispatch
 
 _OPERATORS = "weighted_values", "weighted_values_backward"
-MOST_COLUMNS = 32  # of a head, where the kernels for few columns serve with gradients
+MOST_COLUMNS = 32  # With gradients, the kernels for few columns serve heads of at most this many.
 
 
 class SelfAttention(torch.nn.Module):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention weights of a recorded training pass, whose consumers add up their gradient in one tensor.
 
-Each consumer returns the weights for the next one. In the backward pass the last one computes the gradient of what it
-was given, and those before it add their products to it in place: no consumer's part is a tensor of its own.
+Each consumer returns the weights for the next one. In the backward pass the last one computes the gradient of its
+weights, and the earlier ones add their products to it in place: no consumer's part is a tensor of its own.
 """
 
 import torch
@@ -50,7 +50,7 @@ class FirstHead:
         return 1
 
     def gated(self, projected):
-        """projected (T, batch, 3 channels) -> what ``ops.nonlin_attention`` makes of it."""
+        """projected (T, batch, 3 channels) -> the result of ``ops.nonlin_attention``."""
         return self.shared.gated(projected, self.constant)
 
 

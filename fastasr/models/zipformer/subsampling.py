@@ -352,5 +352,5 @@ def _in_blocks(layer, x):
         rows = slice(first, first + step)
         hidden = ops.linear(conv_rows[rows], w1, expand.bias)  # [rows, 3C]
         y = ops.swoosh_linear(hidden, w2, contract.bias, kind="SwooshL")  # [rows, C]
-        torch.add(x_rows[rows], y, out=conv_rows[rows])  # which nothing reads any more
+        torch.add(x_rows[rows], y, out=conv_rows[rows])  # Nothing reads these rows again.
     return conv_rows.view(batch, time, frequency, channels).permute(0, 3, 1, 2)

@@ -45,14 +45,14 @@ class _Whitening(Function):
 
 
 def _change(module, acts, grad, x):
-    """Changes the gradient in place in a recorded pass, where ``acts``, a number from the host, says so."""
+    """Changes the gradient in place in a recorded pass, if ``acts``, a number from the host, is not 0."""
     recorded = acts.recording.back
 
     def plan():
         if not acts.on:
             return [0.0, 0.0]
         if random.random() < 0.005:
-            float(module.whitening_limit)  # that of the log
+            float(module.whitening_limit)  # the log's read
         return [float(module.whitening_limit), float(module.grad_scale)]
 
     limits = recorded.numbers(plan, 2).values

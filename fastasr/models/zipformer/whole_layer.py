@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a layer in inference in one native call, csrc/bindings/zipformer_layer.cpp.
 
-Its kernels are those of the layer's submodules, and so are its bits; Python and torch's dispatcher are left out, which
-take half a millisecond for a layer. The first call of a layer compares an example with what its submodules compute. A
-layer that has changed since is looked at again; :mod:`fastasr.models.common.module_state` tells what counts as a
+It runs the kernels of the layer's submodules and gives their bits, without Python and torch's dispatcher, which take
+half a millisecond for a layer. The first call of a layer compares an example with the results of its submodules. A
+layer that has changed is compared again; :mod:`fastasr.models.common.module_state` tells what counts as a
 change.
 """
 
@@ -85,7 +85,7 @@ def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_c
 
 @dataclass
 class _Products:
-    """What computes the products of calls of one size: matrices or their copies in fewer bits, and the ways."""
+    """The products of calls of one size: matrices or their copies in fewer bits, and the ways to multiply."""
 
     weights: list
     ways: list
@@ -167,7 +167,7 @@ class _Layer(PackedLayer):
         )
 
     def products(self, src, pos_emb):
-        """Returns what computes the products of this call, or None where one has not been measured or is watched."""
+        """Returns the products of this call, or None if one has not been measured or is watched."""
         modes = torch.are_deterministic_algorithms_enabled(), _reduced_weights.is_suspended()
         generations = _gemm.generation(), _reduced_weights.generation()
         key = *src.shape[:2], len(pos_emb), torch.get_num_threads(), *modes, *generations

@@ -15,7 +15,7 @@ from fastasr.ops._op import OPS
 from fastasr.ops._written.linear import linear as checked
 from fastasr.ops.linear import FAMILY, torch_wins
 
-_MOST_CALLS = 10_000  # that are remembered
+_MOST_CALLS = 10_000  # At most this many calls are remembered.
 
 op = OPS["linear"]
 

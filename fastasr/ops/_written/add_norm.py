@@ -73,7 +73,7 @@ def add_norm(
         x, update: (..., C), one shape. float32, bfloat16, float16 or float64.
         weight, bias: (C,).
         eps: added to the variance.
-        scale: of the update.
+        scale: the factor of the update.
     Returns:
         The sum, in the promoted dtype of x and update, and the LayerNorm of the sum as it is rounded, computed in
         float32 or better and rounded once to update's dtype. Both have x's shape.

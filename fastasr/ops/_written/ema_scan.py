@@ -158,7 +158,7 @@ def ema_scan(
         state: (B, D, N), h before the first step; None: zeros. With ``direction="reverse"`` the first step is the last.
         return_state: return h after the last step too, in float32 (float64 when any argument is).
         padding_mask: (B, L), bool, True where x is padding: it does not enter the average; the residual term stays.
-        truncation: keep the first so many taps of the convolution, None: all. Not together with a state.
+        truncation: the number of taps of the convolution to keep, the first ones; None: all. Not together with a state.
         direction: "forward", "reverse" or "bidirectional".
         activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
     Returns:

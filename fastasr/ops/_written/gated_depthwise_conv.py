@@ -147,10 +147,10 @@ def gated_depthwise_conv(
         causal_weight: (C, 1, (K + 1) / 2) or (C, (K + 1) / 2): the taps on this frame and those before it, whatever
             their chunk. Together with chunk_scale it selects the chunk-causal form.
         causal_bias: (C,).
-        chunk_scale: (2, C, K): what the scale of the convolution within the chunk has beyond 1, by the distance from
-            the chunk's first frame, and to its last.
+        chunk_scale: (2, C, K): by how much the scale of the convolution within the chunk exceeds 1, by the distance
+            from the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
-        cache: (B, C, K // 2 + delay): x · sigmoid(s) of the frames before the first, which else are 0.
+        cache: (B, C, K // 2 + delay): x · sigmoid(s) of the frames before the first; None: zeros.
         chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
         activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).

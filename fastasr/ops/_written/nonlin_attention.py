@@ -62,7 +62,7 @@ def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
         weights: (B, T, T), any strides; float32, bfloat16, float16 or float64.
         projected: (T, B, 3 D), of the same dtype outside autocast.
     Returns:
-        (T, B, D) in that dtype; x and o are rounded to it too, as in eager. Under autocast what eager gives.
+        (T, B, D) in that dtype; x and o are rounded to it too, as in eager. Under autocast the result is eager's.
     Raises:
         TypeError: an argument is not a floating tensor, or dtypes differ outside autocast.
         ValueError: shapes or devices do not match.

@@ -93,9 +93,9 @@ def rel_attention(
 
     Args:
         q: (B, T, H, d), d of at least 1. float32, bfloat16, float16 or float64.
-        k: (B, K, H, d), K of at least T: those of the queries' frames are the last T.
+        k: (B, K, H, d), K of at least T: the last T are the queries' frames.
         v: (B, K, H, e), e of at least 1.
-        pos: (T + K − 1, H, d), the projected positions: row r is that of a key r − (K − 1) frames behind the query. No
+        pos: (T + K − 1, H, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
             rows where T is 0.
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
@@ -105,8 +105,8 @@ def rel_attention(
             give the same weights on every backend.
         context: (left, right): a query sees the keys from ``left`` frames before its chunk to ``right`` frames behind
             it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
-        chunk_size: frames of a chunk, counted from the first key. 1: the context is that of each frame.
-        All floating tensors have q's dtype, but for autocast, which casts them.
+        chunk_size: frames of a chunk, counted from the first key. 1: each frame has its own context.
+        All floating tensors have q's dtype, except under autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
         sees no key.

@@ -107,7 +107,7 @@ def rnnt_joiner(
             float64.
         weight: (V, D); bias: (V,) or None: the output layer, in the dtype of am + lm, except under autocast, which
             casts them.
-        symbols: int64 (B, S), values in [0, V) within the boundary; what lies behind it is not read.
+        symbols: int64 (B, S), values in [0, V) within the boundary; symbols behind it are not read.
         starts: int64 (B, T), the first s of each frame's window (``ranges[:, :, 0]`` of k2), in [0, S].
         s_range: R, the size of the window; S + 1 with starts of 0 is the full lattice. Rows with s > S are outside.
         termination_symbol: the output of blank.

@@ -105,7 +105,7 @@ def rnnt_lattice(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: shapes or devices do not match; a boundary that is not inside the lattice (on a GPU it is moved
-            inside instead: to look at it would stall the GPU).
+            inside instead: reading it would stall the GPU).
     """
     kernels = family.native
     if (

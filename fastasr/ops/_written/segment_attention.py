@@ -105,8 +105,8 @@ def segment_attention(
         frames: T. segment_length: S. left_context_length, right_context_length: L, R. max_memory_size: M.
         past_frames, past_memory: l, m: rows of an utterance's past among the keys.
         lengths: (B,) of integers: frames of each sequence that may be seen; default: all.
-        history: (2,) of integers: of the past frames and of the past memory so many rows, the last ones, may be seen;
-            default: all. Read on the device, so a stream needs no synchronisation.
+        history: (2,) of integers: how many of the past frames and of the past memory, counted from the end, may be
+            seen; default: all. They are read on the device, so a stream needs no synchronisation.
         weights_dropout: (B, H, Q, M + R + L + S), multiplied on the weights after the softmax: by query and place in
             its window. Bool or floating, a constant.
     Returns:

@@ -95,7 +95,7 @@ def zipformer_attention_weights(
         key_padding_mask: bool (B, left + T), True: no query sees this key.
         attn_mask: bool (T, left + T) or (B, T, left + T), True: hidden.
         chunk_size: a query sees the keys up to the end of its chunk of this many frames; -1: all. No mask is made.
-        left_context_chunks: and from this many chunks before its own; -1: from the first.
+        left_context_chunks: it sees keys from this many chunks before its own on; -1: from the first.
         cached_key: (left, B, H·dq), keys before the first frame (streaming).
         score_penalty, score_limit: the gradient of every score s with |s| > score_limit, hidden or not, gets
             score_penalty · sign(s); values are not changed.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-attention with relative positions, which :func:`fastasr.ops.rel_attention` computes without its weights.
 
-Each forward runs upstream's code for what the op does not compute: weights that are asked for, other masks, dropout
-that is drawn as upstream does, position embeddings of each sequence's own.
+Each forward runs upstream's code if the op cannot serve a call: if weights are asked for, the mask is of another kind,
+dropout is drawn as upstream draws it, or each sequence has its own position embeddings.
 """
 
 import types
@@ -145,9 +145,10 @@ def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None
 
 
 def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
-    """NeMo's RelPositionMultiHeadAttention. query, which is key and value too, (B, T, width), mask bool (B, T, K), True
-    at hidden keys, or None, position embeddings (1, 2K − 1, width), cache (B, K − T, width) of inputs before these or
-    None, with K = T -> (B, T, width), and with a cache the next one. Queries that see no key attend to nothing.
+    """Serves NeMo's RelPositionMultiHeadAttention. query, which is key and value too, (B, T, width), mask bool (B, T,
+    K), True at hidden keys, or None, position embeddings (1, 2K − 1, width), cache (B, K − T, width) of earlier
+    inputs or None, with K = T -> (B, T, width), and with a cache the next cache. Queries that see no key attend to
+    nothing.
     Upstream's code serves autocast to float16, where it computes in another dtype.
     """
     batch, frames = query.shape[:2]
@@ -167,14 +168,14 @@ def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
     key, _, query, following = self.update_cache(key=key, value=value, query=query, cache=cache)
     by = None if mask is None else seen(mask, hides=True)
     hidden = masks.of_kernel(mask, by, hides=True)
-    empty_rows = by.empty_rows if by is not None and by.by_length else None  # else the kernel gives 0 there
+    empty_rows = by.empty_rows if by is not None and by.by_length else None  # otherwise the kernel gives 0
     y = _attention(self, query, pos_emb, hidden, dropout, empty_rows, key)
     return y if cache is None else (y, following)
 
 
 def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None):
-    """NeMo's RelPositionMultiHeadAttentionLongformer without global tokens: a query sees l frames before it and as many
-    behind it. query, which is key and value too, (B, T, width), pad mask bool (B, T), True at padding, position
+    """Serves NeMo's RelPositionMultiHeadAttentionLongformer without global tokens: a query sees l frames before it and
+    l behind it. query, which is key and value too, (B, T, width), pad mask bool (B, T), True at padding, position
     embeddings (1, 2l + 1, width) -> (B, T, width), without values at padding. Upstream's code serves caches and
     unequal contexts, where it gives keys the positions of others."""
     batch, frames = query.shape[:2]
@@ -187,7 +188,7 @@ def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None)
         autocast = torch.is_autocast_enabled(query.device.type)
         _note(self, fits, "autocast is on" if autocast else f"{_OTHER}, a cache or an unequal context")
         return type(self).forward(self, query, key, value, pad_mask, pos_emb, cache)
-    # rows for all distances, of which the kernel reads those of the context; a negative padding cuts
+    # Of the rows for all distances the kernel reads those of the context. A negative padding cuts.
     p = projected(self, self.linear_pos, pos_emb[0])
     p = F.pad(p, (0, 0, frames - 1 - left, frames - 1 - left))
     hidden = {"key_padding_mask": pad_mask, "context": (left, right)}
@@ -195,7 +196,7 @@ def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None)
 
 
 def nemo_transformer_attention(self, x, block_mask=None, pos_emb=None):
-    """NeMo's TransformerEncoder, which computes by FlexAttention. x (B, T, width), BlockMask of lengths, causal or not,
+    """Serves NeMo's TransformerEncoder, which uses FlexAttention. x (B, T, width), BlockMask of lengths, causal or not,
     or None, position embeddings (1, 2T − 1, width) -> (B, T, width). Padding sees the valid frames, and a sequence
     without frames gives 0."""
     batch, frames = x.shape[:2]
@@ -215,7 +216,7 @@ def nemo_transformer_attention(self, x, block_mask=None, pos_emb=None):
 def speechbrain_attention(
     self, query, key, value, pos_embs, key_padding_mask=None, attn_mask=None, return_attn_weights=True
 ):
-    """SpeechBrain's RelPosMHAXL, whose scores are divided by √width. query, which is key and value too, (B, T, width),
+    """Serves SpeechBrain's RelPosMHAXL, which divides scores by √width. query, which is key and value, (B, T, width),
     position embeddings (1, 2T − 1, width), masks bool (B, T) and (T, T), True at hidden keys, or None -> (B, T, width),
     and None for the weights if they are asked for."""
     batch, frames = query.shape[:2]
@@ -246,8 +247,8 @@ def speechbrain_attention(
 
 
 def _options(module, x, mask, fits):
-    """Returns the arguments of ``ops.rel_attention`` for a call of a module of transformers: what ``mask`` hides, and
-    dropout; None where upstream's code serves the call. ``fits``: whether the positions are served."""
+    """Returns the arguments of ``ops.rel_attention`` for a call of a module of transformers: the keys that ``mask``
+    hides, and dropout; None where upstream's code serves the call. ``fits``: whether the positions are served."""
     (batch, frames), config = x.shape[:2], module.config
     implementation = config._attn_implementation
     if implementation == "eager" and is_watched(module):
@@ -267,7 +268,7 @@ def _options(module, x, mask, fits):
         return None
     hidden = masks.of_kernel(pairs, by)
     for name, value in hidden.items():
-        if name.endswith("mask"):  # one for all sequences, or one for each
+        if name.endswith("mask"):  # There is one for all sequences, or one for each.
             hidden[name] = value.expand(batch, *value.shape[1:])
     return hidden, dropout
 

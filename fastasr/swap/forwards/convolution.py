@@ -21,7 +21,7 @@ _SILU = torch.nn.SiLU()
 
 
 def espnet_convolution(self, x):
-    """ESPnet's Conformer. x (B, T, width) -> same shape. Padding is not masked."""
+    """Serves ESPnet's Conformer: x (B, T, width) -> same shape. Padding is not masked."""
     y = gated_convolution(
         x, self.pointwise_conv1, self.depthwise_conv, self.norm, self.activation, self.pointwise_conv2
     )
@@ -29,13 +29,13 @@ def espnet_convolution(self, x):
 
 
 def fastspeech2_convolution(self, hidden_states, attention_mask=None):
-    """transformers' FastSpeech2Conformer, which has Parakeet's module. hidden states (B, T, width) -> same shape."""
+    """Serves transformers' FastSpeech2Conformer, with Parakeet's module: hidden states (B, T, width) -> same shape."""
     return _as_upstream_lays_it(self, FastConformerConvolution.forward(self, hidden_states, attention_mask))
 
 
 def nemo_convolution(self, x, pad_mask=None, cache=None):
-    """NeMo's Conformer. x (B, T, width), pad mask (bool (B, T), True at padding) or None, cache (B, width, P) of the
-    gated frames before x or None -> (B, T, width), and with a cache the next one."""
+    """Serves NeMo's Conformer: x (B, T, width), pad mask (bool (B, T), True at padding) or None, cache (B, width, P) of
+    the gated frames before x or None -> (B, T, width), and with a cache the next cache."""
     conv, norm, by_frame = self.depthwise_conv, self.batch_norm, self.norm_type == "layer_norm"
     if cache is not None and (plumbing.conv_delay(conv) is None or not (by_frame or is_batch_norm(norm))):
         _left.note(self, "a cache, and a convolution or norm that is no plain one or has hooks")
@@ -49,9 +49,9 @@ def nemo_convolution(self, x, pad_mask=None, cache=None):
 
 
 def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
-    """SpeechBrain's Conformer, whose norm is LayerNorm. x (B, T, width), mask (bool (B, T, 1), True where the result is
-    0) or None -> (B, T, width). With dynamic chunks (Li et al., "Dynamic chunk convolution for unified streaming and
-    non-streaming Conformer ASR", 2023) the taps on later frames see those of the same chunk alone."""
+    """Serves SpeechBrain's Conformer, with LayerNorm as norm: x (B, T, width), mask (bool (B, T, 1), True where the
+    result is 0) or None -> (B, T, width). With dynamic chunks (Li et al., "Dynamic chunk convolution for unified
+    streaming and non-streaming Conformer ASR", 2023) the taps on later frames see only the same chunk."""
     first, gate = self.bottleneck
     chunk_size = None if dynchunktrain_config is None else dynchunktrain_config.chunk_size
     if (
@@ -166,7 +166,7 @@ def fun_asr_memory(self, hidden_states, input_features_mask):
 
 
 def torchaudio_convolution(self, input):
-    """torchaudio's Conformer. input (B, T, width) -> same shape. Padding is not masked."""
+    """Serves torchaudio's Conformer: input (B, T, width) -> same shape. Padding is not masked."""
     first, gate, *rest, dropout = self.sequential
     if not is_plain(self.sequential, torch.nn.Sequential) or not is_plain(gate, torch.nn.GLU):
         _left.note(self, "sequential or its glu is not a plain one")

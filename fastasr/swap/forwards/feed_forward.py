@@ -10,13 +10,13 @@ from fastasr.models.common.plain import is_plain
 
 
 def nemo_feed_forward(self, x):
-    """NeMo's Conformer, without the last dropout. x (..., width) -> same shape."""
+    """Serves NeMo's Conformer, without the last dropout: x (..., width) -> same shape."""
     hidden = plumbing.dropout(self.dropout, activations.activated(self.linear1, self.activation, x))
     return plumbing.linear(self.linear2, hidden)
 
 
 def speechbrain_feed_forward(self, x):
-    """SpeechBrain's positionwise feed-forward, without the last dropout. x (B, T, width) -> same shape."""
+    """Serves SpeechBrain's positionwise feed-forward, without the last dropout: x (B, T, width) -> same shape."""
     if not is_plain(self.ffn, torch.nn.Sequential):
         _left.note(self, "ffn is not a plain Sequential")
         return type(self).forward(self, x)
@@ -35,7 +35,7 @@ def wav2vec2_feed_forward(self, hidden_states):
 
 
 def torchaudio_feed_forward(self, input):
-    """torchaudio's Conformer, whose LayerNorm comes first. input (..., width) -> same shape."""
+    """Serves torchaudio's Conformer, whose LayerNorm comes first: input (..., width) -> same shape."""
     if not is_plain(self.sequential, torch.nn.Sequential):
         _left.note(self, "sequential is not a plain Sequential")
         return type(self).forward(self, input)
@@ -44,7 +44,7 @@ def torchaudio_feed_forward(self, input):
 
 
 def nemo_transformer_feed_forward(self, x):
-    """NeMo's TransformerEncoder. x (..., width) -> same shape."""
+    """Serves NeMo's TransformerEncoder: x (..., width) -> same shape."""
     if not is_plain(self.net, torch.nn.Sequential):
         _left.note(self, "net is not a plain Sequential")
         return type(self).forward(self, x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's transducer loss: of its fused joint, which never holds the logits here, and of given logits."""
+"""NeMo's transducer loss, computed from given logits or by its fused joint, which never holds the logits here."""
 
 import logging
 import random
@@ -51,7 +51,7 @@ def nemo_fused_joint(
 
     given = decoder_outputs, encoder_lengths, transcripts, transcript_lengths, self.wer, self.loss
     if any(value is None for value in given):
-        return upstream(decoder_outputs)  # there is no loss to compute, or upstream says what lacks
+        return upstream(decoder_outputs)  # It computes no loss, or names the missing argument.
     if as_upstream() and _dropout(self) > 0:
         _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
         return upstream(decoder_outputs)
@@ -62,7 +62,7 @@ def nemo_fused_joint(
     symbols = min(transcripts.shape[1], lm.shape[1] - 1)
     batch = self.project_encoder(encoder_outputs.mT), lm[:, : symbols + 1], transcripts[:, :symbols]
     batch = *batch, encoder_lengths, transcript_lengths
-    # a TDT draws for each of upstream's parts of the batch whether durations count
+    # For each of upstream's parts of the batch, a TDT draws whether durations count.
     size = self.fused_batch_size if hasattr(self.loss._loss, "omega") else max(len(lm), 1)
     losses = [_of_part(self, *part) for part in zip(*(x.split(size) for x in batch), strict=True)]
     self.hypotheses = None
@@ -108,7 +108,7 @@ def _dropout(joint) -> float:
 
 
 def _of_part(self, am, lm, targets, frames, symbols):
-    """Returns the losses (B,) of projected outputs of the encoder and the prediction network."""
+    """Returns the losses (B,) for projected outputs of the encoder and the prediction network."""
     core, head = self.loss._loss, self.joint_net[-1]
     options = {"activation": ACTIVATIONS[type(self.joint_net[0])], "dropout_p": _dropout(self)}
     options |= _fastemit(core)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Front ends of depthwise strided convolutions: that of :mod:`fastasr.models.fast_conformer.subsampling`."""
+"""Front ends of depthwise strided convolutions, by :mod:`fastasr.models.fast_conformer.subsampling`."""
 
 import torch
 
@@ -10,13 +10,13 @@ from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subs
 
 
 def nemo_subsampling(self, x, lengths):
-    """NeMo's ConvSubsampling. x (B, T₀, mel_bins), lengths (B) -> ((B, ⌈T₀ / factor⌉, width), lengths int64 (B)).
+    """Serves NeMo's ConvSubsampling: x (B, T₀, mel_bins), lengths (B) -> ((B, ⌈T₀ / factor⌉, width), int64 (B)).
 
     Frames behind a sequence's end are 0 before every convolution, in recordings of any length: upstream splits long
-    ones, and does not mask those that it splits by channel.
+    recordings, and does not mask them if it splits by channel.
     """
     if self.subsampling_conv_chunking_factor == -1:
-        return type(self).forward(self, x, lengths)  # which raises
+        return type(self).forward(self, x, lengths)  # This raises.
     if not (is_plain_named(self.conv, ("MaskedConvSequential",), self) and are_plain(self.conv)):
         _left.note(self, "conv or one of its layers has hooks or is no plain one")
         return type(self).forward(self, x, lengths)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders in which no forward is swapped but those of their parts, and whose calls can be recorded: fastasr's own, and
+"""Encoders whose calls can be recorded while only the forwards of their parts are swapped: fastasr's own, and
 upstream's, whose code stays."""
 
 from fastasr.swap.rule import recorded

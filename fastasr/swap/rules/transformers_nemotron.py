@@ -86,7 +86,7 @@ def encoder(
     past_key_values=None,
     **kwargs,
 ):
-    """Calls upstream's forward, but for the next chunk of streams whose frames see each other and all that are cached:
+    """Calls upstream's forward, except for the next chunk of streams whose frames see each other and all cached ones:
     upstream makes a mask of these pairs by torch.func.vmap, which takes as long as a layer."""
     cache = past_key_values if cache is None else cache  # its name in releases before 5.24
     frames = input_features.shape[1] // self.config.subsampling_factor
@@ -121,7 +121,7 @@ def encoder(
 
 
 def _never_recorded(encoder):
-    """Returns a reason unless every part that takes a cache runs our forward: a recorded chunk gives it another's."""
+    """Returns a reason unless every part that takes a cache runs our forward: a recorded chunk passes other caches."""
     parts = [encoder.subsampling, *(m for layer in encoder.layers for m in (layer.self_attn, layer.conv))]
     ours = nemotron.cached_attention, nemotron.causal_convolution, nemotron.causal_subsampling
     others = {type(m).__name__ for m in parts if binding.bound_forward(m) not in ours}

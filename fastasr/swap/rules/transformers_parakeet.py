@@ -79,7 +79,7 @@ def positions_structure(module):
 
 
 def encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
-    """Calls upstream's forward without a mask that hides nothing: upstream makes a mask of all pairs of frames of it,
+    """Calls upstream's forward, and drops a mask that hides nothing: upstream would make a mask of all pairs of frames,
     2 GB for an hour."""
     upstream = upstream_class(self).forward
     idle = (
@@ -98,13 +98,13 @@ def encoder(self, input_features, attention_mask=None, output_attention_mask=Tru
     hidden = result.last_hidden_state
     mask = torch.ones(hidden.shape[:2], dtype=torch.int32, device=hidden.device)
     found = type(result)(last_hidden_state=hidden, attention_mask=mask)
-    for name in [name for name in result if name not in found]:  # captured by upstream, behind these
+    for name in [name for name in result if name not in found]:  # Upstream captured these and puts them last.
         found[name] = result[name]
     return found
 
 
 def ragged_encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
-    """Does the same without computing anything for padding, but where outputs of every layer are asked for."""
+    """Does the same without computing anything for padding, unless outputs of every layer are asked for."""
     reason = _asked(self, kwargs)
     lengths = ragged.lengths(self, input_features, attention_mask, reason)
     if lengths is None:
@@ -118,7 +118,7 @@ def ragged_encoder(self, input_features, attention_mask=None, output_attention_m
 
 
 def recorded_encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
-    """Does the same with one mask of valid frames for all blocks: no value may be read to find it among pairs."""
+    """Does the same with one mask of valid frames for all blocks, because a recorded call may read no value."""
     reason = _asked(self, kwargs)
     if reason is not None:
         raise Unrecordable(reason)
@@ -131,7 +131,7 @@ def recorded_encoder(self, input_features, attention_mask=None, output_attention
 
 
 def _asked(self, kwargs):
-    """Returns what a call asks for that only upstream's forward returns, as a reason, or None."""
+    """Returns the reason why only upstream's forward returns the outputs that a call asks for, or None."""
     asked = [
         name
         for name in ("output_hidden_states", "output_attentions")

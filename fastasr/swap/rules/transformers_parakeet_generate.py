@@ -3,8 +3,8 @@
 (transformers/models/parakeet): plain greedy search of float32 models on the CPU runs as one native call after the
 encoder, and a forward with labels computes the loss without logits.
 
-``sequences`` and ``durations`` are upstream's, see ``fastasr.models.transducer.parakeet_steps``. Whatever else
-``generate`` is asked for runs upstream's loop. Upstream takes the largest of all logits for the next token, so the
+``sequences`` and ``durations`` are upstream's, see ``fastasr.models.transducer.parakeet_steps``. Any other request to
+``generate`` runs upstream's loop. Upstream takes the largest of all logits for the next token, so the
 generation config of a TDT must suppress its durations: without that our search serves too, as long as no duration has
 the largest logit.
 """
@@ -70,7 +70,7 @@ def _leave(model, reason):
 
 
 def _steps(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-    """Returns (batch, 1 + steps), what upstream's ``_sample`` returns, and leaves durations in ``_step_durations``."""
+    """Returns (batch, 1 + steps) as upstream's ``_sample`` does, and leaves durations in ``_step_durations``."""
     frames, lengths = model_kwargs["encoder_outputs"].pooler_output, model_kwargs["encoder_valid_lengths"]
     asked = input_ids, logits_processor, stopping_criteria, generation_config, frames
     looping, reason = None, _why_not_this_call(self, *asked) or _why_not_any_call(self)
@@ -109,7 +109,7 @@ def _suppresses_durations(model, processors) -> bool:
 
 
 def _why_not_this_call(model, input_ids, processors, criteria, generation_config, frames) -> str:
-    """Returns what a call asks for that the native search does not do, or ""."""
+    """Returns the reason why the native search cannot serve a call, or ""."""
     others = {type(p).__name__ for p in processors if not hasattr(p, "suppress_tokens")}
     suppressed = {
         token for p in processors if hasattr(p, "suppress_tokens") for token in p.suppress_tokens.tolist()

@@ -14,7 +14,7 @@ _ACTIVATIONS = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
 
 
 def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels, **kwargs):
-    """Returns what upstream's forward returns for labels, with None for ``logits``."""
+    """Returns upstream's output for labels, with None for ``logits``."""
     config, head = model.config, model.joint.head
     if encoder_outputs is None:
         encoder_outputs = model.get_audio_features(input_features=features, attention_mask=mask, **kwargs)
@@ -37,8 +37,8 @@ def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels,
 
 
 def why_with_logits(model, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs) -> str:
-    """Returns why ``with_loss`` does not give what upstream's forward gives for these arguments, but for the logits, or
-    "" if it does."""
+    """Returns why the result of ``with_loss`` for these arguments is not upstream's, apart from the logits, or "" if it
+    is."""
     if labels.dim() != 2 or labels.shape[1] == 0:
         return "labels are not (batch, 1 or more)"
     if decoder_cache is not None or use_decoder_cache:

@@ -14,7 +14,7 @@ _JOINERS = {
 
 
 def _asr_model_structure(module):
-    """Our loss computes the joiner of plain parts without its logits, and calls it otherwise. It calls all other
+    """Our loss computes a joiner of plain parts without its logits, and calls any other joiner. It calls all other
     submodules as upstream's does, so these may have any class.
     """
     if not module.use_transducer:

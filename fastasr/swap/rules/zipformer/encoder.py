@@ -35,7 +35,7 @@ _MASKED = "upstream's forward runs, which makes a mask of time by time for chunk
 
 
 def causal_encoder(self, x, x_lens, src_key_padding_mask=None):
-    """Runs as upstream, but for its mask of time by time, which layers that know their windows do not need."""
+    """Runs as upstream, but makes no mask of time by time, which layers that know their windows do not need."""
     compiling = torch.compiler.is_compiling()
     reason = None if compiling else why_not(self)
     if reason is not None:
@@ -82,13 +82,13 @@ def _stacks(encoder):
 
 
 def _unread_stacks(encoder):
-    """Our forwards do what stacks do, so these must run upstream's code."""
+    """Our forwards compute the stacks, so these must be upstream's code."""
     reasons = (unread_code(name, stack, own_forward, known) for name, stack, known in _stacks(encoder))
     return next(filter(None, reasons), None)
 
 
 def ragged_encoder(self, x, x_lens, src_key_padding_mask=None):
-    """Runs on the frames that exist, or as upstream where there is no padding or it must stay."""
+    """Runs on the frames that exist, or as upstream if there is no padding or it must stay."""
     return _without_padding(self, upstream_class(self).forward, x, x_lens, src_key_padding_mask)
 
 
@@ -104,7 +104,7 @@ def _without_padding(encoder, padded, x, x_lens, src_key_padding_mask):
 
 
 def _why_not(encoder):
-    """Without padding our forward does what resampling does too."""
+    """Without padding our forward also computes the resampling."""
     reason = _unread_stacks(encoder)
     reason = reason or unread_code("downsample_output", encoder.downsample_output, own_forward, _RESAMPLING)
     for name, stack, known in _stacks(encoder):

@@ -90,7 +90,7 @@ BYPASS = Rule(
 
 def _native_calls(module):
     """Returns why the layer's native calls, which are for the CPU, cannot be used."""
-    if not module.norm.bias.is_cpu or bound_forward(module) is timed_forward:  # which the call's time decides
+    if not module.norm.bias.is_cpu or bound_forward(module) is timed_forward:  # The call's time decides this.
         return {}
     forward = whole_layer.why_not(module)
     if bound_forward(module) is constant_attention_in_eval:
