@@ -6,6 +6,7 @@
 - ``rows``: the row, its JSON Lines file and the environment it is stamped with;
 - ``harness``: interleaved timing, waiting for idle cores, peak memory;
 - ``limits``: what the machine can do (copy bandwidth, GEMM rate), measured once per run;
-- ``ops/``, ``models/``, ``dispatch``: the measurements; - ``runner``: runs suites and resumes an interrupted run; -
-``plots``, ``page``, ``markdown``: pictures and pages made from the rows.
+- ``ops``, ``models/``, ``dispatch``: the measurements;
+- ``runner``: runs suites and resumes an interrupted run;
+- ``plots``, ``page``, ``markdown``: pictures and pages made from the rows.
 """

@@ -15,7 +15,7 @@ from fastasr.testing.speed import BOTH, FORWARD, Case, Cost, Implementation, Una
 
 Report = Callable[[str], None]
 TRAINING = "training forward"  # a call that keeps what its gradients need
-LONGER = 4  # times as many and as long repetitions decide about a pass in doubt
+LONGER = 4  # A pass in doubt gets this many times as many repetitions, each this many times as long.
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Settings:
 
 
 def variant(implementation: Implementation, pass_: str) -> Variant:
-    """Returns what a pass times: a call without gradients, one that keeps what they need, a call and its gradients, or
-    the gradients alone.
+    """Returns the code that a pass times: a call without gradients, one that keeps data for gradients, a call and its
+    gradients, or the gradients alone.
     """
     if pass_ == FORWARD:
         call = implementation.inference or implementation.call

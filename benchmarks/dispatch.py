@@ -98,7 +98,7 @@ def measure(
                     try:
                         variant = _variant(function, call.arguments, pass_)
                         variant.call()
-                    except Exception as error:  # this one is reported, and the others are measured
+                    except Exception as error:  # It is reported, and the others are measured.
                         report(f"dispatch {name}, {pass_}: {implementation} failed: {error}")
                         continue
                     variants[implementation] = variant

@@ -34,8 +34,8 @@ def commit() -> str:
     """Returns the commit of the working tree; ``<commit>-dirty.<hash of the changes>`` when measured files differ from
     it.
 
-    Outside a checkout (an installed wheel) it is ``v<version>``. The environment variable FASTASR_COMMIT says it for a
-    copy of a commit's files.
+    Outside a checkout (an installed wheel) it is ``v<version>``. The environment variable FASTASR_COMMIT names the
+    commit for a copy of its files.
     """
     if "FASTASR_COMMIT" in os.environ:
         return os.environ["FASTASR_COMMIT"]
@@ -86,7 +86,7 @@ def _fastasr_version() -> str:
 @functools.cache
 def cpu_name() -> str:
     """Returns the CPU's model name, and its family, model and widest vectors, as a virtual machine may give many CPUs
-    one name. It reads /proc/cpuinfo, else the name alone from lscpu, else the architecture.
+    one name. Without /proc/cpuinfo it gives the name from lscpu, or the architecture.
     """
     fields = processor.fields()
     if "model name" in fields:

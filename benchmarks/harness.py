@@ -207,8 +207,8 @@ def _reset_high_water_mark() -> bool:
 
 
 def limit_memory(more: int) -> None:
-    """Lets this process take no more than ``more`` bytes beyond what it holds, where the system tells what that is:
-    what does not fit raises an error, and the machine goes on."""
+    """Lets this process take no more than ``more`` bytes beyond its present memory, if the system tells that: a larger
+    allocation raises an error instead of stopping the machine."""
     held = _status_bytes("VmSize")
     if held is not None:
         import resource
@@ -217,7 +217,7 @@ def limit_memory(more: int) -> None:
 
 
 def peak_bytes(variant: Variant | Callable[[], Any], device: str = "cpu", rounds: int = 2) -> int | None:
-    """Returns the memory that one call needs above what was held before it, the least of ``rounds`` calls.
+    """Returns the memory that one call needs beyond the memory held before it, the least of ``rounds`` calls.
 
     On the CPU it is the resident set's high-water mark (whole pages; blocks the allocator kept may hide small needs),
     on CUDA the caching allocator's peak. It is None where neither can be read.

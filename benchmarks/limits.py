@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The limits of the machine, measured once per run: the time of a plain copy, the rate of the best GEMM and of reading.
+"""Measures the limits of the machine once per run: the time of a plain copy, the rates of the best GEMM and of reading.
 
 An elementwise op that moves ``n`` bytes cannot be faster than a copy that moves as many (half read, half
 written, into a destination that exists already); a product cannot be faster than the library's best GEMM.
-The fractions in the rows refer to these. What reads its weights once, as a chunk of a stream does, cannot be
-faster than a sum over as many bytes.
+The fractions in the rows refer to these. A call that reads its weights once, as a chunk of a stream does,
+cannot be faster than a sum over as many bytes.
 """
 
 import functools

@@ -59,7 +59,7 @@ def _times_lines(found: Sequence[Unit], columns: Sequence[str] = tuple(COLUMNS))
 
 
 def _linear_lines(found: Sequence[Unit]) -> list[str]:
-    """Says how much of a model's gain the linear layers alone bring."""
+    """Says how much of a model's gain comes from the linear layers alone."""
     lines = []
     for unit in found:
         alone, both = unit.ratio("upstream", "upstream+linear"), unit.ratio("upstream")
@@ -133,7 +133,7 @@ def by_machine(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns all rows, machine by machine: models and ops, what the linear layers bring, the cost of a call."""
+    """Returns all rows, machine by machine: models and ops, the gain of the linear layers, the cost of a call."""
     blocks = []
     for measured in by_name(rows):
         found = units(measured)
@@ -159,7 +159,7 @@ def without_padding(rows: Sequence[Row]) -> str:
 
 
 def whole_models(rows: Sequence[Row]) -> str:
-    """Returns the README's table: ``HEADLINES`` on the machine and the day that have most of them, of several the last.
+    """Returns the README's table: ``HEADLINES`` on the machine and the day that have most of them; on a tie, the last.
     A mark shows a row whose code has changed since, on that day too."""
     columns = ("upstream", "compile", "fastasr")
 
@@ -198,7 +198,7 @@ def _unmarked(text: str) -> str:
 
 def put(page: Path, block: str, check: bool, start: str = START, end: str = END) -> int:
     """Puts ``block`` between the page's markers; with ``check`` it only compares all but the marks of old rows, which
-    every change of code moves. Returns 1, and reports it, when ``check`` finds a difference, else 0. Raises
+    every change of code moves. Returns 1, and reports it, when ``check`` finds a difference, and 0 if not. Raises
     ``ValueError`` or ``OSError`` if the page cannot be used.
     """
     text = page.read_text(encoding="utf-8")

@@ -24,8 +24,8 @@ class Row:
 
     ``suite`` "ops" | "models" | "dispatch" | "sweep"; ``name`` the op or model; ``case`` which of its cases;
     ``shape`` and ``dtype`` of the main input; ``implementation`` "eager" | "compile" | "upstream" |
-    "fastasr" | "copy" | .... ``peak_bytes``: memory above what was held before the call. ``bytes`` and
-    ``flops``: what the mathematics needs at least. ``fraction_of_limit``: least possible time on this
+    "fastasr" | "copy" | .... ``peak_bytes``: memory beyond that held before the call. ``bytes`` and
+    ``flops``: the least that the mathematics needs. ``fraction_of_limit``: least possible time on this
     machine over the median, 1.0 being the limit, which ``limit`` names. ``load``: cores kept busy by other
     processes meanwhile. On a GPU ``median_ms`` is the device's time; ``host_ms`` is the median until the call returns.
     Of a whole model on a GPU ``median_ms`` is the wall clock's time of a call, and ``busy_ms`` the time of its kernels.
@@ -71,7 +71,7 @@ class Row:
 
     @property
     def unit(self) -> tuple:
-        """Identifies what was measured together and on which kind of machine, without the commit."""
+        """Identifies rows that were measured together and the kind of machine, without the commit."""
         return (
             self.suite,
             self.name,
@@ -86,7 +86,7 @@ class Row:
 
     @property
     def old(self) -> bool:
-        """Says whether the code has changed since. Rows from before there was a hash count as old."""
+        """Says whether the code has changed since. Rows without a hash count as old."""
         now = code(self.suite, self.name, torch.device(self.device).type)
         return bool(now) and self.code != now
 

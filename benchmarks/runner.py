@@ -74,7 +74,7 @@ class Options:
 
 @dataclass
 class Summary:
-    """The result of a run: rows measured now, units found done, and messages about what could not be measured."""
+    """The result of a run: rows measured now, units found done, and messages about failed measurements."""
 
     rows: list[Row] = field(default_factory=list)
     resumed: int = 0
@@ -100,8 +100,8 @@ def select(names: tuple[str, ...]) -> list[str]:
 
 
 def measured_units(path: Path, device: str, reps: int) -> set[tuple]:
-    """Returns suite, name, case, shape, pass, dtype and threads of what the file holds from this commit and machine,
-    with as many repetitions (of models and sweeps, with any number).
+    """Returns suite, name, case, shape, pass, dtype and threads of the file's units from this commit and machine, with
+    as many repetitions (of models and sweeps, with any number).
     """
     at, machine = commit(), device_name(device)
     return {
@@ -203,7 +203,7 @@ def run(
         report(message)
 
     gc.collect()
-    gc.freeze()  # collections before each measurement leave out all that was imported, which takes most of their time
+    gc.freeze()  # Collections before each measurement then skip imported objects, which would take most of their time.
     try:
         for name in chosen:
             report(name)

@@ -2,7 +2,7 @@
 """An op or a swapped model over the sizes that users run: ``fastasr bench --sweep NAME``.
 
 A *cell* is a number of frames and of sequences, a dtype and a number of threads. It is measured in a process of its
-own, which may use so much memory and take so long, and its rows are written pass by pass, so that a sweep goes on where
+own, with limits of memory and time, and its rows are written pass by pass, so that a sweep goes on where
 it was interrupted. Frames and sequences are the first two sizes of the function ``sized`` beside the benchmark of the
 op or model.
 """
@@ -32,7 +32,7 @@ FRAMES = (1, 16, 100, 500, 1500, 6000, 30000, 90000)  # up to 30 minutes at 50 f
 BATCHES = (1, 4, 16, 40)
 DTYPES = ("float32", "bfloat16")
 PASSES = (FORWARD, BOTH, TRAINING)  # gradients come first: with them an op measures which products serve it
-ENOUGH = 0.97  # of the best of the others: what is below it is slower than they are
+ENOUGH = 0.97  # Below this share of the best other's speed, ours counts as slower.
 
 
 def subjects() -> dict[str, Callable[[int, int], Case]]:
@@ -66,8 +66,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Options:
-    """A sweep: ``seconds`` is the limit of a cell, ``memory`` that of its process in bytes, by default half of the
-    machine's. ``fresh`` measures again what the file has for this commit.
+    """A sweep: ``seconds`` is the limit of a cell, ``memory`` the limit of its process in bytes, by default half of the
+    machine's. ``fresh`` also measures units that the file has for this commit.
     """
 
     names: tuple[str, ...]
@@ -133,17 +133,17 @@ def _measure(cell: Cell, settings: Settings, done: Sequence[str], send: Callable
 def _child(connection, *arguments) -> None:
     try:
         _measure(*arguments, connection.send)
-    except Exception as error:  # the parent reports it and goes on with the next cell
+    except Exception as error:  # The parent reports the error and goes on with the next cell.
         first = (str(error).strip().splitlines() or [""])[0]
         connection.send(("note", f"failed: {type(error).__name__}: {first[:160]}"))
     connection.close()
 
 
 def _in_process(cell: Cell, options: Options, done: Sequence[str]) -> Iterator[tuple]:
-    """Yields what the process of a cell sends, and a note when it is stopped or dies."""
+    """Yields the messages of a cell's process, and a note when it is stopped or dies."""
     context = multiprocessing.get_context(
         "forkserver"
-    )  # its server has imported everything and computed nothing
+    )  # The server has imported everything and computed nothing.
     context.set_forkserver_preload(["fastasr.benchmarks.sweep"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, cell, options.settings(), done), daemon=True)
@@ -167,7 +167,8 @@ def _in_process(cell: Cell, options: Options, done: Sequence[str]) -> Iterator[t
 def run(
     options: Options, report: Report = lambda _: None, on_rows: Callable[[list[Row]], None] = lambda _: None
 ) -> list[Row]:
-    """Measures what the file lacks and returns all its rows of these sweeps. Raises ``ValueError`` for a wrong name."""
+    """Measures the rows that the file lacks and returns all its rows of these sweeps. Raises ``ValueError`` for a wrong
+    name."""
     from fastasr.benchmarks.runner import measured_units
 
     cells = options.cells()

@@ -45,8 +45,8 @@ def fastest_other(medians: Mapping[str, float]) -> str | None:
 
 
 def ratio_to_fastest(medians: Mapping[str, float]) -> float | None:
-    """Returns the time of the fastest of the others over ours. Where only one side could be measured it is infinite
-    or 0, whichever side that is; None without either.
+    """Returns the time of the fastest of the others over ours. It is infinite if only ours could be measured, 0 if
+    only others could, and None without either.
     """
     other, ours = fastest_other(medians), medians.get("fastasr")
     if other is None or ours is None:

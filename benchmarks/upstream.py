@@ -49,7 +49,7 @@ BATCH_COUNT = 20000.0
 
 
 class Encoder(torch.nn.Module):
-    """Upstream's front end and encoder, or those of ``package``: ``AsrModel.forward_encoder``.
+    """Upstream's front end and encoder, or the ones of ``package``: ``AsrModel.forward_encoder``.
 
     ``forward(x [B, T, 80], lengths [B])`` returns output ``[B, T', C]`` and its lengths.
     """
@@ -100,14 +100,14 @@ def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True, *
 
 
 def recogniser(config: dict, seed: int = 0) -> torch.nn.Module:
-    """Returns Upstream's AsrModel in evaluation mode, with random weights. Raises ``MissingUpstream``."""
+    """Returns upstream's AsrModel in evaluation mode, with random weights. Raises ``MissingUpstream``."""
     model = module("zipformer.modules.model")
     torch.manual_seed(seed)
     return steady(model.AsrModel(**config))
 
 
 def steady(model: torch.nn.Module) -> torch.nn.Module:
-    """Returns the model in evaluation mode, with its schedules where they stay."""
+    """Returns the model in evaluation mode, with its schedules at their final values."""
     for part in model.modules():
         if hasattr(part, "batch_count"):
             part.batch_count = BATCH_COUNT

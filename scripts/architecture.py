@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws docs/architecture.svg: the folders of the source tree and what includes or imports what.
+"""Draws docs/architecture.svg: the folders of the source tree, and their includes and imports.
 
     python scripts/architecture.py [--check]
 
@@ -18,7 +18,7 @@ import sources
 from sources import ROOT
 
 PICTURE = ROOT / "docs" / "architecture.svg"
-WITHOUT_BOX = (ROOT / "fastasr", ROOT / "fastasr/asr")  # their __init__ hand on names of the boxes below them
+WITHOUT_BOX = (ROOT / "fastasr", ROOT / "fastasr/asr")  # Their __init__ files pass on the boxes' names.
 WIDTH, HEIGHT, GAP, RISE = 196, 86, 14, 48  # size of a box; space between boxes and between rows
 Graph = dict[str, set[str]]
 
@@ -77,7 +77,7 @@ def rows(needs: Graph) -> list[list[str]]:
         depth[box] = 1 + max((depth[other] for other in below[box]), default=-1)
     made = [sorted(box for box in needs if depth[box] == d) for d in range(max(depth.values()), -1, -1)]
     place = {}
-    for row in reversed(made):  # near what a box needs
+    for row in reversed(made):  # A box lies near the boxes that it needs.
         mean = {box: sum(place.get(o, 0.5) for o in needs[box]) / max(1, len(needs[box])) for box in row}
         row.sort(key=lambda box: (mean[box], box))
         place |= {box: (i + 0.5) / len(row) for i, box in enumerate(row)}
@@ -85,7 +85,7 @@ def rows(needs: Graph) -> list[list[str]]:
 
 
 def contents(box: str) -> list[str]:
-    """Returns up to four lines: what a box is for, and its folders or, where there is no text, its files."""
+    """Returns up to four lines: a box's purpose, and its folders or, without a text, its files."""
     path = ROOT / box
     names = sorted(
         p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("_") and any(p.glob("*.*"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# build_dist.sh PYTHON [aarch64]: builds build/dist/*.tar.gz from the sources and build/dist/*.whl from that alone.
+# build_dist.sh PYTHON [aarch64]: builds build/dist/*.tar.gz from the sources, and build/dist/*.whl from it alone.
 # auditwheel names the oldest system that the wheel runs on: manylinux_2_28 without CUDA code, manylinux_2_34 with it.
 # With aarch64 both go to build/dist-aarch64, and the wheel is for Linux on aarch64: Debian's cross compiler builds
 # it, without CUDA code, against the libraries of torch's wheel for aarch64, which pip downloads once.
@@ -44,7 +44,7 @@ rm -rf "$dist"
 mkdir -p build/source
 find build/source -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 tar -xzf "$dist"/*.tar.gz -C build/source --strip-components=1
-# setuptools leaves in a wheel what it copied for the last one
+# setuptools would leave files of the last wheel in this one.
 rm -rf build/source/build/{lib,bdist}* build/source/build/wheel
 cd build/source
 {

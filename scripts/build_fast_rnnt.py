@@ -26,7 +26,7 @@ SOURCES = {
 
 def main(root: Path) -> None:
     packages = Path(sysconfig.get_path("purelib"))
-    # where scripts/python_headers.sh has put Python.h, if it was missing
+    # scripts/python_headers.sh puts Python.h here if it is missing.
     definition = "-DPython_INCLUDE_DIR="
     cmake = shlex.split(os.environ.get("CMAKE_ARGS", ""))
     headers = [argument.removeprefix(definition) for argument in cmake if argument.startswith(definition)]
@@ -38,7 +38,7 @@ def main(root: Path) -> None:
             name="_fast_rnnt",
             sources=[str(build / name) for name in SOURCES.values()],
             extra_include_paths=[str(root), *headers],
-            # as upstream's release build
+            # These flags are those of upstream's release build.
             extra_cflags=["-O3", "-DNDEBUG", "-std=c++20", *shlex.split(os.environ.get("CXXFLAGS", ""))],
             build_directory=str(build),
         )

@@ -14,7 +14,7 @@ logging.getLogger("mkdocs.plugins.griffe").setLevel(logging.ERROR)
 
 
 def public_names(package: Path) -> list[str]:
-    """Returns what ``__all__`` of ``package/__init__.py`` names of its imports, or the public modules where it is
+    """Returns the imports that ``__all__`` of ``package/__init__.py`` names, or the public modules where it is
     computed. Another name has its page where it is defined.
     """
     body = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body

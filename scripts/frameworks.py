@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of the rules: what serves each class of a framework, and why an instance is declined. ``tables.py`` writes
-them into docs/frameworks.md.
+"""Tables of the rules: the code that serves each class of a framework, and why it declines an instance. ``tables.py``
+writes them into docs/frameworks.md.
 """
 
 import ast
@@ -29,8 +29,8 @@ def rules() -> list[Rule]:
 
 
 def _reasons(function: Callable, seen: set) -> Iterator[str]:
-    """Yields the texts that the function returns, and those of the functions of rules and models that it calls. "…"
-    stands for what depends on the instance.
+    """Yields the texts that the function returns, and the texts of functions of rules and models that it calls. "…"
+    stands for a part that depends on the instance.
     """
     function = inspect.unwrap(function)
     if function in seen or not getattr(function, "__module__", "").startswith(
@@ -46,7 +46,7 @@ def _reasons(function: Callable, seen: set) -> Iterator[str]:
             text = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
             if text != "None" and len(text.split()) > 2 * text.count(
                 "…"
-            ):  # else it says nothing without the instance
+            ):  # Other texts say nothing without the instance.
                 yield text
         elif isinstance(node, ast.Call):
             called = names.get(node.func.id) if isinstance(node.func, ast.Name) else None

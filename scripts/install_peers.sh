@@ -20,7 +20,7 @@ for name in "$@"; do
 done
 [[ $# == 0 ]] || exit 0
 
-# What tests need beside the frameworks: ONNX, adapters, the tables of byte-level units.
+# Tests also need ONNX, adapters and the tables of byte-level units.
 pip install onnx onnxruntime onnxscript sentencepiece simple-sentencepiece soxr
 pip install --no-deps accelerate loralib
 # The lines that docs/install.md shows.

@@ -32,7 +32,7 @@ def narrower() -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", "import fastasr.ops"], env=environment, capture_output=True, text=True
     )
-    if done.returncode == 0:  # without the native library there are none
+    if done.returncode == 0:  # Without the native library there are no sets.
         return []
     found = re.search(r"FASTASR_SIMD: expected (.+) \(", done.stderr)
     if not found:

@@ -5,7 +5,7 @@
 
 FOLDER is empty or from an earlier call: it gets the copy. With words, only faults whose file or description has one of
 them are put in. Each fault is an edit of one file and the part of the short run that concerns it. The run fails if a
-part does not find its fault, or if an edit does not fit its file any more. docs/testing.md tells what was found.
+part does not find its fault, or if an edit does not fit its file any more. docs/testing.md has the results.
 """
 
 import os
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# fastasr's parts that lie beside it, by their place in the installed package
+# place in the installed package -> a part of fastasr that lies beside it
 PARTS = {"kernels": "fastasr/kernels", "benchmarks": "fastasr/benchmarks"}
 CONTRACT = "tests/ops/test_contract.py"
 INTERPRETED = {"TRITON_INTERPRET": "1", "FASTASR_TEST_BACKEND": "triton"}
@@ -175,7 +175,7 @@ def found_by(fault: Fault, folder: Path) -> str:
         return f"does not fit: {fault.old!r} is there {text.count(fault.old)} times"
     path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not long", *fault.tests]
-    # the copy's modules come before those of the installed package
+    # The copy's modules come before the installed package's.
     environment = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     environment |= INTERPRETED if fault.interpreted else {}
     try:

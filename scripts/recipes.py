@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of an op's page that says how to check and measure the op at shapes of one's own."""
+"""The part of an op's page that says how to check and measure the op at any shapes."""
 
 from fastasr import ops
 from fastasr.testing.declared import declared

@@ -3,9 +3,9 @@
 
     python scripts/tables.py [--check]
 
-Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, those of frameworks from the
-rules, the lines that install them from peers.sh. The picture of a TDT's memory is drawn from its rows. ``--check``
-changes nothing and ends with 1 when a page does not say what they say.
+Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, the tables of frameworks
+from the rules, and the lines that install them from peers.sh. The picture of a TDT's memory is drawn from its rows.
+``--check`` changes nothing and ends with 1 when a page is not current.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fastasr.benchmarks.studies import curves, growth, transducer_memory
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 GPU_RECORDS = ROOT / "benchmarks" / "results" / "gpu.json"  # the units.json of a run on a GPU
-WHOLE_RECORDS = ROOT / "benchmarks" / "results" / "whole_models.json"  # those of a run of stage M
+WHOLE_RECORDS = ROOT / "benchmarks" / "results" / "whole_models.json"  # the units.json of a run of stage M
 OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
 RULES_MARKERS = "<!-- rules:start -->", "<!-- rules:end -->"
 CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
@@ -65,7 +65,7 @@ def _file(name: str) -> str:
 
 
 def measured(rows: Sequence[Row]) -> dict[Path, str]:
-    """Returns page -> its measured table. A row stands on the page of its op or model, else in
+    """Returns page -> its measured table. A row stands on the page of its op or model, or in
     docs/benchmarks.md.
     """
     pages: dict[Path, list[Row]] = {op_page(name): [] for name in sorted(ops.NAMES)}
@@ -88,7 +88,7 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
 
 
 def by_page() -> dict[Path, list[str]]:
-    """Returns page -> the ops that it is about."""
+    """Returns page -> its ops."""
     found: dict[Path, list[str]] = {}
     for name in sorted(ops.NAMES):
         found.setdefault(op_page(name), []).append(name)

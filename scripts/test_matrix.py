@@ -4,9 +4,9 @@
     python scripts/test_matrix.py WHEEL FOLDER [--python PYTHON...] [--torch 2.N...]
 
 Each pair gets an environment in FOLDER, where pip also keeps what it downloads; both are removed at the end. An
-environment has torch 2.N as pip finds it: a CPU build where an index of such is configured. By default these are
-python3.11 to python3.14 as far as they exist here, and every 2.N that pip finds.
-docs/testing.md shows benchmarks/results/test_matrix.json.
+environment has torch 2.N as pip finds it: a CPU build if pip is configured with an index of CPU builds. By default
+these are python3.11 to python3.14 as far as they exist here, and every 2.N that pip finds. docs/testing.md shows
+benchmarks/results/test_matrix.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "test_matrix.json"
 OLDEST = 11
 PYTHONS = tuple(f"python3.{minor}" for minor in range(11, 15))
 TOOLS = ("numpy", "pytest", "pytest-xdist", "hypothesis")
-# Of every op: values and gradients in float32, its registration, torch.compile; and a forked process.
+# These tests check values and gradients of every op in float32, its registration, torch.compile; and a forked process.
 TESTS = ("tests/ops/test_contract.py", "tests/ops/test_fork.py")
 CHOSEN = "parity and float32 or opcheck or compiles or forked"
 ASK = """
@@ -74,14 +74,14 @@ def pair(wheel: Path, folder: Path, python: str, minor: int) -> dict:
     if done.returncode:
         return row | {"tests": "fastasr does not import: " + last_line(done)}
     row |= json.loads(last_line(done))
-    # the tests and no package beside them: what is imported is the wheel's
+    # The folder has the tests and no package, so that they import the wheel's.
     shutil.copytree(ROOT / "tests", folder / "tree/tests")
     for name in ("pyproject.toml", "scripts"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / "tree" / name)
     command = (folder / "bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "-m", "not long")
     begin = time.monotonic()
-    # as in the suite: with more threads than cores, each parallel loop waits for threads that do not run
+    # As in the suite: with more threads than cores, each parallel loop waits for threads that do not run.
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = run(*command, "-k", CHOSEN, *TESTS, cwd=folder / "tree", env=one_thread)
     print(done.stdout[-3000:] if done.returncode else last_line(done), flush=True)

@@ -33,11 +33,11 @@ from fastasr.benchmarks.device.isolate import Outcome, isolated, kill_all
 from fastasr.benchmarks.device.machine import GPU, DryRun
 from fastasr.benchmarks.device.units import Unit, units
 
-LEAST = 10  # seconds that must be left for a unit to begin
+LEAST = 10  # A unit begins only if this many seconds are left.
 
 
 class Book:
-    """The records of a run in its folder. Those of the same commit and device are kept if the run is a resumed one."""
+    """The records of a run in its folder. A resumed run keeps records of the same commit and device."""
 
     def __init__(self, out: Path, machine: GPU, resume: bool):
         self.out, self.facts = out, machine.facts()
@@ -86,7 +86,7 @@ def run(wanted: Sequence[Unit], machine: GPU, out: Path, minutes: float, resume:
         else:
             outcome = isolated(unit.function, (machine, *unit.arguments), limit)
         if outcome.out_of_time and limit < unit.limit:
-            return  # the run's time was up, not the unit's: a resumed run begins it again
+            return  # The run's time was up, not the unit's: a resumed run begins the unit again.
         found = verdict.findings(book.add(unit, outcome, wanted))
         bad = [f"{how} ({title})" for title, (how, _) in found.items() if how in verdict.BAD]
         print(f"{unit.key}: {', '.join(bad) or 'done'}, {outcome.seconds:.0f} s", flush=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says whether an op is right on a machine: ``CHECKS`` is the list of what a verdict says about it."""
+"""Says whether an op is right on a machine: a verdict has a column for each of ``CHECKS``."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,8 +33,8 @@ def small_shapes(machine: GPU, table: OpTable) -> None:
 
 
 def training_shape(machine: GPU, table: OpTable) -> None:
-    """Values and gradients at a shape of training are as near to float64 as eager's: to float32 where a device lacks
-    the memory, and then in bfloat16 alone.
+    """Values and gradients at a shape of training are as near to float64 as eager's. If the device lacks the memory,
+    float32 is the reference, and bfloat16 alone is checked.
     """
     short, failed = False, []
     for dtype in DTYPES:
@@ -43,14 +43,15 @@ def training_shape(machine: GPU, table: OpTable) -> None:
                 failed += _as_near(machine, table, dtype, torch.float64)
         except torch.OutOfMemoryError:
             short = True
-        if short and dtype is not torch.float32:  # out of the handler, which keeps the tensors
+        # This is outside the handler, because the exception keeps the tensors alive.
+        if short and dtype is not torch.float32:
             torch.cuda.empty_cache()
             failed += _as_near(machine, table, dtype, torch.float32)
     assert not failed, "; ".join(failed)
 
 
 def _as_near(machine: GPU, table: OpTable, dtype: torch.dtype, oracle: torch.dtype) -> list[str]:
-    """Returns what is further off than eager."""
+    """Returns the names of results with larger errors than eager's."""
 
     def one_draw(draw: int, _: bool) -> Iterator[tuple[str, Comparison]]:
         arguments = machine.cases(table.op)[0].arguments(Make(dtype, machine.device, draw))
@@ -74,7 +75,7 @@ def three_repeats(machine: GPU, table: OpTable) -> None:
 def _step(table: OpTable, arguments: dict) -> Callable[[], tuple[Tensor, ...]]:
     """Returns a function without arguments that returns the op's output and gradients, of one fixed cotangent.
 
-    It copies the arguments first, so an op that runs on another stream than the current one reads what is not there.
+    It copies the arguments first, so an op that runs on another stream than the current one reads wrong numbers.
     """
     y = flat(table.function(**arguments))
     cotangent = Make(y.dtype, y.device, "cotangent").normal(*y.shape)
@@ -135,7 +136,7 @@ CHECKS: dict[str, Callable[[GPU, OpTable], None]] = {
 
 
 def reported(tell: Callable[[dict], None], title: str, check: Callable[[], None]) -> bool:
-    """Runs a check and tells what came of it. Returns False where the device may be in no state for another one."""
+    """Runs a check and tells its result. Returns False if the device may be unable to run another one."""
     tell({"check": title, "found": "started"})
     try:
         check()

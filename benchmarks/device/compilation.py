@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles kernels on all cores before anything runs: a check of one op would compile its sixty one after another.
+"""Compiles kernels on all cores before anything runs: a check of an op would compile its sixty kernels one by one.
 
-Triton is imported in the functions, because ``fastasr gpu`` says without it that it is missing.
+Triton is imported in the functions, so that ``fastasr gpu`` can report a missing Triton.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def launches(machine: GPU, op: str) -> list:
 
 
 def compile_kernels(tell: Callable, machine: GPU, op: str, part: int) -> None:
-    """Fills Triton's cache with one of ``PARTS`` parts of what an op's checks launch at small shapes."""
+    """Fills Triton's cache with one of ``PARTS`` parts of the kernels that an op's checks launch at small shapes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.errors import TritonError
@@ -38,7 +38,7 @@ def compile_kernels(tell: Callable, machine: GPU, op: str, part: int) -> None:
     major, minor = machine.stand_in()["capability"]
     wanted = launches(machine, op)[part::PARTS]
     for launch in () if machine.dry else wanted:
-        with contextlib.suppress(TritonError):  # the check that launches it says so
+        with contextlib.suppress(TritonError):  # The check that launches the kernel reports it.
             triton.compile(launch.source, GPUTarget("cuda", 10 * major + minor, 32), launch.options)
 
 
@@ -71,7 +71,7 @@ def compiled_together(machine: GPU, step: Callable) -> None:
     children = []
     for i in range(jobs):
         child = os.fork()
-        if not child:  # it compiles and does not touch the GPU
+        if not child:  # The child compiles and does not touch the GPU.
             for launch in list(found.values())[i::jobs]:
                 with contextlib.suppress(Exception):
                     compile_kernel(launch.source, GPUTarget("cuda", 10 * major + minor, 32), launch.options)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-START_SECONDS = 120  # the most until a process begins
-KEPT_OUTPUT = 6000  # the last characters of what a process prints
+START_SECONDS = 120  # A process must begin within this time.
+KEPT_OUTPUT = 6000  # this many last characters of a process's output are kept
 # Each process is forked from a server that has imported what units need, and that never touches a GPU: a process forked
-# from one that did could not use it. torch asks NVML, in place of CUDA, whether there is a GPU.
+# from one that did could not use it. torch asks NVML instead of CUDA whether there is a GPU.
 PRELOADED = ["torch._dynamo", "fastasr.benchmarks.device.units"]
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -94,7 +94,7 @@ def _child(sender, log: str, limit: float, function: Callable, arguments: tuple)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable(sys.__stderr__)
-    faulthandler.dump_traceback_later(0.9 * limit, file=sys.__stderr__)  # says where it hangs
+    faulthandler.dump_traceback_later(0.9 * limit, file=sys.__stderr__)  # prints where the process hangs
     sender.send({})
     function(sender.send, *arguments)
     sys.stdout.flush()

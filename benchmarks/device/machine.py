@@ -26,8 +26,8 @@ from fastasr.testing.table import Make, OpTable, Sample, flat, forward_and_backw
 from fastasr.testing.tolerance import JUDGED_DRAWS
 
 FLUSHED_BYTES = 2**30  # more than any L2 cache
-MOST_JOBS = 8  # units that share the device
-MEMORY_OF_A_UNIT = 13e9  # bytes of the device per unit that shares it; one that finds too few says so
+MOST_JOBS = 8  # At most this many units share the device.
+MEMORY_OF_A_UNIT = 13e9  # Each unit that shares the device has these bytes; a unit that needs more says so.
 
 
 class Skipped(Exception):
@@ -54,7 +54,7 @@ class GPU:
     """The current CUDA device."""
 
     device, dry = "cuda", False
-    more_draws = JUDGED_DRAWS[:2]  # of a call at a shape of training, if the first draw fails
+    more_draws = JUDGED_DRAWS[:2]  # A call at a shape of training gets these draws if the first one fails.
 
     def why_not(self) -> str:
         """Says why nothing can run here, or returns ""."""
@@ -64,7 +64,7 @@ class GPU:
         return _dispatch._why_not_triton_on() or _dispatch._why_no_triton()
 
     def facts(self) -> dict:
-        """Returns what the results depend on: versions, the device, the native library."""
+        """Returns the facts that results depend on: versions, the device, the native library."""
         properties = torch.cuda.get_device_properties(0)
         smi = shutil.which("nvidia-smi")
         query = [smi, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
@@ -82,7 +82,7 @@ class GPU:
         return max(1, min(MOST_JOBS, cores // 2, int(memory // MEMORY_OF_A_UNIT)))
 
     def stand_in(self) -> dict:
-        """Returns the settings of a fake GPU for which Triton compiles what it compiles for this device."""
+        """Returns the settings of a fake GPU for which Triton compiles the same code as for this device."""
         properties = torch.cuda.get_device_properties(0)
         return {
             "capability": (properties.major, properties.minor),
@@ -91,7 +91,8 @@ class GPU:
 
     @contextlib.contextmanager
     def serving(self, op: str) -> Iterator[None]:
-        """Makes the op's GPU kernels serve it, or else raise. Raises ``Skipped`` where this installation has none."""
+        """Makes the op's GPU kernels serve it or raise an error. Raises ``Skipped`` where this installation has
+        none."""
         backend = kernels()[op]
         for row in _dispatch.table():
             if (row["op"], row["backend"]) == (op, backend) and not row["available"]:
@@ -111,7 +112,7 @@ class GPU:
         torch.cuda.synchronize(device)
 
     def captured(self, step: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable]:
-        """Captures ``step`` in a CUDA graph. Returns the tensors that a replay writes, and what replays it."""
+        """Captures ``step`` in a CUDA graph. Returns the tensors that a replay writes, and a function that replays."""
         self.on_another_stream(step)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -119,7 +120,7 @@ class GPU:
         return tensors, graph.replay
 
     def on_another_stream(self, step: Callable):
-        """Returns what ``step`` returns on a stream of its own, which is still busy when ``step`` begins."""
+        """Returns the result of ``step`` on a stream of its own, which is still busy when ``step`` begins."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -172,8 +173,8 @@ class GPU:
 
 
 class DryRun(GPU):
-    """The whole program without a GPU: a fake driver takes the launches of each op, and CPU kernels compute on small
-    tensors what is compared. Everything takes 1 ms.
+    """The whole program without a GPU: a fake driver takes the launches of each op, and CPU kernels compute the
+    compared values on small tensors. Everything takes 1 ms.
     """
 
     device, dry = "cpu", True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast an op or a training step is on a machine, beside eager, ``torch.compile``, a copy and the prediction."""
+"""Times an op or a training step on a machine, beside eager, ``torch.compile``, a copy and the prediction."""
 
 import contextlib
 import random
@@ -21,8 +21,8 @@ from fastasr.models import fast_conformer, zipformer
 
 ROUNDS, CALLS, WARMUP = 5, 5, 3
 ROUNDS_OF_MODELS = 2
-COMPILE_SECONDS = 60  # the most for one graph; without it the other columns are there all the same
-NORMS = 0.05  # the most by which the norm of all gradients in bfloat16 may differ from eager's in float32
+COMPILE_SECONDS = 60  # A graph that takes longer leaves its column empty; the others are measured.
+NORMS = 0.05  # The norm of all gradients in bfloat16 may differ from eager's in float32 by this share.
 
 Times = dict[
     str, tuple[list[float], list[float]]
@@ -51,7 +51,7 @@ def _ready(build: Callable, pass_: str) -> Variant:
 
 
 def _variants(tell: Callable, machine: GPU, case: Case, dtype: torch.dtype, pass_: str) -> dict[str, Variant]:
-    """Returns what is timed of one pass of a case, each called once; tells which rival cannot run."""
+    """Returns the implementations of one pass of a case, each called once; tells which rival cannot run."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     builds = {name: build for name, build in case.make(machine.device, dtype).items() if name != "upstream"}
@@ -106,8 +106,8 @@ def time_op(tell: Callable, machine: GPU, op: str, index: int, dtype: torch.dtyp
 
 
 def compile_op(tell: Callable, machine: GPU, op: str, index: int, dtype: torch.dtype) -> None:
-    """Calls once what ``time_op`` times: what torch.compile and Triton make of it is then in their caches, and several
-    ops may be compiled at a time. What cannot run here, ``time_op`` tells.
+    """Calls once everything that ``time_op`` times, so that torch.compile and Triton have it in their caches; several
+    ops may be compiled at a time. ``time_op`` tells which implementation cannot run.
     """
 
     def silent(message: dict) -> None:
@@ -130,7 +130,7 @@ def _zipformer(machine: GPU) -> tuple[str, torch.nn.Module, tuple]:
         size, batch, frames = "medium", 20 if torch.cuda.mem_get_info()[0] > 6e10 else 4, 3000
     model = upstream.steady(upstream.Encoder(upstream.SIZES[size], zipformer)).train()
     for module in model.modules():
-        if hasattr(module, "mem_cutoff"):  # which calls draw random numbers would depend on the memory in use
+        if hasattr(module, "mem_cutoff"):  # The memory in use would decide which calls draw random numbers.
             module.mem_cutoff = _never
     return f"{size} {batch}x{frames}x80", model, upstream.example(batch, frames)
 
@@ -154,22 +154,22 @@ def _fast_conformer(machine: GPU) -> tuple[str, torch.nn.Module, tuple]:
     return f"{batch}x{frames}x{width}", _Block(width, heads), (torch.randn(batch, frames, width),)
 
 
-# Name -> what makes it, and whether torch.compile takes it: Zipformer's schedules and dropped layers recompile forever
+# Name -> its maker, and whether torch.compile takes it: Zipformer's schedules and dropped layers recompile forever
 MODELS = {"zipformer_training": (_zipformer, False), "fast_conformer_training": (_fast_conformer, True)}
 
 
 def time_model(tell: Callable, machine: GPU, name: str) -> None:
     """Times a training step under autocast to bfloat16, forward and backward, with the same random numbers each time.
 
-    The norm of all gradients must be near that of eager in float32, or no further from it than that of eager in
-    bfloat16, whose own rounding may be large.
+    The norm of all gradients must be near eager's in float32, or no further from it than eager's in bfloat16,
+    whose own rounding may be large.
     """
     reported(tell, "timing", partial(_time_model, tell, machine, name))
 
 
 def _steps(machine: GPU, name: str) -> tuple[str, dict[str, Callable[[], None]], Callable[[], float]]:
-    """Returns shape, implementation -> a training step, which leaves gradients behind, and what returns their norm. The
-    step "float32" is eager's without autocast and TF32.
+    """Returns shape, implementation -> a training step, which leaves gradients behind, and a function for their norm.
+    The step "float32" is eager's without autocast and TF32.
     """
     build, compiles = MODELS[name]
     shape, model, inputs = build(machine)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of what a verdict is made of, in the order of a run: what may be wrong first, then how fast it is."""
+"""The units of a verdict, in the order of a run: first correctness, then speed."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ class Unit:
 
 
 def units(machine: GPU) -> Iterator[Unit]:
-    """Yields the units of all stages: A, is it right; B, is it fast in bfloat16; M, whole models; C, float32,
+    """Yields the units of all stages: A, correctness; B, speed in bfloat16; M, whole models; C, float32,
     sanitizers, tests.
     """
     ops = list(kernels())
@@ -87,7 +87,7 @@ def units(machine: GPU) -> Iterator[Unit]:
 
 
 def folders_of_tests() -> list[str]:
-    """Returns the folders of the checkout's tests that need a GPU; those of the ops' contract are one unit per op."""
+    """Returns the folders of the checkout's tests that need a GPU; the ops' contract has one unit per op instead."""
     files = (ROOT / "tests").rglob("test_*.py")
     return sorted({f.relative_to(ROOT / "tests").parts[0] for f in files if "mark.gpu" in f.read_text()})
 

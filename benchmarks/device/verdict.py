@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the records of a run say: verdict.md, the table of docs/gpu-queue.md, and the exit code."""
+"""Turns the records of a run into verdict.md, the table of docs/gpu-queue.md, and the exit code."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -16,10 +16,10 @@ from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, units
 
 RIGHT, WRONG, UNUSABLE, SLOW, UNFINISHED = range(5)  # exit codes
-SLOWER = 1.05  # times the time of eager or torch.compile, from which on an op is called slower
+SLOWER = 1.05  # An op is called slower from this many times the time of eager or torch.compile on.
 COLUMNS = (*CHECKS, *SANITIZERS, "tests")
 BAD = ("wrong", "hung", "crashed")
-SHOWN_KERNELS = 15  # of a step's profile, the longest
+SHOWN_KERNELS = 15  # The table of a step's profile has this many kernels, the longest.
 
 
 def records(file: Path) -> list[dict]:
@@ -39,7 +39,7 @@ def findings(record: dict) -> dict[str, tuple[str, str]]:
         if "check" in message:
             found[message["check"]] = message["found"], message.get("message", "")
     if record["ended"]:
-        # the check that was under way is the last that began
+        # The check that began last was under way.
         under_way = [title for title, (how, _) in found.items() if how == "started"][-1:] or ["process"]
         found[under_way[0]] = record["ended"].partition(":")[0], record["ended"]
     return {title: finding for title, finding in found.items() if finding[0] != "started"}
@@ -65,12 +65,12 @@ def rivals(unit: Unit) -> dict[str, float]:
 
 @dataclass
 class Subject:
-    """What is known of an op or a model: ``found`` by column, and its timings."""
+    """The results of an op or a model: ``found`` by column, and its timings."""
 
     found: dict[str, str] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)  # of what is wrong
+    messages: list[str] = field(default_factory=list)  # one for each failure
     reason: str = ""  # why it was left out
-    old: set[str] = field(default_factory=set)  # the checks of other code than the present one
+    old: set[str] = field(default_factory=set)  # checks that ran on other code than the present
     timed: list[Unit] = field(default_factory=list)
 
     @property
@@ -110,7 +110,7 @@ def _line(message: str) -> str:
 
 
 def subjects(records: Sequence[dict]) -> dict[str, Subject]:
-    """Returns what the records say of every op, model and folder of tests."""
+    """Returns the results of every op, model and folder of tests."""
     made = {name: Subject() for name in (*kernels(), *MODELS)}
     for record in records:
         subject = made.setdefault(record["op"] or f"{record['kind']}: {record['name']}", Subject())
@@ -138,8 +138,8 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], right: int = 0) 
 
 
 def checks_table(found: dict[str, Subject]) -> str:
-    """Returns the table of what is right or wrong: a line per op, a column per check. The mark of other code stands at
-    the op where all its checks have it, else at each check.
+    """Returns the table of correctness: a line per op, a column per check. The mark of other code stands at the op if
+    all its checks have it, and at each such check if not.
     """
     named = {name: s for name, s in found.items() if name not in MODELS and (name in kernels() or s.found)}
     lines = []
@@ -172,7 +172,7 @@ def times_table(found: dict[str, Subject]) -> str:
 
 
 def sentence(records: Sequence[dict]) -> str:
-    """Returns what the README says of the checks of ops on a device."""
+    """Returns the README's sentence on the checks of ops on a device."""
     if not records:
         return "No GPU has run the GPU kernels yet."
     found = subjects(records)
@@ -184,7 +184,7 @@ def sentence(records: Sequence[dict]) -> str:
 
 
 def tables(records: Sequence[dict]) -> str:
-    """Returns what docs/gpu-queue.md shows of the records of one device."""
+    """Returns the part of docs/gpu-queue.md on the records of one device."""
     found = subjects(records)
     where = "No GPU has run any of this yet."
     if records:
@@ -199,7 +199,8 @@ def tables(records: Sequence[dict]) -> str:
 
 
 def exit_code(records: Sequence[dict], left: Sequence[str]) -> int:
-    """Returns the exit code: something is wrong, else units are left, else something is slower, else all is well."""
+    """Returns the exit code of the first that holds: something is wrong, units are left, something is slower, all is
+    well."""
     found = subjects(records).values()
     if any(subject.bad for subject in found):
         return WRONG
@@ -251,8 +252,8 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
 
 
 def _notes(record: dict) -> Iterable[str]:
-    """Yields what was left out of a unit, and why; of a training step, the time of its kernels, how far the norm of its
-    gradients is from that in float32, and how far a recorded one is from the unrecorded one.
+    """Yields the parts left out of a unit, and why; of a training step, the time of its kernels, how far the norm of
+    its gradients is from that in float32, and how far a recorded one is from the unrecorded one.
     """
     name = f"{record['kind']} {record['name']}"
     for message in record["messages"]:

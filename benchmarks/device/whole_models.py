@@ -4,7 +4,7 @@
 Each model is timed as upstream ships it, under ``torch.compile``, swapped, and swapped with its calls recorded. A row's
 ``median_ms`` is the wall clock's time of a call, ``busy_ms`` the time of its kernels, ``host_ms`` the time until the
 call returns, ``peak_bytes`` all memory that torch holds of the device: weights, gradients, activations, graphs.
-``limit`` names what the host of the machine costs: hosts differ by a factor of four.
+``limit`` names the speed of the machine's host: hosts differ by a factor of four.
 """
 
 import copy
@@ -32,7 +32,7 @@ from fastasr.benchmarks.time_limit import Expired, time_limit
 CALLS, ROUNDS, WARMUP = 10, 2, 4
 COMPILE_SECONDS = 120
 SWEPT = ("upstream", "fastasr", "recorded")
-MAX_DOUBLINGS = 10  # of the batch in a sweep
+MAX_DOUBLINGS = 10  # A sweep doubles the batch at most this often.
 # The most by which gradients of recorded steps may differ from those of unrecorded ones: a recorded Zipformer adds and
 # rounds by other kernels, and in bfloat16 both are 1.1 to 1.5 % off float32.
 OFF = 0.03
@@ -67,7 +67,7 @@ def _never(_) -> bool:
 def _zipformer(dry: bool) -> torch.nn.Module:
     model = upstream.zipformer("tiny" if dry else "medium", inner_compile=False)
     for module in model.modules():
-        if hasattr(module, "mem_cutoff"):  # which calls draw random numbers would depend on the memory in use
+        if hasattr(module, "mem_cutoff"):  # The memory in use would decide which calls draw random numbers.
             module.mem_cutoff = _never
     return model
 
@@ -80,7 +80,7 @@ def _masked(workload: Workload) -> tuple:
     return batch_of(workload.batch, workload.seconds)
 
 
-# Name -> what makes upstream's model, and its inputs of a workload
+# Name -> a function that makes upstream's model and its inputs for a workload
 MODELS: dict[str, tuple[Callable, Callable]] = {
     "zipformer_m": (_zipformer, _features),
     "fast_conformer_110m": (lambda dry: parakeet("tiny" if dry else "110M", 2 if dry else 17), _masked),
@@ -292,7 +292,7 @@ def _differences(made: dict[str, _Way], workload: Workload) -> dict:
 
 
 def yardstick(machine: GPU) -> str:
-    """Returns what the host costs here, in words: microseconds to queue a copy and a small product."""
+    """Returns the speed of the host, in words: microseconds to queue a copy and a small product."""
     x, y = (torch.zeros(8, 8, dtype=torch.float32, device=machine.device) for _ in range(2))
     found = []
     for step in (lambda: x.copy_(y), lambda: torch.nn.functional.linear(x, y)):
@@ -377,10 +377,10 @@ TRAINED_WITH = {"zipformer": "icefall", "fast_conformer": "NeMo or transformers"
 
 
 def training(records: Sequence[dict]) -> str:
-    """Returns what the README says that a training step in bfloat16 gains: a line for each measured step, recorded or
+    """Returns the README's lines on the gain of a training step in bfloat16: a line for each measured step, recorded or
     not, with its memory and what bounds it.
 
-    records: those of whole models, and those of ops, among which a Zipformer-M is measured without graphs.
+    records: records of whole models and of ops; the latter measure a Zipformer-M without graphs.
     """
     busy = {
         (record["op"], message["of"]): message["busy_ms"]

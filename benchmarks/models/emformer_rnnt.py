@@ -79,6 +79,6 @@ def measure(
             else:
                 runs[name] = inference(model, labels, lengths, state)
         runs = {UPSTREAM: runs[UPSTREAM], LINEAR: with_linear(runs[UPSTREAM]), FASTASR: runs[FASTASR]}
-        if run.compile_model and case == STEP:  # a loop over 50 labels compiles for minutes
+        if run.compile_model and case == STEP:  # A loop over 50 labels compiles for minutes.
             runs[COMPILE] = inference(torch.compile(copy.deepcopy(shipped).eval()), labels, lengths, state)
         yield run.unit(case, pass_, f"{size} {batch}x{length}", runs, 2 * run.settings.reps)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Parakeet encoder (sdpa) and its front end: shipped, under torch.compile, and swapped; forward, and at
-the first shape a training step of the encoder with the dropout it ships with (0.1 everywhere, no dropped layers).
+"""transformers' Parakeet encoder (sdpa) and its front end: as shipped, under torch.compile, and swapped. They run
+forward and, at the first shape, a training step with the encoder's own dropout (0.1 everywhere, no dropped layers).
 """
 
 import copy
@@ -30,7 +30,7 @@ ENCODER, FRONT_END = "encoder", "front end"
 # width and feed-forward width of Parakeet's 110M and 0.6B models, with fewer layers
 SIZES = {"110M": (512, 2048), "0.6B": (1024, 4096), "tiny": (32, 64)}
 # size, layers, sequences, seconds of audio (100 frames each, 8 to a frame of the encoder)
-GROWTH = ("110M", 2, 1)  # over the length, which benchmarks.studies.curves draws
+GROWTH = ("110M", 2, 1)  # benchmarks.studies.curves draws these over the length
 SHAPES = (
     ("110M", 6, 4, 16),
     ("0.6B", 4, 1, 30),
@@ -103,5 +103,5 @@ def measure(run: Run, *, shapes: tuple = SHAPES) -> Iterator[list[Row]]:
                 runs = {key: weighted_step(model.train(), weight, *inputs) for key, model in models.items()}
             else:
                 runs = {key: inference(model, *inputs) for key, model in models.items()}
-            # a long recording takes its seconds: three rounds tell as much as fifteen of a short one
+            # A call on a long recording takes seconds: three rounds tell as much as fifteen of a short one.
             yield run.unit(case, pass_, name, runs, reps=None if batch * seconds < 120 else 3)

@@ -104,7 +104,7 @@ def _step(
         with torch.no_grad():
             if inference is not None:
                 return inference(label, states)[0]
-            model.score_cache.clear()  # every call computes
+            model.score_cache.clear()  # Without the cache every call computes.
             return model.score(sequence, states)[0]
 
     return run

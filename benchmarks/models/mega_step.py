@@ -2,8 +2,8 @@
 """One decoding step of ESPnet's MEGA decoder at its default sizes: upstream as shipped, fastasr.
 
 A step extends B hypotheses that share a history length; the states come from the step before, as in a search. The floor
-is the longer of two times: that of copying as many bytes as the weights and the history have, and that of their
-products at the rate of the machine's best GEMM.
+is the longer of two times: copying as many bytes as the weights and the history have, and computing their products at
+the rate of the machine's best GEMM.
 """
 
 import copy
@@ -43,7 +43,7 @@ def _states(decoder: torch.nn.Module, batch: int, history: int) -> list[dict[str
     """Returns the states of ``batch`` hypotheses after ``history`` labels, less the last one, which the measured step
     adds.
     """
-    rows = max(1, history)  # the first is a key and a value of zero
+    rows = max(1, history)  # The first row is a key and a value of zero.
     sizes = {"prev_key": decoder.mega_att_k_size, "prev_value": decoder.mega_att_v_size}
     return [
         {
@@ -60,7 +60,7 @@ def cost(decoder: torch.nn.Module, batch: int, history: int) -> tuple[int, int]:
     width = decoder.mega_att_k_size + decoder.mega_att_v_size
     rows = decoder.num_blocks * batch * width
     average = decoder.num_blocks * batch * decoder.output_size * decoder.mega_num_heads
-    attended = history + 2  # the phantom and the new label come on top
+    attended = history + 2  # plus the phantom row and the new label
     return 4 * (weights + rows * attended + 2 * average), 2 * (batch * weights + rows * attended)
 
 

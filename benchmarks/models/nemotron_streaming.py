@@ -34,7 +34,7 @@ CASE = "encoder, a chunk of one stream"
 # width and feed-forward width of Nemotron's 0.6B model, with fewer layers, and of a miniature
 SIZES = {"0.6B": (1024, 4096), "tiny": (32, 64)}
 READING = "weights read once at"
-LEFT = 70  # frames that a chunk sees before it
+LEFT = 70  # A chunk sees this many frames before it.
 SHAPES = tuple(("0.6B", 4, look_ahead) for look_ahead in (13, 6, 1, 0))  # size, layers, look-ahead
 QUICK = {"shapes": (("tiny", 1, 6),)}
 
@@ -76,7 +76,7 @@ def chunk(model: torch.nn.Module, look_ahead: int) -> Callable[[], object]:
 
 
 def cost(model: torch.nn.Module, frames: int) -> tuple[int, int]:
-    """Returns the bytes of the weights that a chunk of so many frames reads, and the operations of their products."""
+    """Returns the bytes of the weights that a chunk of ``frames`` reads, and the operations of their products."""
     weights = {n: p for n, p in model.named_parameters() if "relative_k_proj" not in n}
     products = sum(p.numel() for n, p in weights.items() if n.startswith("layers.") and p.dim() > 1)
     return sum(p.nbytes for p in weights.values()), 2 * frames * products
@@ -103,7 +103,7 @@ def measure(run: Run, *, shapes: tuple = SHAPES) -> Iterator[list[Row]]:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table: a look-ahead per line, its milliseconds by format of the weights, how many times faster
-    float32 is than upstream, and the share that the limit is of its and of upstream's time."""
+    float32 is than upstream, and the limit's share of its time and of upstream's."""
     figures = "upstream | float32 | bf16 | int8 | float32 × upstream | limit's share of float32 | of upstream"
     return by_machine(rows, "look-ahead", figures, _line)
 

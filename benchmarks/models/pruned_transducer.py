@@ -4,7 +4,7 @@
 "upstream" is the recipes' code: fast_rnnt's functions (its C++ compiled here) around a joiner in eager PyTorch. Cases
 "joiner and loss" are the last two steps alone, over the rows B T R and the outputs V, with their peak memory, which
 ``python -m fastasr.benchmarks.studies.transducer_memory`` draws. fastasr keeps logits up to a size, unless the caller
-decides; "logits again" computes these again too.
+decides; "logits again" never keeps them.
 """
 
 import os
@@ -36,7 +36,7 @@ PARTS = tuple(
 CASES = (*WHOLES, *PARTS)
 TINY = ((WHOLE, 2, 12, 4, 3, 16, 20), (PART, 2, 12, 4, 3, 16, 20))
 QUICK = {"cases": TINY}
-LONG = 2e11  # operations of a joiner and loss that are timed once
+LONG = 2e11  # A joiner and loss of more operations are timed once.
 
 
 def shape_name(batch, frames, symbols, s_range, channels, outputs) -> str:

@@ -4,7 +4,7 @@ padding (``accelerate(ragged=True)``), in inference and for a training step.
 
 Lengths are drawn like those of LibriSpeech (log-normal, 12 s ± 4 s) or are short commands (0.5 to 1.5 s). A batch is
 drawn as it comes, or sorted: the middle one of eight batches of recordings in the order of length, as bucketing makes
-them. The floor of all rows is that of the products on the frames that exist.
+them. The floor of all rows is the time of the products on the frames that exist.
 """
 
 import copy
@@ -42,7 +42,7 @@ QUICK = {"sizes": ("tiny", "tiny"), "layers": 1, "kinds": ((COMMANDS, 3),)}
 
 
 def seconds(kind: str, count: int, ordered: bool) -> list[float]:
-    """Returns the lengths of a batch, alike in every run."""
+    """Returns the lengths of a batch, the same in every run."""
     generator = torch.Generator().manual_seed(7)
     drawn = torch.randn(8 * count, generator=generator)
     if kind == LIBRISPEECH:
@@ -70,7 +70,7 @@ def _parakeet(size: str, layers: int, lengths: list[float]) -> tuple[torch.nn.Mo
 
 
 def _zipformer(size: str, layers: int, lengths: list[float]) -> tuple[torch.nn.Module, tuple, float]:
-    """Returns the same of Zipformer's encoder behind its front end, which gives 50 frames a second."""
+    """Returns encoder, inputs and share for Zipformer behind its front end, which gives 50 frames a second."""
     encoder = upstream.zipformer(size, inner_compile=False).encoder
     frames = torch.tensor(lengths).mul(50).long()
     mask = torch.arange(int(frames.max())) >= frames[:, None]
@@ -122,7 +122,7 @@ def _rows(run, case, shape, pass_, shipped, inputs, share):
 
 
 def _seeded(step):
-    """Every step draws the same random numbers, so that all drop the same layers and run the same regularisers."""
+    """Seeds every step with the same random numbers, so that all drop the same layers and run the same regularisers."""
 
     def run():
         torch.manual_seed(0)

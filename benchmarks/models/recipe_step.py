@@ -5,7 +5,7 @@ A step is a batch's features, forward, backward, ScaledAdam and the averaged mod
 Batches are spread over an epoch, so a step's mean time times the batches of the epoch is the epoch's. "upstream" is the
 PyPI package's model as shipped with fast_rnnt in k2's place, "swapped" that model after ``accelerate``, "eager" ours on
 formulas in PyTorch. Schedules are those of step 4000, and the learning rate is 0, so that every round does the same
-work. The memory is the most that a step needs above what the process held before it; each implementation has a process
+work. The memory is a step's peak above the process's memory before it; each implementation has a process
 of its own.
 """
 
@@ -89,7 +89,7 @@ class Steps:
         units = training.learn_units("char", speeches[0])
         try:
             self.trainer = training.Trainer(options, *speeches, units, say=lambda text: None)
-        except ValueError as error:  # the names of missing packages: the PyPI package or fast_rnnt
+        except ValueError as error:  # The error names missing packages: the PyPI package or fast_rnnt.
             raise upstream.MissingUpstream(f"{implementation}: {error}") from None
         count = len(self.trainer.epoch_batches(0))
         self.chosen = sorted({count * i // BATCHES for i in range(BATCHES)})
@@ -107,7 +107,7 @@ class Steps:
 def _peak(implementation: str, size: str, duration: float, speeches, folder: Path) -> int:
     """Returns the peak bytes of a step in this process; ``_fresh_peak`` runs it."""
     steps = Steps(implementation, size, duration, speeches, folder)
-    steps.run()  # these exist once: optimizer states, choices of products
+    steps.run()  # The first step makes what later steps reuse: optimizer states, choices of products.
     peaks = [peak_bytes(lambda index=index: steps.step(index), rounds=1) for index in steps.chosen]
     if None in peaks:
         raise OSError("/proc/self/clear_refs cannot be written: the peak cannot be measured here")

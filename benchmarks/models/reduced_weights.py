@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole encoders in inference on weights of fewer bits: upstream, torch's dynamic quantisation of upstream, and the
-swapped model in float32, bfloat16 and int8. The limit is that of the float32 products.
+swapped model in float32, bfloat16 and int8. The limit is the time of the float32 products.
 """
 
 import copy
@@ -47,7 +47,7 @@ def _model(name: str, batch: int, seconds: int) -> tuple[torch.nn.Module, tuple]
 
 def _quantised(model: torch.nn.Module) -> torch.nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao is deprecated; it is what users have
+        warnings.simplefilter("ignore")  # torch.ao is deprecated, but users have it.
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear})
 
 

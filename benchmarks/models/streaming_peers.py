@@ -9,8 +9,8 @@
   search, which no other implementation runs; only if they are named;
 - ``engine fp32``, ``engine bf16``, ``engine int8``: ``fastasr.asr.streaming.StreamingEncoder``.
 
-Those before sherpa-onnx keep a list of states per stream, which they stack for a call and split after it, as upstream's
-servers do.
+The implementations before sherpa-onnx keep a list of states per stream, which they stack for a call and split after it,
+as upstream's servers do.
 """
 
 import copy
@@ -68,7 +68,7 @@ class StackedStreams:
 
 
 class SherpaStreams:
-    """The streams of sherpa-onnx's online recogniser. They hear noise, a chunk of it in the place of each chunk of
+    """The streams of sherpa-onnx's online recogniser. They hear noise: a chunk of it replaces each chunk of
     features."""
 
     def __init__(self, files, tokens, chunk, threads):
@@ -76,9 +76,9 @@ class SherpaStreams:
         self._recogniser = sherpa_onnx.OnlineRecognizer.from_transducer(
             str(tokens), *(str(file) for file in files), num_threads=threads, sample_rate=RATE
         )
-        # two frames more than a chunk: sherpa-onnx waits for the end of a frame's window
+        # Two frames more than a chunk, because sherpa-onnx waits for the end of a frame's window.
         noise = 0.1 * torch.randn(round(RATE * FRAME * (2 * chunk + PADDING + 2)))
-        self._head = noise[round(RATE * FRAME * 2 * chunk) :].numpy()  # that the first chunk has more
+        self._head = noise[round(RATE * FRAME * 2 * chunk) :].numpy()  # The first chunk is longer by these.
         self._chunk = noise[: round(RATE * FRAME * 2 * chunk)].numpy()
         self._streams = []
 

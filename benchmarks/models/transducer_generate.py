@@ -3,9 +3,9 @@
 swapped: greedy search of TDT and RNN-T models after an encoder of one narrow layer, and a whole recording through a TDT
 model with its encoder. A row's time is that of a call, cut off after as many steps as its shape says.
 
-Weights are random. Blank's bias makes a part of the steps blank, of RNN-T's more than half, as speech has it; no label
-has duration 0, which random weights would repeat. The floor of a search is the longer of two times: that of copying as
-many bytes as the weights have, once for each step, and that of the products.
+Weights are random. Blank's bias makes a part of the steps blank, more than half of RNN-T's, as in speech; no label has
+duration 0, which random weights would repeat. The floor of a search is the longer of two times: copying as many
+bytes as the weights have, once for each step, and computing the products.
 """
 
 import copy

@@ -57,7 +57,7 @@ class Run:
 
     def unit(self, case: str, pass_: str, shape: str, runs: dict, reps: int | None = None) -> list[Row]:
         """Returns one row per implementation (its call in ``runs``), all of them timed in turns for ``reps`` rounds,
-        where the run does not say how many. The floor is that of the products alone, counted in ``runs[UPSTREAM]``.
+        if the run does not set them. The floor is the time of the products alone, counted in ``runs[UPSTREAM]``.
         """
         head, reps = f"{self.name}: {case}, {pass_}", self.reps or reps or self.settings.reps
         for key, run in runs.items():
@@ -107,11 +107,11 @@ class Run:
 def timed_with_products(
     variants: dict[str, Variant], flops: int, *, calls: int = 4, **how
 ) -> tuple[dict[str, Timing], dict[str, float], str]:
-    """Times the variants in turns, and so many large products of torch's among them in every round.
+    """Times the variants in turns, with large products of torch's among them in every round.
 
     Returns the timings, of each variant the share of its time that products of ``flops`` operations take at the rate of
-    the large ones, and that rate in words. A share is the median of those of the rounds: a clock or a load that changes
-    from round to round meets both.
+    the large ones, and that rate in words. A share is the median over the rounds: a clock or a load that changes from
+    round to round affects both.
     """
     product, each, _ = limits.large_product()
     timings = interleave(variants | {"": Variant(lambda: [product() for _ in range(calls)])}, **how)
@@ -214,7 +214,7 @@ def with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     original = functional.linear
 
     def linear(x, weight, bias=None):
-        functional.linear = original  # ops.linear may choose it
+        functional.linear = original  # ops.linear may choose the original.
         try:
             return ops.linear(x, weight, bias)
         finally:

@@ -20,8 +20,8 @@ QUICK = {"size": "tiny", "chunks": (16,), "inner_compile": False}
 
 
 def middle_of_a_stream(model: torch.nn.Module, chunk: int, streams: int = 1) -> Callable[[], torch.Tensor]:
-    """Returns a call of a chunk of ``streams`` by the model's own code. No state is new and none is kept, so every call
-    does the same.
+    """Returns a call of a chunk of ``streams`` by the model's own code. It keeps no new state, so every call does the
+    same.
     """
     encoder = model.encoder
     encoder.chunk_size = (chunk,)

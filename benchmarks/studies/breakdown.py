@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a whole Zipformer goes, in inference and in a training step: upstream's and swapped.
+"""Measures where the time of a whole Zipformer goes, in inference and in a training step: upstream's and swapped.
 
     python -m fastasr.benchmarks.studies.breakdown              # measures; JSON beside the rows, and the page
     python -m fastasr.benchmarks.studies.breakdown --page-only  # the page from the JSON; --check compares it
 
-torch's profiler gives the time of every operator, of each the shortest of several calls; for that, layers call their
+torch's profiler gives the time of every operator, the shortest of several calls; for that, layers call their
 submodules one by one. What the call takes beyond its operators' own time, without the profiler, is Python and dispatch.
 """
 
@@ -17,7 +17,7 @@ from fastasr.benchmarks.harness import Variant
 from fastasr.benchmarks.studies import results
 
 PRODUCTS, ATTENTION, COPIES = "products of linear layers", "attention", "copies"
-PARTS = {  # the first that matches an operator's name
+PARTS = {  # An operator belongs to the first part that matches its name.
     PRODUCTS: ("::gemm", "reduced_linear", "aten::addmm", "aten::mm", "linear"),
     ATTENTION: ("attention", "weighted_values", "aten::bmm", "aten::baddbmm", "softmax"),
     "convolutions": ("conv",),
@@ -74,7 +74,7 @@ def operators_apart(model):
 
 
 def profiled(model, call, calls):
-    """Returns part -> the milliseconds of its operators, of each the shortest of so many calls."""
+    """Returns part -> the milliseconds of its operators, each the shortest of ``calls`` calls."""
     with operators_apart(model):
         return _profiled(call, calls)
 
@@ -98,8 +98,8 @@ def _profiled(call, calls):
 
 
 def breakdown(model, call, calls, flops):
-    """Returns part -> milliseconds, which together are the shortest of so many calls without the profiler; and the
-    share that products of ``flops`` operations have of a call's time, and the rate of theirs in words.
+    """Returns part -> milliseconds, whose sum is the shortest of ``calls`` calls without the profiler; also the
+    share of a call's time that products of ``flops`` operations take, and their rate in words.
     """
     from fastasr.benchmarks.models.unit import timed_with_products
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory over the length of the input, from the rows whose case is called "length …", and for a model from
-those of one size of it. The maps of sweeps.
+those of one size of it. It also draws the maps of sweeps.
 
 ``python -m fastasr.benchmarks.studies.curves [--results DIR] [--out DIR]`` writes one picture per op or model
 with such rows, and one per sweep.
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "length "
 MODELS = {
     "fast_conformer": re.compile(r"(110M, 2 of its layers, 1 x )(\d+)( s)")
-}  # what varies in a row's shape
+}  # the part of a row's shape that varies
 
 
 def lengths(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -6,8 +6,8 @@
     python -m fastasr.benchmarks.studies.growth zipformer --seconds                     # only draws, from the rows
 
 Each size runs in a fresh process that may take ``--memory`` GiB and ``--limit`` seconds; an implementation that needs
-more is not measured at larger sizes. The memory is the resident set's high-water mark over what the process held with
-the model loaded, of a training step over what it held after a first one: gradients, and what is kept between steps.
+more is not measured at larger sizes. The memory is the resident set's high-water mark beyond the process with the
+model loaded; for a training step, beyond the process after a first step, which holds gradients and other kept memory.
 Rows are added to a file, which resumes a run that was interrupted, and the picture of the model is drawn from them.
 """
 
@@ -44,7 +44,7 @@ NO_MEMORY = ("can't allocate memory", "bad_alloc", "not enough memory", "fastasr
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: a model of a size (``layers``: of a FastConformer), so many recordings of so many seconds,
+    """One measurement: a model of a size (``layers``: of a FastConformer), a number of recordings and their seconds,
     ``chunk_size`` frames of a causal Zipformer or 0, and the GiB that its process may take."""
 
     model: str
@@ -73,7 +73,7 @@ class Point:
 
 
 def encoder(point: Point) -> Callable[[int], Callable[[], torch.Tensor]]:
-    """Returns a function of frames, which returns a call of the model on so many of each recording."""
+    """Returns a function of a number of frames that returns a call of the model on recordings of that length."""
     if point.model == "zipformer":
         chunks = {"causal": True, "chunk_size": (point.chunk_size,), "left_context_frames": (LEFT_CONTEXT,)}
         shipped = upstream.zipformer(point.size, inner_compile=False, **(chunks if point.chunk_size else {}))
@@ -120,7 +120,8 @@ def run(point: Point) -> dict:
             y = whole()
             outcome.update(seconds=time.perf_counter() - begun, finite=bool(torch.isfinite(y).all()))
 
-        (whole if point.training else call(600))()  # what is made once: packed weights, tables, gradients
+        # The first call makes packed weights, tables and gradients.
+        (whole if point.training else call(600))()
         peak = peak_bytes(timed, rounds=1)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY):
@@ -134,7 +135,7 @@ def run(point: Point) -> dict:
 
 
 def in_fresh_process(point: Point, limit: float | None = None) -> dict:
-    """Returns what ``run`` returns in a process of its own. Raises RuntimeError with its last output when it fails or
+    """Returns the result of ``run`` in a process of its own. Raises RuntimeError with its last output when it fails or
     takes longer than ``limit`` seconds."""
     command = [sys.executable, "-m", f"fastasr.benchmarks.studies.{Path(__file__).stem}", point.model]
     environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
@@ -208,7 +209,7 @@ def growth(rows: Sequence[Row]) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns a Markdown table: a size per line, time and MiB of both, and what fastasr needs of upstream's."""
+    """Returns a Markdown table: a size per line, time and MiB of both, and fastasr's share of upstream's."""
     figures = "upstream | fastasr | gain | upstream, MiB | fastasr, MiB | share"
     note = "–: beyond the memory or the time that a process was given."
     return by_machine(sorted(rows, key=lambda r: (r.case, r.pass_, size_of(r))), "", figures, _line, note)

@@ -36,9 +36,9 @@ from fastasr.benchmarks.studies import results
 
 RATE = 16000
 FORMATS = ("float32", "bf16", "int8")
-SPEEDS = (0.9, 1.0, 1.1)  # three times the characters: a single one then changes a rate by less
+SPEEDS = (0.9, 1.0, 1.1)  # Three times the characters make rates finer.
 PAUSE = 30  # frames of silence between recordings that are joined
-TAIL = 50  # frames of silence behind a recording: sherpa-onnx drops what does not fill a chunk
+TAIL = 50  # frames of silence behind a recording: sherpa-onnx drops a last chunk that is not full
 LIMIT = 1800  # seconds for one implementation
 NAMES = (
     "upstream",
@@ -57,12 +57,12 @@ NAMES = (
 
 # --------------------------------------------------------------------------- one implementation, in its own process
 class OpenVinoSession:
-    """OpenVINO in the place of an onnxruntime session."""
+    """OpenVINO with the interface of an onnxruntime session."""
 
     def __init__(self, file, threads):
         import openvino
 
-        # without the precision it computes in bfloat16 where the processor has instructions for it
+        # Without this setting OpenVINO computes in bfloat16 if the processor has instructions for it.
         options = {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
@@ -103,7 +103,7 @@ def _torch_model(name, folder):
         if weights != "float32" and not report.weights.reduced:
             raise ImportError(report.weights.rows[0].reason)
     elif name == "torch.ao int8":
-        warnings.simplefilter("ignore")  # torch.ao is deprecated; it is what users have
+        warnings.simplefilter("ignore")  # torch.ao is deprecated, but users have it.
         for part in ("encoder", "encoder_embed"):
             setattr(
                 model, part, torch.ao.quantization.quantize_dynamic(getattr(model, part), {torch.nn.Linear})
@@ -149,7 +149,7 @@ def _sherpa(name, folder, threads):
 
 
 def _reader(name, folder, threads):
-    """Returns (read, encode or None, files): read(samples) -> tokens, encode(samples) -> what the joiner gets."""
+    """Returns (read, encode or None, files): read(samples) -> tokens, encode(samples) -> the joiner's input."""
     from fastasr.asr import decoding
     from fastasr.asr.audio.features import fbank
 
@@ -230,9 +230,9 @@ def _prepare(folder, size, seconds):
 def measure(
     names=NAMES, size="medium", seconds=16.0, threads=(1, 2), calls=7, rounds=2, report=lambda _: None
 ):
-    """Returns a dict of what was found, as in the JSON file: for each number of threads and implementation the median
+    """Returns the results as a dict, as in the JSON file: for each number of threads and implementation the median
     time over the recording's length, the resident memory that it added, its files' size, and the relative rms change
-    of what the joiner gets from upstream's.
+    of the joiner's input from upstream's.
 
     The implementations take turns, ``rounds`` times; the time is that of the best round.
     """
@@ -273,7 +273,7 @@ def measure(
 
 
 def _in_process(name, report, *arguments):
-    """Returns what this program prints in a process of its own, or None if an implementation is left out."""
+    """Returns the output of this program in a process of its own, or None if an implementation is left out."""
     command = [sys.executable, "-m", __spec__.name, *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
@@ -299,7 +299,8 @@ def versions():
 
 # --------------------------------------------------------------------------- error rates of trained models
 def joined(utterances, longer_than, silence=SILENCE):
-    """Returns utterances made of ``utterances``, one after another with pauses: each of more than so many seconds."""
+    """Returns utterances made of ``utterances``, one after another with pauses, each longer than ``longer_than``
+    seconds."""
     from fastasr.asr.recipe.speech import Utterance
 
     made, parts, words = [], [], []
@@ -441,7 +442,7 @@ def _sherpa_streams(name, folder, rate, bins):
 
 
 def texts(name, folder):
-    """Prints what an implementation reads in the recordings of ``readings``, a line of JSON."""
+    """Prints the texts that an implementation reads in the recordings of ``readings``, as a line of JSON."""
     from fastasr.asr.recipe.recogniser import Recogniser
     from fastasr.asr.recipe.units import Units
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe on real speech: what a long run reaches, and how the same run goes on other kernels and models.
+"""The recipe on real speech: the result of a long run, and the course of the same run on other kernels and models.
 
     python -m fastasr.benchmarks.studies.recipe RUNS  # from RUNS/main (long), RUNS/<curve> (short): JSON, picture, page
     python -m fastasr.benchmarks.studies.recipe --encoder-run RUN ...  # other encoders: their JSON, the page
@@ -46,7 +46,7 @@ LABELS = {
     ROUNDED: "fastasr, parameters moved by one rounding",
     "main": "the first steps of the long run",
 }
-FIRST = (10, 40, 100, 200)  # steps over which the largest difference is told
+FIRST = (10, 40, 100, 200)  # The page gives the largest difference over this many steps.
 POINTS = 300  # about this many points of the long run are drawn
 METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 OTHER_ENCODERS = "recipe_encoders.json"  # beside the JSON of the run
@@ -130,8 +130,8 @@ def encoder_report(run: Path, commit: str | None = None) -> dict:
 
 
 def report(runs: Path, speeches, steps: int, commit: str | None = None, **options) -> dict:
-    """Returns everything that is committed, from the runs in a folder, trained at ``commit`` if not at
-    the present one.
+    """Returns all committed figures from the runs in a folder, which were trained at ``commit`` or at the
+    present one.
     """
     main = runs / "main"
     run = _finished(main)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What studies share whose results are a JSON file and tables on a page: their options, the file, the page."""
+"""Code of studies whose results are a JSON file and tables on a page: their options, the file, the page."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def marks(name: str = "") -> tuple[str, str]:
-    """Returns the markers of a table: those of a page's only one, or those with a name."""
+    """Returns the markers of a page's only table, or of the table with a name."""
     return (f"<!-- {name}:start -->", f"<!-- {name}:end -->") if name else (START, END)
 
 
@@ -38,10 +38,10 @@ def run(
     blocks: Callable[[dict], dict[str, str]],
 ) -> int:
     """Measures, unless the options say otherwise or ``measure`` is None, and puts the tables on the page.
-    ``measure(found)`` gets what the file holds and returns what it shall hold; ``blocks(found)`` returns the tables by
+    ``measure(found)`` gets the file's contents and returns the new ones; ``blocks(found)`` returns the tables by
     the names of their markers.
 
-    Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when something that is needed is missing.
+    Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when a file or package is missing.
     """
     try:
         if measure and not (options.page_only or options.check):

@@ -4,7 +4,8 @@
     python -m fastasr.benchmarks.studies.streaming_accuracy RUN      # JSON beside the rows, and the page
     python -m fastasr.benchmarks.studies.streaming_accuracy          # the page from the JSON; --check compares it
 
-RUN is what examples/train_transducer.py wrote. Its held-out recordings are read chunk by chunk, by greedy search.
+RUN is a folder that examples/train_transducer.py wrote. Its held-out recordings are read chunk by chunk, by greedy
+search.
 """
 
 import sys
@@ -95,7 +96,7 @@ def _read(reader, utterances):
 
 
 def block(found: dict) -> str:
-    """Returns the page's table of what ``measure`` found."""
+    """Returns the page's table of the results of ``measure``."""
     ways = {"the model's own code": found["model"]}
     ways |= {f"engine, {kind} ({values['backend']})": values for kind, values in found["engine"].items()}
     lines = [

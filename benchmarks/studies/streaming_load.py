@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many live streams a machine serves: streams paced in real time, each with a chunk every chunk's duration.
+"""Measures how many live streams a machine serves: streams paced in real time, each with a chunk every chunk's
+duration.
 
     python -m fastasr.benchmarks.studies.streaming_load           # measures, writes the JSON, the picture and the page
     python -m fastasr.benchmarks.studies.streaming_load --plot    # the picture and the page again; --check compares
 
-The chunks of N streams arrive at their own phases; whatever waits is served in one call (at most ``--batch`` chunks,
+The chunks of N streams arrive at their own phases; waiting chunks are served in one call (at most ``--batch`` chunks,
 the oldest first). A chunk's latency is from its arrival to its output. N is sustained when 99 % of the latencies are
 under one chunk; the largest such N is found by doubling and then halving the interval. An N that fails is tried again,
-``--attempts`` times in all, and its best attempt counts: a machine that is shared stands still for a second now and
-then, whoever is measured. ``streaming_peers`` has what is compared.
+``--attempts`` times in all, and its best attempt counts: a shared machine stands still for a second now and then,
+whichever implementation is measured. ``streaming_peers`` has the implementations.
 """
 
 import json
@@ -31,7 +32,7 @@ from fastasr.benchmarks.studies import results
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (*streaming_peers.ENGINES, streaming_peers.SCRIPTED, streaming_peers.ONNX, streaming_peers.ONNX_INT8)
 FRAME = 0.02  # seconds of an encoder's frame, before its output is halved
-OVERLOAD = 4  # chunks of delay at which a run is given up
+OVERLOAD = 4  # A run is given up at this many chunks of delay.
 
 
 def pace(served, count, period, seconds, batch, features, clock=time.perf_counter, sleep=time.sleep):
@@ -96,7 +97,7 @@ def measure(
     attempts=1,
     report=lambda _: None,
 ):
-    """Returns a dict of what was found, as in the JSON file: for each of ``names`` the largest number of streams, the
+    """Returns the results as a dict, as in the JSON file: for each of ``names`` the largest number of streams, the
     percentiles and every latency there, and the 99th percentile of each number that was tried, of its best attempt;
     how long the engine took to pack, states for ``most`` streams included.
     """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with a swapped model is training without: the PyPI recogniser as shipped and swapped, on real speech.
+"""Shows that a swapped model trains like the one as shipped: the PyPI recogniser as shipped and swapped, on real
+speech.
 
     python -m fastasr.benchmarks.studies.swapped_training [--steps 50] [--out FILE]
 

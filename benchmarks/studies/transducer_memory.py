@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of a joiner and its loss over rows and outputs: of the pruned joiner, from the rows of
-``pruned_transducer``, or of a TDT's, from those of ``tdt_loss``.
+``pruned_transducer``, or of a TDT's, from the rows of ``tdt_loss``.
 
 ``python -m fastasr.benchmarks.studies.transducer_memory [--tdt] [--results DIR] [--out FILE]`` writes the picture.
 ``scripts/tables.py`` writes the TDT's, and its table, into docs/rnnt.md.

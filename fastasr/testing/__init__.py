@@ -2,8 +2,8 @@
 """Calls, tolerances and checks of every op: shared by the test suite, the fuzzer, ``fastasr check`` and benchmarks.
 
 ``gradcheck(op, **arguments)`` checks values and gradients of a call of your own; ``sized(op, T=375, ...)`` makes a call
-at sizes of your own. A new op adds one file, ``fastasr/testing/samples/<op>.py``: ``TABLE`` has the calls that are
-checked, ``CASES`` those that are timed, ``sized`` a call at any sizes.
+at sizes of your own. A new op adds one file, ``fastasr/testing/samples/<op>.py``: ``TABLE`` has the calls to
+check, ``CASES`` the calls to time, ``sized`` makes a call at any sizes.
 """
 
 from fastasr.testing.checks import CHECKS, CheckResult, check_op

@@ -32,7 +32,7 @@ def _call(f: Callable[..., Tensor], arguments: dict) -> Tensor:
     return flat(f(**arguments))
 
 
-Layout = Callable[[str, Tensor], Tensor]  # from the name of an argument, or "cotangent", and its value
+Layout = Callable[[str, Tensor], Tensor]  # (name of an argument or "cotangent", value) -> the value laid out
 
 
 def _contiguous(name: str, t: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def compared(
     cotangent: Tensor | None = None,
     layout: Layout = _contiguous,
 ) -> Iterator[tuple[str, Comparison]]:
-    """Yields what is compared with eager and the oracle, and how: the values and, if ``exact``, each gradient. The op's
+    """Yields each comparison with eager and the oracle: of the values and, if ``exact``, of each gradient. The op's
     own arguments and cotangent have this ``layout``; those of eager and the oracle are contiguous."""
     wide = with_tensors(arguments, lambda _, t: t.to(oracle))
     if not exact:
@@ -277,7 +277,7 @@ def _agree(
     """Asserts that a call gives the same results in each of the layouts as with contiguous tensors.
 
     Sums in another order differ by more than ``_close`` allows where their terms cancel. Then the results of all these
-    calls must be as near to float64 as eager's, by the contract's own tolerance.
+    calls must be as near to float64 as eager's, by the contract's tolerance.
     """
 
     def one_draw(draw: int, single: bool) -> Iterator[tuple[str, Comparison]]:
@@ -311,8 +311,8 @@ def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> 
 
 
 def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Rows that are one row, expanded, work, and so do expanded gradients, whose strides are 0 in all dimensions, as
-    those of ``.sum()``, or in all but the last.
+    """One row expanded to many works, and so do expanded gradients, whose strides are 0 in all dimensions, as after
+    ``.sum()``, or in all but the last.
     """
 
     def one_row(name: str, t: Tensor) -> Tensor:
@@ -471,7 +471,7 @@ def no_recompile(table: OpTable, sample: Sample, dtype: torch.dtype, device: str
     compiled = torch.compile(table.function, fullgraph=True, backend=counter, dynamic=True)
     graphs = []
     with torch.no_grad():
-        for n in (43, 41, 37):  # other sizes than all others, since torch gives equal sizes one symbol
+        for n in (43, 41, 37):  # no other size equals these, because torch gives equal sizes one symbol
             rows = [name for name in table.rows if name in arguments]
             short = arguments | {name: torch.cat([arguments[name]] * n)[:n] for name in rows}
             _close(_call(compiled, short), _call(table.function, short), f"length {n}")
@@ -523,7 +523,7 @@ def forced_eager(table: OpTable, sample: Sample, dtype: torch.dtype, device: str
 
 # --------------------------------------------------------------------------- errors
 def refuses(table: OpTable, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yields (name, check) for every call that must raise: those of the table and those made from its samples."""
+    """Yields (name, check) for every call that must raise: calls of the table, and calls made from its samples."""
 
     def expect(arguments: dict, error: type[Exception] | tuple, match: str) -> None:
         try:

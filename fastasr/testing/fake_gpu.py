@@ -21,7 +21,8 @@ from fastasr.ops import _dispatch
 
 @dataclass
 class Launch:
-    """What the driver is told: kernel, grid, current device, stream, and the arguments, tensors or their addresses."""
+    """A launch as the driver sees it: kernel, grid, current device, stream, and arguments, tensors or their
+    addresses."""
 
     kernel: JITFunction
     grid: tuple[int, int, int]
@@ -38,7 +39,7 @@ class Launch:
 
 @dataclass
 class FakeGPU:
-    """Stands for Triton's driver. All tensors are on device ``home``; that of a call is ``current``."""
+    """Stands for Triton's driver. All tensors are on device ``home``; a call's device is ``current``."""
 
     capability: tuple[int, int] = (9, 0)
     processors: int = 132
@@ -46,7 +47,7 @@ class FakeGPU:
     current: int = 0
     launches: list[Launch] = field(default_factory=list)
     elsewhere: dict[int, int] = field(default_factory=dict)  # devices of some tensors, by address
-    errors: dict[JITFunction, Exception] = field(default_factory=dict)  # what compiling a kernel raises
+    errors: dict[JITFunction, Exception] = field(default_factory=dict)  # kernel -> its compiler error
 
     def get_current_device(self) -> int:
         return self.current

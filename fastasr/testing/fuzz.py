@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random valid and invalid calls at every public op: an error of the right type or the right answer, never a crash.
 
-``python -m fastasr.testing.fuzz -n 2000 --seed 7``. A run draws its seed unless it is given, here or as ``SEED`` in the
-environment. A call depends on (seed, index) alone; the calls run in a child process, so a crash is reported with the
-call that caused it: ``--only INDEX`` runs that one again. The tolerance is the op contract's.
+``python -m fastasr.testing.fuzz -n 2000 --seed 7``. A run draws its seed unless ``--seed`` or ``SEED`` in the
+environment gives it. A call depends on (seed, index) alone; the calls run in a child process, so a crash is reported
+with the call that caused it: ``--only INDEX`` runs that one again. The tolerance is the op contract's.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def _break(arguments: dict, rng: random.Random) -> dict:
 
 # --------------------------------------------------------------------------- judging
 class Wrong(Exception):
-    """What is wrong about a call."""
+    """Raised for a call that goes wrong; the message says how."""
 
 
 def refused(table: OpTable, refusal: Refusal, arguments: dict) -> None:
@@ -204,7 +204,7 @@ class Call:
         for n, grad in ours.items():
             if (grad is None) != (exact[n] is None):
                 raise Wrong(f"gradient of {n} is {'missing' if grad is None else 'unexpected'}")
-            # where float64's last digits decide, the terms of the gradient cancel and no digit of it means anything
+            # If float64's last digits decide, the gradient's terms cancel and none of its digits means anything.
             if grad is not None and not (near[n] - exact[n]).norm() > 1e-3 * exact[n].norm():
                 yield from _comparison(f"gradient of {n}", grad, theirs[n], exact[n])
 
@@ -244,7 +244,7 @@ def run_one(index: int, only: tuple[str, ...] = ()) -> tuple[str, str]:
 
 def _differs(out: Tensor, reference: Tensor) -> str:
     """Returns "" if ``out`` equals the float64 ``reference`` up to rounding, with non-finite values in the same places,
-    else what differs."""
+    and the difference in words if not."""
     if out.shape != reference.shape:
         return f"shape {tuple(out.shape)}, expected {tuple(reference.shape)}"
     rounded = reference.to(out.dtype).double()
@@ -257,7 +257,7 @@ def _differs(out: Tensor, reference: Tensor) -> str:
         return ""
     error, size = (out.double() - rounded)[finite].abs(), rounded[finite].abs()
     eps, arithmetic = (torch.finfo(t).eps for t in (out.dtype, torch.promote_types(out.dtype, torch.float32)))
-    # a rounding, and kernels compute in float32
+    # One rounding of the output, and the error of kernels that compute in float32.
     limit = eps * size + 64 * arithmetic * size.amax().clamp(min=1)
     worst = (error / limit).argmax()
     return "" if (error <= limit).all() else f"error {error[worst]:.3e}, allowed {limit[worst]:.3e}"
@@ -277,9 +277,8 @@ def _as_good_as_eager(definition, arguments: dict, outputs, eager, references) -
         finite = exact.isfinite() & theirs.isfinite() & ours.isfinite()
         if finite.any():
             error, allowed = ((t.detach().double() - exact)[finite].abs().max() for t in (ours, theirs))
-            if (
-                ours.dtype is torch.float64
-            ):  # eager is the oracle here, and its operations have another order at the scale of the extreme value
+            if ours.dtype is torch.float64:
+                # Eager is the oracle here. Its operations have another order at the scale of the extreme value.
                 allowed = 64 * torch.finfo(torch.float64).eps * _largest(arguments)
             if error > 2 * allowed:
                 return False
@@ -287,7 +286,7 @@ def _as_good_as_eager(definition, arguments: dict, outputs, eager, references) -
 
 
 def _moved(t: Tensor) -> Tensor:
-    """Moves each element by about a rounding of the kernels' arithmetic: float64's, or else float32's."""
+    """Moves each element by about a rounding of the kernels' arithmetic, which is float64 or float32."""
     return _nudged(t.detach().double(), torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
 
 

@@ -19,25 +19,24 @@ from fastasr.testing.seeds import seed_torch, seeded
 from fastasr.testing.table import Make, OpTable, flat, table, with_tensors
 from fastasr.testing.tolerance import JUDGED_DRAWS, Comparison, compare, judged
 
-# Of numbers before a ReLU a share as large as the step crosses its kink: the slope is off by the root of that, 1e-4.
-# Float64's rounding is off by less, but where gradients cancel or numbers are small: then longer steps are tried.
+# A step of 1e-8 moves that share of the numbers before a ReLU across its kink, and the slope errs by the root, 1e-4.
+# Float64's rounding errs by less, unless gradients cancel or numbers are small: longer steps are for these cases.
 STEPS, DIFFERENCES = (1e-8, 1e-6, 1e-4), 1e-3
-ROUNDINGS = (
-    16 * torch.finfo(torch.float64).eps
-)  # of the outputs: what the difference of two calls cannot tell
+# The difference of two calls cannot show less than this share of the outputs.
+ROUNDINGS = 16 * torch.finfo(torch.float64).eps
 # Slopes are taken near the call, where no number lies on a kink: sums of 16-bit numbers are often exactly 0.
 NEAR = 1e-3
-JITTER = 8.0  # units in the last place by which further draws move the numbers of a call
+JITTER = 8.0  # Further draws move the numbers of a call by this many units in the last place.
 COLUMNS = ("", "rms error", "allowed", "eager's", "worst", "allowed", "eager's", "differences", "")
 
 
 @dataclass(frozen=True)
 class Line:
-    """What was found about the values, or about one gradient.
+    """The findings about the values, or about one gradient.
 
     comparison: its errors against float64, relative to its size, or None where they could not be compared.
-    differences: the error of the formula's gradient in float64 against finite differences. verdict: "ok"; or why a
-    gradient was left out; or "FAILED" and how.
+    differences: the error of the formula's gradient in float64 against finite differences. verdict: "ok", the
+    reason for leaving a gradient out, or "FAILED" and how.
     """
 
     what: str
@@ -92,7 +91,7 @@ def gradcheck(op: str | Callable, /, **arguments) -> GradientReport:
 
     Args:
         op: a function of ``fastasr.ops``, or its name.
-        arguments: the op's keyword arguments; the dtype and device of the tensors are those that are checked.
+        arguments: the op's keyword arguments; the check uses the dtype and device of the tensors.
     Returns:
         GradientReport: ``.ok`` says whether all is as near to float64 as eager PyTorch is, ``.lines`` what was found.
     Raises:
@@ -165,8 +164,8 @@ class _Call:
         """Yields how values and gradients compare with eager and float64, or why they cannot be compared.
 
         Args:
-            draw: 0 for the call itself, else numbers that differ from its own by rounding.
-            single: compare float32 in the place of float64.
+            draw: 0 for the call itself; other draws move its numbers by a rounding.
+            single: compare float32 instead of float64.
         """
         arguments = self.arguments
         if draw:
@@ -213,8 +212,8 @@ class _Call:
 
     def differences(self) -> dict[str, float]:
         """Returns the error of each gradient of the formula in float64 beside the slope in a random direction, relative
-        to the gradient's norm, which is what such slopes vary by. There is none where an option adds to gradients
-        alone, or where values are not finite.
+        to the gradient's norm, the scale on which such slopes vary. A gradient has none if an option adds to
+        gradients alone, or if values are not finite.
         """
         if any(self.arguments.get(name) for name in self.table.penalties):
             return {}
@@ -279,5 +278,5 @@ def _moved(t: Tensor, seed: str) -> Tensor:
 
 
 def _size(t: Tensor) -> float:
-    """Returns the root mean square, with 0 in the place of numbers that are not finite, and 0 if there is none."""
+    """Returns the root mean square, where numbers that are not finite count as 0; without numbers it is 0."""
     return t.nan_to_num(0.0, 0.0, 0.0).square().mean().nan_to_num().sqrt().item()

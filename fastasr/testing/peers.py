@@ -3,7 +3,7 @@
 
 import importlib
 
-# how to install what ``module`` imports
+# package -> how to install it
 INSTALL = {
     **dict.fromkeys(
         ("zipformer", "espnet2", "torchaudio", "nemo", "speechbrain", "transformers"),

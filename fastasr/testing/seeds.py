@@ -9,7 +9,7 @@ import torch
 
 
 def begin(seed: str | None = None) -> str:
-    """Begins a run with this seed, that of the environment, or a drawn one. Returns what repeats the run.
+    """Begins a run with this seed, the environment's, or a drawn one. Returns the seed that repeats the run.
 
     The seed also picks the matrix product, which outside tests is measured and may differ from run to run. Processes
     that are started later inherit both.
@@ -20,13 +20,13 @@ def begin(seed: str | None = None) -> str:
 
 
 def seeded(*parts: object) -> int:
-    """Returns a seed made from the run's and from ``parts``, which tell apart what is drawn."""
+    """Returns a seed made from the run's seed and from ``parts``, which name the draw."""
     return zlib.crc32(f"{os.environ.get('SEED')} {parts}".encode())
 
 
 def seed_torch(seed: int) -> None:
     """Seeds the numbers that torch draws, as ``torch.manual_seed`` does. Where there is no accelerator, that function
-    formats the stack of its caller for each kind of them, which takes longer than many a call of an op.
+    formats its caller's stack for each kind of accelerator, which takes longer than many calls of ops.
     """
     if torch.accelerator.is_available():
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Declares what ``fastasr bench`` measures of an op: calls at model sizes, their least cost, the peers beside them.
 
-A module of ``fastasr.testing.samples`` lists them as ``CASES``, and as ``ON_DEVICE`` those of a GPU. Nothing is
+A module of ``fastasr.testing.samples`` lists them as ``CASES``, and the calls for a GPU as ``ON_DEVICE``. Nothing is
 allocated or imported before a case is measured.
 """
 
@@ -37,7 +37,7 @@ def upstream_member(name: str):
 
 @dataclass(frozen=True)
 class Cost:
-    """The least a pass needs: bytes read and written once, multiply and add operations of products."""
+    """The least cost of a pass: bytes read and written once, multiply and add operations of products."""
 
     bytes: int
     flops: int = 0
@@ -60,8 +60,8 @@ def costs(forward: tuple[int, int], backward: tuple[int, int]) -> Callable[[int]
 class Implementation:
     """``call`` computes the output; gradients are taken with respect to ``differentiable``.
 
-    ``inference`` is the forward pass without gradients where that is another call, for example where a module is in
-    evaluation mode then.
+    ``inference`` is the forward pass without gradients if that is a different call, for example of a module in
+    evaluation mode.
     """
 
     call: Callable[[], torch.Tensor]
@@ -195,7 +195,7 @@ def sized(op: str | Callable, **sizes: int) -> Case:
     Args:
         op: a function of ``fastasr.ops``, or its name.
         sizes: by the names in the op's declaration (T, B and C stand for frames, sequences and channels where it names
-            no dimensions); those that are not given have the sizes of a model.
+            no dimensions); a size that is not given is that of a model.
     Raises:
         ValueError: an unknown op or size, or a size that is not a positive int.
     """

@@ -117,7 +117,7 @@ class OpTable:
     op: its public name. definition: the eager formula, called with the same keyword arguments as the op.
     registered: a function from keyword arguments to the positional arguments of ``torch.ops.fastasr.<op>``. result: a
     function from the keyword arguments and that operator's result to the public function's result.
-    rows: names of the arguments to cut along dimension 0 when a call is split (those that the call has); () if rows
+    rows: names of the arguments to cut along dimension 0 when a call is split (if the call has them); () if rows
     depend on each other. thread_invariant: whether results are bitwise equal for any number of threads (a vendor's
     matrix product may not be). penalties: options that add to gradients alone, which then are no slopes. unread:
     arguments whose elements a call may leave unread (masked keys). Eager multiplies them by zero, so a NaN there
@@ -193,7 +193,7 @@ def table(op: str | Callable) -> OpTable:
 
 @cache
 def tables() -> dict[str, OpTable]:
-    """Returns {name: table} of the ops that have gradients; those that are gradients themselves have tables as well."""
+    """Returns {name: table} of the ops that have gradients. Ops that are gradients themselves have tables too."""
     return {name: table(name) for name in ops.NAMES if name not in ops.GRADIENTS}
 
 

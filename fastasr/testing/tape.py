@@ -23,7 +23,7 @@ _EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_stride
 _STATISTICS = {
     "native_batch_norm": (3, 4),
     "_native_batch_norm_legit": (3, 4),
-}  # arguments written without saying so
+}  # operator -> the arguments that it writes to, which its schema does not mark
 
 
 class Waits(RuntimeError):
@@ -82,7 +82,8 @@ class Tape(TorchDispatchMode):
         return [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
 
     def undo(self):
-        """Puts tensors from outside back. What was made is NaN, since a capture would not have computed it."""
+        """Puts tensors from outside back. Tensors made while recording become NaN, because a capture computes
+        nothing."""
         with torch.no_grad():
             for t in self.made.values():
                 if t.is_floating_point():

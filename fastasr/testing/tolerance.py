@@ -4,8 +4,8 @@
 Both are compared with the definition evaluated in float64 on the same numbers. 10 % is allowed for rounding noise, and
 in addition the cost of correct rounding, since eager may happen to be exact: 0.3 units in the last place on average
 (0.5 for a handful of elements), one at the worst element. The reference of float64 results has rounding errors itself:
-32 units are allowed there, and a result that exceeds the bound is compared with the units by which eager is off in
-float32, in the place of eager's error.
+32 units are allowed there, and a result that exceeds the bound is compared with eager's error in float32, counted in
+units, instead of eager's error in float64.
 """
 
 import statistics
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 RATIO = 1.1
-# Eager may be exact by chance in a single draw, and errors of few numbers are random. What fails is therefore judged by
-# the median over this many draws and, if it fails again, over the next number, with the same tolerance; none of the
-# draws may be further off than the furthest of eager's by this factor.
+# Eager may be exact by chance in a single draw, and errors of few numbers are random. A failing result is therefore
+# judged by the median over this many draws and, if it fails again, over the next number, with the same tolerance. No
+# draw's error may exceed the largest of eager's by more than this factor.
 JUDGED_DRAWS = (8, 64, 512)
 FAR = 16.0
 # The last number is for errors that exceed the tolerance by at most this factor: medians over 64 draws vary by a tenth.
@@ -99,7 +99,7 @@ def judged(
 ) -> dict[str, Comparison]:
     """Returns the comparisons that fail, by name, over ``draws`` draws of a call, and over ``more`` if any fails.
 
-    ``compared(draw, single)`` compares one draw of it, with float32 in the place of float64 if ``single``.
+    ``compared(draw, single)`` compares one draw of it, with float32 instead of float64 if ``single``.
     """
     found: dict[str, list[Comparison]] = {}
     done = 0

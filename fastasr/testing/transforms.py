@@ -20,7 +20,8 @@ Function = Callable[..., Tensor]
 Tensors = tuple[Tensor, ...]
 
 
-# A sum in another order is at most so much further off than eager's; what a transform loses is off by its own size.
+# A sum in another order errs at most this many times as much as eager's; a value that a transform loses errs by its
+# size.
 ROUNDING = 8.0
 
 
@@ -129,7 +130,7 @@ def _gradients(f: Function, tensors: Tensors) -> list[Tensors]:
     return [torch.autograd.grad(y, leaves, c, retain_graph=True, materialize_grads=True) for c in cotangents]
 
 
-# a transform, and how the same is computed without it
+# name -> the transform, and the same computation without it
 TRANSFORMS = {
     "dual tensors": (_dual, _jvp_by_autograd),
     "jvp": (_jvp, _jvp_by_autograd),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes an op's code: what the templates leave open, from the declaration."""
+"""Writes an op's code: the fragments that the templates leave open, from the declaration."""
 
 import inspect
 import re
@@ -406,8 +406,8 @@ def _operand(op: Declared, name: str, dtype: str, grad: bool = False) -> str:
 def _operands(
     op: Declared, dtype: str, tokens: list[str], released: Iterable[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """Returns lines that find the dtypes, and each tensor among the tokens as the kernels read it, but those whose
-    memory was ``released``.
+    """Returns lines that find the dtypes, and each tensor among the tokens as the kernels read it, except tensors
+    whose memory was ``released``.
     """
     wide = [*op.wide, *(f"grad_{o.name}" for o in op.outputs if o.wide and op.wide)]
     if op.op.deciding:
@@ -632,12 +632,12 @@ def _conditions(op: Declared) -> Iterator[str]:
     yield "kernels is not None"
     fast, fits = callable(op.op.fast), op.op.fits
     others = [a for a in op.tensors if a is not op.leader]
-    # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product comes first, which does not.
+    # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product runs first, which checks nothing.
     unchecked = bool(fast and fits)
     told = op.deciding if op.op.deciding else () if unchecked else op.one_dtype
     untold = [a for a in others if a.name not in told] if unchecked or not fast else []
     compared = [a for a in untold if a.kind in ("constant", "floating")]
-    # What the other path converts for the kernels is left to it: their decline would cost it 20 us more.
+    # The other path takes calls whose arguments it must convert: declining inside the kernels costs 20 us more.
     wide = [op.leader.name] if op.outputs[0].wide else op.wide[: not op.op.launch]
     taken = {"": "{0}.is_contiguous()", "channels": "({0}.is_contiguous() or {0}.stride(-1) == 1)"}
     layout = _layout(op, op.leader.name)
@@ -646,7 +646,7 @@ def _conditions(op: Declared) -> Iterator[str]:
     for a in (op.leader, *others):
         parts = [f"type({a.name}) in PLAIN"]
         parts += [f"{a.name}.is_cpu"] * (a is op.leader or unchecked)
-        # reading an attribute costs 40 ns, a local variable 1
+        # Reading an attribute costs 40 ns, a local variable 1 ns.
         parts += [f"(dtype := {a.name}.dtype)"] * (a is op.leader and bool(compared))
         parts += [f"{a.name}.dtype is dtype"] * (a in compared)
         parts += [f"{a.name}.dtype in COMPUTE"] * (a.name in wide)
@@ -655,7 +655,7 @@ def _conditions(op: Declared) -> Iterator[str]:
         yield _optional(a, " and ".join(parts))
     for a in op.options:
         condition = f" and ({a.condition})" if a.constraint and not a.dimension_of else ""
-        # kernels that do not get a dimension know the default one alone
+        # Kernels that get no dimension know only the default one.
         condition += f" and {a.name} == {a.default!r}" * bool(a.dimension_of and not fast)
         yield _optional(a, _right_type(a) + condition)
     yield from ['not is_autocast_enabled("cpu")'] * (op.op.autocast is not None)
@@ -707,8 +707,8 @@ def _cast(op: Declared) -> list[str]:
 
 # --------------------------------------------------------------------------- registration
 def _registration(op: Declared) -> dict[str, str | list[str]]:
-    """Returns the schemas and what else registers the operator. It returns every output, without elements where it was
-    not asked for, and what is kept. ``<name>_backward`` takes gradients, ``saves`` and the options.
+    """Returns the schemas and the other registrations of the operator. It returns every output, without elements if not
+    asked for, and the kept tensors. ``<name>_backward`` takes gradients, ``saves`` and the options.
     """
     tensors = {a.name: f"Tensor{'?' * a.optional} {a.name}" for a in op.tensors}
     saved = [tensors.get(name, f"Tensor {name}") for name in op.saves]

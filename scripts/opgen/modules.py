@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes modules of the ops' code: imports what it uses, drops what it does not, and formats."""
+"""Makes modules of the ops' code: imports the names it uses, drops unused assignments, and formats."""
 
 import ast
 import builtins

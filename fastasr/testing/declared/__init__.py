@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the declaration of an op says: its arguments, shapes, results and kernel calls, read from its formula.
+"""Reads the declaration of an op: its arguments, shapes, results and kernel calls, from its formula.
 
 ``scripts/opgen`` writes the ops' files from this, and the generic checks, the fuzzer and the documentation read it.
 ``fastasr.ops`` itself never does: at run time an op is its written file.
@@ -33,7 +33,7 @@ class Declared:
         self.deciding = op.deciding.split() or self.dtype_names(self.outputs[0])
         self.sizes: dict[str, Callable] = op.sizes or {}
         self.strides = op.strides or {}
-        # the kernels' call, or the part for gradients, asks which ones are wanted; other calls give them all
+        # The kernels' call, or the part for gradients, asks which gradients are wanted; other calls give all of them.
         self.asks = "needs" in op.backward or (bool(op.gradients) and not op.backward)
         self.saves = op.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
         self._read_kernel_calls()
@@ -44,7 +44,7 @@ class Declared:
         self.forward = words(self.op.forward) or [*tensors, *options, *["keep"] * bool(self.keeps)]
         backward, _, results = self.op.backward.partition("->")
         self.backward_results = results.split() or [a.name for a in self.differentiable]
-        # only the forward has the flags that ask for outputs
+        # Only the forward call has the flags that ask for outputs.
         options = [name for name in options if not name.startswith("return_")]
         tokens = words(backward) or [*always, *tensors, *(o.name for o in self.keeps), *options]
         self.backward = [always[0] if token == "grad" else token for token in tokens]
@@ -63,8 +63,8 @@ class Declared:
         return given | {a.name for a in self.options if a.kind == "int" and not a.optional}
 
     def in_binding_order(self) -> Iterator[Argument]:
-        """Returns the tensors, each after those that bind the names in its shape: first the leader, then as in the
-        signature. T + L binds L only where no tensor has it alone.
+        """Returns the tensors, each after those that bind the names in its shape: first the leader, then in the
+        signature's order. T + L binds L only where no tensor has L alone.
         """
         left, known = sorted(self.tensors, key=lambda a: a is not self.leader), self.known_sizes()
         while left:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-Names = dict[str, object]  # sizes by name; of *S a tuple
+Names = dict[str, object]  # sizes by name; the size of *S is a tuple
 _compiled = cache(compile)
 
 
@@ -133,7 +133,7 @@ class Pattern:
 
     @property
     def mentioned(self) -> set[str]:
-        """Returns the names of the shapes and those of the conditions."""
+        """Returns the names in the shapes and in the conditions."""
         return self.names | set(re.findall(r"[A-Za-z_]\w*", " ".join(self.conditions)))
 
     @property

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastasr.testing.declared.shapes import Pattern
 
-TENSORS = {  # a kind -> the dtypes that are right (a name of _runtime.py), and what an error expects
+TENSORS = {  # kind -> the accepted dtypes (a name of _runtime.py), and the words after "expected" in an error
     "floating": ("FLOATING", ""),  # three errors, see ``Errors.wrong_tensor``
     "constant": ("MASKS", "a bool or floating tensor"),
     bool: ("BOOL", "a bool tensor"),
@@ -104,9 +104,9 @@ class Argument:
 @dataclass(frozen=True)
 class Output:
     name: str
-    pattern: Pattern | Callable  # what is kept may also be a function (backend, a) -> sizes
+    pattern: Pattern | Callable  # A kept tensor may have a function (backend, a) -> sizes instead.
     dtype: tuple[str, ...] | torch.dtype  # the output's dtype is the promotion of these arguments or outputs
-    wide: bool  # and at least float32
+    wide: bool  # If set, the output is at least float32.
     flag: str = ""  # the argument that asks for it
     constant: bool = False  # it has no gradient
 

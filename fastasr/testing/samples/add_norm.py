@@ -45,8 +45,8 @@ TABLE = OpTable(
             "a slice of a projection", lambda m: _call(m, (6, 3, 16), update=m.normal(6, 3, 40)[..., 9:25])
         ),
     ),
-    thread_invariant=False,  # on a CPU torch computes it
-    # with few channels and a small eps, LayerNorm may divide by a number that is only rounding error
+    thread_invariant=False,  # On a CPU torch computes the op.
+    # With few channels and a small eps, LayerNorm may divide by a number that is only rounding error
     random=lambda m, shape: _call(m, (*shape(), 1 + shape.size()), eps=shape.choice((0.1, 1.0))),
 )
 

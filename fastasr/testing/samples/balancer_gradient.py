@@ -21,7 +21,7 @@ from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _call(make: Make, shape: tuple[int, ...], channel_dim: int = -1) -> dict:
-    # random data leave both ranges
+    # Random data leave both ranges.
     limits = {"min_mean": -0.05, "max_mean": 0.05, "min_rms": 0.2, "max_rms": 0.5, "grad_scale": 0.04}
     return {"grad": make.normal(*shape), "x": make.normal(*shape), **limits, "channel_dim": channel_dim}
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of conv_subsampling, and its benchmark: the front end of a FastConformer with 256 channels and 80 mel bins, a
-batch of 4 x 16 s, one recording of 30 s, and a step of a stream. Upstream is what ``ParakeetEncoder`` does with maps of
-channels first.
+batch of 4 x 16 s, one recording of 30 s, and a step of a stream. Upstream is ``ParakeetEncoder``'s code, whose maps
+have channels first.
 """
 
 from functools import partial
@@ -68,7 +68,7 @@ TABLE = OpTable(
         Sample("one channel", lambda m: _call(m, 3, 20, 12, 1)),
         Sample("all frames masked", lambda m: _call(m, 1, 11, 7, 8) | {"mask": torch.zeros(1, 5).bool()}),
         Sample("no sequences", lambda m: _call(m, 0, 11, 7, 8)),
-        # not an infinity: torch's bfloat16 convolution makes a NaN of it
+        # NaN alone: torch's bfloat16 convolution turns an infinity into NaN.
         Sample("NaN in one frame", _one_bad_frame, exact=False),
     ),
     rows=("x", "mask"),

@@ -2,7 +2,7 @@
 """Samples of depthwise_conv2d, and its benchmark: the ConvNeXt layer of Zipformer's front end with 4 x 16 s of
 features, 128 channels at 19 frequencies, 7 x 7 taps; and the same for one streaming step of 32 frames behind its cache.
 
-Upstream is its torch.nn.Conv2d on channels_first maps, as its front end has them.
+Upstream is its torch.nn.Conv2d on maps with channels first, as in its front end.
 """
 
 import math

@@ -65,7 +65,7 @@ TABLE = OpTable(
     ),
     thread_invariant=False,
     unread=("hidden_weight",),  # the op skips the product with a state of zeros
-    # with one unit LayerNorm divides by pure rounding error; without steps eager's graph does not reach the arguments
+    # With one unit LayerNorm divides by pure rounding error; without steps eager's graph does not reach the arguments
     random=lambda m, shape: lstm(
         m,
         shape.choice((1, 2, 5)),
@@ -133,7 +133,7 @@ CASES = (
     _case(100, 16),
     _case(50, 64),
 )
-# of a transducer's predictor
+# The sizes are a transducer predictor's.
 ON_DEVICE = (_case(50, 16), _case(50, 64), _case(1, 1, True), _case(1, 10, True))
 WATCH = (
     "programs that wait for each other in one launch (with `_together` returning False, each phase is "

@@ -53,7 +53,7 @@ TABLE = OpTable(
 
 INPUT_GRADIENT, WEIGHT_GRADIENT = "input gradient", "weight gradient"
 RING_BYTES = 96 * 2**20
-RING_MOST = 24  # weights
+RING_MOST = 24  # A ring has at most this many weights.
 
 
 def _ring(function, make: Make, rows: int, inputs: int, outputs: int) -> Implementation:

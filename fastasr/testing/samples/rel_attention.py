@@ -269,7 +269,7 @@ def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask=None, context=(-1, -
 
 
 def flex(device: str) -> Callable:
-    """Returns torch's FlexAttention with a kernel made from scores of positions that were formed before."""
+    """Returns torch's FlexAttention with a kernel that adds position scores formed beforehand."""
     if torch.device(device).type != "cuda":
         raise Unavailable("FlexAttention is compared on a GPU")
     from torch.nn.attention.flex_attention import flex_attention
@@ -316,7 +316,7 @@ def _passes(batch: int, frames: int, pairs: int, heads: int = HEADS, width: int 
 
 def _chunks(frames: int, batch: int, left: int = 70, chunk_size: int = 14) -> Case:
     context = _context(left, 0, chunk_size)
-    chunks = range(0, frames, chunk_size)  # no tensor: what computes while it is imported starts threads
+    chunks = range(0, frames, chunk_size)  # A range, no tensor: computing during an import starts threads.
     sizes = [
         (min(i + chunk_size, frames) - i, min(i + chunk_size, frames) - max(0, i - left)) for i in chunks
     ]

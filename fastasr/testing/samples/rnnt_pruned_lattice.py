@@ -23,8 +23,8 @@ def _band(
     scale: float = 1.0,
     **rest,
 ) -> dict:
-    """Makes a band of windows. ``step``: the most that a window moves in a frame. ``ends``: t_end of each sequence; its
-    s_end is in the last window."""
+    """Makes a band of windows. ``step``: a window moves at most this far in a frame. ``ends``: t_end of each sequence;
+    its s_end is in the last window."""
     x, y = (make.normal(batch, frames, window, scale=scale, mean=m) for m in (mean, mean / 2))
     step = window - 1 if step is None else step
     moves = (make.uniform(batch, frames).double() * (step + 1)).floor().clamp(0, step).long()

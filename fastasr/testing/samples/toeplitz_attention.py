@@ -148,7 +148,7 @@ TABLE = OpTable(
 
 
 def _case(length: int, batch: int, keys: int = 128, values: int = 1024) -> Case:
-    between = 512  # what the projection has beside query_key and gate
+    between = 512  # the projection's other columns, between query_key and gate
 
     def arguments(make: Make) -> dict:
         return _slices(make, length, batch, keys, values, between, between, activate_value=True)

@@ -21,7 +21,7 @@ from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
 def _call(make: Make, shape: tuple[int, ...], groups: int = 1) -> dict:
-    # channels of different sizes, so w is above 1, and every call changes the gradient
+    # Channels of different sizes put w above 1, so every call changes the gradient.
     x = make.normal(*shape) * make.uniform(shape[-1], low=0.2, high=1.0)
     return {"grad": make.normal(*shape), "x": x, "num_groups": groups, "limit": 1.0, "grad_scale": 0.02}
 

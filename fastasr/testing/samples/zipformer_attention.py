@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of zipformer_attention, which are those of zipformer_attention_weights with values, and its benchmark: one
+"""Samples of zipformer_attention, the samples of zipformer_attention_weights with values, and its benchmark: one
 self-attention of Zipformer-M's stack 0 with 16 s of four utterances, and 60 s of one."""
 
 from functools import partial
