@@ -18,7 +18,7 @@ namespace {
 
 constexpr const char* kOp = "zipformer_layer";
 
-// What computes a product. The last two are cpu::WeightFormat's formats, after kReduced.
+// The way a product is computed. The last two are cpu::WeightFormat's formats, after kReduced.
 constexpr int64_t kTorch = 0, kGemm = 1, kFewRows = 2, kReduced = 2;
 
 struct Product {
@@ -205,7 +205,7 @@ Convolution convolution_of(const Tensors& tensors, size_t which) {
 
 // Takes src (time, batch, channels), contiguous, and positions (1 or batch, 2 time - 1, pos_dim). weights, biases, ways
 // and outputs have the order of zipformer_layer_names; an absent bias has no elements. convolutions are the tensors of
-// both modules. chunk and left_chunks are those of attention, conv_chunk is the convolutions'.
+// both modules. chunk and left_chunks belong to attention, conv_chunk to the convolutions.
 Tensor zipformer_layer(const Tensor& src, const Tensor& positions, const Optional& padding, const Optional& mask,
                        Tensors weights, Tensors biases, std::vector<int64_t> ways, std::vector<int64_t> outputs,
                        int64_t first_head_way, Tensors convolutions, Tensor bypass_mid, Tensor norm_bias,

@@ -39,7 +39,7 @@ struct GreedyShape {
 };
 
 constexpr int64_t kMostLayers = 8;
-constexpr int64_t kGateUnits = kPanelColumns / 4;  // units of a panel: of each its gates i, f, g, o
+constexpr int64_t kGateUnits = kPanelColumns / 4;  // units of a panel, each with its gates i, f, g, o
 
 // The products in the order of the arena: LSTM layers with [x | h] as input, the predictor's linear layer, the head.
 struct GreedyLayout {
@@ -88,8 +88,8 @@ struct GreedyBatch {
   int64_t blank, skipped;    // `skipped` counts as blank; -1: none
   int64_t most_symbols;      // labels on one frame before the sequence is moved by 1; 0: any
   float penalty;             // subtracted from blank's logit
-  // Whether all sequences take as many steps as the longest, on frames behind their end and, from then on, on the last
-  // of all frames. Otherwise each ends at its own length.
+  // If true, all sequences take as many steps as the longest, on frames behind their end and then on the last of all
+  // frames. If false, each ends at its own length.
   bool together;
   float* state;       // (batch, state_floats)
   int64_t* counters;  // (batch, counter_fields)

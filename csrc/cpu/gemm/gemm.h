@@ -13,9 +13,9 @@
 // are packed once, beforehand; but rows of A whose terms lie next to each other are read where they lie: on a Zen 3
 // core packing them takes a tenth of the time of a product with 192 columns. With few rows B is most of the memory that
 // a product touches, and packing it costs a fifth of the time of a product of 376 rows: `strips` packs it part by part
-// into memory that stays in the second cache, and asks for the next part ahead of time. Sums run in chains of at most
-// kGemmChain terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an
-// element depend on its row, its column and k alone, not on how the work is split.
+// into memory that stays in the second cache, and prefetches the next part. Sums run in chains of at most kGemmChain
+// terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an element depend
+// on its row, its column and k alone, not on how the work is split.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kGemmChain = 192;
@@ -30,10 +30,10 @@ struct Gemm {
   float* c;           // rows of n elements, c_row apart
   int64_t c_row;
   int64_t m, n, k;              // k at least 1
-  bool add = false;             // onto what C holds
+  bool add = false;             // adds to what C holds
   const float* onto = nullptr;  // m rows of n elements, onto_row apart, that are added last; or null
   int64_t onto_row = 0;
-  bool swoosh_l = false;  // of all that
+  bool swoosh_l = false;  // applies SwooshL to the result
 };
 
 template <typename T>
@@ -47,7 +47,7 @@ struct GemmKernels {
   // Packs panels [begin, end) to their place in `packed`.
   void (*pack_a)(const Gemm<T>& g, float* packed, int64_t begin, int64_t end);
   void (*pack_b)(const Gemm<T>& g, float* packed, int64_t begin, int64_t end);
-  // Runs tasks [begin, end) of the products of packed operands; more of them in one call are faster.
+  // Runs tasks [begin, end) of the products of packed operands; many in one call are faster.
   void (*products)(const Gemm<T>& g, const float* a, const float* b, int64_t begin, int64_t end);
   // Returns into how many strips of columns `threads` threads should cut a product whose B is packed on the way; 0:
   // pack it beforehand.
