@@ -108,7 +108,7 @@ Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int
                    std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t);  // of t's sizes
-Tensor new_like(const Tensor& t);        // of t's sizes and strides
+Tensor new_like(const Tensor& t);        // with t's sizes and strides
 Tensor new_without_elements(const Tensor& t);
 
 // Returns the elements from one row to the next of a tensor seen as rows of its last dimension: slices of a wider

@@ -265,7 +265,7 @@ Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tens
     T* yp = mutable_data<T>(y);
     parallel_packed(heads * count, sequences.starts, heads, forward_channels(longest), [&](int64_t begin, int64_t end) {
       const Scratch<C> workspace(kt_size + v_size + rt_size), scratch(longest.forward_scratch());
-      const Scratch<C> lse(heads * longest.problem.frames);  // which the backward pass computes again
+      const Scratch<C> lse(heads * longest.problem.frames);  // the backward pass computes it again
       C *const kt = workspace.data(), *const values = kt + kt_size, *const rt = values + v_size;
       int64_t packed = 0;  // frames of the sequence whose positions are packed
       for (int64_t i = begin; i < end; i++) {

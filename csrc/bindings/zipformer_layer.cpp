@@ -12,7 +12,7 @@
 
 // A whole layer of Zipformer's encoder in inference, in float32: the kernels of its ops one after the other, as
 // fastasr/models/zipformer/layer.py calls them. Python and torch's dispatcher take half a millisecond for the 45 calls
-// of a layer; the bits are those of the calls.
+// of a layer; the bits equal those of the calls.
 namespace fastasr::bindings::zipformer_layer {
 namespace {
 
@@ -34,7 +34,7 @@ struct Convolution {
 };
 
 struct Weights {
-  Product scores, positions;  // of the attention weights
+  Product scores, positions;  // products of the attention weights
   Module forward[3], nonlin, attention[2], convolution[2];
 
   // Calls f(name, product) for every product in the order in which lists have them.

@@ -306,7 +306,7 @@ struct BackwardProblem {
   const C *rt, *rows;  // R of this head
   int64_t pair;
   const BackwardMemory<C>& m;
-  Window window;  // of the block
+  Window window;  // window of the block
 };
 
 // Writes e^(s - max) of a strip to `weights`, dS to `ds`, and the strip's rows of q, p and g. `first` is the block's.

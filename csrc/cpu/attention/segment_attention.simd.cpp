@@ -28,7 +28,7 @@ struct Block {
   int64_t lanes;        // computed lanes: whole vectors
   int64_t row[kPanel];  // row of each query
   Run runs[3];          // memory, right context, utterance
-  int64_t rows;         // of scores
+  int64_t rows;         // rows of scores
 };
 
 __attribute__((noinline)) Block block_of(const SegmentWindows& p, int64_t unit, int64_t block) {

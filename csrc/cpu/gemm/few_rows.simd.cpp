@@ -106,7 +106,7 @@ int64_t groups(const Gemm<float>& g) {
 // instead of 42, with 15 rows 97 instead of 64.
 void products(const Gemm<float>& g, int64_t begin, int64_t end) {
   const Tiles& t = tiles_of(g);
-  const int64_t parts = (g.m + kRows - 1) / kRows;  // of equal height: 4 + 4 rows, not 6 + 2
+  const int64_t parts = (g.m + kRows - 1) / kRows;  // parts of equal height: 4 + 4 rows, not 6 + 2
   alignas(64) float out[kRows * kNarrow + kLanes];
   for (int64_t group = begin; group < end; group++) {
     // the last group begins earlier where it would reach beyond the columns, and writes only what is its own

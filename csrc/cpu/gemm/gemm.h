@@ -39,8 +39,8 @@ struct Gemm {
 template <typename T>
 struct GemmKernels {
   static constexpr bool kDotProducts = true;
-  int64_t (*a_panels)(const Gemm<T>& g);  // of rows
-  int64_t (*b_panels)(const Gemm<T>& g);  // of columns
+  int64_t (*a_panels)(const Gemm<T>& g);  // counts panels of rows
+  int64_t (*b_panels)(const Gemm<T>& g);  // counts panels of columns
   int64_t (*packed_a)(const Gemm<T>& g);  // words; 0 if the products read A where it lies
   int64_t (*packed_b)(const Gemm<T>& g);
   int64_t (*tasks)(const Gemm<T>& g);
@@ -57,8 +57,8 @@ struct GemmKernels {
 };
 
 // The same for few rows, where reading B is most of the cost: B is read once, where it lies. Sums run in chains of at
-// most 64 terms in every lane of a vector, so its bits are not those of the product above; they do not depend on the
-// number of rows either.
+// most 64 terms in every lane of a vector, so its bits differ from the product above; they do not depend on the number
+// of rows either.
 inline constexpr int64_t kFewRows = 15, kFewColumns = 8;
 
 struct FewRowsGemm {
