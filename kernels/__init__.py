@@ -4,10 +4,10 @@
 A file whose name begins with an underscore holds no op: it holds pieces that several files share, or the second half of
 a long file.
 
-Each file needs Triton and is imported when its op first runs on a device, so importing this package never
-fails. A launcher takes contiguous tensors on one device, runs on that device's current stream, never waits
-for the device, and returns new tensors. It starts kernels by ``_launch.launch`` alone, which sees to device and
-stream. Kernels read and write float32, bfloat16 and float16; they compute and accumulate in float32.
+Each file needs Triton and is imported when its op first runs on a device, so importing this package never fails. A
+launcher takes contiguous tensors on one device, runs on that device's current stream, never waits for the device, and
+returns new tensors. It starts kernels by ``_launch.launch`` alone, which sets device and stream. Kernels read and write
+float32, bfloat16 and float16; they compute and accumulate in float32.
 """
 
 

@@ -2,7 +2,7 @@
 """Activations inside other kernels, by the numbers of fastasr/ops/_activation.py, and their derivatives.
 
 PRECISE, which float32 tensors use, keeps the relative error within a few units in the last place, in the tails too.
-Otherwise the kernels use the hardware's exponential and division, whose errors 16-bit results do not show.
+Without it the kernels use the hardware's exponential and division, whose errors 16-bit results do not show.
 """
 
 import triton

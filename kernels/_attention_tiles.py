@@ -11,7 +11,7 @@ import triton.language as tl
 from fastasr.kernels._activation import exp_nonpositive
 
 NONE = tl.constexpr(float("-inf"))
-PIECE_BYTES = 128 << 20  # of scores' gradients that exist at once
+PIECE_BYTES = 128 << 20  # At most this many bytes of scores' gradients exist at once.
 
 
 @triton.jit

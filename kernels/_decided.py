@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small steps of a recorded training pass (fastasr/ops/_decided.py), each one launch.
 
-A step reads what the host decides before a replay from the device: a rate, or whether it acts. Its random numbers are
-torch's, uniform, and are drawn before. Tensors are seen as rows of channels, (frames, batch, channels), and a number
-that belongs to a sequence is that of row % batch.
+A step reads from the device a decision that the host writes before a replay: a rate, or whether the step acts. Its
+uniform random numbers come from torch and are drawn before. Tensors are seen as rows of channels, (frames, batch,
+channels); row r belongs to sequence r % batch.
 
     kernel      reads                          writes              bytes per element of a float32 stream, bf16 branches
     plus        src, y, number per sequence    sum, sum in bf16    12
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 
-ROWS, COLUMNS = 32, 64  # of a tile: models have multiples of 64 channels
+ROWS, COLUMNS = 32, 64  # sizes of a tile: models have multiples of 64 channels
 BLOCK = 1024
 WARPS = 4
 
@@ -130,7 +130,7 @@ def either_kernel(W, ACT, Y, keys, w_row, y_row, BLOCK: tl.constexpr):
     # eager rounds the count and its reciprocal to the weights' dtype
     count = tl.sum(seen, axis=0).to(Y.dtype.element_ty).to(tl.float32)
     share = tl.div_rn(1.0, count)
-    for start in range(0, y_row, BLOCK):  # and what is behind the last key, so that whole vectors are read
+    for start in range(0, y_row, BLOCK):  # also behind the last key, so that whole vectors are read
         j = start + tl.arange(0, BLOCK)
         w = tl.load(W + j, mask=j < y_row, other=0.0)
         equal = tl.where((w.to(tl.float32) > 0.0) & (j < keys), share, 0.0).to(Y.dtype.element_ty)

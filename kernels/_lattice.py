@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels of lattices share: the boundary of a sequence, and which scores count as errors."""
+"""Pieces of the lattice kernels: the boundary of a sequence, and which scores count as errors."""
 
 import triton
 import triton.language as tl

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch of a kernel: every launcher calls :func:`launch`, and nothing else starts a kernel.
 
-Triton takes the current device and its stream, whatever device the tensors are on, and finds the compiled kernel again
-in every launch from all arguments and options, which costs more time on the host than most kernels take on the device.
+Triton takes the current device and its stream, whatever device the tensors are on, and looks up the compiled kernel at
+every launch by all arguments and options, which takes longer on the host than most kernels take on the device.
 """
 
 import torch
@@ -11,10 +11,10 @@ from triton.runtime import JITFunction, driver
 
 from fastasr.kernels import Unlaunchable
 
-# By all that selects the code: the kernel, what Triton compiled of it, and the constants behind the arguments.
+# Keyed by all that selects the code: the kernel, what Triton compiled of it, and the constants behind the arguments.
 _compiled: dict[tuple, tuple] = {}
 
-# The one precision that ``tl.dot`` may take for operands of float32: their own, or that of TF32.
+# The one precision that ``tl.dot`` may take for operands of float32: their own, or TF32's.
 PRECISE = {"allowed_dot_input_precisions": ("ieee",)}
 ROUNDED = {"allowed_dot_input_precisions": ("tf32",)}
 

@@ -14,8 +14,8 @@ from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import sum_parts
 
-MOST_FRAMES = 16  # of a group
-BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups, and channels, of a tile
+MOST_FRAMES = 16  # A group has at most this many frames.
+BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups and channels of a tile
 MAX_PARTS = 128
 
 
@@ -41,7 +41,7 @@ def forward_kernel(
     w_step = taps_f * C
     pixel = f - pad_f
     at = X + ((b * frames + (t - pad_t)) * x_step + pixel.to(tl.int64) * C)[:, None] + c[None, :]
-    # A tap per group, as a row of them would be laid out anew in shared memory.
+    # One tap per group: a row of taps would be laid out anew in shared memory.
     taps = TABLE + tl.broadcast_to(c[None, :], at.shape)
     if TURNED:
         taps += (TAPS * taps_f - 1) * C
@@ -90,7 +90,9 @@ def form(taps: int, frames: int, dtype: torch.dtype) -> dict[str, int]:
     """Returns the constants of the convolving kernel, for taps of a column."""
     few = taps < sliding.FEW
     group = sliding.group_of(frames, 4 if few else MOST_FRAMES)
-    block = BLOCK_G if few or dtype != torch.float32 else BLOCK_G // 2  # in float32 as many would spill
+    block = (
+        BLOCK_G if few or dtype != torch.float32 else BLOCK_G // 2
+    )  # float32 would spill with as many groups
     return {"TAPS": taps, "GROUP": group, "BLOCK_G": block, "BLOCK_C": BLOCK_C}
 
 

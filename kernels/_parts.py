@@ -15,7 +15,7 @@ from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 ELEMENTS = 4096  # A tile has this many elements: 8 in each thread.
 WARPS = 16
 REDUCE = {"BLOCK_C": 8, "num_warps": 8}
-TABLES = {"BLOCK": 1024, "num_warps": 4}  # numbers of a program that adds up tables
+TABLES = {"BLOCK": 1024, "num_warps": 4}  # for programs that add up tables
 MAX_PARTS = 1024  # A tile adds at most this many parts; longer inputs take several blocks.
 
 

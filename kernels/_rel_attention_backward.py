@@ -296,7 +296,7 @@ def positions_kernel(
         rows = ((head * batch + sequence) * count * BLOCK + rows) * ds_row
         column = (t + block + 1) * BLOCK + wide
         first, behind = keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
-        inside = (column >= first) & (column < (tl.cdiv(behind, BLOCK) + 1) * BLOCK)  # as whole blocks
+        inside = (column >= first) & (column < (tl.cdiv(behind, BLOCK) + 1) * BLOCK)  # in whole blocks
         ds = tl.load(DS + rows[:, None] + (column - first)[None, :], mask=inside[None, :], other=0.0)
         p = load_rows(Q + sequence * q_batch, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
         dr = tl.dot(tl.trans(ds), p, dr)

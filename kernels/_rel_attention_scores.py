@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a query of rel_attention sees, and its scores, see rel_attention.py."""
+"""The keys that a query of rel_attention sees, and its scores: see rel_attention.py."""
 
 import triton
 import triton.language as tl
@@ -12,8 +12,8 @@ SIZES = ["frames", "keys", "chunk", "left", "right", "batch", "blocks", "heads",
 UNALIGNED = ["PADDING", "MASK", "SEED"]
 
 
-# --------------------------------------------------------------------------- what a query sees
-# sizes: (frames, keys, chunk, left, right); negative: all of that side. Without WINDOW nothing reads the last three.
+# --------------------------------------------------------------------------- the keys of a query
+# sizes: (frames, keys, chunk, left, right); negative: no limit. Without WINDOW nothing reads the last three.
 @triton.jit
 def _context(i, sizes):
     """Returns [first, end) of the keys in the context of queries i; those behind the last one have its context."""

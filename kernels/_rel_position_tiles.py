@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of attention with relative positions: scores of a tile, what the masks hide, how operands are laid out.
+"""Pieces of attention with relative positions: scores of a tile, its masks, the layout of operands.
 
 Scores are s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j]: the row of R moves by one along either side of a tile. Where
-a row has four numbers of 16 bits (PACKED), one 64-bit load reads it and registers unpack it; otherwise R is read by
+a row has four numbers of 16 bits (PACKED), one 64-bit load reads it and registers unpack it; any other R is read by
 channel. Both ways need R separated by head, so the launcher copies it. Indices of R are clamped, not masked: the
 kernels discard whatever lies outside the tile later.
 """
@@ -103,7 +103,7 @@ def position_scores(
         for c in range(POS_DIM):
             p = tl.load(P + c, mask=keep, other=0.0).to(tl.float32)
             total = tl.fma(p, tl.load(R + c * offsets + at).to(tl.float32), total)
-        # Triton would make of a plain addition the start of the products' chain.
+        # Triton would make a plain addition the start of the products' chain.
         scores = tl.fma(total, 1.0, scores)
     return scores
 

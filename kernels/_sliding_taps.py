@@ -7,10 +7,10 @@
 A thread loads each frame of its channels once, converts it once, and multiplies it with GROUP taps, or with the
 gradients of TAPS frames. What the next frame meets again stays in registers. Code is written out for GROUP or TAPS
 frames at a time, after which each value is in the variable that it began in, so that nothing is moved. A thread has few
-channels and many frames: then loads, conversions and addresses are few beside the products.
+channels and many frames, so that loads, conversions and addresses are few beside the products.
 
-What kernels write for each other lies in tiles, (tiles, sequences, frames, BLOCK_C), and so do the taps, (tiles, taps,
-BLOCK_C): the step to the next frame or tap is then a constant, and costs no instruction.
+Kernels pass data to each other in tiles, (tiles, sequences, frames, BLOCK_C), and the taps in (tiles, taps, BLOCK_C):
+the step to the next frame or tap is then a constant, and costs no instruction.
 
 Frames outside a span count as zeros, whatever lies there. No frame is added to a sum that has no tap for it, since 0
 times infinity is not 0: the first and the last frames have code of their own.
@@ -25,16 +25,16 @@ import triton.language as tl
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._parts import sum_parts
 
-MOST_FRAMES = 8  # of a group; the compiler takes three times as long for 16
-# By the bytes of an element: the taps of a program that computes gradients, and the sums of a thread there per channel.
+MOST_FRAMES = 8  # A group has at most this many: the compiler takes three times as long for 16.
+# Keyed by the bytes of an element: in a program that computes gradients, its taps and a thread's sums per channel.
 MOST_TAPS, MOST_SUMS = {2: 16, 4: 8}, {2: 28, 4: 21}
-LEAST_FRAMES, GOOD_FRAMES = 16, 128  # of a segment, which loads TAPS - 1 more
-LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # of a launch
-BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups, and channels, of a tile: four channels per thread
+LEAST_FRAMES, GOOD_FRAMES = 16, 128  # frames of a segment, which loads TAPS - 1 more
+LEAST_PARTS, GOOD_PROGRAMS = 16, 768  # for one launch
+BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups and channels of a tile: four channels per thread
 BLOCK_S = 4  # segments of a tile: two channels per thread
-# Below so many taps a loaded frame is used little: a tile has this many segments then, and a thread eight channels.
+# With fewer than FEW taps a loaded frame serves few products: a tile has WIDE segments, a thread eight channels.
 FEW, WIDE = 5, 16
-MAX_PARTS = 64  # of a sum over frames
+MAX_PARTS = 64  # A sum over frames has at most this many parts.
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def gradient_kernel(
     c = tile * BLOCK_C + lane
     in_row = c < C
     zero = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
-    # in float32 the bias' gradient of few frames would else be less exact than eager's
+    # summed in float32, the bias' gradient of few frames would be less exact than eager's
     PRECISE: tl.constexpr = G.dtype.element_ty == tl.float32
     total = zero.to(tl.float64 if PRECISE else tl.float32)
     sums = zeros(TAPS * COLUMNS, BLOCK_G, BLOCK_C)

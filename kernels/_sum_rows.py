@@ -8,8 +8,8 @@ import triton.language as tl
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import WARPS, add_parts, split_rows
 
-COLUMNS = 64  # of a tile: models have multiples of 64 channels
-PROGRAMS = 4  # on a multiprocessor, to keep as many bytes in flight as memory needs
+COLUMNS = 64  # columns of a tile: models have multiples of 64 channels
+PROGRAMS = 4  # programs per multiprocessor, to keep as many bytes in flight as memory needs
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part"])

@@ -15,7 +15,7 @@ WORD = tl.constexpr(0xFFFFFFFF)
 
 
 @triton.jit
-def _plus(x, y):  # in debug mode Triton's own + and * report an overflow, which is wanted here
+def _plus(x, y):  # in debug mode Triton's own + and * report overflow, which the hash needs
     return tl.add(x, y, sanitize_overflow=False)
 
 

@@ -11,7 +11,7 @@ Bytes per element of e bytes: e for the sums, 3e for the change. A 1500x20x192 b
 
 Programs of both kernels have the same part of the same channels. A part's sums are rows of a table, which every program
 of the second kernel adds up in float64 and in one order, for its channels: with 32 channels in a tile that is 11 KiB
-for 192 channels. So results repeat bit for bit on one kind of device, without atomics.
+for 192 channels. Results repeat bit for bit on one kind of device, without atomics.
 """
 
 import torch
@@ -20,9 +20,9 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
-BYTES = 16384  # of a tile: 32 in each thread
+BYTES = 16384  # A tile has this many bytes: 32 in each thread.
 WARPS = 16
-CHANNELS = 32  # of a tile at most
+CHANNELS = 32  # A tile has at most this many.
 RESIDENT = 2  # programs on a multiprocessor
 PARTS = 64  # rows of the table that are added up at a time
 

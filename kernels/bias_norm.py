@@ -39,7 +39,7 @@ def _exp(x, PRECISE: tl.constexpr):
     p = tl.fma(f, p, 1.0 / 6.0)
     p = tl.fma(f, p, 0.5)
     e = (1.0 + tl.fma(f * f, p, f)) * tl.exp2(n)
-    # At the ends of the range n or f overflows; exp alone gets inf, 0 and nan right.
+    # At the ends of the range n or f overflows; only exp gives inf, 0 and nan correctly.
     return tl.where(tl.abs(x) < 80.0, e, tl.exp(x))
 
 

@@ -15,7 +15,7 @@ Bytes per element of g, of e bytes: forward 3e, and 2e for u; backward 5e, and 9
 times each, du twice, g once more (the taps' gradients read u and q once per 16 taps, from the L2 cache where they
 fit). A 4x400x1536 bf16 tensor at 4.3 TB/s: 6 us forward, 16 us backward; by count of instructions (about 2 per tap and
 element) 5 us and 17 us. Sums over rows are made in parts (_parts.py), and the parts added in float64: on one kind of
-device results repeat bit for bit, there are no atomics.
+device results repeat bit for bit, without atomics.
 """
 
 import torch
@@ -28,7 +28,7 @@ from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_blocks, row_mean, row_width
 from fastasr.kernels._parts import add_pair, split_rows
 
-BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # of a convolving program
+BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # for a program that convolves
 BLOCK_K = 4
 # Of whole rows: the elements per warp and the least warps of a program that normalises; the elements and warps of one
 # that computes gradients, of which a multiprocessor holds RESIDENT, as they wait at barriers.
@@ -53,7 +53,7 @@ def normalise_kernel(
     GATE, MASK, NORM_WEIGHT, NORM_BIAS, WEIGHT, U, TABLE, x_batch, x_time, frames, rows, row_programs, C, taps, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILE_K: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    # U from the first programs; the taps as rows of channels, TABLE, from the others; both in tiles.
+    # The first programs write U, the others the taps as rows of channels, TABLE; both in tiles.
     pid = tl.program_id(0)
     if pid < row_programs:
         PRECISE: tl.constexpr = U.dtype.element_ty == tl.float32
@@ -79,7 +79,7 @@ def norm_gradient_kernel(
     GATE, NORM_WEIGHT, DGATE, PARTS, x_batch, x_time, frames, rows, rows_per_part, C, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # dg in the place of du; sums of du n and of du over a part's rows, as rows of two tables.
+    # Writes dg over du, and a part's sums of du n and of du as rows of two tables.
     PRECISE: tl.constexpr = DGATE.dtype.element_ty == tl.float32
     part = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
@@ -201,7 +201,7 @@ def input_gradient_kernel(
     Q, MASK, TABLE, DGATE, frames, batch, C,
     TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # du, 0 at padding, in the place of dg.
+    # Writes du, 0 at padding, where dg will be.
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, TAPS, GROUP, BLOCK_G, BLOCK_C)

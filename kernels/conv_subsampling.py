@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two 3 x 3 convolutions with stride 2, ReLU and mask between them, without the map h (B, H, W, C) in memory.
 
-    z = W X, the taps of the first convolution and its bias by 9 pixels of x and a 1; h = ReLU(z), 0 where excluded
+    z = W X, the first convolution's taps and bias times 9 pixels of x and a 1; h = ReLU(z), 0 where excluded
     y[b, t, f, c] = depthwise_bias[c] + sum_(tap) v[c, tap] h[b, 2t + i, 2f + j - left, c]
     With E_tap[c, k] = sum_(b, t, f : h > 0) g[b, t, f, c] X_tap[k, b, t, f], where X_9 is the 1:
     dv[c, tap] = sum_k W[c, k] E_tap[c, k]     dw[c, k] = sum_tap v[c, tap] E_tap[c, k]     dbias[c] = dw[c, 9]
@@ -11,12 +11,12 @@ multiply them with the weights again, 16 numbers deep, on tensor cores for 16-bi
 h has. Channels are the rows: a thread of a product has few rows and many columns, so it loads few weights v per tap.
 A pixel outside of h or excluded has a patch of zeros without the 1. In the gradients h is only a condition on g, which
 is an operand of a second product; a program adds up E of three taps, as nine would spill. Where x is infinite, dv may
-be NaN in place of the formula's number. Launches: forward 1, backward 3; dx, which features do not need, one and nine
-additions of torch's: its kernel writes the 9 shares of each pixel of h.
+be NaN in place of the formula's number. Launches: forward 1, backward 3. dx, which features do not need, takes one
+launch and nine of torch's additions, because its kernel writes the 9 shares of each pixel of h.
 
-Bytes: x and y; x and g, which the programs of three rows of taps read. A 20x3000x80 bf16 input with 256 channels is
-157 MB of y: 47 us at 3.35 TB/s. The weights' gradients are added up in parts that depend
-on the shape alone, and the parts in float64: results repeat bit for bit, there are no atomics.
+Bytes: forward x and y; backward x and g, which the programs of three rows of taps read. A 20x3000x80 bf16 input with
+256 channels is 157 MB of y: 47 us at 3.35 TB/s. The weights' gradients are added up in parts that depend on the shape
+alone, and the parts in float64: results repeat bit for bit, without atomics.
 """
 
 import torch
@@ -29,7 +29,7 @@ from fastasr.kernels._maps import add_map_taps_kernel
 SIZES = ["frames", "width", "first_frames", "first_width", "out_frames", "out_width", "left", "rows"]
 SLOTS = tl.constexpr(16)  # 9 taps, the bias, zeros: the depth of a product
 MAX_PARTS = 256
-LEAST_ROWS = 256  # least rows of a part
+LEAST_ROWS = 256  # A part has at least this many rows.
 BLOCK_SUM = 8  # channels of a program that adds parts
 
 

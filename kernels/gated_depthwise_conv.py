@@ -11,14 +11,14 @@
 
 The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels, both in
 tiles of channels. In the others a thread has groups of at most eight frames, which share each row of u and each tap's
-weights from registers (_sliding_taps.py). A group lies in one chunk, so that sums within the chunk hide whole rows.
+weights from registers (_sliding_taps.py). A group lies in one chunk, so that sums within the chunk mask whole rows.
 Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per channel need channel-major
 memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7 in chunk-causal form.
 
 Bytes per element of u, of e bytes: forward 3e and 2e for u; backward 5e, 2e for u and 2e for q (chunk-causal: 6e for
 q, r and q e). A 1500x20x192 bf16 tensor at 2.9 TB/s: 20 us forward, 35 us backward. The weights' gradients are
 added up in parts that depend on the shape alone, in registers, and the parts in float64: results repeat bit for bit,
-there are no atomics.
+without atomics.
 """
 
 import torch
@@ -359,7 +359,7 @@ def edge_gradient_kernel(
             total += tl.load(V + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
             start += BLOCK_R
     at = (tl.where(right, C, 0) + c).to(tl.int64) * taps + tl.where(right, column - taps, column)
-    if V.dtype.element_ty == tl.float32:  # in float32 this sum would else be less exact than eager's
+    if V.dtype.element_ty == tl.float32:  # summed in float32, it would be less exact than eager's
         total = total.to(tl.float64)
     tl.store(DCHUNK_SCALE + at, tl.sum(total, axis=0).to(DCHUNK_SCALE.dtype.element_ty), mask=c < C)
 

@@ -9,10 +9,9 @@ sequence.
 A step is two phases. In the products' phase a program owns 16 of the 4H rows of W (backward: 16 columns of one of its
 quarters) and reads them in every step: 16 KB in bf16, 32 KB in float32 at H = 512, at most 0.3 us by a multiprocessor's
 64 bytes per clock. In the rows' phase it owns sequences and has whole rows of gates and cell in registers, so that both
-norms need no exchange. Between phases all programs wait for each other. They are at most as many as the GPU has
-multiprocessors and launched cooperatively, so that all of them run; what one writes and another reads passes through
-the second-level cache. A single step is launched phase by phase, and so is everything in the interpreter, which runs
-one program at a time.
+norms need no exchange. Between phases all programs wait for each other. The launch is cooperative, with at most one
+program per multiprocessor, so that all of them run; they exchange data through the second-level cache. A single step is
+launched phase by phase, and so is every step in the interpreter, which runs one program at a time.
 
 Streaming W through one program per block of sequences would need no waiting, but 2 MB (bf16) to 4 MB through one
 multiprocessor take 20 to 40 us per step. Here a step is two waits and two short phases, about 5 us by count of
@@ -20,7 +19,7 @@ latencies.
 
 The forward keeps n of gates and cell, (T, B, 5H), and the two s, (T, B, 2), in float32 for the backward. The gradients
 before the norms' weights are written beside dgates, and sums over steps and sequences follow in parts that depend on
-the shape alone, added in float64: results repeat bit for bit, there are no atomics but the counter of arrivals.
+the shape alone, added in float64: results repeat bit for bit; the only atomic is the counter of arrivals.
 Launches: forward 1 (2 for one step), and a copy of the state; backward 1 and 4 for the norms.
 """
 
@@ -91,8 +90,8 @@ def _product(
             keep = (k < units)[:, None] & (n >= 0)[None, :]
             w = tl.load(W + at, mask=keep, other=0.0)  # [BLOCK_K, BLOCK_N]
             if x.dtype == tl.float32:
-                # A product of its own: one chain of additions through all of k would round more than torch does. A
-                # plain addition would be folded into the product.
+                # Each product is separate: one chain of additions through all of k would round more than torch does.
+                # A plain addition would be folded into the product.
                 total = tl.fma(tl.dot(x, w), 1.0, total)
             else:
                 total = tl.dot(x, w, total)

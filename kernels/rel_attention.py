@@ -23,9 +23,9 @@ Scores by offset are products of tensor cores with a band of R; in registers a r
 (_relative_shift.py). A walk along the keys is one along the band: each tile needs one new piece of it; ``keys`` meets
 other queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept.
 In 16 bits delta is y . G, which costs no sweep over the keys. float32 keeps more digits than y holds: there weights are
-divided by their sum, which rounding of lse moves from 1, so that rows of dS add up to zero, and ``statistics`` finds it
-and delta. (In one kernel with ``queries`` what either sweep needs is alive in both, and spills.) Rows are worked on in
-pieces of PIECE_BYTES of dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a
+divided by their sum, which rounding of lse moves from 1, so that rows of dS add up to zero; ``statistics`` finds this
+sum and delta. (One kernel with ``queries`` would keep the registers of both sweeps alive, and spill.) Rows are worked
+on in pieces of PIECE_BYTES of dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a
 program does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
 """
 
@@ -168,7 +168,7 @@ def tiles(
     }
 
 
-PROGRAMS = 1024  # of ``positions_kernel``
+PROGRAMS = 1024  # for ``positions_kernel``
 BIASES = {"BLOCK_P": 64, "BLOCK_C": 16, "num_warps": 4}
 
 

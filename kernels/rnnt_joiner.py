@@ -17,8 +17,8 @@ For N rows of D channels, V outputs, e bytes, per kernel:
 
 Rows pass through in chunks that hold h, and in the backward pass dl, in at most CHUNK_BYTES: the tensor of all logits
 never exists. A fused sweep that also forms W^T dl would compute the logits twice: 8 N D V FLOPs instead of 6. Blocks
-whose rows are all outside the boundary, or all have gradients of 0, multiply nothing; no list of rows is made: that
-would take a synchronisation. What a program does depends on the shape and on the device's generation and number of
+whose rows are all outside the boundary, or all have gradients of 0, multiply nothing. A list of rows would need a
+synchronisation, so there is none. What a program does depends on the shape and on the device's generation and number of
 multiprocessors: on one kind of device results repeat bit for bit, without atomics.
 
 The few durations of a TDT joiner are outputs behind the tokens: their logits are a product of their own from the
@@ -150,7 +150,7 @@ def scores_kernel(
     symbol = (symbol - begin).to(tl.int32)
     blank -= begin
     outputs = tl.minimum(V - begin, share)
-    end = tl.max(inside.to(tl.int32)) * outputs  # nothing inside: nothing to do
+    end = tl.max(inside.to(tl.int32)) * outputs  # 0 if the boundary holds no row
     for start in range(0, end, BLOCK_N):
         v = start + tl.arange(0, BLOCK_N)
         here = v < outputs
@@ -234,7 +234,7 @@ def logits_gradient_kernel(
     gy = tl.load(GY + row, mask=inside, other=0.0)
     active = (gx != 0.0) | (gy != 0.0)
     symbol = symbol.to(tl.int32)  # half the instructions of a comparison
-    end = tl.max(active.to(tl.int32)) * width  # no gradient: nothing to multiply
+    end = tl.max(active.to(tl.int32)) * width  # 0 without a gradient
     here = v < V
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     logits = products(logits, HIDDEN, local, width, active, WEIGHT, v, width, here, end, BLOCK_K)
@@ -288,7 +288,7 @@ def frame_gradient_kernel(
         d = dropped(d, SEED, row_words(SEED, first + local), c, threshold, factor)
         h, slope = activate_with_slope(a[None, :] + b, ACTIVATION, PRECISE)
         if ACTIVATION == TANH:
-            # rounded once; a sum over outputs does not show the digits that cancel near 0
+            # one rounding; a sum over outputs does not show the digits that cancel near 0
             slope = tl.fma(-h, h, 1.0)
         da = tl.where(keep, d * slope, 0.0)
         tl.store(DHIDDEN + local[:, None] * D + c[None, :], da, mask=own)
@@ -417,7 +417,7 @@ class _Plan:
             return -(blocks * (-tiles // share) // places) * share  # both divisions round up
 
         choices = (-(-tiles // shares) for shares in range(1, min(MAX_SHARES, tiles) + 1))
-        return block * min(choices, key=turns)  # of equals the first, with the fewest shares
+        return block * min(choices, key=turns)  # min takes the first of equals, which has the fewest shares
 
     def hidden(self, first: int, end: int) -> torch.Tensor:
         h = self.weight.new_empty(end - first, self.width)

@@ -4,15 +4,15 @@
     p[s,t] = log(e^(p[s-1,t'] + x[s-1,t']) + e^(p[s,t-1] + y[s,t-1])),  t' = t (regular) or t - 1 (modified)
 
 A row of cells is a linear recurrence along t, p[t] = p[t-1] y[t-1] + c[t] with c from the row before: a scan. Lanes are
-t, or u = t - s in a modified lattice: there too a symbol stays in its lane, so rows stay in registers and nothing is
-exchanged but in the scan, and x, y and the shares are read along rows. A lattice longer than a block of lanes is cut
-into blocks of columns, whose last column the next block reads. In the forward numbers are m 2^e, see _scaled_number.py.
+t, or u = t - s in a modified lattice: there too a symbol stays in its lane, so rows stay in registers, only the scan
+exchanges data, and x, y and the shares are read along rows. A lattice longer than a block of lanes is cut into blocks
+of columns, whose last column the next block reads. In the forward, numbers are m 2^e, see _scaled_number.py.
 
 The forward stores each cell's share w of the symbol arc. In the backward the mass g of a row is a scan from the right,
-g[t] = d[t] + (1 - w[t+1]) g[t+1], d being what symbols carry down from the row after; nothing but products and sums.
+g[t] = d[t] + (1 - w[t+1]) g[t+1], where symbols carry d down from the row after: only products and sums.
 
 Bytes per cell: forward 8, with shares 12, backward 12 (and 8 for the zeros outside the boundaries). Steps of a program:
-S + 1 scans for every 1024 frames. Boundaries are read on the device; they are moved inside the lattice.
+S + 1 scans for every 1024 frames. The kernel reads boundaries on the device and moves them inside the lattice.
 """
 
 import torch

@@ -5,12 +5,12 @@ sequence, one step per frame.
     regular   p[r] = c[r] + p[r-1] x[r-1]   a[j] = p[j] y[j]                      c[r] of the next frame = a[r + d],
     modified  p[r] = c[r]                   a[j] = p[j-1] x[j-1] + p[j] y[j]      d = starts[t+1] - starts[t]
 
-in probabilities, which are m 2^e, see _scaled_number.py. Lanes are the R + 1 cells a frame leads to. Along a frame is a
-scan; a window that moves is a choice of one lane out of all. The next frame's numbers are loaded a step ahead.
+in probabilities, which are m 2^e, see _scaled_number.py. Lanes are the R + 1 cells a frame leads to. A frame is a scan;
+a move of the window picks one lane out of all. The next frame's numbers are loaded a step ahead.
 
-The forward stores each cell's share w of the symbol arc; the backward is products and sums of shares. Bytes per cell:
-forward 8, with shares 12, backward 12. Boundaries and starts are read on the device and believed: what lies outside
-the tensors is not read.
+The forward stores each cell's share w of the symbol arc; the backward takes products and sums of shares. Bytes per
+cell: forward 8, with shares 12, backward 12. The kernel reads boundaries and starts on the device and does not validate
+them, but reads nothing outside the tensors.
 """
 
 import torch

@@ -13,10 +13,10 @@ as many whole segments as fit its rows, or a part of one. Products per pair of a
     queries   a block of queries  the same list twice: statistics, then dq        5 d
     keys      a block of keys     the queries of all segments that may see them   4 d
 
-The segments that see a key are an interval, told by two integers per key that are compared with the segments' first
-frames: that is the mask. Lengths and history move the ends of a list, so what they hide is not read. ``queries`` leaves
+The segments that see a key are an interval, given by two integers per key that are compared with the segments' first
+frames: that is the mask. Lengths and history move the ends of a list, so hidden keys are not read. ``queries`` leaves
 maximum, 1 / sum and D of each row for ``keys``, which owns its rows of dk and dv: memory is O(T), without atomics. What
-a program does depends on the shapes alone: results repeat bit for bit. Nothing is read back.
+a program does depends on the shapes alone: results repeat bit for bit. The host reads nothing back.
 """
 
 import torch
@@ -420,7 +420,9 @@ def tiles(dim: int, dtype: torch.dtype, generation: int, lanes: int, dropout: bo
     if wide:
         half = common | {"BLOCK_M": 16}
         keys = half | {"num_stages": 1}
-        if rounded(dtype):  # keys spill 104 bytes with two warps, which would compute nothing twice
+        if rounded(
+            dtype
+        ):  # with two warps, which would compute nothing twice, the keys kernel spills 104 bytes
             return {"forward": high, "queries": high, "keys": keys}
         return {"forward": common, "queries": half if dropout else common, "keys": keys}
     keys = common | {"num_stages": 1}

@@ -4,14 +4,14 @@
     p[t,s] = log(sum_{d>0} e^(p + y + z_d at (t-d, s)) + sum_d e^(p + x + z_d at (t-d, s-1))),  t < t_end
     score = log sum_{d>0} e^(p + y + z_d at (t_end - d, s_end))
 
-Frames follow each other; lanes are s. A frame sums what the arcs of earlier frames bring, cell by cell, and passes it
-on by the arcs of duration 0, which lead from s to s + 1 within the frame: a scan. Cells, as m 2^e (see
-_scaled_number.py), go through memory, because a lane reads its neighbour's of earlier frames. The forward stores the
-share that each arc has in the cell where it leads. In the backward the mass g of a frame is the sum of w g' over the
-arcs that leave it, with a scan from the right for the arcs of duration 0.
+Frames follow each other; lanes are s. A frame sums the arcs from earlier frames, cell by cell, and passes the sum on by
+the arcs of duration 0, which lead from s to s + 1 within the frame: a scan. Cells, as m 2^e (see _scaled_number.py), go
+through memory, because a lane reads its neighbour's cells of earlier frames. The forward stores the share that each arc
+has in the cell where it leads. In the backward the mass g of a frame is the sum of w g' over the arcs that leave it,
+with a scan from the right for the arcs of duration 0.
 
-Bytes per cell with N durations: forward 4 (N + 2) + 8, with shares 8 N more, backward 4 (3 N + 2) + 4. Boundaries and
-durations are read on the device; boundaries are moved inside the lattice, and durations below 0 lead nowhere.
+Bytes per cell with N durations: forward 4 (N + 2) + 8, with shares 8 N more, backward 4 (3 N + 2) + 4. The kernel reads
+boundaries and durations on the device and moves boundaries inside the lattice; durations below 0 lead nowhere.
 """
 
 import torch
@@ -86,7 +86,7 @@ def forward_kernel(
             d = tl.load(DURATIONS + i)
             within = tl.where(d == 0, i, within)
             start = t64 - d
-            if t < columns:  # every number inside the boundary is looked at
+            if t < columns:  # checks every number inside the boundary
                 z = tl.load(Z + (t64 * row + s) * count + i, mask=inside, other=0.0).to(tl.float32)
                 unfit |= is_unfit(z)
             if (d > 0) & (start >= 0):

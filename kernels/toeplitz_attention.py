@@ -20,7 +20,7 @@ A unit is a chunk of a sequence. Its N = L B frames have d channels of queries a
 The forward pass sweeps the keys once with a running maximum; the scores of a tile serve all columns that fit registers:
 up to 512 of 16 bits. The backward pass works on whole units, or on queries of one unit, of which a tensor of pairs fits
 PIECE_BYTES: torch multiplies q k / sqrt(d) and g v^T; ``slopes`` turns them into s M and dS in place; torch multiplies
-these with g, k and q. So no product is computed twice, and memory stays O(L). Where a unit takes several pieces, dk and
+these with g, k and q. No product is computed twice, and memory stays O(L). Where a unit takes several pieces, dk and
 dv are added up in float32. D is the sum over the row of dA that was read, so rows of dS add up to zero as nearly as
 their elements can, which the sums over them rely on.
 
@@ -48,7 +48,9 @@ from fastasr.kernels._toeplitz_attention_backward import (
 )
 
 MAX_PARTS = 512
-PIECE_BYTES = 16 << 20  # of each tensor of pairs: both stay in the second-level cache of most GPUs
+PIECE_BYTES = (
+    16 << 20
+)  # A tensor of pairs has at most this many: both stay in the second-level cache of most GPUs.
 
 
 # --------------------------------------------------------------------------- elementwise, per frame
@@ -191,7 +193,7 @@ class _Plan:
         self.causal, self.activation, self.activate_value = causal, activation, activate_value
         self.dtype, self.device = query_key.dtype, query_key.device
         self.scale = self.d**-0.5
-        # whether programs with half as many columns would only take turns
+        # says whether programs with half as many columns would only take turns
         full = self.programs(32) * cdiv(self.v, 512) >= processors(query_key)
         self.width, self.blocks = tiles(
             self.d, self.v, self.dtype, generation(query_key), dropout is not None, full
@@ -365,7 +367,7 @@ def toeplitz_attention_backward(
     entries = position_bias.shape[0]
     reaches = cdiv(entries, diagonal["BLOCK_T"])
     diagonals = p.empty(max(1, MAX_PARTS // reaches), entries, dtype=shares)
-    with torch.autocast(p.device.type, enabled=False):  # it would take products of float32 in 16 bits
+    with torch.autocast(p.device.type, enabled=False):  # autocast would take products of float32 in 16 bits
         for unit, first in itertools.product(range(0, p.units, each), range(0, p.size, step)):
             units, rows = min(each, p.units - unit), min(step, p.size - first)
             keys = first + rows if causal else p.size

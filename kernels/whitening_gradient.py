@@ -26,12 +26,12 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
-SUM_COLUMNS = 64  # of a program that adds up columns
-PART_ROWS = 256  # a part of the rows has at least so many
+SUM_COLUMNS = 64  # columns of a program that adds them up
+PART_ROWS = 256  # A part has at least this many rows.
 RESIDENT = 2  # programs of the products, and of |grad|^2, on a multiprocessor
 GRAD_TILE = {"GRAD_R": 32, "GRAD_C": 64}
 
-LEAST = tl.constexpr(1.0e-6)  # |v|^2 relative to that of A = w I
+LEAST = tl.constexpr(1.0e-6)  # |v|^2 relative to its value for A = w I
 EPS = tl.constexpr(1.0e-20)  # as in fastasr/ops/whitening_gradient.py
 
 
@@ -323,7 +323,7 @@ def change_kernel(
     if LIMITS is not None:
         grad_scale = tl.load(LIMITS + 1).to(tl.float32)
     w, d = _metric(STATISTICS, statistics, channels, BLOCK_T)
-    # The products are those with S / d. A smaller |v| is rounding: its direction means nothing.
+    # The products take S / d. A smaller |v| is rounding: its direction means nothing.
     square = tl.maximum(
         _total(NORMS, products, BLOCK_T).to(tl.float32),
         channels.to(tl.float32) * w * w * LEAST,

@@ -16,9 +16,9 @@ Per score, with d channels of q, P of p, V of v:
 The forward pass keeps nothing: ``queries`` finds maximum, sum and delta of each row in one sweep, and leaves them for
 ``keys``. It works on pieces of the rows, each followed by its diagonals: dS of a piece fits PIECE_BYTES (or is one
 block of queries), so memory is O(T), and dR is summed in the order of the pieces. Keys outside the chunk window of a
-block are not looked at, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a
-program does depends on the shape and on the device's number of multiprocessors: on one kind of device results repeat
-bit for bit, without atomics.
+block are skipped, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a program
+does depends on the shape and on the device's number of multiprocessors: on one kind of device results repeat bit for
+bit, without atomics.
 """
 
 import torch

@@ -15,8 +15,8 @@ Per score, of e bytes, for a head and sequence of T queries and S keys:
     add_parts   1024 numbers         -                dR over the sequences, where they share R
 
 delta is divided by sum_j W, which rounding moves from 1: rows of dS then add up to zero as nearly as float32 allows,
-however W was rounded, and what all keys have in common cancels in dq. Rows of W and dS start at multiples of 16
-elements. Keys outside the chunk window of a block are not looked at, unless a row sees nothing above -896, where the
+however W was rounded, and a part common to all keys cancels in dq. Rows of W and dS start at multiples of 16
+elements. Keys outside the chunk window of a block are skipped, unless a row sees nothing above -896, where the
 masked keys would weigh more than 0. What a program does depends on the shape alone: results repeat bit for bit,
 without atomics.
 """

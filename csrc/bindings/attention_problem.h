@@ -36,7 +36,7 @@ inline AttentionProblem checked_problem(const Tensor& x, const Optional& pos, co
                                         const Optional& padding, const Optional& mask, int64_t heads, int64_t query_dim,
                                         int64_t chunk, int64_t left_chunks, const char* op) {
   check_like(x, x, op, "x");
-  with_kernel_type(dtype_of(x), op, []<typename T>() {});  // of other types not even no frames are taken
+  with_kernel_type(dtype_of(x), op, []<typename T>() {});  // rejects other types, even without frames
   check(x.dim() == 3 && heads > 0 && query_dim > 0 && x.size(2) % heads == 0, op, "sizes of x");
   AttentionProblem a{};
   a.frames = x.size(0), a.batch = x.size(1), a.heads = heads, a.query_dim = query_dim;
@@ -60,7 +60,7 @@ inline AttentionProblem checked_problem(const Tensor& x, const Optional& pos, co
   return a;
 }
 
-// The queries of each of `pairs` heads and sequences are worked on in parts: each part has its own dk, dR and dV,
+// The queries of each of `pairs` heads and sequences are processed in parts: each part has its own dk, dR and dV,
 // `elements` in all, and the parts are then added in order. Their number depends on the shape alone.
 struct QueryParts {
   static constexpr int64_t kElements = int64_t{1} << 24;  // 64 MB for all of them, unless one part per pair takes more

@@ -21,7 +21,7 @@ int64_t bias_norm_rows(const Tensor& x, const Tensor& bias, const Tensor& log_sc
   return bias.numel() == 0 ? 0 : x.numel() / bias.numel();
 }
 
-// log_scale keeps its own dtype: rounding it to that of 16-bit x would change it by 2^-9.
+// log_scale keeps its own dtype: rounding it to a 16-bit x's dtype would change it by 2^-9.
 double scale_of(const Tensor& log_scale) {
   double value = 0;
   with_kernel_type(dtype_of(log_scale), "bias_norm: log_scale",

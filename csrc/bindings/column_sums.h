@@ -8,8 +8,8 @@
 
 namespace fastasr {
 
-// Returns the sums over blocks of two sums per channel, in double: fill(k, s1, s2) writes those of block k, which costs
-// `work` elements.
+// Returns the sums over blocks of two sums per channel, in double: fill(k, s1, s2) writes the sums of block k, which
+// costs `work` elements.
 template <typename F>
 std::vector<double> sums_of_blocks(int64_t blocks, int64_t work, int64_t channels, const F& fill) {
   std::vector<double> parts(blocks * 2 * channels), total(2 * channels, 0.0);

@@ -31,7 +31,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// What Tensor::scalar_type returns; that one is compiled into every file that calls it.
+// Returns Tensor::scalar_type(), which would be compiled into every file that calls it.
 ScalarType dtype_of(const Tensor& t);
 
 template <typename T>
@@ -108,7 +108,7 @@ Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int
                    std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t);  // of t's sizes
-Tensor new_like(const Tensor& t);        // of t's sizes and strides
+Tensor new_like(const Tensor& t);        // with t's sizes and strides
 Tensor new_without_elements(const Tensor& t);
 
 // Returns the elements from one row to the next of a tensor seen as rows of its last dimension: slices of a wider
@@ -176,7 +176,7 @@ void reduce_blocks(const C* parts, int64_t blocks, int64_t width, const Tensor& 
 [[noreturn]] void wrong_count(uint64_t arguments, uint64_t results);
 
 // What torch's dispatcher calls in place of a function: it takes arguments from the stack and puts the results there.
-// TORCH_BOX does the same by way of tuples, which it copies: calls take longer, and so does the compiler.
+// TORCH_BOX does the same with tuples, which it copies: calls and compilation take longer.
 template <auto kFunction>
 struct Boxed;
 template <typename R, typename... A, R (*kFunction)(A...)>

@@ -74,8 +74,8 @@ void apply(const Tensor& x, const Tensor& keep, double p, const Optional& residu
   });
 }
 
-// Returns x with each element 0 with probability p, else divided by 1 - p, plus residual; and which elements were kept.
-// It advances the generator's state in place.
+// Returns x plus residual, with each element of x set to 0 with probability p or divided by 1 - p; and a mask of the
+// kept. It advances the generator's state in place.
 std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& residual, const Tensor& generator,
                                            double p) {
   const char* op = "dropout_forward";

@@ -20,7 +20,8 @@ EmformerLayout layout_of(const std::vector<int64_t>& n, const std::vector<double
   return EmformerLayout({n[0], n[1], n[2], n[3], n[4] != 0, {eps[0], eps[1], eps[2]}});
 }
 
-// weights and biases in the order of cpu::EmformerProduct, norms (weight and bias of each) in that of EmformerNorm.
+// weights and biases in the order of cpu::EmformerProduct, norms (weight and bias of each) in the order of
+// EmformerNorm.
 Tensor emformer_layer_pack(std::vector<int64_t> numbers, std::vector<double> eps, std::vector<Tensor> weights,
                            std::vector<Tensor> biases, std::vector<Tensor> norms) {
   const EmformerLayout l = layout_of(numbers, eps);

@@ -67,7 +67,7 @@ void multiply(const cpu::Gemm<T>& g) {
     return;
   }
   const Scratch<float> pb(words_b);
-  // A part of both for every thread: the panels of one may take longer than those of the other.
+  // Every thread gets a part of both operands, because panels of one may take longer than panels of the other.
   const int64_t parts = std::max(words_a ? rows : 0, columns), grain = 4 * kGrain * parts / (words_a + words_b);
   parallel_range(parts, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
     kernel.pack_a(g, pa.data(), rows * begin / parts, rows * end / parts);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The library runs with glibc 2.28, wherever it is built: what a newer glibc has in a newer version is taken in its old
-// one, which returns the same bits. The linker sends calls of exp here (--wrap), as those of log and pow.
+// The library runs with glibc 2.28, wherever it is built: functions that a newer glibc has in a newer version are taken
+// in their old one, which returns the same bits. The linker sends calls of exp, log and pow here (--wrap).
 #if defined(__x86_64__)
 #define FASTASR_OLDEST "GLIBC_2.2.5"
 #else

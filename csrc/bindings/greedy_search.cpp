@@ -25,8 +25,8 @@ GreedyLayout layout_of(const std::vector<int64_t>& n, const std::vector<double>&
 }
 
 // lstm: w_ih, w_hh and both biases of each layer; linear: weight and bias of the predictor's linear layer and of the
-// head; vectors: those of the convolution, if any, then weight and bias of the norm, if any, then for each layer those
-// of the gates' norm and of the cells', if any.
+// head; vectors: the convolution's, then weight and bias of the norm, then for each layer weight and bias of the gates'
+// norm and of the cells' norm, where they exist.
 Tensor greedy_pack(std::vector<int64_t> numbers, std::vector<double> eps, std::vector<Tensor> lstm,
                    std::vector<Tensor> linear, std::vector<Tensor> vectors) {
   const GreedyLayout l = layout_of(numbers, eps);

@@ -24,14 +24,14 @@ Tensor kept_pieces(const Tensor& spans, int64_t part, int64_t parts) {
   return out;
 }
 
-// Says whether the memory of these pieces, which must still be readable, holds what it did.
+// Says whether the memory of these pieces, which must still be readable, is unchanged.
 bool kept_unchanged(const Tensor& pieces) {
   check(pieces.dim() == 2 && is_dense(pieces, ScalarType::Long, {pieces.size(0), KeptPiece::kWords}), "kept_unchanged",
         "pieces are what kept_pieces returned");
   return cpu::kept_unchanged(data<KeptPiece>(pieces), pieces.size(0));
 }
 
-// Returns a number of all elements of a mask, bool of any strides.
+// Returns a hash of all elements of a mask, bool of any strides.
 int64_t kept_digest(const Tensor& mask) {
   check(dtype_of(mask) == ScalarType::Bool, "kept_digest", "the mask is bool");
   int64_t bytes = mask.numel() > 0;

@@ -22,7 +22,7 @@ void check_size(const Tensor& t, const Tensor& reference, int64_t size, const ch
 template <typename F>
 void on_threads(const LstmSizes& s, const F& f) {
   cpu::PhaseBarrier barrier(s.units());
-  // work of a step: with less, meeting costs more than it saves
+  // Work of a step: with less, waiting for each other costs more than the threads save.
   const int64_t work = s.batch * s.hidden * (4 * s.hidden + 64);
   const int64_t threads =
       work < (int64_t{1} << 17) ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), s.units());
@@ -75,8 +75,8 @@ void copy_or_clear(C* to, const C* from, int64_t n) {
     std::fill(to, to + n, C(0));
 }
 
-// Takes input (T, B, 4 H), the product of the input. With input_weight it takes x itself, (T, B, D): for few rows
-// reading the weight is the cost. Returns y, the last hidden and cell, and what the backward needs.
+// Takes input (T, B, 4 H), the product of the input. With input_weight it takes x itself, (T, B, D): for few rows,
+// reading the weight is most of the cost. Returns y, the last hidden and cell, and what the backward needs.
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor& input, const Optional& input_weight,
                                                                    const Tensor& hidden_weight,
                                                                    const Tensor& gate_weight, const Tensor& gate_bias,
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
 }
 
 // Returns the gradients of the input's product, gate_weight, gate_bias, cell_weight, cell_bias, hidden and cell, in the
-// order of the forward's arguments. Without need_state, that of hidden is not computed.
+// order of the forward's arguments. Without need_state, hidden's gradient is not computed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_backward(
     const Optional& grad_y, const Optional& grad_hidden, const Optional& grad_cell, const Tensor& hidden_weight,
     const Tensor& gate_weight, const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the library says of itself. Loading it registers torch.ops.fastasr_cpu.* and torch.ops.fastasr_cuda.*.
+// Describes the library. Loading it registers torch.ops.fastasr_cpu.* and torch.ops.fastasr_cuda.*.
 #include "bindings/dispatch.h"
 #include "cpu/gemm/reduced_gemm.h"
 #include "cpu/simd/simd.h"

@@ -49,7 +49,7 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
     const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
-    const int64_t piece = dropped.mask ? 2048 : z.numel();  // which the first cache holds between both passes
+    const int64_t piece = dropped.mask ? 2048 : z.numel();  // the first cache holds a piece between both passes
     parallel_range(z.numel(), kGrain, [&](int64_t b, int64_t e) {
       for (int64_t n; b < e; b += n) {
         n = std::min(piece, e - b);

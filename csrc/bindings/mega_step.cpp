@@ -89,7 +89,7 @@ struct History {
   int64_t sequence_stride, row_stride;
 };
 
-// Leaves room behind the row to come: copies are then rare, and their cost per step constant.
+// Leaves room behind the next row: copies are then rare, and their cost per step is constant.
 int64_t capacity_for(int64_t length) { return length + std::max<int64_t>(15, length / 2); }
 
 // Describes rows of t's memory, `offset` floats behind t's first element.
@@ -168,8 +168,8 @@ struct Scratch {
 
 // states: per block the moving average (B, D, N) or (D, N), keys (B, T, k) and values (B, T, v), each without elements
 // where there is none. lengths: nothing, or per block how many of the T rows each sequence has, the last ones; then the
-// chunk's end is the caller's affair. Returns (B, 1, D), then per block the new average, keys and values; nothing where
-// the arguments are not what this step serves (the caller then takes the other path, which knows what to say).
+// caller handles the chunk's end. Returns (B, 1, D), then per block the new average, keys and values; nothing if this
+// step does not serve the arguments (the caller then takes the other path, which reports errors).
 std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor bias, Tensor embed, Tensor labels,
                               std::vector<Tensor> states, std::vector<Tensor> lengths) {
   const MegaLayout l = layout_of(shape, "mega_step");

@@ -14,7 +14,7 @@ cpu::WeightFormat format_of(int64_t format) {
   return static_cast<cpu::WeightFormat>(format);
 }
 
-// A packed weight is a tensor of float32 that holds words, scales and sums: its elements.
+// The elements of a packed weight, a tensor of float32 that holds words, scales and sums.
 int64_t size_of(int64_t n, int64_t k, cpu::WeightFormat format) {
   return cpu::reduced_panels(n) * cpu::kReducedColumns * (cpu::reduced_words(k, format) + 2);
 }

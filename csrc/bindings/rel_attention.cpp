@@ -51,7 +51,7 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   set_masks(a, t.padding, t.mask, op);
   check(t.left >= -1 && t.right >= -1, op, "context");
   check(t.chunk >= 1, op, "chunk_size");
-  const int64_t most = std::max<int64_t>(1, a.keys());  // no sum overflows
+  const int64_t most = std::max<int64_t>(1, a.keys());  // keeps sums from overflowing
   r.context = {std::min(t.left, most), std::min(t.right, most), std::min(t.chunk, most)};
   check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
   check(t.seed.has_value() ? dtype_of(*t.seed) == ScalarType::Long && has_sizes(*t.seed, {1}) : t.dropout_p == 0, op,
@@ -72,8 +72,8 @@ Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
   return new_contiguous(q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(q)));
 }
 
-// Runs f(begin, end) over the tasks of one of the two regions of the forward pass. Few frames stay on one thread: the
-// other would wake for less work than its wake costs, and what it packs would lie in its caches.
+// Runs f(begin, end) over the tasks of one of the two regions of the forward pass. Short inputs run on one thread:
+// waking a second one costs more than it saves, and its packed operands would lie in its own caches.
 void parallel_steps(int64_t tasks, int64_t work, RangeFunction f) { parallel_tasks(tasks, work / 4, f); }
 
 std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
@@ -265,7 +265,7 @@ Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tens
     T* yp = mutable_data<T>(y);
     parallel_packed(heads * count, sequences.starts, heads, forward_channels(longest), [&](int64_t begin, int64_t end) {
       const Scratch<C> workspace(kt_size + v_size + rt_size), scratch(longest.forward_scratch());
-      const Scratch<C> lse(heads * longest.problem.frames);  // which the backward pass computes again
+      const Scratch<C> lse(heads * longest.problem.frames);  // the backward pass computes it again
       C *const kt = workspace.data(), *const values = kt + kt_size, *const rt = values + v_size;
       int64_t packed = 0;  // frames of the sequence whose positions are packed
       for (int64_t i = begin; i < end; i++) {

@@ -11,8 +11,8 @@
 namespace fastasr::bindings::residual_norm {
 namespace {
 
-// The arguments of a call: every pointer but those of the outputs. `parameters` holds weight and bias, widened, where
-// they have x's dtype and it is a narrow one.
+// The arguments of a call, without pointers to the outputs. `parameters` holds weight and bias, widened, if they have
+// x's dtype and it is narrow.
 template <typename T>
 struct Call {
   cpu::ResidualNorm<T> p{};

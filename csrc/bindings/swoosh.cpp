@@ -16,7 +16,7 @@ using cpu::Swoosh;
 struct MaskLayout {
   Mask kind = Mask::none;
   int64_t rows = 1, row_elements = 0, rows_per_mask_row = 1, mask_row_elements = 0;
-  const int64_t* mask_row = nullptr;  // of every row of x, if given
+  const int64_t* mask_row = nullptr;  // the mask's row for every row of x, if given
 };
 
 // x is rows (N, ...) of sequences that lie one after the other: `sequence` (N) says to which row of the mask each

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const Optional& grad, co
         const int64_t b = dealt(i, batch);
         const Boundary& at = boundaries[static_cast<size_t>(b)];
         const C g = gp ? gp[b] : C(1), nan = std::isnan(sp[b]) ? sp[b] : C(0);
-        // Writes zeros, or the NaN of the score into the cells inside, and returns where the first of these is.
+        // Writes zeros, or the score's NaN into the cells inside, and returns the place of the first of these.
         const auto filled = [&](C* d, int64_t width, int64_t cells, int64_t count) {
           d += b * frames * width * count;
           std::fill_n(d, frames * width * count, C(0));

@@ -63,7 +63,7 @@ cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
   return p;
 }
 
-// The tasks of a group of units: of those that one thread has for itself, or shared out among the threads.
+// The tasks of a group of units, which one thread has for itself or the threads share.
 template <typename T>
 struct Tasks {
   using C = cpu::compute_t<T>;
@@ -85,8 +85,8 @@ struct Tasks {
   }
 };
 
-// Runs the units in groups that share a workspace: f(first unit, units, unit's operands by index, tasks). Where there
-// are enough units, each thread takes whole ones: their operands stay in its own caches.
+// Runs the units in groups that share a workspace: f(first unit, units, unit's operands by index, tasks). If there are
+// enough units, each thread takes whole ones: their operands stay in its own caches.
 template <typename T, typename F>
 void for_groups(const cpu::ToeplitzAttention<T>& p, bool backward, const F& f) {
   using C = cpu::compute_t<T>;

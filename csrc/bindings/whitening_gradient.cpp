@@ -15,7 +15,7 @@ namespace {
 
 constexpr double kFloor = 1e-20;
 
-// The products of the covariance: this many rows at a time, from the diagonal on, since it is symmetric. Narrower ones
+// The covariance is computed this many rows at a time, from the diagonal on, because it is symmetric. Narrower strips
 // save more of the products and pack their operands more often.
 int64_t block_rows(int64_t channels) { return channels <= 128 ? channels : (channels / 3 + 15) / 16 * 16; }
 
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> whitening_covariance(const Tensor& x, int64_t
   return {frames, s, statistics};
 }
 
-// Returns grad + grad_scale |grad| v / |v|, given what whitening_covariance returned. It overwrites the covariances.
+// Returns grad + grad_scale |grad| v / |v|, from the results of whitening_covariance. It overwrites the covariances.
 Tensor whitening_change(const Tensor& grad, const Tensor& frames, Tensor s, double w, double d, double grad_scale) {
   constexpr const char* op = "whitening_change";
   check(frames.dim() == 2 && s.dim() == 3, op, "frames are (rows, channels), covariances (groups, c, c)");

@@ -140,7 +140,7 @@ struct PackedProblem {
     int64_t first, index;  // row; number among the sequences that have rows
     cpu::KeyRange range;
   };
-  std::vector<One> all;  // the longest first, so that equal lengths are neighbours; without those of no rows
+  std::vector<One> all;  // the longest first, so that equal lengths are neighbours; without empty ones
   std::vector<int64_t> starts;
 
   PackedProblem(const Tensor& x, const Optional& pos, const std::vector<int64_t>& lengths, int64_t heads,

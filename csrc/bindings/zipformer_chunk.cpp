@@ -112,7 +112,7 @@ Tensor zipformer_layer_vectors(std::vector<int64_t> sizes, int64_t frames, int64
   return vectors;
 }
 
-// states (slots, floats), counters (slots, 2) of int64; slots: those of the streams, in the order of features.
+// states (slots, floats), counters (slots, 2) of int64; slots: one per stream, in the order of features.
 Tensor zipformer_chunk_step(std::vector<int64_t> sizes, Tensor weights, Tensor vectors, Tensor states, Tensor counters,
                             Tensor scratch, Tensor features, std::vector<int64_t> slots, int64_t threads) {
   const ChunkPlan plan = plan_of(sizes);
@@ -241,7 +241,7 @@ FASTASR_OPERATORS({"zipformer_chunk_names() -> str", Boxed<zipformer_chunk_names
                    "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
                    Boxed<zipformer_layer_step>::call})
 
-// They take no tensor that would tell the dispatcher that they run on the CPU.
+// They take no tensor, so the dispatcher cannot tell that they run on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
   m.impl("zipformer_chunk_names", Boxed<zipformer_chunk_names>::call);
   m.impl("zipformer_chunk_floats", Boxed<zipformer_chunk_floats>::call);

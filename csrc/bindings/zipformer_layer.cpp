@@ -12,13 +12,13 @@
 
 // A whole layer of Zipformer's encoder in inference, in float32: the kernels of its ops one after the other, as
 // fastasr/models/zipformer/layer.py calls them. Python and torch's dispatcher take half a millisecond for the 45 calls
-// of a layer; the bits are those of the calls.
+// of a layer; the bits equal those of the calls.
 namespace fastasr::bindings::zipformer_layer {
 namespace {
 
 constexpr const char* kOp = "zipformer_layer";
 
-// What computes a product. The last two are cpu::WeightFormat's formats, after kReduced.
+// The way a product is computed. The last two are cpu::WeightFormat's formats, after kReduced.
 constexpr int64_t kTorch = 0, kGemm = 1, kFewRows = 2, kReduced = 2;
 
 struct Product {
@@ -34,7 +34,7 @@ struct Convolution {
 };
 
 struct Weights {
-  Product scores, positions;  // of the attention weights
+  Product scores, positions;  // products of the attention weights
   Module forward[3], nonlin, attention[2], convolution[2];
 
   // Calls f(name, product) for every product in the order in which lists have them.
@@ -205,7 +205,7 @@ Convolution convolution_of(const Tensors& tensors, size_t which) {
 
 // Takes src (time, batch, channels), contiguous, and positions (1 or batch, 2 time - 1, pos_dim). weights, biases, ways
 // and outputs have the order of zipformer_layer_names; an absent bias has no elements. convolutions are the tensors of
-// both modules. chunk and left_chunks are those of attention, conv_chunk is the convolutions'.
+// both modules. chunk and left_chunks belong to attention, conv_chunk to the convolutions.
 Tensor zipformer_layer(const Tensor& src, const Tensor& positions, const Optional& padding, const Optional& mask,
                        Tensors weights, Tensors biases, std::vector<int64_t> ways, std::vector<int64_t> outputs,
                        int64_t first_head_way, Tensors convolutions, Tensor bypass_mid, Tensor norm_bias,

@@ -5,6 +5,6 @@
 extern "C" {
 // Returns the number of usable devices, or minus the CUDA error code when there is none to ask (no driver: -35).
 int fastasr_cuda_device_count();
-// Returns 0 when this binary holds code that the device can run, else the CUDA error code of a probe kernel.
+// Returns 0 if this binary holds code that the device can run, or the CUDA error code of a probe kernel.
 int fastasr_cuda_probe(int device);
 }

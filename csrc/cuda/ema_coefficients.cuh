@@ -181,8 +181,8 @@ struct GradientParameters {
   const C *damping, *decay, *expansion, *projection;
   const C *state, *grad_state;  // or null
   const double* parts;          // [block][group x 8 + 1][channel]
-  const C* finals;              // of the adjoint scan, [batch][group][8][channel], or null
-  const C* input_finals;        // of the same scan over x, or null
+  const C* finals;              // u and f at the end of the adjoint scan, [batch][group][8][channel], or null
+  const C* input_finals;        // u and f at the end of the same scan over x, or null
   C *ddamping, *ddecay, *dexpansion, *dprojection, *dresidual, *dstate;
   double* by_angle;  // complex numbers: [row][state], else null
 };

@@ -14,7 +14,7 @@
 // of one tile. The choice depends on the shape alone, so results do too.
 namespace fastasr::cuda {
 
-// A block may use this much on the GPUs with the least (compute capability 8.6, 8.9, 12.0): 64 states fit everywhere.
+// GPUs of compute capability 8.6, 8.9 and 12.0 give a block the least memory, this much: 64 states fit everywhere.
 // Complex ones need twice the carries; where those do not fit, time is cut so that no block keeps any.
 constexpr int64_t kLeastShared = 99 * 1024;
 static_assert(ScanShape<float, kOutput>::shared(16, false) <= kLeastShared, "64 states");
@@ -56,8 +56,8 @@ enum class Pass { kSize, kRun };
 // Runs the scans of one call. One function both sizes the workspace and launches, so that the two cannot differ.
 //
 // P is the type of the parameters and states. Q is a state as it is computed, C or Complex<C>. C is wider than P for
-// truncated convolutions: the scan subtracts what leaves the window, and the rounding error of that stays as long as
-// the memory would have lasted.
+// truncated convolutions: the scan subtracts what leaves the window, and its rounding error stays as long as the memory
+// would have lasted.
 template <typename Q, typename P>
 class EmaScan {
  public:

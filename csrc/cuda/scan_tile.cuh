@@ -6,9 +6,8 @@
 
 // The scan u_n(t) = q_n u_n(t-1) + s_t with output Σ_n Re(w_n u_n(t)), over tiles of time.
 //
-// A block owns 32 channels of one batch row and walks a segment of time, tile by tile; the first tile's values are
-// loaded before, the next tile's while the present one is computed. In a tile each warp owns `kRows` successive steps
-// and each lane one channel:
+// A block owns 32 channels of one batch row and walks a segment of time, tile by tile; it loads the next tile's values
+// while it computes the present one. In a tile each warp owns `kRows` successive steps and each lane one channel:
 //   local scan   the end of the warp's rows, starting from zero, put into shared memory;
 //   carry        after one barrier each warp adds up what comes before its rows: q^rows per warp;
 //   replay       the rows again, now from the right start, with outputs.
@@ -25,16 +24,16 @@ enum ScanMode { kOutput = 0, kChain = 1, kAdjoint = 2 };
 
 // Coefficients in global memory: [kind][part][state][channel], states padded to whole groups, directions one after the
 // other.
-// kQLessOne is q - 1: the adjoint takes u + ((q - 1) u + s), which is exact for q close to 1, where q itself is not;
-// with complex numbers every scan does. kQRows and its derivative by q, kSlopeRows, are for the rows of a warp: rounded
-// once, not power by power, so that the error of a long memory grows with the number of warps passed, not of steps.
+// kQLessOne is q - 1: the adjoint scan, and every scan of complex numbers, takes u + ((q - 1) u + s), which is exact
+// for q close to 1, where q itself is not. kQRows and its derivative by q, kSlopeRows, cover the rows of a warp: they
+// are rounded once, not power by power, so the error of a long memory grows with the number of warps, not of steps.
 enum Coefficient {
   kQ = 0,
   kWeight,
   kIn,
   kOut,
   kLog,
-  kLogLow,  // of complex numbers, see power
+  kLogLow,  // complex numbers alone, see power
   kQLessOne,
   kQRows,
   kSlopeRows,
@@ -43,7 +42,7 @@ enum Coefficient {
   kCoefficients
 };
 
-// A sequence in global memory. along_time: its threads run along time, which is contiguous, else along channels.
+// A sequence in global memory. along_time: its threads run along time, which is contiguous; if false, along channels.
 struct ScanView {
   const void* data;
   int64_t time, batch, channel;
@@ -162,7 +161,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
   const int64_t channel0 = blockIdx.x % channel_blocks * 32, batch = blockIdx.x / channel_blocks % p.batch;
   const int64_t segment = blockIdx.x / channel_blocks / p.batch;
   const int channels = static_cast<int>(p.channels - channel0 < 32 ? p.channels - channel0 : 32);
-  const int64_t channel = channel0 + (lane < channels ? lane : channels - 1);  // lanes beyond: a copy that is not kept
+  const int64_t channel = channel0 + (lane < channels ? lane : channels - 1);  // surplus lanes: a copy that is dropped
   const bool several = p.groups > 1;
 
   C* const in = reinterpret_cast<C*>(memory) + warp * kPart;

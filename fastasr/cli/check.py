@@ -50,7 +50,7 @@ def _summary(results: list):
 
 
 def _known(ops: list[str]) -> list[str]:
-    """Returns the ops without repetitions. It ends the command if there is none of such a name."""
+    """Returns the ops without repetitions. It ends the command if a name is unknown."""
     from fastasr.ops import NAMES
 
     for op in ops:

@@ -66,7 +66,7 @@ def check_device(name: str) -> None:
 
 
 def sizes(text: str) -> dict[str, int]:
-    """Returns the sizes of ``--shape T=375,B=16``. It ends the command if they are written otherwise."""
+    """Returns the sizes of ``--shape T=375,B=16``. It ends the command if the format is wrong."""
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name.isidentifier() and size.isdecimal() for name, _, size in pairs):
         fail(f"--shape: expected sizes as T=375,B=16,C=512, got {text!r}")

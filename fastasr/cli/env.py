@@ -50,7 +50,7 @@ def _cuda() -> dict:
 
 
 def _granted(groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Returns the cores that this process may use: of its affinity, or the share of time that its container has."""
+    """Returns the cores that this process may use, by its affinity or its container's share of time."""
     cores = float(len(os.sched_getaffinity(0)))
     with contextlib.suppress(OSError, ValueError):
         if (groups / "cpu.max").exists():

@@ -25,7 +25,7 @@ INSTALL = "pip install 'fastasr[asr,cli]' 'transformers>=5.23'"
 
 
 def load(folder: Path, device: str, dtype: torch.dtype):
-    """Returns model and processor. It ends the command if the folder holds none that is known."""
+    """Returns model and processor. It ends the command if the folder holds no known model."""
     try:
         import transformers
     except ImportError as error:
@@ -51,8 +51,8 @@ def load(folder: Path, device: str, dtype: torch.dtype):
 
 
 def _check_layers(config: dict, folder: Path) -> None:
-    """Raises ValueError if the configuration has more layers than the folder has tensors: transformers would make them
-    all before it compares.
+    """Raises ValueError if the configuration has more layers than the folder has tensors: transformers would build all
+    layers before it compares.
     """
     from safetensors import safe_open
 
@@ -114,8 +114,8 @@ def transcribe(model, processor, samples: torch.Tensor, beam: int | None = None)
 
 
 def _beam_search(model, inputs, beam: int) -> tuple[list[int], list[int], list[int]]:
-    """Returns the tokens, and each token's first frame and number of frames: those of CTC's best path through these
-    tokens, and one frame for a transducer's token."""
+    """Returns the tokens, and each token's first frame and number of frames: CTC's come from the best path through
+    these tokens, and a transducer's token has one frame."""
     if type(model).__name__ == "ParakeetForCTC":
         log_probs = model(**inputs).logits.float().log_softmax(-1)
         mask = model._get_output_attention_mask(inputs["attention_mask"], target_length=log_probs.shape[1])

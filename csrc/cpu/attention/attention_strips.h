@@ -41,8 +41,8 @@ inline Window chunk_window(const AttentionProblem& a, int64_t i) {
 // The rows of one strip. Beyond the last frame, rows repeat it and are not stored.
 struct Strip {
   int64_t head, sequence, begin;
-  int rows;    // of the tile
-  int stored;  // of them, before the last frame
+  int rows;    // rows of the tile
+  int stored;  // the rows that have a frame
   int64_t frame(const AttentionProblem& a, int m) const { return std::min(begin + m, a.frames - 1); }
 };
 

@@ -15,7 +15,7 @@ inline constexpr int64_t kAttentionPad = 32;
 // Zeros on both sides of a strip of dS and of the packed positions, so that shifted loads need no bounds.
 inline constexpr int64_t kAttentionMargin = 64;
 inline constexpr int kAttentionRows = 8;       // most rows of a tile
-inline constexpr int kAttentionPositions = 4;  // position channels that are worked on at once; more are padded to it
+inline constexpr int kAttentionPositions = 4;  // Position channels come in groups of this many, padded.
 
 // j0 and j1 are multiples of kAttentionPad. Row m of a strip starts at m * stride.
 template <typename C>

@@ -306,7 +306,7 @@ struct BackwardProblem {
   const C *rt, *rows;  // R of this head
   int64_t pair;
   const BackwardMemory<C>& m;
-  Window window;  // of the block
+  Window window;  // window of the block
 };
 
 // Writes e^(s - max) of a strip to `weights`, dS to `ds`, and the strip's rows of q, p and g. `first` is the block's.
@@ -456,7 +456,7 @@ int64_t RelAttention::forward_scratch() const {
 int64_t RelAttention::few_queries_scratch() const { return FewQueries(*this).elements; }
 
 bool RelAttention::has_few_queries() const {
-  // a query without a cache is a recording's, whose bits do not depend on its length
+  // a query without a cache belongs to a recording, whose bits must not depend on its length
   return problem.left > 0 && problem.frames <= kFewRows && key_rows() <= kKeyBlock && problem.keys() >= kFewColumns &&
          dropout.threshold == 0;
 }

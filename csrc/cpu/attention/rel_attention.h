@@ -6,18 +6,18 @@
 #include "cpu/attention/weights_dropout.h"
 #include "cpu/attention/zipformer_attention_weights.h"
 
-// Attention with relative positions of Transformer-XL, without the weights: see fastasr/ops/rel_attention.py. Strips of
-// a few queries, masks, tiles and the softmax are those of Zipformer's attention; here positions have as many channels
-// as keys. Scores of a strip by offset are one product of its queries with consecutive rows of R, the band: row m of it
-// is the strip's row m, m columns further left, and is shifted when it is added to the scores by key. Backward, the
-// band of dS is dS itself, read with rows one element further apart. In the forward pass blocks of queries meet blocks
-// of keys, as in zipformer_attention.h; keys outside the context of a whole strip are left out. In the backward pass a
-// block of queries has its weights and their gradient for all keys that one of them may see in the second cache, then
-// feeds the products with its own depth. Memory is O(keys): packed operands, weights of one block of queries and sums
-// of dR.
+// Attention with relative positions of Transformer-XL, without the weights: see fastasr/ops/rel_attention.py. It shares
+// strips of a few queries, masks, tiles and the softmax with Zipformer's attention; here positions have as many
+// channels as keys. Scores of a strip by offset are one product of its queries with consecutive rows of R, the band:
+// row m of it is the strip's row m, m columns further left, and is shifted when it is added to the scores by key.
+// Backward, the band of dS is dS itself, read with rows one element further apart. In the forward pass blocks of
+// queries meet blocks of keys, as in zipformer_attention.h; keys outside the context of a whole strip are left out. In
+// the backward pass a block of queries keeps its weights and their gradient, for all keys that one of them may see, in
+// the second cache; the products then have the block's depth. Memory is O(keys): packed operands, weights of one block
+// of queries and sums of dR.
 namespace fastasr::cpu {
 
-inline constexpr int64_t kRelAttentionQueries = 64;  // queries of a call of the forward pass
+inline constexpr int64_t kRelAttentionQueries = 64;  // A forward call takes at most this many queries.
 
 // A query sees the keys from `left` frames before its chunk of `chunk` frames to `right` frames behind it. A negative
 // side has no limit.

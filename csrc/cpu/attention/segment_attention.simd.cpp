@@ -24,11 +24,11 @@ struct Run {
 };
 
 struct Block {
-  int64_t queries;      // how many there are
-  int64_t lanes;        // that are computed: whole vectors
-  int64_t row[kPanel];  // of each
+  int64_t queries;      // queries of the block
+  int64_t lanes;        // computed lanes: whole vectors
+  int64_t row[kPanel];  // row of each query
   Run runs[3];          // memory, right context, utterance
-  int64_t rows;         // of scores
+  int64_t rows;         // rows of scores
 };
 
 __attribute__((noinline)) Block block_of(const SegmentWindows& p, int64_t unit, int64_t block) {
@@ -263,8 +263,8 @@ __attribute__((noinline)) void mix(const SegmentWindows& p, const Block& block, 
     }
 }
 
-// A value that is not finite spoils, even times a weight of 0, the sums of queries that do not see it. Each query's
-// sums are then added again over what it sees.
+// A value that is not finite, even times a weight of 0, spoils the sums of queries that do not see it. Each query's
+// sums are then computed again over the keys that it sees.
 template <typename C>
 __attribute__((noinline)) void mix_seen(const SegmentWindows& p, const Block& block, const C* a, const C* packed,
                                         C* out) {

@@ -23,7 +23,7 @@ struct ToeplitzSizes {
   bool causal, activate_value;
   int activation;
 
-  // All sizes but that of keys padded to whole panels: frames of a chunk, blocks, panels of d and v.
+  // All sizes except the keys' are padded to whole panels: frames of a chunk, blocks, panels of d and v.
   FASTASR_MEMBER int64_t rows() const { return (size + kPanel - 1) / kPanel * kPanel; }
   FASTASR_MEMBER int64_t keys() const { return (size + kTileRows - 1) / kTileRows * kTileRows; }  // in whole tiles
   FASTASR_MEMBER int64_t blocks() const { return rows() / kPanel; }

@@ -155,7 +155,7 @@ void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRan
   const int64_t padded = a.padded_keys(), keys = a.keys();
   load_queries(a, t, x, s.q, s.p);
   C sum[kAttentionRows];
-  bool seen[kAttentionRows];  // else hidden keys have some weight
+  bool seen[kAttentionRows];  // false: hidden keys have some weight
   Window w = strip_window(a, t, range);
   for (;;) {
     tiles.scores(s.q, kt, padded, a.query_dim, s.p, rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr,

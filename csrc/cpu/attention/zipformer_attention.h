@@ -45,7 +45,7 @@ struct ZipformerAttentionKernels {
   void (*transpose_values)(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t pair,
                            C* transposed);
   // Computes dx of the queries' and positions' channels at rows [begin, end), begin a multiple of attention_rows(); dk
-  // (padded_keys, padded_dim), drt (positions_size) and dv (padded_keys, v.padded_dim) are those of these rows alone.
+  // (padded_keys, padded_dim), drt (positions_size) and dv (padded_keys, v.padded_dim) hold these rows' share.
   void (*backward)(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* grad, const T* x,
                    const C* keys_transposed, const C* key_rows, const C* positions, const C* values_transposed,
                    int64_t pair, int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* dv, C* scratch);

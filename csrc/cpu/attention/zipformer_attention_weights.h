@@ -12,7 +12,7 @@
 // on large scores; then dq = dS k, dk = dS^T q, dp[i] = sum_j dS R[T-1-i+j], dR[r] = sum of p over the diagonal r =
 // T-1-i+j.
 //
-// Queries are worked on in strips of `attention_rows()` rows. A strip has all its scores in the cache before the
+// Queries are processed in strips of `attention_rows()` rows. A strip has all its scores in the cache before the
 // softmax, so there is no online maximum.
 namespace fastasr::cpu {
 
@@ -60,7 +60,7 @@ struct AttentionWeightsKernels {
   void (*forward)(const AttentionProblem& a, const KeyRange* ranges, const T* x, const C* keys_transposed,
                   const C* positions, int64_t pair, int64_t begin, int64_t end, T* weights, int64_t stride, C* scratch);
   // Computes dx of the queries' and positions' channels at rows [begin, end); dk (padded_keys, padded_dim) and drt
-  // (positions_size) are those of these rows alone.
+  // (positions_size) hold these rows' share.
   void (*backward)(const AttentionProblem& a, const KeyRange* ranges, const T* x, const T* weights,
                    int64_t weights_stride, const T* grad, int64_t grad_stride, const C* keys_transposed,
                    const C* key_rows, const C* positions, int64_t pair, int64_t begin, int64_t end, T* dx, C* dk,

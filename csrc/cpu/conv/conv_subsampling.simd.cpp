@@ -13,7 +13,7 @@
 namespace fastasr::cpu {
 namespace {
 
-constexpr int kPixels = kRegisters == 32 ? 8 : 4;  // beside nine vectors of weights
+constexpr int kPixels = kRegisters == 32 ? 8 : 4;  // Their sums fit beside nine vectors of weights.
 constexpr int64_t kChainPixels = 16;               // products added up in floats, then in double
 
 // Vectors with the alignment of their type, cleared.

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kPixels = kRegisters == 32 ? 10 : 6;  // 20 of 32, 12 of 16 registers hold sums
 constexpr int64_t kTaps = 8;                        // taps of the weight gradient at a time
-constexpr int64_t kFlushed = 8;  // frames added up in floats, then in double: else less exact than eager
+constexpr int64_t kFlushed = 8;  // Floats add this many frames, then double: more in floats are less exact than eager.
 
 // Memory of zeros, 64-byte aligned.
 template <typename C>

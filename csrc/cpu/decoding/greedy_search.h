@@ -28,10 +28,10 @@ struct GreedyShape {
   int64_t joint, embedding;   // channels of f and g; of an embedding
   int64_t layers, hidden;     // LSTM layers (0: a predictor without state) and their units
   int64_t context, group;     // without state: tokens it sees, and the convolution's inputs per group (0: none)
-  int64_t activation;         // of the joint network, see activation.h
+  int64_t activation;         // the joint network's, see activation.h
   bool norm;                  // whether a LayerNorm follows the predictor's linear layer
   bool gate_norm;             // whether LSTM layers normalise gates and cells, as layer_norm_lstm.h
-  double eps, gate_eps;       // of these norms
+  double eps, gate_eps;       // epsilons of these norms
   WeightFormat format;
 
   FASTASR_MEMBER bool stateless() const { return layers == 0; }
@@ -39,7 +39,7 @@ struct GreedyShape {
 };
 
 constexpr int64_t kMostLayers = 8;
-constexpr int64_t kGateUnits = kPanelColumns / 4;  // units of a panel: of each its gates i, f, g, o
+constexpr int64_t kGateUnits = kPanelColumns / 4;  // units of a panel, each with its gates i, f, g, o
 
 // The products in the order of the arena: LSTM layers with [x | h] as input, the predictor's linear layer, the head.
 struct GreedyLayout {
@@ -51,8 +51,8 @@ struct GreedyLayout {
   int64_t convolution, norm_weight, norm_bias;  // bytes into the arena
   int64_t gate_norm[kMostLayers];               // the same: weight and bias of the gates' norm, then of the cells'
   int64_t bytes;
-  int64_t state_floats;    // of a sequence: h and c of each layer, g
-  int64_t counter_fields;  // of a sequence, see GreedyCounter; the tokens follow
+  int64_t state_floats;    // floats per sequence: h and c of each layer, g
+  int64_t counter_fields;  // fields per sequence, see GreedyCounter; the tokens follow
 
   explicit GreedyLayout(const GreedyShape& shape);
   FASTASR_MEMBER const Product& projector() const { return product[shape.layers]; }
@@ -88,8 +88,8 @@ struct GreedyBatch {
   int64_t blank, skipped;    // `skipped` counts as blank; -1: none
   int64_t most_symbols;      // labels on one frame before the sequence is moved by 1; 0: any
   float penalty;             // subtracted from blank's logit
-  // Whether all sequences take as many steps as the longest, on frames behind their end and, from then on, on the last
-  // of all frames. Otherwise each ends at its own length.
+  // If true, all sequences take as many steps as the longest, on frames behind their end and then on the last of all
+  // frames. If false, each ends at its own length.
   bool together;
   float* state;       // (batch, state_floats)
   int64_t* counters;  // (batch, counter_fields)

@@ -12,8 +12,8 @@
 namespace fastasr::cpu {
 namespace {
 
-constexpr int64_t kMostRows = 32;         // of a product; with more, the logits leave the cache
-constexpr int64_t kLeastWeights = 32768;  // of a worker: with fewer, waking it takes longer
+constexpr int64_t kMostRows = 32;         // A product takes at most this many rows: more logits leave the cache.
+constexpr int64_t kLeastWeights = 32768;  // A worker reads at least this many: waking it for fewer costs more.
 constexpr int64_t kAlign = 16;            // floats of a cache line
 
 constexpr int64_t aligned(int64_t floats) { return (floats + kAlign - 1) / kAlign * kAlign; }
@@ -247,8 +247,8 @@ class Search {
     for (int64_t i = 0; i < n; i++) x[i] = x[i] * scale * weight[i] + bias[i];
   }
 
-  // How many frames of a sequence a product serves at once: reading the weights takes as long as multiplying them with
-  // so many rows, one for each byte of a weight. A run of blanks is read off them.
+  // The frames of a sequence that a product serves at once, one for each byte of a weight: reading the weights takes as
+  // long as multiplying them with that many rows. A run of blanks is read off these frames.
   int64_t frames_at_once(int64_t seeking) const { return std::max<int64_t>(1, weight_bytes(s_.format) / seeking); }
 
   void join(int64_t goal, int64_t seeking) {

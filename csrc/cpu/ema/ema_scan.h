@@ -86,7 +86,7 @@ struct EmaConvolution {
   const C *decay, *low, *in, *out, *late_gain;  // [N][64]; low: of complex numbers in double
   C *y, *g, *last;  // y [steps][64]; g [N][64], carried on; last [N][64]: h of the last step, or null
   const C* other;   // [steps][64] or null: then sum [N][64] = sum over steps of Re(h(t)) other(t)
-  C* sum;           // of complex numbers, only the rows of real parts are written
+  C* sum;           // for complex numbers, only the rows of real parts are written
   bool start;       // y begins at 0
   bool real;        // `in` has no imaginary part
   int64_t steps, lanes, states;

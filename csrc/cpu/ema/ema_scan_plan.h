@@ -124,7 +124,7 @@ class EmaScan {
     const int64_t at = time(tau, backwards) * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel;
     copies_.store(buffer, tensor, at, backwards ? -strides.time : strides.time, strides.channel, steps, channels(tile));
   }
-  // Does the same with rows [64] of C that lie in the order of time, the first being that of time `origin`.
+  // Does the same with rows [64] of C that lie in the order of time, which begin with time `origin`.
   void load_rows(const C* rows, int64_t origin, int64_t tau, int64_t steps, bool backwards, C* buffer) const {
     copy(rows + (time(tau, backwards) - origin) * kEmaLanes, backwards ? -kEmaLanes : kEmaLanes, buffer, kEmaLanes,
          steps);

@@ -22,8 +22,8 @@ constexpr bool kAmx = true;
 #else
 constexpr bool kAmx = false;
 #endif
-constexpr int64_t kAmxRows = 16, kAmxWords = 16;                             // of a tile
-constexpr int64_t kAmxMostRows = 2 * kAmxRows, kAmxColumns = 2 * kAmxWords;  // of a product
+constexpr int64_t kAmxRows = 16, kAmxWords = 16;                             // sizes of a tile
+constexpr int64_t kAmxMostRows = 2 * kAmxRows, kAmxColumns = 2 * kAmxWords;  // sizes of a product
 
 // Says how many words along k the tiles of a product take: a divisor of all its words, so that no tile reads beyond a
 // row. 0 says that tiles would be too short to gain.

@@ -8,16 +8,16 @@ namespace fastasr::cpu {
 namespace {
 
 // A tile's sums, a vector for each row of A and column of B, take the registers that a vector of each column and one of
-// a row leave. With few rows a tile has twice the columns: a stream from memory needs work to wait for it.
+// a row leave. With few rows a tile has twice the columns, to have enough work while memory answers.
 constexpr int kLanes = Lanes<float>::count;
 constexpr int64_t kRows = 6, kWideRows = kRegisters == 32 ? 3 : 2;
 constexpr int64_t kNarrow = kRegisters == 32 ? 4 : 2, kWide = 2 * kNarrow;
 static_assert(kWide <= kFewColumns);
 constexpr int64_t kDepth = 64 * kLanes;  // the inputs of one chain
 constexpr int64_t kLine = 64 / sizeof(float);
-constexpr int kSecondLevel = 2;  // of __builtin_prefetch
+constexpr int kSecondLevel = 2;  // __builtin_prefetch's second level
 
-// Describes a tile: rows of A from `a` on, columns of B from `b` on, inputs [0, depth), and what is prefetched from.
+// Describes a tile: rows of A from `a` on, columns of B from `b` on, inputs [0, depth), and where to prefetch.
 struct Tile {
   const float* a;
   int64_t a_row;
@@ -101,12 +101,12 @@ int64_t groups(const Gemm<float>& g) {
 }
 
 // Prefetches the next group's columns, which lie behind those of this one in most weights, in the order in which they
-// lie in memory: 35 GB/s on one Zen 5 core that can read 43, where columns side by side were prefetched at 25. They go
+// lie in memory: 35 GB/s on one Zen 5 core that can read 43, against 25 if columns side by side are prefetched. They go
 // into the second level, for the reason that skinny_gemm.simd.cpp states: with 6 rows 85 GFLOP/s of one Zen 4 core
 // instead of 42, with 15 rows 97 instead of 64.
 void products(const Gemm<float>& g, int64_t begin, int64_t end) {
   const Tiles& t = tiles_of(g);
-  const int64_t parts = (g.m + kRows - 1) / kRows;  // of equal height: 4 + 4 rows, not 6 + 2
+  const int64_t parts = (g.m + kRows - 1) / kRows;  // parts of equal height: 4 + 4 rows, not 6 + 2
   alignas(64) float out[kRows * kNarrow + kLanes];
   for (int64_t group = begin; group < end; group++) {
     // the last group begins earlier where it would reach beyond the columns, and writes only what is its own

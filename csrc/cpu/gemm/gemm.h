@@ -13,9 +13,9 @@
 // are packed once, beforehand; but rows of A whose terms lie next to each other are read where they lie: on a Zen 3
 // core packing them takes a tenth of the time of a product with 192 columns. With few rows B is most of the memory that
 // a product touches, and packing it costs a fifth of the time of a product of 376 rows: `strips` packs it part by part
-// into memory that stays in the second cache, and asks for the next part ahead of time. Sums run in chains of at most
-// kGemmChain terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an
-// element depend on its row, its column and k alone, not on how the work is split.
+// into memory that stays in the second cache, and prefetches the next part. Sums run in chains of at most kGemmChain
+// terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an element depend
+// on its row, its column and k alone, not on how the work is split.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kGemmChain = 192;
@@ -30,24 +30,24 @@ struct Gemm {
   float* c;           // rows of n elements, c_row apart
   int64_t c_row;
   int64_t m, n, k;              // k at least 1
-  bool add = false;             // onto what C holds
+  bool add = false;             // adds to what C holds
   const float* onto = nullptr;  // m rows of n elements, onto_row apart, that are added last; or null
   int64_t onto_row = 0;
-  bool swoosh_l = false;  // of all that
+  bool swoosh_l = false;  // applies SwooshL to the result
 };
 
 template <typename T>
 struct GemmKernels {
   static constexpr bool kDotProducts = true;
-  int64_t (*a_panels)(const Gemm<T>& g);  // of rows
-  int64_t (*b_panels)(const Gemm<T>& g);  // of columns
+  int64_t (*a_panels)(const Gemm<T>& g);  // counts panels of rows
+  int64_t (*b_panels)(const Gemm<T>& g);  // counts panels of columns
   int64_t (*packed_a)(const Gemm<T>& g);  // words; 0 if the products read A where it lies
   int64_t (*packed_b)(const Gemm<T>& g);
   int64_t (*tasks)(const Gemm<T>& g);
   // Packs panels [begin, end) to their place in `packed`.
   void (*pack_a)(const Gemm<T>& g, float* packed, int64_t begin, int64_t end);
   void (*pack_b)(const Gemm<T>& g, float* packed, int64_t begin, int64_t end);
-  // Runs tasks [begin, end) of the products of packed operands; more of them in one call are faster.
+  // Runs tasks [begin, end) of the products of packed operands; many in one call are faster.
   void (*products)(const Gemm<T>& g, const float* a, const float* b, int64_t begin, int64_t end);
   // Returns into how many strips of columns `threads` threads should cut a product whose B is packed on the way; 0:
   // pack it beforehand.
@@ -57,8 +57,8 @@ struct GemmKernels {
 };
 
 // The same for few rows, where reading B is most of the cost: B is read once, where it lies. Sums run in chains of at
-// most 64 terms in every lane of a vector, so its bits are not those of the product above; they do not depend on the
-// number of rows either.
+// most 64 terms in every lane of a vector, so its bits differ from the product above; they do not depend on the number
+// of rows either.
 inline constexpr int64_t kFewRows = 15, kFewColumns = 8;
 
 struct FewRowsGemm {

@@ -73,7 +73,7 @@ struct Chains {
 };
 
 // Copies kWidth rows of `words` words, `step` elements apart, as columns next to each other. Rows behind the first
-// `there` repeat the last one: what becomes of them is not written.
+// `there` repeat the last one; their results are not written.
 template <int64_t kWidth, typename T>
 FASTASR_INLINE void interleave(const T* __restrict in, int64_t step, int64_t words, int64_t there,
                                float* __restrict out) {
@@ -216,7 +216,7 @@ struct Addends {
   int64_t row;
 };
 
-// Computes a tile of C: its first chain sets it, unless the whole is added, the others are added, and the last adds the
+// Computes a tile of C: its first chain sets it, or adds to it with `add`; later chains add, and the last one adds the
 // addends.
 template <typename T, bool kPacked>
 __attribute__((noinline)) void tile(const Panel& panel, const float* __restrict b, int64_t words,
@@ -443,13 +443,13 @@ void products(const Gemm<T>& g, const float* a, const float* b, int64_t begin, i
   }
 }
 
-// Asks for a rectangle of memory, `rows` rows of `count` elements, a few lines at a time.
+// Prefetches a rectangle of memory, `rows` rows of `count` elements, a few lines at a time.
 template <typename T>
 class Ahead {
  public:
   Ahead(const T* from, int64_t stride, int64_t rows, int64_t count)
       : from_(from), stride_(stride), rows_(rows), lines_((count + kLine - 1) / kLine) {}
-  // Asks for up to `count` more lines.
+  // Prefetches up to `count` more lines.
   void operator()(int64_t count) {
     for (; count > 0 && row_ < rows_; count--) {
       __builtin_prefetch(from_ + row_ * stride_ + line_ * kLine, 0, 2);
@@ -476,12 +476,12 @@ Ahead<T> part_of_b(const Gemm<T>& g, int64_t q, int64_t first, int64_t terms) {
 template <typename T>
 int64_t strip_count(const Gemm<T>& g, int64_t threads) {
   const int64_t panels = b_panels(g), least = (panels + kStripColumns - 1) / kStripColumns;
-  const int64_t count = (least + threads - 1) / threads * threads;  // as many for each thread
+  const int64_t count = (least + threads - 1) / threads * threads;  // Each thread gets as many.
   return g.m <= kStripRows && 2 * count <= panels ? count : 0;
 }
 
-// Packs a panel, multiplies all rows of A by it and asks for the next one meanwhile: more of B at a time would not stay
-// in the second cache where rows of B lie a power of two apart, as those of weights do.
+// Packs a panel, multiplies all rows of A by it and prefetches the next one meanwhile. More of B at a time would leave
+// the second cache if rows of B lie a power of two apart, as rows of weights do.
 template <typename T>
 void strips(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int64_t end) {
   const int64_t rows = a_panels(g), panels = b_panels(g);

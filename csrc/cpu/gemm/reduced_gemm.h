@@ -14,7 +14,7 @@
 //          and 0, and zero_i is the p of 0. Products and sums are exact integers; y is rounded from them in float32.
 //   bf16   w and x rounded to nearest even; products and sums in float32.
 //
-// In place of x the product may take swoosh(x), in float32: no other pass over x is needed for it.
+// In place of x the product may take swoosh(x), in float32, which saves a pass over x.
 //
 // A row of x with a NaN or an infinity gives NaN in int8, and so does a row of W in its column.
 //
@@ -60,8 +60,8 @@ struct ReducedGemm {
 
 struct ReducedGemmKernels {
   int32_t levels;
-  // Says whether products gain over float32's: int8's always, bf16's with AMX, and where an instruction multiplies and
-  // adds words of it and, measured at the first call, is the faster one.
+  // Says whether products are faster than in float32: in int8 always; in bf16 with AMX, or if an instruction multiplies
+  // and adds its words and is the faster one when measured at the first call.
   bool (*gains)();
   void (*rows)(const ReducedGemm& g, int64_t begin, int64_t end);  // converts rows of x
   int64_t (*tasks)(const ReducedGemm& g);

@@ -224,7 +224,7 @@ FASTASR_INLINE void int8_row(const float* x, int64_t k, int64_t words, uint8_t* 
     const Floats v = at(x + j);
     j += kLanes;
     leasts[chain] = smaller(v, leasts[chain]), mosts[chain] = larger(v, mosts[chain]);
-    poisons[chain] += v * 0;  // a NaN or an infinity makes NaN of it
+    poisons[chain] += v * 0;  // becomes NaN after a NaN or an infinity
   };
   while (j + kChains * kLanes <= k)
 #pragma GCC unroll 4

@@ -76,7 +76,7 @@ struct Panel {
 // 49 MB of weights then run at 101 GFLOP/s, and at 51, reading and multiplying in turn, if they are prefetched into the
 // first: there a prefetch presumably holds one of the few places for misses until memory answers, and the loads of the
 // current weights wait for a place. With 4 rows, 29 GB/s into the first level stand against 22.
-constexpr int kFirstLevel = 3, kSecondLevel = 2;  // of __builtin_prefetch
+constexpr int kFirstLevel = 3, kSecondLevel = 2;  // levels of __builtin_prefetch
 constexpr int64_t kFewOperations = 4;             // products of 16 floats for each line of weights
 
 // Computes sum[i] += x[i][j] w[j] for the inputs [p.begin, p.end) and the columns of kColumns / kParts words from `at`

@@ -9,8 +9,8 @@
 // fitted in double.
 namespace fastasr::cpu {
 
-// Computes a b + c, rounded once where the machine can. Of a product that is used twice, Clang fuses neither use unless
-// told to, and GCC under sanitizers one in one loop and both in another, so that their values differ.
+// Computes a b + c, with one rounding where the machine can. If a product is used twice, Clang fuses neither use unless
+// told to; GCC under sanitizers fuses one use in one loop and both in another, so their values differ.
 FASTASR_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);

@@ -16,7 +16,7 @@
 namespace fastasr::cpu {
 namespace {
 
-// so many terms form one chain of sums, where lanes are not terms: H or 4 H would be less exact
+// One chain of sums has this many terms, where lanes are not terms: H or 4 H would be less exact.
 constexpr int64_t kBlockTerms = 64;
 constexpr int64_t kManySequences = 8;  // from this many on, copying a block of weights costs less than it saves
 
@@ -300,12 +300,11 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Phas
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *gates = scratch, *gate_parts = gates + batch * gate_row, *cell_parts = gate_parts + 2 * s.units() * batch;
   C* packed = cell_parts + 2 * s.units() * batch;  // packs a unit's gate: kLstmUnit rows of hidden_weight
-  std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // mean and 1 / deviation: each thread its own
-  // The phase that rows_of is for. The owner of a unit of a phase merges: nobody writes the parts before that unit is
-  // done.
+  std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // mean and 1 / deviation, per thread
+  // The phase that rows_of belongs to. The owner of a unit merges: nobody writes the parts before that unit is done.
   int64_t merged = -1;
   const int64_t first = p.hidden ? 0 : 1;  // the first step with a product: a state of zeros needs none
-  // The first cell, where none is given: the formula's product stays, for a forget gate of NaN times 0 is NaN.
+  // The first cell, if none is given: the product by 0 stays, because a forget gate of NaN gives NaN.
   static constexpr C zeros[kLstmUnit] = {};
   for (int64_t t = 0; t < s.steps; t++) {
     const C* before = t ? y + (t - 1) * batch * hidden : p.hidden;
@@ -420,7 +419,7 @@ void backward(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradi
   const LstmSizes s = p.size;
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *cell_parts = scratch, *gate_parts = cell_parts + 2 * s.units() * batch;
-  std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // two means of a row: each thread its own
+  std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // two means of a row, per thread
   int64_t merged = -1;
   constexpr int64_t kRows = 16;  // this many rows add their shares of the parameters' gradients in C, then in double
   int64_t phase = 0;

@@ -30,7 +30,7 @@ struct JoinerBand {
   int64_t batch, frames, length, range, outputs;
 };
 
-// What a row of logits holds: the tokens, blank among them, and behind them the durations, if there are any.
+// A row of logits holds the tokens, blank among them, and behind them the durations, if there are any.
 struct JoinerOutputs {
   int64_t tokens, durations, blank;
   bool hat;
@@ -60,11 +60,10 @@ struct JoinerKernels {
   // Writes the rows inside the boundary, without those whose gradients gx and gy (B, T, R) are both 0 (null: none is
   // left out). Returns their number; if `out` is null it only counts.
   int64_t (*rows)(const JoinerBand& band, const C* gx, const C* gy, JoinerRow* out);
-  // Computes hidden[i] = act(am[frame] + lm[context]), `channels` wide, for rows [begin, end); act is tanh, or else
-  // relu.
+  // Computes hidden[i] = act(am[frame] + lm[context]), `channels` wide, for rows [begin, end); act is tanh or relu.
   void (*hidden)(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, int64_t channels,
                  bool tanh, C* hidden);
-  // Applies dropout to rows [begin, end) of x, in place: what is kept follows from a row's place and the channel.
+  // Applies dropout to rows [begin, end) of x, in place: a row's place and the channel decide which elements are kept.
   void (*dropout)(const WeightsDropout& dropout, const JoinerRow* rows, int64_t begin, int64_t end, int64_t channels,
                   C* x);
   // Computes the scores of rows [begin, end).

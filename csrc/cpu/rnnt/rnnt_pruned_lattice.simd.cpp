@@ -6,8 +6,8 @@
 
 #include "cpu/rnnt/scaled_number.simd.h"
 
-// Lanes are sequences: a band is too narrow for anything else. A row holds cell r of every sequence; a window that
-// moves shifts its lane's cells by a binary decomposition of the distance.
+// Lanes are sequences, because a band is too narrow to fill vectors. A row holds cell r of every sequence; a window
+// that moves shifts its lane's cells by a binary decomposition of the distance.
 namespace fastasr::cpu {
 namespace {
 

@@ -17,7 +17,7 @@ struct TdtSize {
   int64_t row;  // cells from one frame to the next in y and z; one less in x
   const int64_t* durations;
   int64_t count;
-  // Returns the frames from an arc's first to its last, with both: as many frames are in use at once.
+  // Returns the frames from an arc's first to its last, both counted: this many frames are in use at once.
   FASTASR_MEMBER int64_t window() const {
     int64_t longest = 0;
     for (int64_t i = 0; i < count; i++) longest = std::max(longest, std::min(durations[i], frames));

@@ -8,15 +8,15 @@
 
 // How a kernel reaches its callers. CMake compiles a file *.simd.cpp once per instruction set, with that set's flags
 // and FASTASR_SIMD defined as its name. What the file itself defines lies in an unnamed namespace, what headers
-// *.simd.h define in `inline namespace FASTASR_SIMD`; all that leaves the object is a table of functions, a constant:
+// *.simd.h define in `inline namespace FASTASR_SIMD`; the object exports nothing but a table of functions, a constant:
 //
 //   bypass.h         template <typename T> struct BypassKernels { void (*forward)(...); void (*backward)(...); };
 //   bypass.simd.cpp  FASTASR_KERNELS(BypassKernels, .forward = forward<T>, .backward = backward<T>)
 //   a caller         kernels<BypassKernels<T>>().forward(...)
 //
-// A caller gets the table of the machine's instruction set; a caller that is a *.simd.cpp itself that of its own, at no
-// cost. FASTASR_SETS: what the library is built for, in ascending order. Tables of a plain *.cpp, compiled once, have a
-// member `static constexpr bool kCompiledOnce = true`.
+// A caller gets the table of the machine's instruction set; a caller that is a *.simd.cpp gets the table of its own
+// set, at no cost. FASTASR_SETS lists the sets of the library, in ascending order. Tables of a plain *.cpp, compiled
+// once, have a member `static constexpr bool kCompiledOnce = true`.
 namespace fastasr::cpu {
 
 // The table of one instruction set. Each object defines its own.
@@ -25,8 +25,8 @@ struct Provided {
   static const Table table;
 };
 
-// What adds dot products of short numbers gets a table from the sets that have instructions for them, too. The set is
-// then picked at run time, by a caller compiled for avx512 as well.
+// Kernels that add dot products of short numbers also have tables of the sets with instructions for them. The set is
+// picked at run time, even by a caller compiled for avx512.
 template <typename Table>
 constexpr bool kDots = requires { Table::kDotProducts; };
 
@@ -47,7 +47,7 @@ constexpr bool own(Simd set) {
   using T = typename TypeOf<Table>::Type;
   constexpr Simd sets[] = {FASTASR_SETS};
   if (set == sets[0]) return true;
-  if (set == avx512 && std::is_same_v<T, double>) return false;  // for references and gradient checks avx2 will do
+  if (set == avx512 && std::is_same_v<T, double>) return false;  // avx2 suffices for references and gradient checks
   if (set <= avx512 || set == neon) return true;
   const bool int8 = set == avx512_vnni || set == avx512_amx || set == neon_dot || set == neon_bf16;
   const bool bf16 = set == avx512_bf16 || set == avx512_amx || set == neon_bf16;

@@ -14,7 +14,7 @@ namespace fastasr::cpu {
 // The sets in ascending order. portable is x86-64; avx2 is x86-64-v3; avx512 is x86-64-v4. The three beyond it add
 // instructions that multiply and add four integers of 8 bits (VNNI), two bfloat16, or matrices of either (AMX): only
 // files that use them are compiled for these. The last three are aarch64's: neon is armv8-a, neon_dot adds dot products
-// of signed integers of 8 bits (FEAT_DotProd), neon_bf16 those of unsigned by signed integers, and of bfloat16
+// of signed integers of 8 bits (FEAT_DotProd), neon_bf16 dot products of unsigned by signed integers and of bfloat16
 // (FEAT_I8MM and FEAT_BF16). On every other architecture portable is what the compiler uses by itself.
 enum class Simd { portable, avx2, avx512, avx512_vnni, avx512_bf16, avx512_amx, neon, neon_dot, neon_bf16 };
 

@@ -88,7 +88,7 @@ FASTASR_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
 FASTASR_INLINE __m512 swoosh(const Registers& c, __m512 x, float shift, float offset) {
   const __m512 z = _mm512_sub_ps(x, _mm512_set1_ps(shift));
   const __m512 tail = _mm512_sub_ps(softplus_tail(c, z), _mm512_set1_ps(offset));
-  // what does not wait for the tail comes first: the order costs 8 % otherwise
+  // The terms that do not wait for the tail come first: the other order costs 8 %.
   return _mm512_add_ps(tail, _mm512_fmadd_ps(x, _mm512_set1_ps(-0.08f), _mm512_max_ps(z, _mm512_setzero_ps())));
 }
 

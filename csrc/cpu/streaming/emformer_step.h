@@ -25,7 +25,7 @@ struct EmformerShape {
   int64_t dim, heads, inner;
   int64_t activation;  // see activation.h
   bool tanh_memory;
-  double eps[3];  // of the norms
+  double eps[3];  // epsilons of the norms
 };
 
 enum EmformerProduct { kEmformerKeyValue, kEmformerQuery, kEmformerOut, kEmformerInner, kEmformerOuter };

@@ -13,9 +13,9 @@ namespace fastasr::cpu {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kLeastRows = 16;        // rows of a worker: with fewer, waking it takes longer
-constexpr int64_t kLeastWeights = 32768;  // the same
-constexpr float kMostMemory = 10;         // memory that does not go through tanh is clamped to it
+constexpr int64_t kLeastRows = 16;        // A worker takes at least this many rows: waking it for fewer costs more.
+constexpr int64_t kLeastWeights = 32768;  // It also takes at least this many weights.
+constexpr float kMostMemory = 10;         // Memory that does not go through tanh is clamped to ±10.
 
 constexpr int64_t aligned(int64_t floats) { return (floats + kLanes - 1) / kLanes * kLanes; }
 

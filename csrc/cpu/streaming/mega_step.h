@@ -19,8 +19,8 @@
 // and a last LayerNorm. All weights lie in one arena in the order in which they are read: a step is one pass over it.
 namespace fastasr::cpu {
 
-// The widths: D is block_size, N the orders of the moving average, k and v are those of keys and values, and `inner` is
-// the feed-forward's.
+// The widths: D is block_size, N the orders of the moving average, k and v the widths of keys and values, and `inner`
+// is the feed-forward's.
 struct MegaShape {
   int64_t size, orders, key, value, inner, blocks;
 };

@@ -14,9 +14,9 @@
 // are read (see skinny_gemm.h); small vectors (biases, position scores' table, convolutions); and each stream's states.
 //
 // A stream's keys, values and gated convolution inputs lie in rings: `slack` chunks are appended behind the left
-// context before it is moved back to the front, so that a chunk copies little. Nothing is shared between streams but
-// the rows of the matrix products, and these are computed row by row with the same operations whatever the other rows:
-// a stream's bits depend neither on the others nor on the number of threads.
+// context before it is moved back to the front, so that a chunk copies little. Streams share only the matrix products,
+// which compute each row with the same operations whatever the other rows: a stream's bits depend neither on the others
+// nor on the number of threads.
 namespace fastasr::cpu {
 
 // The sizes of a stack, or of a layer alone, whose factor and layers are 1.
@@ -62,8 +62,8 @@ struct ChunkShape {
   FASTASR_MEMBER int64_t width2() const { return width2_of(bins); }
   FASTASR_MEMBER int64_t width3() const { return width3_of(bins); }
   int64_t output_dim() const;
-  // Says whether products round their inputs as well, and reduced_gemm.h multiplies them: where that gains. Otherwise
-  // skinny_gemm.h widens the weights, and the front end's stay in fp32.
+  // Says whether products round their inputs as well and run in reduced_gemm.h, which they do where that is faster. If
+  // not, skinny_gemm.h widens the weights, and the front end's stay in fp32.
   bool rounds_inputs() const;
 };
 

@@ -46,7 +46,7 @@ struct Layout {
     return p;
   }
   ChunkProduct product(int64_t inputs, int64_t outputs) const { return product(inputs, outputs, plan->shape.weights); }
-  // The front end's weights stay in a cache: fewer bytes gain nothing, instructions do.
+  // The front end's weights stay in a cache, so fewer bytes gain nothing; fewer instructions do.
   ChunkProduct front_product(int64_t inputs, int64_t outputs) const {
     return product(inputs, outputs, plan->shape.rounds_inputs() ? plan->shape.weights : WeightFormat::fp32);
   }

@@ -12,7 +12,7 @@ namespace fastasr::cpu {
 // computed for whole vectors of keys. keys (query, capacity), positions (pos, stride).
 struct ChunkScores {
   const float *q, *p;
-  int64_t row_stride;  // of q and p
+  int64_t row_stride;  // stride of q and p
   int64_t frames, keys, query, pos;
   const float* transposed;
   int64_t capacity;

@@ -11,10 +11,10 @@
 namespace fastasr::cpu {
 
 struct ChunkRoom {
-  float *x, *y, *projected, *hidden, *weights;  // of a layer
+  float *x, *y, *projected, *hidden, *weights;  // buffers of a layer
   int32_t* levels;                              // a product's rounded input as words, then int8's steps and zeros
   float* lower;                                 // a stack's activations at its own frame rate
-  std::vector<float*> outputs;                  // of each stack, (streams chunk, stride)
+  std::vector<float*> outputs;                  // outputs of each stack, (streams chunk, stride)
   int64_t size;
 
   FASTASR_MEMBER ChunkRoom(const ChunkPlan& plan, int64_t streams, float* memory) {

@@ -35,7 +35,7 @@ bool history_claim(const HistoryView& v) {
   if (first + v.batch > sequences || row >= capacity) return false;
   if (v.batch > 1 && v.sequence_stride != sequence) return false;
   if (v.length > 1 && v.row_stride != width) return false;
-  // Rows that were claimed before another sequence's refusal stay unused: their count refuses all later claims.
+  // If a later sequence refuses, the rows claimed before it stay unused: their count refuses all later claims.
   for (int64_t s = 0; s < v.batch; s++) {
     auto expected = static_cast<uint32_t>(row);
     if (!std::atomic_ref<uint32_t>(word[kTaken + first + s])

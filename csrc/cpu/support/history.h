@@ -5,8 +5,8 @@
 
 // Rows of history (a decoder's keys, its values) that grow by one row per step, for several sequences at once, with
 // room behind the last row. A state is a view of some rows of some sequences; the next step writes the row behind
-// it in place when nobody has done so before, and copies the history otherwise. What has been written is
-// therefore never written again, and any number of hypotheses may go on from one state.
+// it in place if nobody has done so before, and copies the history if somebody has. No row is therefore written twice,
+// and any number of hypotheses may go on from one state.
 //
 // The buffer describes itself: a header in front of the data holds, per sequence, how many rows are taken. So a view
 // keeps its meaning through slicing, copying of its whole memory and saving, and no registry is needed.

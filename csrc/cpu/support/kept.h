@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-// Notices writes to memory from which something is kept, through whatever they went: torch counts only its own. Few
-// pieces of every span are compared with what they held; a write to few elements may fall between them.
+// Notices writes to memory of which a result is kept, whoever makes them: torch counts only its own. It compares a few
+// pieces of every span with their earlier contents; a write to few elements may fall between them.
 namespace fastasr::cpu {
 
 struct KeptSpan {
@@ -31,7 +31,8 @@ std::vector<KeptPiece> kept_pieces(const KeptSpan* spans, int64_t count, int64_t
 // Says whether all pieces hold the same bits as then.
 bool kept_unchanged(const KeptPiece* pieces, int64_t count);
 
-// Returns a number of all bytes: another for other bytes, but for a chance of 2^-64. It reads 9 bytes per nanosecond.
+// Returns a hash of all bytes: different bytes have the same one with a chance of 2^-64. It reads 9 bytes per
+// nanosecond.
 uint64_t kept_digest(const void* memory, int64_t bytes);
 
 }  // namespace fastasr::cpu

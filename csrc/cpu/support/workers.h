@@ -6,7 +6,7 @@
 // The threads of a streaming step, which the caller lends: kernels know no thread pool.
 namespace fastasr::cpu {
 
-// Runs f(begin, end) over parts of [0, n). `run` calls part(context, i) for each i of [0, parts), on as many threads.
+// Runs f(begin, end) over parts of [0, n). `run` calls part(context, i) for each i of [0, parts), on `parts` threads.
 struct Workers {
   int64_t threads;
   void (*run)(int64_t parts, void (*part)(const void* context, int64_t i), const void* context);

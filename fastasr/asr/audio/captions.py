@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 LINE = 80  # characters of a subtitle
 LONGEST = 6.0
-PAUSE = 0.8  # a longer one ends a subtitle
+PAUSE = 0.8  # a longer pause ends a subtitle
 
 
 class Timed(NamedTuple):

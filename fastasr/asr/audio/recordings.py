@@ -22,7 +22,7 @@ PACKAGES = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
 PROMPTS = "usr/share/asterisk/sounds/en_US_f_Allison"
 TRANSCRIPTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-RATES = range(1000, 1_000_001)  # Hz; of another rate a damaged header speaks
+RATES = range(1000, 1_000_001)  # Hz; any other rate means a damaged header
 BLOCK = 1 << 20  # samples of all channels that are read at once
 GAP_SECONDS = 0.3  # between two recordings of one utterance
 DOWNLOAD_TIMEOUT = 90  # seconds
@@ -84,7 +84,7 @@ def _read_pcm16(path: Path) -> tuple[torch.Tensor, int]:
         with wave.open(str(path)) as file:
             if file.getsampwidth() == 2:
                 channels, rate = file.getnchannels(), file.getframerate()
-                # A header may promise more frames than there are, and memory is taken for all.
+                # A header may promise more frames than there are, and readframes allocates memory for all.
                 most = path.stat().st_size // (2 * channels)
                 data = bytearray(file.readframes(min(most, file.getnframes())))
                 del data[len(data) - len(data) % (2 * channels) :]

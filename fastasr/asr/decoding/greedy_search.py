@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy search of a transducer: it takes the likeliest token of a frame until that token is blank.
 
-A token changes what the prediction network says of the following ones and blank does not, so the network runs only for
-rows that took a token. On the CPU one native call does all of it (:mod:`fastasr.models.transducer.label_looping`).
+A token changes the output of the prediction network and blank does not, so the network runs only for rows that took a
+token. On the CPU one native call does all of it (:mod:`fastasr.models.transducer.label_looping`).
 """
 
 import logging
@@ -45,7 +45,7 @@ class GreedySearch:
     ``reason`` says why the native call does not serve: "" if it does.
 
     Raises:
-        TypeError: the model is no transducer that can be searched. ValueError: an argument has no such value.
+        TypeError: the model is no transducer that can be searched. ValueError: an argument is out of range.
     """
 
     def __init__(self, model, max_sym_per_frame=None, blank_penalty=0.0, weights="fp32"):

@@ -25,8 +25,8 @@ from fastasr.models.transducer.looping_transducers import Stateless, looping_tra
 @dataclass
 class Hypothesis:
     """Tokens with the context before them, the frames of the tokens, the log-probability of all its paths, the frame on
-    which it stands and the tokens that it emitted there. A predictor with a state has its state, and whether it has yet
-    to read the last token.
+    which it stands and the tokens that it emitted there. A stateful predictor adds its state, and whether it has
+    yet to read the last token.
     """
 
     tokens: tuple[int, ...]
@@ -54,11 +54,11 @@ class ModifiedBeamSearch:
         beam: hypotheses that remain after a step.
         temperature: divides the logits.
         blank_penalty: subtracted from blank's logit.
-        max_sym_per_frame: of a TDT alone, the tokens of duration 0 on a frame after which it moves on by 1. None: the
+        max_sym_per_frame: for a TDT alone, the tokens of duration 0 on a frame after which it moves on by 1. None: the
             model's own.
 
     Raises:
-        TypeError: the model is no transducer that can be searched. ValueError: an argument has no such value.
+        TypeError: the model is no transducer that can be searched. ValueError: an argument is out of range.
     """
 
     def __init__(self, model, beam=4, temperature=1.0, blank_penalty=0.0, max_sym_per_frame=None):

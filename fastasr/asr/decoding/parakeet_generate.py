@@ -18,7 +18,7 @@ def parakeet_generate(model, encoder_out, encoder_out_lens=None, max_length=None
         max_length: the most columns; None: the model's ``max_symbols_per_step`` per frame.
 
     Raises:
-        TypeError: the model computes something else, or is in training mode.
+        TypeError: the model computes another function, or is in training mode.
     """
     transducer = Parakeet(model)
     try:

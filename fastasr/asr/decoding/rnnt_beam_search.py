@@ -87,7 +87,7 @@ class RNNTBeamSearch(torch.nn.Module):
         return hypotheses
 
     def _frame(self, encoding: Tensor, hypotheses: list[Hypothesis], beam_width: int) -> list[Hypothesis]:
-        ended: dict[tuple[int, ...], Hypothesis] = {}  # by a blank, in rising order of their scores
+        ended: dict[tuple[int, ...], Hypothesis] = {}  # ended by a blank, in rising order of score
         for emitted in range(self.step_max_tokens + 1):
             scores = self._log_probs(encoding, hypotheses)
             scores += torch.tensor([h[3] for h in hypotheses], dtype=torch.float32, device="cpu").unsqueeze(1)

@@ -77,7 +77,7 @@ class RecurrentTransducer:
         return self.looping.projected(encoder_out.to(self.device))
 
     def step(self, tokens, states):
-        """Returns states (rows, floats) after these tokens; a state of None is that before the first."""
+        """Returns states (rows, floats) after these tokens; None is the state before the first token."""
         w = self.weights
         before = w.embedding.new_zeros(2 * len(w.layers) * w.hidden + len(w.linear[0]))
         rows = torch.stack([before if state is None else state for state in states])

@@ -34,7 +34,7 @@ def load(path):
         raise ValueError(f"there is no checkpoint {path}")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # which one depends on what torch's unpickler stumbles over
+    except Exception as error:  # its class depends on where torch's unpickler fails
         reason = next(iter(str(error).splitlines()), "it is empty")
         raise ValueError(f"the checkpoint {path} is damaged: {type(error).__name__}: {reason}") from None
     missing = [name for name in NEEDED if not isinstance(found, dict) or name not in found]

@@ -105,7 +105,7 @@ class Recogniser:
             return list(self.stream([samples], method, beam))[-1]
         search = self._search(method, beam)
         x = speech.fbank(samples, self.rate, self.bins)
-        # A stream ends with as much silence, which the front end needs for the last word's frames.
+        # A stream ends with this much silence, which the front end needs for the last word's frames.
         x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE).unsqueeze(0)
         lengths = torch.tensor([x.shape[1]], dtype=torch.int64, device="cpu")
         y, y_lens = decoding.encode(self.model, x, lengths, ctc=method.startswith("ctc-"))
@@ -162,7 +162,7 @@ def export(path, folder):
             f"loads, and there is no such format for its states"
         )
     folder = Path(folder)
-    # Without its description no folder is loaded: files of two models never go together, whenever this process ends.
+    # A folder without its description is not loaded, so files of two models never mix, whenever this process ends.
     (folder / DESCRIPTION).unlink(missing_ok=True)
     written = export_onnx(recogniser.model, folder, feature_dim=recogniser.bins)
     recogniser.units.table.to_file(folder / "tokens.txt")

@@ -64,7 +64,7 @@ _EMFORMERS = {
         "num_heads": 4,
         "ffn_dim": 480,
         "num_layers": 6,
-        "segment_length": 8,  # 0.32 s, after 1.28 s, before 0.08 s: what the Zipformer streams with, and a glance ahead
+        "segment_length": 8,  # 0.32 s after 1.28 s, as the Zipformer streams, and 0.08 s ahead
         "left_context_length": 32,
         "right_context_length": 2,
         "decoder_dim": 128,

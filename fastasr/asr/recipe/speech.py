@@ -20,7 +20,7 @@ from fastasr.asr.recipe.listings import NoSpeech
 RATE = 8000
 BINS = 40
 HIGH_FREQ = -200.0  # Hz relative to the Nyquist frequency
-SHORTEST, LONGEST = 0.4, 20.0  # seconds; silence follows what is shorter
+SHORTEST, LONGEST = 0.4, 20.0  # seconds; silence follows shorter recordings
 TOO_LONG = f"longer than {LONGEST:g} s"
 HELD_OUT = 10  # one recording in ten is held out, chosen by a hash of its name
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -76,10 +76,10 @@ def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, feat
 
     Args:
         cache: keeps the downloaded prompts.
-        folder: what ``listings.entries`` reads; None: the prompts.
-        speeds: of the training utterances.
-        say: gets a line about the recordings that are left out or padded and why, and what is held out.
-        limit: uses so many recordings only.
+        folder: a folder or manifest for ``listings.entries``; None: the prompts.
+        speeds: the speeds of the training utterances.
+        say: gets lines about the recordings that are left out or padded, with the reason, or held out.
+        limit: the most recordings to use.
         features: makes (frames, bins) of samples at RATE.
         held_out: the share of recordings to hold out, as a number or its text; or the path of another folder or
             manifest, all of which is held out. None: about one in HELD_OUT.
@@ -108,7 +108,7 @@ def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, feat
 
 def unheard(cache, folder=None, speeds=(1.0,), say=print, features=fbank):
     """Returns the utterances, at each of the speeds, that ``load`` with these recordings never trains on: those that it
-    holds out, and those that are longer than LONGEST. ``say`` is told what is left out."""
+    holds out, and those that are longer than LONGEST. ``say`` gets a line about those left out."""
     clips = _clips(cache, folder, say)
     long = [(clip, plain_text(clip.text)) for clip in clips if _why_unusable(clip) == TOO_LONG]
     _, held = _split(_usable(clips, say), None, say)
@@ -181,7 +181,7 @@ def _split(found, share, say):
 
 
 def _speakers(clips, texts):
-    """Returns each recording's speaker by the manifest, or else by the names; [] if neither tells.
+    """Returns each recording's speaker by the manifest or, if it names none, by the names; [] if neither tells.
 
     Names tell a speaker if they have equally many parts between "_", "-" and "/", and one of these parts is shared by
     recordings of different texts, while a text has several of them: "7_jackson_32", "jackson/7", "7/0a7c_nohash_0".

@@ -28,7 +28,7 @@ class PositionalEncoding(torch.nn.Module):
         if self.pe is not None and self.pe.shape[1] >= frames:
             if self.pe.dtype == x.dtype and self.pe.device == x.device:
                 return
-            # One of fewer bits cannot become one of more, and one on the meta device has no values.
+            # A table of fewer bits cannot become one of more, and a table on the meta device has no values.
             frames = self.pe.shape[1]
         with torch.inference_mode(False):  # a table of inference mode could not be used in training
             self.pe = self._sinusoids(frames).to(device=x.device, dtype=x.dtype)

@@ -163,7 +163,7 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
                 (batch, frames, vocab_size) of the consistency, with CR-CTC's copies counted in ``batch``.
         Raises:
             ValueError: shapes do not match, a token is not in [0, vocab_size), a sequence is too short for a frame of
-                output, ``reduction`` is another, or CR-CTC lacks ``use_ctc`` or what ``use_spec_aug`` needs.
+                output, ``reduction`` is unknown, or CR-CTC lacks ``use_ctc`` or arguments of ``use_spec_aug``.
         """
         self._check(x, x_lens, y)
         if use_cr_ctc:

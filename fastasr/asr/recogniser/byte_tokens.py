@@ -33,9 +33,9 @@ def is_special(token):
 def alphabet_of(tokens):
     """Returns character -> byte, the alphabet in which a token table writes bytes, or None if it writes text.
 
-    A table writes bytes if all of its tokens consist of the alphabet, and ten times more tokens of several characters
-    show bytes than are no part of UTF-8. Those show bytes that have a whole character beyond ASCII or, in GPT-2's
-    alphabet, begin with a space. Words of languages that have letters of the alphabets, such as "či" or "été", are no
+    A table writes bytes if all of its tokens consist of the alphabet and, among tokens of several characters, more than
+    ten show bytes for each that is not a part of UTF-8. A token shows bytes if it has a whole character beyond ASCII
+    or, in GPT-2's alphabet, begins with a space. Words with letters of the alphabets, such as "či" or "été", are not
     parts of UTF-8.
     """
     tokens = [token for token in tokens if not is_special(token)]
@@ -52,7 +52,7 @@ def alphabet_of(tokens):
 
 
 def _part_of_utf8(part):
-    """Returns the whole characters in a part of UTF-8 text, or None if these bytes are no such part."""
+    """Returns the whole characters in a part of UTF-8 text, or None if these bytes are not such a part."""
     rest = part.lstrip(_CONTINUATION)
     if len(part) - len(rest) > 3 or not _CONTROL.isdisjoint(part):
         return None

@@ -4,7 +4,7 @@
     from fastasr.asr.streaming import StreamingEncoder, StreamingRecogniser
 
 ``StreamingEncoder`` runs the encoder of a model, ours or upstream's, for streams that come and go;
-``StreamingRecogniser`` makes words of it. See docs/streaming.md.
+``StreamingRecogniser`` turns its output into words. See docs/streaming.md.
 """
 
 from fastasr.asr.audio.features import FbankStream

@@ -35,7 +35,7 @@ class CudaGraphBackend(EagerBackend):
         self._sizes = bucket_sizes(max_streams)
 
     def load(self, model):
-        self._graphs = {}  # they read the weights where these were when they were recorded
+        self._graphs = {}  # a graph reads the weights at their addresses of its recording
         return super().load(model)
 
     @torch.inference_mode()

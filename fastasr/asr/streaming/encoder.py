@@ -21,7 +21,7 @@ from fastasr.ops._weight_formats import FORMATS
 
 BACKENDS = ("native", "cuda graph", "eager")
 _PROBE = 3  # chunks over which the error of rounded weights is measured
-_GROUPS = 64  # of parameters: each step looks whether those of one have changed
+_GROUPS = 64  # groups of parameters: each step looks for changes in one of them
 
 
 @dataclass
@@ -68,13 +68,13 @@ class StreamingEncoder:
     at a time. Values that are not finite stay in their own stream and disappear with ``reset``.
 
     As long as the model lives, a step reads its weights again where they have changed, and streams go on. The first
-    step after a change of all parameters notices it; a change of few may take 64 steps, or some
+    step after a change of all parameters notices it; a change of few may take 64 steps, and some need
     :func:`fastasr.refresh` (:mod:`fastasr.ops._kept`).
     """
 
     def __init__(self, backend, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq):
         self._backend = backend
-        self.report = self.refusal = None  # why the native backend, if it was looked for, does not serve
+        self.report = self.refusal = None  # why the native backend, if it was tried, does not serve
         self.chunk_size, self.left_context_frames = chunk_size, left_context_frames
         self.max_streams, self.rate, self.bins = max_streams, rate, bins
         self.channels = found.channels
@@ -84,7 +84,7 @@ class StreamingEncoder:
         self._slots = {}  # stream -> slot
         self._audio = {}  # stream -> StreamFeatures
         self._opened = 0
-        self._model = self._device = None  # of which it has a copy that may become old
+        self._model = self._device = None  # set if the engine has a copy that may become old
 
     @classmethod
     def from_model(
@@ -265,7 +265,7 @@ class StreamingEncoder:
         return features, lengths
 
     def leaves(self):
-        """Returns why ``step`` does not run the native backend, if that was looked for."""
+        """Returns why ``step`` does not run the native backend, if that was tried."""
         return {"step": self.refusal or ""}
 
     # ------------------------------------------------------------------ samples
