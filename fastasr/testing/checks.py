@@ -522,6 +522,28 @@ def forced_eager(table: OpTable, sample: Sample, dtype: torch.dtype, device: str
 
 
 # --------------------------------------------------------------------------- errors
+def sizes(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """The op refuses each size that the formula cannot take: a kernel would read beyond its tensors."""
+    arguments = _make(sample, dtype, device)
+    for name, t in arguments.items():
+        for dim, size in enumerate(t.shape if isinstance(t, Tensor) else ()):
+            for other in (size + 1, size - 1):
+                if size and other:
+                    rows = torch.arange(other, device=device, dtype=torch.int64) % size
+                    changed = arguments | {name: t.index_select(dim, rows)}
+                    taken = _takes(table.definition, changed, Exception)
+                    refused = not _takes(table.function, changed, ValueError)
+                    assert taken or refused, f"{name}: {other} in dimension {dim} is not refused"
+
+
+def _takes(function: Callable, arguments: dict, error: type[Exception]) -> bool:
+    try:
+        function(**arguments)
+    except error:
+        return False
+    return True
+
+
 def refuses(table: OpTable, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields (name, check) for every call that must raise: calls of the table, and calls made from its samples."""
 
@@ -608,6 +630,7 @@ CHECKS = (
     Check(no_recompile, thorough_only=True, forced=False),
     Check(autocast, thorough_only=True, forced=False),
     Check(forced_eager, WIDE, thorough_only=True, forced=False),
+    Check(sizes, thorough_only=True, forced=False),
     Check(transforms, (torch.float32, torch.float64), thorough_only=True, forced=False, differentiates=True),
 )
 

@@ -4,6 +4,7 @@
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fastasr.ops._runtime import listed
 from fastasr.testing import Make, checks, tables
 from fastasr.testing.declared.shapes import Pattern
 from fastasr.testing.refusals import match
-from fastasr.testing.table import flat, floating
+from fastasr.testing.table import Sample, flat, floating
 
 WITH_TABLES = sorted(tables())
 PATTERNS = ("T B 2*C", "C 1 K | C K, K odd", "*S C", "... K", "2*T-1 K//2+1", "*S", "T, T >= 2", "1 T | B T")
@@ -164,3 +165,10 @@ def test_every_gradient_by_hand_knows_transforms():
         "_runtime.py",
         "_transforms.py",
     }
+
+
+def test_a_size_that_only_the_formula_refuses_is_found():
+    sample = Sample("two", lambda m: {"a": m.normal(2, 3), "b": m.normal(2, 3)})
+    table = SimpleNamespace(definition=lambda a, b: a + b, function=lambda a, b: a)
+    with pytest.raises(AssertionError, match="a: 3 in dimension 0 is not refused"):
+        checks.sizes(table, sample, torch.float32, "cpu")
