@@ -10,8 +10,10 @@ from fastasr.kernels._rel_attention_scores import (
     SIZES,
     UNALIGNED,
     band,
+    gates,
     keys_seen,
     of_head,
+    offset_biases,
     queries,
     queries_seeing,
     scores_of,
@@ -36,7 +38,7 @@ def _rows(
 
 @triton.jit
 def _tile(
-    lower, rows, key, tensors, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale,
+    lower, rows, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +48,7 @@ def _tile(
     content, position, g = rows
     upper = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     scores = scores_of(
-        lower, upper, upper, content, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
+        lower, upper, upper, content, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale,
         DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
     )  # fmt: skip
     slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < sizes[1], v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
@@ -71,7 +73,7 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
+    G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
     mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -82,8 +84,10 @@ def statistics_kernel(
     lanes = tl.arange(0, BLOCK)
     i = block * BLOCK + lanes
     keep_i = i < frames
-    tensors = of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
+    offsets = (BIAS, GATE, head, sequence * frames, heads)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
@@ -98,8 +102,8 @@ def statistics_kernel(
         j = start + lanes
         key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
         scores, slope, lower = _tile(
-            lower, held, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes, scale,
-            DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, held, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
+            scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         slope = dropped(slope, SEED, words, j, threshold, factor)
         e = exp_nonpositive(scores - lse[:, None], True)
@@ -114,14 +118,15 @@ def statistics_kernel(
     do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
 )
 def queries_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
+    G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS, DGATE,
     frames, keys, chunk, left, right, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch,
     k_batch, v_batch, g_batch, mask_batch, ds_row, threshold, scale, factor,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes dS k of a block of the queries [start_row, start_row + rows) and of channels, in float32, and its sums.
-    Programs of the first block of channels also store dS by offset: one BLOCK of columns more than the keys that they
+    """Writes dS k of a block of the queries [start_row, start_row + rows) and of channels and its sums, and the
+    gradient of the gate. DQ has float32 if dS' R will be added. Programs of the first block of channels also store dS
+    by offset, unless DS is None: one BLOCK of columns more than the keys that they
     meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     sizes = frames, keys, chunk, left, right
@@ -131,8 +136,10 @@ def queries_kernel(
     i = start_row + local
     keep_i = local < rows
     once = tl.program_id(1) == 0
-    tensors = of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
+    offsets = (BIAS, GATE, head, sequence * frames, heads)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
@@ -147,34 +154,46 @@ def queries_kernel(
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     all_lanes = (lanes >= 0)[None, :]
     before = tl.zeros([BLOCK, BLOCK], Q.dtype.element_ty)
-    DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
+    dgate = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
+    if DS is not None:
+        DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
     lower = band(held[1], tensors, i, q_time, keep_i, base, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     for start in range(0, end - begin, BLOCK):
         j = begin + start + lanes
         key = load_rows(tensors[1], j, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
         scores, slope, lower = _tile(
-            lower, held, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes, scale,
-            DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, held, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
+            scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
+        if GATE is not None:
+            dgate += sums(ds * offset_biases(offsets, i, keep_i, j, frames, keys), 1, PRECISE)
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
-        after = by_offset(narrow, BLOCK)
-        tl.store(
-            DS + (start + lanes)[None, :], merged(after, before, before, BLOCK, BLOCK), mask=all_lanes & once
-        )
-        before = after
-    j = tl.cdiv(end - begin, BLOCK) * BLOCK + lanes
-    last = merged(tl.zeros([BLOCK, BLOCK], before.dtype), before, before, BLOCK, BLOCK)
-    tl.store(DS + j[None, :], last, mask=all_lanes & once)
+        if DS is not None:
+            after = by_offset(narrow, BLOCK)
+            tl.store(
+                DS + (start + lanes)[None, :],
+                merged(after, before, before, BLOCK, BLOCK),
+                mask=all_lanes & once,
+            )
+            before = after
+    if DS is not None:
+        j = tl.cdiv(end - begin, BLOCK) * BLOCK + lanes
+        last = merged(tl.zeros([BLOCK, BLOCK], before.dtype), before, before, BLOCK, BLOCK)
+        tl.store(DS + j[None, :], last, mask=all_lanes & once)
+    if GATE is not None:
+        at = DGATE + (sequence * frames + i) * heads + head
+        tl.store(at, dgate.to(DGATE.dtype.element_ty), mask=keep_i & once)
 
     keep_d = d < DIM
     dq *= scale
     out = DQ + sequence * q_batch + head * DIM + i.to(tl.int64)[:, None] * q_time + d[None, :]
-    tl.store(out, dq, mask=keep_i[:, None] & keep_d[None, :])
-    part = sequence * all_blocks + start_row // BLOCK + block
-    tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=keep_d)
+    tl.store(out, dq.to(DQ.dtype.element_ty), mask=keep_i[:, None] & keep_d[None, :])
+    if PARTS is not None:
+        part = sequence * all_blocks + start_row // BLOCK + block
+        tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=keep_d)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
@@ -202,8 +221,9 @@ def offsets_kernel(
         pos = load_rows(POS, r, q_time, d, (r >= 0) & (r < frames + keys - 1), DIM)  # [BLOCK, BLOCK_D]
         dq = tl.dot(ds, pos, dq)
     dq *= scale
-    part = sequence * all_blocks + first_block + block
-    tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=d < DIM)
+    if PARTS is not None:
+        part = sequence * all_blocks + first_block + block
+        tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=d < DIM)
     whole = (i < frames)[:, None] & (d < DIM)[None, :]
     at = sequence * q_batch + head * DIM + i.to(tl.int64)[:, None] * q_time + d[None, :]
     dq += tl.load(CONTENT + at, mask=whole, other=0.0)
@@ -212,7 +232,7 @@ def offsets_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV,
+    G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
     mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -224,8 +244,10 @@ def keys_kernel(
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes
     keep_j = j < keys
-    tensors = of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
+    offsets = (BIAS, GATE, head, sequence * frames, heads)
     G += sequence * g_batch + head * VALUE_DIM
     row = (sequence * heads + head) * frames
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -243,8 +265,8 @@ def keys_kernel(
         first = frames + (block - 1) * BLOCK - start
         lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
         scores, slope, _ = _tile(
-            lower, (content, position, g), key, tensors, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK, sizes,
-            scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, (content, position, g), key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK,
+            sizes, scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
@@ -254,7 +276,10 @@ def keys_kernel(
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         w = dropped(w, SEED, words, j, threshold, factor)
         if DIM > BLOCK_D:
-            content = load_rows(tensors[0], i, q_time, d, keep_i, DIM, tensors[4])
+            bias = U
+            if U is not None:
+                bias = U + head * DIM
+            content = load_rows(Q, i, q_time, d, keep_i, DIM, bias)
         if VALUE_DIM > BLOCK_V:
             g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
         dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk)
@@ -265,16 +290,20 @@ def keys_kernel(
     tl.store(out, dv.to(DV.dtype.element_ty), mask=keep_j[:, None] & (c < VALUE_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first_block", "count", "lowest", "low", "high", "each", "groups"])
+@triton.jit(
+    do_not_specialize=[*SIZES, "first_block", "count", "lowest", "low", "high", "each", "groups"],
+    do_not_specialize_on_alignment=["BIASES"],
+)
 def positions_kernel(
-    DS, Q, W, PARTS, frames, keys, chunk, left, right, first_block, count, lowest, low, high, each, groups, batch,
-    blocks, heads, q_time, q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    DS, Q, W, GATE, PARTS, BIASES, frames, keys, chunk, left, right, first_block, count, lowest, low, high, each,
+    groups, batch, blocks, heads, q_time, q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes PARTS + dS'^T (q + w) of WIDE blocks of offsets and one of channels, over the ``count`` blocks of queries
     that DS holds of each sequence of a group of ``each``; PARTS is (groups, high - low, heads DIM), for the offsets
-    from ``low`` to ``high``. Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b, counted from key
-    0; the first program begins with t = ``lowest``.
+    from ``low`` to ``high``, or None. Programs of the first block of channels also write dS'^T g to BIASES, which is
+    (groups, high - low, heads) or None. Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b,
+    counted from key 0; the first program begins with t = ``lowest``.
     """
     sizes = frames, keys, chunk, left, right
     head, group, number = place(tl.program_id(0), blocks, groups)
@@ -283,8 +312,11 @@ def positions_kernel(
     t = lowest + number * WIDE
     wide = tl.arange(0, WIDE * BLOCK)
     Q += head * DIM
-    W += head * DIM
+    if W is not None:
+        W += head * DIM
+    PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
     dr = tl.zeros([WIDE * BLOCK, BLOCK_D], tl.float32)
+    db = tl.zeros([WIDE * BLOCK], tl.float64 if PRECISE else tl.float32)
     begin = tl.maximum(-t - WIDE, first_block)
     met = tl.minimum(tl.cdiv(keys, BLOCK) - t, first_block + count) - begin
     sequences = tl.minimum(batch - group * each, each).to(tl.int32)
@@ -298,18 +330,29 @@ def positions_kernel(
         first, behind = keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
         inside = (column >= first) & (column < (tl.cdiv(behind, BLOCK) + 1) * BLOCK)  # in whole blocks
         ds = tl.load(DS + rows[:, None] + (column - first)[None, :], mask=inside[None, :], other=0.0)
-        p = load_rows(Q + sequence * q_batch, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
-        dr = tl.dot(tl.trans(ds), p, dr)
+        if PARTS is not None:
+            p = load_rows(Q + sequence * q_batch, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
+            dr = tl.dot(tl.trans(ds), p, dr)
+        if BIASES is not None:
+            gated = ds.to(tl.float32)
+            if GATE is not None:
+                gated *= gates(GATE, sequence * frames, head, heads, i, i < frames)[:, None]
+            db += sums(gated, 0, PRECISE)
     r = frames + t * BLOCK + wide
-    out = PARTS + (group * (high - low) + r - low)[:, None] * (heads * DIM) + head * DIM + d[None, :]
-    whole = ((r >= low) & (r < high))[:, None] & (d < DIM)[None, :]
-    found = tl.load(out, mask=whole, other=0.0)
-    tl.store(out, found + (dr * scale).to(found.dtype), mask=whole)
+    keep_r = (r >= low) & (r < high)
+    if PARTS is not None:
+        out = PARTS + (group * (high - low) + r - low)[:, None] * (heads * DIM) + head * DIM + d[None, :]
+        whole = keep_r[:, None] & (d < DIM)[None, :]
+        found = tl.load(out, mask=whole, other=0.0)
+        tl.store(out, found + (dr * scale).to(found.dtype), mask=whole)
+    if BIASES is not None:
+        out = BIASES + (group * (high - low) + r - low) * heads + head
+        tl.store(out, db.to(BIASES.dtype.element_ty), mask=keep_r & (tl.program_id(1) == 0))
 
 
 @triton.jit(do_not_specialize=["parts"])
 def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Adds a block of columns of the two tables of ``parts`` rows."""
+    """Adds a block of columns of the two tables of ``parts`` rows. There are no sums where DU or DW is None."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     keep_c = c < width
     PARTS += tl.program_id(1).to(tl.int64) * parts * width
@@ -320,6 +363,8 @@ def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: t
         total += tl.sum(found.to(tl.float64), axis=0)
     total = total.to(tl.float32)
     if tl.program_id(1) == 0:
-        tl.store(DU + c, total.to(DU.dtype.element_ty), mask=keep_c)
+        if DU is not None:
+            tl.store(DU + c, total.to(DU.dtype.element_ty), mask=keep_c)
     else:
-        tl.store(DW + c, total.to(DW.dtype.element_ty), mask=keep_c)
+        if DW is not None:
+            tl.store(DW + c, total.to(DW.dtype.element_ty), mask=keep_c)

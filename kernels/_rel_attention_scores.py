@@ -52,24 +52,45 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 
 
 # --------------------------------------------------------------------------- scores
-# tensors: (Q, K, V, POS, U, W) of a head and a sequence; masks: (PADDING, MASK, sequence, mask_batch), either or None
+# tensors: (Q, K, V, POS, U, W, head); the first three begin at a head of a sequence, the others may be None, because a
+# function returns no None. masks: (PADDING, MASK, sequence, mask_batch), either or None. offsets: (BIAS, GATE, head,
+# row, heads), where ``row`` is the sequence's first of (sequence, frame); both or GATE may be None
 @triton.jit
 def of_head(
-    Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
+    Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
 ):  # fmt: skip
-    """Returns the tensors of a head and a sequence."""
+    """Returns q, k and v of a head and a sequence."""
     q = sequence * q_batch + head * DIM
     k = sequence * k_batch + head * DIM
     v = sequence * v_batch + head * VALUE_DIM
-    return Q + q, K + k, V + v, POS + head * DIM, U + head * DIM, W + head * DIM
+    return Q + q, K + k, V + v
 
 
 @triton.jit
-def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def offset_biases(offsets, i, keep_i, j, frames, keys):
+    """Returns [queries, keys] numbers of the bias by offset."""
+    BIAS, _gate, head, _row, _heads = offsets
+    at = BIAS + head * (frames + keys - 1) + (frames - 1)
+    keep = keep_i[:, None] & (j < keys)[None, :]
+    return tl.load(at + (j[None, :] - i[:, None]), mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gates(GATE, row, head, heads, i, keep_i):
+    """Returns the factors of the bias by offset of queries i."""
+    return tl.load(GATE + (row + i) * heads + head, mask=keep_i, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _biased(
+    Q, BIAS, head, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     """Returns rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing
     reads.
     """
     rows = tl.zeros([BLOCK_M, BLOCK_D], Q.dtype.element_ty)
+    if BIAS is not None:
+        BIAS += head * DIM
     if DIM <= BLOCK_D:
         rows = load_rows(Q, i, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
     return rows
@@ -77,12 +98,13 @@ def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, 
 
 @triton.jit
 def queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns (q + u, q + w) of rows, see ``_biased``."""
-    Q, _k, _v, _pos, U, W = tensors
-    return (
-        _biased(Q, U, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
-        _biased(Q, W, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
-    )
+    """Returns (q + u, q + w) of rows, see ``_biased``; q + u twice where there are no positions."""
+    Q, _k, _v, POS, U, W, head = tensors
+    content = _biased(Q, U, head, i, q_time, keep, DIM, BLOCK_M, BLOCK_D)
+    position = content
+    if POS is not None:
+        position = _biased(Q, W, head, i, q_time, keep, DIM, BLOCK_M, BLOCK_D)
+    return content, position
 
 
 @triton.jit
@@ -90,22 +112,35 @@ def band(
     rows, tensors, i, q_time, keep_i, start, sizes,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Returns the [BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on."""
-    Q, _k, _v, POS, _u, W = tensors
-    r = start + tl.arange(0, BLOCK_N)
-    keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
-    return query_key(rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W)
+    """Returns the [BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on; zeros, which nothing
+    reads, where there are no positions.
+    """
+    Q, _k, _v, POS, _u, W, head = tensors
+    if W is not None:
+        W += head * DIM
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if POS is not None:
+        POS += head * DIM
+        r = start + tl.arange(0, BLOCK_N)
+        keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
+        scores = query_key(
+            rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W
+        )  # fmt: skip
+    return scores
 
 
 @triton.jit
 def scores_of(
-    first, second, third, rows, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
+    first, second, third, rows, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
     ``rows`` and ``key`` hold q + u and k if they fit a block.
     """
-    Q, K, _v, _pos, U, _w = tensors
+    Q, K, _v, POS, U, _w, head = tensors
+    BIAS, GATE, _head, row, heads = offsets
+    if U is not None:
+        U += head * DIM
     PADDING, MASK, sequence, mask_batch = masks
     frames, keys = sizes[0], sizes[1]
     if PADDING is not None:
@@ -118,7 +153,14 @@ def scores_of(
         scores = tl.dot(rows, tl.trans(key), scores)
     else:
         scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, U)
-    scores = (scores + by_key(first, second, third, BLOCK_M, BLOCK_N)) * scale
+    if POS is not None:
+        scores += by_key(first, second, third, BLOCK_M, BLOCK_N)
+    scores *= scale
+    if BIAS is not None:
+        bias = offset_biases(offsets, i, keep_i, j, frames, keys)  # [BLOCK_M, BLOCK_N]
+        if GATE is not None:
+            bias *= gates(GATE, row, head, heads, i, keep_i)[:, None]
+        scores += bias
     seen, end = i, i
     if WINDOW:
         seen, end = _context(i, sizes)

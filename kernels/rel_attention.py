@@ -3,8 +3,10 @@
 
     s[i, j] = ((q[i] + u) . k[j] + (q[i] + w) . R[T - 1 + j - i]) / sqrt(d), W = softmax_j(s), y = W v
     Under dropout y = (W m) v, see _weights_dropout.py; below, W in dv and dW have the factor m as well
+    s may have a part g[i] b[T - 1 + j - i] more, and no part of R
     With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta) / sqrt(d), and by offset dS'[i, r] =
-    dS[i, i - (T - 1) + r]: dq = dS k + dS' R, dk = dS^T (q + u), dR = dS'^T (q + w), du = sum of dS k, dw = of dS' R
+    dS[i, i - (T - 1) + r]: dq = dS k + dS' R, dk = dS^T (q + u), dR = dS'^T (q + w), du = sum of dS k, dw = of dS' R,
+    db = sqrt(d) sum of g dS', dg = sqrt(d) sum_j b dS
 
 Per score, with d channels of q and e of v:
 
@@ -15,8 +17,8 @@ Per score, with d channels of q and e of v:
     queries     BLOCK queries x channels of q     2 (2 d + e) + 2 channels
     keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns)
     offsets     BLOCK queries x channels          2 channels; of a piece of dS, which ``queries`` left by offset
-    positions   offsets x channels                2 channels; of the same, for a group of sequences
-    add_parts   1024 numbers                      -; dR over the groups
+    positions   offsets x channels                2 channels; of the same, for a group of sequences; db
+    add_parts   1024 numbers                      -; dR and db over the groups
     biases      channels                          -; sums of the parts of du and dw that ``queries`` left
 
 Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
@@ -63,7 +65,7 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    Q, K, V, POS, U, W, PADDING, MASK, SEED, Y, LSE,
+    Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, Y, LSE,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
     mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -76,8 +78,10 @@ def forward_kernel(
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
-    tensors = of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
+    tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
+    offsets = (BIAS, GATE, head, sequence * frames, heads)
     content, position = queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
     begin, end = keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
@@ -101,7 +105,7 @@ def forward_kernel(
             second = third
         key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
         scores = scores_of(
-            first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
+            first, second, third, content, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
         )  # fmt: skip
         first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
@@ -176,9 +180,11 @@ def rel_attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pos: torch.Tensor,
-    bias_u: torch.Tensor,
-    bias_v: torch.Tensor,
+    pos: torch.Tensor | None,
+    bias_u: torch.Tensor | None,
+    bias_v: torch.Tensor | None,
+    offset_bias: torch.Tensor | None,
+    offset_gate: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
@@ -199,12 +205,17 @@ def rel_attention_forward(
     tile = _tiles(q, v, attn_mask, dropout_p, window)["forward"]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
-        q, k, v, pos, bias_u, bias_v, as_bytes(key_padding_mask), as_bytes(attn_mask),
-        dropout_seed if dropout_p else None, y, lse,
+        q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate,
+        as_bytes(key_padding_mask), as_bytes(attn_mask), dropout_seed if dropout_p else None, y, lse,
         *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_last(dim, dropout_p),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
     )  # fmt: skip
     return y, lse
+
+
+def _by_head(offset_bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns a copy of the bias by offset in which the offsets of a head are neighbours."""
+    return None if offset_bias is None else offset_bias.t().contiguous()
 
 
 def _last(dim: int, dropout_p: float) -> tuple[int, float, float]:
@@ -257,9 +268,11 @@ def rel_attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pos: torch.Tensor,
-    bias_u: torch.Tensor,
-    bias_v: torch.Tensor,
+    pos: torch.Tensor | None,
+    bias_u: torch.Tensor | None,
+    bias_v: torch.Tensor | None,
+    offset_bias: torch.Tensor | None,
+    offset_gate: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
@@ -269,12 +282,13 @@ def rel_attention_backward(
     left: int,
     right: int,
     chunk_size: int,
-) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of the six tensors. All tensors are contiguous."""
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns the gradients of the eight tensors, None for those that are None. All tensors are contiguous."""
     batch, frames, heads, dim = q.shape
+    given = q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate
     if not lse.numel():
-        return tuple(torch.zeros_like(t) for t in (q, k, v, pos, bias_u, bias_v))
-    dq, dk, dv, du, dw = (torch.empty_like(t) for t in (q, k, v, bias_u, bias_v))
+        return tuple(None if t is None else torch.zeros_like(t) for t in given)
+    dq, dk, dv, dpos, du, dw, dbias, dgate = (None if t is None else torch.empty_like(t) for t in given)
     width, pairs, scale = heads * dim, heads * batch, dim**-0.5
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
@@ -282,8 +296,8 @@ def rel_attention_backward(
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
     strides, last = (*_strides(q, k, v, grad), mask_stride(attn_mask)), _last(dim, dropout_p)
     operands = (
-        grad, q, k, v, pos, bias_u, bias_v, as_bytes(key_padding_mask), as_bytes(attn_mask),
-        dropout_seed if dropout_p else None, lse,
+        grad, q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate,
+        as_bytes(key_padding_mask), as_bytes(attn_mask), dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
     if q.dtype == torch.float32:
@@ -298,7 +312,8 @@ def rel_attention_backward(
             grad, out, delta, lse.numel(), frames, heads, VALUE_DIM=v.shape[3], **shapes["delta"],
         )  # fmt: skip
     operands = *operands, inverse, delta
-    content = torch.empty_like(q, dtype=torch.float32)
+    content = dq if pos is None else torch.empty_like(q, dtype=torch.float32)
+    by_offset = pos is not None or offset_bias is not None
 
     tile = shapes["queries"]
     block = tile["BLOCK"]
@@ -306,37 +321,53 @@ def rel_attention_backward(
     met, lowest, highest = _met(sizes, block)
     row = (met + 1) * block  # a row of dS by offset
     step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
-    ds = q.new_empty(pairs * min(step, blocks) * block * row)
+    ds = q.new_empty(pairs * min(step, blocks) * block * row) if by_offset else None
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)
     groups = cdiv(batch, each)
-    low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, pos.shape[0])
-    dpos = torch.zeros_like(pos) if window else torch.empty_like(pos)
-    parts = torch.zeros(groups, high - low, width, dtype=shares, device=q.device)
+    low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, frames + k.shape[1] - 1)
+    parts, bias_parts = None, None
+    if pos is not None:
+        parts = torch.zeros(groups, high - low, width, dtype=shares, device=q.device)
+    if (
+        offset_bias is not None
+    ):  # a table of each piece: adding to numbers that several threads read would be a race
+        shape = cdiv(blocks, step), groups, high - low, heads
+        bias_parts = torch.zeros(shape, dtype=shares, device=q.device)
     sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
     columns, of_products = (cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
     for first in range(0, blocks, step):
         count = min(step, blocks - first)
         rows = min(count * block, frames - first * block)
         launch(queries_kernel, (pairs * count, columns),
-            *operands, content, ds, sums_of[0],
+            *operands, content, ds, None if bias_u is None else sums_of[0], dgate,
             *sizes, first * block, rows, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
         )  # fmt: skip
-        launch(offsets_kernel, (pairs * count, of_products),
-            ds, pos, content, dq, sums_of[1], *sizes, first, batch, count, blocks, heads,
-            q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
-        )  # fmt: skip
+        if pos is not None:
+            launch(offsets_kernel, (pairs * count, of_products),
+                ds, pos, content, dq, None if bias_v is None else sums_of[1],
+                *sizes, first, batch, count, blocks, heads,
+                q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
+            )  # fmt: skip
+        if not by_offset:
+            continue
         here = max(lowest, -first - count)  # offsets of the piece, in blocks
         tall = cdiv(min(highest, cdiv(k.shape[1], block) - 1 - first) - here + 1, of_program)
-        launch(positions_kernel, (heads * groups * tall, of_products),
-            ds, q, bias_v, parts, *sizes, first, count, here, low, high, each, groups, batch, tall, heads,
+        launch(positions_kernel, (heads * groups * tall, 1 if pos is None else of_products),
+            ds, q, bias_v, offset_gate, parts, None if bias_parts is None else bias_parts[first // step],
+            *sizes, first, count, here, low, high, each, groups, batch, tall, heads,
             q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
         )  # fmt: skip
-    add_tables(parts, dpos[low:high], groups)
-    launch(biases_kernel, (cdiv(width, BIASES["BLOCK_C"]), 2),
-        sums_of, du, dw, batch * blocks, width, **BIASES,
-    )  # fmt: skip
+    for found, of in ((parts, dpos), (bias_parts, dbias)):
+        if found is not None:
+            if window:  # the other offsets have no pair
+                of.zero_()
+            add_tables(found, of[low:high], found.shape[:-2].numel())
+    if bias_u is not None or bias_v is not None:
+        launch(biases_kernel, (cdiv(width, BIASES["BLOCK_C"]), 1 if bias_v is None else 2),
+            sums_of, du, dw, batch * blocks, width, **BIASES,
+        )  # fmt: skip
 
     tile = shapes["keys"]
     blocks = cdiv(k.shape[1], tile["BLOCK"])
@@ -344,4 +375,4 @@ def rel_attention_backward(
     launch(keys_kernel, (pairs * blocks, columns),
         *operands, dk, dv, *sizes, batch, blocks, heads, *strides, *last, **constants, **tile
     )  # fmt: skip
-    return dq, dk, dv, dpos, du, dw
+    return dq, dk, dv, dpos, du, dw, dbias, dgate

@@ -13,19 +13,61 @@ namespace fastasr::bindings::rel_attention {
 namespace {
 
 using cpu::RelAttention;
+using cpu::RelAttentionGradients;
 using cpu::RelAttentionOperands;
 using cpu::RelAttentionSums;
 
 // Tensors of a call; contiguous.
 struct RelAttentionTensors {
-  const Tensor &q, &k, &v, &pos, &bias_u, &bias_v;
-  const Optional &padding, &mask, &seed;
+  const Tensor &q, &k, &v;
+  const Optional &pos, &bias_u, &bias_v, &offset_bias, &offset_gate, &padding, &mask, &seed;
   double dropout_p;
   int64_t left, right, chunk;
 
   template <typename T>
   RelAttentionOperands<T> operands() const {
-    return {data<T>(q), data<T>(k), data<T>(v), data<T>(pos), data<T>(bias_u), data<T>(bias_v)};
+    return {data<T>(q),
+            data<T>(k),
+            data<T>(v),
+            data_or_null<T>(pos),
+            data_or_null<T>(bias_u),
+            data_or_null<T>(bias_v),
+            data_or_null<T>(offset_bias),
+            data_or_null<T>(offset_gate)};
+  }
+};
+
+using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The gradients of the operands; those of absent ones have no elements.
+struct RelAttentionResults {
+  Tensor q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate;
+
+  explicit RelAttentionResults(const RelAttentionTensors& t)
+      : q(new_like(t.q)),
+        k(new_like(t.k)),
+        v(new_like(t.v)),
+        pos(like(t, t.pos)),
+        bias_u(like(t, t.bias_u)),
+        bias_v(like(t, t.bias_v)),
+        offset_bias(like(t, t.offset_bias)),
+        offset_gate(like(t, t.offset_gate)) {}
+  static Tensor like(const RelAttentionTensors& t, const Optional& x) {
+    return x.has_value() ? new_like(*x) : new_without_elements(t.q);
+  }
+
+  Eight all() const { return {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate}; }
+  void clear() const {
+    for (const Tensor& t : {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate}) {
+      Tensor cleared = t;
+      torch::stable::zero_(cleared);
+    }
+  }
+  template <typename T>
+  RelAttentionGradients<T> gradients() const {
+    const auto pointer = [](const Tensor& t) { return t.numel() ? mutable_data<T>(t) : nullptr; };
+    return {pointer(q),      pointer(k),      pointer(v),           pointer(pos),
+            pointer(bias_u), pointer(bias_v), pointer(offset_bias), pointer(offset_gate)};
   }
 };
 
@@ -40,14 +82,22 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   RelAttention r{};
   AttentionProblem& a = r.problem;
   a.batch = t.q.size(0), a.frames = t.q.size(1), a.heads = t.q.size(2), a.query_dim = a.pos_dim = t.q.size(3);
-  a.pos_batch = 1, a.chunk = -1, a.left_chunks = -1, r.value_dim = t.v.size(3);
+  a.pos_batch = t.pos.has_value(), a.chunk = -1, a.left_chunks = -1, r.value_dim = t.v.size(3);
+  r.has_offset_bias = t.offset_bias.has_value();
   a.left = t.v.size(1) - a.frames;
   check_sizes(t.q, {a.batch, a.frames, a.heads, a.query_dim}, "q");
   check_sizes(t.k, {a.batch, a.keys(), a.heads, a.query_dim}, "k");
   check_sizes(t.v, {a.batch, a.keys(), a.heads, r.value_dim}, "v");
-  check_sizes(t.pos, {a.offsets(), a.heads, a.query_dim}, "pos");
-  check_sizes(t.bias_u, {a.heads, a.query_dim}, "bias_u");
-  check_sizes(t.bias_v, {a.heads, a.query_dim}, "bias_v");
+  const auto check_if_there = [&](const Optional& x, std::initializer_list<int64_t> sizes, const char* name) {
+    if (x.has_value()) check_sizes(*x, sizes, name);
+  };
+  check_if_there(t.pos, {a.offsets(), a.heads, a.query_dim}, "pos");
+  check_if_there(t.bias_u, {a.heads, a.query_dim}, "bias_u");
+  check_if_there(t.bias_v, {a.heads, a.query_dim}, "bias_v");
+  check_if_there(t.offset_bias, {a.offsets(), a.heads}, "offset_bias");
+  check_if_there(t.offset_gate, {a.batch, a.frames, a.heads}, "offset_gate");
+  check(t.pos.has_value() || !t.bias_v.has_value(), op, "bias_v without pos");
+  check(t.offset_bias.has_value() || !t.offset_gate.has_value(), op, "offset_gate without offset_bias");
   set_masks(a, t.padding, t.mask, op);
   check(t.left >= -1 && t.right >= -1, op, "context");
   check(t.chunk >= 1, op, "chunk_size");
@@ -64,9 +114,12 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   return r;
 }
 
-// The channels of the products of a pair: two for scores and one with the values; the gradients take eight in all.
-int64_t forward_channels(const RelAttention& r) { return 2 * r.problem.query_dim + r.value_dim; }
-int64_t backward_channels(const RelAttention& r) { return 6 * r.problem.query_dim + 2 * r.value_dim; }
+// The channels of the products of a pair: two for scores and one with the values; the gradients take eight in all. Half
+// of those with queries are of positions.
+int64_t forward_channels(const RelAttention& r) { return r.problem.query_dim + r.position_channels() + r.value_dim; }
+int64_t backward_channels(const RelAttention& r) {
+  return 3 * (r.problem.query_dim + r.position_channels()) + 2 * r.value_dim;
+}
 
 Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
   return new_contiguous(q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(q)));
@@ -76,13 +129,16 @@ Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
 // waking a second one costs more than it saves, and its packed operands would lie in its own caches.
 void parallel_steps(int64_t tasks, int64_t work, RangeFunction f) { parallel_tasks(tasks, work / 4, f); }
 
-std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
-                                                 const Tensor& bias_u, const Tensor& bias_v, const Optional& padding,
-                                                 const Optional& mask, const Optional& dropout_seed, double dropout_p,
-                                                 int64_t left, int64_t right, int64_t chunk) {
+std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
+                                                 const Optional& bias_u, const Optional& bias_v,
+                                                 const Optional& offset_bias, const Optional& offset_gate,
+                                                 const Optional& padding, const Optional& mask,
+                                                 const Optional& dropout_seed, double dropout_p, int64_t left,
+                                                 int64_t right, int64_t chunk) {
   const char* op = "rel_attention_forward";
-  const RelAttentionTensors tensors{q,         k,    v,     pos,  bias_u, bias_v, padding, mask, dropout_seed,
-                                    dropout_p, left, right, chunk};
+  const RelAttentionTensors tensors{q,           k,           v,       pos,  bias_u,       bias_v,
+                                    offset_bias, offset_gate, padding, mask, dropout_seed, dropout_p,
+                                    left,        right,       chunk};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
   Tensor y = new_contiguous(v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(q, a);
@@ -133,23 +189,24 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
   return {y, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& bias_u,
-    const Tensor& bias_v, const Optional& padding, const Optional& mask, const Optional& dropout_seed,
-    const Tensor& /*out*/,
-    // the softmax is computed again with the scores: its sums are exact, and it does not depend on out
-    const Tensor& /*lse*/, double dropout_p, int64_t left, int64_t right, int64_t chunk) {
+Eight rel_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
+                             const Optional& bias_u, const Optional& bias_v, const Optional& offset_bias,
+                             const Optional& offset_gate, const Optional& padding, const Optional& mask,
+                             const Optional& dropout_seed, const Tensor& /*out*/,
+                             // the softmax is computed again with the scores: its sums are exact, and it does not
+                             // depend on out
+                             const Tensor& /*lse*/, double dropout_p, int64_t left, int64_t right, int64_t chunk) {
   const char* op = "rel_attention_backward";
-  const RelAttentionTensors tensors{q,         k,    v,     pos,  bias_u, bias_v, padding, mask, dropout_seed,
-                                    dropout_p, left, right, chunk};
+  const RelAttentionTensors tensors{q,           k,           v,       pos,  bias_u,       bias_v,
+                                    offset_bias, offset_gate, padding, mask, dropout_seed, dropout_p,
+                                    left,        right,       chunk};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
   check(has_sizes(grad, {a.batch, a.frames, a.heads, r.value_dim}), op, "sizes of grad");
-  Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v), dpos = new_like(pos);
-  Tensor du = new_like(bias_u), dw = new_like(bias_v);
+  const RelAttentionResults results(tensors);
   if (grad.numel() == 0) {
-    for (Tensor* t : {&dq, &dk, &dv, &dpos, &du, &dw}) torch::stable::zero_(*t);
-    return {dq, dk, dv, dpos, du, dw};
+    results.clear();
+    return results.all();
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
@@ -162,33 +219,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
     const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, a.batch);
     const int64_t each = (a.batch + wanted - 1) / wanted, parts = (a.batch + each - 1) / each, tasks = a.heads * parts;
     const int64_t rt_size = r.positions_transposed_size(), r_size = r.positions_size(), width = 2 * a.query_dim;
+    const int64_t o_size = r.offsets_size();
     const Scratch<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
-    const Scratch<double> biases(tasks * width);
+    const Scratch<double> biases(tasks * (width + o_size));
+    double* const offsets = biases.data() + tasks * width;
     C *const rt = workspace.data(), *const rows = rt + a.heads * rt_size, *const sums = rows + a.heads * r_size;
     parallel_tasks(a.heads, rt_size + r_size, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++) kernel.pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
     });
     const T* gp = data<T>(grad);
-    T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
+    const RelAttentionGradients<T> gradients = results.gradients<T>();
     parallel_tasks(tasks, each * pairs_work(a.frames, a.keys(), backward_channels(r)), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t h = i / parts, first = i % parts * each;
-        const RelAttentionSums<C> own{sums + i * r_size, biases.data() + i * width};
+        const RelAttentionSums<C> own{sums + i * r_size, biases.data() + i * width, offsets + i * o_size};
         std::fill_n(own.positions, r_size, C(0));
         std::fill_n(own.biases, width, 0.0);
+        std::fill_n(own.offsets, o_size, 0.0);
         for (int64_t b = first; b < std::min(first + each, a.batch); b++)
-          kernel.backward(r, ranges.data(), gp, t, rt + h * rt_size, rows + h * r_size, h * a.batch + b, dqp, dkp, dvp,
-                          own, scratch.data());
+          kernel.backward(r, ranges.data(), gp, t, rt + h * rt_size, rows + h * r_size, h * a.batch + b, gradients, own,
+                          scratch.data());
       }
     });
-    T *pp = mutable_data<T>(dpos), *up = mutable_data<T>(du), *wp = mutable_data<T>(dw);
-    parallel_tasks(a.heads, parts * r_size, [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; h++)
-        kernel.store_sums(r, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp, up, wp);
+    parallel_tasks(a.heads, parts * (r_size + o_size), [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; h++) {
+        const int64_t first = h * parts;
+        kernel.store_sums(r, {sums + first * r_size, biases.data() + first * width, offsets + first * o_size}, parts, h,
+                          gradients);
+      }
     });
   });
-  return {dq, dk, dv, dpos, du, dw};
+  return results.all();
 }
 
 // Sequences that lie one after the other as rows (N, heads, dim) of q, k and v, each of which sees itself. The longest
@@ -217,9 +279,10 @@ struct PackedSequences {
     check_sizes(t.q, {rows, heads, dim}, "q");
     check_sizes(t.k, {rows, heads, dim}, "k");
     check_sizes(t.v, {rows, heads, value_dim}, "v");
-    check_sizes(t.pos, {2 * longest - 1, heads, dim}, "pos");
-    check_sizes(t.bias_u, {heads, dim}, "bias_u");
-    check_sizes(t.bias_v, {heads, dim}, "bias_v");
+    check(t.pos.has_value() && t.bias_u.has_value() && t.bias_v.has_value(), op, "pos, bias_u or bias_v");
+    check_sizes(*t.pos, {2 * longest - 1, heads, dim}, "pos");
+    check_sizes(*t.bias_u, {heads, dim}, "bias_u");
+    check_sizes(*t.bias_v, {heads, dim}, "bias_v");
     check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
     const int64_t* seeds = nullptr;
     if (t.dropout_p > 0) {
@@ -247,12 +310,13 @@ struct PackedSequences {
   const One& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
 };
 
-Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
-                                    const Tensor& bias_u, const Tensor& bias_v, const Optional& dropout_seeds,
+Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
+                                    const Optional& bias_u, const Optional& bias_v, const Optional& dropout_seeds,
                                     std::vector<int64_t> lengths, double dropout_p) {
   const char* op = "rel_attention_packed_forward";
   const Optional none;
-  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, none, none, dropout_seeds, dropout_p, -1, -1, 1};
+  const RelAttentionTensors tensors{q,         k,  v,  pos, bias_u, bias_v, none, none, none, none, dropout_seeds,
+                                    dropout_p, -1, -1, 1};
   Tensor y = new_contiguous(v);
   with_kernel_type(dtype_of(q), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
@@ -283,15 +347,15 @@ Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& bias_u,
-    const Tensor& bias_v, const Optional& dropout_seeds, std::vector<int64_t> lengths, double dropout_p) {
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos, const Optional& bias_u,
+    const Optional& bias_v, const Optional& dropout_seeds, std::vector<int64_t> lengths, double dropout_p) {
   const char* op = "rel_attention_packed_backward";
   const Optional none;
-  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, none, none, dropout_seeds, dropout_p, -1, -1, 1};
+  const RelAttentionTensors tensors{q,         k,  v,  pos, bias_u, bias_v, none, none, none, none, dropout_seeds,
+                                    dropout_p, -1, -1, 1};
   check_like(grad, v, op, "grad");
   check_same_size(grad, v, op, "grad");
-  Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v), dpos = new_like(pos);
-  Tensor du = new_like(bias_u), dw = new_like(bias_v);
+  const RelAttentionResults results(tensors);
   with_kernel_type(dtype_of(q), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
@@ -305,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
     const Scratch<double> biases(tasks * width);
     C* const sums = workspace.data();
     const T* gp = data<T>(grad);
-    T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
+    const RelAttentionGradients<T> gradients = results.gradients<T>();
     parallel_packed(tasks, sequences.starts, heads, backward_channels(longest), [&](int64_t begin, int64_t end) {
       const Scratch<C> positions(rt_size + r_size), scratch(longest.backward_scratch());
       C *const rt = positions.data(), *const rows = rt + rt_size;
@@ -319,39 +383,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
           const auto& [r, t, first, range] = sequences[s];
           const int64_t frames = r.problem.frames, at = first * heads;
           if (frames != packed) kernel.pack_positions(r, t, head, rt, rows), packed = frames;
-          kernel.backward(r, &range, gp + at * r.value_dim, t, rt, rows, head, dqp + at * dim, dkp + at * dim,
-                          dvp + at * r.value_dim,
-                          {own + (longest.problem.frames - frames) * r.dim(), biases.data() + i * width},
+          RelAttentionGradients<T> here = gradients;
+          here.q += at * dim, here.k += at * dim, here.v += at * r.value_dim;
+          kernel.backward(r, &range, gp + at * r.value_dim, t, rt, rows, head, here,
+                          {own + (longest.problem.frames - frames) * r.dim(), biases.data() + i * width, nullptr},
                           scratch.data());
         }
       }
     });
-    T *pp = mutable_data<T>(dpos), *up = mutable_data<T>(du), *wp = mutable_data<T>(dw);
     parallel_tasks(heads, parts * r_size, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++)
-        kernel.store_sums(longest, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp, up,
-                          wp);
+        kernel.store_sums(longest, {sums + h * parts * r_size, biases.data() + h * parts * width, nullptr}, parts, h,
+                          gradients);
     });
   });
-  return {dq, dk, dv, dpos, du, dw};
+  return {results.q, results.k, results.v, results.pos, results.bias_u, results.bias_v};
 }
 
 }  // namespace
 
 FASTASR_OPERATORS(
-    {"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
-     "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p, int left, int right, "
+    {"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
+     "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, "
+     "float dropout_p, int left, int right, "
      "int chunk) -> (Tensor, Tensor)",
      Boxed<rel_attention_forward>::call},
-    {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
-     "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor out, "
-     "Tensor lse, float dropout_p, int left, int right, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
+     "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? attn_mask, "
+     "Tensor? dropout_seed, Tensor out, Tensor lse, float dropout_p, int left, int right, int chunk) -> "
+     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
      Boxed<rel_attention_backward>::call},
-    {"rel_attention_packed_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
+    {"rel_attention_packed_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
      "Tensor? dropout_seeds, int[] lengths, float dropout_p) -> Tensor",
      Boxed<rel_attention_packed_forward>::call},
-    {"rel_attention_packed_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
-     "Tensor bias_v, Tensor? dropout_seeds, int[] lengths, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, "
+    {"rel_attention_packed_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
+     "Tensor? bias_v, Tensor? dropout_seeds, int[] lengths, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, "
      "Tensor, Tensor)",
      Boxed<rel_attention_packed_backward>::call})
 

@@ -15,6 +15,7 @@ struct Shape {
   double dropout = 0;
   int64_t cached = 0;
   cpu::Context context{};
+  int more = 3;  // 1: positions, 2: biases, 4: a bias by offset, 8: its gate
   int64_t keys() const { return cached + frames; }
 };
 
@@ -30,13 +31,19 @@ struct Call {
       k{s.batch * s.keys() * s.heads * s.dim, 3, random, 0.7},
       v{s.batch * s.keys() * s.heads * s.value_dim, 0, random, 0.7},
       pos{(s.frames + s.keys() - 1) * s.heads * s.dim, 2, random, 0.7}, u{s.heads * s.dim, 0, random, 0.7},
-      w{s.heads * s.dim, 0, random, 0.7}, grad{s.batch * s.frames * s.heads * s.value_dim, 1, random, 0.7};
+      w{s.heads * s.dim, 0, random, 0.7}, grad{s.batch * s.frames * s.heads * s.value_dim, 1, random, 0.7},
+      bias{(s.frames + s.keys() - 1) * s.heads, 1, random, 0.7}, gate{s.batch * s.frames * s.heads, 1, random, 0.7};
   std::vector<uint8_t> padding, mask;
-  Reals y, lse, dq, dk, dv, dpos, du, dw;
+  Reals y, lse, dq, dk, dv, dpos, du, dw, dbias, dgate;
+  bool positions() const { return s.more & 1; }
+  bool biases() const { return s.more & 2; }
+  bool by_offset() const { return s.more & 4; }
+  bool gated() const { return s.more & 8; }
 
   Call(const Shape& shape, uint64_t seed) : s(shape), random(seed) {
     a.batch = s.batch, a.frames = s.frames, a.heads = s.heads, a.query_dim = a.pos_dim = s.dim;
-    a.pos_batch = 1, a.chunk = -1, a.left_chunks = -1, r.value_dim = s.value_dim;
+    a.pos_batch = positions(), r.has_offset_bias = by_offset(), a.chunk = -1, a.left_chunks = -1,
+    r.value_dim = s.value_dim;
     a.left = s.cached, r.context = s.context;
     r.dropout = {seed * 0x123456789abcdef, static_cast<int32_t>(s.dropout * 0x1p31), 1 / (1 - s.dropout)};
     const auto draw = [&](std::vector<uint8_t>& m, int64_t n) {
@@ -73,19 +80,23 @@ struct Call {
     const auto zeros = [](Reals& t, int64_t count) { t.assign(static_cast<size_t>(count), 0); };
     zeros(y, grad.size()), zeros(lse, a.batch * a.heads * n), zeros(dq, q.size()), zeros(dk, k.size());
     zeros(dv, v.size()), zeros(dpos, pos.size()), zeros(du, u.size()), zeros(dw, w.size());
+    zeros(dbias, bias.size()), zeros(dgate, gate.size());
     Reals p(static_cast<size_t>(keys)), dp(p);
     for (int64_t b = 0; b < a.batch; b++)
       for (int64_t h = 0; h < a.heads; h++)
         for (int64_t i = 0; i < n; i++) {
           const int64_t qi = row(b, i, h) * d, hd = h * d;
           const auto offset = [&](int64_t j) { return ((n - 1 + j - i) * a.heads + h) * d; };
+          const long double factor = gated() ? gate(row(b, i, h)) : 1;
+          const auto with_bias = [&](Buffer<T>& t, int64_t c) { return q(qi + c) + (biases() ? t(hd + c) : 0); };
           long double sum = 0, delta = 0;
           for (int64_t j = 0; j < keys; j++) {
             long double score = 0;
             for (int64_t c = 0; c < d; c++)
-              score +=
-                  (q(qi + c) + u(hd + c)) * k(key_row(b, j, h) * d + c) + (q(qi + c) + w(hd + c)) * pos(offset(j) + c);
-            sum += p[j] = hidden(b, i, j) ? 0 : std::exp(score * scale);
+              score += with_bias(u, c) * k(key_row(b, j, h) * d + c) +
+                       (positions() ? with_bias(w, c) * pos(offset(j) + c) : 0);
+            const long double more = by_offset() ? factor * bias(offset(j) / d) : 0;
+            sum += p[j] = hidden(b, i, j) ? 0 : std::exp(score * scale + more);
           }
           lse[(b * a.heads + h) * n + i] = sum == 0 ? INFINITY : std::log(sum);
           if (sum == 0) continue;
@@ -104,13 +115,14 @@ struct Call {
           }
           for (int64_t j = 0; j < keys; j++) {
             const long double ds = p[j] * (dp[j] - delta) * scale;
+            dbias[offset(j) / d] += factor * ds / scale, dgate[row(b, i, h)] += bias(offset(j) / d) * ds / scale;
             for (int64_t c = 0; c < d; c++) {
               const int64_t kj = key_row(b, j, h) * d + c, rj = offset(j) + c;
-              const long double content = ds * k(kj), position = ds * pos(rj);
+              const long double content = ds * k(kj), position = positions() ? ds * pos(rj) : 0;
               dq[qi + c] += content + position;
               du[hd + c] += content, dw[hd + c] += position;
-              dk[kj] += ds * (q(qi + c) + u(hd + c));
-              dpos[rj] += ds * (q(qi + c) + w(hd + c));
+              dk[kj] += ds * with_bias(u, c);
+              dpos[rj] += ds * with_bias(w, c);
             }
           }
         }
@@ -128,14 +140,29 @@ void values(const Shape& shape, uint64_t seed) {
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
   const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
-  const cpu::RelAttentionOperands<T> t{c.q, c.k, c.v, c.pos, c.u, c.w};
+  const auto given = [](bool there, T* x) { return there ? x : nullptr; };
+  const auto biases_of = [&](T* u, T* w) {
+    return std::pair{given(c.biases(), u), given(c.biases() && c.positions(), w)};
+  };
+  const auto [bias_u, bias_v] = biases_of(c.u, c.w);
+  const cpu::RelAttentionOperands<T> t{c.q,
+                                       c.k,
+                                       c.v,
+                                       given(c.positions(), c.pos),
+                                       bias_u,
+                                       bias_v,
+                                       given(c.by_offset(), c.bias),
+                                       given(c.gated(), c.gate)};
   Buffer<C> kt(r.keys_transposed_size()), packed(r.values_size()), rt(a.heads * r.positions_transposed_size()),
       rows(a.heads * r.positions_size()), sums(pairs * r.positions_size()), forward(r.forward_scratch()),
       backward(r.backward_scratch()), lse(pairs * a.frames, 1);
-  Buffer<double> biases(pairs * 2 * a.query_dim);
+  Buffer<double> biases(pairs * 2 * a.query_dim), offsets(pairs * r.offsets_size());
   Buffer<T> y(c.grad.size(), 1), dq(c.q.size(), 1), dk(c.k.size(), 1), dv(c.v.size(), 1), dpos(c.pos.size(), 1),
-      du(c.u.size(), 1), dw(c.w.size(), 1);
-  sums.set(0), biases.set(0);
+      du(c.u.size(), 1), dw(c.w.size(), 1), dbias(c.bias.size(), 1), dgate(c.gate.size(), 1);
+  sums.set(0), biases.set(0), offsets.set(0);
+  const auto [du_out, dw_out] = biases_of(du, dw);
+  const cpu::RelAttentionGradients<T> gradients{
+      dq, dk, dv, given(c.positions(), dpos), du_out, dw_out, given(c.by_offset(), dbias), given(c.gated(), dgate)};
   for (int64_t h = 0; h < a.heads; h++)
     kernel.pack_positions(r, t, h, rt + h * r.positions_transposed_size(), rows + h * r.positions_size());
   for (int64_t pair = 0; pair < pairs; pair++) {
@@ -144,12 +171,16 @@ void values(const Shape& shape, uint64_t seed) {
     for (int64_t i = 0; i < a.frames; i += cpu::kRelAttentionQueries)
       kernel.forward(r, ranges.data(), t, kt, packed, positions, pair, i,
                      std::min(i + cpu::kRelAttentionQueries, a.frames), y, lse, forward);
-    kernel.backward(r, ranges.data(), c.grad, t, positions, rows + pair / a.batch * r.positions_size(), pair, dq, dk,
-                    dv, {sums + pair * r.positions_size(), biases + pair * 2 * a.query_dim}, backward);
+    kernel.backward(
+        r, ranges.data(), c.grad, t, positions, rows + pair / a.batch * r.positions_size(), pair, gradients,
+        {sums + pair * r.positions_size(), biases + pair * 2 * a.query_dim, offsets + pair * r.offsets_size()},
+        backward);
   }
   for (int64_t h = 0; h < a.heads; h++)
-    kernel.store_sums(r, {sums + h * parts * r.positions_size(), biases + h * parts * 2 * a.query_dim}, parts, h, dpos,
-                      du, dw);
+    kernel.store_sums(r,
+                      {sums + h * parts * r.positions_size(), biases + h * parts * 2 * a.query_dim,
+                       offsets + h * parts * r.offsets_size()},
+                      parts, h, gradients);
   const auto same = [](const char* name, auto& got, const Reals& expected, double errors) {
     using R = std::decay_t<decltype(got[0])>;
     for (int64_t i = 0; i < got.size(); i++)
@@ -157,7 +188,11 @@ void values(const Shape& shape, uint64_t seed) {
   };
   same("y", y, c.y, 128), same("lse", lse, c.lse, 64);
   same("dq", dq, c.dq, 256), same("dk", dk, c.dk, 256), same("dv", dv, c.dv, 256);
-  same("dpos", dpos, c.dpos, 256), same("dbias_u", du, c.du, 512), same("dbias_v", dw, c.dw, 512);
+  if (c.positions()) same("dpos", dpos, c.dpos, 256);
+  if (du_out) same("dbias_u", du, c.du, 512);
+  if (dw_out) same("dbias_v", dw, c.dw, 512);
+  if (c.by_offset()) same("doffset_bias", dbias, c.dbias, 256);
+  if (c.gated()) same("doffset_gate", dgate, c.dgate, 256);
 
   if constexpr (std::is_same_v<T, float>) {
     if (!r.has_few_queries()) return;
@@ -188,6 +223,11 @@ TEST_CASE("rel_attention") {
       {2, 1, 3, 19, 5, 0, 0, 16},
       {1, 15, 2, 33, 48, 6, 0, 90, {60, 1, 4}},
       {1, 90, 1, 5, 19, 2, 0.25, 550, {40, -1, 3}},
+      {2, 40, 3, 8, 8, 1, 0, 0, {}, 0},
+      {2, 40, 2, 8, 19, 3, 0, 0, {}, 4},
+      {2, 33, 3, 5, 8, 5, 0.25, 0, {20, 3}, 14},
+      {1, 560, 2, 8, 8, 1, 0, 30, {}, 15},
+      {2, 3, 2, 8, 8, 0, 0, 70, {}, 1},
   };
   uint64_t seed = 1;
   for (const Shape& shape : shapes) {

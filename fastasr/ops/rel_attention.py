@@ -7,8 +7,12 @@ queries' frames (K = T but for a stream, whose first K − T keys come from a ca
     s[i,j] = ((q[i] + u)·k[j] + (q[i] + w)·R[T − 1 + j − i]) / √d,    y[i] = Σ_j softmax_j(s[i,j]) m[i,j] v[j]
 
 over the keys that query i sees; a query that sees none gives 0. Row r of R stands for the key r − (K − 1) frames behind
-the query; u and w are the biases of content and of position. A limited context hides keys without a mask: with
-f = i + K − T, the query's frame, and chunks of c frames, query i sees
+the query; u and w are the biases of content and of position. Instead of R, or with it, a number b by offset, times one
+g by query, may be added to the score, as T5's bias (Raffel et al., 2020) and WavLM's gated one (Chen et al., 2022):
+
+    s[i,j] = … + g[i] b[T − 1 + j − i]
+
+A limited context hides keys without a mask: with f = i + K − T, the query's frame, and chunks of c frames, query i sees
 
     c⌊f / c⌋ − left ≤ j < c⌊f / c⌋ + c + right
 
@@ -18,6 +22,7 @@ D[i] = Σ_j P m G vᵀ:
 
     dv = (P m)ᵀ G        dS = P (m G vᵀ − D) / √d
     dq = dS k + dS′ R,    dk = dSᵀ (q + u),    dR = dS′ᵀ (q + w),    du = Σ dS k,    dw = Σ dS′ R
+    db = √d Σ g dS′,      dg = √d Σ_j b dS
 
 where dS′[i, T − 1 + j − i] = dS[i, j]: the same numbers ordered by offset instead of by key, every row one element
 further left than the one before.
@@ -42,17 +47,22 @@ from fastasr.ops._relative_positions import outside_context, relative_shift
 def _check(op, a) -> None:
     if a.dropout_p and a.dropout_seed is None:
         op.fail("dropout_seed", "a Tensor where dropout_p is more than 0", None)
+    if a.bias_v is not None and a.pos is None:
+        op.fail("bias_v", "it together with pos", "no pos")
+    if a.offset_gate is not None and a.offset_bias is None:
+        op.fail("offset_gate", "it together with offset_bias", "no offset_bias")
     if min(a.context) < -1:
         op.fail("context", "two numbers, each -1 or at least 0", a.context)
 
 
-_TENSORS = "q k v pos bias_u bias_v key_padding_mask attn_mask dropout_seed"
+_FLOATING = "q k v pos bias_u bias_v offset_bias offset_gate"
+_TENSORS = f"{_FLOATING} key_padding_mask attn_mask dropout_seed"
 _OPTIONS = "dropout_p *context chunk_size"
 
 
 @op(
     "cpu triton",
-    one_dtype="q k v pos bias_u bias_v",
+    one_dtype=_FLOATING,
     autocast="one dtype",
     keeps={"lse": Annotated[Tensor, "B H T", "wide q"]},
     saves=f"{_TENSORS} y lse",
@@ -61,16 +71,18 @@ _OPTIONS = "dropout_p *context chunk_size"
     fast_strides=_TENSORS,
     check=_check,
     summary="softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the "
-    "weights in memory; limited context, cache",
+    "weights in memory; bias by offset with a gate, limited context, cache",
 )
 def rel_attention(
     q: Annotated[Tensor, "B T H D, H >= 1, D >= 1"],
     k: Annotated[Tensor, "B K H D, K >= T"],
     v: Annotated[Tensor, "B K H E, E >= 1"],
-    pos: Annotated[Tensor, "(T and T+K-1) H D"],
-    bias_u: Annotated[Tensor, "H D"],
-    bias_v: Annotated[Tensor, "H D"],
+    pos: Annotated[Tensor, "(T and T+K-1) H D"] | None = None,
+    bias_u: Annotated[Tensor, "H D"] | None = None,
+    bias_v: Annotated[Tensor, "H D"] | None = None,
     *,
+    offset_bias: Annotated[Tensor, "(T and T+K-1) H"] | None = None,
+    offset_gate: Annotated[Tensor, "B T H"] | None = None,
     key_padding_mask: Annotated[Tensor, "B K", bool] | None = None,
     attn_mask: Annotated[Tensor, "T K | B T K", bool] | None = None,
     dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
@@ -85,8 +97,10 @@ def rel_attention(
         k: (B, K, H, d), K of at least T: the last T are the queries' frames.
         v: (B, K, H, e), e of at least 1.
         pos: (T + K − 1, H, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
-            rows where T is 0.
+            rows where T is 0. None: scores have no part of positions.
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
+        offset_bias: (T + K − 1, H): added to the scores after the division by √d, by offset as the rows of ``pos``.
+        offset_gate: (B, T, H): factors of offset_bias, for each query.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
@@ -101,13 +115,20 @@ def rel_attention(
         sees no key.
     Raises:
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
-        ValueError: shapes or devices do not match; an option is out of range.
+        ValueError: shapes or devices do not match; an option is out of range; an argument is given without the one
+            that it belongs to.
     """
     scale = q.shape[-1] ** -0.5
-    content = ((q + bias_u) * scale).transpose(1, 2)  # [B, H, T, d]
-    position = ((q + bias_v) * scale).transpose(1, 2)
-    by_offset = torch.matmul(position, pos.permute(1, 2, 0))  # [B, H, T, T + K - 1]
-    scores = torch.matmul(content, k.permute(0, 2, 3, 1)) + relative_shift(by_offset)
+    content = ((q if bias_u is None else q + bias_u) * scale).transpose(1, 2)  # [B, H, T, d]
+    scores = torch.matmul(content, k.permute(0, 2, 3, 1))
+    if pos is not None:
+        position = ((q if bias_v is None else q + bias_v) * scale).transpose(1, 2)
+        by_offset = torch.matmul(position, pos.permute(1, 2, 0))  # [B, H, T, T + K - 1]
+        scores = scores + relative_shift(by_offset)
+    if offset_bias is not None:
+        rows = offset_bias.t().unsqueeze(1).expand(-1, q.shape[1], -1)  # [H, T, T + K - 1]
+        gate = 1.0 if offset_gate is None else offset_gate.transpose(1, 2).unsqueeze(-1)  # [B, H, T, 1]
+        scores = scores + gate * relative_shift(rows)
     masks = [] if key_padding_mask is None else [key_padding_mask[:, None, None, :]]
     masks += [] if attn_mask is None else [attn_mask.unsqueeze(-3)]
     masks += [] if max(context) < 0 else [outside_context(scores, context, chunk_size)]

@@ -30,6 +30,11 @@ struct AttentionRows {
   void (*rescaled)(C* total, const C* part, int64_t rows, int64_t n, const C* scale);
   // total[j] += part[j]. n is a multiple of 16.
   void (*add)(C* total, const C* part, int64_t n);
+  // total[j] += scale part[j]
+  void (*add_scaled)(C* total, const C* part, int64_t n, C scale);
+  void (*add_to_double)(double* total, const C* part, int64_t n, C scale);
+  // Returns sum_j a[j] b[j]. n is a multiple of 32.
+  C (*dot)(const C* a, const C* b, int64_t n);
   // With W = w / sum: g[j] = W[j] (g[j] - sum_j W g). n is a multiple of 32.
   void (*attention_gradient)(const C* w, C sum, C* g, int64_t n);
   // Multiplies the weights of the keys [key, key + n) by `scale` where dropout keeps them, else by 0.

@@ -68,6 +68,22 @@ void add(C* __restrict total, const C* __restrict part, int64_t n) {
   }
 }
 
+template <typename C, typename S>
+void add_scaled(S* __restrict total, const C* __restrict part, int64_t n, C scale) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) total[j] += static_cast<S>(scale * part[j]);
+}
+
+template <typename C>
+C dot(const C* __restrict a, const C* __restrict b, int64_t n) {
+  C lanes[kLanes] = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) lanes[l] += a[j + l] * b[j + l];
+  }
+  return sum_of_lanes(lanes);
+}
+
 // Computes s / sum as s inverse + s rest, where inverse + rest = 1 / sum to twice the precision: as exact as a
 // division.
 template <typename T>
@@ -118,8 +134,9 @@ void softmax_gradient(const T* __restrict w, const T* __restrict g, compute_t<T>
 
 FASTASR_KERNELS(AttentionRows, .fill_where = fill_where<compute_t<T>>, .maximum = maximum<compute_t<T>>,
                 .exponentials = exponentials<compute_t<T>>, .rescaled = rescaled<compute_t<T>>,
-                .add = add<compute_t<T>>, .attention_gradient = attention_gradient<compute_t<T>>,
-                .drop = drop<compute_t<T>>, .penalty = penalty<compute_t<T>>, .divided = divided<T>,
-                .softmax_gradient = softmax_gradient<T>)
+                .add = add<compute_t<T>>, .add_scaled = add_scaled<compute_t<T>, compute_t<T>>,
+                .add_to_double = add_scaled<compute_t<T>, double>, .dot = dot<compute_t<T>>,
+                .attention_gradient = attention_gradient<compute_t<T>>, .drop = drop<compute_t<T>>,
+                .penalty = penalty<compute_t<T>>, .divided = divided<T>, .softmax_gradient = softmax_gradient<T>)
 
 }  // namespace fastasr::cpu

@@ -90,26 +90,59 @@ void copy_padded(const T* in, int64_t step, int64_t count, int64_t width, C* out
   copy_rows(in, step, count, width, out, depth);
 }
 
-// Prepares a strip's queries with the biases, times the scale: rows of `dim()`, zeros behind their channels, and by
+// Computes out = (q + bias) scale, over the channels of a row.
+template <typename T, typename C = compute_t<T>>
+void add_bias(const T* __restrict q, const T* __restrict bias, int64_t dim, C scale, C* __restrict out) {
+  if (bias)
+    for (int64_t d = 0; d < dim; d++) out[d] = (load(q[d]) + load(bias[d])) * scale;
+  else
+    for (int64_t d = 0; d < dim; d++) out[d] = load(q[d]) * scale;
+}
+
+template <typename T>
+const T* bias_of(const T* bias, int64_t head, int64_t dim) {
+  return bias ? bias + head * dim : nullptr;
+}
+
+// Prepares a strip's queries with a bias, times the scale: rows of `dim()`, zeros behind their channels, and by
 // channel. Rows behind the last frame are zeros.
+template <typename T, typename C = compute_t<T>>
+void load_biased(const RelAttention& r, const T* q, const T* bias, const Strip& s, int64_t pair, C* rows, C* columns) {
+  const AttentionProblem& a = r.problem;
+  const int64_t dim = a.query_dim, depth = r.dim();
+  for (int m = 0; m < s.stored; m++) {
+    C* row = rows + m * depth;
+    add_bias(row_of(a, q, dim, pair, s.begin + m), bias_of(bias, s.head, dim), dim, scale_of<C>(r), row);
+    zero(row + dim, depth - dim);
+  }
+  zero(rows + s.stored * depth, (s.rows - s.stored) * depth);
+  if (s.stored < s.rows) zero(columns, dim * s.rows);
+  transpose(rows, depth, s.stored, dim, columns, s.rows);
+}
+
+// Prepares a strip's queries with the biases of content and, where there are positions, of position.
 template <typename T, typename C = compute_t<T>>
 void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, int64_t pair, C* content_rows,
                  C* position_rows, C* content, C* position) {
-  const AttentionProblem& a = r.problem;
-  const int64_t dim = a.query_dim, depth = r.dim();
-  const T *u = t.bias_u + s.head * dim, *w = t.bias_v + s.head * dim;
-  const C scale = scale_of<C>(r);
-  for (int m = 0; m < s.stored; m++) {
-    const T* q = row_of(a, t.q, dim, pair, s.begin + m);
-    C* __restrict c = content_rows + m * depth, * __restrict p = position_rows + m * depth;
-    for (int64_t d = 0; d < dim; d++) c[d] = (load(q[d]) + load(u[d])) * scale;
-    for (int64_t d = 0; d < dim; d++) p[d] = (load(q[d]) + load(w[d])) * scale;
-    zero(c + dim, depth - dim), zero(p + dim, depth - dim);
-  }
-  for (C* rows : {content_rows, position_rows}) zero(rows + s.stored * depth, (s.rows - s.stored) * depth);
-  if (s.stored < s.rows) zero(content, dim * s.rows), zero(position, dim * s.rows);
-  transpose(content_rows, depth, s.stored, dim, content, s.rows);
-  transpose(position_rows, depth, s.stored, dim, position, s.rows);
+  load_biased(r, t.q, t.bias_u, s, pair, content_rows, content);
+  if (r.problem.pos_batch) load_biased(r, t.q, t.bias_v, s, pair, position_rows, position);
+}
+
+// Returns the place of a query's gate in (batch, frames, heads).
+int64_t gate_of(const AttentionProblem& a, int64_t pair, int64_t frame) {
+  return (pair % a.batch * a.frames + frame) * a.heads + pair / a.batch;
+}
+
+// Returns the factor of a query's offset bias.
+template <typename T, typename C = compute_t<T>>
+C gate(const AttentionProblem& a, const RelAttentionOperands<T>& t, int64_t pair, int64_t frame) {
+  return t.offset_gate ? load(t.offset_gate[gate_of(a, pair, frame)]) : C(1);
+}
+
+// Returns a row of the offset bias that begins at the offset of the key `begin`; `row` is what the table begins with.
+template <typename C>
+C* bias_row(const AttentionProblem& a, C* row, int64_t frame, int64_t begin) {
+  return row + kAttentionMargin + a.frames - 1 - frame + begin;
 }
 
 // Sets the scores s[j - begin] of hidden keys and of those behind the last to -inf.
@@ -122,21 +155,29 @@ void hide(const RelAttention& r, const Strip& t, int m, const KeyRange& range, i
   std::fill(s + std::clamp<int64_t>(w.end - begin, 0, n), s + n, -kInfinity<C>);
 }
 
-// Computes s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] for the keys [begin, end), -inf where one
-// is hidden.
-template <typename C>
-void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, const C* content, const C* position,
-               const C* kt, const C* rt, int64_t begin, int64_t end, C* s, int64_t stride, C* band) {
+// Computes s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] + g[i] b[T - 1 + j - i] for the keys
+// [begin, end), -inf where one is hidden.
+template <typename T, typename C = compute_t<T>>
+void scores_of(const RelAttention& r, const RelAttentionOperands<T>& operands, const KeyRange& range, const Strip& t,
+               int64_t pair, const C* content, const C* position, const C* kt, const C* rt, int64_t begin, int64_t end,
+               C* s, int64_t stride, C* band) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
   const AttentionProblem& a = r.problem;
   const int64_t n = end - begin, lead = t.rows - 1, seen = std::min(end, a.keys()) - begin;
   tiles.scores(content, kt + begin, a.padded_keys(), a.query_dim, nullptr, nullptr, 0, 0, 0, n, s, stride, nullptr, 0);
-  tiles.scores(position, rt + kAttentionMargin + a.frames - 1 - t.begin + begin - lead, a.padded_offsets(), a.query_dim,
-               nullptr, nullptr, 0, 0, 0, round_up(seen + lead, kAttentionPad), band, kBandWidth, nullptr, 0);
+  const C* const bias = r.has_offset_bias ? rt + r.position_channels() * a.padded_offsets() : nullptr;
+  if (a.pos_batch)
+    tiles.scores(position, rt + kAttentionMargin + a.frames - 1 - t.begin + begin - lead, a.padded_offsets(),
+                 a.query_dim, nullptr, nullptr, 0, 0, 0, round_up(seen + lead, kAttentionPad), band, kBandWidth,
+                 nullptr, 0);
   for (int m = 0; m < t.stored; m++) {
     C* row = s + m * stride;
-    row_kernels.add(row, band + m * kBandWidth + lead - m, n);
+    if (a.pos_batch) row_kernels.add(row, band + m * kBandWidth + lead - m, n);
+    if (bias) {
+      const int64_t i = t.begin + m;
+      row_kernels.add_scaled(row, bias_row(a, bias, i, begin), n, gate(a, operands, pair, i));
+    }
     hide(r, t, m, range, begin, end, row);
   }
 }
@@ -182,6 +223,11 @@ template <typename T, typename C = compute_t<T>>
 void pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head, C* transposed, C* rows) {
   const AttentionProblem& a = r.problem;
   zero(transposed, r.positions_transposed_size());
+  if (r.has_offset_bias) {
+    C* row = transposed + r.position_channels() * a.padded_offsets() + kAttentionMargin;
+    for (int64_t i = 0; i < a.offsets(); i++) row[i] = load(t.offset_bias[i * a.heads + head]);
+  }
+  if (!a.pos_batch) return;
   const T* in = t.pos + head * a.query_dim;
   const int64_t step = a.heads * a.query_dim;
   transpose(in, step, a.offsets(), a.query_dim, transposed + kAttentionMargin, a.padded_offsets());
@@ -243,7 +289,7 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
       StripState<C>& s = states[k];
       const int64_t from = std::max(j0, s.window.begin), to = std::min(j0 + kKeyBlock, s.window.end);
       if (from >= to) continue;
-      scores_of(r, range, s.strip, s.content, s.position, kt, rt, from, to, scores, kKeyBlock, band);
+      scores_of(r, t, range, s.strip, pair, s.content, s.position, kt, rt, from, to, scores, kKeyBlock, band);
       s.softmax.add(scores, s.strip.stored, to - from, v + from * depth, depth, part,
                     [&](int m, C* row) { drop(r, pair, s.strip.begin + m, from, to - from, row); });
     }
@@ -305,9 +351,23 @@ struct BackwardProblem {
   const T* grad;
   const C *rt, *rows;  // R of this head
   int64_t pair;
+  const RelAttentionGradients<T>& gradients;
+  const RelAttentionSums<C>& sums;
   const BackwardMemory<C>& m;
   Window window;  // window of the block
 };
+
+// Computes the gate's gradient of a query and adds to the offset bias's, from n numbers of dS.
+template <typename T, typename C>
+void add_offset_gradients(const BackwardProblem<T, C>& b, int64_t frame, int64_t n, const C* ds) {
+  const AttentionProblem& a = b.r.problem;
+  const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
+  row_kernels.add_to_double(bias_row(a, b.sums.offsets, frame, b.window.begin), ds, n, gate(a, b.t, b.pair, frame));
+  if (!b.t.offset_gate) return;
+  const C* bias = b.rt + b.r.position_channels() * a.padded_offsets();
+  store(&b.gradients.offset_gate[gate_of(a, b.pair, frame)],
+        row_kernels.dot(bias_row(a, bias, frame, b.window.begin), ds, n));
+}
 
 // Writes e^(s - max) of a strip to `weights`, dS to `ds`, and the strip's rows of q, p and g. `first` is the block's.
 template <typename T, typename C>
@@ -325,7 +385,7 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
   transpose(m.g + row0 * values, values, t.rows, width, m.columns, t.rows);
   for (int64_t j = w.begin; j < w.end; j += kKeyBlock) {
     const int64_t end = std::min(j + kKeyBlock, w.end);
-    scores_of(b.r, b.range, t, m.content, m.position, m.kt, b.rt, j, end, weights + j, m.stride, m.band);
+    scores_of(b.r, b.t, b.range, t, b.pair, m.content, m.position, m.kt, b.rt, j, end, weights + j, m.stride, m.band);
   }
   tiles.scores(m.columns, m.vt, a.padded_keys(), width, nullptr, nullptr, 0, 0, w.begin, w.end, ds, m.stride, nullptr,
                0);
@@ -339,10 +399,12 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
     // the query sees no key, or does not exist
     if (sum == 0 && (i >= t.stored || hides_any(b.r, b.range, t.sequence, t.begin + i))) {
       zero(e, n), zero(gradient, n), zero(g, values);
+      if (i < t.stored && b.t.offset_gate) store(&b.gradients.offset_gate[gate_of(a, b.pair, t.begin + i)], C(0));
       continue;
     }
     drop(b.r, b.pair, t.begin + i, w.begin, n, gradient);
     row_kernels.attention_gradient(e, sum, gradient, n);
+    if (b.r.has_offset_bias) add_offset_gradients(b, t.begin + i, n, gradient);
     drop(b.r, b.pair, t.begin + i, w.begin, n, e);
     for (int64_t d = 0; d < width; d++) g[d] /= sum;
   }
@@ -350,8 +412,7 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
 
 // Adds the gradients of a block's queries, and its part of dk, dv and dR.
 template <typename T, typename C>
-void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t count, T* dq,
-                     const RelAttentionSums<C>& sums) {
+void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t count) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const AttentionProblem& a = b.r.problem;
@@ -377,35 +438,41 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
     const C* ds = m.ds + i * m.stride;
     const int64_t shift = kAttentionMargin + a.frames - 1 - (first + i);
     products(ds, m.stride, m.keys, w.begin, w.end, m.dq + i * depth);
-    products(ds, m.stride + 1, b.rows + shift * depth, w.begin - kAttentionRows, w.end, m.dp + i * depth);
+    if (a.pos_batch)
+      products(ds, m.stride + 1, b.rows + shift * depth, w.begin - kAttentionRows, w.end, m.dp + i * depth);
   }
   add(m.weights, m.stride, m.g, values, w.begin, w.end, m.dv);
   add(m.ds, m.stride, m.q, depth, w.begin, w.end, m.dk);
-  add(m.ds, m.stride + 1, m.p, depth, w.begin - kBackwardQueries, w.end,
-      sums.positions + (kAttentionMargin + a.frames - 1 - first) * depth);
+  if (a.pos_batch)
+    add(m.ds, m.stride + 1, m.p, depth, w.begin - kBackwardQueries, w.end,
+        b.sums.positions + (kAttentionMargin + a.frames - 1 - first) * depth);
   const C scale = scale_of<C>(b.r);
+  const auto add_biases = [&](const C* rows, double* sums) {
+    for (int64_t d = 0; d < dim; d++) {
+      C sum = 0;
+      for (int64_t i = 0; i < count; i++) sum += rows[i * depth + d];
+      sums[d] += static_cast<double>(sum * scale);
+    }
+  };
+  if (b.t.bias_u) add_biases(m.dq, b.sums.biases);
+  if (b.t.bias_v) add_biases(m.dp, b.sums.biases + dim);
+  if (a.pos_batch)
+    for (int64_t i = 0; i < count * depth; i++) m.dq[i] += m.dp[i];
   for (int64_t i = 0; i < count; i++) {
-    T* row = row_of(a, dq, dim, b.pair, first + i);
-    const C *content = m.dq + i * depth, *position = m.dp + i * depth;
-    for (int64_t d = 0; d < dim; d++) store(&row[d], (content[d] + position[d]) * scale);
-  }
-  for (int64_t d = 0; d < dim; d++) {
-    C content = 0, position = 0;
-    for (int64_t i = 0; i < count; i++) content += m.dq[i * depth + d], position += m.dp[i * depth + d];
-    sums.biases[d] += static_cast<double>(content * scale);
-    sums.biases[dim + d] += static_cast<double>(position * scale);
+    T* row = row_of(a, b.gradients.q, dim, b.pair, first + i);
+    for (int64_t d = 0; d < dim; d++) store(&row[d], m.dq[i * depth + d] * scale);
   }
 }
 
 template <typename T, typename C = compute_t<T>>
 void backward(const RelAttention& r, const KeyRange* ranges, const T* grad, const RelAttentionOperands<T>& t,
-              const C* rt, const C* rows, int64_t pair, T* dq, T* dk, T* dv, const RelAttentionSums<C>& sums,
-              C* scratch) {
+              const C* rt, const C* rows, int64_t pair, const RelAttentionGradients<T>& gradients,
+              const RelAttentionSums<C>& sums, C* scratch) {
   const AttentionProblem& a = r.problem;
   const BackwardMemory<C> m(r, scratch);
   const int64_t n = r.key_rows(), depth = r.dim(), values = r.values(), dim = a.query_dim, width = r.value_dim;
   const KeyRange& range = ranges[pair % a.batch];
-  BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, pair, m, {}};
+  BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, pair, gradients, sums, m, {}};
   const T* keys = key_row(a, t.k, dim, pair, 0);
   copy_padded(keys, a.heads * dim, a.keys(), dim, m.keys, depth, n);
   transpose_padded(keys, a.heads * dim, a.keys(), dim, m.kt, n);
@@ -415,32 +482,37 @@ void backward(const RelAttention& r, const KeyRange* ranges, const T* grad, cons
     const int64_t count = std::min(kBackwardQueries, a.frames - first);
     b.window = window_of(r, range, first, first + count - 1);
     for_each_strip<C>(a, pair, first, first + count, [&](const Strip& s) { strip_softmax_gradient(b, s, first); });
-    block_gradients(b, first, count, dq, sums);
+    block_gradients(b, first, count);
   }
   for (int64_t j = 0; j < a.keys(); j++) {
-    T *key = key_row(a, dk, dim, pair, j), *value = key_row(a, dv, width, pair, j);
+    T *key = key_row(a, gradients.k, dim, pair, j), *value = key_row(a, gradients.v, width, pair, j);
     for (int64_t d = 0; d < dim; d++) store(&key[d], m.dk[j * depth + d]);
     for (int64_t d = 0; d < width; d++) store(&value[d], m.dv[j * values + d]);
   }
 }
 
 template <typename T, typename C = compute_t<T>>
-void store_sums(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head, T* dpos,
-                T* dbias_u, T* dbias_v) {
+void store_sums(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head,
+                const RelAttentionGradients<T>& gradients) {
   const AttentionProblem& a = r.problem;
   const int64_t dim = a.query_dim, depth = r.dim(), size = r.positions_size();
-  for (int64_t row = 0; row < a.offsets(); row++)
-    for (int64_t d = 0; d < dim; d++) {
-      double sum = 0;
-      for (int64_t k = 0; k < parts; k++)
-        sum += static_cast<double>(sums.positions[k * size + (kAttentionMargin + row) * depth + d]);
-      store(&dpos[(row * a.heads + head) * dim + d], static_cast<C>(sum));
-    }
-  for (int64_t d = 0; d < dim; d++) {
-    double u = 0, w = 0;
-    for (int64_t k = 0; k < parts; k++) u += sums.biases[2 * dim * k + d], w += sums.biases[2 * dim * k + dim + d];
-    store(&dbias_u[head * dim + d], static_cast<C>(u)), store(&dbias_v[head * dim + d], static_cast<C>(w));
+  const auto sum_of = [&](const auto* first, int64_t step) {
+    double sum = 0;
+    for (int64_t k = 0; k < parts; k++) sum += static_cast<double>(first[k * step]);
+    return static_cast<C>(sum);
+  };
+  for (int64_t row = 0; row < a.offsets(); row++) {
+    const int64_t at = kAttentionMargin + row, out = row * a.heads + head;
+    if (gradients.pos)
+      for (int64_t d = 0; d < dim; d++)
+        store(&gradients.pos[out * dim + d], sum_of(sums.positions + at * depth + d, size));
+    if (gradients.offset_bias) store(&gradients.offset_bias[out], sum_of(sums.offsets + at, r.offsets_size()));
   }
+  const auto store_bias = [&](const double* found, T* bias) {
+    if (!bias) return;
+    for (int64_t d = 0; d < dim; d++) store(&bias[head * dim + d], sum_of(found + d, 2 * dim));
+  };
+  store_bias(sums.biases, gradients.bias_u), store_bias(sums.biases + dim, gradients.bias_v);
 }
 
 }  // namespace
@@ -458,7 +530,7 @@ int64_t RelAttention::few_queries_scratch() const { return FewQueries(*this).ele
 bool RelAttention::has_few_queries() const {
   // a query without a cache belongs to a recording, whose bits must not depend on its length
   return problem.left > 0 && problem.frames <= kFewRows && key_rows() <= kKeyBlock && problem.keys() >= kFewColumns &&
-         dropout.threshold == 0;
+         dropout.threshold == 0 && problem.pos_batch && !has_offset_bias;
 }
 
 int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*this, nullptr).elements; }
@@ -470,11 +542,11 @@ void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, co
   const FewQueries m(r);
   const int64_t dim = a.query_dim, head = pair / a.batch, step = a.heads * dim, n = a.keys();
   const KeyRange& range = ranges[pair % a.batch];
-  const float *u = t.bias_u + head * dim, *w = t.bias_v + head * dim, scale = scale_of<float>(r);
+  const float scale = scale_of<float>(r);
   for (int64_t i = 0; i < a.frames; i++) {
-    const float* __restrict q = row_of(a, t.q, dim, pair, i);
-    float* __restrict c = scratch + m.content + i * m.depth, * __restrict p = scratch + m.position + i * m.depth;
-    for (int64_t d = 0; d < dim; d++) c[d] = (q[d] + u[d]) * scale, p[d] = (q[d] + w[d]) * scale;
+    const float* q = row_of(a, t.q, dim, pair, i);
+    add_bias(q, bias_of(t.bias_u, head, dim), dim, scale, scratch + m.content + i * m.depth);
+    add_bias(q, bias_of(t.bias_v, head, dim), dim, scale, scratch + m.position + i * m.depth);
   }
   const FewRowsGemm& gemm = kernels<FewRowsGemm>();
   const auto product = [&](int64_t rows, const float* columns, int64_t out, int64_t count, int64_t out_row) {

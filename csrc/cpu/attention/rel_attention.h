@@ -14,7 +14,7 @@
 // queries meet blocks of keys, as in zipformer_attention.h; keys outside the context of a whole strip are left out. In
 // the backward pass a block of queries keeps its weights and their gradient, for all keys that one of them may see, in
 // the second cache; the products then have the block's depth. Memory is O(keys): packed operands, weights of one block
-// of queries and sums of dR.
+// of queries and sums of dR. A bias by offset is one more row of the packed positions, times the query's gate.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kRelAttentionQueries = 64;  // A forward call takes at most this many queries.
@@ -26,10 +26,12 @@ struct Context {
 };
 
 struct RelAttention {
-  AttentionProblem problem;  // pos_dim = query_dim, pos_batch = 1, no chunks; `left` keys stand before the first query
+  // pos_dim = query_dim, pos_batch = 1, or 0 without R, no chunks; `left` keys stand before the first query
+  AttentionProblem problem;
   int64_t value_dim;
   WeightsDropout dropout;
   Context context;
+  bool has_offset_bias = false;
 
   // Elements of the compute type.
   int64_t key_rows() const { return problem.padded_keys(); }
@@ -37,27 +39,39 @@ struct RelAttention {
   int64_t values() const;                                                          // padded
   int64_t keys_transposed_size() const { return problem.query_dim * key_rows(); }  // per head and sequence
   int64_t values_size() const { return values() * key_rows(); }                    // per head and sequence
-  int64_t positions_transposed_size() const { return problem.query_dim * problem.padded_offsets(); }  // per head
-  int64_t positions_size() const { return dim() * problem.padded_offsets(); }                         // per head
-  int64_t forward_scratch() const;                                                                    // per thread
-  int64_t few_queries_scratch() const;                                                                // per thread
-  int64_t backward_scratch() const;                                                                   // per thread
+  int64_t position_channels() const { return problem.pos_batch ? problem.query_dim : 0; }
+  int64_t positions_transposed_size() const {  // per head
+    return (position_channels() + has_offset_bias) * problem.padded_offsets();
+  }
+  int64_t positions_size() const { return problem.pos_batch ? dim() * problem.padded_offsets() : 0; }  // per head
+  int64_t offsets_size() const { return has_offset_bias ? problem.padded_offsets() : 0; }              // per head
+  int64_t forward_scratch() const;                                                                     // per thread
+  int64_t few_queries_scratch() const;                                                                 // per thread
+  int64_t backward_scratch() const;                                                                    // per thread
 
   // Says whether rel_attention_few_queries serves the forward pass in float32.
   bool has_few_queries() const;
 };
 
-// The operands, contiguous: (batch, frames or keys, heads, dim or value_dim), (offsets, heads, dim), (heads, dim).
+// The operands, contiguous: (batch, frames or keys, heads, dim or value_dim), (offsets, heads, dim), (heads, dim),
+// (offsets, heads), (batch, frames, heads). All but the first three may be null.
 template <typename T>
 struct RelAttentionOperands {
-  const T *q, *k, *v, *pos, *bias_u, *bias_v;
+  const T *q, *k, *v, *pos, *bias_u, *bias_v, *offset_bias = nullptr, *offset_gate = nullptr;
 };
 
-// The sums over one head's sequences: dR in rows (padded_offsets, dim), du and dw.
+// The sums over one head's sequences: dR in rows (padded_offsets, dim), du and dw, and the offset bias's gradient.
 template <typename C>
 struct RelAttentionSums {
   C* positions;
-  double* biases;  // (2, query_dim)
+  double* biases;   // (2, query_dim)
+  double* offsets;  // (padded_offsets)
+};
+
+// The gradients of the operands; those of absent ones may be null.
+template <typename T>
+struct RelAttentionGradients {
+  T *q, *k, *v, *pos, *bias_u, *bias_v, *offset_bias, *offset_gate;
 };
 
 // Each function works on one head and sequence, pair = h * batch + b.
@@ -67,20 +81,20 @@ struct RelAttentionKernels {
   using C = compute_t<T>;
   using Operands = RelAttentionOperands<T>;
   void (*pack_keys)(const RelAttention& r, const Operands& t, int64_t pair, C* keys_transposed, C* values);
-  // Packs R of one head by channel and, when `rows` is not null, by row.
+  // Packs R of one head by channel, with the offset bias behind it, and, when `rows` is not null, R by row.
   void (*pack_positions)(const RelAttention& r, const Operands& t, int64_t head, C* transposed, C* rows);
   // Computes rows [begin, end) of y (batch, frames, heads, value_dim) and lse (batch, heads, frames); begin is a
   // multiple of kRelAttentionQueries, end - begin at most that.
   void (*forward)(const RelAttention& r, const KeyRange* ranges, const Operands& t, const C* keys_transposed,
                   const C* values, const C* positions_transposed, int64_t pair, int64_t begin, int64_t end, T* y,
                   C* lse, C* scratch);
-  // Computes dq, dk and dv of one head and sequence, and adds to the sums.
+  // Computes the gradients of q, k, v and the gate of one head and sequence, and adds to the sums.
   void (*backward)(const RelAttention& r, const KeyRange* ranges, const T* grad, const Operands& t,
-                   const C* positions_transposed, const C* positions, int64_t pair, T* dq, T* dk, T* dv,
-                   const RelAttentionSums<C>& sums, C* scratch);
-  // Computes dpos, dbias_u and dbias_v of one head: `parts` sums, added in their order and in double.
-  void (*store_sums)(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head, T* dpos,
-                     T* dbias_u, T* dbias_v);
+                   const C* positions_transposed, const C* positions, int64_t pair,
+                   const RelAttentionGradients<T>& gradients, const RelAttentionSums<C>& sums, C* scratch);
+  // Computes the other gradients of one head: `parts` sums, added in their order and in double.
+  void (*store_sums)(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head,
+                     const RelAttentionGradients<T>& gradients);
 };
 
 // Computes y and lse of one head and sequence of a stream's chunk, without packed operands.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=rel_attention` writes this file from fastasr/ops/rel_attention.py: change that one.
-"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; limited context, cache"""
+"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; bias by offset with a gate, limited context, cache"""
 
 from functools import partial
 from typing import NamedTuple
@@ -45,9 +45,11 @@ class Arguments(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    pos: Tensor
-    bias_u: Tensor
-    bias_v: Tensor
+    pos: Tensor | None = None
+    bias_u: Tensor | None = None
+    bias_v: Tensor | None = None
+    offset_bias: Tensor | None = None
+    offset_gate: Tensor | None = None
     key_padding_mask: Tensor | None = None
     attn_mask: Tensor | None = None
     dropout_p: float = 0.0
@@ -60,9 +62,11 @@ class Saved(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    pos: Tensor
-    bias_u: Tensor
-    bias_v: Tensor
+    pos: Tensor | None
+    bias_u: Tensor | None
+    bias_v: Tensor | None
+    offset_bias: Tensor | None
+    offset_gate: Tensor | None
     key_padding_mask: Tensor | None
     attn_mask: Tensor | None
     dropout_seed: Tensor | None
@@ -78,10 +82,12 @@ def rel_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pos: Tensor,
-    bias_u: Tensor,
-    bias_v: Tensor,
+    pos: Tensor | None = None,
+    bias_u: Tensor | None = None,
+    bias_v: Tensor | None = None,
     *,
+    offset_bias: Tensor | None = None,
+    offset_gate: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -96,8 +102,10 @@ def rel_attention(
         k: (B, K, H, d), K of at least T: the last T are the queries' frames.
         v: (B, K, H, e), e of at least 1.
         pos: (T + K − 1, H, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
-            rows where T is 0.
+            rows where T is 0. None: scores have no part of positions.
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
+        offset_bias: (T + K − 1, H): added to the scores after the division by √d, by offset as the rows of ``pos``.
+        offset_gate: (B, T, H): factors of offset_bias, for each query.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
@@ -112,7 +120,8 @@ def rel_attention(
         sees no key.
     Raises:
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
-        ValueError: shapes or devices do not match; an option is out of range.
+        ValueError: shapes or devices do not match; an option is out of range; an argument is given without the one
+            that it belongs to.
     """
     kernels = family.native
     if (
@@ -124,12 +133,11 @@ def rel_attention(
         and k.is_contiguous()
         and type(v) in PLAIN
         and v.is_contiguous()
-        and type(pos) in PLAIN
-        and pos.is_contiguous()
-        and type(bias_u) in PLAIN
-        and bias_u.is_contiguous()
-        and type(bias_v) in PLAIN
-        and bias_v.is_contiguous()
+        and (pos is None or (type(pos) in PLAIN and pos.is_contiguous()))
+        and (bias_u is None or (type(bias_u) in PLAIN and bias_u.is_contiguous()))
+        and (bias_v is None or (type(bias_v) in PLAIN and bias_v.is_contiguous()))
+        and (offset_bias is None or (type(offset_bias) in PLAIN and offset_bias.is_contiguous()))
+        and (offset_gate is None or (type(offset_gate) in PLAIN and offset_gate.is_contiguous()))
         and (
             key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_contiguous())
         )
@@ -151,17 +159,19 @@ def rel_attention(
                 q.requires_grad
                 or k.requires_grad
                 or v.requires_grad
-                or pos.requires_grad
-                or bias_u.requires_grad
-                or bias_v.requires_grad
+                or (pos is not None and pos.requires_grad)
+                or (bias_u is not None and bias_u.requires_grad)
+                or (bias_v is not None and bias_v.requires_grad)
+                or (offset_bias is not None and offset_bias.requires_grad)
+                or (offset_gate is not None and offset_gate.requires_grad)
             ):
                 return apply(
-                    kernels, True, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p,
-                    dropout_seed, context, chunk_size,
+                    kernels, True, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
+                    attn_mask, dropout_p, dropout_seed, context, chunk_size,
                 )  # fmt: skip
             y, _ = kernels.forward(
-                q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, dropout_p, *context,
-                chunk_size,
+                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+                dropout_seed, dropout_p, *context, chunk_size,
             )  # fmt: skip
             return y
         except NOT_MINE:
@@ -169,78 +179,85 @@ def rel_attention(
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
             check(
-                q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-                chunk_size,
+                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+                dropout_p, dropout_seed, context, chunk_size,
             )  # fmt: skip
             raise
     check(
-        q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-        chunk_size,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+        dropout_seed, context, chunk_size,
     )  # fmt: skip
     if is_compiling() or not (
         type(q) in PLAIN
         and type(k) in PLAIN
         and type(v) in PLAIN
-        and type(pos) in PLAIN
-        and type(bias_u) in PLAIN
-        and type(bias_v) in PLAIN
+        and (pos is None or type(pos) in PLAIN)
+        and (bias_u is None or type(bias_u) in PLAIN)
+        and (bias_v is None or type(bias_v) in PLAIN)
+        and (offset_bias is None or type(offset_bias) in PLAIN)
+        and (offset_gate is None or type(offset_gate) in PLAIN)
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
         and (dropout_seed is None or type(dropout_seed) in PLAIN)
     ):
         return traced(
-            q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-            chunk_size,
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+            dropout_seed, context, chunk_size,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
-            op, Arguments(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
-            context, chunk_size),
+            op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size),
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula(
-            q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-            dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:
         names = under_autocast(
-            cast_dtype, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
-            context, chunk_size,
+            cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size,
         )  # fmt: skip
         (
-            q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-            chunk_size, _,
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+            dropout_seed, context, chunk_size, _,
         ) = names  # fmt: skip
         kernels = family.kernels(q)
         if kernels is None:
             return formula(
-                q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-                dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+                q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+                key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+                dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
             q.requires_grad
             or k.requires_grad
             or v.requires_grad
-            or pos.requires_grad
-            or bias_u.requires_grad
-            or bias_v.requires_grad
+            or (pos is not None and pos.requires_grad)
+            or (bias_u is not None and bias_u.requires_grad)
+            or (bias_v is not None and bias_v.requires_grad)
+            or (offset_bias is not None and offset_bias.requires_grad)
+            or (offset_gate is not None and offset_gate.requires_grad)
         ):
             return apply(
-                kernels, False, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p,
-                dropout_seed, context, chunk_size,
+                kernels, False, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
+                attn_mask, dropout_p, dropout_seed, context, chunk_size,
             )  # fmt: skip
         y, _ = run_kernels(
-            kernels, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
-            context, chunk_size, False,
+            kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula(
-            q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-            dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
         )  # fmt: skip
     return y
 
@@ -249,9 +266,11 @@ def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pos: Tensor,
-    bias_u: Tensor,
-    bias_v: Tensor,
+    pos: Tensor | None,
+    bias_u: Tensor | None,
+    bias_v: Tensor | None,
+    offset_bias: Tensor | None,
+    offset_gate: Tensor | None,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     dropout_p: float,
@@ -301,24 +320,57 @@ def check(
         op.wrong_shape("v", v, f"{listed(B, K, H, 'E')}, E >= 1")
     if v.device != q.device:
         op.wrong_device("v", v, "q", q)
-    if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
-        op.wrong_tensor("pos", pos)
-    if pos.shape != ((T and T + K - 1), H, D):
-        op.wrong_shape("pos", pos, listed((T and T + K - 1), H, D))
-    if pos.device != q.device:
-        op.wrong_device("pos", pos, "q", q)
-    if not isinstance(bias_u, Tensor) or bias_u.dtype not in FLOATING or bias_u.layout is not torch.strided:
-        op.wrong_tensor("bias_u", bias_u)
-    if bias_u.shape != (H, D):
-        op.wrong_shape("bias_u", bias_u, listed(H, D))
-    if bias_u.device != q.device:
-        op.wrong_device("bias_u", bias_u, "q", q)
-    if not isinstance(bias_v, Tensor) or bias_v.dtype not in FLOATING or bias_v.layout is not torch.strided:
-        op.wrong_tensor("bias_v", bias_v)
-    if bias_v.shape != (H, D):
-        op.wrong_shape("bias_v", bias_v, listed(H, D))
-    if bias_v.device != q.device:
-        op.wrong_device("bias_v", bias_v, "q", q)
+    if pos is not None:
+        if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
+            op.wrong_tensor("pos", pos)
+        if pos.shape != ((T and T + K - 1), H, D):
+            op.wrong_shape("pos", pos, listed((T and T + K - 1), H, D))
+        if pos.device != q.device:
+            op.wrong_device("pos", pos, "q", q)
+    if bias_u is not None:
+        if (
+            not isinstance(bias_u, Tensor)
+            or bias_u.dtype not in FLOATING
+            or bias_u.layout is not torch.strided
+        ):
+            op.wrong_tensor("bias_u", bias_u)
+        if bias_u.shape != (H, D):
+            op.wrong_shape("bias_u", bias_u, listed(H, D))
+        if bias_u.device != q.device:
+            op.wrong_device("bias_u", bias_u, "q", q)
+    if bias_v is not None:
+        if (
+            not isinstance(bias_v, Tensor)
+            or bias_v.dtype not in FLOATING
+            or bias_v.layout is not torch.strided
+        ):
+            op.wrong_tensor("bias_v", bias_v)
+        if bias_v.shape != (H, D):
+            op.wrong_shape("bias_v", bias_v, listed(H, D))
+        if bias_v.device != q.device:
+            op.wrong_device("bias_v", bias_v, "q", q)
+    if offset_bias is not None:
+        if (
+            not isinstance(offset_bias, Tensor)
+            or offset_bias.dtype not in FLOATING
+            or offset_bias.layout is not torch.strided
+        ):
+            op.wrong_tensor("offset_bias", offset_bias)
+        if offset_bias.shape != ((T and T + K - 1), H):
+            op.wrong_shape("offset_bias", offset_bias, listed((T and T + K - 1), H))
+        if offset_bias.device != q.device:
+            op.wrong_device("offset_bias", offset_bias, "q", q)
+    if offset_gate is not None:
+        if (
+            not isinstance(offset_gate, Tensor)
+            or offset_gate.dtype not in FLOATING
+            or offset_gate.layout is not torch.strided
+        ):
+            op.wrong_tensor("offset_gate", offset_gate)
+        if offset_gate.shape != (B, T, H):
+            op.wrong_shape("offset_gate", offset_gate, listed(B, T, H))
+        if offset_gate.device != q.device:
+            op.wrong_device("offset_gate", offset_gate, "q", q)
     if key_padding_mask is not None:
         if (
             not isinstance(key_padding_mask, Tensor)
@@ -357,38 +409,44 @@ def check(
             op.wrong_dtype("k", k, "q", q)
         if v.dtype != q.dtype:
             op.wrong_dtype("v", v, "q", q)
-        if pos.dtype != q.dtype:
+        if pos is not None and pos.dtype != q.dtype:
             op.wrong_dtype("pos", pos, "q", q)
-        if bias_u.dtype != q.dtype:
+        if bias_u is not None and bias_u.dtype != q.dtype:
             op.wrong_dtype("bias_u", bias_u, "q", q)
-        if bias_v.dtype != q.dtype:
+        if bias_v is not None and bias_v.dtype != q.dtype:
             op.wrong_dtype("bias_v", bias_v, "q", q)
+        if offset_bias is not None and offset_bias.dtype != q.dtype:
+            op.wrong_dtype("offset_bias", offset_bias, "q", q)
+        if offset_gate is not None and offset_gate.dtype != q.dtype:
+            op.wrong_dtype("offset_gate", offset_gate, "q", q)
     _check(
-        op, Arguments(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
-        context, chunk_size),
+        op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+        dropout_p, dropout_seed, context, chunk_size),
     )  # fmt: skip
 
 
 def traced(
-    q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size
-):
+    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+    dropout_seed, context, chunk_size,
+):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rel_attention", q):
         return formula(
-            q, k, v, pos, bias_u, bias_v, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-            dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
         )  # fmt: skip
     y, _ = operator(
-        q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-        chunk_size,
-        is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or pos.requires_grad or bias_u.requires_grad or bias_v.requires_grad),
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+        dropout_seed, context, chunk_size,
+        is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad)),
     )  # fmt: skip
     return y
 
 
 def run_kernels(
-    kernels, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-    chunk_size, keep,
+    kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+    dropout_seed, context, chunk_size, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(q)
@@ -396,8 +454,9 @@ def run_kernels(
     dtype = y_dtype if kernels.backend == "cpu" else None
     y, lse = kernels.forward(
         operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
-        operand(bias_v, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
-        operand(dropout_seed, None), dropout_p, *context, chunk_size,
+        operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype),
+        operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None), dropout_p,
+        *context, chunk_size,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -411,11 +470,14 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 def under_autocast(
-    dtype, q, k, v, pos, bias_u, bias_v, key_padding_mask=None, attn_mask=None, dropout_p=0.0,
-    dropout_seed=None, context=(-1, -1), chunk_size=1, keep=False,
+    dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None,
+    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
+    keep=False,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
-    q, k, v, pos, bias_u, bias_v = cast(dtype, q, k, v, pos, bias_u, bias_v)
+    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate = cast(
+        dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate
+    )
     return (
         q,
         k,
@@ -423,6 +485,8 @@ def under_autocast(
         pos,
         bias_u,
         bias_v,
+        offset_bias,
+        offset_gate,
         key_padding_mask,
         attn_mask,
         dropout_p,
@@ -437,20 +501,23 @@ def under_autocast(
 class RelAttention(Function):
     @staticmethod
     def forward(
-        ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p,
-        dropout_seed, context, chunk_size,
+        ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
+        attn_mask, dropout_p, dropout_seed, context, chunk_size,
     ):  # fmt: skip
         if direct:
             y, lse = kernels.forward(
-                q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, dropout_p, *context,
-                chunk_size,
+                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+                dropout_seed, dropout_p, *context, chunk_size,
             )  # fmt: skip
         else:
             y, lse = run_kernels(
-                kernels, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
-                context, chunk_size, True,
+                kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+                dropout_p, dropout_seed, context, chunk_size, True,
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse)
+        ctx.save_for_backward(
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
+            y, lse,
+        )  # fmt: skip
         ctx.rest = kernels, direct, dropout_p, context, chunk_size
         return y
 
@@ -459,43 +526,98 @@ class RelAttention(Function):
         if is_grad_enabled():
             refuse_double_backward("rel_attention")
         # once: a checkpoint gives them one time
-        q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse = ctx.saved_tensors
+        (
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
+            y, lse,
+        ) = ctx.saved_tensors  # fmt: skip
         kernels, direct, dropout_p, context, chunk_size = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = transformed_gradients(
-                op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask,
-                dropout_seed, y, lse, dropout_p, context, chunk_size,)),
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = transformed_gradients(
+                op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,)),
             )  # fmt: skip
-            return None, None, d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, None, None, None, None, None, None
+            return (
+                None,
+                None,
+                d_q,
+                d_k,
+                d_v,
+                d_pos,
+                d_bias_u,
+                d_bias_v,
+                d_offset_bias,
+                d_offset_gate,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         if direct:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = kernels.backward(
-                grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed,
-                y, lse, dropout_p, *context, chunk_size,
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = kernels.backward(
+                grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
+                attn_mask, dropout_seed, y, lse, dropout_p, *context, chunk_size,
             )  # fmt: skip
-            return None, None, d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, None, None, None, None, None, None
+            return (
+                None,
+                None,
+                d_q,
+                d_k,
+                d_v,
+                None if pos is None else d_pos,
+                None if bias_u is None else d_bias_u,
+                None if bias_v is None else d_bias_v,
+                None if offset_bias is None else d_offset_bias,
+                None if offset_gate is None else d_offset_gate,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         try:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = differentiate(
-                kernels, grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y,
-                lse, dropout_p, context, chunk_size,
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = differentiate(
+                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
+                attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,
             )  # fmt: skip
         except Unlaunchable as error:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = gradients_without(
-                error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask,
-                dropout_seed, y, lse, dropout_p, context, chunk_size,)),
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = gradients_without(
+                error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,)),
             )  # fmt: skip
-        return None, None, d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, None, None, None, None, None, None
+        return (
+            None,
+            None,
+            d_q,
+            d_k,
+            d_v,
+            d_pos,
+            d_bias_u,
+            d_bias_v,
+            d_offset_bias,
+            d_offset_gate,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def differentiate(
-    kernels, grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse,
-    dropout_p, context, chunk_size,
+    kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+    dropout_seed, y, lse, dropout_p, context, chunk_size,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(q) if kernels.backend == "cpu" else None
-    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = kernels.backward(
+    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = kernels.backward(
         operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
-        operand(bias_u, dtype), operand(bias_v, dtype), operand(key_padding_mask, None), operand(attn_mask,
-        None), operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size,
+        operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
+        dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None), y,
+        lse, dropout_p, *context, chunk_size,
     )  # fmt: skip
     if d_q is not None and d_q.dtype is not q.dtype:
         d_q = d_q.to(q.dtype)
@@ -503,36 +625,50 @@ def differentiate(
         d_k = d_k.to(k.dtype)
     if d_v is not None and d_v.dtype is not v.dtype:
         d_v = d_v.to(v.dtype)
-    if d_pos is not None and d_pos.dtype is not pos.dtype:
+    if pos is None:
+        d_pos = None
+    elif d_pos is not None and d_pos.dtype is not pos.dtype:
         d_pos = d_pos.to(pos.dtype)
-    if d_bias_u is not None and d_bias_u.dtype is not bias_u.dtype:
+    if bias_u is None:
+        d_bias_u = None
+    elif d_bias_u is not None and d_bias_u.dtype is not bias_u.dtype:
         d_bias_u = d_bias_u.to(bias_u.dtype)
-    if d_bias_v is not None and d_bias_v.dtype is not bias_v.dtype:
+    if bias_v is None:
+        d_bias_v = None
+    elif d_bias_v is not None and d_bias_v.dtype is not bias_v.dtype:
         d_bias_v = d_bias_v.to(bias_v.dtype)
-    return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v
+    if offset_bias is None:
+        d_offset_bias = None
+    elif d_offset_bias is not None and d_offset_bias.dtype is not offset_bias.dtype:
+        d_offset_bias = d_offset_bias.to(offset_bias.dtype)
+    if offset_gate is None:
+        d_offset_gate = None
+    elif d_offset_gate is not None and d_offset_gate.dtype is not offset_gate.dtype:
+        d_offset_gate = d_offset_gate.to(offset_gate.dtype)
+    return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate
 
 
 # --------------------------------------------------------------------------- the registered operator
 def run(
-    q, k, v, pos, bias_u, bias_v, key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None,
-    context=(-1, -1), chunk_size=1, keep=False,
+    q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_padding_mask=None,
+    attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1, keep=False,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula_results(
-            op, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-            chunk_size,
+            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size,
         )  # fmt: skip
     try:
         y, lse = run_kernels(
-            kernels, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed,
-            context, chunk_size, keep,
+            kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size, keep,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula_results(
-            op, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-            chunk_size,
+            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size,
         )  # fmt: skip
     if not keep:
         lse = lse.new_empty(0)
@@ -540,8 +676,8 @@ def run(
 
 
 def fake(
-    q, k, v, pos, bias_u, bias_v, key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None,
-    context=(-1, -1), chunk_size=1, keep=False,
+    q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_padding_mask=None,
+    attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1, keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(q) is not None
     B = q.shape[0]
@@ -556,88 +692,115 @@ def fake(
 
 def set_up(ctx, inputs, output):
     (
-        q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-        chunk_size, keep,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+        dropout_seed, context, chunk_size, keep,
     ) = inputs  # fmt: skip
     y, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse)
+    ctx.save_for_backward(
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed, y,
+        lse,
+    )  # fmt: skip
     ctx.rest = dropout_p, context, chunk_size, keep
 
 
 def backward(ctx, grad_y, *_):
-    q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse = ctx.saved_tensors
+    (
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed, y,
+        lse,
+    ) = ctx.saved_tensors  # fmt: skip
     dropout_p, context, chunk_size, keep = ctx.rest
     if not keep:
         _, lse = operator(
-            q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_p, dropout_seed, context,
-            chunk_size, True,
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+            dropout_seed, context, chunk_size, True,
         )  # fmt: skip
-    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = as_tuple(
-        backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y,
-        lse, dropout_p, context, chunk_size),
+    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = as_tuple(
+        backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
+        attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size),
     )  # fmt: skip
-    return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, None, None, None, None, None, None, None
+    return (
+        d_q,
+        d_k,
+        d_v,
+        None if pos is None else d_pos,
+        None if bias_u is None else d_bias_u,
+        None if bias_v is None else d_bias_v,
+        None if offset_bias is None else d_offset_bias,
+        None if offset_gate is None else d_offset_gate,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def run_backward(
-    grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p,
-    context, chunk_size,
+    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
+    y, lse, dropout_p, context, chunk_size,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
-        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = formula_gradients(
-            op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y,
-            lse, dropout_p, context, chunk_size),
+        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = formula_gradients(
+            op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
+            attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size),
         )  # fmt: skip
     else:
         try:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = differentiate(
-                kernels, grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y,
-                lse, dropout_p, context, chunk_size,
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = differentiate(
+                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
+                attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,
             )  # fmt: skip
         except Unlaunchable as error:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v = gradients_without(
-                error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask,
-                dropout_seed, y, lse, dropout_p, context, chunk_size),
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = gradients_without(
+                error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size),
             )  # fmt: skip
     return (
         d_q.contiguous(),
         d_k.contiguous(),
         d_v.contiguous(),
-        d_pos.contiguous(),
-        d_bias_u.contiguous(),
-        d_bias_v.contiguous(),
+        q.new_empty(0) if pos is None else d_pos.contiguous(),
+        q.new_empty(0) if bias_u is None else d_bias_u.contiguous(),
+        q.new_empty(0) if bias_v is None else d_bias_v.contiguous(),
+        q.new_empty(0) if offset_bias is None else d_offset_bias.contiguous(),
+        q.new_empty(0) if offset_gate is None else d_offset_gate.contiguous(),
     )
 
 
 def fake_backward(
-    grad_y, q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p,
-    context, chunk_size,
+    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
+    y, lse, dropout_p, context, chunk_size,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        pos.new_empty(pos.shape),
-        bias_u.new_empty(bias_u.shape),
-        bias_v.new_empty(bias_v.shape),
+        q.new_empty(0) if pos is None else pos.new_empty(pos.shape),
+        q.new_empty(0) if bias_u is None else bias_u.new_empty(bias_u.shape),
+        q.new_empty(0) if bias_v is None else bias_v.new_empty(bias_v.shape),
+        q.new_empty(0) if offset_bias is None else offset_bias.new_empty(offset_bias.shape),
+        q.new_empty(0) if offset_gate is None else offset_gate.new_empty(offset_gate.shape),
     )
 
 
 backward_operator = register(
-    "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
-    "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor y, Tensor "
-    "lse, float dropout_p, SymInt[2] context, SymInt chunk_size) -> (Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor)",
+    "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
+    "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? "
+    "attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, SymInt[2] context, SymInt "
+    "chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
 )
 operator = register(
-    "rel_attention(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, Tensor? "
-    "key_padding_mask=None, Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, "
-    "SymInt[2] context=[-1, -1], SymInt chunk_size=1, bool keep=False) -> (Tensor, Tensor)",
+    "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
+    "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_padding_mask=None, "
+    "Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, SymInt[2] context=[-1, -1], "
+    "SymInt chunk_size=1, bool keep=False) -> (Tensor, Tensor)",
     run,
     fake,
     setup_context=set_up,
@@ -655,7 +818,7 @@ written = Written(
     apply=apply,
     result_dtypes=result_dtypes,
     deciding=("q",),
-    differentiable=("q", "k", "v", "pos", "bias_u", "bias_v"),
+    differentiable=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate"),
     dense=True,
 )
 op.serve(rel_attention, written)

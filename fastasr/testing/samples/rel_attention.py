@@ -68,6 +68,16 @@ def _context(left: int, right: int, chunk_size: int = 1) -> dict:
     return {"context": (left, right), "chunk_size": chunk_size}
 
 
+def _without(*names: str) -> dict:
+    return dict.fromkeys(names)
+
+
+def _by_offset(frames: int, heads: int, batch: int = 0, cached: int = 0) -> dict:
+    """Makes a bias by offset, and a gate where ``batch`` is given."""
+    call = {"offset_bias": lambda make: make.normal(frames and 2 * frames + cached - 1, heads)}
+    return call | ({"offset_gate": lambda make: make.normal(batch, frames, heads)} if batch else {})
+
+
 def _infinite(make: Make) -> dict:
     call = _call(make, 2, 7, 2, 4)
     call["q"][1, 3, 0, 2] = float("inf")
@@ -81,6 +91,14 @@ def _random(make: Make, shape) -> dict:
     keys = cached + frames
     if shape.choice((True, False)):
         call |= _context(shape.size() % 60 - 1, shape.size() % 40 - 1, 1 + shape.size() % 20)
+    if shape.choice((True, False)):
+        call |= {"offset_bias": make.normal(frames and frames + keys - 1, heads)}
+        if shape.choice((True, False)):
+            call |= {"offset_gate": make.normal(batch, frames, heads)}
+    absent = shape.choice(
+        ((), (), ("bias_u",), ("bias_u", "bias_v"), ("pos", "bias_v"), ("pos", "bias_u", "bias_v"))
+    )
+    call |= dict.fromkeys(absent)
     if shape.choice((True, False)):
         lengths = [shape.size() % (keys + 1) for _ in range(batch)]
         call["key_padding_mask"] = _padding(keys, *lengths) if batch else torch.zeros(0, keys) > 0
@@ -212,6 +230,63 @@ TABLE = OpTable(
             draws=2,
             large=True,
         ),
+        _small(
+            "no positions",
+            lambda m: _call(m, 2, 9, 2, 8, **_without("pos", "bias_u", "bias_v")),
+            thorough=True,
+        ),
+        _small("no biases", lambda m: _call(m, 2, 19, 2, 8, **_without("bias_u", "bias_v"))),
+        _small(
+            "no bias of content, a context", lambda m: _call(m, 1, 9, 2, 8, bias_u=None, **_context(3, 1))
+        ),
+        _small(
+            "a bias by offset, no positions",
+            lambda m: _call(m, 2, 19, 2, 8, **_by_offset(19, 2), **_without("pos", "bias_v")),
+            thorough=True,
+        ),
+        _small(
+            "a bias by offset with a gate, no positions, padding",
+            lambda m: _call(
+                m,
+                2,
+                19,
+                3,
+                8,
+                key_padding_mask=_padding(19, 19, 7),
+                **_by_offset(19, 3, 2),
+                **_without("pos", "bias_u", "bias_v"),
+            ),
+            thorough=True,
+        ),
+        _small(
+            "a bias by offset with a gate, positions, a cache, a context",
+            lambda m: _call(m, 2, 7, 2, 8, cached=6, **_by_offset(7, 2, 2, 6), **_context(4, 0, 3)),
+        ),
+        Sample(
+            "a bias by offset with a gate, several tiles, masks, dropout",
+            lambda m: _call(
+                m,
+                3,
+                67,
+                2,
+                20,
+                24,
+                attn_mask=_random_mask(3, 67, 67),
+                **_by_offset(67, 2, 3),
+                **_dropout(0.2, 5),
+            ),
+            large=True,
+        ),
+        Sample(
+            "a bias by offset with a gate, several blocks of keys",
+            lambda m: _call(m, 1, 600, 2, 16, **_by_offset(600, 2, 1), **_without("pos", "bias_u", "bias_v")),
+            large=True,
+            draws=2,
+        ),
+        Sample(
+            "a bias by offset, no frames",
+            lambda m: _call(m, 2, 0, 2, 8, **_by_offset(0, 2), pos=None, bias_v=None),
+        ),
         Sample("an infinite query", _infinite, exact=False),
         Sample("no frames", lambda m: _call(m, 2, 0, 2, 8)),
         Sample("no frames, keys of a cache", lambda m: _call(m, 2, 0, 2, 8, cached=3)),
@@ -220,6 +295,13 @@ TABLE = OpTable(
     invalid=(
         Invalid(
             "a negative context", lambda m: _call(m, 1, 4, 1, 4, **_context(-2, 0)), ValueError, "context"
+        ),
+        Invalid("a bias of position alone", lambda m: _call(m, 1, 4, 1, 4, pos=None), ValueError, "bias_v"),
+        Invalid(
+            "a gate alone",
+            lambda m: _call(m, 1, 4, 1, 4, offset_gate=m.normal(1, 4, 1)),
+            ValueError,
+            "offset_gate",
         ),
         Invalid(
             "fewer keys than queries",

@@ -7,7 +7,25 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 
 def configurations(generation: int):
-    like = ("Q", "K", "V", "POS", "U", "W", "Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
+    like = (
+        "Q",
+        "K",
+        "V",
+        "POS",
+        "U",
+        "W",
+        "BIAS",
+        "GATE",
+        "DGATE",
+        "Y",
+        "G",
+        "DS",
+        "DQ",
+        "DK",
+        "DV",
+        "DU",
+        "DW",
+    )
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
     strides += ["k_batch", "g_batch", "ds_row", "width"]
@@ -21,9 +39,12 @@ def configurations(generation: int):
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         types = dict.fromkeys(like, element) | wide | masks
-        types |= {"PARTS": "fp64" if element == "fp32" else "fp32"}
-        words = (("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"))
+        types |= dict.fromkeys(("PARTS", "BIASES"), "fp64" if element == "fp32" else "fp32")
+        words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout")]
+        words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
         absent = [name for name, word in words if word not in label]
+        if "gated bias" in label:  # without positions
+            absent += ["POS", "U", "W", "PARTS"]
         return Configuration(
             f"rel_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
@@ -54,6 +75,8 @@ def configurations(generation: int):
         yield configuration(name, "padding, mask, dropout", "bf16")
         for dtype in ("fp32", "bf16"):
             yield configuration(name, "padding, context", dtype)
+        for dtype in ("fp32", "bf16"):
+            yield configuration(name, "padding, gated bias", dtype)
         for label in ("padding, dropout, context", "d=128, padding, context"):
             dim = 128 if "d=128" in label else 64
             yield configuration(name, label, "bf16", dim, dim)
@@ -62,5 +85,7 @@ def configurations(generation: int):
             yield configuration(name, "", dtype)
             if dtype != "tf32":
                 yield configuration(name, "context", dtype)
+        if dtype != "tf32":
+            yield configuration("positions", "gated bias", dtype)
     for dtype in ("fp32", "bf16"):
         yield configuration("biases", "", dtype)
