@@ -427,6 +427,28 @@ def seamless_v2(**options):
     return of_wav2vec2(*names, **SEAMLESS, **options)
 
 
+def wavlm(stable=False, lengths=(21, 13, 5), masked=True, **options):
+    """An encoder of WavLM. ``stable``: the large model's, with norms before each part."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        module = pytest.importorskip("transformers.models.wavlm.modeling_wavlm")
+        sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": HIDDEN}
+        sizes |= {"num_hidden_layers": 3, "num_buckets": 8, "max_bucket_distance": 10, "layerdrop": 0.0}
+        sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "attention_dropout": 0.0}
+        config = transformers.WavLMConfig(**sizes | options)
+        config._attn_implementation = "eager"
+        frames = max(lengths)
+        x = torch.randn(len(lengths), frames, WIDTH, generator=numbers(1))
+        mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
+        model = module.WavLMEncoderStableLayerNorm if stable else module.WavLMEncoder
+        given = {"attention_mask": mask} if masked else {}
+        # Upstream sets padding to 0 in its input.
+        return model(config), lambda model: [model(x.clone(), **given).last_hidden_state]
+
+    return made
+
+
 def w2v_bert(**options):
     return of_wav2vec2("wav2vec2_bert", "Wav2Vec2BertEncoder", "Wav2Vec2BertConfig", **W2V_BERT, **options)
 
@@ -572,6 +594,7 @@ FAMILIES = {
     "seamless m4t v2": seamless_v2(),
     "seamless m4t v2, chunks": seamless_v2(speech_encoder_chunk_size=8, speech_encoder_left_chunk_num=1),
     "w2v-bert": w2v_bert(),
+    "wavlm": wavlm(),
     "parakeet tdt": parakeet_transducer("TDT"),
     "parakeet rnn-t": parakeet_transducer("RNNT"),
     "nemotron": nemotron,

@@ -204,7 +204,27 @@ def table_of_granite_speech5():
     return with_a_hook("granite speech 5", reason, "rel_pos_emb", "layers.0.self_attn")
 
 
+def weights_of_wavlm():
+    """The second layer runs upstream's code on the bias of every pair, the third ours again."""
+    theirs, run = families.make("wavlm")
+    ours = copy.deepcopy(theirs.eval())
+    fastasr.accelerate(ours)
+    ours.layers[1].attention.register_forward_hook(lambda *_: None)
+    return case(ours, theirs, run, "layers.1.attention", "attention weights are asked for")
+
+
+def bias_of_pairs_of_wavlm():
+    """Without a swap of the first layer's attention, the others get upstream's bias."""
+    theirs, run = families.make("wavlm")
+    ours = copy.deepcopy(theirs.eval())
+    fastasr.accelerate(ours, exclude=["layers.0.attention"])
+    reason = "the position bias has every pair of frames"
+    return case(ours, theirs, run, "layers.1.attention", reason)
+
+
 OTHERS = (
+    weights_of_wavlm,
+    bias_of_pairs_of_wavlm,
     front_end_of_phi4,
     memory_of_fun_asr,
     glu_of_granite_speech,

@@ -45,6 +45,7 @@ REPLACED = {
         "Wav2Vec2BertSelfAttention",
         "Wav2Vec2BertConvolutionModule",
     },
+    "wavlm": {"WavLMAttention", "WavLMEncoder"},
 }
 CHUNKS = {"speech_encoder_chunk_size": 8}
 # The same models otherwise: family -> name -> how it is made
@@ -69,6 +70,13 @@ OTHERWISE = {
         "no mask": families.w2v_bert(masked=False),
         "dropout": families.w2v_bert(attention_dropout=0.1, conformer_conv_dropout=0.1),
     },
+}
+OTHERWISE["wavlm"] = {
+    "a long recording": families.wavlm(lengths=(90, 74)),
+    "a frame": families.wavlm(lengths=(1,)),
+    "no mask": families.wavlm(masked=False),
+    "dropout": families.wavlm(attention_dropout=0.1),
+    "layers left out": families.wavlm(layerdrop=0.5),
 }
 OTHERWISE["phi-4"] = {
     "an odd length": families.phi4_audio(frames=61),

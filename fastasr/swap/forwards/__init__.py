@@ -12,6 +12,8 @@ from fastasr.swap.forwards.attention import (
     relative_key_attention,
     speechbrain_attention,
     wav2vec2_attention,
+    wavlm_attention,
+    wavlm_encoder,
 )
 from fastasr.swap.forwards.convolution import (
     causal_seamless_convolution,
@@ -67,4 +69,6 @@ __all__ = [
     "wav2vec2_attention",
     "wav2vec2_convolution",
     "wav2vec2_feed_forward",
+    "wavlm_attention",
+    "wavlm_encoder",
 ]

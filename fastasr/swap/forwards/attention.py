@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, plumbing
-from fastasr.models.common.plain import is_plain, is_watched
+from fastasr.models.common.plain import is_plain, is_watched, runs
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, first_rows, mean_of_values, projected
 from fastasr.models.fast_conformer.masks import seen
+from fastasr.ops._relative_positions import relative_shift
 
 _WEIGHTS = "attention weights are asked for"
 _NONE = types.MappingProxyType({})  # no dropout
@@ -123,6 +124,66 @@ def _with_means(y, q, k, v, mask, size):
     mean = mean_of_values(blocks(q), blocks(k), blocks(v), 0.0).to(y.dtype)
     mean = mean.expand(-1, size, -1, -1).unflatten(0, empty.shape).flatten(1, 2)[:, :frames]
     return torch.where(empty.repeat_interleave(size, 1)[:, :frames, None, None], mean, y)
+
+
+def wavlm_attention(
+    self, hidden_states, attention_mask=None, position_bias=None, index=0, by_offset=False, **kwargs
+):
+    """Serves transformers' WavLM, whose scores have a bias by offset times a gate of the query (Chen et al., "WavLM",
+    2022). hidden states (B, T, width), attention mask (B, T) that is 1 at valid frames, or None -> ((B, T, width),
+    None, position bias). The first layer makes the position bias: (2T − 1, H) for the other layers if ``by_offset``,
+    which ``wavlm_encoder`` sets, or upstream's (B H, T, T). A sequence without frames gives NaN."""
+    batch, frames, heads = *hidden_states.shape[:2], self.num_heads
+    rows, reason, dropout = position_bias, None, None
+    if is_watched(self):
+        reason = _WEIGHTS
+    elif position_bias is not None and position_bias.ndim != 2:
+        reason = "the position bias has every pair of frames"
+    else:
+        share = self.dropout if self.training else 0.0
+        dropout = attention_dropout.of_kernel(share, hidden_states.device)
+    if dropout is None:
+        if reason is None:
+            attention_dropout.note_formed(self)
+        else:
+            _left.note(self, reason)
+        if rows is None or rows.ndim != 2:
+            return type(self).forward(self, hidden_states, attention_mask, position_bias, index, **kwargs)
+        pairs = _bias_of_pairs(rows, batch)
+        return *type(self).forward(self, hidden_states, attention_mask, pairs, index, **kwargs)[:2], rows
+    if rows is None:
+        offsets = torch.arange(1 - frames, frames, dtype=torch.int64, device=hidden_states.device)
+        rows = self.rel_attn_embed(self._relative_positions_bucket(offsets))
+        position_bias = rows if by_offset else _bias_of_pairs(rows, batch)
+    # Upstream reads the weights of these layers and does not call them.
+    layers = self.q_proj, self.k_proj, self.v_proj
+    q, k, v = (
+        ops.linear(hidden_states, layer.weight, layer.bias).unflatten(-1, (heads, -1)) for layer in layers
+    )
+    gates = self.gru_rel_pos_linear(hidden_states.unflatten(-1, (heads, -1)))
+    a, b = torch.sigmoid(gates.unflatten(-1, (2, 4)).sum(-1)).unbind(-1)
+    gate = a * (b * self.gru_rel_pos_const.view(heads) - 1.0) + 2.0  # [B, T, H]
+    hidden = {} if attention_mask is None else {"key_padding_mask": attention_mask.ne(1)}
+    y = ops.rel_attention(q, k, v, offset_bias=rows, offset_gate=gate, **hidden, **dropout).flatten(2)
+    if hidden:
+        y = y.masked_fill(hidden["key_padding_mask"].all(1)[:, None, None], torch.nan)
+    # The frames lie first in memory, as upstream's: the next dropout draws in this order.
+    y = ops.linear(y.transpose(0, 1), self.out_proj.weight, self.out_proj.bias).transpose(0, 1)
+    return y, None, position_bias
+
+
+def wavlm_encoder(self, hidden_states, attention_mask=None, **kwargs):
+    """Runs upstream's encoder of WavLM. Its layers hand on the position bias by offset if ours run in all of them."""
+    if all(runs(layer.attention, wavlm_attention) for layer in self.layers):
+        kwargs["by_offset"] = True
+    return type(self).forward(self, hidden_states, attention_mask, **kwargs)
+
+
+def _bias_of_pairs(rows, batch):
+    """Returns the bias (B H, T, T) of every pair of frames, from (2T − 1, H) by offset."""
+    frames = (rows.shape[0] + 1) // 2
+    pairs = relative_shift(rows.t().unsqueeze(1).expand(-1, frames, -1))
+    return pairs.repeat(batch, 1, 1)
 
 
 def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None, output_attentions=False):
