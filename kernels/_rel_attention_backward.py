@@ -17,6 +17,7 @@ from fastasr.kernels._rel_attention_scores import (
     queries,
     queries_seeing,
     scores_of,
+    through_cap,
 )
 from fastasr.kernels._rel_position_tiles import place
 from fastasr.kernels._relative_shift import by_offset, merged
@@ -38,7 +39,7 @@ def _rows(
 
 @triton.jit
 def _tile(
-    lower, rows, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale,
+    lower, rows, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +49,7 @@ def _tile(
     content, position, g = rows
     upper = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     scores = scores_of(
-        lower, upper, upper, content, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale,
+        lower, upper, upper, content, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale, cap,
         DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
     )  # fmt: skip
     slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < sizes[1], v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
@@ -75,7 +76,7 @@ def delta_kernel(
 def statistics_kernel(
     G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    mask_batch, threshold, scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries of float32."""
@@ -103,7 +104,7 @@ def statistics_kernel(
         key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
         scores, slope, lower = _tile(
             lower, held, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
-            scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         slope = dropped(slope, SEED, words, j, threshold, factor)
         e = exp_nonpositive(scores - lse[:, None], True)
@@ -120,7 +121,7 @@ def statistics_kernel(
 def queries_kernel(
     G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS, DGATE,
     frames, keys, chunk, left, right, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch,
-    k_batch, v_batch, g_batch, mask_batch, ds_row, threshold, scale, factor,
+    k_batch, v_batch, g_batch, mask_batch, ds_row, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -163,10 +164,11 @@ def queries_kernel(
         key = load_rows(tensors[1], j, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
         scores, slope, lower = _tile(
             lower, held, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
-            scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
+        ds = through_cap(ds, scores, cap)
         if GATE is not None:
             dgate += sums(ds * offset_biases(offsets, i, keep_i, j, frames, keys), 1, PRECISE)
         narrow = ds.to(key.dtype)
@@ -234,7 +236,7 @@ def offsets_kernel(
 def keys_kernel(
     G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    mask_batch, threshold, scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T (q + u) and W^T G of a block of keys and of their channels."""
@@ -266,7 +268,7 @@ def keys_kernel(
         lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
         scores, slope, _ = _tile(
             lower, (content, position, g), key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK,
-            sizes, scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
@@ -274,6 +276,7 @@ def keys_kernel(
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
         words = row_words(SEED, row + i)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
+        ds = through_cap(ds, scores, cap)
         w = dropped(w, SEED, words, j, threshold, factor)
         if DIM > BLOCK_D:
             bias = U

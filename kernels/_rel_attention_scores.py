@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from fastasr.kernels._activation import TANH, activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
 from fastasr.kernels._rel_position_tiles import masked, query_key
 from fastasr.kernels._relative_shift import by_key
@@ -130,8 +131,17 @@ def band(
 
 
 @triton.jit
+def through_cap(slopes, scores, cap):
+    """Returns gradients of scores before a soft cap, from those after it."""
+    if cap is not None:
+        t = tl.maximum(scores, -cap) / cap  # -inf where hidden
+        slopes *= tl.fma(-t, t, 1.0)
+    return slopes
+
+
+@triton.jit
 def scores_of(
-    first, second, third, rows, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale,
+    first, second, third, rows, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale, cap,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
@@ -161,6 +171,9 @@ def scores_of(
         if GATE is not None:
             bias *= gates(GATE, row, head, heads, i, keep_i)[:, None]
         scores += bias
+    if cap is not None:
+        tanh, _ = activate_with_slope(scores / cap, TANH, Q.dtype.element_ty == tl.float32)
+        scores = tanh * cap
     seen, end = i, i
     if WINDOW:
         seen, end = _context(i, sizes)

@@ -3,7 +3,8 @@
 
     s[i, j] = ((q[i] + u) . k[j] + (q[i] + w) . R[T - 1 + j - i]) / sqrt(d), W = softmax_j(s), y = W v
     Under dropout y = (W m) v, see _weights_dropout.py; below, W in dv and dW have the factor m as well
-    s may have a part g[i] b[T - 1 + j - i] more, and no part of R
+    s may have a part g[i] b[T - 1 + j - i] more, and no part of R. Under a soft cap c it is c tanh(s / c), and dS has
+    the factor 1 - (s / c)^2
     With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta) / sqrt(d), and by offset dS'[i, r] =
     dS[i, i - (T - 1) + r]: dq = dS k + dS' R, dk = dS^T (q + u), dR = dS'^T (q + w), du = sum of dS k, dw = of dS' R,
     db = sqrt(d) sum of g dS', dg = sqrt(d) sum_j b dS
@@ -67,7 +68,7 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 def forward_kernel(
     Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, Y, LSE,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    mask_batch, threshold, scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes y of a block of queries and of columns, and the queries' lse, which is inf without a key."""
@@ -105,7 +106,7 @@ def forward_kernel(
             second = third
         key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
         scores = scores_of(
-            first, second, third, content, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale,
+            first, second, third, content, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale, cap,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
         )  # fmt: skip
         first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
@@ -192,6 +193,7 @@ def rel_attention_forward(
     left: int,
     right: int,
     chunk_size: int,
+    soft_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key). All tensors are
     contiguous.
@@ -207,7 +209,7 @@ def rel_attention_forward(
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate,
         as_bytes(key_padding_mask), as_bytes(attn_mask), dropout_seed if dropout_p else None, y, lse,
-        *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_last(dim, dropout_p),
+        *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_last(dim, dropout_p, soft_cap),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
     )  # fmt: skip
     return y, lse
@@ -218,10 +220,10 @@ def _by_head(offset_bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if offset_bias is None else offset_bias.t().contiguous()
 
 
-def _last(dim: int, dropout_p: float) -> tuple[int, float, float]:
-    """Returns the kernels' last numbers: threshold, scale and factor."""
+def _last(dim: int, dropout_p: float, soft_cap: float) -> tuple[int, float, float, float | None]:
+    """Returns the kernels' last numbers: threshold, scale, factor and cap."""
     threshold, factor = dropout_constants(dropout_p)
-    return threshold, dim**-0.5, factor
+    return threshold, dim**-0.5, factor, soft_cap or None
 
 
 def _tiles(
@@ -282,6 +284,7 @@ def rel_attention_backward(
     left: int,
     right: int,
     chunk_size: int,
+    soft_cap: float,
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns the gradients of the eight tensors, None for those that are None. All tensors are contiguous."""
     batch, frames, heads, dim = q.shape
@@ -294,7 +297,7 @@ def rel_attention_backward(
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
-    strides, last = (*_strides(q, k, v, grad), mask_stride(attn_mask)), _last(dim, dropout_p)
+    strides, last = (*_strides(q, k, v, grad), mask_stride(attn_mask)), _last(dim, dropout_p, soft_cap)
     operands = (
         grad, q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate,
         as_bytes(key_padding_mask), as_bytes(attn_mask), dropout_seed if dropout_p else None, lse,

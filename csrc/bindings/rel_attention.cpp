@@ -23,6 +23,7 @@ struct RelAttentionTensors {
   const Optional &pos, &bias_u, &bias_v, &offset_bias, &offset_gate, &padding, &mask, &seed;
   double dropout_p;
   int64_t left, right, chunk;
+  double soft_cap;
 
   template <typename T>
   RelAttentionOperands<T> operands() const {
@@ -101,6 +102,8 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   set_masks(a, t.padding, t.mask, op);
   check(t.left >= -1 && t.right >= -1, op, "context");
   check(t.chunk >= 1, op, "chunk_size");
+  check(t.soft_cap >= 0, op, "soft_cap");
+  r.soft_cap = t.soft_cap;
   const int64_t most = std::max<int64_t>(1, a.keys());  // keeps sums from overflowing
   r.context = {std::min(t.left, most), std::min(t.right, most), std::min(t.chunk, most)};
   check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
@@ -134,11 +137,11 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
                                                  const Optional& offset_bias, const Optional& offset_gate,
                                                  const Optional& padding, const Optional& mask,
                                                  const Optional& dropout_seed, double dropout_p, int64_t left,
-                                                 int64_t right, int64_t chunk) {
+                                                 int64_t right, int64_t chunk, double soft_cap) {
   const char* op = "rel_attention_forward";
-  const RelAttentionTensors tensors{q,           k,           v,       pos,  bias_u,       bias_v,
-                                    offset_bias, offset_gate, padding, mask, dropout_seed, dropout_p,
-                                    left,        right,       chunk};
+  const RelAttentionTensors tensors{q,           k,           v,       pos,     bias_u,       bias_v,
+                                    offset_bias, offset_gate, padding, mask,    dropout_seed, dropout_p,
+                                    left,        right,       chunk,   soft_cap};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
   Tensor y = new_contiguous(v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(q, a);
@@ -195,11 +198,12 @@ Eight rel_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& 
                              const Optional& dropout_seed, const Tensor& /*out*/,
                              // the softmax is computed again with the scores: its sums are exact, and it does not
                              // depend on out
-                             const Tensor& /*lse*/, double dropout_p, int64_t left, int64_t right, int64_t chunk) {
+                             const Tensor& /*lse*/, double dropout_p, int64_t left, int64_t right, int64_t chunk,
+                             double soft_cap) {
   const char* op = "rel_attention_backward";
-  const RelAttentionTensors tensors{q,           k,           v,       pos,  bias_u,       bias_v,
-                                    offset_bias, offset_gate, padding, mask, dropout_seed, dropout_p,
-                                    left,        right,       chunk};
+  const RelAttentionTensors tensors{q,           k,           v,       pos,     bias_u,       bias_v,
+                                    offset_bias, offset_gate, padding, mask,    dropout_seed, dropout_p,
+                                    left,        right,       chunk,   soft_cap};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
   check(has_sizes(grad, {a.batch, a.frames, a.heads, r.value_dim}), op, "sizes of grad");
@@ -316,7 +320,7 @@ Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tens
   const char* op = "rel_attention_packed_forward";
   const Optional none;
   const RelAttentionTensors tensors{q,         k,  v,  pos, bias_u, bias_v, none, none, none, none, dropout_seeds,
-                                    dropout_p, -1, -1, 1};
+                                    dropout_p, -1, -1, 1,   0};
   Tensor y = new_contiguous(v);
   with_kernel_type(dtype_of(q), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
@@ -352,7 +356,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
   const char* op = "rel_attention_packed_backward";
   const Optional none;
   const RelAttentionTensors tensors{q,         k,  v,  pos, bias_u, bias_v, none, none, none, none, dropout_seeds,
-                                    dropout_p, -1, -1, 1};
+                                    dropout_p, -1, -1, 1,   0};
   check_like(grad, v, op, "grad");
   check_same_size(grad, v, op, "grad");
   const RelAttentionResults results(tensors);
@@ -406,11 +410,12 @@ FASTASR_OPERATORS(
     {"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
      "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, "
      "float dropout_p, int left, int right, "
-     "int chunk) -> (Tensor, Tensor)",
+     "int chunk, float soft_cap) -> (Tensor, Tensor)",
      Boxed<rel_attention_forward>::call},
     {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
      "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? attn_mask, "
-     "Tensor? dropout_seed, Tensor out, Tensor lse, float dropout_p, int left, int right, int chunk) -> "
+     "Tensor? dropout_seed, Tensor out, Tensor lse, float dropout_p, int left, int right, int chunk, float soft_cap) "
+     "-> "
      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
      Boxed<rel_attention_backward>::call},
     {"rel_attention_packed_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "

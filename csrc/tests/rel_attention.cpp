@@ -16,6 +16,7 @@ struct Shape {
   int64_t cached = 0;
   cpu::Context context{};
   int more = 3;  // 1: positions, 2: biases, 4: a bias by offset, 8: its gate
+  double soft_cap = 0;
   int64_t keys() const { return cached + frames; }
 };
 
@@ -42,8 +43,8 @@ struct Call {
 
   Call(const Shape& shape, uint64_t seed) : s(shape), random(seed) {
     a.batch = s.batch, a.frames = s.frames, a.heads = s.heads, a.query_dim = a.pos_dim = s.dim;
-    a.pos_batch = positions(), r.has_offset_bias = by_offset(), a.chunk = -1, a.left_chunks = -1,
-    r.value_dim = s.value_dim;
+    a.pos_batch = positions(), r.has_offset_bias = by_offset(), r.soft_cap = s.soft_cap, a.chunk = -1,
+    a.left_chunks = -1, r.value_dim = s.value_dim;
     a.left = s.cached, r.context = s.context;
     r.dropout = {seed * 0x123456789abcdef, static_cast<int32_t>(s.dropout * 0x1p31), 1 / (1 - s.dropout)};
     const auto draw = [&](std::vector<uint8_t>& m, int64_t n) {
@@ -81,7 +82,7 @@ struct Call {
     zeros(y, grad.size()), zeros(lse, a.batch * a.heads * n), zeros(dq, q.size()), zeros(dk, k.size());
     zeros(dv, v.size()), zeros(dpos, pos.size()), zeros(du, u.size()), zeros(dw, w.size());
     zeros(dbias, bias.size()), zeros(dgate, gate.size());
-    Reals p(static_cast<size_t>(keys)), dp(p);
+    Reals p(static_cast<size_t>(keys)), dp(p), slope(p);
     for (int64_t b = 0; b < a.batch; b++)
       for (int64_t h = 0; h < a.heads; h++)
         for (int64_t i = 0; i < n; i++) {
@@ -96,7 +97,9 @@ struct Call {
               score += with_bias(u, c) * k(key_row(b, j, h) * d + c) +
                        (positions() ? with_bias(w, c) * pos(offset(j) + c) : 0);
             const long double more = by_offset() ? factor * bias(offset(j) / d) : 0;
-            sum += p[j] = hidden(b, i, j) ? 0 : std::exp(score * scale + more);
+            const long double cap = s.soft_cap, t = std::tanh((score * scale + more) / (cap > 0 ? cap : 1));
+            slope[j] = cap > 0 ? 1 - t * t : 1;
+            sum += p[j] = hidden(b, i, j) ? 0 : std::exp(cap > 0 ? cap * t : score * scale + more);
           }
           lse[(b * a.heads + h) * n + i] = sum == 0 ? INFINITY : std::log(sum);
           if (sum == 0) continue;
@@ -114,7 +117,7 @@ struct Call {
             delta += p[j] * dp[j];
           }
           for (int64_t j = 0; j < keys; j++) {
-            const long double ds = p[j] * (dp[j] - delta) * scale;
+            const long double ds = p[j] * (dp[j] - delta) * slope[j] * scale;
             dbias[offset(j) / d] += factor * ds / scale, dgate[row(b, i, h)] += bias(offset(j) / d) * ds / scale;
             for (int64_t c = 0; c < d; c++) {
               const int64_t kj = key_row(b, j, h) * d + c, rj = offset(j) + c;
@@ -228,6 +231,9 @@ TEST_CASE("rel_attention") {
       {2, 33, 3, 5, 8, 5, 0.25, 0, {20, 3}, 14},
       {1, 560, 2, 8, 8, 1, 0, 30, {}, 15},
       {2, 3, 2, 8, 8, 0, 0, 70, {}, 1},
+      {2, 40, 3, 8, 19, 3, 0, 0, {12, 0}, 3, 1.5},
+      {1, 90, 2, 8, 8, 1, 0.25, 7, {}, 15, 0.7},
+      {1, 3, 2, 8, 8, 0, 0, 70, {}, 3, 50},
   };
   uint64_t seed = 1;
   for (const Shape& shape : shapes) {

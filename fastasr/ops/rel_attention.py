@@ -12,7 +12,8 @@ g by query, may be added to the score, as T5's bias (Raffel et al., 2020) and Wa
 
     s[i,j] = … + g[i] b[T − 1 + j − i]
 
-A limited context hides keys without a mask: with f = i + K − T, the query's frame, and chunks of c frames, query i sees
+A soft cap c bounds the scores, as Gemma's: s ← c tanh(s / c), before keys are hidden. A limited context hides keys
+without a mask: with f = i + K − T, the query's frame, and chunks of c frames, query i sees
 
     c⌊f / c⌋ − left ≤ j < c⌊f / c⌋ + c + right
 
@@ -22,7 +23,7 @@ D[i] = Σ_j P m G vᵀ:
 
     dv = (P m)ᵀ G        dS = P (m G vᵀ − D) / √d
     dq = dS k + dS′ R,    dk = dSᵀ (q + u),    dR = dS′ᵀ (q + w),    du = Σ dS k,    dw = Σ dS′ R
-    db = √d Σ g dS′,      dg = √d Σ_j b dS
+    db = √d Σ g dS′,      dg = √d Σ_j b dS,      dS ← dS (1 − (s / c)²) first under a soft cap
 
 where dS′[i, T − 1 + j − i] = dS[i, j]: the same numbers ordered by offset instead of by key, every row one element
 further left than the one before.
@@ -57,7 +58,7 @@ def _check(op, a) -> None:
 
 _FLOATING = "q k v pos bias_u bias_v offset_bias offset_gate"
 _TENSORS = f"{_FLOATING} key_padding_mask attn_mask dropout_seed"
-_OPTIONS = "dropout_p *context chunk_size"
+_OPTIONS = "dropout_p *context chunk_size soft_cap"
 
 
 @op(
@@ -71,7 +72,7 @@ _OPTIONS = "dropout_p *context chunk_size"
     fast_strides=_TENSORS,
     check=_check,
     summary="softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the "
-    "weights in memory; bias by offset with a gate, limited context, cache",
+    "weights in memory; bias by offset with a gate, soft cap, limited context, cache",
 )
 def rel_attention(
     q: Annotated[Tensor, "B T H D, H >= 1, D >= 1"],
@@ -89,6 +90,7 @@ def rel_attention(
     dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
     context: tuple[int, int] = (-1, -1),
     chunk_size: Annotated[int, ">= 1"] = 1,
+    soft_cap: Annotated[float, ">= 0"] = 0.0,
 ) -> Annotated[Tensor, "B T H E", "q"]:
     """softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory.
 
@@ -109,6 +111,7 @@ def rel_attention(
         context: (left, right): a query sees the keys from ``left`` frames before its chunk to ``right`` frames behind
             it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
         chunk_size: frames of a chunk, counted from the first key. 1: each frame has its own context.
+        soft_cap: c of c tanh(score / c), which replaces the scores before keys are hidden; 0: none.
         All floating tensors have q's dtype, except under autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
@@ -129,6 +132,8 @@ def rel_attention(
         rows = offset_bias.t().unsqueeze(1).expand(-1, q.shape[1], -1)  # [H, T, T + K - 1]
         gate = 1.0 if offset_gate is None else offset_gate.transpose(1, 2).unsqueeze(-1)  # [B, H, T, 1]
         scores = scores + gate * relative_shift(rows)
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     masks = [] if key_padding_mask is None else [key_padding_mask[:, None, None, :]]
     masks += [] if attn_mask is None else [attn_mask.unsqueeze(-3)]
     masks += [] if max(context) < 0 else [outside_context(scores, context, chunk_size)]

@@ -33,6 +33,10 @@ struct AttentionRows {
   // total[j] += scale part[j]
   void (*add_scaled)(C* total, const C* part, int64_t n, C scale);
   void (*add_to_double)(double* total, const C* part, int64_t n, C scale);
+  // s[j] = cap tanh(s[j] / cap)
+  void (*soft_cap)(C* s, int64_t n, C cap);
+  // ds[j] *= 1 - (s[j] / cap)^2, for capped scores, of which those below -cap are hidden keys'
+  void (*soft_cap_gradient)(const C* s, C* ds, int64_t n, C cap);
   // Returns sum_j a[j] b[j]. n is a multiple of 32.
   C (*dot)(const C* a, const C* b, int64_t n);
   // With W = w / sum: g[j] = W[j] (g[j] - sum_j W g). n is a multiple of 32.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/math/activation.h"
 #include "cpu/math/elementary.h"
 
 // Sums run in 32 lanes, the same on every instruction set.
@@ -75,6 +76,21 @@ void add_scaled(S* __restrict total, const C* __restrict part, int64_t n, C scal
 }
 
 template <typename C>
+void soft_cap(C* __restrict s, int64_t n, C cap) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) s[j] = cap * tanh(s[j] / cap);
+}
+
+template <typename C>
+void soft_cap_gradient(const C* __restrict s, C* __restrict ds, int64_t n, C cap) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) {
+    const C t = (s[j] < -cap ? -cap : s[j]) / cap;
+    ds[j] *= 1 - t * t;
+  }
+}
+
+template <typename C>
 C dot(const C* __restrict a, const C* __restrict b, int64_t n) {
   C lanes[kLanes] = {};
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -135,7 +151,8 @@ void softmax_gradient(const T* __restrict w, const T* __restrict g, compute_t<T>
 FASTASR_KERNELS(AttentionRows, .fill_where = fill_where<compute_t<T>>, .maximum = maximum<compute_t<T>>,
                 .exponentials = exponentials<compute_t<T>>, .rescaled = rescaled<compute_t<T>>,
                 .add = add<compute_t<T>>, .add_scaled = add_scaled<compute_t<T>, compute_t<T>>,
-                .add_to_double = add_scaled<compute_t<T>, double>, .dot = dot<compute_t<T>>,
+                .add_to_double = add_scaled<compute_t<T>, double>, .soft_cap = soft_cap<compute_t<T>>,
+                .soft_cap_gradient = soft_cap_gradient<compute_t<T>>, .dot = dot<compute_t<T>>,
                 .attention_gradient = attention_gradient<compute_t<T>>, .drop = drop<compute_t<T>>,
                 .penalty = penalty<compute_t<T>>, .divided = divided<T>, .softmax_gradient = softmax_gradient<T>)
 

@@ -178,6 +178,7 @@ void scores_of(const RelAttention& r, const RelAttentionOperands<T>& operands, c
       const int64_t i = t.begin + m;
       row_kernels.add_scaled(row, bias_row(a, bias, i, begin), n, gate(a, operands, pair, i));
     }
+    if (r.soft_cap > 0) row_kernels.soft_cap(row, n, static_cast<C>(r.soft_cap));
     hide(r, t, m, range, begin, end, row);
   }
 }
@@ -318,6 +319,7 @@ struct BackwardMemory {
   C *band, *part;                   // of a strip
   C *q, *p, *g, *dq, *dp;           // of the block, rows; g by 1 / sum
   C *weights, *ds;                  // of the block, rows `stride` apart
+  C* scores;                        // of a query, under a soft cap
   int64_t stride, elements;
 
   BackwardMemory(const RelAttention& r, C* memory) {
@@ -339,6 +341,7 @@ struct BackwardMemory {
     stride = round_up(n + 2 * kAttentionMargin, 32) + 16;
     weights = take(stride * kBackwardQueries);
     ds = take(stride * kBackwardQueries) + kAttentionMargin;
+    scores = take(r.soft_cap > 0 ? n : 0);
     elements = at - memory;
   }
 };
@@ -394,6 +397,7 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
     const int64_t n = w.end - w.begin;
     zero(gradient - kAttentionMargin, kAttentionMargin), zero(gradient + n, kAttentionMargin);
     C sum = 0;
+    if (b.r.soft_cap > 0) std::copy_n(e, n, m.scores);
     if (i < t.stored)
       sum = row_kernels.exponentials(e, n, std::max(row_kernels.maximum(e, n), std::numeric_limits<C>::lowest()));
     // the query sees no key, or does not exist
@@ -404,6 +408,7 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
     }
     drop(b.r, b.pair, t.begin + i, w.begin, n, gradient);
     row_kernels.attention_gradient(e, sum, gradient, n);
+    if (b.r.soft_cap > 0) row_kernels.soft_cap_gradient(m.scores, gradient, n, static_cast<C>(b.r.soft_cap));
     if (b.r.has_offset_bias) add_offset_gradients(b, t.begin + i, n, gradient);
     drop(b.r, b.pair, t.begin + i, w.begin, n, e);
     for (int64_t d = 0; d < width; d++) g[d] /= sum;
@@ -530,7 +535,7 @@ int64_t RelAttention::few_queries_scratch() const { return FewQueries(*this).ele
 bool RelAttention::has_few_queries() const {
   // a query without a cache belongs to a recording, whose bits must not depend on its length
   return problem.left > 0 && problem.frames <= kFewRows && key_rows() <= kKeyBlock && problem.keys() >= kFewColumns &&
-         dropout.threshold == 0 && problem.pos_batch && !has_offset_bias;
+         dropout.threshold == 0 && problem.pos_batch && !has_offset_bias && soft_cap == 0;
 }
 
 int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*this, nullptr).elements; }

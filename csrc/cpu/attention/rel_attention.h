@@ -32,6 +32,7 @@ struct RelAttention {
   WeightsDropout dropout;
   Context context;
   bool has_offset_bias = false;
+  double soft_cap = 0;  // 0: none
 
   // Elements of the compute type.
   int64_t key_rows() const { return problem.padded_keys(); }

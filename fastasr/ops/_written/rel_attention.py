@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=rel_attention` writes this file from fastasr/ops/rel_attention.py: change that one.
-"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; bias by offset with a gate, limited context, cache"""
+"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; bias by offset with a gate, soft cap, limited context, cache"""
 
 from functools import partial
 from typing import NamedTuple
@@ -56,6 +56,7 @@ class Arguments(NamedTuple):
     dropout_seed: Tensor | None = None
     context: tuple[int, int] = (-1, -1)
     chunk_size: int = 1
+    soft_cap: float = 0.0
 
 
 class Saved(NamedTuple):
@@ -75,6 +76,7 @@ class Saved(NamedTuple):
     dropout_p: float
     context: tuple[int, int]
     chunk_size: int
+    soft_cap: float
 
 
 # --------------------------------------------------------------------------- the public function
@@ -94,6 +96,7 @@ def rel_attention(
     dropout_seed: Tensor | None = None,
     context: tuple[int, int] = (-1, -1),
     chunk_size: int = 1,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory.
 
@@ -114,6 +117,7 @@ def rel_attention(
         context: (left, right): a query sees the keys from ``left`` frames before its chunk to ``right`` frames behind
             it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
         chunk_size: frames of a chunk, counted from the first key. 1: each frame has its own context.
+        soft_cap: c of c tanh(score / c), which replaces the scores before keys are hidden; 0: none.
         All floating tensors have q's dtype, except under autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
@@ -150,6 +154,8 @@ def rel_attention(
         and type(context[0]) is type(context[1]) is int
         and type(chunk_size) is int
         and (chunk_size >= 1)
+        and type(soft_cap) is float
+        and (soft_cap >= 0)
         and not is_autocast_enabled("cpu")
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
@@ -167,11 +173,11 @@ def rel_attention(
             ):
                 return apply(
                     kernels, True, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                    attn_mask, dropout_p, dropout_seed, context, chunk_size,
+                    attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
                 )  # fmt: skip
             y, _ = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-                dropout_seed, dropout_p, *context, chunk_size,
+                dropout_seed, dropout_p, *context, chunk_size, soft_cap,
             )  # fmt: skip
             return y
         except NOT_MINE:
@@ -180,12 +186,12 @@ def rel_attention(
             # tells what is wrong with the arguments, if anything is
             check(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-                dropout_p, dropout_seed, context, chunk_size,
+                dropout_p, dropout_seed, context, chunk_size, soft_cap,
             )  # fmt: skip
             raise
     check(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-        dropout_seed, context, chunk_size,
+        dropout_seed, context, chunk_size, soft_cap,
     )  # fmt: skip
     if is_compiling() or not (
         type(q) in PLAIN
@@ -202,36 +208,36 @@ def rel_attention(
     ):
         return traced(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-            dropout_seed, context, chunk_size,
+            dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size),
+            dropout_p, dropout_seed, context, chunk_size, soft_cap),
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
-            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:
         names = under_autocast(
             cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
         (
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-            dropout_seed, context, chunk_size, _,
+            dropout_seed, context, chunk_size, soft_cap, _,
         ) = names  # fmt: skip
         kernels = family.kernels(q)
         if kernels is None:
             return formula(
                 q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
                 key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
-                dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+                dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -246,18 +252,18 @@ def rel_attention(
         ):
             return apply(
                 kernels, False, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                attn_mask, dropout_p, dropout_seed, context, chunk_size,
+                attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
             )  # fmt: skip
         y, _ = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, False,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
-            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
     return y
 
@@ -277,6 +283,7 @@ def check(
     dropout_seed: Tensor | None,
     context: tuple[int, int],
     chunk_size: int,
+    soft_cap: float,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(dropout_p) is not float:
@@ -289,6 +296,10 @@ def check(
         op.wrong_int("chunk_size", chunk_size)
     if not (chunk_size >= 1):
         op.fail("chunk_size", "at least 1", chunk_size)
+    if type(soft_cap) is not float:
+        op.wrong_float("soft_cap", soft_cap)
+    if not (soft_cap >= 0):
+        op.fail("soft_cap", "at least 0", soft_cap)
     if not isinstance(q, Tensor) or q.dtype not in FLOATING or q.layout is not torch.strided:
         op.wrong_tensor("q", q)
     shape, right = q.shape, False
@@ -421,24 +432,24 @@ def check(
             op.wrong_dtype("offset_gate", offset_gate, "q", q)
     _check(
         op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-        dropout_p, dropout_seed, context, chunk_size),
+        dropout_p, dropout_seed, context, chunk_size, soft_cap),
     )  # fmt: skip
 
 
 def traced(
     q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-    dropout_seed, context, chunk_size,
+    dropout_seed, context, chunk_size, soft_cap,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rel_attention", q):
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
-            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
     y, _ = operator(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-        dropout_seed, context, chunk_size,
+        dropout_seed, context, chunk_size, soft_cap,
         is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad)),
     )  # fmt: skip
     return y
@@ -446,7 +457,7 @@ def traced(
 
 def run_kernels(
     kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-    dropout_seed, context, chunk_size, keep,
+    dropout_seed, context, chunk_size, soft_cap, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(q)
@@ -456,7 +467,7 @@ def run_kernels(
         operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
         operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype),
         operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None), dropout_p,
-        *context, chunk_size,
+        *context, chunk_size, soft_cap,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -472,7 +483,7 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 def under_autocast(
     dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None,
     key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    keep=False,
+    soft_cap=0.0, keep=False,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate = cast(
@@ -493,6 +504,7 @@ def under_autocast(
         dropout_seed,
         context,
         chunk_size,
+        soft_cap,
         keep,
     )
 
@@ -502,23 +514,23 @@ class RelAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-        attn_mask, dropout_p, dropout_seed, context, chunk_size,
+        attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
     ):  # fmt: skip
         if direct:
             y, lse = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-                dropout_seed, dropout_p, *context, chunk_size,
+                dropout_seed, dropout_p, *context, chunk_size, soft_cap,
             )  # fmt: skip
         else:
             y, lse = run_kernels(
                 kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-                dropout_p, dropout_seed, context, chunk_size, True,
+                dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
             )  # fmt: skip
         ctx.save_for_backward(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
             y, lse,
         )  # fmt: skip
-        ctx.rest = kernels, direct, dropout_p, context, chunk_size
+        ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap
         return y
 
     @staticmethod
@@ -530,11 +542,11 @@ class RelAttention(Function):
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
             y, lse,
         ) = ctx.saved_tensors  # fmt: skip
-        kernels, direct, dropout_p, context, chunk_size = ctx.rest
+        kernels, direct, dropout_p, context, chunk_size, soft_cap = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = transformed_gradients(
                 op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,)),
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,)),
             )  # fmt: skip
             return (
                 None,
@@ -553,11 +565,12 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         if direct:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = kernels.backward(
                 grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                attn_mask, dropout_seed, y, lse, dropout_p, *context, chunk_size,
+                attn_mask, dropout_seed, y, lse, dropout_p, *context, chunk_size, soft_cap,
             )  # fmt: skip
             return (
                 None,
@@ -576,16 +589,17 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = gradients_without(
                 error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,)),
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,)),
             )  # fmt: skip
         return (
             None,
@@ -604,12 +618,13 @@ class RelAttention(Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def differentiate(
     kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-    dropout_seed, y, lse, dropout_p, context, chunk_size,
+    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(q) if kernels.backend == "cpu" else None
@@ -617,7 +632,7 @@ def differentiate(
         operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
         operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
         dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None), y,
-        lse, dropout_p, *context, chunk_size,
+        lse, dropout_p, *context, chunk_size, soft_cap,
     )  # fmt: skip
     if d_q is not None and d_q.dtype is not q.dtype:
         d_q = d_q.to(q.dtype)
@@ -651,24 +666,24 @@ def differentiate(
 # --------------------------------------------------------------------------- the registered operator
 def run(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_padding_mask=None,
-    attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1, keep=False,
+    attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1, soft_cap=0.0, keep=False,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     try:
         y, lse = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, keep,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     if not keep:
         lse = lse.new_empty(0)
@@ -677,7 +692,7 @@ def run(
 
 def fake(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_padding_mask=None,
-    attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1, keep=False,
+    attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1, soft_cap=0.0, keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(q) is not None
     B = q.shape[0]
@@ -693,7 +708,7 @@ def fake(
 def set_up(ctx, inputs, output):
     (
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-        dropout_seed, context, chunk_size, keep,
+        dropout_seed, context, chunk_size, soft_cap, keep,
     ) = inputs  # fmt: skip
     y, lse = output
     ctx.mark_non_differentiable(lse)
@@ -701,7 +716,7 @@ def set_up(ctx, inputs, output):
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed, y,
         lse,
     )  # fmt: skip
-    ctx.rest = dropout_p, context, chunk_size, keep
+    ctx.rest = dropout_p, context, chunk_size, soft_cap, keep
 
 
 def backward(ctx, grad_y, *_):
@@ -709,15 +724,15 @@ def backward(ctx, grad_y, *_):
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed, y,
         lse,
     ) = ctx.saved_tensors  # fmt: skip
-    dropout_p, context, chunk_size, keep = ctx.rest
+    dropout_p, context, chunk_size, soft_cap, keep = ctx.rest
     if not keep:
         _, lse = operator(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-            dropout_seed, context, chunk_size, True,
+            dropout_seed, context, chunk_size, soft_cap, True,
         )  # fmt: skip
     d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = as_tuple(
         backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-        attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size),
+        attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
     )  # fmt: skip
     return (
         d_q,
@@ -735,29 +750,30 @@ def backward(ctx, grad_y, *_):
         None,
         None,
         None,
+        None,
     )
 
 
 def run_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
-    y, lse, dropout_p, context, chunk_size,
+    y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = formula_gradients(
             op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-            attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size),
+            attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
         )  # fmt: skip
     else:
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = gradients_without(
                 error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size),
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
             )  # fmt: skip
     return (
         d_q.contiguous(),
@@ -773,7 +789,7 @@ def run_backward(
 
 def fake_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
-    y, lse, dropout_p, context, chunk_size,
+    y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -791,7 +807,7 @@ backward_operator = register(
     "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
     "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? "
     "attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, SymInt[2] context, SymInt "
-    "chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "chunk_size, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
@@ -800,7 +816,7 @@ operator = register(
     "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
     "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_padding_mask=None, "
     "Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, SymInt[2] context=[-1, -1], "
-    "SymInt chunk_size=1, bool keep=False) -> (Tensor, Tensor)",
+    "SymInt chunk_size=1, float soft_cap=0.0, bool keep=False) -> (Tensor, Tensor)",
     run,
     fake,
     setup_context=set_up,

@@ -95,6 +95,8 @@ def _random(make: Make, shape) -> dict:
         call |= {"offset_bias": make.normal(frames and frames + keys - 1, heads)}
         if shape.choice((True, False)):
             call |= {"offset_gate": make.normal(batch, frames, heads)}
+    if shape.choice((True, False)):
+        call["soft_cap"] = shape.size() % 20 / 4
     absent = shape.choice(
         ((), (), ("bias_u",), ("bias_u", "bias_v"), ("pos", "bias_v"), ("pos", "bias_u", "bias_v"))
     )
@@ -286,6 +288,29 @@ TABLE = OpTable(
         Sample(
             "a bias by offset, no frames",
             lambda m: _call(m, 2, 0, 2, 8, **_by_offset(0, 2), pos=None, bias_v=None),
+        ),
+        _small("a soft cap", lambda m: _call(m, 2, 9, 2, 8, soft_cap=2.0), thorough=True),
+        _small(
+            "a soft cap that hardly acts, a context, padding",
+            lambda m: _call(
+                m, 2, 27, 2, 8, key_padding_mask=_padding(27, 27, 15), soft_cap=50.0, **_context(11, 0)
+            ),
+        ),
+        Sample(
+            "a soft cap, a bias by offset, masks, dropout, several tiles",
+            lambda m: _call(
+                m,
+                2,
+                67,
+                2,
+                20,
+                24,
+                attn_mask=_random_mask(67, 67),
+                soft_cap=1.5,
+                **_by_offset(67, 2, 2),
+                **_dropout(0.2, 5),
+            ),
+            draws=2,
         ),
         Sample("an infinite query", _infinite, exact=False),
         Sample("no frames", lambda m: _call(m, 2, 0, 2, 8)),

@@ -43,6 +43,8 @@ def configurations(generation: int):
         words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout")]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
         absent = [name for name, word in words if word not in label]
+        if "cap" not in label:
+            absent.append("cap")
         if "gated bias" in label:  # without positions
             absent += ["POS", "U", "W", "PARTS"]
         return Configuration(
@@ -52,14 +54,14 @@ def configurations(generation: int):
             {"DIM": dim, "VALUE_DIM": value, "WINDOW": "context" in label, **dict.fromkeys(absent)} | options,
             warps,
             strides,
-            ("scale", "factor"),
+            ("scale", "factor", "cap"),
             stages,
         )
 
     for value in (64, 100):
         yield configuration("delta", "" if value == 64 else "odd sizes", "bf16", value=value)
     for dtype in PRODUCTS:
-        for label in ("padding, mask", "padding, dropout", "padding, context"):
+        for label in ("padding, mask", "padding, dropout", "padding, context", "padding, context, cap"):
             if dtype != "bf16" and (dtype != "tf32" or "mask" in label):
                 yield configuration("statistics", label, dtype)
     for name in ("forward", "queries", "keys"):
@@ -77,6 +79,7 @@ def configurations(generation: int):
             yield configuration(name, "padding, context", dtype)
         for dtype in ("fp32", "bf16"):
             yield configuration(name, "padding, gated bias", dtype)
+            yield configuration(name, "padding, context, cap", dtype, 128, 128)
         for label in ("padding, dropout, context", "d=128, padding, context"):
             dim = 128 if "d=128" in label else 64
             yield configuration(name, label, "bf16", dim, dim)
