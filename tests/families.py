@@ -427,6 +427,42 @@ def seamless_v2(**options):
     return of_wav2vec2(*names, **SEAMLESS, **options)
 
 
+def gemma4(lengths=(41, 15), **options):
+    """The audio tower of Gemma 4, of ``lengths`` frames behind its front end."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        module = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
+        sizes = {
+            "hidden_size": WIDTH,
+            "num_attention_heads": HEADS,
+            "num_hidden_layers": 2,
+            "output_proj_dims": 8,
+        }
+        config = transformers.Gemma4AudioConfig(**sizes | {"subsampling_conv_channels": [16, 4]} | options)
+        x = torch.randn(len(lengths), 4 * max(lengths), 16, generator=numbers(1))
+        mask = torch.arange(4 * max(lengths)) < 4 * torch.tensor(lengths)[:, None]
+        return module.Gemma4AudioModel(config), lambda model: [model(x, mask).last_hidden_state]
+
+    return made
+
+
+def gemma3n(lengths=(41, 15), **options):
+    """The audio tower of Gemma 3n, of ``lengths`` frames behind its front end."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        module = pytest.importorskip("transformers.models.gemma3n.modeling_gemma3n")
+        sizes = {"hidden_size": WIDTH, "conf_num_attention_heads": HEADS, "conf_num_hidden_layers": 2}
+        sizes |= {"input_feat_size": 16, "sscp_conv_channel_size": [4, 2], "conf_reduction_factor": 1}
+        config = transformers.Gemma3nAudioConfig(**sizes | options)
+        x = torch.randn(len(lengths), 4 * max(lengths), 16, generator=numbers(1))
+        mask = torch.arange(4 * max(lengths)) >= 4 * torch.tensor(lengths)[:, None]
+        return module.Gemma3nAudioEncoder(config), lambda model: [model(x, mask).last_hidden_state]
+
+    return made
+
+
 def wavlm(stable=False, lengths=(21, 13, 5), masked=True, **options):
     """An encoder of WavLM. ``stable``: the large model's, with norms before each part."""
 
@@ -595,6 +631,8 @@ FAMILIES = {
     "seamless m4t v2, chunks": seamless_v2(speech_encoder_chunk_size=8, speech_encoder_left_chunk_num=1),
     "w2v-bert": w2v_bert(),
     "wavlm": wavlm(),
+    "gemma 4": gemma4(),
+    "gemma 3n": gemma3n(),
     "parakeet tdt": parakeet_transducer("TDT"),
     "parakeet rnn-t": parakeet_transducer("RNNT"),
     "nemotron": nemotron,

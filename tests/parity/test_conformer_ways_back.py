@@ -213,6 +213,34 @@ def weights_of_wavlm():
     return case(ours, theirs, run, "layers.1.attention", "attention weights are asked for")
 
 
+def weights_of_gemma4():
+    theirs, run = families.make("gemma 4")
+    ours = copy.deepcopy(theirs.eval())
+    fastasr.accelerate(ours)
+    ours.layers[1].self_attn.register_forward_hook(lambda *_: None)
+    return case(ours, theirs, run, "layers.1.self_attn", "attention weights are asked for")
+
+
+def mask_of_gemma4():
+    theirs, _ = families.make("gemma 4")
+    ours = copy.deepcopy(theirs.eval())
+    fastasr.accelerate(ours)
+
+    def run(model):
+        mask = torch.zeros(1, 1, 2, 12, 24)
+        mask[..., 5] = -1.0
+        x, positions = torch.linspace(-1, 1, 20 * WIDTH).sin().view(1, 20, WIDTH), torch.ones(1, 13, WIDTH)
+        return model.layers[0].self_attn(x, positions, mask)
+
+    reason = "an input, a mask or positions that rel_attention does not take"
+    return case(ours, theirs, run, "layers.0.self_attn", reason)
+
+
+def positions_of_gemma3n():
+    reason = "an input, a mask or positions that rel_attention does not take"
+    return with_a_hook("gemma 3n", reason, "relative_position_embedding", "conformer.0.attention.attn")
+
+
 def bias_of_pairs_of_wavlm():
     """Without a swap of the first layer's attention, the others get upstream's bias."""
     theirs, run = families.make("wavlm")
@@ -223,6 +251,9 @@ def bias_of_pairs_of_wavlm():
 
 
 OTHERS = (
+    weights_of_gemma4,
+    mask_of_gemma4,
+    positions_of_gemma3n,
     weights_of_wavlm,
     bias_of_pairs_of_wavlm,
     front_end_of_phi4,

@@ -46,6 +46,8 @@ REPLACED = {
         "Wav2Vec2BertConvolutionModule",
     },
     "wavlm": {"WavLMAttention", "WavLMEncoder"},
+    "gemma 4": {"Gemma4AudioAttention"},
+    "gemma 3n": {"Gemma3nAudioAttention"},
 }
 CHUNKS = {"speech_encoder_chunk_size": 8}
 # The same models otherwise: family -> name -> how it is made
@@ -78,6 +80,22 @@ OTHERWISE["wavlm"] = {
     "dropout": families.wavlm(attention_dropout=0.1),
     "layers left out": families.wavlm(layerdrop=0.5),
 }
+CAPPED = {"attention_logit_cap": 0.5}
+OTHERWISE["gemma 4"] = {
+    "a frame": families.gemma4((1,)),
+    "11 frames": families.gemma4((11, 11)),
+    "12 frames": families.gemma4((12, 3)),
+    "13 frames": families.gemma4((13, 2), **CAPPED),
+    "a recording of a frame": families.gemma4((30, 1)),
+    "a cap that acts": families.gemma4((50, 37), **CAPPED),
+}
+OTHERWISE["gemma 3n"] = {
+    "a frame": families.gemma3n((1,)),
+    "12 frames": families.gemma3n((12, 3)),
+    "13 frames": families.gemma3n((13, 2), conf_attention_logit_cap=0.5),
+    "a recording without frames": families.gemma3n((30, 0)),
+    "a cap that acts": families.gemma3n((50, 37), conf_attention_logit_cap=0.5),
+}
 OTHERWISE["phi-4"] = {
     "an odd length": families.phi4_audio(frames=61),
     "no mask": families.phi4_audio(padded=False),
@@ -103,6 +121,8 @@ OTHERWISE["nemo transformer"] = {
 }
 ALL = [*REPLACED, *(f"{family}: {name}" for family, made in OTHERWISE.items() for name in made)]
 TOLERANCE = 1e-10
+# Upstream computes the attention of these, or its softmax, in float32 whatever the dtype: 4 cannot run in float64.
+SINGLE = ("gemma 4", "gemma 3n")
 
 
 def pair(name):
@@ -134,16 +154,18 @@ def outcome(model, call, training):
 
 
 def same(found, expected, largest):
-    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * max(1.0, largest))
+    tolerance = TOLERANCE if expected.dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(1.0, largest))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ALL)
 def test_a_step(name, training):
     theirs, ours, call = pair(name)
-    theirs.double(), ours.double()
+    dtype = torch.float32 if name.startswith(SINGLE) else torch.float64
+    theirs.to(dtype), ours.to(dtype)
     (y, gradients, draw), (expected, gradients_there, draw_there) = (
-        outcome(model, inputs_in(torch.float64, call), training) for model in (ours, theirs)
+        outcome(model, inputs_in(dtype, call), training) for model in (ours, theirs)
     )
     same(y, expected, expected.abs().max().item())
     assert draw == draw_there
@@ -200,11 +222,12 @@ def test_under_checkpointing(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", REPLACED)
 def test_in_short_dtypes(name, dtype):
-    """The swapped model is as near to float64 as upstream."""
+    """The swapped model is as near to the widest dtype as upstream."""
     theirs, ours, call = pair(name)
-    exact = copy.deepcopy(theirs).double().eval()
+    wide = torch.float32 if name in SINGLE else torch.float64
+    exact = copy.deepcopy(theirs).to(wide).eval()
     with torch.no_grad():
-        truth = inputs_in(torch.float64, call)(exact)[0]
+        truth = inputs_in(wide, call)(exact)[0].double()
         found, expected = (
             inputs_in(dtype, call)(model.to(dtype).eval())[0].double() for model in (ours, theirs)
         )

@@ -4,6 +4,8 @@ to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`.""
 
 from fastasr.swap.forwards.attention import (
     fastspeech2_attention,
+    gemma3n_attention,
+    gemma4_attention,
     granite_speech5_attention,
     granite_speech_attention,
     nemo_attention,
@@ -46,6 +48,8 @@ __all__ = [
     "fastspeech2_convolution",
     "fun_asr_feed_forward",
     "fun_asr_memory",
+    "gemma3n_attention",
+    "gemma4_attention",
     "granite_speech5_attention",
     "granite_speech5_convolution",
     "granite_speech_attention",
