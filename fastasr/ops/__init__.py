@@ -27,6 +27,7 @@ from fastasr.ops._written.gated_residual_norm import gated_residual_norm as gate
 from fastasr.ops._written.layer_norm_lstm import layer_norm_lstm as layer_norm_lstm
 from fastasr.ops._written.linear_activation import linear_activation as linear_activation
 from fastasr.ops._written.nonlin_attention import nonlin_attention as nonlin_attention
+from fastasr.ops._written.norm_activation import norm_activation as norm_activation
 from fastasr.ops._written.rel_attention import rel_attention as rel_attention
 from fastasr.ops._written.residual_norm import residual_norm as residual_norm
 from fastasr.ops._written.rnnt_joiner import rnnt_joiner as rnnt_joiner
