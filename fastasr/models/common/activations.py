@@ -69,3 +69,11 @@ def activated(linear, activation: torch.nn.Module, x: torch.Tensor) -> torch.Ten
     if name is None or name == "identity":
         return activation(plumbing.linear(linear, x))
     return ops.linear_activation(x, linear.weight, linear.bias, name)
+
+
+def norm_activated(norm, activation: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Returns ``activation(norm(x))``."""
+    name = fused_name(activation) if plumbing.is_layer_norm(norm) else None
+    if name is None or name == "identity":
+        return activation(norm(x))
+    return ops.norm_activation(x, norm.weight, norm.bias, eps=norm.eps, activation=name)

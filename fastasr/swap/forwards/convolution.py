@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fastasr import _left, ops
 from fastasr.models.common import plumbing
+from fastasr.models.common.activations import norm_activated
 from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
@@ -69,7 +70,7 @@ def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
     else:
         form = _within_chunks(self.conv.weight, chunk_size)
     z = ops.gated_depthwise_conv(h, bias=self.conv.bias, activation="identity", **form).transpose(0, 1)
-    y = plumbing.linear(last, activation(norm(z)))
+    y = plumbing.linear(last, norm_activated(norm, activation, z))
     if chunk_size is not None and not plumbing.is_idle(dropout):  # upstream draws for whole chunks
         frames = y.shape[1]
         y = plumbing.dropout(dropout, F.pad(y, (0, 0, 0, -frames % chunk_size)))[:, :frames]

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence, unread_child
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
 
 _SPEECHBRAIN = Known("speechbrain 1.1.2")
 _SWISH = {"592b77330169aa9f5c793530"}
@@ -51,7 +51,7 @@ ATTENTION = attention_rule(
     note="the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws",
 )
 
-CONVOLUTION = convolution_rule(
+CONVOLUTION = norm_convolution_rule(
     name="speechbrain.convolution",
     class_name="ConvolutionModule",
     forward=models.speechbrain_convolution,

@@ -149,7 +149,7 @@ ATTENTION = _rule(
 CONVOLUTION = _rule(
     "convolution", "ConvolutionModule", nemotron.causal_convolution, _convolution_structure,
     {"b06d1b1a5b7542df6a8cb506": "5.17 to 5.24"},
-    "linear gated_depthwise_conv",
+    "linear gated_depthwise_conv norm_activation",
 )  # fmt: skip
 FEED_FORWARD = _rule(
     "feed_forward", "FeedForward", FastConformerFeedForward.forward, parakeet.feed_forward_structure,

@@ -4,7 +4,7 @@
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, check_child_names, check_parameters
 from fastasr.swap.rules import transformers_conformer as conformer
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule
+from fastasr.swap.rules.conformer import attention_rule, norm_convolution_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
 
 _FROM_5_18 = Known("transformers 5.18 to 5.24")
@@ -46,7 +46,7 @@ def _attention(class_name, name, fingerprint):
 
 
 def _convolution(class_name, name, fingerprint):
-    return convolution_rule(
+    return norm_convolution_rule(
         name=f"transformers.{name}_convolution",
         class_name=class_name,
         forward=models.causal_seamless_convolution,
