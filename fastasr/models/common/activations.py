@@ -44,7 +44,7 @@ _FUSED = {
     torch.nn.Tanh: "tanh",
 }
 
-_FRAMEWORKS = ("espnet", "espnet2", "nemo", "speechbrain", "transformers")
+_FRAMEWORKS = ("espnet", "espnet2", "fireredasr", "nemo", "speechbrain", "transformers")
 
 
 def fused_name(activation: torch.nn.Module) -> str | None:

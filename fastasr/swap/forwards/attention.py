@@ -166,11 +166,45 @@ def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
         _note(self, fits, "autocast to float16 is on" if half else _OTHER)
         return type(self).forward(self, query, key, value, mask, pos_emb, cache)
     key, _, query, following = self.update_cache(key=key, value=value, query=query, cache=cache)
-    by = None if mask is None else seen(mask, hides=True)
-    hidden = masks.of_kernel(mask, by, hides=True)
-    empty_rows = by.empty_rows if by is not None and by.by_length else None  # otherwise the kernel gives 0
-    y = _attention(self, query, pos_emb, hidden, dropout, empty_rows, key)
+    y = _attention(self, query, pos_emb, *_hidden_pairs(mask, dropout), key)
     return y if cache is None else (y, following)
+
+
+def gigaam_attention(self, query, key, value, pos_emb, mask=None):
+    """Serves GigaAM's RelPositionMultiHeadAttention, NeMo's without dropout and cache: query, which is key and value
+    too, (B, T, width), position embeddings (1, 2T − 1, width), mask bool (B, T, T), True at hidden keys, or None -> (B,
+    T, width)."""
+    batch, frames = query.shape[:2]
+    fits = query is key is value and _is_one_table(pos_emb, frames)
+    fits = fits and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, frames, frames)))
+    if not fits:
+        _note(self, fits, _OTHER)
+        return type(self).forward(self, query, key, value, pos_emb, mask)
+    return _attention(self, query, pos_emb, *_hidden_pairs(mask, _NONE))
+
+
+def firered_attention(self, q, k, v, pos_emb, mask=None):
+    """Serves FireRedASR's RelPosMultiHeadAttention, which normalises queries, keys and values each by a LayerNorm of
+    its own and adds the residual: q, which is k and v too, (B, T, width), position embeddings (1, 2T − 1, width), mask
+    (B, 1, T), 0 at hidden keys, or None -> ((B, T, width), None)."""
+    batch, frames = q.shape[:2]
+    fits = q is k is v and _is_one_table(pos_emb, frames)
+    fits = fits and (mask is None or mask.shape == (batch, 1, frames))
+    share = plumbing.dropped_share(self.attention.dropout)
+    dropout = attention_dropout.of_kernel(share, q.device) if fits else None
+    if dropout is None:
+        _note(self, fits, _OTHER)
+        return type(self).forward(self, q, k, v, pos_emb, mask)
+    heads, hidden = self.pos_bias_u.shape, {} if mask is None else {"key_padding_mask": mask[:, 0].eq(0)}
+    norms = self.layer_norm_q, self.layer_norm_k, self.layer_norm_v
+    layers = self.w_qs, self.w_ks, self.w_vs
+    operands = (
+        plumbing.linear(layer, norm(q)).view(batch, frames, *heads)
+        for layer, norm in zip(layers, norms, strict=True)
+    )
+    rows = projected(self, self.linear_pos, pos_emb[0]).view(-1, *heads)
+    y = ops.rel_attention(*operands, rows, self.pos_bias_u, self.pos_bias_v, **hidden, **dropout)
+    return plumbing.dropout(self.dropout, plumbing.linear(self.fc, y.flatten(2)), q), None
 
 
 def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None):
@@ -302,6 +336,15 @@ def _note(module, fits, reason):
 
 def _is_one_table(positions, frames):
     return positions is not None and positions.ndim == 3 and positions.shape[:2] == (1, 2 * frames - 1)
+
+
+def _hidden_pairs(mask, dropout):
+    """Returns what ``_attention`` takes for NeMo's mask (B, T, K), True at hidden keys, or None, and for dropout: the
+    kernel's arguments, and the queries that see no key. Where the mask does not stand for lengths the kernel itself
+    gives 0 at these."""
+    by = None if mask is None else seen(mask, hides=True)
+    empty_rows = by.empty_rows if by is not None and by.by_length else None
+    return masks.of_kernel(mask, by, hides=True), dropout, empty_rows
 
 
 def _dropout_of(module):

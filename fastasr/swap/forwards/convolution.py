@@ -131,6 +131,25 @@ def _seamless(self, hidden_states, attention_mask, norm, **options):
     return _dropped(self.dropout, after_gate(h, *layers, hidden, **options))
 
 
+def firered_convolution(self, x, mask=None):
+    """Serves FireRedASR's Conformer, which adds the residual: x (B, T, width), mask (B, 1, T), 1 at valid frames, or
+    None -> (B, T, width). Upstream sets padding to 0 before ``pointwise_conv1``, which has no bias, so that the gated
+    frame is 0."""
+    first, hidden = self.pointwise_conv1, None if mask is None else mask[:, 0].ne(1)
+    n = self.pre_layer_norm(x)
+    if hidden is not None and not (is_plain(first, torch.nn.Conv1d) and first.bias is None):
+        n = n.masked_fill(hidden.unsqueeze(-1), 0.0)
+    layers = self.depthwise_conv, self.batch_norm, self.swish, self.pointwise_conv2
+    y = _dropped(self.dropout, after_gate(pointwise(first, n), *layers, hidden, by_frame=True))
+    return x + (y if hidden is None else y.masked_fill(hidden.unsqueeze(-1), 0.0))
+
+
+def gigaam_convolution(self, x, pad_mask=None):
+    """Serves GigaAM's Conformer: x (B, T, width), pad mask (bool (B, T), True at padding) or None -> (B, T, width)."""
+    layers = self.depthwise_conv, self.batch_norm, self.activation, self.pointwise_conv2
+    return gated_convolution(x, self.pointwise_conv1, *layers, pad_mask)
+
+
 def granite_speech_convolution(self, hidden_states):
     """Serves Granite Speech and its Plus: hidden states (B, T, width) -> same shape. Padding is not masked."""
     if not is_plain(self.glu, torch.nn.GLU):

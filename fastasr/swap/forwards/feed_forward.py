@@ -15,6 +15,21 @@ def nemo_feed_forward(self, x):
     return plumbing.linear(self.linear2, hidden)
 
 
+def gigaam_feed_forward(self, x):
+    """Serves GigaAM's Conformer, without dropout: x (..., width) -> same shape."""
+    return plumbing.linear(self.linear2, activations.activated(self.linear1, self.activation, x))
+
+
+def firered_feed_forward(self, x):
+    """Serves FireRedASR's Conformer, whose LayerNorm comes first, and which adds the residual: x (..., width) -> same
+    shape."""
+    if not is_plain(self.net, torch.nn.Sequential):
+        _left.note(self, "net is not a plain Sequential")
+        return type(self).forward(self, x)
+    norm, *layers = self.net
+    return _in_sequence(layers, norm(x), residual=x)
+
+
 def speechbrain_feed_forward(self, x):
     """Serves SpeechBrain's positionwise feed-forward, without the last dropout: x (B, T, width) -> same shape."""
     if not is_plain(self.ffn, torch.nn.Sequential):
@@ -65,7 +80,7 @@ def fun_asr_feed_forward(self, hidden_states):
     return F.dropout(hidden, rate) if rate else hidden
 
 
-def _in_sequence(layers, x):
+def _in_sequence(layers, x, residual=None):
     first, activation, middle, last, dropout = layers
     hidden = plumbing.dropout(middle, activations.activated(first, activation, x))
-    return plumbing.dropout(dropout, plumbing.linear(last, hidden))
+    return plumbing.dropout(dropout, plumbing.linear(last, hidden), residual)
