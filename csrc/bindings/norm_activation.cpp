@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/channel_parameters.h"
+#include "bindings/norm_rows.h"
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
@@ -36,11 +37,10 @@ std::tuple<Tensor, Tensor> norm_activation_forward(const Tensor& x, const Tensor
     const auto& kernel = cpu::kernels<cpu::NormActivationKernels<T>>();
     using C = cpu::compute_t<T>;
     const auto p = checked<T>(x, weight, bias, eps, kind, activation, op);
-    const int64_t rows = x.numel() / p.channels, kept = keep_statistics ? 3 * rows : 0, one = 1;
-    y = new_pooled_like(x), statistics = new_strided(x, 1, &kept, &one, kComputeType<T>);
+    y = new_pooled_like(x), statistics = new_statistics(x, keep_statistics);
     T* out = mutable_data<T>(y);
-    auto* kept_rows = kept ? reinterpret_cast<cpu::RowStatistics<C>*>(mutable_data<C>(statistics)) : nullptr;
-    parallel_tasks(rows, 2 * p.channels, [&](int64_t b, int64_t e) {
+    auto* kept_rows = written_statistics<T>(statistics);
+    parallel_tasks(x.numel() / p.channels, 2 * p.channels, [&](int64_t b, int64_t e) {
       const std::unique_ptr<C[]> scratch(new C[cpu::norm_activation_scratch(p.channels)]);
       kernel.forward(p, b, e, out, kept_rows, scratch.get());
     });
@@ -58,29 +58,15 @@ std::tuple<Tensor, Tensor, Tensor> norm_activation_backward(const Tensor& grad, 
   Tensor dbias = bias ? new_like(*bias) : new_without_elements(weight);
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NormActivationKernels<T>>();
-    using C = cpu::compute_t<T>;
     const auto p = checked<T>(x, weight, bias, eps, kind, activation, op);
     const int64_t n = p.channels, count = x.numel() / n;
     const T* g = data<T>(grad);
-    const cpu::RowStatistics<C>* rows = nullptr;
-    if (statistics) {
-      check(dtype_of(*statistics) == kComputeType<T> && statistics->is_contiguous() && statistics->numel() == 3 * count,
-            op, "statistics");
-      rows = reinterpret_cast<const cpu::RowStatistics<C>*>(data<C>(*statistics));
-    }
+    const auto* rows = kept_statistics<T>(statistics, count, op);
     T* out = mutable_data<T>(dx);
-    const RowBlocks blocks(count, n);
-    Scratch<C> parts(blocks.count * 2 * n);  // every block is written
-    blocks.parallel(4 * n, [&](int64_t b, int64_t e) {
-      const std::unique_ptr<C[]> scratch(new C[cpu::norm_activation_scratch(n)]);
-      for (int64_t k = b; k < e; k++) {
-        C* part = parts.data() + k * 2 * n;
-        kernel.backward(p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k), out, part, part + n,
-                        scratch.get());
-      }
-    });
-    reduce_blocks(parts.data(), blocks.count, 2 * n, dweight);
-    if (bias) reduce_blocks(parts.data() + n, blocks.count, 2 * n, dbias);
+    sum_pairs<T>(RowBlocks(count, n), n, cpu::norm_activation_scratch(n), dweight, bias ? &dbias : nullptr,
+                 [&](int64_t b, int64_t e, auto* dw, auto* db, auto* scratch) {
+                   kernel.backward(p, g, rows, b, e, out, dw, db, scratch);
+                 });
   });
   return {dx, dweight, dbias};
 }
