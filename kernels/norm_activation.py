@@ -26,7 +26,7 @@ from fastasr.kernels._layer_norm import (
     row_mean,
     row_width,
 )
-from fastasr.kernels._parts import add_pair, split_rows
+from fastasr.kernels._parts import add_pair, split_rows, store_pair
 
 LAYER, RMS = range(2)
 
@@ -96,11 +96,7 @@ def backward_kernel(
         dx = tl.fma(-n, along[:, None], d) * scale[:, None]
         tl.store(DX + r[:, None] * C + c[None, :], dx.to(DX.dtype.element_ty), mask=keep)
         first += BLOCK_R
-    row = PARTS + part * C + c
-    dweight = tl.sum(dweight.to(PARTS.dtype.element_ty), axis=0)
-    dbias = tl.sum(dbias.to(PARTS.dtype.element_ty), axis=0)
-    tl.store(row, dweight, mask=in_row)
-    tl.store(row + tl.num_programs(0).to(tl.int64) * C, dbias, mask=in_row)
+    store_pair(PARTS, c, C, dweight, dbias)
 
 
 def norm_activation_forward(
