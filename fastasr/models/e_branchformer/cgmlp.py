@@ -58,7 +58,8 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
         for module in (self.conv, self.linear):
             if module is not None:
                 torch.nn.init.normal_(module.weight, std=1e-6)
-                torch.nn.init.ones_(module.bias)
+                if module.bias is not None:
+                    torch.nn.init.ones_(module.bias)
 
     def forward(self, x, gate_add=None):
         norm, conv = self.norm, self.conv
