@@ -32,7 +32,7 @@ def _operands(kernels, a, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | 
     double = torch.float64 in (a.weight.dtype, None if a.bias is None else a.bias.dtype)
     work = torch.float64 if double else dtype
     wide = torch.promote_types(work, torch.float32)
-    return operand(a.x, work), operand(a.weight, wide), operand(a.bias, wide)
+    return a.x.to(work).contiguous(), a.weight.to(wide).contiguous(), operand(a.bias, wide)
 
 
 def _options(a) -> tuple[float, int, int]:
