@@ -275,7 +275,7 @@ def refresh(model):
     for module in model.modules():
         graphs = recording.of(module)
         if graphs is not None:
-            graphs.clear()
+            graphs.clear(module)
     return _kept.drop([*model.parameters(), *model.buffers()])
 
 
