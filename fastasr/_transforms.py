@@ -42,8 +42,11 @@ def refuse_unless_batched(name: str) -> None:
 class Formula(Protocol):
     """An op as far as a transform needs it (``fastasr.ops._op.Op``)."""
 
-    name: str
-    definition: Callable[..., Any]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def definition(self) -> Callable[..., Any]: ...
 
 
 def by_formula(op: Formula, a: Any) -> Any:
