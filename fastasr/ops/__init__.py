@@ -5,6 +5,8 @@ the declaration `make ops` writes the public function, which the module of its n
 Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` prints which backends serve it here.
 """
 
+from typing import NoReturn
+
 from fastasr._nearest import no_attribute as _no_attribute
 from fastasr.ops import _dispatch
 from fastasr.ops._op import OPS
@@ -56,7 +58,7 @@ GRADIENTS = tuple(name for name, op in OPS.items() if not op.differentiable)
 __all__ = list(NAMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> NoReturn:
     raise _no_attribute(__name__, name, __all__)
 
 

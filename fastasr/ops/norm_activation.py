@@ -9,6 +9,7 @@ Upstream: transformers' ``Wav2Vec2BertConvolutionModule`` and ``NemotronAsrStrea
 SpeechBrain's ``ConvolutionModule``, behind the depthwise convolution.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -16,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation
-from fastasr.ops._op import op
+from fastasr.ops._dispatch import Kernels
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._runtime import operand
 
 KINDS = ("layer", "rms")  # Kernels receive the place.
 
 
 # --------------------------------------------------------------------------- kernels
-def _operands(kernels, a, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+def _operands(kernels: Kernels, a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns x, weight and bias. C++ kernels read parameters in the dtype of the computation; Triton's kernels convert
     what they load.
     """
@@ -35,18 +37,20 @@ def _operands(kernels, a, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | 
     return a.x.to(work).contiguous(), a.weight.to(wide).contiguous(), operand(a.bias, wide)
 
 
-def _options(a) -> tuple[float, int, int]:
+def _options(a: Arguments) -> tuple[float, int, int]:
     return a.eps, KINDS.index(a.kind), _activation.NUMBERS[a.activation]
 
 
-def _launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
     y, statistics = kernels.forward(*_operands(kernels, a, dtype), *_options(a), keep)
     if statistics is None:  # Triton's kernels compute them again.
         statistics = a.weight.new_empty(3 * y[..., 0].numel(), dtype=torch.float32)
     return y, statistics.view(*y.shape[:-1], 3) if keep else statistics
 
 
-def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor, ...]:
     x, weight, bias = _operands(kernels, saved, saved.x.dtype)
     grad = operand(grads[0], x.dtype)
     return kernels.backward(grad, x, weight, bias, saved.statistics, *_options(saved))

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for FireRedASR's Conformer (fireredasr/models/module/conformer_encoder.py)."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import nn
 
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import (
     Known,
+    Upstream,
     check_child_names,
     check_parameters,
     check_sequence,
@@ -23,7 +26,7 @@ _LINEARS = ("w_qs", "w_ks", "w_vs", "fc", "linear_pos")
 _NORMS = ("layer_norm_q", "layer_norm_k", "layer_norm_v")
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.n_head, module.d_k))
     reason = check_parameters(module, shapes)
     reason = reason or check_child_names(module, (*_LINEARS, *_NORMS, "attention", "dropout"))
@@ -32,11 +35,11 @@ def _attention_structure(module):
     return reason or unread_code("attention", module.attention, _functions_of_weights, _WEIGHTS)
 
 
-def _functions_of_weights(attention):
+def _functions_of_weights(attention: Upstream) -> list[Callable]:
     return [upstream_class(attention).forward_attention]
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     layers = ("pointwise_conv1", "depthwise_conv", "batch_norm", "swish", "pointwise_conv2")
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, ("pre_layer_norm", *layers, "dropout"))
@@ -45,7 +48,7 @@ def _convolution_structure(module):
     return reason or unread_child(module, "swish", "Swish", _SWISH)
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_child_names(module, ("net",))
     layers = (nn.LayerNorm, nn.Linear, nn.Module, nn.Dropout, nn.Linear, nn.Dropout)
     reason = reason or check_sequence(module, "net", layers)

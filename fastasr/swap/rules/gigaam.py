@@ -2,7 +2,7 @@
 """Rules for GigaAM's Conformer (gigaam/encoder.py), whose modules have NeMo's formulas."""
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, check_child_names, check_parameters
+from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 
 _GIGAAM = Known("gigaam 0.1.0")
@@ -10,16 +10,16 @@ _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
 _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "batch_norm", "activation", "pointwise_conv2")
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.h, module.d_k))
     return check_parameters(module, shapes) or check_child_names(module, _LINEARS)
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     return check_parameters(module, {}) or check_child_names(module, _CONVOLUTIONS)
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     children = ("linear1", "activation", "linear2")
     return check_parameters(module, {}) or check_child_names(module, children)
 

@@ -2,6 +2,7 @@
 """Samples of norm_activation, and its benchmark at the sizes of w2v-BERT 2.0 and of Nemotron's streaming encoder."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -10,7 +11,12 @@ from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _call(
-    make: Make, shape: tuple[int, ...], eps: float = 1e-5, scale: float = 1.0, bias: bool = True, **options
+    make: Make,
+    shape: tuple[int, ...],
+    eps: float = 1e-5,
+    scale: float = 1.0,
+    bias: bool = True,
+    **options: Any,
 ) -> dict:
     channels = shape[-1]
     return {
@@ -21,7 +27,7 @@ def _call(
     } | options
 
 
-def _wide_parameters(make: Make, *shape: int, **options) -> dict:
+def _wide_parameters(make: Make, *shape: int, **options: Any) -> dict:
     """Makes a call under autocast: the parameters are float32."""
     wide = _call(Make(dtype=torch.float32, device=make.device, seed=3), shape, **options)
     return wide | {"x": make.normal(*shape)}
