@@ -2,6 +2,7 @@
 """Imports of the upstream packages that are measured beside fastasr."""
 
 import importlib
+from types import ModuleType
 
 # package -> how to install it
 INSTALL = {
@@ -9,6 +10,7 @@ INSTALL = {
         ("zipformer", "espnet2", "torchaudio", "nemo", "speechbrain", "transformers"),
         'docs/install.md has the lines of pip for it, under "Frameworks"',
     ),
+    "zipvoice": "the package on PyPI is empty; put a checkout of k2-fsa/ZipVoice on PYTHONPATH",
     "fast_rnnt": "python scripts/build_fast_rnnt.py SOURCES",
     "onnx": "pip install 'fastasr[asr]'",
     "onnxruntime": "pip install 'fastasr[asr]'",
@@ -19,7 +21,7 @@ class MissingUpstream(ImportError):
     """A package that is measured beside fastasr cannot be imported."""
 
 
-def module(name: str):
+def module(name: str) -> ModuleType:
     """Returns the module of this dotted name, of a package in INSTALL. Raises ``MissingUpstream`` with how to install
     it.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Conformers whose modules have the code of others: values, gradients and draws are upstream's in
-float64, with masks and under checkpointing."""
+"""Conformers of transformers, NeMo, FireRedASR and GigaAM whose modules have the formulas of others: values, gradients
+and draws are upstream's in float64, with masks and under checkpointing."""
 
 import copy
 import functools
@@ -17,6 +17,9 @@ import fastasr
 REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
     "nemo transformer, causal": {"MultiHeadAttention", "FeedForward"},
+    "fireredasr": {"RelPosMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
+    "gigaam": {"RelPositionMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
+    "gigaam, rotary": {"ConformerConvolution", "ConformerFeedForward"},
     "phi-4": {"Phi4MultimodalAudioNemoConvSubsampling"},
     "fun-asr-nano": {"FunAsrNanoFSMN", "FunAsrNanoMLP"},
     "lasr": {"LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
@@ -96,6 +99,13 @@ OTHERWISE["gemma 3n"] = {
     "a recording without frames": families.gemma3n((30, 0)),
     "a cap that acts": families.gemma3n((50, 37), conf_attention_logit_cap=0.5),
 }
+OTHERWISE["fireredasr"] = {
+    "a recording": families.firered((61,)),
+    "one frame": families.firered((7, 7)),
+    "no frames": families.firered((40, 0)),
+    "no dropout": families.firered(dropout=0.0),
+}
+OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
 OTHERWISE["phi-4"] = {
     "an odd length": families.phi4_audio(frames=61),
     "no mask": families.phi4_audio(padded=False),
@@ -236,10 +246,7 @@ def test_in_short_dtypes(name, dtype):
 
 IMPLEMENTATIONS = {
     "eager": ("w2v-bert", "w2v-bert: no mask", "w2v-bert: relative", "seamless m4t v2", "granite speech 5"),
-    "flex_attention": (
-        "w2v-bert",
-        "w2v-bert: no mask",
-    ),  # with a tensor as the mask upstream's crashes on a CPU
+    "flex_attention": ("w2v-bert",),  # with a tensor as the mask upstream's crashes on a CPU
 }
 
 

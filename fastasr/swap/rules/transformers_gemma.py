@@ -2,7 +2,7 @@
 """Rules for the attention of the audio towers of transformers' Gemma 3n and Gemma 4."""
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, check_child_names, check_parameters, unread_child
+from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules.conformer import attention_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
 
@@ -12,7 +12,7 @@ _HIDDEN = -1e4  # A key with this score has no weight beside any that goes throu
 _LINEARS = ("q_proj", "k_proj", "v_proj")
 
 
-def _structure(module, children, buffers):
+def _structure(module: Upstream, children: tuple[str, ...], buffers: tuple[str, ...]) -> str | None:
     reason = check_parameters(module, {"per_dim_scale": (module.head_dim,)}, allowed_buffers=buffers)
     reason = reason or check_child_names(module, (*_LINEARS, *children))
     if reason is None and module.max_future_horizon:
@@ -20,7 +20,7 @@ def _structure(module, children, buffers):
     return reason
 
 
-def _gemma4_structure(module):
+def _gemma4_structure(module: Upstream) -> str | None:
     reason = _structure(module, ("post", "relative_k_proj"), ("softcap",))
     if reason is None and module.context_size // 2 != module.max_past_horizon:
         return f"chunks of {module.chunk_size} frames have {module.context_size // 2 + 1} positions"
@@ -29,7 +29,7 @@ def _gemma4_structure(module):
     return reason
 
 
-def _gemma3n_structure(module):
+def _gemma3n_structure(module: Upstream) -> str | None:
     buffers = ("softcap", "q_scale", "local_causal_valid_mask")
     name = "relative_position_embedding"
     reason = _structure(module, (name,), buffers)

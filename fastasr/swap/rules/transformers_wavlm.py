@@ -2,7 +2,7 @@
 """Rules for the attention of transformers' WavLM, and for its encoders, which hand on the bias of the positions."""
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters
+from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters
 from fastasr.swap.rules import transformers_conformer as conformer
 from fastasr.swap.rules.conformer import attention_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
@@ -11,14 +11,14 @@ _FROM_5_18 = Known("transformers 5.18 to 5.24")
 _LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "gru_rel_pos_linear")
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     shape = (1, module.num_heads, 1, 1)
     return check_parameters(module, {"gru_rel_pos_const": shape}) or check_child_names(
         module, _LINEARS, ("rel_attn_embed",)
     )
 
 
-def _encoder(class_name, before, since):
+def _encoder(class_name: str, before: str, since: str) -> Rule:
     return Rule(
         name="transformers.wavlm_encoder",
         class_name=class_name,
