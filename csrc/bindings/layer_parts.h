@@ -8,7 +8,7 @@
 #include "cpu/gemm/reduced_gemm.h"
 
 // The functions of operators that the operator of a whole layer calls. The schemas beside their definitions describe
-// the arguments.
+// the arguments; a struct of arguments is checked before (`checked`).
 namespace fastasr::bindings {
 
 namespace gemm {
@@ -26,11 +26,13 @@ Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int6
 }  // namespace swoosh
 
 namespace bypass {
-Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale);
+struct BypassForward;
+Tensor bypass_forward(const BypassForward& a);
 }  // namespace bypass
 
 namespace bias_norm {
-Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale);
+struct BiasNormForward;
+Tensor bias_norm_forward(const BiasNormForward& a);
 }  // namespace bias_norm
 
 namespace nonlin_attention {

@@ -6,6 +6,8 @@
 
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
+#include "bindings/written/bias_norm.h"
+#include "bindings/written/bypass.h"
 #include "cpu/conv/gated_depthwise_conv.h"
 #include "cpu/rows/add.h"
 #include "cpu/streaming/zipformer_order.h"
@@ -116,10 +118,12 @@ struct Layer {
     x = linear(m.out, y, cpu::ReducedInput::x, x);
   }
 
-  void bypass_mid() { x = bypass::bypass_forward(src, x, mid); }
+  void bypass_mid() { x = bypass::bypass_forward(checked(bypass::BypassForward{src, x, mid})); }
 
   void norm_and_bypass() {
-    x = bypass::bypass_forward(src, bias_norm::bias_norm_forward(x, norm_bias, norm_log_scale), bypass);
+    const Tensor normed =
+        bias_norm::bias_norm_forward(checked(bias_norm::BiasNormForward{x, norm_bias, norm_log_scale}));
+    x = bypass::bypass_forward(checked(bypass::BypassForward{src, normed, bypass}));
   }
 
  private:
