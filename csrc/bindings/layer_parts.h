@@ -45,17 +45,13 @@ Tensor weighted_values(Tensor weights, Tensor values);  // returns (rows, batch,
 }  // namespace weighted_values
 
 namespace zipformer_attention_weights {
-Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos, const Optional& cached_key,
-                                           const Optional& padding, const Optional& mask, int64_t heads,
-                                           int64_t query_dim, int64_t chunk, int64_t left_chunks);
+struct ZipformerAttentionWeightsForward;
+Tensor zipformer_attention_weights_forward(const ZipformerAttentionWeightsForward& a);
 }  // namespace zipformer_attention_weights
 
 namespace gated_depthwise_conv {
-std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
-                                                        const Optional& causal_weight, const Optional& causal_bias,
-                                                        const Optional& chunk_scale, const Optional& padding_mask,
-                                                        const Optional& cache, int64_t chunk_size, int64_t activation,
-                                                        bool need_cache, int64_t delay);
+struct GatedDepthwiseConvForward;
+std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConvForward& a);
 }  // namespace gated_depthwise_conv
 
 }  // namespace fastasr::bindings

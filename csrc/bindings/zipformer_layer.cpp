@@ -8,6 +8,8 @@
 #include "bindings/pooled.h"
 #include "bindings/written/bias_norm.h"
 #include "bindings/written/bypass.h"
+#include "bindings/written/gated_depthwise_conv.h"
+#include "bindings/written/zipformer_attention_weights.h"
 #include "cpu/conv/gated_depthwise_conv.h"
 #include "cpu/rows/add.h"
 #include "cpu/streaming/zipformer_order.h"
@@ -83,9 +85,11 @@ struct Layer {
   Tensor x = src, attention = src;
 
   void attention_weights() {
-    attention = zipformer_attention_weights::zipformer_attention_weights_forward(
-        linear(weights.scores, x), linear(weights.positions, positions), {}, padding, mask, heads, query_dim, chunk,
-        left_chunks);
+    using zipformer_attention_weights::ZipformerAttentionWeightsForward;
+    const Tensor projected = linear(weights.scores, x);
+    const Optional pos = linear(weights.positions, positions);
+    attention = zipformer_attention_weights_forward(checked(
+        ZipformerAttentionWeightsForward{projected, pos, {}, padding, mask, heads, query_dim, chunk, left_chunks}));
   }
 
   void feed_forward(int i) {
@@ -112,9 +116,20 @@ struct Layer {
     const Convolution& c = convolutions[i];
     const auto at = [](const Tensor* t) { return t ? Optional(*t) : Optional(); };
     const auto swoosh_r = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
-    const Tensor y = std::get<0>(gated_depthwise_conv::gated_depthwise_conv_forward(
-        linear(m.in, x), *c.weight, at(c.bias), at(c.causal_weight), at(c.causal_bias), at(c.chunk_scale), padding, {},
-        conv_chunk, swoosh_r, false, 0));
+    const Tensor h = linear(m.in, x);
+    const Tensor y = std::get<0>(
+        gated_depthwise_conv_forward(checked(gated_depthwise_conv::GatedDepthwiseConvForward{h,
+                                                                                             *c.weight,
+                                                                                             at(c.bias),
+                                                                                             at(c.causal_weight),
+                                                                                             at(c.causal_bias),
+                                                                                             at(c.chunk_scale),
+                                                                                             padding,
+                                                                                             {},
+                                                                                             conv_chunk,
+                                                                                             swoosh_r,
+                                                                                             false,
+                                                                                             0})));
     x = linear(m.out, y, cpu::ReducedInput::x, x);
   }
 

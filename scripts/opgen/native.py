@@ -68,6 +68,7 @@ class _Call:
     def __init__(self, op: Declared, which: str, tokens: list[str], results: int):
         self.op, self.results = op, results
         self.name = f"{op.name}_{which}"
+        self.tokens = tokens
         self.members = [member for token in tokens for member in self._members(token)]
         self.given = {name for name, _ in self.members}
         self.sizes: list[tuple[str, str]] = []  # (type, name) of the sizes that checks bind
@@ -156,7 +157,7 @@ class _Call:
         if a.codes and values == list(range(len(values))) and not isinstance(values[0], bool):
             yield f'fastasr::check({a.name} >= 0 && {a.name} < {len(values)}, op, "{a.name}");'
         elif a.constraint:
-            none = f"{a.name} == 0 or " if a.kind == "int" and a.optional else ""
+            none = f"{a.name} == 0 or " * (a.kind == "int" and a.name in self.tokens and a.optional)
             text = f"{a.name}: expected {a.expected}"
             yield f'fastasr::check({code(none + a.condition)}, op, "{text}");'
 
@@ -256,10 +257,11 @@ class _Call:
                 conditions.append(f"{size} == {code(dim.text, 4)}")
                 continue
             name, factor, rest = solved
-            value = size if rest == "0" else f"({size} - {code(rest, 6)})"
+            less = code(rest, 7)
+            value = size if less == "0" else f"({size} {f'+ {less[1:]}' if less[0] == '-' else f'- {less}'})"
             if factor != "1":
                 conditions.append(f"{value} % {code(factor, 7)} == 0")
-            if rest != "0":
+            if less != "0" and less[0] != "-":
                 conditions.append(f"{value} >= 0")
             bindings.append(f"{name} = {value}{f' / {code(factor, 7)}' if factor != '1' else ''};")
             self._bind("int64_t", name, known)
@@ -325,6 +327,8 @@ def _code(node: ast.expr, least: int) -> str:
         pairs = zip([node.left, *node.comparators], node.ops, node.comparators, strict=False)
         level = 5 if len(node.ops) == 1 else 3
         text = " && ".join(f"{_code(a, 6)} {SIGNS[type(o)][0]} {_code(b, 6)}" for a, o, b in pairs)
+    elif isinstance(node, ast.BinOp) and not any(isinstance(n, ast.Name) for n in ast.walk(node)):
+        return str(eval(compile(ast.Expression(node), "<shape>", "eval")))
     elif isinstance(node, ast.BinOp):
         sign, level = SIGNS[type(node.op)]
         left, right = _code(node.left, level), _code(node.right, level + 1)
