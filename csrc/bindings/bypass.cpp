@@ -124,8 +124,10 @@ std::tuple<Tensor, Tensor, Tensor> bypass_packed_backward(const Tensor& grad, co
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    written<bypass_forward>, written<bypass_backward>,
+FASTASR_OPERATORS(written<bypass_forward>, written<bypass_backward>)
+
+FASTASR_UNDECLARED(
+    "fastasr/models/common/packed.py calls it in a node of autograd, for plain tensors outside autocast and tracing",
     {"bypass_packed_forward(Tensor x_orig, Tensor x, Tensor scale, int[] lengths) -> Tensor",
      Boxed<bypass_packed_forward>::call},
     {"bypass_packed_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale, int[] lengths) -> (Tensor, Tensor, "

@@ -226,8 +226,14 @@ void implement(Library& library, std::initializer_list<Operator> operators);
 
 }  // namespace fastasr
 
-// A file ends with this in namespace fastasr: its operators. `written<f>` stands for the schema and function of a
-// declared operator.
+// A file ends with this in namespace fastasr: the operators that kernels of a declared op consist of. `written<f>`
+// stands for the schema and function of one whose arguments the declaration describes.
 #define FASTASR_OPERATORS(...)                                                            \
   STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, library) { define(library, {__VA_ARGS__}); } \
   STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, library) { implement(library, {__VA_ARGS__}); }
+
+// Operators outside every declaration. The first argument says why they need no fake function, autocast rule and
+// contract; tests/ops/test_native_operators.py reads it.
+#define FASTASR_UNDECLARED(why, ...)                   \
+  static_assert(sizeof(why) > 1, "expected a reason"); \
+  FASTASR_OPERATORS(__VA_ARGS__)

@@ -150,8 +150,10 @@ std::tuple<Tensor, Tensor, Tensor> gated_depthwise_conv_packed_backward(const Te
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    written<gated_depthwise_conv_forward>, written<gated_depthwise_conv_backward>,
+FASTASR_OPERATORS(written<gated_depthwise_conv_forward>, written<gated_depthwise_conv_backward>)
+
+FASTASR_UNDECLARED(
+    "fastasr/models/common/packed.py calls it in a node of autograd, for plain tensors outside autocast and tracing",
     {"gated_depthwise_conv_packed_forward(Tensor h, Tensor weight, Tensor? bias, int[] lengths, int activation, "
      "int delay) -> Tensor",
      Boxed<gated_depthwise_conv_packed_forward>::call},

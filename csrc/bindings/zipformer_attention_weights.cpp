@@ -297,8 +297,11 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    written<zipformer_attention_weights_forward>, written<zipformer_attention_weights_backward>,
+FASTASR_OPERATORS(written<zipformer_attention_weights_forward>, written<zipformer_attention_weights_backward>)
+
+FASTASR_UNDECLARED(
+    "fastasr/models/zipformer/packed_weights.py calls it in a node of autograd, for plain tensors outside autocast and "
+    "tracing",
     {"zipformer_attention_weights_packed_forward(Tensor x, Tensor? pos, int[] lengths, int num_heads, "
      "int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor[]",
      Boxed<zipformer_attention_weights_packed_forward>::call},

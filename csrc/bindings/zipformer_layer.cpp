@@ -258,7 +258,9 @@ Tensor zipformer_layer(const Tensor& src, const Tensor& positions, const Optiona
 
 }  // namespace
 
-FASTASR_OPERATORS(
+FASTASR_UNDECLARED(
+    "fastasr/models/zipformer/whole_layer.py calls it without gradients, with tensors of a layer that it checked",
+
     {"zipformer_layer_names() -> str", Boxed<zipformer_layer_names>::call},
     {"zipformer_layer(Tensor src, Tensor positions, Tensor? key_padding_mask, Tensor? attn_mask, "
      "Tensor[] weights, Tensor[] biases, int[] ways, int[] outputs, int first_head_way, Tensor[] convolutions, "
