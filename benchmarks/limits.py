@@ -46,12 +46,16 @@ def _onednn_linear(x: torch.Tensor, weight: torch.Tensor):
     return lambda: call(x, weight, None, "none", [], "")
 
 
+# rows and columns of the large matrices, by type of device
+SIDES = {"cpu": 1024, "cuda": 8192}
+
+
 @functools.cache
 def large_product(device: str = "cpu", dtype: torch.dtype = torch.float32):
     """Returns a call of the fastest of torch's own GEMMs on large matrices, its multiply and add operations, and the
     seconds of its fastest call.
     """
-    size = 1024 if torch.device(device).type == "cpu" else 8192
+    size = SIDES[torch.device(device).type]
     x = torch.randn(2 * size, size, device=device, dtype=dtype)
     weight = torch.randn(size, size, device=device, dtype=dtype)
     variants = {"matmul": lambda: torch.nn.functional.linear(x, weight)}

@@ -23,9 +23,14 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imported(path: Path) -> frozenset[str]:
-    """Returns the names of those of our modules that a Python file imports, at its head or in a function."""
+    """Returns the names of those of our modules that a Python file imports, at its head or in a function. Imports for a
+    type checker alone do not count: they never run."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in nodes:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names} & modules().keys()
         elif isinstance(node, ast.ImportFrom):

@@ -19,7 +19,9 @@ def interpreted(request, *arguments: str, timeout: float = 3600, **environment: 
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     if run.returncode == 5:  # nothing was chosen
         return
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert run.returncode == 0, (
+        run.stdout[max(0, run.stdout.find("= FAILURES =")) :][:6000] + run.stderr[-2000:]
+    )
     found = re.search(r"collected (\d+) items(?: / (\d+) deselected)?", run.stdout)
     left = int(found[1]) - int(found[2] or 0)
     assert f" {left} passed" in f" {run.stdout.splitlines()[-1]}", f"not every test ran: {run.stdout[-2000:]}"

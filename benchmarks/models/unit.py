@@ -186,22 +186,27 @@ def reduced(model: torch.nn.Module, weights: str) -> torch.nn.Module | None:
     return model if fastasr.accelerate(model, weights=weights).weights.reduced else None
 
 
-def inference(call: Callable, *arguments) -> Callable[[], object]:
+def inference(call: Callable, *arguments, **named) -> Callable[[], object]:
     """Returns a call without gradients."""
 
     def run():
         with torch.no_grad():
-            return call(*arguments)
+            return call(*arguments, **named)
 
     return run
 
 
-def weighted_step(model: torch.nn.Module, weight: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], None]:
+def first(output) -> torch.Tensor:
+    """Returns a model's first output, or its only one."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def weighted_step(model: torch.nn.Module, weight: torch.Tensor, *inputs, **named) -> Callable[[], None]:
     """Returns a forward and a backward pass of the weighted sum of the model's first output."""
 
     def run():
         model.zero_grad()
-        (model(*inputs)[0] * weight).sum().backward()
+        (first(model(*inputs, **named)) * weight).sum().backward()
 
     return run
 

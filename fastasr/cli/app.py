@@ -211,7 +211,11 @@ def gpu(context: typer.Context) -> None:
 @app.command()
 def swap(
     factory: Annotated[
-        str, typer.Argument(metavar="MODULE:FACTORY", help="Function that returns the model.")
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY|ENCODER",
+            help="Function that returns the model, or the name of a published encoder.",
+        ),
     ],
     input_factory: Annotated[
         str | None,
@@ -233,7 +237,8 @@ def swap(
 
     The current folder is searched for MODULE. Ends with 1 when verification fails; the modules that
     disagree have then been restored. Without --input the model is swapped and reported, but neither
-    verified nor timed.
+    verified nor timed. ENCODER, as w2v-bert-2, is built at its real width with random weights and two
+    of its layers, and has inputs; a wrong name gets the list.
     """
     from fastasr.cli import swap as command
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastasr swap`` explains, accelerates, verifies and times the model that a user's function returns."""
+"""``fastasr swap`` explains, accelerates, verifies and times the model that a user's function returns, or a published
+encoder with random weights."""
 
 import copy
 import importlib
@@ -15,6 +16,24 @@ import typer
 import fastasr
 from fastasr._nearest import nearest
 from fastasr.cli.console import err, escape, fail, out, table
+
+# A published encoder is built with this many of its layers, for recordings of this many seconds.
+LAYERS, BATCH, SECONDS = 2, 2, 10
+
+
+def encoder(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Returns the encoder of this name, with random weights, and inputs of it. It ends the command if it has none."""
+    from fastasr.benchmarks import encoders, upstream
+
+    try:
+        found = encoders.find(name)
+        model = found.model(LAYERS)
+    except ValueError as error:
+        fail(f"expected MODULE:FACTORY or an encoder: {error}")
+    except upstream.MissingUpstream as error:
+        fail(str(error))
+    err().print(f"{found.about}: {LAYERS} of {found.layers} layers, random weights, {BATCH} x {SECONDS} s")
+    return model, found.inputs(BATCH, SECONDS)
 
 
 def load(reference: str, option: str) -> Callable[[], Any]:
@@ -116,12 +135,15 @@ def run(
     weights: str | None,
     as_json: bool,
 ) -> None:
-    factory = load(reference, "MODULE:FACTORY")
     input_factory = load(input_reference, "--input") if input_reference else None
-    model = call(factory, "MODULE:FACTORY", reference)
+    if ":" in reference:
+        model, inputs = call(load(reference, "MODULE:FACTORY"), "MODULE:FACTORY", reference), None
+    else:
+        model, inputs = encoder(reference)
     if not isinstance(model, torch.nn.Module):
         fail(f"{reference}() returned a {type(model).__name__}, not a torch.nn.Module")
-    inputs = call(input_factory, "--input", input_reference) if input_factory else None
+    if input_factory is not None:
+        inputs = call(input_factory, "--input", input_reference)
     progress = err()
     result: dict[str, Any] = {"model": reference, "explain": fastasr.explain(model).to_dict()}
     if not result["explain"]["counts"]["replaced"]:

@@ -620,7 +620,7 @@ CHECKS = (
     Check(double_backward, (torch.float64,), thorough_only=True, forced=False, differentiates=True),
     Check(strides, (torch.float32, torch.bfloat16), thorough_only=True, short=RICHEST),
     Check(expanded, thorough_only=True, short=RICHEST),
-    Check(poisoned, thorough_only=True),
+    Check(poisoned, thorough_only=True, short=RICHEST),
     Check(inputs_untouched, thorough_only=True, short=RICHEST),
     Check(deterministic, short=NONE),
     Check(chunked, short=RICHEST),
@@ -660,8 +660,8 @@ class Case:
 def cases(table: OpTable, device: str, *, forced: bool = False) -> Iterator[Case]:
     """Yields the cases of one op.
 
-    ``forced``: kernels are interpreted or emulated, on small samples, in one draw first, without float64. Of the two
-    16-bit types the short tests take one, by sample and the run's seed.
+    ``forced``: kernels are interpreted or emulated, on small samples, in one draw first, without float64. The short
+    tests take thorough samples in one of the two 16-bit types too, by sample and the run's seed.
     """
     for check in CHECKS:
         if forced and not check.forced:
@@ -670,11 +670,12 @@ def cases(table: OpTable, device: str, *, forced: bool = False) -> Iterator[Case
             if not forced:
                 yield from (Case(table, check, sample, dtype, device) for dtype in check.dtypes)
             elif not sample.large:
-                waits = NARROW[seeded(table.op, sample.name) % 2]
+                one = NARROW[seeded(table.op, sample.name) % 2]
+                waits = (one,) if sample.thorough else NARROW
                 one_draw, short = replace(sample, draws=1), check.is_short(table, sample)
                 for dtype in check.dtypes:
                     if dtype is not torch.float64:
-                        yield Case(table, check, one_draw, dtype, device, dtype is waits or not short)
+                        yield Case(table, check, one_draw, dtype, device, dtype in waits or not short)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ INSTALL = {
         ("zipformer", "espnet2", "torchaudio", "nemo", "speechbrain", "transformers"),
         'docs/install.md has the lines of pip for it, under "Frameworks"',
     ),
+    "zipvoice": "the package on PyPI is empty; put a checkout of k2-fsa/ZipVoice on PYTHONPATH",
     "fast_rnnt": "python scripts/build_fast_rnnt.py SOURCES",
     "onnx": "pip install 'fastasr[asr]'",
     "onnxruntime": "pip install 'fastasr[asr]'",

@@ -10,6 +10,7 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Settings, measure
+from fastasr.benchmarks.encoders import ENCODERS
 from fastasr.benchmarks.harness import Timing
 from fastasr.testing.samples import linear
 from fastasr.testing.speed import BACKWARD, BOTH, FORWARD, Case, Cost, Unavailable, simple, upstream_member
@@ -193,6 +194,33 @@ def test_the_emformer():
     names = {"upstream", "upstream+linear", "fastasr", "fastasr own"}
     assert all({row.implementation for row in unit} == names for unit in units)
     assert list(emformer.measure(size="tiny", settings=QUICK, skip=lambda case, shape, pass_: True)) == []
+
+
+def test_published_encoders():
+    from fastasr.benchmarks.models import encoders
+
+    pytest.importorskip("transformers")
+    said = []
+    sizes = {"names": ("no package", "lasr"), "shapes": ((1, 2, 1),)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENCODERS, "no package", replace(ENCODERS["lasr"], make=_missing))
+        units = list(encoders.measure(**sizes, settings=QUICK, reps=2, report=said.append))
+    assert [(unit[0].case, unit[0].pass_) for unit in units] == [("lasr", FORWARD), ("lasr", BOTH)]
+    assert all({row.implementation for row in unit} == {"upstream", "fastasr"} for unit in units)
+    assert "encoders: no package is left out: it is not installed" in said
+
+
+def _missing(layers):
+    raise upstream.MissingUpstream("it is not installed")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_published_encoder_is_made_and_called(name):
+    found = ENCODERS[name]
+    with peer():
+        model = found.model(1)
+    with torch.no_grad():
+        model(**found.inputs(2, 0.5))
 
 
 def test_the_e_branchformer_layer():

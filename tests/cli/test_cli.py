@@ -524,6 +524,16 @@ def test_swap_of_upstreams_models(run, monkeypatch, package, model, inputs, repl
     assert set(found["times"]) == {"before", "after"}
 
 
+def test_swap_of_a_published_encoder(run):
+    pytest.importorskip("transformers")
+    result = run("swap", "lasr", "--json", "--reps", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "2 of 17 layers, random weights" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["verified"]
+    assert found["times"]["before"]["median_ms"] > 0
+
+
 def test_swap_without_inputs_says_what_it_left_out(run):
     result = run("swap", "models_for_cli:model")
     assert result.exit_code == 0
@@ -549,7 +559,8 @@ def test_a_failing_verification_ends_with_one(run, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nocolon",), "expected MODULE:FACTORY"),
+        (("nocolon",), "expected MODULE:FACTORY or an encoder: no encoder is called 'nocolon'; there are: "),
+        (("w2v-bert",), "did you mean 'w2v-bert-2'?"),
         (("no_such_module:f",), "cannot import 'no_such_module'"),
         (("models_for_cli:nothing",), "has no 'nothing'"),
         (("models_for_cli:not_callable",), "is a int, not a function"),

@@ -70,7 +70,7 @@ def test_train_char_lm(tmp_path):
     assert "continued: all ag" in printed
 
 
-@pytest.mark.parametrize("kind", [(), ("--tdt",)], ids=["CTC", "TDT"])
+@pytest.mark.parametrize("kind", [pytest.param((), marks=pytest.mark.long), ("--tdt",)], ids=["CTC", "TDT"])
 def test_fine_tune_parakeet(tmp_path, kind):
     """Upstream's losses and those of the swapped model with upstream's draws differ by rounding."""
     for name in ("transformers", "accelerate", "kaldi_native_fbank", "kaldialign", "matplotlib"):

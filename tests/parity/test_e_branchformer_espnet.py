@@ -192,3 +192,10 @@ def test_options_that_are_not_there(arguments, match):
 def test_too_short_for_the_input_layer():
     with pytest.raises(ValueError, match="at least 7 frames, got 6"):
         pair()[1](torch.randn(1, 6, 20), torch.tensor([6]))
+
+
+def test_a_gate_without_bias_is_initialised():
+    gate = ours.ConvolutionalSpatialGatingUnit(8, 3, 0.0, bias=False)
+    gate.espnet_initialization_fn()
+    assert gate.conv.bias is None
+    assert 0.0 < gate.conv.weight.abs().max() < 1e-5

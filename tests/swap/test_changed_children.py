@@ -279,7 +279,7 @@ def changes(module):
 
 
 # --------------------------------------------------------------------------- the walk
-DRAWN = 60  # cases of a model; all of them in long runs
+DRAWN = 30  # cases of a model; all of them in long runs
 _LAYER = re.compile(r"\b(\w*layers|mega_blocks|(?<!encoder\.)encoders)\.\d+")
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recordings and their features: what streaming, the training recipe and the demo read speech with."""
+"""Recordings and their features, which streaming, the training recipe and the demo read."""

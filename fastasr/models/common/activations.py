@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations by name, and the names under which the kernels know them."""
 
+from typing import Literal
+
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import plumbing
@@ -19,7 +22,9 @@ _MODULES = {
 }
 
 
-def instance(owner: str, name: str, activation) -> torch.nn.Module:
+def instance(
+    owner: str, name: str, activation: str | torch.nn.Module | type[torch.nn.Module]
+) -> torch.nn.Module:
     """Returns an activation module: ``activation`` itself if it is a module, an instance if it is a class, and for a
     name (ESPnet's names, "gelu", "silu" and "identity") the module that it stands for. Raises ValueError for an
     unknown name and TypeError for anything else."""
@@ -36,7 +41,10 @@ def instance(owner: str, name: str, activation) -> torch.nn.Module:
     return _MODULES[activation]()
 
 
-_FUSED = {
+# The names that ``ops.linear_activation`` knows
+Name = Literal["gelu", "identity", "relu", "silu", "tanh"]
+
+_FUSED: dict[type[torch.nn.Module], Name] = {
     torch.nn.GELU: "gelu",
     torch.nn.Identity: "identity",
     torch.nn.ReLU: "relu",
@@ -47,7 +55,7 @@ _FUSED = {
 _FRAMEWORKS = ("espnet", "espnet2", "nemo", "speechbrain", "transformers")
 
 
-def fused_name(activation: torch.nn.Module) -> str | None:
+def fused_name(activation: torch.nn.Module) -> Name | None:
     """Returns the kernels' name for this module's function; None if they do not have it or the module is not plain."""
     if is_watched(activation) or not has_known_forward(activation):
         return None
@@ -63,9 +71,10 @@ def fused_name(activation: torch.nn.Module) -> str | None:
     return _FUSED.get(kind)
 
 
-def activated(linear, activation: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns ``activation(linear(x))``."""
-    name = fused_name(activation) if plumbing.is_plain_linear(linear) else None
-    if name is None or name == "identity":
-        return activation(plumbing.linear(linear, x))
-    return ops.linear_activation(x, linear.weight, linear.bias, name)
+    if plumbing.is_plain_linear(linear):
+        name = fused_name(activation)
+        if name is not None and name != "identity":
+            return ops.linear_activation(x, linear.weight, linear.bias, name)
+    return activation(plumbing.linear(linear, x))

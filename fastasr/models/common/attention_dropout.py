@@ -2,7 +2,9 @@
 """Dropout of attention weights: by the kernel, which forms no weights, or as upstream draws it."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ _as_upstream = False
 
 
 @contextmanager
-def upstream_draws():
+def upstream_draws() -> Iterator[None]:
     """Has attention with relative positions draw the dropout of its weights as upstream does, inside the block.
 
     By default the kernel decides by a hash which weights to drop, because it never holds all of them. The share and the
@@ -38,7 +40,7 @@ def forms_weights(p: float | None) -> bool:
     return p != 0 and (p is None or p >= 1 or as_upstream())
 
 
-def note_formed(module) -> None:
+def note_formed(module: torch.nn.Module) -> None:
     """Notes that a call of ``module`` must form the weights, because ``of_kernel`` returned None."""
     if as_upstream():
         _left.note(module, "upstream_draws is on, so attention forms its weights", level=logging.INFO)
@@ -46,12 +48,12 @@ def note_formed(module) -> None:
         _left.note(module, "the dropout of attention weights has hooks, is no plain Dropout, or drops all")
 
 
-def of_kernel(p: float | None, device: torch.device) -> dict | None:
+def of_kernel(p: float | None, device: torch.device) -> dict[str, Any] | None:
     """Returns the op's arguments for dropout p, with a new seed, or None where the caller must form the weights. That
     includes p = None, which stands for a module that is no plain dropout.
     """
     if p == 0:
         return {}
-    if forms_weights(p):
+    if p is None or forms_weights(p):
         return None
     return {"dropout_p": float(p), "dropout_seed": _weights_dropout.draw_seed(device)}

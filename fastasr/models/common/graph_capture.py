@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records a function as a CUDA graph."""
 
+from collections.abc import Callable
+
 import torch
 
 
-def capture(function):
+def capture(function: Callable[[], object]) -> Callable[[], None]:
     """Records ``function``, which works on tensors with fixed addresses, and returns a function that replays it. It is
     called twice before, because libraries allocate memory and choose kernels at their first calls.
     """

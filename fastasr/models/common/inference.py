@@ -2,11 +2,12 @@
 """When a module may take its inference path: nothing watches, transforms, differentiates, casts or compiles it."""
 
 import torch
+from torch import Tensor
 
 from fastasr._transforms import is_transformed
 
 
-def is_plain_inference(module, x, weight, ndim):
+def is_plain_inference(module: torch.nn.Module, x: Tensor, weight: object, ndim: int) -> bool:
     """Says whether this call runs in eval mode on the CPU without gradients, transforms, autocast or
     compilation.
 
@@ -14,7 +15,7 @@ def is_plain_inference(module, x, weight, ndim):
     """
     return (
         not module.training
-        and isinstance(weight, torch.Tensor)  # a quantised layer has a method in its place
+        and isinstance(weight, Tensor)  # a quantised layer has a method in its place
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype == weight.dtype
@@ -27,5 +28,5 @@ def is_plain_inference(module, x, weight, ndim):
     )
 
 
-def _wants_gradients(module):
+def _wants_gradients(module: torch.nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())

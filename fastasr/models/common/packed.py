@@ -3,6 +3,8 @@
 lengths, so that nothing is copied and autograd has one node. Other tensors are copied by ``ragged``.
 """
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -16,13 +18,16 @@ from fastasr.ops._linear import bias_grad
 from fastasr.ops._swoosh import KINDS
 from fastasr.ops._wrapped.swoosh_linear import with_mask
 
+Activation = Literal["swoosh_r", "silu", "identity"]
+Kind = Literal["SwooshL", "SwooshR"]
 
-def is_native(*tensors: Tensor | None) -> bool:
+
+def is_native(first: Tensor, *more: Tensor | None) -> bool:
     """Says whether the native kernels serve these tensors, of one dtype, as they lie in memory."""
     return (
-        _dispatch.direct(*tensors)
+        _dispatch.direct(first, *more)
         and all(
-            t is None or (t.is_cpu and t.is_contiguous() and t.dtype is tensors[0].dtype) for t in tensors
+            t is None or (t.is_cpu and t.is_contiguous() and t.dtype is first.dtype) for t in (first, *more)
         )
         and not torch.is_autocast_enabled("cpu")
         and _dispatch.forced_backend() in ("auto", "cpu")
@@ -30,7 +35,9 @@ def is_native(*tensors: Tensor | None) -> bool:
     )
 
 
-def convolved(packing: Packing, h: Tensor, weight, bias, activation: str, delay: int = 0) -> Tensor:
+def convolved(
+    packing: Packing, h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, delay: int = 0
+) -> Tensor:
     """h (N, 1, 2C) -> (N, 1, C): ``ops.gated_depthwise_conv`` in plain form for each recording."""
     if is_native(h, weight, bias):
         return _Convolution.apply(h, weight, bias, packing.lengths, ACTIVATIONS[activation], delay)
@@ -40,7 +47,7 @@ def convolved(packing: Packing, h: Tensor, weight, bias, activation: str, delay:
 
 
 def attended(
-    packing: Packing, q: Tensor, k: Tensor, v: Tensor, *positions_and_biases, dropout_p: float
+    packing: Packing, q: Tensor, k: Tensor, v: Tensor, *positions_and_biases: Tensor, dropout_p: float
 ) -> Tensor:
     """Queries, keys and values (N, H, d) -> (N, H, d): ``ops.rel_attention`` for each recording, which sees itself, by
     the native kernel. The positions belong to the longest recording."""
@@ -48,7 +55,9 @@ def attended(
     return _Attention.apply(q, k, v, *positions_and_biases, seeds, packing.lengths, dropout_p)
 
 
-def swoosh_linear(packing: Packing, x: Tensor, weight, bias, kind: str, mask: Tensor) -> Tensor:
+def swoosh_linear(
+    packing: Packing, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind, mask: Tensor
+) -> Tensor:
     """x (N, 1, K), mask (B, K) of the recordings -> (N, 1, M): (swoosh(x) ⊙ mask) weightᵀ + bias."""
     if is_native(x, weight, bias, mask):
         return _SwooshLinear.apply(x, weight, bias, KINDS[kind], mask, packing.recording)
@@ -64,14 +73,14 @@ def bypass(packing: Packing, x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor
 
 class _Convolution(Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, *options):
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(h, weight, bias)
         ctx.options = options
         return torch.ops.fastasr_cpu.gated_depthwise_conv_packed_forward.default(h, weight, bias, *options)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward = torch.ops.fastasr_cpu.gated_depthwise_conv_packed_backward.default
         dh, dweight, dbias = backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
         return dh, dweight, dbias if ctx.needs_input_grad[2] else None, None, None, None
@@ -79,14 +88,14 @@ class _Convolution(Function):
 
 class _SwooshLinear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, *options):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.options = options
         return _gemm.forward(torch.ops.fastasr_cpu.swoosh_packed_forward.default(x, *options), weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         dy = _gemm.input_grad(grad, weight)
@@ -97,27 +106,27 @@ class _SwooshLinear(Function):
 
 class _Bypass(Function):
     @staticmethod
-    def forward(ctx, x_orig, x, scale, lengths):
+    def forward(ctx: Any, x_orig: Tensor, x: Tensor, scale: Tensor, lengths: list[int]) -> Tensor:
         ctx.save_for_backward(x_orig, x, scale)
         ctx.lengths = lengths
         return torch.ops.fastasr_cpu.bypass_packed_forward.default(x_orig, x, scale, lengths)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward = torch.ops.fastasr_cpu.bypass_packed_backward.default
         return *backward(grad.contiguous(), *ctx.saved_tensors, ctx.lengths), None
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         ctx.save_for_backward(*arguments[:7])
         ctx.options = arguments[7:]
         return torch.ops.fastasr_cpu.rel_attention_packed_forward.default(*arguments)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward = torch.ops.fastasr_cpu.rel_attention_packed_backward.default
         return *backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None

@@ -14,8 +14,11 @@ attribute such as a norm's ``eps``. Call :func:`fastasr.refresh` after them.
 import abc
 import logging
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr.models.common.inference import is_plain_inference
@@ -27,18 +30,21 @@ from fastasr.ops import _dispatch
 # The native call is used if the relative rms difference of its results from those of the operations is below this.
 AGREEMENT = 1e-4
 
+L = TypeVar("L", bound=torch.nn.Module)
+P = TypeVar("P", bound="PackedLayer")
+
 _WATCHED = "a submodule has hooks, or is in training mode"
 _FOREIGN = "runs code that is neither torch's, fastasr's nor its framework's"
 
 
-def may_serve(layer, x, weight):
+def may_serve(layer: torch.nn.Module, x: Tensor, weight: object) -> bool:
     """Says whether a native call on packed weights may replace this one: as :func:`may_call`, and the layer does not
     decline with ``packed_streaming = False``.
     """
     return may_call(layer, x, weight) and getattr(layer, "packed_streaming", True)
 
 
-def may_call(layer, x, weight):
+def may_call(layer: torch.nn.Module, x: Tensor, weight: object) -> bool:
     """Says whether a native call may replace this one: eval mode, no gradients, a CPU with a native library.
     x (frames, streams, channels) has the weight's dtype.
     """
@@ -50,12 +56,12 @@ def may_call(layer, x, weight):
     )
 
 
-def note_declined(layer, x, weight, method):
+def note_declined(layer: torch.nn.Module, x: Tensor, weight: object, method: str) -> None:
     """Notes why ``may_serve`` declined this call, unless no native call is meant for it: in training, on packed frames,
     on a GPU, and while the call is compiled or traced, other paths are the fast ones."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training or current() is not None:
         return
-    if not (x.is_cpu and isinstance(weight, torch.Tensor) and weight.is_cpu and x.ndim == 3 and x.numel()):
+    if not (x.is_cpu and isinstance(weight, Tensor) and weight.is_cpu and x.ndim == 3 and x.numel()):
         return
     forced = _dispatch.forced_backend()
     if torch.is_autocast_enabled("cpu"):
@@ -70,7 +76,7 @@ def note_declined(layer, x, weight, method):
         _left.note(layer, "gradients are on", method, logging.INFO)
 
 
-class PackedLayer(abc.ABC):
+class PackedLayer(abc.ABC, Generic[L]):
     """The weights of a layer in the order in which the native call reads them.
 
     ``reason`` says why the native call cannot be used; it is "" if it can. A subclass packs the weights (``_pack``),
@@ -78,11 +84,11 @@ class PackedLayer(abc.ABC):
     natively and by the layer's operations (``_example``).
     """
 
-    METHODS = ("forward",)  # methods that may be bound to an instance of the layer's parts
+    METHODS: tuple[str, ...] = ("forward",)  # methods that may be bound to an instance of the layer's parts
     OPERATIONS = "operations"  # the name of the layer's own operations in a reason
     COPIES = True  # whether _pack copies the weights
 
-    def __init__(self, layer, by_operations):
+    def __init__(self, layer: L, by_operations: Callable[..., Any]) -> None:
         self._state = ModuleState(layer, methods=self.METHODS, copies=self.COPIES)
         self.reason = (
             _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_not_ever(layer)
@@ -105,51 +111,52 @@ class PackedLayer(abc.ABC):
         else:
             self.reason = "" if error <= AGREEMENT else f"its {self.OPERATIONS} compute something else"
 
-    def fresh(self):
+    def fresh(self) -> bool:
         """Says whether the layer has not changed since its weights were packed."""
         watched = self.reason == _WATCHED
         return self._state.watched() == watched and self._state.unchanged()
 
-    def why(self, layer):
+    def why(self, layer: L) -> str:
         """Returns ``reason``, in which the submodule that is watched has its name."""
         return (self.reason == _WATCHED and first_watched(layer)) or self.reason
 
     @abc.abstractmethod
-    def _why_not_ever(self, layer): ...
+    def _why_not_ever(self, layer: L) -> str: ...
 
     @abc.abstractmethod
-    def _pack(self, layer): ...
+    def _pack(self, layer: L) -> None: ...
 
     @abc.abstractmethod
-    def _example(self, by_operations):
+    def _example(self, by_operations: Callable[..., Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Returns two lists of tensors: the native results and those of the layer's operations."""
 
 
-class PackedLayers:
+class PackedLayers(Generic[P]):
     """Keeps the packed copies of layers as long as the layers live. ``kind``: a subclass of :class:`PackedLayer`."""
 
-    def __init__(self, kind):
-        self._kind, self._of = kind, weakref.WeakKeyDictionary()
+    def __init__(self, kind: type[P]) -> None:
+        self._kind = kind
+        self._of: weakref.WeakKeyDictionary[torch.nn.Module, P] = weakref.WeakKeyDictionary()
 
-    def of(self, layer, by_operations):
+    def of(self, layer: torch.nn.Module, by_operations: Callable[..., Any]) -> P:
         """Returns the layer's packed copy, which is made again if the layer has changed."""
         packed = self._of.get(layer)
         if packed is None or not packed.fresh():
             packed = self._of[layer] = self._kind(layer, by_operations)
         return packed
 
-    def why_not(self, layer):
+    def why_not(self, layer: torch.nn.Module) -> str | None:
         """Returns why the native call cannot be used for this layer: "" if it can, None before the first step."""
         packed = self._of.get(layer)
         return None if packed is None or not packed.fresh() else packed.why(layer)
 
 
-def _runs_foreign_code(module, owner):
+def _runs_foreign_code(module: torch.nn.Module, owner: type) -> bool:
     """Says whether the module's forward is the user's: on the instance, or of a class from elsewhere."""
     return not is_of_framework(type(module), owner) or not has_known_forward(module)
 
 
-def _why_no_weights(layer):
+def _why_no_weights(layer: torch.nn.Module) -> str:
     if any(type(p) not in _dispatch.PLAIN or not p.is_cpu for p in layer.parameters()):
         return "not all parameters are plain tensors on the CPU"
     if any(p.dtype is not torch.float32 for p in layer.parameters()):
@@ -157,7 +164,7 @@ def _why_no_weights(layer):
     return ""
 
 
-def _error(got, expected):
+def _error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Returns the largest rms error of the results relative to the expected ones; infinity if one is NaN."""
     errors = [
         ((a - b).double().norm() / b.double().norm().clamp(min=1e-9)).item()

@@ -10,9 +10,14 @@ import functools
 import os
 import sys
 import types
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch.nn.modules import module as _nn
+
+M = TypeVar("M", bound=torch.nn.Module)
+Hooks = tuple[dict[int, Any], dict[int, Any], dict[int, Any], dict[int, Any]]
 
 # hooks of all modules, which users register for the whole process
 _GLOBAL_HOOKS = (
@@ -29,7 +34,9 @@ _OF_TORCH = {
 }
 
 
-def hooks_of(module):
+def hooks_of(
+    module: torch.nn.Module,
+) -> Hooks:
     """Returns the four dicts of a module's hooks: before and after the forward pass, before and after the backward."""
     return (
         module._forward_pre_hooks,
@@ -39,17 +46,17 @@ def hooks_of(module):
     )
 
 
-def global_hooks():
+def global_hooks() -> Hooks:
     """Returns the four dicts of the hooks that run at every module's call."""
     return _GLOBAL_HOOKS
 
 
-def any_global_hook():
+def any_global_hook() -> bool:
     forward, before, backward, before_backward = _GLOBAL_HOOKS
     return bool(forward or before or backward or before_backward)
 
 
-def is_watched(module):
+def is_watched(module: torch.nn.Module) -> bool:
     """Says whether a call of this module runs hooks of any kind: then it must be called as upstream calls it."""
     return bool(
         module._forward_hooks
@@ -60,11 +67,11 @@ def is_watched(module):
     )
 
 
-def any_watched(modules):
+def any_watched(modules: Iterable[torch.nn.Module]) -> bool:
     return any(map(is_watched, modules))
 
 
-def has_known_forward(module):
+def has_known_forward(module: torch.nn.Module) -> bool:
     """Says whether the module's forward is its class's or the one that fastasr's swap bound to it."""
     bound = vars(module).get("forward")
     if bound is None:
@@ -78,38 +85,40 @@ def has_known_forward(module):
     )
 
 
-def is_plain(module, *classes):
+def is_plain(module: torch.nn.Module, *classes: type[M]) -> TypeGuard[M]:
     """Says whether the module's class is one of ``classes`` itself, no hooks watch it, and it runs its class's forward,
     or the one that fastasr's swap bound to it."""
     return type(module) in classes and not is_watched(module) and has_known_forward(module)
 
 
-def is_plain_named(module, names, owner):
+def is_plain_named(module: torch.nn.Module, names: tuple[str, ...], owner: object) -> bool:
     """Says the same of a class that is known by its name: fastasr's, or one of the framework of ``owner``, the module
     around it, whose source a rule has read. A class of different origin may have the name too."""
     return type(module).__name__ in names and is_upstreams(module, owner)
 
 
-def is_upstreams(module, owner):
+def is_upstreams(module: torch.nn.Module, owner: object) -> bool:
     """Says the same of a module whose class a rule has not named."""
     known = is_of_framework(type(module), type(owner))
     return known and not is_watched(module) and has_known_forward(module)
 
 
-@functools.cache
-def is_of_framework(cls, owner):
+def _is_of_framework(cls: type, owner: type) -> bool:
     """Says whether a class is torch's, fastasr's, or from the package or the folder of the class ``owner``: icefall's
     files are no package."""
     here, there = (c.__module__.partition(".")[0].rstrip("0123456789") for c in (cls, owner))
     return here in ("torch", "fastasr", there) or _folder(cls) == _folder(owner)
 
 
-def _folder(cls):
+is_of_framework: Callable[[type, type], bool] = functools.cache(_is_of_framework)
+
+
+def _folder(cls: type) -> str:
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     return cls.__module__ if file is None else os.path.dirname(file)
 
 
-def runs(module, method, name="forward"):
+def runs(module: torch.nn.Module, method: Callable[..., Any], name: str = "forward") -> bool:
     """Says whether ``module.name`` is the function ``method``: from the class or bound to the instance by a swap."""
     bound = getattr(module, name)
     function = getattr(bound, "__func__", None)
@@ -118,7 +127,9 @@ def runs(module, method, name="forward"):
     return type(bound) is types.MethodType and bound.__self__ is module
 
 
-def first_watched(module, drops=lambda part: True):
+def first_watched(
+    module: torch.nn.Module, drops: Callable[[torch.nn.Module], bool] = lambda part: True
+) -> str:
     """Returns which part of the module has hooks, or is in training mode if ``drops`` selects it, in words; "" if none.
 
     It walks all parts, so only a call that leaves the fast path asks.

@@ -5,35 +5,38 @@ These functions also run on instances of upstream's classes, where a submodule m
 with hooks. A submodule that is not a plain module of torch's is called normally.
 """
 
+from typing import Any, TypeGuard
+
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common.plain import is_plain
 from fastasr.ops import _dropout
 
 
-def is_plain_linear(module):
+def is_plain_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     """Says whether this is torch's linear layer as it is, so that its weight and bias suffice."""
     return is_plain(module, torch.nn.Linear)
 
 
-def linear(module, x):
+def linear(module: torch.nn.Module, x: Tensor) -> Tensor:
     return ops.linear(x, module.weight, module.bias) if is_plain_linear(module) else module(x)
 
 
-def is_idle(module):
+def is_idle(module: torch.nn.Module) -> bool:
     """Says whether this dropout returns its input and draws no random numbers."""
     return is_plain(module, torch.nn.Dropout) and not (module.training and module.p > 0)
 
 
-def dropped_share(module):
+def dropped_share(module: torch.nn.Module) -> float | None:
     """Returns the share of elements that this dropout sets to 0, or None if it is no plain dropout of torch's."""
     if not is_plain(module, torch.nn.Dropout):
         return None
     return module.p if module.training else 0.0
 
 
-def dropout(module, x, residual=None):
+def dropout(module: torch.nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Returns module(x) for a dropout, or module(x) + residual if a residual is given."""
     p = dropped_share(module)
     if p:
@@ -42,7 +45,7 @@ def dropout(module, x, residual=None):
     return y if residual is None else y + residual
 
 
-def is_layer_norm(module):
+def is_layer_norm(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
     """Says whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks."""
     return (
         is_plain(module, torch.nn.LayerNorm)
@@ -52,7 +55,9 @@ def is_layer_norm(module):
     )
 
 
-def conv_delay(module, causal=False, around=(0, 0), stride=1):
+def conv_delay(
+    module: torch.nn.Module, causal: bool = False, around: tuple[int, int] = (0, 0), stride: int = 1
+) -> int | None:
     """Returns P − ⌊K / 2⌋ of a depthwise convolution of K taps over time that keeps the length and sees P frames of the
     past, or None for any other module and under hooks. It is torch's, or NeMo's class that pads by itself. ``causal``:
     torch's with all of its padding on either side, whose last frames are cut. ``around``: the frames of 0 that the
@@ -60,7 +65,8 @@ def conv_delay(module, causal=False, around=(0, 0), stride=1):
     """
     cls = type(module)
     nemo = cls.__name__ == "CausalConv1D" and cls.__module__.startswith("nemo.")
-    if not is_plain(module, cls if nemo else torch.nn.Conv1d):
+    known: Any = cls if nemo else torch.nn.Conv1d  # NeMo's is one of torch's, with more attributes
+    if not is_plain(module, known):
         return None
     taps = module.kernel_size[0]
     # torch's own reading of ``padding``, a number or "same", which pads even numbers of taps unevenly
@@ -75,7 +81,7 @@ def conv_delay(module, causal=False, around=(0, 0), stride=1):
     return left - taps // 2 if plain else None
 
 
-def is_pointwise_conv2d(module):
+def is_pointwise_conv2d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
     """Says whether this is torch's convolution of 1 × 1 taps without hooks."""
     sizes = (1, 1), (1, 1), (0, 0), 1
     return (
@@ -84,7 +90,7 @@ def is_pointwise_conv2d(module):
     )
 
 
-def is_depthwise_conv2d(module):
+def is_depthwise_conv2d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
     """Says whether this is torch's depthwise convolution of odd taps that keeps both lengths, without hooks."""
     return (
         is_plain(module, torch.nn.Conv2d)
@@ -95,7 +101,7 @@ def is_depthwise_conv2d(module):
     )
 
 
-def is_depthwise_conv(module):
+def is_depthwise_conv(module: Any) -> TypeGuard[torch.nn.Conv1d]:
     """Says whether this is a depthwise convolution over time with equal padding on both sides that keeps the length,
     without hooks.
     """

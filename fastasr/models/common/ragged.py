@@ -10,10 +10,10 @@ as for few, because few groups share calls of attention there, whatever the numb
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ _all_padded = False
 
 
 @contextmanager
-def padded():
+def padded() -> Iterator[None]:
     """Has encoders run on padded batches inside the block, whatever ``ragged`` says, in all threads."""
     global _all_padded
     before, _all_padded = _all_padded, True
@@ -56,7 +56,7 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def lengths(
-    encoder, valid: Tensor, why_not: Callable[[], str | None], least_on_gpu: int = 0
+    encoder: torch.nn.Module, valid: Tensor, why_not: Callable[[], str | None], least_on_gpu: int = 0
 ) -> list[int] | None:
     """Returns the frames of each recording, or None where the batch has no padding to leave out or the padding must
     stay, which this function notes.
@@ -88,7 +88,7 @@ def lengths(
     return None
 
 
-def hook(encoder) -> str | None:
+def hook(encoder: torch.nn.Module) -> str | None:
     """Returns which module inside the encoder has a hook that packed frames would surprise, or None."""
     for module, hooks in _hooked(encoder):
         if not all(getattr(hook, "__module__", "").startswith(_HARMLESS) for hook in hooks):
@@ -97,7 +97,7 @@ def hook(encoder) -> str | None:
     return None
 
 
-def _hooked(encoder):
+def _hooked(encoder: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Iterable[Callable[..., Any]]]]:
     """Yields (module, its hooks) for the modules inside the encoder that have hooks.
 
     Every ragged call looks at all modules anew, so it misses no hook or module that was added meanwhile. The loop takes
@@ -129,9 +129,10 @@ class Packing:
     ``pads`` is False where a convolution of one recording depends on its length: then only equal lengths share a call.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device, pads: bool = True):
+    def __init__(self, lengths: list[int], device: torch.device, pads: bool = True) -> None:
         self.lengths, self.device, self.pads = list(lengths), device, pads
-        self._rates, self._found = {}, {}
+        self._rates: dict[int, Rate] = {}
+        self._found: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def on_gpu(self) -> bool:
@@ -153,7 +154,8 @@ class Packing:
         return self._groups(lambda longest: min(self._lacking(longest), 0))
 
     def _groups(self, lacking: Callable[[int], int]) -> list[Group]:
-        groups, longest = [], 0
+        groups: list[list[int]] = []
+        longest = 0
         for i in sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i]):
             length = self.lengths[i]
             if groups and length and longest - length <= lacking(longest):
@@ -163,7 +165,7 @@ class Packing:
                 longest = length
         return [self._described(members) for members in groups]
 
-    def _described(self, members):
+    def _described(self, members: list[int]) -> Group:
         lengths = [self.lengths[i] for i in members]
         if min(lengths) == lengths[0]:
             return Group(members, lengths[0], None)
@@ -174,7 +176,7 @@ class Packing:
             frame >= torch.tensor(lengths, device=self.device, dtype=torch.int64)[:, None],
         )
 
-    def over_time(self, function, rows: Tensor) -> Tensor:
+    def over_time(self, function: Callable[[Tensor, Tensor | None], Tensor], rows: Tensor) -> Tensor:
         """Calls ``function(x (T, G, ...), hidden (G, T) or None) -> (T, G, ...)`` for each group of recordings, of rows
         (N, 1, ...), and returns the rows of all."""
         return self.by_group(
@@ -183,14 +185,16 @@ class Packing:
             groups=self.groups if self.pads else self.equal,
         ).unsqueeze(1)
 
-    def by_group(self, function, *rows: Tensor, groups: list[Group] | None = None) -> Tensor:
+    def by_group(
+        self, function: Callable[..., Tensor], *rows: Tensor, groups: list[Group] | None = None
+    ) -> Tensor:
         """Calls ``function(*tensors (G, T, ...), hidden (G, T) or None) -> (G, T, ...)`` for each group of recordings
         and returns the rows of all."""
         groups = self.groups if groups is None else groups
         calls = zip(*(self.stacked(t, groups) for t in rows), (group.hidden for group in groups), strict=True)
         return self.unstacked((function(*arguments) for arguments in calls), groups)
 
-    def stacked(self, rows: Tensor, groups: list[Group] | None = None):
+    def stacked(self, rows: Tensor, groups: list[Group] | None = None) -> Iterator[Tensor]:
         """Yields (G, T, ...) for each group."""
         groups = self.groups if groups is None else groups
         if self.on_gpu:
@@ -204,14 +208,15 @@ class Packing:
         for group in groups:
             yield _stacked([pieces[i] for i in group.members], group.longest)
 
-    def unstacked(self, tensors, groups: list[Group] | None = None) -> Tensor:
+    def unstacked(self, tensors: Iterable[Tensor], groups: list[Group] | None = None) -> Tensor:
         """Returns the rows of tensors (G, T, ...), one for each group."""
         groups = self.groups if groups is None else groups
         if self.on_gpu:
             parts = [y.flatten(0, 1) for y in tensors]
             rows = torch.cat(parts) if len(parts) > 1 else parts[0]
             return _Taken.apply(rows, self._places_in_groups(groups)[0])
-        lengths, done = self.lengths, [None] * len(self.lengths)
+        lengths = self.lengths
+        done: list[Tensor | None] = [None] * len(lengths)
         for group, y in zip(groups, tensors, strict=True):
             ones = (y.squeeze(0),) if len(group.members) == 1 else y.unbind(0)
             for i, one in zip(group.members, ones, strict=True):
@@ -220,9 +225,10 @@ class Packing:
                 )  # a backward pass copies for a slice
         return torch.cat([one for one in done if one is not None])
 
-    def _places_in_groups(self, groups) -> tuple[Tensor, list[int]]:
+    def _places_in_groups(self, groups: list[Group]) -> tuple[Tensor, list[int]]:
         """Returns the places of the rows among those of all groups, and how many rows each group has."""
-        begins, sizes = [0] * len(self.lengths), []
+        begins = [0] * len(self.lengths)
+        sizes: list[int] = []
         for group in groups:
             first = sum(sizes)
             for place, i in enumerate(group.members):
@@ -233,7 +239,7 @@ class Packing:
     def _places(self, begins: tuple[int, ...]) -> Tensor:
         """Returns the places (N,) of the rows where the recordings begin at ``begins``."""
         if begins not in self._found:
-            like = {"dtype": torch.int64, "device": "cpu"}  # on the CPU nothing waits for a GPU
+            like: Any = {"dtype": torch.int64, "device": "cpu"}  # on the CPU nothing waits for a GPU
             sizes = torch.tensor(self.lengths, **like)
             before = (torch.tensor(begins, **like) - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
             self._found[begins] = (torch.arange(len(before), **like) + before).to(self.device)
@@ -249,7 +255,7 @@ class Packing:
 
     def of_batch(self, batch: Tensor) -> Tensor:
         """Returns the rows (N, ...) of a batch (T, B, ...)."""
-        like = {"dtype": torch.int64, "device": "cpu"}
+        like: Any = {"dtype": torch.int64, "device": "cpu"}
         sizes = torch.tensor(self.lengths, **like)
         frame = torch.arange(sum(self.lengths), **like) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         return _Taken.apply(batch.flatten(0, 1), frame.to(self.device) * len(sizes) + self.recording)
@@ -277,7 +283,7 @@ class Packing:
         return self._rates[factor]
 
     @contextmanager
-    def in_use(self):
+    def in_use(self) -> Iterator[None]:
         """Has ``current()`` return this packing in this thread, inside the block."""
         before, _local.packing = current(), self
         try:
@@ -297,7 +303,7 @@ class Packing:
 class Rate:
     """Maps frames of a packing to those of ``slower``, the recordings after downsampling by ``factor``, and back."""
 
-    def __init__(self, packing: Packing, factor: int):
+    def __init__(self, packing: Packing, factor: int) -> None:
         self.factor = factor
         self.slower = Packing([-(-n // factor) for n in packing.lengths], packing.device, packing.pads)
         # on the CPU, where nothing waits for a GPU
@@ -325,13 +331,13 @@ class _Placed(Function):
     """Returns ``count`` rows: the given ones at their ``places``, zeros elsewhere."""
 
     @staticmethod
-    def forward(ctx, rows, places, count):
+    def forward(ctx: Any, rows: Tensor, places: Tensor, count: int) -> Tensor:
         ctx.places = places
         return _placed(rows, places, count)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.index_select(0, ctx.places), None, None
 
 
@@ -339,33 +345,33 @@ class _Taken(Function):
     """Returns the rows at ``places``, each of which is named once."""
 
     @staticmethod
-    def forward(ctx, rows, places):
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
         ctx.places, ctx.count = places, len(rows)
         return rows.index_select(0, places)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _placed(grad, ctx.places, ctx.count), None
 
 
-def _placed(rows, places, count):
+def _placed(rows: Tensor, places: Tensor, count: int) -> Tensor:
     return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
 
 
-def _begins(slots):
+def _begins(slots: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(slots, initial=0))[:-1]
 
 
 class _Repeated(Function):
     @staticmethod
-    def forward(ctx, values, packing):
+    def forward(ctx: Any, values: Tensor, packing: Packing) -> Tensor:
         ctx.packing = packing
         return values.index_select(0, packing.recording)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packing = ctx.packing
         if not packing.on_gpu:
             return torch.stack([one.sum(0) for one in grad.split(packing.lengths)]), None
@@ -377,13 +383,13 @@ class _Repeated(Function):
 
 class _Grouped(Function):
     @staticmethod
-    def forward(ctx, rows, rate):
+    def forward(ctx: Any, rows: Tensor, rate: Rate) -> Tensor:
         ctx.rate = rate
         return rows.index_select(0, rate.frames)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rate = ctx.rate
         last = rate.frames.index_select(0, rate.behind)
         more = grad.index_select(0, rate.behind)
@@ -392,13 +398,13 @@ class _Grouped(Function):
 
 class _Upsampled(Function):
     @staticmethod
-    def forward(ctx, rows, rate):
+    def forward(ctx: Any, rows: Tensor, rate: Rate) -> Tensor:
         ctx.rate = rate
         return rows.index_select(0, rate.slots // rate.factor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rate = ctx.rate
         slots = grad.index_select(0, rate.frames).index_fill_(0, rate.behind, 0.0)
         return slots.unflatten(0, (-1, rate.factor)).sum(1), None
@@ -409,7 +415,7 @@ def current() -> Packing | None:
     return getattr(_local, "packing", None)
 
 
-def with_zeros(pieces, slots):
+def with_zeros(pieces: Sequence[Tensor], slots: Sequence[int]) -> Tensor:
     """Returns the pieces as rows, with zeros behind each, so that it takes its number of ``slots``."""
     zeros = pieces[0].new_zeros(max(slots), *pieces[0].shape[1:])
     return torch.cat([
@@ -419,7 +425,7 @@ def with_zeros(pieces, slots):
     ])  # fmt: skip
 
 
-def _stacked(pieces, longest):
+def _stacked(pieces: Sequence[Tensor], longest: int) -> Tensor:
     """Returns (G, longest, ...): one recording as it lies in memory, or several with zeros behind."""
     if len(pieces) == 1:
         return pieces[0].unsqueeze(0)

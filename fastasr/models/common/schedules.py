@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules of training: modules that are numbers, and that draw a random number when they are read."""
 
+from typing import Any
 
-def peek(x):
+
+def peek(x: Any) -> float:
     """Returns float(x) of a number or a schedule, without the random number that reading a schedule draws."""
     if isinstance(x, (int, float)):
         return float(x)

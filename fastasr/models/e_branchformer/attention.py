@@ -4,7 +4,10 @@
 score(i, j) = ((q_i + u) · k_j + (q_i + v) · R[j − i]) / √d, with R a projection of sinusoids.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
@@ -21,7 +24,7 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
     :func:`fastasr.upstream_draws`. See :func:`fastasr.ops.rel_attention`.
     """
 
-    def __init__(self, n_head, n_feat, dropout_rate, zero_triu=False):
+    def __init__(self, n_head: int, n_feat: int, dropout_rate: float, zero_triu: bool = False) -> None:
         super().__init__()
         if n_feat % n_head:
             raise ValueError(
@@ -39,7 +42,9 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         torch.nn.init.xavier_uniform_(self.pos_bias_u)
         torch.nn.init.xavier_uniform_(self.pos_bias_v)
 
-    def forward(self, query, key, value, pos_emb, mask):
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None
+    ) -> Tensor:
         batch, frames = query.shape[:2]
         q = plumbing.linear(self.linear_q, query).view(batch, frames, self.h, self.d_k)
         k = plumbing.linear(self.linear_k, key).view(batch, -1, self.h, self.d_k)
@@ -59,13 +64,15 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         return plumbing.linear(self.linear_out, out.reshape(batch, frames, self.h * self.d_k))
 
 
-def _normed(module, name, x):
+def _normed(module: RelPositionMultiHeadedAttention, name: str, x: Tensor) -> Tensor:
     """Returns x (B, T, H, d) after ESPnet's norm of queries or keys, which our class does not have."""
     norm = getattr(module, name, None)
     return x if norm is None or is_plain(norm, torch.nn.Identity) else norm(x.transpose(1, 2)).transpose(1, 2)
 
 
-def _with_weights(module, q, k, v, p, hidden):
+def _with_weights(
+    module: RelPositionMultiHeadedAttention, q: Tensor, k: Tensor, v: Tensor, p: Tensor, hidden: Tensor | None
+) -> Tensor:
     """Computes the formula directly, as upstream does, with upstream's draw of the dropout."""
     scale = module.d_k**-0.5
     content = (q + module.pos_bias_u).transpose(1, 2)  # (B, H, T, d)
@@ -83,7 +90,7 @@ def _with_weights(module, q, k, v, p, hidden):
     return torch.matmul(plumbing.dropout(module.dropout, weights), v.transpose(1, 2)).transpose(1, 2)
 
 
-def _masks(hidden, batch, frames):
+def _masks(hidden: Tensor | None, batch: int, frames: int) -> dict[str, Any]:
     """Returns the op's mask arguments for ``hidden`` (B or 1, 1 or T, T), True at keys that are not seen, or None."""
     if hidden is None:
         return {}

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The local branch: an MLP with a convolutional spatial gating unit (Sakuma et al., 2022)."""
 
+from collections.abc import Callable
+from typing import TypeGuard
+
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.plain import is_plain, is_plain_named
 
 
-def _is_layer_norm(owner, norm) -> bool:
+def _is_layer_norm(owner: torch.nn.Module, norm: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
     """Says whether this is torch's or ESPnet's LayerNorm over the last dimension, with weight and bias."""
     return (
         is_plain_named(norm, ("LayerNorm",), owner)
@@ -28,15 +32,15 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
 
     def __init__(
         self,
-        size,
-        kernel_size,
-        dropout_rate,
-        use_linear_after_conv=False,
-        gate_activation="identity",
+        size: int,
+        kernel_size: int,
+        dropout_rate: float,
+        use_linear_after_conv: bool = False,
+        gate_activation: str | torch.nn.Module = "identity",
         *,
-        bias=True,
-        norm=None,
-    ):
+        bias: bool = True,
+        norm: Callable[[int], torch.nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         if size % 2:
             raise ValueError(f"ConvolutionalSpatialGatingUnit: size: expected an even number, got {size}")
@@ -53,14 +57,15 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
         self.act = activations.instance("ConvolutionalSpatialGatingUnit", "gate_activation", gate_activation)
         self.dropout = torch.nn.Dropout(dropout_rate)
 
-    def espnet_initialization_fn(self):
+    def espnet_initialization_fn(self) -> None:
         """Initialises as ESPnet does: the gate starts as 1."""
         for module in (self.conv, self.linear):
             if module is not None:
                 torch.nn.init.normal_(module.weight, std=1e-6)
-                torch.nn.init.ones_(module.bias)
+                if module.bias is not None:
+                    torch.nn.init.ones_(module.bias)
 
-    def forward(self, x, gate_add=None):
+    def forward(self, x: Tensor, gate_add: Tensor | None = None) -> Tensor:
         norm, conv = self.norm, self.conv
         name = activations.fused_name(self.act)
         if (
@@ -99,17 +104,17 @@ class FeedForwardConvGated(torch.nn.Module):
 
     def __init__(
         self,
-        out_dim,
+        out_dim: int,
         *,
-        ff_dim=None,
-        kernel_size=31,
-        dropout=0.1,
-        activation="gelu",
-        gate_activation="identity",
-        with_bias=True,
-        norm=None,
-        use_linear_after_conv=False,
-    ):
+        ff_dim: int | None = None,
+        kernel_size: int = 31,
+        dropout: float = 0.1,
+        activation: str | torch.nn.Module = "gelu",
+        gate_activation: str | torch.nn.Module = "identity",
+        with_bias: bool = True,
+        norm: Callable[[int], torch.nn.Module] | None = None,
+        use_linear_after_conv: bool = False,
+    ) -> None:
         super().__init__()
         ff_dim = 3 * out_dim if ff_dim is None else ff_dim
         self.channel_proj1 = torch.nn.Sequential(
@@ -127,7 +132,9 @@ class FeedForwardConvGated(torch.nn.Module):
         )
         self.channel_proj2 = torch.nn.Linear(ff_dim, out_dim, bias=with_bias)
 
-    def forward(self, x, mask=None):
+    def forward(
+        self, x: tuple[Tensor, Tensor] | Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """Takes x, or ESPnet's pair of x and the positional encoding, which is returned as a pair too."""
         x, positions = x if isinstance(x, tuple) else (x, None)
         first = self.channel_proj1
@@ -139,5 +146,5 @@ class FeedForwardConvGated(torch.nn.Module):
         return x if positions is None else (x, positions)
 
 
-def _is_two_steps(sequential) -> bool:
+def _is_two_steps(sequential: torch.nn.Sequential) -> bool:
     return is_plain(sequential, torch.nn.Sequential) and len(sequential) == 2

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoder: input layer, positional encoding, layers, norm."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.utils.checkpoint
+from torch import Tensor
 
 from fastasr.models.e_branchformer.layer import EBranchformerLayer
 from fastasr.models.e_branchformer.positional_encoding import RelPositionalEncoding
@@ -18,37 +22,37 @@ class EBranchformerEncoder(torch.nn.Module):
 
     def __init__(
         self,
-        input_size,
-        output_size=256,
-        attention_heads=4,
-        attention_layer_type="rel_selfattn",
-        pos_enc_layer_type="rel_pos",
-        rel_pos_type="latest",
-        cgmlp_linear_units=2048,
-        cgmlp_conv_kernel=31,
-        use_linear_after_conv=False,
-        gate_activation="identity",
-        num_blocks=12,
-        dropout_rate=0.1,
-        positional_dropout_rate=0.1,
-        attention_dropout_rate=0.0,
-        input_layer="conv2d",
-        zero_triu=False,
-        padding_idx=-1,
-        layer_drop_rate=0.0,
-        max_pos_emb_len=5000,
-        use_ffn=False,
-        macaron_ffn=False,
-        ffn_activation_type="swish",
-        linear_units=2048,
-        positionwise_layer_type="linear",
-        merge_conv_kernel=3,
-        interctc_layer_idx=None,
-        interctc_use_conditioning=False,
-        qk_norm=False,
-        use_flash_attn=True,
-        gradient_checkpoint_layers=(),
-    ):
+        input_size: int,
+        output_size: int = 256,
+        attention_heads: int = 4,
+        attention_layer_type: str = "rel_selfattn",
+        pos_enc_layer_type: str = "rel_pos",
+        rel_pos_type: str = "latest",
+        cgmlp_linear_units: int = 2048,
+        cgmlp_conv_kernel: int = 31,
+        use_linear_after_conv: bool = False,
+        gate_activation: str | torch.nn.Module = "identity",
+        num_blocks: int = 12,
+        dropout_rate: float = 0.1,
+        positional_dropout_rate: float = 0.1,
+        attention_dropout_rate: float = 0.0,
+        input_layer: str | torch.nn.Module | None = "conv2d",
+        zero_triu: bool = False,
+        padding_idx: int = -1,
+        layer_drop_rate: float = 0.0,
+        max_pos_emb_len: int = 5000,
+        use_ffn: bool = False,
+        macaron_ffn: bool = False,
+        ffn_activation_type: str | torch.nn.Module = "swish",
+        linear_units: int = 2048,
+        positionwise_layer_type: str = "linear",
+        merge_conv_kernel: int = 3,
+        interctc_layer_idx: list[int] | None = None,
+        interctc_use_conditioning: bool = False,
+        qk_norm: bool = False,
+        use_flash_attn: bool = True,
+        gradient_checkpoint_layers: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         for name, value, expected in (
             ("attention_layer_type", attention_layer_type, "rel_selfattn"),
@@ -95,21 +99,28 @@ class EBranchformerEncoder(torch.nn.Module):
                 f"{interctc_layer_idx}"
             )
         self.interctc_use_conditioning = interctc_use_conditioning
-        self.conditioning_layer = None
+        self.conditioning_layer: Any = None  # ESPnet's model sets it
         self.gradient_checkpoint_layers = list(gradient_checkpoint_layers)
 
     def output_size(self) -> int:
         return self._output_size
 
-    def _call(self, number, module, *arguments):
+    def _call(self, number: int, module: torch.nn.Module, *arguments: Any) -> Any:
         """Calls layer ``number`` (0: the input layer), with activation checkpointing if that is configured."""
         if number in self.gradient_checkpoint_layers:
             return torch.utils.checkpoint.checkpoint(module, *arguments, use_reentrant=False)
         return module(*arguments)
 
     def forward(
-        self, xs_pad, ilens, prev_states=None, masks=None, ctc=None, max_layer=None, return_all_hs=False
-    ):
+        self,
+        xs_pad: Tensor,
+        ilens: Tensor,
+        prev_states: object = None,
+        masks: Tensor | None = None,
+        ctc: Any = None,
+        max_layer: int | None = None,
+        return_all_hs: bool = False,
+    ) -> tuple[Tensor | tuple[Tensor, list[Any]], Tensor, None]:
         """xs_pad (B, L, input_size), ilens (B,) -> (encoded (B, T, output_size), lengths (B,), None).
 
         masks (B, L), True at padding, may replace ilens. If intermediate outputs are asked for, the first result is a
@@ -127,7 +138,7 @@ class EBranchformerEncoder(torch.nn.Module):
             x, masks = self._call(0, self.embed, xs_pad, masks)
         else:
             x = self._call(0, self.embed, xs_pad)
-        outputs = []
+        outputs: list[Any] = []  # encodings, or pairs of a layer and its encoding
         for i, layer in enumerate(self.encoders, 1):
             if max_layer is not None and i > max_layer:
                 break
@@ -146,11 +157,18 @@ class EBranchformerEncoder(torch.nn.Module):
         return ((x, outputs) if outputs else x), lengths, None
 
 
-def _encoded(x):
+def _encoded(x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return x[0] if isinstance(x, tuple) else x
 
 
-def _input_layer(kind, input_size, output_size, dropout_rate, padding_idx, positions):
+def _input_layer(
+    kind: str | torch.nn.Module | None,
+    input_size: int,
+    output_size: int,
+    dropout_rate: float,
+    padding_idx: int,
+    positions: RelPositionalEncoding,
+) -> torch.nn.Module:
     if isinstance(kind, torch.nn.Module):
         return torch.nn.Sequential(kind, positions)
     if kind is None:

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The E-Branchformer layer: feed-forward, attention and cgMLP side by side, merge, feed-forward, norm."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr.models.common import plumbing
 from fastasr.models.e_branchformer import merge as merging
@@ -31,26 +35,29 @@ class EBranchformerLayer(torch.nn.Module):
         cgmlp_options: further arguments of :class:`FeedForwardConvGated`.
     """
 
+    depthwise_conv_fusion: torch.nn.Conv1d
+    merge_proj: torch.nn.Linear
+
     def __init__(
         self,
-        out_dim=512,
+        out_dim: int = 512,
         *,
-        ff_dim=None,
-        ff_activation="silu",
-        dropout=0.1,
-        num_heads=4,
-        self_att=None,
-        att_dropout=0.1,
-        cgmlp=None,
-        cgmlp_ff_dim=None,
-        cgmlp_conv_kernel=31,
-        merge_conv_kernel=3,
-        norm=None,
-        use_ffn=True,
-        macaron=True,
-        zero_triu=False,
-        cgmlp_options=None,
-    ):
+        ff_dim: int | None = None,
+        ff_activation: str | torch.nn.Module = "silu",
+        dropout: float = 0.1,
+        num_heads: int = 4,
+        self_att: torch.nn.Module | None = None,
+        att_dropout: float = 0.1,
+        cgmlp: torch.nn.Module | None = None,
+        cgmlp_ff_dim: int | None = None,
+        cgmlp_conv_kernel: int = 31,
+        merge_conv_kernel: int = 3,
+        norm: Callable[[int], torch.nn.Module] | None = None,
+        use_ffn: bool = True,
+        macaron: bool = True,
+        zero_triu: bool = False,
+        cgmlp_options: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.size = out_dim
         ff_dim = 4 * out_dim if ff_dim is None else ff_dim
@@ -85,7 +92,9 @@ class EBranchformerLayer(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout)
         merging.add_to(self, 2 * out_dim, out_dim, merge_conv_kernel)
 
-    def forward(self, x_input, mask=None, cache=None):
+    def forward(
+        self, x_input: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None, cache: None = None
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
         """x_input, mask (B, 1, T), True at valid frames -> (x_input's replacement, mask).
 
         x_input is x (B, T, out_dim), or a pair of x and the positional encoding (1, 2T − 1, out_dim) that relative

@@ -14,7 +14,11 @@ their own random numbers, so the swap cannot bind our forward to them. Their par
     merge.{depthwise_conv_fusion.filter, merge_proj}   depthwise_conv_fusion.weight, merge_proj
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr.models.e_branchformer.layer import EBranchformerLayer
 from fastasr.models.e_branchformer.positional_encoding import relative_sinusoids
@@ -48,14 +52,22 @@ class EBranchformerStack(torch.nn.Module):
     It computes what RETURNN's ``ConformerEncoder`` with E-Branchformer layers computes after its input layer.
     """
 
-    def __init__(self, layers, input_projection=None, scale=1.0, dropout=0.1):
+    layers: Any  # a ModuleList of EBranchformerLayer
+
+    def __init__(
+        self,
+        layers: Sequence[torch.nn.Module],
+        input_projection: torch.nn.Linear | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.input_projection = input_projection
         self.scale = scale
         self.dropout = torch.nn.Dropout(dropout)
         self.layers = torch.nn.ModuleList(layers)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.input_projection is not None:
             x = self.input_projection(x)
         x = self.dropout(x * self.scale)
@@ -66,7 +78,7 @@ class EBranchformerStack(torch.nn.Module):
         return x
 
 
-def from_returnn(module):
+def from_returnn(module: Any) -> "EBranchformerLayer | EBranchformerStack":
     """Converts a RETURNN module with its sizes, rates and epsilons.
 
     A ``EBranchformerLayer`` (rf.Module) becomes an :class:`EBranchformerLayer`; a ``ConformerEncoder`` of such layers
@@ -84,7 +96,7 @@ def from_returnn(module):
         projection = None
         if module.input_projection is not None:
             weight = _tensors(module.input_projection)["weight"]
-            projection = torch.nn.Linear(*weight.shape, False, weight.device, weight.dtype)
+            projection = torch.nn.Linear(weight.shape[0], weight.shape[1], False, weight.device, weight.dtype)
             with torch.no_grad():
                 projection.weight.copy_(weight.t())
         layers = [from_returnn(layer) for layer in module.layers]
@@ -94,7 +106,7 @@ def from_returnn(module):
     return _layer(module)
 
 
-def _layer(module):
+def _layer(module: Any) -> EBranchformerLayer:
     attention, gated = module.self_att, module.cgmlp
     for part, expected in (
         (attention, "RelPosSelfAttention"),
@@ -142,7 +154,7 @@ def _layer(module):
     return layer
 
 
-def _activation(argument, function):
+def _activation(argument: str, function: Callable[..., Any]) -> str:
     """Returns the name of RETURNN's activation function."""
     name = {"swish": "silu"}.get(function.__name__, function.__name__)
     if name not in ("gelu", "identity", "relu", "selu", "silu", "tanh"):
@@ -152,11 +164,11 @@ def _activation(argument, function):
     return name
 
 
-def _tensors(module):
+def _tensors(module: Any) -> dict[str, Tensor]:
     return {name: parameter.raw_tensor.detach() for name, parameter in module.named_parameters()}
 
 
-def layer_state_from_returnn(state):
+def layer_state_from_returnn(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts the state dict of one RETURNN layer, names without ``layers.{i}.``, to :class:`EBranchformerLayer`'s."""
     state, out = dict(state), {}
     heads = state["self_att.pos_bias_u"].shape[0]
@@ -185,7 +197,7 @@ def layer_state_from_returnn(state):
     return out
 
 
-def layer_state_to_returnn(state):
+def layer_state_to_returnn(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inverts :func:`layer_state_from_returnn`."""
     state, out = dict(state), {}
     heads = state["attn.pos_bias_u"].shape[0]
@@ -215,12 +227,12 @@ def layer_state_to_returnn(state):
     return out
 
 
-def to_returnn(module):
+def to_returnn(module: EBranchformerLayer | EBranchformerStack) -> dict[str, Tensor]:
     """Returns the state dict of an :class:`EBranchformerLayer` or :class:`EBranchformerStack` with the names of
     RETURNN's checkpoints."""
     if isinstance(module, EBranchformerLayer):
         return layer_state_to_returnn(module.state_dict())
-    out = {}
+    out: dict[str, Tensor] = {}
     if module.input_projection is not None:
         out["input_projection.weight"] = module.input_projection.weight.detach().t().clone()
     for i, layer in enumerate(module.layers):
@@ -228,9 +240,9 @@ def to_returnn(module):
     return out
 
 
-def _pop(state, names):
+def _pop(state: dict[str, Tensor], names: dict[str, str]) -> list[tuple[str, Tensor]]:
     return [(new, state.pop(old)) for old, new in names.items() if old in state]
 
 
-def _swap_halves(tensor):
+def _swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat(tensor.chunk(2)[::-1])

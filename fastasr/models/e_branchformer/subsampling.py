@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The input layer: two-dimensional convolutions that shorten the sequence, and a projection."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 # ESPnet's name of an input layer -> (kernel size, stride) of each of its convolutions.
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[str, tuple[tuple[int, int], ...]] = {
     "conv2d": ((3, 2), (3, 2)),
     "conv2d1": ((3, 1), (3, 1)),
     "conv2d2": ((3, 2), (3, 1)),
@@ -19,10 +22,17 @@ class Conv2dSubsampling(torch.nn.Module):
     out is what ``pos_enc`` returns for the projected frames (B, T', odim).
     """
 
-    def __init__(self, idim, odim, pos_enc, convolutions=CONVOLUTIONS["conv2d"]):
+    def __init__(
+        self,
+        idim: int,
+        odim: int,
+        pos_enc: torch.nn.Module,
+        convolutions: tuple[tuple[int, int], ...] = CONVOLUTIONS["conv2d"],
+    ) -> None:
         super().__init__()
         self.shape = tuple(convolutions)
-        steps, channels, width = [], 1, idim
+        steps: list[torch.nn.Module] = []
+        channels, width = 1, idim
         for kernel, stride in convolutions:
             steps += [torch.nn.Conv2d(channels, odim, kernel, stride), torch.nn.ReLU()]
             channels, width = odim, (width - kernel) // stride + 1
@@ -40,7 +50,7 @@ class Conv2dSubsampling(torch.nn.Module):
             frames = (frames - 1) * stride + kernel
         return frames
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Any, Tensor | None]:
         if x.shape[1] < self.shortest():
             raise ValueError(
                 f"Conv2dSubsampling: x: expected at least {self.shortest()} frames, got {x.shape[1]}"

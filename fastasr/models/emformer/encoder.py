@@ -3,6 +3,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,9 @@ class Emformer(nn.Module):
     Raises:
         ValueError: an option has another value than those above, or num_heads does not divide input_dim.
     """
+
+    emformer_layers: Any  # a ModuleList of EmformerLayer
+    _gen_attention_mask: Callable[[Tensor], Tensor]  # torchaudio's
 
     def __init__(
         self,
@@ -138,7 +143,7 @@ class Emformer(nn.Module):
             if _is_own(layer, "infer"):
                 if step is None:
                     past = None if state is None else state[3]
-                    step = Step(layer, *output.shape[:2], lengths, past, x.device)
+                    step = Step(layer, output.shape[0], output.shape[1], lengths, past, x.device)
                 output, right_context, state, mems = infer_segment(
                     layer, output, right_context, state, mems, step
                 )
@@ -160,11 +165,11 @@ def _init_gains(strategy: str | None, layers: int) -> list[float | None]:
     )
 
 
-def _is_own(layer: nn.Module, name: str) -> bool:
+def _is_own(layer: EmformerLayer, name: str) -> bool:
     return runs(layer, getattr(EmformerLayer, name), name) and not upstream_attends(layer)
 
 
-def _is_unwatched(layer: nn.Module) -> bool:
+def _is_unwatched(layer: EmformerLayer) -> bool:
     """Says whether a call of the layer runs its own forward and nothing else."""
     return not is_watched(layer) and _is_own(layer, "forward")
 

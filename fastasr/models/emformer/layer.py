@@ -50,7 +50,7 @@ class EmformerAttention(nn.Module):
             nn.init.xavier_uniform_(self.emb_to_query.weight, gain=weight_init_gain)
 
 
-def upstream_attends(layer: nn.Module) -> bool:
+def upstream_attends(layer: "EmformerLayer") -> bool:
     """Says whether this is a layer of upstream's whose attention must be called, since it has hooks or a forward of its
     own. The attention of our class only holds the projections.
     """

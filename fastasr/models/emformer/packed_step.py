@@ -5,13 +5,20 @@ The call is in csrc/cpu/streaming/emformer_step.h. :mod:`fastasr.models.common.p
 packed, what that costs, and how to decline it.
 """
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastasr import _left
 from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve, note_declined
 from fastasr.models.common.plain import is_plain
 from fastasr.ops import _activation, _dispatch
+
+if TYPE_CHECKING:
+    from fastasr.models.emformer.layer import EmformerLayer
+    from fastasr.models.emformer.stream import Step
 
 # The rows of a segment are its frames, right context, summary and memory, times streams. With more rows, a matrix
 # product is bound by arithmetic instead of by reading the weights.
@@ -20,7 +27,15 @@ MOST_ROWS = 128
 _ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
 
-def step(layer, utterance, right_context, state, mems, shared, by_operations):
+def step(
+    layer: "EmformerLayer",
+    utterance: Tensor,
+    right_context: Tensor,
+    state: list[Tensor],
+    mems: Tensor,
+    shared: "Step | _Full",
+    by_operations: Callable[..., Sequence[Tensor]],
+) -> list[Tensor] | None:
     """Returns [utterance, right context, next mems, the four new states] of a segment, or None if the native call
     cannot be used.
 
@@ -42,7 +57,7 @@ def step(layer, utterance, right_context, state, mems, shared, by_operations):
     return packed.run(utterance, right_context, state, mems, shared)
 
 
-def _is_meant_for(layer, utterance, right_context):
+def _is_meant_for(layer: "EmformerLayer", utterance: Tensor, right_context: Tensor) -> bool:
     """Says whether this is a whole segment of few rows. Any other takes the operations, which serve it better."""
     memory = layer.max_memory_size if layer.use_mem else 0
     frames, streams = utterance.shape[:2]
@@ -50,11 +65,11 @@ def _is_meant_for(layer, utterance, right_context):
     return frames == layer.segment_length and rows <= MOST_ROWS
 
 
-class _PackedLayer(PackedLayer):
+class _PackedLayer(PackedLayer["EmformerLayer"]):
     METHODS = "forward", "infer"
 
-    def _pack(self, layer):
-        attention, ff = layer.attention, layer.pos_ff
+    def _pack(self, layer: "EmformerLayer") -> None:
+        attention, ff = layer.attention, list[Any](layer.pos_ff)
         linears = attention.emb_to_key_value, attention.emb_to_query, attention.out_proj, ff[1], ff[4]
         norms = layer.layer_norm_input, ff[0], layer.layer_norm_output
         self._dim, self._segment = attention.input_dim, layer.segment_length
@@ -76,7 +91,9 @@ class _PackedLayer(PackedLayer):
             ],
         )
 
-    def _example(self, by_operations):
+    def _example(
+        self, by_operations: Callable[..., Sequence[Tensor]]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Computes a segment of two streams with 2 frames of right context both ways."""
         streams, right = 2, 2
         rows = self._segment, right, min(1, self._memory), self._memory, self._left, self._left
@@ -95,7 +112,7 @@ class _PackedLayer(PackedLayer):
         arguments = utterance, right_context, [*before, past], mems, shared
         return self.run(*arguments), by_operations(*arguments)
 
-    def fits(self, utterance, right_context, state, mems):
+    def fits(self, utterance: Tensor, right_context: Tensor, state: list[Tensor], mems: Tensor) -> bool:
         """Says whether the native call can read these arguments without conversion."""
         frames, streams, dim = utterance.shape
         rows = self._memory, self._left, self._left
@@ -112,7 +129,14 @@ class _PackedLayer(PackedLayer):
             and state[3].is_cpu
         )
 
-    def run(self, utterance, right_context, state, mems, shared):
+    def run(
+        self,
+        utterance: Tensor,
+        right_context: Tensor,
+        state: list[Tensor],
+        mems: Tensor,
+        shared: "Step | _Full",
+    ) -> list[Tensor]:
         return torch.ops.fastasr_cpu.emformer_layer_step.default(
             self._numbers,
             self._eps,
@@ -127,7 +151,7 @@ class _PackedLayer(PackedLayer):
             torch.get_num_threads(),
         )
 
-    def _why_not_ever(self, layer):
+    def _why_not_ever(self, layer: "EmformerLayer") -> str:
         for name in ("attention.emb_to_key_value", "attention.emb_to_query", "attention.out_proj"):
             if not is_plain(layer.get_submodule(name), nn.Linear):
                 return f"{name} is not a plain Linear"
@@ -150,13 +174,13 @@ class _PackedLayer(PackedLayer):
 class _Full:
     """The values that all layers share in a step whose left context and memory are full."""
 
-    def __init__(self, left, memory, frames):
+    def __init__(self, left: int, memory: int, frames: int) -> None:
         self.lengths, self.behind = None, torch.zeros((), dtype=torch.int64, device="cpu")
         self.history = torch.tensor([left, memory], dtype=torch.int64, device="cpu")
         self.kept = torch.arange(frames, frames + left, dtype=torch.int64, device="cpu")
 
 
-def _plain(t):
+def _plain(t: Tensor) -> bool:
     return (
         type(t) in _dispatch.PLAIN
         and t.dtype is torch.float32
@@ -165,7 +189,7 @@ def _plain(t):
     )
 
 
-def _dense(parameter, like, missing):
+def _dense(parameter: Tensor | None, like: Tensor, missing: float) -> Tensor:
     return like.new_full(like.shape, missing) if parameter is None else parameter.contiguous()
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a layer that are the same for whole utterances and for segments of a stream."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -8,23 +10,28 @@ from fastasr.models.common import activations, plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.ops import residual_norm
 
+if TYPE_CHECKING:
+    from fastasr.models.emformer.encoder import Emformer
+    from fastasr.models.emformer.layer import EmformerAttention, EmformerLayer
+
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
-def segment_means(module: nn.Module, utterance: Tensor) -> Tensor:
+def segment_means(module: "EmformerLayer | Emformer", utterance: Tensor) -> Tensor:
     """Returns the means over segments, (n, B, D)."""
     return module.memory_op(utterance.permute(1, 2, 0)).permute(2, 0, 1)
 
 
 def project(
-    attention: nn.Module, h: Tensor, summaries: Tensor | None, mems: Tensor | None
+    attention: "EmformerAttention", h: Tensor, summaries: Tensor | None, mems: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the queries of [h, summaries] and the keys and values of [mems, h]."""
     asking = h if summaries is None else torch.cat([h, summaries])
     asked = h if mems is None else torch.cat([mems, h])
     query = plumbing.linear(attention.emb_to_query, asking)
     both = plumbing.linear(attention.emb_to_key_value, asked)
-    return query, *both.chunk(2, dim=2)
+    key, value = both.chunk(2, dim=2)
+    return query, key, value
 
 
 def seen_frames(lengths: Tensor, frames: int) -> Tensor:
@@ -34,7 +41,7 @@ def seen_frames(lengths: Tensor, frames: int) -> Tensor:
     return (lengths + (frames - lengths.max())).to(torch.int64)
 
 
-def finish(layer: nn.Module, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def finish(layer: "EmformerLayer", mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Computes the part of the layer after the attention: (output for the rows of x, memory from the summaries)."""
     attention, rows = layer.attention, x.shape[0]
     out = plumbing.linear(attention.out_proj, mixed)

@@ -2,14 +2,19 @@
 """Runs a layer over one segment of a stream, by one native call or by its operations one by one."""
 
 import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastasr.models.emformer import packed_step
 from fastasr.models.emformer.parts import finish, project, seen_frames, segment_means
 from fastasr.ops import segment_attention
+
+if TYPE_CHECKING:
+    from fastasr.models.emformer.layer import EmformerAttention, EmformerLayer
 
 
 class Step:
@@ -17,7 +22,7 @@ class Step:
 
     def __init__(
         self,
-        layer: nn.Module,
+        layer: "EmformerLayer",
         frames: int,
         batch: int,
         lengths: Tensor,
@@ -48,7 +53,7 @@ class Step:
         return torch.where(back <= rest, left + frames - back, torch.where(in_head, head, old))
 
 
-def _new_state(layer: nn.Module, utterance: Tensor) -> list[Tensor]:
+def _new_state(layer: "EmformerLayer", utterance: Tensor) -> list[Tensor]:
     batch = utterance.shape[1]
     rows = layer.max_memory_size, layer.left_context_length, layer.left_context_length
     state = [utterance.new_zeros(n, batch, layer.input_dim) for n in rows]
@@ -56,7 +61,7 @@ def _new_state(layer: nn.Module, utterance: Tensor) -> list[Tensor]:
 
 
 def infer_segment(
-    layer: nn.Module,
+    layer: "EmformerLayer",
     utterance: Tensor,
     right_context: Tensor,
     state: list[Tensor] | None,
@@ -66,7 +71,9 @@ def infer_segment(
     if state is None:
         state = _new_state(layer, utterance)
     by_operations = functools.partial(infer_by_operations, layer)
-    done = packed_step.step(layer, utterance, right_context, state, mems, step, by_operations)
+    done: Sequence[Tensor] | None = packed_step.step(
+        layer, utterance, right_context, state, mems, step, by_operations
+    )
     if done is None:
         done = by_operations(utterance, right_context, state, mems, step)
     y, next_right_context, next_mems, *state[:] = done
@@ -74,7 +81,12 @@ def infer_segment(
 
 
 def infer_by_operations(
-    layer: nn.Module, utterance: Tensor, right_context: Tensor, state: list[Tensor], mems: Tensor, step: Step
+    layer: "EmformerLayer",
+    utterance: Tensor,
+    right_context: Tensor,
+    state: list[Tensor],
+    mems: Tensor,
+    step: Step,
 ) -> tuple[Tensor, ...]:
     """Returns the encoded utterance and right context, the next layer's mems and the four new states."""
     attention, frames, right = layer.attention, utterance.shape[0], right_context.shape[0]
@@ -115,7 +127,9 @@ def infer_by_operations(
     return y[right:], y[:right], next_mems, remembered, *left_context, state[3] + frames
 
 
-def _step_dropout(query: Tensor, attention: nn.Module, sizes: tuple[int, ...], step: Step) -> Tensor:
+def _step_dropout(
+    query: Tensor, attention: "EmformerAttention", sizes: tuple[int, ...], step: Step
+) -> Tensor:
     """Draws the dropout of the weights as upstream does, over the rows that exist; their number is read back."""
     frames, left, right, memory = sizes
     old_frames, old_memory = step.history.tolist()

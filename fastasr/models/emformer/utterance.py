@@ -2,17 +2,21 @@
 """Runs a layer over whole utterances."""
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastasr.models.emformer.parts import finish, project, segment_means
 from fastasr.ops import _dropout, segment_attention
 from fastasr.ops._segments import key_rows, query_rows, segments_of
 
+if TYPE_CHECKING:
+    from fastasr.models.emformer.layer import EmformerAttention, EmformerLayer
+
 
 def encode_utterance(
-    layer: nn.Module, x: Tensor, frames: int, seen: Tensor | None, mems: Tensor
+    layer: "EmformerLayer", x: Tensor, frames: int, seen: Tensor | None, mems: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the layer's [right context | utterance] and the memory for the next layer. ``seen`` comes from
     :func:`fastasr.models.emformer.parts.seen_frames`."""
@@ -47,7 +51,9 @@ def encode_utterance(
     return y, next_mems[:-1]
 
 
-def _attention_dropout(query: Tensor, keys: int, attention: nn.Module, sizes: tuple[int, ...]) -> Tensor:
+def _attention_dropout(
+    query: Tensor, keys: int, attention: "EmformerAttention", sizes: tuple[int, ...]
+) -> Tensor:
     """Returns the dropout factors (B, H, Q, lanes) of the weights inside the windows.
 
     Upstream draws numbers for the dense (B H, Q, K). This function draws the same ones and picks those of the windows,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transducer: transcription, prediction and joint network, as ``torchaudio.models.RNNT``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ from fastasr.models.emformer_rnnt.transcriber import EmformerEncoder
 class RNNT(nn.Module):
     """A transducer, which consists of a transcriber (``forward(input, lengths)``, ``infer(input, lengths, states)``), a
     predictor and a joiner. Methods, shapes and the state dict are torchaudio's; ``loss`` is an addition of fastasr."""
+
+    transcriber: Any  # an EmformerEncoder, or a module with its ``forward`` and ``infer``
+    joiner: Any
 
     def __init__(self, transcriber: nn.Module, predictor: nn.Module, joiner: nn.Module) -> None:
         super().__init__()
@@ -69,7 +74,7 @@ class RNNT(nn.Module):
         Raises:
             ValueError: blank is not a label.
         """
-        linear = self.joiner.linear
+        linear: Any = self.joiner.linear
         if not -linear.out_features <= blank < linear.out_features:
             raise ValueError(f"RNNT.loss: blank: expected a label below {linear.out_features}, got {blank}")
         blank %= linear.out_features
@@ -83,7 +88,8 @@ class RNNT(nn.Module):
             is_plain(linear, nn.Linear) and is_plain(activation, nn.ReLU, nn.Tanh)
         ):
             logits, *_ = self.joiner(encodings, lengths, predicted, target_lengths + 1)
-            return rnnt.rnnt_loss(logits, targets, blank, boundary, reduction=reduction)
+            loss: Any = rnnt.rnnt_loss(logits, targets, blank, boundary, reduction=reduction)
+            return loss
         return rnnt.joiner_loss(
             encodings,
             predicted.contiguous(),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prediction network: embedding, LayerNorm, LSTMs, a linear layer, LayerNorm."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,9 @@ class CustomLSTM(nn.Module):
     ``forward(input (T, B, D), state)`` returns y (T, B, H) and the state after the last step. state is None or
     [hidden, cell], (B, H) each.
     """
+
+    c_norm: nn.Module
+    g_norm: nn.Module
 
     def __init__(
         self, input_dim: int, hidden_dim: int, layer_norm: bool = False, layer_norm_epsilon: float = 1e-5
@@ -33,8 +38,10 @@ class CustomLSTM(nn.Module):
 
     def forward(self, input: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         hidden, cell = (None, None) if state is None else state
-        x2g, p2g, gates, cells = parts = self.x2g, self.p2g, self.g_norm, self.c_norm
-        if reason := _why_by_steps(*parts):
+        x2g, p2g = self.x2g, self.p2g
+        gates: Any = self.g_norm
+        cells: Any = self.c_norm
+        if reason := _why_by_steps(x2g, p2g, gates, cells):
             _left.note(self, f"it runs step by step: {reason}")
             return _by_steps(self, input, hidden, cell)
         if type(gates) is nn.Identity:
@@ -44,7 +51,7 @@ class CustomLSTM(nn.Module):
         return y, [hidden, cell]
 
 
-def why_by_steps(lstm: nn.Module) -> str:
+def why_by_steps(lstm: "CustomLSTM") -> str:
     """Returns why this LSTM layer calls its submodules step by step, or ""."""
     return _why_by_steps(lstm.x2g, lstm.p2g, lstm.g_norm, lstm.c_norm)
 
@@ -65,7 +72,9 @@ def _why_by_steps(x2g: nn.Module, p2g: nn.Module, gates: nn.Module, cells: nn.Mo
     return "" if gates.eps == cells.eps else "g_norm and c_norm differ in eps"
 
 
-def _plain_lstm(x: Tensor, x2g: nn.Linear, p2g: nn.Linear, hidden: Tensor | None, cell: Tensor | None):
+def _plain_lstm(
+    x: Tensor, x2g: nn.Linear, p2g: nn.Linear, hidden: Tensor | None, cell: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
     """Runs torch's LSTM, which has the same order of gates; one of its two biases is 0."""
     zeros = x.new_zeros(x.shape[1], p2g.weight.shape[1])
     state = [(zeros if t is None else t).unsqueeze(0) for t in (hidden, cell)]
@@ -74,7 +83,9 @@ def _plain_lstm(x: Tensor, x2g: nn.Linear, p2g: nn.Linear, hidden: Tensor | None
     return y, [hidden[0], cell[0]]
 
 
-def _by_steps(lstm: nn.Module, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def _by_steps(
+    lstm: "CustomLSTM", x: Tensor, h: Tensor | None, c: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
     """Calls the submodules step by step, see ``why_by_steps``."""
     zeros = x.new_zeros(x.shape[1], lstm.hidden_dim)
     h, c = (zeros if t is None else t for t in (h, c))

@@ -8,9 +8,11 @@ its scores with the lowest number; the gradient of these rows is upstream's too.
 """
 
 import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr._recording import recording
@@ -24,11 +26,15 @@ from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _kept, _reduced_weights
 from fastasr.ops._relative_positions import relative_shift
 
-_PROJECTED = weakref.WeakKeyDictionary()  # module -> the sources of its projected positions, and these
+if TYPE_CHECKING:
+    from fastasr.models.fast_conformer.masks import Seen
+
+# module -> the sources of its projected positions, and these
+_PROJECTED: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 STANDARD = ("sdpa", "eager", "flex_attention")  # transformers' implementations of one formula
 
 
-def release(module) -> None:
+def release(module: torch.nn.Module) -> None:
     """Frees the module's projected positions."""
     _PROJECTED.pop(module, None)
 
@@ -42,7 +48,7 @@ class FastConformerAttention(torch.nn.Module):
     dropout is drawn from them inside :func:`fastasr.upstream_draws`. See :func:`fastasr.ops.rel_attention`.
     """
 
-    def __init__(self, width, heads, bias=True, attention_dropout=0.0):
+    def __init__(self, width: int, heads: int, bias: bool = True, attention_dropout: float = 0.0) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(
@@ -57,7 +63,13 @@ class FastConformerAttention(torch.nn.Module):
         self.bias_u = torch.nn.Parameter(torch.zeros(heads, self.head_dim))
         self.bias_v = torch.nn.Parameter(torch.zeros(heads, self.head_dim))
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Tensor,
+        attention_mask: Packing | Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
         config = getattr(self, "config", None)
         implementation = getattr(config, "_attn_implementation", "sdpa")
         batch, frames = hidden_states.shape[:2]
@@ -68,7 +80,7 @@ class FastConformerAttention(torch.nn.Module):
             return plumbing.linear(self.o_proj, y.flatten(1).unsqueeze(0)), None
         wants_weights = implementation == "eager" and is_watched(self)
         if implementation not in STANDARD or wants_weights or not is_readable(attention_mask, batch, frames):
-            if type(self) is FastConformerAttention:
+            if type(self) is FastConformerAttention and attention_mask is not None:
                 raise ValueError(
                     f"FastConformerAttention: attention_mask: expected bool {(batch, 1, frames, frames)}, got "
                     f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
@@ -87,13 +99,16 @@ class FastConformerAttention(torch.nn.Module):
         return plumbing.linear(self.o_proj, y.flatten(2)), None
 
 
-def _projections(module, x):
+def _projections(module: FastConformerAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q, k and v, (B, T, H, d) each."""
     projections = module.q_proj, module.k_proj, module.v_proj
-    return (plumbing.linear(p, x).view(*x.shape[:2], *module.bias_u.shape) for p in projections)
+    q, k, v = (plumbing.linear(p, x).view(*x.shape[:2], *module.bias_u.shape) for p in projections)
+    return q, k, v
 
 
-def _of_recordings(module, q, k, v, table, packing):
+def _of_recordings(
+    module: FastConformerAttention, q: Tensor, k: Tensor, v: Tensor, table: Tensor, packing: Packing
+) -> Tensor:
     """Returns y (N, H, d) of queries, keys and values (1, N, H, d): each recording sees itself."""
     dropout = module.attention_dropout if module.training else 0.0
     positions = projected(module, module.relative_k_proj, table).unflatten(-1, module.bias_u.shape)
@@ -101,18 +116,28 @@ def _of_recordings(module, q, k, v, table, packing):
     if packed.is_native(*operands):
         return packed.attended(packing, *operands, dropout_p=dropout)
 
-    def one(q, k, v, hidden):
+    def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
         frames = q.shape[1]
         first = len(table) // 2 + 1 - frames
+        drops: Any = attention_dropout.of_kernel(dropout, q.device)
         return ops.rel_attention(
             q, k, v, positions[first : first + 2 * frames - 1], module.bias_u, module.bias_v,
-            key_padding_mask=hidden, **attention_dropout.of_kernel(dropout, q.device),
+            key_padding_mask=hidden, **drops,
         )  # fmt: skip
 
     return packing.by_group(one, q[0], k[0], v[0])
 
 
-def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
+def attended(
+    module: FastConformerAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_embeddings: Tensor,
+    mask: Tensor | None,
+    by: "Seen | None",
+    mean: bool = False,
+) -> Tensor:
     """Returns y (B, T, H, d) of queries (B, T, H, d), which stand at the last frames of keys and values (B, K, H, d).
 
     The position embeddings have 2K − 1 rows. ``by`` is the ``masks.Seen`` of the mask. A query that sees no key
@@ -139,12 +164,12 @@ def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
     return torch.where(by.empty_rows[:, :, None, None], mean_of_values(q, k, v, module.bias_u).to(y.dtype), y)
 
 
-def first_rows(table, rows):
+def first_rows(table: Tensor, rows: int) -> Tensor:
     """Returns ``table[:rows]``; the whole table without a slice, whose gradient autograd would write into zeros."""
     return table if len(table) == rows else table[:rows]
 
 
-def mean_of_values(q, k, v, bias):
+def mean_of_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float) -> Tensor:
     """Returns (B, 1 or T, H, d): the mean of v over all keys, with the gradient of a softmax of equal scores.
 
     With C = Σ_j (k_j − k̄)ᵀ v_j / (T √d), d mean_i = d v̄ + d(q_i + u) C + (q_i + u) dC|_k: the difference below is 0 and
@@ -158,7 +183,16 @@ def mean_of_values(q, k, v, bias):
     return mean + (slope - slope.detach())
 
 
-def _with_weights(module, q, k, v, p, mask, dropout, mean):
+def _with_weights(
+    module: FastConformerAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    mean: bool,
+) -> Tensor:
     """Computes the formula directly, as upstream does, with upstream's draw of the dropout."""
     scale = module.head_dim**-0.5
     position = (q + module.bias_v).transpose(1, 2)  # [B, H, T, d]
@@ -174,7 +208,7 @@ def _with_weights(module, q, k, v, p, mask, dropout, mean):
     return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2)
 
 
-def projected(module, projection, table):
+def projected(module: FastConformerAttention, projection: torch.nn.Module, table: Tensor) -> Tensor:
     """Returns the projection of ``table`` (2T − 1, width) by one of the module's linear layers. In inference it is kept
     while table and weight stay."""
     if (

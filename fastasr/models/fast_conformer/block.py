@@ -4,7 +4,10 @@
 On a GPU one kernel adds a branch to the stream and normalises the sum for the next branch.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import plumbing
@@ -15,13 +18,24 @@ from fastasr.models.fast_conformer.convolution import FastConformerConvolution
 from fastasr.models.fast_conformer.feed_forward import FastConformerFeedForward
 from fastasr.ops._register import autocast_dtype
 
+if TYPE_CHECKING:
+    from fastasr.models.common.ragged import Packing
+
 
 class FastConformerBlock(torch.nn.Module):
     """x (B, T, width) -> same shape: x + ½ FF(LN x), x + attention(LN x), x + convolution(LN x), LN(x + ½ FF(LN x))."""
 
     def __init__(
-        self, width, heads, hidden, taps=9, bias=True, conv_bias=True, attention_dropout=0.0, dropout=0.0
-    ):
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        taps: int = 9,
+        bias: bool = True,
+        conv_bias: bool = True,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.feed_forward1 = FastConformerFeedForward(width, hidden, bias, dropout)
         self.self_attn = FastConformerAttention(width, heads, bias, attention_dropout)
@@ -33,7 +47,13 @@ class FastConformerBlock(torch.nn.Module):
         self.norm_feed_forward2 = torch.nn.LayerNorm(width)
         self.norm_out = torch.nn.LayerNorm(width)
 
-    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: "Packing | Tensor | None" = None,
+        position_embeddings: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         x = hidden_states
         autocast = autocast_dtype(x) is not None
         add_norm = _fused if _is_fused(self, x, autocast) else _by_torch
@@ -51,7 +71,7 @@ class FastConformerBlock(torch.nn.Module):
         return add_norm(self.norm_out, x, update, 0.5)[1]
 
 
-def _is_fused(block, x, autocast):
+def _is_fused(block: FastConformerBlock, x: Tensor, autocast: bool) -> bool:
     """Says whether ``ops.add_norm`` serves the block. Under autocast it gives a branch the narrower numbers that its
     first layer would cast to: modules with hooks get what upstream gives them."""
     norms = block.norm_self_att, block.norm_conv, block.norm_feed_forward2, block.norm_out
@@ -63,12 +83,12 @@ def _is_fused(block, x, autocast):
     )
 
 
-def _fused(norm, x, update, scale=1.0):
+def _fused(norm: torch.nn.LayerNorm, x: Tensor, update: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     if update.dtype is not x.dtype and autocast_dtype(x) is None:  # No layer casts its input here.
         return _by_torch(norm, x, update, scale)
     return ops.add_norm(x, update, norm.weight, norm.bias, norm.eps, scale)
 
 
-def _by_torch(norm, x, update, scale=1.0):
+def _by_torch(norm: torch.nn.Module, x: Tensor, update: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     x = torch.add(x, update, alpha=scale)  # one pass
     return x, norm(x)

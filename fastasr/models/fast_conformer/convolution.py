@@ -8,8 +8,11 @@ In eval mode BatchNorm is in the taps: w' = w γ / √(var + eps), b' = β + (b 
 statistics are over all B · T frames, padding included, as upstream.
 """
 
+from typing import Any, TypeGuard
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import activations, packed, plumbing
@@ -23,7 +26,7 @@ class FastConformerConvolution(torch.nn.Module):
     """hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: seen; or bool (B, T), True: valid) or None
     -> (B, T, width). With a ``Packing`` as the mask, hidden states are (1, N, width)."""
 
-    def __init__(self, width, taps=9, bias=True):
+    def __init__(self, width: int, taps: int = 9, bias: bool = True) -> None:
         super().__init__()
         self.pointwise_conv1 = torch.nn.Conv1d(width, 2 * width, 1, bias=bias)
         self.depthwise_conv = torch.nn.Conv1d(
@@ -33,7 +36,7 @@ class FastConformerConvolution(torch.nn.Module):
         self.activation = torch.nn.SiLU()
         self.pointwise_conv2 = torch.nn.Conv1d(width, width, 1, bias=bias)
 
-    def forward(self, hidden_states, attention_mask=None):
+    def forward(self, hidden_states: Tensor, attention_mask: Packing | Tensor | None = None) -> Tensor:
         batch, frames = hidden_states.shape[:2]
         hidden = packing = None  # (B, T), True at frames that no query sees
         if isinstance(attention_mask, Packing):
@@ -55,29 +58,56 @@ class FastConformerConvolution(torch.nn.Module):
         )
 
 
-def gated_convolution(x, first, conv, norm, activation, last, hidden=None, packing=None):
+def gated_convolution(
+    x: Tensor,
+    first: torch.nn.Module,
+    conv: torch.nn.Module,
+    norm: torch.nn.Module,
+    activation: torch.nn.Module,
+    last: torch.nn.Module,
+    hidden: Tensor | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
     """Returns ``last(activation(norm(conv(glu(first(x))))))`` of x (B, T, width), whose convolutions are channels first
     and whose gated frames are 0 where ``hidden`` (B, T), or None, is True. With a ``packing`` x is (1, N, width)."""
     return after_gate(pointwise(first, x), conv, norm, activation, last, hidden, packing=packing)
 
 
-def after_gate(h, conv, norm, activation, last, hidden=None, **options):
+def after_gate(
+    h: Tensor,
+    conv: torch.nn.Module,
+    norm: torch.nn.Module,
+    activation: torch.nn.Module,
+    last: torch.nn.Module,
+    hidden: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """Does the same from h = first(x) (B, T, 2 width) on. ``options`` are those of ``convolved``."""
     return pointwise(last, convolved(h, conv, norm, activation, hidden, **options))
 
 
 def convolved(
-    h, conv, norm, activation, hidden=None, cache=None, by_frame=False, packing=None, around=(0, 0), stride=1
-):
+    h: Tensor,
+    conv: Any,
+    norm: torch.nn.Module,
+    activation: torch.nn.Module,
+    hidden: Tensor | None = None,
+    cache: Tensor | None = None,
+    by_frame: bool = False,
+    packing: Packing | None = None,
+    around: tuple[int, int] = (0, 0),
+    stride: int = 1,
+) -> Tensor:
     """Returns ``activation(norm(conv(glu(h))))``. ``cache`` (B, width, P) holds the P gated frames that the convolution
     sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels. ``around``: frames of
     0 on either side, which the convolution itself does not add. ``stride``: that of the convolution."""
-    delay = plumbing.conv_delay(conv, around=around, stride=stride)
+    delay: Any = plumbing.conv_delay(conv, around=around, stride=stride)
     if delay is not None and (by_frame or is_batch_norm(norm)):
         folded = not by_frame and not norm.training
         weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
         fused = folded and activations.fused_name(activation) == "silu"
-        h, options = h.transpose(0, 1), {"delay": delay, "activation": "silu" if fused else "identity"}
+        h = h.transpose(0, 1)
+        options: Any = {"delay": delay, "activation": "silu" if fused else "identity"}
         if packing is None:
             z = ops.gated_depthwise_conv(h, weight, bias, padding_mask=hidden, cache=cache, **options)
         else:
@@ -106,13 +136,13 @@ def convolved(
     return y
 
 
-def gated(h, hidden=None):
+def gated(h: Tensor, hidden: Tensor | None = None) -> Tensor:
     """Returns (B, width, T), the gated frames of h (B, T, 2 width), 0 where ``hidden`` (B, T), or None, is True."""
     u = F.glu(h, -1)
     return (u if hidden is None else u.masked_fill(hidden.unsqueeze(-1), 0.0)).transpose(1, 2)
 
 
-def is_batch_norm(norm):
+def is_batch_norm(norm: torch.nn.Module) -> TypeGuard[torch.nn.BatchNorm1d]:
     """Says whether this is torch's BatchNorm with running statistics, weight and bias, without hooks."""
     return (
         is_plain(norm, torch.nn.BatchNorm1d)
@@ -122,7 +152,7 @@ def is_batch_norm(norm):
     )
 
 
-def _fold(conv, norm):
+def _fold(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """Returns the taps and the bias of ``norm(conv(u))`` in eval mode, computed in float32 or better."""
     wide = torch.promote_types(conv.weight.dtype, torch.float32)
     scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
@@ -131,7 +161,7 @@ def _fold(conv, norm):
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
-def pointwise(conv, x):
+def pointwise(conv: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns the convolution of one tap of x (B, T, C), as a product."""
     sizes = (1,), (1,), (0,), 1
     if (

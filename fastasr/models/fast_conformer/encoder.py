@@ -2,9 +2,11 @@
 """The encoder, front end, positions and blocks, and the same with a CTC head."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.models.fast_conformer import ragged
 from fastasr.models.fast_conformer.block import FastConformerBlock
@@ -28,26 +30,27 @@ class FastConformerEncoder(torch.nn.Module):
     """
 
     ragged = False
+    layers: Any  # a ModuleList of FastConformerBlock
 
     def __init__(
         self,
-        mel_bins=80,
-        width=1024,
-        layers=24,
-        heads=8,
-        hidden=4096,
-        taps=9,
-        channels=256,
-        factor=8,
-        bias=True,
-        conv_bias=True,
-        dropout=0.1,
-        activation_dropout=0.1,
-        attention_dropout=0.1,
-        position_dropout=0.0,
-        layer_drop=0.1,
-        scale_input=True,
-    ):
+        mel_bins: int = 80,
+        width: int = 1024,
+        layers: int = 24,
+        heads: int = 8,
+        hidden: int = 4096,
+        taps: int = 9,
+        channels: int = 256,
+        factor: int = 8,
+        bias: bool = True,
+        conv_bias: bool = True,
+        dropout: float = 0.1,
+        activation_dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        position_dropout: float = 0.0,
+        layer_drop: float = 0.1,
+        scale_input: bool = True,
+    ) -> None:
         super().__init__()
         self.dropout, self.dropout_positions, self.layerdrop = dropout, position_dropout, layer_drop
         self.input_scale = math.sqrt(width) if scale_input else 1.0
@@ -61,7 +64,7 @@ class FastConformerEncoder(torch.nn.Module):
         )
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Any) -> "FastConformerEncoder":
         """Returns an encoder of the sizes and rates of a transformers ``ParakeetEncoderConfig``."""
         return cls(
             mel_bins=config.num_mel_bins,
@@ -82,19 +85,23 @@ class FastConformerEncoder(torch.nn.Module):
             scale_input=config.scale_input,
         )
 
-    def forward(self, input_features, attention_mask=None):
+    def forward(
+        self, input_features: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames, or None -> ((B, T, width), mask (B, T) or None).
 
         T = ⌈T₀ / factor⌉. Output at padding frames is 0 only with ``ragged``; on a GPU it is not upstream's.
         """
         lengths = ragged.lengths(self, input_features, attention_mask) if self.ragged else None
-        if lengths is not None:
+        if lengths is not None and attention_mask is not None:
             x = ragged.encoded(self, input_features, lengths)
             return x, _mask(self, attention_mask.sum(-1), x)
         return padded(self, input_features, attention_mask)
 
 
-def padded(encoder, features, attention_mask):
+def padded(
+    encoder: FastConformerEncoder, features: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Does what the encoder does with padding. ``encoder`` may be transformers', with our modules in its blocks."""
     x = encoder.subsampling(features, attention_mask) * encoder.input_scale
     positions = encoder.encode_positions(x)
@@ -108,7 +115,7 @@ def padded(encoder, features, attention_mask):
     return x, mask
 
 
-def _mask(encoder, lengths, x):
+def _mask(encoder: FastConformerEncoder, lengths: Tensor, x: Tensor) -> Tensor:
     """Returns (B, T), True at valid frames of x (B, T, width) for features of these lengths."""
     lengths = subsampled(encoder.subsampling.layers, lengths)
     return torch.arange(x.shape[1], device=x.device, dtype=torch.int64) < lengths.unsqueeze(1)
@@ -117,12 +124,14 @@ def _mask(encoder, lengths, x):
 class FastConformerCTC(torch.nn.Module):
     """An encoder and a convolution of one tap. Loads the state dicts of transformers' ``ParakeetForCTC``."""
 
-    def __init__(self, encoder, vocabulary):
+    def __init__(self, encoder: FastConformerEncoder, vocabulary: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.ctc_head = torch.nn.Conv1d(encoder.subsampling.linear.out_features, vocabulary, 1)
 
-    def forward(self, input_features, attention_mask=None):
+    def forward(
+        self, input_features: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns (log-probabilities (B, T, vocabulary), mask (B, T) or None)."""
         x, mask = self.encoder(input_features, attention_mask)
         logits = F.linear(x, self.ctc_head.weight[..., 0], self.ctc_head.bias)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forward block: W2 dropout(SiLU(W1 x + b1)) + b2."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr._transforms import Function
 from fastasr.models.common import activations, plumbing
@@ -14,14 +17,14 @@ from fastasr.ops._register import refuse_double_backward
 class FastConformerFeedForward(torch.nn.Module):
     """x (..., width) -> same shape. ``activation_dropout`` is the rate of the dropout between the layers."""
 
-    def __init__(self, width, hidden, bias=True, activation_dropout=0.0):
+    def __init__(self, width: int, hidden: int, bias: bool = True, activation_dropout: float = 0.0) -> None:
         super().__init__()
         self.linear1 = torch.nn.Linear(width, hidden, bias=bias)
         self.activation = torch.nn.SiLU()
         self.linear2 = torch.nn.Linear(hidden, width, bias=bias)
         self.activation_dropout = activation_dropout
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         dropout = self.activation_dropout if self.training else 0.0
         if _is_served(self, hidden_states, dropout):
             first, second = self.linear1, self.linear2
@@ -35,7 +38,7 @@ class FastConformerFeedForward(torch.nn.Module):
         return plumbing.linear(self.linear2, hidden)
 
 
-def _is_served(module, x, dropout):
+def _is_served(module: FastConformerFeedForward, x: Tensor, dropout: float) -> bool:
     """Says whether this is a training step with dropout whose layers the kernels compute."""
     if not (dropout and torch.is_grad_enabled() and x.numel()) or torch.is_autocast_enabled("cpu"):
         return False
@@ -51,7 +54,16 @@ class _Trained(Function):
     again."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, activation, p):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        activation: int,
+        p: float,
+    ) -> Tensor:
         z = _gemm.forward(x, weight1, bias1).contiguous()
         keep = _dropout.drawn(torch.ops.fastasr_cpu.dropout_keep.default, (z,), p)
         ctx.save_for_backward(x, weight1, weight2, z, keep)
@@ -59,7 +71,7 @@ class _Trained(Function):
         return _gemm.forward(_hidden(z, activation, keep, p), weight2, bias2)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             refuse_double_backward("linear_activation")
         x, weight1, weight2, z, keep = ctx.saved_tensors
@@ -80,5 +92,5 @@ class _Trained(Function):
         )
 
 
-def _hidden(z, activation, keep, p):
+def _hidden(z: Tensor, activation: int, keep: Tensor, p: float) -> Tensor:
     return torch.ops.fastasr_cpu.linear_activation_forward.default(z, activation, False, keep, p)

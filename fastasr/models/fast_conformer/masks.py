@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keys that an attention mask of transformers or NeMo hides, read once for all layers that get the same mask."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from fastasr._transforms import is_transformed
 from fastasr.models.common.ragged import are_all_padded, on_gpu
 from fastasr.ops import _kept
 from fastasr.ops._relative_positions import outside_context
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Seen(NamedTuple):
@@ -38,7 +42,12 @@ def is_readable(mask: Tensor | None, batch: int, frames: int, keys: int | None =
     return mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape in shapes)
 
 
-def read(mask, implementation: str, batch: int, frames: int) -> Tensor | None:
+def read(
+    mask: "Tensor | BlockMask | None",
+    implementation: str,
+    batch: int,
+    frames: int,
+) -> Tensor | None:
     """Returns a mask that transformers made for an implementation of attention as ``seen`` reads it, bool (B or 1, 1,
     T, T), or None if there is none or it does more than hide keys.
 
@@ -47,7 +56,7 @@ def read(mask, implementation: str, batch: int, frames: int) -> Tensor | None:
     """
     if mask is None or tuple(mask.shape) not in {(n, 1, frames, frames) for n in (1, batch)}:
         return None
-    evaluate = None
+    evaluate: Callable[[Any], Tensor | None] | None = None
     if not isinstance(mask, Tensor):
         evaluate = _evaluated if implementation == "flex_attention" else None
     elif implementation == "sdpa" and mask.dtype == torch.bool:
@@ -64,16 +73,18 @@ def read(mask, implementation: str, batch: int, frames: int) -> Tensor | None:
         )  # reading it anew is a small part of eager's work
     kept = getattr(mask, "_fastasr_pairs", None)
     if kept is None or kept[0] != version:
-        kept = mask._fastasr_pairs = version, evaluate(mask)
+        kept = version, evaluate(mask)
+        owner: Any = mask  # the attribute is ours
+        owner._fastasr_pairs = kept
     return kept[1]
 
 
-def _added(mask):
+def _added(mask: Tensor) -> Tensor | None:
     sees = mask == 0
     return sees if bool((sees | (mask == torch.finfo(mask.dtype).min)).all()) else None
 
 
-def _evaluated(mask):
+def _evaluated(mask: "BlockMask") -> Tensor:
     of_sequence = torch.arange(mask.shape[0], device=mask.kv_num_blocks.device, dtype=torch.int64)
     query = torch.arange(mask.shape[-1], device=of_sequence.device, dtype=torch.int64)
     sees = mask.mask_mod(of_sequence[:, None, None], query.new_zeros(()), query[:, None], query)
@@ -87,7 +98,7 @@ _OF_NEMO = {
 }
 
 
-def of_nemo(mask, batch: int, frames: int, cls) -> dict | None:
+def of_nemo(mask: "BlockMask | None", batch: int, frames: int, cls: type) -> dict[str, Any] | None:
     """Returns the arguments of ``ops.rel_attention`` for a BlockMask that the module of the class ``cls`` made, or None
     if it is of another origin. The last query sees all that any does."""
     if mask is None:
@@ -111,7 +122,7 @@ def of_nemo(mask, batch: int, frames: int, cls) -> dict | None:
     return {"key_padding_mask": kept, **context}
 
 
-def note_unread(attention, known: bool, implementation: str | None) -> None:
+def note_unread(attention: torch.nn.Module, known: bool, implementation: str | None) -> None:
     """Notes that upstream's code serves this call: its implementation is not ``known``, or its mask is not readable."""
     if known:
         _left.note(attention, "an input, a mask or positions that rel_attention does not take")
@@ -158,7 +169,8 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
             empty.any()
         )  # This waits for the answer of a GPU.
         kept = version, Seen(~keys, empty if are_some else None, by_length, context)
-        mask._fastasr_seen = kept
+        owner: Any = mask  # the attribute is ours
+        owner._fastasr_seen = kept
     return kept[1]
 
 
@@ -168,7 +180,7 @@ def _chunks(by_query: Tensor, seen_keys: Tensor, left: int) -> dict:
     chunk = int(by_query[:, 0].any(0).sum())
     if frames != keys or not chunk:
         return {}
-    context = {"context": (left // chunk * chunk, 0), "chunk_size": chunk}
+    context: dict[str, Any] = {"context": (left // chunk * chunk, 0), "chunk_size": chunk}
     expected = seen_keys[:, None] & ~outside_context(by_query, **context)
     return context if torch.equal(by_query, expected) else {}
 
@@ -181,9 +193,9 @@ def are_empty_rows_read(by: Seen, device: torch.device) -> bool:
     return not (by.by_length and on_gpu(device)) or are_all_padded()
 
 
-def of_kernel(mask: Tensor | None, by: Seen | None, hides: bool = False) -> dict[str, Tensor]:
+def of_kernel(mask: Tensor | None, by: Seen | None, hides: bool = False) -> dict[str, Any]:
     """Returns the arguments of ``ops.rel_attention`` for ``mask`` and its Seen; {} without a mask."""
-    if by is None:
+    if by is None or mask is None:
         return {}
     if by.by_length or by.context:
         return {"key_padding_mask": by.hidden_keys, **by.context}

@@ -9,8 +9,11 @@ chunks give the outputs of the whole recording. Attributes have the names of tra
 ``NemotronAsrStreamingEncoder``.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr._transforms import is_transformed
@@ -26,8 +29,14 @@ from fastasr.models.fast_conformer.subsampling import convolved, stem
 
 
 def cached_attention(
-    self, hidden_states, position_embeddings, attention_mask=None, cache=None, past_key_values=None, **kwargs
-):
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Serves NemotronAsrStreamingEncoderAttention: hidden states (B, T, width), position embeddings (B or 1, 2K − 1,
     width), attention mask (bool (B, 1, T, K), True: the query sees the key) or None -> ((B, T, width), None).
 
@@ -57,17 +66,19 @@ def cached_attention(
     return plumbing.linear(self.o_proj, y.flatten(2)), None
 
 
-def window_layer(cache, index):
+def window_layer(cache: Any, index: int) -> Any:
     """Returns a layer of transformers' cache that holds the last frames of keys and values, none of which it may have
     to give back, or None."""
-    layer = cache.layers[index] if index < len(cache.layers) and not cache.offloading else None
+    layer: Any = cache.layers[index] if index < len(cache.layers) and not cache.offloading else None
     plain = type(layer).__name__ == "DynamicSlidingWindowLayer" and layer.is_initialized
     return layer if plain and not layer.record_past else None
 
 
-def sees_everything(cache, frames, look_ahead):
+def sees_everything(cache: Any, frames: int, look_ahead: int | None) -> bool:
     """Says whether the next frames of a stream see each other and all frames that transformers' ``cache`` holds."""
-    layer = None if cache is None or look_ahead is None or not frames else window_layer(cache, 0)
+    if cache is None or look_ahead is None or not frames:
+        return False
+    layer = window_layer(cache, 0)
     if layer is None:
         return False
     size, past, first = look_ahead + 1, layer.get_seq_length(), layer.get_mask_sizes(frames)[1]
@@ -83,13 +94,13 @@ class _Room:
     are different ones.
     """
 
-    def __init__(self, memory, layer):
+    def __init__(self, memory: Tensor, layer: Any) -> None:
         self.memory, self.end, self.keys, self.values = memory, layer.keys.shape[2], layer.keys, layer.values
         memory[0, :, : self.end] = layer.keys.transpose(1, 2)
         memory[1, :, : self.end] = layer.values.transpose(1, 2)
 
 
-def _writes_in_place(layer, k):
+def _writes_in_place(layer: Any, k: Tensor) -> bool:
     return (
         k.is_cpu
         and not torch.is_grad_enabled()
@@ -100,7 +111,7 @@ def _writes_in_place(layer, k):
     )
 
 
-def _extended(layer, k, v):
+def _extended(layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Returns keys and values (B, K, H, d) of a cache's layer and a chunk, (B, T, H, d), and keeps the last of them, as
     upstream's ``update``, which copies all of them for every chunk.
 
@@ -129,12 +140,17 @@ def _extended(layer, k, v):
     return k, v
 
 
-def _is_upstreams(owner, module, name):
+def _is_upstreams(owner: torch.nn.Module, module: torch.nn.Module, name: str) -> bool:
     """Says whether a part, whose source the rule has read, is still as it was, so that we need not call it."""
     return is_plain_named(module, (f"NemotronAsrStreamingEncoder{name}",), owner)
 
 
-def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=None):
+def causal_convolution(
+    self: Any,
+    hidden_states: Tensor,
+    all_masked_rows: Tensor | None = None,
+    padding_cache: Any = None,
+) -> Tensor:
     """Serves NemotronAsrStreamingEncoderConvolutionModule: hidden states (B, T, width), all_masked_rows (bool (B, 1,
     T), True: the frame sees no key, and its gated frame is 0) or None -> (B, T, width)."""
     conv = self.depthwise_conv
@@ -145,7 +161,7 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
     taps = conv.weight.shape[-1]
     kept = None if padding_cache is None else padding_cache.layers.get(conv.cache_key)
     if padding_cache is None or (kept is not None and not torch.is_grad_enabled()):
-        found = ops.gated_depthwise_conv(
+        found: Any = ops.gated_depthwise_conv(
             h.transpose(0, 1), conv.weight, conv.bias,
             padding_mask=None if all_masked_rows is None else all_masked_rows[:, 0],
             cache=None if kept is None else kept.cache,
@@ -163,12 +179,17 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
     return pointwise(self.pointwise_conv2, self.activation(self.norm(z)))
 
 
-def front_convolutions(self):
+def front_convolutions(self: Any) -> list[Any]:
     """Returns the convolutions over time of a NemotronAsrStreamingEncoderSubsamplingConv2D."""
     return [self.conv_in, *(getattr(layer, "depthwise_conv", layer) for layer in self.layers)]
 
 
-def causal_subsampling(self, input_features, attention_mask=None, padding_cache=None):
+def causal_subsampling(
+    self: Any,
+    input_features: Tensor,
+    attention_mask: Tensor | None = None,
+    padding_cache: Any = None,
+) -> Tensor:
     """Serves NemotronAsrStreamingEncoderSubsamplingConv2D: features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames,
     or None -> (B, T, width). Without a cache each of the convolutions makes ⌊n / 2⌋ + 1 frames and bins of n."""
     convs = front_convolutions(self)
@@ -194,7 +215,13 @@ def causal_subsampling(self, input_features, attention_mask=None, padding_cache=
     )  # upstream's encoder scales it in place, which a view would not bear
 
 
-def _subsampled_chunk(convs, products, x, lengths, cache):
+def _subsampled_chunk(
+    convs: list[Any],
+    products: list[Any],
+    x: Tensor,
+    lengths: Tensor | None,
+    cache: Any,
+) -> Tensor:
     """Returns the last linear layer's input (B, n, C · F) for the features that follow the cached ones."""
     h = x.unsqueeze(-1)
     for i, conv in enumerate(convs):
@@ -211,7 +238,7 @@ def _subsampled_chunk(convs, products, x, lengths, cache):
     return h.transpose(2, 3).flatten(2)
 
 
-def limited_positions(self, hidden_states, cached_frames=None):
+def limited_positions(self: Any, hidden_states: Tensor, cached_frames: int | None = None) -> Tensor:
     """Serves NemotronAsrStreamingEncoderRelPositionalEncoding, which refuses sequences above its configured length."""
     cached_frames = cached_frames or 0
     if hidden_states.shape[1] + cached_frames > self.max_position_embeddings:

@@ -2,6 +2,7 @@
 """Sinusoidal encodings of relative positions, one table for all sequences of a batch and for all shorter lengths."""
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,13 +11,16 @@ from fastasr._recording import recording
 from fastasr._transforms import is_transformed
 from fastasr.ops import _kept
 
-_TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far, and its sources
+# module -> its longest table so far, and its sources
+_TABLES: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Tensor, _kept.Originals]] = (
+    weakref.WeakKeyDictionary()
+)
 KEPT_FRAMES = (
     1024  # Tables, and their projections in every layer, are kept for sequences of at most this many frames.
 )
 
 
-def release(module) -> None:
+def release(module: torch.nn.Module) -> None:
     """Frees the module's table."""
     _TABLES.pop(module, None)
 
@@ -33,16 +37,18 @@ class FastConformerPositions(torch.nn.Module):
     """hidden states (B, T, D) -> (B, 2K − 1, D), a view of one table; K is T and the cached frames. Row r is that of a
     key K − 1 − r frames before the query. Columns 2k, 2k + 1: sine and cosine of p · 10000^(−2k/D)."""
 
-    def __init__(self, width):
+    inv_freq: Tensor
+
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
         self.register_buffer("inv_freq", self._frequencies(None), persistent=False)
 
-    def _frequencies(self, device):
+    def _frequencies(self, device: torch.device | None) -> Tensor:
         even = torch.arange(0, self.width, 2, dtype=torch.float32, device=device)
         return 1.0 / 10000.0 ** (even / self.width)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FastConformerPositions":
         """Moves the frequencies without casting them to fewer bits, and keeps them in ``to_empty``."""
         before = self.inv_freq
         super()._apply(fn, recurse)
@@ -54,7 +60,7 @@ class FastConformerPositions(torch.nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, hidden_states, cached_frames=0):
+    def forward(self, hidden_states: Tensor, cached_frames: int = 0) -> Tensor:
         batch, frames = hidden_states.shape[0], hidden_states.shape[1] + cached_frames
         dtype, device = hidden_states.dtype, hidden_states.device
         unkept = torch.compiler.is_compiling() or is_transformed() or recording() is not None
@@ -66,6 +72,7 @@ class FastConformerPositions(torch.nn.Module):
                 kept is None
                 or len(kept) < 2 * frames - 1
                 or (kept.dtype, kept.device) != (dtype, device)
+                or originals is None
                 or not originals.unchanged([self.inv_freq])
             ):
                 originals = _kept.Originals([self.inv_freq])

@@ -6,8 +6,11 @@ A recording's output is the same as if it were alone, and 0 behind its end. In t
 the frames that exist, and each dropout draws numbers for these frames alone.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.plain import is_watched, runs
@@ -21,8 +24,11 @@ from fastasr.models.fast_conformer.subsampling import (
     subsampled,
 )
 
+if TYPE_CHECKING:
+    from fastasr.models.fast_conformer.encoder import FastConformerEncoder
 
-def why_not(encoder) -> str | None:
+
+def why_not(encoder: "FastConformerEncoder") -> str | None:
     """Returns why this encoder cannot leave padding out, or None."""
     for i, layer in enumerate(encoder.layers):
         if not runs(layer.self_attn, FastConformerAttention.forward):
@@ -34,7 +40,9 @@ def why_not(encoder) -> str | None:
     return None
 
 
-def lengths(encoder, features, mask, reason: str | None = None) -> list[int] | None:
+def lengths(
+    encoder: "FastConformerEncoder", features: Tensor, mask: Tensor | None, reason: str | None = None
+) -> list[int] | None:
     """Does as ``common.ragged.lengths`` for a mask (B, T₀), True or 1 at valid frames, or None. The padding stays for
     ``reason``, if given."""
     if mask is None or mask.shape != features.shape[:2]:
@@ -42,7 +50,7 @@ def lengths(encoder, features, mask, reason: str | None = None) -> list[int] | N
     return ragged.lengths(encoder, mask.to(torch.bool), lambda: reason or _obstacle_of_call(encoder))
 
 
-def _obstacle_of_call(encoder):
+def _obstacle_of_call(encoder: "FastConformerEncoder") -> str | None:
     """Returns why a call cannot leave padding out now, or None."""
     implementation = getattr(getattr(encoder, "config", None), "_attn_implementation", "sdpa")
     if implementation not in STANDARD:
@@ -56,7 +64,7 @@ def _obstacle_of_call(encoder):
     return why_not(encoder)
 
 
-def encoded(encoder, features, lengths):
+def encoded(encoder: "FastConformerEncoder", features: Tensor, lengths: list[int]) -> Tensor:
     """Features (B, T₀, mel_bins), the recordings' frames as a list -> (B, ⌈T₀ / factor⌉, width), 0 behind each end."""
     layers = encoder.subsampling.layers
     packing = Packing(subsampled(layers, lengths), features.device)

@@ -7,13 +7,17 @@ views of the keys and values that it returned, so that the next chunk of the sam
 """
 
 import operator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.models.fast_conformer import nemotron
 
 
-def chunk(self, x, name, keys_values, last_frames, front_frames):
+def chunk(
+    self: Any, x: Tensor, name: str, keys_values: Tensor, last_frames: Tensor, front_frames: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Computes the next frames of streams that see each other and all that is cached.
 
     self: NemotronAsrStreamingEncoder. x: features (B, T₀, mel_bins). name: that of the layers' argument for keys and
@@ -33,10 +37,17 @@ def chunk(self, x, name, keys_values, last_frames, front_frames):
     return x, torch.stack(keys.kept), torch.stack(found[:count]), found[count:]
 
 
-def next_chunk(self, graphs, x, name, cache, padding_cache):
+def next_chunk(
+    self: Any,
+    graphs: Any,
+    x: Tensor,
+    name: str,
+    cache: Any,
+    padding_cache: Any,
+) -> Tensor | None:
     """Returns the next frames of streams by a recorded ``chunk``, and brings transformers' caches up to date; or None
     if the caches' tensors differ in shape, or hold no chunk yet."""
-    kept = [nemotron.window_layer(cache, i) for i in range(len(self.layers))]
+    kept: list[Any] = [nemotron.window_layer(cache, i) for i in range(len(self.layers))]
     paddings = [padding_cache.layers.get(conv.cache_key) for conv in _convolutions(self)]
     if None in kept or None in paddings or any(getattr(p, "is_first_chunk", False) for p in paddings):
         return None
@@ -60,13 +71,13 @@ def next_chunk(self, graphs, x, name, cache, padding_cache):
     return y
 
 
-def _convolutions(encoder):
+def _convolutions(encoder: Any) -> list[Any]:
     """Returns the convolutions that keep frames: those of the layers, then those of the front end."""
     layers = [layer.conv.depthwise_conv for layer in encoder.layers]
     return [*layers, *nemotron.front_convolutions(encoder.subsampling)]
 
 
-def _alike(tensors):
+def _alike(tensors: list[Tensor]) -> bool:
     first = tensors[0]
     return all(t.shape == first.shape and t.dtype is first.dtype for t in tensors)
 
@@ -74,29 +85,31 @@ def _alike(tensors):
 class _Keys:
     """Stands for transformers' cache of keys and values. ``kept``: keys and values after this chunk."""
 
-    layers, offloading = (), False
+    layers: tuple[Any, ...] = ()
+    offloading = False
 
-    def __init__(self, keys_values, most):
-        self.held, self.most, self.kept = keys_values, most, []
+    def __init__(self, keys_values: Tensor, most: int) -> None:
+        self.held, self.most = keys_values, most
+        self.kept: list[Tensor] = []
 
-    def update(self, keys, values, index, **_):
+    def update(self, keys: Tensor, values: Tensor, index: int, **_: Any) -> list[Tensor]:
         found = [torch.cat((self.held[2 * index + i], t), -2) for i, t in enumerate((keys, values))]
         self.kept += [t[:, :, max(0, t.shape[2] - self.most) :] for t in found]
         return found
 
 
 class _Padding:
-    def __init__(self, cache):
+    def __init__(self, cache: Tensor) -> None:
         self.cache = cache
 
 
 class _Paddings:
     """Stands for transformers' cache of the frames before convolutions. A chunk does not change their number."""
 
-    def __init__(self, convolutions, frames):
+    def __init__(self, convolutions: list[Any], frames: list[Tensor]) -> None:
         self.layers = {conv.cache_key: _Padding(t) for conv, t in zip(convolutions, frames, strict=True)}
 
-    def update(self, x, key, conv):
+    def update(self, x: Tensor, key: str, conv: torch.nn.Module) -> Tensor:
         kept = self.layers[key]
         found = torch.cat((kept.cache, x), 2)
         kept.cache = found[:, :, found.shape[2] - kept.cache.shape[2] :]

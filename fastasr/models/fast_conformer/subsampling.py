@@ -10,11 +10,13 @@ Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr._recording import on_host
@@ -25,20 +27,26 @@ from fastasr.models.common.ragged import Packing, with_zeros
 STRIP_BYTES = 32 << 20  # A strip of the second convolution's output; 8 MB to 128 MB cost the same.
 
 
+# A front end's convolutions and ReLUs come as a ModuleList or a list.
+Layers = Sequence[Any]
+
+
 class FastConformerSubsampling(torch.nn.Module):
     """features (B, T₀, mel_bins), mask (B, T₀), True or 1 at valid frames, or None -> (B, ⌈T₀ / factor⌉, width)."""
 
-    def __init__(self, mel_bins, width, channels=256, factor=8):
+    layers: Any  # a ModuleList of convolutions and ReLUs
+
+    def __init__(self, mel_bins: int, width: int, channels: int = 256, factor: int = 8) -> None:
         super().__init__()
         self.num_layers, self.channels = int(math.log2(factor)), channels
-        layers = [torch.nn.Conv2d(1, channels, 3, 2, 1), torch.nn.ReLU()]
+        layers: list[torch.nn.Module] = [torch.nn.Conv2d(1, channels, 3, 2, 1), torch.nn.ReLU()]
         for _ in range(self.num_layers - 1):
             layers += [torch.nn.Conv2d(channels, channels, 3, 2, 1, groups=channels)]
             layers += [torch.nn.Conv2d(channels, channels, 1), torch.nn.ReLU()]
         self.layers = torch.nn.ModuleList(layers)
         self.linear = torch.nn.Linear(channels * (mel_bins // 2**self.num_layers), width)
 
-    def forward(self, input_features, attention_mask=None):
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         if not are_plain(self.layers):
             _left.note(self, "one of its layers has hooks or is no plain one")
             return _as_upstream(self, input_features, attention_mask)
@@ -46,7 +54,7 @@ class FastConformerSubsampling(torch.nn.Module):
         return plumbing.linear(self.linear, convolved(self.layers, input_features, lengths))
 
 
-def are_plain(layers):
+def are_plain(layers: Layers) -> bool:
     """Says whether these are torch's ReLUs and convolutions of this front end without hooks, so that weights
     suffice.
     """
@@ -56,21 +64,26 @@ def are_plain(layers):
 class Spans(NamedTuple):
     """The frames [begins, ends) of recordings that lie one after the other, both (R,), with a frame or more between."""
 
-    begins: torch.Tensor
-    ends: torch.Tensor
+    begins: Tensor
+    ends: Tensor
 
-    def halved(self, left):
+    def halved(self, left: int) -> "Spans":
         begins = self.begins // 2
         return Spans(begins, begins + _halved(self.ends - self.begins, left))
 
-    def inside(self, begin, count, device):
+    def inside(self, begin: int, count: int, device: torch.device) -> Tensor:
         """Returns which of the frames begin … begin + count − 1 belong to a recording, (1, count)."""
         frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
         before = torch.searchsorted(self.begins, frame, right=True) - 1
         return ((before >= 0) & (frame < self.ends[before]))[None]
 
 
-def in_a_row(module, recordings):
+# Lengths of recordings are numbers on the host or a tensor (B,); ``Spans`` are for recordings in a row.
+Lengths = list[int] | Spans | Tensor
+N = TypeVar("N", int, list[int], Tensor)
+
+
+def in_a_row(module: FastConformerSubsampling, recordings: list[Tensor]) -> Tensor:
     """Returns the output (N, width) of the front end ``module``, whose layers are plain, for features of recordings, a
     list of (T₀, mel_bins): all go through its convolutions in one row, with a frame or more of zeros between."""
     layers, lengths = module.layers, [len(x) for x in recordings]
@@ -85,7 +98,7 @@ def in_a_row(module, recordings):
     return Packing(subsampled(layers, lengths), y.device).gathered(y, slots)
 
 
-def convolved(layers, x, lengths, left=1):
+def convolved(layers: Layers, x: Tensor, lengths: Tensor | Spans | None, left: int = 1) -> Tensor:
     """Returns the last linear layer's input (B, T, C · F) for features (B, T₀, mel_bins), of which ``lengths`` (B),
     or None for all, are valid, or ``Spans`` where B is 1. ``layers`` are those of the front end above, whose
     convolutions are padded by ``left`` on the left of both axes and by 1 on the right: T is ⌈T₀ / factor⌉ with 1."""
@@ -103,20 +116,28 @@ def convolved(layers, x, lengths, left=1):
         first = 2 ** max(0, stages - 2)  # frames of the first map in memory for one of the output
         per_frame = batch * first * (bins // 4 + 1) * layers[0].out_channels * x.element_size()
         strip = max(1, STRIP_BYTES // max(1, per_frame))
+    valid: Lengths
     if isinstance(lengths, Spans):
-        pass
+        valid = lengths
     elif eager_cpu:  # It uses lists of lengths, for which another device would have to wait.
-        lengths = [frames] * batch if lengths is None else lengths.tolist()
+        valid = [frames] * batch if lengths is None else lengths.tolist()
     elif lengths is None:
-        lengths = torch.full((batch,), frames, device=x.device, dtype=torch.int64)
+        valid = torch.full((batch,), frames, device=x.device, dtype=torch.int64)
+    else:
+        valid = lengths
     strips = [
-        _strip(layers, x, lengths, begin, min(strip, count - begin), left)
+        _strip(layers, x, valid, begin, min(strip, count - begin), left)
         for begin in range(0, count, max(1, strip))
     ]
     return torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
 
 
-def subsampled(layers, frames, left=1, stages=None):
+def subsampled(
+    layers: Layers,
+    frames: N,
+    left: int = 1,
+    stages: int | None = None,
+) -> N:
     """Returns the front end's length of output for ``frames``, a number, or a list or tensor of numbers; or that of its
     first ``stages``."""
     for _ in range(_stages(layers) if stages is None else stages):
@@ -124,12 +145,19 @@ def subsampled(layers, frames, left=1, stages=None):
     return frames
 
 
-def _stages(layers):
+def _stages(layers: Layers) -> int:
     """Returns how many convolutions of stride 2 the front end has."""
     return (len(layers) + 1) // 3
 
 
-def _strip(layers, x, lengths, begin, count, left):
+def _strip(
+    layers: Layers,
+    x: Tensor,
+    lengths: Lengths,
+    begin: int,
+    count: int,
+    left: int,
+) -> Tensor:
     """Returns frames begin … begin + count − 1 of the input of ``linear``, (B, count, C · F)."""
     levels = [(begin, count)]
     for _ in range(_stages(layers)):  # the frames that these need, level by level, down to those of x
@@ -154,20 +182,28 @@ def _strip(layers, x, lengths, begin, count, left):
     return h.transpose(2, 3).flatten(2)  # [B, count, C * F]
 
 
-def _part(x, begin, count, left):
+def _part(x: Tensor, begin: int, count: int, left: int) -> Tensor:
     """Returns frames ``begin`` … of x (B, T₀, mel_bins) with the padding of its bins, 0 outside."""
     before, after = max(0, -begin), max(0, begin + count - x.shape[1])
     return F.pad(x[:, max(0, begin) : begin + count], (left, 1, before, after))
 
 
-def stem(conv, x):
+def stem(conv: Any, x: Tensor) -> Tensor:
     """Returns (B, n, F, C): the ReLU of the first convolution of padded x, as a product of 3 × 3 patches, two apart."""
     patches = x.unfold(1, 3, 2).unfold(2, 3, 2)
     patches = patches.reshape(*patches.shape[:3], 9)
     return ops.linear_activation(patches, conv.weight.flatten(1), conv.bias, "relu")
 
 
-def _halved(lengths, left=1):
+@overload
+def _halved(lengths: int, left: int = 1) -> int: ...
+@overload
+def _halved(lengths: list[int], left: int = 1) -> list[int]: ...
+@overload
+def _halved(lengths: Spans, left: int = 1) -> Spans: ...
+@overload
+def _halved(lengths: Tensor, left: int = 1) -> Tensor: ...
+def _halved(lengths: Any, left: int = 1) -> Any:
     """Returns the length, or the list or tensor of them, after a convolution of 3 taps and stride 2, with 1 of padding
     on the right."""
     if isinstance(lengths, Spans):
@@ -175,7 +211,7 @@ def _halved(lengths, left=1):
     return [_halved(n, left) for n in lengths] if isinstance(lengths, list) else (lengths + left - 2) // 2 + 1
 
 
-def _inside(lengths, begin, count, device):
+def _inside(lengths: Lengths, begin: int, count: int, device: torch.device) -> Tensor | None:
     """Returns which of the frames begin … begin + count − 1 lie in their sequence, (B, count), or None where all of a
     list of lengths do."""
     if isinstance(lengths, Spans):
@@ -188,7 +224,7 @@ def _inside(lengths, begin, count, device):
     return (frame >= 0) & (frame < lengths.unsqueeze(1))
 
 
-def _within(h, begin, lengths):
+def _within(h: Tensor, begin: int, lengths: Lengths) -> Tensor:
     """Returns h (B, n, F, C), which begins at frame ``begin``, with 0 at frames outside their sequence. On CPU h itself
     changes while no gradient is wanted."""
     inside = _inside(lengths, begin, h.shape[1], h.device)
@@ -202,7 +238,7 @@ def _within(h, begin, lengths):
     return rows.view(h.shape)
 
 
-def _is_plain(layer):
+def _is_plain(layer: torch.nn.Module) -> bool:
     """Says whether this is torch's ReLU, or a convolution of this front end without hooks."""
     if not is_plain(layer, torch.nn.Conv2d):
         return is_plain(layer, torch.nn.ReLU)
@@ -213,14 +249,15 @@ def _is_plain(layer):
     )
 
 
-def _as_upstream(module, x, mask):
+def _as_upstream(module: FastConformerSubsampling, x: Tensor, mask: Tensor | None) -> Tensor:
     """Computes the front end layer by layer, channels first, so that hooks and replaced layers see what they expect."""
     h, lengths = x.unsqueeze(1), None if mask is None else mask.sum(-1)
     for layer in module.layers:
         h = layer(h)
         if isinstance(layer, torch.nn.Conv2d) and lengths is not None:
+            padding: Any = layer.padding
             if layer.stride != (1, 1):
-                lengths = (lengths + sum(layer.padding) - layer.kernel_size[0]) // layer.stride[0] + 1
+                lengths = (lengths + sum(padding) - layer.kernel_size[0]) // layer.stride[0] + 1
             frame = torch.arange(h.shape[2], device=h.device, dtype=torch.int64)
             h = h * (frame < lengths.unsqueeze(1))[:, None, :, None]
     return module.linear(h.transpose(1, 2).flatten(2))

@@ -3,21 +3,23 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr._transforms import is_transformed
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.activations import Name
 
 
 class FTSwish(torch.nn.Module):
     """Flattened-T Swish (Chieng et al., 2018): y = x sigmoid(x) + T where y >= 0, T elsewhere, less ``mean_shift``."""
 
-    def __init__(self, threshold=-0.2, mean_shift=0.0):
+    def __init__(self, threshold: float = -0.2, mean_shift: float = 0.0) -> None:
         super().__init__()
         if not threshold < 0:
             raise ValueError(f"FTSwish: threshold: expected a negative number, got {threshold}")
         self.threshold, self.mean_shift = threshold, mean_shift
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.silu(x) + self.threshold
         return torch.where(y >= 0, y, self.threshold) - self.mean_shift
 
@@ -25,38 +27,38 @@ class FTSwish(torch.nn.Module):
 class Smish(torch.nn.Module):
     """Smish (Wang et al., 2022): alpha x tanh(log(1 + sigmoid(beta x))). Factors that are not positive count as 1."""
 
-    def __init__(self, alpha=1.0, beta=1.0):
+    def __init__(self, alpha: float = 1.0, beta: float = 1.0) -> None:
         super().__init__()
         self.alpha, self.beta = alpha if alpha > 0 else 1.0, beta if beta > 0 else 1.0
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.alpha * x * torch.tanh(torch.log1p(torch.sigmoid(self.beta * x)))
 
 
 class Swish(torch.nn.Module):
     """E-Swish (Alcaide, 2018): beta x sigmoid(x). A beta below 1 counts as 1."""
 
-    def __init__(self, beta=1.0):
+    def __init__(self, beta: float = 1.0) -> None:
         super().__init__()
         self.beta = max(beta, 1.0)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.beta * x * torch.sigmoid(x)
 
 
 def get_activation(
-    activation_type,
-    ftswish_threshold=-0.2,
-    ftswish_mean_shift=0.0,
-    hardtanh_min_val=-1.0,
-    hardtanh_max_val=1.0,
-    leakyrelu_neg_slope=0.01,
-    smish_alpha=1.0,
-    smish_beta=1.0,
-    softplus_beta=1.0,
-    softplus_threshold=20,
-    swish_beta=1.0,
-):
+    activation_type: str,
+    ftswish_threshold: float = -0.2,
+    ftswish_mean_shift: float = 0.0,
+    hardtanh_min_val: float = -1.0,
+    hardtanh_max_val: float = 1.0,
+    leakyrelu_neg_slope: float = 0.01,
+    smish_alpha: float = 1.0,
+    smish_beta: float = 1.0,
+    softplus_beta: float = 1.0,
+    softplus_threshold: int = 20,
+    swish_beta: float = 1.0,
+) -> torch.nn.Module:
     """Returns the module that ESPnet's ``get_activation`` makes for these arguments.
 
     ``softplus_beta`` and ``softplus_threshold`` have no effect, as in ESPnet, because Mish is torch's.
@@ -84,14 +86,14 @@ def get_activation(
 _IN_PLACE = {"silu": lambda x: F.silu(x, inplace=True), "relu": torch.relu_, "tanh": torch.tanh_}
 
 
-def fused_name(activation):
+def fused_name(activation: torch.nn.Module) -> Name | None:
     """Returns the name under which the kernels of MEGA know this module's function; None if they do not have it or the
     module is not plain."""
     name = activations.fused_name(activation)
     return name if name in _IN_PLACE or name == "identity" else None
 
 
-def activate(activation, x):
+def activate(activation: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns ``activation(x)`` for an x that nobody else holds; it works in place if no gradient needs x."""
     name = fused_name(activation)
     needed = (torch.is_grad_enabled() and x.requires_grad) or is_transformed()
@@ -100,12 +102,12 @@ def activate(activation, x):
     return x if name == "identity" else _IN_PLACE[name](x)
 
 
-def activated(module, activation, x):
+def activated(module: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns activation(module(x)) for a linear layer."""
     y = plumbing.linear(module, x)
     return activate(activation, y) if plumbing.is_plain_linear(module) else activation(y)
 
 
-def instance(activation):
+def instance(activation: torch.nn.Module | type[torch.nn.Module]) -> torch.nn.Module:
     """Returns ``activation`` if it is a module; an instance if it is a class, as ESPnet's default argument is."""
     return activation() if isinstance(activation, type) else activation

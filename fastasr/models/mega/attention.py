@@ -7,11 +7,19 @@ q (B, C, Lq, Z), k (B, C, Lk, Z) for C chunks that do not see each other. Querie
 """
 
 import torch
+from torch import Tensor
 
 CAUSAL = "causal"  # an attention mask may be this name instead of a matrix
 
 
-def weights(q, k, bias, scaling, mask=None, attn_mask=None):
+def weights(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    attn_mask: Tensor | str | None = None,
+) -> Tensor:
     """Returns W (B, C, Lq, Lk) in the scores' dtype, computed in float32 or better.
 
     bias: (Lq, Lk). mask: (B, C, Lk), True = padding; a row that is all padding counts as unmasked. attn_mask:
@@ -29,13 +37,13 @@ def weights(q, k, bias, scaling, mask=None, attn_mask=None):
     return torch.softmax(scores, dim=-1, dtype=wide).type_as(scores)
 
 
-def causal(queries, keys, device):
+def causal(queries: int, keys: int, device: torch.device) -> Tensor:
     """Returns (1, queries, keys), True above the diagonal that ends at the last query and key."""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return mask.triu(keys - queries + 1).unsqueeze(0)
 
 
-def is_causal(attn_mask):
+def is_causal(attn_mask: Tensor | str) -> bool:
     """Says whether a mask is the causal one. A tensor's values are read on the CPU only, since a GPU would have to
     wait.
     """

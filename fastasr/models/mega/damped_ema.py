@@ -9,11 +9,17 @@ per channel, with N heads each. Every call computes the coefficients from the pa
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr import ops
+from fastasr.models.common.activations import Name as ActivationName
 from fastasr.models.mega import activations
+
+# A block's memory of a stream has tensors by name, or None where there is none yet.
+State = dict[str, Any]
 
 
 class MultiHeadDampedEMA(torch.nn.Module):
@@ -25,7 +31,13 @@ class MultiHeadDampedEMA(torch.nn.Module):
     truncation_length: number of taps of the convolution that are kept.
     """
 
-    def __init__(self, size, num_heads=4, activation=torch.nn.ReLU, truncation_length=None):
+    def __init__(
+        self,
+        size: int,
+        num_heads: int = 4,
+        activation: torch.nn.Module | type[torch.nn.Module] = torch.nn.ReLU,
+        truncation_length: int | None = None,
+    ) -> None:
         super().__init__()
         self.damping_factor = torch.nn.Parameter(torch.empty(size, num_heads, 1))
         self.decay_factor = torch.nn.Parameter(torch.empty(size, num_heads, 1))
@@ -39,7 +51,7 @@ class MultiHeadDampedEMA(torch.nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, val=0.0, std1=0.2, std2=1.0):
+    def reset_parameters(self, val: float = 0.0, std1: float = 0.2, std2: float = 1.0) -> None:
         torch.nn.init.normal_(self.damping_factor, mean=val, std=std1)
         torch.nn.init.normal_(self.decay_factor, mean=val, std=std1)
         torch.nn.init.normal_(self.ema_expansion_matrix, mean=val, std=0.02)
@@ -48,26 +60,28 @@ class MultiHeadDampedEMA(torch.nn.Module):
         torch.nn.init.normal_(self.kernel_projection_matrix, mean=val, std=std2)
         torch.nn.init.normal_(self.residual_weight, mean=val, std=std2)
 
-    def compute_ema_coefficients(self):
+    def compute_ema_coefficients(self) -> tuple[Tensor, Tensor]:
         """Returns (p, q), each (size, num_heads, 1)."""
         p = torch.sigmoid(self.damping_factor)
         return p, 1.0 - p * torch.sigmoid(self.decay_factor)
 
     get_ema_coefficients = compute_ema_coefficients
 
-    def compute_ema_kernel(self, length):
+    def compute_ema_kernel(self, length: int) -> Tensor:
         """Returns the first ``length`` taps of the convolution, (size, length)."""
         p, q = self.compute_ema_coefficients()
         powers = q ** torch.arange(length, dtype=q.dtype, device=q.device)
         weight = (p * self.ema_expansion_matrix).squeeze(-1) * self.kernel_projection_matrix * self.scaling
         return torch.einsum("dnl,dn->dl", powers, weight)
 
-    def ema_one_step(self, x, state=None):
+    def ema_one_step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, size, 1) and the average so far -> (the average's output (1, B, size), the average)."""
         y, state = _scan(self, x.permute(2, 0, 1), None, _batched(self, state, x.shape[0]), None, "identity")
         return y, state
 
-    def forward(self, x, mask=None, state=None):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if x.ndim != 3 or x.shape[-1] != self.residual_weight.shape[0]:
             raise ValueError(
                 f"MultiHeadDampedEMA: x: expected shape (L, B, {self.residual_weight.shape[0]}), got {tuple(x.shape)}"
@@ -79,7 +93,14 @@ class MultiHeadDampedEMA(torch.nn.Module):
         return (y if name is not None else self.activation(y)), (None if state is None else after)
 
 
-def _scan(module, x, padding, state, residual, activation):
+def _scan(
+    module: MultiHeadDampedEMA,
+    x: Tensor,
+    padding: Tensor | None,
+    state: Tensor | None,
+    residual: Tensor | None,
+    activation: ActivationName,
+) -> tuple[Tensor, Any]:
     """Returns (y, state after x); the state is None if none was given."""
     weights = (
         module.damping_factor,
@@ -102,7 +123,7 @@ def _scan(module, x, padding, state, residual, activation):
     return y, None
 
 
-def _batched(module, state, batch):
+def _batched(module: MultiHeadDampedEMA, state: Tensor | None, batch: int) -> Tensor:
     """Returns the average so far, given in any accepted shape, as (B, size, num_heads)."""
     size, heads = module.kernel_projection_matrix.shape
     if state is None:

@@ -8,13 +8,18 @@ keeps the last key and value of a finished chunk. ``phantom_first_step=True`` do
 that equals ``embed_pad`` as padding (unless it comes first); streaming treats it as an ordinary label.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.plumbing import is_idle
 from fastasr.models.mega import activations, decoding, normalizations
 from fastasr.models.mega.attention import CAUSAL, causal
+from fastasr.models.mega.damped_ema import State
 from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
 from fastasr.models.mega.gated_attention import MEGA
 
@@ -28,31 +33,34 @@ class MEGADecoder(torch.nn.Module):
     "simple"), TypeError for labels that are not integers.
     """
 
+    mega_blocks: Any  # a ModuleList of pairs: MEGA and NormalizedPositionwiseFeedForward
+    final_norm: Any  # of the class that ``normalization_type`` names
+
     def __init__(
         self,
-        vocab_size,
-        block_size=512,
-        linear_size=1024,
-        qk_size=128,
-        v_size=1024,
-        num_heads=4,
-        rel_pos_bias_type="simple",
-        max_positions=2048,
-        truncation_length=None,
-        normalization_type="layer_norm",
-        normalization_args=None,
-        activation_type="swish",
-        activation_args=None,
-        chunk_size=-1,
-        num_blocks=4,
-        dropout_rate=0.0,
-        embed_dropout_rate=0.0,
-        att_dropout_rate=0.0,
-        ema_dropout_rate=0.0,
-        ffn_dropout_rate=0.0,
-        embed_pad=0,
-        phantom_first_step=False,
-    ):
+        vocab_size: int,
+        block_size: int = 512,
+        linear_size: int = 1024,
+        qk_size: int = 128,
+        v_size: int = 1024,
+        num_heads: int = 4,
+        rel_pos_bias_type: str = "simple",
+        max_positions: int = 2048,
+        truncation_length: int | None = None,
+        normalization_type: str = "layer_norm",
+        normalization_args: dict[str, Any] | None = None,
+        activation_type: str = "swish",
+        activation_args: dict[str, Any] | None = None,
+        chunk_size: int = -1,
+        num_blocks: int = 4,
+        dropout_rate: float = 0.0,
+        embed_dropout_rate: float = 0.0,
+        att_dropout_rate: float = 0.0,
+        ema_dropout_rate: float = 0.0,
+        ffn_dropout_rate: float = 0.0,
+        embed_pad: int = 0,
+        phantom_first_step: bool = False,
+    ) -> None:
         super().__init__()
         self.embed = torch.nn.Embedding(vocab_size, block_size, padding_idx=embed_pad)
         self.dropout_embed = torch.nn.Dropout(p=embed_dropout_rate)
@@ -61,7 +69,7 @@ class MEGADecoder(torch.nn.Module):
             normalization_type, **(normalization_args or {})
         )
 
-        def block():
+        def block() -> torch.nn.ModuleList:
             return torch.nn.ModuleList(
                 [
                     MEGA(
@@ -98,33 +106,33 @@ class MEGADecoder(torch.nn.Module):
         self.mega_ema_size = block_size
         self.pad_idx, self.num_blocks = embed_pad, num_blocks
         self.phantom_first_step = phantom_first_step
-        self.score_cache = {}
-        self._device = None
+        self.score_cache: dict[tuple[int, ...], Any] = {}
+        self._device: torch.device | None = None
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """The device on which states and labels are made: the one given to ``set_device``, or the parameters'."""
         return self.embed.weight.device if self._device is None else self._device
 
-    def set_device(self, device):
+    def set_device(self, device: str | torch.device) -> None:
         """Makes states and labels on ``device`` until the parameters move to another device."""
         self._device = torch.device(device)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MEGADecoder":
         result = super()._apply(fn, recurse)
         self._device = None
         self.score_cache.clear()
         return result
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.score_cache.clear()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "MEGADecoder":
         self.score_cache.clear()
         return super().train(mode)
 
-    def forward(self, labels):
+    def forward(self, labels: Tensor) -> Tensor:
         _check_labels(labels)
         length, chunk = labels.shape[1], self.chunk_size
         if 0 < chunk < length:
@@ -136,7 +144,7 @@ class MEGADecoder(torch.nn.Module):
         mask = _padding(labels, self.pad_idx)
         matrix = None
         for mega, feed_forward in self.mega_blocks:
-            attn_mask = CAUSAL
+            attn_mask: Tensor | str = CAUSAL
             if not _takes_causal(mega):
                 matrix = causal(attended, attended, x.device) if matrix is None else matrix
                 attn_mask = matrix
@@ -144,7 +152,7 @@ class MEGADecoder(torch.nn.Module):
             x = feed_forward(x)
         return self.final_norm(x).transpose(0, 1)[:, :length]
 
-    def inference(self, labels, states):
+    def inference(self, labels: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """labels (B, L), states before them (a dict per block) -> (out (B, L, block_size), states after them)."""
         done = decoding.step(self, labels, states)
         if done is not None:
@@ -160,7 +168,7 @@ class MEGADecoder(torch.nn.Module):
             after.append(state)
         return self.final_norm(x).transpose(0, 1), after
 
-    def score(self, label_sequence, states):
+    def score(self, label_sequence: list[int], states: list[State]) -> tuple[Tensor, list[State]]:
         """Takes a hypothesis, of which it reads the last label, and the states before that label. Returns
         (out (1, block_size), states after it).
 
@@ -180,7 +188,7 @@ class MEGADecoder(torch.nn.Module):
         _, out, after = known
         return out[0], after
 
-    def batch_score(self, hyps):
+    def batch_score(self, hyps: Any) -> tuple[Tensor, list[State]]:
         """Decodes the last labels of hypotheses (``yseq``) from the states before them (``dec_state``).
 
         Returns (out (B, block_size), the states after them: a dict per block for the whole batch).
@@ -190,12 +198,12 @@ class MEGADecoder(torch.nn.Module):
         out, states = self.inference(labels, states)
         return out.squeeze(1), states
 
-    def init_state(self, batch_size=0):
+    def init_state(self, batch_size: int = 0) -> list[State]:
         """Returns the states before the first label, for a batch or (``batch_size=0``) for one hypothesis."""
         rows = 1 if self.phantom_first_step else 0
         batch = max(batch_size, 1)
         average = (self.output_size, self.mega_ema_num_heads)
-        like = {"dtype": self.embed.weight.dtype, "device": self.device}
+        like: Any = {"dtype": self.embed.weight.dtype, "device": self.device}
         return [
             {
                 "ema_state": torch.zeros((batch, *average) if batch_size > 0 else average, **like),
@@ -205,7 +213,7 @@ class MEGADecoder(torch.nn.Module):
             for _ in range(self.num_blocks)
         ]
 
-    def select_state(self, states, idx):
+    def select_state(self, states: list[State], idx: int) -> list[State]:
         """Returns the states of hypothesis ``idx`` of a batch."""
         selected = []
         for state in states:
@@ -216,7 +224,7 @@ class MEGADecoder(torch.nn.Module):
             selected.append({"ema_state": state["ema_state"][idx], "prev_key": key, "prev_value": value})
         return selected
 
-    def create_batch_states(self, new_states):
+    def create_batch_states(self, new_states: list[list[State]]) -> list[State]:
         """Joins the states of hypotheses, [B x [N x dict]], to those of a batch, [N x dict]."""
         batched = []
         for parts in zip(*new_states, strict=True):
@@ -234,7 +242,7 @@ class MEGADecoder(torch.nn.Module):
             batched.append(state)
         return batched
 
-    def stack_qk_states(self, state_list, dim):
+    def stack_qk_states(self, state_list: list[Tensor], dim: int) -> Tensor:
         """Stacks states (H, dim) to (B, largest H, dim), with zeros in front of the shorter ones.
 
         The result has the states' dtype and device.
@@ -254,24 +262,24 @@ class MEGADecoder(torch.nn.Module):
 
 
 # These run on instances of ESPnet's class too.
-def _device(decoder):
+def _device(decoder: MEGADecoder) -> torch.device:
     device = decoder.embed.weight.device
     return (
         decoder.device if device.type == "meta" else device
     )  # offloaded parameters are elsewhere between calls
 
 
-def _takes_causal(mega):
+def _takes_causal(mega: MEGA) -> bool:
     """Says whether the block accepts the causal mask by its name. Another forward needs a tensor."""
     return getattr(mega.forward, "takes_causal", False)
 
 
-def _unbatched(state, ndim):
+def _unbatched(state: Tensor, ndim: int) -> Tensor:
     """Removes the batch dimension of ``init_state`` from a hypothesis's tensor."""
     return state.squeeze(0) if state.ndim > ndim else state
 
 
-def _embedded(decoder, labels, dropout=None):
+def _embedded(decoder: MEGADecoder, labels: Tensor, dropout: torch.nn.Module | None = None) -> Tensor:
     """Returns the embedded labels (L, B, block_size), contiguous."""
     embed = decoder.embed
     try:
@@ -286,7 +294,7 @@ def _embedded(decoder, labels, dropout=None):
         ) from None
 
 
-def _padding(labels, pad):
+def _padding(labels: Tensor, pad: int) -> Tensor | None:
     """Returns (B, 1, L), True where a label is padding; None if no label is, which is only checked on the CPU."""
     mask = labels == pad
     mask[:, :1] = False
@@ -295,14 +303,14 @@ def _padding(labels, pad):
     return mask.unsqueeze(1)
 
 
-def _check_labels(labels):
+def _check_labels(labels: Tensor) -> None:
     if labels.ndim != 2:
         raise ValueError(f"MEGADecoder: labels: expected shape (B, L), got {tuple(labels.shape)}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"MEGADecoder: labels: expected dtype int64 or int32, got {labels.dtype}")
 
 
-def _check_states(decoder, states):
+def _check_states(decoder: MEGADecoder, states: list[State]) -> None:
     if len(states) != decoder.num_blocks:
         raise ValueError(
             f"MEGADecoder: states: expected {decoder.num_blocks} dicts, one per block, got {len(states)}"

@@ -18,8 +18,11 @@ of the history's length; it reads the weights of the modules themselves.
 
 import logging
 import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr._transforms import is_transformed, transform
@@ -27,7 +30,14 @@ from fastasr.models.common import plumbing
 from fastasr.models.common.module_state import ModuleState
 from fastasr.models.common.plain import first_watched, is_plain, is_plain_named, runs
 from fastasr.models.mega import activations, graph_decoding, positional_bias
+from fastasr.models.mega.damped_ema import State
 from fastasr.ops import _dispatch
+
+if TYPE_CHECKING:
+    from fastasr.models.mega.decoder import MEGADecoder
+    from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
+    from fastasr.models.mega.gated_attention import MEGA
+    from fastasr.models.mega.graph_decoding import StaticStep
 
 _STATE = ("ema_state", "prev_key", "prev_value")
 _OTHER_STATES = "states that the step does not read, or more positions than the decoder has"
@@ -35,7 +45,7 @@ _ASKED_FOR = ("gradients are on", "packed_decoding is False", "it is more than o
 _POSITIONS = 512  # initial number of positions of a rotary bias, which has no largest length
 
 
-def step(decoder, labels, states):
+def step(decoder: "MEGADecoder", labels: Tensor, states: list[State]) -> tuple[Tensor, list[State]] | None:
     """Returns ``decoder.inference(labels, states)`` for labels (B, 1), or None if this path cannot be used.
 
     It can be used for MEGADecoder, ours or ESPnet's swapped, in evaluation mode, without gradients, with the activation
@@ -54,11 +64,12 @@ def step(decoder, labels, states):
     return done
 
 
-def _stepped(plan, labels, states):
+def _stepped(plan: "_Plan", labels: Tensor, states: list[State]) -> tuple[Tensor, list[State]] | None:
     """Returns the result of ``step``, or None if the native step cannot read the states."""
     if len(states) != plan.blocks:
         return None
-    flat, lengths = [], []
+    flat: list[Any] = []
+    lengths: list[Any] = []
     for state in states:
         for name in _STATE:
             if name not in state:
@@ -66,7 +77,7 @@ def _stepped(plan, labels, states):
             tensor = state[name]
             if tensor is None:
                 tensor = plan.nothing
-            elif type(tensor) is not torch.Tensor or tensor.is_cpu is not plan.on_cpu:
+            elif type(tensor) is not Tensor or tensor.is_cpu is not plan.on_cpu:
                 return None
             flat.append(tensor)
         lengths.append(state.get("prev_length"))
@@ -92,22 +103,22 @@ def _stepped(plan, labels, states):
     return out[0], after
 
 
-def stack(states):
+def stack(states: list[Tensor]) -> Tensor | None:
     """Stacks histories (T_i, H) to (B, max T, H), with zeros in front of the shorter ones and room to grow. Returns
     None if the native path cannot be used."""
     if torch.compiler.is_compiling() or is_transformed() or torch.is_grad_enabled() or not _native():
         return None
-    if not all(type(t) is torch.Tensor and t.is_cpu and t.dtype is torch.float32 for t in states):
+    if not all(type(t) is Tensor and t.is_cpu and t.dtype is torch.float32 for t in states):
         return None
     return torch.ops.fastasr_cpu.mega_stack.default(states)
 
 
-def why_not(decoder, labels=None):
+def why_not(decoder: "MEGADecoder", labels: Tensor | None = None) -> str:
     """Returns why :func:`step` cannot be used for this decoder now; "" if it can."""
     return _why_not_now(decoder, labels) or _plan(decoder).reason
 
 
-def why_not_yet(decoder):
+def why_not_yet(decoder: "MEGADecoder") -> str | None:
     """Does the same for a call without gradients; None before the first step, which packs the weights."""
     with torch.no_grad():
         reason = _why_not_now(decoder, None)
@@ -115,12 +126,12 @@ def why_not_yet(decoder):
     return reason or (None if plan is None or not plan.fresh() else plan.why(decoder))
 
 
-def release(decoder):
+def release(decoder: "MEGADecoder") -> None:
     """Frees the packed weights; the next step packs them again."""
     _PLANS.pop(decoder, None)
 
 
-def _advance(state, length, chunk):
+def _advance(state: State, length: Tensor, chunk: int) -> None:
     """Updates the state as ``MEGA`` does after one more position of a batch whose sequences differ in length."""
     length = length + 1
     if chunk > 0:
@@ -133,15 +144,15 @@ def _advance(state, length, chunk):
 
 
 # --------------------------------------------------------------------------- conditions
-def _native():
+def _native() -> bool:
     return _dispatch.forced_backend() in ("auto", "cpu") and not _dispatch.why_not_native()
 
 
-def _serves_natively(decoder):
+def _serves_natively(decoder: "MEGADecoder") -> bool:
     return decoder.embed.weight.is_cpu
 
 
-def _why_not_now(decoder, labels):
+def _why_not_now(decoder: "MEGADecoder", labels: Tensor | None) -> str:
     """Returns a reason that may change from call to call, or ""."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "the call is being compiled or traced"
@@ -164,12 +175,12 @@ def _why_not_now(decoder, labels):
         return f"backend {_dispatch.forced_backend()!r} is forced"
     if labels is None:
         return ""
-    if type(labels) is not torch.Tensor or labels.ndim != 2 or labels.device != weight.device:
+    if type(labels) is not Tensor or labels.ndim != 2 or labels.device != weight.device:
         return "labels are not a tensor of shape (B, 1) on the decoder's device"
     return "" if labels.shape[1] == 1 else "it is more than one step"
 
 
-def _why_not_ever(decoder):
+def _why_not_ever(decoder: "MEGADecoder") -> str:
     """Returns a reason that holds until the module changes, or ""."""
     parameters = list(decoder.parameters())
     device, dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
@@ -198,7 +209,7 @@ def _why_not_ever(decoder):
     return ""
 
 
-def _why_not_block(mega, feed_forward):
+def _why_not_block(mega: "MEGA", feed_forward: "NormalizedPositionwiseFeedForward") -> str:
     from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
     from fastasr.models.mega.gated_attention import MEGA
 
@@ -232,7 +243,9 @@ def _why_not_block(mega, feed_forward):
     return ""
 
 
-def _widths(mega, feed_forward):
+def _widths(
+    mega: "MEGA", feed_forward: "NormalizedPositionwiseFeedForward"
+) -> tuple[int, int, int, int, int, int, bool]:
     chunk, phantom = max(mega.chunk_size, 0), bool(getattr(mega, "phantom_first_step", True))
     heads = mega.multihead_damped_ema.kernel_projection_matrix.shape[1]
     inner = feed_forward.linear1.weight.shape[0]
@@ -240,10 +253,10 @@ def _widths(mega, feed_forward):
 
 
 # --------------------------------------------------------------------------- the packed decoder
-_PLANS = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[torch.nn.Module, "_Plan"] = weakref.WeakKeyDictionary()
 
 
-def _plan(decoder):
+def _plan(decoder: "MEGADecoder") -> "_Plan":
     plan = _PLANS.get(decoder)
     if plan is None or not plan.fresh():
         plan = _PLANS[decoder] = _Plan(decoder)
@@ -253,9 +266,9 @@ def _plan(decoder):
 class _Plan:
     """The packed weights of a decoder's step, or the reason why it has none. A change of the decoder ends it."""
 
-    def __init__(self, decoder):
+    def __init__(self, decoder: "MEGADecoder") -> None:
         # a module in training mode matters only if it is a dropout with a rate above 0
-        self._state = ModuleState(decoder, lambda module: getattr(module, "p", 0))
+        self._state = ModuleState(decoder, lambda module: bool(getattr(module, "p", 0)))
         self.blocks, self.on_cpu = len(decoder.mega_blocks), decoder.embed.weight.is_cpu
         self.reason = (
             "a submodule has hooks, or is in training mode"
@@ -265,18 +278,18 @@ class _Plan:
         if not self.reason:
             self._pack(decoder)
 
-    def fresh(self):
+    def fresh(self) -> bool:
         """Says whether modules, parameters, their values, forwards and hooks have not changed since packing."""
         watched = self.reason.startswith("a submodule has hooks")
         return self._state.unchanged() and self._state.watched() == watched
 
-    def why(self, decoder):
+    def why(self, decoder: "MEGADecoder") -> str:
         """Returns ``reason``, in which the submodule that is watched has its name."""
         watched = self.reason.startswith("a submodule has hooks")
-        return (watched and first_watched(decoder, lambda part: getattr(part, "p", 0))) or self.reason
+        return (watched and first_watched(decoder, lambda part: bool(getattr(part, "p", 0)))) or self.reason
 
     @torch.no_grad()
-    def _pack(self, decoder):
+    def _pack(self, decoder: "MEGADecoder") -> None:
         size, heads, key, value, inner, self.chunk, self.phantom = _widths(*decoder.mega_blocks[0])
         self.shape = [size, heads, key, value, inner, self.blocks, self.chunk, int(self.phantom)]
         self._native = _serves_natively(decoder)
@@ -286,11 +299,13 @@ class _Plan:
             (b.max_positions for b in biases if "relative_position_bias" in b._parameters), default=0
         )
         if not self._native:
-            self._decoder, self._graphs = weakref.ref(decoder), {}
+            self._decoder: Callable[[], Any] = weakref.ref(decoder)
+            self._graphs: dict[tuple[int, int], graph_decoding.StaticStep] = {}
             self.embed = decoder.embed.weight.detach()
             self.nothing = self.embed.new_empty(0)
             return
-        weights, eps = [], []
+        weights: list[Tensor] = []
+        eps: list[float] = []
         for mega, feed_forward in decoder.mega_blocks:
             average = mega.multihead_damped_ema
             weights += [average.damping_factor, average.decay_factor, average.ema_expansion_matrix]
@@ -310,13 +325,13 @@ class _Plan:
         self._packed = namespace.mega_pack.default(self.shape, [w.contiguous() for w in weights], eps)
         self._lay_bias(self._limit or _POSITIONS)
 
-    def _lay_bias(self, positions):
+    def _lay_bias(self, positions: int) -> None:
         """Stores the bias of the offsets -(positions - 1) .. 0, (blocks, positions). A step reads a row's end."""
         rows = [positional_bias.relative(bias, positions)[:positions] for bias in self._biases]
         self._bias = torch.stack(rows).detach().contiguous()
 
     @torch.no_grad()
-    def run(self, labels, states, lengths):
+    def run(self, labels: Tensor, states: list[Tensor], lengths: list[Tensor]) -> list[Tensor]:
         """Returns [out, then per block the moving average, keys and values], or [] if the step cannot be used."""
         if not self._native:
             return self._replay(labels, states, lengths)
@@ -328,7 +343,7 @@ class _Plan:
                 out = self._op(self._packed, self.shape, self._bias, self.embed, labels, states, lengths)
         return out
 
-    def _replay(self, labels, states, lengths):
+    def _replay(self, labels: Tensor, states: list[Tensor], lengths: list[Tensor]) -> list[Tensor]:
         if torch.cuda.is_current_stream_capturing():
             return []
         batch, length = labels.shape[0], states[1].shape[1] if states[1].numel() else 0
@@ -336,7 +351,7 @@ class _Plan:
             return []
         return ended(self._static(batch, length + 1).step(labels, states, lengths), self, lengths)
 
-    def _fit(self, states, batch, length):
+    def _fit(self, states: list[Tensor], batch: int, length: int) -> bool:
         """Says whether the native step accepts these states of ``length`` positions."""
         size, heads, key, value = self.shape[:4]
         limit = self.chunk or self._limit
@@ -355,7 +370,7 @@ class _Plan:
                 return False
         return True
 
-    def _static(self, batch, positions):
+    def _static(self, batch: int, positions: int) -> "StaticStep":
         """Returns the captured step for these sizes. If there are too many, the least recently used is dropped."""
         name = (batch, graph_decoding.bucket(positions, self.chunk or self._limit))
         static = self._graphs.pop(name, None)
@@ -367,7 +382,7 @@ class _Plan:
         return static
 
 
-def ended(results, shape, lengths):
+def ended(results: list[Tensor], shape: Any, lengths: list[Tensor]) -> list[Tensor]:
     """Returns ``results`` with only those keys and values that are kept at the end of a chunk."""
     if lengths or not shape.chunk or results[2].shape[1] < shape.chunk:
         return results
@@ -375,6 +390,6 @@ def ended(results, shape, lengths):
     return [t if i % 3 == 1 or i == 0 else t[:, kept] for i, t in enumerate(results)]
 
 
-def _affine(linear):
+def _affine(linear: torch.nn.Linear) -> tuple[Tensor, Tensor]:
     weight, bias = linear.weight, linear.bias
     return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias

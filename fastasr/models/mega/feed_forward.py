@@ -2,6 +2,7 @@
 """Feed-forward block with the normalisation after the sum: y = norm(x + W2 act(W1 x + b1) + b2)."""
 
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import plumbing
@@ -12,8 +13,13 @@ class NormalizedPositionwiseFeedForward(torch.nn.Module):
     """x (..., size) -> same shape."""
 
     def __init__(
-        self, size, hidden_size, normalization=torch.nn.LayerNorm, activation=torch.nn.ReLU, dropout_rate=0.0
-    ):
+        self,
+        size: int,
+        hidden_size: int,
+        normalization: torch.nn.Module | type[torch.nn.Module] = torch.nn.LayerNorm,
+        activation: torch.nn.Module | type[torch.nn.Module] = torch.nn.ReLU,
+        dropout_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         self.linear1 = torch.nn.Linear(size, hidden_size)
         self.linear2 = torch.nn.Linear(hidden_size, size)
@@ -23,12 +29,12 @@ class NormalizedPositionwiseFeedForward(torch.nn.Module):
         self.hidden_dropout = torch.nn.Dropout(p=dropout_rate)
         self.reset_parameters()
 
-    def reset_parameters(self, val=0.0, std=0.02):
+    def reset_parameters(self, val: float = 0.0, std: float = 0.02) -> None:
         for linear in (self.linear1, self.linear2):
             torch.nn.init.normal_(linear.weight, mean=val, std=std)
             torch.nn.init.constant_(linear.bias, val)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         hidden = activations.activated(self.linear1, self.activation, x)
         y = plumbing.linear(self.linear2, plumbing.dropout(self.hidden_dropout, hidden))
         y = plumbing.dropout(self.dropout, y)

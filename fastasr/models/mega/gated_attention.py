@@ -8,13 +8,16 @@ r"""Moving average equipped gated attention (Ma et al., "Mega", ICLR 2023) in ES
 ``forward`` also runs on instances of ESPnet's class, so it checks a submodule before it uses more than a call of it.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.mega import activations, attention, normalizations, positional_bias
-from fastasr.models.mega.damped_ema import MultiHeadDampedEMA
+from fastasr.models.mega.damped_ema import MultiHeadDampedEMA, State
 from fastasr.models.mega.positional_bias import RelativePositionBias, RotaryRelativePositionBias
 
 
@@ -34,21 +37,21 @@ class MEGA(torch.nn.Module):
 
     def __init__(
         self,
-        size=512,
-        num_heads=4,
-        qk_size=128,
-        v_size=1024,
-        activation=torch.nn.ReLU,
-        normalization=torch.nn.LayerNorm,
-        rel_pos_bias_type="simple",
-        max_positions=2048,
-        truncation_length=None,
-        chunk_size=-1,
-        dropout_rate=0.0,
-        att_dropout_rate=0.0,
-        ema_dropout_rate=0.0,
-        phantom_first_step=False,
-    ):
+        size: int = 512,
+        num_heads: int = 4,
+        qk_size: int = 128,
+        v_size: int = 1024,
+        activation: torch.nn.Module | type[torch.nn.Module] = torch.nn.ReLU,
+        normalization: torch.nn.Module | type[torch.nn.Module] = torch.nn.LayerNorm,
+        rel_pos_bias_type: str = "simple",
+        max_positions: int = 2048,
+        truncation_length: int | None = None,
+        chunk_size: int = -1,
+        dropout_rate: float = 0.0,
+        att_dropout_rate: float = 0.0,
+        ema_dropout_rate: float = 0.0,
+        phantom_first_step: bool = False,
+    ) -> None:
         super().__init__()
         activation = activations.instance(activation)
         self.multihead_damped_ema = MultiHeadDampedEMA(
@@ -57,7 +60,7 @@ class MEGA(torch.nn.Module):
         if chunk_size > 0:
             max_positions = chunk_size
         if rel_pos_bias_type == "rotary":
-            self.rel_pos_bias = RotaryRelativePositionBias(qk_size, max_positions)
+            self.rel_pos_bias: torch.nn.Module = RotaryRelativePositionBias(qk_size, max_positions)
         elif rel_pos_bias_type == "simple":
             self.rel_pos_bias = RelativePositionBias(max_positions)
         else:
@@ -80,18 +83,26 @@ class MEGA(torch.nn.Module):
         self.phantom_first_step = phantom_first_step
         self.reset_parameters()
 
-    def reset_parameters(self, val=0.0, std=0.02):
+    def reset_parameters(self, val: float = 0.0, std: float = 0.02) -> None:
         for linear in (self.proj_v, self.proj_mx, self.proj_h):
             torch.nn.init.normal_(linear.weight, mean=val, std=std)
             torch.nn.init.constant_(linear.bias, val)
         torch.nn.init.normal_(self.qk_weight, mean=val, std=std)
         torch.nn.init.constant_(self.qk_bias, val)
 
-    def softmax_attention(self, query, key, mask=None, attn_mask=None):
+    def softmax_attention(
+        self, query: Tensor, key: Tensor, mask: Tensor | None = None, attn_mask: Tensor | str | None = None
+    ) -> Tensor:
         """Returns the weights (B, C, Lq, Lk) of query (B, C, Lq, d) and key (B, C, Lk, d). Masks: see ``forward``."""
         return _weights(self, query, key, mask, attn_mask)
 
-    def forward(self, x, mask=None, attn_mask=None, state=None):
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | str | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
         if x.ndim != 3 or x.shape[-1] != self.size:
             raise ValueError(f"MEGA: x: expected shape (L, B, {self.size}), got {tuple(x.shape)}")
         if state is not None and self.chunk_size > 0 and x.shape[0] > 1 and mask is None:
@@ -106,15 +117,15 @@ class MEGA(torch.nn.Module):
             context, state = _composed(self, x, mixed, mask, attn_mask, state)
         return _end(self, x, mixed, context), state
 
-    forward.takes_causal = True
+    setattr(forward, "takes_causal", True)  # noqa: B010 (mypy refuses attributes of functions)
 
 
-def _parts(module, mixed):
+def _parts(module: MEGA, mixed: Tensor) -> tuple[Tensor, ...]:
     """Returns views: the gate of the residual, queries and keys, the gate of the context, the candidate."""
     return mixed.split([module.size, module.qk_size, module.v_size, module.size], dim=-1)
 
 
-def _one_by_one(module, x, state):
+def _one_by_one(module: MEGA, x: Tensor, state: State) -> tuple[Tensor, State]:
     """Streams x one position at a time, since it crosses the end of a chunk."""
     outputs = []
     for position in x.split(1):
@@ -123,7 +134,7 @@ def _one_by_one(module, x, state):
     return torch.cat(outputs), state
 
 
-def _ema_dropout(dropout, average):
+def _ema_dropout(dropout: torch.nn.Module, average: Tensor) -> Tensor:
     """Applies dropout with ESPnet's random numbers: its average lies in memory as (B, size, L), and a mask is drawn in
     the order of memory."""
     if plumbing.is_idle(dropout):
@@ -134,7 +145,7 @@ def _ema_dropout(dropout, average):
     return average * dropout(ones).permute(2, 0, 1)
 
 
-def _bias(module, queries, keys):
+def _bias(module: MEGA, queries: int, keys: int) -> Tensor:
     """Returns the bias of the last ``queries`` of ``keys`` positions, (queries, keys)."""
     if not positional_bias.is_plain(module.rel_pos_bias, module):
         return module.rel_pos_bias(keys)[keys - queries :]
@@ -142,7 +153,7 @@ def _bias(module, queries, keys):
 
 
 # --------------------------------------------------------------------------- one kernel
-def _serves(module, x, mixed, attn_mask):
+def _serves(module: MEGA, x: Tensor, mixed: Tensor, attn_mask: Tensor | str | None) -> bool:
     if activations.fused_name(module.activation) is None or not positional_bias.is_plain(
         module.rel_pos_bias, module
     ):
@@ -152,7 +163,10 @@ def _serves(module, x, mixed, attn_mask):
     return attn_mask is None or attention.is_causal(attn_mask)
 
 
-def _fused(module, x, mixed, mask, attn_mask):
+def _fused(
+    module: MEGA, x: Tensor, mixed: Tensor, mask: Tensor | None, attn_mask: Tensor | str | None
+) -> Tensor:
+    name: Any = activations.fused_name(module.activation)  # not None where ``_serves`` agrees
     _, query_key, gate, _ = _parts(module, mixed)
     length, batch, _ = x.shape
     frames = max(min(module.chunk_size, length) if module.chunk_size > 0 else length, 1)
@@ -180,14 +194,21 @@ def _fused(module, x, mixed, mask, attn_mask):
         causal=attn_mask is not None,
         padding_mask=None if mask is None else mask.squeeze(1),
         chunk_size=max(module.chunk_size, 0),
-        activation=activations.fused_name(module.activation),
+        activation=name,
         weights_dropout=kept,
         activate_value=not drops,
     )
 
 
 # --------------------------------------------------------------------------- torch's operations
-def _composed(module, x, mixed, mask, attn_mask, state):
+def _composed(
+    module: MEGA,
+    x: Tensor,
+    mixed: Tensor,
+    mask: Tensor | None,
+    attn_mask: Tensor | str | None,
+    state: State | None,
+) -> tuple[Tensor, State | None]:
     """Returns (context (L, B, v_size), state after x)."""
     length, batch, _ = x.shape
     value = activations.activated(module.proj_v, module.activation, x).transpose(0, 1)
@@ -216,16 +237,18 @@ def _composed(module, x, mixed, mask, attn_mask, state):
     return context.reshape(batch, length, module.v_size).transpose(0, 1) * gate, state
 
 
-def _weights(module, query, key, mask, attn_mask):
+def _weights(
+    module: MEGA, query: Tensor, key: Tensor, mask: Tensor | None, attn_mask: Tensor | str | None
+) -> Tensor:
     bias = _bias(module, query.shape[2], key.shape[2])
     return attention.weights(query, key, bias, module.scaling, mask, attn_mask)
 
 
-def _joined(before, now):
+def _joined(before: Tensor, now: Tensor) -> Tensor:
     return now if before is None or before.shape[1] == 0 else torch.cat([before, now], dim=1)
 
 
-def _absent(state, keys, length):
+def _absent(state: State, keys: int, length: int) -> Tensor | None:
     """Returns (B, 1, keys), True where a sequence lacks the position; None if no sequence lacks any."""
     lengths = state.get("prev_length")
     if lengths is None:
@@ -234,7 +257,7 @@ def _absent(state, keys, length):
     return (torch.arange(keys, device=first.device, dtype=torch.int64) < first.unsqueeze(1)).unsqueeze(1)
 
 
-def _after(module, state, key, value, length):
+def _after(module: MEGA, state: State, key: Tensor, value: Tensor, length: int) -> State:
     """Returns the state after ``length`` positions have been added to its keys and values."""
     chunk, kept = module.chunk_size, key.shape[1]
     after = {"prev_key": key, "prev_value": value, "ema_state": state["ema_state"]}  # ESPnet's order
@@ -259,7 +282,7 @@ def _after(module, state, key, value, length):
 
 
 # --------------------------------------------------------------------------- the end of the block
-def _end(module, x, mixed, context):
+def _end(module: MEGA, x: Tensor, mixed: Tensor, context: Tensor) -> Tensor:
     update, _, _, candidate = _parts(module, mixed)
     hidden = plumbing.linear(module.proj_h, context)
     name = activations.fused_name(module.activation)

@@ -14,17 +14,24 @@ eager PyTorch on the CPU, where it is tested.
 import math
 import threading
 import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.models.mega import positional_bias
+
+if TYPE_CHECKING:
+    from fastasr.models.mega.damped_ema import MultiHeadDampedEMA
+    from fastasr.models.mega.decoder import MEGADecoder
+    from fastasr.models.mega.gated_attention import MEGA
 
 SMALLEST = 64  # positions of the shortest history; longer ones take the next power of two
 GRAPHS = 8  # captured steps that a decoder keeps
 
 
-def bucket(positions, limit):
+def bucket(positions: int, limit: int) -> int:
     """Returns the buffers' length for a history of ``positions``, which is at most ``limit`` (0: no limit)."""
     rows = max(SMALLEST, 1 << (positions - 1).bit_length())
     return min(rows, limit) if limit else rows
@@ -37,12 +44,12 @@ class StaticStep:
     """
 
     @torch.no_grad()
-    def __init__(self, decoder, batch, rows):
-        mega = decoder.mega_blocks[0][0]
+    def __init__(self, decoder: "MEGADecoder", batch: int, rows: int) -> None:
+        mega: MEGA = decoder.mega_blocks[0][0]
         self.decoder, self.batch, self.rows = decoder, batch, rows
         self.blocks, self.key = len(decoder.mega_blocks), mega.qk_size
-        like = {"device": decoder.embed.weight.device, "dtype": decoder.embed.weight.dtype}
-        index = {"device": like["device"], "dtype": torch.int64}
+        like: Any = {"device": decoder.embed.weight.device, "dtype": decoder.embed.weight.dtype}
+        index: Any = {"device": like["device"], "dtype": torch.int64}
         heads = mega.multihead_damped_ema.kernel_projection_matrix.shape[1]
         self.labels = torch.zeros(batch, 1, **index)
         self.length = torch.zeros(1, **index)  # positions before this one
@@ -56,11 +63,13 @@ class StaticStep:
         self._coefficients = [_coefficients(m.multihead_damped_ema) for m, _ in decoder.mega_blocks]
         biases = [positional_bias.relative(m.rel_pos_bias, rows)[:rows] for m, _ in decoder.mega_blocks]
         self._bias = torch.stack(biases).to(like["dtype"])  # for the offsets -(rows - 1) .. 0
-        self._graph = self._done = self._last = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._done: torch.cuda.Event | None = None
+        self._last: list[tuple[weakref.ref[Tensor], int]] | None = None
         self._lock = threading.Lock()
 
     # ----------------------------------------------------------------------- the captured part
-    def run(self):
+    def run(self) -> None:
         """Runs one step on the buffers, which then hold the states after it."""
         positions, length = self._positions, self.length
         offsets = (positions + (self.rows - 1) - length).clamp_(max=self.rows - 1)
@@ -75,7 +84,7 @@ class StaticStep:
         self.out.copy_(_norm(self.decoder.final_norm, x).unsqueeze(1))
         self.length.add_(1)
 
-    def _mega(self, i, mega, x, bias, unseen):
+    def _mega(self, i: int, mega: "MEGA", x: Tensor, bias: Tensor, unseen: Tensor) -> Tensor:
         inputs, decay, projection, residual = self._coefficients[i]
         average, history = self.average[i], self.history[i]
         average.mul_(decay).addcmul_(inputs, x.unsqueeze(-1))
@@ -96,7 +105,7 @@ class StaticStep:
 
     # ----------------------------------------------------------------------- around it
     @torch.no_grad()
-    def capture(self):
+    def capture(self) -> "StaticStep":
         """Records ``run`` as a CUDA graph, which steps replay from then on. The buffers are undefined afterwards."""
         side = torch.cuda.Stream(self.out.device)
         side.wait_stream(torch.cuda.current_stream(self.out.device))
@@ -113,7 +122,7 @@ class StaticStep:
         return self
 
     @torch.no_grad()
-    def step(self, labels, states, lengths):
+    def step(self, labels: Tensor, states: list[Tensor], lengths: list[Tensor]) -> list[Tensor]:
         """Returns [out, then per block the moving average, keys and values after the step].
 
         states: the moving average, keys (B, T, k) and values (B, T, v) of every block, empty tensors where there are
@@ -135,12 +144,12 @@ class StaticStep:
                 self._done.record(torch.cuda.current_stream(self.out.device))
             return results
 
-    def _still_there(self, states):
+    def _still_there(self, states: list[Tensor]) -> bool:
         if self._last is None:
             return False
         return all(a is b() and _version(a) == v for a, (b, v) in zip(states, self._last, strict=True))
 
-    def _load(self, states, lengths, length):
+    def _load(self, states: list[Tensor], lengths: list[Tensor], length: int) -> None:
         # rows that are not written must be finite, since a weight of zero times NaN is NaN
         self.history.zero_()
         self.average.zero_()
@@ -156,7 +165,7 @@ class StaticStep:
             if lengths:
                 self.absent[i].copy_(length - lengths[i], non_blocking=True)
 
-    def _results(self, length, ragged):
+    def _results(self, length: int, ragged: bool) -> list[Tensor]:
         averages = self.average.clone()
         history = self.history[:, :, :length].clone(memory_format=torch.contiguous_format)
         results = [self.out.clone()]
@@ -166,12 +175,12 @@ class StaticStep:
         return results
 
 
-def _version(tensor):
+def _version(tensor: Tensor) -> int:
     """Returns a number that changes when the tensor is written to. Tensors of inference mode have none: it is 0."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _coefficients(average):
+def _coefficients(average: "MultiHeadDampedEMA") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns p beta, q, gamma / sqrt(N) and omega of the moving average."""
     p = torch.sigmoid(average.damping_factor)
     inputs, decay = p * average.ema_expansion_matrix, 1.0 - p * torch.sigmoid(average.decay_factor)
@@ -180,9 +189,9 @@ def _coefficients(average):
     return inputs.squeeze(-1), decay.squeeze(-1), projection, average.residual_weight
 
 
-def _linear(module, x):
+def _linear(module: torch.nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, module.weight, module.bias)
 
 
-def _norm(module, x):
+def _norm(module: Any, x: Tensor) -> Tensor:
     return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)

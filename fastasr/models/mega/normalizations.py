@@ -2,29 +2,30 @@
 """Normalisations over the last dimension, by ESPnet's names."""
 
 import torch
+from torch import Tensor
 
 
 class BasicNorm(torch.nn.Module):
     """x (mean(x^2) + exp(eps))^(-1/2), with ``eps`` learned in the logarithm."""
 
-    def __init__(self, normalized_shape, eps=0.25):
+    def __init__(self, normalized_shape: int, eps: float = 0.25) -> None:
         super().__init__()
         self.eps = torch.nn.Parameter(torch.tensor(eps).log())
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + self.eps.exp()).rsqrt()
 
 
 class RMSNorm(torch.nn.Module):
     """scale x / (rms(x) + eps) (Zhang and Sennrich, 2019), rms over the first ``partial`` of the channels."""
 
-    def __init__(self, normalized_shape, eps=1e-5, partial=0.0):
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, partial: float = 0.0) -> None:
         super().__init__()
         self.normalized_shape, self.eps, self.p = normalized_shape, eps, partial
         self.partial = 0 < partial < 1
         self.scale = torch.nn.Parameter(torch.ones(normalized_shape))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         channels = int(self.normalized_shape * self.p) if self.partial else self.normalized_shape
         rms = torch.linalg.vector_norm(x[..., :channels], dim=-1, keepdim=True) * channels**-0.5
         return self.scale * (x / (rms + self.eps))
@@ -33,16 +34,18 @@ class RMSNorm(torch.nn.Module):
 class ScaleNorm(torch.nn.Module):
     """scale x / max(|x|, eps), one learned scale (Nguyen and Salazar, 2019)."""
 
-    def __init__(self, normalized_shape, eps=1e-5):
+    def __init__(self, normalized_shape: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.scale = torch.nn.Parameter(torch.tensor(normalized_shape**0.5))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x * (self.scale / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=self.eps))
 
 
-def get_normalization(normalization_type, eps=None, partial=None):
+def get_normalization(
+    normalization_type: str, eps: float | None = None, partial: float | None = None
+) -> tuple[type[torch.nn.Module], dict[str, float]]:
     """Returns (class, its keyword arguments) as ESPnet's ``get_normalization`` does for these arguments.
 
     Raises ValueError for an unknown ``normalization_type``.
@@ -65,6 +68,6 @@ def get_normalization(normalization_type, eps=None, partial=None):
     return norm_class, arguments
 
 
-def instance(normalization, size):
+def instance(normalization: torch.nn.Module | type[torch.nn.Module], size: int) -> torch.nn.Module:
     """Returns ``normalization`` if it is a module; an instance for ``size`` channels if it is a class."""
     return normalization(size) if isinstance(normalization, type) else normalization

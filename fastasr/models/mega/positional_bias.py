@@ -12,13 +12,15 @@ where 1 and 2 are the halves of alpha and beta. So 2L - 1 values define the bias
 
 import functools
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.models.common.plain import is_plain_named
 
 
-def _matrix(values):
+def _matrix(values: Tensor) -> Tensor:
     """Expands values by offset, (2L-1,), to the matrix (L, L) whose row i holds the offsets -i .. L-1-i."""
     length = (values.shape[0] + 1) // 2
     return values.unfold(0, length, 1).flip(0)
@@ -30,20 +32,20 @@ class RelativePositionBias(torch.nn.Module):
     Raises ValueError for a length beyond max_positions.
     """
 
-    def __init__(self, max_positions):
+    def __init__(self, max_positions: int) -> None:
         super().__init__()
         self.max_positions = max_positions
         self.relative_position_bias = torch.nn.Parameter(torch.empty(2 * max_positions - 1))
         self.reset_parameters()
 
-    def reset_parameters(self, val=0.0, std=0.02):
+    def reset_parameters(self, val: float = 0.0, std: float = 0.02) -> None:
         torch.nn.init.normal_(self.relative_position_bias, mean=val, std=std)
 
-    def relative(self, length):
+    def relative(self, length: int) -> Tensor:
         """Returns the bias by offset -(length-1) .. length-1, (2 length - 1,), a view of the parameter."""
         return relative(self, length)
 
-    def forward(self, length):
+    def forward(self, length: int) -> Tensor:
         """Returns the bias of ``length`` positions, (length, length)."""
         return _matrix(relative(self, length))
 
@@ -54,7 +56,7 @@ class RotaryRelativePositionBias(torch.nn.Module):
     The buffer ``_pe`` carries no information and exists because checkpoints have it.
     """
 
-    def __init__(self, size, max_positions=2048):
+    def __init__(self, size: int, max_positions: int = 2048) -> None:
         super().__init__()
         if size % 2:
             raise ValueError(f"RotaryRelativePositionBias: size: expected an even number, got {size}")
@@ -64,17 +66,17 @@ class RotaryRelativePositionBias(torch.nn.Module):
         self.size, self.max_positions = size, max_positions
         self.reset_parameters()
 
-    def reset_parameters(self, val=0.0, std=0.02):
+    def reset_parameters(self, val: float = 0.0, std: float = 0.02) -> None:
         torch.nn.init.normal_(self.alpha, mean=val, std=std)
         torch.nn.init.normal_(self.beta, mean=val, std=std)
 
     @staticmethod
-    def get_sinusoid_embeddings(max_positions, size):
+    def get_sinusoid_embeddings(max_positions: int, size: int) -> tuple[Tensor, Tensor]:
         """Returns (sine, cosine) of position times angle, each (max_positions, size // 2), in float32."""
         angles = _angles(torch.arange(max_positions, dtype=torch.float64, device="cpu"), size // 2)
         return angles.sin().float(), angles.cos().float()
 
-    def rotary(self, x):
+    def rotary(self, x: Tensor) -> Tensor:
         """Rotates row m of x (length, size) by R(m)."""
         length, size = x.shape
         table = _table(_bucket(length), size // 2, x.dtype, x.device)
@@ -83,23 +85,23 @@ class RotaryRelativePositionBias(torch.nn.Module):
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=1)
 
-    def relative(self, length):
+    def relative(self, length: int) -> Tensor:
         """Returns the bias by offset -(length-1) .. length-1, (2 length - 1,)."""
         return relative(self, length)
 
-    def forward(self, length):
+    def forward(self, length: int) -> Tensor:
         """Returns the bias of ``length`` positions, (length, length)."""
         return _matrix(relative(self, length))
 
 
-def is_plain(bias, owner):
+def is_plain(bias: torch.nn.Module, owner: torch.nn.Module) -> bool:
     """Says whether the values of this bias can be read by offset: it is of a class here or of ESPnet's of the same
     name. Others must be called.
     """
     return is_plain_named(bias, ("RelativePositionBias", "RotaryRelativePositionBias"), owner)
 
 
-def relative(bias, length):
+def relative(bias: Any, length: int) -> Tensor:
     """Returns the values by offset, (2 length - 1,), of a bias that is plain."""
     if "relative_position_bias" in bias._parameters:
         if length > bias.max_positions:
@@ -111,7 +113,7 @@ def relative(bias, length):
     return _rotary(bias.alpha, bias.beta, length)
 
 
-def _rotary(alpha, beta, length):
+def _rotary(alpha: Tensor, beta: Tensor, length: int) -> Tensor:
     a1, a2 = alpha[0].chunk(2)
     b1, b2 = beta[0].chunk(2)
     weights = torch.cat((a1 * b1 + a2 * b2, a2 * b1 - a1 * b2))
@@ -120,25 +122,25 @@ def _rotary(alpha, beta, length):
     return torch.mv(table[centre - length + 1 : centre + length], weights)
 
 
-def _bucket(length):
+def _bucket(length: int) -> int:
     """Rounds up to a power of two, so that growing lengths need few tables."""
     return max(64, 1 << (length - 1).bit_length())
 
 
-def _angles(positions, half):
+def _angles(positions: Tensor, half: int) -> Tensor:
     theta = torch.exp(
         torch.arange(half, dtype=torch.float64, device=positions.device) * (-math.log(1e4) / half)
     )
     return positions.unsqueeze(1) * theta
 
 
-def _table(length, half, dtype, device):
+def _table(length: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
         return _make_table(length, half, dtype, device)
     return _kept_table(length, half, dtype, device)
 
 
-def _make_table(length, half, dtype, device):
+def _make_table(length: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns [cos | sin] of offset times angle, (2 length - 1, 2 half), one row per offset -(length-1) .. length-1."""
     with torch.inference_mode(False), torch.no_grad():
         angles = _angles(torch.arange(1 - length, length, dtype=torch.float64, device=device), half)

@@ -11,10 +11,12 @@ where sequences advance on their own: label looping, Xu et al. (2024). On a GPU 
 graph and replayed if there are many frames, and the host waits for the device once in 32 steps.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr._transforms import is_transformed
 from fastasr.models.common.graph_capture import capture
@@ -37,14 +39,14 @@ class Weights:
     convolution over the last ``context`` tokens and ReLU, if there is one -> linear.
     """
 
-    embedding: torch.Tensor  # (tokens, E), blank included
+    embedding: Tensor  # (tokens, E), blank included
     layers: (
         tuple  # of each LSTM layer w_ih (4 H, inputs), w_hh (4 H, H), b_ih, b_hh (4 H), as torch.nn.LSTM's
     )
     linear: tuple  # weight (J, H or E) and bias (J)
     head: tuple  # weight (tokens + durations, J) and bias
     activation: str  # of the joint network: "relu" or "tanh"
-    convolution: torch.Tensor | None = None  # (E, E / groups, context)
+    convolution: Tensor | None = None  # (E, E / groups, context)
     norm: tuple | None = None  # weight (J), bias (J), eps
     # With them LSTM layers normalise gates and cells: of each weight and bias (4 H), then (H)
     gate_norms: tuple = ()
@@ -52,21 +54,21 @@ class Weights:
     context: int = 1
 
     @property
-    def hidden(self):
+    def hidden(self) -> int:
         return self.layers[0][1].shape[1] if self.layers else 0
 
     @property
-    def durations(self):
+    def durations(self) -> int:
         return len(self.head[0]) - len(self.embedding)
 
-    def matrices(self):
+    def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Yields names and tensors of the matrices that the native call stores in a format."""
         for i, layer in enumerate(self.layers):
             yield from ((f"LSTM layer {i}", matrix.detach()) for matrix in layer[:2])
         yield "the predictor's linear layer", self.linear[0].detach()
         yield "the head", self.head[0].detach()
 
-    def tensors(self):
+    def tensors(self) -> list[Tensor]:
         every = [t for layer in self.layers for t in layer] + [*self.linear, *self.head, self.embedding]
         every += [] if self.convolution is None else [self.convolution]
         every += [t for norm in self.gate_norms for t in norm]
@@ -101,10 +103,10 @@ class Steps:
     """The steps of a search, (batch, steps): tokens with blanks, the frames that each moved by, log-probabilities or
     None. Sequence n has the first ``counts[n]``; zeros follow."""
 
-    tokens: torch.Tensor
-    moves: torch.Tensor
-    scores: torch.Tensor | None
-    counts: torch.Tensor
+    tokens: Tensor
+    moves: Tensor
+    scores: Tensor | None
+    counts: Tensor
 
 
 class LabelLooping:
@@ -118,7 +120,7 @@ class LabelLooping:
         ValueError: weights do not fit each other or the format, or no such format or activation.
     """
 
-    def __init__(self, weights, format="fp32"):
+    def __init__(self, weights: Weights, format: str = "fp32") -> None:
         if format not in FORMATS:
             raise ValueError(f"LabelLooping: format: expected one of {', '.join(FORMATS)}, got {format!r}")
         _check_weights(weights)
@@ -131,10 +133,10 @@ class LabelLooping:
             self._pack(FORMATS[format])
 
     @property
-    def reason(self):
+    def reason(self) -> str:
         return self._never or why_not_now()
 
-    def _pack(self, format):
+    def _pack(self, format: int) -> None:
         w = self.weights
         group = 0 if w.convolution is None else w.convolution.shape[1]
         activation = _activation.NAMES.index(w.activation)
@@ -159,7 +161,7 @@ class LabelLooping:
             ]
             self._packed = torch.ops.fastasr_cpu.greedy_pack.default(self._numbers, self._eps, *parts)
 
-    def start(self, batch, first):
+    def start(self, batch: int, first: list[int]) -> tuple[Tensor, Tensor]:
         """Returns state (batch, floats) and counters (batch, fields) of sequences before their first frame. ``first``:
         the ``context`` tokens that stand before the first label."""
         w = self.weights
@@ -171,7 +173,9 @@ class LabelLooping:
         return state, torch.tensor([row] * batch, device=like.device, dtype=torch.int64).view(batch, len(row))
 
     @torch.no_grad()
-    def search(self, encoded, lengths, rules, state, counters, most_steps):
+    def search(
+        self, encoded: Tensor, lengths: Tensor, rules: Rules, state: Tensor, counters: Tensor, most_steps: int
+    ) -> Steps:
         """Searches encoded (batch, frames, J), projected frames of which ``lengths`` (batch,) are valid. Updates state
         and counters in place and returns Steps, at most ``most_steps`` per sequence.
 
@@ -202,7 +206,9 @@ class LabelLooping:
         scores = scores[:, :longest] if rules.scored else None
         return Steps(tokens[:, :longest], moves[:, :longest], scores, counts)
 
-    def _check(self, encoded, lengths, rules, state, counters, most_steps):
+    def _check(
+        self, encoded: Tensor, lengths: Tensor, rules: Rules, state: Tensor, counters: Tensor, most_steps: int
+    ) -> Tensor:
         """Returns the lengths as int64 on the device of the weights."""
         w, like = self.weights, self.weights.embedding
         joint, tokens = len(w.linear[0]), len(like)
@@ -250,7 +256,7 @@ class LabelLooping:
         return lengths
 
 
-def _check_weights(w):
+def _check_weights(w: Weights) -> None:
     tokens, channels = w.embedding.shape
     joint = len(w.linear[0])
     inputs = channels
@@ -282,13 +288,13 @@ def _check_weights(w):
         raise ValueError(f"LabelLooping: activation: expected relu or tanh, got {w.activation!r}")
 
 
-def why_not_now():
+def why_not_now() -> str:
     """Returns why no search runs natively at this moment, or ""."""
     forced = _dispatch.forced_backend()
     return "" if forced in ("auto", "cpu") else f"the backend {forced} is in force"
 
 
-def why_not_native(w):
+def why_not_native(w: Weights) -> str:
     """Returns why a search with these weights cannot run natively, or ""."""
     if reason := _dispatch.why_not_cpu("greedy_pack", "greedy_search"):
         return reason
@@ -300,7 +306,15 @@ def why_not_native(w):
 
 
 # --------------------------------------------------------------------------- the definition, in PyTorch
-def _by_operations(w, encoded, lengths, rules, state, counters, most_steps):
+def _by_operations(
+    w: Weights,
+    encoded: Tensor,
+    lengths: Tensor,
+    rules: Rules,
+    state: Tensor,
+    counters: Tensor,
+    most_steps: int,
+) -> Steps:
     batch = len(encoded)
     tokens = torch.zeros(batch, most_steps, dtype=torch.int64, device=encoded.device)
     moves, scores = torch.zeros_like(tokens), encoded.new_zeros(tokens.shape, dtype=torch.float32)
@@ -315,11 +329,11 @@ def _by_operations(w, encoded, lengths, rules, state, counters, most_steps):
         for _ in range(looks):
             repeat()
     longest = int(steps.counts.max()) if batch else 0
-    kept = (None if t is None else t[:, :longest] for t in (tokens, moves, steps.scores))
-    return Steps(*kept, steps.counts)
+    kept = None if steps.scores is None else steps.scores[:, :longest]
+    return Steps(tokens[:, :longest], moves[:, :longest], kept, steps.counts)
 
 
-def _pace(encoded):
+def _pace(encoded: Tensor) -> tuple[Callable[[Callable[[], object]], Callable[[], None]] | None, int]:
     """Returns the recorder of a step, if any, and the number of steps after which the host checks whether all sequences
     have ended, which waits for the device. A graph serves one call, so it must be worth recording."""
     if not encoded.is_cuda:
@@ -327,7 +341,16 @@ def _pace(encoded):
     return capture if encoded.shape[1] >= _RECORDED else None, 32
 
 
-def _step(w, encoded, lengths, rules, state, counters, steps, looking):
+def _step(
+    w: Weights,
+    encoded: Tensor,
+    lengths: Tensor,
+    rules: Rules,
+    state: Tensor,
+    counters: Tensor,
+    steps: Steps,
+    looking: bool,
+) -> tuple[Callable[[], Tensor], Callable[[], None]]:
     """Returns two functions without arguments: one says which sequences take another step, one takes it. Unless the
     host is ``looking`` whether the predictor must run, they wait for nothing and keep all shapes and addresses, so that
     a CUDA graph can replay the step. Behind the end the step does nothing.
@@ -337,12 +360,12 @@ def _step(w, encoded, lengths, rules, state, counters, steps, looking):
     durations = torch.tensor(rules.durations or (0,), device=encoded.device, dtype=torch.int64)
     counts, most_steps = steps.counts, steps.tokens.shape[1]
 
-    def live():
+    def live() -> Tensor:
         ended = counters[:, END] > 0 if rules.together else counters[:, FRAME] >= lengths
         ended = ended.all().expand(batch) if rules.together else ended
         return ~ended & (counts < most_steps)
 
-    def step():
+    def step() -> None:
         now = live()
         pending = now & (counters[:, PENDING] == 1)
         if not looking or pending.any():
@@ -364,7 +387,7 @@ def _step(w, encoded, lengths, rules, state, counters, steps, looking):
             forced = symbols >= rules.most_symbols
             moved, symbols = moved.masked_fill(forced, 1), symbols.masked_fill(forced, 0)
         found = [(steps.tokens, token), (steps.moves, moved)]
-        if rules.scored:
+        if steps.scores is not None:
             found.append((steps.scores, logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]))
         column = counts.clamp(max=most_steps - 1).unsqueeze(1)
         for kept, value in found:
@@ -382,7 +405,7 @@ def _step(w, encoded, lengths, rules, state, counters, steps, looking):
     return live, step
 
 
-def predict(w, tokens, state):
+def predict(w: Weights, tokens: Tensor, state: Tensor) -> Tensor:
     """Reads the last of tokens (rows, context); returns the state (rows, floats) after it: h and c of each layer, then
     the predictor's output."""
     x = w.embedding[tokens.clamp(min=0)] * (tokens >= 0).unsqueeze(-1)
@@ -395,7 +418,7 @@ def predict(w, tokens, state):
         h, c = state[:, 2 * i * w.hidden : 2 * (i + 1) * w.hidden].chunk(2, 1)
         if w.gate_norms:
             gates = F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)
-            x, c = _normalized_cell(gates, c, *w.gate_norms[i], w.gate_eps)
+            x, c = _normalized_cell(gates, c, w.gate_norms[i], w.gate_eps)
         else:
             x, c = torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
         new += [x, c]
@@ -403,12 +426,18 @@ def predict(w, tokens, state):
     return torch.cat((*new, F.layer_norm(g, g.shape[-1:], *w.norm) if w.norm else g), 1)
 
 
-def _normalized_cell(gates, c, gate_weight, gate_bias, cell_weight, cell_bias, eps):
+def _normalized_cell(
+    gates: Tensor,
+    c: Tensor,
+    norms: tuple[Tensor, ...],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    gate_weight, gate_bias, cell_weight, cell_bias = norms
     i, f, v, o = F.layer_norm(gates, gates.shape[1:], gate_weight, gate_bias, eps).chunk(4, 1)
     c = F.layer_norm(f.sigmoid() * c + i.sigmoid() * v.tanh(), c.shape[1:], cell_weight, cell_bias, eps)
     return o.sigmoid() * c.tanh(), c
 
 
-def join(w, frames, predictions):
+def join(w: Weights, frames: Tensor, predictions: Tensor) -> Tensor:
     """Two of (rows, J) -> logits (rows, tokens + durations)."""
     return F.linear(getattr(torch, w.activation)(frames + predictions), *w.head)

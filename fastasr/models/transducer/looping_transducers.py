@@ -3,11 +3,15 @@
 state), torchaudio's RNN-T (LSTM layers between LayerNorms), transformers' Parakeet (torch's LSTM; RNN-T and TDT).
 """
 
+import abc
 import contextlib
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.module_state import ModuleState
@@ -27,7 +31,7 @@ _ACTIVATIONS = {torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh"}
 
 
 @contextlib.contextmanager
-def _unrounded_products():
+def _unrounded_products() -> Iterator[None]:
     """Turns TF32 off: its errors exceed _AGREEMENT. On a GPU torch's LSTM uses TF32 by default, within cuDNN."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.enabled, matmul.fp32_precision
@@ -43,14 +47,14 @@ class Unserved(Exception):
 
 
 @contextlib.contextmanager
-def _as_unserved():
+def _as_unserved() -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as failure:
         raise Unserved(f"its modules are not those of a known transducer: {failure}") from failure
 
 
-class LoopingTransducer:
+class LoopingTransducer(abc.ABC):
     """A model's predictor and joint network for label looping.
 
     ``looping(format)`` returns the search with the model's weights as they are now. It raises Unserved if the modules
@@ -59,13 +63,14 @@ class LoopingTransducer:
 
     skipped = -1
     context_size = 1
-    durations = ()
+    durations: tuple[int, ...] = ()
+    blank_id: int
     most_symbols = 10  # labels of a frame, unless the caller says otherwise
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         self.model = model
 
-    def looping(self, format="fp32"):
+    def looping(self, format: str = "fp32") -> LabelLooping:
         parts = self.parts()
         kept = _KEPT.setdefault(parts[0], {})
         if format not in kept or not kept[format].fresh(parts):
@@ -73,7 +78,7 @@ class LoopingTransducer:
         return kept[format].result()
 
     @torch.no_grad()
-    def why_not_native(self):
+    def why_not_native(self) -> str:
         """Returns why the native call cannot search with the modules as they are, as far as that shows without running
         them; "" if nothing is known."""
         if any(part.training for part in self.parts()):
@@ -83,18 +88,18 @@ class LoopingTransducer:
         except Unserved as reason:
             return str(reason)
 
-    def _read_weights(self):
+    def _read_weights(self) -> Weights:
         if any(any_watched(part.modules()) or not has_known_forward(part) for part in self.parts()):
             raise Unserved("a submodule has hooks or another forward")
         with _as_unserved():
             return self.weights()
 
-    def projected(self, encoder_out):
+    def projected(self, encoder_out: Tensor) -> Tensor:
         """Frames (..., channels) -> (..., J)."""
         return encoder_out
 
     @_unrounded_products()
-    def checked_weights(self):
+    def checked_weights(self) -> Weights:
         """Returns the weights, after comparing their results with the modules'."""
         w = self._read_weights()
         with _as_unserved():
@@ -113,7 +118,23 @@ class LoopingTransducer:
             raise Unserved("its modules compute something else")
         return w
 
-    def first_token(self):
+    @abc.abstractmethod
+    def parts(self) -> tuple[Any, Any]:
+        """Returns the predictor and the joint network."""
+
+    @abc.abstractmethod
+    def weights(self) -> Weights:
+        """Returns their weights as the search takes them."""
+
+    @abc.abstractmethod
+    def predictions(self, tokens: list[int]) -> Tensor:
+        """Returns the predictor's projected outputs (U, J) behind each of the tokens."""
+
+    @abc.abstractmethod
+    def logits(self, f: Tensor, g: Tensor) -> Tensor:
+        """Returns the joint network's logits of projected frames and predictions."""
+
+    def first_token(self) -> int:
         return self.blank_id
 
 
@@ -122,19 +143,19 @@ class Stateless(LoopingTransducer):
 
     most_symbols = 1
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.blank_id = model.decoder.blank_id
         self.skipped = getattr(model, "unk_id", self.blank_id)
         self.context_size = model.decoder.context_size
 
-    def parts(self):
+    def parts(self) -> tuple[Any, Any]:
         return self.model.decoder, self.model.joiner
 
-    def projected(self, encoder_out):
+    def projected(self, encoder_out: Tensor) -> Tensor:
         return self.model.joiner.encoder_proj(encoder_out)
 
-    def weights(self):
+    def weights(self) -> Weights:
         decoder, joiner = self.parts()
         return Weights(
             embedding=_plain(decoder.embedding, torch.nn.Embedding).weight,
@@ -146,28 +167,28 @@ class Stateless(LoopingTransducer):
             context=self.context_size,
         )
 
-    def predictions(self, tokens):
+    def predictions(self, tokens: list[int]) -> Tensor:
         decoder, joiner = self.parts()
         seen = [-1] * (self.context_size - 1) + tokens
         windows = [seen[i : i + self.context_size] for i in range(len(tokens))]
         y = torch.tensor(windows, device=decoder.embedding.weight.device, dtype=torch.int64)
         return joiner.decoder_proj(decoder(y, need_pad=False)[:, 0])
 
-    def logits(self, f, g):
+    def logits(self, f: Tensor, g: Tensor) -> Tensor:
         return self.model.joiner(f, g, project_input=False)
 
 
 class EmformerRNNT(LoopingTransducer):
     """torchaudio's RNN-T, ours or theirs. Its blank is the last symbol."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.blank_id = model.joiner.linear.out_features - 1
 
-    def parts(self):
+    def parts(self) -> tuple[Any, Any]:
         return self.model.predictor, self.model.joiner
 
-    def weights(self):
+    def weights(self) -> Weights:
         predictor, joiner = self.parts()
         table = _plain(predictor.embedding, torch.nn.Embedding).weight
         layers, first = tuple(predictor.lstm_layers), _norm(predictor.input_layer_norm)
@@ -189,15 +210,15 @@ class EmformerRNNT(LoopingTransducer):
         )
 
     @staticmethod
-    def _layer(layer):
+    def _layer(layer: Any) -> tuple[Tensor, ...]:
         (w_ih, b_ih), (w_hh, b_hh) = _linear(layer.x2g), _linear(layer.p2g)
         return w_ih, w_hh, b_ih, b_hh
 
-    def predictions(self, tokens):
+    def predictions(self, tokens: list[int]) -> Tensor:
         y = torch.tensor([tokens], device=self.model.joiner.linear.weight.device, dtype=torch.int64)
         return self.model.predictor(y, torch.full_like(y[:, 0], len(tokens)), None)[0][0]
 
-    def logits(self, f, g):
+    def logits(self, f: Tensor, g: Tensor) -> Tensor:
         one = torch.ones(len(f), dtype=torch.int64, device=f.device)
         return self.model.joiner(f[:, None], one, g[:, None], one)[0][:, 0, 0]
 
@@ -205,20 +226,20 @@ class EmformerRNNT(LoopingTransducer):
 class Parakeet(LoopingTransducer):
     """transformers' ParakeetForRNNT and ParakeetForTDT, and our FastConformerRNNT and FastConformerTDT."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
         config = getattr(model, "config", model)  # ours is its own
         self.blank_id = config.blank_token_id
         self.durations = tuple(getattr(config, "durations", ()))
         self.most_symbols = model.max_symbols_per_step
 
-    def parts(self):
+    def parts(self) -> tuple[Any, Any]:
         return self.model.decoder, self.model.joint
 
-    def projected(self, encoder_out):
+    def projected(self, encoder_out: Tensor) -> Tensor:
         return self.model.encoder_projector(encoder_out)
 
-    def weights(self):
+    def weights(self) -> Weights:
         decoder, joint = self.parts()
         lstm = _plain(decoder.lstm, torch.nn.LSTM)
         if lstm.bidirectional or lstm.proj_size or not lstm.bias:
@@ -231,16 +252,18 @@ class Parakeet(LoopingTransducer):
             activation=_activation(joint.activation),
         )
 
-    def predictions(self, tokens):
+    def predictions(self, tokens: list[int]) -> Tensor:
         return self.model.decoder(
             torch.tensor([tokens], device=self.model.joint.head.weight.device, dtype=torch.int64)
         )[0]
 
-    def logits(self, f, g):
+    def logits(self, f: Tensor, g: Tensor) -> Tensor:
         return self.model.joint(encoder_hidden_states=f, decoder_hidden_states=g)
 
 
-def looping_transducer(model):
+def looping_transducer(
+    model: Any,
+) -> LoopingTransducer | None:
     """Returns the LoopingTransducer of a model, or None if it is of no known kind."""
     for attributes, kind in (
         (("decoder", "joint", "encoder_projector"), Parakeet),
@@ -260,11 +283,17 @@ def looping_transducer(model):
 class _Kept:
     """The search with a model's weights, or why there is none, until the modules change."""
 
-    def __init__(self, transducer, parts, format):
+    def __init__(
+        self,
+        transducer: LoopingTransducer,
+        parts: tuple[Any, Any],
+        format: str,
+    ) -> None:
         self._parts = [weakref.ref(part) for part in parts]
         self._states = [ModuleState(part) for part in parts]
         self._watched = [state.watched() for state in self._states]
-        self._looping = self._reason = None
+        self._looping: LabelLooping | None = None
+        self._reason: str | None = None
         try:
             if any(part.training for part in parts):
                 raise Unserved(_TRAINING)
@@ -275,7 +304,7 @@ class _Kept:
         except Unserved as reason:
             self._reason = str(reason)
 
-    def fresh(self, parts):
+    def fresh(self, parts: tuple[Any, Any]) -> bool:
         return (
             self._reason is None
             and all(ref() is part for ref, part in zip(self._parts, parts, strict=True))
@@ -286,50 +315,51 @@ class _Kept:
             and all(state.unchanged() for state in self._states)
         )
 
-    def result(self):
+    def result(self) -> LabelLooping:
         if self._looping is None:
             raise Unserved(self._reason)
         return self._looping
 
 
-_KEPT = weakref.WeakKeyDictionary()  # the first part of a transducer -> format -> _Kept
+# the first part of a transducer -> format -> _Kept
+_KEPT: weakref.WeakKeyDictionary[Any, dict[str, "_Kept"]] = weakref.WeakKeyDictionary()
 
 
-def release(transducer):
+def release(transducer: LoopingTransducer) -> None:
     """Frees the copies of a transducer's weights."""
     _KEPT.pop(transducer.parts()[0], None)
 
 
-def _plain(module, *kinds):
+def _plain(module: torch.nn.Module, *kinds: type) -> Any:
     if not is_plain(module, *kinds):
         raise Unserved(f"a submodule is a {type(module).__name__}, expected a plain {kinds[0].__name__}")
     return module
 
 
-def _linear(module):
+def _linear(module: Any) -> tuple[Tensor, Tensor]:
     """Returns weight and bias."""
     weight, bias = _plain(module, torch.nn.Linear, Linear).weight, module.bias
     return weight, torch.zeros_like(weight[:, 0]) if bias is None else bias
 
 
-def _norm(module):
+def _norm(module: Any) -> tuple[Tensor, Tensor, float]:
     """Returns weight, bias and eps of a LayerNorm."""
     if _plain(module, torch.nn.LayerNorm).weight is None or module.bias is None:
         raise Unserved("a LayerNorm lacks weight or bias")
     return module.weight, module.bias, module.eps
 
 
-def _convolution(module):
+def _convolution(module: Any) -> Tensor:
     if _plain(module, torch.nn.Conv1d).bias is not None:
         raise Unserved("the predictor's convolution has a bias")
     return module.weight
 
 
-def _activation(module):
+def _activation(module: torch.nn.Module) -> str:
     if not is_plain(module, *_ACTIVATIONS):
         raise Unserved(f"the joint network's activation is {type(module).__name__}, expected ReLU or Tanh")
     return _ACTIVATIONS[type(module)]
 
 
-def _floats(w):
+def _floats(w: Weights) -> int:
     return 2 * len(w.layers) * w.hidden + len(w.linear[0])

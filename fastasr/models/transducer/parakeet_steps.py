@@ -5,14 +5,28 @@ TDT moves by the index of the duration and has no limit of labels per frame, end
 and the length limit counts blanks.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 
 from fastasr.models.transducer.label_looping import TOKENS, Rules
+
+if TYPE_CHECKING:
+    from fastasr.models.transducer.label_looping import LabelLooping, Steps
+    from fastasr.models.transducer.looping_transducers import Parakeet
 
 _STEPS_AT_ONCE = 128  # This many steps' logits are in memory at once, 4 MB for a sequence.
 
 
-def steps_of_generate(transducer, looping, frames, lengths, first, most_steps):
+def steps_of_generate(
+    transducer: "Parakeet",
+    looping: "LabelLooping",
+    frames: Tensor,
+    lengths: Tensor,
+    first: Tensor,
+    most_steps: int,
+) -> "Steps":
     """Returns the Steps of a Parakeet, whose search is ``looping``, behind the tokens ``first`` (batch, 1) in projected
     frames."""
     durations = len(transducer.durations)
@@ -28,7 +42,7 @@ def steps_of_generate(transducer, looping, frames, lengths, first, most_steps):
 
 
 @torch.no_grad()
-def no_duration_wins(model, frames, first, steps):
+def no_duration_wins(model: Any, frames: Tensor, first: Tensor, steps: "Steps") -> bool:
     """Says whether at none of the steps behind the tokens ``first`` (batch, 1) a duration's logit is larger than all of
     the tokens, so that the largest of all logits is the token's. ``model`` is transformers'; each step's logits are
     computed anew, all at once, which takes a small part of the search's time."""

@@ -5,6 +5,8 @@ Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training" (2022). Ups
 ``AsrModel.forward_transducer`` in ``zipformer.modules.model`` stores the logits (B, T, R, V) of the pruned windows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,11 @@ class TransducerLoss:
     """The transducer's part of AsrModel, for models with ``decoder``, ``joiner``, ``simple_am_proj`` and
     ``simple_lm_proj``.
     """
+
+    decoder: Any
+    joiner: Any
+    simple_am_proj: torch.nn.Module
+    simple_lm_proj: torch.nn.Module
 
     def forward_transducer(
         self,
@@ -48,7 +55,7 @@ class TransducerLoss:
 
         decoder_out = self.decoder(contexts)
         lm, am = self.simple_lm_proj(decoder_out), self.simple_am_proj(encoder_out)
-        simple, occupation = rnnt.rnnt_loss_smoothed(
+        found: Any = rnnt.rnnt_loss_smoothed(
             lm.float(),
             am.float(),
             symbols,
@@ -59,21 +66,24 @@ class TransducerLoss:
             reduction=reduction,
             return_grad=True,
         )
-        ranges = rnnt.get_rnnt_prune_ranges(*occupation, boundary, prune_range)
+        simple, occupation = found
+        px_grad, py_grad = occupation
+        ranges = rnnt.get_rnnt_prune_ranges(px_grad, py_grad, boundary, prune_range)
         joiner = self.joiner
-        options = {"boundary": boundary, "reduction": reduction}
+        options: Any = {"boundary": boundary, "reduction": reduction}
         if not is_plain(joiner.output_linear, torch.nn.Linear) or not is_plain_named(
             joiner, ("Joiner",), self
         ):
             _left.note(
                 self, "the joiner has hooks or is no plain one: its logits are formed", "forward_transducer"
             )
-            pruned = rnnt.do_rnnt_pruning(
+            ams, lms = rnnt.do_rnnt_pruning(
                 joiner.encoder_proj(encoder_out), joiner.decoder_proj(decoder_out), ranges
             )
-            logits = joiner(*pruned, project_input=False).float()
-            return simple, rnnt.rnnt_loss_pruned(logits, symbols, ranges, blank, **options)
-        pruned = rnnt.pruned_joiner_loss(
+            logits = joiner(ams, lms, project_input=False).float()
+            loss: Any = rnnt.rnnt_loss_pruned(logits, symbols, ranges, blank, **options)
+            return simple, loss
+        pruned: Any = rnnt.pruned_joiner_loss(
             joiner.encoder_proj(encoder_out),
             joiner.decoder_proj(decoder_out),
             joiner.output_linear.weight,

@@ -6,15 +6,19 @@ SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
 """
 
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr._recording import recording
 from fastasr.models.common import packed
+from fastasr.models.common.packed import Kind
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.decisions import is_zero, keep_rates
 from fastasr.models.zipformer.initial_scale import ScaledLinear
+from fastasr.models.zipformer.schedules import FloatLike
 from fastasr.ops import _decided
 from fastasr.ops._dropout import draw_mask
 from fastasr.ops._wrapped.swoosh_linear import with_mask
@@ -23,14 +27,14 @@ from fastasr.ops._wrapped.swoosh_linear import with_mask
 class SwooshL(torch.nn.Module):
     """SwooshL, elementwise, any shape. No parameters."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.swoosh_l(x)
 
 
 class SwooshR(torch.nn.Module):
     """SwooshR, elementwise, any shape. No parameters."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.swoosh_r(x)
 
 
@@ -43,16 +47,19 @@ class ActivationDropoutAndLinear(torch.nn.Module):
     Raises ValueError for an ``activation`` other than "SwooshL" and "SwooshR".
     """
 
+    bias: Tensor | None
+    activation: Kind
+
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        bias=True,
-        activation="SwooshL",
-        dropout_p=0.0,
-        dropout_shared_dim=-1,
-        initial_scale=1.0,
-    ):
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        activation: Kind = "SwooshL",
+        dropout_p: FloatLike = 0.0,
+        dropout_shared_dim: int | None = -1,
+        initial_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         if activation not in ("SwooshL", "SwooshR"):
             raise ValueError(
@@ -65,7 +72,7 @@ class ActivationDropoutAndLinear(torch.nn.Module):
         self.dropout_p = dropout_p
         self.dropout_shared_dim = dropout_shared_dim
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         # A scheduled rate draws a random number when it is read, and upstream reads it in training only.
         if recording() is not None:
             return _recorded(self, x)
@@ -85,12 +92,13 @@ class ActivationDropoutAndLinear(torch.nn.Module):
         )
 
 
-def _is_without_k2(self):
+def _is_without_k2(self: Any) -> bool:
     """Says whether this is ZipVoice's class, which drops nothing if k2 is not loaded."""
     return type(self).__module__.startswith("zipvoice.") and "k2" not in sys.modules
 
 
-def _recorded(self, x):
+def _recorded(self: Any, x: Tensor) -> Tensor:
+    scale: Any
     p, scale = keep_rates(self.dropout_p) if self.training and not _is_without_k2(self) else (0.0, 1.0)
     if is_zero(p):
         return with_mask(x, self.weight, self.bias, self.activation)
@@ -99,7 +107,7 @@ def _recorded(self, x):
     if dim is not None:
         shape[dim] = 1
     drawn = torch.rand(*shape, device=x.device, dtype=x.dtype)
-    if isinstance(p, torch.Tensor):
+    if isinstance(p, Tensor):
         mask = _decided.mask(drawn, p, scale)
     else:
         mask = (drawn > p).to(x.dtype) * scale

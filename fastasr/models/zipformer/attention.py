@@ -11,8 +11,11 @@ backward pass it keeps only the weights.
 import copy
 import logging
 import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastasr._recording import recording
 from fastasr.models.common.plain import runs
@@ -25,12 +28,15 @@ from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.packed_weights import dropped, of_one_call, of_recordings
-from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
+from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.score_blocks import ScoreBlocks
-from fastasr.models.zipformer.self_attention import check_cache
+from fastasr.models.zipformer.self_attention import Weights, check_cache
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import zipformer_attention_weights
+
+if TYPE_CHECKING:
+    pass
 
 # Scores beyond the limit are penalised on this share of the training calls.
 SCORE_LIMIT = 25.0
@@ -53,14 +59,14 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
 
     def __init__(
         self,
-        embed_dim,
-        pos_dim,
-        num_heads,
-        query_head_dim,
-        pos_head_dim,
-        dropout=0.0,
-        pos_emb_skip_rate=ScheduledFloat((0.0, 0.5), (4000.0, 0.0)),  # noqa: B008 (copied)
-    ):
+        embed_dim: int,
+        pos_dim: int,
+        num_heads: int,
+        query_head_dim: int,
+        pos_head_dim: int,
+        dropout: float = 0.0,
+        pos_emb_skip_rate: FloatLike = ScheduledFloat((0.0, 0.5), (4000.0, 0.0)),  # noqa: B008 (copied)
+    ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -93,13 +99,20 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         self.copy_query = Identity()
 
     def forward(
-        self, x, pos_emb, key_padding_mask=None, attn_mask=None, chunk_size=-1, left_context_chunks=-1
-    ):
+        self,
+        x: Tensor,
+        pos_emb: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        chunk_size: int = -1,
+        left_context_chunks: int = -1,
+    ) -> Weights:
         projected, relative, masks, penalized = _operands(
             self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
 
         sizes = self.num_heads, self.query_head_dim
+        weights: Weights
         if penalized and recording() is not None:
             limit = SCORE_PENALTY, SCORE_LIMIT
             weights = score_penalty.recorded_weights(projected, relative, penalized, sizes, *limit, masks)
@@ -107,7 +120,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
             return weights if self.dropout == 0.0 else dropped(weights, self.dropout, self.training)
         penalty = SCORE_PENALTY if penalized else 0.0
 
-        def formed(projected, relative, **masks):
+        def formed(projected: Tensor, relative: Tensor | None, **masks: Any) -> Tensor:
             return zipformer_attention_weights(
                 projected, relative, *sizes, score_penalty=penalty, score_limit=SCORE_LIMIT, **masks
             )
@@ -121,8 +134,14 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         return weights
 
     def unmaterialised(
-        self, x, pos_emb, key_padding_mask=None, attn_mask=None, chunk_size=-1, left_context_chunks=-1
-    ):
+        self,
+        x: Tensor,
+        pos_emb: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        chunk_size: int = -1,
+        left_context_chunks: int = -1,
+    ) -> Weights:
         """Returns the weights of :meth:`forward` without dropout as UnmaterialisedWeights. It draws as many random
         numbers as forward."""
         projected, relative, masks, penalized = _operands(
@@ -131,7 +150,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         if not torch.compiler.is_compiling():
             random.random()  # forward draws this to decide on logging, which would need all weights
 
-        def described(projected, relative, **masks):
+        def described(projected: Tensor, relative: Tensor | None, **masks: Any) -> UnmaterialisedWeights:
             if penalized and torch.is_grad_enabled():
                 projected, relative = score_penalty.penalized(
                     projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
@@ -140,7 +159,14 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
 
         return of_recordings(described, projected, relative, masks)
 
-    def streaming_forward(self, x, pos_emb, cached_key, left_context_len, key_padding_mask):
+    def streaming_forward(
+        self,
+        x: Tensor,
+        pos_emb: Tensor,
+        cached_key: Tensor,
+        left_context_len: int,
+        key_padding_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """x (T, B, C), one chunk; pos_emb (1 or B, left_context_len + 2T - 1, pos_dim); cached_key
         (left_context_len, B, heads * query_head_dim); key_padding_mask (B, left_context_len + T) or None ->
         weights (heads, B, T, left_context_len + T), the cache for the next chunk.
@@ -163,7 +189,15 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         return weights, k[k.shape[0] - left_context_len :]
 
 
-def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
+def _operands(
+    module: RelPositionMultiheadAttentionWeights,
+    x: Tensor,
+    pos_emb: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk_size: int,
+    left_context_chunks: int,
+) -> tuple[Tensor, Any, dict[str, Any], Any]:
     """Returns the projection, the positions or None, the masks, and whether large scores are penalised."""
     _check_masks(x, key_padding_mask, attn_mask)
     projected = _with_gradient_changes(module, module.in_proj(x))
@@ -181,7 +215,7 @@ def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_
     return projected, relative, masks, penalized
 
 
-def _with_positions(module):
+def _with_positions(module: RelPositionMultiheadAttentionWeights) -> bool:
     recorded = recording()
     if recorded is None:
         return random.random() >= float(module.pos_emb_skip_rate)
@@ -191,13 +225,13 @@ def _with_positions(module):
     return True
 
 
-def _draw_penalty():
+def _draw_penalty() -> Any:
     """Returns whether this call penalises large scores, while it is recorded the number on the device that says so."""
     recorded = recording()
     if recorded is None:
         return random.random() < PENALISED_CALLS
 
-    def plan():
+    def plan() -> list[bool]:
         penalized = random.random() < PENALISED_CALLS
         if penalized:
             draw_for_log()
@@ -207,13 +241,15 @@ def _draw_penalty():
     return numbers if torch.is_grad_enabled() else False
 
 
-def plain(module, x, pos_emb, masks):
+def plain(
+    module: RelPositionMultiheadAttentionWeights, x: Tensor, pos_emb: Tensor, masks: dict[str, Any]
+) -> Tensor:
     """Returns the weights of a call in inference, without random numbers."""
     sizes = module.num_heads, module.query_head_dim
     return zipformer_attention_weights(module.in_proj(x), module.linear_pos(pos_emb), *sizes, **masks)
 
 
-def draw_for_entropy(module, weights):
+def draw_for_entropy(module: RelPositionMultiheadAttentionWeights, weights: Callable[[], Weights]) -> None:
     """Draws a number that decides whether this call logs the entropy of its weights, which ``weights()`` returns. A
     compiled call neither draws nor logs.
     """
@@ -230,7 +266,7 @@ def draw_for_entropy(module, weights):
         logging.info("name=%s, entropy of the attention weights by head: %s", module.name, entropy)
 
 
-def _check_masks(sources, key_padding_mask, attn_mask):
+def _check_masks(sources: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
     frames, batch, _ = sources.shape
     if key_padding_mask is not None and tuple(key_padding_mask.shape) != (batch, frames):
         raise ValueError(
@@ -243,7 +279,7 @@ def _check_masks(sources, key_padding_mask, attn_mask):
         )
 
 
-def _with_gradient_changes(module, projected):
+def _with_gradient_changes(module: RelPositionMultiheadAttentionWeights, projected: Tensor) -> Tensor:
     """Applies the modules that watch parts of the projection (T, B, q | k | p) or change their gradients.
 
     On most calls these modules return their argument or a view of it. The projection is then returned as it is.
@@ -262,7 +298,7 @@ def _with_gradient_changes(module, projected):
     return torch.cat(after, -1)
 
 
-def _log_penalty(module, projected, relative):
+def _log_penalty(module: RelPositionMultiheadAttentionWeights, projected: Tensor, relative: Tensor) -> None:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         with torch.no_grad():
             blocks = ScoreBlocks(projected, relative, module.num_heads, module.query_head_dim)

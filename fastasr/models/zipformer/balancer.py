@@ -7,34 +7,36 @@ The forward pass is the identity; ``fastasr.ops.balancer_gradient`` has the math
 import math
 import random
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
 from fastasr._recording import recording
 from fastasr._transforms import Function
 from fastasr.models.zipformer.checkpointing import decided
-from fastasr.models.zipformer.decisions import changing
-from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.models.zipformer.decisions import Numbers, changing
+from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.ops.balancer_gradient import balance_
 
 
 class _Balance(Function):
     @staticmethod
-    def forward(ctx, x, *limits):
+    def forward(ctx: Any, x: Tensor, *limits: Any) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limits = limits
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         return ops.balancer_gradient(grad, x, *ctx.limits), *([None] * len(ctx.limits))
 
 
-def mean_limit(positive):
+def mean_limit(positive: float) -> float:
     """Returns mean / standard deviation of normal data of which the share ``positive`` is above 0. It uses a rough
     inverse of the error function, which is large but finite at 0 and 1.
     """
@@ -42,7 +44,7 @@ def mean_limit(positive):
     return 0.8139535143 * (math.log(1 + x + 1.0e-10) - math.log(1 - x + 1.0e-10)) / 2.0
 
 
-def rms_limit(mean_abs):
+def rms_limit(mean_abs: float) -> float:
     """Returns the root mean square of centred normal data whose mean absolute value is ``mean_abs``."""
     return 1.25331413732 * mean_abs  # sqrt(pi / 2)
 
@@ -52,13 +54,13 @@ class CutoffEstimator:
     those seen is above it.
     """
 
-    def __init__(self, p):
+    def __init__(self, p: float) -> None:
         self.p = p
         self.count = 0
         self.count_above = 0
-        self.cutoff = 0
+        self.cutoff = 0.0
 
-    def __call__(self, x):
+    def __call__(self, x: float) -> bool:
         above = x > self.cutoff
         self.count += 1
         self.count_above += above
@@ -69,10 +71,11 @@ class CutoffEstimator:
         return above
 
 
-_READINGS = {}  # device -> (bytes of allocated memory, ids of the Balancers that this reading has served)
+# device -> (bytes of allocated memory, ids of the Balancers that this reading has served)
+_READINGS: dict[torch.device, tuple[int, set[int]]] = {}
 
 
-def memory_of_pass(balancer, device):
+def memory_of_pass(balancer: "Balancer", device: torch.device) -> int:
     """Returns the bytes that were allocated on the device when the first Balancer of this pass asked: asking costs the
     host 10 to 30 us. A Balancer that asks again begins a new pass; one that the last pass left out may get its reading.
     """
@@ -98,15 +101,15 @@ class Balancer(torch.nn.Module):
 
     def __init__(
         self,
-        num_channels,
-        channel_dim,
-        min_positive=0.05,
-        max_positive=0.95,
-        min_abs=0.2,
-        max_abs=100.0,
-        grad_scale=0.04,
-        prob=None,
-    ):
+        num_channels: int,
+        channel_dim: int,
+        min_positive: FloatLike = 0.05,
+        max_positive: FloatLike = 0.95,
+        min_abs: FloatLike = 0.2,
+        max_abs: FloatLike = 100.0,
+        grad_scale: FloatLike = 0.04,
+        prob: FloatLike | None = None,
+    ) -> None:
         super().__init__()
         self.prob = ScheduledFloat((0.0, 0.5), (8000.0, 0.125), default=0.4) if prob is None else prob
         self.mem_cutoff = CutoffEstimator(0.05)
@@ -118,7 +121,7 @@ class Balancer(torch.nn.Module):
         self.max_abs = max_abs
         self.grad_scale = grad_scale
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
             return x
         recorded = recording()
@@ -138,12 +141,12 @@ class Balancer(torch.nn.Module):
         return _Balance.apply(x, *decision[1:], self.channel_dim)
 
 
-def _change(numbers, channel_dim, grad, x):
+def _change(numbers: Numbers, channel_dim: int, grad: Tensor, x: Tensor) -> None:
     """Changes the gradient in place by numbers from the host: whether the call acts, and its five limits."""
     balance_(grad, x, channel_dim, numbers.values[1:], numbers.values[:1])
 
 
-def _decided(self):
+def _decided(self: "Balancer") -> tuple[bool, float, float, float, float, float] | None:
     """Draws whether this call changes gradients: returns True and the limits, or None."""
     probability = float(self.prob)
     if random.random() >= probability:

@@ -5,8 +5,10 @@ y = x_orig + (x - x_orig) * scale
 """
 
 import copy
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr._recording import recording
@@ -14,7 +16,7 @@ from fastasr.models.common import packed
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.decisions import is_zero, rate
 from fastasr.models.zipformer.parameter_limits import limit_param_value, recorded_limit, recorded_limits
-from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.ops._decided import Drawn
 
 
@@ -28,12 +30,12 @@ class BypassModule(torch.nn.Module):
 
     def __init__(
         self,
-        embed_dim,
-        skip_rate=0.0,
-        straight_through_rate=0.0,
-        scale_min=ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0),  # noqa: B008 (copied)
-        scale_max=1.0,
-    ):
+        embed_dim: int,
+        skip_rate: FloatLike = 0.0,
+        straight_through_rate: FloatLike = 0.0,
+        scale_min: FloatLike = ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0),  # noqa: B008 (copied)
+        scale_max: FloatLike = 1.0,
+    ) -> None:
         super().__init__()
         self.bypass_scale = torch.nn.Parameter(torch.full((embed_dim,), 0.5))
         self.skip_rate = copy.deepcopy(skip_rate)
@@ -41,8 +43,8 @@ class BypassModule(torch.nn.Module):
         self.scale_min = copy.deepcopy(scale_min)
         self.scale_max = copy.deepcopy(scale_max)
 
-    def _get_bypass_scale(self, batch_size):
-        scale = self.bypass_scale
+    def _get_bypass_scale(self, batch_size: int) -> Tensor:
+        scale: Tensor = self.bypass_scale
         if not self.training:
             return scale
         recorded = recording() is not None
@@ -50,7 +52,7 @@ class BypassModule(torch.nn.Module):
             limits = recorded_limits(self.scale_min, self.scale_max)
         else:
             scale = limit_param_value(scale, min=self.scale_min, max=self.scale_max)
-        skip_rate = rate(self.skip_rate)
+        skip_rate: Any = rate(self.skip_rate)
         drawn = None
         if not is_zero(skip_rate):
             drawn = torch.rand(batch_size, 1, device=scale.device)
@@ -63,7 +65,7 @@ class BypassModule(torch.nn.Module):
             scale = torch.maximum(scale, straight.to(scale.dtype))
         return scale
 
-    def forward(self, src_orig, src):
+    def forward(self, src_orig: Tensor, src: Tensor) -> Tensor:
         packing = current()
         batch = src.shape[1] if packing is None else len(packing.lengths)
         if recording() is None:

@@ -10,6 +10,7 @@ right[K - C + pos] within K frames of the right edge.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class ChunkCausalDepthwiseConv1d(torch.nn.Module):
@@ -18,7 +19,9 @@ class ChunkCausalDepthwiseConv1d(torch.nn.Module):
     Raises ValueError for an even kernel_size or a chunk_size of 0.
     """
 
-    def __init__(self, channels, kernel_size, initial_scale=1.0, bias=True):
+    def __init__(
+        self, channels: int, kernel_size: int, initial_scale: float = 1.0, bias: bool = True
+    ) -> None:
         super().__init__()
         if kernel_size % 2 != 1:
             raise ValueError(f"ChunkCausalDepthwiseConv1d: kernel_size must be odd, got {kernel_size}")
@@ -32,10 +35,10 @@ class ChunkCausalDepthwiseConv1d(torch.nn.Module):
         with torch.no_grad():
             self.causal_conv.weight.mul_(initial_scale)
             self.chunkwise_conv.weight.mul_(initial_scale)
-            if bias:
+            if bias and self.causal_conv.bias is not None:
                 self.causal_conv.bias.uniform_(-0.1 * initial_scale, 0.1 * initial_scale)
 
-    def forward(self, x, chunk_size=-1):
+    def forward(self, x: Tensor, chunk_size: int = -1) -> Tensor:
         if chunk_size == 0:
             raise ValueError("ChunkCausalDepthwiseConv1d: chunk_size must not be 0; below 0 is one chunk")
         batch, channels, frames = x.shape
@@ -49,7 +52,7 @@ class ChunkCausalDepthwiseConv1d(torch.nn.Module):
         y = y.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2)
         return y[..., :frames] + causal
 
-    def streaming_forward(self, x, cache):
+    def streaming_forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """x (batch, channels, time), one chunk, cache (batch, channels, kernel_size // 2) of the frames before it ->
         output of x's shape, the cache for the next chunk.
         """
@@ -62,7 +65,7 @@ class ChunkCausalDepthwiseConv1d(torch.nn.Module):
         chunkwise = self.chunkwise_conv(x) * self._get_chunk_scale(x.shape[2])
         return chunkwise + self.causal_conv(extended), extended[..., extended.shape[2] - left :]
 
-    def _get_chunk_scale(self, chunk_size):
+    def _get_chunk_scale(self, chunk_size: int) -> Tensor:
         """Returns the scale (channels, chunk_size)."""
         left, right = self.chunkwise_conv_scale
         kernel_size = self.kernel_size

@@ -10,7 +10,11 @@ inference with SwooshR, and keeps only the projection for the backward pass. The
 where upstream runs them: balancer1 on s, balancer2 and whiten on the convolution's output.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr._recording import recording
@@ -42,7 +46,7 @@ class ConvolutionModule(torch.nn.Module):
     Raises ValueError for an even kernel_size, AssertionError for a chunk_size of 0 or more without ``causal``.
     """
 
-    def __init__(self, channels, kernel_size, causal):
+    def __init__(self, channels: int, kernel_size: int, causal: bool) -> None:
         super().__init__()
         if kernel_size % 2 != 1:
             raise ValueError(f"ConvolutionModule: kernel_size must be odd, got {kernel_size}")
@@ -60,7 +64,7 @@ class ConvolutionModule(torch.nn.Module):
         self.sigmoid = torch.nn.Sigmoid()
         self.activation2 = Identity()
         if causal:
-            self.depthwise_conv = ChunkCausalDepthwiseConv1d(channels, kernel_size)
+            self.depthwise_conv: Any = ChunkCausalDepthwiseConv1d(channels, kernel_size)
         else:
             self.depthwise_conv = torch.nn.Conv1d(
                 channels, channels, kernel_size, groups=channels, padding=kernel_size // 2
@@ -80,12 +84,12 @@ class ConvolutionModule(torch.nn.Module):
             channels, channels, activation="SwooshR", dropout_p=0.0, initial_scale=0.05
         )
 
-    def forward(self, x, src_key_padding_mask=None, chunk_size=-1):
+    def forward(self, x: Tensor, src_key_padding_mask: Tensor | None = None, chunk_size: int = -1) -> Tensor:
         h = self.in_proj(x)
         weights = kernel_weights(self, h, src_key_padding_mask, chunk_size)
         if weights is None:
             return self.out_proj(_by_submodules(self, h, src_key_padding_mask, chunk_size))
-        options = {"padding_mask": _of_batch(src_key_padding_mask, h), "chunk_size": chunk_size}
+        options: Any = {"padding_mask": _of_batch(src_key_padding_mask, h), "chunk_size": chunk_size}
         if not _needs_gradients(h, *weights) and _is_swoosh_r_and_linear(self.out_proj):
             y = _convolved(h, weights, **options)
             return ops.linear(y, self.out_proj.weight, self.out_proj.bias)
@@ -98,7 +102,9 @@ class ConvolutionModule(torch.nn.Module):
             y = self.whiten(self.balancer2(y).permute(2, 0, 1))
         return self.out_proj(y)
 
-    def streaming_forward(self, x, cache, src_key_padding_mask):
+    def streaming_forward(
+        self, x: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """x, one chunk, cache (batch, channels, kernel_size // 2), the gated input before it -> output of x's shape,
         the cache for the next chunk. The module must be ``causal``.
         """
@@ -120,18 +126,21 @@ class ConvolutionModule(torch.nn.Module):
         return self.out_proj(y), cache
 
 
-def _convolved(h, weights, padding_mask, **options):
+def _convolved(h: Tensor, weights: Sequence[Any], padding_mask: Tensor | None, **options: Any) -> Tensor:
     packing = current()
     if packing is None:
         return ops.gated_depthwise_conv(h, *weights, padding_mask=padding_mask, **options)
     if len(weights) == 2:
-        return packed.convolved(packing, h, *weights, options.get("activation", "swoosh_r"))
+        weight, bias = weights
+        return packed.convolved(packing, h, weight, bias, options.get("activation", "swoosh_r"))
     return packing.over_time(
         lambda h, hidden: ops.gated_depthwise_conv(h, *weights, padding_mask=hidden, **options), h
     )
 
 
-def kernel_weights(module, h, mask, chunk_size):
+def kernel_weights(
+    module: ConvolutionModule, h: Tensor, mask: Tensor | None, chunk_size: int
+) -> tuple[Any, ...] | None:
     """Returns the tensors of depthwise_conv that ``gated_depthwise_conv`` takes after h. It returns None if the
     submodules must be called one by one: they have hooks, are of another class, or would raise.
     """
@@ -142,7 +151,7 @@ def kernel_weights(module, h, mask, chunk_size):
         taps = conv.kernel_size[0]
         if chunk_size > 0 or taps % 2 != 1 or not _is_depthwise(conv, channels, taps, taps // 2):
             return None
-        found = conv.weight, conv.bias
+        found: tuple[Any, ...] = conv.weight, conv.bias
     elif is_plain_named(conv, ("ChunkCausalDepthwiseConv1d",), module):
         taps, inner, causal = conv.kernel_size, conv.chunkwise_conv, conv.causal_conv
         if not _is_depthwise(inner, channels, taps, taps // 2) or not _is_depthwise(
@@ -156,7 +165,7 @@ def kernel_weights(module, h, mask, chunk_size):
     return found if casts or all(t is None or t.dtype == h.dtype for t in found) else None
 
 
-def _is_depthwise(conv, channels, taps, padding):
+def _is_depthwise(conv: torch.nn.Module, channels: int, taps: int, padding: int) -> bool:
     return (
         is_plain(conv, torch.nn.Conv1d)
         and tuple(conv.weight.shape) == (channels, 1, taps)
@@ -166,7 +175,7 @@ def _is_depthwise(conv, channels, taps, padding):
     )
 
 
-def _has_plain_parts(module):
+def _has_plain_parts(module: ConvolutionModule) -> bool:
     """Says whether the identities, regularisers and the sigmoid are what their names say, and no child has hooks."""
     return (
         is_plain(module.sigmoid, torch.nn.Sigmoid)
@@ -179,18 +188,18 @@ def _has_plain_parts(module):
     )
 
 
-def _fits(mask, h):
+def _fits(mask: Tensor | None, h: Tensor) -> bool:
     """Says whether the mask is (batch, time) or one for the whole batch. The submodules raise for other shapes."""
     frames, batch = h.shape[0], h.shape[1]
     return mask is None or (mask.ndim == 2 and mask.shape[0] in (1, batch) and mask.shape[1] == frames)
 
 
-def _of_batch(mask, h):
+def _of_batch(mask: Tensor | None, h: Tensor) -> Tensor | None:
     """Returns the mask as the kernel reads it: the masks of stacks at lower rates are strided."""
     return None if mask is None else mask.to(torch.bool).expand(h.shape[1], h.shape[0]).contiguous()
 
 
-def _continues(cache, h, weights):
+def _continues(cache: Tensor, h: Tensor, weights: Sequence[Any]) -> bool:
     """Says whether the cache fits h. With one tap there is nothing to cache, but upstream then caches all frames."""
     taps = weights[0].shape[-1]
     return (
@@ -201,11 +210,11 @@ def _continues(cache, h, weights):
     )
 
 
-def _needs_gradients(*tensors):
+def _needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _is_swoosh_r_and_linear(out_proj):
+def _is_swoosh_r_and_linear(out_proj: ActivationDropoutAndLinear) -> bool:
     """Says whether ``out_proj`` runs our code in eval mode with SwooshR, which the convolution's kernel can then
     apply.
     """
@@ -218,15 +227,15 @@ class _Joined(Function):
     """Returns h, whose halves are x and s. The backward pass gives the gradients of the halves to x and s."""
 
     @staticmethod
-    def forward(ctx, h, x, s):
+    def forward(ctx: Any, h: Tensor, x: Tensor, s: Tensor) -> Tensor:
         return h.view_as(h)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *grad.chunk(2, dim=-1)
 
 
-def _with_balanced_gate(module, h):
+def _with_balanced_gate(module: ConvolutionModule, h: Tensor) -> Tensor:
     """Returns h = (x, s) after balancer1 of s, which acts on gradients alone."""
     if not (torch.is_grad_enabled() and h.requires_grad):
         return h
@@ -237,7 +246,7 @@ def _with_balanced_gate(module, h):
     return h if is_same(balanced, s) else _Joined.apply(h.detach(), x, balanced)
 
 
-def _by_submodules(module, h, mask, chunk_size):
+def _by_submodules(module: ConvolutionModule, h: Tensor, mask: Tensor | None, chunk_size: int) -> Tensor:
     x, s = h.chunk(2, dim=2)
     s = module.sigmoid(module.balancer1(s))
     h = module.activation2(module.activation1(x) * s)
@@ -250,13 +259,15 @@ def _by_submodules(module, h, mask, chunk_size):
     return module.whiten(module.balancer2(y).permute(2, 0, 1))
 
 
-def _stream_by_submodules(module, h, cache, mask):
+def _stream_by_submodules(
+    module: ConvolutionModule, h: Tensor, cache: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     x, s = h.chunk(2, dim=2)
     h = _masked((x * module.sigmoid(s)).permute(1, 2, 0), mask)
     y, cache = module.depthwise_conv.streaming_forward(h, cache=cache)
     return module.out_proj(y.permute(2, 0, 1)), cache
 
 
-def _masked(h, mask):
+def _masked(h: Tensor, mask: Tensor | None) -> Tensor:
     """Returns h (B, C, T) with zeros at padded frames."""
     return h if mask is None else h.masked_fill(mask.to(torch.bool).unsqueeze(1), 0.0)

@@ -5,15 +5,25 @@ Each function below draws the same random numbers in the same order either way.
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr._recording import recording
 from fastasr._transforms import Function
+from fastasr.models.zipformer.schedules import FloatLike
 
 
-def rate(x):
+class Numbers(Protocol):
+    """Numbers of the host in a recorded call, ``values`` (count,) on the device."""
+
+    values: Tensor
+
+
+def rate(x: FloatLike) -> Tensor | float:
     """Returns float(x) of a number or schedule. While a call is recorded it returns the number on the device that this
     will be in each replay, or 0.0 if it is 0 now; the recording then holds while it is 0.
     """
@@ -23,22 +33,25 @@ def rate(x):
     return _scheduled(recorded, x, lambda: [float(x)], 1)
 
 
-def keep_rates(x):
+def keep_rates(x: FloatLike) -> tuple[Tensor | float, Tensor | float]:
     """Returns (p, 1 / (1 - p)) of a rate of dropout, as ``rate`` does; 0.0 and 1.0 for a rate of 0."""
     recorded = recording()
     if recorded is None or isinstance(x, (int, float)):
         p = float(x)
         return p, 1.0 / (1.0 - p)
 
-    def both():
+    def both() -> list[float]:
         p = float(x)
         return [p, 1.0 / (1.0 - p)]
 
     found = _scheduled(recorded, x, both, 2)
-    return (0.0, 1.0) if isinstance(found, float) else tuple(found.unbind())
+    if isinstance(found, float):
+        return 0.0, 1.0
+    share, scale = found.unbind()
+    return share, scale
 
 
-def _scheduled(recorded, x, plan, count):
+def _scheduled(recorded: Any, x: FloatLike, plan: Callable[[], list[float]], count: int) -> Tensor | float:
     if recorded.phase(x):
         recorded.numbers(lambda: (plan(), [])[1], 0)  # the reading still draws
         return 0.0
@@ -46,13 +59,13 @@ def _scheduled(recorded, x, plan, count):
     return values[0] if count == 1 else values
 
 
-def is_zero(number):
-    return not isinstance(number, torch.Tensor) and number == 0.0
+def is_zero(number: Tensor | float) -> bool:
+    return not isinstance(number, Tensor) and number == 0.0
 
 
 # --------------------------------------------------------------------------- where gradients are changed
 @contextlib.contextmanager
-def owning(owned=True):
+def owning(owned: bool = True) -> Iterator[None]:
     """Has Balancers and Whitens of a recorded call change gradients in place inside the block: the node behind each of
     them gives its gradient to nobody else.
     """
@@ -60,7 +73,7 @@ def owning(owned=True):
         yield
 
 
-def on_columns(module, x, begin, end):
+def on_columns(module: torch.nn.Module, x: Tensor, begin: int, end: int) -> Tensor:
     """Returns x after ``module``, a Balancer or Whiten, has watched columns of it. The call is being recorded, and one
     node changes these columns of the gradient of x.
     """
@@ -69,7 +82,7 @@ def on_columns(module, x, begin, end):
 
 
 @contextlib.contextmanager
-def _setting(name, value):
+def _setting(name: str, value: tuple[int, int] | bool) -> Iterator[None]:
     recorded = recording()
     if recorded is None:
         yield
@@ -82,24 +95,30 @@ def _setting(name, value):
         setattr(recorded, name, before)
 
 
-def changing(x, change):
+def changing(x: Tensor, change: Callable[[Tensor, Tensor], None]) -> Tensor:
     """Returns x, whose gradient ``change(grad, x)`` edits in place when a recorded call runs backward. It gets a copy
     in the order of x, or inside ``owning`` the gradient itself; inside ``on_columns`` these columns of both alone.
     """
-    recorded = recording()
+    recorded: Any = recording()
     return _Changing.apply(x, change, recorded.owned, recorded.columns)
 
 
 class _Changing(Function):
     @staticmethod
-    def forward(ctx, x, change, owned, columns):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        change: Callable[[Tensor, Tensor], None],
+        owned: bool,
+        columns: tuple[int, int] | None,
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.change, ctx.owned, ctx.columns = change, owned, columns
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if not ctx.owned:
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)

@@ -2,30 +2,32 @@
 """Dropout with a rate that is a number or a schedule."""
 
 import torch
+from torch import Tensor
 
 from fastasr.models.zipformer.decisions import is_zero, keep_rates
+from fastasr.models.zipformer.schedules import FloatLike
 
 
 class Dropout2(torch.nn.Module):
     """Elementwise dropout."""
 
-    def __init__(self, p):
+    def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.dropout(x, p=float(self.p), training=self.training)
 
 
 class Dropout3(torch.nn.Module):
     """Dropout whose mask has size 1 along ``shared_dim``; only the mask is kept for the backward pass."""
 
-    def __init__(self, p, shared_dim):
+    def __init__(self, p: FloatLike, shared_dim: int) -> None:
         super().__init__()
         self.p = p
         self.shared_dim = shared_dim
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         p, scale = keep_rates(self.p)
         if not self.training or is_zero(p):
             return x

@@ -2,13 +2,16 @@
 """The Zipformer encoder: stacks of layers at different frame rates and widths. It halves the frame rate."""
 
 import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.resampling import SimpleDownsample, convert_num_channels
-from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.models.zipformer.stack import (
     STATES_PER_LAYER,
     DownsampledZipformerEncoder,
@@ -16,6 +19,9 @@ from fastasr.models.zipformer.stack import (
     check_chunks,
     chunk_mask,
 )
+
+# An argument for stacks is one number for all, one for each, or these as a string, "1,2,4".
+Ints = int | Sequence[int] | str
 
 
 class Zipformer(torch.nn.Module):
@@ -33,34 +39,35 @@ class Zipformer(torch.nn.Module):
     """
 
     ragged = False
+    encoders: Any  # a ModuleList of ZipformerEncoder and DownsampledZipformerEncoder
 
     def __init__(
         self,
-        output_downsampling_factor=2,
-        downsampling_factor=(2, 4),
-        encoder_dim=384,
-        num_encoder_layers=4,
-        encoder_unmasked_dim=256,
-        query_head_dim=24,
-        pos_head_dim=4,
-        value_head_dim=12,
-        num_heads=8,
-        feedforward_dim=1536,
-        cnn_module_kernel=31,
-        pos_dim=192,
-        dropout=None,
-        warmup_batches=4000.0,
-        causal=False,
-        chunk_size=(-1,),
-        left_context_frames=(-1,),
-    ):
+        output_downsampling_factor: int = 2,
+        downsampling_factor: tuple[int, ...] | str = (2, 4),
+        encoder_dim: Ints = 384,
+        num_encoder_layers: Ints = 4,
+        encoder_unmasked_dim: Ints = 256,
+        query_head_dim: Ints = 24,
+        pos_head_dim: Ints = 4,
+        value_head_dim: Ints = 12,
+        num_heads: Ints = 8,
+        feedforward_dim: Ints = 1536,
+        cnn_module_kernel: Ints = 31,
+        pos_dim: int = 192,
+        dropout: FloatLike | None = None,
+        warmup_batches: float = 4000.0,
+        causal: bool = False,
+        chunk_size: Ints = (-1,),
+        left_context_frames: Ints = (-1,),
+    ) -> None:
         super().__init__()
         if dropout is None:
             dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
         downsampling_factor = int_tuple("downsampling_factor", downsampling_factor)
         stacks = len(downsampling_factor)
 
-        def per_stack(name, value):
+        def per_stack(name: str, value: Ints) -> tuple[int, ...]:
             return _per_stack(name, int_tuple(name, value), stacks)
 
         if output_downsampling_factor != 2:
@@ -103,7 +110,7 @@ class Zipformer(torch.nn.Module):
                 causal=causal,
             )
             # At first only the front end learns; the stacks join one after another during the warm-up.
-            encoder = ZipformerEncoder(
+            encoder: Any = ZipformerEncoder(
                 layer,
                 self.num_encoder_layers[i],
                 pos_dim=pos_dim,
@@ -122,17 +129,22 @@ class Zipformer(torch.nn.Module):
             max(encoder_dim), downsample=output_downsampling_factor, dropout=dropout, causal=causal
         )
 
-    def forward(self, x, x_lens, src_key_padding_mask=None):
+    def forward(
+        self, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         lengths = ragged.lengths(self, x, src_key_padding_mask) if self.ragged else None
         if lengths is not None:
             return ragged.encoded(self, x, lengths), (x_lens + 1) // 2
         return encoded(self, x, x_lens, src_key_padding_mask, _called)
 
-    def streaming_forward(self, x, x_lens, states, src_key_padding_mask):
+    def streaming_forward(
+        self, x: Tensor, x_lens: Tensor, states: list[Tensor], src_key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """x (time, batch, channels), one chunk, with states from get_init_states or the previous chunk -> output,
         lengths, states for the next chunk. src_key_padding_mask is (batch, left_context_frames[0] + time).
         """
-        outputs, new_states = [], []
+        outputs: list[Tensor] = []
+        new_states: list[Tensor] = []
         first = 0
         for i, encoder in enumerate(self.encoders):
             factor = self.downsampling_factor[i]
@@ -151,7 +163,11 @@ class Zipformer(torch.nn.Module):
         x = self.downsample_output(self._get_full_dim_output(outputs))
         return x, (x_lens + 1) // 2, new_states
 
-    def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
+    def get_init_states(
+        self,
+        batch_size: int = 1,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ) -> list[Tensor]:
         """Returns the states before the first chunk, which are zeros. Each layer has cached_key, cached_nonlin_attn,
         cached_val1, cached_val2, cached_conv1 and cached_conv2.
         """
@@ -175,7 +191,7 @@ class Zipformer(torch.nn.Module):
                 states += [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         return states
 
-    def _left_context_len(self, factor):
+    def _left_context_len(self, factor: int) -> int:
         frames = self.left_context_frames[0]
         if frames < 0:
             raise ValueError(
@@ -183,7 +199,7 @@ class Zipformer(torch.nn.Module):
             )
         return frames // factor
 
-    def get_feature_masks(self, x):
+    def get_feature_masks(self, x: Tensor) -> list[Tensor | float]:
         """Returns for each stack the mask that multiplies its features: 1.0 in eval mode, in training 0 and 1 of shape
         (1, batch, channels).
 
@@ -197,7 +213,7 @@ class Zipformer(torch.nn.Module):
             raise ValueError(f"Zipformer: x must have {self.encoder_dim[0]} channels, got {channels}")
         all_kept = torch.rand(1, batch, 1, device=x.device) > 0.125
         upper_kept = all_kept & (torch.rand(1, batch, 1, device=x.device) > 0.125)
-        masks = []
+        masks: list[Tensor | float] = []
         for dim, unmasked in zip(self.encoder_dim, self.encoder_unmasked_dim, strict=True):
             middle = unmasked + (dim - unmasked) // 2
             mask = torch.ones(1, batch, dim, dtype=x.dtype, device=x.device)
@@ -206,7 +222,7 @@ class Zipformer(torch.nn.Module):
             masks.append(mask)
         return masks
 
-    def get_chunk_info(self):
+    def get_chunk_info(self) -> tuple[int, int]:
         """Draws (chunk size, left context in chunks) from Python's ``random``; -1 means no limit. A compiled call takes
         the only choice without a draw.
         """
@@ -221,7 +237,7 @@ class Zipformer(torch.nn.Module):
         left_context_chunks = random.choice(self.left_context_frames) // chunk_size  # -1 stays -1
         return chunk_size, left_context_chunks or 1
 
-    def _get_full_dim_output(self, outputs):
+    def _get_full_dim_output(self, outputs: list[Tensor]) -> Tensor:
         """Returns the last stack's output. Channels that it lacks come from the last stack that has them."""
         pieces = [outputs[-1]]
         width = self.encoder_dim[-1]
@@ -232,7 +248,13 @@ class Zipformer(torch.nn.Module):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
-def encoded(encoder, x, x_lens, src_key_padding_mask, run):
+def encoded(
+    encoder: Zipformer,
+    x: Tensor,
+    x_lens: Tensor,
+    src_key_padding_mask: Tensor | None,
+    run: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor]:
     """Computes ``Zipformer.forward`` on the padded batch, for upstream's encoder too. ``run(stack, x, chunk_size=,
     left_context_chunks=, feature_mask=, src_key_padding_mask=)`` computes a stack.
     """
@@ -257,7 +279,9 @@ def encoded(encoder, x, x_lens, src_key_padding_mask, run):
     return x, (x_lens + 1) // 2
 
 
-def _called(stack, x, chunk_size, left_context_chunks, **call):
+def _called(
+    stack: torch.nn.Module, x: Tensor, chunk_size: int, left_context_chunks: int, **call: Any
+) -> Tensor:
     if chunk_size > 0 and isinstance(stack, (ZipformerEncoder, DownsampledZipformerEncoder)):
         call["left_context_chunks"] = left_context_chunks
     elif chunk_size > 0:
@@ -265,14 +289,14 @@ def _called(stack, x, chunk_size, left_context_chunks, **call):
     return stack(x, chunk_size=chunk_size, **call)
 
 
-def int_tuple(name, value):
+def int_tuple(name: str, value: Ints) -> tuple[int, ...]:
     """Returns a tuple of ints from an int, a sequence of ints or a string like "1,2,4"."""
     if isinstance(value, str):
-        parts = value.split(",")
+        parts: list[Any] = value.split(",")
     elif isinstance(value, int):
-        parts = (value,)
+        parts = [value]
     else:
-        parts = tuple(value)
+        parts = list(value)
     try:
         values = tuple(int(part) for part in parts)
     except (TypeError, ValueError):
@@ -282,7 +306,7 @@ def int_tuple(name, value):
     return values
 
 
-def _per_stack(name, values, stacks):
+def _per_stack(name: str, values: tuple[int, ...], stacks: int) -> tuple[int, ...]:
     if len(values) == 1:
         return values * stacks
     if len(values) != stacks:

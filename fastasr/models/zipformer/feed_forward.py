@@ -2,18 +2,19 @@
 """The feed-forward module: a linear layer, SwooshL, dropout, a linear layer."""
 
 import torch
+from torch import Tensor
 
 from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.balancer import Balancer
-from fastasr.models.zipformer.schedules import whitening_schedule
+from fastasr.models.zipformer.schedules import FloatLike, whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 
 
 class FeedforwardModule(torch.nn.Module):
     """x (time, batch, embed_dim) -> same shape. All frames of a sequence share one dropout mask."""
 
-    def __init__(self, embed_dim, feedforward_dim, dropout):
+    def __init__(self, embed_dim: int, feedforward_dim: int, dropout: FloatLike) -> None:
         super().__init__()
         self.in_proj = Linear(embed_dim, feedforward_dim)
         self.hidden_balancer = Balancer(
@@ -31,5 +32,5 @@ class FeedforwardModule(torch.nn.Module):
             num_groups=1, whitening_limit=whitening_schedule(7.5), prob=(0.025, 0.25), grad_scale=0.01
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out_whiten(self.out_proj(self.hidden_balancer(self.in_proj(x))))

@@ -12,9 +12,12 @@ The weights come from the layer's input; nonlin_attention uses those of the firs
 import copy
 import logging
 import random
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr._recording import recording
@@ -27,18 +30,21 @@ from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeig
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
-from fastasr.models.zipformer.decisions import is_zero, owning, rate
+from fastasr.models.zipformer.decisions import Numbers, is_zero, owning, rate
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention, is_plain_gate
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.packed_weights import constant_weights
 from fastasr.models.zipformer.residuals import forked, plus
-from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
-from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat, whitening_schedule
+from fastasr.models.zipformer.self_attention import SelfAttention, Weights
 from fastasr.models.zipformer.shared_weights import FirstHead, SharedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _decided
 from fastasr.ops._decided import Drawn
+
+if TYPE_CHECKING:
+    pass
 
 # Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
 # of stack 0. One thread of Zen 4 takes as long either way, within 15 % at 800 frames and 5 % from 1600 on.
@@ -52,7 +58,7 @@ MOST_WEIGHT_BYTES_WITH_GRADIENTS = 16 << 20
 CONSTANT_ATTENTION = "this version of icefall may draw constant attention weights in eval mode"
 
 
-def _skip_rate(*points, default=0.0):
+def _skip_rate(*points: tuple[float, float], default: float = 0.0) -> ScheduledFloat:
     """Returns the default of a rate argument, which every layer copies."""
     return ScheduledFloat(*points, default=default)
 
@@ -71,23 +77,23 @@ class ZipformerEncoderLayer(torch.nn.Module):
 
     def __init__(
         self,
-        embed_dim,
-        pos_dim,
-        num_heads,
-        query_head_dim,
-        pos_head_dim,
-        value_head_dim,
-        feedforward_dim,
-        dropout=0.1,
-        cnn_module_kernel=31,
-        causal=False,
-        attention_skip_rate=_skip_rate((0.0, 0.2), (4000.0, 0.05), (16000, 0.0)),  # noqa: B008 (copied)
-        conv_skip_rate=_skip_rate((0.0, 0.2), (4000.0, 0.05), (16000, 0.0)),  # noqa: B008
-        const_attention_rate=_skip_rate((0.0, 0.25), (4000.0, 0.025)),  # noqa: B008
-        ff2_skip_rate=_skip_rate((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0)),  # noqa: B008
-        ff3_skip_rate=_skip_rate((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0)),  # noqa: B008
-        bypass_skip_rate=_skip_rate((0.0, 0.5), (4000.0, 0.02)),  # noqa: B008
-    ):
+        embed_dim: int,
+        pos_dim: int,
+        num_heads: int,
+        query_head_dim: int,
+        pos_head_dim: int,
+        value_head_dim: int,
+        feedforward_dim: int,
+        dropout: FloatLike = 0.1,
+        cnn_module_kernel: int = 31,
+        causal: bool = False,
+        attention_skip_rate: FloatLike = _skip_rate((0.0, 0.2), (4000.0, 0.05), (16000, 0.0)),  # noqa: B008 (copied)
+        conv_skip_rate: FloatLike = _skip_rate((0.0, 0.2), (4000.0, 0.05), (16000, 0.0)),  # noqa: B008
+        const_attention_rate: FloatLike = _skip_rate((0.0, 0.25), (4000.0, 0.025)),  # noqa: B008
+        ff2_skip_rate: FloatLike = _skip_rate((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0)),  # noqa: B008
+        ff3_skip_rate: FloatLike = _skip_rate((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0)),  # noqa: B008
+        bypass_skip_rate: FloatLike = _skip_rate((0.0, 0.5), (4000.0, 0.02)),  # noqa: B008
+    ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.bypass = BypassModule(embed_dim, skip_rate=bypass_skip_rate, straight_through_rate=0)
@@ -135,8 +141,14 @@ class ZipformerEncoderLayer(torch.nn.Module):
         self.balancer2 = _balancer(embed_dim, 0.45, 0.55, min_abs=0.1, max_abs=4.0)
 
     def forward(
-        self, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None, left_context_chunks=None
-    ):
+        self,
+        src: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int = -1,
+        attn_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        left_context_chunks: int | None = None,
+    ) -> Tensor:
         return ZipformerEncoderLayer._encode(
             self,
             src,
@@ -150,14 +162,14 @@ class ZipformerEncoderLayer(torch.nn.Module):
 
     def _encode(
         self,
-        src,
-        pos_emb,
-        chunk_size,
-        attn_mask,
-        src_key_padding_mask,
-        may_be_constant,
-        left_context_chunks=None,
-    ):
+        src: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int,
+        attn_mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        may_be_constant: bool,
+        left_context_chunks: int | None = None,
+    ) -> Tensor:
         """Runs the layer. ``may_be_constant``: whether nonlin_attention may get constant weights on this call."""
         call = src, pos_emb, chunk_size, attn_mask, src_key_padding_mask
         by_submodules = partial(ZipformerEncoderLayer._encode_by_submodules, self, may_be_constant)
@@ -166,7 +178,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
             done = whole_layer.encoded(self, *call, left_context_chunks, by_submodules)
         return by_submodules(*call, left_context_chunks) if done is None else done
 
-    def _encode_by_submodules(self, may_be_constant, *call):
+    def _encode_by_submodules(self, may_be_constant: bool, *call: Any) -> Tensor:
         with owning():  # no two nodes in a layer get the same gradient
             src = ZipformerEncoderLayer._branches(self, may_be_constant, *call)
         with owning(runs(self.whiten, Whiten.forward)):  # Whiten has a copy of its own.
@@ -175,20 +187,20 @@ class ZipformerEncoderLayer(torch.nn.Module):
 
     def _branches(
         self,
-        may_be_constant,
-        src,
-        pos_emb,
-        chunk_size,
-        attn_mask,
-        src_key_padding_mask,
-        left_context_chunks,
-        time_emb=None,
-    ):
+        may_be_constant: bool,
+        src: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int,
+        attn_mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        left_context_chunks: int | None,
+        time_emb: Tensor | None = None,
+    ) -> Tensor:
         attention_skip_rate = rate(self.attention_skip_rate) if self.training else 0.0
-        weights = self.self_attn_weights
+        weights: Callable[..., Weights] = self.self_attn_weights
         if _is_long(self, src):
-            weights = partial(RelPositionMultiheadAttentionWeights.unmaterialised, weights)
-        window = {}
+            weights = partial(RelPositionMultiheadAttentionWeights.unmaterialised, self.self_attn_weights)
+        window: dict[str, Any] = {}
         if left_context_chunks is not None and chunk_size > 0:
             window = {"chunk_size": chunk_size, "left_context_chunks": left_context_chunks}
         # x is what a branch reads, src the stream
@@ -219,17 +231,17 @@ class ZipformerEncoderLayer(torch.nn.Module):
 
     def streaming_forward(
         self,
-        src,
-        pos_emb,
-        cached_key,
-        cached_nonlin_attn,
-        cached_val1,
-        cached_val2,
-        cached_conv1,
-        cached_conv2,
-        left_context_len,
-        src_key_padding_mask,
-    ):
+        src: Tensor,
+        pos_emb: Tensor,
+        cached_key: Tensor,
+        cached_nonlin_attn: Tensor,
+        cached_val1: Tensor,
+        cached_val2: Tensor,
+        cached_conv1: Tensor,
+        cached_conv2: Tensor,
+        left_context_len: int,
+        src_key_padding_mask: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         """src (time, batch, embed_dim), one chunk, pos_emb (1 or batch, left_context_len + 2 time - 1, pos_dim),
         src_key_padding_mask (batch, left_context_len + time) and six caches -> output of src's shape and the six caches
         for the next chunk, in the order of the arguments.
@@ -241,7 +253,14 @@ class ZipformerEncoderLayer(torch.nn.Module):
         return by_submodules(*chunk) if done is None else tuple(done)
 
 
-def _stream_by_submodules(layer, src, pos_emb, states, left_context_len, src_key_padding_mask):
+def _stream_by_submodules(
+    layer: ZipformerEncoderLayer,
+    src: Tensor,
+    pos_emb: Tensor,
+    states: tuple[Tensor, ...] | list[Tensor],
+    left_context_len: int,
+    src_key_padding_mask: Tensor | None,
+) -> tuple[Tensor, ...]:
     src_orig = src
     cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2 = states
     attn_weights, cached_key = layer.self_attn_weights.streaming_forward(
@@ -282,7 +301,7 @@ def _stream_by_submodules(layer, src, pos_emb, states, left_context_len, src_key
     return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
 
 
-def takes_chunks(layer):
+def takes_chunks(layer: ZipformerEncoderLayer) -> bool:
     """Says whether ``layer`` and its attention run our code, so that they accept left_context_chunks instead of a
     mask.
     """
@@ -296,7 +315,7 @@ def takes_chunks(layer):
     return not changed and not any_watched((layer, attention))
 
 
-def _is_long(layer, src):
+def _is_long(layer: ZipformerEncoderLayer, src: Tensor) -> bool:
     """Says whether the consumers should compute the weights of this call, since they are too large to keep. The layer's
     attention modules must all run our code, their own or bound to them.
     """
@@ -329,7 +348,7 @@ def _is_long(layer, src):
     )
 
 
-def _perhaps_constant(layer, weights):
+def _perhaps_constant(layer: ZipformerEncoderLayer, weights: Weights) -> Weights:
     """Returns the first head's weights, or constant ones on a share of the calls."""
     recorded = recording()
     if recorded is None:
@@ -340,9 +359,9 @@ def _perhaps_constant(layer, weights):
     return _Constant.apply(weights, numbers)
 
 
-def _shared(layer, weights):
+def _shared(layer: ZipformerEncoderLayer, weights: Weights) -> Weights:
     """Returns the weights, while a call is recorded as weights whose consumers share the memory of their gradient."""
-    recorded = recording() is not None and isinstance(weights, torch.Tensor) and weights.requires_grad
+    recorded = recording() is not None and isinstance(weights, Tensor) and weights.requires_grad
     if not recorded or not _consumers_are_ours(layer):
         return weights
     attention = layer.self_attn_weights
@@ -350,7 +369,7 @@ def _shared(layer, weights):
     return SharedWeights(weights, padded)
 
 
-def _consumers_are_ours(layer):
+def _consumers_are_ours(layer: ZipformerEncoderLayer) -> bool:
     consumers = layer.self_attn1, layer.self_attn2
     gate = layer.nonlin_attention
     ours = runs(gate, NonlinAttention.forward) and all(runs(m, SelfAttention.forward) for m in consumers)
@@ -359,20 +378,28 @@ def _consumers_are_ours(layer):
 
 class _Constant(Function):
     @staticmethod
-    def forward(ctx, weights, numbers):
+    def forward(ctx: Any, weights: Tensor, numbers: Numbers) -> Tensor:
         ctx.numbers = numbers
         return _decided.either(weights, numbers.values[:1])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad * (ctx.numbers.values[0] == 0).to(grad.dtype), None
 
 
-def _balancer(channels, min_positive, max_positive, **limits):
+def _balancer(channels: int, min_positive: float, max_positive: float, **limits: Any) -> Balancer:
     return Balancer(channels, channel_dim=-1, min_positive=min_positive, max_positive=max_positive, **limits)
 
 
-def _plus_convolved(layer, name, src, x, chunk_size, src_key_padding_mask, time_emb):
+def _plus_convolved(
+    layer: ZipformerEncoderLayer,
+    name: str,
+    src: Tensor,
+    x: Tensor,
+    chunk_size: int,
+    src_key_padding_mask: Tensor | None,
+    time_emb: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if not getattr(layer, "use_conv", True):
         return src, x
     skip_rate = rate(layer.conv_skip_rate) if layer.training else 0.0
@@ -383,7 +410,7 @@ def _plus_convolved(layer, name, src, x, chunk_size, src_key_padding_mask, time_
     return _plus_dropped(layer, src, y, skip_rate)
 
 
-def _sequence_mask(layer, x, rate):
+def _sequence_mask(layer: ZipformerEncoderLayer, x: Tensor, rate: Tensor | float) -> Drawn | Tensor | None:
     """Draws (batch, 1), 0 for dropped sequences and 1 for the others, from torch's generator; None at rate 0. For
     packed frames it returns (frames, 1, 1), while a call is recorded the numbers and the rate."""
     if is_zero(rate) or not layer.training:
@@ -391,17 +418,26 @@ def _sequence_mask(layer, x, rate):
     packing = current()
     batch = x.shape[1] if packing is None else len(packing.lengths)
     numbers = torch.rand(batch, 1, device=x.device)
-    if isinstance(rate, torch.Tensor):
+    if isinstance(rate, Tensor):
         return Drawn(numbers, rate)
     mask = (numbers > rate).to(x.dtype)
     return mask if packing is None else packing.repeated(mask).unsqueeze(1)
 
 
-def _plus_dropped(layer, src, y, rate):
+def _plus_dropped(
+    layer: ZipformerEncoderLayer, src: Tensor, y: Tensor, rate: Tensor | float
+) -> tuple[Tensor, Tensor]:
     return plus(src, y, _sequence_mask(layer, y, rate))
 
 
-def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):
+def constant_attention_in_eval(
+    layer: ZipformerEncoderLayer,
+    src: Tensor,
+    pos_emb: Tensor,
+    chunk_size: int = -1,
+    attn_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+) -> Tensor:
     """Computes ``ZipformerEncoderLayer.forward`` as in icefall before March 2024: ``const_attention_rate``, whose
     published schedule is 0 in eval mode, acts in eval mode only. Its random number is drawn in eval mode only too.
     """
@@ -412,7 +448,14 @@ def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=Non
     )
 
 
-def timed_forward(layer, src, pos_emb, time_emb=None, attn_mask=None, src_key_padding_mask=None):
+def timed_forward(
+    layer: Any,
+    src: Tensor,
+    pos_emb: Tensor,
+    time_emb: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+) -> Tensor:
     """Computes ZipVoice's layer, which has convolutions if ``use_conv`` says so, and adds ``time_emb``, (batch,
     embed_dim) or (time, batch, embed_dim), to the stream before feed_forward1 and before each convolution. The weights
     come from the input without it."""

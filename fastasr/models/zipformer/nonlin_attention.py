@@ -7,7 +7,10 @@ out     = out_proj(W (v tanh(s)) y)
 ``fastasr.ops.nonlin_attention`` computes everything between the projections. Identity submodules are not called.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
 
 from fastasr._recording import recording
 from fastasr.models.common.linear import Linear
@@ -19,10 +22,13 @@ from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.packed_weights import PackedWeights
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
-from fastasr.models.zipformer.self_attention import check_cache, check_weights, weighted
+from fastasr.models.zipformer.self_attention import Weights, check_cache, check_weights, weighted
 from fastasr.models.zipformer.shared_weights import FirstHead
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import nonlin_attention
+
+if TYPE_CHECKING:
+    pass
 
 
 class NonlinAttention(torch.nn.Module):
@@ -32,7 +38,7 @@ class NonlinAttention(torch.nn.Module):
     Raises ValueError for weights of another shape.
     """
 
-    def __init__(self, channels, hidden_channels):
+    def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
         self.hidden_channels = hidden_channels
         self.in_proj = Linear(channels, hidden_channels * 3)
@@ -59,7 +65,11 @@ class NonlinAttention(torch.nn.Module):
             grad_scale=0.01,
         )
 
-    def forward(self, x, attn_weights):
+    def forward(
+        self,
+        x: Tensor,
+        attn_weights: Weights,
+    ) -> Tensor:
         check_weights("NonlinAttention", attn_weights, x, x.shape[0])
         projected = self.in_proj(x)
         parts = projected.chunk(3, dim=2)
@@ -77,7 +87,7 @@ class NonlinAttention(torch.nn.Module):
         else:
             after = self.balancer(s), self.whiten1(v), y
         packed = isinstance(attn_weights, PackedWeights | FirstHead) and attn_weights.in_memory
-        if len(attn_weights) != 1 or not (packed or isinstance(attn_weights, torch.Tensor)):
+        if len(attn_weights) != 1 or not (packed or isinstance(attn_weights, Tensor)):
             s, v, y = after
             y = weighted(attn_weights, v * torch.tanh(s)) * y
         else:
@@ -86,7 +96,9 @@ class NonlinAttention(torch.nn.Module):
             y = attn_weights.gated(projected) if packed else nonlin_attention(attn_weights[0], projected)
         return self.whiten2(self.out_proj(y))
 
-    def streaming_forward(self, x, attn_weights, cached_x, left_context_len):
+    def streaming_forward(
+        self, x: Tensor, attn_weights: Tensor, cached_x: Tensor, left_context_len: int
+    ) -> tuple[Tensor, Tensor]:
         """attn_weights (heads, batch, time, left_context_len + time), cached_x (heads, batch,
         left_context_len, hidden_channels / heads) -> output of x's shape, the cache for the next chunk.
         """
@@ -101,7 +113,7 @@ class NonlinAttention(torch.nn.Module):
         return self.out_proj(v * y), cached_x
 
 
-def is_plain_gate(module):
+def is_plain_gate(module: NonlinAttention) -> bool:
     """Says whether tanh and the identities are what their names say, so that one op computes the gate."""
     identities = module.identity1, module.identity2, module.identity3
     return is_plain(module.tanh, torch.nn.Tanh) and all(

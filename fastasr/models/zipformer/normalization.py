@@ -5,6 +5,7 @@ y = x * mean((x - bias)^2)^(-1/2) * exp(log_scale), where the mean is over chann
 """
 
 import torch
+from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.zipformer.parameter_limits import limit_param_value
@@ -19,13 +20,13 @@ class BiasNorm(torch.nn.Module):
 
     def __init__(
         self,
-        num_channels,
-        channel_dim=-1,
-        log_scale=1.0,
-        log_scale_min=-1.5,
-        log_scale_max=1.5,
-        store_output_for_backprop=False,
-    ):
+        num_channels: int,
+        channel_dim: int = -1,
+        log_scale: float = 1.0,
+        log_scale_min: float = -1.5,
+        log_scale_max: float = 1.5,
+        store_output_for_backprop: bool = False,
+    ) -> None:
         super().__init__()
         self.num_channels = num_channels
         self.channel_dim = channel_dim
@@ -35,7 +36,7 @@ class BiasNorm(torch.nn.Module):
         self.log_scale_max = log_scale_max
         self.store_output_for_backprop = store_output_for_backprop
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         log_scale = limit_param_value(
             self.log_scale,
             min=float(self.log_scale_min),

@@ -7,11 +7,15 @@ the norm.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
+
+if TYPE_CHECKING:
+    from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 
 
 class EncoderSizes(NamedTuple):
@@ -44,7 +48,7 @@ class StackSizes(NamedTuple):
     hidden: int
 
     @classmethod
-    def of(cls, layer, factor=1, layers=1):
+    def of(cls, layer: "ZipformerEncoderLayer", factor: int = 1, layers: int = 1) -> "StackSizes":
         """Returns the sizes of a stack of layers like this one."""
         attention = layer.self_attn_weights
         return cls(
@@ -62,7 +66,7 @@ class StackSizes(NamedTuple):
             hidden=layer.nonlin_attention.out_proj.in_features,
         )
 
-    def state_shapes(self, streams, left):
+    def state_shapes(self, streams: int, left: int) -> tuple[tuple[int, ...], ...]:
         """Returns the shapes of a layer's six states, as upstream has them. left is in frames of the stack."""
         values, past = (left, streams, self.heads * self.value), (streams, self.dim, self.taps // 2)
         keys, hidden = (left, streams, self.heads * self.query), (1, streams, left, self.hidden)
@@ -73,23 +77,23 @@ class StackSizes(NamedTuple):
 class Packed:
     """The inputs of packing: weights (outputs, inputs) and biases of the products, and small tables."""
 
-    weights: list = field(default_factory=list)
-    biases: list = field(default_factory=list)
-    tables: list = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    biases: list[Tensor] = field(default_factory=list)
+    tables: list[Tensor] = field(default_factory=list)
 
-    def product(self, weight, bias):
+    def product(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weights.append(_floats(weight.flatten(1)))
         self.biases.append(weight.new_zeros(len(weight)) if bias is None else _floats(bias))
 
-    def linears(self, *modules):
+    def linears(self, *modules: Any) -> None:
         for module in modules:
             self.product(module.weight, module.bias)
 
-    def table(self, values):
+    def table(self, values: Tensor) -> None:
         self.tables.append(_floats(values))
 
 
-def pack_layer(packed, layer, positions, frames):
+def pack_layer(packed: Packed, layer: "ZipformerEncoderLayer", positions: Tensor, frames: int) -> None:
     """Packs a causal layer for chunks of ``frames``. positions (offsets, pos_dim) are the positional encodings."""
     attention = layer.self_attn_weights
     packed.linears(attention.in_proj, layer.feed_forward1.in_proj, layer.feed_forward1.out_proj)
@@ -108,12 +112,12 @@ def pack_layer(packed, layer, positions, frames):
     packed.table(layer.norm.log_scale.exp())
 
 
-def _pack_convolution(packed, conv, frames):
+def _pack_convolution(packed: Packed, conv: Any, frames: int) -> None:
     for part in (conv.causal_conv, conv.chunkwise_conv):
         packed.table(part.weight[:, 0].T)
         packed.table(part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias)
     packed.table(ChunkCausalDepthwiseConv1d._get_chunk_scale(conv, frames).T)
 
 
-def _floats(values):
+def _floats(values: Tensor) -> Tensor:
     return values.detach().to(torch.float32).contiguous()

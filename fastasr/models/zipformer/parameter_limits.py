@@ -6,31 +6,36 @@ gradient g, below ``min`` it becomes -|g|, above ``max`` it becomes |g|.
 """
 
 import random
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr._recording import recording
 from fastasr._transforms import Function
+from fastasr.models.zipformer.schedules import FloatLike
 from fastasr.ops import _decided
 from fastasr.ops._decided import Drawn
 
 
 class LimitParamValue(Function):
     @staticmethod
-    def forward(ctx, x, min, max):
+    def forward(ctx: Any, x: Tensor, min: float, max: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.min, ctx.max = min, max
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad = torch.where((x < ctx.min) & (grad > 0), -grad, grad)
         grad = torch.where((x > ctx.max) & (grad < 0), -grad, grad)
         return grad, None, None
 
 
-def limit_param_value(x, min, max, prob=0.6, training=True):
+def limit_param_value(
+    x: Tensor, min: FloatLike, max: FloatLike, prob: float = 0.6, training: bool = True
+) -> Tensor:
     """Returns x itself. In training, a call limits its gradient with probability ``prob``.
 
     A call in training draws one number from Python's ``random``. Raises ValueError if ``min > max`` and the limit
@@ -46,7 +51,7 @@ def limit_param_value(x, min, max, prob=0.6, training=True):
     return LimitParamValue.apply(x, min, max)
 
 
-def _drawn(min, max, prob):
+def _drawn(min: FloatLike, max: FloatLike, prob: float) -> list[bool | float]:
     """Returns whether this call limits the gradient, and the limits."""
     min, max = float(min), float(max)
     apply = random.random() < prob
@@ -55,12 +60,12 @@ def _drawn(min, max, prob):
     return [apply, min, max]
 
 
-def recorded_limits(min, max, prob=0.6):
+def recorded_limits(min: FloatLike, max: FloatLike, prob: float = 0.6) -> Tensor:
     """Returns the numbers on the device of a call that is being recorded: whether it limits the gradient, min, max."""
     return recording().numbers(lambda: _drawn(min, max, prob), 3).values
 
 
-def recorded_limit(x, limits, drawn=None):
+def recorded_limit(x: Tensor, limits: Tensor, drawn: Drawn | None = None) -> Tensor:
     """Returns x (C,), limited. With ``drawn`` it returns x for each sequence that is kept and 0 for the others, (batch,
     C).
     """
@@ -71,22 +76,22 @@ class _Limited(Function):
     """LimitParamValue with numbers on the device: (whether it applies, min, max)."""
 
     @staticmethod
-    def forward(ctx, x, limits):
+    def forward(ctx: Any, x: Tensor, limits: Tensor) -> Tensor:
         ctx.save_for_backward(x, limits)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _decided.limited(grad, *ctx.saved_tensors), None
 
 
 class _LimitedRows(Function):
     @staticmethod
-    def forward(ctx, x, limits, numbers, rate):
+    def forward(ctx: Any, x: Tensor, limits: Tensor, numbers: Tensor, rate: Tensor) -> Tensor:
         ctx.save_for_backward(x, limits, numbers, rate)
         return _decided.scaled(x, Drawn(numbers, rate))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, limits, *drawn = ctx.saved_tensors
         return _decided.limited(grad, x, limits, Drawn(*drawn)), None, None, None

@@ -11,8 +11,10 @@ Near 0 the encodings of neighbouring offsets differ clearly; far away mainly the
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.models.zipformer.dropout import Dropout2
 
@@ -25,7 +27,9 @@ class CompactRelPositionalEncoding(torch.nn.Module):
     dict. Raises ValueError for an odd embed_dim or a length_factor below 1.
     """
 
-    def __init__(self, embed_dim, dropout_rate, max_len=1000, length_factor=1.0):
+    def __init__(
+        self, embed_dim: int, dropout_rate: float, max_len: int = 1000, length_factor: float = 1.0
+    ) -> None:
         super().__init__()
         if embed_dim % 2 != 0:
             raise ValueError(f"CompactRelPositionalEncoding: embed_dim must be even, got {embed_dim}")
@@ -35,11 +39,11 @@ class CompactRelPositionalEncoding(torch.nn.Module):
             )
         self.embed_dim = embed_dim
         self.dropout = Dropout2(dropout_rate)
-        self.pe = None
+        self.pe: Any = None  # the table, a Tensor, after ``extend_pe``
         self.length_factor = length_factor
         self.extend_pe(torch.tensor(0.0).expand(max_len))
 
-    def extend_pe(self, x, left_context_len=0):
+    def extend_pe(self, x: Tensor, left_context_len: int = 0) -> None:
         """Makes ``pe`` long enough for x (time, ...), in float32 and on x's device."""
         length = x.size(0) + left_context_len
         if self.pe is None or self.pe.is_meta or self.pe.size(0) < 2 * length - 1:
@@ -48,7 +52,7 @@ class CompactRelPositionalEncoding(torch.nn.Module):
         elif self.pe.device != x.device:
             self.pe = self.pe.to(x.device)
 
-    def _encode(self, length, device):
+    def _encode(self, length: int, device: torch.device) -> Tensor:
         offset = torch.arange(1 - length, length, dtype=torch.float32, device=device).unsqueeze(1)
         harmonic = torch.arange(1, self.embed_dim // 2 + 1, dtype=torch.float32, device=device)
         c = self.embed_dim**0.5
@@ -58,7 +62,7 @@ class CompactRelPositionalEncoding(torch.nn.Module):
         pe[:, -1] = 1.0
         return pe
 
-    def forward(self, x, left_context_len=0):
+    def forward(self, x: Tensor, left_context_len: int = 0) -> Tensor:
         self.extend_pe(x, left_context_len)
         zero = self.pe.size(0) // 2
         time = x.size(0)

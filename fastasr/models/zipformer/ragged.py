@@ -7,9 +7,12 @@ its own last frame, where upstream's reads frames of padding. In training balanc
 exist.
 """
 
+from collections.abc import Iterator
 from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastasr.models.common import ragged
 from fastasr.models.common.plain import any_watched, runs
@@ -24,10 +27,14 @@ from fastasr.models.zipformer.resampling import convert_num_channels
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.stack import check_chunks
 
+if TYPE_CHECKING:
+    from fastasr.models.zipformer.encoder import Zipformer
+    from fastasr.models.zipformer.resampling import SimpleDownsample
+
 # Frames of padding, 20 ms each: with fewer the host takes more time for a training step than a GPU for the padding.
 LEAST_ON_GPU = 150_000
 
-_OURS = {
+_OURS: dict[str, Any] = {  # the classes whose forward each part of a layer must run
     "self_attn_weights": RelPositionMultiheadAttentionWeights,
     "self_attn1": SelfAttention,
     "self_attn2": SelfAttention,
@@ -41,7 +48,7 @@ _OURS = {
 _parts = attrgetter(*_OURS)
 
 
-def why_not(encoder) -> str | None:
+def why_not(encoder: "Zipformer") -> str | None:
     """Returns why this encoder cannot leave padding out, or None."""
     for name, module in _not_called(encoder):
         if any_watched([module]):
@@ -59,7 +66,7 @@ def why_not(encoder) -> str | None:
     return None
 
 
-def _not_called(encoder):
+def _not_called(encoder: "Zipformer") -> Iterator[tuple[str, torch.nn.Module]]:
     """Yields (name, module) for the modules whose parameters, or those of modules inside, ``encoded`` uses without
     calling them, so that a hook of FSDP would not gather these."""
     yield "downsample_output", encoder.downsample_output
@@ -70,7 +77,7 @@ def _not_called(encoder):
             yield f"encoders.{i}.encoder", stack.encoder
 
 
-def lengths(encoder, x, mask) -> list[int] | None:
+def lengths(encoder: "Zipformer", x: Tensor, mask: Tensor | None) -> list[int] | None:
     """Does as ``common.ragged.lengths`` for x (time, batch, channels) and a mask (batch, time), True at padding, or
     None."""
     if mask is None or mask.shape != (x.shape[1], x.shape[0]):
@@ -78,7 +85,7 @@ def lengths(encoder, x, mask) -> list[int] | None:
     return ragged.lengths(encoder, ~mask.to(torch.bool), lambda: why_not(encoder), LEAST_ON_GPU)
 
 
-def encoded(encoder, x, lengths):
+def encoded(encoder: "Zipformer", x: Tensor, lengths: list[int]) -> Tensor:
     """x (time, batch, channels) -> ((time + 1) // 2, batch, channels), 0 behind each recording's end."""
     feature_masks = encoder.get_feature_masks(x)
     chunk_size, left_context_chunks = encoder.get_chunk_info()
@@ -97,7 +104,14 @@ def encoded(encoder, x, lengths):
     return packing.batch(src[:, 0], (len(x) + 1) // 2).transpose(0, 1)
 
 
-def _stack(stack, src, packing, chunk_size, left_context_chunks, feature_mask):
+def _stack(
+    stack: Any,
+    src: Tensor,
+    packing: Packing,
+    chunk_size: int,
+    left_context_chunks: int,
+    feature_mask: Tensor | float,
+) -> Tensor:
     """Runs a stack on packed frames (N, 1, channels)."""
     window = chunk_size, left_context_chunks, feature_mask
     if not hasattr(stack, "downsample"):
@@ -110,8 +124,15 @@ def _stack(stack, src, packing, chunk_size, left_context_chunks, feature_mask):
         return stack.out_combiner(src, rate.upsampled(y))
 
 
-def _layers(stack, src, packing, chunk_size, left_context_chunks, feature_mask):
-    if isinstance(feature_mask, torch.Tensor):
+def _layers(
+    stack: Any,
+    src: Tensor,
+    packing: Packing,
+    chunk_size: int,
+    left_context_chunks: int,
+    feature_mask: Tensor | float,
+) -> Tensor:
+    if isinstance(feature_mask, Tensor):
         feature_mask = packing.repeated(feature_mask[0]).unsqueeze(1)
     pos_emb = stack.encoder_pos(src[: max(packing.lengths)])
     chunks = {"left_context_chunks": left_context_chunks} if chunk_size > 0 else {}
@@ -122,11 +143,11 @@ def _layers(stack, src, packing, chunk_size, left_context_chunks, feature_mask):
     return src
 
 
-def _scaled(src, feature_mask):
-    return src * feature_mask if isinstance(feature_mask, torch.Tensor) else src
+def _scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
+    return src * feature_mask if isinstance(feature_mask, Tensor) else src
 
 
-def _downsampled(module, src, packing):
+def _downsampled(module: "SimpleDownsample", src: Tensor, packing: Packing) -> Tensor:
     """Does as SimpleDownsample for packed frames: each recording ends with its own last frame, repeated."""
     weights = module.bias.softmax(0).view(-1, 1, 1)
     return (packing.at_rate(module.downsample).grouped(src) * weights).sum(1)

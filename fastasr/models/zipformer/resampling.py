@@ -9,6 +9,9 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr.models.zipformer.schedules import FloatLike
 
 
 class SimpleDownsample(torch.nn.Module):
@@ -17,7 +20,7 @@ class SimpleDownsample(torch.nn.Module):
     ``channels``, ``dropout`` and ``causal`` are accepted for compatibility and have no effect.
     """
 
-    def __init__(self, channels, downsample, dropout, causal):
+    def __init__(self, channels: int, downsample: int, dropout: FloatLike, causal: bool) -> None:
         super().__init__()
         self.causal = causal
         self.bias = torch.nn.Parameter(torch.zeros(downsample))
@@ -25,7 +28,7 @@ class SimpleDownsample(torch.nn.Module):
         self.dropout = copy.deepcopy(dropout)
         self.downsample = downsample
 
-    def forward(self, src):
+    def forward(self, src: Tensor) -> Tensor:
         frames, batch, channels = src.shape
         factor = self.downsample
         missing = -frames % factor
@@ -39,17 +42,17 @@ class SimpleDownsample(torch.nn.Module):
 class SimpleUpsample(torch.nn.Module):
     """(time, batch, channels) -> (time * upsample, batch, channels). It repeats each frame."""
 
-    def __init__(self, num_channels, upsample):
+    def __init__(self, num_channels: int, upsample: int) -> None:
         super().__init__()
         self.upsample = upsample
 
-    def forward(self, src):
+    def forward(self, src: Tensor) -> Tensor:
         frames, batch, channels = src.shape
         repeated = src.unsqueeze(1).expand(frames, self.upsample, batch, channels)
         return repeated.reshape(frames * self.upsample, batch, channels)
 
 
-def convert_num_channels(x, num_channels):
+def convert_num_channels(x: Tensor, num_channels: int) -> Tensor:
     """Cuts the last dimension of x to ``num_channels`` channels or pads it with zeros."""
     missing = num_channels - x.shape[-1]
     return F.pad(x, (0, missing)) if missing > 0 else x[..., :num_channels]

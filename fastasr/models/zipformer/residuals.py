@@ -6,7 +6,10 @@ one adds up the gradients of a tensor's consumers. The gradient that a branch ge
 modules at its end may change it in place.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr._recording import recording
 from fastasr._transforms import Function
@@ -15,26 +18,27 @@ from fastasr.ops._decided import Drawn
 from fastasr.ops._register import autocast_dtype
 
 
-def forked(src, wide, narrow):
+def forked(src: Tensor, wide: int, narrow: int) -> tuple[Tensor, ...]:
     """Returns ``src`` for ``wide`` consumers that take its own dtype and ``narrow`` ones that take autocast's."""
     if recording() is None:
         return (src,) * (wide + narrow)
     return _Forked.apply(src, wide, narrow, _narrow(src))
 
 
-def plus(src, y, mask=None):
+def plus(src: Tensor, y: Tensor, mask: Drawn | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns src + y * mask twice, for the stream and for the next branch. ``mask`` is None, a tensor, whose products
     with 0 and 1 are exact, or in a recorded pass ``Drawn``."""
     if recording() is None:
-        out = src + y if mask is None else torch.addcmul(src, y, mask)
+        factor: Any = mask
+        out = src + y if mask is None else torch.addcmul(src, y, factor)
         return out, out
-    numbers = mask or Drawn(None, None)
+    numbers: Any = mask or (None, None)
     return _Plus.apply(
         src, y, *numbers, _narrow(src) if src.dtype == torch.promote_types(src.dtype, y.dtype) else None
     )
 
 
-def _narrow(src):
+def _narrow(src: Tensor) -> torch.dtype | None:
     """Returns the dtype in which branches take ``src``, or None if it is that of ``src``."""
     dtype = autocast_dtype(src)
     return None if dtype is src.dtype or src.dtype is torch.float64 else dtype
@@ -42,7 +46,14 @@ def _narrow(src):
 
 class _Plus(Function):
     @staticmethod
-    def forward(ctx, src, y, numbers, rate, narrow):
+    def forward(
+        ctx: Any,
+        src: Tensor,
+        y: Tensor,
+        numbers: Any,
+        rate: Any,
+        narrow: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(numbers, rate)
         ctx.dtypes = src.dtype, y.dtype
         ctx.set_materialize_grads(False)
@@ -50,8 +61,8 @@ class _Plus(Function):
         return out, branch.view_as(branch)
 
     @staticmethod
-    def backward(ctx, *grads):
-        grads = [g for g in grads if g is not None]
+    def backward(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = [g for g in found if g is not None]
         if not grads:
             return None, None, None, None, None
         numbers, rate = ctx.saved_tensors
@@ -64,14 +75,16 @@ class _Plus(Function):
 
 class _Forked(Function):
     @staticmethod
-    def forward(ctx, src, wide, narrow, dtype):
+    def forward(
+        ctx: Any, src: Tensor, wide: int, narrow: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
         ctx.dtype, ctx.wide = src.dtype, wide
         ctx.set_materialize_grads(False)
         branch = src if dtype is None or not narrow else src.to(dtype)
         return *(src.view_as(src) for _ in range(wide)), *(branch.view_as(branch) for _ in range(narrow))
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
         # Autograd adds them in the order of the backward pass.
-        grads = [g for g in (*grads[: ctx.wide][::-1], *grads[ctx.wide :][::-1]) if g is not None]
+        grads = [g for g in (*found[: ctx.wide][::-1], *found[ctx.wide :][::-1]) if g is not None]
         return _decided.gradients(grads, None, ctx.dtype, None)[0] if grads else None, None, None, None

@@ -8,6 +8,8 @@ import bisect
 import itertools
 import logging
 import random
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,7 +17,9 @@ import torch
 class PiecewiseLinear:
     """A function of one number, from (x, y) pairs with increasing x, or from another PiecewiseLinear."""
 
-    def __init__(self, *args):
+    pairs: list[tuple[float, float]]
+
+    def __init__(self, *args: Any) -> None:
         if len(args) == 1 and isinstance(args[0], PiecewiseLinear):
             self.pairs = list(args[0].pairs)
         else:
@@ -26,10 +30,10 @@ class PiecewiseLinear:
             if following <= x:
                 raise ValueError(f"PiecewiseLinear: x must increase, got {self.pairs}")
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"PiecewiseLinear({str(self.pairs)[1:-1]})"
 
-    def __call__(self, x):
+    def __call__(self, x: float) -> float:
         if x <= self.pairs[0][0]:
             return self.pairs[0][1]
         if x >= self.pairs[-1][0]:
@@ -38,26 +42,26 @@ class PiecewiseLinear:
         (x0, y0), (x1, y1) = self.pairs[end - 1], self.pairs[end]
         return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
-    def __mul__(self, alpha):
+    def __mul__(self, alpha: float) -> "PiecewiseLinear":
         return PiecewiseLinear(*((x, y * alpha) for x, y in self.pairs))
 
-    def __add__(self, other):
+    def __add__(self, other: "PiecewiseLinear | float") -> "PiecewiseLinear":
         if isinstance(other, (int, float)):
             return PiecewiseLinear(*((x, y + other) for x, y in self.pairs))
         return self._combine(other, lambda a, b: a + b, include_crossings=False)
 
-    def max(self, other):
+    def max(self, other: "PiecewiseLinear | float") -> "PiecewiseLinear":
         return self._combine(other, max, include_crossings=True)
 
-    def min(self, other):
+    def min(self, other: "PiecewiseLinear | float") -> "PiecewiseLinear":
         return self._combine(other, min, include_crossings=True)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, PiecewiseLinear) and self.pairs == other.pairs
 
-    __hash__ = None
-
-    def _combine(self, other, function, include_crossings):
+    def _combine(
+        self, other: "PiecewiseLinear | float", function: Callable[..., Any], include_crossings: bool
+    ) -> "PiecewiseLinear":
         if isinstance(other, (int, float)):
             other = PiecewiseLinear((0, other))
         a, b = self.get_common_basis(other, include_crossings)
@@ -65,7 +69,9 @@ class PiecewiseLinear:
             *((x, function(y, z)) for (x, y), (_, z) in zip(a.pairs, b.pairs, strict=True))
         )
 
-    def get_common_basis(self, p, include_crossings=False):
+    def get_common_basis(
+        self, p: "PiecewiseLinear | float", include_crossings: bool = False
+    ) -> "tuple[PiecewiseLinear, PiecewiseLinear]":
         """Returns both functions on a common set of x values; ``include_crossings`` adds those where they cross."""
         if not isinstance(p, PiecewiseLinear):
             raise TypeError(
@@ -79,7 +85,8 @@ class PiecewiseLinear:
                 if (before > 0) != (after > 0):
                     crossings.append(x + abs(before) / (abs(before) + abs(after)) * (following - x))
             points = sorted({*points, *crossings})
-        return tuple(PiecewiseLinear(*((x, f(x)) for x in points)) for f in (self, p))
+        one, other = (PiecewiseLinear(*((x, f(x)) for x in points)) for f in (self, p))
+        return one, other
 
 
 class ScheduledFloat(torch.nn.Module):
@@ -90,17 +97,17 @@ class ScheduledFloat(torch.nn.Module):
     from Python's ``random``, which decides whether the value is logged.
     """
 
-    def __init__(self, *args, default=0.0):
+    def __init__(self, *args: Any, default: float = 0.0) -> None:
         super().__init__()
-        self.batch_count = None
-        self.name = None
+        self.batch_count: float | None = None
+        self.name: str | None = None
         self.default = default
         self.schedule = PiecewiseLinear(*args)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"batch_count={self.batch_count}, schedule={self.schedule.pairs}, default={self.default}"
 
-    def __float__(self):
+    def __float__(self) -> float:
         if self.batch_count is None or not self.training:
             return float(self.default)
         value = self.schedule(self.batch_count)
@@ -110,13 +117,15 @@ class ScheduledFloat(torch.nn.Module):
             )
         return value
 
-    def __add__(self, x):
+    def __add__(self, x: "ScheduledFloat | float") -> "ScheduledFloat":
         return self._combine(x, PiecewiseLinear.__add__, lambda a, b: a + b)
 
-    def max(self, x):
+    def max(self, x: "ScheduledFloat | float") -> "ScheduledFloat":
         return self._combine(x, PiecewiseLinear.max, max)
 
-    def _combine(self, x, of_schedules, of_defaults):
+    def _combine(
+        self, x: "ScheduledFloat | float", of_schedules: Callable[..., Any], of_defaults: Callable[..., Any]
+    ) -> "ScheduledFloat":
         """Combines this schedule with a schedule or a number. A number leaves the default unchanged."""
         if isinstance(x, (int, float)):
             return ScheduledFloat(of_schedules(self.schedule, x), default=self.default)
@@ -128,6 +137,6 @@ class ScheduledFloat(torch.nn.Module):
 FloatLike = float | ScheduledFloat
 
 
-def whitening_schedule(limit, ratio=2.0):
+def whitening_schedule(limit: float, ratio: float = 2.0) -> ScheduledFloat:
     """Returns a schedule from ``limit`` to ``ratio * limit`` over 20,000 batches."""
     return ScheduledFloat((0.0, limit), (20000.0, ratio * limit), default=limit)

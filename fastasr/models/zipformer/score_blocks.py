@@ -5,7 +5,10 @@ unmaterialised weights that have no kernel use it.
     s[h,b,i,j] = q[h,b,i] . k[h,b,j] + p[h,b,i] . R[h, T-1-i+j]
 """
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from fastasr.ops._relative_positions import relative_shift
 from fastasr.ops._zipformer_attention import MASKED
@@ -20,7 +23,14 @@ class ScoreBlocks:
     projected is (time, batch, q | k | p), positions (1 or batch, 2 time - 1, num_heads * dim) or None.
     """
 
-    def __init__(self, projected, positions, num_heads, query_head_dim, heads=None):
+    def __init__(
+        self,
+        projected: Tensor,
+        positions: Tensor | None,
+        num_heads: int,
+        query_head_dim: int,
+        heads: int | None = None,
+    ) -> None:
         wide = torch.promote_types(projected.dtype, torch.float32)
         self.frames, self.batch, width = projected.shape
         self.heads = num_heads if heads is None else heads
@@ -37,7 +47,7 @@ class ScoreBlocks:
             r = positions.detach().reshape(*positions.shape[:2], num_heads, dims[2])
             self.r = r[:, :, : self.heads].permute(2, 0, 1, 3).to(wide)  # [H, 1 or B, 2T - 1, dim]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
         rows = max(1, BLOCK_ELEMENTS // max(1, self.heads * self.batch * self.frames))
         for first in range(0, self.frames, rows):
             end = min(first + rows, self.frames)
@@ -47,12 +57,19 @@ class ScoreBlocks:
                 scores += relative_shift(products)
             yield first, end, scores
 
-    def offsets(self, first, end):
+    def offsets(self, first: int, end: int) -> slice:
         """Returns the rows of R that the queries [first, end) need."""
         return slice(self.frames - end, 2 * self.frames - 1 - first)
 
 
-def fill_hidden(scores, first, key_padding_mask=None, attn_mask=None, chunk_size=-1, left_context_chunks=-1):
+def fill_hidden(
+    scores: Tensor,
+    first: int,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    chunk_size: int = -1,
+    left_context_chunks: int = -1,
+) -> Tensor:
     """Sets the hidden scores of (heads, batch, rows, time), whose rows begin at ``first``, to -1000."""
     rows, frames = scores.shape[-2:]
     if chunk_size > 0:

@@ -4,7 +4,10 @@
 y = out_proj(concat over heads of W_h in_proj(x)_h)
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
@@ -14,8 +17,15 @@ from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _dispatch
 
+if TYPE_CHECKING:
+    pass
+
 _OPERATORS = "weighted_values", "weighted_values_backward"
 MOST_COLUMNS = 32  # With gradients, the kernels for few columns serve heads of at most this many.
+
+
+# Attention weights are a Tensor, or an object that stands for one and has ``weighted`` or ``gated``.
+Weights = Any
 
 
 class SelfAttention(torch.nn.Module):
@@ -24,7 +34,7 @@ class SelfAttention(torch.nn.Module):
     Raises ValueError for weights of another shape.
     """
 
-    def __init__(self, embed_dim, num_heads, value_head_dim):
+    def __init__(self, embed_dim: int, num_heads: int, value_head_dim: int) -> None:
         super().__init__()
         self.in_proj = Linear(embed_dim, num_heads * value_head_dim)
         self.out_proj = ScaledLinear(num_heads * value_head_dim, embed_dim, initial_scale=0.05)
@@ -35,11 +45,13 @@ class SelfAttention(torch.nn.Module):
             grad_scale=0.01,
         )
 
-    def forward(self, x, attn_weights):
+    def forward(self, x: Tensor, attn_weights: Weights) -> Tensor:
         check_weights("SelfAttention", attn_weights, x, x.shape[0])
         return self.whiten(self.out_proj(weighted(attn_weights, self.in_proj(x))))
 
-    def streaming_forward(self, x, attn_weights, cached_val, left_context_len):
+    def streaming_forward(
+        self, x: Tensor, attn_weights: Tensor, cached_val: Tensor, left_context_len: int
+    ) -> tuple[Tensor, Tensor]:
         """attn_weights (heads, batch, time, left_context_len + time), cached_val (left_context_len, batch,
         heads * value_head_dim) -> output of x's shape, the cache for the next chunk.
         """
@@ -50,9 +62,12 @@ class SelfAttention(torch.nn.Module):
         return self.out_proj(weighted(attn_weights, values)), cached_val
 
 
-def weighted(attn_weights, values):
+def weighted(
+    attn_weights: Weights,
+    values: Tensor,
+) -> Tensor:
     """W (heads, batch, T, S), values (S, batch, heads * dim) -> (T, batch, heads * dim)."""
-    if not isinstance(attn_weights, torch.Tensor):
+    if not isinstance(attn_weights, Tensor):
         return attn_weights.weighted(values)
     heads = attn_weights.shape[0]
     sources, batch, channels = values.shape
@@ -69,17 +84,17 @@ class _Weighted(Function):
     """``weighted`` by the kernels for few columns, for which a BLAS is far from its rate."""
 
     @staticmethod
-    def forward(ctx, attn_weights, values):
+    def forward(ctx: Any, attn_weights: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(attn_weights, values)
         return torch.ops.fastasr_cpu.weighted_values.default(attn_weights, values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.fastasr_cpu.weighted_values_backward.default(grad.contiguous(), *ctx.saved_tensors)
 
 
-def _is_native(weights, values):
+def _is_native(weights: Tensor, values: Tensor) -> bool:
     """Says whether the kernels for few columns can be used: float32 on the CPU."""
     return (
         _dispatch.serves_floats(_OPERATORS, weights, values)
@@ -89,7 +104,12 @@ def _is_native(weights, values):
     )
 
 
-def check_weights(name, attn_weights, x, sources):
+def check_weights(
+    name: str,
+    attn_weights: Weights,
+    x: Tensor,
+    sources: int,
+) -> None:
     frames, batch, _ = x.shape
     if tuple(attn_weights.shape[1:]) != (batch, frames, sources):
         raise ValueError(
@@ -97,6 +117,6 @@ def check_weights(name, attn_weights, x, sources):
         )
 
 
-def check_cache(name, argument, frames, left_context_len):
+def check_cache(name: str, argument: str, frames: int, left_context_len: int) -> None:
     if frames != left_context_len:
         raise ValueError(f"{name}: {argument} must hold {left_context_len} frames, got {frames}")

@@ -5,10 +5,14 @@ Each consumer returns the weights for the next one. In the backward pass the las
 weights, and the earlier ones add their products to it in place: no consumer's part is a tensor of its own.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
+from fastasr.models.zipformer.decisions import Numbers
 from fastasr.ops import _decided, _gemm, _layout
 from fastasr.ops._nonlin_attention import passes
 
@@ -18,21 +22,21 @@ class SharedWeights:
     and the next row are zeros, so that products may take as many columns as are read fastest.
     """
 
-    def __init__(self, weights, padded=False):
+    def __init__(self, weights: Tensor, padded: bool = False) -> None:
         self._weights, self._padded = weights, padded
         self.shape = weights.shape
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: slice) -> "FirstHead":
         if index != slice(0, 1):
             raise IndexError(f"SharedWeights: only the first head is given apart, got {index}")
         return FirstHead(self)
 
-    def weighted(self, values):
+    def weighted(self, values: Tensor) -> Tensor:
         """values (T, batch, heads * dim) -> their weighted sums, same shape."""
         y, self._weights = _Weighted.apply(self._weights, values, self._padded)
         return y
 
-    def gated(self, projected, constant):
+    def gated(self, projected: Tensor, constant: Numbers | None) -> Tensor:
         y, self._weights = _Gated.apply(self._weights, projected, constant, self._padded)
         return y
 
@@ -42,26 +46,26 @@ class FirstHead:
 
     in_memory = True
 
-    def __init__(self, shared, constant=None):
+    def __init__(self, shared: SharedWeights, constant: Numbers | None = None) -> None:
         self.shared, self.constant = shared, constant
         self.shape = torch.Size((1, *shared.shape[1:]))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 1
 
-    def gated(self, projected):
+    def gated(self, projected: Tensor) -> Tensor:
         """projected (T, batch, 3 channels) -> the result of ``ops.nonlin_attention``."""
         return self.shared.gated(projected, self.constant)
 
 
-def _sources(weights, padded):
+def _sources(weights: Tensor, padded: bool) -> int:
     """Returns how many columns products take: with ``padded`` up to a multiple of 8, as far as rows have zeros."""
     sources = weights.shape[-1]
     wide = -(-sources // 8) * 8
     return wide if padded and weights.stride(2) >= wide and _decided.pads(weights) else sources
 
 
-def _flat(weights, sources):
+def _flat(weights: Tensor, sources: int) -> Tensor:
     """Returns the weights as (heads * batch, T, sources)."""
     heads, batch, targets, _ = weights.shape
     if sources == weights.shape[-1]:
@@ -70,7 +74,7 @@ def _flat(weights, sources):
     return weights.as_strided((heads * batch, targets, sources), (targets * row, row, 1))
 
 
-def _room(weights):
+def _room(weights: Tensor) -> Tensor:
     """Returns memory for the gradient, with rows as far apart as those of the weights, to the end of the last one."""
     heads, batch, targets, _ = weights.shape
     return weights.new_empty(heads * batch * targets * weights.stride(2)).as_strided(
@@ -78,7 +82,7 @@ def _room(weights):
     )
 
 
-def _added(total, weights, a, b):
+def _added(total: Tensor | None, weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Returns total + a b, in place, or a b in new memory."""
     sources = b.shape[-1]
     if total is None:
@@ -91,7 +95,7 @@ def _added(total, weights, a, b):
 
 class _Weighted(Function):
     @staticmethod
-    def forward(ctx, weights, values, padded):
+    def forward(ctx: Any, weights: Tensor, values: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
         heads, targets, sources = len(weights), weights.shape[2], _sources(weights, padded)
         ctx.dim = values.shape[2] // heads
         values = _decided.split_heads(values.to(weights.dtype), heads, sources)
@@ -102,11 +106,11 @@ class _Weighted(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, total):
+    def backward(ctx: Any, grad: Tensor | None, total: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return total, None, None
         weights, values = ctx.saved_tensors
-        heads, targets, sources = *weights.shape[::2], weights.shape[3]
+        heads, _, targets, sources = weights.shape
         grad = _decided.split_heads(grad, heads, targets)
         total = _added(total, weights, grad, values.mT)
         dvalues = torch.bmm(_flat(weights, values.shape[1]).mT, grad)
@@ -115,7 +119,9 @@ class _Weighted(Function):
 
 class _Gated(Function):
     @staticmethod
-    def forward(ctx, weights, projected, constant, padded):
+    def forward(
+        ctx: Any, weights: Tensor, projected: Tensor, constant: Numbers | None, padded: bool
+    ) -> tuple[Tensor, Tensor]:
         first = weights[:1]
         if constant is not None:
             first = _decided.either(first, constant.values[:1])
@@ -130,11 +136,12 @@ class _Gated(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, total):
+    def backward(ctx: Any, grad: Tensor | None, total: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return total, None, None, None
         weights, first, projected, o = ctx.saved_tensors
-        kernels, grad = passes(weights, projected), grad.contiguous()
+        kernels: Any = passes(weights, projected)
+        grad = grad.contiguous()
         constant = None if ctx.constant is None else ctx.constant.values[:1]  # equal weights have no gradient
         x, u = kernels.backward(grad, projected, ctx.rows, constant)
         u = u.transpose(0, 1)  # [B, T, D]

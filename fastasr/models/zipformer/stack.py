@@ -2,14 +2,16 @@
 """A stack of layers at one frame rate, and a stack at a lower rate between downsampling and upsampling."""
 
 import copy
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.layer import takes_chunks
 from fastasr.models.zipformer.positional_encoding import CompactRelPositionalEncoding
 from fastasr.models.zipformer.resampling import SimpleDownsample, SimpleUpsample
-from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 
 STATES_PER_LAYER = 6
 
@@ -27,17 +29,19 @@ class ZipformerEncoder(torch.nn.Module):
     Raises ValueError unless 0 <= warmup_begin <= warmup_end.
     """
 
+    layers: Any  # a ModuleList of ZipformerEncoderLayer
+
     def __init__(
         self,
-        encoder_layer,
-        num_layers,
-        pos_dim,
-        dropout,
-        warmup_begin,
-        warmup_end,
-        initial_layerdrop_rate=0.5,
-        final_layerdrop_rate=0.05,
-    ):
+        encoder_layer: torch.nn.Module,
+        num_layers: int,
+        pos_dim: int,
+        dropout: FloatLike,
+        warmup_begin: float,
+        warmup_end: float,
+        initial_layerdrop_rate: float = 0.5,
+        final_layerdrop_rate: float = 0.05,
+    ) -> None:
         super().__init__()
         if not 0 <= warmup_begin <= warmup_end:
             raise ValueError(
@@ -57,21 +61,21 @@ class ZipformerEncoder(torch.nn.Module):
 
     def forward(
         self,
-        src,
-        chunk_size=-1,
-        feature_mask=1.0,
-        attn_mask=None,
-        src_key_padding_mask=None,
-        left_context_chunks=None,
-    ):
+        src: Tensor,
+        chunk_size: int = -1,
+        feature_mask: Tensor | float = 1.0,
+        attn_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        left_context_chunks: int | None = None,
+    ) -> Tensor:
         chunked, mask = left_context_chunks is not None and chunk_size > 0, None
         pos_emb = self.encoder_pos(src)
         src = _scaled(src, feature_mask)
         for layer in self.layers:
-            window = {"attn_mask": attn_mask}
+            window: dict[str, Any] = {"attn_mask": attn_mask}
             if chunked and takes_chunks(layer):
                 window["left_context_chunks"] = left_context_chunks
-            elif chunked and attn_mask is None:
+            elif chunked and left_context_chunks is not None and attn_mask is None:
                 if mask is None:
                     mask = chunk_mask(src.shape[0], chunk_size, left_context_chunks, src.device)
                 window["attn_mask"] = mask
@@ -81,7 +85,9 @@ class ZipformerEncoder(torch.nn.Module):
             src = _scaled(src, feature_mask)
         return src
 
-    def streaming_forward(self, src, states, left_context_len, src_key_padding_mask):
+    def streaming_forward(
+        self, src: Tensor, states: list[Tensor], left_context_len: int, src_key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """src, one chunk, states (the six caches of each layer in turn) -> output, states for the next chunk.
         src_key_padding_mask is (batch, left_context_len + time).
         """
@@ -100,10 +106,17 @@ class ZipformerEncoder(torch.nn.Module):
         return src, new_states
 
 
-def in_windows(stack, src, chunk_size, left_context_chunks, feature_mask, src_key_padding_mask):
+def in_windows(
+    stack: Any,
+    src: Tensor,
+    chunk_size: int,
+    left_context_chunks: int,
+    feature_mask: Tensor | float,
+    src_key_padding_mask: Tensor | None,
+) -> Tensor:
     """Runs a stack of upstream's, whose own forward knows masks alone, if each of its layers takes
     left_context_chunks."""
-    call = {"left_context_chunks": left_context_chunks, "src_key_padding_mask": src_key_padding_mask}
+    call: Any = {"left_context_chunks": left_context_chunks, "src_key_padding_mask": src_key_padding_mask}
     if hasattr(stack, "downsample"):
         chunk_size //= stack.downsample_factor
         y = in_windows(stack.encoder, stack.downsample(src), chunk_size, feature_mask=feature_mask, **call)
@@ -115,7 +128,7 @@ def in_windows(stack, src, chunk_size, left_context_chunks, feature_mask, src_ke
     return src
 
 
-def check_chunks(encoder, chunk_size, left_context_chunks):
+def check_chunks(encoder: Any, chunk_size: int, left_context_chunks: int) -> None:
     """Raises ValueError if the chunks do not fit the stacks of ``encoder``."""
     if chunk_size <= 0:
         return
@@ -132,7 +145,7 @@ def check_chunks(encoder, chunk_size, left_context_chunks):
             )
 
 
-def chunk_mask(frames, chunk_size, left_context_chunks, device):
+def chunk_mask(frames: int, chunk_size: int, left_context_chunks: int, device: torch.device) -> Tensor:
     """Returns the mask (frames, frames), target by source, True for sources in a later chunk or before the left
     context."""
     chunk = torch.arange(frames, dtype=torch.int32, device=device) // chunk_size
@@ -142,7 +155,7 @@ def chunk_mask(frames, chunk_size, left_context_chunks, device):
     return (age < 0) | (age > left_context_chunks)
 
 
-def _scaled(src, feature_mask):
+def _scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
     """Returns src * feature_mask. It skips the product in inference, where the mask is 1."""
     return src if isinstance(feature_mask, (int, float)) and feature_mask == 1 else src * feature_mask
 
@@ -154,7 +167,9 @@ class DownsampledZipformerEncoder(torch.nn.Module):
     one. With left_context_chunks, chunk_size must be a multiple of ``downsample``.
     """
 
-    def __init__(self, encoder, dim, downsample, dropout, causal):
+    def __init__(
+        self, encoder: ZipformerEncoder, dim: int, downsample: int, dropout: FloatLike, causal: bool
+    ) -> None:
         super().__init__()
         self.downsample_factor = downsample
         self.downsample = SimpleDownsample(dim, downsample, dropout, causal)
@@ -165,13 +180,13 @@ class DownsampledZipformerEncoder(torch.nn.Module):
 
     def forward(
         self,
-        src,
-        chunk_size=-1,
-        feature_mask=1.0,
-        attn_mask=None,
-        src_key_padding_mask=None,
-        left_context_chunks=None,
-    ):
+        src: Tensor,
+        chunk_size: int = -1,
+        feature_mask: Tensor | float = 1.0,
+        attn_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        left_context_chunks: int | None = None,
+    ) -> Tensor:
         factor = self.downsample_factor
         window = {} if left_context_chunks is None else {"left_context_chunks": left_context_chunks}
         y = self.encoder(
@@ -184,7 +199,9 @@ class DownsampledZipformerEncoder(torch.nn.Module):
         )
         return self.out_combiner(src, self.upsample(y)[: src.shape[0]])
 
-    def streaming_forward(self, src, states, left_context_len, src_key_padding_mask):
+    def streaming_forward(
+        self, src: Tensor, states: list[Tensor], left_context_len: int, src_key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """See ZipformerEncoder. left_context_len and src_key_padding_mask are given at the inner rate."""
         y, states = self.encoder.streaming_forward(
             self.downsample(src),

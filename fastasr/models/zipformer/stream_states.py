@@ -6,25 +6,26 @@ cached_conv1, cached_conv2), then the front end's left padding, then the number 
 """
 
 import torch
+from torch import Tensor
 
 from fastasr.models.zipformer.stack import STATES_PER_LAYER
 
 BATCH_DIMENSIONS = (1, 1, 1, 1, 0, 0)  # batch dimension of each tensor of a layer
 
 
-def batch_dimension(index, count):
+def batch_dimension(index: int, count: int) -> int:
     """Returns the batch dimension of state ``index`` in a list of ``count`` states."""
     return 0 if index >= count - 2 else BATCH_DIMENSIONS[index % STATES_PER_LAYER]
 
 
-def _check(name, states):
+def _check(name: str, states: list[Tensor]) -> None:
     if len(states) < 2 or (len(states) - 2) % STATES_PER_LAYER:
         raise ValueError(
             f"{name}: expected {STATES_PER_LAYER} states per layer and 2 more, got {len(states)}"
         )
 
 
-def stack_states(state_list):
+def stack_states(state_list: list[list[Tensor]]) -> list[Tensor]:
     """Joins a list of states, each with its own batch, to the states of one batch. ``unstack_states`` undoes it."""
     if not state_list:
         raise ValueError("stack_states: expected at least one list of states, got none")
@@ -40,7 +41,7 @@ def stack_states(state_list):
     ]
 
 
-def unstack_states(batch_states):
+def unstack_states(batch_states: list[Tensor]) -> list[list[Tensor]]:
     """Returns one list of states per utterance, each with a batch of one. It undoes ``stack_states``."""
     _check("unstack_states", batch_states)
     count, batch = len(batch_states), batch_states[-1].shape[0]

@@ -6,8 +6,11 @@ when the weights are packed, what that costs, and how to decline it.
 """
 
 import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr.models.common.linear import Linear
@@ -19,13 +22,16 @@ from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.packing import Packed, StackSizes, pack_layer
 from fastasr.models.zipformer.self_attention import SelfAttention
 
+if TYPE_CHECKING:
+    from fastasr.models.zipformer.layer import ZipformerEncoderLayer
+
 # The rows of a chunk are frames times streams. With more rows, reading the weights no longer dominates.
 MOST_ROWS = 128
 
 # The number of chunk sizes for which a layer keeps its small tables.
 CHUNK_SIZES = 4
 
-_STREAMING = {
+_STREAMING: dict[str, Any] = {  # the classes whose streaming_forward each part must run
     "self_attn_weights": RelPositionMultiheadAttentionWeights,
     "self_attn1": SelfAttention,
     "self_attn2": SelfAttention,
@@ -36,7 +42,15 @@ _STREAMING = {
 _PROJECTED = (*_STREAMING, "feed_forward1", "feed_forward2", "feed_forward3")
 
 
-def step(layer, src, pos_emb, states, left_context_len, masked, by_submodules):
+def step(
+    layer: "ZipformerEncoderLayer",
+    src: Tensor,
+    pos_emb: Tensor,
+    states: Sequence[Tensor],
+    left_context_len: int,
+    masked: Tensor | None,
+    by_submodules: Callable[..., Any],
+) -> list[Tensor] | None:
     """Returns [output, the six new states] of ``layer.streaming_forward``, or None if the native call cannot be used.
 
     It can be used for layers in eval mode, without gradients, in float32 on the CPU, whose submodules run our code, and
@@ -56,22 +70,22 @@ def step(layer, src, pos_emb, states, left_context_len, masked, by_submodules):
     return packed.run(src, pos_emb, states, left_context_len, masked)
 
 
-class _PackedLayer(PackedLayer):
+class _PackedLayer(PackedLayer["ZipformerEncoderLayer"]):
     METHODS, OPERATIONS = ("forward", "streaming_forward"), "submodules"
 
-    def __init__(self, layer, by_submodules):
-        self._tables = {}
-        self._layer = weakref.ref(layer)
+    def __init__(self, layer: "ZipformerEncoderLayer", by_submodules: Callable[..., Any]) -> None:
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._layer: Callable[[], Any] = weakref.ref(layer)
         super().__init__(layer, by_submodules)
 
-    def _pack(self, layer):
+    def _pack(self, layer: "ZipformerEncoderLayer") -> None:
         self.sizes = StackSizes.of(layer)
         self._positions = layer.self_attn_weights.linear_pos.in_features
         packed = Packed()
         pack_layer(packed, layer, layer.norm.bias.new_zeros(1, self._positions), 1)
         self._weights = torch.ops.fastasr_cpu.zipformer_layer_weights.default(self.sizes, packed.weights)
 
-    def _example(self, by_submodules):
+    def _example(self, by_submodules: Callable[..., Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Computes a chunk of 3 frames with 5 frames of left context both ways."""
         frames, left = 3, 5
         wave = (
@@ -99,7 +113,14 @@ class _PackedLayer(PackedLayer):
         self._tables.clear()
         return got, by_submodules(src, pos_emb, states, left, masked)
 
-    def fits(self, src, pos_emb, states, left, masked):
+    def fits(
+        self,
+        src: Tensor,
+        pos_emb: Tensor,
+        states: Sequence[Tensor],
+        left: int,
+        masked: Tensor | None,
+    ) -> bool:
         """Says whether the native call can read these arguments without conversion."""
         frames, streams, dim = src.shape
         return (
@@ -115,7 +136,14 @@ class _PackedLayer(PackedLayer):
             )
         )
 
-    def run(self, src, pos_emb, states, left, masked):
+    def run(
+        self,
+        src: Tensor,
+        pos_emb: Tensor,
+        states: Sequence[Tensor],
+        left: int,
+        masked: Tensor | None,
+    ) -> list[Tensor]:
         return torch.ops.fastasr_cpu.zipformer_layer_step.default(
             self.sizes,
             left,
@@ -127,7 +155,7 @@ class _PackedLayer(PackedLayer):
             torch.get_num_threads(),
         )
 
-    def _vectors(self, frames, left, pos_emb):
+    def _vectors(self, frames: int, left: int, pos_emb: Tensor) -> Tensor:
         """Returns biases, norms, convolutions and projected positions for chunks of ``frames``."""
         known = self._tables.get((frames, left))
         if known is not None and torch.equal(known[0], pos_emb):
@@ -143,7 +171,7 @@ class _PackedLayer(PackedLayer):
         self._tables[frames, left] = pos_emb.clone(), vectors
         return vectors
 
-    def _why_not_ever(self, layer):
+    def _why_not_ever(self, layer: "ZipformerEncoderLayer") -> str:
         for name, ours in _STREAMING.items():
             if not runs(getattr(layer, name), ours.streaming_forward, "streaming_forward"):
                 return f"{name} runs other code than fastasr's"
@@ -162,7 +190,7 @@ class _PackedLayer(PackedLayer):
         return ""
 
 
-def _is_linear(module):
+def _is_linear(module: torch.nn.Module) -> bool:
     return is_plain(module, torch.nn.Linear, Linear)
 
 

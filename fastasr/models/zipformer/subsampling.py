@@ -12,8 +12,11 @@ Inference on the CPU takes the rows in blocks, so that the hidden rows of 3 C ch
 memory four times.
 """
 
+from typing import Any, TypeGuard
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
@@ -30,7 +33,7 @@ from fastasr.models.zipformer.dropout import Dropout3
 from fastasr.models.zipformer.gradient_scale import ScaleGrad
 from fastasr.models.zipformer.initial_scale import ScaledConv2d
 from fastasr.models.zipformer.normalization import BiasNorm
-from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _gemm, _reduced_weights
 
@@ -53,13 +56,13 @@ class Conv2dSubsampling(torch.nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        layer1_channels=8,
-        layer2_channels=32,
-        layer3_channels=128,
-        dropout=0.1,
-    ):
+        in_channels: int,
+        out_channels: int,
+        layer1_channels: int = 8,
+        layer2_channels: int = 32,
+        layer3_channels: int = 128,
+        dropout: FloatLike = 0.1,
+    ) -> None:
         if in_channels < 7:
             raise ValueError(f"Conv2dSubsampling: in_channels must be at least 7, got {in_channels}")
         super().__init__()
@@ -88,7 +91,7 @@ class Conv2dSubsampling(torch.nn.Module):
         self.out_norm = BiasNorm(out_channels)
         self.dropout = Dropout3(dropout, shared_dim=1)
 
-    def forward(self, x, x_lens):
+    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         x = x.unsqueeze(1)
         if _runs_channels_last(self, x):
             # With one channel, contiguous(memory_format=...) would return x itself and conv would stay in NCHW.
@@ -100,7 +103,9 @@ class Conv2dSubsampling(torch.nn.Module):
         y = _dropped(self, self.out_norm(self.out_whiten(_projected(self.out, x))))
         return y, _lengths(y, (x_lens - 7) // 2)
 
-    def streaming_forward(self, x, x_lens, cached_left_pad):
+    def streaming_forward(
+        self, x: Tensor, x_lens: Tensor, cached_left_pad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (batch, time, features), one chunk -> (batch, (time - 7) // 2 - 3, channels), lengths, and cached_left_pad
         for the next chunk. The last 3 frames after subsampling serve only as future context.
         """
@@ -108,7 +113,7 @@ class Conv2dSubsampling(torch.nn.Module):
         y = self.out_norm(self.out(_frames(x)))
         return y, _lengths(y, (x_lens - 7) // 2 - self.convnext.padding[0]), cached_left_pad
 
-    def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
+    def get_init_states(self, batch_size: int = 1, device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008 (immutable)
         """Returns the first cached_left_pad, (batch_size, layer3_channels, left padding, frequencies)."""
         shape = batch_size, self.layer3_channels, self.convnext.padding[0], self.out_width
         return torch.zeros(shape, dtype=self.out.weight.dtype, device=device)
@@ -118,19 +123,28 @@ class _Convolution(Function):
     """A Conv2d of maps whose channels are last, where the gradient of the weight may take another layout."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sizes = stride, padding
         return F.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.sizes
         needs = ctx.needs_input_grad[:3]
-        return *_gemm.conv2d_grads(grad, *ctx.saved_tensors, *ctx.sizes, needs), None, None
+        return *_gemm.conv2d_grads(grad, x, weight, stride, padding, needs), None, None
 
 
-def _convolved(modules, x):
+def _convolved(modules: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns ``modules(x)`` of modules without hooks."""
     cast = torch.is_autocast_enabled("cpu") or x.dtype is not torch.float32
     if cast or not x.is_cpu or not torch.is_grad_enabled() or not is_plain(modules, torch.nn.Sequential):
@@ -143,7 +157,7 @@ def _convolved(modules, x):
     return x
 
 
-def _is_simple(module):
+def _is_simple(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
     """Says whether the module is a plain Conv2d in one group without dilation."""
     return (
         is_plain(module, torch.nn.Conv2d)
@@ -153,12 +167,12 @@ def _is_simple(module):
     )
 
 
-def _frames(x):
+def _frames(x: Tensor) -> Tensor:
     """(batch, channels, time, frequency) -> (batch, time, channels * frequency)"""
     return x.transpose(1, 2).flatten(2)
 
 
-def _projected(out, x):
+def _projected(out: Any, x: Tensor) -> Tensor:
     """Returns ``out(_frames(x))``. Where x has channels last and there are many frames, the columns of the weight are
     reordered in place of the frames, which would be a slow pass over more memory, and one more for their gradient."""
     batch, channels, time, frequency = x.shape
@@ -173,7 +187,7 @@ def _projected(out, x):
     return ops.linear(maps.flatten(2), weight, out.bias)
 
 
-def _dropped(front_end, y):
+def _dropped(front_end: Conv2dSubsampling, y: Tensor) -> Tensor:
     """Runs the dropout; while the call is recorded by our code, which leaves the rate to the host."""
     dropout = front_end.dropout
     if recording() is not None and is_plain_named(dropout, ("Dropout3",), front_end):
@@ -181,7 +195,7 @@ def _dropped(front_end, y):
     return dropout(y)
 
 
-def _lengths(y, lengths):
+def _lengths(y: Tensor, lengths: Tensor) -> Tensor:
     # a replay's host compares the lengths that it has; a compiler would break its graph to read them
     if recording() is not None or torch.compiler.is_compiling():
         return lengths
@@ -190,7 +204,7 @@ def _lengths(y, lengths):
     return lengths
 
 
-def _runs_channels_last(embed, x):
+def _runs_channels_last(embed: Conv2dSubsampling, x: Tensor) -> bool:
     weight = next(embed.conv.parameters(), None)  # conv may have been replaced
     if weight is None or not _runs_by_rows(x, weight):
         return False
@@ -208,9 +222,15 @@ class ConvNeXt(torch.nn.Module):
     balancers and the whitening act on gradients only and are left out if no gradient is needed.
     """
 
-    def __init__(self, channels, hidden_ratio=3, kernel_size=(7, 7), layerdrop_rate=None):
+    def __init__(
+        self,
+        channels: int,
+        hidden_ratio: int = 3,
+        kernel_size: tuple[int, int] = (7, 7),
+        layerdrop_rate: FloatLike | None = None,
+    ) -> None:
         super().__init__()
-        self.padding = tuple((size - 1) // 2 for size in kernel_size)
+        self.padding = (kernel_size[0] - 1) // 2, (kernel_size[1] - 1) // 2
         hidden_channels = channels * hidden_ratio
         if layerdrop_rate is None:
             layerdrop_rate = ScheduledFloat((0.0, 0.2), (20000.0, 0.015))
@@ -229,7 +249,7 @@ class ConvNeXt(torch.nn.Module):
         )
         self.out_whiten = Whiten(num_groups=1, whitening_limit=5.0, prob=(0.025, 0.25), grad_scale=0.01)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         mask = _layerdrop_mask(self, x) if self.training else None
         if not _has_plain_parts(self):
             return _by_submodules(self, x, mask)
@@ -239,7 +259,7 @@ class ConvNeXt(torch.nn.Module):
             return _by_rows(self, x, mask)
         return _by_submodules(self, x, mask)
 
-    def streaming_forward(self, x, cached_left_pad):
+    def streaming_forward(self, x: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor]:
         """x (batch, channels, time, frequency), cached_left_pad (batch, channels, padding, frequency) of the frames
         before it -> (batch, channels, time - padding, frequency), the cache for the next chunk.
 
@@ -267,7 +287,7 @@ class ConvNeXt(torch.nn.Module):
         return x[:, :, :frames] + y, cache
 
 
-def _layerdrop_mask(layer, x):
+def _layerdrop_mask(layer: ConvNeXt, x: Tensor) -> Tensor | None:
     """Returns booleans (batch, 1, 1, 1), False where the layer is dropped; None at rate 0."""
     share = rate(layer.layerdrop_rate)
     if is_zero(share):
@@ -275,19 +295,19 @@ def _layerdrop_mask(layer, x):
     return torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > share
 
 
-def _by_submodules(layer, x, mask):
+def _by_submodules(layer: ConvNeXt, x: Tensor, mask: Tensor | None) -> Tensor:
     hidden = layer.hidden_balancer(layer.pointwise_conv1(layer.depthwise_conv(x)))
     return _residual(layer, x, layer.pointwise_conv2(layer.activation(hidden)), mask)
 
 
-def _residual(layer, x, y, mask):
+def _residual(layer: ConvNeXt, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
     y = layer.out_balancer(x + y if mask is None else torch.addcmul(x, y, mask.to(y.dtype)))
     if y.requires_grad:  # the whitening works on the last dimension
         y = layer.out_whiten(y.transpose(1, 3)).transpose(1, 3)
     return y
 
 
-def _has_plain_parts(layer):
+def _has_plain_parts(layer: ConvNeXt) -> bool:
     """Says whether all parts are upstream's, without hooks: then they need not be called."""
     return (
         plumbing.is_depthwise_conv2d(layer.depthwise_conv)
@@ -300,7 +320,7 @@ def _has_plain_parts(layer):
     )
 
 
-def _runs_by_rows(x, weight):
+def _runs_by_rows(x: Tensor, weight: Tensor) -> bool:
     """Says whether the kernels compute this call and neither transforms nor a compiler see its layout."""
     plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
     return (
@@ -312,31 +332,31 @@ def _runs_by_rows(x, weight):
     )
 
 
-def _by_rows(layer, x, mask):
+def _by_rows(layer: ConvNeXt, x: Tensor, mask: Tensor | None) -> Tensor:
     """Runs the layer with channels last. The balancers and the whitening get the same values with other strides."""
     hidden = _hidden_rows(layer, x.permute(0, 2, 3, 1), layer.depthwise_conv.padding)
     hidden = layer.hidden_balancer(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return _residual(layer, x, _contracted(layer, hidden), mask)
 
 
-def _hidden_rows(layer, rows, padding):
+def _hidden_rows(layer: ConvNeXt, rows: Tensor, padding: Any) -> Tensor:
     """(batch, time, frequency, channels) -> the hidden channels before the activation, in the same order"""
     conv, expand = layer.depthwise_conv, layer.pointwise_conv1
     y = ops.depthwise_conv2d(rows, conv.weight, conv.bias, padding=tuple(padding))
     return ops.linear(y, expand.weight.flatten(1), expand.bias)
 
 
-def _contracted(layer, hidden):
+def _contracted(layer: ConvNeXt, hidden: Tensor) -> Tensor:
     """Hidden rows -> (batch, channels, time, frequency), channels last in memory"""
     contract = layer.pointwise_conv2
     y = ops.swoosh_linear(hidden, contract.weight.flatten(1), contract.bias, kind="SwooshL")
     return y.permute(0, 3, 1, 2)
 
 
-def _in_blocks(layer, x):
+def _in_blocks(layer: ConvNeXt, x: Tensor) -> Tensor:
     batch, channels, time, frequency = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    conv = layer.depthwise_conv
+    conv: Any = layer.depthwise_conv
     maps = x.permute(0, 2, 3, 1)
     conv_rows = ops.depthwise_conv2d(maps, conv.weight, conv.bias, padding=tuple(conv.padding)).view(
         -1, channels

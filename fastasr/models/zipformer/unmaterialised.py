@@ -7,10 +7,15 @@ other operation on the weights works too, but materialises them for its own dura
 to the projection and the positions.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr._transforms import Function
 from fastasr.models.zipformer.score_blocks import ScoreBlocks, fill_hidden
+from fastasr.models.zipformer.self_attention import Weights
 from fastasr.ops import zipformer_attention, zipformer_attention_weights
 
 
@@ -22,36 +27,44 @@ class UnmaterialisedWeights:
     sums, products, other indices, torch functions) works on ``materialised()``.
     """
 
-    def __init__(self, projected, positions, num_heads, query_head_dim, heads=None, **masks):
+    def __init__(
+        self,
+        projected: Tensor,
+        positions: Tensor | None,
+        num_heads: int,
+        query_head_dim: int,
+        heads: int | None = None,
+        **masks: Any,
+    ) -> None:
         self.projected, self.positions = projected, positions
         self.num_heads, self.query_head_dim, self.masks = num_heads, query_head_dim, masks
         self.heads = num_heads if heads is None else heads
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         frames, batch, _ = self.projected.shape
         return torch.Size((self.heads, batch, frames, frames))
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.projected.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.projected.device
 
     @property
-    def ndim(self):
+    def ndim(self) -> int:
         return 4
 
-    def weighted(self, values):
+    def weighted(self, values: Tensor) -> Tensor:
         """values (time, batch, heads * dim) -> their weighted sums, same shape."""
         return zipformer_attention(
             self.projected, self.positions, values, self.num_heads, self.query_head_dim, value_heads=self.heads,
             **self.masks,
         )  # fmt: skip
 
-    def materialised(self):
+    def materialised(self) -> Tensor:
         """Returns the weights as a tensor."""
         projected, positions = self.projected, self.positions
         if self.heads < self.num_heads:
@@ -63,20 +76,20 @@ class UnmaterialisedWeights:
             projected, positions, self.heads, self.query_head_dim, **self.masks
         )
 
-    def constant(self):
+    def constant(self) -> "EqualWeights":
         """Returns equal weights on all sources whose weight is not 0. They pass no gradient to these weights."""
         return EqualWeights(
             self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads, **self.masks
         )
 
-    def _parts(self):
+    def _parts(self) -> Iterable:
         """Returns q, k and p of the first ``heads`` heads."""
         dim = self.query_head_dim
         dims = (dim, dim, self.projected.shape[-1] // self.num_heads - 2 * dim)
         parts = self.projected.split([self.num_heads * dim for dim in dims], -1)
         return (part[..., : self.heads * dim] for part, dim in zip(parts, dims, strict=True))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: tuple[Any, int] | int | slice) -> Weights:
         if isinstance(index, slice) and index.step in (None, 1) and not index.start:
             heads = len(range(self.heads)[index])
             if heads > 0:
@@ -85,41 +98,45 @@ class UnmaterialisedWeights:
                 )
         return self.materialised()[index]
 
-    def __matmul__(self, values):
+    def __matmul__(self, values: Tensor) -> Tensor:
         shape = self.shape
-        same = (
-            isinstance(values, torch.Tensor) and values.dtype == self.dtype and values.shape[:-1] == shape[:3]
-        )
+        same = isinstance(values, Tensor) and values.dtype == self.dtype and values.shape[:-1] == shape[:3]
         if not same:
             return self.materialised() @ values
         y = self.weighted(values.permute(2, 1, 0, 3).flatten(2))
         return y.reshape(shape[2], shape[1], shape[0], values.shape[-1]).permute(2, 1, 0, 3)
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function in (torch.matmul, torch.Tensor.matmul) and not kwargs and isinstance(args[0], cls):
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function in (torch.matmul, Tensor.matmul) and not kwargs and isinstance(args[0], cls):
             return args[0] @ args[1]
 
-        def plain(value):
+        def plain(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(map(plain, value))
             return value.materialised() if isinstance(value, cls) else value
 
         return function(*map(plain, args), **{name: plain(value) for name, value in (kwargs or {}).items()})
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.materialised(), name)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.heads
 
 
-def _on_tensors(name):
-    def operator(self, *others):
-        others = (o.materialised() if isinstance(o, UnmaterialisedWeights) else o for o in others)
-        return getattr(self.materialised(), name)(*others)
+def _on_tensors(name: str) -> Callable[..., Tensor]:
+    def operator(self: UnmaterialisedWeights, *others: Any) -> Tensor:
+        tensors = (o.materialised() if isinstance(o, UnmaterialisedWeights) else o for o in others)
+        return getattr(self.materialised(), name)(*tensors)
 
     return operator
 
@@ -146,17 +163,17 @@ for _name in (
 class EqualWeights(UnmaterialisedWeights):
     """[W > 0] / (number of W > 0 in the row), for weights W that are not in memory."""
 
-    def weighted(self, values):
+    def weighted(self, values: Tensor) -> Tensor:
         """values (time, batch, heads * dim) -> their weighted sums, same shape. Gradients flow to the values only."""
         return _EquallyWeighted.apply(values, self)
 
-    def materialised(self):
+    def materialised(self) -> Tensor:
         return torch.cat([weights for _, _, weights in self.blocks()], dim=2)
 
-    def constant(self):
+    def constant(self) -> "EqualWeights":
         return self
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (first row, end row, weights (heads, batch, rows, time)), some rows at a time."""
         with torch.no_grad():
             scores = ScoreBlocks(
@@ -170,7 +187,7 @@ class EqualWeights(UnmaterialisedWeights):
 
 class _EquallyWeighted(Function):
     @staticmethod
-    def forward(ctx, values, equal):
+    def forward(ctx: Any, values: Tensor, equal: EqualWeights) -> Tensor:
         ctx.equal, ctx.dtype = equal, values.dtype
         out = torch.empty_like(values)
         by_head = _heads_first(values, equal.heads)
@@ -180,7 +197,7 @@ class _EquallyWeighted(Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         by_head = _heads_first(grad, ctx.equal.heads)
         total = torch.zeros_like(by_head, memory_format=torch.contiguous_format)
         for first, end, weights in ctx.equal.blocks():
@@ -188,6 +205,6 @@ class _EquallyWeighted(Function):
         return total.permute(2, 1, 0, 3).flatten(2).to(ctx.dtype), None
 
 
-def _heads_first(values, heads):
+def _heads_first(values: Tensor, heads: int) -> Tensor:
     frames, batch, channels = values.shape
     return values.reshape(frames, batch, heads, channels // heads).permute(2, 1, 0, 3)

@@ -7,8 +7,10 @@ The forward pass is the identity; ``fastasr.ops.whitening_gradient`` has the mat
 import logging
 import random
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
@@ -18,19 +20,20 @@ from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Settled, Verdict, Verdicts
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.decisions import changing
+from fastasr.models.zipformer.schedules import FloatLike
 from fastasr.ops.whitening_gradient import whiten_, whitening_metric
 
 
 class _Whitening(Function):
     @staticmethod
-    def forward(ctx, x, module):
+    def forward(ctx: Any, x: Tensor, module: "Whiten") -> Tensor:
         ctx.save_for_backward(x)
         ctx.module = module
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         module = ctx.module
         if random.random() < 0.005:
@@ -44,11 +47,11 @@ class _Whitening(Function):
         return y, None
 
 
-def _change(module, acts, grad, x):
+def _change(module: "Whiten", acts: Any, grad: Tensor, x: Tensor) -> None:
     """Changes the gradient in place in a recorded pass, if ``acts``, a number from the host, is not 0."""
     recorded = acts.recording.back
 
-    def plan():
+    def plan() -> list[float]:
         if not acts.on:
             return [0.0, 0.0]
         if random.random() < 0.005:
@@ -60,7 +63,7 @@ def _change(module, acts, grad, x):
     whiten_(grad, x, module.num_groups, limits, acts.values[:1], white)
 
 
-def _hear(module, verdict):
+def _hear(module: "Whiten", verdict: Settled | Verdict) -> None:
     """Sets the share of calls by what the last one found: at once, or where a GPU is to say so at the next call."""
     if verdict.is_known:
         module.prob = module.min_prob if verdict.read() else module.max_prob
@@ -68,7 +71,7 @@ def _hear(module, verdict):
         vars(module)["_verdict"] = verdict
 
 
-def _log(module, x):
+def _log(module: "Whiten", x: Tensor) -> None:
     limit = float(module.whitening_limit)  # always read, because reading may draw a random number
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
@@ -91,7 +94,13 @@ class Whiten(torch.nn.Module):
     Raises ValueError for arguments out of range.
     """
 
-    def __init__(self, num_groups, whitening_limit, prob, grad_scale):
+    def __init__(
+        self,
+        num_groups: int,
+        whitening_limit: FloatLike,
+        prob: tuple[float, float] | float,
+        grad_scale: FloatLike,
+    ) -> None:
         super().__init__()
         if num_groups < 1 or float(whitening_limit) < 1 or float(grad_scale) < 0:
             raise ValueError(
@@ -107,7 +116,7 @@ class Whiten(torch.nn.Module):
         self.prob = self.max_prob
         self.name = None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         recorded = recording()
         if recorded is not None and x.requires_grad:
             numbers = recorded.numbers(lambda: [_acts(self, float(self.grad_scale))], 1)
@@ -118,7 +127,7 @@ class Whiten(torch.nn.Module):
         return _Whitening.apply(x, self) if _acts(self, grad_scale) else x
 
 
-def _acts(self, grad_scale):
+def _acts(self: "Whiten", grad_scale: float) -> bool:
     """Draws whether this call checks the limit."""
     verdict = vars(self).pop("_verdict", None)
     if verdict is not None:

@@ -8,9 +8,12 @@ change.
 """
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr.models.common.linear import Linear
@@ -25,9 +28,12 @@ from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.ops import _gemm, _reduced_weights
 
+if TYPE_CHECKING:
+    from fastasr.models.zipformer.layer import ZipformerEncoderLayer
+
 _WAYS = {"torch": 0, "native": 1, "few rows": 2, "bf16": 3, "int8": 4}  # of csrc/bindings/zipformer_layer.cpp
 
-_MODULES = {
+_MODULES: dict[str, Any] = {  # the classes whose forward each part must run
     "self_attn_weights": attention.RelPositionMultiheadAttentionWeights,
     "self_attn1": SelfAttention,
     "self_attn2": SelfAttention,
@@ -51,7 +57,16 @@ PRODUCTS = (
 _MODULES |= {name: ActivationDropoutAndLinear if name in _ACTIVATED else Linear for name in PRODUCTS}
 
 
-def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_context_chunks, by_submodules):
+def encoded(
+    layer: "ZipformerEncoderLayer",
+    src: Tensor,
+    pos_emb: Tensor,
+    chunk_size: int,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    left_context_chunks: int | None,
+    by_submodules: Callable[..., Any],
+) -> Tensor | None:
     """Returns the layer's output, or None where its submodules compute it: with gradients, hooks, packed frames,
     autocast or another dtype, where a submodule runs other code, and before all products have been measured.
     ``by_submodules(src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_context_chunks)`` computes the same.
@@ -69,7 +84,12 @@ def encoded(layer, src, pos_emb, chunk_size, attn_mask, key_padding_mask, left_c
     products = native.products(src, pos_emb)
     if products is None:
         return None
-    masks = {"key_padding_mask": None, "attn_mask": None, "chunk_size": -1, "left_context_chunks": -1}
+    masks: dict[str, Any] = {
+        "key_padding_mask": None,
+        "attn_mask": None,
+        "chunk_size": -1,
+        "left_context_chunks": -1,
+    }
     if attn_mask is not None:
         masks["attn_mask"] = attn_mask.contiguous()  # at a lower rate it is a part of the outer one
     if key_padding_mask is not None:
@@ -93,10 +113,10 @@ class _Products:
     copies: list
 
 
-class _Layer(PackedLayer):
+class _Layer(PackedLayer["ZipformerEncoderLayer"]):
     OPERATIONS, COPIES = "submodules", False
 
-    def _why_not_ever(self, layer):
+    def _why_not_ever(self, layer: "ZipformerEncoderLayer") -> str:
         parts = dict(layer.named_modules())
         for name, ours in _MODULES.items():
             if name not in parts or not runs(parts[name], ours.forward):
@@ -106,8 +126,8 @@ class _Layer(PackedLayer):
                 return f"{name} has another activation than {activation}"
         return ""
 
-    def _pack(self, layer):
-        modules = [layer.get_submodule(name) for name in PRODUCTS]
+    def _pack(self, layer: "ZipformerEncoderLayer") -> None:
+        modules: list[Any] = [layer.get_submodule(name) for name in PRODUCTS]
         self._weights = [module.weight for module in modules]
         none = layer.norm.bias.new_empty(0)
         self._biases = [none if module.bias is None else module.bias for module in modules]
@@ -115,7 +135,7 @@ class _Layer(PackedLayer):
         attention = layer.self_attn_weights
         self._heads, self._query_dim = attention.num_heads, attention.query_head_dim
         self._channels, self._positions = self._weights[0].shape[1], attention.linear_pos.in_features
-        self._convolutions = []
+        self._convolutions: list[Any] = []
         for conv_module in (layer.conv_module1, layer.conv_module2):
             h = none.new_empty(1, 1, 2 * self._channels)
             tensors = convolution.kernel_weights(conv_module, h, None, -1)
@@ -125,9 +145,9 @@ class _Layer(PackedLayer):
         self._causal = len(self._convolutions) > 4
         self._bypass_mid, self._bypass = layer.bypass_mid.bypass_scale, layer.bypass.bypass_scale
         self._norm_bias, self._norm_log_scale = layer.norm.bias, layer.norm.log_scale
-        self._products = {}
+        self._products: dict[tuple[Any, ...], _Products] = {}
 
-    def _example(self, by_submodules):
+    def _example(self, by_submodules: Callable[..., Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Computes two sequences of 5 frames, of which one is shorter, both ways."""
         frames, batch = 5, 2
         src = (
@@ -148,9 +168,17 @@ class _Layer(PackedLayer):
         expected = by_submodules(src, pos_emb, -1, None, padding, None)
         random.setstate(state)
         masks = {"key_padding_mask": padding, "attn_mask": None, "chunk_size": -1, "left_context_chunks": -1}
-        return [self.run(self.products(src, pos_emb), src, pos_emb, -1, masks)], [expected]
+        products: Any = self.products(src, pos_emb)
+        return [self.run(products, src, pos_emb, -1, masks)], [expected]
 
-    def fits(self, src, pos_emb, chunk_size, attn_mask, key_padding_mask):
+    def fits(
+        self,
+        src: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+    ) -> bool:
         """Says whether the native call can read these arguments; the submodules raise for wrong ones."""
         frames, batch, channels = src.shape
         return (
@@ -166,7 +194,7 @@ class _Layer(PackedLayer):
             and (attn_mask is None or attn_mask.shape in ((frames, frames), (batch, frames, frames)))
         )
 
-    def products(self, src, pos_emb):
+    def products(self, src: Tensor, pos_emb: Tensor) -> _Products | None:
         """Returns the products of this call, or None if one has not been measured or is watched."""
         modes = torch.are_deterministic_algorithms_enabled(), _reduced_weights.is_suspended()
         generations = _gemm.generation(), _reduced_weights.generation()
@@ -181,7 +209,7 @@ class _Layer(PackedLayer):
             self._products[key] = found
         return None if any(copy.watch is not None for copy in found.copies) else found
 
-    def _measured(self, src, pos_emb):
+    def _measured(self, src: Tensor, pos_emb: Tensor) -> _Products | None:
         frames, hidden = len(src), self._weights[PRODUCTS.index("nonlin_attention.out_proj")].shape[1]
         first_head_way = _gemm.known_batched(frames, frames, hidden)
         if first_head_way is None:
@@ -204,7 +232,14 @@ class _Layer(PackedLayer):
             found.ways.append(_WAYS[way])
         return found
 
-    def run(self, products, src, pos_emb, chunk_size, masks):
+    def run(
+        self,
+        products: _Products,
+        src: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int,
+        masks: dict[str, Any],
+    ) -> Tensor:
         return torch.ops.fastasr_cpu.zipformer_layer.default(
             src,
             pos_emb,

@@ -166,6 +166,7 @@ def test_encoders_and_sizes_by_name():
             sizes.config("huge", 30, 40, encoder=encoder)
 
 
+@pytest.mark.long  # short runs have a Zipformer's in test_training.py
 @pytest.mark.parametrize(("encoder", "kind"), [("emformer", "fsdp"), ("e_branchformer", "ddp")])
 def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, encoder, kind):
     if encoder == "e_branchformer":  # its convolutions see padding, as ESPnet's: no sequence may have any

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speech encoders of other packages by name: a published configuration's width, a chosen number of its layers, random
+weights, and a batch of inputs. ``fastasr swap NAME`` and the benchmark "encoders" take them from here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastasr._nearest import nearest_or_all
+from fastasr.benchmarks import upstream
+
+# The shortest recording of a batch has this share of the frames of the longest.
+SHORTEST = 0.8
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder, which ``make(layers)`` returns. ``arguments(x, valid)`` names the arguments of a call: features x
+    (batch, frames, ``channels``), ``rate`` frames per second, and bools, False where a recording has ended."""
+
+    about: str
+    layers: int  # of the published model
+    rate: float
+    channels: int
+    make: Callable[[int], nn.Module]
+    arguments: Callable[[torch.Tensor, torch.Tensor], dict[str, Any]]
+
+    def model(self, layers: int) -> nn.Module:
+        """Returns the encoder in evaluation mode. Raises ``upstream.MissingUpstream``."""
+        torch.manual_seed(0)
+        return self.make(layers).eval()
+
+    def inputs(self, batch: int, seconds: float) -> dict[str, Any]:
+        """Returns the arguments of a call on recordings, of which the longest has these seconds."""
+        frames = max(1, round(self.rate * seconds))
+        lengths = torch.linspace(frames, SHORTEST * frames, batch).long()
+        x = torch.randn(batch, frames, self.channels, generator=torch.Generator().manual_seed(1))
+        return self.arguments(x, torch.arange(frames) < lengths[:, None])
+
+
+def find(name: str) -> Encoder:
+    """Returns the encoder of this name. Raises ValueError, with the nearest names."""
+    if name not in ENCODERS:
+        raise ValueError(f"no encoder is called {name!r}{nearest_or_all(name, list(ENCODERS))}")
+    return ENCODERS[name]
+
+
+def _transformers(
+    class_name: str, config_name: str, number: str, layers: int, attention: str = "sdpa", **sizes
+) -> nn.Module:
+    """Returns an encoder of transformers; ``number`` is the configuration's name for the number of layers, and an
+    encoder that has no public name is ``folder.Class``."""
+    package = upstream.module("transformers")
+    folder, _, name = class_name.rpartition(".")
+    home = upstream.module(f"transformers.models.{folder}.modeling_{folder}") if folder else package
+    try:
+        made, config = getattr(home, name), getattr(package, config_name)
+    except AttributeError as missing:
+        raise upstream.MissingUpstream(
+            f"transformers {package.__version__} has no such encoder: {missing}"
+        ) from None
+    settings = config(**{number: layers}, **sizes)
+    settings._attn_implementation = attention
+    return made(settings)
+
+
+def _named(features: str, mask: str | None = "attention_mask", dtype: torch.dtype = torch.long):
+    def arguments(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+        return {features: x} if mask is None else {features: x, mask: valid.to(dtype)}
+
+    return arguments
+
+
+def _lengths(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+    """NeMo's arguments."""
+    return {"audio_signal": x.transpose(1, 2).contiguous(), "length": valid.sum(1)}
+
+
+def _flow(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+    """ZipVoice's arguments: a step of the flow for each recording."""
+    return {"x": x, "t": torch.linspace(0.2, 0.8, len(x)), "padding_mask": ~valid}
+
+
+def _nemo_transformer(layers: int) -> nn.Module:
+    module = upstream.module("nemo.collections.asr.modules.transformer_encoder")
+    return module.TransformerEncoder(feat_in=80, d_model=512, n_heads=8, n_layers=layers)
+
+
+def _zipvoice(layers: int) -> nn.Module:
+    """ZipVoice's decoder has five stacks; ``layers`` are in each."""
+    module = upstream.module("zipvoice.models.modules.zipformer")
+    return module.TTSZipformer(
+        in_dim=300,
+        out_dim=100,
+        downsampling_factor=(1, 2, 4, 2, 1),
+        num_encoder_layers=(layers,) * 5,
+        cnn_module_kernel=(31, 15, 7, 15, 31),
+        encoder_dim=512,
+        feedforward_dim=1536,
+        num_heads=4,
+        query_head_dim=32,
+        pos_head_dim=4,
+        value_head_dim=12,
+        pos_dim=48,
+        use_time_embed=True,
+        time_embed_dim=192,
+    )
+
+
+ENCODERS = {
+    "granite-speech-4": Encoder(
+        "IBM Granite Speech 3.3 to 4.1",
+        16,
+        50,
+        160,
+        partial(
+            _transformers,
+            "granite_speech.GraniteSpeechCTCEncoder",
+            "GraniteSpeechEncoderConfig",
+            "num_layers",
+        ),
+        _named("hidden_states", None),
+    ),
+    "granite-speech-5": Encoder(
+        "IBM Granite Speech 5.0",
+        16,
+        50,
+        320,
+        partial(_transformers, "GraniteSpeech5Encoder", "GraniteSpeech5EncoderConfig", "num_hidden_layers"),
+        _named("input_features", dtype=torch.bool),
+    ),
+    "w2v-bert-2": Encoder(
+        "w2v-BERT 2.0, also the semantic encoder of X-Codec 2 and NeuCodec",
+        24,
+        50,
+        160,
+        partial(
+            _transformers,
+            "Wav2Vec2BertModel",
+            "Wav2Vec2BertConfig",
+            "num_hidden_layers",
+            layerdrop=0.0,
+        ),
+        _named("input_features"),
+    ),
+    "seamless-m4t-v1": Encoder(
+        "SeamlessM4T's speech encoder",
+        24,
+        50,
+        160,
+        partial(
+            _transformers,
+            "seamless_m4t.SeamlessM4TSpeechEncoder",
+            "SeamlessM4TConfig",
+            "speech_encoder_layers",
+            speech_encoder_layerdrop=0.0,
+        ),
+        _named("input_features"),
+    ),
+    "seamless-m4t-v2": Encoder(
+        "SeamlessM4T v2's speech encoder",
+        24,
+        50,
+        160,
+        partial(
+            _transformers,
+            "seamless_m4t_v2.SeamlessM4Tv2SpeechEncoder",
+            "SeamlessM4Tv2Config",
+            "speech_encoder_layers",
+            speech_encoder_layerdrop=0.0,
+        ),
+        _named("input_features"),
+    ),
+    "lasr": Encoder(
+        "LASR, MedASR's encoder",
+        17,
+        100,
+        128,
+        partial(
+            _transformers,
+            "LasrEncoder",
+            "LasrEncoderConfig",
+            "num_hidden_layers",
+            layerdrop=0.0,
+        ),
+        _named("input_features", dtype=torch.bool),
+    ),
+    "phi-4": Encoder(
+        "Phi-4-multimodal's audio encoder",
+        24,
+        100,
+        80,
+        partial(
+            _transformers,
+            "phi4_multimodal.Phi4MultimodalAudioModel",
+            "Phi4MultimodalAudioConfig",
+            "num_blocks",
+        ),
+        _named("hidden_states", "mask", torch.bool),
+    ),
+    "gemma-3n": Encoder(
+        "Gemma 3n's audio tower",
+        12,
+        100,
+        128,
+        partial(
+            _transformers,
+            "gemma3n.Gemma3nAudioEncoder",
+            "Gemma3nAudioConfig",
+            "conf_num_hidden_layers",
+            attention="eager",
+        ),
+        lambda x, valid: {"audio_mel": x, "audio_mel_mask": ~valid},
+    ),
+    "gemma-4": Encoder(
+        "Gemma 4's audio tower",
+        12,
+        100,
+        128,
+        partial(
+            _transformers, "Gemma4AudioModel", "Gemma4AudioConfig", "num_hidden_layers", attention="eager"
+        ),
+        _named("input_features", dtype=torch.bool),
+    ),
+    "wavlm-large": Encoder(
+        "WavLM large, behind its convolutions on the waveform",
+        24,
+        50,
+        1024,
+        partial(
+            _transformers,
+            "wavlm.WavLMEncoderStableLayerNorm",
+            "WavLMConfig",
+            "num_hidden_layers",
+            attention="eager",
+            hidden_size=1024,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            do_stable_layer_norm=True,
+            layerdrop=0.0,
+        ),
+        _named("hidden_states", dtype=torch.bool),
+    ),
+    "fun-asr-nano": Encoder(
+        "Fun-ASR-Nano's encoder",
+        70,
+        100 / 6,
+        560,
+        partial(_transformers, "FunAsrNanoEncoder", "FunAsrNanoEncoderConfig", "num_hidden_layers"),
+        _named("input_features", "input_features_mask"),
+    ),
+    "nemo-transformer": Encoder("NeMo's TransformerEncoder", 17, 100, 80, _nemo_transformer, _lengths),
+    "zipvoice": Encoder("ZipVoice's flow-matching decoder", 16, 93.75, 300, _zipvoice, _flow),
+}
