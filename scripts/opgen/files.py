@@ -57,16 +57,17 @@ def _written(root: Path, folder: Path) -> dict[Path, str]:
         folder / "_written" / "__init__.py": ours,
         **{folder / "_written" / name: text for name, text in found.items()},
         **{
-            root / HEADERS / f"{name}.h": native.formatted(native.write(declared(op)), root)
-            for name, op in ops.items()
-            if _asks_for_header(root / HEADERS.removesuffix("written") / f"{name}.cpp")
+            root / HEADERS / f"{name}.h": native.formatted(native.write(declared(ops[name])), root)
+            for name in sorted(ops.keys() & _included(root / HEADERS))
         },
     }
 
 
-def _asks_for_header(binding: Path) -> bool:
-    include = f'#include "{HEADERS.removeprefix("csrc/")}/{binding.stem}.h"'
-    return binding.exists() and include in binding.read_text(encoding="utf-8")
+def _included(headers: Path) -> set[str]:
+    """Returns the names of the headers that the bindings include."""
+    include = re.compile(rf'^#include "{headers.parent.name}/{headers.name}/(\w+)\.h"', re.M)
+    texts = (path.read_text(encoding="utf-8") for path in headers.parent.glob("*.cpp"))
+    return {name for text in texts for name in include.findall(text)}
 
 
 def _declarations(root: Path, folder: Path) -> dict:

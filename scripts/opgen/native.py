@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the C++ side of an op: for each pass a struct of the arguments, which checks them, and the schema.
 
-``csrc/bindings/<op>.cpp`` asks for it by including ``bindings/written/<op>.h``. The checks guard memory, so they repeat
-in C++ what the annotations say of ranks, sizes, dtypes and strides.
+A file in ``csrc/bindings`` asks for it by including ``bindings/written/<op>.h``. The checks guard memory, so they
+repeat in C++ what the annotations say of ranks, sizes, dtypes and strides.
 """
 
 import ast
@@ -79,7 +79,7 @@ class _Call:
         chosen = re.fullmatch(r"\((\w+) or \w+\)", token)
         token = chosen[1] if chosen else token
         arguments = {a.name: a for a in op.arguments}
-        outputs = {o.name for o in op.found}
+        outputs = {o.name: o for o in op.found}
         if token == "*needs":
             yield from ((f"needs_{a.name}", "bool") for a in op.differentiable)
         elif token.startswith("needs."):
@@ -88,12 +88,21 @@ class _Call:
             yield token, "bool"
         elif token.startswith("*") and token[1:] in arguments:
             yield token[1:], "pair"
-        elif token in outputs or token.removeprefix("grad_") in outputs:
-            yield token, "tensor" if op.op.materialize or token in outputs else "tensor or none"
+        elif token in outputs:
+            yield token, "tensor"
+        elif token.removeprefix("grad_") in outputs:
+            yield (
+                token,
+                "tensor or none" if self._may_be_none(outputs[token.removeprefix("grad_")]) else "tensor",
+            )
         elif token in arguments:
             yield token, _kind(arguments[token])
         else:
             raise ValueError(f"{op.name}: {token}: expected a name in the calls that C++ kernels serve")
+
+    def _may_be_none(self, o: Output) -> bool:
+        """Says whether an output may have no gradient."""
+        return bool(o.flag) or not self.op.op.materialize
 
     # ----------------------------------------------------------------------- the struct
     def struct(self) -> str:
@@ -144,8 +153,8 @@ class _Call:
             if a is op.leader and op.sizes:
                 yield "find_sizes(*this);"
         for o in op.found:
-            optional = not op.op.materialize
             if f"grad_{o.name}" in self.given:
+                optional = self._may_be_none(o)
                 yield from self._tensor(f"grad_{o.name}", optional, o.pattern, self._output_dtype(o), known)
             if o.name in self.given:
                 yield from self._tensor(o.name, False, o.pattern, self._output_dtype(o), known)

@@ -71,7 +71,7 @@ def _declared_call(op, names: list[str], call: list) -> dict:
         elif argument.codes:
             found[name] = next(choice for choice, code in argument.codes.items() if code == value)
         else:
-            found[name] = value
+            found[name] = None if argument.kind == "int" and argument.optional and value == 0 else value
     return found
 
 
