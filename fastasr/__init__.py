@@ -12,7 +12,7 @@ here imports its module when it is first used.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastasr._registration import register_with_torch
 
@@ -55,20 +55,12 @@ if TYPE_CHECKING:
     from fastasr import ops
     from fastasr.graphs import Graphs, graph_state
     from fastasr.ops._dispatch import backend
-    from fastasr.swap import (
-        SwapReport,
-        accelerate,
-        eager_mode,
-        explain,
-        refresh,
-        restore,
-        upstream_draws,
-        verify,
-        why,
-    )
+    from fastasr.swap import SwapReport, accelerate, eager_mode, explain, refresh, restore, upstream_draws
+    from fastasr.swap.verify import verify
+    from fastasr.swap.why import why
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _SWAP:
         return getattr(import_module("fastasr.swap"), name)
     if name in _GRAPHS:

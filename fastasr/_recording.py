@@ -8,24 +8,57 @@ in the choice of a kernel.
 
 import contextlib
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, Protocol
+
+from torch import Tensor
 
 _thread = threading.local()
 
 
-def recording():
-    """Returns the :class:`fastasr.graphs.recording.Recording` of this thread's calls, or None. Backward passes run in a
+class Numbers(Protocol):
+    """Numbers that the host decides before each replay: ``values`` (count,) on the device."""
+
+    values: Tensor
+
+    @property
+    def on(self) -> bool:
+        """Says on the host whether the first number of this replay is not 0."""
+
+
+class Recording(Protocol):
+    """What code that is being recorded asks of a :class:`fastasr.graphs.recording.Recording`."""
+
+    owned: bool
+    columns: tuple[int, int] | None
+
+    @property
+    def back(self) -> "Recording | None":
+        """Returns the recording of the backward pass."""
+
+    def numbers(self, plan: Callable[[], Sequence[float]], count: int) -> Numbers: ...
+
+    def phase(self, schedule: Any) -> bool: ...  # a number, or a module of training that is a number
+
+    def verdict(self, hear: Callable[[Any], object], acts: Numbers) -> Tensor: ...
+
+    def refuse(self, reason: str) -> NoReturn: ...
+
+
+def recording() -> Recording | None:
+    """Returns the recording of this thread's calls, or None. Backward passes run in a
     thread of autograd's, so a node of autograd keeps the recording of its forward pass.
     """
     return getattr(_thread, "recording", None)
 
 
-def on_host(t):
+def on_host(t: Tensor) -> bool:
     """Says whether reading values of ``t`` costs no wait: it lies on the CPU, and nothing records the call."""
     return t.is_cpu and recording() is None
 
 
 @contextlib.contextmanager
-def recorded_by(found):
+def recorded_by(found: Recording | None) -> Iterator[None]:
     """Has ``recording()`` return ``found`` in this thread, inside the block."""
     before, _thread.recording = recording(), found
     try:

@@ -6,7 +6,10 @@ takes seconds, so the import of fastasr may not import torch.
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 
 def register_with_torch() -> None:
@@ -20,19 +23,21 @@ def register_with_torch() -> None:
 class _BesideTorch:
     """A finder of modules that registers the ops at the end of the import of torch."""
 
-    def find_spec(self, name: str, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != "torch":
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:  # None: no torch, or a folder without code
-            execute = spec.loader.exec_module
+            loader, execute = spec.loader, spec.loader.exec_module
 
-            def execute_and_register(module) -> None:
-                del spec.loader.exec_module
+            def execute_and_register(module: ModuleType) -> None:
+                del vars(loader)["exec_module"]
                 execute(module)
                 sys.meta_path.remove(self)
                 import_module("fastasr.ops")
 
-            spec.loader.exec_module = execute_and_register
+            vars(loader)["exec_module"] = execute_and_register
         return spec

@@ -6,7 +6,7 @@ eager PyTorch serves there: every step of it is an operator that the transforms 
 
 from collections.abc import Callable
 from functools import wraps
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch._C import _are_functorch_transforms_active as transforms_active
@@ -39,7 +39,17 @@ def refuse_unless_batched(name: str) -> None:
         refuse(name)
 
 
-def by_formula(op, a):
+class Formula(Protocol):
+    """An op as far as a transform needs it (``fastasr.ops._op.Op``)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def definition(self) -> Callable[..., Any]: ...
+
+
+def by_formula(op: Formula, a: Any) -> Any:
     """Computes the op by its formula, under the transform."""
     try:
         return op.definition(**a._asdict())
@@ -47,11 +57,11 @@ def by_formula(op, a):
         refuse(op.name, error)
 
 
-def _without_tangents(name: str, backward: Callable) -> Callable:
+def _without_tangents(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the backward pass, which refuses gradients with tangents: its kernels would lose them."""
 
     @wraps(backward)
-    def run(ctx, *grads):
+    def run(ctx: Any, *grads: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse(name)
         return backward(ctx, *grads)
@@ -62,17 +72,19 @@ def _without_tangents(name: str, backward: Callable) -> Callable:
 class Function(torch.autograd.Function):
     """A function with a backward pass by hand. Under a transform ``formula`` serves in its place, if it has one."""
 
-    formula = None
+    formula: Callable[..., Any] | None = None
+    known_as: str
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         cls.known_as = f"{cls.__module__.removeprefix('fastasr.')}.{cls.__name__.lstrip('_')}"
-        cls.backward = staticmethod(_without_tangents(cls.known_as, cls.backward))
+        backward = _without_tangents(cls.known_as, cls.backward)
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]  # it wraps each class's own
 
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, *args: Any) -> Any:
         if is_transformed():
             if cls.formula is None:
                 refuse(cls.known_as)
             return cls.formula(*args)
         # This is the C++ call inside Function.apply, whose other code serves transforms and costs 1 us.
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]  # torch declares no base

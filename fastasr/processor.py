@@ -63,8 +63,9 @@ class Load:
     late and include this process's own earlier work.
     """
 
-    def __init__(self, threads: int):
-        self._threads, self._crowds = threads, []
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._crowds: list[float] = []
         self._began, self._worked = time.perf_counter(), time.thread_time()
 
     @property

@@ -66,6 +66,18 @@ def sum_parts(at, keep):
     return tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
 
 
+@triton.jit
+def store_pair(PARTS, c, C, first, second):
+    """Writes this program's rows of two tables (programs, C), one behind the other: the sums over the rows of ``first``
+    and ``second`` [BLOCK_R, BLOCK_C].
+    """
+    row = PARTS + tl.program_id(0).to(tl.int64) * C + c
+    first = tl.sum(first.to(PARTS.dtype.element_ty), axis=0)
+    second = tl.sum(second.to(PARTS.dtype.element_ty), axis=0)
+    tl.store(row, first, mask=c < C)
+    tl.store(row + tl.num_programs(0).to(tl.int64) * C, second, mask=c < C)
+
+
 @triton.jit(do_not_specialize=["parts"])
 def add_pair_kernel(PARTS, FIRST, SECOND, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Adds up the rows of two tables of ``parts`` rows, one behind the other; program_id(1) is the table."""

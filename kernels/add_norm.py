@@ -25,7 +25,7 @@ from fastasr.kernels._layer_norm import (
     row_stride,
     row_width,
 )
-from fastasr.kernels._parts import add_pair, split_rows
+from fastasr.kernels._parts import add_pair, split_rows, store_pair
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -82,11 +82,7 @@ def backward_kernel(
         tl.store(DX + offsets, dt.to(DX.dtype.element_ty), mask=keep)
         tl.store(DUPDATE + offsets, (dt * scale).to(DUPDATE.dtype.element_ty), mask=keep)
         first += BLOCK_R
-    row = PARTS + part * C + c
-    dweight = tl.sum(dweight.to(PARTS.dtype.element_ty), axis=0)
-    dbias = tl.sum(dbias.to(PARTS.dtype.element_ty), axis=0)
-    tl.store(row, dweight, mask=in_row)
-    tl.store(row + tl.num_programs(0).to(tl.int64) * C, dbias, mask=in_row)
+    store_pair(PARTS, c, C, dweight, dbias)
 
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -26,7 +26,7 @@ from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_blocks, row_mean, row_width
-from fastasr.kernels._parts import add_pair, split_rows
+from fastasr.kernels._parts import add_pair, split_rows, store_pair
 
 BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # for a program that convolves
 BLOCK_K = 4
@@ -107,10 +107,7 @@ def norm_gradient_kernel(
         dg = tl.fma(-n, along[:, None], d - mean[:, None]) * scale[:, None]
         tl.store(DGATE + at, dg.to(DGATE.dtype.element_ty), mask=keep)
         first += BLOCK_R
-    row = PARTS + part.to(tl.int64) * C + c
-    tl.store(row, tl.sum(dweight.to(PARTS.dtype.element_ty), axis=0), mask=in_row)
-    row += tl.num_programs(0).to(tl.int64) * C
-    tl.store(row, tl.sum(dbias.to(PARTS.dtype.element_ty), axis=0), mask=in_row)
+    store_pair(PARTS, c, C, dweight, dbias)
 
 
 # --------------------------------------------------------------------------- tiles of groups of frames

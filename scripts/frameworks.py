@@ -16,6 +16,8 @@ FRAMEWORKS = (
     ("transformers", "transformers", ("transformers.",)),
     ("NeMo", "nemo", ("nemo.",)),
     ("SpeechBrain", "speechbrain", ("speechbrain.",)),
+    ("FireRedASR", "fireredasr", ("fireredasr.",)),
+    ("GigaAM", "gigaam", ("gigaam.",)),
     ("torchaudio", "torchaudio", ("torchaudio.",)),
     ("ESPnet", "espnet", ("espnet.",)),
     ("icefall and the PyPI package `zipformer`", "icefall", ("zipformer.", "icefall.")),

@@ -25,5 +25,8 @@ pip install --no-deps espnet==202511
 pip install tensorboard kaldialign soundfile braceexpand pyyaml tqdm
 pip install --no-deps zipformer==0.1.3 atdataset webdataset kaldifst
 
+# the encoders of FireRedASR and GigaAM; recognition needs what the packages ask for, and GigaAM asks for torch 2.5
+pip install --no-deps fireredasr==0.0.2 gigaam==0.1.0
+
 # NeMo
 pip install "nemo_toolkit[asr]==3.0.0"

@@ -7,8 +7,10 @@ is not installed. Together the models have a module for every rule.
 """
 
 import copy
+import importlib.util
 import os
 import sys
+import types
 
 import nemo_encoder
 import pytest
@@ -62,10 +64,15 @@ def fastspeech2_conformer(dropout=0.1, **options):
     )
     module = pytest.importorskip("transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer")
     made = module.FastSpeech2ConformerEncoder(config, config.encoder_config)
-    for key, parameter in made.named_parameters():
-        if "pos_bias" in key:  # uninitialised memory, which only a whole FastSpeech2ConformerModel overwrites
+    return with_position_biases(made)  # Only a whole FastSpeech2ConformerModel overwrites them.
+
+
+def with_position_biases(model):
+    """Returns the model with zeros as biases of its positions, which upstream leaves as uninitialised memory."""
+    for key, parameter in model.named_parameters():
+        if "pos_bias" in key:
             torch.nn.init.zeros_(parameter)
-    return made
+    return model
 
 
 def espnet_conformer(dropout=0.1, **options):
@@ -158,6 +165,37 @@ def nemo_transformer(lengths=(80, 51, 0), **options):
         model = nemo_encoder.load_transformer().TransformerEncoder(feat_in=WIDTH, **sizes, **options)
         x = torch.randn(len(lengths), WIDTH, max(lengths), generator=numbers(1))
         return model, lambda model: [model(x, torch.tensor(lengths))[0]]
+
+    return made
+
+
+def firered(lengths=(83, 51, 30), dropout=0.1):
+    def made():
+        module = pytest.importorskip("fireredasr.models.module.conformer_encoder")
+        sizes = {"idim": 20, "n_layers": 2, "n_head": HEADS, "d_model": WIDTH, "kernel_size": TAPS}
+        rates = dict.fromkeys(("residual_dropout", "dropout_rate"), dropout)
+        x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
+        model = module.ConformerEncoder(**sizes, **rates, pe_maxlen=64)
+        return model, lambda model: [model(x, torch.tensor(lengths))[0]]
+
+    return made
+
+
+def gigaam(kind, lengths=(83, 51, 30)):
+    """The package's own ``__init__`` would import what it downloads checkpoints and reads recordings with."""
+
+    def made():
+        if "gigaam" not in sys.modules:
+            spec = importlib.util.find_spec("gigaam")
+            if spec is None:
+                pytest.skip("gigaam is not installed")
+            sys.modules["gigaam"] = types.ModuleType("gigaam")
+            sys.modules["gigaam"].__path__ = list(spec.submodule_search_locations)
+        module = importlib.import_module("gigaam.encoder")
+        sizes = {"feat_in": 20, "n_layers": 2, "d_model": WIDTH, "n_heads": HEADS, "conv_kernel_size": TAPS}
+        model = module.ConformerEncoder(**sizes, self_attention_model=kind, pos_emb_max_len=64)
+        x = torch.randn(len(lengths), 20, max(lengths), generator=numbers(1))
+        return with_position_biases(model), lambda model: [model(x, torch.tensor(lengths))[0]]
 
     return made
 
@@ -546,6 +584,9 @@ FAMILIES = {
     "nemo transformer": nemo_transformer(),
     "nemo transformer, causal": nemo_transformer(attn_mode="causal", qk_norm=True, qkv_bias=True),
     "nemo joint": nemo_joint(),
+    "fireredasr": firered(),
+    "gigaam": gigaam("rel_pos"),
+    "gigaam, rotary": gigaam("rotary"),
     "zipformer": zipformer,
     "zipformer, causal": causal_zipformer,
     "zipformer recogniser": zipformer_recogniser,

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/norm_rows.h"
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
@@ -79,17 +80,12 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
                                                  bool keep_statistics) {
   const char* op = "residual_norm_forward";
   check(x.dim() >= 1, op, "x has no dimensions");
-  Tensor y = new_result(x);
-  const int64_t channels = x.size(x.dim() - 1), kept = keep_statistics && channels ? 3 * (x.numel() / channels) : 0;
-  const int64_t one = 1;
-  const ScalarType wide = compute_type(dtype_of(x));
-  Tensor statistics = new_strided(x, 1, &kept, &one, wide);
+  Tensor y = new_result(x), statistics = new_statistics(x, keep_statistics);
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
-    using Statistics = cpu::RowStatistics<cpu::compute_t<T>>;
     T* out = mutable_data<T>(y);
-    auto* kept_rows = kept ? reinterpret_cast<Statistics*>(mutable_data<cpu::compute_t<T>>(statistics)) : nullptr;
+    auto* kept_rows = written_statistics<T>(statistics);
     const int64_t n = call.p.channels;
     parallel_tasks(call.rows, 2 * n, [&](int64_t b, int64_t e) {
       const std::unique_ptr<cpu::compute_t<T>[]> scratch(new cpu::compute_t<T>[cpu::residual_norm_scratch(n)]);
@@ -112,30 +108,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
   Tensor dweight = new_like(weight), dbias = new_like(bias);
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
-    using C = cpu::compute_t<T>;
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
     const int64_t n = call.p.channels;
     const T* g = data<T>(grad);
-    const cpu::RowStatistics<C>* rows = nullptr;
-    if (statistics) {
-      check(dtype_of(*statistics) == kComputeType<T> && statistics->is_contiguous() &&
-                statistics->numel() == 3 * call.rows,
-            op, "statistics");
-      rows = reinterpret_cast<const cpu::RowStatistics<C>*>(data<C>(*statistics));
-    }
+    const auto* rows = kept_statistics<T>(statistics, call.rows, op);
     T *ox = mutable_data<T>(dx), *ou = mutable_data<T>(dupdate), *os = mutable_data<T>(dsum);
-    const RowBlocks blocks(call.rows, n);
-    Scratch<C> parts(blocks.count * 2 * n);  // every block is written
-    blocks.parallel(4 * n, [&](int64_t b, int64_t e) {
-      const std::unique_ptr<C[]> scratch(new C[cpu::residual_norm_scratch(n)]);
-      for (int64_t k = b; k < e; k++) {
-        C* part = parts.data() + k * 2 * n;
-        kernel.backward(call.p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou, os, part, part + n,
-                        scratch.get());
-      }
-    });
-    reduce_blocks(parts.data(), blocks.count, 2 * n, dweight);
-    reduce_blocks(parts.data() + n, blocks.count, 2 * n, dbias);
+    sum_pairs<T>(RowBlocks(call.rows, n), n, cpu::residual_norm_scratch(n), dweight, &dbias,
+                 [&](int64_t b, int64_t e, auto* dw, auto* db, auto* scratch) {
+                   kernel.backward(call.p, g, rows, b, e, ox, ou, os, dw, db, scratch);
+                 });
   });
   return {dx, dupdate, dsum, dweight, dbias};
 }

@@ -12,6 +12,7 @@ example, but the classes cannot be used.
 import functools
 import math
 import sys
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -89,18 +90,18 @@ def uninstall() -> None:
 # --------------------------------------------------------------------------- losses
 @functools.wraps(losses.rnnt_loss_pruned)
 def rnnt_loss_pruned(
-    logits,
-    symbols,
-    ranges,
-    termination_symbol,
-    boundary=None,
-    rnnt_type="regular",
-    delay_penalty=0.0,
-    reduction="mean",
-    use_hat_loss=False,
-    return_grad=False,
-    **options,
-):
+    logits: Tensor,
+    symbols: Tensor,
+    ranges: Tensor,
+    termination_symbol: int,
+    boundary: Tensor | None = None,
+    rnnt_type: str = "regular",
+    delay_penalty: float = 0.0,
+    reduction: str | None = "mean",
+    use_hat_loss: bool = False,
+    return_grad: bool = False,
+    **options: Any,
+) -> Any:
     arguments = logits, symbols, ranges, termination_symbol, boundary
     narrow = rnnt_type == "constrained" and ranges.shape[-1] == 1 and symbols.shape[1] > 0
     if not narrow or return_grad:
@@ -108,7 +109,7 @@ def rnnt_loss_pruned(
             *arguments, rnnt_type, delay_penalty, reduction, use_hat_loss, return_grad, **options
         )
     # In a constrained lattice windows of one emit no symbol. fastasr.rnnt raises an error, k2 returns inf.
-    finite = losses.rnnt_loss_pruned(
+    finite: Any = losses.rnnt_loss_pruned(
         *arguments, "modified", delay_penalty, "none", use_hat_loss, **options | {"zero_infinity": False}
     )
     emits = torch.ones_like(finite, dtype=torch.bool) if boundary is None else boundary[:, 2] > boundary[:, 0]
@@ -179,10 +180,10 @@ def _message(name: str) -> str:
 class _Absent(type):
     """The type of k2's classes that are not provided: they can be named in annotations and nothing else."""
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: object, **kwargs: object) -> NoReturn:
         raise NotProvided(_message(cls.__name__))
 
-    def __getattr__(cls, name: str):
+    def __getattr__(cls, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
         raise NotProvided(_message(cls.__name__))
@@ -221,7 +222,7 @@ class _Flag:
 with_cuda = _Flag()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _CLASSES:
         made = globals()[name] = _Absent(name, (), {"__module__": __name__, "__doc__": _message(name)})
         return made

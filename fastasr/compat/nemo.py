@@ -2,6 +2,8 @@
 """NeMo's ``RNNTLoss`` (nemo.collections.asr.losses.rnnt), for RNN-T and TDT."""
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,8 +29,8 @@ class RNNTLoss(nn.Module):
         num_classes: int,
         reduction: str | None = "mean_batch",
         loss_name: str = "default",
-        loss_kwargs=None,
-    ):
+        loss_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if loss_name not in (*RNNT, *TDT):
             names = ", ".join((*RNNT, *TDT))

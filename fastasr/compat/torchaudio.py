@@ -61,7 +61,7 @@ class RNNTLoss(nn.Module):
         reduction: str = "mean",
         fused_log_softmax: bool = True,
         in_place: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.blank, self.clamp, self.reduction = blank, clamp, reduction
         self.fused_log_softmax, self.in_place = fused_log_softmax, in_place
@@ -102,7 +102,7 @@ def _stand_in(path: str) -> ModuleType:
     for full in (parent, path):
         if full not in sys.modules:
             sys.modules[full] = ModuleType(full, __doc__)
-            sys.modules[full].fastasr = True
+            vars(sys.modules[full])["fastasr"] = True
     setattr(sys.modules[parent], name, sys.modules[path])
     sys.modules[parent].__path__ = getattr(sys.modules[parent], "__path__", [])
     return sys.modules[path]

@@ -4,6 +4,8 @@
 model.loss_function = fastasr.compat.transformers.ParakeetForTDTLoss
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastasr.rnnt import lengths, tdt_loss
@@ -27,22 +29,29 @@ def rnnt_loss(
 
 
 def ParakeetForRNNTLoss(
-    logits, labels, logit_lengths, label_lengths, blank_token_id, reduction="mean_volume", **kwargs
-):
+    logits: Tensor,
+    labels: Tensor,
+    logit_lengths: Tensor,
+    label_lengths: Tensor,
+    blank_token_id: int,
+    reduction: str = "mean_volume",
+    **kwargs: object,
+) -> Tensor:
     return rnnt_loss(logits, labels, logit_lengths, label_lengths, blank_token_id, reduction)
 
 
 def ParakeetForTDTLoss(
-    token_logits,
-    duration_logits,
-    labels,
-    logit_lengths,
-    label_lengths,
-    blank_token_id,
-    durations,
-    sigma=0.0,
-    reduction="mean",
-    **kwargs,
-):
-    labels, *ends = (t.to(token_logits.device) for t in (labels, logit_lengths, label_lengths))
-    return tdt_loss(token_logits, duration_logits, labels, *ends, blank_token_id, durations, sigma, reduction)
+    token_logits: Tensor,
+    duration_logits: Tensor,
+    labels: Tensor,
+    logit_lengths: Tensor,
+    label_lengths: Tensor,
+    blank_token_id: int,
+    durations: Sequence[int],
+    sigma: float = 0.0,
+    reduction: str = "mean",
+    **kwargs: object,
+) -> Tensor:
+    labels, frames, tokens = (t.to(token_logits.device) for t in (labels, logit_lengths, label_lengths))
+    call = token_logits, duration_logits, labels, frames, tokens, blank_token_id, durations
+    return tdt_loss(*call, sigma=sigma, reduction=reduction)

@@ -32,5 +32,5 @@ def rnnt_loss(
         fastemit_lambda=fastemit_lambda,
     )
     loss = loss / frames_lengths.to(loss) if average_frames else loss
-    reduction = {None: "none", "mean": "mean_batch"}.get(reduction, reduction)
-    return lengths.reduced(op, loss, labels_lengths, reduction)
+    name = "none" if reduction is None else "mean_batch" if reduction == "mean" else reduction
+    return lengths.reduced(op, loss, labels_lengths, name)

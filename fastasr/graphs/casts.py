@@ -7,8 +7,12 @@ training step of a Zipformer. While a call is recorded, the modules hold the cas
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,13 +20,20 @@ from torch.utils._pytree import tree_leaves
 class Uses(TorchDispatchMode):
     """Finds the parameters of which a pass uses only one whole cast to ``dtype``."""
 
-    def __init__(self, parameters, dtype):
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         self.sizes = {_storage(p): p.numel() for p in parameters}
-        self.casts, self.others = Counter(), set()
+        self.casts: Counter[int] = Counter()
+        self.others: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         used = [
             t
@@ -37,7 +48,7 @@ class Uses(TorchDispatchMode):
                 self.others.update(map(_storage, used))
         return function(*args, **kwargs)
 
-    def castable(self, parameters):
+    def castable(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Returns the parameters that the pass does not need in their own dtype."""
         alone = Counter(map(_storage, parameters))  # two parameters may be views of one tensor
         return [
@@ -47,11 +58,11 @@ class Uses(TorchDispatchMode):
         ]
 
 
-def _storage(t):
+def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-def _is_view(function):
+def _is_view(function: OpOverload) -> bool:
     returns = function._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
@@ -59,7 +70,7 @@ def _is_view(function):
 class Casts:
     """The casts of some parameters of a module: leaves of autograd, whose values lie in one buffer."""
 
-    def __init__(self, module, parameters, dtype):
+    def __init__(self, module: nn.Module, parameters: list[Tensor], dtype: torch.dtype) -> None:
         self.parameters = parameters
         starts, end = [], 0
         for p in parameters:
@@ -71,20 +82,20 @@ class Casts:
             for start, p in zip(starts, parameters, strict=True)
         ]
         self.of = dict(zip(map(id, parameters), self.leaves, strict=True))
-        self.places = [
+        self.places: list[tuple[dict[str, Any], str, Tensor]] = [
             (m._parameters, name, p)
             for m in module.modules()
             for name, p in m._parameters.items()
             if p is not None and id(p) in self.of
         ]
 
-    def make(self):
+    def make(self) -> None:
         """Casts all parameters anew."""
         with torch.no_grad():
             torch._foreach_copy_(self.leaves, self.parameters)
 
     @contextlib.contextmanager
-    def in_place(self):
+    def in_place(self) -> Iterator[None]:
         """Has the modules hold the casts inside the block."""
         try:
             for table, name, p in self.places:

@@ -8,15 +8,18 @@ and the module's parameters.
 
 import contextlib
 import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastasr._recording import recorded_by
 from fastasr._transforms import Function
 from fastasr.graphs.casts import Casts, Uses
-from fastasr.graphs.recording import Recording, Unrecordable
+from fastasr.graphs.recording import Recorder, Recording, Unrecordable
 
 
 class Gradients:
@@ -27,28 +30,29 @@ class Gradients:
     gets copies instead, which stay.
     """
 
-    def __init__(self, parameters, clones=False):
+    def __init__(self, parameters: Sequence[nn.Parameter], clones: bool = False) -> None:
         self.parameters, self.clones = parameters, clones
-        self.pieces = [None] * len(parameters)  # (buffer, first element, number of elements, shape)
-        self.buffers = []
+        pieces: dict[int, tuple[int, int, int, torch.Size]] = {}  # buffer, first element, elements, shape
+        self.buffers: list[Tensor] = []
         for dtype, device in {(p.dtype, p.device) for p in parameters}:
             begin = 0
             for i, p in enumerate(parameters):
                 if (p.dtype, p.device) == (dtype, device):
-                    self.pieces[i] = len(self.buffers), begin, p.numel(), p.shape
+                    pieces[i] = len(self.buffers), begin, p.numel(), p.shape
                     begin += -(-p.numel() // 64) * 64  # each piece begins at a multiple of 16 bytes
             self.buffers.append(torch.zeros(begin, dtype=dtype, device=device))
+        self.pieces = [pieces[i] for i in range(len(parameters))]
         self.views = self._views(self.buffers)
         self.addresses = [view.data_ptr() for view in self.views]
 
-    def _views(self, buffers):
+    def _views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         return [buffers[k][begin : begin + n].view(shape) for k, begin, n, shape in self.pieces]
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         return sum(b.numel() * b.element_size() for b in self.buffers)
 
-    def given(self, found):
+    def given(self, found: Sequence[bool]) -> Iterable[Tensor | None]:
         """Returns the gradients for autograd as fresh views, because it keeps a gradient that nobody else holds, and
         copies others. ``found`` says which parameters have one."""
         views = self._views([b.clone() for b in self.buffers]) if self.clones else self.views
@@ -56,7 +60,7 @@ class Gradients:
             return map(torch.Tensor.detach, views)
         return [v.detach() if has else None for v, has in zip(views, found, strict=True)]
 
-    def keep_accumulated(self):
+    def keep_accumulated(self) -> None:
         """Moves the gradients of earlier replays that are still some ``parameter.grad``: one copy for all of them."""
         kept = [
             (p, i)
@@ -69,17 +73,36 @@ class Gradients:
                 p.grad = moved[i].detach()
 
 
+class Owner(Protocol):
+    """The ``ModuleGraphs`` whose graph runs: it knows the node of a replay whose backward pass is to come."""
+
+    outstanding: "weakref.ref[Node] | None"
+
+
+class Node:
+    """Lives as long as the autograd node of a replayed forward pass."""
+
+
 class Graph:
     """The recording of one kind of call. ``forward`` takes the call's leaves, tensors and constants, and returns the
     module's result.
     """
 
-    def __init__(self, recorder, forward, leaves, parameters, gradients, module):
-        self.forward, self.generation, self.casts = forward, 0, None
+    def __init__(
+        self,
+        recorder: Recorder,
+        forward: Callable[[Sequence[Any]], Any],
+        leaves: Sequence[Any],
+        gradients: Gradients,
+        module: nn.Module,
+    ) -> None:
+        self.forward, self.generation = forward, 0
+        self.casts: Casts | None = None
         self.static = [_buffer(a) for a in leaves]
         self.tensors = [t for t in self.static if isinstance(t, torch.Tensor)]
         self.device = self.tensors[0].device
-        self.parameters = parameters
+        self.gradients = gradients
+        self.addresses: list[int] = []  # of the module's tensors when it was recorded
         self._rehearse(recorder, module)
         self.back = Recording(self.device)
         self.ahead = Recording(self.device, self.back)
@@ -87,7 +110,6 @@ class Graph:
         differentiable = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
         self.trains = bool(differentiable)
         if self.trains:
-            self.gradients = gradients
             self.incoming = [torch.zeros_like(t) for t in differentiable]
             self.replay_backward, (self.inputs, self.found) = recorder.record(
                 lambda: self._backward(differentiable, self.incoming), self.back
@@ -95,7 +117,7 @@ class Graph:
         self.wanted = [t.requires_grad for t in outputs if isinstance(t, torch.Tensor)]
         self.outputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in outputs]
 
-    def _forward(self):
+    def _forward(self) -> tuple[list[Any], TreeSpec]:
         kind = self.device.type
         # A cast that autocast keeps for later calls would be older than the optimizer's step.
         cast = torch.is_autocast_enabled(kind)
@@ -106,28 +128,32 @@ class Graph:
             with self.casts.in_place():
                 return tree_flatten(self.forward(self.static))
 
-    def _backward(self, outputs, incoming):
+    def _backward(
+        self, outputs: Sequence[Tensor], incoming: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[bool]]:
         """Returns the inputs' gradients, and which parameters have one; these lie in ``self.gradients``."""
         inputs = [t for t in self.tensors if t.requires_grad]
         found = self._differentiated(outputs, inputs, incoming)
         ours = found[len(inputs) :]
         for dtype in {g.dtype for g in ours if g is not None}:
             pairs = [
-                p
-                for p in zip(self.gradients.views, ours, strict=True)
-                if p[1] is not None and p[1].dtype is dtype
+                (view, g)
+                for view, g in zip(self.gradients.views, ours, strict=True)
+                if g is not None and g.dtype is dtype
             ]
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            torch._foreach_copy_([view for view, _ in pairs], [g for _, g in pairs])
         return list(found[: len(inputs)]), [g is not None for g in ours]
 
-    def _differentiated(self, outputs, inputs, incoming):
+    def _differentiated(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], incoming: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
         # the call that is recorded may be inside autocast, while users call backward() outside
         of = {} if self.casts is None else self.casts.of
-        parameters = [of.get(id(p), p) for p in self.parameters]
+        parameters = [of.get(id(p), p) for p in self.gradients.parameters]
         with torch.autocast(self.device.type, enabled=False):
-            return torch.autograd.grad(outputs, inputs + parameters, incoming, allow_unused=True)
+            return torch.autograd.grad(outputs, [*inputs, *parameters], incoming, allow_unused=True)
 
-    def _rehearse(self, recorder, module):
+    def _rehearse(self, recorder: Recorder, module: nn.Module) -> None:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
         libraries choose kernels and allocate workspaces, and it shows which parameters are only cast.
         """
@@ -136,11 +162,11 @@ class Graph:
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         parameters = [p for p in module.parameters() if p.dtype is not dtype and p.is_floating_point()]
-        uses = contextlib.nullcontext() if dtype is None else Uses(parameters, dtype)
+        uses = None if dtype is None else Uses(parameters, dtype)
 
-        def both():
+        def both() -> None:
             ahead = Recording(self.device, Recording(self.device))
-            with uses:
+            with uses or contextlib.nullcontext():
                 with recorded_by(ahead):
                     outputs, _ = self._forward()
                 outputs = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -154,24 +180,25 @@ class Graph:
             with torch.no_grad():
                 for b, saved in zip(buffers, before, strict=True):
                     b.copy_(saved)
-        castable = [] if dtype is None else uses.castable(parameters)
-        if castable:
-            self.casts = Casts(module, castable, dtype)
+        if uses is not None:
+            castable = uses.castable(parameters)
+            if castable:
+                self.casts = Casts(module, castable, uses.dtype)
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         """Returns the bytes of the buffers and outputs, which no other graph shares."""
         tensors = [*self.tensors, *(t for t in self.outputs if isinstance(t, torch.Tensor))]
         tensors += [*self.incoming, *(t for t in self.inputs if t is not None)] if self.trains else []
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def holds(self):
+    def holds(self) -> bool:
         return self.ahead.holds() and self.back.holds()
 
-    def run(self, leaves, owner):
+    def run(self, leaves: Sequence[Any], owner: Owner) -> Any:
         given = [a for a in leaves if isinstance(a, torch.Tensor)]
         if self.trains:
-            found = iter(_Replayed.apply(self, owner, *given, *self.parameters))
+            found = iter(_Replayed.apply(self, owner, *given, *self.gradients.parameters))
         else:
             self._replay(given)
             found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
@@ -179,7 +206,7 @@ class Graph:
             [next(found) if isinstance(t, torch.Tensor) else t for t in self.outputs], self.form
         )
 
-    def _replay(self, given):
+    def _replay(self, given: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for buffer, t in zip(self.tensors, given, strict=True):
                 _distinct(buffer.detach()).copy_(_distinct(t), non_blocking=True)
@@ -187,16 +214,12 @@ class Graph:
         self.replay_forward()
 
 
-class _Node:
-    """Lives as long as the autograd node of a replayed forward pass."""
-
-
 class _Replayed(Function):
     @staticmethod
-    def forward(ctx, graph, owner, *tensors):
+    def forward(ctx: Any, graph: Graph, owner: Owner, *tensors: Tensor) -> tuple[Tensor, ...]:
         graph._replay(tensors[: len(graph.tensors)])
         graph.generation += 1
-        ctx.graph, ctx.generation, ctx.node = graph, graph.generation, _Node()
+        ctx.graph, ctx.generation, ctx.node = graph, graph.generation, Node()
         owner.outstanding = weakref.ref(ctx.node)
         found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
         ctx.mark_non_differentiable(*(t for t, wanted in zip(found, graph.wanted, strict=True) if not wanted))
@@ -204,12 +227,12 @@ class _Replayed(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         graph = ctx.graph
         if graph.generation != ctx.generation:
             raise RuntimeError("fastasr.graphs: a later call has replaced what this backward pass needs")
-        grads = [g for g, wanted in zip(grads, graph.wanted, strict=True) if wanted]
-        for buffer, g in zip(graph.incoming, grads, strict=True):
+        used = (g for g, wanted in zip(grads, graph.wanted, strict=True) if wanted)
+        for buffer, g in zip(graph.incoming, used, strict=True):
             buffer.copy_(g)
         graph.gradients.keep_accumulated()
         graph.back.decide()
@@ -222,7 +245,7 @@ class _Replayed(Function):
         return None, None, *(g if g is None else g.clone() for g in found), *ours
 
 
-def _buffer(a):
+def _buffer(a: Any) -> Any:
     """Returns a tensor like ``a`` with the same values: a dimension that repeats one element stays such a dimension."""
     if not isinstance(a, torch.Tensor):
         return a
@@ -233,7 +256,7 @@ def _buffer(a):
     return made.expand(a.shape).requires_grad_(a.requires_grad)
 
 
-def _distinct(t):
+def _distinct(t: Tensor) -> Tensor:
     """Returns the view of ``t`` without the repetitions of its elements."""
     for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
         if stride == 0 and size > 1:

@@ -13,19 +13,21 @@ import random
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from fastasr import _left
 from fastasr._recording import recording
 from fastasr._transforms import is_transformed
-from fastasr.graphs.graph import Gradients, Graph
-from fastasr.graphs.recording import Unrecordable
+from fastasr.graphs.graph import Gradients, Graph, Node
+from fastasr.graphs.recording import Recorder, Unrecordable
 from fastasr.models.common import attention_dropout
 from fastasr.models.common.plain import any_global_hook
 from fastasr.ops import _dispatch
@@ -35,12 +37,17 @@ MAX_DROPS = 2  # A kind whose graph was dropped this often, to make room for oth
 _OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
 _NOT_RECORDED = "not recorded: "
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_VALUES: Callable[[dict[str, Any]], Iterable[Any]] = dict.values
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _local = threading.local()
 
+Forward = Callable[..., Any]  # forward(module, *args, **kwargs)
+# (module, name of an attribute) -> the value, and the identities of its elements
+Attributes = dict[tuple[nn.Module, str], tuple[Any, list[int]]]
+
 
 @contextlib.contextmanager
-def _in_parts(wanted):
+def _in_parts(wanted: bool) -> Iterator[None]:
     """Has the parts of an encoder record their own calls inside the block, or not."""
     before, _local.in_parts = getattr(_local, "in_parts", False), wanted
     try:
@@ -69,9 +76,9 @@ class Graphs:
     memory: int | str = "8GB"
     parts: bool = False
     clone_gradients: bool = False
-    recorder: Any = None
+    recorder: Callable[[], Recorder] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         most = (self.most, self.most) if isinstance(self.most, int) else tuple(self.most)
         object.__setattr__(self, "most", most)
         if not isinstance(self.after, int) or self.after < 0:
@@ -81,7 +88,7 @@ class Graphs:
         object.__setattr__(self, "memory", _bytes(self.memory))
 
 
-def _bytes(memory):
+def _bytes(memory: int | str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
     text = str(memory).strip().upper()
     number, unit = text.rstrip("KMGB"), text[len(text.rstrip("KMGB")) :]
@@ -112,30 +119,32 @@ class _Structure:
     more than a replay.
     """
 
-    def __init__(self, module):
+    def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
         # The module's own dict is left out: it holds the bound forward, and so the module.
         self.own = [vars(m) for m in modules if m is not module]
         # Empty tables are left out: no recorded forward reads an entry that is added to one later.
-        self.tables = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
+        self.tables: list[dict[str, Any]] = [
+            d for m in modules for d in (m._modules, m._parameters, m._buffers) if d
+        ]
         self.hooks = [
             d
             for m in modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
             if m is not module
         ]
-        self.hooks_known = None
+        self.hooks_known: int | None = None
         self.entries, self.forwards = self._entries(), self._forwards()
         self.parameters = list(module.parameters())
         self.state = [*self.parameters, *module.buffers()]
 
-    def _entries(self):
-        return [*chain.from_iterable(map(dict.values, self.tables))]
+    def _entries(self) -> list[Any]:
+        return [*chain.from_iterable(map(_VALUES, self.tables))]
 
-    def _forwards(self):
+    def _forwards(self) -> list[Any]:
         return [*map(dict.get, self.own, repeat("forward"))]
 
-    def stays(self):
+    def stays(self) -> bool:
         """Says whether the module has the same submodules, tensors and forwards. They are compared by identity."""
         entries = self._entries()
         return (
@@ -144,7 +153,7 @@ class _Structure:
             and all(map(operator.is_, self._forwards(), self.forwards))
         )
 
-    def has_hooks(self):
+    def has_hooks(self) -> bool:
         """Says whether a submodule has hooks. It looks again after any hook was registered anywhere."""
         if RemovableHandle.next_id != self.hooks_known:
             if any(self.hooks):
@@ -152,7 +161,7 @@ class _Structure:
             self.hooks_known = RemovableHandle.next_id
         return False
 
-    def training(self):
+    def training(self) -> tuple[bool, ...]:
         return tuple(map(operator.itemgetter("training"), self.own))
 
 
@@ -164,30 +173,38 @@ class ModuleGraphs:
     recorded only if the encoder around it cannot be.
     """
 
-    def __init__(self, module, forward, options, choice=None, whole=False):
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        options: Graphs,
+        choice: str | None = None,
+        whole: bool = False,
+    ) -> None:
         self._module = weakref.ref(module)  # The graphs do not keep it alive.
         self.forward, self.options, self.choice, self.has_whole = forward, options, choice, whole
-        self.kinds, self.graphs = OrderedDict(), OrderedDict()
+        self.kinds: OrderedDict[Hashable, Kind] = OrderedDict()
+        self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         # a weak reference to the node of a replayed forward pass whose backward pass may follow
-        self.outstanding = None
+        self.outstanding: weakref.ref[Node] | None = None
         self._lock = threading.Lock()
         # the backward pass of a recording may call the module too, in autograd's own thread
         self._records = False
-        self._begin()
+        self._begin(module)
 
-    def _begin(self):
+    def _begin(self, module: nn.Module) -> None:
         self.graphs.clear()
-        self.structure = _Structure(self._module())
-        self.recorder = self.gradients = None
+        self.structure = _Structure(module)
+        self.recorder: Recorder | None = None
+        self.gradients: Gradients | None = None
 
-    def clear(self):
+    def clear(self, module: nn.Module) -> None:
         """Forgets all recordings and reasons."""
         with self._lock:
             self.kinds.clear()
-            self._begin()
+            self._begin(module)
 
-    def __call__(self, *args, **kwargs):
-        module = self._module()
+    def __call__(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         alone = self._records or (self.has_whole and not getattr(_local, "in_parts", False))
         reason = "" if alone else _why_not_now(module)
         if reason is not None:
@@ -209,17 +226,19 @@ class ModuleGraphs:
                 return self.forward(module, *args, **kwargs)
         if not graph.trains and not self.structure.stays():  # This comparison runs while the GPU works.
             with self._lock:
-                self._begin()
-            return self(*args, **kwargs)
+                self._begin(module)
+            return self(module, *args, **kwargs)
         return found
 
-    def _graph(self, module, leaves, form, chosen):
+    def _graph(
+        self, module: nn.Module, leaves: list[Any], form: TreeSpec, chosen: Hashable
+    ) -> tuple[Graph | None, str]:
         """Returns the graph of this call, or None and why there is none ("": not yet)."""
         reason = _unrecordable(leaves) or ("submodules have hooks" if self.structure.has_hooks() else "")
         if reason:
             return None, f"not replayed: {reason}"
         if self._looks_first(module) and not self.structure.stays():
-            self._begin()
+            self._begin(module)
         key = chosen, *self._key(module, leaves, form)
         kind = self.kinds.get(key)
         if kind is None:
@@ -242,20 +261,22 @@ class ModuleGraphs:
             return None, ""
         graph = self._recorded(module, leaves, form, kind, chosen)
         if graph is None:
-            return None, _NOT_RECORDED + kind.reason
+            return None, f"{_NOT_RECORDED}{kind.reason}"
         self.graphs[key] = graph
         kind.replayed += 1
         self._make_room(module.training)
         return graph, ""
 
-    def _looks_first(self, module):
+    def _looks_first(self, module: nn.Module) -> bool:
         """Says whether a changed module must be noticed before a replay, whose results could not be taken back."""
         return module.training or torch.is_grad_enabled() or not self.graphs
 
-    def _addresses(self):
+    def _addresses(self) -> list[int]:
         return [*map(torch.Tensor.data_ptr, self.structure.state)]
 
-    def _recorded(self, module, leaves, form, kind, chosen):
+    def _recorded(
+        self, module: nn.Module, leaves: list[Any], form: TreeSpec, kind: Kind, chosen: Hashable
+    ) -> Graph | None:
         state, self._records, before = random.getstate(), True, _attributes(module)
         try:
             if self.recorder is None:
@@ -263,23 +284,19 @@ class ModuleGraphs:
             wanted = (
                 [p for p in self.structure.parameters if p.requires_grad] if torch.is_grad_enabled() else []
             )
-            if wanted and (
-                self.gradients is None or [*map(id, self.gradients.parameters)] != [*map(id, wanted)]
-            ):
-                self.gradients = Gradients(wanted, self.options.clone_gradients)
-
             recorded, of = self.forward, self._module  # a graph must not keep its module alive
 
-            def forward(static):
+            def forward(static: Sequence[Any]) -> Any:
                 args, kwargs = tree_unflatten(static, form)
                 return recorded(of(), *args, **kwargs)
 
             if self.choice is not None:
                 vars(module)[self.choice] = lambda: chosen
             try:
-                graph = Graph(self.recorder, forward, leaves, wanted, self.gradients, module)
+                graph = Graph(self.recorder, forward, leaves, self._gradients(wanted), module)
             finally:
-                vars(module).pop(self.choice, None)
+                if self.choice is not None:
+                    vars(module).pop(self.choice, None)
                 changed = _put_back(module, before)
             graph.addresses = self._addresses()
             if changed:  # a replay would not change it, and would overwrite new tensors
@@ -298,10 +315,18 @@ class ModuleGraphs:
         kind.bytes = graph.bytes
         return graph
 
-    def _make_room(self, training):
-        most = self.options.most[0 if training else 1]
+    def _gradients(self, wanted: Sequence[nn.Parameter]) -> Gradients:
+        """Returns the gradients of these parameters, which all recordings with the same ones share."""
+        if not wanted:
+            return Gradients(wanted)
+        if self.gradients is None or [*map(id, self.gradients.parameters)] != [*map(id, wanted)]:
+            self.gradients = Gradients(wanted, self.options.clone_gradients)
+        return self.gradients
+
+    def _make_room(self, training: bool) -> None:
+        most, memory = self.options.most[0 if training else 1], _bytes(self.options.memory)
         while len(self.graphs) > most or (
-            len(self.graphs) > 1 and sum(g.bytes for g in self.graphs.values()) > self.options.memory
+            len(self.graphs) > 1 and sum(g.bytes for g in self.graphs.values()) > memory
         ):
             key, _ = self.graphs.popitem(last=False)
             kind = self.kinds.get(key)
@@ -312,7 +337,7 @@ class ModuleGraphs:
                         "it was dropped for other kinds: allow more graphs or memory, or use fewer shapes"
                     )
 
-    def _key(self, module, leaves, form):
+    def _key(self, module: nn.Module, leaves: list[Any], form: TreeSpec) -> tuple[Hashable, ...]:
         """Returns everything that selects the code of a call."""
         tensors = tuple(
             (a.shape, a.dtype, a.device, a.requires_grad, a.stride())
@@ -334,17 +359,17 @@ class ModuleGraphs:
         return tensors, form, cast, module.training, self.structure.training(), wanted, settings
 
 
-def _attributes(module):
+def _attributes(module: nn.Module) -> Attributes:
     """Returns the attributes of all submodules, and the elements of those that are lists or dicts."""
     return {(m, name): (value, _elements(value)) for m in module.modules() for name, value in vars(m).items()}
 
 
-def _elements(value):
+def _elements(value: Any) -> list[int]:
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [*map(id, values)]
 
 
-def _put_back(module, before):
+def _put_back(module: nn.Module, before: Attributes) -> list[str]:
     """Gives changed attributes their values back, except elements of lists and dicts. Returns their names."""
     changed = []
     for (m, name), (value, elements) in _attributes(module).items():
@@ -358,7 +383,7 @@ def _put_back(module, before):
     return changed
 
 
-def _why_not_now(module):
+def _why_not_now(module: nn.Module) -> str | None:
     """Returns why no call is replayed now, "" if that is no loss, or None."""
     if recording() is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return ""
@@ -375,7 +400,7 @@ def _why_not_now(module):
     return None
 
 
-def _unrecordable(leaves):
+def _unrecordable(leaves: Sequence[Any]) -> str:
     """Returns why calls with such arguments are not recorded, or ""."""
     tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
     if not tensors:
@@ -388,12 +413,12 @@ def _unrecordable(leaves):
     return ""
 
 
-def _spelled(module, leaves):
+def _spelled(module: nn.Module, leaves: Sequence[Any]) -> str:
     shapes = [f"{tuple(a.shape)}" if isinstance(a, torch.Tensor) else repr(a) for a in leaves]
     return f"{'training' if module.training else 'inference'} {', '.join(shapes)}"
 
 
-def _cuda_recorder():
+def _cuda_recorder() -> Recorder:
     if not torch.cuda.is_available():
         raise Unrecordable("there is no CUDA device")
     from fastasr.graphs.cuda import CudaRecorder
@@ -401,10 +426,14 @@ def _cuda_recorder():
     return CudaRecorder()
 
 
-_GRAPHS = weakref.WeakKeyDictionary()  # module -> its ModuleGraphs: a copy of the module has none
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, "ModuleGraphs"] = (
+    weakref.WeakKeyDictionary()
+)  # module -> its ModuleGraphs: a copy of the module has none
 
 
-def keep(module, forward, options, choice=None, whole=False):
+def keep(
+    module: nn.Module, forward: Forward, options: Graphs, choice: str | None = None, whole: bool = False
+) -> ModuleGraphs:
     """Has the forward that ``replaying`` made of ``forward`` record the calls of ``module``. Returns the
     ``ModuleGraphs``.
     """
@@ -412,17 +441,17 @@ def keep(module, forward, options, choice=None, whole=False):
     return found
 
 
-def release(module):
+def release(module: nn.Module) -> ModuleGraphs | None:
     """Frees the graphs of a module."""
     return _GRAPHS.pop(module, None)
 
 
-def of(module):
+def of(module: nn.Module) -> ModuleGraphs | None:
     """Returns the ``ModuleGraphs`` of a module, or None."""
     return _GRAPHS.get(module)
 
 
-def graph_state(model):
+def graph_state(model: nn.Module) -> dict[str, list[Kind]]:
     """Returns path -> list of :class:`Kind` for every module of ``model`` that has graphs: the calls seen, recorded and
     replayed, the bytes that it holds, or why it is not recorded.
     """
@@ -431,14 +460,14 @@ def graph_state(model):
 
 
 @functools.cache
-def replaying(forward, name=""):
+def replaying(forward: Forward, name: str = "") -> Forward:
     """Returns ``forward(module, *args, **kwargs)`` with its calls replayed where the module has graphs. There is one
     wrapper of a function and name, by which it is recognised.
     """
 
     @functools.wraps(forward)
-    def replay(self, *args, **kwargs):
+    def replay(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         graphs = _GRAPHS.get(self)
-        return forward(self, *args, **kwargs) if graphs is None else graphs(*args, **kwargs)
+        return forward(self, *args, **kwargs) if graphs is None else graphs(self, *args, **kwargs)
 
     return replay

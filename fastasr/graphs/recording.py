@@ -7,13 +7,29 @@ order in which they were recorded, and one copy takes their numbers to the devic
 the pass that does not act in a replay returns at once.
 """
 
-import torch
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
 
+import torch
+from torch import Tensor
+
+from fastasr import _recording
 from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Verdict, Verdicts
 
 CAPACITY = 1 << 14  # A pass has at most this many numbers: a Zipformer-M has about 2,500.
 MAX_VERDICTS = 1 << 12  # A pass has at most this many verdicts: a Zipformer-M has 178.
+
+
+T = TypeVar("T")
+
+
+class Recorder(Protocol):
+    """Records the passes of one module: a :class:`fastasr.graphs.cuda.CudaRecorder`, or a stand-in for it."""
+
+    def rehearse(self, function: Callable[[], object]) -> None: ...
+
+    def record(self, function: Callable[[], T], recording: "Recording") -> tuple[Callable[[], None], T]: ...
 
 
 class Unrecordable(Exception):
@@ -27,18 +43,22 @@ class Recording:
     thread, where ``recording()`` is None.
     """
 
-    def __init__(self, device, back=None):
+    def __init__(self, device: torch.device, back: "Recording | None" = None) -> None:
         self.device, self.back = device, back
         self.values = torch.zeros(CAPACITY, dtype=torch.float32, device=device)
         self.now = [0.0] * CAPACITY
-        self.plans, self.used = [], 0
-        self.phases = []  # (schedule, whether it was 0): a replay is valid while this holds
+        self.plans: list[tuple[Callable[[], Sequence[float]], int, int]] = []
+        self.used = 0
+        # (schedule, whether it was 0): a replay is valid while this holds
+        self.phases: list[tuple[Any, bool]] = []
         # Whether modules that act on gradients may change them in place; and which columns of them they change.
-        self.owned, self.columns = False, None
-        self.told = []  # (listener, whether to call it), one for each verdict
+        self.owned = False
+        self.columns: tuple[int, int] | None = None
+        # (listener, whether to call it), one for each verdict
+        self.told: list[tuple[Callable[[Verdict], object], _recording.Numbers]] = []
         self.verdicts = torch.zeros(MAX_VERDICTS if back is None else 0, 16, dtype=torch.bool, device=device)
 
-    def numbers(self, plan, count):
+    def numbers(self, plan: Callable[[], Sequence[float]], count: int) -> "Numbers":
         """Returns the ``Numbers`` that ``plan`` returns before each replay."""
         # Each begins at a multiple of 16 bytes, because kernels are compiled apart for other addresses.
         begin = -(-self.used // 4) * 4 if count else self.used
@@ -48,13 +68,13 @@ class Recording:
         self.plans.append((plan, begin, self.used))
         return Numbers(self, begin, self.values[begin : self.used])
 
-    def phase(self, schedule):
+    def phase(self, schedule: Any) -> bool:
         """Returns whether the schedule is 0 now. A replay is valid while the answer stays."""
         zero = peek(schedule) == 0.0
         self.phases.append((schedule, zero))
         return zero
 
-    def verdict(self, hear, acts):
+    def verdict(self, hear: Callable[[Verdict], object], acts: _recording.Numbers) -> Tensor:
         """Returns a bool tensor () for an answer of the device. After each replay in which ``acts`` is on,
         ``hear(verdict)`` is called with a :class:`Verdict`.
         """
@@ -63,15 +83,15 @@ class Recording:
         self.told.append((hear, acts))
         return self.verdicts[len(self.told) - 1, 0]
 
-    def refuse(self, reason):
+    def refuse(self, reason: str) -> NoReturn:
         """Ends the recording: calls of this kind run as they are, for this reason."""
         raise Unrecordable(reason)
 
-    def holds(self):
+    def holds(self) -> bool:
         """Says whether every schedule is 0 exactly where it was when this was recorded."""
         return all((peek(schedule) == 0.0) == zero for schedule, zero in self.phases)
 
-    def decide(self):
+    def decide(self) -> None:
         """Runs the plans and brings their numbers to the device."""
         for plan, begin, end in self.plans:
             found = plan()
@@ -84,7 +104,7 @@ class Recording:
             )
             self.values[: self.used].copy_(numbers, non_blocking=True)
 
-    def tell(self):
+    def tell(self) -> None:
         """Tells the verdicts of the replay to the listeners that acted: one copy for all, without waiting for it."""
         if self.told:
             found = Verdicts(self.verdicts[: len(self.told), 0])
@@ -96,9 +116,9 @@ class Recording:
 class Numbers:
     """A plan's numbers: ``values`` (count,) on the device, ``on`` (its first is not 0) on the host after ``decide``."""
 
-    def __init__(self, recording, place, values):
+    def __init__(self, recording: Recording, place: int, values: Tensor) -> None:
         self.recording, self.place, self.values = recording, place, values
 
     @property
-    def on(self):
+    def on(self) -> bool:
         return self.recording.now[self.place] != 0.0

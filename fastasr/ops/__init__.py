@@ -5,6 +5,8 @@ the declaration `make ops` writes the public function, which the module of its n
 Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` prints which backends serve it here.
 """
 
+from typing import NoReturn
+
 from fastasr._nearest import no_attribute as _no_attribute
 from fastasr.ops import _dispatch
 from fastasr.ops._op import OPS
@@ -27,6 +29,7 @@ from fastasr.ops._written.gated_residual_norm import gated_residual_norm as gate
 from fastasr.ops._written.layer_norm_lstm import layer_norm_lstm as layer_norm_lstm
 from fastasr.ops._written.linear_activation import linear_activation as linear_activation
 from fastasr.ops._written.nonlin_attention import nonlin_attention as nonlin_attention
+from fastasr.ops._written.norm_activation import norm_activation as norm_activation
 from fastasr.ops._written.rel_attention import rel_attention as rel_attention
 from fastasr.ops._written.residual_norm import residual_norm as residual_norm
 from fastasr.ops._written.rnnt_joiner import rnnt_joiner as rnnt_joiner
@@ -55,7 +58,7 @@ GRADIENTS = tuple(name for name, op in OPS.items() if not op.differentiable)
 __all__ = list(NAMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> NoReturn:
     raise _no_attribute(__name__, name, __all__)
 
 

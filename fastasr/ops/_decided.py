@@ -8,7 +8,7 @@ the rate. Off CUDA, each function below runs its eager formula.
 
 import importlib
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ from fastasr.ops._dispatch import KernelFamily, Kernels, triton_kernels
 
 def _load() -> Kernels:
     """Returns the module of the launchers in place of a forward pass."""
-    return Kernels("triton", importlib.import_module("fastasr.kernels._decided"), None)
+    launchers: Any = importlib.import_module("fastasr.kernels._decided")
+    return Kernels("triton", launchers, None)
 
 
 FAMILY = KernelFamily("decided", (), (replace(triton_kernels("_decided"), load=_load),))
 
 
-def _kernels(x: Tensor, *others: Tensor | None):
+def _kernels(x: Tensor, *others: Tensor | None) -> Any:
     found = FAMILY.kernels(x, *others) if x.dim() else None
     return None if found is None else found.forward
 

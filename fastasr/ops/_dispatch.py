@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -202,7 +203,7 @@ class Kernels:
 
     backend: str
     forward: Callable
-    backward: Callable | None
+    backward: Any  # callable, or None if the kernels have no backward pass
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ draw the same numbers.
 """
 
 import threading
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +88,7 @@ def _draws_are_torchs() -> bool:
     return True
 
 
-def drawn(operator, tensors: tuple[Tensor | None, ...], *rest):
+def drawn(operator: Callable[..., Any], tensors: tuple[Tensor | None, ...], *rest: float) -> Any:
     with _LOCK:
         state = torch.default_generator.get_state()
         found = operator(*tensors, state, *rest)
@@ -101,14 +103,14 @@ def _forward(x: Tensor, residual: Tensor | None, p: float) -> tuple[Tensor, Tens
 
 class _Dropout(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
         y, keep = _forward(x, residual, p)
         ctx.save_for_backward(keep)
         ctx.p = p
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (keep,) = ctx.saved_tensors
         if is_grad_enabled():  # the caller wants a second derivative
             dx = grad * (keep.view(grad.shape) / (1 - ctx.p))

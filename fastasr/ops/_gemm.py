@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,11 @@ def _conv_gradients(
     return torch.ops.aten.convolution_backward.default(g, x, w, *sizes, mask)
 
 
-def _conv_weight_grad(*operands: Tensor | tuple) -> tuple[Tensor, Tensor]:
-    return _conv_gradients(*operands, [False, True, True])[1:]
+def _conv_weight_grad(
+    g: Tensor, x: Tensor, w: Tensor, stride: tuple, padding: tuple
+) -> tuple[Tensor, Tensor]:
+    _, dw, db = _conv_gradients(g, x, w, stride, padding, [False, True, True])
+    return dw, db
 
 
 def _planes(g: Tensor, x: Tensor, w: Tensor, stride: tuple, padding: tuple) -> tuple[Tensor, Tensor]:
@@ -93,7 +97,7 @@ def _planes(g: Tensor, x: Tensor, w: Tensor, stride: tuple, padding: tuple) -> t
     return _conv_weight_grad(g.contiguous(), x.contiguous(), w.contiguous(), stride, padding)
 
 
-_PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
+_PRODUCTS: dict[str, dict[str, Callable[..., Any]]] = {
     "torch": {
         "forward": F.linear,
         "input_grad": torch.matmul,
@@ -126,10 +130,11 @@ def _machine(*facts: Path) -> str:
 def cache_file() -> Path:
     """Returns the path of the measured choices."""
     root = os.environ.get("FASTASR_CACHE")
-    if not root:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastasr"
+    folder = (
+        Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastasr"
+    )
     version = torch.__version__.replace("+", "-")
-    return Path(root) / f"products{_REVISION}-{_machine()}-torch{version}.json"
+    return folder / f"products{_REVISION}-{_machine()}-torch{version}.json"
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ class _Choice:
         return self.under_load and _again > 0 and not 0 <= time.time() - self.at < wait
 
 
-_choices: dict[tuple, Callable[..., Tensor]] = {}
+_choices: dict[tuple, Callable[..., Any]] = {}
 _forgotten = 0
 _saved: dict[str, object] | None = None
 _again = _AGAIN_BUDGET_S  # the seconds left
@@ -160,7 +165,7 @@ def _read(path: Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _parsed(entry: object, products: Collection[str] = _PRODUCTS) -> _Choice | None:
+def _parsed(entry: Any, products: Collection[str] = _PRODUCTS) -> _Choice | None:
     """Returns the choice of one of ``products`` that an entry of the file holds, or None: the file may be damaged, or
     of a version of fastasr with other products.
     """
@@ -266,7 +271,8 @@ def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
     for product in ("torch", own):  # the first run packs and allocates
         _timed(product, operation, operands)
     load.look()
-    theirs, ours = [], []
+    theirs: list[float] = []
+    ours: list[float] = []
     for pair in range(_PAIRS):
         spent, busy = load.seconds, load.is_high(theirs, ours)
         # one call may have waited for another process: a short product is measured often
@@ -285,7 +291,15 @@ def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
     return own if wins else "torch", busy
 
 
-def _chosen(key: tuple, operands: tuple | None) -> Callable[..., Tensor] | None:
+@overload
+def _chosen(key: tuple, operands: tuple) -> Callable[..., Any]: ...
+
+
+@overload
+def _chosen(key: tuple, operands: tuple | None) -> Callable[..., Any] | None: ...
+
+
+def _chosen(key: tuple, operands: tuple | None) -> Callable[..., Any] | None:
     """Returns the product of this class, chosen now if there are operands. None before the choice."""
     f = _choices.get(key)
     if f is None and (name := _decide(key, operands)):
@@ -293,7 +307,7 @@ def _chosen(key: tuple, operands: tuple | None) -> Callable[..., Tensor] | None:
     return f
 
 
-def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> Callable[..., Tensor]:
+def _choice(operation: str, m: int, n: int, k: int, *operands: Any) -> Callable[..., Any]:
     x = operands[0]
     # deterministic algorithms need the same choice on every machine and in every run
     if x.dtype is not torch.float32 or not x.is_cpu or torch.are_deterministic_algorithms_enabled():
@@ -301,7 +315,7 @@ def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) ->
     return _chosen((operation, m.bit_length(), n, k, torch.get_num_threads()), operands)
 
 
-def register_product(operation: str, **products: Callable[..., Tensor]) -> None:
+def register_product(operation: str, **products: Callable[..., Any]) -> None:
     """Adds an operation, ``torch`` and ``native``, among which ``is_torch`` chooses."""
     for name, product in products.items():
         _PRODUCTS[name][operation] = product

@@ -2,6 +2,7 @@
 """Code that rnnt_joiner and tdt_joiner share: their kernels, the formula of a row, checks and operands."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,10 @@ from torch import Tensor
 from fastasr.ops import _activation, _joiner_rows, _weights_dropout
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, triton_kernels
 from fastasr.ops._lattice import check_boundary, values_are_checked, whole, within
+from fastasr.ops._op import Arguments, Op
 from fastasr.ops._register import autocast_dtype
 
+Activation = Literal["tanh", "relu"]
 ACTIVATIONS = {name: _activation.NAMES.index(name) for name in ("tanh", "relu")}
 KEPT_BYTES = 1 << 28  # up to this size the logits of all rows are kept unless the caller decides
 
@@ -63,7 +66,7 @@ def log_probabilities(
     return px.masked_fill(~has_symbol, -math.inf), py.masked_fill(~inside, -math.inf)
 
 
-def check(op, a, starts: Tensor | None, outputs: int) -> None:
+def check(op: Op, a: Arguments, starts: Tensor | None, outputs: int) -> None:
     """Checks what the signature of a joiner does not say; ``outputs`` are the tokens."""
     frames, length = a.am.shape[1], a.symbols.shape[1]
     joined = torch.promote_types(a.am.dtype, a.lm.dtype)
@@ -95,14 +98,14 @@ def check(op, a, starts: Tensor | None, outputs: int) -> None:
             op.fail(name, f"values in [0, {end})", least if least < 0 else most)
 
 
-def operands(a, starts: Tensor, s_range: int, hat: bool, durations: int) -> tuple:
+def operands(a: Arguments, starts: Tensor, s_range: int, hat: bool, durations: int) -> tuple:
     """Returns a joiner's operands for kernels in both directions: the tensors, then the options."""
     indices = (None if t is None else t.long() for t in (a.symbols, starts, a.boundary, a.dropout_seed))
     options = s_range, a.termination_symbol, ACTIVATIONS[a.activation], hat, durations, a.dropout_p
     return (a.am, a.lm, a.weight, a.bias, *indices, *options)
 
 
-def launch(kernels, a, operands: tuple, rows: int, keep: bool) -> tuple[Tensor, ...]:
+def launch(kernels: Kernels, a: Arguments, operands: tuple, rows: int, keep: bool) -> tuple[Tensor, ...]:
     """Returns a joiner's outputs and the tensors kept for its backward pass."""
     kept = a.keep_logits
     if kept is None:

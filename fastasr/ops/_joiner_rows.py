@@ -10,13 +10,15 @@ rounded to it, as eager's are, and its result is float32.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastasr.ops import _gemm, _reduced_weights
+from fastasr.ops._op import Needs
 
 # A chunk's hidden values and logits have this many bytes, so that the next pass still finds them in the cache.
 CHUNK_BYTES = 6 << 20
@@ -47,7 +49,23 @@ class Joiner:
     short: bool = False  # whether products multiply bfloat16
 
     @classmethod
-    def of(cls, am, lm, weight, bias, symbols, starts, boundary, seed, *rest) -> "Joiner":
+    def of(
+        cls,
+        am: Tensor,
+        lm: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        symbols: Tensor,
+        starts: Tensor,
+        boundary: Tensor | None,
+        seed: Tensor | None,
+        s_range: int,
+        blank: int,
+        activation: int,
+        hat: bool,
+        durations: int,
+        dropout: float,
+    ) -> "Joiner":
         dtype = torch.promote_types(am.dtype, lm.dtype)
         wide = torch.promote_types(torch.promote_types(dtype, weight.dtype), torch.float32)
         if wide is torch.float64:
@@ -59,13 +77,14 @@ class Joiner:
         bias = None if bias is None else bias.to(wide).contiguous()
         boundary = None if boundary is None else boundary.contiguous()
         symbols, starts = symbols.contiguous(), starts.contiguous()
-        return cls(am, lm, weight, bias, symbols, starts, boundary, seed, *rest, wide, short)
+        options = s_range, blank, activation, hat, durations, dropout
+        return cls(am, lm, weight, bias, symbols, starts, boundary, seed, *options, wide, short)
 
     def rows(self, *grads: Tensor) -> Tensor:
         """Returns (rows, 4): place among the results, frame, context and symbol of every row to compute."""
-        tokens, grads = self.weight.shape[0] - self.durations, grads or (None, None)
+        tokens = self.weight.shape[0] - self.durations
         find = torch.ops.fastasr_cpu.rnnt_joiner_rows.default
-        return find(self.starts, self.symbols, self.boundary, self.s_range, tokens, *grads)
+        return find(self.starts, self.symbols, self.boundary, self.s_range, tokens, *(grads or (None, None)))
 
     def compute(self, rows: Tensor) -> Iterator[Chunk]:
         """Yields hidden values and logits of the rows, a chunk at a time."""
@@ -84,7 +103,7 @@ class Joiner:
             return torch.ops.fastasr_cpu.gemm.default(hidden.bfloat16(), self.weight.t(), self.bias)
         return _gemm.forward(hidden, self.weight, self.bias)
 
-    def product_gradients(self, d: Tensor, hidden: Tensor, dweight: Tensor, needs) -> Tensor | None:
+    def product_gradients(self, d: Tensor, hidden: Tensor, dweight: Tensor, needs: Needs) -> Tensor | None:
         """Adds the weight's gradient to ``dweight`` and returns the gradient of ``hidden``, each if needed."""
         if self.short:
             d, hidden = d.bfloat16(), hidden.bfloat16()
@@ -103,11 +122,11 @@ class Joiner:
             torch.ops.fastasr_cpu.rnnt_joiner_dropout.default(rows, self.seed, self.dropout, x)
 
 
-def _without_autocast():
+def _without_autocast() -> AbstractContextManager[object]:
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Chunk] | None]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Chunk] | None]:
     """Returns (symbol_logprobs, blank_logprobs, duration_logprobs, L, the chunks if they are kept)."""
     *operands, need_gradients, keep = arguments
     p = Joiner.of(*operands)
@@ -115,7 +134,7 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Chunk] | N
     px, py = (torch.full(shape, -torch.inf, dtype=p.wide, device="cpu") for _ in range(2))
     durations = px.new_full((*shape, p.durations), -torch.inf) if p.durations else px.new_empty((*shape, 0))
     normaliser = torch.zeros(shape, dtype=torch.float64, device="cpu")
-    kept = [] if keep and need_gradients else None
+    kept: list[Chunk] | None = [] if keep and need_gradients else None
     with _without_autocast():
         for chunk in p.compute(p.rows()):
             rows, hidden, logits = chunk
@@ -127,13 +146,15 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Chunk] | N
     return px, py, durations, normaliser, kept
 
 
-def backward(grad_symbol, grad_blank, grad_durations, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    grad_symbol: Tensor, grad_blank: Tensor, grad_durations: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (dam, dlm, dweight, dbias), with zeros for those that are not needed."""
     *operands, normaliser, needs, kept = arguments
     p = Joiner.of(*operands)
     gx, gy = grad_symbol.to(p.wide).contiguous(), grad_blank.to(p.wide).contiguous()
     gz, active = gy.new_empty(*gy.shape, 0), gy
-    if p.durations:
+    if grad_durations is not None:
         gz = grad_durations.to(p.wide).contiguous()
         active = gy.masked_fill((gz != 0).any(-1), 1.0)
     dam, dlm = (

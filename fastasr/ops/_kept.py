@@ -25,7 +25,7 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ from fastasr.ops import _dispatch
 PARTS = 8  # kKeptPieces of csrc/cpu/support/kept.h
 _RETURNED = 1 << 16  # From this many bytes on, the allocator may have returned memory to the system.
 _SAMPLED = 256  # Without the native library, this many elements of a tensor are compared.
-_counter, _address = Tensor._version.__get__, Tensor.data_ptr
+_counter: Callable[[Tensor], int] = vars(torch._C.TensorBase)["_version"].__get__
+_address = Tensor.data_ptr
 _every: "weakref.WeakSet[Originals]" = weakref.WeakSet()
 _lock = threading.RLock()  # guards the set
 
@@ -48,10 +49,13 @@ class Originals:
     tensor: it does not if one was made in inference mode, and may not if one is of a subclass.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], compared: Sequence[Tensor] | None = None, parts: int = 1):
+    def __init__(
+        self, tensors: Sequence[Tensor], compared: Sequence[Tensor] | None = None, parts: int = 1
+    ) -> None:
         self.counted, self._dropped = are_counted(tensors), False
         self._marks = self._marked(tensors)
-        self._pieces = self._sample = None
+        self._pieces: Iterator[Tensor] | None = None
+        self._sample: list[Tensor] | None = None
         sampled = list(filter(_is_readable, tensors if compared is None else compared))
         if sampled and _dispatch.why_not_cpu("kept_pieces"):
             self._sample = [t.clone() for t in _sampled(tensors)]
@@ -81,13 +85,13 @@ class Originals:
         return (
             not self._dropped
             and self._marked(tensors) == self._marks
-            and (self._pieces is None or self._same_values(tensors))
+            and (self._pieces is None or self._same_values(tensors, self._pieces))
             and (self._sample is None or all(map(torch.equal, _sampled(tensors), self._sample)))
         )
 
-    def _same_values(self, tensors: Sequence[Tensor]) -> bool:
+    def _same_values(self, tensors: Sequence[Tensor], pieces: Iterator[Tensor]) -> bool:
         same_sizes = [*map(Tensor.numel, self._large(tensors))] == self._sizes
-        return same_sizes and self._holds(next(self._pieces))
+        return same_sizes and self._holds(next(pieces))
 
 
 def drop(tensors: Iterable[Tensor]) -> int:

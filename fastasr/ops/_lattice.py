@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastasr._transforms import transforms_active
-from fastasr.ops._dispatch import PLAIN
+from fastasr.ops._dispatch import PLAIN, Kernels
+from fastasr.ops._op import Arguments, Op
 
 # Log probabilities below LEAST count as -inf: kernels keep powers of two as float32 numbers and the impossible as
 # -2^100.
@@ -73,7 +74,7 @@ def values_are_checked(t: Tensor) -> bool:
     return not is_compiling() and type(t) in PLAIN and t.is_cpu and not transforms_active()
 
 
-def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int) -> None:
+def check_boundary(op: Op, boundary: Tensor | None, symbols: int | None, frames: int) -> None:
     """Checks 0 <= s_begin <= s_end <= symbols (None: any number) and 0 <= t_begin <= t_end <= frames in every row."""
     if boundary is None or not values_are_checked(boundary):
         return
@@ -86,7 +87,7 @@ def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int
 
 
 # --------------------------------------------------------------------------- kernels
-def launch(call: Callable, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+def launch(call: Callable, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> list[Tensor]:
     """Calls the kernels with contiguous tensors in the dtype of the scores."""
     x, y, *others = (t.contiguous() if isinstance(t, Tensor) else t for t in a)
     found = call(kernels, keep, x.to(dtype), y.to(dtype), *others)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The formulas of whole lattices, step by step. A step's cells do not depend on each other."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ class RnntSteps:
     leave a step are (K, B, S+1) each, by the s they enter.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, boundary: Tensor | None):
+    def __init__(self, x: Tensor, y: Tensor, boundary: Tensor | None) -> None:
         batch, symbols, width = x.shape
         frames = y.shape[2]
         self.regular = width > frames
@@ -54,7 +56,7 @@ class RnntSteps:
         """Returns (B, S+1), True at the cell if it is in step k."""
         return (self.row == cell[:, :1]) & (self.step_of(cell) == k)[:, None]
 
-    def cells(self, add=log_add) -> Tensor:
+    def cells(self, add: Callable[[Tensor, Tensor], Tensor] = log_add) -> Tensor:
         """Returns p by steps, (K + 1, B, S + 1). ``add`` joins the symbol arc that enters a cell and the blank arc."""
         p = self.y.new_full((len(self.begin), len(self.row)), -INF)
         cells = []
@@ -98,7 +100,7 @@ def _log_sum(terms: list[Tensor]) -> Tensor:
 class TdtSteps:
     """A batch of lattices by steps t + s. The arcs that leave a step are (K, B, S+1), by the s that they leave."""
 
-    def __init__(self, x: Tensor, y: Tensor, z: Tensor, durations: Tensor, boundary: Tensor | None):
+    def __init__(self, x: Tensor, y: Tensor, z: Tensor, durations: Tensor, boundary: Tensor | None) -> None:
         batch, frames, self.row = y.shape
         symbols, self.durations = self.row - 1, durations.tolist()
         if boundary is None:
@@ -139,7 +141,7 @@ class TdtSteps:
         arcs = (arc for i, d in enumerate(self.durations) for arc in ((i, d, 0), (i, d + 1, 1)))
         return [arc for arc in arcs if 0 < arc[1] <= k]
 
-    def scores(self, add=_log_sum) -> Tensor:
+    def scores(self, add: Callable[[list[Tensor]], Tensor] = _log_sum) -> Tensor:
         """Returns the scores. ``add`` joins -inf and the terms of the arcs into a cell, in the order of ``arcs``."""
         cells: list[Tensor] = []
         begin = self.begin.sum(1)[:, None]

@@ -13,7 +13,7 @@ def _by_stride(x: Tensor, dims: Iterable[int]) -> list[int]:
     return sorted(dims, key=lambda d: (-strides[d], -sizes[d]))
 
 
-def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
+def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor) -> Tensor:
     """Returns ``f(x, *like)`` of an elementwise ``f`` on contiguous tensors; the result has the strides of
     ``empty_like(x)``.
 
@@ -63,7 +63,7 @@ class ChannelRows:
     ``rows`` is a copy only where they are not evenly spaced.
     """
 
-    def __init__(self, x: Tensor, dim: int):
+    def __init__(self, x: Tensor, dim: int) -> None:
         dim %= x.dim()
         others = [d for d in range(x.dim()) if d != dim]
         self.order = [*_by_stride(x, others), dim]

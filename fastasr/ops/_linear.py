@@ -9,7 +9,7 @@ from torch import Tensor
 MANY_ROWS = 512  # torch adds up fewer rows, in one launch; the kernels take two.
 
 
-def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *_) -> bool:
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> bool:
     """Checks the conditions that the product itself does not."""
     if not (x.layout is weight.layout is torch.strided and weight.dim() == 2):
         return False

@@ -6,7 +6,7 @@ At run time the decorator only records the declaration. ``make op OP=<name>`` re
 registered operator with its fake, autograd and autocast rule. An irregular part is a function in the op's own file.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -18,6 +18,11 @@ from fastasr.ops._dispatch import FLOATING, KernelFamily, cuda_kernels, native_k
 F = TypeVar("F", bound=Callable)
 
 OPS: dict[str, "Op"] = {}
+# The named tuples of an op's written file, which imports the op's own file: its names are the fields.
+Arguments = Any
+Saved = Any
+Needs = Any
+
 KERNELS = {"cpu": native_kernels, "cuda": cuda_kernels, "triton": triton_kernels}
 
 
@@ -181,5 +186,5 @@ class Op:
 op = Op
 
 
-def _listed(dtypes) -> str:
+def _listed(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

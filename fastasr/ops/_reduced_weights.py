@@ -40,7 +40,7 @@ def _product() -> Callable[..., Tensor]:
 class Copy:
     """The copy of one parameter. ``watch``, if given, is called with x, bias and the product's result."""
 
-    def __init__(self, weight: Tensor, format: str):
+    def __init__(self, weight: Tensor, format: str) -> None:
         self.format = format
         self.watch: Callable[[Tensor, Tensor | None, Tensor], None] | None = None
         self._weight = weakref.ref(weight)
@@ -112,7 +112,8 @@ def _changed() -> None:
 def keep(weight: Tensor, format: str) -> Copy:
     """Makes the copy of ``weight`` (N, K, 1...), float32 on the CPU, and has products read it."""
     with _lock:
-        before, copy = _by_parameter.get(weight), Copy(weight, format)
+        before: Copy | None = _by_parameter.get(weight)
+        copy = Copy(weight, format)
         _refile(copy.address)
         _by_parameter[weight] = copies[copy.address] = copy
         if before is not None and copies.get(before.address) is before:
@@ -163,7 +164,7 @@ def _forget(address: int) -> None:
 def drop(weight: Tensor) -> bool:
     """Forgets the copy of ``weight``. Returns whether there was one."""
     with _lock:
-        copy = _by_parameter.pop(weight, None)
+        copy: Copy | None = _by_parameter.pop(weight, None)
         if copy is not None and copies.get(copy.address) is copy:
             del copies[copy.address]
         _changed()

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def register(
 
 
 def _unless_transformed(name: str, kernel: Callable, transformed: Callable | None) -> Callable:
-    def run(keyset, *args):
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if transformed is not None and is_transformed():
             return transformed(*args)
         refuse_unless_batched(name.removesuffix("_backward"))
@@ -59,17 +60,17 @@ def _unless_transformed(name: str, kernel: Callable, transformed: Callable | Non
     return run
 
 
-def _autocast_kernel(op, device_type: str, key: str, autocast: Callable) -> Callable:
+def _autocast_kernel(op: torch._ops.OpOverload, device_type: str, key: str, autocast: Callable) -> Callable:
     dispatch_key = getattr(torch._C.DispatchKey, key)
 
-    def kernel(*args):
+    def kernel(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(dispatch_key)):
             return op(*autocast(torch.get_autocast_dtype(device_type), *args))
 
     return kernel
 
 
-def refuse_double_backward(name: str, *_) -> None:
+def refuse_double_backward(name: str, *_: object) -> NoReturn:
     """Raises RuntimeError. A backward on the direct path calls this if grad mode is on at its start, as only
     ``create_graph=True`` makes it.
     """

@@ -2,8 +2,9 @@
 """The functions that the written files of the ops call."""
 
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch.autograd import Function
 
 from fastasr._transforms import by_formula, refuse
 from fastasr.kernels import Unlaunchable
-from fastasr.ops._dispatch import FLOATING
+from fastasr.ops._dispatch import FLOATING, Kernels
+from fastasr.ops._op import Arguments, Needs, Op, Saved
 
 # Kernels decline arguments by ValueError (``decline`` in csrc/bindings/dispatch.h), and the dispatcher raises
 # NotImplementedError where it has no kernel for the tensors.
@@ -49,7 +51,7 @@ def listed(*sizes: object) -> str:
 
 def applied(function: type[Function]) -> Callable:
     """Returns the C++ call inside ``function.apply``, whose other code serves transforms and costs 1 us."""
-    return super(Function, function).apply  # type: ignore[misc]
+    return super(Function, function).apply  # type: ignore[misc]  # torch declares no base
 
 
 def wanted(needs_input_grad: tuple[bool, ...], places: tuple[int, ...]) -> list[bool]:
@@ -76,7 +78,7 @@ def wide(first: Tensor, *others: Tensor | None) -> torch.dtype:
     return torch.promote_types(promoted(first, *others), torch.float32)
 
 
-def as_tuple(found) -> tuple:
+def as_tuple(found: Any) -> tuple[Tensor, ...]:
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
@@ -94,17 +96,17 @@ def _recording() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------- the formula in the kernels' place
-def formula_results(op, *arguments):
+def formula_results(op: Op, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
     """Computes the operator's results by the formula, where no kernel serves."""
     a = op.written.Arguments(*arguments)
     with torch.no_grad():
         found = as_tuple(op.definition(**a._asdict()))
     inputs = {t.untyped_storage().data_ptr() for t in a if isinstance(t, Tensor)}
-    found = [t.clone() if t.untyped_storage().data_ptr() in inputs else t for t in found]
-    return _as_registered(op, a, found)
+    results = [t.clone() if t.untyped_storage().data_ptr() in inputs else t for t in found]
+    return _as_registered(op, a, results)
 
 
-def transformed_results(op, *arguments):
+def transformed_results(op: Op, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
     """Computes the operator's results under a transform, from its arguments, which may end with ``keep``."""
     Arguments = op.written.Arguments
     a = Arguments(*arguments[: len(Arguments._fields)])
@@ -112,7 +114,7 @@ def transformed_results(op, *arguments):
     return _as_registered(op, a, [t.clone() if any(t is x for x in a) else t for t in found])
 
 
-def _as_registered(op, a, found: list[Tensor]):
+def _as_registered(op: Op, a: Arguments, found: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """Returns the formula's results as the registered operator does."""
     dtypes = op.written.result_dtypes(a)
     found += [found[0].new_empty(0) for _ in dtypes[len(found) :]]
@@ -121,7 +123,7 @@ def _as_registered(op, a, found: list[Tensor]):
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
+def formula_gradients(op: Op, grads: Sequence[Tensor], saved: Saved) -> tuple[Tensor | None, ...]:
     """Computes the gradients by autograd, in float32 or better."""
     values = {name: getattr(saved, name) for name in op.written.Arguments._fields}
     leaves = []
@@ -146,12 +148,14 @@ def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
     )
 
 
-def gradients_of_formula(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
+def gradients_of_formula(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor | None, ...]:
     """The ``gradients`` of an op whose kernels have no backward pass."""
     return formula_gradients(op, grads, saved)
 
 
-def transformed_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
+def transformed_gradients(op: Op, grads: Sequence[Tensor], saved: Saved) -> tuple[Tensor | None, ...]:
     """Computes the gradients by the formula, under a transform that began after the forward pass."""
     try:
         return formula_gradients(op, grads, saved)
@@ -159,18 +163,20 @@ def transformed_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
         refuse(op.name, error)
 
 
-def transformed_backward(op, outputs: int, *arguments):
+def transformed_backward(op: Op, outputs: int, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
     """Computes the results of the operator's backward from its arguments, as ``transformed_gradients`` does. The first
     arguments are the gradients of the ``outputs`` outputs.
     """
     grads, saved = arguments[:outputs], arguments[outputs:][: len(op.written.Saved._fields)]
     found = transformed_gradients(op, grads, op.written.Saved(*saved))
     none = torch.empty(0, dtype=grads[0].dtype, device=grads[0].device)
-    found = tuple(none if d is None else d for d in found)
-    return found[0] if len(found) == 1 else found
+    results = tuple(none if d is None else d for d in found)
+    return results[0] if len(results) == 1 else results
 
 
-def gradients_without(error: Unlaunchable, op, grads, saved) -> tuple[Tensor | None, ...]:
+def gradients_without(
+    error: Unlaunchable, op: Op, grads: Sequence[Tensor], saved: Saved
+) -> tuple[Tensor | None, ...]:
     """Computes the gradients by the formula where the device cannot launch the kernels, and stops calling these. Raises
     ``RuntimeError`` where the formula's arguments are not kept.
     """

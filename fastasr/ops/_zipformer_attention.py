@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention with Zipformer's relative positions: the arguments that its ops share, and their formula."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -55,18 +55,25 @@ class Penalty(Function):
     """Passes scores through unchanged; their gradient gets penalty · sign(s) where |s| > limit."""
 
     @staticmethod
-    def forward(ctx, scores: Tensor, penalty: float, limit: float) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, penalty: float | Tensor, limit: float) -> Tensor:
         ctx.save_for_backward(scores)
         ctx.penalty, ctx.limit = penalty, limit
         return scores.view_as(scores)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (scores,) = ctx.saved_tensors
         return grad + ctx.penalty * (scores.sign() * (scores.abs() > ctx.limit)), None, None
 
 
-def softmax(s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
+def softmax(
+    s: Tensor,
+    x: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk_size: int,
+    left_context_chunks: int,
+) -> Tensor:
     """Returns the weights of scores, in the dtype that x asks for."""
     padding = None if key_padding_mask is None else key_padding_mask[:, None]
     chunks = None if chunk_size < 0 else outside_chunks(s, chunk_size, left_context_chunks)

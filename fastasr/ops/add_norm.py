@@ -9,6 +9,7 @@ Under autocast the stream is float32 and a branch computes in 16 bits: y has the
 output, so that no pass over memory casts it.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -16,16 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _layout
-from fastasr.ops._op import op
+from fastasr.ops._dispatch import Kernels
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 
 # --------------------------------------------------------------------------- kernels
-def _launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
     x, update = _layout.rows(a.x), _layout.rows(a.update)
     return kernels.forward(x, update, a.weight.contiguous(), a.bias.contiguous(), a.eps, a.scale)
 
 
-def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor, ...]:
     grad_t, grad_y = (None if grad is None else grad.contiguous() for grad in grads)
     if grad_y is None:
         grad_y = torch.zeros_like(saved.update, memory_format=torch.contiguous_format)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
-from fastasr.ops._op import OPS, op
+from fastasr.ops._op import OPS, Arguments, Op, op
 
 FLOOR = 1.0e-20  # least u − μ², u, and root mean square of d loss / dx
 
@@ -36,7 +36,7 @@ _NATIVE = native_kernels("balancer_gradient", "balancer_gradient", _load)
 FAMILY = KernelFamily("balancer_gradient", (), (_NATIVE, triton_kernels("balancer_gradient")))
 
 
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     numbers = a[2:7]
     if a.limits is None and None in numbers:
         op.fail("limits", "a tensor (5,), or five numbers", None)
@@ -59,20 +59,20 @@ def _operands(
     return grad.contiguous().view(shape), x.contiguous().view(shape), lambda y: y.view(x.shape)
 
 
-def _forward(kernels, keep: bool, grad: Tensor, x: Tensor, *options) -> Tensor:
+def _forward(kernels: Kernels, keep: bool, grad: Tensor, x: Tensor, *options: Any) -> Tensor:
     *numbers, dim, limits, act = options
     native = kernels.backend == "cpu"
     grad, x, back = _operands(grad, x, dim, dense=native)
     return back(kernels.forward(grad, x, *numbers, *(() if native else (limits, act))))
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
     native = kernels.backend == "cpu"  # The C++ kernels read no number on the device.
     served = not native or (a.grad.dtype is a.x.dtype and a.limits is a.act is None)
     return _forward(kernels, keep, *a) if served and a.x.numel() else op.definition(*a)
 
 
-def _fits(grad: Tensor, x: Tensor, *options) -> bool:
+def _fits(grad: Tensor, x: Tensor, *options: Any) -> bool:
     *numbers, dim, limits, act = options
     strided = x.layout is grad.layout is torch.strided and x.shape == grad.shape and x.numel() > 0
     return strided and -x.dim() <= dim < x.dim() and limits is act is None and None not in numbers

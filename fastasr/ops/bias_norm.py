@@ -6,22 +6,24 @@ k = G s / Σ_j (x_j − b_j)²: dx = g s − k (x − b), db = Σ_rows k (x − 
 Upstream: ``BiasNorm`` in ``zipformer.modules.scaling``.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fastasr.ops._op import op
+from fastasr.ops._dispatch import Kernels
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     channels = a.x.shape[a.channel_dim]
     if a.bias.shape[0] != channels:
         op.fail("bias", f"shape ({channels},)", tuple(a.bias.shape))
 
 
 # --------------------------------------------------------------------------- kernels
-def _operands(kernels, a, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(kernels: Kernels, a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Moves the channels last and gives x and bias one dtype for the C++ kernels."""
     x, bias = a.x.movedim(a.channel_dim, -1), a.bias
     if kernels.backend == "cpu":
@@ -29,11 +31,13 @@ def _operands(kernels, a, dtype) -> tuple[Tensor, Tensor, Tensor]:
     return x.contiguous(), bias.contiguous(), a.log_scale.reshape(())
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
     return kernels.forward(*_operands(kernels, a, dtype)).movedim(-1, a.channel_dim)
 
 
-def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor, ...]:
     (grad,) = grads
     grad = grad.movedim(saved.channel_dim, -1).contiguous()
     operands = _operands(kernels, saved, op.written.result_dtypes(saved)[0])

@@ -9,10 +9,10 @@ from typing import Annotated
 
 from torch import Tensor
 
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, op
 
 
-def _trailing(op, a) -> None:
+def _trailing(op: Op, a: Arguments) -> None:
     """Checks scale against the trailing dimensions of x: kernels repeat it over rows of its size."""
     x, scale = a.x, a.scale
     if not (1 <= scale.dim() <= x.dim() and scale.shape == x.shape[x.dim() - scale.dim() :]):

@@ -15,15 +15,15 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, op
 
 
 # --------------------------------------------------------------------------- parts
-def _padding(a) -> tuple[int, int]:
+def _padding(a: Arguments) -> tuple[int, int]:
     return a.padding
 
 
-def _padding_fits(op, a) -> None:
+def _padding_fits(op: Op, a: Arguments) -> None:
     taps = a.weight.shape[-2:]
     for pad, count in zip(a.padding, taps, strict=True):
         if not 0 <= pad < count:

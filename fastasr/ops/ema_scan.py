@@ -24,7 +24,7 @@ from torch import Tensor
 from fastasr.ops import _activation
 from fastasr.ops._dispatch import widest
 from fastasr.ops._linear_recurrence import Polar, convolution, real, window
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, op
 
 States = Annotated[Tensor, "R N | R N 1, N >= 1, N <= 64"]
 Mask = Annotated[Tensor, "B L", bool]
@@ -36,7 +36,9 @@ Y = Annotated[Tensor, "X Y Z", "x"]
 
 
 # --------------------------------------------------------------------------- formula
-def damped(damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor):
+def damped(
+    damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (q, b, c) of ema_scan, each (D, N)."""
     p = torch.sigmoid(damping)
     return 1 - p * torch.sigmoid(decay), p * expansion, projection * projection.shape[-1] ** -0.5
@@ -56,7 +58,8 @@ def _complex(parts: Tensor) -> Tensor:
 
 
 def _average(
-    coefficients: Callable, parameters: tuple[Tensor, ...], x, residual, state, return_state: bool, padding_mask,
+    coefficients: Callable, parameters: tuple[Tensor, ...], x: Tensor, residual: Tensor | None,
+    state: Tensor | None, return_state: bool, padding_mask: Tensor | None,
     truncation: int | None, direction: str, activation: str, layout: str,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y, or (y, last state); ``coefficients`` makes q, b and c from the parameters."""
@@ -93,12 +96,12 @@ def _average(
 
 
 # --------------------------------------------------------------------------- the ops
-def _sizes(a) -> tuple[int, ...]:
+def _sizes(a: Arguments) -> tuple[int, ...]:
     batch, channels, length = (a.x.shape[a.layout.index(d)] for d in "BDL")
     return batch, channels, length, channels * (2 if a.direction == "bidirectional" else 1)
 
 
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     if a.state is None and not a.return_state:
         return
     if a.direction == "bidirectional":
@@ -107,7 +110,7 @@ def _check(op, a) -> None:
         op.fail("truncation", "None with state or return_state", a.truncation)
 
 
-def _scan(parameters: str, strides: dict, summary: str):
+def _scan(parameters: str, strides: dict, summary: str) -> Op:
     """Declares an average with these parameters; the residual's is the last."""
     return op(
         "cpu cuda",

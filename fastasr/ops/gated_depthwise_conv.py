@@ -17,6 +17,7 @@ dx = du · sigmoid(s), ds = du · u · (1 − sigmoid(s)), and the weights' grad
 Only h is saved: backward recomputes u and z.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -25,12 +26,12 @@ from torch import Tensor
 
 from fastasr.ops import _swoosh
 from fastasr.ops._depthwise_conv import ACTIVATIONS, depthwise_conv
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, Saved, op
 from fastasr.ops._register import cast
 
 
 # --------------------------------------------------------------------------- parts
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     needs = {"causal_weight": "chunk_scale", "chunk_scale": "causal_weight", "causal_bias": "causal_weight"}
     for name, partner in needs.items():
         if getattr(a, partner) is None and getattr(a, name) is not None:
@@ -47,12 +48,21 @@ def _check(op, a) -> None:
 
 
 def _fits(
-    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, *_
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor | None,
+    causal_bias: Tensor | None,
+    chunk_scale: Tensor | None,
+    padding_mask: Tensor | None,
+    cache: Tensor | None,
+    chunk_size: int,
+    *_: object,
 ) -> bool:
     return chunk_size == -1 or causal_weight is not None
 
 
-def _autocast(op, dtype, a):
+def _autocast(op: Op, dtype: torch.dtype, a: Arguments) -> Arguments:
     """Follows the convolution's rule, but the output is float32 where the scale is; the kernels widen a narrower h."""
     if a.chunk_scale is not None:
         dtype = torch.promote_types(dtype, a.chunk_scale.dtype)
@@ -61,7 +71,7 @@ def _autocast(op, dtype, a):
     return a._replace(h=h, weight=weight, bias=bias, causal_weight=causal_weight, causal_bias=causal_bias)
 
 
-def _cache_gradient(op, grads, found, saved) -> None:
+def _cache_gradient(op: Op, grads: Sequence[Tensor], found: Sequence[Tensor], saved: Saved) -> None:
     """Returns the gradients through the new cache, which is the last frames of (cache, u)."""
     (grad,), dh, dcache = grads, found[0], found[-1]
     frames, pad = saved.h.shape[0], grad.shape[2]
@@ -78,7 +88,9 @@ def _cache_gradient(op, grads, found, saved) -> None:
     dh[frames - taken :] += torch.cat([du * gate, du * x * gate * (1.0 - gate)], dim=-1).to(dh.dtype)
 
 
-def _within_chunks(u, weight, bias, chunk_scale, chunk_size) -> Tensor:
+def _within_chunks(
+    u: Tensor, weight: Tensor, bias: Tensor | None, chunk_scale: Tensor, chunk_size: int
+) -> Tensor:
     batch, channels, frames = u.shape
     pad = weight.shape[-1] // 2
     size = max(1, frames) if chunk_size < 0 or chunk_size > frames else chunk_size
@@ -165,7 +177,7 @@ def gated_depthwise_conv(
     context = F.pad(u, (past, 0)) if cache is None else torch.cat([cache, u], dim=2)
     new_cache = context[..., frames:]
     context = context.to(u.dtype)
-    if causal_weight is None:
+    if causal_weight is None or chunk_scale is None:  # the check has them together
         z = depthwise_conv(F.pad(context, (0, taps - 1 - past)), weight, bias)
     else:
         z = depthwise_conv(context, causal_weight, causal_bias)

@@ -17,14 +17,16 @@ is read in every step, from a cache that holds it.
 """
 
 import functools
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _gemm
-from fastasr.ops._op import op
+from fastasr.ops._dispatch import Kernels
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 # Up to this many rows (steps x sequences) the C++ kernels multiply by input_weight themselves, step by step; over
 # several steps they read it again in each.
@@ -36,22 +38,22 @@ def _few(x: Tensor) -> bool:
     return 0 < x.numel() <= (FEW_ROWS_OF_ONE_STEP if x.shape[0] == 1 else FEW_ROWS) * x.shape[2]
 
 
-def _fast(native, keep: bool, x, input_weight, *others):
+def _fast(native: Kernels, keep: bool, x: Tensor, input_weight: Tensor, *others: Any) -> Sequence[Tensor]:
     operands = (x, input_weight) if _few(x) else (_gemm.forward(x, input_weight, None), None)
     return native.forward(*operands, *others, keep)
 
 
-def _fits(x: Tensor, input_weight: Tensor, *_) -> bool:
+def _fits(x: Tensor, input_weight: Tensor, *_: object) -> bool:
     """Checks the dtypes, because the vendor's product with W_x takes some that the kernel refuses."""
     strided = x.layout is input_weight.layout is torch.strided
     return strided and x.dtype is torch.float32 and x.dim() == 3 and input_weight.dim() == 2
 
 
-def _norms(a) -> tuple[Tensor, ...]:
+def _norms(a: Arguments) -> tuple[Tensor, ...]:
     return a.gate_weight, a.gate_bias, a.cell_weight, a.cell_bias
 
 
-def _read(kernels, work: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _read(kernels: Kernels, work: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Returns tensors as kernels read them: in the dtype of the computation, or in their own for Triton's, which
     convert what they load.
     """
@@ -60,7 +62,7 @@ def _read(kernels, work: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor |
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def _launch(op, kernels, a, dtype, keep: bool):
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Sequence[Tensor]:
     work = torch.promote_types(dtype, torch.float32)
     few = kernels.backend == "cpu" and a.x.dtype is work and _few(a.x)  # narrow weights cost more to widen
     x, input_weight, weight = a.x, a.input_weight, a.hidden_weight
@@ -80,7 +82,9 @@ def _launch(op, kernels, a, dtype, keep: bool):
     )
 
 
-def _gradients(op, kernels, grads, s, needs):
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], s: Saved, needs: Needs
+) -> tuple[Tensor | None, ...]:
     work = torch.promote_types(s.y.dtype, torch.float32)
     need_state = needs.hidden and s.hidden is not None
     dgates, *dnorms, dhidden, dcell = kernels.backward(

@@ -5,7 +5,7 @@ r"""Linear layer: y = x Wᵀ + b, dx = g W, dW = gᵀ x, db = Σ_rows g.
 2 M N K each for y, dx and dW.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated
@@ -26,7 +26,7 @@ from fastasr.ops._dispatch import (
     triton_kernels,
 )
 from fastasr.ops._linear import bias_grad, fits
-from fastasr.ops._op import OPS, op
+from fastasr.ops._op import OPS, Arguments, Needs, Op, Saved, op
 
 
 class _Family(KernelFamily):
@@ -55,15 +55,17 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return served and fits(x, weight, bias)
 
 
-def _product(kernels, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(kernels: Kernels, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return kernels.forward(x, weight, bias)
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
     return kernels.forward(*a)
 
 
-def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor | None, ...]:
     (grad,) = grads
     return (
         _gemm.input_grad(grad, saved.weight) if needs.x else None,

@@ -5,29 +5,36 @@ With z = x Wᵀ + b and gradient g: dz = g ⊙ act'(z), dx = dz W, dW = dzᵀ x,
 Without a gradient act(z) takes z's place.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation, _gemm
 from fastasr.ops._activation import NUMBERS
+from fastasr.ops._dispatch import Kernels
 from fastasr.ops._linear import fits
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 
 # --------------------------------------------------------------------------- kernels
-def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
     z = _gemm.forward(a.x, a.weight, a.bias).contiguous()
     return kernels.forward(z, NUMBERS[a.activation], not keep), z
 
 
-def _fast(kernels, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str):
+def _fast(
+    kernels: Kernels, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
     z = _gemm.forward(x, weight, bias)
     return kernels.forward(z, NUMBERS[activation], not keep), z  # unless z is kept, y takes its place
 
 
-def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor | None, ...]:
     (grad,) = grads
     dz, dbias = kernels.backward(grad.contiguous(), saved.z, NUMBERS[saved.activation], needs.bias)
     return (

@@ -17,15 +17,16 @@ forward reads s, v, o, z and writes x, y; backward reads s, v, z, g and writes x
 writes ds, dv, dz. FLOPs of the products: 2 T² B D forward, 4 T² B D backward.
 """
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from fastasr.ops import _gemm, _layout
 from fastasr.ops._dispatch import FLOATING
-from fastasr.ops._nonlin_attention import FAMILY
-from fastasr.ops._op import op
+from fastasr.ops._nonlin_attention import FAMILY, Passes
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 
 # --------------------------------------------------------------------------- kernels
@@ -38,17 +39,19 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
     return channels % 3 == 0 and weights.shape == (batch, frames, frames)
 
 
-def _fast(kernels, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+def _fast(kernels: Any, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
     o = _gemm.batched(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
+def _launch(op: Op, kernels: Passes, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
     return _fast(kernels, keep, *a)
 
 
-def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
+def _gradients(
+    op: Op, kernels: Passes, grads: Sequence[Tensor], s: Saved, needs: Needs
+) -> tuple[Tensor | None, Tensor]:
     projected, grad = _layout.rows(s.projected), grads[0].contiguous()
     x, u = kernels.backward(grad, projected)
     u = u.transpose(0, 1)  # [B, T, D]

@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 
 from fastasr.ops import _weights_dropout
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, op
 from fastasr.ops._relative_positions import outside_context, relative_shift
 
 
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     if a.dropout_p and a.dropout_seed is None:
         op.fail("dropout_seed", "a Tensor where dropout_p is more than 0", None)
     if min(a.context) < -1:

@@ -12,15 +12,16 @@ Upstream: the last lines of ``MEGA.forward`` in ``espnet2.asr_transducer.decoder
 ``NormalizedPositionwiseFeedForward.forward`` in ``espnet2.asr_transducer.decoder.modules.mega.feed_forward``.
 """
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation, _layout
-from fastasr.ops._dispatch import KernelFamily, native_kernels, triton_kernels
-from fastasr.ops._op import op
+from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, triton_kernels
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 FAMILY = KernelFamily("residual_norm", (), (native_kernels("residual_norm"), triton_kernels("residual_norm")))
 INPUTS = ("x", "update", "candidate", "hidden")
@@ -28,7 +29,7 @@ PARAMETERS = ("dropout_mask", "weight", "bias")
 
 
 # --------------------------------------------------------------------------- kernels
-def _operands(kernels, a, dtype: torch.dtype) -> tuple:
+def _operands(kernels: Kernels, a: Arguments, dtype: torch.dtype) -> tuple:
     """Returns the inputs in one dtype with evenly spaced rows, and the parameters: in the dtype of the computation, or
     in their own for Triton's kernels, which convert what they load.
     """
@@ -46,18 +47,20 @@ def _operands(kernels, a, dtype: torch.dtype) -> tuple:
     )
 
 
-def _number(a) -> int:
+def _number(a: Arguments) -> int:
     return _activation.NAMES.index(getattr(a, "activation", "identity"))
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
     y, statistics = kernels.forward(*_operands(kernels, a, dtype), a.eps, _number(a), keep)
     if statistics is None:  # Triton's kernels compute them again
         statistics = a.weight.new_empty(3 * y[..., 0].numel(), dtype=torch.float32)
     return y, statistics.view(*y.shape[:-1], 3) if keep else statistics
 
 
-def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor, ...]:
     x, *operands = _operands(kernels, saved, op.written.result_dtypes(saved)[0])
     (grad,) = grads
     grad = grad.to(x.dtype).contiguous()
@@ -67,7 +70,7 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor, ...]:
     return dx, *((dupdate, dsum, dsum) if hasattr(saved, "candidate") else (dx,)), *others
 
 
-def _op(forward: str, backward: str, **more):
+def _op(forward: str, backward: str, **more: Any) -> Op:
     return op(
         FAMILY,
         keeps={"statistics": Annotated[Tensor, "*S 3", "wide y + weight + bias"]},

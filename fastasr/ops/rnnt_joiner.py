@@ -25,32 +25,36 @@ the first and 8 N backward. Kept for the backward: 16 N bytes, and 4 N (V + D) w
 N (20 V + 4 D) bytes at the peak of its backward.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from fastasr.ops._dispatch import Kernels
 from fastasr.ops._joiner import ACTIVATIONS, FAMILY, check, launch, log_probabilities, operands
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 
 # --------------------------------------------------------------------------- parts
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     if a.hat and a.weight.shape[0] < 2:
         op.fail("weight", "at least 2 outputs with hat", a.weight.shape[0])
     check(op, a, a.starts, a.weight.shape[0])
 
 
-def _operands(a) -> tuple:
+def _operands(a: Arguments) -> tuple:
     return operands(a, a.starts, a.s_range, a.hat, 0)
 
 
-def _launch(op, kernels, a, dtype, keep: bool):
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Sequence[Tensor]:
     px, py, _, normaliser = launch(kernels, a, _operands(a), a.starts.numel() * a.s_range, keep)
     return px, py, normaliser
 
 
-def _gradients(op, kernels, grads, s, needs):
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], s: Saved, needs: Needs
+) -> Sequence[Tensor | None]:
     chunks = getattr(s.normaliser, "chunks", None)
     return kernels.backward(*grads, None, *_operands(s), s.normaliser, needs, chunks)
 

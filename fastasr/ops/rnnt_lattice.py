@@ -20,18 +20,19 @@ bytes: forward 2 e (3 e when shares are kept), backward 3 e. Upstream:
 ``mutual_information_recursion`` of k2 and fast_rnnt.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from fastasr.ops._dispatch import Kernels
 from fastasr.ops._lattice import check_boundary, launch
 from fastasr.ops._lattice_steps import RnntSteps
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, op
 
 
 # --------------------------------------------------------------------------- kernels
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     x, frames = a.symbol_logprobs, a.blank_logprobs.shape[2]
     if x.shape[2] - frames not in (0, 1):
         expected = "shape (B, S, T+1) or (B, S, T), T being that of blank_logprobs"
@@ -39,7 +40,7 @@ def _check(op, a) -> None:
     check_boundary(op, a.boundary, x.shape[1], frames)
 
 
-def _kept_shape(backend: str, a) -> tuple[int, int, int]:
+def _kept_shape(backend: str, a: Arguments) -> tuple[int, int, int]:
     """Returns the shape of S + 1 shares per step (C++) or frame (Triton), padded to what the kernels read fastest."""
     batch, symbols, width = a.symbol_logprobs.shape
     frames = a.blank_logprobs.shape[2]
@@ -51,7 +52,9 @@ def _kept_shape(backend: str, a) -> tuple[int, int, int]:
     return batch, frames + symbols, torch.sym_min(row, (frames + 63) // 16 * 16)
 
 
-def _call(kernels, keep: bool, x, y, boundary, return_occupation: bool):
+def _call(
+    kernels: Kernels, keep: bool, x: Tensor, y: Tensor, boundary: Tensor | None, return_occupation: bool
+) -> tuple[Any, ...]:
     scores, shares = kernels.forward(x, y, boundary, keep or return_occupation)
     if not return_occupation:
         return scores, None, None, shares
@@ -59,11 +62,18 @@ def _call(kernels, keep: bool, x, y, boundary, return_occupation: bool):
     return scores, *kernels.backward(None, scores, shares, boundary, *sizes), shares if keep else None
 
 
-def _launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> list[Tensor]:
     return launch(_call, kernels, a, dtype, keep)
 
 
-def _fast(kernels, keep: bool, symbol_logprobs, blank_logprobs, boundary, return_occupation: bool):
+def _fast(
+    kernels: Kernels,
+    keep: bool,
+    symbol_logprobs: Tensor,
+    blank_logprobs: Tensor,
+    boundary: Tensor | None,
+    return_occupation: bool,
+) -> tuple[Any, ...]:
     if return_occupation:
         return _call(kernels, keep, symbol_logprobs, blank_logprobs, boundary, True)
     scores, shares = kernels.forward(symbol_logprobs, blank_logprobs, boundary, keep)

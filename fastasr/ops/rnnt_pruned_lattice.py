@@ -15,12 +15,13 @@ lattice, with the band scattered into -inf, gives the same. Bytes per cell of e 
 kept), backward 3 e. Upstream scatters: ``rnnt_loss_pruned`` of k2 and fast_rnnt.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr.ops._dispatch import Kernels
 from fastasr.ops._lattice import (
     INF,
     check_boundary,
@@ -33,12 +34,12 @@ from fastasr.ops._lattice import (
     whole,
     within,
 )
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, op
 
 
 # --------------------------------------------------------------------------- the formula, frame by frame
 class _Band:
-    def __init__(self, x: Tensor, y: Tensor, starts: Tensor, boundary: Tensor | None, modified: bool):
+    def __init__(self, x: Tensor, y: Tensor, starts: Tensor, boundary: Tensor | None, modified: bool) -> None:
         _, frames, window = x.shape
         if boundary is None:
             top = starts[:, -1] + (window - 1) if frames else starts.sum(1)
@@ -137,7 +138,7 @@ class _Band:
 
 
 # --------------------------------------------------------------------------- kernels
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     starts = a.starts
     if values_are_checked(starts):
         wrong = (starts < 0).any(1) | (starts[:, 1:] < starts[:, :-1]).any(1)
@@ -147,13 +148,22 @@ def _check(op, a) -> None:
     check_boundary(op, a.boundary, None, a.symbol_logprobs.shape[1])
 
 
-def _kept_shape(backend: str, a) -> tuple[int, ...]:
+def _kept_shape(backend: str, a: Arguments) -> tuple[int, ...]:
     """Returns the shape of R + 1 shares per frame; the C++ kernels keep sixteen sequences side by side."""
     batch, frames, window = a.symbol_logprobs.shape
     return ((batch + 15) // 16, frames, window + 1, 16) if backend == "cpu" else (batch, frames, window + 1)
 
 
-def _call(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_occupation: bool):
+def _call(
+    kernels: Kernels,
+    keep: bool,
+    x: Tensor,
+    y: Tensor,
+    starts: Tensor,
+    boundary: Tensor | None,
+    modified: bool,
+    return_occupation: bool,
+) -> tuple[Any, ...]:
     scores, shares = kernels.forward(x, y, starts, boundary, modified, keep or return_occupation)
     if not return_occupation:
         return scores, None, None, shares
@@ -161,13 +171,20 @@ def _call(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_oc
     return scores, *occupations, shares if keep else None
 
 
-def _launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> list[Tensor]:
     return launch(_call, kernels, a, dtype, keep)
 
 
 def _fast(
-    kernels, keep: bool, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation: bool
-):
+    kernels: Kernels,
+    keep: bool,
+    symbol_logprobs: Tensor,
+    blank_logprobs: Tensor,
+    starts: Tensor,
+    boundary: Tensor | None,
+    modified: bool,
+    return_occupation: bool,
+) -> tuple[Any, ...]:
     if return_occupation:
         return _call(kernels, keep, symbol_logprobs, blank_logprobs, starts, boundary, modified, True)
     scores, shares = kernels.forward(symbol_logprobs, blank_logprobs, starts, boundary, modified, keep)

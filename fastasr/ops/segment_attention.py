@@ -26,12 +26,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastasr.ops._op import OPS, op
+from fastasr.ops._op import OPS, Arguments, Op, op
 from fastasr.ops._segments import hidden_lanes, key_rows, query_rows, rows_of
 
 
 # --------------------------------------------------------------------------- parts
-def _sizes(a) -> tuple[int, int, int]:
+def _sizes(a: Arguments) -> tuple[int, int, int]:
     """Returns the rows of queries and of keys, and the lanes of a window."""
     memory, right, segment = a.max_memory_size, a.right_context_length, a.segment_length
     if a.past_memory and not memory:
@@ -40,7 +40,7 @@ def _sizes(a) -> tuple[int, int, int]:
     return *rows, memory + right + a.left_context_length + segment
 
 
-def _query_rows(op, a) -> None:
+def _query_rows(op: Op, a: Arguments) -> None:
     queries, batch, width = a.query.shape
     if queries != _sizes(a)[0]:
         op.fail("query", f"shape {(_sizes(a)[0], batch, width)}", tuple(a.query.shape))

@@ -5,22 +5,27 @@ SwooshL(x) = log(1 + e^(x-4)) − 0.08 x − 0.035, SwooshR(x) = log(1 + e^(x-1)
 derivative sigmoid(x − a) − 0.08 with a = 4, 1. Upstream: ``SwooshL``, ``SwooshR`` in ``zipformer.modules.scaling``.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from fastasr.ops import _layout
-from fastasr.ops._op import op
+from fastasr.ops._dispatch import Kernels
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._swoosh import FAMILY, KINDS, definition
 
 
 # --------------------------------------------------------------------------- kernels
-def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
     swoosh_r = op.name == "swoosh_r"
     return _layout.elementwise(lambda t: kernels.forward(t, swoosh_r, None, -1), a.x)
 
 
-def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor]:
     swoosh_r = op.name == "swoosh_r"
 
     def gradient(x: Tensor, grad: Tensor) -> Tensor:
@@ -29,7 +34,7 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor]:
     return (_layout.elementwise(gradient, saved.x, *grads),)
 
 
-def _op(kind: str):
+def _op(kind: str) -> Op:
     swoosh_r = KINDS[kind]
     return op(
         FAMILY,

@@ -6,28 +6,31 @@ backward recomputes a = swoosh(x) ⊙ m in the pass that forms dx = (g W) ⊙ m 
 Upstream: ``ActivationDropoutAndLinear`` in ``zipformer.modules.scaling``.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _gemm, _reduced_weights, _swoosh
+from fastasr.ops._dispatch import Kernels
 from fastasr.ops._linear import bias_grad, fits
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._swoosh import KINDS
 
 
 # --------------------------------------------------------------------------- kernels
-def _activate(kernels, a) -> Tensor:
+def _activate(kernels: Kernels, a: Arguments) -> Tensor:
     """Returns swoosh(x) ⊙ mask, computed in x's dtype; only under autocast does the weight have another one."""
     return kernels.forward(a.x.contiguous(), KINDS[a.kind], a.mask, a.shared_dim).to(a.weight.dtype)
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
     return _gemm.forward(_activate(kernels, a), a.weight, a.bias)
 
 
-def _reduced(kernels, x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def _reduced(kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     """Returns swoosh(x) Wᵀ + b where weights have copies in fewer bits, whose products activate x themselves."""
     copy = _reduced_weights.of(x, weight)
     if copy is None or copy.watch is not None:  # who watches sees the product's own input
@@ -35,13 +38,24 @@ def _reduced(kernels, x: Tensor, weight: Tensor, bias: Tensor | None, kind: int)
     return copy.product(x, bias, 1 + kind)
 
 
-def _fast(kernels, keep: bool, x, weight, bias, kind: str, mask: Tensor | None, shared_dim: int) -> Tensor:
+def _fast(
+    kernels: Kernels,
+    keep: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    mask: Tensor | None,
+    shared_dim: int,
+) -> Tensor:
     if mask is None and _reduced_weights.copies:
         return _reduced(kernels, x, weight, bias, KINDS[kind])
     return _gemm.forward(kernels.forward(x, KINDS[kind], mask, shared_dim), weight, bias)
 
 
-def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor | None, ...]:
     (grad,) = grads
     x, weight = saved.x, saved.weight
     dx = activation = None

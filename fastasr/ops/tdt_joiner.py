@@ -14,6 +14,7 @@ Upstream: transformers' ``ParakeetTDTJointNetwork`` and the first lines of its `
 B T (S + 1) (V + N); NeMo's ``RNNTJoint`` with ``num_extra_outputs``. FLOPs and bytes are those of rnnt_joiner.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -21,26 +22,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation, _weights_dropout
+from fastasr.ops._dispatch import Kernels
 from fastasr.ops._joiner import ACTIVATIONS, FAMILY, check, launch, log_probabilities, operands
 from fastasr.ops._lattice import within
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 
 # --------------------------------------------------------------------------- parts
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     check(op, a, None, a.weight.shape[0] - a.durations)
 
 
-def _operands(a) -> tuple:
+def _operands(a: Arguments) -> tuple:
     return operands(a, a.symbols.new_zeros(a.am.shape[:2]), a.lm.shape[1], False, a.durations)
 
 
-def _launch(op, kernels, a, dtype, keep: bool):
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Sequence[Tensor]:
     px, *rest = launch(kernels, a, _operands(a), a.am.shape[0] * a.am.shape[1] * a.lm.shape[1], keep)
     return px[:, :, :-1].contiguous(), *rest
 
 
-def _gradients(op, kernels, grads, s, needs):
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], s: Saved, needs: Needs
+) -> Sequence[Tensor | None]:
     gx, *others = grads
     chunks = getattr(s.normaliser, "chunks", None)
     return kernels.backward(F.pad(gx, (0, 1)), *others, *_operands(s), s.normaliser, needs, chunks)

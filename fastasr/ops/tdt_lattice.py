@@ -27,11 +27,11 @@ from torch import Tensor
 
 from fastasr.ops._lattice import check_boundary, values_are_checked
 from fastasr.ops._lattice_steps import TdtSteps
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, op
 
 
 # --------------------------------------------------------------------------- kernels
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     check_boundary(op, a.boundary, a.symbol_logprobs.shape[2], a.symbol_logprobs.shape[1])
     if values_are_checked(a.durations):
         found = a.durations.tolist()
@@ -39,7 +39,7 @@ def _check(op, a) -> None:
             op.fail("durations", "different numbers >= 0", found)
 
 
-def _kept_shape(backend: str, a) -> tuple[int, ...]:
+def _kept_shape(backend: str, a: Arguments) -> tuple[int, ...]:
     """Returns the shape of the shares of blank and symbol arcs; C++ reads whole vectors of them."""
     batch, frames, row = a.blank_logprobs.shape
     return batch, frames, 2 * a.durations.shape[0], row if backend == "triton" else (row + 15) // 16 * 16

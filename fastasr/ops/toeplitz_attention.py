@@ -17,6 +17,7 @@ Upstream: ``MEGA`` in ``espnet2.asr_transducer.decoder.blocks.mega``.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation, _layout
-from fastasr.ops._dispatch import widest
-from fastasr.ops._op import op
+from fastasr.ops._dispatch import Kernels, widest
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 
 # --------------------------------------------------------------------------- parts
@@ -35,11 +36,11 @@ def chunks(length: int, chunk_size: int) -> tuple[int, int]:
     return size, (length + size - 1) // size
 
 
-def _chunks(a) -> tuple[int, int]:
+def _chunks(a: Arguments) -> tuple[int, int]:
     return chunks(len(a.query_key), a.chunk_size)
 
 
-def _fits(query_key: Tensor, *_) -> bool:
+def _fits(query_key: Tensor, *_: object) -> bool:
     return query_key.dtype is torch.float32
 
 
@@ -62,7 +63,7 @@ def mask_of(
     return mask
 
 
-def _operands(kernels, s, *more: Tensor) -> tuple:
+def _operands(kernels: Kernels, s: Saved, *more: Tensor) -> tuple:
     """Returns the operands as kernels read them: activations, of which ``more`` come first, in one dtype; the others in
     the dtype of the computation, parameters in their own for Triton's kernels, which convert what they load.
     """
@@ -79,15 +80,17 @@ def _operands(kernels, s, *more: Tensor) -> tuple:
     )
 
 
-def _numbers(s) -> tuple[bool, int, int, bool]:
+def _numbers(s: Saved) -> tuple[bool, int, int, bool]:
     return s.causal, s.chunk_size, _activation.NAMES.index(s.activation), s.activate_value
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
     return kernels.forward(*_operands(kernels, a), *_numbers(a), keep)
 
 
-def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor, ...]:
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], s: Saved, needs: Needs
+) -> tuple[Tensor, ...]:
     operands = _operands(kernels, s, *grads)
     return kernels.backward(*operands, s.mixed.to(operands[0].dtype).contiguous(), *_numbers(s))
 

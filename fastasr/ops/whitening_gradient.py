@@ -23,7 +23,7 @@ from torch import Tensor
 from fastasr.ops import _gemm
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
-from fastasr.ops._op import OPS, op
+from fastasr.ops._op import OPS, Arguments, Op, op
 from fastasr.ops._register import autocast_dtype
 
 EPS = 1.0e-20  # added to d² and |v|
@@ -38,7 +38,7 @@ _NATIVE = native_kernels("whitening_gradient", "whitening_covariance", _load, SH
 FAMILY = KernelFamily("whitening_gradient", (), (_NATIVE, triton_kernels("whitening_gradient")))
 
 
-def _check(op, a) -> None:
+def _check(op: Op, a: Arguments) -> None:
     if a.x.shape[-1] % a.num_groups:
         op.fail("num_groups", f"a divisor of x's {a.x.shape[-1]} channels", a.num_groups)
     numbers = (a.limit, a.grad_scale)
@@ -56,7 +56,7 @@ def _operands(grad: Tensor, x: Tensor, dense: bool) -> tuple[Tensor, Tensor, Cha
     return seen.of(grad, dense), rows, seen
 
 
-def _native(kernels, a) -> tuple[Tensor, Tensor]:
+def _native(kernels: Kernels, a: Arguments) -> tuple[Tensor, Tensor]:
     """Computes two thirds of the covariance, which is symmetric, and no more if x is white."""
     grad, rows, seen = _operands(a.grad.to(torch.float32), a.x.to(torch.float32), True)
     frames, covariance, found = kernels.forward(rows, a.num_groups)
@@ -67,7 +67,7 @@ def _native(kernels, a) -> tuple[Tensor, Tensor]:
     return y.to(a.grad.dtype), torch.zeros((), dtype=torch.bool, device=a.x.device)
 
 
-def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
     if a.x.numel() and kernels.backend == "triton":
         grad, rows, seen = _operands(a.grad, a.x, False)
         y, white = kernels.forward(grad, rows, *a[2:])

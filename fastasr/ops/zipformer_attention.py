@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastasr.ops._op import op
+from fastasr.ops._op import Arguments, Op, op
 from fastasr.ops._zipformer_attention import (
     AttentionMask,
     CachedKey,
@@ -33,7 +33,7 @@ _FORWARD = (
 )
 
 
-def _value_heads(op, a) -> None:
+def _value_heads(op: Op, a: Arguments) -> None:
     heads = a.value_heads or a.num_heads
     if heads > a.num_heads:
         op.fail("value_heads", f"an int in 1..{a.num_heads}", heads)

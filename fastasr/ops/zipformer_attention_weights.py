@@ -9,6 +9,7 @@ dq = dS k, dk = dSᵀ q, dp[i] = Σ_j dS R[T−1−i+j], dR[r] = Σ p[i] dS[i,j]
 Upstream: ``RelPositionMultiheadAttentionWeights`` in ``zipformer.modules.zipformer``.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -33,7 +34,7 @@ ROW_PADDING = 16  # as in csrc/bindings and kernels: rows of W start at multiple
 
 
 # --------------------------------------------------------------------------- parts
-def _empty(shape: tuple[int, ...], **options) -> Tensor:
+def _empty(shape: tuple[int, ...], **options: Any) -> Tensor:
     """Allocates rows with the strides that the kernels use."""
     _, batch, frames, keys = shape
     row = (keys + ROW_PADDING - 1) // ROW_PADDING * ROW_PADDING
@@ -100,7 +101,18 @@ def zipformer_attention_weights(
 
 
 # --------------------------------------------------------------------------- recorded passes
-def gradients(grad, weights, x, pos, num_heads, query_head_dim, masks: dict, penalty, limit, act):
+def gradients(
+    grad: Tensor,
+    weights: Tensor,
+    x: Tensor,
+    pos: Tensor,
+    num_heads: int,
+    query_head_dim: int,
+    masks: dict,
+    penalty: float | Tensor,
+    limit: float,
+    act: Tensor,
+) -> Sequence[Tensor]:
     """Returns the gradients of x and pos. ``act`` is one number on the device: where it is 0, there is no penalty.
     ``masks`` are the op's arguments of masks and chunks.
     """

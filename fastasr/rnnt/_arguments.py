@@ -7,6 +7,8 @@ the process's work on that device with "device-side assert triggered" and our me
 ``torch.compile`` and ``torch.export`` values are not checked.
 """
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ RNNT_TYPES = ("regular", "modified", "constrained")
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def floating(op: str, name: str, value: object, dims: str) -> Tensor:
+def floating(op: str, name: str, value: Any, dims: str) -> Tensor:
     """Checks for a floating tensor with as many dimensions as ``dims``, e.g. "(B, T, C)", names."""
     _check.floating_tensor(op, name, value)
     _check.shape(op, name, value, dims, value.dim() == dims.count(",") + 1)
@@ -55,13 +57,13 @@ def arcs(op: str, px_name: str, px: Tensor, py_name: str, py: Tensor) -> None:
     _check.shape(op, px_name, px, f"(B, S, {frames + 1}) or (B, S, {frames})", width in (frames, frames + 1))
 
 
-def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> str:
+def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"fastasr.{op}: {name}: expected one of {', '.join(allowed)}, got {value!r}")
     return value
 
 
-def class_index(op: str, name: str, value: object, classes: int) -> int:
+def class_index(op: str, name: str, value: Any, classes: int) -> int:
     _check.integer(op, name, value)
     if not 0 <= value < classes:
         raise ValueError(f"fastasr.{op}: {name}: expected a class in [0, {classes}), got {value}")
@@ -123,6 +125,16 @@ def symbols(
             right |= (s < boundary[:, 0:1]) | (s >= boundary[:, 2:3])
         holds(op, "symbols", right, f"classes in [0, {classes})", value)
     return value.clamp(0, classes - 1)
+
+
+@overload
+def boundary(op: str, value: Tensor, batch: int, length: int, frames: int, like: Tensor) -> Tensor: ...
+
+
+@overload
+def boundary(
+    op: str, value: Tensor | None, batch: int, length: int, frames: int, like: Tensor
+) -> Tensor | None: ...
 
 
 def boundary(op: str, value: object, batch: int, length: int, frames: int, like: Tensor) -> Tensor | None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks: every message names the function, the argument, the expected value and the given one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,11 @@ def shape(op: str, name: str, value: Tensor, expected: str, ok: bool) -> None:
         raise ValueError(f"fastasr.{op}: {name}: expected shape {expected}, got {tuple(value.shape)}")
 
 
-def integer(op: str, name: str, value: object) -> int:
+def integer(op: str, name: str, value: Any) -> int:
+    found: int = value  # or a SymInt, in traced code
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"fastasr.{op}: {name}: expected an int, got {type(value).__name__}")
-    return value
+    return found
 
 
 def number(op: str, name: str, value: object) -> float:

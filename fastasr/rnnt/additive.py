@@ -21,6 +21,8 @@ two models' best classes have nothing in common, N is bounded below by that numb
 Upstream: ``get_rnnt_logprobs``, ``get_rnnt_logprobs_smoothed`` of k2.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,7 @@ def _products(out: Tensor, left: Tensor, right: Tensor) -> None:
             o.copy_(_gemm.forward(a, b, None))
 
 
-def _left_rows(lm: Tensor, dtype: torch.dtype, unigram: bool):
+def _left_rows(lm: Tensor, dtype: torch.dtype, unigram: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (e^lm with the unigram as one more row, maxima, sums): (B, S+1 or S+2, C), (B, S+1, 1), (B, S+1, 1)."""
     tiny = torch.finfo(dtype).tiny
     batch, positions, classes = lm.shape
@@ -169,7 +171,19 @@ def backward(
     ).to(lm.dtype), dam
 
 
-def _grad_lm(dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, blank, lm_scale, am_scale):
+def _grad_lm(
+    dleft: Tensor,
+    left: Tensor,
+    lm_sums: Tensor,
+    total: Tensor,
+    grad_px: Tensor,
+    grad_py: Tensor,
+    symbols: Tensor,
+    chosen: Tensor | None,
+    blank: int,
+    lm_scale: float,
+    am_scale: float,
+) -> Tensor:
     """Returns dlm (B, S+1, C), from the gradient of the rows of ``left``."""
     batch, positions, classes = total.shape[0], total.shape[1], left.shape[2]
     length = positions - 1
@@ -209,7 +223,9 @@ def _one_hot(symbols: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 
 
 # --------------------------------------------------------------------------- registration
-def _fake_forward(lm, am, symbols, blank, lm_scale, am_scale):
+def _fake_forward(
+    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(lm, am)
     batch, positions, frames = lm.shape[0], lm.shape[1], am.shape[1]
     return (
@@ -219,7 +235,17 @@ def _fake_forward(lm, am, symbols, blank, lm_scale, am_scale):
     )
 
 
-def _fake_backward(grad_px, grad_py, lm, am, symbols, sums, blank, lm_scale, am_scale):
+def _fake_backward(
+    grad_px: Tensor,
+    grad_py: Tensor,
+    lm: Tensor,
+    am: Tensor,
+    symbols: Tensor,
+    sums: Tensor,
+    blank: int,
+    lm_scale: float,
+    am_scale: float,
+) -> tuple[Tensor, Tensor]:
     return lm.new_empty(lm.shape), am.new_empty(am.shape)
 
 
@@ -232,13 +258,13 @@ _BACKWARD_OP = register(
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     lm, am, symbols, *ctx.rest = inputs
     ctx.save_for_backward(lm, am, symbols, output[2])
     ctx.mark_non_differentiable(output[2])
 
 
-def _backward(ctx, grad_px, grad_py, _):
+def _backward(ctx: Any, grad_px: Tensor, grad_py: Tensor, _: object) -> tuple[Tensor | None, ...]:
     return *_BACKWARD_OP(grad_px, grad_py, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 

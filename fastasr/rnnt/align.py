@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr.ops._joiner import Activation
 from fastasr.ops._lattice_steps import RnntSteps, TdtSteps
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, joiner, lengths, logprobs, tdt
@@ -74,7 +75,7 @@ def joiner_align(
     boundary: Tensor | None = None,
     rnnt_type: str = "regular",
     use_hat_loss: bool = False,
-    activation: str = "tanh",
+    activation: Activation = "tanh",
 ) -> Alignment:
     """Returns the alignment of the joiner activation(am + lm) Wᵀ + bias, without its logits. The arguments are those of
     ``joiner_loss``."""
@@ -85,7 +86,7 @@ def joiner_align(
     return _through_rnnt(op, px, py, boundary, rnnt_type)
 
 
-def _through_rnnt(op, px, py, boundary, rnnt_type) -> Alignment:
+def _through_rnnt(op: str, px: Tensor, py: Tensor, boundary: Tensor | None, rnnt_type: str) -> Alignment:
     """Aligns px (B, S, T) and py (B, S + 1, T) of a joiner."""
     if boundary is not None:
         boundary = boundary.to(torch.int64)
@@ -135,7 +136,7 @@ def tdt_joiner_align(
     blank_token_id: int,
     durations: Sequence[int],
     sigma: float = 0.0,
-    activation: str = "relu",
+    activation: Activation = "relu",
 ) -> Alignment:
     """Returns the alignment of the joiner activation(am + lm) Wᵀ + bias, without its logits. The arguments are those of
     ``tdt_joiner_loss``."""
@@ -146,7 +147,9 @@ def tdt_joiner_align(
     return _through_tdt(*found, _check.number(op, "sigma", sigma))
 
 
-def _through_tdt(px, py, pd, durations, boundary, sigma) -> Alignment:
+def _through_tdt(
+    px: Tensor, py: Tensor, pd: Tensor, durations: Tensor, boundary: Tensor, sigma: float
+) -> Alignment:
     with torch.no_grad():
         x, y, z = (t.double() for t in (px, py, pd))
         lattice = TdtSteps(x - sigma, y - sigma, z, durations, boundary)
@@ -171,7 +174,13 @@ def _through_tdt(px, py, pd, durations, boundary, sigma) -> Alignment:
 
 
 # --------------------------------------------------------------------------- shared by both
-def _best_path(tokens, chosen, moves, begin, end) -> tuple[Tensor, Tensor]:
+def _best_path(
+    tokens: int,
+    chosen: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    begin: tuple[Tensor, Tensor],
+    end: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
     """Returns the step of the cell where each token is emitted (B, S), -1 if none is, and by how many steps the path
     moves on with it.
 
@@ -250,7 +259,9 @@ def ctc_align(
     return Alignment(torch.where(found, starts, -1), durations, torch.where(found, means, 0.0), scores)
 
 
-def _ctc_forward(log_probs, labels, frame_counts, ends) -> tuple[Tensor, Tensor, Tensor]:
+def _ctc_forward(
+    log_probs: Tensor, labels: Tensor, frame_counts: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns by how many states the best path into each state moved on each frame (T, B, 2 S + 1), its last state (B,)
     and its score (B,)."""
     batch, frames, _ = log_probs.shape

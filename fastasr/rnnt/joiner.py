@@ -7,6 +7,8 @@ The lattice reads two numbers of each cell, which ``fastasr.ops.rnnt_joiner`` re
 outside the boundary, or with no part in any path, are left out.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.ops import _activation, _weights_dropout
 from fastasr.ops._dispatch import PLAIN, forced_backend
-from fastasr.ops._joiner import ACTIVATIONS
+from fastasr.ops._joiner import ACTIVATIONS, Activation
 from fastasr.ops._register import autocast_dtype
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logits_losses, logprobs, losses
@@ -36,7 +38,7 @@ def pruned_joiner_loss(
     delay_penalty: float = 0.0,
     use_hat_loss: bool = False,
     reduction: str | None = "mean",
-    activation: str = "tanh",
+    activation: Activation = "tanh",
     *,
     keep_logits: bool | None = None,
     zero_infinity: bool = False,
@@ -60,7 +62,7 @@ def pruned_joiner_loss(
     """
     op = "rnnt.pruned_joiner_loss"
     length, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
-    starts = arguments.ranges(op, ranges, *am.shape[:2], length, am)
+    starts = arguments.ranges(op, ranges, am.shape[0], am.shape[1], length, am)
     arguments.wide_enough(op, ranges.shape[2], length, rnnt_type)
     delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
     px, py = negligible(
@@ -91,7 +93,7 @@ def joiner_loss(
     delay_penalty: float = 0.0,
     use_hat_loss: bool = False,
     reduction: str | None = "mean",
-    activation: str = "tanh",
+    activation: Activation = "tanh",
     dropout_p: float = 0.0,
     *,
     keep_logits: bool | None = None,
@@ -128,7 +130,7 @@ def joiner_loss(
     return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
 
 
-def _is_small(am, lm, weight, bias) -> bool:
+def _is_small(am: Tensor, lm: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Says whether the logits are so few that calls cost more than the arithmetic: then eager products and one node for
     the loss are faster."""
     operands = (am, lm, weight) if bias is None else (am, lm, weight, bias)
@@ -150,8 +152,9 @@ def _cleared(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
 
 
 def logprobs_of_joiner(
-    op, am, lm, weight, bias, symbols, termination_symbol, boundary, rnnt_type, hat, activation, keep_logits,
-    dropout_p=0.0,
+    op: str, am: Tensor, lm: Tensor, weight: Tensor, bias: Tensor | None, symbols: Tensor,
+    termination_symbol: int, boundary: Tensor | None, rnnt_type: str, hat: bool, activation: Activation,
+    keep_logits: bool | None, dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Checks the arguments of the function ``op`` and returns the joiner's px (B, S, T) and py (B, S + 1, T), and the
     boundary."""
@@ -186,11 +189,11 @@ class _Negligible(Function):
         return given
 
     @staticmethod
-    def forward(ctx, px: Tensor, py: Tensor, *durations: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, px: Tensor, py: Tensor, *durations: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in (px, py, *durations))
 
     @staticmethod
-    def backward(ctx, gx: Tensor, gy: Tensor, *gd: Tensor):
+    def backward(ctx: Any, gx: Tensor, gy: Tensor, *gd: Tensor) -> tuple[Tensor, ...]:
         part = F.pad(gx.abs(), (0, gy.shape[2] - gx.shape[2])) + gy.abs()
         if part.numel() == 0:
             return gx, gy, *gd
@@ -205,7 +208,16 @@ class _Negligible(Function):
 negligible = _Negligible.apply
 
 
-def _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type):
+def _checked(
+    op: str,
+    am: Tensor,
+    lm: Tensor,
+    weight: Tensor,
+    symbols: Tensor,
+    termination_symbol: int,
+    boundary: Tensor | None,
+    rnnt_type: str,
+) -> tuple[int, Tensor, Tensor | None]:
     """Returns (S, symbols, boundary)."""
     arguments.floating(op, "am", am, "(B, T, D)")
     arguments.floating(op, "lm", lm, "(B, S + 1, D)")

@@ -6,6 +6,8 @@ transformers and NeMo: ``mean`` is the mean of l_b / S_b, ``mean_volume`` Σ l_b
 ``sum`` and ``none``.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,11 +71,19 @@ def rnnt_losses(
 
 
 def joiner_losses(
-    am, lm, weight, bias, targets, logit_lengths, target_lengths, blank: int, **options
+    am: Tensor,
+    lm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    **options: Any,
 ) -> Tensor:
     """Returns the losses (B,) of ``joiner_loss``, which takes the other arguments, for targets (B, U)."""
-    shape = *am.shape[:2], targets.shape[1]
-    limits = boundary("rnnt.joiner_loss", logit_lengths, target_lengths, *shape, lm)
+    (batch, frames), length = am.shape[:2], targets.shape[1]
+    limits = boundary("rnnt.joiner_loss", logit_lengths, target_lengths, batch, frames, length, lm)
     return joiner_loss(am, lm, weight, bias, targets, blank, limits, reduction="none", **options)
 
 
@@ -90,7 +100,9 @@ def reduced(op: str, loss: Tensor, target_lengths: Tensor, reduction: str) -> Te
     return loss.sum() if reduction == "sum" else loss
 
 
-def boundary(op, logit_lengths, target_lengths, batch: int, frames: int, length: int, like: Tensor) -> Tensor:
+def boundary(
+    op: str, logit_lengths: Tensor, target_lengths: Tensor, batch: int, frames: int, length: int, like: Tensor
+) -> Tensor:
     """Returns the boundary (B, 4) of sequences of these lengths, after checking them."""
     ends, numbers = [], []
     for name, value, most in (

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact losses of logits (B, T, U + 1, V) as one node of autograd's graph."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +50,17 @@ class _Losses(Function):
     """
 
     @staticmethod
-    def formula(logits, rows, limits, blank, factor, clamp, fused, in_place, differentiates):
+    def formula(
+        logits: Tensor,
+        rows: Tensor,
+        limits: Tensor | None,
+        blank: int,
+        factor: float,
+        clamp: float,
+        fused: bool,
+        in_place: bool,
+        differentiates: bool,
+    ) -> Tensor:
         if clamp > 0 or in_place:
             raise RuntimeError(
                 f"fastasr.rnnt: a loss with clamp or in_place is not possible under {transform()}: both change "
@@ -61,7 +73,7 @@ class _Losses(Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         logits: Tensor,
         rows: Tensor,
         limits: Tensor | None,
@@ -71,7 +83,7 @@ class _Losses(Function):
         fused: bool,
         in_place: bool,
         differentiates: bool,
-    ):
+    ) -> Tensor:
         if fused:
             row_logprobs = row_ops.OP if torch.compiler.is_compiling() else row_ops.forward
             px, py, normaliser = row_logprobs(logits, rows, blank, False)
@@ -87,7 +99,7 @@ class _Losses(Function):
         return -scores
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # This happens under create_graph=True alone.
             raise RuntimeError("fastasr.rnnt: gradients of this loss's gradients are not implemented")
         logits, rows, normaliser, ox, oy = ctx.saved_tensors

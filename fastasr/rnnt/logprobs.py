@@ -15,6 +15,7 @@ k2 1.24.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +199,16 @@ def pruned(
     return lattice(op, px, py, boundary, rnnt_type, symbol_gradient, delay_penalty)
 
 
-def pruned_rows(op, logits, symbols, ranges, termination_symbol, boundary, rnnt_type, hat):
+def pruned_rows(
+    op: str,
+    logits: Tensor,
+    symbols: Tensor,
+    ranges: Tensor,
+    termination_symbol: int,
+    boundary: Tensor | None,
+    rnnt_type: str,
+    hat: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Checks the arguments and returns (px, py, both (B, T, R), starts, boundary)."""
     arguments.floating(op, "logits", logits, "(B, T, R, C)")
     batch, frames, width, classes = logits.shape
@@ -231,12 +241,12 @@ class _ScaleGradient(Function):
     """Passes x through and multiplies its gradient by a factor."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
 
 

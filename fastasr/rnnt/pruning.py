@@ -87,11 +87,14 @@ def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Ten
     )
 
 
-def _checked(op: str, px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int):
+def _checked(
+    op: str, px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
     arguments.arcs(op, "px_grad", px_grad, "py_grad", py_grad)
     if boundary is None:
         raise TypeError(f"fastasr.{op}: boundary: expected an integer tensor, got None")
-    boundary = arguments.boundary(op, boundary, *px_grad.shape[:2], py_grad.shape[2], px_grad)
+    (batch, length), frames = px_grad.shape[:2], py_grad.shape[2]
+    boundary = arguments.boundary(op, boundary, batch, length, frames, px_grad)
     return px_grad.detach(), py_grad.detach(), boundary, _check.integer(op, "s_range", s_range)
 
 

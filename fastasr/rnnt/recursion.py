@@ -68,8 +68,11 @@ def _inner(occupation: Tensor, x: Tensor) -> Tensor:
     return (occupation * x.to(occupation.dtype).masked_fill(x == -torch.inf, 0.0)).flatten(1).sum(1)
 
 
-def _checked(op: str, px: Tensor, py: Tensor, boundary: Tensor | None):
+def _checked(
+    op: str, px: Tensor, py: Tensor, boundary: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     arguments.arcs(op, "px", px, "py", py)
     if px.dtype != py.dtype:
         raise TypeError(f"fastasr.{op}: py: expected px's dtype {px.dtype}, got {py.dtype}")
-    return px, py, arguments.boundary(op, boundary, *px.shape[:2], py.shape[2], px)
+    (batch, length), frames = px.shape[:2], py.shape[2]
+    return px, py, arguments.boundary(op, boundary, batch, length, frames, px)

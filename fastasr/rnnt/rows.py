@@ -13,6 +13,7 @@ so that nothing else has the size of the logits.
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from fastasr.ops._register import register
 _SLICE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
-def _slices(rows: int, classes: int, dtype: torch.dtype, device: str):
+def _slices(rows: int, classes: int, dtype: torch.dtype, device: str) -> list[slice]:
     step = max(1, _SLICE_BYTES.get(device, 1 << 26) // max(1, classes * dtype.itemsize))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
@@ -104,7 +105,7 @@ def backward(
     return grad.view(logits.shape)
 
 
-def _fake_forward(logits, symbols, blank, hat):
+def _fake_forward(logits: Tensor, symbols: Tensor, blank: int, hat: bool) -> tuple[Tensor, ...]:
     return tuple(logits.new_empty(symbols.shape, dtype=_wide(logits.dtype)) for _ in range(3))
 
 
@@ -117,7 +118,7 @@ BACKWARD_OP = register(
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, symbols, *ctx.rest = inputs
     ctx.save_for_backward(logits, symbols, output[2])
     ctx.mark_non_differentiable(output[2])

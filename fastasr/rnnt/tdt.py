@@ -18,10 +18,14 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.ops import _weights_dropout
+from fastasr.ops._joiner import Activation
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, lengths, logprobs
 from fastasr.rnnt.joiner import negligible
 from fastasr.rnnt.rows import row_logprobs
+
+# px (B, T, U), py (B, T, U + 1), pd (B, T, U + 1, N), the durations and the boundary
+Logprobs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def tdt_loss(
@@ -71,7 +75,7 @@ def tdt_joiner_loss(
     durations: Sequence[int],
     sigma: float = 0.0,
     reduction: str = "mean",
-    activation: str = "relu",
+    activation: Activation = "relu",
     dropout_p: float = 0.0,
     *,
     keep_logits: bool | None = None,
@@ -90,17 +94,25 @@ def tdt_joiner_loss(
         The other arguments are those of ``tdt_loss``.
     """
     op = "rnnt.tdt_joiner_loss"
-    px, py, pd, *rest = logprobs_of_joiner(
+    px, py, pd, steps, boundary = logprobs_of_joiner(
         op, am, lm, weight, bias, targets, logit_lengths, target_lengths, blank_token_id, durations, activation,
         dropout_p, keep_logits,
     )  # fmt: skip
-    return _loss(op, *negligible(px, py, pd), *rest, sigma, fastemit_lambda, reduction, zero_infinity)
+    px, py, pd = negligible(px, py, pd)
+    return _loss(op, px, py, pd, steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity)
 
 
 # --------------------------------------------------------------------------- log-probabilities for the lattice
 def logprobs_of_logits(
-    op, token_logits, duration_logits, targets, logit_lengths, target_lengths, blank_token_id, durations
-) -> tuple[Tensor, ...]:
+    op: str,
+    token_logits: Tensor,
+    duration_logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank_token_id: int,
+    durations: Sequence[int],
+) -> Logprobs:
     """Checks the arguments of the function ``op`` and returns px (B, T, U), py (B, T, U + 1), pd (B, T, U + 1, N), the
     durations and the boundary."""
     arguments.floating(op, "token_logits", token_logits, "(B, T, U + 1, V)")
@@ -119,9 +131,10 @@ def logprobs_of_logits(
 
 
 def logprobs_of_joiner(
-    op, am, lm, weight, bias, targets, logit_lengths, target_lengths, blank_token_id, durations, activation,
-    dropout_p=0.0, keep_logits=None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    op: str, am: Tensor, lm: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_lengths: Tensor,
+    target_lengths: Tensor, blank_token_id: int, durations: Sequence[int], activation: Activation,
+    dropout_p: float = 0.0, keep_logits: bool | None = None,
+) -> Logprobs:  # fmt: skip
     """Does the same as ``logprobs_of_logits`` for the joiner dropout(activation(am + lm)) Wᵀ + bias."""
     for name, value, dims in (
         ("am", am, "(B, T, D)"), ("lm", lm, "(B, U + 1, D)"), ("weight", weight, "(V + N, D)")
@@ -145,11 +158,23 @@ def logprobs_of_joiner(
         dropout_p=float(dropout_p),
         dropout_seed=_weights_dropout.draw_seed(am.device) if dropout_p else None,
     )
-    return *found, steps, boundary
+    px, py, pd = found
+    return px, py, pd, steps, boundary
 
 
 # --------------------------------------------------------------------------- shared code
-def _loss(op, px, py, pd, steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity) -> Tensor:
+def _loss(
+    op: str,
+    px: Tensor,
+    py: Tensor,
+    pd: Tensor,
+    steps: Tensor,
+    boundary: Tensor,
+    sigma: float,
+    fastemit_lambda: float,
+    reduction: str,
+    zero_infinity: bool,
+) -> Tensor:
     factor = 1.0 + _check.number(op, "fastemit_lambda", fastemit_lambda)
     if _check.number(op, "sigma", sigma):
         px, py = px - sigma, py - sigma

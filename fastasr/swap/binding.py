@@ -12,14 +12,19 @@ import copy
 import functools
 import inspect
 import types
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from fastasr import _left
 from fastasr.models.common.plain import any_global_hook
 
 try:  # torch.compile treats torch.onnx.is_in_onnx_export() as constant False, but reads this flag
-    from torch.onnx._internal.exporter import _flags as _onnx
+    from torch.onnx._internal.exporter import _flags
+
+    _onnx: Any = _flags
 except ImportError:
     _onnx = types.SimpleNamespace(_is_onnx_exporting=False)
 
@@ -37,17 +42,17 @@ class ExportError(RuntimeError):
     """Raised if a swapped model is given to TorchScript or to the ONNX exporter."""
 
 
-def _refuse(module, what):
+def _refuse(module: nn.Module, what: str) -> NoReturn:
     raise ExportError(_EXPORT_MESSAGE.format(what=what, name=type(module).__name__))
 
 
 @functools.cache
-def guarded(function, name="forward"):
+def guarded(function: Callable[..., Any], name: str = "forward") -> Callable[..., Any]:
     """Returns ``function`` with a check that it is not being traced. There is one wrapper per function, by which a swap
     is recognised. With hooks of all modules, which must see every call of upstream's code, that code runs."""
 
     @functools.wraps(function)
-    def guard(self, *args, **kwargs):
+    def guard(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any_global_hook():
             _left.note(self, "hooks of all modules are registered", name)
             return getattr(type(self), name)(self, *args, **kwargs)
@@ -59,40 +64,41 @@ def guarded(function, name="forward"):
 
     # Libraries that wrap forwards, such as accelerate, remove wrappers along __wrapped__ and would remove ours.
     del guard.__wrapped__
-    guard.__signature__ = inspect.signature(function)
+    vars(guard).update(__signature__=inspect.signature(function), fastasr_forward=function)
     guard.__name__ = name  # a bound method pickles by name: upstream's own is found on loading
-    guard.fastasr_forward = function
     return guard
 
 
 class _ScriptGuard:
     """Raises an error when torch.jit.script calls it. It is copied with its module and left out of a pickle."""
 
-    def __init__(self, module):
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self):
+    def __call__(self) -> NoReturn:
         _refuse(self.module, "torch.jit.script")
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_ScriptGuard":
         return _ScriptGuard(copy.deepcopy(self.module, memo))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # A loaded module is unswapped and may be scripted without fastasr; max((module,)) returns the module.
         return functools.partial, (max, (self.module,))
 
 
-def bind(module, forward, methods=()):
+def bind(
+    module: nn.Module, forward: Callable[..., Any], methods: Iterable[tuple[str, Callable[..., Any]]] = ()
+) -> None:
     """Makes ``module`` run ``forward``, a function with ``self`` first, and ``methods``, pairs (name, function)."""
     for name, function in (("forward", forward), *methods):
         vars(module)[name] = types.MethodType(guarded(function, name), module)
     vars(module)[_GUARD] = _ScriptGuard(module)
 
 
-def unbind(module):
+def unbind(module: nn.Module) -> tuple[Callable[..., Any], tuple[tuple[str, Callable[..., Any]], ...]] | None:
     """Undoes ``bind``. Returns the (forward, methods) that were bound, or None if the module was not swapped."""
-    bound = {name: bound_function(module, name) for name in vars(module)}
-    bound = {name: function for name, function in bound.items() if function is not None}
+    found = {name: bound_function(module, name) for name in vars(module)}
+    bound = {name: function for name, function in found.items() if function is not None}
     for name in bound:
         del vars(module)[name]
     if bound:
@@ -101,7 +107,7 @@ def unbind(module):
     return None if forward is None else (forward, tuple(bound.items()))
 
 
-def bound_function(module, name):
+def bound_function(module: nn.Module, name: str) -> Callable[..., Any] | None:
     """Returns the function that ``bind`` gave to this module under ``name``, or None."""
     method = vars(module).get(name)
     if not isinstance(method, types.MethodType):  # whoever wraps a method copies its attributes
@@ -109,17 +115,17 @@ def bound_function(module, name):
     return getattr(method.__func__, "fastasr_forward", None)
 
 
-def bound_forward(module):
+def bound_forward(module: nn.Module) -> Callable[..., Any] | None:
     """Returns the forward that ``bind`` gave to this module, or None."""
     return bound_function(module, "forward")
 
 
-def is_guarded(module):
+def is_guarded(module: nn.Module) -> bool:
     """Says whether ``bind`` was called for this module and not undone, even if other code has bound a forward since."""
     return isinstance(vars(module).get(_GUARD), _ScriptGuard)
 
 
-def foreign_method(module, name):
+def foreign_method(module: nn.Module, name: str) -> Any:
     """Returns a method that other code than ``bind`` put on this instance, or None.
 
     Unpickled swapped modules have their class's own methods in their ``__dict__``, which do not count.
@@ -131,6 +137,6 @@ def foreign_method(module, name):
     return None if own and method.__self__ is module else method
 
 
-def foreign_forward(module):
+def foreign_forward(module: nn.Module) -> Any:
     """Returns a forward that other code than ``bind`` put on this instance, or None."""
     return foreign_method(module, "forward")

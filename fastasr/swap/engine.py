@@ -4,9 +4,12 @@ undo."""
 
 import contextlib
 import fnmatch
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import parametrize
 
 from fastasr.graphs import Graphs
@@ -19,13 +22,18 @@ from fastasr.swap import binding
 from fastasr.swap import weights as reduced
 from fastasr.swap.reach import Reach
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Restored, Row, SwapReport
-from fastasr.swap.rule import Known, Rule, upstream_class, upstream_forward
+from fastasr.swap.rule import Graphed, Known, Rule, upstream_class, upstream_forward
 from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.rules.torch import LINEAR
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 from fastasr.swap.state import ModelState
 from fastasr.swap.verify import run as run_model
 from fastasr.swap.verify import verified as run_verification
+
+# What ``only`` and ``exclude`` take: a class, names or paths, a function of path and module, or several of these.
+Selection = str | type | Callable[..., Any] | Collection[Any] | None
+Selected = Callable[[str, nn.Module], bool]
+Plan = list[tuple[str, nn.Module, "Decision"]]
 
 
 @dataclass
@@ -48,16 +56,16 @@ _CONTAINER = "container: see its submodules"
 
 
 def accelerate(
-    model,
-    only=None,
-    exclude=None,
-    verify=None,
-    strict=True,
-    weights=None,
-    weights_error=0.05,
-    ragged=False,
-    graphs=False,
-):
+    model: nn.Module,
+    only: Selection = None,
+    exclude: Selection = None,
+    verify: Any = None,
+    strict: bool = True,
+    weights: str | None = None,
+    weights_error: float = 0.05,
+    ragged: bool = False,
+    graphs: bool | Graphs = False,
+) -> SwapReport:
     """Replaces the forward of every module that a rule recognises, in place. Returns a SwapReport.
 
     Parameters, buffers, submodules, hooks and types stay unchanged. A second call changes nothing.
@@ -97,30 +105,31 @@ def accelerate(
     if weights is not None:
         reduced.check(model, weights, weights_error)
     # The state to restore if anything raises an error. Without inputs no code runs that changes values of tensors.
-    before = Reach((model,)) if verify is None else ModelState(model)
+    state = None if verify is None else ModelState(model)
+    before = Reach((model,)) if state is None else state
     report = SwapReport(type(model).__name__)
-    unproven = set()
+    unproven: set[str] = set()
     try:
         plan = _plan(modules, only, exclude, every_linear=weights is not None)
         if verify is not None:
             before.restore()  # The rules have read the user's modules, which may have run the user's code.
         for path, module, decision in plan:
             accept = decision.apply or (decision.unknown_source and not strict)
-            if accept and binding.bound_forward(module) is None:
+            if accept and decision.rule is not None and binding.bound_forward(module) is None:
                 decision.rule.bind(module, decision.known)
             if accept and not decision.apply:
                 unproven.add(path)
             report.rows.append(_row(path, module, decision, accept))
-        if verify is not None:
-            _verify(model, verify, report, unproven, before)
+        if state is not None:
+            _verify(model, verify, report, unproven, state)
         if ragged:
             _leave_padding_out(plan, report)
         if weights is not None:
 
-            def chosen(path, module):
+            def chosen(path: str, module: nn.Module) -> bool:
                 return (only is None or only(path, module)) and (exclude is None or not exclude(path, module))
 
-            report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error, before)
+            report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error, state)
         if graphs:
             _record(plan, report, Graphs() if graphs is True else graphs)
         _note_leaving(plan, report)
@@ -130,15 +139,16 @@ def accelerate(
     return report
 
 
-def _note_leaving(plan, report):
+def _note_leaving(plan: Plan, report: SwapReport) -> None:
     """Says in the report which methods of its replaced modules are known to leave the fast path now."""
     for (_, module, decision), row in zip(plan, report.rows, strict=True):
-        if row.status == REPLACED:
-            for method, reason in (decision.later or decision).rule.leaves(module).items():
+        rule = (decision.later or decision).rule
+        if row.status == REPLACED and rule is not None:
+            for method, reason in rule.leaves(module).items():
                 row.reason += f"; {method} leaves the fast path: {reason}" if reason else ""
 
 
-def _leave_padding_out(plan, report):
+def _leave_padding_out(plan: Plan, report: SwapReport) -> None:
     """Binds the forward without padding to every swapped encoder that has one, after verification, which compares
     padded batches."""
     report.ragged = {}
@@ -155,13 +165,13 @@ def _leave_padding_out(plan, report):
         _note_padding(report, row, reason)
 
 
-def _note_padding(report, row, reason):
+def _note_padding(report: SwapReport, row: Row, reason: str | None) -> None:
     """Says in the report that the row's encoder runs without padding, or the reason why it does not."""
     report.ragged = (report.ragged or {}) | {row.path: reason}
     row.reason += "; runs without padding" if reason is None else f"; runs on padding: {reason}"
 
 
-def _record(plan, report, options):
+def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
     """Has the calls of every encoder recorded that a rule can record: swapped ones, and fastasr's own."""
     report.graphs = {}
     missing = (
@@ -180,18 +190,18 @@ def _record(plan, report, options):
         if reason is None and rule.ragged is not None and bound is rule.ragged.forward:
             reason = "it runs without padding, in another shape at every call"
         if reason is None:
-            _bind_recorded(module, rule, options)
+            _bind_recorded(module, rule, rule.graphs, options)
             row.rule, row.status = rule.name, REPLACED
         row.reason += "; its calls are recorded" if reason is None else f"; not recorded: {reason}"
         report.graphs[path] = reason
 
 
-def _bind_recorded(module, rule, options):
+def _bind_recorded(module: nn.Module, rule: Rule, graphs: Graphed, options: Graphs) -> None:
     own = _is_own(module)
-    parts = rule.graphs.parts(module)
+    parts = graphs.parts(module)
     if not (options.parts and parts):
         forward, replay = (upstream_forward, rule.replay_part) if own else (rule.recorded, rule.replay)
-        recording.keep(module, forward, options, rule.graphs.choice)
+        recording.keep(module, forward, options, graphs.choice)
         binding.bind(module, replay, () if own else rule.methods)
     rules = rules_by_forward()
     for part in parts:
@@ -199,7 +209,7 @@ def _bind_recorded(module, rule, options):
         its = rules.get(bound)
         if bound is None or bound is rule.replay_part:
             forward, replay, methods = upstream_forward, rule.replay_part, ()
-        elif bound in (its.recorded, its.replay):
+        elif its is not None and bound in (its.recorded, its.replay):
             forward, replay, methods = its.recorded, its.replay, its.methods
         else:  # the code of another version
             continue
@@ -207,7 +217,9 @@ def _bind_recorded(module, rule, options):
         binding.bind(part, replay, methods)
 
 
-def _verify(model, inputs, report, unproven, before):
+def _verify(
+    model: nn.Module, inputs: Any, report: SwapReport, unproven: set[str], before: ModelState
+) -> None:
     checked = run_verification(model, inputs, whole=before)
     report.verified = True
     modules = dict(model.named_modules())
@@ -228,7 +240,7 @@ def _verify(model, inputs, report, unproven, before):
             row.reason = f"{row.reason}; {result.reason}" if row.reason else result.reason
 
 
-def explain(model, only=None, exclude=None):
+def explain(model: nn.Module, only: Selection = None, exclude: Selection = None) -> SwapReport:
     """Returns the report that ``accelerate`` would return, and changes nothing. It raises the same errors.
 
     It also says whether encoders that ``accelerate(ragged=True)`` made run without padding still can: a module may have
@@ -245,7 +257,7 @@ def explain(model, only=None, exclude=None):
     return report
 
 
-def restore(model):
+def restore(model: nn.Module) -> Restored:
     """Gives every swapped module of ``model`` its own forward back. Returns the number of these modules, a
     :class:`fastasr.swap.report.Restored`, which prints the modules that were restored and those that were not."""
     _check_model("restore", model)
@@ -263,7 +275,7 @@ def restore(model):
     return Restored(count, type(model).__name__, len(modules), left, weights, graphs)
 
 
-def refresh(model):
+def refresh(model: nn.Module) -> int:
     """Has everything that is kept of ``model`` between calls made again at the next call: packed weights, positions,
     weights in fewer bits, engines. Returns the number of these things.
 
@@ -275,12 +287,12 @@ def refresh(model):
     for module in model.modules():
         graphs = recording.of(module)
         if graphs is not None:
-            graphs.clear()
+            graphs.clear(module)
     return _kept.drop([*model.parameters(), *model.buffers()])
 
 
 @contextlib.contextmanager
-def eager_mode(model):
+def eager_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Runs upstream's code inside the block and restores the swap after it. TorchScript and ONNX export need this."""
     _check_model("eager_mode", model)
     swapped = [(module, binding.unbind(module)) for module in list(model.modules())]
@@ -292,7 +304,7 @@ def eager_mode(model):
                 binding.bind(module, *functions)
 
 
-def _check_model(function, model):
+def _check_model(function: str, model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         hint = ""
         if returnn.is_module(model):
@@ -300,7 +312,7 @@ def _check_model(function, model):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
 
 
-def _row(path, module, decision, accept):
+def _row(path: str, module: nn.Module, decision: Decision, accept: bool) -> Row:
     rule = decision.rule
     status = REPLACED if accept else SKIPPED
     kernels = rule.kernels if rule is not None else ()
@@ -311,24 +323,32 @@ def _row(path, module, decision, accept):
     return Row(path, type(module).__name__, rule.name if rule else None, kernels, status, reason)
 
 
-def _selection(model, only, exclude):
+def _selection(
+    model: nn.Module, only: Selection, exclude: Selection
+) -> tuple[list[tuple[str, nn.Module]], Selected | None, Selected | None]:
     """Returns the model's modules with their paths, and ``only`` and ``exclude`` as functions or None."""
     _check_model("accelerate", model)
     modules = list(model.named_modules())
     return modules, _selector("only", only, modules), _selector("exclude", exclude, modules)
 
 
-def _plan(modules, only, exclude, every_linear=False):
+def _plan(
+    modules: list[tuple[str, nn.Module]],
+    only: Selected | None,
+    exclude: Selected | None,
+    every_linear: bool = False,
+) -> Plan:
     """Returns [(path, module, Decision)] for every module."""
     decisions = [decide(module) for _, module in modules]
-    matched = {id(d.rule) for d in decisions if d.apply and not d.rule.companion}
+    matched = {id(d.rule) for d in decisions if d.apply and d.rule is not None and not d.rule.companion}
     companions = {rule for family in FAMILIES if any(id(r) in matched for r in family) for rule in family}
     if every_linear:
         companions.add(LINEAR)
     plan = []
     for (path, module), decision in zip(modules, decisions, strict=True):
         rule = decision.rule
-        if binding.bound_forward(module) is None and (decision.apply or decision.unknown_source):
+        fits = decision.apply or decision.unknown_source
+        if rule is not None and fits and binding.bound_forward(module) is None:
             if rule.companion and rule not in companions:
                 decision = Decision(rule, False, "no module of this model is of a known family")
             elif only is not None and not only(path, module):
@@ -341,7 +361,7 @@ def _plan(modules, only, exclude, every_linear=False):
     return plan
 
 
-def decide(module):
+def decide(module: nn.Module) -> Decision:
     rule = _rule_for(module)
     if isinstance(module, torch.jit.ScriptModule):
         return Decision(None, False, "compiled by TorchScript")
@@ -359,7 +379,7 @@ def decide(module):
     return _recognise(rule, module)
 
 
-def _rule_for(module):
+def _rule_for(module: nn.Module) -> Rule | None:
     bound = binding.bound_forward(module)
     names = [cls.__name__ for cls in type(module).__mro__]
     rules = dict.fromkeys(
@@ -381,7 +401,7 @@ def _rule_for(module):
     )
 
 
-def _why_not(module, rule):
+def _why_not(module: nn.Module, rule: Rule) -> str | None:
     """Returns why nothing may be bound to this instance, for any class; None if there is no such reason."""
     if _is_own(module):
         return "is fastasr's own class already"
@@ -391,7 +411,8 @@ def _why_not(module, rule):
             name = getattr(foreign, "__qualname__", type(foreign).__name__)
             return f"its {method} was already replaced on this instance, by {name}"
     if parametrize.is_parametrized(module):
-        return f"has parametrizations on {', '.join(module.parametrizations)}"
+        names: Any = module.parametrizations
+        return f"has parametrizations on {', '.join(names)}"
     kinds = "forward pre-hook", "forward hook", "backward pre-hook", "backward hook"
     for what, hooks in zip(kinds, hooks_of(module), strict=True):
         unknown = [h for h in hooks.values() if _full_name(h) not in rule.hooks]
@@ -401,22 +422,22 @@ def _why_not(module, rule):
     return None
 
 
-def _is_own(module):
+def _is_own(module: nn.Module) -> bool:
     return type(module).__module__.startswith("fastasr.")
 
 
-def _full_name(function):
+def _full_name(function: Any) -> str:
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
 
 
-def _structure(rule, module):
+def _structure(rule: Rule, module: nn.Module) -> str | None:
     try:
         return rule.structure(module)
     except AttributeError as error:
         return f"lacks an attribute of upstream's {rule.class_name}: {error}"
 
 
-def _recognise(rule, module):
+def _recognise(rule: Rule, module: nn.Module) -> Decision:
     if rule.known is None:
         forward = upstream_class(module).forward
         if not forward.__module__.startswith("torch.nn."):
@@ -441,7 +462,7 @@ def _recognise(rule, module):
     return Decision(rule, False, reason, unknown_source=True)
 
 
-def _overridden(owner, class_name):
+def _overridden(owner: type, class_name: str) -> list[str]:
     names = []
     for cls in owner.__mro__:
         if cls.__name__ == class_name:
@@ -450,11 +471,11 @@ def _overridden(owner, class_name):
     return names
 
 
-def _selector(name, value, modules):
+def _selector(name: str, value: Selection, modules: list[tuple[str, nn.Module]]) -> Selected | None:
     """Returns ``only`` or ``exclude`` as one function (path, module) -> bool; None if it is not given."""
     if value is None:
         return None
-    parts = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    parts: list[Any] = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
     for part in parts:
         if isinstance(part, str):
             if not any(fnmatch.fnmatchcase(path, part) for path, _ in modules):
@@ -465,7 +486,7 @@ def _selector(name, value, modules):
                 f"got {type(part).__name__}"
             )
 
-    def selected(path, module):
+    def selected(path: str, module: nn.Module) -> bool:
         for part in parts:
             if isinstance(part, str):
                 hit = fnmatch.fnmatchcase(path, part)

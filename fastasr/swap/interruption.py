@@ -4,10 +4,12 @@
 import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 @contextlib.contextmanager
-def deferred():
+def deferred() -> Iterator[Callable[[], None]]:
     """Yields a function that raises KeyboardInterrupt if there was a Ctrl-C in the block. The end of the block calls
     it. A second Ctrl-C takes effect at once.
 
@@ -20,12 +22,12 @@ def deferred():
         return
     pressed = []
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         pressed.append((number, frame))
         if len(pressed) > 1:
             handler(*pressed.pop())
 
-    def interruption():
+    def interruption() -> None:
         if pressed:
             handler(*pressed.pop())
 

@@ -4,6 +4,7 @@
 import shutil
 import sys
 import time
+from typing import Self
 
 from fastasr.swap.report import shortened
 
@@ -15,15 +16,15 @@ class Progress:
     """Writes to standard error if that is a terminal, and deletes the line at the end. ``total``: the number of
     steps."""
 
-    def __init__(self, total):
+    def __init__(self, total: int) -> None:
         self._total, self._done, self._shown = total, 0, False
         self._next = time.monotonic() + _INTERVAL
         self._file = sys.stderr if sys.stderr is not None and sys.stderr.isatty() else None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def step(self, path):
+    def step(self, path: str) -> None:
         """Says that the module at ``path`` is next."""
         self._done += 1
         if self._file is None or time.monotonic() < self._next:
@@ -35,7 +36,7 @@ class Progress:
         self._file.flush()
         self._shown = True
 
-    def __exit__(self, *_):
-        if self._shown:
+    def __exit__(self, *_: object) -> None:
+        if self._shown and self._file is not None:
             self._file.write(_CLEAR)
             self._file.flush()

@@ -7,15 +7,19 @@ import functools
 import random
 import sys
 import types
+from collections.abc import Callable, Collection, Iterable
 from operator import is_
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
     import numpy as np
 except ImportError:  # torch works without it
-    np = None
+    np = None  # type: ignore[assignment]  # a module elsewhere
 
 # Objects other than modules, tensors and containers are entered if a module holds them, and if such an object does.
 # Objects further away hold a trainer's data sets and the data of other threads.
@@ -35,21 +39,26 @@ class Reach:
     holds the ids of modules that are not entered.
     """
 
-    def __init__(self, roots, outside=frozenset()):
-        self.outside, self.tensors = outside, []
-        self._namespaces, self._dicts, self._others, self._seen = [], [], [], {}
-        self._empty = []  # dicts; a module has a dozen of them
+    def __init__(self, roots: Iterable[object], outside: Collection[int] = frozenset()) -> None:
+        self.outside = outside
+        self.tensors: list[Tensor] = []
+        self._namespaces: list[tuple[Any, ...]] = []
+        self._dicts: list[tuple[Any, ...]] = []
+        self._others: list[tuple[Any, ...]] = []
+        self._seen: dict[int, Any] = {}
+        self._empty: list[dict] = []  # a module has a dozen of them
         found = list(roots)
         for _ in range(_LEVELS + 1):
             found = self._follow(found)
 
-    def _follow(self, stack):
+    def _follow(self, stack: list[Any]) -> list[Any]:
         """Follows everything in ``stack``, but returns the contents of objects other than modules and containers."""
-        held = []
+        held: list[Any] = []
         others, seen, outside = [], self._seen, self.outside
         while stack:
             value = stack.pop()
-            follow = _how_to_follow(type(value))
+            cls: Any = type(value)
+            follow = _how_to_follow(cls)
             if follow is None or id(value) in seen or id(value) in outside:
                 continue
             if follow is Reach.attributes:
@@ -63,25 +72,26 @@ class Reach:
                 self.attributes(value, held)
         return held
 
-    def attributes(self, owner, stack):
+    def attributes(self, owner: Any, stack: list[Any]) -> None:
         namespace = getattr(owner, "__dict__", None)
         if namespace is not None:
             values = tuple(namespace.values())
             self._namespaces.append((owner, type(owner), tuple(namespace), values))
             stack.extend(value for value in values if type(value) not in _CONSTANT)
-        if slots := _slots(type(owner)):
-            values = {name: getattr(owner, name) for name in slots if hasattr(owner, name)}
-            self.other(owner, values, _put_slots)
-            stack.extend(values.values())
+        cls: Any = type(owner)
+        if slots := _slots(cls):
+            in_slots = {name: getattr(owner, name) for name in slots if hasattr(owner, name)}
+            self.other(owner, in_slots, _put_slots)
+            stack.extend(in_slots.values())
 
-    def members(self, held, stack):
+    def members(self, held: Iterable[Any], stack: list[Any]) -> None:
         stack.extend(value for value in held if type(value) not in _CONSTANT)
 
-    def other(self, owner, saved, put):
+    def other(self, owner: Any, saved: Any, put: Callable[[Any, Any], None]) -> None:
         """Notes contents that ``put(owner, saved)`` puts back."""
         self._others.append((owner, saved, put))
 
-    def exchange(self, other_for):
+    def exchange(self, other_for: Callable[[Any], Any]) -> None:
         """Puts ``other_for(value)`` in the place of each value that is held by name, by key or in a list."""
         for owner, _, names, values in self._namespaces:
             _exchange(vars(owner), zip(names, values, strict=True), other_for)
@@ -95,7 +105,7 @@ class Reach:
             elif isinstance(owner, list):
                 _exchange(owner, enumerate(saved), other_for)
 
-    def restore(self):
+    def restore(self) -> None:
         """Puts all contents back; writes only what has changed."""
         for owner, cls, names, values in self._namespaces:
             if type(owner) is not cls:  # A lazy layer became an ordinary one.
@@ -117,26 +127,26 @@ class Reach:
             put(owner, saved)
 
 
-def _exchange(held, items, other_for):
+def _exchange(held: Any, items: Iterable[tuple[Any, Any]], other_for: Callable[[Any], Any]) -> None:
     for key, value in items:
         other = other_for(value)
         if other is not value:
             held[key] = other
 
 
-def _module(reach, module, stack):
+def _module(reach: Reach, module: nn.Module, stack: list[Any]) -> None:
     reach.attributes(module, stack)
     if isinstance(module, torch.jit.ScriptModule):  # Its namespace holds neither tensors nor flags.
         stack += [*module.children(), *module.parameters(recurse=False), *module.buffers(recurse=False)]
         reach.other(module, module.training, _put_mode)
 
 
-def _put_mode(module, training):
+def _put_mode(module: nn.Module, training: bool) -> None:
     if module.training is not training:
         module.training = training
 
 
-def _tensor(reach, tensor, stack):
+def _tensor(reach: Reach, tensor: Tensor, stack: list[Any]) -> None:
     reach.tensors.append(tensor)
     reach.attributes(tensor, stack)
     stack += [hooks for name in TENSOR_HOOKS if (hooks := getattr(tensor, name)) is not None]
@@ -146,7 +156,7 @@ def _tensor(reach, tensor, stack):
         stack += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
-def _dict(reach, held, stack):
+def _dict(reach: Reach, held: dict, stack: list[Any]) -> None:
     if held:
         values = tuple(held.values())
         reach._dicts.append((held, tuple(held), values))
@@ -157,14 +167,14 @@ def _dict(reach, held, stack):
         reach.attributes(held, stack)
 
 
-def _elements(reach, held, stack):
+def _elements(reach: Reach, held: Any, stack: list[Any]) -> None:
     reach.other(held, tuple(held), _put_elements)
     reach.members(held, stack)
     if type(held) not in _CONTAINERS:
         reach.attributes(held, stack)
 
 
-def _put_elements(held, saved):
+def _put_elements(held: Any, saved: tuple[Any, ...]) -> None:
     if isinstance(held, set):
         if len(held) != len(saved) or not held.issuperset(saved):
             held.clear()
@@ -174,28 +184,29 @@ def _put_elements(held, saved):
         held.extend(saved)
 
 
-def _put_slots(owner, saved):
-    for name in _slots(type(owner)):
+def _put_slots(owner: object, saved: dict[str, Any]) -> None:
+    cls: Any = type(owner)
+    for name in _slots(cls):
         if name in saved:
             object.__setattr__(owner, name, saved[name])
         elif hasattr(owner, name):
             object.__delattr__(owner, name)
 
 
-def _function(reach, function, stack):
+def _function(reach: Reach, function: FunctionType, stack: list[Any]) -> None:
     if not (function.__module__ or "").startswith(("torch.", "fastasr.")):
         reach.attributes(function, stack)
         reach.other(function, (function.__defaults__, function.__kwdefaults__), _put_defaults)
         stack += [function.__defaults__, function.__kwdefaults__, *(function.__closure__ or ())]
 
 
-def _put_defaults(function, saved):
+def _put_defaults(function: FunctionType, saved: tuple[Any, Any]) -> None:
     for name, value in zip(("__defaults__", "__kwdefaults__"), saved, strict=True):
         if getattr(function, name) is not value:
             setattr(function, name, value)
 
 
-def _cell(reach, cell, stack):
+def _cell(reach: Reach, cell: CellType, stack: list[Any]) -> None:
     try:
         value = cell.cell_contents
     except ValueError:  # the variable has no value yet
@@ -204,28 +215,28 @@ def _cell(reach, cell, stack):
     stack.append(value)
 
 
-def _put_variable(cell, value):
+def _put_variable(cell: CellType, value: Any) -> None:
     cell.cell_contents = value
 
 
-def _method(reach, method, stack):
+def _method(reach: Reach, method: MethodType, stack: list[Any]) -> None:
     stack += [method.__self__, method.__func__]
 
 
-def _partial(reach, partial, stack):
+def _partial(reach: Reach, partial: functools.partial, stack: list[Any]) -> None:
     stack += [partial.func, partial.args, partial.keywords]
 
 
-def _array(reach, array, stack):
+def _array(reach: Reach, array: Any, stack: list[Any]) -> None:
     reach.other(array, array.copy(), _put_array)
 
 
-def _put_array(array, saved):
+def _put_array(array: Any, saved: Any) -> None:
     if array.tobytes() != saved.tobytes():
         array[...] = saved
 
 
-def _generator_of(get, put):
+def _generator_of(get: Callable, put: Callable) -> Callable[[Reach, Any, list[Any]], None]:
     return lambda reach, generator, stack: reach.other(generator, get(generator), put)
 
 
@@ -259,7 +270,7 @@ if np is not None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _how_to_follow(cls):
+def _how_to_follow(cls: type) -> Any:
     """Returns the function that follows the objects of a class, or None if they hold nothing that a run changes."""
     if cls in _CONSTANT:
         return None
@@ -273,7 +284,7 @@ def _how_to_follow(cls):
 
 
 @functools.lru_cache(maxsize=4096)
-def _slots(cls):
+def _slots(cls: type) -> tuple[str, ...]:
     declared = [vars(base).get("__slots__", ()) for base in cls.__mro__]
     names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
     return tuple(

@@ -15,10 +15,13 @@ import copy
 import enum
 import functools
 import time
+from collections.abc import Callable, Sequence
 from types import NoneType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -26,32 +29,46 @@ from torch.utils._pytree import tree_flatten, tree_map
 from fastasr.models.common.attention_dropout import upstream_draws
 from fastasr.swap import binding
 from fastasr.swap.reach import Reach
-from fastasr.swap.rule import upstream_class
+from fastasr.swap.rule import Rule, upstream_class
 from fastasr.swap.rules import rules_by_forward
-from fastasr.swap.state import RandomState
-from fastasr.swap.verdict import largest
+from fastasr.swap.state import ModelState, RandomState
+from fastasr.swap.verdict import Named, largest
 
 # Upstream's own error is taken as its largest over this many inputs that differ in the last bit. An error that a sum
 # multiplies spreads like one random number: the largest of four is too small a measure once in some 60 modules.
 _NEARBY = 16
 
 
+Likeness = tuple[Rule, str, str]
+Probe = Any  # a _Probe of verify.py, which imports this module
+Roundings = Callable[[Any], Any]
+Prepare = Callable[[Any, contextlib.ExitStack], Any]
+
+
 class Call:
     """A call of a probe's method in one pass, which runs any number of times from the state in which the model made it.
     ``draw`` numbers the random gradient of the output. ``without_fp64`` says why it has no run in fp64."""
 
-    def __init__(self, probe, state, args, kwargs, training, draw):
+    def __init__(
+        self,
+        probe: Probe,
+        state: ModelState,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        training: bool,
+        draw: int,
+    ) -> None:
         self.probe, self.state, self.inputs = probe, state, (args, kwargs)
         self.training, self.draw = training, draw
-        self.without_fp64 = None
+        self.without_fp64: str | None = None
 
-    def ours(self):
+    def ours(self) -> "Outcome":
         """Runs fastasr's forward."""
         probe = self.probe
         untried = (probe.likeness, self.training) not in probe.checks.verdicts
         return self._run("upstream" if probe.rule.shallow else "ours", probe.ours, untried=untried)
 
-    def upstream(self, prepare=None, roundings=None):
+    def upstream(self, prepare: Prepare | None = None, roundings: Roundings | None = None) -> "Outcome":
         """Runs upstream's forward. When module and inputs are in the state to run in, ``prepare`` takes the inputs, and
         a stack for contexts of the run, and returns the inputs to run on. ``roundings`` perturbs the gradient of the
         output."""
@@ -63,7 +80,14 @@ class Call:
         seconds[probe.likeness] = time.thread_time() - began
         return outcome
 
-    def _run(self, side, forward, prepare=None, roundings=None, untried=False):
+    def _run(
+        self,
+        side: str,
+        forward: Callable[..., Any],
+        prepare: Prepare | None = None,
+        roundings: Roundings | None = None,
+        untried: bool = False,
+    ) -> "Outcome":
         """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules."""
         checks, module, shared = self.probe.checks, self.probe.module, self.probe.rule.shared
         checks.interruption()
@@ -77,10 +101,10 @@ class Call:
         return outcome
 
 
-def likeness(probe, args, kwargs):
+def likeness(probe: Probe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Likeness:
     """Returns the classes, modes and shapes of a module's call, which calls of like modules share."""
 
-    def of(leaf):
+    def of(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return leaf.dtype, tuple(leaf.shape), leaf.device, leaf.requires_grad
         return leaf if isinstance(leaf, (bool, int, float, str, NoneType)) else type(leaf)
@@ -91,14 +115,14 @@ def likeness(probe, args, kwargs):
     return probe.rule, probe.name, str((parts, tree_map(of, (tensors, args, kwargs))))
 
 
-def least_precise(module, args, kwargs):
+def least_precise(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
     """Returns the floating type of least precision of inputs and parameters."""
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
     floating = [t.dtype for t in (*tensors, *module.parameters()) if t.is_floating_point()]
     return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def holds_shards(module):
+def holds_shards(module: nn.Module) -> bool:
     return any(upstream_class(part) is not type(part) for part in module.modules() if part is not module)
 
 
@@ -106,23 +130,32 @@ class Outcome:
     """The result of one run. ``values``: the output tensors; ``gradients``: those of the inputs, then of the
     parameters, with names."""
 
-    def __init__(self, values, gradients):
+    def __init__(self, values: Named, gradients: Named) -> None:
         self.values, self.gradients = values, gradients
-        self.random = None
+        self.random: RandomState | None = None
 
-    def has_shapes_of(self, other):
-        def shapes(outcome):
+    def has_shapes_of(self, other: "Outcome") -> bool:
+        def shapes(outcome: Outcome) -> list[torch.Size | None]:
             return [None if t is None else t.shape for _, t in (*outcome.values, *outcome.gradients)]
 
         return shapes(self) == shapes(other)
 
 
-def _replay(module, forward, args, kwargs, training, shared, draw, roundings=None):
+def _replay(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool,
+    shared: Callable[[Any], Any],
+    draw: int,
+    roundings: Roundings | None = None,
+) -> Outcome:
     """Runs ``forward`` once on detached inputs. ``shared`` selects the part of its result to compare; the output
     gradient is random number ``draw``, and ``roundings`` perturbs it.
     """
 
-    def fresh(value):
+    def fresh(value: Any) -> Any:
         value = value.detach()
         return value.clone().requires_grad_() if training and value.is_floating_point() else value
 
@@ -136,12 +169,12 @@ def _replay(module, forward, args, kwargs, training, shared, draw, roundings=Non
     return Outcome([(name, t.detach().clone()) for name, t in values], gradients)
 
 
-def _mapped(function, value):
+def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Returns ``value`` with ``function`` of its tensors, and copies of the objects that hold some: a forward updates a
     cache that it is given, and the next one must find it as it was."""
     copies = {}
 
-    def of_leaf(leaf):
+    def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return function(leaf)
         if not hasattr(leaf, "__dict__") or callable(leaf) or isinstance(leaf, enum.Enum):
@@ -154,14 +187,16 @@ def _mapped(function, value):
     return tree_map(of_leaf, value)
 
 
-def _sorted(value):
+def _sorted(value: Any) -> Any:
     """Returns a result with its dicts sorted by key."""
     if isinstance(value, dict):
         return {key: _sorted(value[key]) for key in sorted(value, key=str)}
     return type(value)(map(_sorted, value)) if type(value) in (list, tuple) else value
 
 
-def _gradients(module, outputs, inputs, draw, roundings):
+def _gradients(
+    module: nn.Module, outputs: Sequence[Tensor], inputs: Any, draw: int, roundings: Roundings | None
+) -> Named:
     leaves = [t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor) and t.requires_grad]
     named = [(f"input {i}", t) for i, t in enumerate(leaves)]
     named += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -182,11 +217,17 @@ def _gradients(module, outputs, inputs, draw, roundings):
 class _DrawInLowPrecision(TorchFunctionMode):
     """Makes fp64 code draw the numbers that the same code draws in ``dtype``, so that masks are the same."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func in (torch.rand, torch.randn) and kwargs.get("dtype") is torch.float64:
             kwargs["dtype"] = self.dtype
@@ -195,7 +236,7 @@ class _DrawInLowPrecision(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _dropout(self, x, p=0.5, training=True, inplace=False):
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return F.dropout(x, p, training, inplace)
         kept = F.dropout(torch.ones_like(x, dtype=self.dtype), p) != 0
@@ -206,7 +247,13 @@ class StayInFp64(TorchDispatchMode):
     """Replaces casts of fp64 tensors to fp32 by copies. Upstream's softmax and regularisers cast in their backward
     passes."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = dict(kwargs or {})
         cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32
         if cast and args[0].dtype is torch.float64:
@@ -217,9 +264,11 @@ class StayInFp64(TorchDispatchMode):
 class Reference:
     """Upstream's code in fp64, for a call that gave ``upstream`` in its own precision."""
 
-    def __init__(self, call, upstream):
+    def __init__(self, call: Call, upstream: Outcome) -> None:
         self.call, self.count, self.dtype = call, call.probe.count, call.probe.dtype
-        self.nearby, self.outcome, self.rounded = None, None, None
+        self.nearby: list[Outcome] | None = None
+        self.outcome: Outcome | None = None
+        self.rounded: Outcome | None = None
         if holds_shards(call.probe.module):
             call.without_fp64 = "FSDP2 keeps its parameters"
             return
@@ -231,16 +280,16 @@ class Reference:
         if not self.outcome.has_shapes_of(upstream):
             self.outcome, call.without_fp64 = None, "it gives results of other shapes"
 
-    def _to_fp64(self, roundings):
+    def _to_fp64(self, roundings: Roundings | None) -> None:
         """Exchanges every floating tensor of the module's state for one in fp64, and empties caches."""
         rules = rules_by_forward()
         for part in self.call.probe.module.modules():
             rule = rules.get(binding.bound_forward(part))
             if rule is not None:
                 rule.empty_caches(part)
-        twins = {}
+        twins: dict[int, Tensor] = {}
 
-        def twin(value):
+        def twin(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                 return value
             if id(value) not in twins:
@@ -249,8 +298,8 @@ class Reference:
 
         Reach((self.call.probe.module,), self.call.state.reach.outside).exchange(twin)
 
-    def _replay(self, roundings):
-        def prepare(inputs, stack):
+    def _replay(self, roundings: Roundings | None) -> Outcome:
+        def prepare(inputs: Any, stack: contextlib.ExitStack) -> Any:
             self._to_fp64(roundings)
             inputs = _mapped(_double, inputs)
             if roundings is not None:
@@ -263,11 +312,11 @@ class Reference:
 
         return self.call.upstream(prepare, roundings)
 
-    def of(self, kind):
+    def of(self, kind: str) -> Named | None:
         """Returns the list of named fp64 tensors, or None without a reference."""
         return None if self.outcome is None else getattr(self.outcome, kind)
 
-    def rounding_effect(self, kind):
+    def rounding_effect(self, kind: str) -> list[float]:
         """Returns the largest change of each tensor when inputs, parameters and output gradient are rounded once."""
         if self.rounded is None:
             generator = torch.Generator().manual_seed(1)
@@ -275,7 +324,7 @@ class Reference:
         pairs = zip(getattr(self.rounded, kind), getattr(self.outcome, kind), strict=True)
         return [0.0 if b is None else largest(a - b) for (_, a), (_, b) in pairs]
 
-    def nearby_error(self, kind, index):
+    def nearby_error(self, kind: str, index: int) -> float:
         """Returns the largest error of one tensor of upstream's code, in its own precision, over inputs that differ in
         the last bit."""
         if self.nearby is None:
@@ -288,11 +337,11 @@ class Reference:
         return max(largest(tensor.double() - exact) for tensor in found)
 
 
-def _double(value):
+def _double(value: Tensor) -> Tensor:
     return value.detach().double() if value.is_floating_point() else value
 
 
-def _in_fp64(tensor, roundings):
+def _in_fp64(tensor: Tensor, roundings: Roundings | None) -> Tensor:
     """Returns a tensor of a module in fp64, with its attributes and hooks."""
     data = _double(tensor)
     if roundings is not None and isinstance(tensor, torch.nn.Parameter):
@@ -307,7 +356,7 @@ def _in_fp64(tensor, roundings):
     return data
 
 
-def _moved(generator, step, value):
+def _moved(generator: torch.Generator, step: float | None, value: Any) -> Any:
     """Returns a floating tensor whose elements are up or down by the relative ``step``, by default its dtype's."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value

@@ -4,7 +4,9 @@
 import json
 import textwrap
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 REPLACED = "replaced"
 SKIPPED = "skipped"
@@ -61,41 +63,41 @@ class SwapReport:
     rows: list = field(default_factory=list)
     dry_run: bool = False
     verified: bool = False
-    weights: object = None
+    weights: Any = None  # a weights.ReducedReport
     ragged: dict | None = None
     graphs: dict | None = None
 
-    def _with_status(self, status):
+    def _with_status(self, status: str) -> list[Row]:
         return [row for row in self.rows if row.status == status]
 
     @property
-    def replaced(self):
+    def replaced(self) -> list[Row]:
         return self._with_status(REPLACED)
 
     @property
-    def skipped(self):
+    def skipped(self) -> list[Row]:
         return self._with_status(SKIPPED)
 
     @property
-    def rolled_back(self):
+    def rolled_back(self) -> list[Row]:
         return self._with_status(ROLLED_BACK)
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
         """Is False if verification rolled a module back."""
         return not self.rolled_back
 
-    def __getitem__(self, path):
+    def __getitem__(self, path: str) -> Row:
         """Returns the row of the module at ``path``. Raises KeyError if the model has none there."""
         for row in self.rows:
             if row.path == path:
                 return row
         raise KeyError(path)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         rows = [asdict(row) for row in self.rows]
         for row in rows:
             row["kernels"] = list(row["kernels"])
@@ -115,12 +117,12 @@ class SwapReport:
             "graphs": self.graphs,
         }
 
-    def to_json(self, **options):
+    def to_json(self, **options: Any) -> str:
         """Returns ``to_dict()`` as JSON; ``options`` are passed to ``json.dumps``."""
         return json.dumps(self.to_dict(), **options)
 
     @property
-    def summary(self):
+    def summary(self) -> str:
         verb = "would be replaced" if self.dry_run else "replaced"
         parts = [f"{len(self.replaced)} {verb}", f"{len(self.skipped)} skipped"]
         if self.verified or self.rolled_back:
@@ -135,10 +137,11 @@ class SwapReport:
             lines += [self.weights.summary, *self.weights.lines()]
         return "\n".join(map(wrapped, lines))
 
-    def table(self, every=False):
+    def table(self, every: bool = False) -> str:
         """Returns the report as text, with two lines per module or, with ``every=False``, per group of equal rows."""
         rows = [(1, row) for row in self.rows] if every else _grouped(self.rows)
-        lines, notes = [], {}
+        lines: list[str] = []
+        notes: dict[str, int] = {}
         for status in (REPLACED, ROLLED_BACK, SKIPPED):
             group = [item for item in rows if item[1].status == status]
             if not group:
@@ -157,11 +160,11 @@ class SwapReport:
             lines += map(wrapped, self.weights.every())
         return "\n".join([*lines, self.summary])
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.table()
 
 
-def _lines_of(count, row, classes, verified, notes):
+def _lines_of(count: int, row: Row, classes: int, verified: bool, notes: dict[str, int]) -> list[str]:
     """Returns the two lines of a row, with the classes in ``classes`` columns. The parts of its reason after the
     first, and text beyond the second line, go to ``notes``, text -> number."""
     name = shortened(row.class_name, classes, middle="," not in row.class_name).ljust(classes)
@@ -178,7 +181,7 @@ def _lines_of(count, row, classes, verified, notes):
     return [first, " " * _COUNT + text + "".join(f" [{number}]" for number in numbers)]
 
 
-def wrapped(line):
+def wrapped(line: str) -> str:
     """Returns a line as several of at most 80 columns, of which the later ones are indented."""
     return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
 
@@ -192,12 +195,20 @@ class Restored(int):
     ``graphs`` the modules whose recorded calls are.
     """
 
-    def __new__(cls, count, model, modules, left, weights, graphs):
+    model: str
+    modules: int
+    left: list[str]
+    weights: int
+    graphs: int
+
+    def __new__(
+        cls, count: int, model: str, modules: int, left: list[str], weights: int, graphs: int
+    ) -> Self:
         self = super().__new__(cls, count)
         self.model, self.modules, self.left, self.weights, self.graphs = model, modules, left, weights, graphs
         return self
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lines = [f"{self.model}: restored {self:d} of {self.modules} modules to their own forward"]
         lines += [f"dropped the copies of {self.weights} weights in fewer bits"] if self.weights else []
         lines += [f"dropped the recorded calls of {self.graphs} modules"] if self.graphs else []
@@ -206,11 +217,11 @@ class Restored(int):
 
     __str__ = __repr__
 
-    def __format__(self, spec):
+    def __format__(self, spec: str) -> str:
         return int.__format__(int(self), spec)
 
 
-def _of_encoders(reasons, how, how_not):
+def _of_encoders(reasons: dict[str, str | None] | None, how: str, how_not: str) -> list[str]:
     """Returns the lines of the summary about path -> why an encoder does not run as it was asked to."""
     if reasons is None:
         return []
@@ -219,14 +230,14 @@ def _of_encoders(reasons, how, how_not):
     return [counts, *(f"  {how_not}: {line}" for line in left)]
 
 
-def kernel_names(row):
+def kernel_names(row: Row) -> str:
     """Returns the ops of a row as text; a dash for none."""
     return " ".join(row.kernels) or "-"
 
 
-def _grouped(rows):
+def _grouped(rows: Iterable[Row]) -> list[tuple[int, Row]]:
     """Returns [(count, row)], one per group of equal rows. Modules without a rule share a row per reason."""
-    groups = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
         like = row.class_name if row.rule else None
         groups.setdefault((row.status, row.reason, row.rule, like, row.kernels), []).append(row)
@@ -241,9 +252,10 @@ def _grouped(rows):
     return result
 
 
-def worst(rows):
+def worst(rows: Sequence[Any]) -> tuple[dict[str, float], dict[str, float]]:
     """Returns the largest errors of rows that have some, and the errors that are allowed there."""
-    errors, allowed = {}, {}
+    errors: dict[str, float] = {}
+    allowed: dict[str, float] = {}
     for row in rows:
         for name, value in (row.errors or {}).items():
             if value >= errors.get(name, 0.0):
@@ -253,7 +265,7 @@ def worst(rows):
     return errors, allowed
 
 
-def shortened(text, width, middle=True):
+def shortened(text: str, width: int, middle: bool = True) -> str:
     """Returns ``text`` in at most ``width`` characters, shortened in the middle or at the end."""
     if len(text) <= width:
         return text
@@ -261,10 +273,11 @@ def shortened(text, width, middle=True):
     return f"{text[: width - 1 - end]}…{text[len(text) - end :]}" if width > 0 else ""
 
 
-def _largest_error(row):
+def _largest_error(row: Row) -> str:
     """Returns the error that is largest relative to what is allowed, and the allowed one."""
-    shares = {name: row.errors[name] / limit if limit else 0.0 for name, limit in (row.allowed or {}).items()}
+    errors, allowed = row.errors or {}, row.allowed or {}
+    shares = {name: errors[name] / limit if limit else 0.0 for name, limit in allowed.items()}
     if not shares:
         return ""
-    name = max(shares, key=shares.get)
-    return f" {row.errors[name]:.1e} of {row.allowed[name]:.1e}"
+    name = max(shares, key=lambda name: shares[name])
+    return f" {errors[name]:.1e} of {allowed[name]:.1e}"

@@ -3,17 +3,22 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from fastasr.graphs.module import replaying
 from fastasr.swap import binding
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
+# A module, or another object, of a package that fastasr does not import: only its class knows its attributes.
+Upstream = Any
 
-def upstream_class(module):
+
+def upstream_class(module: nn.Module) -> type[Any]:
     """Returns the class of ``module``, without the subclass that FSDP2 makes of it."""
     cls = type(module)
     if cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2:
@@ -23,7 +28,7 @@ def upstream_class(module):
     return cls
 
 
-def own_forward(module):
+def own_forward(module: nn.Module) -> list[Callable]:
     return [upstream_class(module).forward]
 
 
@@ -49,7 +54,7 @@ class Ragged:
     why_not: Callable
 
 
-def upstream_forward(module, *args, **kwargs):
+def upstream_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Runs the forward of the module's own class."""
     return upstream_class(module).forward(module, *args, **kwargs)
 
@@ -98,7 +103,7 @@ class Rule:
 
     name: str
     class_name: str
-    forward: Callable
+    forward: Any  # a function, or None: then only ``graphs`` binds one
     structure: Callable
     kernels: tuple = ()
     functions: Callable = own_forward
@@ -117,55 +122,60 @@ class Rule:
     leaves: Callable = field(default=lambda module: {})
 
     @property
-    def is_optional(self):
+    def is_optional(self) -> bool:
         """Says whether nothing but ``accelerate(ragged=True)`` or ``graphs=True`` binds it."""
         return self.forward is None or (self.ragged is not None and self.ragged.forward is self.forward)
 
     @property
-    def recorded(self):
+    def recorded(self) -> Callable:
         """Returns the forward that ``accelerate(graphs=True)`` records."""
         return (self.graphs and self.graphs.forward) or self.forward or upstream_forward
 
     @functools.cached_property
-    def replay(self):
+    def replay(self) -> Callable:
         """Returns the forward that replays recorded calls."""
         if self.graphs is not None and self.graphs.caller is not None:
             return self.graphs.caller
         return replaying(self.recorded, f"{self.name} {self.class_name}")
 
     @functools.cached_property
-    def replay_part(self):
+    def replay_part(self) -> Callable:
         """Returns the forward that replays recorded calls of a part, or of an encoder of fastasr's own."""
         return replaying(upstream_forward, f"{self.name} {self.class_name}, part")
 
     @functools.cached_property
-    def forwards(self):
+    def forwards(self) -> set[Callable]:
         """Returns every forward that this rule may bind."""
         versions = (self.known or {}).values()
         ragged = () if self.ragged is None else (self.ragged.forward,)
         own = self.forward, self.replay, self.replay_part
         return {*own, *ragged, *(known.forward for known in versions)} - {None}
 
-    def bind(self, module, known=None):
+    def bind(self, module: nn.Module, known: Known | None = None) -> None:
         """Binds our functions to ``module``. ``known``: the version of upstream's code that it runs, if known."""
         self.empty_caches(module)
         forward = known.forward if known is not None and known.forward is not None else self.forward
         cls = upstream_class(module)
         binding.bind(module, forward, [pair for pair in self.methods if hasattr(cls, pair[0])])
 
-    def empty_caches(self, module):
+    def empty_caches(self, module: nn.Module) -> None:
         for name, empty in self.caches.items():
             if name in vars(module):
                 vars(module)[name] = copy.copy(empty)
 
 
-def recorded(name, class_name, **graphs):
+def recorded(name: str, class_name: str, **graphs: Any) -> Rule:
     """Returns the rule for a class whose code stays upstream's, in any version: its calls are recorded with the
     swapped modules inside."""
     return Rule(name, class_name, None, lambda module: None, known={}, graphs=Graphed(**graphs))
 
 
-def check_parameters(module, shapes, optional=(), allowed_buffers=()):
+def check_parameters(
+    module: nn.Module,
+    shapes: Mapping[str, Iterable[int]],
+    optional: Collection[str] = (),
+    allowed_buffers: Collection[str] = (),
+) -> str | None:
     """Returns a reason unless the module's own parameters are exactly ``shapes`` (name -> shape), else None.
 
     Parameters in ``optional`` may be None. Only the buffers in ``allowed_buffers`` may exist. All parameters must have
@@ -193,7 +203,7 @@ def check_parameters(module, shapes, optional=(), allowed_buffers=()):
     return None
 
 
-def check_children(module, allowed):
+def check_children(module: nn.Module, allowed: Mapping[str, Any]) -> str | None:
     """Returns a reason if a submodule is not in ``allowed``, else None. It maps names to torch's classes, or to the
     names of upstream's.
     """
@@ -211,7 +221,9 @@ def check_children(module, allowed):
     return None
 
 
-def check_child_names(module, names, optional=()):
+def check_child_names(
+    module: nn.Module, names: Collection[str], optional: Collection[str] = ()
+) -> str | None:
     """Returns a reason unless the module's children are exactly ``names`` and any of ``optional``, else None. Children
     may have any class, because our forward calls them as upstream's does.
     """
@@ -222,7 +234,7 @@ def check_child_names(module, names, optional=()):
     return f"lacks the submodules {', '.join(missing)}" if missing else None
 
 
-def check_sequence(module, name, classes):
+def check_sequence(module: nn.Module, name: str, classes: Sequence[Any]) -> str | None:
     """Returns a reason unless the submodule is a torch.nn.Sequential of modules of these classes, else None. In place
     of a class a tuple allows several, and torch.nn.Module any."""
     sequence = getattr(module, name)
@@ -237,14 +249,14 @@ def check_sequence(module, name, classes):
     return None
 
 
-def is_rate(value):
+def is_rate(value: object) -> bool:
     """Says whether the value is a number or a schedule module that converts to float."""
     return isinstance(value, (int, float)) or (
         isinstance(value, torch.nn.Module) and hasattr(type(value), "__float__")
     )
 
 
-def unread_child(module, name, class_name, known):
+def unread_child(module: nn.Module, name: str, class_name: str, known: Collection[str] | None) -> str | None:
     """Returns a reason if the submodule is of upstream's class ``class_name`` and the fingerprint of its code is not in
     ``known``, else None: torch's own classes, and others that our forward calls, may run any code."""
     child = getattr(module, name)
@@ -254,12 +266,14 @@ def unread_child(module, name, class_name, known):
     return unread_code(name, child, own_forward, known)
 
 
-def unread_code(name, module, functions, known):
+def unread_code(
+    name: str, module: nn.Module, functions: Callable, known: Collection[str] | None
+) -> str | None:
     """Returns a reason if the fingerprint of the submodule's code is not in ``known``, else None."""
     try:
         value = fingerprint(functions(module), upstream_class(module))
     except SourceUnavailable as error:
         return f"submodule {name}: {error}"
-    if value not in known or binding.foreign_forward(module) is not None:
+    if value not in (known or ()) or binding.foreign_forward(module) is not None:
         return f"submodule {name} runs code that is not upstream's (fingerprint {value})"
     return None

@@ -19,6 +19,8 @@ import inspect
 import os
 import textwrap
 import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -29,7 +31,7 @@ class SourceUnavailable(Exception):
     """Raised if the source of a function cannot be read, so that it cannot be recognised."""
 
 
-def unwrap(function):
+def unwrap(function: Any) -> Any:
     """Returns the plain Python function behind bound methods, ``functools.wraps`` and ``torch.compile`` wrappers."""
     while True:
         inner = (
@@ -42,7 +44,7 @@ def unwrap(function):
         function = inner
 
 
-def fingerprint(functions, owner=None):
+def fingerprint(functions: Sequence[Callable], owner: type | None = None) -> str:
     """Returns the first 24 hex digits of the SHA-256 of ``functions`` and of the code beside them that they reach.
 
     ``owner`` is the class on which ``self.<method>`` is looked up. Raises SourceUnavailable if a source is missing, as
@@ -52,7 +54,7 @@ def fingerprint(functions, owner=None):
 
 
 @functools.lru_cache(maxsize=4096)
-def _fingerprint(functions, owner):
+def _fingerprint(functions: tuple[Callable, ...], owner: type | None) -> str:
     texts, pending, seen = {}, list(functions), set()
     while pending:
         obj = pending.pop()
@@ -68,14 +70,14 @@ def _fingerprint(functions, owner):
     return digest.hexdigest()[:24]
 
 
-def _source_file(obj):
+def _source_file(obj: Any) -> str | None:
     try:
         return inspect.getsourcefile(obj)
     except TypeError:
         return None
 
 
-def _normalised_tree(obj):
+def _normalised_tree(obj: Any) -> ast.AST:
     try:
         source = inspect.getsource(obj)
     except (OSError, TypeError) as error:
@@ -83,22 +85,23 @@ def _normalised_tree(obj):
     return _Normaliser(_globals_of(obj)).visit(_parse(source))
 
 
-def _parse(source):
+def _parse(source: str) -> ast.AST:
     """Parses the one definition in ``source``, which may be indented."""
     try:
         return ast.parse(textwrap.dedent(source)).body[0]
     except IndentationError:  # a docstring or comment starts further left than its function
-        return ast.parse(f"if True:\n{source}").body[0].body[0]
+        block: Any = ast.parse(f"if True:\n{source}").body[0]
+        return block.body[0]
 
 
-def _globals_of(obj):
+def _globals_of(obj: Any) -> dict[str, Any]:
     if isinstance(obj, types.FunctionType):
         return obj.__globals__
     module = inspect.getmodule(obj)
     return vars(module) if module is not None else {}
 
 
-def _reached(obj, tree, owner):
+def _reached(obj: Any, tree: ast.AST, owner: type | None) -> Iterator[Any]:
     """Returns the functions and classes beside ``obj`` that its body names, and methods that it calls on ``self``."""
     folder = os.path.dirname(_source_file(obj) or "")
     namespace = _globals_of(obj)
@@ -121,56 +124,56 @@ def _reached(obj, tree, owner):
 
 
 class _Normaliser(ast.NodeTransformer):
-    def __init__(self, namespace):
+    def __init__(self, namespace: dict[str, Any]) -> None:
         self.namespace = namespace
 
-    def _function(self, node):
+    def _function(self, node: Any) -> ast.AST:
         self.generic_visit(node)
         node.returns = None
         arguments = node.args
         for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
             argument.annotation = None
-        for argument in (arguments.vararg, arguments.kwarg):
-            if argument is not None:
-                argument.annotation = None
+        for collected in (arguments.vararg, arguments.kwarg):
+            if collected is not None:
+                collected.annotation = None
         return _without_docstring(node)
 
     visit_FunctionDef = _function
     visit_AsyncFunctionDef = _function
 
-    def visit_ClassDef(self, node):
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         self.generic_visit(node)
         return _without_docstring(node)
 
-    def visit_AnnAssign(self, node):
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
         self.generic_visit(node)
         return None if node.value is None else ast.Assign(targets=[node.target], value=node.value)
 
-    def visit_Assert(self, node):
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
         self.generic_visit(node)
         node.msg = None
         return node
 
-    def visit_Raise(self, node):
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.exc, ast.Call):
             node.exc = node.exc.func
         return node
 
-    def visit_JoinedStr(self, node):
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
         return ast.Constant("f-string")
 
-    def visit_Name(self, node):
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         parts = _ALIASES.get(id(self.namespace.get(node.id)))
         if parts is None:
             return node
-        spelled = ast.Name(parts[0])
+        spelled: ast.expr = ast.Name(parts[0])
         for part in parts[1:]:
             spelled = ast.Attribute(spelled, part)
         return spelled
 
 
-def _without_docstring(node):
+def _without_docstring(node: Any) -> Any:
     match node.body:
         case [ast.Expr(value=ast.Constant(value=str())), *rest]:
             node.body = rest or [ast.Pass()]
@@ -180,7 +183,7 @@ def _without_docstring(node):
 _SILENT = {"ctx", "type_comment", "kind", "type_params", "type_ignores"}
 
 
-def _spell(node):
+def _spell(node: Any) -> str:
     """Returns a syntax tree as text that does not depend on the Python version."""
     if isinstance(node, ast.AST):
         fields = [

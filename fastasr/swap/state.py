@@ -5,8 +5,11 @@ import ctypes
 import functools
 import random
 import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.backends import ContextProp
 from torch.nn.modules import module as torch_module
@@ -22,14 +25,14 @@ _MT19937_BYTES = 624 * 4 + 4  # NumPy's generator: 624 words, and the number of 
 class RandomState:
     """Python's, NumPy's and torch's random states, torch's on every device."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.python = random.getstate()
         self.numpy = _numpy_state()
         self.cpu = torch.get_rng_state()
         initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
         self.cuda = torch.cuda.get_rng_state_all() if initialised else []
 
-    def restore(self):
+    def restore(self) -> None:
         random.setstate(self.python)
         if _numpy_state() is not self.numpy:
             _forget_numpy_state()
@@ -38,25 +41,24 @@ class RandomState:
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return (
-            self.python == other.python
+            isinstance(other, RandomState)
+            and self.python == other.python
             and _same_numpy_state(self.numpy, other.numpy)
             and torch.equal(self.cpu, other.cpu)
             and len(self.cuda) == len(other.cuda)
             and all(torch.equal(a, b) for a, b in zip(self.cuda, other.cuda, strict=True))
         )
 
-    __hash__ = None
-
 
 # NumPy takes 45 us to return the state of its global generator, and 40 to set it, which is longer than many a module
 # runs. Reading its memory takes 1 us and shows whether the generator was used in between. Only a normal number that was
 # drawn in advance is not in that memory.
-_numpy_read = None, None  # the memory when the state was last read, and the state
+_numpy_read: tuple[bytes | None, Any] = None, None  # the memory when the state was last read, and the state
 
 
-def _numpy_state():
+def _numpy_state() -> Any:
     """Returns the state of NumPy's global generator: the same object again if it has not been used since."""
     global _numpy_read
     if np is None:
@@ -70,12 +72,12 @@ def _numpy_state():
     return _numpy_read[1]
 
 
-def _forget_numpy_state():
+def _forget_numpy_state() -> None:
     global _numpy_read
     _numpy_read = None, None
 
 
-def _same_numpy_state(a, b):
+def _same_numpy_state(a: Any, b: Any) -> bool:
     if a is b:
         return True
     mine, theirs = tree_flatten(a)[0], tree_flatten(b)[0]
@@ -85,22 +87,22 @@ def _same_numpy_state(a, b):
 class TorchModes:
     """Torch's global modes. A module whose forward raises an error may leave one set."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.saved = [(get, put, get()) for get, put in _modes()]
 
-    def restore(self):
+    def restore(self) -> None:
         for get, put, value in self.saved:
             if get() != value:
                 put(value)
 
 
 @functools.cache
-def _modes():
+def _modes() -> tuple[tuple[Callable, Callable], ...]:
     """Returns pairs of functions (get, put), one pair per mode."""
     return tuple(_pairs())
 
 
-def _pairs():
+def _pairs() -> Iterator[tuple[Callable, Callable]]:
     yield torch.is_grad_enabled, torch._C._set_grad_enabled
     yield torch.get_default_dtype, torch.set_default_dtype
     yield _default_device, torch.set_default_device
@@ -132,7 +134,7 @@ def _pairs():
                 yield functools.partial(getattr, backend, name), functools.partial(setattr, backend, name)
 
 
-def _default_device():
+def _default_device() -> torch.device | None:
     context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
     return None if context is None else context.device
 
@@ -150,9 +152,9 @@ class ModelState:
         so that there is one copy of every parameter, and it restores the modules of other parts of the model.
     """
 
-    def __init__(self, *roots, whole=None):
+    def __init__(self, *roots: object, whole: "ModelState | None" = None) -> None:
         own = {id(part) for root in roots if isinstance(root, torch.nn.Module) for part in root.modules()}
-        self.registered = own if whole is None else whole.registered
+        self.registered: set[int] = own if whole is None else whole.registered
         # A module that FSDP2 wraps has whole parameters while it runs and later, until something shards them again.
         running = None if own == self.registered else roots[0]
         self.sharded = [m for m in _fsdp_modules(roots) if m is not running]
@@ -161,20 +163,22 @@ class ModelState:
         known = {} if whole is None else whole.tensors
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             self.reach = Reach((*roots, *hooks), self.registered - own)
-            self.tensors = {id(t): _TensorState(t, known.get(id(t))) for t in self.reach.tensors}
+            self.tensors: dict[int, _TensorState] = {
+                id(t): _TensorState(t, known.get(id(t))) for t in self.reach.tensors
+            }
         self.modes, self.random = TorchModes(), RandomState()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         try:
             self.restore()
         except BaseException:  # a KeyboardInterrupt, for example, must leave nothing half restored
             self.restore()
             raise
 
-    def restore(self):
+    def restore(self) -> None:
         self._shard()
         self.reach.restore()
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -183,12 +187,12 @@ class ModelState:
         self.modes.restore()
         self.random.restore()
 
-    def _shard(self):
+    def _shard(self) -> None:
         for module in self.sharded:
             module.reshard()
 
 
-def _fsdp_modules(roots):
+def _fsdp_modules(roots: Iterable[object]) -> list[Any]:
     parts = (part for root in roots if isinstance(root, torch.nn.Module) for part in root.modules())
     return [part for part in parts if upstream_class(part) is not type(part)]
 
@@ -198,18 +202,21 @@ class _TensorState:
 
     __slots__ = ("bits", "data", "grad", "hooks", "leaf", "requires_grad", "saved", "tensor", "version")
 
-    def __init__(self, tensor, known):
+    def __init__(self, tensor: Tensor, known: "_TensorState | None") -> None:
         self.tensor, self.data, self.leaf = tensor, tensor.data, tensor.is_leaf
         self.requires_grad = tensor.requires_grad
         self.grad = tensor.grad if self.leaf else None
         self.hooks = [getattr(tensor, name) for name in TENSOR_HOOKS]
         self.version = None if tensor.is_inference() else tensor._version
-        self.bits, self.saved = _bits(self.data), None
+        self.bits = _bits(self.data)
+        self.saved: Any = None
         if self.bits is not None:
-            same = known is not None and _same(self.bits, known.saved)
-            self.saved = known.saved if same else self.bits.clone()
+            if known is not None and _same(self.bits, known.saved):
+                self.saved = known.saved
+            else:
+                self.saved = self.bits.clone()
 
-    def restore(self):
+    def restore(self) -> None:
         tensor, data = self.tensor, self.data
         if self.bits is not None and not _is_freed(self.bits):
             moved = tensor.dtype is not data.dtype or tensor.device != data.device
@@ -234,7 +241,7 @@ class _TensorState:
                 setattr(tensor, name, hooks)
 
 
-def _bits(data):
+def _bits(data: Tensor) -> Tensor | None:
     """Returns the tensor's memory as integers, which are equal to the bit even where values are NaN, or None if it has
     no memory of its own."""
     if (
@@ -257,10 +264,10 @@ def _bits(data):
     return data.view(_INTEGERS[size])
 
 
-def _is_freed(data):
+def _is_freed(data: Tensor) -> bool:
     """Says whether FSDP has given the memory back, which it fills anew when the parameter is whole."""
     return not data.untyped_storage().nbytes() and data.numel() > 0
 
 
-def _same(a, b):
+def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.dtype is b.dtype and a.device == b.device and torch.equal(a, b)

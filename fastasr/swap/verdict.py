@@ -18,9 +18,10 @@ verdict, so :func:`near` gives it without one.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 _NOISE = 2.0  # allowed multiple of upstream's own error, since the largest error of one call is noisy
 _ULPS = 8  # allowed units in the last place of the largest result, for each swapped module on the way to it
@@ -30,6 +31,11 @@ _CANCELLED = (
 )
 _ROUNDINGS = 4  # allowed multiple of the effect of rounding the inputs once
 _PLAIN_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+# named tensors of one run, None where there is none
+Named = list[tuple[str, Tensor | None]]
+Reference = Any  # the class of replay.py, which imports this module
 
 
 class Part(NamedTuple):
@@ -45,8 +51,10 @@ class Part(NamedTuple):
 class Verdict:
     """Compares lists of named tensors. ``failure`` is a reason or None; ``parts`` has a Part, or None, per tensor."""
 
-    def __init__(self, kind, ours, upstream, reference):
-        self.kind, self.failure, self.parts = kind, None, []
+    def __init__(self, kind: str, ours: Named, upstream: Named, reference: Reference) -> None:
+        self.kind = kind
+        self.failure: str | None = None
+        self.parts: list[Part | None] = []
         exact = reference.of(kind)
         known = upstream if exact is None else exact
         self._largest = max((_finite_largest(t) for _, t in known if t is not None), default=0.0)
@@ -60,11 +68,19 @@ class Verdict:
             self.failure = f"fastasr gives {len(ours)} {kind}, upstream {len(upstream)}"
 
     @property
-    def worst(self):
+    def worst(self) -> Part | None:
         """Returns the Part with the largest error, or None."""
         return max(filter(None, self.parts), default=None)
 
-    def _compare(self, name, mine, theirs, truth, reference, index):
+    def _compare(
+        self,
+        name: str,
+        mine: Tensor | None,
+        theirs: Tensor | None,
+        truth: Tensor | None,
+        reference: Reference,
+        index: int,
+    ) -> str | None:
         if mine is None or theirs is None:
             if mine is theirs:
                 return None
@@ -86,13 +102,23 @@ class Verdict:
             both = torch.isfinite(theirs) if truth is None else torch.isfinite(theirs) & torch.isfinite(truth)
             if not torch.equal(torch.isfinite(mine) & both, both):
                 return f"{name} is not finite where upstream's is"
-            mine, theirs, truth = (
-                None if t is None else torch.where(both, t, 0) for t in (mine, theirs, truth)
-            )
+            mine, theirs = torch.where(both, mine, 0), torch.where(both, theirs, 0)
+            truth = None if truth is None else torch.where(both, truth, 0)
             errors = _errors(mine, theirs, truth)
         return self._judge(name, *errors, truth is not None, theirs.dtype, finite, reference, index)
 
-    def _judge(self, name, error, upstream_error, scale, against_fp64, dtype, finite, reference, index):
+    def _judge(
+        self,
+        name: str,
+        error: float,
+        upstream_error: float,
+        scale: float,
+        against_fp64: bool,
+        dtype: torch.dtype,
+        finite: bool,
+        reference: Reference,
+        index: int,
+    ) -> str | None:
         eps, largest = torch.finfo(dtype).eps, self._largest
         cancelled = scale <= (_CANCELLED if against_fp64 else _ULPS * eps) * largest
         scale = largest if cancelled else scale
@@ -115,7 +141,9 @@ class Verdict:
         return None
 
 
-def near(ours, upstream, count, dtype, like):
+def near(
+    ours: Named, upstream: Named, count: int, dtype: torch.dtype, like: Verdict
+) -> list[Part | None] | None:
     """Returns the parts of a Verdict that no run in fp64 can change, or None if one could.
 
     ours, upstream: lists of named tensors. count: the number of swapped modules on the way to them. dtype: the type of
@@ -125,7 +153,8 @@ def near(ours, upstream, count, dtype, like):
     """
     if not len(ours) == len(upstream) == len(like.parts):
         return None
-    parts, scales = [], [0.0 if t is None or not t.is_floating_point() else largest(t) for _, t in upstream]
+    parts: list[Part | None] = []
+    scales = [0.0 if t is None or not t.is_floating_point() else largest(t) for _, t in upstream]
     most = max(scales, default=0.0)
     for (_, mine), (_, theirs), scale, its in zip(ours, upstream, scales, like.parts, strict=True):
         parts.append(None)
@@ -149,25 +178,25 @@ def near(ours, upstream, count, dtype, like):
     return parts
 
 
-def _ulps(dtype):
+def _ulps(dtype: torch.dtype) -> int:
     return _FP64_ULPS if dtype is torch.float64 else _ULPS
 
 
-def _errors(mine, theirs, truth):
+def _errors(mine: Tensor, theirs: Tensor, truth: Tensor | None) -> tuple[float, float, float]:
     """Returns fastasr's error, upstream's, and the scale: against ``truth`` or, without it, against upstream's."""
     if truth is None:
         return largest(mine.double() - theirs), 0.0, largest(theirs)
     return largest(mine - truth), largest(theirs - truth), largest(truth)
 
 
-def _finite_largest(tensor):
+def _finite_largest(tensor: Tensor) -> float:
     if not tensor.is_floating_point():
         return 0.0
     found = largest(tensor)
     return found if math.isfinite(found) else largest(torch.nan_to_num(tensor.double(), 0.0, 0.0, 0.0))
 
 
-def largest(tensor):
+def largest(tensor: Tensor) -> float:
     """Returns the largest magnitude, NaN if an element is NaN, 0 for no elements."""
     if not tensor.numel():
         return 0.0

@@ -31,8 +31,11 @@ import inspect
 import itertools
 import sys
 import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from fastasr import _left, processor
@@ -41,18 +44,19 @@ from fastasr.ops import _reduced_weights
 from fastasr.swap import binding
 from fastasr.swap.interruption import deferred
 from fastasr.swap.progress import Progress
-from fastasr.swap.replay import Call, Reference, holds_shards, least_precise, likeness
+from fastasr.swap.replay import Call, Likeness, Outcome, Reference, holds_shards, least_precise, likeness
 from fastasr.swap.report import REPLACED, ROLLED_BACK, Row, SwapReport, worst
+from fastasr.swap.rule import Rule
 from fastasr.swap.rules import swapped_modules
 from fastasr.swap.state import ModelState
-from fastasr.swap.verdict import Verdict, near
+from fastasr.swap.verdict import Part, Verdict, near
 
 _PASSES = ("inference", "training")
 _KINDS = ("values", "gradients")
 _WORTH_THREADS = 0.05  # A run that takes fewer seconds on one thread gains little from more.
 
 
-def verify(model, inputs, gradients=True, rollback=True):
+def verify(model: nn.Module, inputs: Any, gradients: bool = True, rollback: bool = True) -> SwapReport:
     """Checks every swapped module of ``model`` on ``inputs``. Returns a SwapReport with a row for each.
 
     inputs: a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the model
@@ -70,7 +74,13 @@ def verify(model, inputs, gradients=True, rollback=True):
     return verified(model, inputs, gradients, rollback)
 
 
-def verified(model, inputs, gradients=True, rollback=True, whole=None):
+def verified(
+    model: nn.Module,
+    inputs: Any,
+    gradients: bool = True,
+    rollback: bool = True,
+    whole: ModelState | None = None,
+) -> SwapReport:
     """Does what ``verify`` does. ``whole``: an earlier state of the model, whose copies of parameters serve again."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -100,7 +110,14 @@ def verified(model, inputs, gradients=True, rollback=True, whole=None):
     return report
 
 
-def _probed(model, swapped, inputs, gradients, whole, interruption):
+def _probed(
+    model: nn.Module,
+    swapped: list[tuple[str, nn.Module, Rule]],
+    inputs: Any,
+    gradients: bool,
+    whole: ModelState | None,
+    interruption: Callable[[], None],
+) -> "list[list[_Probe]]":
     """Runs the model once, and compares every swapped module that the run reaches. Returns a list of probes for each
     swapped module.
     """
@@ -131,7 +148,7 @@ def _probed(model, swapped, inputs, gradients, whole, interruption):
     return probes
 
 
-def _refuse_nan(inputs):
+def _refuse_nan(inputs: Any) -> None:
     """Raises ValueError if an input holds NaN, with which every comparison would hold. Masks may hold infinities."""
     for t in tree_flatten(inputs)[0]:
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.isnan().any():
@@ -140,10 +157,10 @@ def _refuse_nan(inputs):
             )
 
 
-def _about(model, inputs):
+def _about(model: nn.Module, inputs: Any) -> str:
     """Returns a note for errors of the model's own code: the inputs' shapes and the forward's arguments."""
 
-    def shape(value):
+    def shape(value: Any) -> str:
         if isinstance(value, torch.Tensor):
             return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         return type(value).__name__
@@ -167,7 +184,7 @@ def _about(model, inputs):
     )
 
 
-def run(model, inputs):
+def run(model: nn.Module, inputs: Any) -> Any:
     """Returns the model's result for ``inputs`` as ``verify`` takes them."""
     if isinstance(inputs, torch.Tensor):
         return model(inputs)
@@ -179,7 +196,7 @@ def run(model, inputs):
 
 
 @contextlib.contextmanager
-def _released(swapped):
+def _released(swapped: list[tuple[str, nn.Module, Rule]]) -> Iterator[None]:
     """Frees at the end the data that our forwards keep: they made some of it from weights that were restored."""
     try:
         yield
@@ -189,7 +206,7 @@ def _released(swapped):
 
 
 @contextlib.contextmanager
-def _no_compilation():
+def _no_compilation() -> Iterator[None]:
     """Runs upstream's inner torch.compile functions as plain Python, which saves 20 s of compilation."""
     if "torch._dynamo" not in sys.modules:
         yield
@@ -202,22 +219,24 @@ class _Checks:
     """The data that the probes of one verification share: passes, the model's earlier state, ``interruption``, which
     raises KeyboardInterrupt after Ctrl-C, and ``side``, which says whose forward a probe runs when called."""
 
-    def __init__(self, passes, state, interruption):
+    def __init__(self, passes: Sequence[str], state: ModelState, interruption: Callable[[], None]) -> None:
         self.passes, self.state, self.interruption = passes, state, interruption
         self.side = "capture"
         self.threads = torch.get_num_threads()
-        self.seconds = {}  # likeness -> time of upstream's forward on one thread
-        self.verdicts = {}  # (likeness, training) -> path, and the verdict per kind, of the first like module
+        self.progress: Progress  # while the model runs
+        self.seconds: dict[Any, float] = {}  # likeness -> time of upstream's forward on one thread
+        # (likeness, training) -> path, and the verdict per kind, of the first like module
+        self.verdicts: dict[Any, tuple[str, dict[str, Verdict]]] = {}
 
     @contextlib.contextmanager
-    def run_as(self, side):
+    def run_as(self, side: str) -> Iterator[None]:
         before, self.side = self.side, side
         try:
             yield
         finally:
             self.side = before
 
-    def use_threads(self, likeness, untried=False):
+    def use_threads(self, likeness: Likeness | None, untried: bool = False) -> None:
         """Sets the number of threads for a run of calls of this likeness. ``untried``: by fastasr's code, which has not
         run in a like module yet."""
         short = self.seconds.get(likeness, 0.0) < _WORTH_THREADS
@@ -232,27 +251,30 @@ class _UpstreamRaises(Exception):
 class _Probe:
     """Replaces a swapped module's forward, or another of its methods, while the model runs."""
 
-    def __init__(self, path, module, rule, name, checks):
+    def __init__(self, path: str, module: nn.Module, rule: Rule, name: str, checks: _Checks) -> None:
         self.path, self.module, self.rule, self.name, self.checks = path, module, rule, name, checks
         self.ours = vars(module)[name]
         parts = (module,) if rule.shallow else module.modules()
         self.count = sum(binding.bound_forward(part) is not None for part in parts)
-        self.errors, self.allowed = None, {}
-        self.failure, self.like, self.likeness = None, None, None
+        self.errors: Any = None  # kind -> the largest error, once the module was called
+        self.allowed: dict[str, float] = {}
+        self.failure: str | None = None
+        self.like: str | None = None
+        self.likeness: Likeness | None = None
         self.note = ""
 
-    def attach(self):
+    def attach(self) -> None:
         # keeps our attributes, by which other code recognises our method, and the names of its arguments
         @functools.wraps(getattr(self.ours, "__func__", self.ours))
-        def method(module, *args, **kwargs):
+        def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self(*args, **kwargs)
 
         vars(self.module)[self.name] = types.MethodType(method, self.module)
 
-    def upstream(self, *args, **kwargs):
+    def upstream(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.checks.side == "ours":
             return self.ours(*args, **kwargs)
         if self.checks.side == "capture" and self.errors is None and self.failure is None:
@@ -265,12 +287,13 @@ class _Probe:
         torch.set_num_threads(before)
         return result
 
-    def _compare(self, args, kwargs, state):
+    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: ModelState) -> str | None:
         """Returns why fastasr and upstream disagree on this call, or None. It fills ``errors`` and ``allowed``."""
         self.errors = {}
         self.likeness = likeness(self, args, kwargs)
         self.dtype = least_precise(self.module, args, kwargs)
-        impossible, notes = [], []
+        impossible: list[str] = []
+        notes: list[str] = []
         for name in self.checks.passes:
             training = name == "training"
             if training and holds_shards(self.module):
@@ -296,7 +319,7 @@ class _Probe:
         self.note = "; ".join([*(f"not compared in {text}" for text in impossible), *notes])
         return None
 
-    def _run_both(self, call):
+    def _run_both(self, call: Call) -> str | None:
         """Returns why fastasr and upstream disagree on this call, or None. Raises _UpstreamRaises if upstream cannot
         run.
         """
@@ -312,10 +335,10 @@ class _Probe:
             return "fastasr and upstream draw different random numbers"
         return None if self._is_near_like_a_first(call, ours, upstream) else self._judge(call, ours, upstream)
 
-    def _is_near_like_a_first(self, call, ours, upstream):
+    def _is_near_like_a_first(self, call: Call, ours: Outcome, upstream: Outcome) -> bool:
         """Says whether no run in fp64 can change that this call passes, and a like module has had one."""
-        path, verdicts = self.checks.verdicts.get((self.likeness, call.training), (None, {}))
-        found = {}
+        path, verdicts = self.checks.verdicts.get((self.likeness, call.training), ("", {}))
+        found: dict[str, Any] = {}
         for kind, verdict in verdicts.items():
             pair = getattr(ours, kind), getattr(upstream, kind)
             found[kind] = near(*pair, self.count, self.dtype, verdict)
@@ -326,7 +349,7 @@ class _Probe:
         self.like = path
         return True
 
-    def _judge(self, call, ours, upstream):
+    def _judge(self, call: Call, ours: Outcome, upstream: Outcome) -> str | None:
         reference = Reference(call, upstream)
         verdicts = {}
         for kind in _KINDS:
@@ -338,13 +361,13 @@ class _Probe:
             self.checks.verdicts.setdefault((self.likeness, call.training), (self.path, verdicts))
         return None
 
-    def _draws_by_k2(self):
+    def _draws_by_k2(self) -> bool:
         """Says whether upstream uses k2's Swoosh, which draws random numbers to round derivatives; fastasr's does
         not.
         """
         return "k2" in type(self.module).forward.__globals__
 
-    def _record(self, kind, parts):
+    def _record(self, kind: str, parts: Sequence[Part | None]) -> None:
         part = max(filter(None, parts), default=None)
         if part is not None and part.error >= self.errors.get(kind, 0.0):
             self.errors[kind], self.allowed[kind] = part.error, part.allowed

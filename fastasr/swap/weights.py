@@ -12,10 +12,13 @@ token, so they change more texts than the whole encoder does, and greedy search 
 """
 
 import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from fastasr.ops import _reduced_weights
@@ -29,6 +32,9 @@ NOTICEABLE = {"bf16": 0.01, "int8": 0.03}  # No error below this stands out.
 SEARCHED = "a search compares its results"
 STEP = 8  # an eighth of the weights goes back to float32 at a time
 LINEAR = ("ActivationDropoutAndLinear",)  # Zipformer's linear layers that are no torch.nn.Linear, by class
+
+
+Watch = Callable[[Tensor, Tensor | None, Tensor], None]  # called with x, bias and y of a product
 
 
 @dataclass
@@ -55,17 +61,17 @@ class ReducedReport:
     bytes_after: int = 0
 
     @property
-    def reduced(self):
+    def reduced(self) -> list[WeightRow]:
         return [row for row in self.rows if row.format != FLOAT32]
 
     @property
-    def summary(self):
+    def summary(self) -> str:
         share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
         error = "" if self.error is None else f"; the outputs change by {self.error:.1e} (relative rms)"
         count = f"{len(self.reduced)} of {len(self.rows)} weights in {self.format}"
         return f"{count}: products read {share:.2f} of float32's bytes{error}"
 
-    def every(self):
+    def every(self) -> list[str]:
         """Returns a line per weight, with the error of its product and the reason why it stays in float32."""
         lines = []
         for row in self.rows:
@@ -74,9 +80,9 @@ class ReducedReport:
             lines.append(", ".join(filter(None, parts)))
         return lines
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """Returns a line per reason why weights stay in float32."""
-        reasons = {}
+        reasons: dict[str, list[WeightRow]] = {}
         for row in self.rows:
             if row.format == FLOAT32:
                 reasons.setdefault(row.reason, []).append(row)
@@ -86,7 +92,7 @@ class ReducedReport:
         ]
 
 
-def check(model, format, bound):
+def check(model: nn.Module, format: str, bound: float) -> None:
     """Raises ValueError unless ``accelerate`` can reduce the weights of this model."""
     if format not in _reduced_weights.FORMATS:
         stored = ": it only stores weights, in StreamingEncoder, GreedySearch and LabelLooping"
@@ -100,7 +106,15 @@ def check(model, format, bound):
         raise ValueError(f"accelerate: weights={format!r} is for inference: call model.eval() first")
 
 
-def keep(model, format, chosen, inputs, run, bound, before):
+def keep(
+    model: nn.Module,
+    format: str,
+    chosen: Callable[[str, nn.Module], bool],
+    inputs: Any,
+    run: Callable[[nn.Module, Any], Any],
+    bound: float,
+    before: ModelState | None,
+) -> ReducedReport:
     """Reduces the weights of ``model`` and returns a ReducedReport. An error leaves them as they were.
 
     chosen: a function (path, module) -> bool. inputs: as for ``verify``, or None. run: a function
@@ -118,7 +132,15 @@ def keep(model, format, chosen, inputs, run, bound, before):
         raise
 
 
-def _reduce(model, format, chosen, inputs, run, bound, before):
+def _reduce(
+    model: nn.Module,
+    format: str,
+    chosen: Callable[[str, nn.Module], bool],
+    inputs: Any,
+    run: Callable[[nn.Module, Any], Any],
+    bound: float,
+    before: ModelState | None,
+) -> ReducedReport:
     report = ReducedReport(format, [])
     whole = _reduced_weights.why_not(format)
     weights, searched = [], _searched(model)
@@ -146,14 +168,17 @@ def _reduce(model, format, chosen, inputs, run, bound, before):
     return report
 
 
-def release(model):
+def release(model: nn.Module) -> int:
     """Drops the copies of the model's weights. Returns how many there were."""
-    if vars(model).get("train").__class__ is types.MethodType and model.train.__func__ is _train:
+    if (
+        vars(model).get("train").__class__ is types.MethodType
+        and getattr(model.train, "__func__", None) is _train
+    ):
         del vars(model)["train"]
     return sum(_reduced_weights.drop(parameter) for parameter in model.parameters())
 
 
-def _train(self, mode=True):
+def _train(self: nn.Module, mode: bool = True) -> nn.Module:
     kept = any(_reduced_weights.copy_of(parameter) for parameter in self.parameters())  # not in a deepcopy
     if mode and kept and not _reduced_weights.is_suspended():  # as inside verify
         raise RuntimeError(
@@ -166,7 +191,7 @@ def _train(self, mode=True):
 _train.__name__ = "train"  # a bound method pickles by name: upstream's own is found on loading
 
 
-def _weights(model):
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, bool]]:
     """Yields (path, module, weight, whether fastasr computes the product) of each linear layer, each weight once."""
     seen, swapped = set(), []
     for path, module in model.named_modules():
@@ -183,12 +208,12 @@ def _weights(model):
             yield path, module, weight, any((path + ".").startswith(owner) for owner in swapped)
 
 
-def _searched(model):
+def _searched(model: nn.Module) -> set[int]:
     """Returns the ids of the parameters of predictors and joint networks whose transducers greedy search knows."""
     return {id(w) for module in model.modules() for part in rules.searched(module) for w in part.parameters()}
 
 
-def _why_not(weight, by_us):
+def _why_not(weight: nn.Parameter, by_us: bool) -> str:
     if weight.dtype is not torch.float32 or not weight.is_cpu:
         return f"it is {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}, not float32 on the CPU"
     if not by_us:
@@ -200,16 +225,22 @@ def _why_not(weight, by_us):
     return ""
 
 
-def _measure(kept, run, state, report, bound):
+def _measure(
+    kept: list[tuple[WeightRow, nn.Parameter]],
+    run: Callable[[], Any],
+    state: ModelState,
+    report: ReducedReport,
+    bound: float,
+) -> None:
     with _reduced_weights.suspended():
         expected = _outputs(run())
-    sums = {}
+    sums: dict[str, list[float]] = {}
     for row, weight in kept:
-        _reduced_weights.copy_of(weight).watch = _watch(weight, sums.setdefault(row.path, [0.0, 0.0]))
+        _set_watch(weight, _watch(weight, sums.setdefault(row.path, [0.0, 0.0])))
     state.restore()
     report.error = _error(_outputs(run()), expected)
     for row, weight in kept:
-        _reduced_weights.copy_of(weight).watch = None
+        _set_watch(weight, None)
         difference, size = sums[row.path]
         row.error = (difference / size) ** 0.5 if size else None
     reached = sorted(r.error for r, _ in kept if r.error is not None)
@@ -222,20 +253,26 @@ def _measure(kept, run, state, report, bound):
     while True:
         state.restore()
         report.error = _error(_outputs(run()), expected)
-        left = sorted((p for p in kept if p[0].format != FLOAT32), key=lambda pair: -pair[0].error)
+        left = sorted((p for p in kept if p[0].format != FLOAT32), key=lambda pair: -(pair[0].error or 0.0))
         if report.error is None or report.error <= bound or not left:
             return
         for row, weight in left[: max(1, len(left) // STEP)]:
             _give_back(row, weight, f"the outputs would change by more than {bound:g}")
 
 
-def _give_back(row, weight, reason):
+def _give_back(row: WeightRow, weight: nn.Parameter, reason: str) -> None:
     row.format, row.reason = FLOAT32, reason
     _reduced_weights.drop(weight)
 
 
-def _watch(weight, sums):
-    def watch(x, bias, y):
+def _set_watch(weight: nn.Parameter, watch: Watch | None) -> None:
+    copy = _reduced_weights.copy_of(weight)
+    if copy is not None:
+        copy.watch = watch
+
+
+def _watch(weight: nn.Parameter, sums: list[float]) -> Watch:
+    def watch(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         exact = F.linear(x, weight.flatten(1), bias).double()
         sums[0] += (y - exact).square().sum().item()
         sums[1] += exact.square().sum().item()
@@ -243,12 +280,12 @@ def _watch(weight, sums):
     return watch
 
 
-def _outputs(result):
+def _outputs(result: Any) -> list[Tensor]:
     leaves = tree_flatten(dict(result) if hasattr(result, "keys") else result)[0]
     return [t.detach().double() for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
-def _error(got, expected):
+def _error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
     """Returns the largest relative rms error of the outputs, infinity if one has another shape or a NaN, and None if
     there are none."""
     errors = []

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Says which calls of a model, a search or an engine leave fastasr's fast path, and why."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from fastasr import _left
 from fastasr.models.common.ragged import hook
 from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
+from fastasr.swap.rule import Rule
 from fastasr.swap.rules import rules_by_forward
 
 UNKNOWN = "not called yet"
@@ -61,7 +65,7 @@ class Why:
         return "\n".join([f"{self.name}: {state} fastasr's fast path", *lines])
 
 
-def _lines(rows):
+def _lines(rows: list[Method]) -> Iterator[str]:
     first, calls = rows[0], sum(row.calls for row in rows)
     where = (
         first.key if len(rows) == 1 else f"{len(rows)} x {first.class_name}.{first.method}, first {first.key}"
@@ -72,7 +76,7 @@ def _lines(rows):
         yield f"  {where}: {calls} calls have left, the last one: {first.left}"
 
 
-def why(obj) -> Why:
+def why(obj: object) -> Why:
     """Returns why calls of ``obj`` and of the objects that it holds leave fastasr's fast path.
 
     obj: a swapped model or one of fastasr's, a module of one, or a search, an engine or a recogniser of fastasr's.
@@ -92,7 +96,7 @@ def why(obj) -> Why:
     return Why(type(obj).__name__, rows)
 
 
-def _known(module, rule) -> dict[str, str | None]:
+def _known(module: nn.Module, rule: Rule | None) -> dict[str, str | None]:
     """Returns the reasons known now for a module that runs ``rule``'s functions, swapped or as one of our classes."""
     if rule is None:
         return {}
@@ -105,11 +109,11 @@ def _known(module, rule) -> dict[str, str | None]:
     return found
 
 
-def _is_ours(obj) -> bool:
+def _is_ours(obj: object) -> bool:
     return type(obj).__module__.startswith("fastasr.")
 
 
-def _parts(obj, path="", seen=None):
+def _parts(obj: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
     """Yields (path, object) for the object and all that it holds: submodules, parameters, and objects of fastasr's."""
     seen = set() if seen is None else seen
     if id(obj) in seen:
@@ -131,7 +135,7 @@ def _parts(obj, path="", seen=None):
             yield from _parts(value, f"{path}.{name}".lstrip("."), seen)
 
 
-def _rows(path, obj, rules):
+def _rows(path: str, obj: Any, rules: dict[Any, Rule]) -> Iterator[Method]:
     if isinstance(obj, torch.nn.Module):
         known = _known(obj, rules.get(binding.bound_forward(obj) or type(obj).forward))
     else:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,10 +167,15 @@ def _drawing_like(dtype: torch.dtype) -> Iterator[None]:
     dropout mask."""
     original = torch.rand
 
-    def rand(*shape, device=None, dtype=None, _draw=dtype):
+    def rand(
+        *shape: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        _draw: torch.dtype = dtype,
+    ) -> Tensor:
         return original(*shape, device=device, dtype=_draw).to(dtype)
 
-    torch.rand = rand
+    torch.rand = rand  # type: ignore[assignment]  # it takes fewer arguments
     try:
         yield
     finally:
@@ -196,10 +202,10 @@ def gradcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -
     arguments = with_tensors(_make(sample, torch.float64, device), lambda _, t: t.requires_grad_())
     names = list(floating(arguments))
 
-    def public(*tensors):
+    def public(*tensors: Tensor) -> Tensor:
         return _call(table.function, arguments | dict(zip(names, tensors, strict=True)))
 
-    def registered(*tensors):
+    def registered(*tensors: Tensor) -> Tensor:
         seed_torch(seeded("call"))
         return table.call_registered(arguments | dict(zip(names, tensors, strict=True)))
 
@@ -216,7 +222,7 @@ def double_backward(table: OpTable, sample: Sample, dtype: torch.dtype, device: 
 
     def twice(out: Tensor) -> None:
         grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
-        torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), leaves)
 
     def registered() -> Tensor:
         return table.call_registered(arguments)
@@ -299,6 +305,10 @@ def _agree(
         _assert_judged(one_draw, draws)
 
 
+def _of_tensor(f: Callable[[Tensor], Tensor], name: str, t: Tensor) -> Tensor:
+    return f(t)
+
+
 def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Transposed, sliced, reordered and unaligned arguments and gradients give the same results as contiguous ones."""
 
@@ -306,8 +316,8 @@ def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> 
         return _make(sample, dtype, device, draw)
 
     layouts = (_transposed, _sliced, _offset, _reversed_order)
-    layouts = {f.__name__: lambda _, t, f=f: f(t) for f in layouts}
-    _agree(table, make, dtype, sample.draws, layouts)
+    changes: dict[str, Layout] = {f.__name__: partial(_of_tensor, f) for f in layouts}
+    _agree(table, make, dtype, sample.draws, changes)
 
 
 def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
@@ -328,10 +338,10 @@ def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     shape = _call(table.function, make(dtype, 0)).shape
     for sizes in ((), shape[-1:]):
 
-        def alike(dtype: torch.dtype, draw: int, sizes=sizes) -> Tensor:
+        def alike(dtype: torch.dtype, draw: int, sizes: tuple[int, ...] = sizes) -> Tensor:
             return Make(dtype, device, f"cotangent {draw}").normal(*sizes).expand(shape).contiguous()
 
-        def one_value(name: str, t: Tensor, sizes=sizes) -> Tensor:
+        def one_value(name: str, t: Tensor, sizes: tuple[int, ...] = sizes) -> Tensor:
             return t[(0,) * (t.dim() - len(sizes))].expand_as(t) if name == "cotangent" else t
 
         _agree(table, make, dtype, sample.draws, {"expanded gradient": one_value}, alike)
@@ -340,16 +350,17 @@ def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
 def poisoned(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """If every new allocation is filled with NaN, results stay the same: no memory is read before it is written."""
     arguments = _make(sample, dtype, device)
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        settings.fill_uninitialized_memory = False
         out, grads, cotangent = values_and_gradients(table.function, arguments)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        settings.fill_uninitialized_memory = True
         again, grads_again, _ = values_and_gradients(table.function, arguments, cotangent)
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        settings.fill_uninitialized_memory = before[1]
     _same(again.detach(), out.detach(), "values")
     for name, grad in grads_again.items():
         _same(grad, grads[name], f"gradient of {name}")
@@ -442,14 +453,14 @@ def compiles(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     torch._dynamo.reset()
 
     def caller(
-        **a,
-    ):  # torch guards on an op's names if it is traced inside another function, as in a model
+        **a: Any,
+    ) -> Any:  # torch guards on an op's names if it is traced inside another function, as in a model
         return table.function(**a)
 
     compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
 
     @wraps(table.function)
-    def run(**a):
+    def run(**a: Any) -> Any:
         return compiled(**a)
 
     out, grads, cotangent = values_and_gradients(table.function, arguments)
@@ -482,16 +493,16 @@ def no_recompile(table: OpTable, sample: Sample, dtype: torch.dtype, device: str
 def autocast(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Under autocast, outputs have eager's dtype and accuracy, and gradients have the arguments' own dtypes."""
 
-    def under(f):
+    def under(f: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(f)
-        def run(**a):
+        def run(**a: Any) -> Any:
             with torch.autocast(device, torch.bfloat16):
                 return f(**a)
 
         return run
 
     @wraps(table.function)
-    def overload(**a):
+    def overload(**a: Any) -> Tensor:
         return table.call_registered(a)
 
     def one_draw(draw: int, single: bool) -> Iterator[tuple[str, Comparison]]:
@@ -693,7 +704,7 @@ def check_op(
 ) -> list[CheckResult]:
     """Runs every check of one op on this machine and calls ``progress(done, total, label)`` before each."""
     of_op = table(name)
-    work = [
+    work: list[tuple[str, str, str, Callable[[], None]]] = [
         (case.check.name, case.sample.name, str(case.dtype).removeprefix("torch."), case)
         for case in cases(of_op, device)
     ]

@@ -5,9 +5,10 @@ Everything on the host is what a GPU would see, from the op's checks to the driv
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -68,7 +69,17 @@ class FakeGPU:
         yield
         self.current = previous
 
-    def compile(self, kernel, key, signature, device, constants, options, attributes, _):
+    def compile(
+        self,
+        kernel: JITFunction,
+        key: Any,
+        signature: dict[str, str],
+        device: int,
+        constants: dict,
+        options: Any,
+        attributes: dict,
+        _: object,
+    ) -> "_Compiled":
         """Stands for Triton's compiler."""
         kernel.cache_key  # noqa: B018, which notes the globals that the kernel reads: later launches compare them
         if kernel in self.errors:
@@ -84,20 +95,32 @@ class _Compiled:
 
     function, packed_metadata = 0, (4, 1, 0)
 
-    def __init__(self, gpu: FakeGPU, kernel: JITFunction, options: dict, source: ASTSource):
+    def __init__(self, gpu: FakeGPU, kernel: JITFunction, options: dict, source: ASTSource) -> None:
         self.gpu, self.kernel, self.options, self.source = gpu, kernel, options, source
 
-    def launch_metadata(self, grid, stream, *arguments) -> None:
+    def launch_metadata(self, grid: tuple[int, ...], stream: int, *arguments: Any) -> object:
         return None
 
-    def run(self, x, y, z, stream, function, packed_metadata, metadata, enter, leave, *arguments) -> None:
+    def run(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        function: object,
+        packed_metadata: object,
+        metadata: object,
+        enter: object,
+        leave: object,
+        *arguments: Any,
+    ) -> None:
         launch = Launch(
             self.kernel, (x, y, z), self.gpu.current, stream, arguments, self.options, self.source
         )
         self.gpu.launches.append(launch)
 
-    def __getitem__(self, grid):
-        def runner(*arguments, stream):
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def runner(*arguments: Any, stream: int) -> None:
             metadata = self.launch_metadata(grid, stream, *arguments)
             self.run(*grid[:3], stream, self.function, self.packed_metadata, metadata, None, None, *arguments)
 
@@ -105,7 +128,7 @@ class _Compiled:
 
 
 @contextlib.contextmanager
-def fake_gpu(**settings) -> Iterator[FakeGPU]:
+def fake_gpu(**settings: Any) -> Iterator[FakeGPU]:
     """Sends the Triton kernels of CPU tensors to a :class:`FakeGPU` of these settings inside the ``with`` block."""
     gpu = FakeGPU(**settings)
     properties = SimpleNamespace(multi_processor_count=gpu.processors)
@@ -132,10 +155,12 @@ def fake_gpu(**settings) -> Iterator[FakeGPU]:
 
 
 @contextlib.contextmanager
-def models_on_fake_gpu(**settings) -> Iterator[FakeGPU]:
+def models_on_fake_gpu(**settings: Any) -> Iterator[FakeGPU]:
     """Does what ``fake_gpu`` does, for whole models: an op without Triton kernels runs its definition, as on CUDA."""
 
-    def choose(family, device, dtype):
+    def choose(
+        family: _dispatch.KernelFamily, device: torch.device, dtype: torch.dtype
+    ) -> _dispatch.Kernels | None:
         of_triton = (i for i in family.implementations if i.backend == "triton" and dtype in i.dtypes)
         return next((implementation.load() for implementation in of_triton), None)
 

@@ -12,8 +12,9 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from fastasr.testing.tolerance import Comparison, compare, judged
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ELEMENTS = 50_000
 _SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 129)
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Shape:
     def size(self) -> int:
         return self.rng.choice(_SIZES)
 
-    def choice(self, options):
+    def choice(self, options: Sequence[T]) -> T:
         return self.rng.choice(options)
 
 
@@ -83,7 +87,7 @@ def _break(arguments: dict, rng: random.Random) -> dict:
     name = rng.choice(list(arguments))
     value = arguments[name]
     if not isinstance(value, Tensor):
-        wrong = rng.choice((None, -7, 99, 1.5, "x", [], (), True, float("nan"), torch.zeros(2)))
+        wrong: object = rng.choice((None, -7, 99, 1.5, "x", [], (), True, float("nan"), torch.zeros(2)))
         return arguments | {name: wrong}
     options = (
         lambda: None,
@@ -92,7 +96,7 @@ def _break(arguments: dict, rng: random.Random) -> dict:
         lambda: "tensor",
         lambda: value.int(),
         lambda: value.to(rng.choice(_DTYPES)),
-        lambda: value.cfloat(),
+        lambda: value.to(torch.complex64),
         lambda: value.to("meta"),
         lambda: value.bool(),
         lambda: value.unsqueeze(0),
@@ -195,18 +199,19 @@ class Call:
             return
         cotangent = Make(out.dtype, seed=self.cotangent).normal(*out.shape)
         try:
-            ours = self._gradients(out, arguments, cotangent)
+            found = self._gradients(out, arguments, cotangent)
         except Exception as error:
             raise Wrong(f"backward: {type(error).__name__}: {error}") from error
-        theirs, exact = self._gradients(eager, same, cotangent), self._gradients(exact, wide, cotangent)
-        near = with_tensors(wide, lambda _, t: _nudged(t.detach(), 1e-15).requires_grad_())
-        near = self._gradients(flat(self.table.definition(**near)), near, cotangent)
-        for n, grad in ours.items():
-            if (grad is None) != (exact[n] is None):
+        by_eager: dict[str, Any] = self._gradients(eager, same, cotangent)
+        reference: dict[str, Any] = self._gradients(exact, wide, cotangent)
+        nudged = with_tensors(wide, lambda _, t: _nudged(t.detach(), 1e-15).requires_grad_())
+        near: dict[str, Any] = self._gradients(flat(self.table.definition(**nudged)), nudged, cotangent)
+        for n, grad in found.items():
+            if (grad is None) != (reference[n] is None):
                 raise Wrong(f"gradient of {n} is {'missing' if grad is None else 'unexpected'}")
             # If float64's last digits decide, the gradient's terms cancel and none of its digits means anything.
-            if grad is not None and not (near[n] - exact[n]).norm() > 1e-3 * exact[n].norm():
-                yield from _comparison(f"gradient of {n}", grad, theirs[n], exact[n])
+            if grad is not None and not (near[n] - reference[n]).norm() > 1e-3 * reference[n].norm():
+                yield from _comparison(f"gradient of {n}", grad, by_eager[n], reference[n])
 
     @staticmethod
     def _gradients(out: Tensor, arguments: dict, cotangent: Tensor) -> dict[str, Tensor | None]:
@@ -234,7 +239,11 @@ def run_one(index: int, only: tuple[str, ...] = ()) -> tuple[str, str]:
             return str(call), ""
         # Eager may be exact where terms are equal, as those of expanded tensors, or where one is 0.
         for moved in (False, True):
-            failed = judged(lambda draw, single, m=moved: Call(index, only, draw).compared(single, m), 1)
+
+            def compared(draw: int, single: bool, moved: bool = moved) -> Iterator[tuple[str, Comparison]]:
+                return Call(index, only, draw).compared(single, moved)
+
+            failed = judged(compared, 1)
             if not failed:
                 break
         return str(call), "; ".join(f"{what}: {comparison}" for what, comparison in failed.items())
@@ -263,7 +272,9 @@ def _differs(out: Tensor, reference: Tensor) -> str:
     return "" if (error <= limit).all() else f"error {error[worst]:.3e}, allowed {limit[worst]:.3e}"
 
 
-def _as_good_as_eager(definition, arguments: dict, outputs, eager, references) -> bool:
+def _as_good_as_eager(
+    definition: Callable[..., Any], arguments: dict, outputs: Any, eager: Any, references: Any
+) -> bool:
     """Says whether the definition in the call's own dtypes is about as far from float64 as the op. With a value of
     60000 among scores of 1, for example, no implementation is accurate.
     """
@@ -335,7 +346,7 @@ def fuzz(count: int, only: tuple[str, ...] = ()) -> int:
         command += ["--first", str(first), "-n", str(count - first), *(f"--op={name}" for name in only)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             last, ended = first, False
-            for line in process.stdout:
+            for line in process.stdout or ():
                 if line == "@end\n":
                     ended = True
                 elif line.startswith("@"):

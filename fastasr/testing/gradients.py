@@ -5,8 +5,9 @@ In float64 the formula's gradients are compared with finite differences. The op'
 on its own device, are then compared with those of float64 by the numerical contract (fastasr/testing/tolerance.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Line:
         return not self.verdict.startswith("FAILED")
 
     def cells(self) -> tuple[str, ...]:
-        numbers = [None] * 6
+        numbers: list[float | None] = [None] * 6
         if self.comparison is not None:
             c, (rms, worst) = self.comparison, self.comparison.allowed
             numbers = [c.rms, rms, c.eager_rms, c.worst, worst, c.eager_worst]
@@ -83,7 +84,7 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join((f"{row[0]:<{widths[0]}}", *numbers, row[-1])).rstrip()
 
 
-def gradcheck(op: str | Callable, /, **arguments) -> GradientReport:
+def gradcheck(op: str | Callable, /, **arguments: Any) -> GradientReport:
     """Checks values and gradients of one call of an op, prints a table and returns it. The arguments stay as they are.
 
     The gradients are those of a random cotangent. Where an error exceeds eager's, the median over further draws
@@ -107,7 +108,7 @@ def examine(called: str | Callable, arguments: dict) -> GradientReport:
     of_op = table(called)
     op = declared(ops.OPS[of_op.op])
     given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    leader = given.get(op.leader.name)
+    leader: Any = given.get(op.leader.name)
     devices = [leader.device] if leader is not None and leader.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         call = _Call(of_op, arguments, [a.name for a in op.differentiable if a.name in given])
@@ -174,19 +175,19 @@ class _Call:
             arguments = with_tensors(arguments, lambda _, t: t.float() if t.dtype is torch.float64 else t)
         ours = self.run(self.table.function, arguments, draw)
         eager = self.run(self.table.definition, arguments, draw, ours.cotangents)
-        with _drawing_like(flat(eager.outputs).dtype):
+        with _drawing_like(flat(tuple(eager.outputs)).dtype):
             exact = self.run(self.table.definition, _wide(arguments), draw, ours.cotangents)
         dtypes = [[str(y.dtype) for y in results.outputs] for results in (ours, eager)]
         if dtypes[0] == dtypes[1]:
-            yield "values", _compared(*(flat(results.outputs) for results in (ours, eager, exact)))
+            yield "values", _compared(*(flat(tuple(results.outputs)) for results in (ours, eager, exact)))
         else:
             yield "values", f"FAILED: {', '.join(dtypes[0])}; eager gives {', '.join(dtypes[1])}"
         for name, reference in exact.gradients.items():
-            what, grad = f"gradient of {name}", ours.gradients[name]
+            what, grad, theirs = f"gradient of {name}", ours.gradients[name], eager.gradients[name]
             if not exact.finite:
                 yield what, "left out: some values are not finite"
-            elif grad is not None and reference is not None:
-                yield what, _compared(grad, eager.gradients[name], reference)
+            elif grad is not None and theirs is not None and reference is not None:
+                yield what, _compared(grad, theirs, reference)
             elif reference is not None:
                 yield what, "FAILED: there is none"
 
@@ -199,7 +200,7 @@ class _Call:
         if cotangents is None:
             cotangents = [_normal(y, f"cotangent {draw} {i}") for i, y in enumerate(outputs)]
         graded = [y.requires_grad for y in outputs]
-        gradients = [None] * len(self.names)
+        gradients: Sequence[Tensor | None] = [None] * len(self.names)
         if any(graded):
             gradients = torch.autograd.grad(
                 [y for y in outputs if y.requires_grad],
@@ -235,7 +236,8 @@ class _Call:
     @torch.no_grad()
     def off_its_slope(self, wide: dict, name: str, step: float, exact: _Results) -> float:
         """Returns the error of the gradient of one argument, by a central difference with this step."""
-        grad, direction = exact.gradients[name], _normal(wide[name], f"direction {name}")
+        grad: Any = exact.gradients[name]
+        direction = _normal(wide[name], f"direction {name}")
         ahead, behind = (
             _outputs(self.table.definition, wide | {name: wide[name] + s * direction}) for s in (step, -step)
         )

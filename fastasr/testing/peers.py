@@ -2,6 +2,7 @@
 """Imports of the upstream packages that are measured beside fastasr."""
 
 import importlib
+from types import ModuleType
 
 # package -> how to install it
 INSTALL = {
@@ -20,7 +21,7 @@ class MissingUpstream(ImportError):
     """A package that is measured beside fastasr cannot be imported."""
 
 
-def module(name: str):
+def module(name: str) -> ModuleType:
     """Returns the module of this dotted name, of a package in INSTALL. Raises ``MissingUpstream`` with how to install
     it.
     """

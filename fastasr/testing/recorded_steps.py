@@ -10,7 +10,7 @@ def launch(device: str) -> None:
     """Runs every step, in float32 and with branches in bfloat16."""
     made = torch.Generator(device).manual_seed(0)
 
-    def uniform(*shape, dtype=torch.float32):
+    def uniform(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(shape, generator=made, device=device, dtype=torch.float32).to(dtype)
 
     rate, scale, act = (torch.tensor(n, dtype=torch.float32, device=device) for n in ([0.5], [2.0], [1.0]))

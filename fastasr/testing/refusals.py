@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastasr.ops import OPS
 from fastasr.testing.declared import Declared, declared
 from fastasr.testing.declared.shapes import Dim, Pattern, Shape, condition
+from fastasr.testing.declared.signature import Argument
 
 NUMBERS = (-2, -1, 0, 1, 99, 1.5, -0.5, float("nan"))
 
@@ -31,7 +33,7 @@ class Refusal:
     blamed: str
 
 
-def given_sizes(op: Declared, a) -> dict[str, int]:
+def given_sizes(op: Declared, a: Any) -> dict[str, int]:
     given = ((names.split(), size(a)) for names, size in op.sizes.items())
     return {name: value for names, values in given for name, value in zip(names, values, strict=True)}
 
@@ -54,11 +56,11 @@ def _match(alternative: Shape, shape: tuple[int, ...], names: dict) -> dict | No
     for dim, size in zip(alternative.dims, shape[cut:], strict=True):
         solved = dim.unknown(set(names))
         if solved is not None:
-            name, a, b = solved
-            value, a = size - Dim(b).value(names), Dim(a).value(names)
-            if value < 0 or value % a:
+            name, factor, rest = solved
+            value, times = size - Dim(rest).value(names), Dim(factor).value(names)
+            if value < 0 or value % times:
                 return None
-            names[name] = value // a
+            names[name] = value // times
         elif dim.value(names) != size:
             return None
     return names
@@ -116,7 +118,7 @@ def refusals(name: str, arguments: dict) -> Iterator[Refusal]:
             yield refusal(f"is {value!r}", a.name, value, error)
 
 
-def _wrong_tensors(a, value: Tensor) -> Iterator[tuple[str, object]]:
+def _wrong_tensors(a: Argument, value: Tensor) -> Iterator[tuple[str, object]]:
     yield "is a list", [1.0]
     yield "is a string", "x"
     yield "is complex", partial(value.to, torch.complex64)
@@ -147,11 +149,11 @@ def _other(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype is not torch.float16 else torch.float32
 
 
-def _types(a) -> tuple[type, ...]:
+def _types(a: Argument) -> tuple[type, ...]:
     return {"int": (int,), "pair": (tuple,), "float": (int, float), "flag": (bool,), "choice": (str,)}[a.kind]
 
 
-def _wrong_options(a, arguments: dict) -> Iterator[object]:
+def _wrong_options(a: Argument, arguments: dict) -> Iterator[object]:
     if not a.optional:
         yield None
     yield []

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class Unavailable(Exception):
     """Raised when an implementation cannot be measured here; the message says why."""
 
 
-def upstream_member(name: str):
+def upstream_member(name: str) -> Any:
     """Returns a class or function of an upstream package by its full name, or raises ``Unavailable``."""
     module, _, attribute = name.rpartition(".")
     try:
@@ -136,12 +137,16 @@ def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def _later(build: Callable[..., Implementation], given: Callable[[], dict]) -> Callable[[], Implementation]:
+    return lambda: build(**given())
+
+
 def versions(
     op: str,
     arguments: Callable[[Make], dict],
     others: Mapping[str, Callable[..., Implementation]],
     compiles: bool = True,
-    **options,
+    **options: Any,
 ) -> Callable[[str, torch.dtype], dict[str, Callable[[], Implementation]]]:
     """Returns ``Case.make`` of an op's definition ("eager"), of the compiled definition, of ``others``, and of the op.
 
@@ -154,7 +159,7 @@ def versions(
         made = {"eager": lambda: computed(function.definition, given(), **options)}
         if compiles:
             made["compile"] = lambda: computed(compiled(function.definition), given(), **options)
-        made |= {name: lambda build=build: build(**given()) for name, build in others.items()}
+        made |= {name: _later(build, given) for name, build in others.items()}
         return made | {"fastasr": lambda: computed(function, given(), **options)}
 
     return make
@@ -171,7 +176,7 @@ def case(
     others: Mapping[str, Callable[..., Implementation]] | None = None,
     copy: bool = False,
     passes: tuple[str, ...] = PASSES,
-    **options,
+    **options: Any,
 ) -> Case:
     """Returns the case of a call, with ``others`` beside it. Its name is the given one, or one made from sizes, with
     ``note`` behind it; its shape, by default, is the name. ``options``: of ``versions``.

@@ -3,11 +3,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def placed(call: Callable[[Make], dict]) -> Callable[[Make], dict]:
     return lambda m: {k: v.to(m.device) if isinstance(v, Tensor) else v for k, v in call(m).items()}
 
 
-def changed(call: Callable[[Make], dict], **arguments) -> Callable[[Make], dict]:
+def changed(call: Callable[[Make], dict], **arguments: Any) -> Callable[[Make], dict]:
     """Returns a function that makes a call with other arguments, which may themselves be functions of ``Make``."""
     return lambda m: call(m) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
 
@@ -102,7 +103,7 @@ class Invalid:
         object.__setattr__(self, "arguments", placed(self.arguments))
 
 
-def _returned(op: Declared, arguments: dict, found):
+def _returned(op: Declared, arguments: dict, found: Any) -> Any:
     """Turns the operator's results into those of the public function for its keyword arguments."""
     asked = [not o.flag or arguments.get(o.flag) for o in op.outputs]
     found = (found,) if isinstance(found, Tensor) else found
@@ -127,17 +128,17 @@ class OpTable:
     op: str
     samples: tuple[Sample, ...]
     invalid: tuple[Invalid, ...] = ()
-    definition: Callable[..., Tensor] | None = None
-    registered: Callable[[dict], tuple] | None = None
+    definition: Any = None  # by default these two are those of the declaration
+    registered: Any = None
     rows: tuple[str, ...] = ()
     thread_invariant: bool = True
     unread: tuple[str, ...] = ()
     penalties: tuple[str, ...] = ()
-    random: Callable[["Make", "object"], dict] | None = field(default=None)
-    result: Callable[[dict, object], object] = lambda arguments, outputs: outputs
+    random: Any = None  # (make, a fuzz.Shape) -> the keyword arguments of a random call
+    result: Callable[[dict, Any], Any] = lambda arguments, outputs: outputs
 
     def __post_init__(self) -> None:
-        op = ops.OPS.get(self.op)
+        op: Any = ops.OPS.get(self.op)
         if op is None or self.definition is not None:
             return
         for name, value in (
@@ -152,7 +153,7 @@ class OpTable:
         return getattr(ops, self.op)
 
     @property
-    def overload(self):
+    def overload(self) -> torch._ops.OpOverload:
         return getattr(torch.ops.fastasr, self.op).default
 
     def call_registered(self, arguments: dict) -> Tensor:

@@ -8,11 +8,16 @@ to see a value, and notes each tensor from outside that was read. As in a captur
 generators and tensors that were written to are put back.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
 import torch
+from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastasr._recording import recorded_by
+from fastasr._recording import Recording, recorded_by
 
 _WAITS = {
     "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal",
@@ -26,21 +31,33 @@ _STATISTICS = {
 }  # operator -> the arguments that it writes to, which its schema does not mark
 
 
+T = TypeVar("T")
+
+
 class Waits(RuntimeError):
     """A GPU would wait for the host here, which a CUDA graph cannot record."""
 
 
-def _storage(t):
+def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
 class Tape(TorchDispatchMode):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.calls = []
-        self.made, self.read, self._before = {}, {}, {}  # storage -> a tensor that has it
+        self.calls: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        # storage -> a tensor that has it; and in the last one also the values that it had
+        self.made: dict[int, Tensor] = {}
+        self.read: dict[int, Tensor] = {}
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         name = function._schema.name
         if name in _WAITS or str(function) in _WAITS:
@@ -67,7 +84,7 @@ class Tape(TorchDispatchMode):
             self.calls.append((function, args, kwargs, results))
         return found
 
-    def _written(self, function, args, kwargs):
+    def _written(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         schema = function._schema
         found = [
             a for a, s in zip(args, schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write
@@ -81,7 +98,7 @@ class Tape(TorchDispatchMode):
         found += [args[i] for i in places if i < len(args) and args[i] is not None]
         return [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
 
-    def undo(self):
+    def undo(self) -> None:
         """Puts tensors from outside back. Tensors made while recording become NaN, because a capture computes
         nothing."""
         with torch.no_grad():
@@ -94,7 +111,7 @@ class Tape(TorchDispatchMode):
                 torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).copy_(before)
 
     @torch.no_grad()
-    def replay(self):
+    def replay(self) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             for function, args, kwargs, results in self.calls:
                 found = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
@@ -103,7 +120,7 @@ class Tape(TorchDispatchMode):
                         t.copy_(again)
 
 
-def _to_other_device(t, kwargs):
+def _to_other_device(t: Tensor, kwargs: dict[str, Any]) -> bool:
     device = kwargs.get("device")
     return device is not None and torch.device(device).type != t.device.type
 
@@ -111,17 +128,17 @@ def _to_other_device(t, kwargs):
 class TapeRecorder:
     """Records passes as tapes; ``tapes`` holds them."""
 
-    def __init__(self):
-        self.tapes = []
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
 
-    def rehearse(self, function):
+    def rehearse(self, function: Callable[[], object]) -> None:
         state = torch.get_rng_state()
         try:
             function()
         finally:
             torch.set_rng_state(state)
 
-    def record(self, function, recording):
+    def record(self, function: Callable[[], T], recording: Recording) -> tuple[Callable[[], None], T]:
         tape, state = Tape(), torch.get_rng_state()
         try:
             with recorded_by(recording if recording.back is not None else None), tape:

@@ -41,7 +41,7 @@ def _jvp_by_autograd(f: Function, tensors: Tensors, tangents: Tensors) -> Tensor
 
 
 def _vjp(f: Function, tensors: Tensors, tangents: Tensors) -> Tensors:
-    y, gradients = torch.func.vjp(f, *tensors)
+    y, gradients, *_ = torch.func.vjp(f, *tensors)
     return y, *gradients(_cotangent(y))
 
 
@@ -66,7 +66,7 @@ def _loop(f: Function, tensors: Tensors, tangents: Tensors) -> Tensors:
 
 def _hessian_product(f: Function, tensors: Tensors, tangents: Tensors) -> Tensors:
     gradient = torch.func.grad(_loss(f), tuple(range(len(tensors))), has_aux=True)
-    (gradients, _), (products, _) = torch.func.jvp(gradient, tensors, tangents)
+    (gradients, _), (products, _), *_ = torch.func.jvp(gradient, tensors, tangents)
     return *gradients, *products
 
 
@@ -74,7 +74,7 @@ def _hessian_product_by_autograd(f: Function, tensors: Tensors, tangents: Tensor
     leaves = [t.clone().requires_grad_() for t in tensors]
     loss, _ = _loss(f)(*leaves)
     gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-    inner = sum((g * d).sum() for g, d in zip(gradients, tangents, strict=True))
+    inner = torch.stack([(g * d).sum() for g, d in zip(gradients, tangents, strict=True)]).sum()
     return *gradients, *torch.autograd.grad(inner, leaves, materialize_grads=True)
 
 

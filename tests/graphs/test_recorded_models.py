@@ -444,6 +444,24 @@ def test_kinds_share_gradients_and_casts_are_small():
     assert sizes <= found.gradients.bytes <= 1.5 * sizes + 64 * 4 * len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_of_inputs_of_a_frozen_encoder(trained):
+    """The parameters need no gradient, in the first training step or from a later one on."""
+    ours, theirs = encoder().train(), encoder().train()
+    recorded(ours)
+    if trained:
+        step(ours, *batch())
+    for model in (ours, theirs):
+        model.requires_grad_(False)
+    for seed in (1, 2):
+        x, mask = batch(seed=seed)
+        leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+        for model, leaf in zip((ours, theirs), leaves, strict=True):
+            step(model, leaf, mask, seed=seed)
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    assert sum(kind.replayed for kind in kinds(ours)) == 2 + trained
+
+
 def test_copies_run_as_they_are():
     model = encoder().eval()
     recorded(model)

@@ -180,6 +180,32 @@ def with_a_hook(family, reason, part, block):
     return case(ours, theirs, run, block, reason)
 
 
+def sequence_of_firered():
+    return with_a_hook("fireredasr", "net is not a plain Sequential", "net", "layer_stack.0.ffn1")
+
+
+def with_other_keys(family, path):
+    theirs, _ = families.make(family)
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    x, keys = torch.randn(2, 3, 21, WIDTH)
+
+    def run(model):
+        found = model.get_submodule(path)(x, keys, keys, table())
+        return found[0] if isinstance(found, tuple) else found
+
+    reason = "an input, a mask or positions that rel_attention does not take"
+    return case(ours, theirs, run, path, reason)
+
+
+def other_keys_of_firered():
+    return with_other_keys("fireredasr", "layer_stack.0.mhsa")
+
+
+def other_keys_of_gigaam():
+    return with_other_keys("gigaam", "layers.0.self_attn")
+
+
 def front_end_of_phi4():
     reason = "conv or one of its layers has hooks or is no plain one"
     return with_a_hook("phi-4", reason, "conv.0", "embed")
@@ -205,6 +231,9 @@ def table_of_granite_speech5():
 
 
 OTHERS = (
+    sequence_of_firered,
+    other_keys_of_firered,
+    other_keys_of_gigaam,
     front_end_of_phi4,
     memory_of_fun_asr,
     glu_of_granite_speech,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Conformers whose modules have the code of others: values, gradients and draws are upstream's in
-float64, with masks and under checkpointing."""
+"""Conformers of transformers, NeMo, FireRedASR and GigaAM whose modules have the formulas of others: values, gradients
+and draws are upstream's in float64, with masks and under checkpointing."""
 
 import copy
 import functools
@@ -17,6 +17,9 @@ import fastasr
 REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
     "nemo transformer, causal": {"MultiHeadAttention", "FeedForward"},
+    "fireredasr": {"RelPosMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
+    "gigaam": {"RelPositionMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
+    "gigaam, rotary": {"ConformerConvolution", "ConformerFeedForward"},
     "phi-4": {"Phi4MultimodalAudioNemoConvSubsampling"},
     "fun-asr-nano": {"FunAsrNanoFSMN", "FunAsrNanoMLP"},
     "lasr": {"LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
@@ -70,6 +73,13 @@ OTHERWISE = {
         "dropout": families.w2v_bert(attention_dropout=0.1, conformer_conv_dropout=0.1),
     },
 }
+OTHERWISE["fireredasr"] = {
+    "a recording": families.firered((61,)),
+    "one frame": families.firered((7, 7)),
+    "no frames": families.firered((40, 0)),
+    "no dropout": families.firered(dropout=0.0),
+}
+OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
 OTHERWISE["phi-4"] = {
     "an odd length": families.phi4_audio(frames=61),
     "no mask": families.phi4_audio(padded=False),

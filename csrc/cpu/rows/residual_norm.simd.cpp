@@ -72,38 +72,6 @@ void forward(const ResidualNorm<T>& p, int64_t begin, int64_t end, T* __restrict
   }
 }
 
-// Chains have kTerms terms in the compute type; they are then added in double.
-constexpr int64_t kTerms = 256;
-
-template <typename C>
-struct Means {
-  C d, along;  // of d and of d n
-};
-
-// With d = weight grad and n the normalised row, whose elements are t(j) before they are normalised: calls
-// keep(j, n, d), adds to dweight and dbias, and returns the means.
-template <typename T, typename F, typename K, typename C = compute_t<T>>
-FASTASR_INLINE Means<C> project(const C* __restrict w, int64_t n, const RowStatistics<C>& row, const T* __restrict g,
-                                const F& t, const K& keep, C* __restrict dweight, C* __restrict dbias) {
-  const C high = row.high, low = row.low, scale = row.scale;
-  double sum = 0, product = 0;
-  for (int64_t first = 0; first < n; first += kTerms) {
-    const int64_t last = first + kTerms < n ? first + kTerms : n;
-    C a = 0, b = 0;
-#pragma omp simd reduction(+ : a, b)
-    for (int64_t j = first; j < last; j++) {
-      const C gj = load(g[j]), nj = ((t(j) - high) - low) * scale, dj = gj * w[j];
-      keep(j, nj, dj);
-      dweight[j] += gj * nj;
-      dbias[j] += gj;
-      a += dj;
-      b += dj * nj;
-    }
-    sum += static_cast<double>(a), product += static_cast<double>(b);
-  }
-  return {static_cast<C>(sum / static_cast<double>(n)), static_cast<C>(product / static_cast<double>(n))};
-}
-
 // Takes one row after another and reads each from end to end. Four rows at once would read and write dweight and dbias
 // less often, but on a Zen 5 core they took 1.6 to 2.3 times as long from 2000 rows of 512 on, and rows of 16-bit
 // numbers, which have to be widened, 3 to 4 times at any size. A row's second pass computes d and n again from what the

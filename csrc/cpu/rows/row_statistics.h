@@ -6,7 +6,7 @@
 
 #include "cpu/math/number.h"
 
-// Mean and deviation of a row, for LayerNorm.
+// Mean and deviation of a row, for LayerNorm and RMSNorm, and the means that their gradients need.
 namespace fastasr::cpu {
 
 // (t - high) - low is t less its mean, which is exact to double; scale is 1 / sqrt(var + eps).
@@ -54,6 +54,45 @@ static __attribute__((noinline)) RowStatistics<C> centre(C* __restrict t, int64_
   for (int64_t j = 0; j < n; j++) t[j] = (t[j] - high) - low;
   const double square = row_sum<C>(n, [&](int64_t j) { return t[j] * t[j]; });
   return {high, low, static_cast<C>(1 / std::sqrt(square / static_cast<double>(n) + eps))};
+}
+
+// RMSNorm subtracts no mean: scale is 1 / sqrt(mean of t^2 + eps).
+template <typename C>
+FASTASR_INLINE RowStatistics<C> root_mean_square(const C* __restrict t, int64_t n, double eps) {
+  const double square = row_sum<C>(n, [&](int64_t j) { return t[j] * t[j]; });
+  return {0, 0, static_cast<C>(1 / std::sqrt(square / static_cast<double>(n) + eps))};
+}
+
+// Chains have kTerms terms in the compute type; they are then added in double.
+constexpr int64_t kTerms = 256;
+
+template <typename C>
+struct Means {
+  C d, along;  // of d and of d n
+};
+
+// With d = weight grad and n the normalised row, whose elements are t(j) before they are normalised: calls
+// keep(j, n, d), adds to dweight and dbias, and returns the means.
+template <typename T, typename F, typename K, typename C = compute_t<T>>
+FASTASR_INLINE Means<C> project(const C* __restrict w, int64_t n, const RowStatistics<C>& row, const T* __restrict g,
+                                const F& t, const K& keep, C* __restrict dweight, C* __restrict dbias) {
+  const C high = row.high, low = row.low, scale = row.scale;
+  double sum = 0, product = 0;
+  for (int64_t first = 0; first < n; first += kTerms) {
+    const int64_t last = first + kTerms < n ? first + kTerms : n;
+    C a = 0, b = 0;
+#pragma omp simd reduction(+ : a, b)
+    for (int64_t j = first; j < last; j++) {
+      const C gj = load(g[j]), nj = ((t(j) - high) - low) * scale, dj = gj * w[j];
+      keep(j, nj, dj);
+      dweight[j] += gj * nj;
+      dbias[j] += gj;
+      a += dj;
+      b += dj * nj;
+    }
+    sum += static_cast<double>(a), product += static_cast<double>(b);
+  }
+  return {static_cast<C>(sum / static_cast<double>(n)), static_cast<C>(product / static_cast<double>(n))};
 }
 
 }  // namespace fastasr::cpu

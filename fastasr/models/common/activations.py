@@ -52,7 +52,7 @@ _FUSED: dict[type[torch.nn.Module], Name] = {
     torch.nn.Tanh: "tanh",
 }
 
-_FRAMEWORKS = ("espnet", "espnet2", "nemo", "speechbrain", "transformers")
+_FRAMEWORKS = ("espnet", "espnet2", "fireredasr", "nemo", "speechbrain", "transformers")
 
 
 def fused_name(activation: torch.nn.Module) -> Name | None:
@@ -78,3 +78,12 @@ def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -
         if name is not None and name != "identity":
             return ops.linear_activation(x, linear.weight, linear.bias, name)
     return activation(plumbing.linear(linear, x))
+
+
+def norm_activated(norm: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -> Tensor:
+    """Returns ``activation(norm(x))``."""
+    if plumbing.is_layer_norm(norm):
+        name = fused_name(activation)
+        if name is not None and name != "identity":
+            return ops.norm_activation(x, norm.weight, norm.bias, eps=norm.eps, activation=name)
+    return activation(norm(x))

@@ -114,8 +114,8 @@ def convolved(
             z = packed.convolved(packing, h, weight, bias, **options)  # [T, B, C]
         z = z[::stride]
         if by_frame:
-            z = norm(z.transpose(0, 1))
-        elif folded:
+            return activations.norm_activated(norm, activation, z.transpose(0, 1))
+        if folded:
             z = z.transpose(0, 1)
         elif z.dtype is torch.bfloat16 and masks.on_gpu(z.device):
             # Frames stay as they lie: statistics of 16 bits are exact enough, and this saves four transposing copies.
@@ -124,16 +124,16 @@ def convolved(
             # Channels come first, as upstream: over a matrix of frames torch's statistics are 2 to 10 times less exact.
             # Frames come first again before the activation, whose gradient would walk over two orders at once.
             z = norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2).contiguous()
-        y = z if fused else activation(z)
-    else:
-        if packing is not None:
-            slots = packing.with_gaps(conv.weight.shape[-1] // 2 + abs(delay))
-            h = packing.spread(h[0], slots).unsqueeze(0)
-        z = conv(F.pad(gated(h, hidden), around))
-        if packing is not None:
-            z = packing.gathered(z[0].T, slots).T.unsqueeze(0)
-        y = activation(norm(z.transpose(1, 2)) if by_frame else norm(z).transpose(1, 2))
-    return y
+        return z if fused else activation(z)
+    if packing is not None:
+        slots = packing.with_gaps(conv.weight.shape[-1] // 2 + abs(delay))
+        h = packing.spread(h[0], slots).unsqueeze(0)
+    z = conv(F.pad(gated(h, hidden), around))
+    if packing is not None:
+        z = packing.gathered(z[0].T, slots).T.unsqueeze(0)
+    if by_frame:
+        return activations.norm_activated(norm, activation, z.transpose(1, 2))
+    return activation(norm(z).transpose(1, 2))
 
 
 def gated(h: Tensor, hidden: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastasr import _left, ops
 from fastasr._transforms import is_transformed
 from fastasr.models.common import plumbing
-from fastasr.models.common.activations import fused_name
+from fastasr.models.common.activations import fused_name, norm_activated
 from fastasr.models.common.plain import is_plain_named
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import attended
@@ -176,7 +176,7 @@ def causal_convolution(
         u = u if all_masked_rows is None else u.masked_fill(all_masked_rows, 0.0)
         u = padding_cache.update(u, conv.cache_key, conv)  # [B, C, K - 1 + T]
         z = F.conv1d(u, conv.weight, conv.bias, groups=conv.groups).transpose(1, 2)
-    return pointwise(self.pointwise_conv2, self.activation(self.norm(z)))
+    return pointwise(self.pointwise_conv2, norm_activated(self.norm, self.activation, z))
 
 
 def front_convolutions(self: Any) -> list[Any]:

@@ -61,7 +61,7 @@ def next_chunk(
         packed = torch.stack(held)
     if not _alike(lasts):
         return None
-    y, packed, lasts, fronts = graphs(x, name, packed, torch.stack(lasts), fronts)
+    y, packed, lasts, fronts = graphs(self, x, name, packed, torch.stack(lasts), fronts)
     views = packed.unbind()
     for layer, keys, values in zip(kept, views[::2], views[1::2], strict=True):
         layer.keys, layer.values = keys, values

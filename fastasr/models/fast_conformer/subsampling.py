@@ -10,9 +10,8 @@ Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,8 @@ from fastasr.models.common.ragged import Packing, with_zeros
 STRIP_BYTES = 32 << 20  # A strip of the second convolution's output; 8 MB to 128 MB cost the same.
 
 
-# A front end's convolutions and ReLUs come as a ModuleList or a list.
-Layers = Sequence[Any]
+# A front end's convolutions and ReLUs come as a ModuleList, a Sequential or a list.
+Layers: TypeAlias = Any
 
 
 class FastConformerSubsampling(torch.nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer.encoder import FastConformerEncoder
+from fastasr.ops._joiner import Activation
 from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
 
 # A loss takes the joint network's two summands, labels, and the lengths of frames and labels.
@@ -66,7 +67,7 @@ class FastConformerRNNT(torch.nn.Module):
         hidden: int = 640,
         layers: int = 2,
         blank: int | None = None,
-        activation: str = "relu",
+        activation: Activation = "relu",
         max_symbols_per_step: int = 10,
     ) -> None:
         super().__init__()

@@ -62,7 +62,9 @@ def _drawn(min: FloatLike, max: FloatLike, prob: float) -> list[bool | float]:
 
 def recorded_limits(min: FloatLike, max: FloatLike, prob: float = 0.6) -> Tensor:
     """Returns the numbers on the device of a call that is being recorded: whether it limits the gradient, min, max."""
-    return recording().numbers(lambda: _drawn(min, max, prob), 3).values
+    now = recording()
+    assert now is not None, "expected a call that is being recorded"
+    return now.numbers(lambda: _drawn(min, max, prob), 3).values
 
 
 def recorded_limit(x: Tensor, limits: Tensor, drawn: Drawn | None = None) -> Tensor:

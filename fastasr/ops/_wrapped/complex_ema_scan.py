@@ -5,7 +5,7 @@ declared formula know real and imaginary parts alone.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,13 +24,16 @@ F = TypeVar("F", bound=Callable)
 def _complex_states(scan: F) -> F:
     @functools.wraps(scan)
     def function(  # the names stand here once more because *arguments and **options take a tenth of a small call's time
-        x, alpha, delta, theta, gamma, omega=None, *, state=None, return_state=False, padding_mask=None,
-        truncation=None, direction="forward", activation="identity", layout="LBD",
-    ):  # fmt: skip
-        is_complex = isinstance(state, Tensor) and state.dim() == 3 and state.dtype in COMPLEX
+        x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, omega: Tensor | None = None, *,
+        state: Tensor | None = None, return_state: bool = False, padding_mask: Tensor | None = None,
+        truncation: int | None = None, direction: str = "forward", activation: str = "identity", layout: str = "LBD",
+    ) -> Any:  # fmt: skip
+        is_complex = False
+        if isinstance(state, Tensor) and state.dim() == 3 and state.dtype in COMPLEX:
+            is_complex, state = True, torch.view_as_real(state.resolve_conj())
         found = scan(
             x, alpha, delta, theta, gamma, omega, padding_mask=padding_mask, return_state=return_state,
-            state=torch.view_as_real(state.resolve_conj()) if is_complex else state,
+            state=state,
             truncation=truncation, direction=direction, activation=activation, layout=layout,
         )  # fmt: skip
         if return_state and (state is None or is_complex):

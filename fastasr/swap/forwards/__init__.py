@@ -4,6 +4,8 @@ to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`.""
 
 from fastasr.swap.forwards.attention import (
     fastspeech2_attention,
+    firered_attention,
+    gigaam_attention,
     granite_speech5_attention,
     granite_speech_attention,
     nemo_attention,
@@ -17,7 +19,9 @@ from fastasr.swap.forwards.convolution import (
     causal_seamless_convolution,
     espnet_convolution,
     fastspeech2_convolution,
+    firered_convolution,
     fun_asr_memory,
+    gigaam_convolution,
     granite_speech5_convolution,
     granite_speech_convolution,
     nemo_convolution,
@@ -27,7 +31,9 @@ from fastasr.swap.forwards.convolution import (
     wav2vec2_convolution,
 )
 from fastasr.swap.forwards.feed_forward import (
+    firered_feed_forward,
     fun_asr_feed_forward,
+    gigaam_feed_forward,
     granite_speech_feed_forward,
     nemo_feed_forward,
     nemo_transformer_feed_forward,
@@ -42,8 +48,14 @@ __all__ = [
     "espnet_convolution",
     "fastspeech2_attention",
     "fastspeech2_convolution",
+    "firered_attention",
+    "firered_convolution",
+    "firered_feed_forward",
     "fun_asr_feed_forward",
     "fun_asr_memory",
+    "gigaam_attention",
+    "gigaam_convolution",
+    "gigaam_feed_forward",
     "granite_speech5_attention",
     "granite_speech5_convolution",
     "granite_speech_attention",

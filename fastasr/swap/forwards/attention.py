@@ -6,9 +6,12 @@ dropout is drawn as upstream draws it, or each sequence has its own position emb
 """
 
 import types
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import attention_dropout, plumbing
@@ -16,13 +19,20 @@ from fastasr.models.common.plain import is_plain, is_watched
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, first_rows, mean_of_values, projected
 from fastasr.models.fast_conformer.masks import seen
+from fastasr.swap.rule import Upstream
 
 _WEIGHTS = "attention weights are asked for"
-_NONE = types.MappingProxyType({})  # no dropout
+_NONE: Mapping[str, Any] = types.MappingProxyType({})  # no dropout
 _OTHER = "an input, a mask or positions that rel_attention does not take"
 
 
-def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_position_embeddings=None, **kwargs):
+def wav2vec2_attention(
+    self: Upstream,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    relative_position_embeddings: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
     """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width), attention mask (``masks.read``), position
     embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
     fits = _is_one_table(relative_position_embeddings, hidden_states.shape[1])
@@ -32,7 +42,13 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
     return _attention(self, hidden_states, relative_position_embeddings, *options), None
 
 
-def relative_key_attention(self, hidden_states, attention_mask=None, *positions, **kwargs):
+def relative_key_attention(
+    self: Upstream,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    *positions: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
     """Serves SeamlessM4T v2 and w2v-BERT 2.0 of transformers, whose heads share a table E of l + r + 1 rows (Shaw et
     al., "Self-attention with relative position representations", 2018): s[i,j] = q_i·(k_j + E[clamp(j − i, −l, r) + l])
     / √d. hidden states (B, T, width), attention mask (``masks.read``) -> ((B, T, width), None). With positions of
@@ -50,7 +66,7 @@ def relative_key_attention(self, hidden_states, attention_mask=None, *positions,
     return plumbing.linear(self.linear_out, _shaw(q, k, v, rows, *options).flatten(2)), None
 
 
-def granite_speech_attention(self, hidden_states, attention_dists):
+def granite_speech_attention(self: Upstream, hidden_states: Tensor, attention_dists: Tensor) -> Tensor:
     """Serves transformers' Granite Speech and its Plus. hidden states (B, T, width), rows of the table of positions (C,
     C) -> (B, T, width): s[i,j] = q_i·(k_j + E[dists[i mod C, j mod C]]) / √d within blocks of C frames. Padding is seen
     by the other frames of its block: upstream's encoder has no lengths."""
@@ -65,7 +81,13 @@ def granite_speech_attention(self, hidden_states, attention_dists):
     return plumbing.dropout(self.dropout, plumbing.linear(self.to_out, y.flatten(2)))
 
 
-def granite_speech5_attention(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+def granite_speech5_attention(
+    self: Upstream,
+    hidden_states: Tensor,
+    position_embeddings: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
     """Serves transformers' Granite Speech 5, whose blocks see no padding: as above, with an attention mask (bool
     (B, T), True at valid frames) or None -> ((B, T, width), None). Every query of a block of padding gives the mean of
     the C values of its block, those behind the end being 0."""
@@ -76,7 +98,7 @@ def granite_speech5_attention(self, hidden_states, position_embeddings, attentio
     if fits:
         share = self.attention_dropout if self.training else 0.0
         dropout = attention_dropout.of_kernel(share, hidden_states.device)
-    if dropout is None:
+    if dropout is None or rows is None:
         if fits:
             attention_dropout.note_formed(self)
         else:
@@ -88,12 +110,17 @@ def granite_speech5_attention(self, hidden_states, position_embeddings, attentio
     hidden = {"context": (0, 0), "chunk_size": size}
     by = None if mask is None else seen(mask)
     y = _shaw(q, k, v, rows, hidden | masks.of_kernel(mask, by), dropout)
-    if by is not None and by.empty_rows is not None and masks.are_empty_rows_read(by, y.device):
+    if (
+        mask is not None
+        and by is not None
+        and by.empty_rows is not None
+        and masks.are_empty_rows_read(by, y.device)
+    ):
         y = _with_means(y, q, k, v, mask, size)
     return plumbing.linear(self.o_proj, y.flatten(2)), None
 
 
-def _rows_in_blocks(module, frames, indices):
+def _rows_in_blocks(module: Upstream, frames: int, indices: Tensor) -> Tensor | None:
     """Returns the rows (2T − 1, d) of the table of positions by offset, or None if ``indices`` (C, C) or the table are
     no plain ones."""
     size, table = module.context_size, module.rel_pos_emb
@@ -103,19 +130,20 @@ def _rows_in_blocks(module, frames, indices):
         version = None if indices.is_inference() else indices._version
         kept = getattr(indices, "_fastasr_by_offset", None)
         if kept is None or kept[0] != version:
-            kept = indices._fastasr_by_offset = version, torch.equal(indices[1:, 1:], indices[:-1, :-1])
+            kept = version, torch.equal(indices[1:, 1:], indices[:-1, :-1])
+            vars(indices)["_fastasr_by_offset"] = kept
         if not kept[1]:
             return None
     by_offset = torch.cat([indices[1:, 0].flip(0), indices[0]])
     return table(by_offset[_offsets(frames, size - 1, size - 1, indices.device) + size - 1])
 
 
-def _with_means(y, q, k, v, mask, size):
+def _with_means(y: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: int) -> Tensor:
     """Returns y (B, T, H, d) with upstream's values in blocks of ``size`` frames without a valid one."""
     frames = y.shape[1]
     missing = -frames % size
 
-    def blocks(t):
+    def blocks(t: Tensor) -> Tensor:
         t = F.pad(t, (0, 0, 0, 0, 0, missing))
         return t.unflatten(1, (-1, size)).flatten(0, 1)
 
@@ -125,7 +153,13 @@ def _with_means(y, q, k, v, mask, size):
     return torch.where(empty.repeat_interleave(size, 1)[:, :frames, None, None], mean, y)
 
 
-def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None, output_attentions=False):
+def fastspeech2_attention(
+    self: Upstream,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    pos_emb: Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor, Any]:
     """Serves transformers' FastSpeech2Conformer: hidden states (B, T, width), attention mask (B, 1, T) that is 0 at
     hidden keys or None, position embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
     batch, frames = hidden_states.shape[:2]
@@ -144,7 +178,15 @@ def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None
     return type(self).forward(self, hidden_states, attention_mask, pos_emb, output_attentions)
 
 
-def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
+def nemo_attention(
+    self: Upstream,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    pos_emb: Tensor,
+    cache: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Serves NeMo's RelPositionMultiHeadAttention. query, which is key and value too, (B, T, width), mask bool (B, T,
     K), True at hidden keys, or None, position embeddings (1, 2K − 1, width), cache (B, K − T, width) of earlier
     inputs or None, with K = T -> (B, T, width), and with a cache the next cache. Queries that see no key attend to
@@ -166,14 +208,61 @@ def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
         _note(self, fits, "autocast to float16 is on" if half else _OTHER)
         return type(self).forward(self, query, key, value, mask, pos_emb, cache)
     key, _, query, following = self.update_cache(key=key, value=value, query=query, cache=cache)
-    by = None if mask is None else seen(mask, hides=True)
-    hidden = masks.of_kernel(mask, by, hides=True)
-    empty_rows = by.empty_rows if by is not None and by.by_length else None  # otherwise the kernel gives 0
-    y = _attention(self, query, pos_emb, hidden, dropout, empty_rows, key)
+    y = _attention(self, query, pos_emb, *_hidden_pairs(mask, dropout), key)
     return y if cache is None else (y, following)
 
 
-def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None):
+def gigaam_attention(
+    self: Upstream, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Serves GigaAM's RelPositionMultiHeadAttention, NeMo's without dropout and cache: query, which is key and value
+    too, (B, T, width), position embeddings (1, 2T − 1, width), mask bool (B, T, T), True at hidden keys, or None -> (B,
+    T, width)."""
+    batch, frames = query.shape[:2]
+    fits = query is key is value and _is_one_table(pos_emb, frames)
+    fits = fits and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, frames, frames)))
+    if not fits:
+        _note(self, fits, _OTHER)
+        return type(self).forward(self, query, key, value, pos_emb, mask)
+    return _attention(self, query, pos_emb, *_hidden_pairs(mask, _NONE))
+
+
+def firered_attention(
+    self: Upstream, q: Tensor, k: Tensor, v: Tensor, pos_emb: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """Serves FireRedASR's RelPosMultiHeadAttention, which normalises queries, keys and values each by a LayerNorm of
+    its own and adds the residual: q, which is k and v too, (B, T, width), position embeddings (1, 2T − 1, width), mask
+    (B, 1, T), 0 at hidden keys, or None -> ((B, T, width), None)."""
+    batch, frames = q.shape[:2]
+    fits = q is k is v and _is_one_table(pos_emb, frames)
+    fits = fits and (mask is None or mask.shape == (batch, 1, frames))
+    share = plumbing.dropped_share(self.attention.dropout)
+    dropout = attention_dropout.of_kernel(share, q.device) if fits else None
+    if dropout is None:
+        _note(self, fits, _OTHER)
+        return type(self).forward(self, q, k, v, pos_emb, mask)
+    hidden: dict[str, Any] = {} if mask is None else {"key_padding_mask": mask[:, 0].eq(0)}
+    heads = self.pos_bias_u.shape
+    norms = self.layer_norm_q, self.layer_norm_k, self.layer_norm_v
+    layers = self.w_qs, self.w_ks, self.w_vs
+    queries, keys, values = (
+        plumbing.linear(layer, norm(q)).view(batch, frames, *heads)
+        for layer, norm in zip(layers, norms, strict=True)
+    )
+    rows = projected(self, self.linear_pos, pos_emb[0]).view(-1, *heads)
+    y = ops.rel_attention(queries, keys, values, rows, self.pos_bias_u, self.pos_bias_v, **hidden, **dropout)
+    return plumbing.dropout(self.dropout, plumbing.linear(self.fc, y.flatten(2)), q), None
+
+
+def nemo_local_attention(
+    self: Upstream,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pad_mask: Tensor,
+    pos_emb: Tensor,
+    cache: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Serves NeMo's RelPositionMultiHeadAttentionLongformer without global tokens: a query sees l frames before it and
     l behind it. query, which is key and value too, (B, T, width), pad mask bool (B, T), True at padding, position
     embeddings (1, 2l + 1, width) -> (B, T, width), without values at padding. Upstream's code serves caches and
@@ -195,13 +284,15 @@ def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None)
     return _attention(self, query, None, hidden, dropout, pad_mask, rows=p)
 
 
-def nemo_transformer_attention(self, x, block_mask=None, pos_emb=None):
+def nemo_transformer_attention(
+    self: Upstream, x: Tensor, block_mask: Any = None, pos_emb: Tensor | None = None
+) -> Tensor:
     """Serves NeMo's TransformerEncoder, which uses FlexAttention. x (B, T, width), BlockMask of lengths, causal or not,
     or None, position embeddings (1, 2T − 1, width) -> (B, T, width). Padding sees the valid frames, and a sequence
     without frames gives 0."""
     batch, frames = x.shape[:2]
     hidden = masks.of_nemo(block_mask, batch, frames, type(self)) if _is_one_table(pos_emb, frames) else None
-    if hidden is None:
+    if hidden is None or pos_emb is None:
         _left.note(self, _OTHER)
         return type(self).forward(self, x, block_mask, pos_emb)
     heads = self.pos_bias_u.shape
@@ -214,17 +305,24 @@ def nemo_transformer_attention(self, x, block_mask=None, pos_emb=None):
 
 
 def speechbrain_attention(
-    self, query, key, value, pos_embs, key_padding_mask=None, attn_mask=None, return_attn_weights=True
-):
+    self: Upstream,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pos_embs: Tensor,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    return_attn_weights: bool = True,
+) -> Tensor | tuple[Tensor, Any]:
     """Serves SpeechBrain's RelPosMHAXL, which divides scores by √width. query, which is key and value, (B, T, width),
     position embeddings (1, 2T − 1, width), masks bool (B, T) and (T, T), True at hidden keys, or None -> (B, T, width),
     and None for the weights if they are asked for."""
     batch, frames = query.shape[:2]
-    given = {
-        "key_padding_mask": (key_padding_mask, (batch, frames)),
-        "attn_mask": (attn_mask, (frames, frames)),
-    }
-    given = {name: pair for name, pair in given.items() if pair[0] is not None}
+    masks_and_shapes = (
+        ("key_padding_mask", key_padding_mask, (batch, frames)),
+        ("attn_mask", attn_mask, (frames, frames)),
+    )
+    given = {name: (mask, shape) for name, mask, shape in masks_and_shapes if mask is not None}
     fits = query is key is value and _is_one_table(pos_embs, frames)
     fits = fits and all(mask.dtype == torch.bool and mask.shape == shape for mask, shape in given.values())
     share = plumbing.dropped_share(self.dropout_att)
@@ -240,13 +338,15 @@ def speechbrain_attention(
     if self.vbias is not None:
         v = v + self.value_bias_weight.view(heads, self.vhead_dim)
     p = projected(self, self.linear_pos, pos_embs[0]).view(-1, heads, self.head_dim)
-    hidden = {name: mask for name, (mask, _) in given.items()}
+    hidden: dict[str, Any] = {name: mask for name, (mask, _) in given.items()}
     y = ops.rel_attention(q * scale, k, v, p, u, w, **hidden, **dropout)
     out = plumbing.linear(self.out_proj, y.flatten(2))
     return (out, None) if return_attn_weights else out
 
 
-def _options(module, x, mask, fits):
+def _options(
+    module: Upstream, x: Tensor, mask: Tensor | None, fits: bool
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Returns the arguments of ``ops.rel_attention`` for a call of a module of transformers: the keys that ``mask``
     hides, and dropout; None where upstream's code serves the call. ``fits``: whether the positions are served."""
     (batch, frames), config = x.shape[:2], module.config
@@ -273,7 +373,7 @@ def _options(module, x, mask, fits):
     return hidden, dropout
 
 
-def _before_chunks(config, frames):
+def _before_chunks(config: Upstream, frames: int) -> int | None:
     """Returns how many frames before its chunk a query of SeamlessM4T v2 sees, None without chunks."""
     size = getattr(config, "speech_encoder_chunk_size", None)
     if size is None:
@@ -282,34 +382,56 @@ def _before_chunks(config, frames):
     return frames if count < 0 else size * count
 
 
-def _offsets(frames, left, right, device):
+def _offsets(frames: int, left: int, right: int, device: torch.device) -> Tensor:
     """Returns (2T − 1): how many frames a key is behind the query, at least −left and at most right."""
     return torch.arange(1 - frames, frames, dtype=torch.int64, device=device).clamp(-left, right)
 
 
-def _shaw(q, k, v, rows, hidden, dropout=_NONE):
+def _shaw(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, hidden: dict[str, Any], dropout: Mapping[str, Any] = _NONE
+) -> Tensor:
     """Returns softmax_j(q_i·(k_j + rows[T − 1 + j − i]) / √d) v, (B, T, H, d), of rows (2T − 1, d) for all heads."""
     rows, none = rows.to(q.dtype).unsqueeze(1).expand(-1, q.shape[2], -1), q.new_zeros(q.shape[2:])
     return ops.rel_attention(q, k, v, rows, none, none, **hidden, **dropout)
 
 
-def _note(module, fits, reason):
+def _note(module: Upstream, fits: bool, reason: str) -> None:
     if fits:
         attention_dropout.note_formed(module)
     else:
         _left.note(module, reason)
 
 
-def _is_one_table(positions, frames):
+def _is_one_table(positions: Tensor | None, frames: int) -> bool:
     return positions is not None and positions.ndim == 3 and positions.shape[:2] == (1, 2 * frames - 1)
 
 
-def _dropout_of(module):
+def _hidden_pairs(
+    mask: Tensor | None, dropout: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, Any], Tensor | None]:
+    """Returns what ``_attention`` takes for NeMo's mask (B, T, K), True at hidden keys, or None, and for dropout: the
+    kernel's arguments, and the queries that see no key. Where the mask does not stand for lengths the kernel itself
+    gives 0 at these."""
+    by = None if mask is None else seen(mask, hides=True)
+    empty_rows = by.empty_rows if by is not None and by.by_length else None
+    return masks.of_kernel(mask, by, hides=True), dropout, empty_rows
+
+
+def _dropout_of(module: Upstream) -> dict[str, Any] | None:
     """Returns the kernel's arguments for the module's dropout, None where upstream must draw it."""
     return attention_dropout.of_kernel(plumbing.dropped_share(module.dropout), module.pos_bias_u.device)
 
 
-def _attention(module, x, positions, hidden, dropout, empty_rows=None, keys=None, rows=None):
+def _attention(
+    module: Upstream,
+    x: Tensor,
+    positions: Any,
+    hidden: dict[str, Any],
+    dropout: Mapping[str, Any],
+    empty_rows: Tensor | None = None,
+    keys: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Returns the attention of modules with ESPnet's names, without the values of ``empty_rows``, bool (B, T). ``keys``
     (B, K, width) are x unless given, ``rows`` the projected positions (T + K − 1, width) those of ``positions``."""
     heads, keys = module.pos_bias_u.shape, x if keys is None else keys

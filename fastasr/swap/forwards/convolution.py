@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolution modules: W_out activation(norm(depthwise(glu(W_in LayerNorm(x))))), with dropout at the end."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import plumbing
+from fastasr.models.common.activations import norm_activated
 from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
@@ -16,11 +20,12 @@ from fastasr.models.fast_conformer.convolution import (
     is_batch_norm,
     pointwise,
 )
+from fastasr.swap.rule import Upstream
 
 _SILU = torch.nn.SiLU()
 
 
-def espnet_convolution(self, x):
+def espnet_convolution(self: Upstream, x: Tensor) -> Tensor:
     """Serves ESPnet's Conformer: x (B, T, width) -> same shape. Padding is not masked."""
     y = gated_convolution(
         x, self.pointwise_conv1, self.depthwise_conv, self.norm, self.activation, self.pointwise_conv2
@@ -28,12 +33,16 @@ def espnet_convolution(self, x):
     return _as_upstream_lays_it(self, y)
 
 
-def fastspeech2_convolution(self, hidden_states, attention_mask=None):
+def fastspeech2_convolution(
+    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """Serves transformers' FastSpeech2Conformer, with Parakeet's module: hidden states (B, T, width) -> same shape."""
     return _as_upstream_lays_it(self, FastConformerConvolution.forward(self, hidden_states, attention_mask))
 
 
-def nemo_convolution(self, x, pad_mask=None, cache=None):
+def nemo_convolution(
+    self: Upstream, x: Tensor, pad_mask: Tensor | None = None, cache: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Serves NeMo's Conformer: x (B, T, width), pad mask (bool (B, T), True at padding) or None, cache (B, width, P) of
     the gated frames before x or None -> (B, T, width), and with a cache the next cache."""
     conv, norm, by_frame = self.depthwise_conv, self.batch_norm, self.norm_type == "layer_norm"
@@ -48,7 +57,9 @@ def nemo_convolution(self, x, pad_mask=None, cache=None):
     return y if cache is None else (y, conv.update_cache(gated(h, pad_mask), cache)[1])
 
 
-def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
+def speechbrain_convolution(
+    self: Upstream, x: Tensor, mask: Tensor | None = None, dynchunktrain_config: Upstream = None
+) -> Tensor:
     """Serves SpeechBrain's Conformer, with LayerNorm as norm: x (B, T, width), mask (bool (B, T, 1), True where the
     result is 0) or None -> (B, T, width). With dynamic chunks (Li et al., "Dynamic chunk convolution for unified
     streaming and non-streaming Conformer ASR", 2023) the taps on later frames see only the same chunk."""
@@ -65,11 +76,11 @@ def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
     norm, activation, last, dropout = self.after_conv
     h = pointwise(first, self.layer_norm(x)).transpose(0, 1)
     if chunk_size is None:
-        form = {"weight": self.conv.weight, "delay": delay}
+        form: dict[str, Any] = {"weight": self.conv.weight, "delay": delay}
     else:
         form = _within_chunks(self.conv.weight, chunk_size)
     z = ops.gated_depthwise_conv(h, bias=self.conv.bias, activation="identity", **form).transpose(0, 1)
-    y = plumbing.linear(last, activation(norm(z)))
+    y = plumbing.linear(last, norm_activated(norm, activation, z))
     if chunk_size is not None and not plumbing.is_idle(dropout):  # upstream draws for whole chunks
         frames = y.shape[1]
         y = plumbing.dropout(dropout, F.pad(y, (0, 0, 0, -frames % chunk_size)))[:, :frames]
@@ -78,7 +89,7 @@ def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
     return y if mask is None else y.masked_fill(mask, 0.0)
 
 
-def _within_chunks(weight, chunk_size):
+def _within_chunks(weight: Tensor, chunk_size: int) -> dict[str, Any]:
     """Returns the arguments of ``ops.gated_depthwise_conv`` for taps (C, 1, K) whose last ⌊K / 2⌋ stay in the chunk."""
     past = weight.shape[-1] // 2 + 1
     return {
@@ -89,7 +100,7 @@ def _within_chunks(weight, chunk_size):
     }
 
 
-def wav2vec2_convolution(self, hidden_states):
+def wav2vec2_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width) -> same shape. Padding is not masked."""
     if not is_plain(self.glu, torch.nn.GLU):
         _left.note(self, "glu is not a plain GLU")
@@ -105,13 +116,17 @@ def wav2vec2_convolution(self, hidden_states):
     return _dropped(self.dropout, y)
 
 
-def seamless_convolution(self, hidden_states, attention_mask=None):
+def seamless_convolution(
+    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """Serves transformers' SeamlessM4T: hidden states (B, T, width), mask (B, T), 1 at valid frames, or None -> (B, T,
     width). Upstream sets padding to 0 before ``pointwise_conv1``, which has no bias, so that the gated frame is 0."""
     return _seamless(self, hidden_states, attention_mask, "batch_norm")
 
 
-def causal_seamless_convolution(self, hidden_states, attention_mask=None):
+def causal_seamless_convolution(
+    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """Serves SeamlessM4T v2 and w2v-BERT 2.0, whose convolution sees the past alone and whose norm is LayerNorm."""
     around = self.depthwise_conv.kernel_size[0] - 1, 0
     return _seamless(
@@ -119,7 +134,9 @@ def causal_seamless_convolution(self, hidden_states, attention_mask=None):
     )
 
 
-def _seamless(self, hidden_states, attention_mask, norm, **options):
+def _seamless(
+    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None, norm: Upstream, **options: Any
+) -> Tensor:
     first = self.pointwise_conv1
     if not is_plain(self.glu, torch.nn.GLU) or not is_plain(first, torch.nn.Conv1d) or first.bias is not None:
         _left.note(self, "glu or pointwise_conv1 is no plain one, or has a bias")
@@ -130,7 +147,26 @@ def _seamless(self, hidden_states, attention_mask, norm, **options):
     return _dropped(self.dropout, after_gate(h, *layers, hidden, **options))
 
 
-def granite_speech_convolution(self, hidden_states):
+def firered_convolution(self: Upstream, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Serves FireRedASR's Conformer, which adds the residual: x (B, T, width), mask (B, 1, T), 1 at valid frames, or
+    None -> (B, T, width). Upstream sets padding to 0 before ``pointwise_conv1``, which has no bias, so that the gated
+    frame is 0."""
+    first, hidden = self.pointwise_conv1, None if mask is None else mask[:, 0].ne(1)
+    n = self.pre_layer_norm(x)
+    if hidden is not None and not (is_plain(first, torch.nn.Conv1d) and first.bias is None):
+        n = n.masked_fill(hidden.unsqueeze(-1), 0.0)
+    layers = self.depthwise_conv, self.batch_norm, self.swish, self.pointwise_conv2
+    y = _dropped(self.dropout, after_gate(pointwise(first, n), *layers, hidden, by_frame=True))
+    return x + (y if hidden is None else y.masked_fill(hidden.unsqueeze(-1), 0.0))
+
+
+def gigaam_convolution(self: Upstream, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+    """Serves GigaAM's Conformer: x (B, T, width), pad mask (bool (B, T), True at padding) or None -> (B, T, width)."""
+    layers = self.depthwise_conv, self.batch_norm, self.activation, self.pointwise_conv2
+    return gated_convolution(x, self.pointwise_conv1, *layers, pad_mask)
+
+
+def granite_speech_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves Granite Speech and its Plus: hidden states (B, T, width) -> same shape. Padding is not masked."""
     if not is_plain(self.glu, torch.nn.GLU):
         _left.note(self, "glu is not a plain GLU")
@@ -143,7 +179,9 @@ def granite_speech_convolution(self, hidden_states):
     return _dropped(self.dropout, y)
 
 
-def granite_speech5_convolution(self, hidden_states, attention_mask=None):
+def granite_speech5_convolution(
+    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """Serves Granite Speech 5: hidden states (B, T, width), mask (bool (B, T), True at valid frames) or None -> (B,
     ⌈T / stride⌉, width)."""
     h = plumbing.linear(self.pointwise_lin1, hidden_states)
@@ -152,7 +190,7 @@ def granite_speech5_convolution(self, hidden_states, attention_mask=None):
     return plumbing.linear(self.pointwise_lin2, y)
 
 
-def fun_asr_memory(self, hidden_states, input_features_mask):
+def fun_asr_memory(self: Upstream, hidden_states: Tensor, input_features_mask: Tensor) -> Tensor:
     """Serves the memory of transformers' Fun-ASR-Nano (FSMN), without a gate: hidden states (B, T, width), mask (B, T),
     1 at valid frames -> same shape: u plus its depthwise convolution, with u 0 at padding."""
     u = hidden_states * input_features_mask.unsqueeze(-1).to(hidden_states.dtype)
@@ -165,7 +203,7 @@ def fun_asr_memory(self, hidden_states, input_features_mask):
     return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
 
-def torchaudio_convolution(self, input):
+def torchaudio_convolution(self: Upstream, input: Tensor) -> Tensor:
     """Serves torchaudio's Conformer: input (B, T, width) -> same shape. Padding is not masked."""
     first, gate, *rest, dropout = self.sequential
     if not is_plain(self.sequential, torch.nn.Sequential) or not is_plain(gate, torch.nn.GLU):
@@ -174,12 +212,12 @@ def torchaudio_convolution(self, input):
     return _dropped(dropout, gated_convolution(self.layer_norm(input), first, *rest))
 
 
-def _as_upstream_lays_it(module, y):
+def _as_upstream_lays_it(module: Upstream, y: Tensor) -> Tensor:
     """Returns y (B, T, width), in training channels first in memory: upstream's next dropout draws in that order."""
     return y.transpose(1, 2).contiguous().transpose(1, 2) if module.training else y
 
 
-def _dropped(dropout, y):
+def _dropped(dropout: Upstream, y: Tensor) -> Tensor:
     """Returns the dropout of y (B, T, width). Upstream draws it channels first."""
     if plumbing.is_idle(dropout):
         return y

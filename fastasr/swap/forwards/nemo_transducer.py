@@ -3,19 +3,23 @@
 
 import logging
 import random
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastasr import _left
 from fastasr.models.common.attention_dropout import as_upstream
 from fastasr.models.common.plain import is_plain, is_plain_named, is_upstreams
 from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
+from fastasr.swap.rule import Upstream
 
 LOSSES = ("RNNTLossNumba", "RNNTLossPytorch", "TDTLossNumba", "TDTLossPytorch")
 ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 
-def nemo_transducer_loss(self, log_probs, targets, input_lengths, target_lengths):
+def nemo_transducer_loss(
+    self: Upstream, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor
+) -> Tensor:
     """Returns what upstream's loss returns for a joint's logits or log-probabilities."""
     core = self._loss
     if not is_plain_named(core, LOSSES, self):
@@ -36,12 +40,13 @@ def nemo_transducer_loss(self, log_probs, targets, input_lengths, target_lengths
 
 
 def nemo_fused_joint(
-    self, encoder_outputs, decoder_outputs, encoder_lengths=None, transcripts=None, transcript_lengths=None,
-    compute_wer=False, keep_hypotheses=False,
-):  # fmt: skip
+    self: Upstream, encoder_outputs: Tensor, decoder_outputs: Tensor | None,
+    encoder_lengths: Tensor | None = None, transcripts: Tensor | None = None,
+    transcript_lengths: Tensor | None = None, compute_wer: bool = False, keep_hypotheses: bool = False,
+) -> Any:  # fmt: skip
     """Returns what upstream's fused joint returns. Upstream's code decodes for the word error rate."""
 
-    def upstream(outputs):
+    def upstream(outputs: Tensor | None) -> Any:
         ends = {"encoder_lengths": encoder_lengths, "transcript_lengths": transcript_lengths}
         options = {"compute_wer": compute_wer, "keep_hypotheses": keep_hypotheses, "transcripts": transcripts}
         # NeMo checks types of keyword arguments only
@@ -49,8 +54,8 @@ def nemo_fused_joint(
             encoder_outputs=encoder_outputs, decoder_outputs=outputs, **ends, **options
         )
 
-    given = decoder_outputs, encoder_lengths, transcripts, transcript_lengths, self.wer, self.loss
-    if any(value is None for value in given):
+    given = self.wer, self.loss, encoder_lengths, transcript_lengths
+    if decoder_outputs is None or transcripts is None or any(value is None for value in given):
         return upstream(decoder_outputs)  # It computes no loss, or names the missing argument.
     if as_upstream() and _dropout(self) > 0:
         _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
@@ -60,8 +65,8 @@ def nemo_fused_joint(
         return upstream(decoder_outputs)
     lm = self.project_prednet(decoder_outputs.mT)
     symbols = min(transcripts.shape[1], lm.shape[1] - 1)
-    batch = self.project_encoder(encoder_outputs.mT), lm[:, : symbols + 1], transcripts[:, :symbols]
-    batch = *batch, encoder_lengths, transcript_lengths
+    projected = self.project_encoder(encoder_outputs.mT), lm[:, : symbols + 1], transcripts[:, :symbols]
+    batch: Any = *projected, encoder_lengths, transcript_lengths
     # For each of upstream's parts of the batch, a TDT draws whether durations count.
     size = self.fused_batch_size if hasattr(self.loss._loss, "omega") else max(len(lm), 1)
     losses = [_of_part(self, *part) for part in zip(*(x.split(size) for x in batch), strict=True)]
@@ -70,7 +75,7 @@ def nemo_fused_joint(
     return self.loss.reduce(losses, [transcript_lengths]), *decoded
 
 
-def why_with_logits(joint) -> str | None:
+def why_with_logits(joint: Upstream) -> str | None:
     """Returns why upstream's code must compute this joint's loss; None if it need not."""
     net = joint.joint_net
     classes = tuple(ACTIVATIONS), *[(nn.Dropout,)] * (len(net) - 2), (nn.Linear,)
@@ -103,14 +108,19 @@ def why_with_logits(joint) -> str | None:
     return None
 
 
-def _dropout(joint) -> float:
+def _dropout(joint: Upstream) -> float:
     return joint.joint_net[1].p if joint.training and len(joint.joint_net) == 3 else 0.0
 
 
-def _of_part(self, am, lm, targets, frames, symbols):
+def _of_part(
+    self: Upstream, am: Tensor, lm: Tensor, targets: Tensor, frames: Tensor, symbols: Tensor
+) -> Tensor:
     """Returns the losses (B,) for projected outputs of the encoder and the prediction network."""
     core, head = self.loss._loss, self.joint_net[-1]
-    options = {"activation": ACTIVATIONS[type(self.joint_net[0])], "dropout_p": _dropout(self)}
+    options: dict[str, Any] = {
+        "activation": ACTIVATIONS[type(self.joint_net[0])],
+        "dropout_p": _dropout(self),
+    }
     options |= _fastemit(core)
     if _has_durations(core):
         of_durations = core.blank, core.durations, core.sigma
@@ -124,15 +134,15 @@ def _of_part(self, am, lm, targets, frames, symbols):
     return _scaled(core, losses)
 
 
-def _has_durations(core) -> bool:
+def _has_durations(core: Upstream) -> bool:
     """Says whether this call is a TDT's. With the chance omega a TDT is trained as an RNN-T of its tokens."""
     return hasattr(core, "durations") and not (hasattr(core, "omega") and random.uniform(0, 1) < core.omega)
 
 
-def _fastemit(core) -> dict:
+def _fastemit(core: Upstream) -> dict:
     return {"fastemit_lambda": getattr(core, "fastemit_lambda", 0.0)}
 
 
-def _scaled(core, losses):
+def _scaled(core: Upstream, losses: Tensor) -> Tensor:
     """Multiplies values by 1 + λ, as upstream does. The gradients have FastEmit's factor already."""
     return losses + getattr(core, "fastemit_lambda", 0.0) * losses.detach()

@@ -2,14 +2,16 @@
 """Front ends of depthwise strided convolutions, by :mod:`fastasr.models.fast_conformer.subsampling`."""
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_plain, is_plain_named
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
+from fastasr.swap.rule import Upstream
 
 
-def nemo_subsampling(self, x, lengths):
+def nemo_subsampling(self: Upstream, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Serves NeMo's ConvSubsampling: x (B, T₀, mel_bins), lengths (B) -> ((B, ⌈T₀ / factor⌉, width), int64 (B)).
 
     Frames behind a sequence's end are 0 before every convolution, in recordings of any length: upstream splits long
@@ -26,7 +28,7 @@ def nemo_subsampling(self, x, lengths):
     return plumbing.linear(self.out, y), subsampled(self.conv, lengths)
 
 
-def phi4_subsampling(self, hidden_states, mask):
+def phi4_subsampling(self: Upstream, hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Serves transformers' Phi-4-multimodal: features (B, T₀, mel_bins), mask (B, T₀), True or 1 at valid frames, or
     None -> (B, ⌈T₀ / factor⌉, width), and bool (B, 1, ⌈T₀ / factor⌉) or None. Padding is not masked."""
     if not (is_plain(self.conv, torch.nn.Sequential) and are_plain(self.conv)):

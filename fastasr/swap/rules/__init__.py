@@ -3,8 +3,13 @@
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
 
 from fastasr.swap import binding
+from fastasr.swap.rule import Rule, Upstream
 from fastasr.swap.rules import torch
 
 _MODULES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
@@ -14,19 +19,19 @@ _FRAMEWORKS = [module.RULES for module in _MODULES if module is not torch and ha
 FAMILIES = tuple((*rules, *torch.RULES) for rules in _FRAMEWORKS)
 
 
-def searched(model):
+def searched(model: Upstream) -> tuple:
     """Returns the parts of a transducer that a search of fastasr knows; () for other modules."""
     return tuple(
         part for module in _MODULES if hasattr(module, "searched") for part in module.searched(model)
     )
 
 
-def rules_by_forward():
+def rules_by_forward() -> dict[Any, Rule]:
     """Returns {forward: rule} for every forward that a rule binds."""
     return {forward: rule for family in FAMILIES for rule in family for forward in rule.forwards}
 
 
-def swapped_modules(model):
+def swapped_modules(model: Upstream) -> Iterator[tuple[str, nn.Module, Rule]]:
     """Yields (path, module, rule) for every swapped module of ``model``."""
     by_forward = rules_by_forward()
     for path, module in model.named_modules():

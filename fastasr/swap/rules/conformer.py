@@ -8,4 +8,5 @@ from fastasr.swap.rule import Rule
 
 attention_rule = partial(Rule, kernels=("linear", "rel_attention"), release=release)
 convolution_rule = partial(Rule, kernels=("linear", "gated_depthwise_conv"))
+norm_convolution_rule = partial(Rule, kernels=("linear", "gated_depthwise_conv", "norm_activation"))
 feed_forward_rule = partial(Rule, kernels=("linear_activation", "linear"))

@@ -5,6 +5,8 @@ Swapped instances have no attribute ``phantom_first_step``, so they stream as ES
 zero.
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from fastasr.models import mega as models
@@ -12,6 +14,7 @@ from fastasr.models.mega import decoding
 from fastasr.swap.rule import (
     Known,
     Rule,
+    Upstream,
     check_child_names,
     check_children,
     check_parameters,
@@ -26,11 +29,11 @@ _ESPNET = Known("espnet 202511")
 _SWISH = {"bb9057b4092aa516672c4ebc"}  # in activation.py; it calls the function that its constructor chose
 
 
-def _activation(module):
+def _activation(module: Upstream) -> str | None:
     return unread_child(module, "activation", "Swish", _SWISH)
 
 
-def _linear_shapes(module, shapes):
+def _linear_shapes(module: Upstream, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Returns a reason if a child that is a plain linear layer does not have ``shapes`` (name -> (in, out))."""
     for name, (inputs, outputs) in shapes.items():
         linear = getattr(module, name)
@@ -39,12 +42,14 @@ def _linear_shapes(module, shapes):
     return None
 
 
-def _ema_structure(module):
+def _ema_structure(module: Upstream) -> str | None:
     projection = module._parameters.get("kernel_projection_matrix")
     if projection is None or projection.ndim != 2:
         return "lacks a two-dimensional kernel_projection_matrix"
     size, heads = projection.shape
-    shapes = dict.fromkeys(("damping_factor", "decay_factor", "ema_expansion_matrix"), (size, heads, 1))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("damping_factor", "decay_factor", "ema_expansion_matrix"), (size, heads, 1)
+    )
     shapes |= {"kernel_projection_matrix": (size, heads), "residual_weight": (size,)}
     reason = (
         check_parameters(module, shapes) or check_child_names(module, ("activation",)) or _activation(module)
@@ -57,13 +62,13 @@ def _ema_structure(module):
     return reason
 
 
-def _simple_bias_structure(module):
+def _simple_bias_structure(module: Upstream) -> str | None:
     return check_parameters(
         module, {"relative_position_bias": (2 * module.max_positions - 1,)}
     ) or check_children(module, {})
 
 
-def _rotary_bias_structure(module):
+def _rotary_bias_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("alpha", "beta"), (1, module.size))
     reason = check_parameters(module, shapes, allowed_buffers=("_pe",)) or check_children(module, {})
     return reason or (f"size is {module.size}, expected an even number" if module.size % 2 else None)
@@ -75,7 +80,7 @@ _MEGA_CHILDREN = (
 )
 
 
-def _mega_structure(module):
+def _mega_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("qk_weight", "qk_bias"), (2, module.qk_size))
     reason = check_parameters(module, shapes) or check_child_names(module, _MEGA_CHILDREN)
     size, z, v = module.size, module.qk_size, module.v_size
@@ -88,7 +93,7 @@ def _mega_structure(module):
     return reason or _bias(module.rel_pos_bias)
 
 
-def _bias(bias):
+def _bias(bias: Upstream) -> str | None:
     """Returns a reason against the bias, or None. Our forward reads the bias by offset."""
     for rule in (SIMPLE_BIAS, ROTARY_BIAS):
         if upstream_class(bias).__name__ == rule.class_name:
@@ -97,7 +102,7 @@ def _bias(bias):
     return f"submodule rel_pos_bias is a {type(bias).__name__}, expected one of ESPnet's two"
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     names = ("linear1", "linear2", "normalization", "activation", "dropout", "hidden_dropout")
     return check_parameters(module, {}) or check_child_names(module, names) or _activation(module)
 
@@ -105,12 +110,12 @@ def _feed_forward_structure(module):
 _DECODER_METHODS = ("inference", "score", "batch_score", "stack_qk_states")
 
 
-def _decoder_functions(module):
+def _decoder_functions(module: Upstream) -> list[Callable]:
     cls = upstream_class(module)
     return [getattr(cls, name) for name in ("forward", *_DECODER_METHODS, "create_batch_states")]
 
 
-def _decoder_structure(module):
+def _decoder_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, ("embed", "dropout_embed", "mega_blocks", "final_norm"))
     if reason:

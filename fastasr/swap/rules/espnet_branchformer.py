@@ -10,6 +10,7 @@ from fastasr.swap import forwards
 from fastasr.swap.rule import (
     Known,
     Rule,
+    Upstream,
     check_child_names,
     check_parameters,
     unread_child,
@@ -25,7 +26,7 @@ _LAYER_NORM = {"5405c51d4c0d397a26eb042d"}  # torch's, over the dimension ``dim`
 _ATTENTION_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     heads, width = module.h, module.d_k
     if not (isinstance(heads, int) and isinstance(width, int)):
         return f"h and d_k are {heads!r} and {width!r}, expected ints"
@@ -38,7 +39,7 @@ def _attention_structure(module):
     return None
 
 
-def _gate_structure(module):
+def _gate_structure(module: Upstream) -> str | None:
     linear = () if module.linear is None else ("linear",)
     reason = check_parameters(module, {}) or check_child_names(
         module, ("norm", "conv", "act", "dropout", *linear)
@@ -47,25 +48,25 @@ def _gate_structure(module):
     return reason or unread_child(module, "act", "Swish", _SWISH)
 
 
-def _gating_mlp_structure(module):
+def _gating_mlp_structure(module: Upstream) -> str | None:
     return check_parameters(module, {}) or check_child_names(
         module, ("channel_proj1", "csgu", "channel_proj2")
     )
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
     reason = check_parameters(module, {}) or check_child_names(module, children)
     return reason or unread_child(module, "activation", "Swish", _SWISH)
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, ("w_1", "w_2", "dropout", "activation"))
     return reason or unread_child(module, "activation", "Swish", _SWISH)
 
 
-def _layer_structure(module):
+def _layer_structure(module: Upstream) -> str | None:
     blocks = {"feed_forward": "norm_ff", "feed_forward_macaron": "norm_ff_macaron"}
     there = [name for pair in blocks.items() if getattr(module, pair[0]) is not None for name in pair]
     always = ("attn", "cgmlp", "norm_mha", "norm_mlp", "norm_final", "dropout")

@@ -4,8 +4,8 @@
 import torch
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
+from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
 
 _NEMO = Known("nemo_toolkit 2.5 to 3.0")
 _CAUSAL_CONVOLUTION = {"46714ff84a8e88178d848c5c"}
@@ -14,19 +14,19 @@ _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
 _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "batch_norm", "activation", "pointwise_conv2")
 
 
-def _activation(module):
+def _activation(module: Upstream) -> str | None:
     cls = type(module.activation)
     if cls.__name__ == "Swish" and cls.forward is not torch.nn.SiLU.forward:
         return "submodule activation is a Swish that is not torch's SiLU"
     return None
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.h, module.d_k))
     return check_parameters(module, shapes) or check_child_names(module, (*_LINEARS, "dropout"))
 
 
-def _local_attention_structure(module):
+def _local_attention_structure(module: Upstream) -> str | None:
     if module.global_tokens:
         return f"global_tokens is {module.global_tokens}, expected 0: they attend by another formula"
     left, right = module.att_context_size
@@ -35,7 +35,7 @@ def _local_attention_structure(module):
     return _attention_structure(module)
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     if module.pointwise_activation != "glu_":
         return f"pointwise_activation is {module.pointwise_activation!r}, expected 'glu_'"
     reason = check_parameters(module, {}) or check_child_names(module, _CONVOLUTIONS)
@@ -43,13 +43,13 @@ def _convolution_structure(module):
     return reason or _activation(module)
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     children = ("linear1", "activation", "dropout", "linear2")
     reason = check_parameters(module, {}) or check_child_names(module, children)
     return reason or _activation(module)
 
 
-def _subsampling_structure(module):
+def _subsampling_structure(module: Upstream) -> str | None:
     if module._subsampling != "dw_striding" or module.is_causal:
         return f"computes {'causal ' * module.is_causal}{module._subsampling}, expected dw_striding"
     reason = check_parameters(module, {}) or check_child_names(module, ("conv", "out"))
@@ -79,7 +79,7 @@ LOCAL_ATTENTION = attention_rule(
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )
 
-CONVOLUTION = convolution_rule(
+CONVOLUTION = norm_convolution_rule(
     name="nemo.conformer_convolution",
     class_name="ConformerConvolution",
     forward=models.nemo_convolution,

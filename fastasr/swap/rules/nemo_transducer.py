@@ -4,13 +4,21 @@
 from torch import nn
 
 from fastasr.swap.forwards import nemo_transducer as models
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, check_sequence, unread_child
+from fastasr.swap.rule import (
+    Known,
+    Rule,
+    Upstream,
+    check_child_names,
+    check_parameters,
+    check_sequence,
+    unread_child,
+)
 
 _NEMO = Known("nemo_toolkit 3.0")
 _LOSS = {"4751c04f6ecf40283434d810": _NEMO}
 
 
-def _joint_structure(module):
+def _joint_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, ("pred", "enc", "joint_net"), ("_loss", "_wer"))
     dropout = (nn.Dropout,) * (len(module.joint_net) - 2)
@@ -19,7 +27,7 @@ def _joint_structure(module):
     return reason or (unread_child(module, "_loss", "RNNTLoss", _LOSS) if module.loss is not None else None)
 
 
-def _loss_structure(module):
+def _loss_structure(module: Upstream) -> str | None:
     name = type(module._loss).__name__
     if name not in models.LOSSES:
         return f"computes {name}, expected {', '.join(models.LOSSES[:-1])} or {models.LOSSES[-1]}"

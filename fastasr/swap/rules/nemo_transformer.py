@@ -4,13 +4,13 @@
 import torch
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence
+from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters, check_sequence
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
 
 _NEMO = Known("nemo_toolkit 3.0")
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     if not getattr(module, "_uses_rel_pos", False):  # as of NeMo's Conformer with absolute positions
         return "has no relative positions"
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.n_heads, module.head_dim))
@@ -20,7 +20,7 @@ def _attention_structure(module):
     )
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     layers = torch.nn.Linear, torch.nn.GELU, torch.nn.Dropout, torch.nn.Linear, torch.nn.Dropout
     reason = check_parameters(module, {}) or check_child_names(module, ("net",))
     return reason or check_sequence(module, "net", [(kind, torch.nn.Module) for kind in layers])

@@ -2,15 +2,17 @@
 """Encoders whose calls can be recorded while only the forwards of their parts are swapped: fastasr's own, and
 upstream's, whose code stays."""
 
-from fastasr.swap.rule import recorded
+from torch import nn
+
+from fastasr.swap.rule import Upstream, recorded
 
 
-def _layers(encoder):
+def _layers(encoder: Upstream) -> list[nn.Module]:
     names = "layers", "encoders", "conformer_layers"
     return next((list(getattr(encoder, name)) for name in names if hasattr(encoder, name)), [])
 
 
-def _why_not(encoder):
+def _why_not(encoder: Upstream) -> str | None:
     ragged = getattr(encoder, "ragged", False)
     return "it runs without padding, in another shape at every call" if ragged else None
 

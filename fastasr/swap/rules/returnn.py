@@ -2,7 +2,7 @@
 """Explains why RETURNN's modules are not swapped. They are not ``torch.nn.Module``s. RETURNN wraps each of them in one
 that holds the parameters, but calls the inner modules on its own tensors and never the wrappers of submodules."""
 
-from fastasr.swap.rule import upstream_class
+from fastasr.swap.rule import Upstream, upstream_class
 
 _CONVERTED = ("EBranchformerLayer", "ConformerEncoder")
 _NEVER_CALLED = (
@@ -10,7 +10,7 @@ _NEVER_CALLED = (
 )
 
 
-def reason(module):
+def reason(module: Upstream) -> str | None:
     """Returns a reason if the module is RETURNN's wrapper of its own module, else None."""
     if upstream_class(module).__name__ != "RFModuleAsPTModule":
         return None
@@ -21,6 +21,6 @@ def reason(module):
     return text
 
 
-def is_module(value):
+def is_module(value: object) -> bool:
     """Says whether this is a module of RETURNN without the wrapper."""
     return any(cls.__module__.startswith("returnn.frontend") for cls in type(value).__mro__)

@@ -4,20 +4,26 @@
 from torch import nn
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence, unread_child
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+from fastasr.swap.rule import (
+    Known,
+    Upstream,
+    check_child_names,
+    check_parameters,
+    check_sequence,
+    unread_child,
+)
+from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
 
 _SPEECHBRAIN = Known("speechbrain 1.1.2")
 _SWISH = {"592b77330169aa9f5c793530"}
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     heads, head, width = module.num_heads, module.head_dim, module.embed_dim
     if module.vhead_dim != head:
         return f"vhead_dim is {module.vhead_dim}, expected head_dim, {head}"
-    shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (head, heads)) | {
-        "in_proj_weight": (3 * width, width)
-    }
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (head, heads))
+    shapes |= {"in_proj_weight": (3 * width, width)}
     if module.vbias is not None:
         shapes["value_bias_weight"] = (width,)
     return check_parameters(module, shapes) or check_child_names(
@@ -25,7 +31,7 @@ def _attention_structure(module):
     )
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, ("layer_norm", "bottleneck", "conv", "after_conv"))
     reason = reason or check_sequence(module, "bottleneck", (nn.Conv1d, nn.GLU))
@@ -35,7 +41,7 @@ def _convolution_structure(module):
     return reason or unread_child(module.after_conv, "1", "Swish", _SWISH)
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_child_names(module, ("ffn",))
     reason = reason or check_sequence(module, "ffn", (nn.Linear, nn.Module, nn.Dropout, nn.Linear))
     return reason or unread_child(module.ffn, "1", "Swish", _SWISH)
@@ -51,7 +57,7 @@ ATTENTION = attention_rule(
     note="the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws",
 )
 
-CONVOLUTION = convolution_rule(
+CONVOLUTION = norm_convolution_rule(
     name="speechbrain.convolution",
     class_name="ConvolutionModule",
     forward=models.speechbrain_convolution,

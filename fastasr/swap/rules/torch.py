@@ -4,10 +4,10 @@
 import torch
 
 from fastasr.models.common.linear import Linear
-from fastasr.swap.rule import Rule, check_children, check_parameters, upstream_class
+from fastasr.swap.rule import Rule, Upstream, check_children, check_parameters, upstream_class
 
 
-def _linear_structure(module):
+def _linear_structure(module: Upstream) -> str | None:
     if upstream_class(module) is not torch.nn.Linear:
         return f"is a subclass of torch.nn.Linear ({type(module).__module__}.{type(module).__qualname__})"
     shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}

@@ -4,7 +4,7 @@
 import torch
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence
+from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters, check_sequence
 from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
@@ -21,7 +21,7 @@ _CONVOLUTION = (
 _FEED_FORWARD = (_NN.LayerNorm, _NN.Linear, _NN.SiLU, _NN.Dropout, _NN.Linear, _NN.Dropout)
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_child_names(module, ("layer_norm", "sequential"))
     reason = reason or check_sequence(module, "sequential", _CONVOLUTION)
     if reason is None and module.sequential[1].dim != 1:
@@ -29,7 +29,7 @@ def _convolution_structure(module):
     return reason
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_child_names(module, ("sequential",))
     return reason or check_sequence(module, "sequential", _FEED_FORWARD)
 

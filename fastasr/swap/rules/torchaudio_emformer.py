@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for torchaudio: the Emformer and its layers (torchaudio.models.emformer)."""
 
+from collections.abc import Callable
+
 from fastasr.models import emformer as models
 from fastasr.models.emformer import packed_step
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_code, upstream_class
+from fastasr.swap.rule import (
+    Known,
+    Rule,
+    Upstream,
+    check_child_names,
+    check_parameters,
+    unread_code,
+    upstream_class,
+)
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 _HIDDEN = -1e4  # hidden keys are left out, so their weights must be 0
@@ -11,12 +21,12 @@ _HIDDEN = -1e4  # hidden keys are left out, so their weights must be 0
 _ATTENTION = {"ee6e05a72cb08b4553be1888"}  # _EmformerAttention: forward and infer
 
 
-def _functions(module):
+def _functions(module: Upstream) -> list[Callable]:
     cls = upstream_class(module)
     return [cls.forward, cls.infer]
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     """Our forward calls every submodule that is no plain layer of torch's, so submodules may have any class."""
     reason = check_parameters(module, {}) or check_child_names(
         module, ("emb_to_key_value", "emb_to_query", "out_proj")
@@ -31,7 +41,7 @@ def _attention_structure(module):
 _LAYER_CHILDREN = ("attention", "dropout", "memory_op", "pos_ff", "layer_norm_input", "layer_norm_output")
 
 
-def _layer_structure(module):
+def _layer_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_child_names(module, _LAYER_CHILDREN)
     part = reason is None and _attention_structure(module.attention)
     reason = f"submodule attention: {part}" if part else reason
@@ -42,7 +52,7 @@ def _layer_structure(module):
     return reason
 
 
-def _emformer_structure(module):
+def _emformer_structure(module: Upstream) -> str | None:
     return check_parameters(module, {}) or check_child_names(module, ("memory_op", "emformer_layers"))
 
 

@@ -3,12 +3,12 @@
 
 from fastasr.models import emformer_rnnt as models
 from fastasr.models.emformer_rnnt.predictor import why_by_steps
-from fastasr.swap.rule import Known, Rule, check_parameters, upstream_class
+from fastasr.swap.rule import Known, Rule, Upstream, check_parameters, upstream_class
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 
 
-def _lstm_structure(module):
+def _lstm_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {})
     children = {name: upstream_class(child).__name__ for name, child in module._modules.items()}
     norms = ("LayerNorm", "LayerNorm"), ("Identity", "Identity")

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, check_child_names, check_parameters, unread_child
+from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
 
@@ -18,19 +18,19 @@ NOTE = "the weights are not returned; in training the kernel draws their dropout
 _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
 
 
-def attention_structure(module):
+def attention_structure(module: Upstream) -> str | None:
     heads, width = module.num_heads, module.linear_q.out_features // module.num_heads
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (heads, width))
     return check_parameters(module, shapes) or check_child_names(module, (*_LINEARS, "dropout"))
 
 
-def _wav2vec2_attention_structure(module):
+def _wav2vec2_attention_structure(module: Upstream) -> str | None:
     if module.position_embeddings_type != "relative":
         return f"position_embeddings_type is {module.position_embeddings_type!r}, expected 'relative'"
     return attention_structure(module)
 
 
-def _wav2vec2_convolution_structure(module, norm="batch_norm"):
+def _wav2vec2_convolution_structure(module: Upstream, norm: str = "batch_norm") -> str | None:
     children = ("pointwise_conv1", "glu", "depthwise_conv", norm, "activation", "pointwise_conv2")
     reason = check_parameters(module, {}) or check_child_names(module, ("layer_norm", *children, "dropout"))
     reason = reason or unread_child(module, "activation", "SiLUActivation", SILU)
@@ -39,7 +39,7 @@ def _wav2vec2_convolution_structure(module, norm="batch_norm"):
     return reason
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     children = (
         "intermediate_dense",
         "intermediate_act_fn",
@@ -97,7 +97,7 @@ FASTSPEECH2_CONVOLUTION = convolution_rule(
 )
 
 
-def seamless_convolution_structure(module, norm="batch_norm"):
+def seamless_convolution_structure(module: Upstream, norm: str = "batch_norm") -> str | None:
     if getattr(module.pointwise_conv1, "bias", None) is not None:
         return "pointwise_conv1 has a bias, which padding would add to its neighbours"
     return _wav2vec2_convolution_structure(module, norm)

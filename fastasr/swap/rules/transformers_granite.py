@@ -2,9 +2,11 @@
 """Rules for the Conformers of transformers' Granite Speech 3.3 to 4.1, their Plus, and Granite Speech 5."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, check_child_names, check_parameters, unread_child
+from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules import transformers_parakeet as parakeet
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 
@@ -22,11 +24,11 @@ _PRINTS = {
 }  # fmt: skip
 
 
-def _children(*names):
+def _children(*names: Any) -> Callable[[Upstream], str | None]:
     return lambda module: check_parameters(module, {}) or check_child_names(module, names)
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     children = ("norm", "up_conv", "glu", "depth_conv", "silu", "batch_norm", "down_conv", "dropout")
     reason = _children(*children)(module)
     for name, prints in _PRINTS.items():
@@ -36,13 +38,13 @@ def _convolution_structure(module):
     return reason
 
 
-def _attention5_structure(module):
+def _attention5_structure(module: Upstream) -> str | None:
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
     return _children("q_proj", "k_proj", "v_proj", "o_proj", "rel_pos_emb")(module)
 
 
-def _rules(name, attention, convolution, feed_forward, _):
+def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: object) -> tuple[Rule, ...]:
     return (
         attention_rule(
             name=f"transformers.{name}_attention",

@@ -3,8 +3,11 @@
 (transformers/models/nemotron_asr_streaming/modeling_nemotron_asr_streaming.py), whole recordings and chunks."""
 
 import sys
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr.graphs.module import of
@@ -20,6 +23,7 @@ from fastasr.swap.rule import (
     Graphed,
     Known,
     Rule,
+    Upstream,
     check_child_names,
     check_parameters,
     unread_child,
@@ -31,14 +35,16 @@ _CAUSAL_1D, _CAUSAL_2D = {"490bda47555e4ff32663f51b"}, {"729bfd53b68871a0ce46be6
 _STAGE = {"5d3928cd5c0d992983fba885"}
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     implementation = module.config._attn_implementation
     if implementation != "sdpa":
         return f"attention implementation is {implementation!r}, expected 'sdpa'; upstream's eager one inverts the mask"
     return parakeet.attention_structure(module)
 
 
-def _upstream_child(module, name, class_name, known, **sizes):
+def _upstream_child(
+    module: Upstream, name: str, class_name: str, known: Collection[str], **sizes: Any
+) -> str | None:
     """Returns a reason unless the submodule is upstream's and its convolution has these sizes, else None: our forward
     reads its weights and does not call it."""
     child, class_name = module._modules[name], f"NemotronAsrStreamingEncoder{class_name}"
@@ -50,14 +56,14 @@ def _upstream_child(module, name, class_name, known, **sizes):
     return unread_child(module, name, class_name, known)
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     reason = parakeet.convolution_structure(module)
     return reason or _upstream_child(
         module, "depthwise_conv", "CausalConv1d", _CAUSAL_1D, stride=(1,), dilation=(1,)
     )
 
 
-def _subsampling_structure(module):
+def _subsampling_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_child_names(
         module, ("conv_in", "layers", "act_fn", "linear")
     )
@@ -74,18 +80,18 @@ def _subsampling_structure(module):
 
 
 def encoder(
-    self,
-    input_features,
-    attention_mask=None,
-    position_ids=None,
-    cache=None,
-    output_attention_mask=True,
-    use_cache=None,
-    padding_cache=None,
-    num_lookahead_tokens=None,
-    past_key_values=None,
-    **kwargs,
-):
+    self: Upstream,
+    input_features: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Upstream = None,
+    cache: Upstream = None,
+    output_attention_mask: bool = True,
+    use_cache: bool | None = None,
+    padding_cache: Upstream = None,
+    num_lookahead_tokens: int | None = None,
+    past_key_values: Upstream = None,
+    **kwargs: Any,
+) -> Any:
     """Calls upstream's forward, except for the next chunk of streams whose frames see each other and all cached ones:
     upstream makes a mask of these pairs by torch.func.vmap, which takes as long as a layer."""
     cache = past_key_values if cache is None else cache  # its name in releases before 5.24
@@ -120,7 +126,7 @@ def encoder(
     return output(last_hidden_state=x, **caches)
 
 
-def _never_recorded(encoder):
+def _never_recorded(encoder: Upstream) -> str | None:
     """Returns a reason unless every part that takes a cache runs our forward: a recorded chunk passes other caches."""
     parts = [encoder.subsampling, *(m for layer in encoder.layers for m in (layer.self_attn, layer.conv))]
     ours = nemotron.cached_attention, nemotron.causal_convolution, nemotron.causal_subsampling
@@ -128,7 +134,15 @@ def _never_recorded(encoder):
     return f"not replaced: {', '.join(sorted(others))}" if others else None
 
 
-def _rule(part, class_name, forward, structure, known, kernels="", **more):
+def _rule(
+    part: str,
+    class_name: str,
+    forward: Callable,
+    structure: Callable,
+    known: dict[str, str],
+    kernels: str = "",
+    **more: Any,
+) -> Rule:
     return Rule(
         f"transformers.nemotron_{part}",
         f"NemotronAsrStreamingEncoder{class_name}",
@@ -149,7 +163,7 @@ ATTENTION = _rule(
 CONVOLUTION = _rule(
     "convolution", "ConvolutionModule", nemotron.causal_convolution, _convolution_structure,
     {"b06d1b1a5b7542df6a8cb506": "5.17 to 5.24"},
-    "linear gated_depthwise_conv",
+    "linear gated_depthwise_conv norm_activation",
 )  # fmt: skip
 FEED_FORWARD = _rule(
     "feed_forward", "FeedForward", FastConformerFeedForward.forward, parakeet.feed_forward_structure,

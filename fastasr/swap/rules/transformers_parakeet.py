@@ -3,8 +3,10 @@
 RNN-T and TDT models, Canary and Cohere ASR share."""
 
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.graphs.recording import Unrecordable
 from fastasr.models import fast_conformer as models
@@ -15,6 +17,7 @@ from fastasr.swap.rule import (
     Known,
     Ragged,
     Rule,
+    Upstream,
     check_child_names,
     check_parameters,
     own_forward,
@@ -32,15 +35,15 @@ SILU = {"bbb3a89cc2c8993670072487"}
 _BLOCK = "c6cc6c4c6c123d55235c5852"
 
 
-def _before_5_18(module):
+def _before_5_18(module: Upstream) -> str | None:
     return "transformers 5.6 to 5.17 hides keys by -inf: queries of padding give 0 or NaN; expected 5.18 or newer"
 
 
-def _activation(module):
+def _activation(module: Upstream) -> str | None:
     return unread_child(module, "activation", "SiLUActivation", SILU)
 
 
-def attention_structure(module):
+def attention_structure(module: Upstream) -> str | None:
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
     heads = module.config.num_attention_heads
@@ -49,36 +52,42 @@ def attention_structure(module):
     ) or check_child_names(module, ("q_proj", "k_proj", "v_proj", "o_proj", "relative_k_proj"))
 
 
-def feed_forward_structure(module):
+def feed_forward_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_child_names(module, ("linear1", "activation", "linear2"))
     return reason or _activation(module)
 
 
-def convolution_structure(module):
+def convolution_structure(module: Upstream) -> str | None:
     children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
     return check_parameters(module, {}) or check_child_names(module, children) or _activation(module)
 
 
-def _block_structure(module):
+def _block_structure(module: Upstream) -> str | None:
     branches = ("feed_forward1", "self_attn", "conv", "feed_forward2")
     norms = ("norm_feed_forward1", "norm_self_att", "norm_conv", "norm_feed_forward2", "norm_out")
     return check_parameters(module, {}) or check_child_names(module, (*branches, *norms))
 
 
-def _subsampling_structure(module):
+def _subsampling_structure(module: Upstream) -> str | None:
     count = 2 + 3 * (module.num_layers - 1)
     if len(module.layers) != count:
         return f"has {len(module.layers)} layers, expected {count}"
     return check_parameters(module, {}) or check_child_names(module, ("layers", "linear"))
 
 
-def positions_structure(module):
+def positions_structure(module: Upstream) -> str | None:
     if module.inv_freq.dtype != torch.float32:
         return f"inv_freq is {module.inv_freq.dtype}, expected float32"
     return check_parameters(module, {}, allowed_buffers=("inv_freq",)) or check_child_names(module, ())
 
 
-def encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
+def encoder(
+    self: Upstream,
+    input_features: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attention_mask: bool = True,
+    **kwargs: Any,
+) -> Any:
     """Calls upstream's forward, and drops a mask that hides nothing: upstream would make a mask of all pairs of frames,
     2 GB for an hour."""
     upstream = upstream_class(self).forward
@@ -103,7 +112,13 @@ def encoder(self, input_features, attention_mask=None, output_attention_mask=Tru
     return found
 
 
-def ragged_encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
+def ragged_encoder(
+    self: Upstream,
+    input_features: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attention_mask: bool = True,
+    **kwargs: Any,
+) -> Any:
     """Does the same without computing anything for padding, unless outputs of every layer are asked for."""
     reason = _asked(self, kwargs)
     lengths = ragged.lengths(self, input_features, attention_mask, reason)
@@ -117,7 +132,13 @@ def ragged_encoder(self, input_features, attention_mask=None, output_attention_m
     return output(last_hidden_state=hidden, attention_mask=mask)
 
 
-def recorded_encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
+def recorded_encoder(
+    self: Upstream,
+    input_features: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attention_mask: bool = True,
+    **kwargs: Any,
+) -> Any:
     """Does the same with one mask of valid frames for all blocks, because a recorded call may read no value."""
     reason = _asked(self, kwargs)
     if reason is not None:
@@ -130,7 +151,7 @@ def recorded_encoder(self, input_features, attention_mask=None, output_attention
     )
 
 
-def _asked(self, kwargs):
+def _asked(self: Upstream, kwargs: dict[str, Any]) -> str | None:
     """Returns the reason why only upstream's forward returns the outputs that a call asks for, or None."""
     asked = [
         name
@@ -142,7 +163,7 @@ def _asked(self, kwargs):
     return f"the call asks for {', '.join(asked)}" if asked else None
 
 
-def _ragged_obstacle(module):
+def _ragged_obstacle(module: Upstream) -> str | None:
     for i, layer in enumerate(module.layers):
         reason = unread_code(f"layers.{i}", layer, own_forward, {_BLOCK})
         if reason is not None:
@@ -150,7 +171,7 @@ def _ragged_obstacle(module):
     return ragged.why_not(module)
 
 
-def encoder_structure(module):
+def encoder_structure(module: Upstream) -> str | None:
     return check_parameters(module, {}) or check_child_names(
         module, ("subsampling", "encode_positions", "layers")
     )

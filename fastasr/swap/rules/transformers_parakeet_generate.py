@@ -9,13 +9,26 @@ generation config of a TDT must suppress its durations: without that our search 
 the largest logit.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr.models.common.plain import any_watched
+from fastasr.models.transducer.label_looping import LabelLooping
 from fastasr.models.transducer.looping_transducers import Parakeet, Unserved, release
 from fastasr.models.transducer.parakeet_steps import no_duration_wins, steps_of_generate
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
+from fastasr.swap.rule import (
+    Known,
+    Rule,
+    Upstream,
+    check_child_names,
+    check_parameters,
+    unread_child,
+    upstream_class,
+)
 from fastasr.swap.rules.transformers_parakeet_loss import (
     shared,
     why_with_logits,
@@ -31,16 +44,16 @@ _DECODER, _JOINT = {"0eddbad75b6591b64c7adf1c"}, {"77cd1733ed6085f7e3c2b2df"}
 
 
 def forward(
-    self,
-    input_features=None,
-    attention_mask=None,
-    decoder_input_ids=None,
-    decoder_cache=None,
-    use_decoder_cache=None,
-    encoder_outputs=None,
-    labels=None,
-    **kwargs,
-):
+    self: Upstream,
+    input_features: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    decoder_input_ids: Tensor | None = None,
+    decoder_cache: Upstream = None,
+    use_decoder_cache: bool | None = None,
+    encoder_outputs: Upstream = None,
+    labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
     """Computes the loss without logits, or calls upstream's forward. Upstream's generate looks at these names."""
     if labels is not None:
         reason = why_with_logits(self, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs)
@@ -53,7 +66,9 @@ def forward(
     return upstream_class(self).forward(self, *given, encoder_outputs, labels, **kwargs)
 
 
-def generate(self, inputs=None, generation_config=None, **kwargs):
+def generate(
+    self: Upstream, inputs: Tensor | None = None, generation_config: Upstream = None, **kwargs: Any
+) -> Any:
     """Prepares everything as upstream does, and runs ``_steps`` in place of upstream's loop."""
     asked = sorted(name for name in _LOOP if kwargs.get(name) is not None)
     if asked:
@@ -65,18 +80,25 @@ def generate(self, inputs=None, generation_config=None, **kwargs):
     return upstream_class(self).generate(self, inputs, generation_config, **kwargs)
 
 
-def _leave(model, reason):
+def _leave(model: Upstream, reason: str) -> None:
     _left.note(model, f"upstream's loop runs: {reason}", "generate")
 
 
-def _steps(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+def _steps(
+    self: Upstream,
+    input_ids: Tensor,
+    logits_processor: Upstream,
+    stopping_criteria: Upstream,
+    generation_config: Upstream,
+    **model_kwargs: Any,
+) -> Any:
     """Returns (batch, 1 + steps) as upstream's ``_sample`` does, and leaves durations in ``_step_durations``."""
     frames, lengths = model_kwargs["encoder_outputs"].pooler_output, model_kwargs["encoder_valid_lengths"]
     asked = input_ids, logits_processor, stopping_criteria, generation_config, frames
     looping, reason = None, _why_not_this_call(self, *asked) or _why_not_any_call(self)
     if not reason:
         looping, reason = _looping(self)
-    if not reason:
+    if looping is not None and not reason:
         most_steps = stopping_criteria.max_length - input_ids.shape[1]
         steps = steps_of_generate(Parakeet(self), looping, frames, lengths, input_ids, most_steps)
         if _suppresses_durations(self, logits_processor) or no_duration_wins(self, frames, input_ids, steps):
@@ -89,7 +111,7 @@ def _steps(self, input_ids, logits_processor, stopping_criteria, generation_conf
     )
 
 
-def _looping(model):
+def _looping(model: Upstream) -> tuple[LabelLooping | None, str]:
     """Returns the native search and "", or None and why there is none."""
     try:
         looping = Parakeet(model).looping()
@@ -98,17 +120,24 @@ def _looping(model):
     return looping, looping.reason
 
 
-def _durations(model):
+def _durations(model: Upstream) -> set[int]:
     """Returns the places of a TDT's durations among the logits."""
     tokens = model.config.vocab_size
     return set(range(tokens, tokens + len(getattr(model.config, "durations", ()))))
 
 
-def _suppresses_durations(model, processors) -> bool:
+def _suppresses_durations(model: Upstream, processors: Upstream) -> bool:
     return _durations(model) <= {token for every in processors for token in every.suppress_tokens.tolist()}
 
 
-def _why_not_this_call(model, input_ids, processors, criteria, generation_config, frames) -> str:
+def _why_not_this_call(
+    model: Upstream,
+    input_ids: Tensor,
+    processors: Upstream,
+    criteria: Upstream,
+    generation_config: Upstream,
+    frames: Tensor,
+) -> str:
     """Returns the reason why the native search cannot serve a call, or ""."""
     others = {type(p).__name__ for p in processors if not hasattr(p, "suppress_tokens")}
     suppressed = {
@@ -136,7 +165,7 @@ def _why_not_this_call(model, input_ids, processors, criteria, generation_config
     return "" if frames.shape[1] else "there are no frames"
 
 
-def _why_not_any_call(model) -> str:
+def _why_not_any_call(model: Upstream) -> str:
     """Returns why no call of this model is searched natively now, as far as that shows without its weights, or ""."""
     if any_watched([model]):
         return "the model has hooks"
@@ -145,11 +174,11 @@ def _why_not_any_call(model) -> str:
     return ""
 
 
-def _wants_states(generation_config) -> bool:
+def _wants_states(generation_config: Upstream) -> bool:
     return bool(generation_config.output_hidden_states or generation_config.output_attentions)
 
 
-def _leaves(module):
+def _leaves(module: Upstream) -> dict[str, str | None]:
     reason = _why_not_any_call(module)
     if getattr(module.generation_config, "use_cache", None) is False:  # None: upstream's default, True
         reason = reason or _NO_CACHE
@@ -161,7 +190,7 @@ def _leaves(module):
     }
 
 
-def _functions(module):
+def _functions(module: Upstream) -> list[Callable]:
     cls = upstream_class(module)
     prepared = "model_inputs", "generated_length", "cache_for_generation"
     others = (
@@ -172,7 +201,7 @@ def _functions(module):
     return [cls.forward, cls.generate, *others, *(getattr(cls, f"_prepare_{name}") for name in prepared)]
 
 
-def _structure(module):
+def _structure(module: Upstream) -> str | None:
     kind = "TDT" if hasattr(module.config, "durations") else "RNNT"
     return (
         check_parameters(module, {})

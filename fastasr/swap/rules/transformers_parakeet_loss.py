@@ -2,18 +2,28 @@
 """The loss of transformers' ParakeetForRNNT and ParakeetForTDT, without the joint's logits."""
 
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.rnnt import lengths, tdt_joiner_loss
-from fastasr.swap.rule import upstream_class
+from fastasr.swap.rule import Upstream, upstream_class
 
 _LOSSES = "ParakeetForRNNTLoss", "ParakeetForTDTLoss"
 _ACTIVATIONS = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
 
 
-def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels, **kwargs):
+def with_loss(
+    model: Upstream,
+    features: Tensor | None,
+    mask: Tensor | None,
+    decoder_input_ids: Tensor | None,
+    encoder_outputs: Upstream,
+    labels: Tensor,
+    **kwargs: Any,
+) -> Any:
     """Returns upstream's output for labels, with None for ``logits``."""
     config, head = model.config, model.joint.head
     if encoder_outputs is None:
@@ -28,15 +38,22 @@ def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels,
         loss = tdt_joiner_loss(*call, ends, symbols, config.blank_token_id, config.durations, *options)
     else:
         symbols = (labels != config.blank_token_id).sum(-1)
-        call = *call, ends, symbols, config.blank_token_id
-        losses = lengths.joiner_losses(*call, activation=config.hidden_act)
+        blank = config.blank_token_id
+        losses = lengths.joiner_losses(*call, ends, symbols, blank, activation=config.hidden_act)
         loss = lengths.reduced("rnnt.joiner_loss", losses, symbols, kwargs.get("reduction", "mean_volume"))
     kept = "last_hidden_state", "pooler_output", "hidden_states", "attentions"
     output = sys.modules[upstream_class(model).__module__].ParakeetRNNTOutput
     return output(loss=loss, **{name: getattr(encoder_outputs, name) for name in kept})
 
 
-def why_with_logits(model, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs) -> str:
+def why_with_logits(
+    model: Upstream,
+    encoder_outputs: Upstream,
+    labels: Tensor,
+    decoder_cache: Upstream,
+    use_decoder_cache: bool | None,
+    kwargs: dict[str, Any],
+) -> str:
     """Returns why the result of ``with_loss`` for these arguments is not upstream's, apart from the logits, or "" if it
     is."""
     if labels.dim() != 2 or labels.shape[1] == 0:
@@ -50,7 +67,7 @@ def why_with_logits(model, encoder_outputs, labels, decoder_cache, use_decoder_c
     return why_with_logits_always(model)
 
 
-def why_with_logits_always(model) -> str:
+def why_with_logits_always(model: Upstream) -> str:
     """Returns why no call of this model has its loss by ``with_loss`` now, or ""."""
     head, loss = model.joint.head, model.loss_function
     name, origin = (getattr(loss, a, getattr(type(loss), a)) for a in ("__name__", "__module__"))
@@ -66,7 +83,7 @@ def why_with_logits_always(model) -> str:
     return "" if is_upstreams(model.joint, model) else "joint has hooks or another forward"
 
 
-def shared(result):
+def shared(result: Any) -> Any:
     """Returns the part of upstream's output that a forward with labels returns too: all but the logits."""
     if getattr(result, "loss", None) is None:
         return result

@@ -3,27 +3,27 @@
 feed-forward."""
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
+from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules.conformer import feed_forward_rule
 from fastasr.swap.rules.transformers_parakeet import SILU
 
 _FROM_5_18 = Known("transformers 5.18 to 5.24")
 
 
-def _phi4_structure(module):
+def _phi4_structure(module: Upstream) -> str | None:
     expected = 2 + 3 * (module.sampling_num - 1)
     if len(module.conv) != expected:
         return f"submodule conv has {len(module.conv)} layers, expected {expected}"
     return check_parameters(module, {}) or check_child_names(module, ("act_fn", "conv", "out"))
 
 
-def _memory_structure(module):
+def _memory_structure(module: Upstream) -> str | None:
     if module.conv.kernel_size[0] % 2 == 0:
         return f"conv has {module.conv.kernel_size[0]} taps, expected an odd number"
     return check_parameters(module, {}) or check_child_names(module, ("conv", "pad"))
 
 
-def _feed_forward_structure(module):
+def _feed_forward_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_child_names(module, ("activation_fn", "fc1", "fc2"))
     return reason or unread_child(module, "activation_fn", "SiLUActivation", SILU)
 

@@ -2,16 +2,16 @@
 """Rules for the attention and the causal convolution of transformers' SeamlessM4T v2 and w2v-BERT 2.0."""
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, check_child_names, check_parameters
+from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters
 from fastasr.swap.rules import transformers_conformer as conformer
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule
+from fastasr.swap.rules.conformer import attention_rule, norm_convolution_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
 
 _FROM_5_18 = Known("transformers 5.18 to 5.24")
 _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "dropout")
 
 
-def _attention_structure(module):
+def _attention_structure(module: Upstream) -> str | None:
     kind = module.position_embeddings_type
     if kind == "relative":
         return conformer.attention_structure(module)
@@ -25,14 +25,14 @@ def _attention_structure(module):
     return None if found == (rows, module.head_size) else f"distance_embedding has shape {found}"
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     taps, sides = module.depthwise_conv.kernel_size[0], module.depthwise_conv.padding
     if sides != (0,):
         return f"depthwise_conv has padding {sides}, expected (0,): upstream pads by {taps - 1} before it"
     return conformer.seamless_convolution_structure(module, norm="depthwise_layer_norm")
 
 
-def _attention(class_name, name, fingerprint):
+def _attention(class_name: str, name: str, fingerprint: str) -> Rule:
     return attention_rule(
         name=f"transformers.{name}_attention",
         class_name=class_name,
@@ -45,8 +45,8 @@ def _attention(class_name, name, fingerprint):
     )
 
 
-def _convolution(class_name, name, fingerprint):
-    return convolution_rule(
+def _convolution(class_name: str, name: str, fingerprint: str) -> Rule:
+    return norm_convolution_rule(
         name=f"transformers.{name}_convolution",
         class_name=class_name,
         forward=models.causal_seamless_convolution,

@@ -17,7 +17,7 @@ from fastasr.testing.declared.signature import Argument, Output
 class Declared:
     """An op's declaration, read. ``op`` holds the fields as they were written."""
 
-    def __init__(self, op: Op):
+    def __init__(self, op: Op) -> None:
         formula = op.definition
         self.op, self.name = op, op.name
         self.arguments = signature.arguments(formula)
@@ -68,7 +68,7 @@ class Declared:
         """
         left, known = sorted(self.tensors, key=lambda a: a is not self.leader), self.known_sizes()
         while left:
-            found = {}
+            found: dict[bool, Argument] = {}
             for a in left:
                 try:
                     lines = list(a.pattern.bind(set(known), a.name))

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
-Names = dict[str, object]  # sizes by name; the size of *S is a tuple
+Names = dict[str, Any]  # sizes by name; the size of *S is a tuple
 _compiled = cache(compile)
 
 
@@ -90,7 +91,8 @@ class Shape:
         """Returns (rank condition, conditions, bindings) as code over the variable ``shape``, and adds to ``known``."""
         count = len(self.dims)
         rank = f"len({shape}) {'>=' if self.rest else '=='} {count}"
-        conditions, bindings = [], []
+        conditions: list[str] = []
+        bindings: list[str] = []
         if self.rest not in ("", "..."):
             rest = f"{shape}[:{-count}]" if count else shape
             (conditions if self.rest in known else bindings).append(

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -46,10 +46,10 @@ WORDS = ((">=", "at least"), ("<=", "at most"), (">", "more than"), ("<", "less 
 @dataclass(frozen=True)
 class Argument:
     name: str
-    kind: object  # a key of TENSORS or of PYTHON
+    kind: Any  # a key of TENSORS or of PYTHON
     optional: bool
     default: object
-    pattern: Pattern | None = None
+    pattern: Any = None  # the Pattern of a tensor
     constraint: str = ""
     codes: dict = field(default_factory=dict)  # a choice -> the number that kernels get
     choices: tuple[str, ...] = ()  # in the order of the signature
@@ -105,7 +105,8 @@ class Argument:
 class Output:
     name: str
     pattern: Pattern | Callable  # A kept tensor may have a function (backend, a) -> sizes instead.
-    dtype: tuple[str, ...] | torch.dtype  # the output's dtype is the promotion of these arguments or outputs
+    # a torch.dtype, or the names of arguments or outputs whose dtypes are promoted to the output's
+    dtype: Any
     wide: bool  # If set, the output is at least float32.
     flag: str = ""  # the argument that asks for it
     constant: bool = False  # it has no gradient
@@ -116,10 +117,10 @@ def arguments(formula: Callable) -> tuple[Argument, ...]:
     return tuple(_argument(p, hints[p.name]) for p in inspect.signature(formula).parameters.values())
 
 
-def _argument(parameter: inspect.Parameter, hint) -> Argument:
+def _argument(parameter: inspect.Parameter, hint: Any) -> Argument:
     hint, optional = _without_none(hint)
     type_, *extra = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    more = {}
+    more: dict[str, Any] = {}
     if type_ is Tensor:
         kind = extra[1] if len(extra) > 1 else "floating"
         more["pattern"] = Pattern.parse(extra[0])
@@ -138,7 +139,7 @@ def _argument(parameter: inspect.Parameter, hint) -> Argument:
     return Argument(parameter.name, kind, optional, parameter.default, **more)
 
 
-def _without_none(hint) -> tuple[object, bool]:
+def _without_none(hint: Any) -> tuple[Any, bool]:
     if get_origin(hint) not in (Union, UnionType):
         return hint, False
     (hint,) = (h for h in get_args(hint) if h is not NoneType)
@@ -150,15 +151,15 @@ def outputs(formula: Callable, names: list[str]) -> tuple[Output, ...]:
     hints = get_type_hints(formula, include_extras=True)
     union = get_origin(hints["return"]) in (Union, UnionType)
     forms = get_args(hints["return"]) if union else (hints["return"],)
-    forms = sorted((get_args(f) if get_origin(f) is tuple else (f,) for f in forms), key=len)
+    sorted_forms = sorted((get_args(f) if get_origin(f) is tuple else (f,) for f in forms), key=len)
     flag = next((name for name in hints if name.startswith("return_")), "")
     return tuple(
-        output(name, hint, flag if i >= len(forms[0]) else "")
-        for i, (name, hint) in enumerate(zip(names, forms[-1], strict=True))
+        output(name, hint, flag if i >= len(sorted_forms[0]) else "")
+        for i, (name, hint) in enumerate(zip(names, sorted_forms[-1], strict=True))
     )
 
 
-def output(name: str, hint, flag: str = "") -> Output:
+def output(name: str, hint: Any, flag: str = "") -> Output:
     _, shape, dtype, *constant = get_args(hint)
     pattern = shape if callable(shape) else Pattern.parse(shape)
     if isinstance(dtype, torch.dtype):

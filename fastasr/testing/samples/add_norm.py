@@ -2,6 +2,7 @@
 """Samples of add_norm, and its benchmark at the size of a FastConformer of 110M parameters."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from fastasr.testing.speed import Case, case, costs
 from fastasr.testing.table import Make, OpTable, Sample
 
 
-def _call(make: Make, shape: tuple[int, ...], eps: float = 1e-5, size: float = 1.0, **more) -> dict:
+def _call(make: Make, shape: tuple[int, ...], eps: float = 1e-5, size: float = 1.0, **more: Any) -> dict:
     channels = shape[-1]
     return {
         "x": make.normal(*shape, scale=size),
@@ -20,7 +21,7 @@ def _call(make: Make, shape: tuple[int, ...], eps: float = 1e-5, size: float = 1
     } | more
 
 
-def _of_stream(make: Make, *shape: int, **more) -> dict:
+def _of_stream(make: Make, *shape: int, **more: Any) -> dict:
     """Makes a call under autocast: x and the parameters are float32."""
     wide = _call(Make(dtype=torch.float32, device=make.device, seed=3), shape, scale=0.5)
     return wide | {"update": make.normal(*shape)} | more

@@ -3,8 +3,10 @@
 channels are in the middle. It is not the gradient of a function: it has tests of its own too."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.testing.speed import (
     BATCH,
@@ -39,7 +41,7 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _upstream(grad, x, channel_dim, **limits) -> Implementation:
+def _upstream(grad: Tensor, x: Tensor, channel_dim: int, **limits: Any) -> Implementation:
     function = upstream_member("zipformer.modules.scaling.BalancerFunction")
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -51,7 +53,12 @@ def _case(channel_dim: int, *shape: int) -> Case:
     def costs(size: int) -> dict[str, Cost]:
         return {FORWARD: Cost(4 * math.prod(shape) * size)}  # x twice, grad; y
 
-    options = {"copy": True, "passes": (FORWARD,), "differentiable": (), "others": {"upstream": _upstream}}
+    options: dict[str, Any] = {
+        "copy": True,
+        "passes": (FORWARD,),
+        "differentiable": (),
+        "others": {"upstream": _upstream},
+    }
     return case("balancer_gradient", shape, lambda m: _call(m, shape, channel_dim), costs, **options)
 
 

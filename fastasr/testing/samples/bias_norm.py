@@ -4,7 +4,9 @@
 import math
 from functools import partial
 
-from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module, upstream_member
+from torch import Tensor
+
+from fastasr.testing.speed import BATCH, FRAMES, Case, Implementation, case, costs, module, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
@@ -70,7 +72,7 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _upstream(x, bias, log_scale, **_):
+def _upstream(x: Tensor, bias: Tensor, log_scale: Tensor, **_: object) -> Implementation:
     norm = upstream_member("zipformer.modules.scaling.BiasNorm")(x.shape[-1]).to(x)
     return module(norm, x, bias=bias, log_scale=log_scale)
 

@@ -4,7 +4,9 @@
 import math
 from functools import partial
 
-from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module, upstream_member
+from torch import Tensor
+
+from fastasr.testing.speed import BATCH, FRAMES, Case, Implementation, case, costs, module, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
@@ -71,7 +73,7 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _upstream(x_orig, x, scale):
+def _upstream(x_orig: Tensor, x: Tensor, scale: Tensor) -> Implementation:
     bypass = upstream_member("zipformer.modules.zipformer.BypassModule")(x.shape[-1]).to(x)
     return module(bypass, x_orig, x, bypass_scale=scale)
 

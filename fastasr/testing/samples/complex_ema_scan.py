@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fastasr.testing.samples.ema_scan import Average, measured
 from fastasr.testing.speed import Case, computed
@@ -62,7 +63,9 @@ TABLE = replace(
 # --- the benchmark
 
 
-def by_fft(x, alpha, delta, theta, gamma, omega, **_):
+def by_fft(
+    x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, omega: Tensor, **_: object
+) -> Tensor:
     """Returns the formula on (B, D, L) as the product of two transforms, in float32 or better."""
     length, states = x.shape[-1], alpha.shape[1]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32

@@ -4,13 +4,19 @@ large one, 1024 of a small one. Upstream is ESPnet's ConvolutionalSpatialGatingU
 """
 
 import math
+from typing import Any
+
+from torch import Tensor
 
 from fastasr.ops import _activation
-from fastasr.testing.speed import BATCH, Case, case, costs, module, upstream_member
+from fastasr.testing.fuzz import Shape
+from fastasr.testing.speed import BATCH, Case, Implementation, case, costs, module, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
 
-def _call(make: Make, batch: int, frames: int, channels: int, taps: int, masked=True, **options) -> dict:
+def _call(
+    make: Make, batch: int, frames: int, channels: int, taps: int, masked: bool = True, **options: Any
+) -> dict:
     mask = (
         {"padding_mask": make.padding(frames, [max(0, frames - 2 * b) for b in range(batch)])}
         if masked
@@ -33,11 +39,11 @@ def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
     return arguments
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), 1 + shape.size()
     taps = shape.choice((1, 3, 7, 15, 31))
     # with few channels and a small eps, LayerNorm may divide by a number that is only rounding error
-    options = {"activation": shape.choice(_activation.NAMES), "eps": shape.choice((0.1, 1.0))}
+    options: dict[str, Any] = {"activation": shape.choice(_activation.NAMES), "eps": shape.choice((0.1, 1.0))}
     return _call(make, batch, frames, channels, taps) | options
 
 
@@ -83,19 +89,22 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _upstream(x, norm_weight, norm_bias, weight, bias, eps):
+def _upstream(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Implementation:
     unit = upstream_member("espnet2.asr.layers.cgmlp.ConvolutionalSpatialGatingUnit")
     unit = unit(2 * weight.shape[0], weight.shape[-1], 0.0, False, "identity").to(x)
-    norm = {"norm.weight": norm_weight, "norm.bias": norm_bias}
-    return module(unit, x, **norm, **{"conv.weight": weight, "conv.bias": bias})
+    parameters: dict[str, Any] = {"norm.weight": norm_weight, "norm.bias": norm_bias}
+    parameters |= {"conv.weight": weight, "conv.bias": bias}
+    return module(unit, x, **parameters)
 
 
 def _case(*shape: int, taps: int = 31) -> Case:
-    n = math.prod(shape)
+    (batch, frames, channels), n = shape, math.prod(shape)
     passes = costs((3 * n, 2 * n * taps), (5 * n, 6 * n * taps))
 
     def arguments(make: Make) -> dict:
-        return _call(make, *shape, taps, masked=False, eps=1e-12)
+        return _call(make, batch, frames, channels, taps, masked=False, eps=1e-12)
 
     others = {"upstream": _upstream}
     return case("conv_spatial_gate", shape, arguments, passes, f", {taps} taps", others=others)

@@ -5,9 +5,12 @@ have channels first.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import (
     BATCH,
     FORWARD,
@@ -21,7 +24,9 @@ from fastasr.testing.speed import (
 from fastasr.testing.table import Make, OpTable, Sample
 
 
-def _call(make: Make, batch: int, frames: int, bins: int, channels: int, masked=True, **options) -> dict:
+def _call(
+    make: Make, batch: int, frames: int, bins: int, channels: int, masked: bool = True, **options: Any
+) -> dict:
     first = (frames - 1) // 2
     mask = {"mask": ~make.padding(first, [max(0, first - 2 * b) for b in range(batch)])} if masked else {}
     return {
@@ -35,10 +40,10 @@ def _call(make: Make, batch: int, frames: int, bins: int, channels: int, masked=
     }
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     frames, bins = 7 + shape.choice((0, 1, 2, 3, 4, 20, 66, 131)), 3 + shape.choice((0, 1, 2, 3, 17, 40))
     batch, channels = shape.choice((0, 1, 2, 5)), shape.choice((1, 3, 8, 16, 17, 33))
-    options = {"left": shape.choice((1, 2))}
+    options: dict[str, Any] = {"left": shape.choice((1, 2))}
     if shape.choice((False, True)):
         options |= {"bias": None, "depthwise_bias": None}
     return _call(make, batch, frames, bins, channels, shape.choice((False, True)), **options)
@@ -80,7 +85,9 @@ TABLE = OpTable(
 PARAMETERS = ("weight", "bias", "depthwise_weight", "depthwise_bias")
 
 
-def _upstream(x, weight, bias, depthwise_weight, depthwise_bias, mask):
+def _upstream(
+    x: Tensor, weight: Tensor, bias: Tensor, depthwise_weight: Tensor, depthwise_bias: Tensor, mask: Tensor
+) -> Implementation:
     channels = weight.shape[0]
     layers = torch.nn.Sequential(
         torch.nn.Conv2d(1, channels, 3, 2),
@@ -92,7 +99,7 @@ def _upstream(x, weight, bias, depthwise_weight, depthwise_bias, mask):
     return Implementation(partial(layers, x.unsqueeze(1)), parameters(*layers.parameters()))
 
 
-def _case(batch: int, frames: int, bins: int = 80, channels: int = 256, **options) -> Case:
+def _case(batch: int, frames: int, bins: int = 80, channels: int = 256, **options: Any) -> Case:
     padded = frames + 2, bins + 2
     first, wide = (padded[0] - 1) // 2, (padded[1] - 1) // 2
     into, out = batch * padded[0] * padded[1], batch * ((first - 1) // 2) * ((wide + 1) // 2) * channels

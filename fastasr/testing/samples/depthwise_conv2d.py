@@ -7,14 +7,23 @@ Upstream is its torch.nn.Conv2d on maps with channels first, as in its front end
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, case, costs, module
+from fastasr.testing.fuzz import Shape
+from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, Implementation, case, costs, module
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
-def _maps(make: Make, shape: tuple[int, ...], taps=(7, 7), padding=(3, 3), **options) -> dict:
+def _maps(
+    make: Make,
+    shape: tuple[int, ...],
+    taps: tuple[int, int] = (7, 7),
+    padding: tuple[int, int] = (3, 3),
+    **options: Any,
+) -> dict:
     channels = shape[-1]
     return {
         "x": make.normal(*shape),
@@ -28,9 +37,9 @@ def _maps(make: Make, shape: tuple[int, ...], taps=(7, 7), padding=(3, 3), **opt
 _with = partial(changed, lambda m: _maps(m, (2, 5, 4, 3), (3, 3), (1, 1)))
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     taps = shape.choice((1, 2, 3, 5, 7)), shape.choice((1, 3, 4, 7, 9))
-    padding = tuple(shape.choice(range(k)) for k in taps)
+    padding = shape.choice(range(taps[0])), shape.choice(range(taps[1]))
     least = [max(1, k - 2 * p) for k, p in zip(taps, padding, strict=True)]
     frames, width = least[0] + shape.choice((0, 1, 2, 5, 33, 64)), least[1] + shape.choice((0, 1, 3, 9, 18))
     batch, channels = shape.choice((0, 1, 2, 5)), shape.choice((0, 1, 3, 8, 16, 17, 33))
@@ -89,13 +98,19 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _upstream(x, weight, bias, padding):
+def _upstream(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Implementation:
     channels, _, *taps = weight.shape
-    conv = torch.nn.Conv2d(channels, channels, taps, padding=padding, groups=channels).to(x)
+    conv = torch.nn.Conv2d(channels, channels, (taps[0], taps[1]), padding=padding, groups=channels).to(x)
     return module(conv, x.permute(0, 3, 1, 2).contiguous(), weight=weight, bias=bias)
 
 
-def _case(shape, padding=(3, 3), note: str = "", taps=(7, 7), **options) -> Case:
+def _case(
+    shape: tuple[int, ...],
+    padding: tuple[int, int] = (3, 3),
+    note: str = "",
+    taps: tuple[int, int] = (7, 7),
+    **options: Any,
+) -> Case:
     batch, frames, width, channels = shape
     out_frames, out_width = frames + 2 * padding[0] - taps[0] + 1, width + 2 * padding[1] - taps[1] + 1
     into, out = math.prod(shape), batch * out_frames * out_width * channels

@@ -8,8 +8,10 @@ Upstream is ESPnet's code of the merge: a torch.nn.Conv1d between two transposit
 import math
 
 import torch
+from torch import Tensor
 
-from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module
+from fastasr.testing.fuzz import Shape
+from fastasr.testing.speed import BATCH, FRAMES, Case, Implementation, case, costs, module
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -31,7 +33,7 @@ def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
     return arguments
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), 1 + shape.size()
     return _call(make, batch, frames, channels, shape.choice((1, 3, 7, 15, 31)))
 
@@ -71,22 +73,27 @@ TABLE = OpTable(
 
 
 class Merge(torch.nn.Conv1d):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
-def _upstream(x, weight, bias):
+def _upstream(x: Tensor, weight: Tensor, bias: Tensor) -> Implementation:
     channels, _, taps = weight.shape
     merge = Merge(channels, channels, taps, padding=taps // 2, groups=channels).to(x)
     return module(merge, x, weight=weight, bias=bias)
 
 
 def _case(*shape: int, taps: int = 3) -> Case:
-    n = math.prod(shape)
+    (batch, frames, channels), n = shape, math.prod(shape)
     passes = costs((2 * n, 2 * n * taps), (3 * n, 4 * n * taps))  # x; y. x, dy; dx
     note, others = f", {taps} taps", {"upstream": _upstream}
     return case(
-        "depthwise_conv_residual", shape, lambda m: _call(m, *shape, taps), passes, note, others=others
+        "depthwise_conv_residual",
+        shape,
+        lambda m: _call(m, batch, frames, channels, taps),
+        passes,
+        note,
+        others=others,
     )
 
 

@@ -9,12 +9,14 @@ recordings; the cost must grow linearly with the length.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from fastasr.ops.ema_scan import Layout
-from fastasr.testing.speed import BOTH, FORWARD, Case, case, costs, module, upstream_member
+from fastasr.testing.fuzz import Shape
+from fastasr.testing.speed import BOTH, FORWARD, Case, Implementation, case, costs, module, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
@@ -45,7 +47,7 @@ class Average:
         spread: float = 0.5,
         state: bool = False,
         mask: bool = False,
-        **options,
+        **options: Any,
     ) -> dict:
         """Makes a call with random parameters. ``options``: options of the op, and means of arguments before a
         sigmoid."""
@@ -69,13 +71,15 @@ class Average:
             arguments["padding_mask"] = make.uniform(batch, length) > 0.7
         return arguments
 
-    def changed(self, **arguments) -> Callable[[Make], dict]:
+    def changed(self, **arguments: Any) -> Callable[[Make], dict]:
         return changed(lambda m: self.call(m, 7, 3, 8), **arguments)
 
-    def sample(self, name: str, *sizes: int, exact: bool = True, thorough: bool = False, **options) -> Sample:
+    def sample(
+        self, name: str, *sizes: int, exact: bool = True, thorough: bool = False, **options: Any
+    ) -> Sample:
         return Sample(name, lambda m: self.call(m, *sizes, **options), exact, thorough)
 
-    def random(self, make: Make, shape) -> dict:
+    def random(self, make: Make, shape: Shape) -> dict:
         # relu and tanh are left out, because they map infinities to numbers, and a convolution and a scan have NaNs at
         # different places. Truncations are left out, because an infinity affects more than its window; the op's own
         # tests draw truncated calls.
@@ -95,8 +99,9 @@ class Average:
     def table(self) -> OpTable:
         """Returns the table with the samples that both ops share."""
         sample, (first, second, *_) = self.sample, self.means
-        close_to_1 = {first: -7.0, second: -3.0}
-        both = {"direction": "bidirectional"}
+        close_to_1: dict[str, Any] = {first: -7.0, second: -3.0}
+        close_to_0: dict[str, Any] = {first: 12.0, second: 12.0}
+        both: dict[str, Any] = {"direction": "bidirectional"}
         return OpTable(
             op=self.op,
             samples=(
@@ -114,7 +119,7 @@ class Average:
                 sample("reverse, truncated", 150, 2, 30, 6, direction="reverse", truncation=64, layout="BDL"),
                 sample("truncation beyond the end", 20, 2, 8, truncation=50),
                 sample("|q| close to 1", 700, 1, 40, state=True, **close_to_1),
-                sample("|q| close to 0", 300, 1, 40, state=True, **{first: 12.0, second: 12.0}),
+                sample("|q| close to 0", 300, 1, 40, state=True, **close_to_0),
                 sample("|q| is 0 and 1", 20, 2, 64, spread=100.0),
                 sample("close to 1, truncated", 700, 1, 40, truncation=100, **close_to_1),
                 sample("one step", 1, 4, 70, state=True, activation="silu"),
@@ -195,7 +200,15 @@ TABLE = replace(
 # --- the benchmark
 
 
-def _upstream(x, damping, decay, expansion, projection, residual, **_):
+def _upstream(
+    x: Tensor,
+    damping: Tensor,
+    decay: Tensor,
+    expansion: Tensor,
+    projection: Tensor,
+    residual: Tensor,
+    **_: object,
+) -> Implementation:
     average = upstream_member(
         "espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema.MultiHeadDampedEMA"
     )
@@ -206,7 +219,7 @@ def _upstream(x, damping, decay, expansion, projection, residual, **_):
 
 
 def measured(
-    op: str, name: str, sizes: tuple[int, ...], arguments: Callable[[Make], dict], **options
+    op: str, name: str, sizes: tuple[int, ...], arguments: Callable[[Make], dict], **options: Any
 ) -> Case:
     """Returns a case of ema_scan or of complex_ema_scan: the two move the same bytes."""
     shape, n = "x".join(map(str, sizes)), math.prod(sizes)

@@ -7,17 +7,32 @@ one step with its cache.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastasr.ops import _swoosh
 from fastasr.ops._depthwise_conv import ACTIVATIONS
-from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, case, costs, module, upstream_member
+from fastasr.testing.fuzz import Shape
+from fastasr.testing.speed import (
+    BATCH,
+    FORWARD,
+    FRAMES,
+    Case,
+    Cost,
+    Implementation,
+    case,
+    costs,
+    module,
+    upstream_member,
+)
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
-def _plain(make: Make, frames: int, batch: int, channels: int, taps: int, **options) -> dict:
+def _plain(make: Make, frames: int, batch: int, channels: int, taps: int, **options: Any) -> dict:
     return {
         "h": make.normal(frames, batch, 2 * channels, scale=1.5),
         "weight": make.normal(channels, 1, taps, scale=0.3),
@@ -27,13 +42,13 @@ def _plain(make: Make, frames: int, batch: int, channels: int, taps: int, **opti
     }
 
 
-def _past(make: Make, frames: int, batch: int, channels: int, taps: int, delay: int, **options) -> dict:
+def _past(make: Make, frames: int, batch: int, channels: int, taps: int, delay: int, **options: Any) -> dict:
     cache = make.normal(batch, channels, taps // 2 + delay)
     return _plain(make, frames, batch, channels, taps, cache=cache, delay=delay, **options)
 
 
 def _causal(
-    make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1, **options
+    make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1, **options: Any
 ) -> dict:
     return _plain(make, frames, batch, channels, taps) | {
         "causal_weight": make.normal(channels, 1, taps // 2 + 1, scale=0.3),
@@ -56,10 +71,10 @@ def _without(name: str, partner: str, make: Make) -> dict:
     return {k: v for k, v in call.items() if k == name or k not in needed}
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), shape.size()
     taps = shape.choice((1, 3, 7, 15, 31))
-    options = {"activation": shape.choice(tuple(ACTIVATIONS))}
+    options: dict[str, Any] = {"activation": shape.choice(tuple(ACTIVATIONS))}
     form = shape.choice(("plain", "past", "causal", "stream"))
     if form == "plain":
         return _plain(make, frames, batch, channels, taps) | options
@@ -166,37 +181,40 @@ TABLE = OpTable(
 class Between(torch.nn.Module):
     """What upstream's convolution module computes between its projections."""
 
-    def __init__(self, conv, **options):
+    def __init__(self, conv: nn.Conv1d, **options: Any) -> None:
         super().__init__()
         self.conv, self.options = conv, options
 
-    def forward(self, h):
+    def forward(self, h: Tensor) -> Tensor:
         x, s = h.chunk(2, dim=2)
         y = self.conv((x * torch.sigmoid(s)).permute(1, 2, 0), **self.options).permute(2, 0, 1)
         return _swoosh.definition(y, "SwooshR")
 
 
-def _upstream(h, weight, bias, chunk_size=None, **causal):
+def _upstream(
+    h: Tensor, weight: Tensor, bias: Tensor, chunk_size: int | None = None, **causal: Any
+) -> Implementation:
     channels, _, taps = weight.shape
     if chunk_size is None:
         conv = Between(torch.nn.Conv1d(channels, channels, taps, groups=channels, padding=taps // 2)).to(h)
-        return module(conv, h, **{"conv.weight": weight, "conv.bias": bias})
+        parameters: dict[str, Any] = {"conv.weight": weight, "conv.bias": bias}
+        return module(conv, h, **parameters)
     conv = upstream_member("zipformer.modules.scaling.ChunkCausalDepthwiseConv1d")(channels, taps)
-    state = {"chunkwise_conv.weight": weight, "chunkwise_conv.bias": bias}
+    state: dict[str, Any] = {"chunkwise_conv.weight": weight, "chunkwise_conv.bias": bias}
     state |= {"causal_conv.weight": causal["causal_weight"], "causal_conv.bias": causal["causal_bias"]}
     state |= {"chunkwise_conv_scale": causal["chunk_scale"]}
     state = {f"conv.{name}": value for name, value in state.items()}
     return module(Between(conv, chunk_size=chunk_size).to(h), h, **state)
 
 
-def _costs(shape, taps: int, causal: bool):
+def _costs(shape: tuple[int, ...], taps: int, causal: bool) -> Callable[[int], dict[str, Cost]]:
     n = math.prod(shape)
     products = n * (taps + taps // 2 + 1 if causal else taps)
     # x, s; y. x, s, dy; dx, ds. z again, du, the taps' gradients
     return costs((3 * n, 2 * products), (5 * n, 6 * products))
 
 
-def _case(shape, taps: int, chunk: int | None = None) -> Case:
+def _case(shape: tuple[int, int, int], taps: int, chunk: int | None = None) -> Case:
     def arguments(make: Make) -> dict:
         made = _causal(make, *shape, taps, chunk) if chunk else _plain(make, *shape, taps)
         return made | {"padding_mask": None}
@@ -205,17 +223,17 @@ def _case(shape, taps: int, chunk: int | None = None) -> Case:
     return case("gated_depthwise_conv", shape, arguments, passes, note, others={"upstream": _upstream})
 
 
-def _step_case(shape, taps: int) -> Case:
+def _step_case(shape: tuple[int, int, int], taps: int) -> Case:
     def arguments(make: Make) -> dict:
         return _stream(make, *shape, taps) | {"padding_mask": None, "return_cache": True}
 
-    def kept(arguments: dict, result):
+    def kept(arguments: dict, result: Any) -> Tensor:
         y, new_cache = result
         arguments["cache"].copy_(new_cache)
         return y
 
     note, passes = f", {taps} taps, one streaming step", _costs(shape, taps, True)
-    options = {"passes": (FORWARD,), "differentiable": (), "result": kept}
+    options: dict[str, Any] = {"passes": (FORWARD,), "differentiable": (), "result": kept}
     return case("gated_depthwise_conv", shape, arguments, passes, note, **options)
 
 

@@ -2,13 +2,15 @@
 """Samples of gated_residual_norm, and its benchmark at the sizes of ESPnet's MEGA decoder."""
 
 import math
+from functools import partial
+from typing import Any
 
 from fastasr.ops import _activation
 from fastasr.testing.speed import Case, case, costs
 from fastasr.testing.table import Make, OpTable, Sample
 
 
-def _call(make: Make, shape: tuple[int, ...], **more) -> dict:
+def _call(make: Make, shape: tuple[int, ...], **more: Any) -> dict:
     channels = shape[-1]
     return {
         "x": make.normal(*shape),
@@ -48,10 +50,7 @@ TABLE = OpTable(
         Sample("slices of a projection", lambda m: _slices(m, 30, 4, 64)),
         Sample("slices", lambda m: _slices(m, 6, 2, 20), thorough=True),
         Sample("dropout", lambda m: _with_mask(m, (3, 2, 9)), thorough=True),
-        *(
-            Sample(name, lambda m, name=name: _call(m, (7, 2, 33), activation=name))
-            for name in _activation.NAMES
-        ),
+        *(Sample(name, partial(_call, shape=(7, 2, 33), activation=name)) for name in _activation.NAMES),
         Sample("block", lambda m: _slices(m, 40, 4, 512)),
         Sample("matrix", lambda m: _call(m, (9, 193))),
         Sample("vector", lambda m: _call(m, (40,)), exact=False),
@@ -70,9 +69,15 @@ TABLE = OpTable(
 
 
 def _case(*shape: int) -> Case:
-    n = math.prod(shape)
+    (length, batch, channels), n = shape, math.prod(shape)
     passes = costs((5 * n, 0), (8 * n, 0))
-    return case("gated_residual_norm", shape, lambda m: _slices(m, *shape, between=1152), passes, copy=True)
+    return case(
+        "gated_residual_norm",
+        shape,
+        lambda m: _slices(m, length, batch, channels, between=1152),
+        passes,
+        copy=True,
+    )
 
 
 def sized(T: int = 200, B: int = 4, C: int = 512) -> Case:

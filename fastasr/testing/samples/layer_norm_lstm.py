@@ -3,6 +3,10 @@
 sequence and one step. Upstream is torchaudio's ``_CustomLSTM``.
 """
 
+from typing import Any
+
+from torch import Tensor
+
 from fastasr.testing.speed import BOTH, FORWARD, Case, Cost, Implementation, case, parameters, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
@@ -25,7 +29,15 @@ def lstm(
     return arguments
 
 
-def _sample(name: str, *sizes: int, exact=True, thorough=False, large=False, draws=4, **options) -> Sample:
+def _sample(
+    name: str,
+    *sizes: int,
+    exact: bool = True,
+    thorough: bool = False,
+    large: bool = False,
+    draws: int = 4,
+    **options: Any,
+) -> Sample:
     return Sample(name, lambda m: lstm(m, *sizes, **options), exact, thorough, large, draws)
 
 
@@ -91,7 +103,9 @@ PARAMETERS = {
 }
 
 
-def _upstream(x, eps, hidden=None, cell=None, **values):
+def _upstream(
+    x: Tensor, eps: float, hidden: Tensor | None = None, cell: Tensor | None = None, **values: Any
+) -> Implementation:
     units = values["cell_weight"].shape[0]
     lstm = upstream_member("torchaudio.models.rnnt._CustomLSTM")(x.shape[-1], units, True, eps).to(x)
     lstm.load_state_dict({PARAMETERS[name]: value for name, value in values.items()})

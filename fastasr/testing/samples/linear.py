@@ -6,7 +6,9 @@ stay in the caches between calls: those cases go through a ring of weights that 
 """
 
 import itertools
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,7 @@ RING_BYTES = 96 * 2**20
 RING_MOST = 24  # A ring has at most this many weights.
 
 
-def _ring(function, make: Make, rows: int, inputs: int, outputs: int) -> Implementation:
+def _ring(function: Callable, make: Make, rows: int, inputs: int, outputs: int) -> Implementation:
     size = inputs * outputs * make.dtype.itemsize
     count = min(RING_MOST, max(2, RING_BYTES // size))
     call = affine(make, (rows, inputs), outputs)
@@ -73,7 +75,7 @@ def _costs(rows: int, inputs: int, outputs: int, size: int) -> dict[str, Cost]:
 
 
 def _case(
-    rows: int, inputs: int, outputs: int, wanted=("x", "weight", "bias"), passes=(FORWARD, BOTH)
+    rows: int, inputs: int, outputs: int, wanted: Any = ("x", "weight", "bias"), passes: Any = (FORWARD, BOTH)
 ) -> Case:
     """Returns the case with gradients of the arguments that are ``wanted``."""
     return case(
@@ -92,9 +94,9 @@ def _step_case(rows: int, inputs: int, outputs: int) -> Case:
     """Returns the case of a streaming step, which has a forward only."""
     functions = {"eager": F.linear, "fastasr": ops.linear}
 
-    def make(device: str, dtype: torch.dtype):
+    def make(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Implementation]]:
         return {
-            name: lambda f=function: _ring(f, Make(dtype, device), rows, inputs, outputs)
+            name: partial(_ring, function, Make(dtype, device), rows, inputs, outputs)
             for name, function in functions.items()
         }
 
@@ -105,7 +107,8 @@ def _step_case(rows: int, inputs: int, outputs: int) -> Case:
 def _cases(*sizes: int) -> list[Case]:
     """Returns one case per set of gradients."""
     gradients = (("x",), (INPUT_GRADIENT,)), (("weight",), (WEIGHT_GRADIENT,))
-    return [_case(*sizes), *(_case(*sizes, wanted, passes) for wanted, passes in gradients)]
+    case: Callable[..., Case] = partial(_case, *sizes)
+    return [case(), *(case(wanted, passes) for wanted, passes in gradients)]
 
 
 def sized(T: int = 796, B: int = 4, K: int = 192, N: int = 512) -> Case:

@@ -44,7 +44,7 @@ TABLE = OpTable(
         Sample("no sequences", lambda m: _call(m, 4, 0, 5)),
     ),
     thread_invariant=False,
-    random=lambda m, shape: _call(m, *(shape() or (3,))[:1], 2, 5),
+    random=lambda m, shape: _call(m, (shape() or (3,))[0], 2, 5),
 )
 
 

@@ -7,15 +7,19 @@ which takes the scores of positions and the padding as one additive mask.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.ops._relative_positions import outside_context, relative_shift
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import (
     BATCH,
     FRAMES,
     Case,
+    Cost,
     Unavailable,
     case,
     compiled,
@@ -27,7 +31,14 @@ from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
 def _call(
-    make: Make, batch: int, frames: int, heads: int, width: int, value: int | None = None, cached=0, **more
+    make: Make,
+    batch: int,
+    frames: int,
+    heads: int,
+    width: int,
+    value: int | None = None,
+    cached: int = 0,
+    **more: Any,
 ) -> dict:
     keys = cached + frames
     return {
@@ -40,20 +51,20 @@ def _call(
     } | {name: m(make) if callable(m) else m for name, m in more.items()}
 
 
-def _padding(frames: int, *lengths: int):
+def _padding(frames: int, *lengths: int) -> Tensor:
     return torch.arange(frames)[None, :] >= torch.tensor(lengths)[:, None]
 
 
-def _random_mask(*shape: int, hidden: float = 0.3):
+def _random_mask(*shape: int, hidden: float = 0.3) -> Callable[[Make], Tensor]:
     return lambda make: make.uniform(*shape) < hidden
 
 
-def _window(frames: int, left: int, right: int):
+def _window(frames: int, left: int, right: int) -> Tensor:
     offset = torch.arange(frames)[None, :] - torch.arange(frames)[:, None]
     return (offset < -left) | (offset > right)
 
 
-def _empty_rows(frames: int):
+def _empty_rows(frames: int) -> Tensor:
     """Makes a mask in which two queries see nothing: the first and one in the middle."""
     mask = torch.ones(frames, frames, dtype=torch.bool).triu(1)
     mask[0], mask[frames // 2] = True, True
@@ -74,7 +85,7 @@ def _infinite(make: Make) -> dict:
     return call
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     batch, frames, heads = shape.size() % 4, shape.size() % 130, 1 + shape.size() % 3
     width, cached = 1 + shape.size() % 70, shape.choice((0, shape.size() % 80))
     call = _call(make, batch, frames, heads, width, shape.choice((width, 1 + shape.size() % 40)), cached)
@@ -92,7 +103,7 @@ def _random(make: Make, shape) -> dict:
     return call
 
 
-def _small(name: str, arguments, **more) -> Sample:
+def _small(name: str, arguments: Any, **more: Any) -> Sample:
     """Makes a sample of a few hundred numbers, whose errors are compared over several draws."""
     return Sample(name, arguments, draws=8, **more)
 
@@ -247,7 +258,9 @@ def espnet(heads: int, width: int, device: str) -> Callable:
         setattr(module, name, torch.nn.Identity())
     del module.pos_bias_u, module.pos_bias_v
 
-    def run(q, k, v, pos, bias_u, bias_v, key_padding_mask):
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, pos: Tensor, bias_u: Tensor, bias_v: Tensor, key_padding_mask: Tensor
+    ) -> Tensor:
         module.pos_bias_u, module.pos_bias_v = bias_u, bias_v
         shape, mask = q.shape, ~key_padding_mask.unsqueeze(1)
         q, k, v, pos = (t.flatten(-2) for t in (q, k, v, pos))
@@ -256,7 +269,17 @@ def espnet(heads: int, width: int, device: str) -> Callable:
     return run
 
 
-def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask=None, context=(-1, -1), chunk_size=1):
+def additive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    bias_u: Tensor,
+    bias_v: Tensor,
+    key_padding_mask: Tensor | None = None,
+    context: tuple[int, int] = (-1, -1),
+    chunk_size: int = 1,
+) -> Tensor:
     """Returns torch's fused attention with the scores of positions, padding and context as its mask."""
     position = ((q + bias_v) * q.shape[-1] ** -0.5).transpose(1, 2)
     mask = relative_shift(torch.matmul(position, pos.permute(1, 2, 0)))
@@ -276,12 +299,14 @@ def flex(device: str) -> Callable:
 
     attention = compiled(flex_attention)
 
-    def run(q, k, v, pos, bias_u, bias_v, key_padding_mask):
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, pos: Tensor, bias_u: Tensor, bias_v: Tensor, key_padding_mask: Tensor
+    ) -> Tensor:
         frames = q.shape[1]
         position = ((q + bias_v) * q.shape[-1] ** -0.5).transpose(1, 2)
         by_offset = torch.matmul(position, pos.permute(1, 2, 0))
 
-        def scores(content, sequence, head, i, j):
+        def scores(content: Tensor, sequence: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             score = content + by_offset[sequence, head, i, frames - 1 + j - i]
             return torch.where(key_padding_mask[sequence, j], -float("inf"), score)
 
@@ -307,7 +332,9 @@ def _case(frames: int, batch: int, heads: int = HEADS, width: int = WIDTH) -> Ca
     return case("rel_attention", name, arguments, passes, others=others)
 
 
-def _passes(batch: int, frames: int, pairs: int, heads: int = HEADS, width: int = WIDTH):
+def _passes(
+    batch: int, frames: int, pairs: int, heads: int = HEADS, width: int = WIDTH
+) -> Callable[[int], dict[str, Cost]]:
     """Returns the costs of each pass, where queries see ``pairs`` keys in all."""
     product = 2 * batch * heads * pairs * width
     rows, offsets = batch * frames * heads * width, 2 * frames * heads * width

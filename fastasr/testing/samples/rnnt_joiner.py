@@ -3,15 +3,26 @@
 5,000 outputs."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import Case, Cost, case, costs_of
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
 def _call(
-    make: Make, batch: int, frames: int, length: int, s_range: int, d: int, v: int, bias: bool = True, **more
+    make: Make,
+    batch: int,
+    frames: int,
+    length: int,
+    s_range: int,
+    d: int,
+    v: int,
+    bias: bool = True,
+    **more: Any,
 ) -> dict:
     """Makes windows that move evenly from the first context to the last."""
     last = max(0, length + 1 - s_range)
@@ -30,10 +41,11 @@ def _call(
     return call | more
 
 
-def _short(make: Make, *sizes: int, **more) -> dict:
+def _short(make: Make, *sizes: int, **more: Any) -> dict:
     """Makes windows that end before the last context. Every row then has a symbol, so all values are finite."""
-    call = _call(make, *sizes, **more)
-    return call | {"starts": call["starts"].clamp(max=sizes[2] - sizes[3])}
+    batch, frames, length, s_range, channels, outputs = sizes
+    call = _call(make, batch, frames, length, s_range, channels, outputs, **more)
+    return call | {"starts": call["starts"].clamp(max=length - s_range)}
 
 
 def _symbols_but_blank(call: dict) -> dict:
@@ -42,7 +54,7 @@ def _symbols_but_blank(call: dict) -> dict:
     return call | {"symbols": (blank + 1 + call["symbols"] % max(1, outputs - 1)) % outputs}
 
 
-def _hat(make: Make, *sizes: int, **more) -> dict:
+def _hat(make: Make, *sizes: int, **more: Any) -> dict:
     return _symbols_but_blank(_short(make, *sizes, hat=True, **more))
 
 
@@ -50,12 +62,16 @@ def dropout(make: Make, p: float, seed: int) -> dict:
     return {"dropout_p": p, "dropout_seed": torch.tensor([seed], device=make.device)}
 
 
+def _with(call: Callable[[Make], dict], change: dict, make: Make) -> dict:
+    return call(make) | change
+
+
 def changed(
     call: Callable[[Make], dict], *cases: tuple[str, str, object, type[Exception]]
 ) -> tuple[Invalid, ...]:
     """Returns calls that must be refused: ``call`` with one argument changed. Cases: name, argument, value, error."""
     return tuple(
-        Invalid(name, lambda m, change={argument: value}: call(m) | change, error, argument)
+        Invalid(name, partial(_with, call, {argument: value}), error, argument)
         for name, argument, value, error in cases
     )
 
@@ -74,7 +90,7 @@ def _padded(make: Make) -> dict:
     return call | {"symbols": symbols, "boundary": boundary}
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     length, v = shape.size() % 20, 2 + shape.size()
     call = _call(
         make,
@@ -166,7 +182,8 @@ def _case(
     batch, frames, length, s_range, channels = sizes
 
     def arguments(make: Make) -> dict:
-        return _symbols_but_blank(_call(make, *sizes, outputs, keep_logits=keep_logits))
+        call = _call(make, batch, frames, length, s_range, channels, outputs, keep_logits=keep_logits)
+        return _symbols_but_blank(call)
 
     def costs(size: int) -> dict[str, Cost]:
         rows = batch * frames * s_range
@@ -176,7 +193,7 @@ def _case(
 
     shape = f"{batch}x{frames}x{s_range}x{channels}, V={outputs}"
     name = shape if keep_logits is None else f"{shape}, logits computed again"
-    options = {"result": lambda _, y: torch.stack(y)}
+    options: dict[str, Any] = {"result": lambda _, y: torch.stack(y)}
     return case("rnnt_joiner", name, arguments, costs, shape=shape, **options)
 
 

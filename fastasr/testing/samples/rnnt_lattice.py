@@ -3,9 +3,13 @@
 frames."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import (
     BACKWARD,
     BOTH,
@@ -30,7 +34,7 @@ def _lattice(
     boundary: list | None = None,
     mean: float = -2.0,
     scale: float = 1.0,
-    **rest,
+    **rest: Any,
 ) -> dict:
     x = make.normal(batch, symbols, frames + (not modified), scale=scale, mean=mean)
     y = make.normal(batch, symbols + 1, frames, scale=scale, mean=mean / 2)
@@ -40,7 +44,7 @@ def _lattice(
     return arguments | rest
 
 
-def _last_column(make: Make, batch: int, symbols: int, frames: int, **rest) -> dict:
+def _last_column(make: Make, batch: int, symbols: int, frames: int, **rest: Any) -> dict:
     """Makes a lattice as losses do: no symbol follows the last frame, and some symbols are impossible."""
     arguments = _lattice(make, batch, symbols, frames, **rest)
     x = arguments["symbol_logprobs"]
@@ -49,7 +53,7 @@ def _last_column(make: Make, batch: int, symbols: int, frames: int, **rest) -> d
     return arguments
 
 
-def _special(value: float, modified: bool = False, **rest):
+def _special(value: float, modified: bool = False, **rest: Any) -> Callable[[Make], dict]:
     def arguments(make: Make) -> dict:
         made = _lattice(make, 2, 4, 6, modified=modified, boundary=[[0, 0, 4, 6], [0, 0, 3, 6]], **rest)
         made["symbol_logprobs"][0, 2, 3] = value
@@ -59,7 +63,7 @@ def _special(value: float, modified: bool = False, **rest):
     return arguments
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     batch, symbols, frames = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), min(shape.size(), 40)
     arguments = _lattice(make, batch, symbols, frames, modified=shape.choice((False, True)))
     if shape.choice((False, True)):
@@ -131,7 +135,7 @@ TABLE = OpTable(
         *(
             Invalid(
                 name,
-                lambda m, row=row: _lattice(m, 2, 3, 4, boundary=[[0, 0, 3, 4], row]),
+                partial(_lattice, batch=2, symbols=3, frames=4, boundary=[[0, 0, 3, 4], row]),
                 ValueError,
                 "boundary",
             )
@@ -155,7 +159,7 @@ TABLE = OpTable(
 PEER = "fast_rnnt.mutual_information_recursion"
 
 
-def _peer(symbol_logprobs, blank_logprobs, boundary=None) -> Implementation:
+def _peer(symbol_logprobs: Tensor, blank_logprobs: Tensor, boundary: Tensor | None = None) -> Implementation:
     function = upstream_member(PEER)
     return simple(lambda x, y: function(x, y, boundary), symbol_logprobs, blank_logprobs)
 
@@ -179,7 +183,7 @@ def _case(batch: int, symbols: int, frames: int, *, modified: bool = False, ragg
 
     shape = f"{batch}x{symbols}x{frames}"
     note = ", modified" * modified + ", ragged" * ragged
-    options = {"copy": True, "compiles": False, "others": {"upstream": _peer}, "shape": shape}
+    options: dict[str, Any] = {"copy": True, "compiles": False, "others": {"upstream": _peer}, "shape": shape}
     return case(
         "rnnt_lattice", shape, arguments, lattice_costs(batch * (symbols + 1) * (frames + 1)), note, **options
     )

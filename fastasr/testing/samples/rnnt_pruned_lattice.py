@@ -2,10 +2,14 @@
 """Samples of rnnt_pruned_lattice, and its benchmark at the sizes of a training batch; fast_rnnt scatters the band into
 a whole lattice."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.samples.rnnt_lattice import PEER, lattice_costs
 from fastasr.testing.speed import Case, Implementation, case, simple, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
@@ -21,7 +25,7 @@ def _band(
     ends: list | None = None,
     mean: float = -2.0,
     scale: float = 1.0,
-    **rest,
+    **rest: Any,
 ) -> dict:
     """Makes a band of windows. ``step``: a window moves at most this far in a frame. ``ends``: t_end of each sequence;
     its s_end is in the last window."""
@@ -39,7 +43,11 @@ def _band(
     return arguments | rest
 
 
-def _special(value: float, **rest):
+def _with(argument: str, rows: Sequence, make: Make) -> dict:
+    return _band(make, 2, 5, 3) | {argument: torch.tensor(rows)}
+
+
+def _special(value: float, **rest: Any) -> Callable[[Make], dict]:
     def arguments(make: Make) -> dict:
         made = _band(make, 2, 8, 3, ends=[8, 5], **rest)
         made["symbol_logprobs"][0, 1, 0] = value
@@ -49,7 +57,7 @@ def _special(value: float, **rest):
     return arguments
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     batch, frames, window = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), max(1, min(shape.size(), 20))
     arguments = _band(make, batch, frames, window, modified=shape.choice((False, True)))
     if frames and shape.choice((False, True)):
@@ -113,7 +121,7 @@ TABLE = OpTable(
     invalid=tuple(
         Invalid(
             name,
-            lambda m, wrong=(argument, rows): _band(m, 2, 5, 3) | {wrong[0]: torch.tensor(wrong[1])},
+            partial(_with, argument, rows),
             ValueError,
             argument,
         )
@@ -133,12 +141,12 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _peer(symbols: int, symbol_logprobs, blank_logprobs, starts) -> Implementation:
+def _peer(symbols: int, symbol_logprobs: Tensor, blank_logprobs: Tensor, starts: Tensor) -> Implementation:
     recursion = upstream_member(PEER)
     batch, frames, window = symbol_logprobs.shape
     at = (starts[..., None] + torch.arange(window, device=starts.device)).transpose(1, 2)  # (B, R, T)
 
-    def scattered(x, y):
+    def scattered(x: Tensor, y: Tensor) -> Tensor:
         whole_x = x.new_full((batch, symbols + 1, frames + 1), -float("inf"))
         whole_y = x.new_full((batch, symbols + 1, frames), -float("inf"))
         whole_x = whole_x.scatter(1, at, x.transpose(1, 2))[:, :symbols]
@@ -157,7 +165,7 @@ def _case(batch: int, symbols: int, frames: int, window: int) -> Case:
         return made | {"starts": starts}
 
     shape, cells = f"{batch}x{frames}x{window}", batch * frames * window
-    options = {
+    options: dict[str, Any] = {
         "copy": True,
         "compiles": False,
         "others": {"upstream": partial(_peer, symbols)},

@@ -4,17 +4,20 @@ channels, left context 30."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.ops._segments import rows_of
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import Case, case, computed, costs, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 _NAMES = ("frames", "segment_length", "left_context_length", "right_context_length", "max_memory_size")
 
 
-def _call(make: Make, batch: int, heads: int, width: int, *sizes: int, **more) -> dict:
+def _call(make: Make, batch: int, heads: int, width: int, *sizes: int, **more: Any) -> dict:
     """Makes a call. ``sizes``: frames, segment, left, right, memory."""
     frames, segment, _, right, memory = sizes
     queries, keys = rows_of(
@@ -36,7 +39,7 @@ def _slices(make: Make, *shape: int) -> dict:
     return call | dict(zip(("key", "value"), both.chunk(2, -1), strict=True))
 
 
-def _dropout(make: Make, batch: int, heads: int, width: int, *sizes: int, **more) -> dict:
+def _dropout(make: Make, batch: int, heads: int, width: int, *sizes: int, **more: Any) -> dict:
     call = _call(make, batch, heads, width, *sizes, **more)
     _, segment, left, right, memory = sizes
     keep = make.uniform(batch, heads, call["query"].shape[0], memory + right + left + segment) > 0.2
@@ -62,7 +65,7 @@ def _minus_infinite(make: Make) -> dict:
 _with = partial(changed, lambda m: _call(m, 2, 2, 4, 7, 3, 2, 1, 2))
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     memory, frames = shape.choice((0, 0, 1, 3)), shape.size() % 90
     past = (shape.size() % 9, shape.size() % 4 if memory else 0)
     batch, segment = shape.size() % 4, 1 + shape.size() % 40
@@ -77,7 +80,7 @@ def _random(make: Make, shape) -> dict:
     return call
 
 
-def _small(name: str, arguments, **more) -> Sample:
+def _small(name: str, arguments: Any, **more: Any) -> Sample:
     """Makes a sample of a few hundred numbers, whose errors are compared over several draws."""
     return Sample(name, arguments, draws=8, **more)
 
@@ -159,7 +162,7 @@ def upstream(
     attention = model.emformer_layers[0].attention
     mask = model._gen_attention_mask(torch.empty(frames, batch, 1, device=device))
 
-    def run(query, key, value, **_):
+    def run(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
         rows = query.shape[0]
         q, k, v = (t.contiguous().view(-1, batch * heads, width).transpose(0, 1) for t in (query, key, value))
         scores = torch.bmm(q * attention.scaling, k.transpose(1, 2))

@@ -2,8 +2,11 @@
 """Samples of swoosh_l, and its benchmark; swoosh_r has the same samples with its own definition."""
 
 import math
+from typing import Any
 
-from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module, upstream_member
+from torch import Tensor
+
+from fastasr.testing.speed import BATCH, FRAMES, Case, Implementation, case, costs, module, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -46,12 +49,12 @@ TABLE = OpTable(
 def measured(op: str, *shape: int) -> Case:
     """Returns the case of swoosh_l or swoosh_r."""
 
-    def upstream(x):
+    def upstream(x: Tensor) -> Implementation:
         return module(upstream_member(f"zipformer.modules.scaling.Swoosh{op[-1].upper()}")(), x)
 
     n = math.prod(shape)
     passes = costs((2 * n, 0), (3 * n, 0))  # x; y. x, dy; dx
-    options = {"copy": True, "others": {"upstream": upstream}}
+    options: dict[str, Any] = {"copy": True, "others": {"upstream": upstream}}
     return case(op, shape, lambda m: {"x": m.normal(*shape, scale=3.0)}, passes, **options)
 
 

@@ -6,15 +6,17 @@ shared over time, as upstream trains.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.ops import swoosh_linear
 from fastasr.ops._dropout import draw_mask
+from fastasr.ops._op import OPS
 from fastasr.testing.samples.linear import affine
 from fastasr.testing.speed import (
     BATCH,
@@ -30,10 +32,16 @@ from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
 def _definition(
-    x, weight, bias, kind="SwooshL", dropout_p=0.0, dropout_shared_dim=None, training=False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kind: str = "SwooshL",
+    dropout_p: float = 0.0,
+    dropout_shared_dim: int | None = None,
+    training: bool = False,
 ) -> Tensor:
     mask = draw_mask(x, dropout_p, dropout_shared_dim) if training and dropout_p else None
-    return swoosh_linear.definition(x, weight, bias, kind, mask)
+    return OPS["swoosh_linear"].definition(x, weight, bias, kind, mask)
 
 
 def _registered(a: dict) -> tuple:
@@ -103,19 +111,19 @@ TABLE = OpTable(
 
 # --- the benchmark
 
-TRAINING = {"dropout_p": 0.1, "dropout_shared_dim": 0}
+TRAINING: dict[str, Any] = {"dropout_p": 0.1, "dropout_shared_dim": 0}
 
 
-def formula(x, weight, bias, dropout_p: float) -> Tensor:
+def formula(x: Tensor, weight: Tensor, bias: Tensor, dropout_p: float) -> Tensor:
     """Computes linear(mask * swoosh_l(x)); the mask is shared over the first dimension, time."""
-    y = ops.swoosh_l.definition(x)
+    y = OPS["swoosh_l"].definition(x)
     if dropout_p > 0:
         kept = torch.rand((1, *x.shape[1:]), device=x.device, dtype=x.dtype) > dropout_p
         y = y * (kept.to(x.dtype) * (1 / (1 - dropout_p)))
     return F.linear(y, weight, bias)
 
 
-def _formula(function, x, weight, bias) -> Implementation:
+def _formula(function: Callable, x: Tensor, weight: Tensor, bias: Tensor) -> Implementation:
     return Implementation(
         lambda: function(x, weight, bias, TRAINING["dropout_p"]),
         parameters(x, weight, bias),
@@ -123,13 +131,13 @@ def _formula(function, x, weight, bias) -> Implementation:
     )
 
 
-def _fastasr(x, weight, bias) -> Implementation:
+def _fastasr(x: Tensor, weight: Tensor, bias: Tensor) -> Implementation:
     call = partial(ops.swoosh_linear, x, weight, bias, kind="SwooshL", **TRAINING)
     inference = partial(call, training=False)
     return Implementation(partial(call, training=True), parameters(x, weight, bias), inference)
 
 
-def _upstream(x, weight, bias) -> Implementation:
+def _upstream(x: Tensor, weight: Tensor, bias: Tensor) -> Implementation:
     cls = upstream_member("zipformer.modules.scaling.ActivationDropoutAndLinear")
     build = partial(cls, *weight.shape[::-1], activation="SwooshL", **TRAINING)
     training, inference = build().to(x), build().to(x).eval()
@@ -141,7 +149,7 @@ def _upstream(x, weight, bias) -> Implementation:
 
 
 def _case(shape: tuple[int, ...], outputs: int) -> Case:
-    def make(device: str, dtype: torch.dtype):
+    def make(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Implementation]]:
         given = cache(lambda: affine(Make(dtype, device), shape, outputs))
         return {
             "eager": lambda: _formula(formula, **given()),

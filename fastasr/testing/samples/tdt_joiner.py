@@ -2,15 +2,18 @@
 """Samples of tdt_joiner, and its benchmark at a size of Parakeet: 31,000 rows of 640 channels, 8,193 tokens and 5
 durations."""
 
+from typing import Any
+
 import torch
 
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.samples.rnnt_joiner import changed, dropout
 from fastasr.testing.speed import Case, Cost, case, costs_of
 from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _call(
-    make: Make, batch: int, frames: int, length: int, d: int, v: int, n: int, bias: bool = True, **more
+    make: Make, batch: int, frames: int, length: int, d: int, v: int, n: int, bias: bool = True, **more: Any
 ) -> dict:
     generator = torch.Generator().manual_seed(7)
     call = {
@@ -25,7 +28,7 @@ def _call(
     return call | more
 
 
-def _ragged(make: Make, **more) -> dict:
+def _ragged(make: Make, **more: Any) -> dict:
     """Makes ragged sequences with invalid symbols behind the end of each."""
     call = _call(make, 3, 9, 6, 16, 11, 4, **more)
     symbols = call["symbols"].clone()
@@ -35,7 +38,7 @@ def _ragged(make: Make, **more) -> dict:
     return call | {"symbols": symbols, "boundary": boundary}
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     call = _call(
         make,
         shape.size() % 4,
@@ -112,7 +115,7 @@ def _case(batch: int, frames: int, length: int, channels: int, outputs: int) -> 
         return costs_of(Cost(operands + 28 * rows, product), Cost(2 * operands + 28 * rows, 2 * product))
 
     shape = f"{batch}x{frames}x{length + 1}x{channels}, V={outputs}"
-    options = {"result": lambda _, y: torch.cat([t.flatten() for t in y])}
+    options: dict[str, Any] = {"result": lambda _, y: torch.cat([t.flatten() for t in y])}
     arguments = lambda m: _call(m, batch, frames, length, channels, outputs, 5, activation="relu")  # noqa: E731
     return case("tdt_joiner", shape, arguments, costs, shape=shape, **options)
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of tdt_lattice, and its benchmark at the sizes of a training batch, beside transformers' ``tdt_loss``."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import (
     BACKWARD,
     BOTH,
@@ -45,7 +49,7 @@ def _lattice(
     return call
 
 
-def _special(name: str, value: float):
+def _special(name: str, value: float) -> Callable[[Make], dict]:
     def arguments(make: Make) -> dict:
         made = _lattice(make, 2, 8, 3, boundary=[[0, 0, 3, 8], [0, 0, 2, 5]])
         made[name][0, 4, 1] = value
@@ -55,7 +59,7 @@ def _special(name: str, value: float):
     return arguments
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     batch, frames, symbols = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), min(shape.size() - 1, 40)
     durations = shape.choice(((0, 1, 2, 3, 4), (1,), (0, 1), (2, 0, 5), (4, 2, 1), (0, 100), (0,)))
     rows = None
@@ -67,7 +71,7 @@ def _random(make: Make, shape) -> dict:
     return _lattice(make, batch, frames, max(symbols, 0), durations, boundary=rows)
 
 
-def _invalid(name: str, argument: str, **changed) -> Invalid:
+def _invalid(name: str, argument: str, **changed: Any) -> Invalid:
     return Invalid(name, lambda m: _lattice(m, 2, 4, 3) | changed, ValueError, argument)
 
 
@@ -128,7 +132,13 @@ TABLE = OpTable(
 PEER = "transformers.loss.loss_tdt.tdt_loss"
 
 
-def _peer(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary=None) -> Implementation:
+def _peer(
+    symbol_logprobs: Tensor,
+    blank_logprobs: Tensor,
+    duration_logprobs: Tensor,
+    durations: Tensor,
+    boundary: Tensor | None = None,
+) -> Implementation:
     """Calls transformers' loss with two tokens, which it normalises once more: blank and the next symbol."""
     function, (batch, frames, row) = upstream_member(PEER), blank_logprobs.shape
     targets = torch.ones(batch, row - 1, dtype=torch.int64)
@@ -136,7 +146,7 @@ def _peer(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundar
     if boundary is not None:
         ends = boundary[:, 3], boundary[:, 2]
 
-    def loss(x, y, z):
+    def loss(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         tokens = torch.stack((y, torch.nn.functional.pad(x, (0, 1))), 3)
         return function(tokens, z, targets, *ends, 0, durations.tolist(), reduction="none")
 
@@ -161,7 +171,7 @@ def _case(batch: int, frames: int, symbols: int, *, ragged: bool = False) -> Cas
         return _lattice(make, batch, frames, symbols, boundary=boundary, mean=-3.0)
 
     costs = partial(_costs, batch * frames * (symbols + 1), len(PARAKEET))
-    options = {"copy": True, "compiles": False, "others": {"upstream": _peer}, "shape": shape}
+    options: dict[str, Any] = {"copy": True, "compiles": False, "others": {"upstream": _peer}, "shape": shape}
     return case("tdt_lattice", shape, arguments, costs, ", ragged" * ragged, **options)
 
 

@@ -2,15 +2,21 @@
 """Samples of toeplitz_attention, and its benchmark at the sizes of ESPnet's MEGA decoder: size 512, queries and keys of
 128, values of 1024."""
 
+from functools import partial
+from typing import Any
+
 import torch
 
 from fastasr.ops import _activation
 from fastasr.ops.toeplitz_attention import chunks
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import Case, case, costs
 from fastasr.testing.table import Make, OpTable, Sample
 
 
-def _call(make: Make, length: int, batch: int, d: int, v: int, positions: int | None = None, **more) -> dict:
+def _call(
+    make: Make, length: int, batch: int, d: int, v: int, positions: int | None = None, **more: Any
+) -> dict:
     size = chunks(length, more.get("chunk_size", 0))[0]
     return {
         "query_key": make.normal(length, batch, d, scale=1.5),
@@ -22,7 +28,13 @@ def _call(make: Make, length: int, batch: int, d: int, v: int, positions: int | 
     } | more
 
 
-def _slices(make: Make, length: int, batch: int, d: int, v: int, before=5, after=6, **more) -> dict:
+def _activated(name: str, length: int, batch: int, keys: int, values: int, make: Make) -> dict:
+    return _call(make, length, batch, keys, values, activation=name, activate_value=True)
+
+
+def _slices(
+    make: Make, length: int, batch: int, d: int, v: int, before: int = 5, after: int = 6, **more: Any
+) -> dict:
     """Makes query_key and gate as slices of one projection, as in a MEGA block."""
     base = make.normal(length, batch, before + d + v + after)
     call = _call(make, length, batch, d, v, **more)
@@ -39,7 +51,7 @@ def _padding(*lengths: int) -> torch.Tensor:
     return mask
 
 
-def _dropout(make: Make, length: int, batch: int, d: int, v: int, chunk_size: int = 0, **more) -> dict:
+def _dropout(make: Make, length: int, batch: int, d: int, v: int, chunk_size: int = 0, **more: Any) -> dict:
     size, count = chunks(length, chunk_size)
     keep = make.uniform(batch, count, size, size) > 0.2
     return _call(make, length, batch, d, v, chunk_size=chunk_size, weights_dropout=keep, **more)
@@ -51,7 +63,7 @@ def _infinite(make: Make) -> dict:
     return call
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     length, batch, size = shape.size() % 70, shape.size() % 5, 1 + shape.size() % 40
     chunk = shape.choice((0, 0, 1, 7, 32, 40))
     return _call(
@@ -102,7 +114,7 @@ TABLE = OpTable(
         *(
             Sample(
                 f"{name}, few frames",
-                lambda m, name=name: _call(m, 17, 1, 20, 18, activation=name, activate_value=True),
+                partial(_activated, name, 17, 1, 20, 18),
                 draws=8,
             )
             for name in _activation.NAMES
@@ -122,7 +134,7 @@ TABLE = OpTable(
         *(
             Sample(
                 name,
-                lambda m, name=name: _call(m, 100, 2, 128, 129, activation=name, activate_value=True),
+                partial(_activated, name, 100, 2, 128, 129),
                 large=True,
             )
             for name in _activation.NAMES

@@ -3,8 +3,10 @@
 stack 0. It is not the gradient of a function: it has tests of its own too."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.testing.speed import (
     BATCH,
@@ -48,7 +50,7 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _upstream(grad, x, num_groups, limit, grad_scale) -> Implementation:
+def _upstream(grad: Tensor, x: Tensor, num_groups: int, limit: float, grad_scale: float) -> Implementation:
     whiten = upstream_member("zipformer.modules.scaling.Whiten")(num_groups, limit, 1.0, grad_scale)
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -61,7 +63,12 @@ def _case(*shape: int, groups: int = 1) -> Case:
         # x twice, grad twice; y. Both products
         return {FORWARD: Cost(5 * math.prod(shape) * size, 4 * math.prod(shape) * shape[-1] // groups)}
 
-    options = {"copy": True, "passes": (FORWARD,), "differentiable": (), "others": {"upstream": _upstream}}
+    options: dict[str, Any] = {
+        "copy": True,
+        "passes": (FORWARD,),
+        "differentiable": (),
+        "others": {"upstream": _upstream},
+    }
     return case("whitening_gradient", shape, lambda m: _call(m, shape, groups), costs, **options)
 
 

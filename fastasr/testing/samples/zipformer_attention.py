@@ -4,6 +4,7 @@ self-attention of Zipformer-M's stack 0 with 16 s of four utterances, and 60 s o
 
 from functools import partial
 
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.samples import zipformer_attention_weights as weights
 from fastasr.testing.speed import BATCH, FRAMES, Case
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
@@ -37,7 +38,7 @@ def _sample(sample: Sample) -> Sample:
 _with = partial(changed, lambda m: _valued(m, weights._call(m, 5, 2)))
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     arguments = {k: v for k, v in weights._random(make, shape).items() if k not in _PENALTY}
     heads = shape.choice((None, 1, arguments["num_heads"]))
     return _valued(make, arguments, heads, min(max(shape.size(), 1), 40))
@@ -99,7 +100,7 @@ def _case(*sizes: int, query: int = weights.QUERY_DIM, dim: int = 12) -> Case:
     backward = 2 * values + result, 3 * product + 2 * weighting
 
     def arguments(make: Make, *sizes: int) -> dict:
-        return _valued(make, weights.ragged(make, *sizes, query), dim=dim)
+        return _valued(make, partial(weights.ragged, query=query)(make, *sizes), dim=dim)
 
     return weights.measured("zipformer_attention", arguments, forward, backward, *sizes)
 

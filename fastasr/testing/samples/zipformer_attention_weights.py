@@ -4,9 +4,12 @@ speech, 4 utterances), and at 60 s of one utterance."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import (
     BATCH,
     FRAMES,
@@ -32,7 +35,7 @@ def _call(
     pos_batch: int = 1,
     position: bool = True,
     scale: float = 0.7,
-    **rest,
+    **rest: Any,
 ) -> dict:
     offsets = 2 * frames - 1 + left if frames else 0
     arguments = {
@@ -64,7 +67,7 @@ def _below_the_masked(make: Make, others: slice, left_context_chunks: int) -> di
     }
 
 
-def _random(make: Make, shape) -> dict:
+def _random(make: Make, shape: Shape) -> dict:
     size = shape.size
     frames, batch, heads = min(size(), 40), min(size(), 4), min(max(size(), 1), 4)
     left = shape.choice((0, 0, 3, 17)) if frames else 0
@@ -167,7 +170,9 @@ TABLE = OpTable(
 QUERY_DIM, POS_DIM = 32, 4
 
 
-def _upstream(x, pos, num_heads: int, query_head_dim: int, key_padding_mask, **_) -> Implementation:
+def _upstream(
+    x: Tensor, pos: Tensor, num_heads: int, query_head_dim: int, key_padding_mask: Tensor, **_: object
+) -> Implementation:
     """Returns upstream's module without its projections: the rest is what the op computes."""
     cls = upstream_member("zipformer.modules.zipformer.RelPositionMultiheadAttentionWeights")
     dims = {"query_head_dim": query_head_dim, "pos_head_dim": POS_DIM}
@@ -182,7 +187,14 @@ def ragged(make: Make, frames: int, batch: int, heads: int, query: int = QUERY_D
     return _call(make, frames, batch, heads, query, POS_DIM, scale=0.5, key_padding_mask=padding)
 
 
-def measured(op: str, arguments: Callable, forward, backward, *sizes: int, **options) -> Case:
+def measured(
+    op: str,
+    arguments: Callable,
+    forward: tuple[int, int],
+    backward: tuple[int, int],
+    *sizes: int,
+    **options: Any,
+) -> Case:
     """Returns the case of an attention of these numbers of frames, sequences and heads, from its costs."""
     frames, batch, heads = sizes
     name = f"{frames}x{batch}, {heads} heads"

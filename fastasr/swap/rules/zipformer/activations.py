@@ -4,28 +4,29 @@
 icefall's Swoosh classes call k2, whose backward pass rounds the derivative to 8 bits at random; ours is exact.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from fastasr.models import zipformer as models
-from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate, own_forward
+from fastasr.swap.rule import Known, Rule, Upstream, check_children, check_parameters, is_rate, own_forward
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE, ZIPVOICE
 
 
-def swoosh_functions(module):
+def swoosh_functions(module: Upstream) -> list[Callable]:
     """Returns the functions to fingerprint. icefall calls k2 by name; the package keeps its function in ``func``."""
     return own_forward(module) + ([module.func] if hasattr(module, "func") else [])
 
 
-def _swoosh_structure(module):
+def _swoosh_structure(module: Upstream) -> str | None:
     return check_parameters(module, {}) or check_children(module, {})
 
 
-def _adl_functions(module):
+def _adl_functions(module: Upstream) -> list[Callable]:
     extra = [getattr(module, name) for name in ("forward_func", "backward_func") if hasattr(module, name)]
     return own_forward(module) + extra
 
 
-def _adl_structure(module):
+def _adl_structure(module: Upstream) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2:
         return "lacks a two-dimensional weight"
@@ -49,16 +50,16 @@ def _adl_structure(module):
     return None
 
 
-def _name(function):
+def _name(function: Callable) -> str:
     inner = getattr(function, "_torchdynamo_orig_callable", function)
     return getattr(inner, "__name__", type(inner).__name__)
 
 
-def _draws_in_training(module):
+def _draws_in_training(module: Upstream) -> str | None:
     return "without k2 upstream's draws random numbers in training; in ZipVoice it acts on the time alone"
 
 
-def _scheduled_or_no_dropout(module):
+def _scheduled_or_no_dropout(module: Upstream) -> str | None:
     """Returns a reason if the dropout rate, a number or a schedule, is not 0 in eval mode: before icefall's pull
     request 1770 it acted there too.
     """

@@ -2,10 +2,14 @@
 """Rules for the recogniser around the encoder: its transducer loss."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
 
 from fastasr.models.transducer.transducer_loss import TransducerLoss
-from fastasr.swap.rule import Rule, check_parameters, own_forward, unread_code, upstream_class
+from fastasr.swap.rule import Rule, Upstream, check_parameters, own_forward, unread_code, upstream_class
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
 _JOINERS = {
@@ -13,7 +17,7 @@ _JOINERS = {
 }
 
 
-def _asr_model_structure(module):
+def _asr_model_structure(module: Upstream) -> str | None:
     """Our loss computes a joiner of plain parts without its logits, and calls any other joiner. It calls all other
     submodules as upstream's does, so these may have any class.
     """
@@ -22,11 +26,20 @@ def _asr_model_structure(module):
     return check_parameters(module, {}) or unread_code("joiner", module.joiner, own_forward, _JOINERS)
 
 
-def _upstreams_forward(self, *args, **kwargs):
+def _upstreams_forward(self: Upstream, *args: Any, **kwargs: Any) -> Any:
     return type(self).forward(self, *args, **kwargs)
 
 
-def _ragged(self, encoder_out, encoder_out_lens, y, y_lens, prune_range=5, am_scale=0.0, lm_scale=0.0):
+def _ragged(
+    self: Upstream,
+    encoder_out: Tensor,
+    encoder_out_lens: Tensor,
+    y: Upstream,
+    y_lens: Tensor,
+    prune_range: int = 5,
+    am_scale: float = 0.0,
+    lm_scale: float = 0.0,
+) -> Any:
     """Computes forward_transducer of icefall's models. ``y`` is a k2.RaggedTensor, of which ``values`` and
     ``shape.row_splits(1)`` are read; ``y_lens`` follows from it.
     """
@@ -36,7 +49,7 @@ def _ragged(self, encoder_out, encoder_out_lens, y, y_lens, prune_range=5, am_sc
     return TransducerLoss.forward_transducer(self, encoder_out, encoder_out_lens, tokens, *options)
 
 
-def _forward_transducer(module):
+def _forward_transducer(module: Upstream) -> list[Callable]:
     return [upstream_class(module).forward_transducer]
 
 

@@ -8,6 +8,7 @@ from fastasr.swap.binding import foreign_forward
 from fastasr.swap.rule import (
     Known,
     Rule,
+    Upstream,
     check_child_names,
     check_parameters,
     is_rate,
@@ -34,7 +35,7 @@ _ATTENTION_WEIGHTS_CHILDREN = (
 )
 
 
-def _attention_weights_structure(module):
+def _attention_weights_structure(module: Upstream) -> str | None:
     """Our forward calls every submodule as upstream's does, so submodules may have any class."""
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, _ATTENTION_WEIGHTS_CHILDREN, optional=("pos_emb_skip_rate",))
@@ -53,7 +54,7 @@ def _attention_weights_structure(module):
     return None
 
 
-def _self_attention_structure(module):
+def _self_attention_structure(module: Upstream) -> str | None:
     """Our forward calls every submodule as upstream's does, so submodules may have any class."""
     return check_parameters(module, {}) or check_child_names(module, ("in_proj", "out_proj", "whiten"))
 
@@ -63,7 +64,7 @@ _NONLIN_IDENTITIES = ("identity1", "identity2", "identity3")
 _NONLIN_CHILDREN = ("in_proj", "balancer", "tanh", *_NONLIN_IDENTITIES, "out_proj", "whiten1", "whiten2")
 
 
-def _nonlin_attention_structure(module):
+def _nonlin_attention_structure(module: Upstream) -> str | None:
     """Our forward does not call the hyperbolic tangent and the identities. It calls the other submodules as upstream's
     does, so these may have any class.
     """

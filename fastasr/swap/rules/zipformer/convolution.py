@@ -8,6 +8,7 @@ from fastasr.swap.binding import foreign_forward
 from fastasr.swap.rule import (
     Known,
     Rule,
+    Upstream,
     check_children,
     check_parameters,
     own_forward,
@@ -33,7 +34,7 @@ CHUNK_CAUSAL = {
 }
 
 
-def _convolution_structure(module):
+def _convolution_structure(module: Upstream) -> str | None:
     """Our forward calls in_proj and out_proj as upstream's does, so these may have any class."""
     causal = getattr(module, "causal", False)  # ZipVoice has no causal ones
     conv = "ChunkCausalDepthwiseConv1d" if causal else torch.nn.Conv1d
@@ -59,7 +60,7 @@ def _convolution_structure(module):
     return reason
 
 
-def _depthwise_over_time(name, conv, causal=False):
+def _depthwise_over_time(name: str, conv: Upstream, causal: bool = False) -> str | None:
     if upstream_class(conv) is not torch.nn.Conv1d or foreign_forward(conv) is not None:
         return f"submodule {name} is not a plain torch.nn.Conv1d"
     channels, taps = conv.in_channels, conv.kernel_size[0]
@@ -73,7 +74,7 @@ def _depthwise_over_time(name, conv, causal=False):
     return None
 
 
-def _chunk_causal(name, conv):
+def _chunk_causal(name: str, conv: Upstream) -> str | None:
     taps, channels = conv.kernel_size, conv.chunkwise_conv.in_channels
     reason = check_parameters(conv, {"chunkwise_conv_scale": (2, channels, taps)})
     reason = reason or check_children(

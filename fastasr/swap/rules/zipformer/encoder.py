@@ -2,9 +2,11 @@
 """Rules for the encoder as a whole: a causal one gives its layers windows in place of a mask of time by time, and with
 ``accelerate(ragged=True)`` any runs without padding."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from fastasr import _left
 from fastasr.models import zipformer as models
@@ -17,6 +19,7 @@ from fastasr.swap.rule import (
     Graphed,
     Ragged,
     Rule,
+    Upstream,
     check_parameters,
     own_forward,
     unread_code,
@@ -34,7 +37,9 @@ _RESAMPLING = {"0b4a0963cf96f851ba535291", "d5b544a9315e184c6a5a2571", "dbf68524
 _MASKED = "upstream's forward runs, which makes a mask of time by time for chunks: {}"
 
 
-def causal_encoder(self, x, x_lens, src_key_padding_mask=None):
+def causal_encoder(
+    self: Upstream, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Runs as upstream, but makes no mask of time by time, which layers that know their windows do not need."""
     compiling = torch.compiler.is_compiling()
     reason = None if compiling else why_not(self)
@@ -45,12 +50,12 @@ def causal_encoder(self, x, x_lens, src_key_padding_mask=None):
     return encoded(self, x, x_lens, src_key_padding_mask, in_windows)
 
 
-def _masked_now(encoder):
+def _masked_now(encoder: Upstream) -> dict[str, str | None]:
     reason = why_not(encoder) if bound_forward(encoder) is causal_encoder else None
     return {"forward": "" if reason is None else _MASKED.format(reason)}
 
 
-def why_not(encoder):
+def why_not(encoder: Upstream) -> str | None:
     """Returns why an encoder in chunks keeps upstream's mask, or None. It looks anew at every call, since layers may be
     restored, replaced or hooked at any time."""
     reason = _unread_stacks(encoder)
@@ -71,7 +76,7 @@ def why_not(encoder):
     return None
 
 
-def _stacks(encoder):
+def _stacks(encoder: Upstream) -> Iterator[tuple[str, Upstream, set[str]]]:
     """Yields (name, stack, fingerprints of its known code), for a stack at a lower rate also the one inside."""
     for i, stack in enumerate(encoder.encoders):
         name = f"encoders.{i}"
@@ -81,29 +86,35 @@ def _stacks(encoder):
         yield name, stack, _STACKS
 
 
-def _unread_stacks(encoder):
+def _unread_stacks(encoder: Upstream) -> str | None:
     """Our forwards compute the stacks, so these must be upstream's code."""
     reasons = (unread_code(name, stack, own_forward, known) for name, stack, known in _stacks(encoder))
     return next(filter(None, reasons), None)
 
 
-def ragged_encoder(self, x, x_lens, src_key_padding_mask=None):
+def ragged_encoder(
+    self: Upstream, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Runs on the frames that exist, or as upstream if there is no padding or it must stay."""
     return _without_padding(self, upstream_class(self).forward, x, x_lens, src_key_padding_mask)
 
 
-def ragged_causal_encoder(self, x, x_lens, src_key_padding_mask=None):
+def ragged_causal_encoder(
+    self: Upstream, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return _without_padding(self, causal_encoder, x, x_lens, src_key_padding_mask)
 
 
-def _without_padding(encoder, padded, x, x_lens, src_key_padding_mask):
+def _without_padding(
+    encoder: Upstream, padded: Callable, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     lengths = ragged.lengths(encoder, x, src_key_padding_mask)
     if lengths is None:
         return padded(encoder, x, x_lens, src_key_padding_mask)
     return ragged.encoded(encoder, x, lengths), (x_lens + 1) // 2
 
 
-def _why_not(encoder):
+def _why_not(encoder: Upstream) -> str | None:
     """Without padding our forward also computes the resampling."""
     reason = _unread_stacks(encoder)
     reason = reason or unread_code("downsample_output", encoder.downsample_output, own_forward, _RESAMPLING)
@@ -116,15 +127,15 @@ def _why_not(encoder):
     return reason or ragged.why_not(encoder)
 
 
-def _parts(encoder):
+def _parts(encoder: Upstream) -> list[nn.Module]:
     return list(encoder.encoders)
 
 
-def _structure(module):
+def _structure(module: Upstream) -> str | None:
     return "is causal" if module.causal else check_parameters(module, {})
 
 
-def _causal_structure(module):
+def _causal_structure(module: Upstream) -> str | None:
     if not module.causal:
         return "is not causal"
     return check_parameters(module, {}) or _unread_stacks(module)

@@ -9,6 +9,7 @@ from fastasr.swap.rule import (
     Graphed,
     Known,
     Rule,
+    Upstream,
     check_children,
     check_parameters,
     is_rate,
@@ -32,7 +33,7 @@ _CONVNEXT_CHILDREN = {
 }
 
 
-def _convnext_structure(module):
+def _convnext_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}) or check_children(module, _CONVNEXT_CHILDREN)
     missing = sorted(set(_CONVNEXT_CHILDREN) - {"layerdrop_rate"} - set(module._modules))
     if reason or missing:
@@ -70,7 +71,7 @@ _EMBED_CONV = (
 _SCALE_GRAD = {"355a5d7cda322cd00a5a21ae"}  # zipformer 0.1.3, and icefall since pull request 1108
 
 
-def _conv2d_subsampling_structure(module):
+def _conv2d_subsampling_structure(module: Upstream) -> str | None:
     """conv and convnext get tensors with other strides than upstream's, so all of their code must be upstream's.
 
     The submodules after them get the same tensors as upstream's and may have any class (a wrapped projection).
@@ -97,7 +98,7 @@ def _conv2d_subsampling_structure(module):
     return reason
 
 
-def _embed_conv_part(name, part):
+def _embed_conv_part(name: str, part: Upstream) -> str | None:
     cls = upstream_class(part)
     if cls.__name__ == "SwooshR":
         return unread_code(name, part, swoosh_functions, SWOOSH_R.known)

@@ -7,11 +7,19 @@ from fastasr.models import zipformer as models
 from fastasr.models.zipformer import streaming_layer, whole_layer
 from fastasr.models.zipformer.layer import CONSTANT_ATTENTION, constant_attention_in_eval, timed_forward
 from fastasr.swap.binding import bound_forward
-from fastasr.swap.rule import Known, Rule, check_child_names, check_children, check_parameters, is_rate
+from fastasr.swap.rule import (
+    Known,
+    Rule,
+    Upstream,
+    check_child_names,
+    check_children,
+    check_parameters,
+    is_rate,
+)
 from fastasr.swap.rules.zipformer.versions import BOTH, PACKAGE, ZIPVOICE, forward_and_streaming
 
 
-def _bias_norm_structure(module):
+def _bias_norm_structure(module: Upstream) -> str | None:
     shapes = {"bias": (module.num_channels,), "log_scale": ()}
     allowed = {"log_scale_min": "ScheduledFloat", "log_scale_max": "ScheduledFloat"}
     reason = check_parameters(module, shapes) or check_children(module, allowed)
@@ -23,7 +31,7 @@ def _bias_norm_structure(module):
 _BYPASS_RATES = ("skip_rate", "straight_through_rate", "scale_min", "scale_max")
 
 
-def _bypass_structure(module):
+def _bypass_structure(module: Upstream) -> str | None:
     scale = module._parameters.get("bypass_scale")
     if scale is None or scale.ndim != 1:
         return "lacks a one-dimensional bypass_scale"
@@ -51,7 +59,7 @@ _LAYER_RATES = (
 )
 
 
-def _encoder_layer_structure(module):
+def _encoder_layer_structure(module: Upstream) -> str | None:
     """Our forward calls every submodule as upstream's does, so submodules may have any class."""
     shapes = {
         name: module._parameters[name].shape for name in ("bypass_scale",) if name in module._parameters
@@ -65,7 +73,7 @@ def _encoder_layer_structure(module):
     return reason
 
 
-def _no_adapters(module):
+def _no_adapters(module: Upstream) -> str | None:
     return "has adapters between its modules" if module.use_adapters else None
 
 
@@ -88,7 +96,7 @@ BYPASS = Rule(
 )
 
 
-def _native_calls(module):
+def _native_calls(module: Upstream) -> dict[str, str | None]:
     """Returns why the layer's native calls, which are for the CPU, cannot be used."""
     if not module.norm.bias.is_cpu or bound_forward(module) is timed_forward:  # The call's time decides this.
         return {}

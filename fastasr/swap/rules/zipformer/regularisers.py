@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from fastasr.models import zipformer as models
-from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate
+from fastasr.swap.rule import Known, Rule, Upstream, check_children, check_parameters, is_rate
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE, ZIPVOICE
 
 # Inference leaves the balancers out, because these versions return their input if it needs no gradient.
@@ -19,7 +19,7 @@ BALANCERS = {
 _BALANCER_LIMITS = ("prob", "min_positive", "max_positive", "min_abs", "max_abs", "grad_scale")
 
 
-def _balancer_structure(module):
+def _balancer_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {})
     reason = reason or check_children(module, dict.fromkeys(_BALANCER_LIMITS, "ScheduledFloat"))
     for name in _BALANCER_LIMITS:
@@ -31,7 +31,7 @@ def _balancer_structure(module):
     return reason
 
 
-def _whiten_structure(module):
+def _whiten_structure(module: Upstream) -> str | None:
     limits = ("whitening_limit", "grad_scale")
     reason = check_parameters(module, {}) or check_children(module, dict.fromkeys(limits, "ScheduledFloat"))
     for name in (*limits, "prob", "min_prob", "max_prob"):
@@ -42,7 +42,7 @@ def _whiten_structure(module):
     return reason
 
 
-def _grad_scale_is_a_number(module):
+def _grad_scale_is_a_number(module: Upstream) -> str | None:
     """Returns a reason if grad_scale is a schedule: these versions multiply a tensor by it, which a schedule cannot
     do."""
     if isinstance(module.grad_scale, (int, float)):

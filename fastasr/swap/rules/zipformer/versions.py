@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The known versions of upstream's code, which the rules share, and the functions of a streaming module."""
 
-from fastasr.swap.rule import Known, own_forward, upstream_class
+from collections.abc import Callable
+
+from fastasr.swap.rule import Known, Upstream, own_forward, upstream_class
 
 PACKAGE = Known("zipformer 0.1.3")  # on PyPI
 ICEFALL = Known("icefall's zipformer")  # egs/*/*/zipformer
@@ -15,6 +17,6 @@ IDENTITIES = {
 }
 
 
-def forward_and_streaming(module):
+def forward_and_streaming(module: Upstream) -> list[Callable]:
     streaming = getattr(upstream_class(module), "streaming_forward", None)
     return own_forward(module) + ([streaming] if streaming else [])

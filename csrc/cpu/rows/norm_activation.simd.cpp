@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rows/norm_activation.h"
+
+#include <type_traits>
+
+#include "cpu/math/activation.h"
+
+namespace fastasr::cpu {
+namespace {
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void widen(const T* __restrict from, C* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) to[j] = load(from[j]);
+}
+
+// Computes t = t - mean(t), or leaves t as it is if the norm is not centred.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE RowStatistics<C> statistics_of(const NormActivation<T>& p, C* t) {
+  return p.centred ? centre(t, p.channels, p.eps) : root_mean_square(t, p.channels, p.eps);
+}
+
+// Computes z = t scale weight + bias, in place.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void scale_and_shift(const NormActivation<T>& p, C scale, C* __restrict t) {
+  const C* __restrict w = p.weight, * __restrict b = p.bias;
+  if (b) {
+#pragma omp simd
+    for (int64_t j = 0; j < p.channels; j++) t[j] = t[j] * scale * w[j] + b[j];
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < p.channels; j++) t[j] = t[j] * scale * w[j];
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void forward(const NormActivation<T>& p, int64_t begin, int64_t end, T* y, RowStatistics<C>* statistics, C* scratch) {
+  const int64_t n = p.channels;
+  for (int64_t i = begin; i < end; i++) {
+    C* t = scratch;
+    if constexpr (std::is_same_v<T, C>) t = y + i * n;
+    widen<T>(p.x + i * n, t, n);
+    const RowStatistics<C> row = statistics_of<T>(p, t);
+    if (statistics) statistics[i] = row;
+    scale_and_shift<T>(p, row.scale, t);
+    activate(p.activation, t, n);
+    if constexpr (!std::is_same_v<T, C>) {
+      T* __restrict out = y + i * n;
+#pragma omp simd
+      for (int64_t j = 0; j < n; j++) store(&out[j], t[j]);
+    }
+  }
+}
+
+// Only the row's statistics are kept: z and the normalised row are computed again from x, which the first cache holds.
+template <typename T, typename C = compute_t<T>>
+void backward(const NormActivation<T>& p, const T* grad, const RowStatistics<C>* statistics, int64_t begin, int64_t end,
+              T* dx, C* __restrict dweight, C* __restrict dbias, C* scratch) {
+  const int64_t n = p.channels;
+  const C* __restrict w = p.weight;
+  C *q = scratch, *g = scratch + n;
+  for (int64_t j = 0; j < n; j++) dweight[j] = 0, dbias[j] = 0;
+  for (int64_t i = begin; i < end; i++) {
+    const T* __restrict x = p.x + i * n;
+    RowStatistics<C> row{};
+    if (statistics) {
+      row = statistics[i];
+    } else {
+      widen<T>(x, q, n);
+      row = statistics_of<T>(p, q);
+    }
+    const C high = row.high, low = row.low, scale = row.scale;
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) q[j] = (load(x[j]) - high) - low;
+    scale_and_shift<T>(p, scale, q);
+    if constexpr (std::is_same_v<T, C>) {
+      activation_gradients<C>(p.activation, grad + i * n, q, q, nullptr, n);
+    } else {
+      widen<T>(grad + i * n, g, n);
+      activation_gradients<C>(p.activation, g, q, q, nullptr, n);
+    }
+    const auto t = [&](int64_t j) { return load(x[j]); };
+    Means<C> mean = project<C>(w, n, row, q, t, [](int64_t, C, C) {}, dweight, dbias);
+    if (!p.centred) mean.d = 0;
+    T* __restrict out = dx + i * n;
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+      const C normalised = ((load(x[j]) - high) - low) * scale;
+      store(&out[j], (q[j] * w[j] - mean.d - normalised * mean.along) * scale);
+    }
+  }
+}
+
+}  // namespace
+
+FASTASR_KERNELS(NormActivationKernels, .forward = forward<T>, .backward = backward<T>)
+
+}  // namespace fastasr::cpu

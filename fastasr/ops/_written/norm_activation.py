@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=norm_activation` writes this file from fastasr/ops/norm_activation.py: change that one.
+"""LayerNorm or RMSNorm, and SiLU or another activation: convolution modules"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wide,
+)
+from fastasr.ops.norm_activation import _gradients, _launch
+from fastasr.ops.norm_activation import norm_activation as formula
+
+op = OPS["norm_activation"]
+family = op.family
+KIND_CODES = {"layer": 0, "rms": 1}
+ACTIVATION_CODES = {"identity": 0, "silu": 1, "relu": 2, "tanh": 3, "gelu": 4}
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-05
+    kind: Literal["layer", "rms"] = "layer"
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu"
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    statistics: Tensor
+    eps: float
+    kind: Literal["layer", "rms"]
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"]
+
+
+# --------------------------------------------------------------------------- the public function
+def norm_activation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-05,
+    kind: Literal["layer", "rms"] = "layer",
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu",
+) -> Tensor:
+    """The activation of LayerNorm or RMSNorm over the last dimension.
+
+    Args:
+        x: (..., C); float32, bfloat16, float16 or float64.
+        weight: (C,); bias: (C,) or None.
+        eps: added to the variance, or to the mean of the squares.
+        kind: "layer" subtracts the mean and divides by the standard deviation; "rms" divides by the root mean square.
+        activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
+    Returns:
+        A tensor of x's shape and dtype, computed in float32 or better, rounded once.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or names do not match.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and type(eps) is float
+        and (eps >= 0)
+        and type(kind) is str
+        and kind in KIND_CODES
+        and type(activation) is str
+        and activation in ACTIVATION_CODES
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (
+                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            ):
+                return apply(kernels, True, x, weight, bias, eps, kind, activation)
+            y, _ = kernels.forward(
+                x, weight, bias, eps, KIND_CODES[kind], ACTIVATION_CODES[activation], False
+            )
+            return y
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias, eps, kind, activation)
+            raise
+    check(x, weight, bias, eps, kind, activation)
+    if is_compiling() or not (
+        type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
+    ):
+        return traced(x, weight, bias, eps, kind, activation)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x, weight, bias, eps, kind, activation))
+    kernels = family.kernels(x, weight, bias)
+    if kernels is None:
+        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation)
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return apply(kernels, False, x, weight, bias, eps, kind, activation)
+        y, _ = run_kernels(kernels, x, weight, bias, eps, kind, activation, False)
+    except Unlaunchable as error:
+        family.give_up(error, x, weight, bias)
+        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation)
+    return y
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: Literal["layer", "rms"],
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"],
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(eps) is not float:
+        op.wrong_float("eps", eps)
+    if not (eps >= 0):
+        op.fail("eps", "at least 0", eps)
+    if not (type(kind) is str and kind in KIND_CODES):
+        op.wrong_choice("kind", kind, KIND_CODES)
+    if not (type(activation) is str and activation in ACTIVATION_CODES):
+        op.wrong_choice("activation", activation, ACTIVATION_CODES)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) >= 1:
+        C = shape[-1]
+        right = C >= 1
+    if not right:
+        op.wrong_shape("x", x, f"{listed('...', 'C')}, C >= 1")
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    if weight.shape != (C,):
+        op.wrong_shape("weight", weight, listed(C))
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+            op.wrong_tensor("bias", bias)
+        if bias.shape != (C,):
+            op.wrong_shape("bias", bias, listed(C))
+        if bias.device != x.device:
+            op.wrong_device("bias", bias, "x", x)
+
+
+def traced(x, weight, bias, eps, kind, activation):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("norm_activation", x, weight, bias):
+        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation)
+    y, _ = operator(
+        x, weight, bias, eps, kind, activation,
+        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+    )  # fmt: skip
+    return y
+
+
+def run_kernels(kernels, x, weight, bias, eps, kind, activation, keep):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x)
+    statistics_dtype = wide(x, weight, bias)
+    y, statistics = _launch(
+        op, kernels, make(Arguments, (x, weight, bias, eps, kind, activation)), y_dtype, keep
+    )
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    if statistics.dtype is not statistics_dtype:
+        statistics = statistics.to(statistics_dtype)
+    return y, statistics
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x), wide(a.x, a.weight, a.bias))
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class NormActivation(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, weight, bias, eps, kind, activation):
+        if direct:
+            y, statistics = kernels.forward(
+                x, weight, bias, eps, KIND_CODES[kind], ACTIVATION_CODES[activation], True
+            )
+        else:
+            y, statistics = run_kernels(kernels, x, weight, bias, eps, kind, activation, True)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.rest = kernels, direct, eps, kind, activation
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("norm_activation")
+        # once: a checkpoint gives them one time
+        x, weight, bias, statistics = ctx.saved_tensors
+        kernels, direct, eps, kind, activation = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            d_x, d_weight, d_bias = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation))
+            )
+            return None, None, d_x, d_weight, d_bias, None, None, None
+        if direct:
+            d_x, d_weight, d_bias = kernels.backward(
+                grad_y.contiguous(), x, weight, bias, statistics, eps, KIND_CODES[kind],
+                ACTIVATION_CODES[activation],
+            )  # fmt: skip
+            return None, None, d_x, d_weight, None if bias is None else d_bias, None, None, None
+        try:
+            d_x, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation
+            )
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation))
+            )
+        return None, None, d_x, d_weight, d_bias, None, None, None
+
+
+def differentiate(kernels, grad_y, x, weight, bias, statistics, eps, kind, activation):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    d_x, d_weight, d_bias = _gradients(
+        op, kernels, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation)), None
+    )
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_weight is not None and d_weight.dtype is not weight.dtype:
+        d_weight = d_weight.to(weight.dtype)
+    if bias is None:
+        d_bias = None
+    elif d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", keep=False):
+    kernels = family.kernels(x, weight, bias)
+    if kernels is None:
+        return formula_results(op, x, weight, bias, eps, kind, activation)
+    try:
+        y, statistics = run_kernels(kernels, x, weight, bias, eps, kind, activation, keep)
+    except Unlaunchable as error:
+        family.give_up(error, x, weight, bias)
+        return formula_results(op, x, weight, bias, eps, kind, activation)
+    if not keep:
+        statistics = statistics.new_empty(0)
+    return y.contiguous(), statistics.contiguous()
+
+
+def fake(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", keep=False):
+    keep = keep and family.kernels(x, weight, bias) is not None
+    S = x.shape[:-1]
+    C = x.shape[-1]
+    return torch.empty((*S, C), dtype=promoted(x), device=x.device), torch.empty(
+        (*S, 3) if keep else (0,), dtype=wide(x, weight, bias), device=x.device
+    )
+
+
+def set_up(ctx, inputs, output):
+    x, weight, bias, eps, kind, activation, keep = inputs
+    y, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(x, weight, bias, statistics)
+    ctx.rest = eps, kind, activation, keep
+
+
+def backward(ctx, grad_y, *_):
+    x, weight, bias, statistics = ctx.saved_tensors
+    eps, kind, activation, keep = ctx.rest
+    if not keep:
+        _, statistics = operator(x, weight, bias, eps, kind, activation, True)
+    d_x, d_weight, d_bias = as_tuple(
+        backward_operator(grad_y, x, weight, bias, statistics, eps, kind, activation)
+    )
+    return d_x, d_weight, None if bias is None else d_bias, None, None, None, None
+
+
+def run_backward(grad_y, x, weight, bias, statistics, eps, kind, activation):
+    kernels = family.kernels(x, weight, bias)
+    if kernels is None:
+        d_x, d_weight, d_bias = formula_gradients(
+            op, (grad_y,), Saved(x, weight, bias, statistics, eps, kind, activation)
+        )
+    else:
+        try:
+            d_x, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation
+            )
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), Saved(x, weight, bias, statistics, eps, kind, activation)
+            )
+    return d_x.contiguous(), d_weight.contiguous(), x.new_empty(0) if bias is None else d_bias.contiguous()
+
+
+def fake_backward(grad_y, x, weight, bias, statistics, eps, kind, activation):
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+backward_operator = register(
+    "norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor statistics, "
+    "float eps, str kind, str activation) -> (Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    'norm_activation(Tensor x, Tensor weight, Tensor? bias=None, float eps=1e-05, str kind="layer", str '
+    'activation="silu", bool keep=False) -> (Tensor, Tensor)',
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(NormActivation)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x", "weight", "bias"),
+    differentiable=("x", "weight", "bias"),
+    dense=True,
+)
+op.serve(norm_activation, written)

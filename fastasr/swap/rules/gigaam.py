@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for GigaAM's Conformer (gigaam/encoder.py), whose modules have NeMo's formulas."""
+
+from fastasr.swap import forwards as models
+from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters
+from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+
+_GIGAAM = Known("gigaam 0.1.0")
+_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
+_CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "batch_norm", "activation", "pointwise_conv2")
+
+
+def _attention_structure(module: Upstream) -> str | None:
+    shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.h, module.d_k))
+    return check_parameters(module, shapes) or check_child_names(module, _LINEARS)
+
+
+def _convolution_structure(module: Upstream) -> str | None:
+    return check_parameters(module, {}) or check_child_names(module, _CONVOLUTIONS)
+
+
+def _feed_forward_structure(module: Upstream) -> str | None:
+    children = ("linear1", "activation", "linear2")
+    return check_parameters(module, {}) or check_child_names(module, children)
+
+
+RULES = (
+    attention_rule(
+        name="gigaam.rel_position_attention",
+        class_name="RelPositionMultiHeadAttention",
+        forward=models.gigaam_attention,
+        structure=_attention_structure,
+        known={"7bd2cd9da5881a3520137ec8": _GIGAAM},
+    ),
+    convolution_rule(
+        name="gigaam.convolution",
+        class_name="ConformerConvolution",
+        forward=models.gigaam_convolution,
+        structure=_convolution_structure,
+        known={"09ab8b26d28a124936029083": _GIGAAM},
+    ),
+    feed_forward_rule(
+        name="gigaam.feed_forward",
+        class_name="ConformerFeedForward",
+        forward=models.gigaam_feed_forward,
+        structure=_feed_forward_structure,
+        known={"0feedc15a25203509e8aa7a7": _GIGAAM},
+    ),
+)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The activation of LayerNorm or RMSNorm over the last dimension (C channels), one pass over memory each way.
+
+    n = (x - mean x) / sqrt(var x + eps)      RMSNorm: n = x / sqrt(mean x^2 + eps)      z = n weight + bias
+    y = act(z)
+    With q = grad act'(z) and d = q weight, per row: dx = (d - mean d - n mean(d n)) / sqrt(var x + eps), for RMSNorm
+    without mean d      dweight = sum_rows q n      dbias = sum_rows q
+
+Bytes per element of e bytes: forward 2e, backward 3e. A 4x750x1024 bf16 tensor takes 3 us forward and 4 us backward at
+4.3 TB/s. Tiles are in _layer_norm.py. The backward reads x again: neither z nor statistics are kept.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._launch import cdiv, generation, launch
+from fastasr.kernels._layer_norm import (
+    backward_tile,
+    forward_elements,
+    inverse_root,
+    load_tile,
+    normalise,
+    row_blocks,
+    row_mean,
+    row_width,
+)
+from fastasr.kernels._parts import add_pair, split_rows, store_pair
+
+LAYER, RMS = range(2)
+
+
+@triton.jit
+def _normalised(X, r, c, keep, eps, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
+    """Returns x - mean x, or x for RMSNorm, 0 where not ``keep``, and what it is multiplied by."""
+    x = load_tile(X, r, c, C, keep)
+    if CENTRED:
+        return normalise(x, keep, eps, C, PRECISE)
+    return x, inverse_root(row_mean(x * x, C, PRECISE), eps)
+
+
+@triton.jit
+def _parameters(WEIGHT, BIAS, c, C):
+    w = tl.load(WEIGHT + c, mask=c < C, other=0.0).to(tl.float32)
+    b = tl.zeros_like(w)
+    if BIAS is not None:
+        b = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
+    return w[None, :], b[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    X, WEIGHT, BIAS, Y, rows, C, eps,
+    CENTRED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    keep = (r < rows)[:, None] & (c < C)[None, :]
+    n, scale = _normalised(X, r, c, keep, eps, C, CENTRED, PRECISE)  # [BLOCK_R, BLOCK_C], [BLOCK_R]
+    w, b = _parameters(WEIGHT, BIAS, c, C)
+    y, _ = activate_with_slope(tl.fma(n * scale[:, None], w, b), ACTIVATION, PRECISE)
+    tl.store(Y + r[:, None] * C + c[None, :], y.to(Y.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+def backward_kernel(
+    GRAD, X, WEIGHT, BIAS, DX, PARTS, rows, rows_per_part, C, eps,
+    CENTRED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    part = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    in_row = c < C
+    w, b = _parameters(WEIGHT, BIAS, c, C)
+    dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    first = part * rows_per_part
+    end = tl.minimum(first + rows_per_part, rows)
+    while first < end:
+        r = first + tl.arange(0, BLOCK_R)
+        keep = (r < end)[:, None] & in_row[None, :]
+        grad = load_tile(GRAD, r, c, C, keep)
+        n, scale = _normalised(X, r, c, keep, eps, C, CENTRED, PRECISE)
+        # With eps = 0 the scale of a row past the end is infinite.
+        n = tl.where(keep, n * scale[:, None], 0.0)
+        _, slope = activate_with_slope(tl.fma(n, w, b), ACTIVATION, PRECISE)
+        q = grad * slope
+        dweight = tl.fma(q, n, dweight)
+        dbias += q
+        d = q * w
+        along = row_mean(d * n, C, PRECISE).to(tl.float32)
+        if CENTRED:
+            d = d - row_mean(d, C, PRECISE).to(tl.float32)[:, None]
+        dx = tl.fma(-n, along[:, None], d) * scale[:, None]
+        tl.store(DX + r[:, None] * C + c[None, :], dx.to(DX.dtype.element_ty), mask=keep)
+        first += BLOCK_R
+    store_pair(PARTS, c, C, dweight, dbias)
+
+
+def norm_activation_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: int,
+    activation: int,
+    keep_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns y in x's dtype. All tensors are contiguous, weight and bias each in its own dtype. It keeps no
+    statistics, even if asked for: the backward has the rows in registers and computes them again. Raises ``ValueError``
+    if C is more than ``_layer_norm.MAX_CHANNELS``.
+    """
+    channels = x.shape[-1]
+    y = torch.empty_like(x)
+    if x.numel():
+        rows = x.numel() // channels
+        block_r, block_c, warps = row_blocks(channels, forward_elements(generation(x)))
+        launch(forward_kernel, (cdiv(rows, block_r),),
+            x, weight, bias, y, rows, channels, eps,
+            CENTRED=kind == LAYER, ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+        )  # fmt: skip
+    return y, None
+
+
+def norm_activation_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    eps: float,
+    kind: int,
+    activation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (dx, dweight, dbias) in the dtypes of x, weight and bias; without a bias, dbias has weight's dtype."""
+    channels = x.shape[-1]
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    dbias = torch.empty_like(weight if bias is None else bias)
+    if not x.numel():
+        return dx, dweight.zero_(), dbias.zero_()
+    rows = x.numel() // channels
+    elements, warps, resident = backward_tile(channels, x.dtype, False, False, generation(x))
+    block_c = row_width(channels)
+    block_r, rows_per_part, parts = split_rows(rows, block_c, x, elements=elements, resident=resident)
+    shares = torch.float64 if x.dtype == torch.float32 else torch.float32
+    table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
+    launch(backward_kernel, (parts,),
+        grad, x, weight, bias, dx, table, rows, rows_per_part, channels, eps,
+        CENTRED=kind == LAYER, ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+    )  # fmt: skip
+    add_pair(table, dweight, dbias)
+    return dx, dweight, dbias
