@@ -41,7 +41,7 @@ help:
 	@echo "make test-matrix   the wheel in fresh environments: every torch from 2.11 on, every Python (ARGS=--torch 2.11 ...)"
 	@echo "make bench      measure; rows, plots and a page in bench-report/"
 	@echo "make docs       the documentation as a site, in build/site"
-	@echo "make ops        write fastasr/ops/_written from the declarations (make op OP=bypass: of one op)"
+	@echo "make ops        write the ops' files from their declarations (make op OP=bypass: of one op)"
 	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make fuzz N=... SEED=...   random valid and invalid calls of every op"
 	@echo "make clean      delete build products (distclean: .venv too)"

@@ -88,7 +88,9 @@ def contents(box: str) -> list[str]:
     """Returns up to four lines: a box's purpose, and its folders or, without a text, its files."""
     path = ROOT / box
     names = sorted(
-        p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("_") and any(p.glob("*.*"))
+        p.name
+        for p in path.iterdir()
+        if p.is_dir() and not p.name.startswith(("_", "written")) and any(p.glob("*.*"))
     )
     text = ""
     if (path / "__init__.py").exists():

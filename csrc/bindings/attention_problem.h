@@ -32,32 +32,17 @@ inline void set_masks(AttentionProblem& a, const Optional& padding, const Option
   }
 }
 
-inline AttentionProblem checked_problem(const Tensor& x, const Optional& pos, const Optional& cached_key,
-                                        const Optional& padding, const Optional& mask, int64_t heads, int64_t query_dim,
-                                        int64_t chunk, int64_t left_chunks, const char* op) {
-  check_like(x, x, op, "x");
-  with_kernel_type(dtype_of(x), op, []<typename T>() {});  // rejects other types, even without frames
-  check(x.dim() == 3 && heads > 0 && query_dim > 0 && x.size(2) % heads == 0, op, "sizes of x");
-  AttentionProblem a{};
-  a.frames = x.size(0), a.batch = x.size(1), a.heads = heads, a.query_dim = query_dim;
-  a.pos_dim = x.size(2) / heads - 2 * query_dim;
-  check(a.pos_dim >= 0, op, "x has too few channels");
-  a.chunk = chunk, a.left_chunks = left_chunks;
-  if (cached_key.has_value()) {
-    check_like(*cached_key, x, op, "cached_key");
-    check(cached_key->dim() == 3 && cached_key->size(1) == a.batch && cached_key->size(2) == heads * query_dim, op,
-          "sizes of cached_key");
-    a.left = cached_key->size(0);
-  }
-  if (pos.has_value()) {
-    check_like(*pos, x, op, "pos");
-    check(pos->dim() == 3 && (pos->size(0) == 1 || pos->size(0) == a.batch) && pos->size(1) == a.offsets() &&
-              pos->size(2) == heads * a.pos_dim,
-          op, "sizes of pos");
-    a.pos_batch = a.pos_dim > 0 ? (pos->size(0) == 1 ? 1 : a.batch) : 0;
-  }
-  set_masks(a, padding, mask, op);
-  return a;
+// Returns the problem that the checked arguments of an op with Zipformer's positions describe.
+AttentionProblem problem_of(const auto& a) {
+  AttentionProblem p{};
+  p.frames = a.T, p.batch = a.B, p.left = a.L, p.heads = a.num_heads, p.query_dim = a.query_head_dim;
+  p.pos_dim = a.P - 2 * a.query_head_dim;
+  p.chunk = a.chunk_size, p.left_chunks = a.left_context_chunks;
+  if (a.pos && p.pos_dim > 0) p.pos_batch = a.pos->size(0);
+  p.padding = data_or_null<uint8_t>(a.key_padding_mask);
+  p.mask = data_or_null<uint8_t>(a.attn_mask);
+  p.mask_per_sequence = a.attn_mask && a.attn_mask->dim() == 3;
+  return p;
 }
 
 // The queries of each of `pairs` heads and sequences are processed in parts: each part has its own dk, dR and dV,

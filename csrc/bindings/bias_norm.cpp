@@ -8,18 +8,10 @@
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 #include "bindings/row_sums.h"
+#include "bindings/written/bias_norm.h"
 
 namespace fastasr::bindings::bias_norm {
 namespace {
-
-int64_t bias_norm_rows(const Tensor& x, const Tensor& bias, const Tensor& log_scale, const char* op) {
-  check_like(x, x, op, "x");
-  check_like(bias, x, op, "bias");
-  check(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), op,
-        "bias does not match the last dimension");
-  check(log_scale.dim() == 0, op, "log_scale");
-  return bias.numel() == 0 ? 0 : x.numel() / bias.numel();
-}
 
 // log_scale keeps its own dtype: rounding it to a 16-bit x's dtype would change it by 2^-9.
 double scale_of(const Tensor& log_scale) {
@@ -31,14 +23,15 @@ double scale_of(const Tensor& log_scale) {
 
 }  // namespace
 
-Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
-  const int64_t rows = bias_norm_rows(x, bias, log_scale, "bias_norm_forward"), channels = bias.numel();
-  Tensor y = new_pooled_like(x);
-  with_kernel_type(dtype_of(x), "bias_norm_forward", [&]<typename T>() {
+Tensor bias_norm_forward(const BiasNormForward& a) {
+  check(a.C == a.D, a.kName, "bias does not match the last dimension");
+  const int64_t rows = a.C ? product(a.S) : 0, channels = a.C;
+  Tensor y = new_pooled_like(a.x);
+  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
-    const T *xp = data<T>(x), *bp = data<T>(bias);
+    const T *xp = data<T>(a.x), *bp = data<T>(a.bias);
     T* yp = mutable_data<T>(y);
-    const double scale = scale_of(log_scale);
+    const double scale = scale_of(a.log_scale);
     parallel_tasks(rows, channels, [&](int64_t b, int64_t e) {
       kernel.forward(xp + b * channels, bp, scale, yp + b * channels, e - b, channels);
     });
@@ -48,17 +41,15 @@ Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
-                                                      const Tensor& log_scale) {
-  const int64_t rows = bias_norm_rows(x, bias, log_scale, "bias_norm_backward"), channels = bias.numel();
-  check_same_size(grad, x, "bias_norm_backward", "grad");
-  Tensor dx = new_pooled_like(x), dbias = new_like(bias);
-  Tensor dlog_scale = new_like(log_scale);
-  with_kernel_type(dtype_of(x), "bias_norm_backward", [&]<typename T>() {
+std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const BiasNormBackward& a) {
+  check(a.C == a.D, a.kName, "bias does not match the last dimension");
+  const int64_t rows = a.C ? product(a.S) : 0, channels = a.C;
+  Tensor dx = new_pooled_like(a.x), dbias = new_like(a.bias), dlog_scale = new_like(a.log_scale);
+  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
-    const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);
+    const T *gp = data<T>(a.grad_y), *xp = data<T>(a.x), *bp = data<T>(a.bias);
     T* dp = mutable_data<T>(dx);
-    const double scale = scale_of(log_scale);
+    const double scale = scale_of(a.log_scale);
     const RowBlocks blocks(rows, channels);
     std::vector<double> scale_parts(blocks.count);
     sum_parts<T>(blocks, channels, &dbias, [&](int64_t k, auto* part) {
@@ -67,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
     });
     double sum = 0;
     for (double v : scale_parts) sum += v;
-    with_kernel_type(dtype_of(log_scale), "bias_norm_backward", [&]<typename S>() {
+    with_kernel_type(dtype_of(a.log_scale), a.kName, [&]<typename S>() {
       cpu::store(mutable_data<S>(dlog_scale), static_cast<cpu::compute_t<S>>(sum));
     });
   });
@@ -76,9 +67,6 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"bias_norm_forward(Tensor x, Tensor bias, Tensor log_scale) -> Tensor", Boxed<bias_norm_forward>::call},
-    {"bias_norm_backward(Tensor grad, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, Tensor)",
-     Boxed<bias_norm_backward>::call})
+FASTASR_OPERATORS(written<bias_norm_forward>, written<bias_norm_backward>)
 
 }  // namespace fastasr::bindings::bias_norm

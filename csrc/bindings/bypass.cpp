@@ -9,30 +9,26 @@
 #include "bindings/packed.h"
 #include "bindings/pooled.h"
 #include "bindings/row_sums.h"
+#include "bindings/written/bypass.h"
 
 namespace fastasr::bindings::bypass {
 namespace {
 
-int64_t bypass_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale, const char* op) {
-  check_like(x, x, op, "x");
-  check_same_size(x_orig, x, op, "x_orig");
-  check_like(scale, x, op, "scale");
-  check(x_orig.dim() == x.dim() && scale.dim() >= 1 && scale.dim() <= x.dim(), op, "dimensions");
-  for (int64_t d = 0; d < x.dim(); d++) check(x_orig.size(d) == x.size(d), op, "x_orig has another shape");
-  for (int64_t d = 1; d <= scale.dim(); d++)
-    check(scale.size(scale.dim() - d) == x.size(x.dim() - d), op, "scale is not x's trailing dimensions");
-  const int64_t period = scale.numel();
-  check(period > 0 ? x.numel() % period == 0 : x.numel() == 0, op, "scale does not divide x");
-  return period == 0 ? 0 : x.numel() / period;
+// Kernels repeat scale over rows of its size: it has the trailing dimensions of x. Returns the number of rows.
+int64_t rows_of(const Tensor& x, const Tensor& scale, const char* op) {
+  const Sizes sizes = x.sizes(), last = scale.sizes();
+  check(!last.empty() && last.size() <= sizes.size() && std::equal(last.rbegin(), last.rend(), sizes.rbegin()), op,
+        "scale is not x's trailing dimensions");
+  return scale.numel() ? product(sizes.slice(0, sizes.size() - last.size())) : 0;
 }
 
 }  // namespace
 
-Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale) {
-  const int64_t rows = bypass_rows(x_orig, x, scale, "bypass_forward"), period = scale.numel();
-  Tensor y = new_pooled_like(x);
-  with_kernel_type(dtype_of(x), "bypass_forward", [&]<typename T>() {
-    const T *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
+Tensor bypass_forward(const BypassForward& a) {
+  const int64_t rows = rows_of(a.x, a.scale, a.kName), period = a.scale.numel();
+  Tensor y = new_pooled_like(a.x);
+  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
+    const T *op = data<T>(a.x_orig), *xp = data<T>(a.x), *sp = data<T>(a.scale);
     T* yp = mutable_data<T>(y);
     const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
     parallel_tasks(rows, period, [&](int64_t b, int64_t e) {
@@ -44,14 +40,11 @@ Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Tensor& x_orig, const Tensor& x,
-                                                   const Tensor& scale) {
-  const int64_t rows = bypass_rows(x_orig, x, scale, "bypass_backward"), period = scale.numel();
-  check_same_size(grad, x, "bypass_backward", "grad");
-  Tensor dx_orig = new_pooled_like(x), dx = new_pooled_like(x);
-  Tensor dscale = new_like(scale);
-  with_kernel_type(dtype_of(x), "bypass_backward", [&]<typename T>() {
-    const T *gp = data<T>(grad), *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
+std::tuple<Tensor, Tensor, Tensor> bypass_backward(const BypassBackward& a) {
+  const int64_t rows = rows_of(a.x, a.scale, a.kName), period = a.scale.numel();
+  Tensor dx_orig = new_pooled_like(a.x), dx = new_pooled_like(a.x), dscale = new_like(a.scale);
+  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
+    const T *gp = data<T>(a.grad_y), *op = data<T>(a.x_orig), *xp = data<T>(a.x), *sp = data<T>(a.scale);
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);
     const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
     const RowBlocks blocks(rows, period);
@@ -131,10 +124,10 @@ std::tuple<Tensor, Tensor, Tensor> bypass_packed_backward(const Tensor& grad, co
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"bypass_forward(Tensor x_orig, Tensor x, Tensor scale) -> Tensor", Boxed<bypass_forward>::call},
-    {"bypass_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)",
-     Boxed<bypass_backward>::call},
+FASTASR_OPERATORS(written<bypass_forward>, written<bypass_backward>)
+
+FASTASR_UNDECLARED(
+    "fastasr/models/common/packed.py calls it in a node of autograd, for plain tensors outside autocast and tracing",
     {"bypass_packed_forward(Tensor x_orig, Tensor x, Tensor scale, int[] lengths) -> Tensor",
      Boxed<bypass_packed_forward>::call},
     {"bypass_packed_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale, int[] lengths) -> (Tensor, Tensor, "

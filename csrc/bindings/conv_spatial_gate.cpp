@@ -6,53 +6,31 @@
 #include <type_traits>
 #include <vector>
 
-#include "bindings/channel_parameters.h"
-#include "bindings/dispatch.h"
 #include "bindings/pooled.h"
-#include "cpu/math/activation.h"
+#include "bindings/written/conv_spatial_gate.h"
 
 namespace fastasr::bindings::conv_spatial_gate {
 namespace {
 
 using cpu::ConvSpatialGate;
 
-struct Operands {
-  const Tensor &x, &norm_weight, &norm_bias, &weight;
-  const Optional &bias, &mask;
-  double eps;
-  int64_t activation;
-};
-
 template <typename T>
-ConvSpatialGate<T> checked(const Operands& o, const char* op) {
+ConvSpatialGate<T> problem(const auto& a) {
   using C = cpu::compute_t<T>;
-  check(o.x.dim() == 3 && o.x.size(2) >= 2 && o.x.size(2) % 2 == 0, op, "x is not (B, T, 2 C)");
-  check(o.x.stride(2) == 1 || !o.x.numel(), op, "the channels of x are not contiguous");
-  const int64_t batch = o.x.size(0), frames = o.x.size(1), channels = o.x.size(2) / 2;
-  check_taps<T>(o.weight, channels, op);
-  const int64_t taps = o.weight.size(o.weight.dim() - 1);
-  check_vector<T>(o.norm_weight, channels, op, "norm_weight");
-  check_vector<T>(o.norm_bias, channels, op, "norm_bias");
-  if (o.bias) check_vector<T>(*o.bias, channels, op, "bias");
-  if (o.mask)
-    check(is_dense(*o.mask, ScalarType::Bool, {batch, frames}), op,
-          "padding_mask is not a contiguous bool tensor (B, T)");
-  check(o.eps >= 0, op, "eps");
-  check(o.activation >= 0 && o.activation < cpu::kActivations, op, "activation");
-  return {data<T>(o.x),
-          o.x.stride(0),
-          o.x.stride(1),
-          data<C>(o.norm_weight),
-          data<C>(o.norm_bias),
-          data<C>(o.weight),
-          data_or_null<C>(o.bias),
-          data_or_null<bool>(o.mask),
-          batch,
-          frames,
-          channels,
-          taps,
-          o.eps,
-          static_cast<int>(o.activation)};
+  return {data<T>(a.x),
+          a.x.stride(0),
+          a.x.stride(1),
+          data<C>(a.norm_weight),
+          data<C>(a.norm_bias),
+          data<C>(a.weight),
+          data_or_null<C>(a.bias),
+          data_or_null<bool>(a.padding_mask),
+          a.B,
+          a.T,
+          a.C,
+          a.K,
+          a.eps,
+          static_cast<int>(a.activation)};
 }
 
 template <typename T, typename C = cpu::compute_t<T>>
@@ -76,15 +54,11 @@ int64_t stripes(const ConvSpatialGate<T>& p) {
   return (p.channels + cpu::kSpatialGateStripe - 1) / cpu::kSpatialGateStripe;
 }
 
-Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
-                                 const Tensor& weight, const Optional& bias, const Optional& padding_mask, double eps,
-                                 int64_t activation) {
-  const char* op = "conv_spatial_gate_forward";
-  Tensor y = new_without_elements(x);
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+Tensor conv_spatial_gate_forward(const ConvSpatialGateForward& a) {
+  Tensor y = new_pooled(a.x, {a.B, a.T, a.C});
+  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
-    const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
-    y = new_pooled(x, {p.batch, p.frames, p.channels});
+    const auto p = problem<T>(a);
     T* out = mutable_data<T>(y);
     const auto statistics = statistics_of(p);
     parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
@@ -94,20 +68,15 @@ Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, con
 }
 
 // Writes dx and du, the gradient of the normalised gate; for float and double tensors du is kept in dx's second half.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& weight,
-    const Optional& bias, const Optional& padding_mask, double eps, int64_t activation) {
-  const char* op = "conv_spatial_gate_backward";
-  Tensor dx = new_contiguous(x), dnorm_weight = new_like(norm_weight), dnorm_bias = new_like(norm_bias),
-         dweight = new_like(weight), dbias = new_like(norm_bias);
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(const ConvSpatialGateBackward& a) {
+  Tensor dx = new_contiguous(a.x), dnorm_weight = new_like(a.norm_weight), dnorm_bias = new_like(a.norm_bias),
+         dweight = new_like(a.weight), dbias = new_like(a.norm_bias);
+  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     using C = cpu::compute_t<T>;
-    const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
+    const auto p = problem<T>(a);
     const int64_t n = p.channels;
-    check_like(grad, x, op, "grad");
-    check(has_sizes(grad, {p.batch, p.frames, n}), op, "grad has another shape");
-    const T* g = data<T>(grad);
+    const T* g = data<T>(a.grad_y);
     T* out = mutable_data<T>(dx);
     std::unique_ptr<C[]> scratch;
     C* du = nullptr;
@@ -138,12 +107,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"conv_spatial_gate_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, Tensor? "
-     "padding_mask, float eps, int activation) -> Tensor",
-     Boxed<conv_spatial_gate_forward>::call},
-    {"conv_spatial_gate_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? "
-     "bias, Tensor? padding_mask, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-     Boxed<conv_spatial_gate_backward>::call})
+FASTASR_OPERATORS(written<conv_spatial_gate_forward>, written<conv_spatial_gate_backward>)
 
 }  // namespace fastasr::bindings::conv_spatial_gate

@@ -3,9 +3,8 @@
 
 #include <tuple>
 
-#include "bindings/channel_parameters.h"
-#include "bindings/dispatch.h"
 #include "bindings/pooled.h"
+#include "bindings/written/depthwise_conv_residual.h"
 
 namespace fastasr::bindings::depthwise_conv_residual {
 namespace {
@@ -13,22 +12,9 @@ namespace {
 using cpu::DepthwiseConvResidual;
 
 template <typename T>
-DepthwiseConvResidual<T> checked(const Tensor& x, const Tensor& weight, const Optional& bias, const char* op) {
+DepthwiseConvResidual<T> problem(const auto& a, const Optional& bias) {
   using C = cpu::compute_t<T>;
-  check(x.dim() == 3 && x.size(2) > 0, op, "x is not (B, T, C)");
-  check(x.stride(2) == 1 || x.size(2) == 1 || !x.numel(), op, "the channels of x are not contiguous");
-  const int64_t channels = x.size(2);
-  check_taps<T>(weight, channels, op);
-  if (bias) check_vector<T>(*bias, channels, op, "bias");
-  return {data<T>(x),
-          x.stride(0),
-          x.stride(1),
-          data<C>(weight),
-          data_or_null<C>(bias),
-          x.size(0),
-          x.size(1),
-          channels,
-          weight.size(weight.dim() - 1)};
+  return {data<T>(a.x), a.x.stride(0), a.x.stride(1), data<C>(a.weight), data_or_null<C>(bias), a.B, a.T, a.C, a.K};
 }
 
 template <typename T>
@@ -41,13 +27,11 @@ int64_t grain(int64_t rows, int64_t taps) {
   return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, rows * cpu::kResidualStripe * (taps / 8 + 1)));
 }
 
-Tensor depthwise_conv_residual_forward(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  const char* op = "depthwise_conv_residual_forward";
-  Tensor y = new_without_elements(x);
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+Tensor depthwise_conv_residual_forward(const DepthwiseConvResidualForward& a) {
+  Tensor y = new_pooled(a.x, {a.B, a.T, a.C});
+  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
-    const auto p = checked<T>(x, weight, bias, op);
-    y = new_pooled(x, {p.batch, p.frames, p.channels});
+    const auto p = problem<T>(a, a.bias);
     T* out = mutable_data<T>(y);
     parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
                    [&](int64_t b, int64_t e) { kernel.forward(p, out, b, e); });
@@ -55,19 +39,15 @@ Tensor depthwise_conv_residual_forward(const Tensor& x, const Tensor& weight, co
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const Tensor& grad, const Tensor& x,
-                                                                    const Tensor& weight) {
-  const char* op = "depthwise_conv_residual_backward";
-  Tensor dx = new_without_elements(x), dweight = new_like(weight), dbias = new_without_elements(weight);
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const DepthwiseConvResidualBackward& a) {
+  const int64_t one = 1;
+  Tensor dx = new_pooled(a.x, {a.B, a.T, a.C}), dweight = new_like(a.weight);
+  Tensor dbias = new_strided(a.weight, 1, &a.C, &one);
+  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
     using C = cpu::compute_t<T>;
-    const auto p = checked<T>(x, weight, {}, op);
-    check_same_size(grad, x, op, "grad");
-    dx = new_pooled(x, {p.batch, p.frames, p.channels});
-    const int64_t one = 1;
-    dbias = new_strided(weight, 1, &p.channels, &one);
-    const T* g = data<T>(grad);
+    const auto p = problem<T>(a, {});
+    const T* g = data<T>(a.grad_y);
     T* out = mutable_data<T>(dx);
     C *dw = mutable_data<C>(dweight), *db = mutable_data<C>(dbias);
     parallel_range(stripes(p), grain(2 * p.batch * p.frames, p.taps),
@@ -78,9 +58,6 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const Tensor
 
 }  // namespace
 
-FASTASR_OPERATORS({"depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-                   Boxed<depthwise_conv_residual_forward>::call},
-                  {"depthwise_conv_residual_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
-                   Boxed<depthwise_conv_residual_backward>::call})
+FASTASR_OPERATORS(written<depthwise_conv_residual_forward>, written<depthwise_conv_residual_backward>)
 
 }  // namespace fastasr::bindings::depthwise_conv_residual

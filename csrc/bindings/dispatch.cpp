@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "bindings/dispatch.h"
+#include "bindings/arguments.h"
 
 #include <cstring>
 #include <stdexcept>
@@ -73,9 +73,37 @@ bool is_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> 
   return dtype_of(t) == dtype && t.is_contiguous() && has_sizes(t, sizes);
 }
 
-void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
-  check(dtype_of(t) == dtype_of(reference), op, name, " has another dtype");
+bool has_sizes(const Tensor& t, Sizes first, std::initializer_list<int64_t> last) {
+  const Sizes sizes = t.sizes();
+  return sizes.size() == first.size() + last.size() && std::equal(first.begin(), first.end(), sizes.begin()) &&
+         std::equal(last.begin(), last.end(), sizes.begin() + first.size());
+}
+
+ScalarType floating_dtype(const Tensor& t, const char* op, const char* name) {
+  const ScalarType dtype = dtype_of(t);
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+            dtype == ScalarType::Double,
+        op, name, " has an unsupported dtype");
+  return dtype;
+}
+
+void check_dtype(const Tensor& t, ScalarType dtype, const char* op, const char* name) {
+  check(dtype_of(t) == dtype, op, name, " has another dtype");
+}
+
+void check_contiguous(const Tensor& t, const char* op, const char* name) {
   check(t.is_contiguous(), op, name, " is not contiguous");
+}
+
+void check_dense_channels(const Tensor& t, const char* op, const char* name) {
+  const int64_t last = t.dim() - 1;
+  check(last < 0 || t.stride(last) == 1 || t.size(last) <= 1 || t.numel() == 0, op, "the channels of ", name,
+        " are not contiguous");
+}
+
+void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
+  check_dtype(t, dtype_of(reference), op, name);
+  check_contiguous(t, op, name);
 }
 
 void check_same_size(const Tensor& t, const Tensor& reference, const char* op, const char* name) {

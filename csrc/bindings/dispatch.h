@@ -175,6 +175,24 @@ void reduce_blocks(const C* parts, int64_t blocks, int64_t width, const Tensor& 
 // Raises an error: a schema has as many arguments or results.
 [[noreturn]] void wrong_count(uint64_t arguments, uint64_t results);
 
+// Puts a function's results on the stack.
+template <typename R>
+struct Results {
+  static constexpr uint64_t kCount = 1;
+  static void put(StableIValue* stack, R&& result) { *stack = torch::stable::detail::from(std::move(result)); }
+};
+template <typename... T>
+struct Results<std::tuple<T...>> {
+  static constexpr uint64_t kCount = sizeof...(T);
+  static void put(StableIValue* stack, std::tuple<T...>&& results) {
+    std::apply([&](T&... result) { ((*stack++ = torch::stable::detail::from(std::move(result))), ...); }, results);
+  }
+};
+template <>
+struct Results<void> {
+  static constexpr uint64_t kCount = 0;
+};
+
 // What torch's dispatcher calls in place of a function: it takes arguments from the stack and puts the results there.
 // TORCH_BOX does the same with tuples, which it copies: calls and compilation take longer.
 template <auto kFunction>
@@ -182,31 +200,18 @@ struct Boxed;
 template <typename R, typename... A, R (*kFunction)(A...)>
 struct Boxed<kFunction> {
   static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
-    if (arguments != sizeof...(A) || results != count(static_cast<R*>(nullptr))) wrong_count(arguments, results);
+    if (arguments != sizeof...(A) || results != Results<R>::kCount) wrong_count(arguments, results);
     on(stack, std::index_sequence_for<A...>());
   }
 
  private:
-  static constexpr uint64_t count(const void*) { return std::is_void_v<R> ? 0 : 1; }
-  template <typename... T>
-  static constexpr uint64_t count(const std::tuple<T...>*) {
-    return sizeof...(T);
-  }
   template <size_t... I>
   static void on([[maybe_unused]] StableIValue* stack, std::index_sequence<I...>) {
     using torch::stable::detail::to;
     if constexpr (std::is_void_v<R>)
       kFunction(to<std::remove_cvref_t<A>>(stack[I])...);
     else
-      put(stack, kFunction(to<std::remove_cvref_t<A>>(stack[I])...));
-  }
-  template <typename T>
-  static void put(StableIValue* stack, T&& result) {
-    *stack = torch::stable::detail::from(std::move(result));
-  }
-  template <typename... T>
-  static void put(StableIValue* stack, std::tuple<T...>&& results) {
-    std::apply([&](T&... result) { ((*stack++ = torch::stable::detail::from(std::move(result))), ...); }, results);
+      Results<R>::put(stack, kFunction(to<std::remove_cvref_t<A>>(stack[I])...));
   }
 };
 
@@ -221,7 +226,14 @@ void implement(Library& library, std::initializer_list<Operator> operators);
 
 }  // namespace fastasr
 
-// A file ends with this in namespace fastasr: its operators.
+// A file ends with this in namespace fastasr: the operators that kernels of a declared op consist of. `written<f>`
+// stands for the schema and function of one whose arguments the declaration describes.
 #define FASTASR_OPERATORS(...)                                                            \
   STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, library) { define(library, {__VA_ARGS__}); } \
   STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, library) { implement(library, {__VA_ARGS__}); }
+
+// Operators outside every declaration. The first argument says why they need no fake function, autocast rule and
+// contract; tests/ops/test_native_operators.py reads it.
+#define FASTASR_UNDECLARED(why, ...)                   \
+  static_assert(sizeof(why) > 1, "expected a reason"); \
+  FASTASR_OPERATORS(__VA_ARGS__)

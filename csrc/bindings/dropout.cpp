@@ -139,7 +139,9 @@ Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& g
 
 }  // namespace
 
-FASTASR_OPERATORS(
+FASTASR_UNDECLARED(
+    "fastasr/ops/_dropout.py calls it in a node of autograd, for plain tensors; random numbers have no formula",
+
     {"dropout_forward(Tensor x, Tensor? residual, Tensor(a!) generator, float p) -> (Tensor, Tensor)",
      Boxed<dropout_forward>::call},
     {"dropout_keep(Tensor like, Tensor(a!) generator, float p) -> Tensor", Boxed<dropout_keep>::call},

@@ -130,12 +130,14 @@ std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vecto
 
 }  // namespace
 
-FASTASR_OPERATORS({"emformer_layer_pack(int[] numbers, float[] eps, Tensor[] weights, Tensor[] biases, "
-                   "Tensor[] norms) -> Tensor",
-                   Boxed<emformer_layer_pack>::call},
-                  {"emformer_layer_step(int[] numbers, float[] eps, Tensor packed, Tensor utterance, "
-                   "Tensor right_context, Tensor mems, Tensor[] states, Tensor? lengths, Tensor history, "
-                   "Tensor kept, int threads) -> Tensor[]",
-                   Boxed<emformer_layer_step>::call})
+FASTASR_UNDECLARED(
+    "fastasr/models/emformer/packed_step.py calls it without gradients, with tensors of a layer that it checked",
+    {"emformer_layer_pack(int[] numbers, float[] eps, Tensor[] weights, Tensor[] biases, "
+     "Tensor[] norms) -> Tensor",
+     Boxed<emformer_layer_pack>::call},
+    {"emformer_layer_step(int[] numbers, float[] eps, Tensor packed, Tensor utterance, "
+     "Tensor right_context, Tensor mems, Tensor[] states, Tensor? lengths, Tensor history, "
+     "Tensor kept, int threads) -> Tensor[]",
+     Boxed<emformer_layer_step>::call})
 
 }  // namespace fastasr::bindings::emformer_step

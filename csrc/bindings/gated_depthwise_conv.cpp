@@ -9,18 +9,12 @@
 #include "bindings/layer_parts.h"
 #include "bindings/packed.h"
 #include "bindings/pooled.h"
+#include "bindings/written/gated_depthwise_conv.h"
 
 namespace fastasr::bindings::gated_depthwise_conv {
 namespace {
 
 using cpu::GatedDepthwiseConv;
-
-struct Operands {
-  const Tensor &h, &weight;
-  const Optional &bias, &causal_weight, &causal_bias, &chunk_scale, &mask, &cache;
-  int64_t chunk, delay, activation;
-  std::vector<int64_t> starts = {};  // of packed sequences, and the end of the last
-};
 
 // Returns the starts of packed sequences of these lengths, the rows of h (N, 1, 2 C).
 std::vector<int64_t> starts_of(const std::vector<int64_t>& lengths, const Tensor& h, const char* op) {
@@ -28,70 +22,35 @@ std::vector<int64_t> starts_of(const std::vector<int64_t>& lengths, const Tensor
   return packed_starts(lengths, h.size(0), op);
 }
 
-void check_shape(const Optional& t, const Tensor& h, std::initializer_list<int64_t> sizes, const char* op,
-                 const char* name) {
-  if (!t.has_value()) return;
-  check_like(*t, h, op, name);
-  check(has_sizes(*t, sizes), op, name, " has another shape");
-}
-
-// Rows of x (T, B, channels) have contiguous channels; the other strides are x's.
-void check_rows(const Tensor& x, const Tensor& h, int64_t channels, const char* op, const char* name) {
-  check(dtype_of(x) == dtype_of(h), op, name, " has another dtype");
-  check(has_sizes(x, {h.size(0), h.size(1), channels}), op, name, " has another shape");
-  check(channels <= 1 || !x.numel() || x.stride(2) == 1, op, "the channels of ", name, " are not contiguous");
-}
-
+// Checks what the arguments have to do with each other. `starts` are those of packed sequences, and the end of the
+// last.
 template <typename T>
-GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
-  check(o.h.dim() == 3 && o.h.size(2) % 2 == 0, op, "h is not (T, B, 2 C)");
-  const int64_t frames = o.h.size(0), batch = o.h.size(1), channels = o.h.size(2) / 2;
-  check_rows(o.h, o.h, 2 * channels, op, "h");
-  check_like(o.weight, o.h, op, "weight");
-  check(o.weight.dim() >= 2, op, "weight has another shape");
-  const int64_t taps = o.weight.size(o.weight.dim() - 1), causal = taps / 2 + 1;
-  check(taps > 0 && (has_sizes(o.weight, {channels, 1, taps}) || has_sizes(o.weight, {channels, taps})), op,
-        "weight has another shape");
-  const bool chunked = o.causal_weight.has_value();
-  check(chunked == o.chunk_scale.has_value() && (chunked || !o.causal_bias.has_value()), op,
+GatedDepthwiseConv<T> problem(const auto& a, const std::vector<int64_t>& starts) {
+  const bool chunked = a.causal_weight.has_value();
+  check(chunked == a.chunk_scale.has_value() && (chunked || !a.causal_bias), a.kName,
         "chunk-causal form needs causal_weight and chunk_scale, plain form takes neither");
-  check(!chunked || (taps % 2 == 1 && o.delay == 0), op, "chunk-causal form needs an odd number of taps and no delay");
-  const int64_t past = taps / 2 + o.delay;
-  check(past >= 0 && past < taps, op, "delay");
-  check(o.activation >= 0 && o.activation <= static_cast<int64_t>(cpu::GatedActivation::silu), op, "activation");
-  check_shape(o.bias, o.h, {channels}, op, "bias");
-  if (chunked) {
-    check_like(*o.causal_weight, o.h, op, "causal_weight");
-    check(has_sizes(*o.causal_weight, {channels, 1, causal}) || has_sizes(*o.causal_weight, {channels, causal}), op,
-          "causal_weight has another shape");
-  }
-  check_shape(o.causal_bias, o.h, {channels}, op, "causal_bias");
-  check_shape(o.chunk_scale, o.h, {2, channels, taps}, op, "chunk_scale");
-  check_shape(o.cache, o.h, {batch, channels, past}, op, "cache");
-  if (o.mask.has_value())
-    check(is_dense(*o.mask, ScalarType::Bool, {batch, frames}), op,
-          "padding_mask is not a contiguous bool tensor (B, T)");
-  check(o.chunk != 0, op, "chunk_size is 0");
-  const bool packed = !o.starts.empty();
-  const int64_t whole = std::max<int64_t>(1, frames);
-  return {data<T>(o.h),
-          o.h.stride(0),
-          o.h.stride(1),
-          data<T>(o.weight),
-          data_or_null<T>(o.bias),
-          data_or_null<T>(o.causal_weight),
-          data_or_null<T>(o.causal_bias),
-          data_or_null<T>(o.chunk_scale),
-          data_or_null<bool>(o.mask),
-          data_or_null<T>(o.cache),
-          frames,
-          packed ? static_cast<int64_t>(o.starts.size()) - 1 : batch,
-          channels,
-          taps,
+  check(!chunked || (a.K % 2 == 1 && a.delay == 0), a.kName,
+        "chunk-causal form needs an odd number of taps and no delay");
+  const int64_t past = a.K / 2 + a.delay, whole = std::max<int64_t>(1, a.T);
+  check(past >= 0 && past < a.K, a.kName, "delay");
+  return {data<T>(a.h),
+          a.h.stride(0),
+          a.h.stride(1),
+          data<T>(a.weight),
+          data_or_null<T>(a.bias),
+          data_or_null<T>(a.causal_weight),
+          data_or_null<T>(a.causal_bias),
+          data_or_null<T>(a.chunk_scale),
+          data_or_null<bool>(a.padding_mask),
+          data_or_null<T>(a.cache),
+          a.T,
+          starts.empty() ? a.B : static_cast<int64_t>(starts.size()) - 1,
+          a.C,
+          a.K,
           past,
-          chunked && o.chunk > 0 ? std::min(o.chunk, whole) : whole,
-          static_cast<cpu::GatedActivation>(o.activation),
-          packed ? o.starts.data() : nullptr};
+          chunked && a.chunk_size > 0 ? std::min(a.chunk_size, whole) : whole,
+          static_cast<cpu::GatedActivation>(a.activation),
+          starts.empty() ? nullptr : starts.data()};
 }
 
 Tensor new_like_if(const Optional& t, const Tensor& h) {
@@ -111,11 +70,12 @@ int64_t grain(const GatedDepthwiseConv<T>& conv, int64_t tasks_of_a_stripe, int6
       1, 2 * kGrain / std::max<int64_t>(1, passes * frames * cpu::kGatedStripe * (conv.taps / 8 + 1)));
 }
 
-std::tuple<Tensor, Tensor> forward(const Operands& operands, bool need_cache, const char* op) {
-  const Tensor& h = operands.h;
+std::tuple<Tensor, Tensor> forward(const GatedDepthwiseConvForward& a, const std::vector<int64_t>& starts = {}) {
+  const Tensor& h = a.h;
+  const bool need_cache = a.return_cache;
   Tensor y = new_without_elements(h), new_cache = y;
-  with_kernel_type(dtype_of(h), op, [&]<typename T>() {
-    const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
+  with_kernel_type(dtype_of(h), a.kName, [&]<typename T>() {
+    const GatedDepthwiseConv<T> conv = problem<T>(a, starts);
     y = new_pooled(h, {h.size(0), h.size(1), conv.channels});
     if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.past});
     T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
@@ -129,19 +89,18 @@ std::tuple<Tensor, Tensor> forward(const Operands& operands, bool need_cache, co
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients backward(const Tensor& grad, const Operands& o, const char* op) {
-  const Tensor& h = o.h;
+Gradients backward(const GatedDepthwiseConvBackward& a, const std::vector<int64_t>& starts = {}) {
+  const Tensor &h = a.h, &grad = a.grad_y;
   Tensor dh = new_without_elements(h);
-  Tensor dweight = new_like(o.weight), dbias = new_like_if(o.bias, h), dcausal_weight = new_like_if(o.causal_weight, h),
-         dcausal_bias = new_like_if(o.causal_bias, h), dchunk_scale = new_like_if(o.chunk_scale, h),
-         dcache = new_like_if(o.cache, h);
-  with_kernel_type(dtype_of(h), op, [&]<typename T>() {
+  Tensor dweight = new_like(a.weight), dbias = new_like_if(a.bias, h), dcausal_weight = new_like_if(a.causal_weight, h),
+         dcausal_bias = new_like_if(a.causal_bias, h), dchunk_scale = new_like_if(a.chunk_scale, h),
+         dcache = new_like_if(a.cache, h);
+  with_kernel_type(dtype_of(h), a.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
-    const GatedDepthwiseConv<T> conv = checked<T>(o, op);
-    check_rows(grad, h, conv.channels, op, "grad");
+    const GatedDepthwiseConv<T> conv = problem<T>(a, starts);
     dh = new_contiguous(h, {h.size(0), h.size(1), 2 * conv.channels});
     const T* gp = data<T>(grad);
-    T *dp = mutable_data<T>(dh), *dcp = mutable_or_null<T>(dcache, o.cache.has_value());
+    T *dp = mutable_data<T>(dh), *dcp = mutable_or_null<T>(dcache, a.cache.has_value());
     const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
     const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
     const int64_t groups = std::min(conv.batch, cpu::kGatedGroups);
@@ -149,46 +108,31 @@ Gradients backward(const Tensor& grad, const Operands& o, const char* op) {
     parallel_range(stripes * groups, grain(conv, groups, 2), [&](int64_t b, int64_t e) {
       kernel.run(conv, gp, grad.stride(0), grad.stride(1), dp, dcp, parts.get(), groups, b, e);
     });
-    kernel.reduce(conv, parts.get(), groups, mutable_data<T>(dweight), mutable_or_null<T>(dbias, o.bias.has_value()),
-                  mutable_or_null<T>(dcausal_weight, o.causal_weight.has_value()),
-                  mutable_or_null<T>(dcausal_bias, o.causal_bias.has_value()),
-                  mutable_or_null<T>(dchunk_scale, o.chunk_scale.has_value()));
+    kernel.reduce(conv, parts.get(), groups, mutable_data<T>(dweight), mutable_or_null<T>(dbias, a.bias.has_value()),
+                  mutable_or_null<T>(dcausal_weight, a.causal_weight.has_value()),
+                  mutable_or_null<T>(dcausal_bias, a.causal_bias.has_value()),
+                  mutable_or_null<T>(dchunk_scale, a.chunk_scale.has_value()));
   });
   return {dh, dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
-                                                        const Optional& causal_weight, const Optional& causal_bias,
-                                                        const Optional& chunk_scale, const Optional& padding_mask,
-                                                        const Optional& cache, int64_t chunk_size, int64_t activation,
-                                                        bool need_cache, int64_t delay) {
-  return forward(
-      {h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, delay, activation},
-      need_cache, "gated_depthwise_conv_forward");
-}
+std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConvForward& a) { return forward(a); }
 
 namespace {
 
-Gradients gated_depthwise_conv_backward(const Tensor& grad, const Tensor& h, const Tensor& weight, const Optional& bias,
-                                        const Optional& causal_weight, const Optional& causal_bias,
-                                        const Optional& chunk_scale, const Optional& padding_mask,
-                                        const Optional& cache, int64_t chunk_size, int64_t activation, int64_t delay) {
-  return backward(
-      grad,
-      {h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, delay, activation},
-      "gated_depthwise_conv_backward");
-}
+Gradients gated_depthwise_conv_backward(const GatedDepthwiseConvBackward& a) { return backward(a); }
 
 // The plain form for sequences of these lengths, which lie one after the other as rows of h (N, 1, 2 C). Returns y (N,
 // 1, C).
 Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
                                            std::vector<int64_t> lengths, int64_t activation, int64_t delay) {
-  const char* op = "gated_depthwise_conv_packed_forward";
   const Optional none;
-  return std::get<0>(forward(
-      {h, weight, bias, none, none, none, none, none, -1, delay, activation, starts_of(lengths, h, op)}, false, op));
+  GatedDepthwiseConvForward a{h, weight, bias, none, none, none, none, none, -1, activation, false, delay};
+  const char* op = "gated_depthwise_conv_packed_forward";
+  a.check(op);
+  return std::get<0>(forward(a, starts_of(lengths, h, op)));
 }
 
 // Returns dh, dweight and dbias, which has no elements without a bias.
@@ -196,25 +140,20 @@ std::tuple<Tensor, Tensor, Tensor> gated_depthwise_conv_packed_backward(const Te
                                                                         const Tensor& weight, const Optional& bias,
                                                                         std::vector<int64_t> lengths,
                                                                         int64_t activation, int64_t delay) {
-  const char* op = "gated_depthwise_conv_packed_backward";
   const Optional none;
-  const Gradients found = backward(
-      grad, {h, weight, bias, none, none, none, none, none, -1, delay, activation, starts_of(lengths, h, op)}, op);
+  GatedDepthwiseConvBackward a{grad, h, weight, bias, none, none, none, none, none, -1, activation, delay};
+  const char* op = "gated_depthwise_conv_packed_backward";
+  a.check(op);
+  const Gradients found = backward(a, starts_of(lengths, h, op));
   return {std::get<0>(found), std::get<1>(found), std::get<2>(found)};
 }
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
-     "Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int activation, bool need_cache, int "
-     "delay) -> (Tensor, Tensor)",
-     Boxed<gated_depthwise_conv_forward>::call},
-    {"gated_depthwise_conv_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
-     "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int activation, "
-     "int "
-     "delay) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-     Boxed<gated_depthwise_conv_backward>::call},
+FASTASR_OPERATORS(written<gated_depthwise_conv_forward>, written<gated_depthwise_conv_backward>)
+
+FASTASR_UNDECLARED(
+    "fastasr/models/common/packed.py calls it in a node of autograd, for plain tensors outside autocast and tracing",
     {"gated_depthwise_conv_packed_forward(Tensor h, Tensor weight, Tensor? bias, int[] lengths, int activation, "
      "int delay) -> Tensor",
      Boxed<gated_depthwise_conv_packed_forward>::call},

@@ -134,7 +134,9 @@ std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<doub
 
 }  // namespace
 
-FASTASR_OPERATORS(
+FASTASR_UNDECLARED(
+    "fastasr/models/transducer/label_looping.py calls it under no_grad, with tensors that it made",
+
     {"greedy_pack(int[] numbers, float[] eps, Tensor[] lstm, Tensor[] linear, Tensor[] vectors) -> Tensor",
      Boxed<greedy_pack>::call},
     {"greedy_search(int[] numbers, float[] eps, Tensor packed, Tensor embedding, Tensor encoded, "

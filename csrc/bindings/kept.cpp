@@ -41,8 +41,9 @@ int64_t kept_digest(const Tensor& mask) {
 
 }  // namespace
 
-FASTASR_OPERATORS({"kept_digest(Tensor mask) -> int", Boxed<kept_digest>::call},
-                  {"kept_pieces(Tensor spans, int part, int parts) -> Tensor", Boxed<kept_pieces>::call},
-                  {"kept_unchanged(Tensor pieces) -> bool", Boxed<kept_unchanged>::call})
+FASTASR_UNDECLARED("fastasr/ops/_kept.py compares the bytes of tensors: nothing is computed from them",
+                   {"kept_digest(Tensor mask) -> int", Boxed<kept_digest>::call},
+                   {"kept_pieces(Tensor spans, int part, int parts) -> Tensor", Boxed<kept_pieces>::call},
+                   {"kept_unchanged(Tensor pieces) -> bool", Boxed<kept_unchanged>::call})
 
 }  // namespace fastasr::bindings::kept

@@ -8,7 +8,7 @@
 #include "cpu/gemm/reduced_gemm.h"
 
 // The functions of operators that the operator of a whole layer calls. The schemas beside their definitions describe
-// the arguments.
+// the arguments; a struct of arguments is checked before (`checked`).
 namespace fastasr::bindings {
 
 namespace gemm {
@@ -26,11 +26,13 @@ Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int6
 }  // namespace swoosh
 
 namespace bypass {
-Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale);
+struct BypassForward;
+Tensor bypass_forward(const BypassForward& a);
 }  // namespace bypass
 
 namespace bias_norm {
-Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale);
+struct BiasNormForward;
+Tensor bias_norm_forward(const BiasNormForward& a);
 }  // namespace bias_norm
 
 namespace nonlin_attention {
@@ -43,17 +45,13 @@ Tensor weighted_values(Tensor weights, Tensor values);  // returns (rows, batch,
 }  // namespace weighted_values
 
 namespace zipformer_attention_weights {
-Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos, const Optional& cached_key,
-                                           const Optional& padding, const Optional& mask, int64_t heads,
-                                           int64_t query_dim, int64_t chunk, int64_t left_chunks);
+struct ZipformerAttentionWeightsForward;
+Tensor zipformer_attention_weights_forward(const ZipformerAttentionWeightsForward& a);
 }  // namespace zipformer_attention_weights
 
 namespace gated_depthwise_conv {
-std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
-                                                        const Optional& causal_weight, const Optional& causal_bias,
-                                                        const Optional& chunk_scale, const Optional& padding_mask,
-                                                        const Optional& cache, int64_t chunk_size, int64_t activation,
-                                                        bool need_cache, int64_t delay);
+struct GatedDepthwiseConvForward;
+std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConvForward& a);
 }  // namespace gated_depthwise_conv
 
 }  // namespace fastasr::bindings

@@ -335,10 +335,11 @@ Tensor mega_stack(std::vector<Tensor> states) {
 
 }  // namespace
 
-FASTASR_OPERATORS({"mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Tensor", Boxed<mega_pack>::call},
-                  {"mega_step(Tensor packed, int[] shape, Tensor bias, Tensor embed, Tensor labels, "
-                   "Tensor[] states, Tensor[] lengths) -> Tensor[]",
-                   Boxed<mega_step>::call},
-                  {"mega_stack(Tensor[] states) -> Tensor", Boxed<mega_stack>::call})
+FASTASR_UNDECLARED("fastasr/models/mega/decoding.py calls it under no_grad, with tensors of a decoder that it checked",
+                   {"mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Tensor", Boxed<mega_pack>::call},
+                   {"mega_step(Tensor packed, int[] shape, Tensor bias, Tensor embed, Tensor labels, "
+                    "Tensor[] states, Tensor[] lengths) -> Tensor[]",
+                    Boxed<mega_step>::call},
+                   {"mega_stack(Tensor[] states) -> Tensor", Boxed<mega_stack>::call})
 
 }  // namespace fastasr::bindings::mega_step

@@ -417,7 +417,10 @@ FASTASR_OPERATORS(
      "Tensor? dropout_seed, Tensor out, Tensor lse, float dropout_p, int left, int right, int chunk, float soft_cap) "
      "-> "
      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-     Boxed<rel_attention_backward>::call},
+     Boxed<rel_attention_backward>::call})
+
+FASTASR_UNDECLARED(
+    "fastasr/models/common/packed.py calls it in a node of autograd, for plain tensors outside autocast and tracing",
     {"rel_attention_packed_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
      "Tensor? dropout_seeds, int[] lengths, float dropout_p) -> Tensor",
      Boxed<rel_attention_packed_forward>::call},

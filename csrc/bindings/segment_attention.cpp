@@ -1,50 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/segment_attention.h"
 
-#include <array>
 #include <tuple>
 
-#include "bindings/dispatch.h"
 #include "bindings/pooled.h"
+#include "bindings/written/segment_attention.h"
 
 namespace fastasr::bindings::segment_attention {
 namespace {
 
-using Sizes = std::array<int64_t, 8>;  // heads, frames, segment, left, right, memory, past frames, past memory
+template <typename T>
+cpu::SegmentAttention<T> sizes_of(const auto& a) {
+  cpu::SegmentAttention<T> p{};
+  p.batch = a.B, p.heads = a.num_heads, p.width = a.D;
+  p.frames = a.frames, p.segment = a.segment_length;
+  p.left = a.left_context_length, p.right = a.right_context_length, p.memory = a.max_memory_size;
+  p.past_frames = a.past_frames, p.past_memory = a.past_memory;
+  return p;
+}
 
 template <typename T>
-cpu::Sequence<const T> sequence(const Tensor& t, const Tensor& query, int64_t rows, const char* op, const char* name) {
-  check(t.dim() == 3 && dtype_of(t) == dtype_of(query) && t.size(0) == rows && t.size(1) == query.size(1) &&
-            t.size(2) == query.size(2) && (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
-        op, name, " is not (", rows, ", batch, dense channels) like query");
+cpu::Sequence<const T> sequence(const Tensor& t) {
   return {data<T>(t), t.stride(0), t.stride(1)};
 }
 
-const int64_t* integers(const Optional& t, int64_t count, const char* op, const char* name) {
-  if (!t) return nullptr;
-  check(is_dense(*t, ScalarType::Long, {count}), op, name);
-  return data<int64_t>(*t);
-}
-
 template <typename T>
-cpu::SegmentAttention<T> checked(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& lengths,
-                                 const Optional& history, const Optional& dropout, const Sizes& n, const char* op) {
-  cpu::SegmentAttention<T> p{};
-  check(query.dim() == 3 && n[0] > 0 && query.size(2) > 0 && query.size(2) % n[0] == 0, op, "query");
-  check(n[2] > 0 && *std::min_element(n.begin(), n.end()) >= 0, op, "negative sizes");
-  p.batch = query.size(1), p.heads = n[0], p.width = query.size(2) / n[0];
-  p.frames = n[1], p.segment = n[2], p.left = n[3], p.right = n[4], p.memory = n[5];
-  p.past_frames = n[6], p.past_memory = n[7];
-  check(p.memory > 0 || p.past_memory == 0, op, "past memory without memory");
-  p.query = sequence<T>(query, query, p.queries(), op, "query");
-  p.key = sequence<T>(key, query, p.keys(), op, "key");
-  p.value = sequence<T>(value, query, p.keys(), op, "value");
-  p.lengths = integers(lengths, p.batch, op, "lengths");
-  p.history = integers(history, 2, op, "history");
-  if (dropout) {
-    check(is_dense(*dropout, kComputeType<T>, {p.batch, p.heads, p.queries(), p.lanes()}), op, "dropout");
-    p.dropout = data<cpu::compute_t<T>>(*dropout);
-  }
+cpu::SegmentAttention<T> problem(const auto& a) {
+  auto p = sizes_of<T>(a);
+  p.query = sequence<T>(a.query), p.key = sequence<T>(a.key), p.value = sequence<T>(a.value);
+  p.lengths = data_or_null<int64_t>(a.lengths), p.history = data_or_null<int64_t>(a.history);
+  p.dropout = data_or_null<cpu::compute_t<T>>(a.weights_dropout);
   return p;
 }
 
@@ -57,33 +42,23 @@ void for_units(const cpu::SegmentAttention<T>& p, bool backward, const F& f) {
   });
 }
 
-Tensor segment_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& lengths,
-                                 const Optional& history, const Optional& dropout, int64_t heads, int64_t frames,
-                                 int64_t segment, int64_t left, int64_t right, int64_t memory, int64_t past_frames,
-                                 int64_t past_memory) {
-  const char* op = "segment_attention_forward";
-  const Sizes sizes{heads, frames, segment, left, right, memory, past_frames, past_memory};
-  Tensor y = new_contiguous(query);
-  with_kernel_type(dtype_of(query), op, [&]<typename T>() {
+Tensor segment_attention_forward(const SegmentAttentionForward& a) {
+  Tensor y = new_contiguous(a.query);
+  with_kernel_type(dtype_of(a.query), a.kName, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
-    const auto p = checked<T>(query, key, value, lengths, history, dropout, sizes, op);
+    const auto p = problem<T>(a);
     T* out = mutable_data<T>(y);
     for_units(p, false, [&](int64_t unit, auto* scratch) { kernel.forward(p, unit, out, scratch); });
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
-    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& lengths,
-    const Optional& history, const Optional& dropout, int64_t heads, int64_t frames, int64_t segment, int64_t left,
-    int64_t right, int64_t memory, int64_t past_frames, int64_t past_memory) {
-  const char* op = "segment_attention_backward";
-  const Sizes sizes{heads, frames, segment, left, right, memory, past_frames, past_memory};
-  Tensor dquery = new_contiguous(query), dkey = new_contiguous(key), dvalue = new_contiguous(value);
-  with_kernel_type(dtype_of(query), op, [&]<typename T>() {
+std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(const SegmentAttentionBackward& a) {
+  Tensor dquery = new_contiguous(a.query), dkey = new_contiguous(a.key), dvalue = new_contiguous(a.value);
+  with_kernel_type(dtype_of(a.query), a.kName, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
-    const auto p = checked<T>(query, key, value, lengths, history, dropout, sizes, op);
-    const auto g = sequence<T>(grad, query, p.queries(), op, "grad");
+    const auto p = problem<T>(a);
+    const auto g = sequence<T>(a.grad_y);
     T *dq = mutable_data<T>(dquery), *dk = mutable_data<T>(dkey), *dv = mutable_data<T>(dvalue);
     for_units(p, true, [&](int64_t unit, auto* scratch) { kernel.backward(p, g, unit, dq, dk, dv, scratch); });
   });
@@ -92,13 +67,14 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
 
 }  // namespace
 
-FASTASR_OPERATORS({"segment_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, "
-                   "Tensor? history, Tensor? dropout, int heads, int frames, int segment, int left, int right, "
-                   "int memory, int past_frames, int past_memory) -> Tensor",
-                   Boxed<segment_attention_forward>::call},
-                  {"segment_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
-                   "Tensor? lengths, Tensor? history, Tensor? dropout, int heads, int frames, int segment, "
-                   "int left, int right, int memory, int past_frames, int past_memory) -> (Tensor, Tensor, Tensor)",
-                   Boxed<segment_attention_backward>::call})
+template <typename A>
+void find_sizes(A& a) {
+  const auto p = sizes_of<float>(a);
+  check(p.memory > 0 || p.past_memory == 0, a.kName, "past memory without memory");
+  check(a.N == p.queries(), a.kName, "query has another number of rows");
+  a.Q = p.queries(), a.K = p.keys(), a.lanes = p.lanes();
+}
+
+FASTASR_OPERATORS(written<segment_attention_forward>, written<segment_attention_backward>)
 
 }  // namespace fastasr::bindings::segment_attention

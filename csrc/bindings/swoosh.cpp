@@ -148,7 +148,10 @@ FASTASR_OPERATORS(
     {"swoosh_forward(Tensor x, bool swoosh_r, Tensor? mask, int shared_dim) -> Tensor", Boxed<swoosh_forward>::call},
     {"swoosh_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor? mask, int shared_dim, bool need_output) -> "
      "(Tensor, Tensor)",
-     Boxed<swoosh_backward>::call},
+     Boxed<swoosh_backward>::call})
+
+FASTASR_UNDECLARED(
+    "fastasr/models/common/packed.py calls it in a node of autograd, for plain tensors outside autocast and tracing",
     {"swoosh_packed_forward(Tensor x, bool swoosh_r, Tensor mask, Tensor sequence) -> Tensor",
      Boxed<swoosh_packed_forward>::call},
     {"swoosh_packed_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor mask, Tensor sequence) -> (Tensor, Tensor)",

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "bindings/pooled.h"
-#include "cpu/math/activation.h"
+#include "bindings/written/toeplitz_attention.h"
 
 namespace fastasr::bindings::toeplitz_attention {
 namespace {
@@ -14,52 +14,21 @@ namespace {
 // large batches need no more than one.
 constexpr int64_t kWorkspaceBytes = int64_t{16} << 20;
 
-struct Inputs {
-  const Tensor &query_key, &gate, &value, &qk_weight, &qk_bias, &position_bias;
-  const Optional &padding, &dropout;
-  bool causal;
-  int64_t chunk_size, activation;
-  bool activate_value;
-};
-
 template <typename T>
-cpu::Sequence<const T> sequence(const Tensor& t, const Tensor& like, const char* op, const char* name) {
-  check(t.dim() == 3 && dtype_of(t) == dtype_of(like) && t.size(0) == like.size(0) && t.size(1) == like.size(1) &&
-            (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
-        op, name, " is not (time, batch, dense channels) like query_key");
+cpu::Sequence<const T> sequence(const Tensor& t) {
   return {data<T>(t), t.stride(0), t.stride(1)};
 }
 
 template <typename T>
-cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
+cpu::ToeplitzAttention<T> problem(const auto& a) {
   using C = cpu::compute_t<T>;
   cpu::ToeplitzAttention<T> p{};
-  check(in.query_key.dim() == 3 && in.query_key.size(2) > 0, op, "query_key");
-  p.query_key = sequence<T>(in.query_key, in.query_key, op, "query_key");
-  p.gate = sequence<T>(in.gate, in.query_key, op, "gate");
-  p.value = sequence<T>(in.value, in.query_key, op, "value");
-  check(in.gate.size(2) == in.value.size(2), op, "gate and value differ in width");
-  p.length = in.query_key.size(0), p.batch = in.query_key.size(1), p.d = in.query_key.size(2), p.v = in.gate.size(2);
-  p.size = std::max<int64_t>(1, in.chunk_size > 0 ? std::min(in.chunk_size, p.length) : p.length);
-  p.count = (p.length + p.size - 1) / p.size;
-  for (const Tensor* t : {&in.qk_weight, &in.qk_bias})
-    check(is_dense(*t, kComputeType<T>, {2, p.d}), op, "qk_weight and qk_bias");
-  p.reach = (in.position_bias.numel() - 1) / 2;
-  check(dtype_of(in.position_bias) == kComputeType<T> && in.position_bias.is_contiguous() &&
-            in.position_bias.dim() == 1 && in.position_bias.numel() % 2 == 1 && p.reach + 1 >= p.size,
-        op, "position_bias");
-  p.qk_weight = data<C>(in.qk_weight), p.qk_bias = data<C>(in.qk_bias);
-  p.position_bias = data<C>(in.position_bias) + p.reach;
-  if (in.padding) {
-    check(is_dense(*in.padding, ScalarType::Bool, {p.batch, p.length}), op, "padding_mask");
-    p.padding = data<uint8_t>(*in.padding);
-  }
-  if (in.dropout) {
-    check(is_dense(*in.dropout, kComputeType<T>, {p.batch, p.count, p.size, p.size}), op, "dropout");
-    p.dropout = data<C>(*in.dropout);
-  }
-  check(in.activation >= 0 && in.activation < cpu::kActivations, op, "activation");
-  p.causal = in.causal, p.activate_value = in.activate_value, p.activation = static_cast<int>(in.activation);
+  p.query_key = sequence<T>(a.query_key), p.gate = sequence<T>(a.gate), p.value = sequence<T>(a.value);
+  p.length = a.L, p.batch = a.B, p.d = a.D, p.v = a.V, p.size = a.size, p.count = a.count, p.reach = a.P - 1;
+  p.qk_weight = data<C>(a.qk_weight), p.qk_bias = data<C>(a.qk_bias);
+  p.position_bias = data<C>(a.position_bias) + p.reach;
+  p.padding = data_or_null<uint8_t>(a.padding_mask), p.dropout = data_or_null<C>(a.weights_dropout);
+  p.causal = a.causal, p.activate_value = a.activate_value, p.activation = static_cast<int>(a.activation);
   return p;
 }
 
@@ -127,21 +96,13 @@ void pack_units(const Tasks<T>& all, bool backward, int64_t first, int64_t units
   });
 }
 
-std::tuple<Tensor, Tensor> toeplitz_attention_forward(const Tensor& query_key, const Tensor& gate, const Tensor& value,
-                                                      const Tensor& qk_weight, const Tensor& qk_bias,
-                                                      const Tensor& position_bias, const Optional& padding_mask,
-                                                      const Optional& dropout, bool causal, int64_t chunk_size,
-                                                      int64_t activation, bool activate_value, bool need_gradients) {
-  const char* op = "toeplitz_attention_forward";
-  const Inputs in{query_key,    gate,    value,  qk_weight,  qk_bias,    position_bias,
-                  padding_mask, dropout, causal, chunk_size, activation, activate_value};
-  check(gate.dim() == 3, op, "gate");
-  Tensor y = new_contiguous(gate), mixed = need_gradients ? new_contiguous(gate) : new_without_elements(gate);
-  with_kernel_type(dtype_of(query_key), op, [&]<typename T>() {
+std::tuple<Tensor, Tensor> toeplitz_attention_forward(const ToeplitzAttentionForward& a) {
+  Tensor y = new_contiguous(a.gate), mixed = a.keep ? new_contiguous(a.gate) : new_without_elements(a.gate);
+  with_kernel_type(dtype_of(a.query_key), a.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
-    const auto p = checked<T>(in, op);
-    T *yp = mutable_data<T>(y), *hp = need_gradients ? mutable_data<T>(mixed) : nullptr;
+    const auto p = problem<T>(a);
+    T *yp = mutable_data<T>(y), *hp = a.keep ? mutable_data<T>(mixed) : nullptr;
     const int64_t blocks = p.blocks();
     for_groups(p, false, [&](int64_t first, int64_t units, const cpu::ToeplitzUnit<C>* operands, const Tasks<T>& all) {
       pack_units(all, false, first, units, operands);
@@ -154,22 +115,15 @@ std::tuple<Tensor, Tensor> toeplitz_attention_forward(const Tensor& query_key, c
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_backward(
-    const Tensor& grad, const Tensor& query_key, const Tensor& gate, const Tensor& value, const Tensor& qk_weight,
-    const Tensor& qk_bias, const Tensor& position_bias, const Optional& padding_mask, const Optional& dropout,
-    const Tensor& mixed, bool causal, int64_t chunk_size, int64_t activation, bool activate_value) {
-  const char* op = "toeplitz_attention_backward";
-  const Inputs in{query_key,    gate,    value,  qk_weight,  qk_bias,    position_bias,
-                  padding_mask, dropout, causal, chunk_size, activation, activate_value};
-  Tensor dquery_key = new_contiguous(query_key), dgate = new_contiguous(gate), dvalue = new_contiguous(value);
-  Tensor dqk_weight = new_like(qk_weight), dqk_bias = new_like(qk_bias), dposition_bias = new_like(position_bias);
-  with_kernel_type(dtype_of(query_key), op, [&]<typename T>() {
+    const ToeplitzAttentionBackward& a) {
+  Tensor dquery_key = new_contiguous(a.query_key), dgate = new_contiguous(a.gate), dvalue = new_contiguous(a.value);
+  Tensor dqk_weight = new_like(a.qk_weight), dqk_bias = new_like(a.qk_bias), dposition_bias = new_like(a.position_bias);
+  with_kernel_type(dtype_of(a.query_key), a.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
-    const auto p = checked<T>(in, op);
-    check_same_size(mixed, gate, op, "mixed");
-    cpu::ToeplitzGradients<T> g{sequence<T>(grad, query_key, op, "grad"), sequence<T>(mixed, query_key, op, "mixed"),
-                                mutable_data<T>(dquery_key), mutable_data<T>(dgate), mutable_data<T>(dvalue)};
-    check(grad.size(2) == p.v && mixed.size(2) == p.v, op, "grad and mixed differ from gate");
+    const auto p = problem<T>(a);
+    cpu::ToeplitzGradients<T> g{sequence<T>(a.grad_y), sequence<T>(a.mixed), mutable_data<T>(dquery_key),
+                                mutable_data<T>(dgate), mutable_data<T>(dvalue)};
     const int64_t blocks = p.blocks(), panels = p.v_panels() + p.d_panels(), distances = 2 * p.size - 1;
     const int64_t width = 4 * p.d + distances;
     std::vector<double> parts(p.units() * width);
@@ -199,14 +153,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
 
 }  // namespace
 
-FASTASR_OPERATORS({"toeplitz_attention_forward(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, "
-                   "Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? dropout, bool causal, "
-                   "int chunk_size, int activation, bool activate_value, bool need_gradients) -> (Tensor, Tensor)",
-                   Boxed<toeplitz_attention_forward>::call},
-                  {"toeplitz_attention_backward(Tensor grad, Tensor query_key, Tensor gate, Tensor value, "
-                   "Tensor qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? dropout, "
-                   "Tensor mixed, bool causal, int chunk_size, int activation, bool activate_value) -> (Tensor, "
-                   "Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   Boxed<toeplitz_attention_backward>::call})
+template <typename A>
+void find_sizes(A& a) {
+  a.size = std::max<int64_t>(1, a.chunk_size > 0 ? std::min(a.chunk_size, a.L) : a.L);
+  a.count = (a.L + a.size - 1) / a.size;
+}
+
+FASTASR_OPERATORS(written<toeplitz_attention_forward>, written<toeplitz_attention_backward>)
 
 }  // namespace fastasr::bindings::toeplitz_attention

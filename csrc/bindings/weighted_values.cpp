@@ -199,7 +199,10 @@ std::tuple<Tensor, std::vector<Tensor>> weighted_values_packed_backward(Tensor g
 
 }  // namespace
 
-FASTASR_OPERATORS(
+FASTASR_UNDECLARED(
+    "Zipformer's self_attention.py and packed_weights.py call it in nodes of autograd, for plain tensors outside "
+    "autocast and tracing",
+
     {"weighted_values(Tensor weights, Tensor values) -> Tensor", Boxed<weighted_values>::call},
     {"weighted_values_backward(Tensor grad, Tensor weights, Tensor values) -> (Tensor, Tensor)",
      Boxed<weighted_values_backward>::call},

@@ -6,32 +6,25 @@
 
 #include "bindings/attention_problem.h"
 #include "bindings/attention_work.h"
+#include "bindings/written/zipformer_attention.h"
 
 namespace fastasr::bindings::zipformer_attention {
 namespace {
 
-cpu::ValueShape checked_values(const Tensor& value, int64_t value_heads, const AttentionProblem& a, const Tensor& x,
-                               const char* op) {
-  check_like(value, x, op, "value");
-  check(value.dim() == 3 && value.size(0) == a.keys() && value.size(1) == a.batch && value_heads > 0 &&
-            value_heads <= a.heads && value.size(2) % value_heads == 0,
-        op, "sizes of value");
-  return {value_heads, value.size(2) / value_heads};
+cpu::ValueShape value_shape(const auto& a) {
+  check(a.value_heads <= a.num_heads && a.E % a.value_heads == 0, a.kName, "value_heads");
+  return {a.value_heads, a.E / a.value_heads};
 }
 
-Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const Tensor& value,
-                                   const Optional& cached_key, const Optional& padding, const Optional& mask,
-                                   int64_t heads, int64_t query_dim, int64_t value_heads, int64_t chunk,
-                                   int64_t left_chunks) {
-  const char* op = "zipformer_attention_forward";
-  const AttentionProblem a =
-      checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
-  const cpu::ValueShape v = checked_values(value, value_heads, a, x, op);
-  Tensor y = new_contiguous(x, {a.frames, a.batch, value.size(2)});
+Tensor zipformer_attention_forward(const ZipformerAttentionForward& call) {
+  const auto& [x, pos, value, cached_key] = std::tie(call.x, call.pos, call.value, call.cached_key);
+  const AttentionProblem a = problem_of(call);
+  const cpu::ValueShape v = value_shape(call);
+  Tensor y = new_contiguous(x, {a.frames, a.batch, call.E});
   if (y.numel() == 0) return y;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), call.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
     const WorkspaceLayout<C> layout(a, false);
@@ -61,16 +54,10 @@ Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const T
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
-    const Tensor& grad, const Tensor& x, const Optional& pos, const Tensor& value, const Optional& cached_key,
-    const Optional& padding, const Optional& mask, int64_t heads, int64_t query_dim, int64_t value_heads, int64_t chunk,
-    int64_t left_chunks) {
-  const char* op = "zipformer_attention_backward";
-  const AttentionProblem a =
-      checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
-  const cpu::ValueShape v = checked_values(value, value_heads, a, x, op);
-  check_like(grad, x, op, "grad");
-  check(has_sizes(grad, {a.frames, a.batch, value.size(2)}), op, "sizes of grad");
+std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(const ZipformerAttentionBackward& call) {
+  const auto& [x, pos, value, cached_key, grad] = std::tie(call.x, call.pos, call.value, call.cached_key, call.grad_y);
+  const AttentionProblem a = problem_of(call);
+  const cpu::ValueShape v = value_shape(call);
   Tensor dx = new_like(x), dvalue = new_like(value);
   Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
   Tensor dcached = cached_key.has_value() ? new_like(*cached_key) : new_without_elements(x);
@@ -83,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), call.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
     const auto& shared = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
@@ -132,14 +119,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
 
 }  // namespace
 
-FASTASR_OPERATORS({"zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
-                   "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, "
-                   "int value_heads, int chunk_size, int left_context_chunks) -> Tensor",
-                   Boxed<zipformer_attention_forward>::call},
-                  {"zipformer_attention_backward(Tensor grad, Tensor x, Tensor? pos, Tensor value, "
-                   "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
-                   "int query_head_dim, int value_heads, int chunk_size, int left_context_chunks) -> (Tensor, "
-                   "Tensor, Tensor, Tensor)",
-                   Boxed<zipformer_attention_backward>::call})
+FASTASR_OPERATORS(written<zipformer_attention_forward>, written<zipformer_attention_backward>)
 
 }  // namespace fastasr::bindings::zipformer_attention

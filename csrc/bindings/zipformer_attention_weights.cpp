@@ -10,6 +10,7 @@
 #include "bindings/layer_parts.h"
 #include "bindings/packed.h"
 #include "bindings/pooled.h"
+#include "bindings/written/zipformer_attention_weights.h"
 #include "cpu/attention/attention_tiles.h"
 
 namespace fastasr::bindings::zipformer_attention_weights {
@@ -35,17 +36,14 @@ Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
 
 }  // namespace
 
-Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos, const Optional& cached_key,
-                                           const Optional& padding, const Optional& mask, int64_t heads,
-                                           int64_t query_dim, int64_t chunk, int64_t left_chunks) {
-  const char* op = "zipformer_attention_weights_forward";
-  const AttentionProblem a =
-      checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
+Tensor zipformer_attention_weights_forward(const ZipformerAttentionWeightsForward& call) {
+  const auto& [x, pos, cached_key] = std::tie(call.x, call.pos, call.cached_key);
+  const AttentionProblem a = problem_of(call);
   Tensor weights = new_weights(a, x);
   if (weights.numel() == 0) return weights;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), call.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const WorkspaceLayout<C> layout(a, false);
@@ -72,15 +70,11 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos,
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
-    const Tensor& grad, const Tensor& weights, const Tensor& x, const Optional& pos, const Optional& cached_key,
-    const Optional& padding, const Optional& mask, int64_t heads, int64_t query_dim, int64_t chunk, int64_t left_chunks,
-    double penalty, double limit) {
-  const char* op = "zipformer_attention_weights_backward";
-  AttentionProblem a = checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
-  a.penalty = penalty, a.limit = limit;
-  check_weights(weights, a, x, op, "weights");
-  check_weights(grad, a, x, op, "grad");
+std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(const ZipformerAttentionWeightsBackward& call) {
+  const auto& [x, pos, cached_key, weights, grad] =
+      std::tie(call.x, call.pos, call.cached_key, call.weights, call.grad_weights);
+  AttentionProblem a = problem_of(call);
+  a.penalty = call.score_penalty, a.limit = call.score_limit;
   Tensor dx = new_like(x);
   Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
   Tensor dcached = cached_key.has_value() ? new_like(*cached_key) : new_without_elements(x);
@@ -90,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), call.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const WorkspaceLayout<C> layout(a, true);
@@ -303,16 +297,11 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, "
-     "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, "
-     "int left_context_chunks) -> Tensor",
-     Boxed<zipformer_attention_weights_forward>::call},
-    {"zipformer_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, "
-     "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
-     "int query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, "
-     "float score_limit) -> (Tensor, Tensor, Tensor)",
-     Boxed<zipformer_attention_weights_backward>::call},
+FASTASR_OPERATORS(written<zipformer_attention_weights_forward>, written<zipformer_attention_weights_backward>)
+
+FASTASR_UNDECLARED(
+    "fastasr/models/zipformer/packed_weights.py calls it in a node of autograd, for plain tensors outside autocast and "
+    "tracing",
     {"zipformer_attention_weights_packed_forward(Tensor x, Tensor? pos, int[] lengths, int num_heads, "
      "int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor[]",
      Boxed<zipformer_attention_weights_packed_forward>::call},

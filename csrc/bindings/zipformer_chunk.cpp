@@ -222,24 +222,25 @@ void zipformer_chunk_states(std::vector<int64_t> sizes, Tensor states, Tensor co
 
 }  // namespace
 
-FASTASR_OPERATORS({"zipformer_chunk_names() -> str", Boxed<zipformer_chunk_names>::call},
-                  {"zipformer_chunk_floats(int[] sizes, int streams) -> int[]", Boxed<zipformer_chunk_floats>::call},
-                  {"zipformer_chunk_pack(int[] sizes, Tensor[] weights, Tensor[] biases, Tensor[] tables) -> Tensor[]",
-                   Boxed<zipformer_chunk_pack>::call},
-                  {"zipformer_chunk_step(int[] sizes, Tensor weights, Tensor vectors, Tensor(a!) states, "
-                   "Tensor(b!) counters, Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor",
-                   Boxed<zipformer_chunk_step>::call},
-                  {"zipformer_chunk_states(int[] sizes, Tensor(a!) states, Tensor(b!) counters, int slot, "
-                   "Tensor[] tensors, bool restore) -> ()",
-                   Boxed<zipformer_chunk_states>::call},
-                  {"zipformer_layer_weights(int[] sizes, Tensor[] weights) -> Tensor",
-                   Boxed<zipformer_layer_weights>::call},
-                  {"zipformer_layer_vectors(int[] sizes, int frames, int left, Tensor[] biases, Tensor[] tables)"
-                   " -> Tensor",
-                   Boxed<zipformer_layer_vectors>::call},
-                  {"zipformer_layer_step(int[] sizes, int left, Tensor weights, Tensor vectors, Tensor x, "
-                   "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
-                   Boxed<zipformer_layer_step>::call})
+FASTASR_UNDECLARED(
+    "the streaming engine and streaming_layer.py call it without gradients, with weights that it packed itself",
+    {"zipformer_chunk_names() -> str", Boxed<zipformer_chunk_names>::call},
+    {"zipformer_chunk_floats(int[] sizes, int streams) -> int[]", Boxed<zipformer_chunk_floats>::call},
+    {"zipformer_chunk_pack(int[] sizes, Tensor[] weights, Tensor[] biases, Tensor[] tables) -> Tensor[]",
+     Boxed<zipformer_chunk_pack>::call},
+    {"zipformer_chunk_step(int[] sizes, Tensor weights, Tensor vectors, Tensor(a!) states, "
+     "Tensor(b!) counters, Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor",
+     Boxed<zipformer_chunk_step>::call},
+    {"zipformer_chunk_states(int[] sizes, Tensor(a!) states, Tensor(b!) counters, int slot, "
+     "Tensor[] tensors, bool restore) -> ()",
+     Boxed<zipformer_chunk_states>::call},
+    {"zipformer_layer_weights(int[] sizes, Tensor[] weights) -> Tensor", Boxed<zipformer_layer_weights>::call},
+    {"zipformer_layer_vectors(int[] sizes, int frames, int left, Tensor[] biases, Tensor[] tables)"
+     " -> Tensor",
+     Boxed<zipformer_layer_vectors>::call},
+    {"zipformer_layer_step(int[] sizes, int left, Tensor weights, Tensor vectors, Tensor x, "
+     "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
+     Boxed<zipformer_layer_step>::call})
 
 // They take no tensor, so the dispatcher cannot tell that they run on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {

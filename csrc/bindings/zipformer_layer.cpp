@@ -6,6 +6,10 @@
 
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
+#include "bindings/written/bias_norm.h"
+#include "bindings/written/bypass.h"
+#include "bindings/written/gated_depthwise_conv.h"
+#include "bindings/written/zipformer_attention_weights.h"
 #include "cpu/conv/gated_depthwise_conv.h"
 #include "cpu/rows/add.h"
 #include "cpu/streaming/zipformer_order.h"
@@ -81,9 +85,11 @@ struct Layer {
   Tensor x = src, attention = src;
 
   void attention_weights() {
-    attention = zipformer_attention_weights::zipformer_attention_weights_forward(
-        linear(weights.scores, x), linear(weights.positions, positions), {}, padding, mask, heads, query_dim, chunk,
-        left_chunks);
+    using zipformer_attention_weights::ZipformerAttentionWeightsForward;
+    const Tensor projected = linear(weights.scores, x);
+    const Optional pos = linear(weights.positions, positions);
+    attention = zipformer_attention_weights_forward(checked(
+        ZipformerAttentionWeightsForward{projected, pos, {}, padding, mask, heads, query_dim, chunk, left_chunks}));
   }
 
   void feed_forward(int i) {
@@ -110,16 +116,29 @@ struct Layer {
     const Convolution& c = convolutions[i];
     const auto at = [](const Tensor* t) { return t ? Optional(*t) : Optional(); };
     const auto swoosh_r = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
-    const Tensor y = std::get<0>(gated_depthwise_conv::gated_depthwise_conv_forward(
-        linear(m.in, x), *c.weight, at(c.bias), at(c.causal_weight), at(c.causal_bias), at(c.chunk_scale), padding, {},
-        conv_chunk, swoosh_r, false, 0));
+    const Tensor h = linear(m.in, x);
+    const Tensor y = std::get<0>(
+        gated_depthwise_conv_forward(checked(gated_depthwise_conv::GatedDepthwiseConvForward{h,
+                                                                                             *c.weight,
+                                                                                             at(c.bias),
+                                                                                             at(c.causal_weight),
+                                                                                             at(c.causal_bias),
+                                                                                             at(c.chunk_scale),
+                                                                                             padding,
+                                                                                             {},
+                                                                                             conv_chunk,
+                                                                                             swoosh_r,
+                                                                                             false,
+                                                                                             0})));
     x = linear(m.out, y, cpu::ReducedInput::x, x);
   }
 
-  void bypass_mid() { x = bypass::bypass_forward(src, x, mid); }
+  void bypass_mid() { x = bypass::bypass_forward(checked(bypass::BypassForward{src, x, mid})); }
 
   void norm_and_bypass() {
-    x = bypass::bypass_forward(src, bias_norm::bias_norm_forward(x, norm_bias, norm_log_scale), bypass);
+    const Tensor normed =
+        bias_norm::bias_norm_forward(checked(bias_norm::BiasNormForward{x, norm_bias, norm_log_scale}));
+    x = bypass::bypass_forward(checked(bypass::BypassForward{src, normed, bypass}));
   }
 
  private:
@@ -239,7 +258,9 @@ Tensor zipformer_layer(const Tensor& src, const Tensor& positions, const Optiona
 
 }  // namespace
 
-FASTASR_OPERATORS(
+FASTASR_UNDECLARED(
+    "fastasr/models/zipformer/whole_layer.py calls it without gradients, with tensors of a layer that it checked",
+
     {"zipformer_layer_names() -> str", Boxed<zipformer_layer_names>::call},
     {"zipformer_layer(Tensor src, Tensor positions, Tensor? key_padding_mask, Tensor? attn_mask, "
      "Tensor[] weights, Tensor[] biases, int[] ways, int[] outputs, int first_head_way, Tensor[] convolutions, "

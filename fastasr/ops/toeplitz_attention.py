@@ -102,6 +102,8 @@ PARAMETERS = "qk_weight qk_bias position_bias"
 @op(
     "cpu triton",
     deciding=f"query_key gate value {PARAMETERS}",
+    wide=f"{PARAMETERS} weights_dropout",
+    strides=dict.fromkeys(("query_key", "gate", "value", "grad"), "channels"),
     keeps={"mixed": Annotated[Tensor, "L B V", "query_key + gate + value"]},
     sizes={"size count": _chunks},
     fits=_fits,

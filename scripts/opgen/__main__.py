@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ``fastasr/ops/_written/<op>.py`` and the imports of ``fastasr/ops/__init__.py`` from the declarations.
+"""Writes the ops' files from their declarations.
+
+These are ``fastasr/ops/_written/<op>.py``, the imports of ``fastasr/ops/__init__.py``, and
+``csrc/bindings/written/<op>.h`` for each op whose binding includes it.
 
 python scripts/opgen               # all ops; files of ops that are gone are deleted
 python scripts/opgen bypass        # one

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+HEADERS = "csrc/bindings/written"
 BEGIN, END = "# written by `make ops`: begin", "# written by `make ops`: end"
 
 
@@ -18,8 +19,8 @@ def main(op: list[str], check: bool, root: Path) -> int:
     if unknown:
         print(f"no op {', '.join(sorted(unknown))} in {folder}")
         return 2
-    present = {path: path.read_text(encoding="utf-8") for path in (folder / "_written").glob("*.py")}
-    present[folder / "__init__.py"] = (folder / "__init__.py").read_text(encoding="utf-8")
+    files = *(folder / "_written").glob("*.py"), *(root / HEADERS).glob("*.h"), folder / "__init__.py"
+    present = {path: path.read_text(encoding="utf-8") for path in files}
     different = [path for path in {**wanted, **present} if wanted.get(path) != present.get(path)]
     if op and not check:
         different = [path for path in different if path.stem in op or path.stem == "__init__"]
@@ -30,6 +31,7 @@ def main(op: list[str], check: bool, root: Path) -> int:
         if check:
             continue
         if path in wanted:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(wanted[path], encoding="utf-8")
         else:
             path.unlink()
@@ -42,7 +44,7 @@ def _written(root: Path, folder: Path) -> dict[Path, str]:
     """Returns the files as they should be."""
     ops = _declarations(root, folder)
     from fastasr.testing.declared import declared
-    from opgen import modules
+    from opgen import modules, native
 
     texts = {f"{name}.py": modules.write(declared(op)) for name, op in ops.items()}
     texts["__init__.py"] = _names(folder, sorted(ops))
@@ -54,7 +56,18 @@ def _written(root: Path, folder: Path) -> dict[Path, str]:
         folder / "__init__.py": found.pop("__init__.py"),
         folder / "_written" / "__init__.py": ours,
         **{folder / "_written" / name: text for name, text in found.items()},
+        **{
+            root / HEADERS / f"{name}.h": native.formatted(native.write(declared(ops[name])), root)
+            for name in sorted(ops.keys() & _included(root / HEADERS))
+        },
     }
+
+
+def _included(headers: Path) -> set[str]:
+    """Returns the names of the headers that the bindings include."""
+    include = re.compile(rf'^#include "{headers.parent.name}/{headers.name}/(\w+)\.h"', re.M)
+    texts = (path.read_text(encoding="utf-8") for path in headers.parent.glob("*.cpp"))
+    return {name for text in texts for name in include.findall(text)}
 
 
 def _declarations(root: Path, folder: Path) -> dict:

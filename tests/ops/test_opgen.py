@@ -31,7 +31,11 @@ def test_changed_and_deleted_declarations_are_noticed(tmp_path):
             (tmp_path / "fastasr").mkdir(exist_ok=True)
             (tmp_path / "fastasr" / path.name).symlink_to(path.resolve())
     shutil.copytree(ROOT / "fastasr" / "ops", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")
+    for name in ("pyproject.toml", ".clang-format"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    written = tmp_path / "csrc" / "bindings" / "written"
+    shutil.copytree(ROOT / "csrc" / "bindings", written.parent)
+    (written / "gone.h").touch()
     (folder / "add_norm.py").unlink()
     bypass = folder / "bypass.py"
     bypass.write_text(
@@ -40,12 +44,15 @@ def test_changed_and_deleted_declarations_are_noticed(tmp_path):
 
     done = opgen("--check", "--root", tmp_path)
     assert done.returncode == 1
-    files = [f"fastasr/ops/{name}.py" for name in ("__init__", "_written/add_norm", "_written/bypass")]
+    files = [f"csrc/bindings/written/{name}.h" for name in ("bypass", "gone")]
+    files += [f"fastasr/ops/{name}.py" for name in ("__init__", "_written/add_norm", "_written/bypass")]
     assert re.findall(r"differs: (\S+)", done.stdout) == files
     assert "run `make ops`" in done.stdout
 
     assert opgen("--root", tmp_path).returncode == 0
     assert not (folder / "_written" / "add_norm.py").exists()
+    assert not (written / "gone.h").exists()
+    assert "scale is not (C)" in (written / "bypass.h").read_text()
     assert "add_norm" not in (folder / "__init__.py").read_text()
     assert opgen("--check", "--root", tmp_path).returncode == 0
 

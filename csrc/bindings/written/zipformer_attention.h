@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// `make op OP=zipformer_attention` writes this file from fastasr/ops/zipformer_attention.py: change that one.
+#pragma once
+
+#include "bindings/arguments.h"
+
+namespace fastasr::bindings::zipformer_attention {
+
+struct ZipformerAttentionForward {
+  static constexpr const char* kName = "zipformer_attention_forward";
+  static constexpr const char* kSchema =
+      "zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
+      "int chunk_size, int left_context_chunks) -> Tensor";
+  using Types = ArgumentTypes<Tensor, Optional, Tensor, Optional, Optional, Optional, int64_t, int64_t, int64_t,
+                              int64_t, int64_t>;
+
+  const Tensor& x;
+  const Optional& pos;
+  const Tensor& value;
+  const Optional& cached_key;
+  const Optional& key_padding_mask;
+  const Optional& attn_mask;
+  int64_t num_heads;
+  int64_t query_head_dim;
+  int64_t value_heads;
+  int64_t chunk_size;
+  int64_t left_context_chunks;
+
+  // The sizes, once the arguments are checked.
+  int64_t T{};
+  int64_t B{};
+  int64_t P{};
+  int64_t L{};
+  int64_t E{};
+
+  // Declines the call if an argument does not fit the declaration.
+  void check(const char* op = kName) {
+    fastasr::check(num_heads >= 1, op, "num_heads: expected at least 1");
+    fastasr::check(query_head_dim >= 1, op, "query_head_dim: expected at least 1");
+    fastasr::check(value_heads >= 1, op, "value_heads: expected at least 1");
+    fastasr::check(chunk_size == -1 || chunk_size > 0, op, "chunk_size: expected -1 or more than 0");
+    fastasr::check(left_context_chunks >= -1, op, "left_context_chunks: expected at least -1");
+    const ScalarType dtype = floating_dtype(x, op, "x");
+    {
+      const Sizes shape = x.sizes();
+      fastasr::check(shape.size() == 3, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
+      T = shape[0];
+      B = shape[1];
+      P = shape[2] / num_heads;
+      fastasr::check(shape[2] % num_heads == 0 && P >= 2 * query_head_dim, op,
+                     "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
+    }
+    check_contiguous(x, op, "x");
+    if (cached_key) {
+      check_dtype(*cached_key, dtype, op, "cached_key");
+      {
+        const Sizes shape = cached_key->sizes();
+        fastasr::check(shape.size() == 3, op, "cached_key is not (L, B, num_heads*query_head_dim)");
+        L = shape[0];
+        fastasr::check(shape[1] == B && shape[2] == num_heads * query_head_dim, op,
+                       "cached_key is not (L, B, num_heads*query_head_dim)");
+      }
+      check_contiguous(*cached_key, op, "cached_key");
+    }
+    if (pos) {
+      check_dtype(*pos, dtype, op, "pos");
+      fastasr::check(has_sizes(*pos, {1, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}) ||
+                         has_sizes(*pos, {B, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}),
+                     op,
+                     "pos is not (1, (T and 2*T-1+L), num_heads*(P-2*query_head_dim)) or (B, (T and 2*T-1+L), "
+                     "num_heads*(P-2*query_head_dim))");
+      check_contiguous(*pos, op, "pos");
+    }
+    check_dtype(value, dtype, op, "value");
+    {
+      const Sizes shape = value.sizes();
+      fastasr::check(shape.size() == 3, op, "value is not (T+L, B, E)");
+      E = shape[2];
+      fastasr::check(shape[0] == T + L && shape[1] == B, op, "value is not (T+L, B, E)");
+    }
+    check_contiguous(value, op, "value");
+    if (key_padding_mask) {
+      check_dtype(*key_padding_mask, ScalarType::Bool, op, "key_padding_mask");
+      fastasr::check(has_sizes(*key_padding_mask, {B, T + L}), op, "key_padding_mask is not (B, T+L)");
+      check_contiguous(*key_padding_mask, op, "key_padding_mask");
+    }
+    if (attn_mask) {
+      check_dtype(*attn_mask, ScalarType::Bool, op, "attn_mask");
+      fastasr::check(has_sizes(*attn_mask, {T, T + L}) || has_sizes(*attn_mask, {B, T, T + L}), op,
+                     "attn_mask is not (T, T+L) or (B, T, T+L)");
+      check_contiguous(*attn_mask, op, "attn_mask");
+    }
+  }
+};
+
+struct ZipformerAttentionBackward {
+  static constexpr const char* kName = "zipformer_attention_backward";
+  static constexpr const char* kSchema =
+      "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
+      "int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)";
+  using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, Optional, int64_t, int64_t, int64_t,
+                              int64_t, int64_t>;
+
+  const Tensor& grad_y;
+  const Tensor& x;
+  const Optional& pos;
+  const Tensor& value;
+  const Optional& cached_key;
+  const Optional& key_padding_mask;
+  const Optional& attn_mask;
+  int64_t num_heads;
+  int64_t query_head_dim;
+  int64_t value_heads;
+  int64_t chunk_size;
+  int64_t left_context_chunks;
+
+  // The sizes, once the arguments are checked.
+  int64_t T{};
+  int64_t B{};
+  int64_t P{};
+  int64_t L{};
+  int64_t E{};
+
+  // Declines the call if an argument does not fit the declaration.
+  void check(const char* op = kName) {
+    fastasr::check(num_heads >= 1, op, "num_heads: expected at least 1");
+    fastasr::check(query_head_dim >= 1, op, "query_head_dim: expected at least 1");
+    fastasr::check(value_heads >= 1, op, "value_heads: expected at least 1");
+    fastasr::check(chunk_size == -1 || chunk_size > 0, op, "chunk_size: expected -1 or more than 0");
+    fastasr::check(left_context_chunks >= -1, op, "left_context_chunks: expected at least -1");
+    const ScalarType dtype = floating_dtype(x, op, "x");
+    {
+      const Sizes shape = x.sizes();
+      fastasr::check(shape.size() == 3, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
+      T = shape[0];
+      B = shape[1];
+      P = shape[2] / num_heads;
+      fastasr::check(shape[2] % num_heads == 0 && P >= 2 * query_head_dim, op,
+                     "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
+    }
+    check_contiguous(x, op, "x");
+    if (cached_key) {
+      check_dtype(*cached_key, dtype, op, "cached_key");
+      {
+        const Sizes shape = cached_key->sizes();
+        fastasr::check(shape.size() == 3, op, "cached_key is not (L, B, num_heads*query_head_dim)");
+        L = shape[0];
+        fastasr::check(shape[1] == B && shape[2] == num_heads * query_head_dim, op,
+                       "cached_key is not (L, B, num_heads*query_head_dim)");
+      }
+      check_contiguous(*cached_key, op, "cached_key");
+    }
+    if (pos) {
+      check_dtype(*pos, dtype, op, "pos");
+      fastasr::check(has_sizes(*pos, {1, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}) ||
+                         has_sizes(*pos, {B, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}),
+                     op,
+                     "pos is not (1, (T and 2*T-1+L), num_heads*(P-2*query_head_dim)) or (B, (T and 2*T-1+L), "
+                     "num_heads*(P-2*query_head_dim))");
+      check_contiguous(*pos, op, "pos");
+    }
+    check_dtype(value, dtype, op, "value");
+    {
+      const Sizes shape = value.sizes();
+      fastasr::check(shape.size() == 3, op, "value is not (T+L, B, E)");
+      E = shape[2];
+      fastasr::check(shape[0] == T + L && shape[1] == B, op, "value is not (T+L, B, E)");
+    }
+    check_contiguous(value, op, "value");
+    if (key_padding_mask) {
+      check_dtype(*key_padding_mask, ScalarType::Bool, op, "key_padding_mask");
+      fastasr::check(has_sizes(*key_padding_mask, {B, T + L}), op, "key_padding_mask is not (B, T+L)");
+      check_contiguous(*key_padding_mask, op, "key_padding_mask");
+    }
+    if (attn_mask) {
+      check_dtype(*attn_mask, ScalarType::Bool, op, "attn_mask");
+      fastasr::check(has_sizes(*attn_mask, {T, T + L}) || has_sizes(*attn_mask, {B, T, T + L}), op,
+                     "attn_mask is not (T, T+L) or (B, T, T+L)");
+      check_contiguous(*attn_mask, op, "attn_mask");
+    }
+    check_dtype(grad_y, dtype, op, "grad_y");
+    fastasr::check(has_sizes(grad_y, {T, B, E}), op, "grad_y is not (T, B, E)");
+    check_contiguous(grad_y, op, "grad_y");
+  }
+};
+
+}  // namespace fastasr::bindings::zipformer_attention
