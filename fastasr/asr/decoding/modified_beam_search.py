@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastasr.asr.decoding.predictors import require_predictor
 from fastasr.asr.decoding.results import Decoded, check_beam, frames_of
-from fastasr.asr.decoding.transducers import RecurrentTransducer, as_transducer, first_context
-from fastasr.models.transducer.looping_transducers import Stateless, looping_transducer
+from fastasr.models.transducer.predictors import RecurrentPredictor
 
 
 @dataclass
 class Hypothesis:
     """Tokens with the context before them, the frames of the tokens, the log-probability of all its paths, the frame on
-    which it stands and the tokens that it emitted there. A stateful predictor adds its state, and whether it has
-    yet to read the last token.
+    which it stands, the tokens that it emitted there, the predictor's state, and whether the predictor has yet to read
+    the last token.
     """
 
     tokens: tuple[int, ...]
@@ -65,24 +65,21 @@ class ModifiedBeamSearch:
         check_beam("ModifiedBeamSearch", beam)
         if temperature <= 0:
             raise ValueError(f"ModifiedBeamSearch: temperature must be above 0, got {temperature}")
-        looping = looping_transducer(model)
-        if looping is None or isinstance(looping, Stateless):
-            self.transducer, self.durations = as_transducer("ModifiedBeamSearch", model), ()
-        else:
-            self.transducer = RecurrentTransducer("ModifiedBeamSearch", looping)
-            self.durations = looping.durations
+        self.predictor = require_predictor("ModifiedBeamSearch", model)
+        self.predictor.prepare("ModifiedBeamSearch")
+        self.durations = self.predictor.durations
         if max_sym_per_frame is not None and (max_sym_per_frame < 1 or not self.durations):
             raise ValueError(
                 "ModifiedBeamSearch: max_sym_per_frame: expected None, or at least 1 for a TDT, "
                 f"got {max_sym_per_frame}"
             )
-        self.max_sym_per_frame = max_sym_per_frame or (looping.most_symbols if self.durations else 1)
+        self.max_sym_per_frame = max_sym_per_frame or (self.predictor.most_symbols if self.durations else 1)
         self.beam = beam
         self.temperature = temperature
         self.blank_penalty = blank_penalty
 
     def start(self, batch_size=1):
-        first = Hypothesis(tuple(first_context(self.transducer)), (), 0.0)
+        first = Hypothesis(tuple(self.predictor.first_context), (), 0.0)
         return BeamState([[first] for _ in range(batch_size)], [0] * batch_size)
 
     @torch.inference_mode()
@@ -91,7 +88,8 @@ class ModifiedBeamSearch:
         valid, and returns it.
         """
         frames = frames_of("ModifiedBeamSearch", encoder_out, lengths, len(state.beams))
-        projected = self.transducer.project(encoder_out)
+        self.predictor.prepare("ModifiedBeamSearch")  # weights may have changed since the last call
+        projected = self.predictor.project(encoder_out)
         ends = [before + more for before, more in zip(state.frames, frames, strict=True)]
         while True:
             earliest = [min(h.frame for h in beam) for beam in state.beams]
@@ -108,10 +106,10 @@ class ModifiedBeamSearch:
         here = [[h for h in state.beams[n] if h.frame == t] for n, t in zip(rows, earliest, strict=True)]
         hypotheses = [h for standing in here for h in standing]
         owners = [row for row, standing in enumerate(here) for _ in standing]
-        logits = self.transducer.join(frames[owners], self._predictions(hypotheses))
+        logits = self.predictor.join(frames[owners], self._read_tokens(hypotheses))
         outputs = logits.shape[1] - len(self.durations)
         if self.blank_penalty:
-            logits[:, self.transducer.blank_id] -= self.blank_penalty
+            logits[:, self.predictor.blank_id] -= self.blank_penalty
         logits = logits.float() / self.temperature
         log_probs = logits[:, :outputs].log_softmax(dim=-1)
         if self.durations:
@@ -132,22 +130,22 @@ class ModifiedBeamSearch:
             waiting = [h for h in state.beams[n] if h.frame > t]
             state.beams[n] = self._merged(waiting + moved)
 
-    def _predictions(self, hypotheses):
-        context = self.transducer.context_size
-        if not isinstance(self.transducer, RecurrentTransducer):
-            return self.transducer.predict([list(h.tokens[-context:]) for h in hypotheses])
-        late = [h for h in hypotheses if h.pending]
+    def _read_tokens(self, hypotheses):
+        """Returns the predictor's states (hypotheses, floats) after the last tokens."""
+        context = self.predictor.context_size
+        recurrent = isinstance(self.predictor, RecurrentPredictor)
+        late = [h for h in hypotheses if h.pending or not recurrent]
         if late:
-            states = self.transducer.step([h.tokens[-1] for h in late], [h.state for h in late])
+            states = self.predictor.step([h.tokens[-context:] for h in late], [h.state for h in late])
             for h, new in zip(late, states, strict=True):
                 h.state, h.pending = new, False
-        return self.transducer.predictions(torch.stack([h.state for h in hypotheses]))
+        return torch.stack([h.state for h in hypotheses])
 
     def _moved(self, old, choice, log_prob):
         """Returns the hypothesis after a choice of token and duration."""
         token, which = divmod(choice, len(self.durations) or 1)
         move = self.durations[which] if self.durations else 1
-        if token in (self.transducer.blank_id, self.transducer.unk_id):
+        if token in (self.predictor.blank_id, self.predictor.skipped):
             to = old.frame + max(move, 1)
             return Hypothesis(old.tokens, old.timestamps, log_prob, to, 0, old.state, old.pending)
         symbols = 0 if move else old.symbols + 1
@@ -167,7 +165,7 @@ class ModifiedBeamSearch:
 
     def result(self, state):
         best = [max(_by_tokens(beam), key=lambda h: h.log_prob / len(h.tokens)) for beam in state.beams]
-        context = self.transducer.context_size
+        context = self.predictor.context_size
         return Decoded(
             [list(h.tokens[context:]) for h in best],
             [list(h.timestamps) for h in best],
