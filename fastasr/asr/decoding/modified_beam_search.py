@@ -19,7 +19,6 @@ import torch
 
 from fastasr.asr.decoding.predictors import require_predictor
 from fastasr.asr.decoding.results import Decoded, check_beam, frames_of
-from fastasr.models.transducer.predictors import RecurrentPredictor
 
 
 @dataclass
@@ -133,8 +132,7 @@ class ModifiedBeamSearch:
     def _read_tokens(self, hypotheses):
         """Returns the predictor's states (hypotheses, floats) after the last tokens."""
         context = self.predictor.context_size
-        recurrent = isinstance(self.predictor, RecurrentPredictor)
-        late = [h for h in hypotheses if h.pending or not recurrent]
+        late = [h for h in hypotheses if h.pending]
         if late:
             states = self.predictor.step([h.tokens[-context:] for h in late], [h.state for h in late])
             for h, new in zip(late, states, strict=True):
