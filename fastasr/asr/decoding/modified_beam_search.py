@@ -13,9 +13,12 @@ too.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.asr.decoding.predictors import require_predictor
 from fastasr.asr.decoding.results import Decoded, check_beam, frames_of
@@ -33,7 +36,7 @@ class Hypothesis:
     log_prob: float
     frame: int = 0
     symbols: int = 0
-    state: torch.Tensor | None = field(default=None, repr=False)
+    state: Tensor | None = field(default=None, repr=False)
     pending: bool = True
 
 
@@ -60,7 +63,14 @@ class ModifiedBeamSearch:
         TypeError: the model is no transducer that can be searched. ValueError: an argument is out of range.
     """
 
-    def __init__(self, model, beam=4, temperature=1.0, blank_penalty=0.0, max_sym_per_frame=None):
+    def __init__(
+        self,
+        model: Any,
+        beam: int = 4,
+        temperature: float = 1.0,
+        blank_penalty: float = 0.0,
+        max_sym_per_frame: int | None = None,
+    ) -> None:
         check_beam("ModifiedBeamSearch", beam)
         if temperature <= 0:
             raise ValueError(f"ModifiedBeamSearch: temperature must be above 0, got {temperature}")
@@ -77,12 +87,12 @@ class ModifiedBeamSearch:
         self.temperature = temperature
         self.blank_penalty = blank_penalty
 
-    def start(self, batch_size=1):
+    def start(self, batch_size: int = 1) -> BeamState:
         first = Hypothesis(tuple(self.predictor.first_context), (), 0.0)
         return BeamState([[first] for _ in range(batch_size)], [0] * batch_size)
 
     @torch.inference_mode()
-    def advance(self, state, encoder_out, lengths=None):
+    def advance(self, state: BeamState, encoder_out: Tensor, lengths: Tensor | None = None) -> BeamState:
         """Updates ``state`` in place by encoder_out (batch, frames, channels), of which ``lengths`` (batch,) frames are
         valid, and returns it.
         """
@@ -100,7 +110,7 @@ class ModifiedBeamSearch:
         state.frames = ends
         return state
 
-    def _step(self, state, frames, rows, earliest):
+    def _step(self, state: BeamState, frames: Tensor, rows: list[int], earliest: list[int]) -> None:
         """Moves the hypotheses of ``rows`` that stand on their ``earliest`` frames, whose features are ``frames``."""
         here = [[h for h in state.beams[n] if h.frame == t] for n, t in zip(rows, earliest, strict=True)]
         hypotheses = [h for standing in here for h in standing]
@@ -123,13 +133,13 @@ class ModifiedBeamSearch:
             best, places = scores.topk(min(self.beam, scores.numel()))
             first += len(standing)
             moved = [
-                self._moved(standing[place // log_probs.shape[1]], place % log_probs.shape[1], p)
+                self._move(standing[place // log_probs.shape[1]], place % log_probs.shape[1], p)
                 for place, p in zip(places.tolist(), best.tolist(), strict=True)
             ]
             waiting = [h for h in state.beams[n] if h.frame > t]
-            state.beams[n] = self._merged(waiting + moved)
+            state.beams[n] = self._merge(waiting + moved)
 
-    def _read_tokens(self, hypotheses):
+    def _read_tokens(self, hypotheses: list[Hypothesis]) -> Tensor:
         """Returns the predictor's states (hypotheses, floats) after the last tokens."""
         context = self.predictor.context_size
         late = [h for h in hypotheses if h.pending]
@@ -139,7 +149,7 @@ class ModifiedBeamSearch:
                 h.state, h.pending = new, False
         return torch.stack([h.state for h in hypotheses])
 
-    def _moved(self, old, choice, log_prob):
+    def _move(self, old: Hypothesis, choice: int, log_prob: float) -> Hypothesis:
         """Returns the hypothesis after a choice of token and duration."""
         token, which = divmod(choice, len(self.durations) or 1)
         move = self.durations[which] if self.durations else 1
@@ -152,17 +162,17 @@ class ModifiedBeamSearch:
         tokens, timestamps = (*old.tokens, token), (*old.timestamps, old.frame)
         return Hypothesis(tokens, timestamps, log_prob, old.frame + move, symbols, old.state)
 
-    def _merged(self, hypotheses):
+    def _merge(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
         """Returns the likeliest hypotheses, the likeliest first."""
-        found = {}
+        found: dict[tuple[tuple[int, ...], int], Hypothesis] = {}
         for new in sorted(hypotheses, key=lambda h: h.log_prob, reverse=True):
             same = found.setdefault((new.tokens, new.frame), new)
             if same is not new:
                 same.log_prob = log_add(same.log_prob, new.log_prob)
         return sorted(found.values(), key=lambda h: h.log_prob, reverse=True)[: self.beam]
 
-    def result(self, state):
-        best = [max(_by_tokens(beam), key=lambda h: h.log_prob / len(h.tokens)) for beam in state.beams]
+    def result(self, state: BeamState) -> Decoded:
+        best = [max(_merge_frames(beam), key=lambda h: h.log_prob / len(h.tokens)) for beam in state.beams]
         context = self.predictor.context_size
         return Decoded(
             [list(h.tokens[context:]) for h in best],
@@ -171,30 +181,30 @@ class ModifiedBeamSearch:
         )
 
 
-def _by_tokens(beam):
-    """Returns one hypothesis for all with the same tokens, whose log-probability is that of all of them."""
-    found = {}
+def _merge_frames(beam: list[Hypothesis]) -> Collection[Hypothesis]:
+    """Returns one hypothesis for all with the same tokens, with the log-probability of them all."""
+    found: dict[tuple[int, ...], Hypothesis] = {}
     for h in beam:
         same = found.setdefault(h.tokens, Hypothesis(h.tokens, h.timestamps, -math.inf))
         same.log_prob = log_add(same.log_prob, h.log_prob)
     return found.values()
 
 
-def log_add(a, b):
+def log_add(a: float, b: float) -> float:
     """Returns log(e^a + e^b)."""
     high, low = max(a, b), min(a, b)
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
 
 def modified_beam_search(
-    model,
-    encoder_out,
-    encoder_out_lens=None,
-    beam=4,
-    temperature=1.0,
-    blank_penalty=0.0,
-    max_sym_per_frame=None,
-):
+    model: Any,
+    encoder_out: Tensor,
+    encoder_out_lens: Tensor | None = None,
+    beam: int = 4,
+    temperature: float = 1.0,
+    blank_penalty: float = 0.0,
+    max_sym_per_frame: int | None = None,
+) -> Decoded:
     """Returns the tokens of whole utterances from encoder_out (batch, frames, channels) and lengths (batch,). See
     :class:`ModifiedBeamSearch`."""
     search = ModifiedBeamSearch(model, beam, temperature, blank_penalty, max_sym_per_frame)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``generate`` of Parakeet's transducers after the encoder, by :mod:`fastasr.models.transducer.parakeet_steps`."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr.asr.decoding.results import frames_of
 from fastasr.models.transducer.parakeet_steps import generate_steps
@@ -9,7 +12,9 @@ from fastasr.models.transducer.predictors import ParakeetPredictor
 
 
 @torch.inference_mode()
-def parakeet_generate(model, encoder_out, encoder_out_lens=None, max_length=None):
+def parakeet_generate(
+    model: Any, encoder_out: Tensor, encoder_out_lens: Tensor | None = None, max_length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns ``sequences`` and ``durations`` (batch, 1 + steps), blanks included, as transformers' ``generate`` does.
 
     Args:
