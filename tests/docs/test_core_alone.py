@@ -91,7 +91,7 @@ assert fastasr.swap.rules.searched(model) == (model.decoder, model.joint)
 predictor, lengths = ParakeetPredictor(model), torch.tensor([8, 5])
 with torch.no_grad():
     frames = predictor.project(model.encoder(torch.randn(2, 64, 16))[0])
-    search, why_not = predictor.find_search()
+    search = predictor.require_search("search")
     first = torch.full((2, 1), predictor.blank_id)
     assert len(generate_steps(predictor, search, frames, lengths, first, 40).tokens) == 2
 """,

@@ -21,7 +21,7 @@ from fastasr.models.common.plain import any_watched, has_known_forward, is_plain
 from fastasr.models.transducer import label_looping
 from fastasr.models.transducer.label_looping import LabelLooping, Weights
 
-NO_TOKEN = -1  # It stands before the first token and embeds as zeros.
+_NO_TOKEN = -1  # It stands before the first token and embeds as zeros.
 _AGREEMENT = 1e-4  # The logits may differ this much from the modules' own, relative to the largest.
 _ACTIVATIONS = {torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh"}
 
@@ -72,7 +72,7 @@ class Predictor(abc.ABC):
     @property
     def first_context(self) -> list[int]:
         """Returns the tokens that a step reads before the first token is found."""
-        return [NO_TOKEN] * (self.context_size - 1) + [self.blank_id]
+        return [_NO_TOKEN] * (self.context_size - 1) + [self.blank_id]
 
     @property
     @abc.abstractmethod
