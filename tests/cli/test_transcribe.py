@@ -115,7 +115,7 @@ def test_greedy_search_is_one_native_call(kind, folder, recording, monkeypatch):
     searched, search = [], LabelLooping.search
 
     def counted(self, *arguments):
-        searched.append(self.reason)
+        searched.append(self.why_not)
         return search(self, *arguments)
 
     monkeypatch.setattr(LabelLooping, "search", counted)

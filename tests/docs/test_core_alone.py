@@ -82,17 +82,18 @@ assert any(kind.replayed for kinds in fastasr.graph_state(model).values() for ki
 """,
     "search": """
 from fastasr.models.fast_conformer import FastConformerEncoder, FastConformerTDT
-from fastasr.models.transducer.looping_transducers import Parakeet
-from fastasr.models.transducer.parakeet_steps import steps_of_generate
+from fastasr.models.transducer.parakeet_steps import generate_steps
+from fastasr.models.transducer.predictors import ParakeetPredictor
 
 encoder = FastConformerEncoder(mel_bins=16, width=16, layers=1, heads=2, hidden=32, channels=8)
 model = FastConformerTDT(encoder, 8, hidden=12).eval()
 assert fastasr.swap.rules.searched(model) == (model.decoder, model.joint)
-transducer, lengths = Parakeet(model), torch.tensor([8, 5])
+predictor, lengths = ParakeetPredictor(model), torch.tensor([8, 5])
 with torch.no_grad():
-    frames = transducer.projected(model.encoder(torch.randn(2, 64, 16))[0])
-    first = torch.full((2, 1), transducer.blank_id)
-    assert len(steps_of_generate(transducer, transducer.looping(), frames, lengths, first, 40).tokens) == 2
+    frames = predictor.project(model.encoder(torch.randn(2, 64, 16))[0])
+    search = predictor.require_search("search")
+    first = torch.full((2, 1), predictor.blank_id)
+    assert len(generate_steps(predictor, search, frames, lengths, first, 40).tokens) == 2
 """,
 }
 

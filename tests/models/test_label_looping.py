@@ -256,7 +256,7 @@ def compare_with_a_loop():
         looping = LabelLooping(w)
         state, counters = looping.start(len(encoded), first)
         with fastasr.backend(backend):
-            assert (looping.reason == "") == (backend == "auto"), looping.reason
+            assert (looping.why_not == "") == (backend == "auto"), looping.why_not
             found = looping.search(encoded, lengths, rules, state, counters, most)
         assert found.counts.tolist() == [len(steps) for steps in expected]
         for n, steps in enumerate(expected):
@@ -426,4 +426,4 @@ def test_weights_that_do_not_fit_are_refused():
     double = dataclasses.replace(
         w, head=tuple(t.double() for t in w.head), linear=tuple(t.double() for t in w.linear)
     )
-    assert LabelLooping(double).reason == "not all parameters are float32"
+    assert LabelLooping(double).why_not == "not all parameters are float32"

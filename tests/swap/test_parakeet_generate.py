@@ -69,7 +69,7 @@ def native(monkeypatch):
     calls, search = [], LabelLooping.search
 
     def counted(self, *arguments):
-        assert not self.reason
+        assert not self.why_not
         calls.append(arguments)
         return search(self, *arguments)
 

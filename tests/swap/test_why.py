@@ -168,10 +168,10 @@ def test_ops_in_eager():
 
 def test_what_holds_a_model():
     search = decoding.GreedySearch(ways.asr_model())
-    search.looping.model.decoder.register_forward_hook(lambda *_: None)
+    search.predictor.model.decoder.register_forward_hook(lambda *_: None)
     assert fastasr.why(search)["advance"] == "a submodule has hooks or another forward"
     keys = fastasr.why(search).to_dict()
-    assert any(key.startswith("looping.model.encoder.encoders.0.layers.0.") for key in keys)
+    assert any(key.startswith("predictor.model.encoder.encoders.0.layers.0.") for key in keys)
     for other in (3, "encoder", [search]):
         with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module or an object of fastasr's"):
             fastasr.why(other)

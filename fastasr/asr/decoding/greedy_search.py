@@ -7,17 +7,17 @@ token. On the CPU one native call does all of it (:mod:`fastasr.models.transduce
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
+from fastasr.asr.decoding.predictors import OnnxPredictor, require_predictor
 from fastasr.asr.decoding.results import Decoded, frames_of
-from fastasr.asr.decoding.transducers import OnnxTransducer, as_transducer, first_context
-from fastasr.models.transducer.label_looping import END, FRAME, Rules
-from fastasr.models.transducer.looping_transducers import Stateless, Unserved, looping_transducer
+from fastasr.models.transducer.label_looping import END, FRAME, LabelLooping, Rules
+from fastasr.models.transducer.predictors import RecurrentPredictor
 from fastasr.ops import _dispatch
-
-NOT_KNOWN = "the model is not made of modules of a known transducer"
 
 
 @dataclass
@@ -28,8 +28,8 @@ class GreedyState:
     timestamps: list[list[int]]
     scores: list[float]
     frames: list[int]
-    predictions: torch.Tensor = field(repr=False)  # (batch, joiner_dim); with label looping its state
-    counters: torch.Tensor = field(repr=False)  # (batch, 0); with label looping its counters
+    states: Tensor = field(repr=False)  # the predictor's
+    counters: Tensor = field(repr=False)  # (batch, 0); with label looping its counters
 
 
 class GreedySearch:
@@ -48,55 +48,52 @@ class GreedySearch:
         TypeError: the model is no transducer that can be searched. ValueError: an argument is out of range.
     """
 
-    def __init__(self, model, max_sym_per_frame=None, blank_penalty=0.0, weights="fp32"):
+    def __init__(
+        self,
+        model: Any,
+        max_sym_per_frame: int | None = None,
+        blank_penalty: float = 0.0,
+        weights: str = "fp32",
+    ) -> None:
         if max_sym_per_frame is not None and max_sym_per_frame < 1:
             raise ValueError(f"GreedySearch: max_sym_per_frame must be at least 1, got {max_sym_per_frame}")
-        self.looping = looping_transducer(model)
-        stateless = self.looping is None or isinstance(self.looping, Stateless)
-        self.transducer = as_transducer("GreedySearch", model) if stateless else None
-        own = 1 if self.looping is None else self.looping.most_symbols
-        self.max_sym_per_frame = own if max_sym_per_frame is None else max_sym_per_frame
+        self.predictor = require_predictor("GreedySearch", model)
+        self.max_sym_per_frame = max_sym_per_frame or self.predictor.most_symbols
         self.blank_penalty = blank_penalty
         self.weights = weights
-        self._search()
+        self._find_search()
 
-    def _search(self):
+    def _find_search(self) -> LabelLooping | None:
         """Returns the search by label looping, or None if the networks are called token by token."""
-        self.reason = NOT_KNOWN
-        try:
-            found = None if self.looping is None else self.looping.looping(self.weights)
-            self.reason = self.reason if found is None else found.reason
-        except Unserved as reason:
-            found, self.reason = None, str(reason)
-        if self.transducer is not None:
-            if self.reason and self.weights != "fp32":
-                raise ValueError(f"GreedySearch: weights {self.weights} need the native call: {self.reason}")
-            return found if not self.reason or (found and found.weights.embedding.is_cuda) else None
-        if found is None:
-            name = type(self.looping.model).__name__
-            raise TypeError(f"GreedySearch: this {name} cannot be searched: {self.reason}")
-        return found
+        search, self.reason = self.predictor.find_search(self.weights)
+        if isinstance(self.predictor, RecurrentPredictor):
+            return search or self.predictor.require_search("GreedySearch", self.weights)
+        if self.reason and self.weights != "fp32":
+            raise ValueError(f"GreedySearch: weights {self.weights} need the native call: {self.reason}")
+        return search if not self.reason or self._is_on_gpu() else None
+
+    def _is_on_gpu(self) -> bool:
+        return self.predictor.device.type == "cuda"
 
     @torch.inference_mode()
-    def start(self, batch_size=1):
-        search = self._search()
-        context = first_context(self.transducer or self.looping)
+    def start(self, batch_size: int = 1) -> GreedyState:
+        context, search = self.predictor.first_context, self._find_search()
         if search is None:
-            predictions = self.transducer.predict([context] * batch_size)
+            states = self.predictor.step([context] * batch_size, [None] * batch_size)
             counters = torch.zeros(batch_size, 0, dtype=torch.int64, device="cpu")
         else:
-            predictions, counters = search.start(batch_size, context)
+            states, counters = search.start(batch_size, context)
         return GreedyState(
             tokens=[list(context) for _ in range(batch_size)],
             timestamps=[[] for _ in range(batch_size)],
             scores=[0.0] * batch_size,
             frames=[0] * batch_size,
-            predictions=predictions,
+            states=states,
             counters=counters,
         )
 
     @torch.inference_mode()
-    def advance(self, state, encoder_out, lengths=None):
+    def advance(self, state: GreedyState, encoder_out: Tensor, lengths: Tensor | None = None) -> GreedyState:
         """Updates ``state`` in place by encoder_out (batch, frames, channels), of which ``lengths`` (batch,) frames are
         valid, and returns it.
         """
@@ -105,7 +102,7 @@ class GreedySearch:
             self._loop(state, encoder_out, frames)
         else:
             self._leave(self.reason)
-            projected = self.transducer.project(encoder_out)
+            projected = self.predictor.project(encoder_out)
             for t in range(max(frames, default=0)):
                 rows = [n for n, count in enumerate(frames) if t < count]
                 for _ in range(self.max_sym_per_frame):
@@ -115,10 +112,11 @@ class GreedySearch:
         state.frames = [before + more for before, more in zip(state.frames, frames, strict=True)]
         return state
 
-    def _loop(self, state, encoder_out, frames):
-        search, model = self.looping.looping(self.weights), self.looping
-        if search.reason and encoder_out.is_cpu:  # on a GPU the operations are recorded
-            self._leave(search.reason)
+    def _loop(self, state: GreedyState, encoder_out: Tensor, frames: list[int]) -> None:
+        model = self.predictor
+        search = model.require_search("GreedySearch", self.weights)
+        if search.why_not and encoder_out.is_cpu:  # on a GPU the operations are recorded
+            self._leave(search.why_not)
         rules = Rules(
             blank=model.blank_id,
             durations=model.durations,
@@ -130,10 +128,10 @@ class GreedySearch:
         places = state.counters[:, FRAME].clone()
         lengths = torch.tensor(frames, device=places.device, dtype=torch.int64)
         steps = search.search(
-            model.projected(encoder_out.to(state.predictions.device)),
+            model.project(encoder_out),
             lengths,
             rules,
-            state.predictions,
+            state.states,
             state.counters,
             max(frames, default=0) * self.max_sym_per_frame,
         )
@@ -149,44 +147,39 @@ class GreedySearch:
                     state.tokens[n].append(token)
                     state.timestamps[n].append(state.frames[n] + t)
 
-    def _take(self, state, frame, rows, t):
+    def _take(self, state: GreedyState, frames: Tensor, rows: list[int], t: int) -> list[int]:
         """Takes a token in each of ``rows``; returns those that took one."""
-        logits = self.transducer.join(frame, state.predictions[rows])
+        predictor = self.predictor
+        logits = predictor.join(frames, state.states[rows])
         if self.blank_penalty:
-            logits[:, self.transducer.blank_id] -= self.blank_penalty
+            logits[:, predictor.blank_id] -= self.blank_penalty
         best, tokens = logits.float().log_softmax(dim=-1).max(dim=-1)
         took = []
         for n, token, score in zip(rows, tokens.tolist(), best.tolist(), strict=True):
             state.scores[n] += score
-            if token not in (self.transducer.blank_id, self.transducer.unk_id):
+            if token not in (predictor.blank_id, predictor.skipped):
                 state.tokens[n].append(token)
                 state.timestamps[n].append(state.frames[n] + t)
                 took.append(n)
         if took:
-            contexts = [state.tokens[n][-self.transducer.context_size :] for n in took]
-            state.predictions[took] = self.transducer.predict(contexts)
+            contexts = [state.tokens[n][-predictor.context_size :] for n in took]
+            state.states[took] = predictor.step(contexts, state.states[took].unbind())
         return took
 
-    def leaves(self):
+    def leaves(self) -> dict[str, str]:
         """Returns why ``advance`` does not make the native call as the model is now."""
-        reason = NOT_KNOWN if self.looping is None else self.looping.why_not_native()
-        return {"advance": "" if self._on_gpu() else reason}
+        return {"advance": "" if self._is_on_gpu() else self.predictor.why_not_native()}
 
-    def _on_gpu(self):
-        return self.looping is not None and any(
-            p.is_cuda for part in self.looping.parts() for p in part.parameters()
-        )
-
-    def _leave(self, reason):
+    def _leave(self, why_not: str) -> None:
         # an ONNX model has no modules, and a backend was asked for
-        asked_for = isinstance(self.transducer, OnnxTransducer) or _dispatch.forced_backend() not in (
+        asked_for = isinstance(self.predictor, OnnxPredictor) or _dispatch.forced_backend() not in (
             "auto",
             "cpu",
         )
-        _left.note(self, reason, "advance", logging.INFO if asked_for else logging.WARNING)
+        _left.note(self, why_not, "advance", logging.INFO if asked_for else logging.WARNING)
 
-    def result(self, state):
-        context = (self.transducer or self.looping).context_size
+    def result(self, state: GreedyState) -> Decoded:
+        context = self.predictor.context_size
         return Decoded(
             [tokens[context:] for tokens in state.tokens],
             [list(stamps) for stamps in state.timestamps],
@@ -194,7 +187,13 @@ class GreedySearch:
         )
 
 
-def greedy_search(model, encoder_out, encoder_out_lens=None, max_sym_per_frame=None, blank_penalty=0.0):
+def greedy_search(
+    model: Any,
+    encoder_out: Tensor,
+    encoder_out_lens: Tensor | None = None,
+    max_sym_per_frame: int | None = None,
+    blank_penalty: float = 0.0,
+) -> Decoded:
     """Returns the tokens of whole utterances from encoder_out (batch, frames, channels) and lengths (batch,). See
     :class:`GreedySearch`."""
     search = GreedySearch(model, max_sym_per_frame, blank_penalty)

@@ -13,20 +13,22 @@ too.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastasr.asr.decoding.predictors import require_predictor
 from fastasr.asr.decoding.results import Decoded, check_beam, frames_of
-from fastasr.asr.decoding.transducers import RecurrentTransducer, as_transducer, first_context
-from fastasr.models.transducer.looping_transducers import Stateless, looping_transducer
 
 
 @dataclass
 class Hypothesis:
     """Tokens with the context before them, the frames of the tokens, the log-probability of all its paths, the frame on
-    which it stands and the tokens that it emitted there. A stateful predictor adds its state, and whether it has
-    yet to read the last token.
+    which it stands, the tokens that it emitted there, the predictor's state, and whether the predictor has yet to read
+    the last token.
     """
 
     tokens: tuple[int, ...]
@@ -34,7 +36,7 @@ class Hypothesis:
     log_prob: float
     frame: int = 0
     symbols: int = 0
-    state: torch.Tensor | None = field(default=None, repr=False)
+    state: Tensor | None = field(default=None, repr=False)
     pending: bool = True
 
 
@@ -61,37 +63,42 @@ class ModifiedBeamSearch:
         TypeError: the model is no transducer that can be searched. ValueError: an argument is out of range.
     """
 
-    def __init__(self, model, beam=4, temperature=1.0, blank_penalty=0.0, max_sym_per_frame=None):
+    def __init__(
+        self,
+        model: Any,
+        beam: int = 4,
+        temperature: float = 1.0,
+        blank_penalty: float = 0.0,
+        max_sym_per_frame: int | None = None,
+    ) -> None:
         check_beam("ModifiedBeamSearch", beam)
         if temperature <= 0:
             raise ValueError(f"ModifiedBeamSearch: temperature must be above 0, got {temperature}")
-        looping = looping_transducer(model)
-        if looping is None or isinstance(looping, Stateless):
-            self.transducer, self.durations = as_transducer("ModifiedBeamSearch", model), ()
-        else:
-            self.transducer = RecurrentTransducer("ModifiedBeamSearch", looping)
-            self.durations = looping.durations
+        self.predictor = require_predictor("ModifiedBeamSearch", model)
+        self.predictor.prepare("ModifiedBeamSearch")
+        self.durations = self.predictor.durations
         if max_sym_per_frame is not None and (max_sym_per_frame < 1 or not self.durations):
             raise ValueError(
                 "ModifiedBeamSearch: max_sym_per_frame: expected None, or at least 1 for a TDT, "
                 f"got {max_sym_per_frame}"
             )
-        self.max_sym_per_frame = max_sym_per_frame or (looping.most_symbols if self.durations else 1)
+        self.max_sym_per_frame = max_sym_per_frame or (self.predictor.most_symbols if self.durations else 1)
         self.beam = beam
         self.temperature = temperature
         self.blank_penalty = blank_penalty
 
-    def start(self, batch_size=1):
-        first = Hypothesis(tuple(first_context(self.transducer)), (), 0.0)
+    def start(self, batch_size: int = 1) -> BeamState:
+        first = Hypothesis(tuple(self.predictor.first_context), (), 0.0)
         return BeamState([[first] for _ in range(batch_size)], [0] * batch_size)
 
     @torch.inference_mode()
-    def advance(self, state, encoder_out, lengths=None):
+    def advance(self, state: BeamState, encoder_out: Tensor, lengths: Tensor | None = None) -> BeamState:
         """Updates ``state`` in place by encoder_out (batch, frames, channels), of which ``lengths`` (batch,) frames are
         valid, and returns it.
         """
         frames = frames_of("ModifiedBeamSearch", encoder_out, lengths, len(state.beams))
-        projected = self.transducer.project(encoder_out)
+        self.predictor.prepare("ModifiedBeamSearch")  # weights may have changed since the last call
+        projected = self.predictor.project(encoder_out)
         ends = [before + more for before, more in zip(state.frames, frames, strict=True)]
         while True:
             earliest = [min(h.frame for h in beam) for beam in state.beams]
@@ -103,15 +110,15 @@ class ModifiedBeamSearch:
         state.frames = ends
         return state
 
-    def _step(self, state, frames, rows, earliest):
+    def _step(self, state: BeamState, frames: Tensor, rows: list[int], earliest: list[int]) -> None:
         """Moves the hypotheses of ``rows`` that stand on their ``earliest`` frames, whose features are ``frames``."""
         here = [[h for h in state.beams[n] if h.frame == t] for n, t in zip(rows, earliest, strict=True)]
         hypotheses = [h for standing in here for h in standing]
         owners = [row for row, standing in enumerate(here) for _ in standing]
-        logits = self.transducer.join(frames[owners], self._predictions(hypotheses))
+        logits = self.predictor.join(frames[owners], self._read_tokens(hypotheses))
         outputs = logits.shape[1] - len(self.durations)
         if self.blank_penalty:
-            logits[:, self.transducer.blank_id] -= self.blank_penalty
+            logits[:, self.predictor.blank_id] -= self.blank_penalty
         logits = logits.float() / self.temperature
         log_probs = logits[:, :outputs].log_softmax(dim=-1)
         if self.durations:
@@ -126,28 +133,27 @@ class ModifiedBeamSearch:
             best, places = scores.topk(min(self.beam, scores.numel()))
             first += len(standing)
             moved = [
-                self._moved(standing[place // log_probs.shape[1]], place % log_probs.shape[1], p)
+                self._move(standing[place // log_probs.shape[1]], place % log_probs.shape[1], p)
                 for place, p in zip(places.tolist(), best.tolist(), strict=True)
             ]
             waiting = [h for h in state.beams[n] if h.frame > t]
-            state.beams[n] = self._merged(waiting + moved)
+            state.beams[n] = self._merge(waiting + moved)
 
-    def _predictions(self, hypotheses):
-        context = self.transducer.context_size
-        if not isinstance(self.transducer, RecurrentTransducer):
-            return self.transducer.predict([list(h.tokens[-context:]) for h in hypotheses])
+    def _read_tokens(self, hypotheses: list[Hypothesis]) -> Tensor:
+        """Returns the predictor's states (hypotheses, floats) after the last tokens."""
+        context = self.predictor.context_size
         late = [h for h in hypotheses if h.pending]
         if late:
-            states = self.transducer.step([h.tokens[-1] for h in late], [h.state for h in late])
+            states = self.predictor.step([h.tokens[-context:] for h in late], [h.state for h in late])
             for h, new in zip(late, states, strict=True):
                 h.state, h.pending = new, False
-        return self.transducer.predictions(torch.stack([h.state for h in hypotheses]))
+        return torch.stack([h.state for h in hypotheses])
 
-    def _moved(self, old, choice, log_prob):
+    def _move(self, old: Hypothesis, choice: int, log_prob: float) -> Hypothesis:
         """Returns the hypothesis after a choice of token and duration."""
         token, which = divmod(choice, len(self.durations) or 1)
         move = self.durations[which] if self.durations else 1
-        if token in (self.transducer.blank_id, self.transducer.unk_id):
+        if token in (self.predictor.blank_id, self.predictor.skipped):
             to = old.frame + max(move, 1)
             return Hypothesis(old.tokens, old.timestamps, log_prob, to, 0, old.state, old.pending)
         symbols = 0 if move else old.symbols + 1
@@ -156,18 +162,18 @@ class ModifiedBeamSearch:
         tokens, timestamps = (*old.tokens, token), (*old.timestamps, old.frame)
         return Hypothesis(tokens, timestamps, log_prob, old.frame + move, symbols, old.state)
 
-    def _merged(self, hypotheses):
+    def _merge(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
         """Returns the likeliest hypotheses, the likeliest first."""
-        found = {}
+        found: dict[tuple[tuple[int, ...], int], Hypothesis] = {}
         for new in sorted(hypotheses, key=lambda h: h.log_prob, reverse=True):
             same = found.setdefault((new.tokens, new.frame), new)
             if same is not new:
                 same.log_prob = log_add(same.log_prob, new.log_prob)
         return sorted(found.values(), key=lambda h: h.log_prob, reverse=True)[: self.beam]
 
-    def result(self, state):
-        best = [max(_by_tokens(beam), key=lambda h: h.log_prob / len(h.tokens)) for beam in state.beams]
-        context = self.transducer.context_size
+    def result(self, state: BeamState) -> Decoded:
+        best = [max(_merge_frames(beam), key=lambda h: h.log_prob / len(h.tokens)) for beam in state.beams]
+        context = self.predictor.context_size
         return Decoded(
             [list(h.tokens[context:]) for h in best],
             [list(h.timestamps) for h in best],
@@ -175,30 +181,30 @@ class ModifiedBeamSearch:
         )
 
 
-def _by_tokens(beam):
-    """Returns one hypothesis for all with the same tokens, whose log-probability is that of all of them."""
-    found = {}
+def _merge_frames(beam: list[Hypothesis]) -> Collection[Hypothesis]:
+    """Returns one hypothesis for all with the same tokens, with the log-probability of them all."""
+    found: dict[tuple[int, ...], Hypothesis] = {}
     for h in beam:
         same = found.setdefault(h.tokens, Hypothesis(h.tokens, h.timestamps, -math.inf))
         same.log_prob = log_add(same.log_prob, h.log_prob)
     return found.values()
 
 
-def log_add(a, b):
+def log_add(a: float, b: float) -> float:
     """Returns log(e^a + e^b)."""
     high, low = max(a, b), min(a, b)
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
 
 def modified_beam_search(
-    model,
-    encoder_out,
-    encoder_out_lens=None,
-    beam=4,
-    temperature=1.0,
-    blank_penalty=0.0,
-    max_sym_per_frame=None,
-):
+    model: Any,
+    encoder_out: Tensor,
+    encoder_out_lens: Tensor | None = None,
+    beam: int = 4,
+    temperature: float = 1.0,
+    blank_penalty: float = 0.0,
+    max_sym_per_frame: int | None = None,
+) -> Decoded:
     """Returns the tokens of whole utterances from encoder_out (batch, frames, channels) and lengths (batch,). See
     :class:`ModifiedBeamSearch`."""
     search = ModifiedBeamSearch(model, beam, temperature, blank_penalty, max_sym_per_frame)

@@ -19,7 +19,7 @@ class Decoded:
     scores: list[float]
 
 
-def frames_of(name, x, lengths, batch):
+def frames_of(name: str, x: torch.Tensor, lengths: torch.Tensor | None, batch: int) -> list[int]:
     """Returns the lengths (batch,) as a list; None means all frames. Raises ValueError if shapes or lengths do not
     fit."""
     if x.ndim != 3 or x.shape[0] != batch:
@@ -28,12 +28,12 @@ def frames_of(name, x, lengths, batch):
         )
     if lengths is None:
         return [x.shape[1]] * batch
-    frames = torch.as_tensor(lengths, device="cpu").tolist()
+    frames: list[int] = torch.as_tensor(lengths, device="cpu").tolist()
     if len(frames) != batch or not all(0 <= count <= x.shape[1] for count in frames):
         raise ValueError(f"{name}: expected {batch} lengths of at most {x.shape[1]} frames, got {frames}")
     return frames
 
 
-def check_beam(name, beam):
+def check_beam(name: str, beam: int) -> None:
     if beam < 1:
         raise ValueError(f"{name}: beam must be at least 1, got {beam}")

@@ -40,9 +40,7 @@ class Weights:
     """
 
     embedding: Tensor  # (tokens, E), blank included
-    layers: (
-        tuple  # of each LSTM layer w_ih (4 H, inputs), w_hh (4 H, H), b_ih, b_hh (4 H), as torch.nn.LSTM's
-    )
+    layers: tuple  # as torch.nn.LSTM's, of each w_ih (4 H, inputs), w_hh (4 H, H), b_ih (4 H), b_hh (4 H)
     linear: tuple  # weight (J, H or E) and bias (J)
     head: tuple  # weight (tokens + durations, J) and bias
     activation: str  # of the joint network: "relu" or "tanh"
@@ -60,6 +58,11 @@ class Weights:
     @property
     def durations(self) -> int:
         return len(self.head[0]) - len(self.embedding)
+
+    @property
+    def floats(self) -> int:
+        """Returns the size of a sequence's state: h and c of each layer, then the predictor's output."""
+        return 2 * len(self.layers) * self.hidden + len(self.linear[0])
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Yields names and tensors of the matrices that the native call stores in a format."""
@@ -110,7 +113,7 @@ class Steps:
 
 
 class LabelLooping:
-    """Greedy search with these weights. ``reason`` says why it does not run natively: "" if it does.
+    """Greedy search with these weights. ``why_not`` says why it does not run natively: "" if it does.
 
     Args:
         format: "fp32", "bf16", "fp16" or "int8", the storage of the native call's copy of the matrices; sums are
@@ -133,7 +136,7 @@ class LabelLooping:
             self._pack(FORMATS[format])
 
     @property
-    def reason(self) -> str:
+    def why_not(self) -> str:
         return self._never or why_not_now()
 
     def _pack(self, format: int) -> None:
@@ -141,15 +144,8 @@ class LabelLooping:
         group = 0 if w.convolution is None else w.convolution.shape[1]
         activation = _activation.NAMES.index(w.activation)
         self._numbers = [len(w.embedding), w.durations, len(w.linear[0]), w.embedding.shape[1], len(w.layers)]
-        self._numbers += [
-            w.hidden,
-            w.context,
-            group,
-            activation,
-            int(w.norm is not None),
-            int(bool(w.gate_norms)),
-            format,
-        ]
+        self._numbers += [w.hidden, w.context, group, activation]
+        self._numbers += [int(w.norm is not None), int(bool(w.gate_norms)), format]
         self._eps = [float(w.norm[2]) if w.norm else 0.0, float(w.gate_eps)]
         vectors = ([w.convolution] if group else []) + list(w.norm[:2] if w.norm else ())
         vectors += [t for norm in w.gate_norms for t in norm]
@@ -167,10 +163,9 @@ class LabelLooping:
         w = self.weights
         if len(first) != w.context or not all(token < len(w.embedding) for token in first):
             raise ValueError(f"LabelLooping: first: expected {w.context} tokens, got {list(first)}")
-        like = w.embedding
-        state = like.new_zeros(batch, 2 * len(w.layers) * w.hidden + len(w.linear[0]))
         row = [0, 0, 1, 0, *first]
-        return state, torch.tensor([row] * batch, device=like.device, dtype=torch.int64).view(batch, len(row))
+        counters = torch.tensor([row] * batch, device=w.embedding.device, dtype=torch.int64)
+        return w.embedding.new_zeros(batch, w.floats), counters.view(batch, len(row))
 
     @torch.no_grad()
     def search(
@@ -185,7 +180,7 @@ class LabelLooping:
             ValueError: shapes, dtypes, lengths or rules do not fit.
         """
         lengths = self._check(encoded, lengths, rules, state, counters, most_steps)
-        if self.reason or is_transformed():
+        if self.why_not or is_transformed():
             return _by_operations(self.weights, encoded, lengths, rules, state, counters, most_steps)
         tokens, moves, scores, counts = torch.ops.fastasr_cpu.greedy_search.default(
             self._numbers,
@@ -245,7 +240,7 @@ class LabelLooping:
         if rules.together and not frames:
             raise ValueError("LabelLooping: together: expected at least one frame, got none")
         for name, t, kind, like_start in (
-            ("state", state, like.dtype, 2 * len(w.layers) * w.hidden + joint),
+            ("state", state, like.dtype, w.floats),
             ("counters", counters, torch.int64, TOKENS + w.context),
         ):
             if t.shape != (batch, like_start) or t.dtype != kind or not t.is_contiguous():
@@ -296,8 +291,8 @@ def why_not_now() -> str:
 
 def why_not_native(w: Weights) -> str:
     """Returns why a search with these weights cannot run natively, or ""."""
-    if reason := _dispatch.why_not_cpu("greedy_pack", "greedy_search"):
-        return reason
+    if why_not := _dispatch.why_not_cpu("greedy_pack", "greedy_search"):
+        return why_not
     if any(not t.is_cpu for t in w.tensors()):
         return "not all parameters are on the CPU"
     if any(t.dtype is not torch.float32 for t in w.tensors()):

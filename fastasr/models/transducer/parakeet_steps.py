@@ -14,31 +14,30 @@ from fastasr.models.transducer.label_looping import TOKENS, Rules
 
 if TYPE_CHECKING:
     from fastasr.models.transducer.label_looping import LabelLooping, Steps
-    from fastasr.models.transducer.looping_transducers import Parakeet
+    from fastasr.models.transducer.predictors import ParakeetPredictor
 
 _STEPS_AT_ONCE = 128  # This many steps' logits are in memory at once, 4 MB for a sequence.
 
 
-def steps_of_generate(
-    transducer: "Parakeet",
-    looping: "LabelLooping",
+def generate_steps(
+    predictor: "ParakeetPredictor",
+    search: "LabelLooping",
     frames: Tensor,
     lengths: Tensor,
     first: Tensor,
     most_steps: int,
 ) -> "Steps":
-    """Returns the Steps of a Parakeet, whose search is ``looping``, behind the tokens ``first`` (batch, 1) in projected
-    frames."""
-    durations = len(transducer.durations)
+    """Returns the Steps of a Parakeet's search behind the tokens ``first`` (batch, 1) in projected frames."""
+    durations = len(predictor.durations)
     rules = Rules(
-        blank=transducer.blank_id,
+        blank=predictor.blank_id,
         durations=tuple(range(durations)),
-        most_symbols=0 if durations else transducer.most_symbols,
+        most_symbols=0 if durations else predictor.most_symbols,
         together=True,
     )
-    state, counters = looping.start(len(first), [rules.blank])
+    state, counters = search.start(len(first), [rules.blank])
     counters[:, TOKENS:] = first
-    return looping.search(frames, lengths, rules, state, counters, most_steps)
+    return search.search(frames, lengths, rules, state, counters, most_steps)
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fastasr import _left
 from fastasr.models.common.plain import any_watched
-from fastasr.models.transducer.label_looping import LabelLooping
-from fastasr.models.transducer.looping_transducers import Parakeet, Unserved, release
-from fastasr.models.transducer.parakeet_steps import no_duration_wins, steps_of_generate
+from fastasr.models.transducer.parakeet_steps import generate_steps, no_duration_wins
+from fastasr.models.transducer.predictors import ParakeetPredictor, release
 from fastasr.swap.rule import (
     Known,
     Rule,
@@ -95,12 +94,13 @@ def _steps(
     """Returns (batch, 1 + steps) as upstream's ``_sample`` does, and leaves durations in ``_step_durations``."""
     frames, lengths = model_kwargs["encoder_outputs"].pooler_output, model_kwargs["encoder_valid_lengths"]
     asked = input_ids, logits_processor, stopping_criteria, generation_config, frames
-    looping, reason = None, _why_not_this_call(self, *asked) or _why_not_any_call(self)
+    search, reason = None, _why_not_this_call(self, *asked) or _why_not_any_call(self)
     if not reason:
-        looping, reason = _looping(self)
-    if looping is not None and not reason:
+        predictor = ParakeetPredictor(self)
+        search, reason = predictor.find_search()
+    if search is not None and not reason:
         most_steps = stopping_criteria.max_length - input_ids.shape[1]
-        steps = steps_of_generate(Parakeet(self), looping, frames, lengths, input_ids, most_steps)
+        steps = generate_steps(predictor, search, frames, lengths, input_ids, most_steps)
         if _suppresses_durations(self, logits_processor) or no_duration_wins(self, frames, input_ids, steps):
             self._step_durations.extend(steps.moves.unbind(1))
             return torch.cat((input_ids, steps.tokens), 1)
@@ -109,15 +109,6 @@ def _steps(
     return upstream_class(self)._sample(
         self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
     )
-
-
-def _looping(model: Upstream) -> tuple[LabelLooping | None, str]:
-    """Returns the native search and "", or None and why there is none."""
-    try:
-        looping = Parakeet(model).looping()
-    except Unserved as reason:
-        return None, str(reason)
-    return looping, looping.reason
 
 
 def _durations(model: Upstream) -> set[int]:
@@ -182,7 +173,7 @@ def _leaves(module: Upstream) -> dict[str, str | None]:
     reason = _why_not_any_call(module)
     if getattr(module.generation_config, "use_cache", None) is False:  # None: upstream's default, True
         reason = reason or _NO_CACHE
-    reason = reason or Parakeet(module).why_not_native()
+    reason = reason or ParakeetPredictor(module).why_not_native()
     logits = why_with_logits_always(module)
     return {
         "generate": reason and f"upstream's loop runs: {reason}",
@@ -224,7 +215,7 @@ RULES = tuple(
         functions=_functions,
         known={new: Known("transformers 5.24"), old: Known("transformers 5.17 to 5.23")},
         shallow=True,
-        release=lambda module: release(Parakeet(module)),
+        release=lambda module: release(ParakeetPredictor(module)),
         leaves=_leaves,
         note="generate runs natively for plain greedy search in float32 on the CPU; with labels the loss is computed "
         "without logits, which are None in the output",

@@ -63,6 +63,19 @@ def test_beam_search_finds_the_best_of_all(seed):
     assert {h.tokens[1:]: pytest.approx(h.log_prob, abs=1e-4) for h in state.beams[0]} == expected
 
 
+@pytest.mark.parametrize("search", ["GreedySearch", "ModifiedBeamSearch"])
+def test_the_predictor_reads_only_new_tokens(search, monkeypatch):
+    model, read = logit_tables.TableTransducer(), []
+    step = model.run_decoder
+    monkeypatch.setattr(model, "run_decoder", lambda y: read.append(len(y)) or step(y))
+    frames = torch.zeros(1, 6, 3)
+    frames[..., 0] = 50  # blank
+    frames[:, 2, 1] = 100
+    made = decoding.ModifiedBeamSearch(model, beam=1) if "Beam" in search else decoding.GreedySearch(model)
+    found = made.result(made.advance(made.start(), frames))
+    assert (found.tokens, found.timestamps, read) == ([[1]], [[2]], [1, 1])
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_prefix_beam_search_finds_the_best_of_all(seed):
     log_probs = torch.randn(6, 3, generator=numbers(seed)).log_softmax(-1)

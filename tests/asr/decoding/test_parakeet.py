@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from steps import seeded
-from test_looping_transducers import parakeet
+from test_predictors import parakeet
 from tiny_parakeet import SIZES
 
 from fastasr.asr import decoding

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from steps import seeded
-from test_looping_transducers import parakeet, rnnt
+from test_predictors import parakeet, rnnt
 
 from fastasr.asr import decoding
-from fastasr.models.transducer.looping_transducers import looping_transducer
+from fastasr.models.transducer.predictors import find_predictor
 
 LENGTHS = (17, 0, 9, 12)
 MOST = 2  # tokens on a frame
@@ -45,13 +45,14 @@ def tiny(durations, outputs=3):
 @torch.no_grad()
 def all_paths(model, frames, most):
     """Returns tokens -> log-probability."""
-    found, made = looping_transducer(model), {}
-    f, durations, blank = found.projected(frames), found.durations, found.blank_id
+    found, made = find_predictor(model), {}
+    f, durations, blank = found.project(frames), found.durations, found.blank_id
     cache = {}
 
     def scores(tokens, t):
         if (tokens, t) not in cache:
-            logits = found.logits(f[t : t + 1], found.predictions([blank, *tokens])[-1:])[0].double()
+            seen = [blank, *tokens]
+            logits = found.call_modules(f[t].expand(len(seen), -1), seen)[-1].double()
             split = len(logits) - len(durations)
             cache[tokens, t] = logits[:split].log_softmax(0), logits[split:].log_softmax(0)
         return cache[tokens, t]

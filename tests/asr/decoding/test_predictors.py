@@ -10,7 +10,7 @@ from tiny_recogniser import RECOGNISER, STREAMING
 import fastasr
 from fastasr.asr import decoding, recogniser
 from fastasr.models import emformer_rnnt
-from fastasr.models.transducer.looping_transducers import looping_transducer
+from fastasr.models.transducer.predictors import find_predictor
 
 LENGTHS = (23, 0, 9, 16)
 
@@ -65,11 +65,11 @@ MODELS = {
 @torch.no_grad()
 def by_hand(model, frames, most):
     """Returns tokens, timestamps and score of one utterance."""
-    found, tokens, stamps, score, t, symbols = looping_transducer(model), [], [], 0.0, 0, 0
-    f = found.projected(frames)
+    found, tokens, stamps, score, t, symbols = find_predictor(model), [], [], 0.0, 0, 0
+    f = found.project(frames)
     while t < len(f):
-        g = found.predictions([found.blank_id, *tokens])[-1:]
-        logits = found.logits(f[t : t + 1], g)[0]
+        seen = [found.blank_id, *tokens]
+        logits = found.call_modules(f[t].expand(len(seen), -1), seen)[-1]
         outputs = len(logits) - len(found.durations)
         log_probs = logits[:outputs].log_softmax(0)
         token = int(log_probs.argmax())
@@ -229,3 +229,32 @@ def test_modules_that_compute_something_else_are_called():
 def test_models_that_cannot_be_searched():
     with pytest.raises(TypeError, match="this RNNT cannot be searched: it is in training mode"):
         decoding.GreedySearch(rnnt().train())
+
+
+def test_a_stream_ends_when_its_weights_cannot_be_read():
+    model, x = asr_model(), torch.randn(2, 5, 24)
+    search = decoding.GreedySearch(model)
+    state = search.advance(search.start(2), x)
+    model.joiner.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="this AsrModel cannot be searched: a submodule has hooks"):
+        search.advance(state, x)
+
+
+def test_beam_search_of_an_unknown_subclass():
+    """It calls the modules, whatever they compute; a beam of 1 is greedy search."""
+
+    class Squashed(recogniser.AsrModel):
+        def __init__(self, **sizes):
+            super().__init__(**sizes)
+            self.joiner.output_linear = torch.nn.Sequential(torch.nn.Linear(20, 12), torch.nn.Softsign())
+
+    seeded(6)
+    sizes = RECOGNISER | STREAMING | {"vocab_size": 12, "context_size": 2}
+    model, x = Squashed(**sizes).eval(), 3 * torch.randn(2, 20, 24)
+    with torch.no_grad():
+        for part in (model.joiner, model.decoder):
+            for parameter in part.parameters():
+                parameter.normal_()
+    greedy, beam = decoding.greedy_search(model, x), decoding.modified_beam_search(model, x, beam=1)
+    assert greedy.tokens == beam.tokens == [by_hand(model, row, 1)[0] for row in x]
+    assert any(greedy.tokens)
