@@ -76,7 +76,7 @@ def _named(features: str, mask: str | None = "attention_mask", dtype: torch.dtyp
 
 
 def _lengths(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
-    """NeMo's arguments."""
+    """The arguments of NeMo and GigaAM."""
     return {"audio_signal": x.transpose(1, 2).contiguous(), "length": valid.sum(1)}
 
 
@@ -88,6 +88,16 @@ def _flow(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
 def _nemo_transformer(layers: int) -> nn.Module:
     module = upstream.module("nemo.collections.asr.modules.transformer_encoder")
     return module.TransformerEncoder(feat_in=80, d_model=512, n_heads=8, n_layers=layers)
+
+
+def _firered(layers: int) -> nn.Module:
+    module = upstream.module("fireredasr.models.module.conformer_encoder")
+    return module.ConformerEncoder(idim=80, n_layers=layers, n_head=20, d_model=1280)
+
+
+def _gigaam(layers: int) -> nn.Module:
+    module = upstream.module("gigaam.encoder")
+    return module.ConformerEncoder(feat_in=64, n_layers=layers, d_model=768, self_attention_model="rel_pos")
 
 
 def _zipvoice(layers: int) -> nn.Module:
@@ -254,5 +264,14 @@ ENCODERS = {
         _named("input_features", "input_features_mask"),
     ),
     "nemo-transformer": Encoder("NeMo's TransformerEncoder", 17, 100, 80, _nemo_transformer, _lengths),
+    "fireredasr": Encoder(
+        "FireRedASR-AED-L's encoder",
+        16,
+        100,
+        80,
+        _firered,
+        lambda x, valid: {"padded_input": x, "input_lengths": valid.sum(1)},
+    ),
+    "gigaam": Encoder("GigaAM's encoder with relative positions", 16, 100, 64, _gigaam, _lengths),
     "zipvoice": Encoder("ZipVoice's flow-matching decoder", 16, 93.75, 300, _zipvoice, _flow),
 }

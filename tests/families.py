@@ -672,6 +672,7 @@ FAMILIES = {
     "seamless m4t v2, chunks": seamless_v2(speech_encoder_chunk_size=8, speech_encoder_left_chunk_num=1),
     "w2v-bert": w2v_bert(),
     "wavlm": wavlm(),
+    "wavlm large": wavlm(stable=True),
     "gemma 4": gemma4(),
     "gemma 3n": gemma3n(),
     "parakeet tdt": parakeet_transducer("TDT"),

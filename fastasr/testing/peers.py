@@ -7,7 +7,7 @@ from types import ModuleType
 # package -> how to install it
 INSTALL = {
     **dict.fromkeys(
-        ("zipformer", "espnet2", "torchaudio", "nemo", "speechbrain", "transformers"),
+        ("zipformer", "espnet2", "torchaudio", "nemo", "speechbrain", "transformers", "fireredasr", "gigaam"),
         'docs/install.md has the lines of pip for it, under "Frameworks"',
     ),
     "zipvoice": "the package on PyPI is empty; put a checkout of k2-fsa/ZipVoice on PYTHONPATH",

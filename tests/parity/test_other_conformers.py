@@ -49,6 +49,7 @@ REPLACED = {
         "Wav2Vec2BertConvolutionModule",
     },
     "wavlm": {"WavLMAttention", "WavLMEncoder"},
+    "wavlm large": {"WavLMAttention", "WavLMEncoderStableLayerNorm"},
     "gemma 4": {"Gemma4AudioAttention"},
     "gemma 3n": {"Gemma3nAudioAttention"},
 }
