@@ -47,4 +47,5 @@ def measure(run: Run, *, names: tuple = tuple(ENCODERS), shapes: tuple = SHAPES)
                     }
                 else:
                     calls = {key: unit.inference(model, **inputs) for key, model in models.items()}
-                yield run.unit(name, pass_, shape, calls)
+                # A call takes seconds: five rounds tell as much as fifteen of a short one.
+                yield run.unit(name, pass_, shape, calls, reps=5)

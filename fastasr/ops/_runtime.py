@@ -4,7 +4,7 @@
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ def stand_in(t: Tensor) -> Tensor:
     read.
     """
     return t.new_full((), float("nan")).expand(t.shape)
+
+
+T = TypeVar("T", Tensor, None)
+
+
+def not_a_view(t: T) -> T:
+    """Returns t, and not as a view: autograd refuses to change a view in place that a node returns."""
+    return t.data if t is not None and t._is_view() else t
 
 
 def promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:

@@ -381,6 +381,19 @@ def inputs_untouched(table: OpTable, sample: Sample, dtype: torch.dtype, device:
     _same(cotangent, copy, "gradient")
 
 
+def changed_in_place(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """A caller may change the results in place, also where they have gradients; no argument changes with them."""
+    arguments = _leaves(table, _make(sample, dtype, device))
+    copies = with_tensors(arguments, lambda _, t: t.detach().clone())
+    results = table.function(**arguments)
+    for result in results if isinstance(results, tuple) else (results,):
+        if result is not None:
+            result.zero_()
+    for name, t in copies.items():
+        if isinstance(t, Tensor):
+            _same(arguments[name].detach(), t, f"argument {name}")
+
+
 def deterministic(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Two runs are bitwise equal, and so are runs on one thread and on several."""
     arguments = _make(sample, dtype, device)
@@ -633,6 +646,7 @@ CHECKS = (
     Check(expanded, thorough_only=True, short=RICHEST),
     Check(poisoned, thorough_only=True, short=RICHEST),
     Check(inputs_untouched, thorough_only=True, short=RICHEST),
+    Check(changed_in_place, thorough_only=True, forced=False),
     Check(deterministic, short=NONE),
     Check(chunked, short=RICHEST),
     Check(rows_apart, thorough_only=True, short=RICHEST),

@@ -110,6 +110,7 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "transformed": TRANSFORMED,
         "under_transforms": _under_transforms(op, grads),
         "forward": _node_forward(op),
+        "not_views": [f"{o.name} = not_a_view({o.name})" for o in op.outputs],
         "native_backward": _native_backward(op, grads),
         "for_autograd": _for_autograd(op),
         "shortest_path": _shortest_path(op),

@@ -34,7 +34,7 @@ IMPORTS = {
     "fastasr.ops._op": "OPS Written",
     "fastasr.ops._register": "autocast_dtype cast refuse_double_backward register",
     "fastasr.ops._runtime": "BOOL COMPUTE INT64 INTEGERS MASKS Like NOT_MINE applied as_tuple back "
-    "formula_gradients formula_results gradients_without is_batched listed make operand promoted stand_in "
+    "formula_gradients formula_results gradients_without is_batched listed make not_a_view operand promoted stand_in "
     "transformed_backward transformed_gradients transformed_results wanted wide",
 }
 ORIGINS = {name: module for module, names in IMPORTS.items() for name in names.split()}

@@ -94,6 +94,7 @@ class {class_name}(Function):
     @staticmethod
     def forward(ctx, kernels, direct, {names}):
         {forward}
+        {not_views}
         ctx.save_for_backward({saves_directly})
         ctx.rest = {rest}
         {materialize}

@@ -47,6 +47,16 @@ def test_a_training_step_is_the_formulas(bias, activation, frozen):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("product", ["torch", "native"])
+def test_the_output_can_be_changed_in_place(product, monkeypatch):
+    monkeypatch.setenv("FASTASR_GEMM", product)
+    block, x = _block()
+    y = block(x)
+    y[:, 1:] = 0
+    y.sum().backward()
+    assert not block.linear2.bias.grad.eq(0).any()
+
+
 def test_one_wide_tensor_is_kept():
     if not _dropout._draws_are_torchs():
         pytest.skip("the native library does not draw here")

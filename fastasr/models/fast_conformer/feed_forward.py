@@ -12,6 +12,7 @@ from fastasr.ops import _dropout, _gemm
 from fastasr.ops._activation import NUMBERS
 from fastasr.ops._linear import bias_grad
 from fastasr.ops._register import refuse_double_backward
+from fastasr.ops._runtime import not_a_view
 
 
 class FastConformerFeedForward(torch.nn.Module):
@@ -68,7 +69,7 @@ class _Trained(Function):
         keep = _dropout.drawn(torch.ops.fastasr_cpu.dropout_keep.default, (z,), p)
         ctx.save_for_backward(x, weight1, weight2, z, keep)
         ctx.options = activation, p
-        return _gemm.forward(_hidden(z, activation, keep, p), weight2, bias2)
+        return not_a_view(_gemm.forward(_hidden(z, activation, keep, p), weight2, bias2))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

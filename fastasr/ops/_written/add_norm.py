@@ -25,6 +25,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -199,6 +200,8 @@ class AddNorm(Function):
             t, y = kernels.forward(x, update, weight, bias, eps, scale)
         else:
             t, y = run_kernels(kernels, x, update, weight, bias, eps, scale)
+        t = not_a_view(t)
+        y = not_a_view(y)
         ctx.save_for_backward(x, update, weight, bias)
         ctx.rest = kernels, direct, eps, scale
         ctx.set_materialize_grads(False)

@@ -26,6 +26,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -176,6 +177,7 @@ class BiasNorm(Function):
             if direct
             else run_kernels(kernels, x, bias, log_scale, channel_dim)
         )
+        y = not_a_view(y)
         ctx.save_for_backward(x, bias, log_scale)
         ctx.rest = kernels, direct, channel_dim
         return y

@@ -26,6 +26,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -151,6 +152,7 @@ class Bypass(Function):
     @staticmethod
     def forward(ctx, kernels, direct, x_orig, x, scale):
         y = kernels.forward(x_orig, x, scale) if direct else run_kernels(kernels, x_orig, x, scale)
+        y = not_a_view(y)
         ctx.save_for_backward(x_orig, x, scale)
         ctx.rest = kernels, direct
         return y

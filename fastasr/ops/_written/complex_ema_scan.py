@@ -29,6 +29,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -440,6 +441,8 @@ class ComplexEmaScan(Function):
                 kernels, x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
                 direction, activation, layout,
             )  # fmt: skip
+        y = not_a_view(y)
+        last = not_a_view(last)
         ctx.save_for_backward(x, alpha, delta, theta, gamma, omega, state, padding_mask)
         ctx.rest = kernels, direct, return_state, truncation, direction, activation, layout
         return (y, last) if return_state else y

@@ -29,6 +29,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -289,6 +290,7 @@ class ConvSpatialGate(Function):
             )
         else:
             y = run_kernels(kernels, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
+        y = not_a_view(y)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, padding_mask)
         ctx.rest = kernels, direct, eps, activation
         return y

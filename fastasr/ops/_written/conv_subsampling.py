@@ -26,6 +26,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -290,6 +291,7 @@ class ConvSubsampling(Function):
             y = kernels.forward(x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
         else:
             y = run_kernels(kernels, x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
+        y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias, depthwise_weight, depthwise_bias, mask)
         ctx.rest = kernels, direct, left
         return y

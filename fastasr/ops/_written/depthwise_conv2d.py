@@ -26,6 +26,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -213,6 +214,7 @@ class DepthwiseConv2D(Function):
             if direct
             else run_kernels(kernels, x, weight, bias, padding)
         )
+        y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias)
         ctx.rest = kernels, direct, padding
         return y

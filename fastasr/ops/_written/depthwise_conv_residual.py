@@ -28,6 +28,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -173,6 +174,7 @@ class DepthwiseConvResidual(Function):
     @staticmethod
     def forward(ctx, kernels, direct, x, weight, bias):
         y = kernels.forward(x, weight, bias) if direct else run_kernels(kernels, x, weight, bias)
+        y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias)
         ctx.rest = kernels, direct
         return y

@@ -28,6 +28,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -495,6 +496,8 @@ class GatedDepthwiseConv(Function):
                 kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
                 chunk_size, activation, return_cache, delay,
             )  # fmt: skip
+        y = not_a_view(y)
+        new_cache = not_a_view(new_cache)
         ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
         ctx.rest = kernels, direct, chunk_size, activation, return_cache, delay
         return (y, new_cache) if return_cache else y

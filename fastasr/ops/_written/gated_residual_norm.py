@@ -26,6 +26,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -309,6 +310,7 @@ class GatedResidualNorm(Function):
             y, statistics = run_kernels(
                 kernels, x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, True
             )
+        y = not_a_view(y)
         ctx.save_for_backward(x, update, candidate, hidden, weight, bias, dropout_mask, statistics)
         ctx.rest = kernels, direct, eps, activation
         return y

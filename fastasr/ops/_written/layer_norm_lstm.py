@@ -25,6 +25,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -439,6 +440,9 @@ class LayerNormLstm(Function):
                 kernels, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias,
                 hidden, cell, eps, True,
             )  # fmt: skip
+        y = not_a_view(y)
+        last_hidden = not_a_view(last_hidden)
+        last_cell = not_a_view(last_cell)
         ctx.save_for_backward(
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y,
             kept,

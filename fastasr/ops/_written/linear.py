@@ -25,6 +25,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -189,6 +190,7 @@ class Linear(Function):
     @staticmethod
     def forward(ctx, kernels, direct, x, weight, bias):
         y = _product(kernels, True, x, weight, bias) if direct else run_kernels(kernels, x, weight, bias)
+        y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias)
         ctx.rest = kernels, direct
         return y

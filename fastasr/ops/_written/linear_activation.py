@@ -25,6 +25,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -218,6 +219,7 @@ class LinearActivation(Function):
             y, z = _fast(kernels, True, x, weight, bias, activation)
         else:
             y, z = run_kernels(kernels, x, weight, bias, activation, True)
+        y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.rest = kernels, direct, activation
         return y

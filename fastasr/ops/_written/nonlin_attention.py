@@ -25,6 +25,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -181,6 +182,7 @@ class NonlinAttention(Function):
             y, o = _fast(kernels, True, weights, projected)
         else:
             y, o = run_kernels(kernels, weights, projected, True)
+        y = not_a_view(y)
         ctx.save_for_backward(weights, projected, o)
         ctx.rest = kernels, direct
         return y

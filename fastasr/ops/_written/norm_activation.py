@@ -25,6 +25,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -215,6 +216,7 @@ class NormActivation(Function):
             )
         else:
             y, statistics = run_kernels(kernels, x, weight, bias, eps, kind, activation, True)
+        y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias, statistics)
         ctx.rest = kernels, direct, eps, kind, activation
         return y

@@ -27,6 +27,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -526,6 +527,7 @@ class RelAttention(Function):
                 kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
                 dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
             )  # fmt: skip
+        y = not_a_view(y)
         ctx.save_for_backward(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
             y, lse,

@@ -25,6 +25,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -187,6 +188,7 @@ class ResidualNorm(Function):
             y, statistics = kernels.forward(x, update, None, None, None, weight, bias, eps, 0, True)
         else:
             y, statistics = run_kernels(kernels, x, update, weight, bias, eps, True)
+        y = not_a_view(y)
         ctx.save_for_backward(x, update, weight, bias, statistics)
         ctx.rest = kernels, direct, eps
         return y

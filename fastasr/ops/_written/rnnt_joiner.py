@@ -26,6 +26,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     transformed_backward,
     transformed_gradients,
     transformed_results,
@@ -392,6 +393,8 @@ class RnntJoiner(Function):
             kernels, am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation,
             hat, keep_logits, dropout_p, dropout_seed, True,
         )  # fmt: skip
+        symbol_logprobs = not_a_view(symbol_logprobs)
+        blank_logprobs = not_a_view(blank_logprobs)
         ctx.save_for_backward(am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser)
         ctx.rest = kernels, direct, s_range, termination_symbol, activation, hat, keep_logits, dropout_p
         return symbol_logprobs, blank_logprobs

@@ -27,6 +27,7 @@ from fastasr.ops._runtime import (
     gradients_without,
     listed,
     make,
+    not_a_view,
     operand,
     stand_in,
     transformed_results,
@@ -254,6 +255,9 @@ class RnntLattice(Function):
             scores, symbol_occupation, blank_occupation, shares = run_kernels(
                 kernels, symbol_logprobs, blank_logprobs, boundary, return_occupation, True
             )
+        scores = not_a_view(scores)
+        symbol_occupation = not_a_view(symbol_occupation)
+        blank_occupation = not_a_view(blank_occupation)
         ctx.save_for_backward(boundary, scores, shares)
         ctx.rest = (
             kernels,

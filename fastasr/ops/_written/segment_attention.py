@@ -29,6 +29,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -450,6 +451,7 @@ class SegmentAttention(Function):
                 right_context_length, max_memory_size, past_frames, past_memory, lengths, history,
                 weights_dropout,
             )  # fmt: skip
+        y = not_a_view(y)
         ctx.save_for_backward(query, key, value, lengths, history, weights_dropout)
         ctx.rest = (
             kernels,

@@ -24,6 +24,7 @@ from fastasr.ops._runtime import (
     gradients_without,
     is_batched,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -124,6 +125,7 @@ class SwooshL(Function):
     @staticmethod
     def forward(ctx, kernels, direct, x):
         y = kernels.forward(x, False, None, -1) if direct else run_kernels(kernels, x)
+        y = not_a_view(y)
         ctx.save_for_backward(x)
         ctx.rest = kernels, direct
         return y

@@ -26,6 +26,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -228,6 +229,7 @@ class SwooshLinear(Function):
             y = _fast(kernels, True, x, weight, bias, kind, mask, shared_dim)
         else:
             y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+        y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias, mask)
         ctx.rest = kernels, direct, kind, shared_dim
         return y

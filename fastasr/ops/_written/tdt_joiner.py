@@ -26,6 +26,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     transformed_backward,
     transformed_gradients,
     transformed_results,
@@ -367,6 +368,9 @@ class TdtJoiner(Function):
             kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
             keep_logits, dropout_p, dropout_seed, True,
         )  # fmt: skip
+        symbol_logprobs = not_a_view(symbol_logprobs)
+        blank_logprobs = not_a_view(blank_logprobs)
+        duration_logprobs = not_a_view(duration_logprobs)
         ctx.save_for_backward(am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser)
         ctx.rest = kernels, direct, durations, termination_symbol, activation, keep_logits, dropout_p
         return symbol_logprobs, blank_logprobs, duration_logprobs

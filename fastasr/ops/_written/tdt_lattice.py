@@ -27,6 +27,7 @@ from fastasr.ops._runtime import (
     gradients_without,
     listed,
     make,
+    not_a_view,
     operand,
     stand_in,
     transformed_results,
@@ -268,6 +269,7 @@ class TdtLattice(Function):
             scores, shares = run_kernels(
                 kernels, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, True
             )
+        scores = not_a_view(scores)
         ctx.save_for_backward(durations, boundary, scores, shares)
         ctx.rest = (
             kernels,

@@ -27,6 +27,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     promoted,
     transformed_backward,
     transformed_gradients,
@@ -421,6 +422,7 @@ class ToeplitzAttention(Function):
                 kernels, query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask,
                 chunk_size, activation, weights_dropout, activate_value, True,
             )  # fmt: skip
+        y = not_a_view(y)
         ctx.save_for_backward(
             query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed
         )

@@ -27,6 +27,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -415,6 +416,7 @@ class ZipformerAttention(Function):
                 kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
                 chunk_size, left_context_chunks, cached_key,
             )  # fmt: skip
+        y = not_a_view(y)
         ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, cached_key)
         ctx.rest = kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks
         return y

@@ -28,6 +28,7 @@ from fastasr.ops._runtime import (
     is_batched,
     listed,
     make,
+    not_a_view,
     operand,
     promoted,
     transformed_backward,
@@ -410,6 +411,7 @@ class ZipformerAttentionWeights(Function):
                 kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
                 left_context_chunks, cached_key, score_penalty, score_limit,
             )  # fmt: skip
+        weights = not_a_view(weights)
         ctx.save_for_backward(weights, x, pos, cached_key, key_padding_mask, attn_mask)
         ctx.rest = (
             kernels,
