@@ -48,11 +48,12 @@ class Counts(NamedTuple):
     kernels: int
 
 
-# Case -> training or not, the random number, and the counts. A change that lowers a count lowers it here.
+# Case -> training or not, the random number, and the counts. A change that lowers a count lowers it here. In training
+# 101 of the forward calls make results of ops out of views, so that callers may change them in place.
 CASES = {
     "zipformer, inference": (False, NEVER, Counts(3463, 0, 219, 0, 1645)),
-    "zipformer, training, nothing acts": (True, NEVER, Counts(4144, 6685, 670, 3270, 4872)),
-    "zipformer, training, everything acts": (True, ALWAYS, Counts(4797, 13650, 1842, 3859, 7243)),
+    "zipformer, training, nothing acts": (True, NEVER, Counts(4245, 6685, 670, 3270, 4872)),
+    "zipformer, training, everything acts": (True, ALWAYS, Counts(4898, 13650, 1842, 3859, 7243)),
     "fast_conformer, inference": (False, NEVER, Counts(2067, 0, 156, 0, 1014)),
     "fast_conformer, training": (True, NEVER, Counts(2226, 4198, 554, 2124, 2633)),
 }
