@@ -214,7 +214,7 @@ class _Call:
 
     def _shape(self, name: str, tensor: str, read: str, pattern: Pattern, known: set[str]) -> Iterator[str]:
         """Yields code that checks a shape and binds the names in it."""
-        before, conditions = set(known), [code(condition(c)) for c in pattern.conditions]
+        before, conditions = set(known), [code(condition(c), 4) for c in pattern.conditions]
         shapes = pattern.alternatives
         if not conditions and any(s.rest == "..." and not s.dims for s in shapes):
             return

@@ -11,10 +11,11 @@ struct RelAttentionForward {
   static constexpr const char* kSchema =
       "rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
       "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, Tensor? attn_mask, "
-      "Tensor? dropout_seed, float dropout_p, int context_0, int context_1, int chunk_size, float soft_cap) -> "
-      "(Tensor, Tensor)";
-  using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
-                              Optional, Optional, Optional, double, int64_t, int64_t, int64_t, double>;
+      "Tensor? dropout_seed, float dropout_p, int context_0, int context_1, int chunk_size, float soft_cap, "
+      "int pos_span_0, int pos_span_1) -> (Tensor, Tensor)";
+  using Types =
+      ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
+                    Optional, Optional, double, int64_t, int64_t, int64_t, double, int64_t, int64_t>;
 
   const Tensor& q;
   const Tensor& k;
@@ -32,6 +33,7 @@ struct RelAttentionForward {
   std::array<int64_t, 2> context;
   int64_t chunk_size;
   double soft_cap;
+  std::array<int64_t, 2> pos_span;
 
   // The sizes, once the arguments are checked.
   int64_t B{};
@@ -40,6 +42,8 @@ struct RelAttentionForward {
   int64_t D{};
   int64_t K{};
   int64_t E{};
+  int64_t R{};
+  int64_t P{};
 
   // Declines the call if an argument does not fit the declaration.
   void check(const char* op = kName) {
@@ -75,7 +79,13 @@ struct RelAttentionForward {
     check_contiguous(v, op, "v");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
-      fastasr::check(has_sizes(*pos, {(T ? T + K - 1 : 0), H, D}), op, "pos is not ((T and T+K-1), H, D)");
+      {
+        const Sizes shape = pos->sizes();
+        fastasr::check(shape.size() == 3, op, "pos is not (R, P, D), (P == 1 or P == H)");
+        R = shape[0];
+        P = shape[1];
+        fastasr::check(shape[2] == D && (P == 1 || P == H), op, "pos is not (R, P, D), (P == 1 or P == H)");
+      }
       check_contiguous(*pos, op, "pos");
     }
     if (bias_u) {
@@ -130,11 +140,11 @@ struct RelAttentionBackward {
       "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
       "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, "
       "Tensor? attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, int context_0, "
-      "int context_1, int chunk_size, float soft_cap) -> "
+      "int context_1, int chunk_size, float soft_cap, int pos_span_0, int pos_span_1) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
-  using Types =
-      ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
-                    Optional, Optional, Optional, Tensor, Tensor, double, int64_t, int64_t, int64_t, double>;
+  using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional,
+                              Optional, Optional, Optional, Optional, Tensor, Tensor, double, int64_t, int64_t, int64_t,
+                              double, int64_t, int64_t>;
 
   const Tensor& grad_y;
   const Tensor& q;
@@ -155,6 +165,7 @@ struct RelAttentionBackward {
   std::array<int64_t, 2> context;
   int64_t chunk_size;
   double soft_cap;
+  std::array<int64_t, 2> pos_span;
 
   // The sizes, once the arguments are checked.
   int64_t B{};
@@ -163,6 +174,8 @@ struct RelAttentionBackward {
   int64_t D{};
   int64_t K{};
   int64_t E{};
+  int64_t R{};
+  int64_t P{};
 
   // Declines the call if an argument does not fit the declaration.
   void check(const char* op = kName) {
@@ -198,7 +211,13 @@ struct RelAttentionBackward {
     check_contiguous(v, op, "v");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
-      fastasr::check(has_sizes(*pos, {(T ? T + K - 1 : 0), H, D}), op, "pos is not ((T and T+K-1), H, D)");
+      {
+        const Sizes shape = pos->sizes();
+        fastasr::check(shape.size() == 3, op, "pos is not (R, P, D), (P == 1 or P == H)");
+        R = shape[0];
+        P = shape[1];
+        fastasr::check(shape[2] == D && (P == 1 || P == H), op, "pos is not (R, P, D), (P == 1 or P == H)");
+      }
       check_contiguous(*pos, op, "pos");
     }
     if (bias_u) {

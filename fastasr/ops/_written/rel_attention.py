@@ -60,6 +60,7 @@ class Arguments(NamedTuple):
     context: tuple[int, int] = (-1, -1)
     chunk_size: int = 1
     soft_cap: float = 0.0
+    pos_span: tuple[int, int] = (-1, -1)
 
 
 class Saved(NamedTuple):
@@ -81,6 +82,7 @@ class Saved(NamedTuple):
     context: tuple[int, int]
     chunk_size: int
     soft_cap: float
+    pos_span: tuple[int, int]
 
 
 # --------------------------------------------------------------------------- the public function
@@ -102,6 +104,7 @@ def rel_attention(
     context: tuple[int, int] = (-1, -1),
     chunk_size: int = 1,
     soft_cap: float = 0.0,
+    pos_span: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory.
 
@@ -109,8 +112,8 @@ def rel_attention(
         q: (B, T, H, d), d of at least 1. float32, bfloat16, float16 or float64.
         k: (B, K, H, d), K of at least T: the last T are the queries' frames.
         v: (B, K, H, e), e of at least 1.
-        pos: (T + K − 1, H, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
-            rows where T is 0. None: scores have no part of positions.
+        pos: (T + K − 1, H or 1, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
+            rows where T is 0. With ``pos_span`` (l + r + 1, H or 1, d). None: scores have no part of positions.
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
         offset_bias: (T + K − 1, H): added to the scores after the division by √d, by offset as the rows of ``pos``.
         offset_gate: (B, T, H): factors of offset_bias, for each query.
@@ -124,6 +127,8 @@ def rel_attention(
             it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
         chunk_size: frames of a chunk, counted from the first key. 1: each frame has its own context.
         soft_cap: a of a tanh(score / a), which replaces the scores before keys are hidden; 0: none.
+        pos_span: (l, r): row n of ``pos`` is for a key n − l frames behind the query; keys further away have the first
+            or last row. (-1, -1): pos has a row for every key.
         All floating tensors have q's dtype, except under autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
@@ -163,6 +168,9 @@ def rel_attention(
         and (chunk_size >= 1)
         and type(soft_cap) is float
         and (soft_cap >= 0)
+        and type(pos_span) is tuple
+        and len(pos_span) == 2
+        and type(pos_span[0]) is type(pos_span[1]) is int
         and not is_autocast_enabled("cpu")
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
@@ -182,10 +190,11 @@ def rel_attention(
                 return apply(
                     kernels, True, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                     key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                    pos_span,
                 )  # fmt: skip
             y, _ = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_seed, dropout_p, *context, chunk_size, soft_cap,
+                dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
             )  # fmt: skip
             return y
         except NOT_MINE:
@@ -194,12 +203,12 @@ def rel_attention(
             # tells what is wrong with the arguments, if anything is
             check(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
             )  # fmt: skip
             raise
     check(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
     )  # fmt: skip
     if is_compiling() or not (
         type(q) in PLAIN
@@ -217,12 +226,12 @@ def rel_attention(
     ):
         return traced(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap),
+            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
@@ -230,16 +239,17 @@ def rel_attention(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
+            pos_span=pos_span,
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:
         names = under_autocast(
             cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
         (
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, _,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, _,
         ) = names  # fmt: skip
         kernels = family.kernels(q)
         if kernels is None:
@@ -247,7 +257,7 @@ def rel_attention(
                 q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
                 key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                 dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
-                soft_cap=soft_cap,
+                soft_cap=soft_cap, pos_span=pos_span,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -263,11 +273,11 @@ def rel_attention(
         ):
             return apply(
                 kernels, False, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
             )  # fmt: skip
         y, _ = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, False,
+            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
@@ -275,6 +285,7 @@ def rel_attention(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
+            pos_span=pos_span,
         )  # fmt: skip
     return y
 
@@ -296,6 +307,7 @@ def check(
     context: tuple[int, int],
     chunk_size: int,
     soft_cap: float,
+    pos_span: tuple[int, int],
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(dropout_p) is not float:
@@ -312,6 +324,8 @@ def check(
         op.wrong_float("soft_cap", soft_cap)
     if not (soft_cap >= 0):
         op.fail("soft_cap", "at least 0", soft_cap)
+    if not (type(pos_span) is tuple and len(pos_span) == 2 and type(pos_span[0]) is type(pos_span[1]) is int):
+        op.wrong_pair("pos_span", pos_span)
     if not isinstance(q, Tensor) or q.dtype not in FLOATING or q.layout is not torch.strided:
         op.wrong_tensor("q", q)
     shape, right = q.shape, False
@@ -346,8 +360,12 @@ def check(
     if pos is not None:
         if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
             op.wrong_tensor("pos", pos)
-        if pos.shape != ((T and T + K - 1), H, D):
-            op.wrong_shape("pos", pos, listed((T and T + K - 1), H, D))
+        shape, right = pos.shape, False
+        if len(shape) == 3:
+            P = shape[1]
+            right = shape[2] == D and (P == 1 or P == H)
+        if not right:
+            op.wrong_shape("pos", pos, f"{listed('R', 'P', D)}, (P == 1 or P == {H})")
         if pos.device != q.device:
             op.wrong_device("pos", pos, "q", q)
     if bias_u is not None:
@@ -466,13 +484,13 @@ def check(
             op.wrong_dtype("key_bias", key_bias, "q", q)
     _check(
         op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-        attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap),
+        attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
     )  # fmt: skip
 
 
 def traced(
     q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, dropout_p,
-    dropout_seed, context, chunk_size, soft_cap,
+    dropout_seed, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rel_attention", q):
@@ -480,10 +498,11 @@ def traced(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
+            pos_span=pos_span,
         )  # fmt: skip
     y, _ = operator(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
     )  # fmt: skip
     return y
@@ -491,7 +510,7 @@ def traced(
 
 def run_kernels(
     kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+    dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(q)
@@ -501,7 +520,7 @@ def run_kernels(
         operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
         operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype), operand(key_bias,
         dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None),
-        dropout_p, *context, chunk_size, soft_cap,
+        dropout_p, *context, chunk_size, soft_cap, *pos_span,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -517,7 +536,7 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 def under_autocast(
     dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, keep=False,
+    soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
@@ -540,6 +559,7 @@ def under_autocast(
         context,
         chunk_size,
         soft_cap,
+        pos_span,
         keep,
     )
 
@@ -549,24 +569,24 @@ class RelAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
     ):  # fmt: skip
         if direct:
             y, lse = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_seed, dropout_p, *context, chunk_size, soft_cap,
+                dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
             )  # fmt: skip
         else:
             y, lse = run_kernels(
                 kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-                attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
+                attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
             )  # fmt: skip
         y = not_a_view(y)
         ctx.save_for_backward(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
             dropout_seed, y, lse,
         )  # fmt: skip
-        ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap
+        ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span
         return y
 
     @staticmethod
@@ -578,11 +598,12 @@ class RelAttention(Function):
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
             dropout_seed, y, lse,
         ) = ctx.saved_tensors  # fmt: skip
-        kernels, direct, dropout_p, context, chunk_size, soft_cap = ctx.rest
+        kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = transformed_gradients(
                 op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,)),
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+                pos_span,)),
             )  # fmt: skip
             return (
                 None,
@@ -603,11 +624,13 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         if direct:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
                 grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, *context, chunk_size, soft_cap,
+                *pos_span,
             )  # fmt: skip
             return (
                 None,
@@ -628,17 +651,19 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+                pos_span,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
                 key_bias, key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap,)),
+                soft_cap, pos_span,)),
             )  # fmt: skip
         return (
             None,
@@ -659,12 +684,13 @@ class RelAttention(Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def differentiate(
     kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-    attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(q) if kernels.backend == "cpu" else None
@@ -672,7 +698,7 @@ def differentiate(
         operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
         operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
         dtype), operand(key_bias, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
-        operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
+        operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap, *pos_span,
     )  # fmt: skip
     if d_q is not None and d_q.dtype is not q.dtype:
         d_q = d_q.to(q.dtype)
@@ -708,24 +734,24 @@ def differentiate(
 def run(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, keep=False,
+    soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     try:
         y, lse = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     if not keep:
         lse = lse.new_empty(0)
@@ -735,7 +761,7 @@ def run(
 def fake(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, keep=False,
+    soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(q) is not None
     B = q.shape[0]
@@ -743,6 +769,7 @@ def fake(
     H = q.shape[2]
 
     E = v.shape[3]
+
     return torch.empty((B, T, H, E), dtype=promoted(q), device=q.device), torch.empty(
         (B, H, T) if keep else (0,), dtype=wide(q), device=q.device
     )
@@ -751,7 +778,7 @@ def fake(
 def set_up(ctx, inputs, output):
     (
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
     ) = inputs  # fmt: skip
     y, lse = output
     ctx.mark_non_differentiable(lse)
@@ -759,7 +786,7 @@ def set_up(ctx, inputs, output):
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
         dropout_seed, y, lse,
     )  # fmt: skip
-    ctx.rest = dropout_p, context, chunk_size, soft_cap, keep
+    ctx.rest = dropout_p, context, chunk_size, soft_cap, pos_span, keep
 
 
 def backward(ctx, grad_y, *_):
@@ -767,15 +794,15 @@ def backward(ctx, grad_y, *_):
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
         dropout_seed, y, lse,
     ) = ctx.saved_tensors  # fmt: skip
-    dropout_p, context, chunk_size, soft_cap, keep = ctx.rest
+    dropout_p, context, chunk_size, soft_cap, pos_span, keep = ctx.rest
     if not keep:
         _, lse = operator(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
         )  # fmt: skip
     d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = as_tuple(
         backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+        key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span),
     )  # fmt: skip
     return (
         d_q,
@@ -795,29 +822,33 @@ def backward(ctx, grad_y, *_):
         None,
         None,
         None,
+        None,
     )
 
 
 def run_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = formula_gradients(
             op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-            key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+            key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+            pos_span),
         )  # fmt: skip
     else:
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+                pos_span,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+                pos_span),
             )  # fmt: skip
     return (
         d_q.contiguous(),
@@ -834,7 +865,7 @@ def run_backward(
 
 def fake_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -853,8 +884,8 @@ backward_operator = register(
     "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
     "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
     "key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, "
-    "SymInt[2] context, SymInt chunk_size, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> (Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
@@ -863,8 +894,8 @@ operator = register(
     "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
     "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_bias=None, Tensor? "
     "key_padding_mask=None, Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, "
-    "SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, bool keep=False) -> (Tensor, "
-    "Tensor)",
+    "SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, SymInt[2] pos_span=[-1, -1], "
+    "bool keep=False) -> (Tensor, Tensor)",
     run,
     fake,
     setup_context=set_up,

@@ -19,8 +19,10 @@ def test_rel_attention(monkeypatch, generation, dim, hiding):
     u, w = torch.randn(2, heads, dim, dtype=torch.bfloat16)
     arguments = tuple(t.contiguous() for t in (q, k, v, pos, u, w))
     mask, no_bias = torch.rand(frames, frames) < 0.3 if hiding else None, (None,) * 3
-    y, lse = rel_attention.rel_attention_forward(*arguments, *no_bias, None, mask, None, 0.0, -1, -1, 1, 0.0)
-    saved = None, mask, None, y, lse, 0.0, -1, -1, 1, 0.0
+    y, lse = rel_attention.rel_attention_forward(
+        *arguments, *no_bias, None, mask, None, 0.0, -1, -1, 1, 0.0, -1, -1
+    )
+    saved = None, mask, None, y, lse, 0.0, -1, -1, 1, 0.0, -1, -1
     found = y, *rel_attention.rel_attention_backward(g, *arguments, *no_bias, *saved)[:6]
     leaves = [t.float().requires_grad_() for t in arguments]
     expected = ops.rel_attention.definition(*leaves, attn_mask=mask)
