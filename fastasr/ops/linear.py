@@ -124,7 +124,6 @@ def torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
 @op(
     FAMILY,
     one_dtype="x weight bias",
-    autocast="one dtype",
     launch=_launch,
     gradients=_gradients,
     fast=_product,

@@ -196,8 +196,6 @@ def _fast(
     "cpu triton",
     returns="scores symbol_occupation blank_occupation",
     keeps={"shares": Annotated[Tensor, _kept_shape, "wide scores"]},
-    saves="symbol_logprobs blank_logprobs starts boundary scores shares",
-    unread="symbol_logprobs blank_logprobs",
     backward="grad scores shares starts boundary symbol_logprobs.shape[2] modified",
     check=_check,
     launch=_launch,

@@ -102,7 +102,7 @@ class _Call:
 
     def _may_be_none(self, o: Output) -> bool:
         """Says whether an output may have no gradient."""
-        return bool(o.flag) or not self.op.op.materialize
+        return bool(o.flag) or not self.op.materialize
 
     # ----------------------------------------------------------------------- the struct
     def struct(self) -> str:

@@ -453,5 +453,6 @@ written = Written(
     deciding=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
     differentiable=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
     dense=True,
+    released=True,
 )
 op.serve(tdt_lattice, written)
