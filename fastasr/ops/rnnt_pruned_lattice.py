@@ -196,6 +196,7 @@ def _fast(
     "cpu triton",
     returns="scores symbol_occupation blank_occupation",
     keeps={"shares": Annotated[Tensor, _kept_shape, "wide scores"]},
+    forward="symbol_logprobs blank_logprobs starts boundary modified keep",
     backward="grad scores shares starts boundary symbol_logprobs.shape[2] modified",
     check=_check,
     launch=_launch,
