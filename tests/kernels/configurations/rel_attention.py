@@ -40,7 +40,9 @@ def configurations(generation: int):
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         types = dict.fromkeys(like, element) | wide | masks
-        types |= dict.fromkeys(("PARTS", "SUMS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32")
+        types |= dict.fromkeys(
+            ("PARTS", "SUMS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32"
+        )
         words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout")]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
         words += [(of, "span") for of in ("EDGES", "SUMS") if name != "edges"]
