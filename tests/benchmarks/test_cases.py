@@ -291,8 +291,8 @@ def test_ragged_batches():
 
     with peer():
         units = list(ragged.measure(**ragged.QUICK, settings=QUICK, reps=2))
-    assert [unit[0].pass_ for unit in units] == 4 * ["forward", "forward+backward"]
-    assert len({(unit[0].case, unit[0].shape) for unit in units}) == 4
+    assert [unit[0].pass_ for unit in units] == 6 * ["forward", "forward+backward"]
+    assert len({(unit[0].case, unit[0].shape) for unit in units}) == 6
     for unit in units:
         assert [row.implementation for row in unit] == ["upstream", "fastasr", "fastasr, ragged"]
     assert list(ragged.measure(settings=QUICK, skip=lambda *_: True)) == []
