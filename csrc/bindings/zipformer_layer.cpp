@@ -116,6 +116,7 @@ struct Layer {
     const Convolution& c = convolutions[i];
     const auto at = [](const Tensor* t) { return t ? Optional(*t) : Optional(); };
     const auto swoosh_r = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
+    const auto sigmoid = static_cast<int64_t>(cpu::Gate::sigmoid);
     const Tensor h = linear(m.in, x);
     const Tensor y = std::get<0>(
         gated_depthwise_conv_forward(checked(gated_depthwise_conv::GatedDepthwiseConvForward{h,
@@ -129,7 +130,8 @@ struct Layer {
                                                                                              conv_chunk,
                                                                                              swoosh_r,
                                                                                              false,
-                                                                                             0})));
+                                                                                             0,
+                                                                                             sigmoid})));
     x = linear(m.out, y, cpu::ReducedInput::x, x);
   }
 
