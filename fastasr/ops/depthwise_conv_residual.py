@@ -29,8 +29,6 @@ def _check(op: Op, a: Arguments) -> None:
 
 @op(
     "cpu triton",
-    deciding="x weight bias",
-    wide="weight bias",
     strides={"x": "channels"},
     backward="grad x weight padding_mask delay",
     check=_check,
@@ -38,8 +36,8 @@ def _check(op: Op, a: Arguments) -> None:
 )
 def depthwise_conv_residual(
     x: Annotated[Tensor, "B T C, C >= 1"],
-    weight: Annotated[Tensor, "C 1 K | C K, K >= 1"],
-    bias: Annotated[Tensor, "C"] | None = None,
+    weight: Annotated[Tensor, "C 1 K | C K, K >= 1", "wide"],
+    bias: Annotated[Tensor, "C", "wide"] | None = None,
     *,
     padding_mask: Annotated[Tensor, "B T", bool] | None = None,
     delay: int = 0,

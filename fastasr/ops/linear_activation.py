@@ -60,7 +60,6 @@ def _gradients(
 @op(
     "cpu triton",
     one_dtype="x weight bias",
-    autocast="one dtype",
     keeps={"z": Annotated[Tensor, "*S N", "y"]},
     check=_check,
     launch=_launch,

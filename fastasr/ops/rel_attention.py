@@ -65,12 +65,9 @@ _OPTIONS = "dropout_p *context chunk_size soft_cap"
 @op(
     "cpu triton",
     one_dtype=_FLOATING,
-    autocast="one dtype",
     keeps={"lse": Annotated[Tensor, "B H T", "wide q"]},
-    saves=f"{_TENSORS} y lse",
     forward=f"{_TENSORS} {_OPTIONS}",
     backward=f"grad {_TENSORS} y lse {_OPTIONS}",
-    fast_strides=_TENSORS,
     check=_check,
     summary="softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the "
     "weights in memory; bias by offset with a gate, bias by key, soft cap, limited context, cache",

@@ -244,12 +244,12 @@ struct RelAttentionBackward {
       fastasr::check(has_sizes(*dropout_seed, {1}), op, "dropout_seed is not (1)");
       check_contiguous(*dropout_seed, op, "dropout_seed");
     }
-    check_dtype(grad_y, dtype, op, "grad_y");
-    fastasr::check(has_sizes(grad_y, {B, T, H, E}), op, "grad_y is not (B, T, H, E)");
-    check_contiguous(grad_y, op, "grad_y");
     check_dtype(y, dtype, op, "y");
     fastasr::check(has_sizes(y, {B, T, H, E}), op, "y is not (B, T, H, E)");
     check_contiguous(y, op, "y");
+    check_dtype(grad_y, dtype, op, "grad_y");
+    fastasr::check(has_sizes(grad_y, {B, T, H, E}), op, "grad_y is not (B, T, H, E)");
+    check_contiguous(grad_y, op, "grad_y");
     check_dtype(lse, compute_type(dtype), op, "lse");
     fastasr::check(has_sizes(lse, {B, H, T}), op, "lse is not (B, H, T)");
     check_contiguous(lse, op, "lse");

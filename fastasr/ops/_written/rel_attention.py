@@ -140,20 +140,16 @@ def rel_attention(
         and q.is_cpu
         and q.is_contiguous()
         and type(k) in PLAIN
-        and k.is_contiguous()
         and type(v) in PLAIN
-        and v.is_contiguous()
-        and (pos is None or (type(pos) in PLAIN and pos.is_contiguous()))
-        and (bias_u is None or (type(bias_u) in PLAIN and bias_u.is_contiguous()))
-        and (bias_v is None or (type(bias_v) in PLAIN and bias_v.is_contiguous()))
-        and (offset_bias is None or (type(offset_bias) in PLAIN and offset_bias.is_contiguous()))
-        and (offset_gate is None or (type(offset_gate) in PLAIN and offset_gate.is_contiguous()))
-        and (key_bias is None or (type(key_bias) in PLAIN and key_bias.is_contiguous()))
-        and (
-            key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_contiguous())
-        )
-        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_contiguous()))
-        and (dropout_seed is None or (type(dropout_seed) in PLAIN and dropout_seed.is_contiguous()))
+        and (pos is None or type(pos) in PLAIN)
+        and (bias_u is None or type(bias_u) in PLAIN)
+        and (bias_v is None or type(bias_v) in PLAIN)
+        and (offset_bias is None or type(offset_bias) in PLAIN)
+        and (offset_gate is None or type(offset_gate) in PLAIN)
+        and (key_bias is None or type(key_bias) in PLAIN)
+        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
+        and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (dropout_seed is None or type(dropout_seed) in PLAIN)
         and type(dropout_p) is float
         and (dropout_p >= 0 and dropout_p < 1)
         and type(context) is tuple
