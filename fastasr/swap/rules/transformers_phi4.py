@@ -3,7 +3,16 @@
 bias of the positions."""
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
+from fastasr.swap.rule import (
+    Graphed,
+    Known,
+    Rule,
+    Upstream,
+    check_child_names,
+    check_parameters,
+    unread_child,
+)
+from fastasr.swap.rules import recorded
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 from fastasr.swap.rules.transformers_parakeet import SILU
 
@@ -111,5 +120,7 @@ RULES = (
         known={"540c4ad419aea3d5b22ce712": _FROM_5_18},
         companion=True,
         shallow=True,
+        padded="its attention does not hide padding, but adds 1 to scores",
+        graphs=Graphed(parts=recorded.layers),
     ),
 )
