@@ -119,7 +119,6 @@ RULES = (
         structure=_encoder_structure,
         known={"540c4ad419aea3d5b22ce712": _FROM_5_18},
         companion=True,
-        shallow=True,
         padded="its attention does not hide padding, but adds 1 to scores",
         graphs=Graphed(parts=recorded.layers),
     ),
