@@ -45,6 +45,7 @@ from fastasr.swap.forwards.feed_forward import (
     torchaudio_feed_forward,
     wav2vec2_feed_forward,
 )
+from fastasr.swap.forwards.layers import firered_layer, gigaam_layer, nemo_layer, seamless_layer
 from fastasr.swap.forwards.subsampling import nemo_subsampling, phi4_subsampling
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "firered_attention",
     "firered_convolution",
     "firered_feed_forward",
+    "firered_layer",
     "fun_asr_feed_forward",
     "fun_asr_memory",
     "gemma3n_attention",
@@ -62,6 +64,7 @@ __all__ = [
     "gigaam_attention",
     "gigaam_convolution",
     "gigaam_feed_forward",
+    "gigaam_layer",
     "granite_speech5_attention",
     "granite_speech5_convolution",
     "granite_speech_attention",
@@ -70,6 +73,7 @@ __all__ = [
     "nemo_attention",
     "nemo_convolution",
     "nemo_feed_forward",
+    "nemo_layer",
     "nemo_local_attention",
     "nemo_subsampling",
     "nemo_transformer_attention",
@@ -77,6 +81,7 @@ __all__ = [
     "phi4_subsampling",
     "relative_key_attention",
     "seamless_convolution",
+    "seamless_layer",
     "speechbrain_attention",
     "speechbrain_convolution",
     "speechbrain_feed_forward",
