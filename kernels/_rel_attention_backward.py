@@ -39,7 +39,7 @@ def _rows(
 
 @triton.jit
 def _tile(
-    lower, rows, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale, cap,
+    lower, rows, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _tile(
     content, position, g = rows
     upper = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     scores = scores_of(
-        lower, upper, upper, content, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale, cap,
+        lower, upper, upper, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
         DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
     )  # fmt: skip
     slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < sizes[1], v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
@@ -74,9 +74,10 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
+    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, threshold, scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    mask_batch, c_batch, c_head, threshold, scale, factor, cap,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries of float32."""
@@ -88,7 +89,7 @@ def statistics_kernel(
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
-    offsets = (BIAS, GATE, head, sequence * frames, heads)
+    biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
@@ -103,7 +104,7 @@ def statistics_kernel(
         j = start + lanes
         key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
         scores, slope, lower = _tile(
-            lower, held, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
+            lower, held, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
             scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         slope = dropped(slope, SEED, words, j, threshold, factor)
@@ -119,9 +120,9 @@ def statistics_kernel(
     do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
 )
 def queries_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS, DGATE,
+    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS, DGATE,
     frames, keys, chunk, left, right, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch,
-    k_batch, v_batch, g_batch, mask_batch, ds_row, threshold, scale, factor, cap,
+    k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, ds_row, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +141,7 @@ def queries_kernel(
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
-    offsets = (BIAS, GATE, head, sequence * frames, heads)
+    biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
@@ -163,14 +164,14 @@ def queries_kernel(
         j = begin + start + lanes
         key = load_rows(tensors[1], j, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
         scores, slope, lower = _tile(
-            lower, held, key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
+            lower, held, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
             scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         ds = through_cap(ds, scores, cap)
         if GATE is not None:
-            dgate += sums(ds * offset_biases(offsets, i, keep_i, j, frames, keys), 1, PRECISE)
+            dgate += sums(ds * offset_biases(biases, i, keep_i, j, frames, keys), 1, PRECISE)
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
         if DS is not None:
@@ -234,12 +235,15 @@ def offsets_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV,
+    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV, DKEY_BIAS,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, threshold, scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    mask_batch, c_batch, c_head, s_batch, s_head, threshold, scale, factor, cap,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes dS^T (q + u) and W^T G of a block of keys and of their channels."""
+    """Writes dS^T (q + u) and W^T G of a block of keys and of their channels. Programs of the first block of channels
+    also write the sums of dS over the queries, unless DKEY_BIAS is None.
+    """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     sizes = frames, keys, chunk, left, right
@@ -249,7 +253,7 @@ def keys_kernel(
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
-    offsets = (BIAS, GATE, head, sequence * frames, heads)
+    biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     row = (sequence * heads + head) * frames
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -257,6 +261,7 @@ def keys_kernel(
     key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
     begin, end = queries_seeing(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
     for start in range(begin, end, BLOCK):
         i = start + lanes
@@ -267,7 +272,7 @@ def keys_kernel(
         first = frames + (block - 1) * BLOCK - start
         lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
         scores, slope, _ = _tile(
-            lower, (content, position, g), key, tensors, offsets, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK,
+            lower, (content, position, g), key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK,
             sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
@@ -277,6 +282,8 @@ def keys_kernel(
         words = row_words(SEED, row + i)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         ds = through_cap(ds, scores, cap)
+        if DKEY_BIAS is not None:
+            dbias += sums(ds, 0, PRECISE)
         w = dropped(w, SEED, words, j, threshold, factor)
         if DIM > BLOCK_D:
             bias = U
@@ -291,6 +298,9 @@ def keys_kernel(
     tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=keep_j[:, None] & (d < DIM)[None, :])
     out = DV + sequence * v_batch + head * VALUE_DIM + j.to(tl.int64)[:, None] * v_time + c[None, :]
     tl.store(out, dv.to(DV.dtype.element_ty), mask=keep_j[:, None] & (c < VALUE_DIM)[None, :])
+    if DKEY_BIAS is not None:
+        at = DKEY_BIAS + sequence * s_batch + head * s_head + j
+        tl.store(at, dbias.to(DKEY_BIAS.dtype.element_ty), mask=keep_j & (tl.program_id(1) == 0))
 
 
 @triton.jit(

@@ -54,8 +54,9 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 
 # --------------------------------------------------------------------------- scores
 # tensors: (Q, K, V, POS, U, W, head); the first three begin at a head of a sequence, the others may be None, because a
-# function returns no None. masks: (PADDING, MASK, sequence, mask_batch), either or None. offsets: (BIAS, GATE, head,
-# row, heads), where ``row`` is the sequence's first of (sequence, frame); both or GATE may be None
+# function returns no None. masks: (PADDING, MASK, sequence, mask_batch), either or None. biases: (BIAS, GATE,
+# KEY_BIAS, head, row, heads, c_batch, c_head), where ``row`` is the sequence's first of (sequence, frame), and the last
+# two are strides of KEY_BIAS; each may be None
 @triton.jit
 def of_head(
     Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
@@ -68,9 +69,9 @@ def of_head(
 
 
 @triton.jit
-def offset_biases(offsets, i, keep_i, j, frames, keys):
+def offset_biases(biases, i, keep_i, j, frames, keys):
     """Returns [queries, keys] numbers of the bias by offset."""
-    BIAS, _gate, head, _row, _heads = offsets
+    BIAS, head = biases[0], biases[3]
     at = BIAS + head * (frames + keys - 1) + (frames - 1)
     keep = keep_i[:, None] & (j < keys)[None, :]
     return tl.load(at + (j[None, :] - i[:, None]), mask=keep, other=0.0).to(tl.float32)
@@ -80,6 +81,14 @@ def offset_biases(offsets, i, keep_i, j, frames, keys):
 def gates(GATE, row, head, heads, i, keep_i):
     """Returns the factors of the bias by offset of queries i."""
     return tl.load(GATE + (row + i) * heads + head, mask=keep_i, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def key_biases(biases, sequence, j, keys):
+    """Returns the bias by key of keys j."""
+    _bias, _gate, KEY_BIAS, head, _row, _heads, c_batch, c_head = biases
+    at = KEY_BIAS + sequence * c_batch + head * c_head
+    return tl.load(at + j, mask=j < keys, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -141,14 +150,14 @@ def through_cap(slopes, scores, cap):
 
 @triton.jit
 def scores_of(
-    first, second, third, rows, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale, cap,
+    first, second, third, rows, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
     ``rows`` and ``key`` hold q + u and k if they fit a block.
     """
     Q, K, _v, POS, U, _w, head = tensors
-    BIAS, GATE, _head, row, heads = offsets
+    BIAS, GATE, KEY_BIAS, _head, row, heads, _c_batch, _c_head = biases
     if U is not None:
         U += head * DIM
     PADDING, MASK, sequence, mask_batch = masks
@@ -167,10 +176,12 @@ def scores_of(
         scores += by_key(first, second, third, BLOCK_M, BLOCK_N)
     scores *= scale
     if BIAS is not None:
-        bias = offset_biases(offsets, i, keep_i, j, frames, keys)  # [BLOCK_M, BLOCK_N]
+        bias = offset_biases(biases, i, keep_i, j, frames, keys)  # [BLOCK_M, BLOCK_N]
         if GATE is not None:
             bias *= gates(GATE, row, head, heads, i, keep_i)[:, None]
         scores += bias
+    if KEY_BIAS is not None:
+        scores += key_biases(biases, sequence, j, keys)[None, :]
     if cap is not None:
         tanh, _ = activate_with_slope(scores / cap, TANH, Q.dtype.element_ty == tl.float32)
         scores = tanh * cap

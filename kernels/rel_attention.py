@@ -3,11 +3,11 @@
 
     s[i, j] = ((q[i] + u) . k[j] + (q[i] + w) . R[T - 1 + j - i]) / sqrt(d), W = softmax_j(s), y = W v
     Under dropout y = (W m) v, see _weights_dropout.py; below, W in dv and dW have the factor m as well
-    s may have a part g[i] b[T - 1 + j - i] more, and no part of R. Under a soft cap c it is c tanh(s / c), and dS has
-    the factor 1 - (s / c)^2
+    s may have the parts g[i] b[T - 1 + j - i] and c[j] more, and no part of R. Under a soft cap a it is a tanh(s / a),
+    and dS has the factor 1 - (s / a)^2
     With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta) / sqrt(d), and by offset dS'[i, r] =
     dS[i, i - (T - 1) + r]: dq = dS k + dS' R, dk = dS^T (q + u), dR = dS'^T (q + w), du = sum of dS k, dw = of dS' R,
-    db = sqrt(d) sum of g dS', dg = sqrt(d) sum_j b dS
+    db = sqrt(d) sum of g dS', dg = sqrt(d) sum_j b dS, dc = sqrt(d) sum_i dS
 
 Per score, with d channels of q and e of v:
 
@@ -16,10 +16,10 @@ Per score, with d channels of q and e of v:
     delta       BLOCK rows of y, 16 bits          2 e / keys; see below
     statistics  BLOCK queries, float32            2 (2 d + e)
     queries     BLOCK queries x channels of q     2 (2 d + e) + 2 channels
-    keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns)
+    keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns); dc of each head and sequence
     offsets     BLOCK queries x channels          2 channels; of a piece of dS, which ``queries`` left by offset
     positions   offsets x channels                2 channels; of the same, for a group of sequences; db
-    add_parts   1024 numbers                      -; dR and db over the groups
+    add_parts   1024 numbers                      -; dR and db over the groups, dc over heads or sequences
     biases      channels                          -; sums of the parts of du and dw that ``queries`` left
 
 Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
@@ -66,9 +66,10 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    Q, K, V, POS, U, W, BIAS, GATE, PADDING, MASK, SEED, Y, LSE,
+    Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, Y, LSE,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, threshold, scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    mask_batch, c_batch, c_head, threshold, scale, factor, cap,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes y of a block of queries and of columns, and the queries' lse, which is inf without a key."""
@@ -82,7 +83,7 @@ def forward_kernel(
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
-    offsets = (BIAS, GATE, head, sequence * frames, heads)
+    biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     content, position = queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
     begin, end = keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
@@ -106,7 +107,7 @@ def forward_kernel(
             second = third
         key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
         scores = scores_of(
-            first, second, third, content, key, tensors, offsets, masks, i, q_time, keep_i, j, sizes, scale, cap,
+            first, second, third, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
         )  # fmt: skip
         first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
@@ -186,6 +187,7 @@ def rel_attention_forward(
     bias_v: torch.Tensor | None,
     offset_bias: torch.Tensor | None,
     offset_gate: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
@@ -207,9 +209,10 @@ def rel_attention_forward(
     tile = _tiles(q, v, attn_mask, dropout_p, window)["forward"]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
-        q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate,
+        q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
         as_bytes(key_padding_mask), as_bytes(attn_mask), dropout_seed if dropout_p else None, y, lse,
-        *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_last(dim, dropout_p, soft_cap),
+        *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_shared(key_bias),
+        *_last(dim, dropout_p, soft_cap),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
     )  # fmt: skip
     return y, lse
@@ -218,6 +221,14 @@ def rel_attention_forward(
 def _by_head(offset_bias: torch.Tensor | None) -> torch.Tensor | None:
     """Returns a copy of the bias by offset in which the offsets of a head are neighbours."""
     return None if offset_bias is None else offset_bias.t().contiguous()
+
+
+def _shared(key_bias: torch.Tensor | None) -> tuple[int, int]:
+    """Returns the elements from one sequence, and from one head, of a bias by key to the next: 0 where all share it."""
+    if key_bias is None:
+        return 0, 0
+    batch, heads, _ = key_bias.shape
+    return key_bias.stride(0) * (batch > 1), key_bias.stride(1) * (heads > 1)
 
 
 def _last(dim: int, dropout_p: float, soft_cap: float) -> tuple[int, float, float, float | None]:
@@ -275,6 +286,7 @@ def rel_attention_backward(
     bias_v: torch.Tensor | None,
     offset_bias: torch.Tensor | None,
     offset_gate: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
@@ -286,20 +298,23 @@ def rel_attention_backward(
     chunk_size: int,
     soft_cap: float,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Returns the gradients of the eight tensors, None for those that are None. All tensors are contiguous."""
+    """Returns the gradients of the nine tensors, None for those that are None. All tensors are contiguous."""
     batch, frames, heads, dim = q.shape
-    given = q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate
+    given = q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias
     if not lse.numel():
         return tuple(None if t is None else torch.zeros_like(t) for t in given)
-    dq, dk, dv, dpos, du, dw, dbias, dgate = (None if t is None else torch.empty_like(t) for t in given)
+    dq, dk, dv, dpos, du, dw, dbias, dgate, dkey_bias = (
+        None if t is None else torch.empty_like(t) for t in given
+    )
     width, pairs, scale = heads * dim, heads * batch, dim**-0.5
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
-    strides, last = (*_strides(q, k, v, grad), mask_stride(attn_mask)), _last(dim, dropout_p, soft_cap)
+    strides = *_strides(q, k, v, grad), mask_stride(attn_mask), *_shared(key_bias)
+    last = _last(dim, dropout_p, soft_cap)
     operands = (
-        grad, q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate,
+        grad, q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
         as_bytes(key_padding_mask), as_bytes(attn_mask), dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -375,7 +390,16 @@ def rel_attention_backward(
     tile = shapes["keys"]
     blocks = cdiv(k.shape[1], tile["BLOCK"])
     columns = max(cdiv(dim, tile["BLOCK_D"]), cdiv(v.shape[3], tile["BLOCK_V"]))
+    of_pairs, s_batch, s_head = None, 0, 0
+    if dkey_bias is not None:
+        # heads before sequences where heads share the bias: a sum over the first axes is then a sum of tables
+        keys, by_head = k.shape[1], dkey_bias.shape[1] == 1
+        s_batch, s_head = (keys, batch * keys) if by_head else (heads * keys, keys)
+        of_pairs = torch.empty(pairs * keys, dtype=shares, device=q.device)
     launch(keys_kernel, (pairs * blocks, columns),
-        *operands, dk, dv, *sizes, batch, blocks, heads, *strides, *last, **constants, **tile
+        *operands, dk, dv, of_pairs, *sizes, batch, blocks, heads, *strides, s_batch, s_head, *last,
+        **constants, **tile,
     )  # fmt: skip
-    return dq, dk, dv, dpos, du, dw, dbias, dgate
+    if dkey_bias is not None:
+        add_tables(of_pairs, dkey_bias, of_pairs.numel() // dkey_bias.numel())
+    return dq, dk, dv, dpos, du, dw, dbias, dgate, dkey_bias

@@ -462,7 +462,7 @@ def of_wav2vec2(
 
 def seamless_v2(**options):
     names = "seamless_m4t_v2", "SeamlessM4Tv2ConformerEncoder", "SeamlessM4Tv2Config"
-    return of_wav2vec2(*names, **SEAMLESS, **options)
+    return of_wav2vec2(*names, **SEAMLESS | options)
 
 
 # Each of these acts on some numbers of a tower of random weights.

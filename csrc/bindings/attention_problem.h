@@ -12,26 +12,6 @@ namespace fastasr {
 
 using cpu::AttentionProblem;
 
-inline void set_masks(AttentionProblem& a, const Optional& padding, const Optional& mask, const char* op) {
-  const auto check_mask = [&](const Tensor& t, const char* name) {
-    check(dtype_of(t) == ScalarType::Bool && t.is_contiguous(), op, name);
-  };
-  if (padding.has_value()) {
-    check_mask(*padding, "key_padding_mask");
-    check(has_sizes(*padding, {a.batch, a.keys()}), op, "sizes of key_padding_mask");
-    a.padding = data<uint8_t>(*padding);
-  }
-  if (mask.has_value()) {
-    check_mask(*mask, "attn_mask");
-    const int64_t d = mask->dim();
-    check((d == 2 || (d == 3 && mask->size(0) == a.batch)) && mask->size(d - 2) == a.frames &&
-              mask->size(d - 1) == a.keys(),
-          op, "sizes of attn_mask");
-    a.mask = data<uint8_t>(*mask);
-    a.mask_per_sequence = d == 3;
-  }
-}
-
 // Returns the problem that the checked arguments of an op with Zipformer's positions describe.
 AttentionProblem problem_of(const auto& a) {
   AttentionProblem p{};

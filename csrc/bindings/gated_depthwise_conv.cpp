@@ -120,10 +120,6 @@ Gradients backward(const GatedDepthwiseConvBackward& a, const std::vector<int64_
 
 std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConvForward& a) { return forward(a); }
 
-namespace {
-
-Gradients gated_depthwise_conv_backward(const GatedDepthwiseConvBackward& a) { return backward(a); }
-
 // The plain form for sequences of these lengths, which lie one after the other as rows of h (N, 1, 2 C). Returns y (N,
 // 1, C).
 Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
@@ -134,6 +130,10 @@ Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight
   a.check(op);
   return std::get<0>(forward(a, starts_of(lengths, h, op)));
 }
+
+namespace {
+
+Gradients gated_depthwise_conv_backward(const GatedDepthwiseConvBackward& a) { return backward(a); }
 
 // Returns dh, dweight and dbias, which has no elements without a bias.
 std::tuple<Tensor, Tensor, Tensor> gated_depthwise_conv_packed_backward(const Tensor& grad, const Tensor& h,

@@ -8,6 +8,7 @@
 #include "bindings/attention_problem.h"
 #include "bindings/attention_work.h"
 #include "bindings/packed.h"
+#include "bindings/written/rel_attention.h"
 
 namespace fastasr::bindings::rel_attention {
 namespace {
@@ -17,49 +18,42 @@ using cpu::RelAttentionGradients;
 using cpu::RelAttentionOperands;
 using cpu::RelAttentionSums;
 
-// Tensors of a call; contiguous.
-struct RelAttentionTensors {
-  const Tensor &q, &k, &v;
-  const Optional &pos, &bias_u, &bias_v, &offset_bias, &offset_gate, &padding, &mask, &seed;
-  double dropout_p;
-  int64_t left, right, chunk;
-  double soft_cap;
+template <typename T>
+RelAttentionOperands<T> operands(const auto& a) {
+  return {data<T>(a.q),
+          data<T>(a.k),
+          data<T>(a.v),
+          data_or_null<T>(a.pos),
+          data_or_null<T>(a.bias_u),
+          data_or_null<T>(a.bias_v),
+          data_or_null<T>(a.offset_bias),
+          data_or_null<T>(a.offset_gate),
+          data_or_null<T>(a.key_bias)};
+}
 
-  template <typename T>
-  RelAttentionOperands<T> operands() const {
-    return {data<T>(q),
-            data<T>(k),
-            data<T>(v),
-            data_or_null<T>(pos),
-            data_or_null<T>(bias_u),
-            data_or_null<T>(bias_v),
-            data_or_null<T>(offset_bias),
-            data_or_null<T>(offset_gate)};
-  }
-};
-
-using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The gradients of the operands; those of absent ones have no elements.
 struct RelAttentionResults {
-  Tensor q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate;
+  Tensor q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias;
 
-  explicit RelAttentionResults(const RelAttentionTensors& t)
-      : q(new_like(t.q)),
-        k(new_like(t.k)),
-        v(new_like(t.v)),
-        pos(like(t, t.pos)),
-        bias_u(like(t, t.bias_u)),
-        bias_v(like(t, t.bias_v)),
-        offset_bias(like(t, t.offset_bias)),
-        offset_gate(like(t, t.offset_gate)) {}
-  static Tensor like(const RelAttentionTensors& t, const Optional& x) {
-    return x.has_value() ? new_like(*x) : new_without_elements(t.q);
+  explicit RelAttentionResults(const auto& a)
+      : q(new_like(a.q)),
+        k(new_like(a.k)),
+        v(new_like(a.v)),
+        pos(like(a.q, a.pos)),
+        bias_u(like(a.q, a.bias_u)),
+        bias_v(like(a.q, a.bias_v)),
+        offset_bias(like(a.q, a.offset_bias)),
+        offset_gate(like(a.q, a.offset_gate)),
+        key_bias(like(a.q, a.key_bias)) {}
+  static Tensor like(const Tensor& q, const Optional& x) {
+    return x.has_value() ? new_like(*x) : new_without_elements(q);
   }
 
-  Eight all() const { return {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate}; }
+  Nine all() const { return {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias}; }
   void clear() const {
-    for (const Tensor& t : {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate}) {
+    for (const Tensor& t : {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias}) {
       Tensor cleared = t;
       torch::stable::zero_(cleared);
     }
@@ -67,53 +61,35 @@ struct RelAttentionResults {
   template <typename T>
   RelAttentionGradients<T> gradients() const {
     const auto pointer = [](const Tensor& t) { return t.numel() ? mutable_data<T>(t) : nullptr; };
-    return {pointer(q),      pointer(k),      pointer(v),           pointer(pos),
-            pointer(bias_u), pointer(bias_v), pointer(offset_bias), pointer(offset_gate)};
+    return {pointer(q),      pointer(k),           pointer(v),           pointer(pos),     pointer(bias_u),
+            pointer(bias_v), pointer(offset_bias), pointer(offset_gate), pointer(key_bias)};
   }
 };
 
-RelAttention checked(const RelAttentionTensors& t, const char* op) {
-  const auto check_sizes = [&](const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
-    check_like(x, t.q, op, name);
-    check(has_sizes(x, sizes), op, "sizes of ", name);
-  };
-  check(t.q.dim() == 4 && t.v.dim() == 4 && t.q.size(2) > 0 && t.q.size(3) > 0 && t.v.size(3) > 0, op,
-        "sizes of q or v");
-  check(t.v.size(1) >= t.q.size(1), op, "fewer keys than queries");
+cpu::WeightsDropout dropout_of(double p, uint64_t seed) {
+  return {seed, static_cast<int32_t>(p * 0x1p31), 1 / (1 - p)};
+}
+
+// Returns the problem that checked arguments describe.
+RelAttention problem(const auto& a) {
   RelAttention r{};
-  AttentionProblem& a = r.problem;
-  a.batch = t.q.size(0), a.frames = t.q.size(1), a.heads = t.q.size(2), a.query_dim = a.pos_dim = t.q.size(3);
-  a.pos_batch = t.pos.has_value(), a.chunk = -1, a.left_chunks = -1, r.value_dim = t.v.size(3);
-  r.has_offset_bias = t.offset_bias.has_value();
-  a.left = t.v.size(1) - a.frames;
-  check_sizes(t.q, {a.batch, a.frames, a.heads, a.query_dim}, "q");
-  check_sizes(t.k, {a.batch, a.keys(), a.heads, a.query_dim}, "k");
-  check_sizes(t.v, {a.batch, a.keys(), a.heads, r.value_dim}, "v");
-  const auto check_if_there = [&](const Optional& x, std::initializer_list<int64_t> sizes, const char* name) {
-    if (x.has_value()) check_sizes(*x, sizes, name);
-  };
-  check_if_there(t.pos, {a.offsets(), a.heads, a.query_dim}, "pos");
-  check_if_there(t.bias_u, {a.heads, a.query_dim}, "bias_u");
-  check_if_there(t.bias_v, {a.heads, a.query_dim}, "bias_v");
-  check_if_there(t.offset_bias, {a.offsets(), a.heads}, "offset_bias");
-  check_if_there(t.offset_gate, {a.batch, a.frames, a.heads}, "offset_gate");
-  check(t.pos.has_value() || !t.bias_v.has_value(), op, "bias_v without pos");
-  check(t.offset_bias.has_value() || !t.offset_gate.has_value(), op, "offset_gate without offset_bias");
-  set_masks(a, t.padding, t.mask, op);
-  check(t.left >= -1 && t.right >= -1, op, "context");
-  check(t.chunk >= 1, op, "chunk_size");
-  check(t.soft_cap >= 0, op, "soft_cap");
-  r.soft_cap = t.soft_cap;
-  const int64_t most = std::max<int64_t>(1, a.keys());  // keeps sums from overflowing
-  r.context = {std::min(t.left, most), std::min(t.right, most), std::min(t.chunk, most)};
-  check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
-  check(t.seed.has_value() ? dtype_of(*t.seed) == ScalarType::Long && has_sizes(*t.seed, {1}) : t.dropout_p == 0, op,
-        "dropout_seed");
-  if (t.dropout_p > 0) {
-    r.dropout.seed = static_cast<uint64_t>(*data<int64_t>(*t.seed));
-    r.dropout.threshold = static_cast<int32_t>(t.dropout_p * 0x1p31);
-    r.dropout.scale = 1 / (1 - t.dropout_p);
-  }
+  AttentionProblem& p = r.problem;
+  p.batch = a.B, p.frames = a.T, p.heads = a.H, p.query_dim = p.pos_dim = a.D, p.left = a.K - a.T;
+  p.pos_batch = a.pos.has_value(), p.chunk = p.left_chunks = -1, r.value_dim = a.E;
+  p.padding = data_or_null<uint8_t>(a.key_padding_mask);
+  p.mask = data_or_null<uint8_t>(a.attn_mask);
+  p.mask_per_sequence = a.attn_mask && a.attn_mask->dim() == 3;
+  check(a.pos.has_value() || !a.bias_v.has_value(), a.kName, "bias_v without pos");
+  check(a.offset_bias.has_value() || !a.offset_gate.has_value(), a.kName, "offset_gate without offset_bias");
+  r.has_offset_bias = a.offset_bias.has_value();
+  if (a.key_bias) r.key_bias_batch = a.key_bias->size(0), r.key_bias_heads = a.key_bias->size(1);
+  const auto [left, right] = a.context;
+  check(left >= -1 && right >= -1, a.kName, "context");
+  const int64_t most = std::max<int64_t>(1, a.K);  // keeps sums from overflowing
+  r.context = {std::min(left, most), std::min(right, most), std::min(a.chunk_size, most)};
+  r.soft_cap = a.soft_cap;
+  check(a.dropout_p == 0 || a.dropout_seed.has_value(), a.kName, "dropout_seed");
+  if (a.dropout_p > 0) r.dropout = dropout_of(a.dropout_p, static_cast<uint64_t>(*data<int64_t>(*a.dropout_seed)));
   return r;
 }
 
@@ -132,26 +108,17 @@ Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
 // waking a second one costs more than it saves, and its packed operands would lie in its own caches.
 void parallel_steps(int64_t tasks, int64_t work, RangeFunction f) { parallel_tasks(tasks, work / 4, f); }
 
-std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
-                                                 const Optional& bias_u, const Optional& bias_v,
-                                                 const Optional& offset_bias, const Optional& offset_gate,
-                                                 const Optional& padding, const Optional& mask,
-                                                 const Optional& dropout_seed, double dropout_p, int64_t left,
-                                                 int64_t right, int64_t chunk, double soft_cap) {
-  const char* op = "rel_attention_forward";
-  const RelAttentionTensors tensors{q,           k,           v,       pos,     bias_u,       bias_v,
-                                    offset_bias, offset_gate, padding, mask,    dropout_seed, dropout_p,
-                                    left,        right,       chunk,   soft_cap};
-  const RelAttention r = checked(tensors, op);
+std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call) {
+  const RelAttention r = problem(call);
   const AttentionProblem& a = r.problem;
-  Tensor y = new_contiguous(v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(q, a);
+  Tensor y = new_contiguous(call.v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(call.q, a);
   if (y.numel() == 0) return {y, lse};
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(q), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(call.q), call.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
-    const RelAttentionOperands<T> t = tensors.operands<T>();
+    const RelAttentionOperands<T> t = operands<T>(call);
     const int64_t pairs = a.heads * a.batch, kt_size = r.keys_transposed_size(), v_size = r.values_size();
     const int64_t rt_size = r.positions_transposed_size();
     if constexpr (std::is_same_v<T, float>) {
@@ -192,32 +159,22 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
   return {y, lse};
 }
 
-Eight rel_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
-                             const Optional& bias_u, const Optional& bias_v, const Optional& offset_bias,
-                             const Optional& offset_gate, const Optional& padding, const Optional& mask,
-                             const Optional& dropout_seed, const Tensor& /*out*/,
-                             // the softmax is computed again with the scores: its sums are exact, and it does not
-                             // depend on out
-                             const Tensor& /*lse*/, double dropout_p, int64_t left, int64_t right, int64_t chunk,
-                             double soft_cap) {
-  const char* op = "rel_attention_backward";
-  const RelAttentionTensors tensors{q,           k,           v,       pos,     bias_u,       bias_v,
-                                    offset_bias, offset_gate, padding, mask,    dropout_seed, dropout_p,
-                                    left,        right,       chunk,   soft_cap};
-  const RelAttention r = checked(tensors, op);
+// The softmax is computed again with the scores: its sums are exact, and it does not depend on y.
+Nine rel_attention_backward(const RelAttentionBackward& call) {
+  const RelAttention r = problem(call);
   const AttentionProblem& a = r.problem;
-  check(has_sizes(grad, {a.batch, a.frames, a.heads, r.value_dim}), op, "sizes of grad");
-  const RelAttentionResults results(tensors);
+  const Tensor& grad = call.grad_y;
+  const RelAttentionResults results(call);
   if (grad.numel() == 0) {
     results.clear();
     return results.all();
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(q), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(call.q), call.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
-    const RelAttentionOperands<T> t = tensors.operands<T>();
+    const RelAttentionOperands<T> t = operands<T>(call);
     // Splits the batch into parts with sums of their own, enough of them for many threads. Their number depends on the
     // shape.
     const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, a.batch);
@@ -225,8 +182,9 @@ Eight rel_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& 
     const int64_t rt_size = r.positions_transposed_size(), r_size = r.positions_size(), width = 2 * a.query_dim;
     const int64_t o_size = r.offsets_size();
     const Scratch<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
-    const Scratch<double> biases(tasks * (width + o_size));
-    double* const offsets = biases.data() + tasks * width;
+    const int64_t c_size = r.key_sums_size();
+    const Scratch<double> biases(tasks * (width + o_size) + a.heads * a.batch * c_size);
+    double *const offsets = biases.data() + tasks * width, *const by_key = offsets + tasks * o_size;
     C *const rt = workspace.data(), *const rows = rt + a.heads * rt_size, *const sums = rows + a.heads * r_size;
     parallel_tasks(a.heads, rt_size + r_size, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++) kernel.pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
@@ -237,13 +195,16 @@ Eight rel_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& 
       const Scratch<C> scratch(r.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t h = i / parts, first = i % parts * each;
-        const RelAttentionSums<C> own{sums + i * r_size, biases.data() + i * width, offsets + i * o_size};
+        RelAttentionSums<C> own{sums + i * r_size, biases.data() + i * width, offsets + i * o_size};
         std::fill_n(own.positions, r_size, C(0));
         std::fill_n(own.biases, width, 0.0);
         std::fill_n(own.offsets, o_size, 0.0);
-        for (int64_t b = first; b < std::min(first + each, a.batch); b++)
-          kernel.backward(r, ranges.data(), gp, t, rt + h * rt_size, rows + h * r_size, h * a.batch + b, gradients, own,
+        for (int64_t pair = h * a.batch + first; pair < h * a.batch + std::min(first + each, a.batch); pair++) {
+          own.keys = by_key + pair * c_size;
+          std::fill_n(own.keys, c_size, 0.0);
+          kernel.backward(r, ranges.data(), gp, t, rt + h * rt_size, rows + h * r_size, pair, gradients, own,
                           scratch.data());
+        }
       }
     });
     parallel_tasks(a.heads, parts * (r_size + o_size), [&](int64_t begin, int64_t end) {
@@ -253,6 +214,7 @@ Eight rel_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& 
                           gradients);
       }
     });
+    if (call.key_bias) kernel.store_key_bias(r, by_key, gradients.key_bias);
   });
   return results.all();
 }
@@ -270,7 +232,7 @@ struct PackedSequences {
   std::vector<One> all;  // in the order of longest_first
   std::vector<int64_t> starts;
 
-  PackedSequences(const RelAttentionTensors& t, const std::vector<int64_t>& lengths, const char* op) {
+  PackedSequences(const RelAttentionForward& t, const std::vector<int64_t>& lengths, const char* op) {
     check(t.q.dim() == 3 && t.v.dim() == 3 && t.q.size(1) > 0 && t.q.size(2) > 0 && t.v.size(2) > 0, op,
           "sizes of q or v");
     const int64_t rows = t.q.size(0), heads = t.q.size(1), dim = t.q.size(2), value_dim = t.v.size(2);
@@ -290,22 +252,20 @@ struct PackedSequences {
     check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
     const int64_t* seeds = nullptr;
     if (t.dropout_p > 0) {
-      check(t.seed.has_value() && is_dense(*t.seed, ScalarType::Long, {static_cast<int64_t>(lengths.size())}), op,
+      check(t.dropout_seed && is_dense(*t.dropout_seed, ScalarType::Long, {static_cast<int64_t>(lengths.size())}), op,
             "dropout_seeds");
-      seeds = data<int64_t>(*t.seed);
+      seeds = data<int64_t>(*t.dropout_seed);
     }
-    const RelAttentionOperands<T> operands = t.operands<T>();
+    const RelAttentionOperands<T> all_rows = operands<T>(t);
     for (const size_t i : longest_first(lengths)) {
       const int64_t first = starts[i];
-      One one{{}, operands, first, {0, lengths[i], -1}};
+      One one{{}, all_rows, first, {0, lengths[i], -1}};
       AttentionProblem& a = one.r.problem;
       a.batch = a.pos_batch = 1, a.frames = lengths[i], a.heads = heads, a.query_dim = a.pos_dim = dim;
       a.chunk = a.left_chunks = -1, one.r.value_dim = value_dim;
       one.t.q += first * heads * dim, one.t.k += first * heads * dim, one.t.v += first * heads * value_dim;
       one.t.pos += (longest - lengths[i]) * heads * dim;
-      if (seeds)
-        one.r.dropout = {static_cast<uint64_t>(seeds[i]), static_cast<int32_t>(t.dropout_p * 0x1p31),
-                         1 / (1 - t.dropout_p)};
+      if (seeds) one.r.dropout = dropout_of(t.dropout_p, static_cast<uint64_t>(seeds[i]));
       all.push_back(one);
     }
   }
@@ -314,13 +274,19 @@ struct PackedSequences {
   const One& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
 };
 
+// The arguments of packed sequences, which the struct's own checks do not fit.
+RelAttentionForward packed_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
+                                const Optional& bias_u, const Optional& bias_v, const Optional& dropout_seeds,
+                                double dropout_p) {
+  static const Optional none;
+  return {q, k, v, pos, bias_u, bias_v, none, none, none, none, none, dropout_seeds, dropout_p, {-1, -1}, 1, 0};
+}
+
 Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
                                     const Optional& bias_u, const Optional& bias_v, const Optional& dropout_seeds,
                                     std::vector<int64_t> lengths, double dropout_p) {
   const char* op = "rel_attention_packed_forward";
-  const Optional none;
-  const RelAttentionTensors tensors{q,         k,  v,  pos, bias_u, bias_v, none, none, none, none, dropout_seeds,
-                                    dropout_p, -1, -1, 1,   0};
+  const RelAttentionForward tensors = packed_call(q, k, v, pos, bias_u, bias_v, dropout_seeds, dropout_p);
   Tensor y = new_contiguous(v);
   with_kernel_type(dtype_of(q), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
@@ -354,9 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos, const Optional& bias_u,
     const Optional& bias_v, const Optional& dropout_seeds, std::vector<int64_t> lengths, double dropout_p) {
   const char* op = "rel_attention_packed_backward";
-  const Optional none;
-  const RelAttentionTensors tensors{q,         k,  v,  pos, bias_u, bias_v, none, none, none, none, dropout_seeds,
-                                    dropout_p, -1, -1, 1,   0};
+  const RelAttentionForward tensors = packed_call(q, k, v, pos, bias_u, bias_v, dropout_seeds, dropout_p);
   check_like(grad, v, op, "grad");
   check_same_size(grad, v, op, "grad");
   const RelAttentionResults results(tensors);
@@ -406,18 +370,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
-     "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, "
-     "float dropout_p, int left, int right, "
-     "int chunk, float soft_cap) -> (Tensor, Tensor)",
-     Boxed<rel_attention_forward>::call},
-    {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
-     "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? attn_mask, "
-     "Tensor? dropout_seed, Tensor out, Tensor lse, float dropout_p, int left, int right, int chunk, float soft_cap) "
-     "-> "
-     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-     Boxed<rel_attention_backward>::call})
+FASTASR_OPERATORS(written<rel_attention_forward>, written<rel_attention_backward>)
 
 FASTASR_UNDECLARED(
     "fastasr/models/common/packed.py calls it in a node of autograd, for plain tensors outside autocast and tracing",

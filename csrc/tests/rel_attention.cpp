@@ -15,8 +15,9 @@ struct Shape {
   double dropout = 0;
   int64_t cached = 0;
   cpu::Context context{};
-  int more = 3;  // 1: positions, 2: biases, 4: a bias by offset, 8: its gate
+  int more = 3;  // 1: positions, 2: biases, 4: a bias by offset, 8: its gate, 16: a bias by key
   double soft_cap = 0;
+  int64_t key_bias_batch = 1, key_bias_heads = 1;
   int64_t keys() const { return cached + frames; }
 };
 
@@ -33,19 +34,22 @@ struct Call {
       v{s.batch * s.keys() * s.heads * s.value_dim, 0, random, 0.7},
       pos{(s.frames + s.keys() - 1) * s.heads * s.dim, 2, random, 0.7}, u{s.heads * s.dim, 0, random, 0.7},
       w{s.heads * s.dim, 0, random, 0.7}, grad{s.batch * s.frames * s.heads * s.value_dim, 1, random, 0.7},
-      bias{(s.frames + s.keys() - 1) * s.heads, 1, random, 0.7}, gate{s.batch * s.frames * s.heads, 1, random, 0.7};
+      bias{(s.frames + s.keys() - 1) * s.heads, 1, random, 0.7}, gate{s.batch * s.frames * s.heads, 1, random, 0.7},
+      key_bias{s.key_bias_batch * s.key_bias_heads * s.keys(), 1, random, 0.7};
   std::vector<uint8_t> padding, mask;
-  Reals y, lse, dq, dk, dv, dpos, du, dw, dbias, dgate;
+  Reals y, lse, dq, dk, dv, dpos, du, dw, dbias, dgate, dkey_bias;
   bool positions() const { return s.more & 1; }
   bool biases() const { return s.more & 2; }
   bool by_offset() const { return s.more & 4; }
   bool gated() const { return s.more & 8; }
+  bool by_key() const { return s.more & 16; }
 
   Call(const Shape& shape, uint64_t seed) : s(shape), random(seed) {
     a.batch = s.batch, a.frames = s.frames, a.heads = s.heads, a.query_dim = a.pos_dim = s.dim;
     a.pos_batch = positions(), r.has_offset_bias = by_offset(), r.soft_cap = s.soft_cap, a.chunk = -1,
     a.left_chunks = -1, r.value_dim = s.value_dim;
     a.left = s.cached, r.context = s.context;
+    if (by_key()) r.key_bias_batch = s.key_bias_batch, r.key_bias_heads = s.key_bias_heads;
     r.dropout = {seed * 0x123456789abcdef, static_cast<int32_t>(s.dropout * 0x1p31), 1 / (1 - s.dropout)};
     const auto draw = [&](std::vector<uint8_t>& m, int64_t n) {
       m.resize(static_cast<size_t>(n));
@@ -81,13 +85,14 @@ struct Call {
     const auto zeros = [](Reals& t, int64_t count) { t.assign(static_cast<size_t>(count), 0); };
     zeros(y, grad.size()), zeros(lse, a.batch * a.heads * n), zeros(dq, q.size()), zeros(dk, k.size());
     zeros(dv, v.size()), zeros(dpos, pos.size()), zeros(du, u.size()), zeros(dw, w.size());
-    zeros(dbias, bias.size()), zeros(dgate, gate.size());
+    zeros(dbias, bias.size()), zeros(dgate, gate.size()), zeros(dkey_bias, key_bias.size());
     Reals p(static_cast<size_t>(keys)), dp(p), slope(p);
     for (int64_t b = 0; b < a.batch; b++)
       for (int64_t h = 0; h < a.heads; h++)
         for (int64_t i = 0; i < n; i++) {
           const int64_t qi = row(b, i, h) * d, hd = h * d;
           const auto offset = [&](int64_t j) { return ((n - 1 + j - i) * a.heads + h) * d; };
+          const int64_t shared = (s.key_bias_batch > 1 ? b : 0) * s.key_bias_heads + (s.key_bias_heads > 1 ? h : 0);
           const long double factor = gated() ? gate(row(b, i, h)) : 1;
           const auto with_bias = [&](Buffer<T>& t, int64_t c) { return q(qi + c) + (biases() ? t(hd + c) : 0); };
           long double sum = 0, delta = 0;
@@ -96,7 +101,8 @@ struct Call {
             for (int64_t c = 0; c < d; c++)
               score += with_bias(u, c) * k(key_row(b, j, h) * d + c) +
                        (positions() ? with_bias(w, c) * pos(offset(j) + c) : 0);
-            const long double more = by_offset() ? factor * bias(offset(j) / d) : 0;
+            const long double more =
+                (by_offset() ? factor * bias(offset(j) / d) : 0) + (by_key() ? key_bias(shared * keys + j) : 0);
             const long double cap = s.soft_cap, t = std::tanh((score * scale + more) / (cap > 0 ? cap : 1));
             slope[j] = cap > 0 ? 1 - t * t : 1;
             sum += p[j] = hidden(b, i, j) ? 0 : std::exp(cap > 0 ? cap * t : score * scale + more);
@@ -118,6 +124,7 @@ struct Call {
           }
           for (int64_t j = 0; j < keys; j++) {
             const long double ds = p[j] * (dp[j] - delta) * slope[j] * scale;
+            dkey_bias[shared * keys + j] += ds / scale;
             dbias[offset(j) / d] += factor * ds / scale, dgate[row(b, i, h)] += bias(offset(j) / d) * ds / scale;
             for (int64_t c = 0; c < d; c++) {
               const int64_t kj = key_row(b, j, h) * d + c, rj = offset(j) + c;
@@ -155,17 +162,26 @@ void values(const Shape& shape, uint64_t seed) {
                                        bias_u,
                                        bias_v,
                                        given(c.by_offset(), c.bias),
-                                       given(c.gated(), c.gate)};
+                                       given(c.gated(), c.gate),
+                                       given(c.by_key(), c.key_bias)};
   Buffer<C> kt(r.keys_transposed_size()), packed(r.values_size()), rt(a.heads * r.positions_transposed_size()),
       rows(a.heads * r.positions_size()), sums(pairs * r.positions_size()), forward(r.forward_scratch()),
       backward(r.backward_scratch()), lse(pairs * a.frames, 1);
-  Buffer<double> biases(pairs * 2 * a.query_dim), offsets(pairs * r.offsets_size());
+  Buffer<double> biases(pairs * 2 * a.query_dim), offsets(pairs * r.offsets_size()), by_key(pairs * r.key_sums_size());
   Buffer<T> y(c.grad.size(), 1), dq(c.q.size(), 1), dk(c.k.size(), 1), dv(c.v.size(), 1), dpos(c.pos.size(), 1),
-      du(c.u.size(), 1), dw(c.w.size(), 1), dbias(c.bias.size(), 1), dgate(c.gate.size(), 1);
-  sums.set(0), biases.set(0), offsets.set(0);
+      du(c.u.size(), 1), dw(c.w.size(), 1), dbias(c.bias.size(), 1), dgate(c.gate.size(), 1),
+      dkey_bias(c.key_bias.size(), 1);
+  sums.set(0), biases.set(0), offsets.set(0), by_key.set(0);
   const auto [du_out, dw_out] = biases_of(du, dw);
-  const cpu::RelAttentionGradients<T> gradients{
-      dq, dk, dv, given(c.positions(), dpos), du_out, dw_out, given(c.by_offset(), dbias), given(c.gated(), dgate)};
+  const cpu::RelAttentionGradients<T> gradients{dq,
+                                                dk,
+                                                dv,
+                                                given(c.positions(), dpos),
+                                                du_out,
+                                                dw_out,
+                                                given(c.by_offset(), dbias),
+                                                given(c.gated(), dgate),
+                                                given(c.by_key(), dkey_bias)};
   for (int64_t h = 0; h < a.heads; h++)
     kernel.pack_positions(r, t, h, rt + h * r.positions_transposed_size(), rows + h * r.positions_size());
   for (int64_t pair = 0; pair < pairs; pair++) {
@@ -174,16 +190,17 @@ void values(const Shape& shape, uint64_t seed) {
     for (int64_t i = 0; i < a.frames; i += cpu::kRelAttentionQueries)
       kernel.forward(r, ranges.data(), t, kt, packed, positions, pair, i,
                      std::min(i + cpu::kRelAttentionQueries, a.frames), y, lse, forward);
-    kernel.backward(
-        r, ranges.data(), c.grad, t, positions, rows + pair / a.batch * r.positions_size(), pair, gradients,
-        {sums + pair * r.positions_size(), biases + pair * 2 * a.query_dim, offsets + pair * r.offsets_size()},
-        backward);
+    kernel.backward(r, ranges.data(), c.grad, t, positions, rows + pair / a.batch * r.positions_size(), pair, gradients,
+                    {sums + pair * r.positions_size(), biases + pair * 2 * a.query_dim,
+                     offsets + pair * r.offsets_size(), by_key + pair * r.key_sums_size()},
+                    backward);
   }
   for (int64_t h = 0; h < a.heads; h++)
     kernel.store_sums(r,
                       {sums + h * parts * r.positions_size(), biases + h * parts * 2 * a.query_dim,
-                       offsets + h * parts * r.offsets_size()},
+                       offsets + h * parts * r.offsets_size(), nullptr},
                       parts, h, gradients);
+  if (c.by_key()) kernel.store_key_bias(r, by_key, dkey_bias);
   const auto same = [](const char* name, auto& got, const Reals& expected, double errors) {
     using R = std::decay_t<decltype(got[0])>;
     for (int64_t i = 0; i < got.size(); i++)
@@ -196,6 +213,7 @@ void values(const Shape& shape, uint64_t seed) {
   if (dw_out) same("dbias_v", dw, c.dw, 512);
   if (c.by_offset()) same("doffset_bias", dbias, c.dbias, 256);
   if (c.gated()) same("doffset_gate", dgate, c.dgate, 256);
+  if (c.by_key()) same("dkey_bias", dkey_bias, c.dkey_bias, 256);
 
   if constexpr (std::is_same_v<T, float>) {
     if (!r.has_few_queries()) return;
@@ -234,6 +252,10 @@ TEST_CASE("rel_attention") {
       {2, 40, 3, 8, 19, 3, 0, 0, {12, 0}, 3, 1.5},
       {1, 90, 2, 8, 8, 1, 0.25, 7, {}, 15, 0.7},
       {1, 3, 2, 8, 8, 0, 0, 70, {}, 3, 50},
+      {2, 40, 3, 8, 19, 3, 0, 0, {}, 19, 0, 2, 3},
+      {3, 45, 2, 5, 8, 5, 0.25, 7, {20, 3}, 16, 0, 1, 2},
+      {1, 560, 2, 8, 8, 1, 0, 0, {}, 31, 1.5},
+      {2, 3, 2, 8, 8, 0, 0, 70, {}, 17, 0, 2, 1},
   };
   uint64_t seed = 1;
   for (const Shape& shape : shapes) {

@@ -165,7 +165,7 @@ void rounding(WeightFormat format, double most) {
   Engine exact(4, 8, WeightFormat::fp32, 1), rounded(4, 8, format, 1);
   const bool both = format != WeightFormat::fp16 && cpu::reduced_gemm_kernels(format).gains();
   CHECK(rounded.plan.shape.rounds_inputs() == both && rounded.plan.conv3.rounds_inputs == both, "which products");
-  CHECK(!rounded.plan.conv2.rounds_inputs && !exact.plan.stacks[0].layers[0].attention.rounds_inputs, "fp32 products");
+  CHECK(!rounded.plan.conv2.rounds_inputs && !exact.plan.stacks[0].layers[0].scores.rounds_inputs, "fp32 products");
   CHECK((rounded.plan.expand.format == WeightFormat::fp32) == !both, "the front end's weights");
   Random random(19);
   double difference = 0, size = 0;

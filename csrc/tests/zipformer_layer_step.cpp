@@ -15,7 +15,7 @@ void run_threads(int64_t parts, void (*part)(const void*, int64_t), const void* 
   on_threads(parts, [&](int64_t i) { part(context, i); });
 }
 
-constexpr cpu::ChunkStack kOdd{21, 1, 1, 3, 4, 18, 3, 7, {20, 70, 6}, 17};
+constexpr cpu::ZipformerSizes kOdd{21, 1, 1, 3, 4, 18, 3, 7, {20, 70, 6}, 17};
 
 struct Layer {
   ChunkPlan plan;

@@ -54,7 +54,7 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
 
 
 def _gradients(
-    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+    op: Op, kernels: Kernels, grads: Sequence[Tensor | None], saved: Saved, needs: Needs
 ) -> tuple[Tensor, ...]:
     operands = _operands(kernels, saved)
     work = None if kernels.backend == "triton" else operands[0].dtype
@@ -71,7 +71,6 @@ def _gradients(
     deciding="x update weight bias update_weight",
     launch=_launch,
     gradients=_gradients,
-    materialize=False,
     summary="x + scale · update, or its RMSNorm, and the norm of the sum",
 )
 def add_norm(

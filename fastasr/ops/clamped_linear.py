@@ -117,7 +117,6 @@ def _clamp(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
     "cpu triton",
     subject="gemm",
     one_dtype="x weight",
-    autocast="one dtype",
     keeps={"z": Annotated[Tensor, "*S N", "y"]},
     launch=_launch,
     gradients=_gradients,

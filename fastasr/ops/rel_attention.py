@@ -10,10 +10,11 @@ over the keys that query i sees; a query that sees none gives 0. Row r of R stan
 the query; u and w are the biases of content and of position. Instead of R, or with it, a number b by offset, times one
 g by query, may be added to the score, as T5's bias (Raffel et al., 2020) and WavLM's gated one (Chen et al., 2022):
 
-    s[i,j] = … + g[i] b[T − 1 + j − i]
+    s[i,j] = … + g[i] b[T − 1 + j − i] + c[j]
 
-A soft cap c bounds the scores, as Gemma's: s ← c tanh(s / c), before keys are hidden. A limited context hides keys
-without a mask: with f = i + K − T, the query's frame, and chunks of c frames, query i sees
+c is a number by key, as a mask of numbers that all queries share. A soft cap a bounds the scores, as Gemma's: s ← a
+tanh(s / a), before keys are hidden. A limited context hides keys without a mask: with f = i + K − T, the query's frame,
+and chunks of c frames, query i sees
 
     c⌊f / c⌋ − left ≤ j < c⌊f / c⌋ + c + right
 
@@ -23,7 +24,7 @@ D[i] = Σ_j P m G vᵀ:
 
     dv = (P m)ᵀ G        dS = P (m G vᵀ − D) / √d
     dq = dS k + dS′ R,    dk = dSᵀ (q + u),    dR = dS′ᵀ (q + w),    du = Σ dS k,    dw = Σ dS′ R
-    db = √d Σ g dS′,      dg = √d Σ_j b dS,      dS ← dS (1 − (s / c)²) first under a soft cap
+    db = √d Σ g dS′,      dg = √d Σ_j b dS,      dc = √d Σ_i dS,      dS ← dS (1 − (s / a)²) first under a soft cap
 
 where dS′[i, T − 1 + j − i] = dS[i, j]: the same numbers ordered by offset instead of by key, every row one element
 further left than the one before.
@@ -56,7 +57,7 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("context", "two numbers, each -1 or at least 0", a.context)
 
 
-_FLOATING = "q k v pos bias_u bias_v offset_bias offset_gate"
+_FLOATING = "q k v pos bias_u bias_v offset_bias offset_gate key_bias"
 _TENSORS = f"{_FLOATING} key_padding_mask attn_mask dropout_seed"
 _OPTIONS = "dropout_p *context chunk_size soft_cap"
 
@@ -64,15 +65,12 @@ _OPTIONS = "dropout_p *context chunk_size soft_cap"
 @op(
     "cpu triton",
     one_dtype=_FLOATING,
-    autocast="one dtype",
     keeps={"lse": Annotated[Tensor, "B H T", "wide q"]},
-    saves=f"{_TENSORS} y lse",
     forward=f"{_TENSORS} {_OPTIONS}",
     backward=f"grad {_TENSORS} y lse {_OPTIONS}",
-    fast_strides=_TENSORS,
     check=_check,
     summary="softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the "
-    "weights in memory; bias by offset with a gate, soft cap, limited context, cache",
+    "weights in memory; bias by offset with a gate, bias by key, soft cap, limited context, cache",
 )
 def rel_attention(
     q: Annotated[Tensor, "B T H D, H >= 1, D >= 1"],
@@ -84,6 +82,7 @@ def rel_attention(
     *,
     offset_bias: Annotated[Tensor, "(T and T+K-1) H"] | None = None,
     offset_gate: Annotated[Tensor, "B T H"] | None = None,
+    key_bias: Annotated[Tensor, "B H K | 1 H K | B 1 K | 1 1 K"] | None = None,
     key_padding_mask: Annotated[Tensor, "B K", bool] | None = None,
     attn_mask: Annotated[Tensor, "T K | B T K", bool] | None = None,
     dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
@@ -103,6 +102,7 @@ def rel_attention(
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
         offset_bias: (T + K − 1, H): added to the scores after the division by √d, by offset as the rows of ``pos``.
         offset_gate: (B, T, H): factors of offset_bias, for each query.
+        key_bias: (B or 1, H or 1, K): added to the scores of a key after the division by √d.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
@@ -111,7 +111,7 @@ def rel_attention(
         context: (left, right): a query sees the keys from ``left`` frames before its chunk to ``right`` frames behind
             it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
         chunk_size: frames of a chunk, counted from the first key. 1: each frame has its own context.
-        soft_cap: c of c tanh(score / c), which replaces the scores before keys are hidden; 0: none.
+        soft_cap: a of a tanh(score / a), which replaces the scores before keys are hidden; 0: none.
         All floating tensors have q's dtype, except under autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
@@ -132,6 +132,8 @@ def rel_attention(
         rows = offset_bias.t().unsqueeze(1).expand(-1, q.shape[1], -1)  # [H, T, T + K - 1]
         gate = 1.0 if offset_gate is None else offset_gate.transpose(1, 2).unsqueeze(-1)  # [B, H, T, 1]
         scores = scores + gate * relative_shift(rows)
+    if key_bias is not None:
+        scores = scores + key_bias.unsqueeze(2)
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     masks = [] if key_padding_mask is None else [key_padding_mask[:, None, None, :]]

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "cpu/attention/attention_strips.h"
 #include "cpu/gemm/gemm.h"
@@ -145,6 +146,12 @@ C* bias_row(const AttentionProblem& a, C* row, int64_t frame, int64_t begin) {
   return row + kAttentionMargin + a.frames - 1 - frame + begin;
 }
 
+// Returns the row of the key bias's table that a head and sequence have.
+int64_t key_bias_row(const RelAttention& r, int64_t pair) {
+  const int64_t batch = r.problem.batch, b = r.key_bias_batch == 1 ? 0 : pair % batch;
+  return b * r.key_bias_heads + (r.key_bias_heads == 1 ? 0 : pair / batch);
+}
+
 // Sets the scores s[j - begin] of hidden keys and of those behind the last to -inf.
 template <typename C>
 void hide(const RelAttention& r, const Strip& t, int m, const KeyRange& range, int64_t begin, int64_t end, C* s) {
@@ -155,7 +162,7 @@ void hide(const RelAttention& r, const Strip& t, int m, const KeyRange& range, i
   std::fill(s + std::clamp<int64_t>(w.end - begin, 0, n), s + n, -kInfinity<C>);
 }
 
-// Computes s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] + g[i] b[T - 1 + j - i] for the keys
+// Computes s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] + g[i] b[T - 1 + j - i] + c[j] for the keys
 // [begin, end), -inf where one is hidden.
 template <typename T, typename C = compute_t<T>>
 void scores_of(const RelAttention& r, const RelAttentionOperands<T>& operands, const KeyRange& range, const Strip& t,
@@ -178,6 +185,7 @@ void scores_of(const RelAttention& r, const RelAttentionOperands<T>& operands, c
       const int64_t i = t.begin + m;
       row_kernels.add_scaled(row, bias_row(a, bias, i, begin), n, gate(a, operands, pair, i));
     }
+    if (r.key_bias_heads) row_kernels.add(row, kt + a.query_dim * a.padded_keys() + begin, n);
     if (r.soft_cap > 0) row_kernels.soft_cap(row, n, static_cast<C>(r.soft_cap));
     hide(r, t, m, range, begin, end, row);
   }
@@ -211,13 +219,21 @@ Window window_of(const RelAttention& r, const KeyRange& range, int64_t first, in
   return {begin / kAttentionPad * kAttentionPad, round_up(end, kAttentionPad)};
 }
 
+// Packs the keys of one head and sequence by channel, with the key bias behind them.
+template <typename T, typename C = compute_t<T>>
+void transpose_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t pair, C* out) {
+  const AttentionProblem& a = r.problem;
+  const int64_t n = r.key_rows(), dim = a.query_dim;
+  transpose_padded(key_row(a, t.k, dim, pair, 0), a.heads * dim, a.keys(), dim, out, n);
+  if (r.key_bias_heads) copy_padded(t.key_bias + key_bias_row(r, pair) * a.keys(), 0, 1, a.keys(), out + dim * n, n, 1);
+}
+
 template <typename T, typename C = compute_t<T>>
 void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t pair, C* keys_transposed, C* values) {
   const AttentionProblem& a = r.problem;
-  const int64_t n = r.key_rows(), dim = a.query_dim;
-  const T* in = key_row(a, t.v, r.value_dim, pair, 0);
-  transpose_padded(key_row(a, t.k, dim, pair, 0), a.heads * dim, a.keys(), dim, keys_transposed, n);
-  copy_padded(in, a.heads * r.value_dim, a.keys(), r.value_dim, values, r.values(), n);
+  transpose_keys(r, t, pair, keys_transposed);
+  copy_padded(key_row(a, t.v, r.value_dim, pair, 0), a.heads * r.value_dim, a.keys(), r.value_dim, values, r.values(),
+              r.key_rows());
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -330,7 +346,7 @@ struct BackwardMemory {
       at += round_up(count, 16);
       return here;
     };
-    kt = take(dim * n), keys = take(depth * n), vt = take(r.value_dim * n), dk = take(depth * n);
+    kt = take(r.keys_transposed_size()), keys = take(depth * n), vt = take(r.value_dim * n), dk = take(depth * n);
     dv = take(r.values() * n);
     content = take(dim * kAttentionRows), position = take(dim * kAttentionRows);
     columns = take(r.value_dim * kAttentionRows);
@@ -410,6 +426,7 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
     row_kernels.attention_gradient(e, sum, gradient, n);
     if (b.r.soft_cap > 0) row_kernels.soft_cap_gradient(m.scores, gradient, n, static_cast<C>(b.r.soft_cap));
     if (b.r.has_offset_bias) add_offset_gradients(b, t.begin + i, n, gradient);
+    if (b.r.key_bias_heads) row_kernels.add_to_double(b.sums.keys + w.begin, gradient, n, C(1));
     drop(b.r, b.pair, t.begin + i, w.begin, n, e);
     for (int64_t d = 0; d < width; d++) g[d] /= sum;
   }
@@ -480,7 +497,7 @@ void backward(const RelAttention& r, const KeyRange* ranges, const T* grad, cons
   BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, pair, gradients, sums, m, {}};
   const T* keys = key_row(a, t.k, dim, pair, 0);
   copy_padded(keys, a.heads * dim, a.keys(), dim, m.keys, depth, n);
-  transpose_padded(keys, a.heads * dim, a.keys(), dim, m.kt, n);
+  transpose_keys(r, t, pair, m.kt);
   transpose_padded(key_row(a, t.v, width, pair, 0), a.heads * width, a.keys(), width, m.vt, n);
   zero(m.dk, depth * n), zero(m.dv, values * n);
   for (int64_t first = 0; first < a.frames; first += kBackwardQueries) {
@@ -520,6 +537,17 @@ void store_sums(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t 
   store_bias(sums.biases, gradients.bias_u), store_bias(sums.biases + dim, gradients.bias_v);
 }
 
+template <typename T, typename C = compute_t<T>>
+void store_key_bias(const RelAttention& r, const double* sums, T* gradient) {
+  const AttentionProblem& a = r.problem;
+  std::vector<double> table(static_cast<size_t>(r.key_bias_batch * r.key_bias_heads * a.keys()));
+  for (int64_t pair = 0; pair < a.heads * a.batch; pair++) {
+    double* const row = table.data() + key_bias_row(r, pair) * a.keys();
+    for (int64_t j = 0; j < a.keys(); j++) row[j] += sums[pair * r.key_rows() + j];
+  }
+  for (size_t i = 0; i < table.size(); i++) store(&gradient[i], static_cast<C>(table[i]));
+}
+
 }  // namespace
 
 int64_t RelAttention::dim() const { return round_up(problem.query_dim, kAttentionPad / 2); }
@@ -535,7 +563,7 @@ int64_t RelAttention::few_queries_scratch() const { return FewQueries(*this).ele
 bool RelAttention::has_few_queries() const {
   // a query without a cache belongs to a recording, whose bits must not depend on its length
   return problem.left > 0 && problem.frames <= kFewRows && key_rows() <= kKeyBlock && problem.keys() >= kFewColumns &&
-         dropout.threshold == 0 && problem.pos_batch && !has_offset_bias && soft_cap == 0;
+         dropout.threshold == 0 && problem.pos_batch && !has_offset_bias && !key_bias_heads && soft_cap == 0;
 }
 
 int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*this, nullptr).elements; }
@@ -583,6 +611,7 @@ void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, co
 }
 
 FASTASR_KERNELS(RelAttentionKernels, .pack_keys = pack_keys<T>, .pack_positions = pack_positions<T>,
-                .forward = forward<T>, .backward = backward<T>, .store_sums = store_sums<T>)
+                .forward = forward<T>, .backward = backward<T>, .store_sums = store_sums<T>,
+                .store_key_bias = store_key_bias<T>)
 
 }  // namespace fastasr::cpu

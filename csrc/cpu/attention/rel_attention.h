@@ -14,7 +14,8 @@
 // queries meet blocks of keys, as in zipformer_attention.h; keys outside the context of a whole strip are left out. In
 // the backward pass a block of queries keeps its weights and their gradient, for all keys that one of them may see, in
 // the second cache; the products then have the block's depth. Memory is O(keys): packed operands, weights of one block
-// of queries and sums of dR. A bias by offset is one more row of the packed positions, times the query's gate.
+// of queries and sums of dR. A bias by offset is one more row of the packed positions, times the query's gate; a
+// bias by key is one more row of the packed keys.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kRelAttentionQueries = 64;  // A forward call takes at most this many queries.
@@ -32,14 +33,18 @@ struct RelAttention {
   WeightsDropout dropout;
   Context context;
   bool has_offset_bias = false;
-  double soft_cap = 0;  // 0: none
+  int64_t key_bias_batch = 0, key_bias_heads = 0;  // each 1 or that of the problem; 0: none
+  double soft_cap = 0;                             // 0: none
 
   // Elements of the compute type.
   int64_t key_rows() const { return problem.padded_keys(); }
-  int64_t dim() const;                                                             // padded
-  int64_t values() const;                                                          // padded
-  int64_t keys_transposed_size() const { return problem.query_dim * key_rows(); }  // per head and sequence
-  int64_t values_size() const { return values() * key_rows(); }                    // per head and sequence
+  int64_t dim() const;                    // padded
+  int64_t values() const;                 // padded
+  int64_t keys_transposed_size() const {  // per head and sequence
+    return (problem.query_dim + (key_bias_heads > 0)) * key_rows();
+  }
+  int64_t values_size() const { return values() * key_rows(); }                  // per head and sequence
+  int64_t key_sums_size() const { return key_bias_heads > 0 ? key_rows() : 0; }  // per head and sequence
   int64_t position_channels() const { return problem.pos_batch ? problem.query_dim : 0; }
   int64_t positions_transposed_size() const {  // per head
     return (position_channels() + has_offset_bias) * problem.padded_offsets();
@@ -55,24 +60,26 @@ struct RelAttention {
 };
 
 // The operands, contiguous: (batch, frames or keys, heads, dim or value_dim), (offsets, heads, dim), (heads, dim),
-// (offsets, heads), (batch, frames, heads). All but the first three may be null.
+// (offsets, heads), (batch, frames, heads), (batch or 1, heads or 1, keys). All but the first three may be null.
 template <typename T>
 struct RelAttentionOperands {
-  const T *q, *k, *v, *pos, *bias_u, *bias_v, *offset_bias = nullptr, *offset_gate = nullptr;
+  const T *q, *k, *v, *pos, *bias_u, *bias_v, *offset_bias = nullptr, *offset_gate = nullptr, *key_bias = nullptr;
 };
 
-// The sums over one head's sequences: dR in rows (padded_offsets, dim), du and dw, and the offset bias's gradient.
+// The sums over one head's sequences: dR in rows (padded_offsets, dim), du and dw, the offset bias's gradient, and, of
+// one sequence, the key bias's.
 template <typename C>
 struct RelAttentionSums {
   C* positions;
   double* biases;   // (2, query_dim)
   double* offsets;  // (padded_offsets)
+  double* keys;     // (key_rows)
 };
 
 // The gradients of the operands; those of absent ones may be null.
 template <typename T>
 struct RelAttentionGradients {
-  T *q, *k, *v, *pos, *bias_u, *bias_v, *offset_bias, *offset_gate;
+  T *q, *k, *v, *pos, *bias_u, *bias_v, *offset_bias, *offset_gate, *key_bias;
 };
 
 // Each function works on one head and sequence, pair = h * batch + b.
@@ -96,6 +103,8 @@ struct RelAttentionKernels {
   // Computes the other gradients of one head: `parts` sums, added in their order and in double.
   void (*store_sums)(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head,
                      const RelAttentionGradients<T>& gradients);
+  // Computes the key bias's gradient from the sums of every head and sequence, (pairs, key_rows).
+  void (*store_key_bias)(const RelAttention& r, const double* sums, T* gradient);
 };
 
 // Computes y and lse of one head and sequence of a stream's chunk, without packed operands.

@@ -152,7 +152,7 @@ void chunk_import(const ChunkPlan& plan, const float* const* tensors, float* sta
 }
 
 int64_t layer_state_floats(const ChunkPlan::Stack& s, int64_t index, int64_t streams) {
-  const ChunkStack& n = s.shape;
+  const ZipformerSizes& n = s.shape;
   const int64_t frame = index == 0 ? n.heads * n.query : index == 1 ? n.hidden : n.heads * n.value;
   return streams * (index < 4 ? s.left * frame : n.dim * s.pad);
 }

@@ -11,7 +11,7 @@ as for few, because few groups share calls of attention there, whatever the numb
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def lengths(
     if torch.equal(
         valid, torch.arange(valid.shape[1], device=valid.device, dtype=torch.int64) < counts[:, None]
     ):
-        reason = hook(encoder) or why_not()
+        reason = why_not_hooked(encoder) or why_not()
         few = not torch.is_grad_enabled() or valid.numel() - sum(found) < least_on_gpu
         if reason is None and few and on_gpu(valid.device):
             reason = "on a GPU that takes less time"
@@ -88,7 +88,7 @@ def lengths(
     return None
 
 
-def hook(encoder: torch.nn.Module) -> str | None:
+def why_not_hooked(encoder: torch.nn.Module) -> str | None:
     """Returns which module inside the encoder has a hook that packed frames would surprise, or None."""
     for module, hooks in _hooked(encoder):
         if not all(getattr(hook, "__module__", "").startswith(_HARMLESS) for hook in hooks):
@@ -282,14 +282,9 @@ class Packing:
             self._rates[factor] = Rate(self, factor)
         return self._rates[factor]
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Has ``current()`` return this packing in this thread, inside the block."""
-        before, _local.packing = current(), self
-        try:
-            yield
-        finally:
-            _local.packing = before
+        return in_use(self)
 
     def with_gaps(self, frames: int) -> list[int]:
         """Returns the slots that leave ``frames`` zeros behind each recording."""
@@ -408,6 +403,16 @@ class _Upsampled(Function):
         rate = ctx.rate
         slots = grad.index_select(0, rate.frames).index_fill_(0, rate.behind, 0.0)
         return slots.unflatten(0, (-1, rate.factor)).sum(1), None
+
+
+@contextmanager
+def in_use(packing: Packing | None) -> Iterator[None]:
+    """Has ``current()`` return this packing, or None, in this thread, inside the block."""
+    before, _local.packing = current(), packing
+    try:
+        yield
+    finally:
+        _local.packing = before
 
 
 def current() -> Packing | None:

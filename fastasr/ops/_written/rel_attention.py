@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=rel_attention` writes this file from fastasr/ops/rel_attention.py: change that one.
-"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; bias by offset with a gate, soft cap, limited context, cache"""
+"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; bias by offset with a gate, bias by key, soft cap, limited context, cache"""
 
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     as_tuple,
+    back,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -51,6 +52,7 @@ class Arguments(NamedTuple):
     bias_v: Tensor | None = None
     offset_bias: Tensor | None = None
     offset_gate: Tensor | None = None
+    key_bias: Tensor | None = None
     key_padding_mask: Tensor | None = None
     attn_mask: Tensor | None = None
     dropout_p: float = 0.0
@@ -69,6 +71,7 @@ class Saved(NamedTuple):
     bias_v: Tensor | None
     offset_bias: Tensor | None
     offset_gate: Tensor | None
+    key_bias: Tensor | None
     key_padding_mask: Tensor | None
     attn_mask: Tensor | None
     dropout_seed: Tensor | None
@@ -91,6 +94,7 @@ def rel_attention(
     *,
     offset_bias: Tensor | None = None,
     offset_gate: Tensor | None = None,
+    key_bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -110,6 +114,7 @@ def rel_attention(
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
         offset_bias: (T + K − 1, H): added to the scores after the division by √d, by offset as the rows of ``pos``.
         offset_gate: (B, T, H): factors of offset_bias, for each query.
+        key_bias: (B or 1, H or 1, K): added to the scores of a key after the division by √d.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
@@ -118,7 +123,7 @@ def rel_attention(
         context: (left, right): a query sees the keys from ``left`` frames before its chunk to ``right`` frames behind
             it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
         chunk_size: frames of a chunk, counted from the first key. 1: each frame has its own context.
-        soft_cap: c of c tanh(score / c), which replaces the scores before keys are hidden; 0: none.
+        soft_cap: a of a tanh(score / a), which replaces the scores before keys are hidden; 0: none.
         All floating tensors have q's dtype, except under autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
@@ -135,19 +140,16 @@ def rel_attention(
         and q.is_cpu
         and q.is_contiguous()
         and type(k) in PLAIN
-        and k.is_contiguous()
         and type(v) in PLAIN
-        and v.is_contiguous()
-        and (pos is None or (type(pos) in PLAIN and pos.is_contiguous()))
-        and (bias_u is None or (type(bias_u) in PLAIN and bias_u.is_contiguous()))
-        and (bias_v is None or (type(bias_v) in PLAIN and bias_v.is_contiguous()))
-        and (offset_bias is None or (type(offset_bias) in PLAIN and offset_bias.is_contiguous()))
-        and (offset_gate is None or (type(offset_gate) in PLAIN and offset_gate.is_contiguous()))
-        and (
-            key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_contiguous())
-        )
-        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_contiguous()))
-        and (dropout_seed is None or (type(dropout_seed) in PLAIN and dropout_seed.is_contiguous()))
+        and (pos is None or type(pos) in PLAIN)
+        and (bias_u is None or type(bias_u) in PLAIN)
+        and (bias_v is None or type(bias_v) in PLAIN)
+        and (offset_bias is None or type(offset_bias) in PLAIN)
+        and (offset_gate is None or type(offset_gate) in PLAIN)
+        and (key_bias is None or type(key_bias) in PLAIN)
+        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
+        and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (dropout_seed is None or type(dropout_seed) in PLAIN)
         and type(dropout_p) is float
         and (dropout_p >= 0 and dropout_p < 1)
         and type(context) is tuple
@@ -171,13 +173,14 @@ def rel_attention(
                 or (bias_v is not None and bias_v.requires_grad)
                 or (offset_bias is not None and offset_bias.requires_grad)
                 or (offset_gate is not None and offset_gate.requires_grad)
+                or (key_bias is not None and key_bias.requires_grad)
             ):
                 return apply(
-                    kernels, True, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                    attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                    kernels, True, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+                    key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
                 )  # fmt: skip
             y, _ = kernels.forward(
-                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
                 dropout_seed, dropout_p, *context, chunk_size, soft_cap,
             )  # fmt: skip
             return y
@@ -186,13 +189,13 @@ def rel_attention(
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
             check(
-                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
                 dropout_p, dropout_seed, context, chunk_size, soft_cap,
             )  # fmt: skip
             raise
     check(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-        dropout_seed, context, chunk_size, soft_cap,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap,
     )  # fmt: skip
     if is_compiling() or not (
         type(q) in PLAIN
@@ -203,42 +206,44 @@ def rel_attention(
         and (bias_v is None or type(bias_v) in PLAIN)
         and (offset_bias is None or type(offset_bias) in PLAIN)
         and (offset_gate is None or type(offset_gate) in PLAIN)
+        and (key_bias is None or type(key_bias) in PLAIN)
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
         and (dropout_seed is None or type(dropout_seed) in PLAIN)
     ):
         return traced(
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-            dropout_seed, context, chunk_size, soft_cap,
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
-            op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap),
+            op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
+            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap),
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula(
-            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:
         names = under_autocast(
-            cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
+            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
         (
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-            dropout_seed, context, chunk_size, soft_cap, _,
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, _,
         ) = names  # fmt: skip
         kernels = family.kernels(q)
         if kernels is None:
             return formula(
                 q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
-                key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
-                dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
+                key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+                dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+                soft_cap=soft_cap,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -250,19 +255,20 @@ def rel_attention(
             or (bias_v is not None and bias_v.requires_grad)
             or (offset_bias is not None and offset_bias.requires_grad)
             or (offset_gate is not None and offset_gate.requires_grad)
+            or (key_bias is not None and key_bias.requires_grad)
         ):
             return apply(
-                kernels, False, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                kernels, False, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+                key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
             )  # fmt: skip
         y, _ = run_kernels(
-            kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, False,
+            kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
+            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula(
-            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
@@ -278,6 +284,7 @@ def check(
     bias_v: Tensor | None,
     offset_bias: Tensor | None,
     offset_gate: Tensor | None,
+    key_bias: Tensor | None,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     dropout_p: float,
@@ -383,6 +390,26 @@ def check(
             op.wrong_shape("offset_gate", offset_gate, listed(B, T, H))
         if offset_gate.device != q.device:
             op.wrong_device("offset_gate", offset_gate, "q", q)
+    if key_bias is not None:
+        if (
+            not isinstance(key_bias, Tensor)
+            or key_bias.dtype not in FLOATING
+            or key_bias.layout is not torch.strided
+        ):
+            op.wrong_tensor("key_bias", key_bias)
+        if (
+            key_bias.shape != (B, H, K)
+            and key_bias.shape != (1, H, K)
+            and key_bias.shape != (B, 1, K)
+            and key_bias.shape != (1, 1, K)
+        ):
+            op.wrong_shape(
+                "key_bias",
+                key_bias,
+                f"{listed(B, H, K)} or {listed(1, H, K)} or {listed(B, 1, K)} or {listed(1, 1, K)}",
+            )
+        if key_bias.device != q.device:
+            op.wrong_device("key_bias", key_bias, "q", q)
     if key_padding_mask is not None:
         if (
             not isinstance(key_padding_mask, Tensor)
@@ -431,34 +458,36 @@ def check(
             op.wrong_dtype("offset_bias", offset_bias, "q", q)
         if offset_gate is not None and offset_gate.dtype != q.dtype:
             op.wrong_dtype("offset_gate", offset_gate, "q", q)
+        if key_bias is not None and key_bias.dtype != q.dtype:
+            op.wrong_dtype("key_bias", key_bias, "q", q)
     _check(
-        op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap),
+        op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
+        attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap),
     )  # fmt: skip
 
 
 def traced(
-    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
+    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, dropout_p,
     dropout_seed, context, chunk_size, soft_cap,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rel_attention", q):
         return formula(
-            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
     y, _ = operator(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-        dropout_seed, context, chunk_size, soft_cap,
-        is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad)),
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
     )  # fmt: skip
     return y
 
 
 def run_kernels(
-    kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-    dropout_seed, context, chunk_size, soft_cap, keep,
+    kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+    dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(q)
@@ -466,9 +495,9 @@ def run_kernels(
     dtype = y_dtype if kernels.backend == "cpu" else None
     y, lse = kernels.forward(
         operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
-        operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype),
-        operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None), dropout_p,
-        *context, chunk_size, soft_cap,
+        operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype), operand(key_bias,
+        dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None),
+        dropout_p, *context, chunk_size, soft_cap,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -482,13 +511,13 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 def under_autocast(
-    dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None,
+    dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
     soft_cap=0.0, keep=False,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
-    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate = cast(
-        dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate
+    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
+        dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias
     )
     return (
         q,
@@ -499,6 +528,7 @@ def under_autocast(
         bias_v,
         offset_bias,
         offset_gate,
+        key_bias,
         key_padding_mask,
         attn_mask,
         dropout_p,
@@ -514,23 +544,23 @@ def under_autocast(
 class RelAttention(Function):
     @staticmethod
     def forward(
-        ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-        attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+        key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
     ):  # fmt: skip
         if direct:
             y, lse = kernels.forward(
-                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+                q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
                 dropout_seed, dropout_p, *context, chunk_size, soft_cap,
             )  # fmt: skip
         else:
             y, lse = run_kernels(
-                kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-                dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
+                kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
+                attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
             )  # fmt: skip
         y = not_a_view(y)
         ctx.save_for_backward(
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
-            y, lse,
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+            dropout_seed, y, lse,
         )  # fmt: skip
         ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap
         return y
@@ -541,13 +571,13 @@ class RelAttention(Function):
             refuse_double_backward("rel_attention")
         # once: a checkpoint gives them one time
         (
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
-            y, lse,
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+            dropout_seed, y, lse,
         ) = ctx.saved_tensors  # fmt: skip
         kernels, direct, dropout_p, context, chunk_size, soft_cap = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = transformed_gradients(
-                op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = transformed_gradients(
+                op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,)),
             )  # fmt: skip
             return (
@@ -561,6 +591,7 @@ class RelAttention(Function):
                 d_bias_v,
                 d_offset_bias,
                 d_offset_gate,
+                d_key_bias,
                 None,
                 None,
                 None,
@@ -570,9 +601,9 @@ class RelAttention(Function):
                 None,
             )
         if direct:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = kernels.backward(
-                grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                attn_mask, dropout_seed, y, lse, dropout_p, *context, chunk_size, soft_cap,
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
+                grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, *context, chunk_size, soft_cap,
             )  # fmt: skip
             return (
                 None,
@@ -585,6 +616,7 @@ class RelAttention(Function):
                 None if bias_v is None else d_bias_v,
                 None if offset_bias is None else d_offset_bias,
                 None if offset_gate is None else d_offset_gate,
+                None if key_bias is None else d_key_bias,
                 None,
                 None,
                 None,
@@ -594,14 +626,15 @@ class RelAttention(Function):
                 None,
             )
         try:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = differentiate(
-                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
+                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
             )  # fmt: skip
         except Unlaunchable as error:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = gradients_without(
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,)),
+                key_bias, key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap,)),
             )  # fmt: skip
         return (
             None,
@@ -614,6 +647,7 @@ class RelAttention(Function):
             d_bias_v,
             d_offset_bias,
             d_offset_gate,
+            d_key_bias,
             None,
             None,
             None,
@@ -625,16 +659,16 @@ class RelAttention(Function):
 
 
 def differentiate(
-    kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
+    attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(q) if kernels.backend == "cpu" else None
-    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = kernels.backward(
+    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
         operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
         operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
-        dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None), y,
-        lse, dropout_p, *context, chunk_size, soft_cap,
+        dtype), operand(key_bias, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
+        operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
     )  # fmt: skip
     if d_q is not None and d_q.dtype is not q.dtype:
         d_q = d_q.to(q.dtype)
@@ -662,29 +696,31 @@ def differentiate(
         d_offset_gate = None
     elif d_offset_gate is not None and d_offset_gate.dtype is not offset_gate.dtype:
         d_offset_gate = d_offset_gate.to(offset_gate.dtype)
-    return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate
+    d_key_bias = back(d_key_bias, key_bias)
+    return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias
 
 
 # --------------------------------------------------------------------------- the registered operator
 def run(
-    q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_padding_mask=None,
-    attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1, soft_cap=0.0, keep=False,
+    q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
+    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
+    soft_cap=0.0, keep=False,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula_results(
-            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
             dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     try:
         y, lse = run_kernels(
-            kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+            kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
+            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula_results(
-            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask,
+            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
             dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     if not keep:
@@ -693,8 +729,9 @@ def run(
 
 
 def fake(
-    q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_padding_mask=None,
-    attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1, soft_cap=0.0, keep=False,
+    q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
+    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
+    soft_cap=0.0, keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(q) is not None
     B = q.shape[0]
@@ -709,32 +746,32 @@ def fake(
 
 def set_up(ctx, inputs, output):
     (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-        dropout_seed, context, chunk_size, soft_cap, keep,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
     ) = inputs  # fmt: skip
     y, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed, y,
-        lse,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        dropout_seed, y, lse,
     )  # fmt: skip
     ctx.rest = dropout_p, context, chunk_size, soft_cap, keep
 
 
 def backward(ctx, grad_y, *_):
     (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed, y,
-        lse,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        dropout_seed, y, lse,
     ) = ctx.saved_tensors  # fmt: skip
     dropout_p, context, chunk_size, soft_cap, keep = ctx.rest
     if not keep:
         _, lse = operator(
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_p,
-            dropout_seed, context, chunk_size, soft_cap, True,
+            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+            dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
         )  # fmt: skip
-    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = as_tuple(
-        backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-        attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = as_tuple(
+        backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+        key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
     )  # fmt: skip
     return (
         d_q,
@@ -745,6 +782,7 @@ def backward(ctx, grad_y, *_):
         None if bias_v is None else d_bias_v,
         None if offset_bias is None else d_offset_bias,
         None if offset_gate is None else d_offset_gate,
+        None if key_bias is None else d_key_bias,
         None,
         None,
         None,
@@ -757,24 +795,24 @@ def backward(ctx, grad_y, *_):
 
 
 def run_backward(
-    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
-    y, lse, dropout_p, context, chunk_size, soft_cap,
+    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
-        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = formula_gradients(
-            op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-            attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = formula_gradients(
+            op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+            key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
         )  # fmt: skip
     else:
         try:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = differentiate(
-                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask,
-                attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
+                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
             )  # fmt: skip
         except Unlaunchable as error:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate = gradients_without(
-                error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
+            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
+                error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
             )  # fmt: skip
     return (
@@ -786,12 +824,13 @@ def run_backward(
         q.new_empty(0) if bias_v is None else d_bias_v.contiguous(),
         q.new_empty(0) if offset_bias is None else d_offset_bias.contiguous(),
         q.new_empty(0) if offset_gate is None else d_offset_gate.contiguous(),
+        q.new_empty(0) if key_bias is None else d_key_bias.contiguous(),
     )
 
 
 def fake_backward(
-    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_padding_mask, attn_mask, dropout_seed,
-    y, lse, dropout_p, context, chunk_size, soft_cap,
+    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -802,23 +841,26 @@ def fake_backward(
         q.new_empty(0) if bias_v is None else bias_v.new_empty(bias_v.shape),
         q.new_empty(0) if offset_bias is None else offset_bias.new_empty(offset_bias.shape),
         q.new_empty(0) if offset_gate is None else offset_gate.new_empty(offset_gate.shape),
+        q.new_empty(0) if key_bias is None else key_bias.new_empty(key_bias.shape),
     )
 
 
 backward_operator = register(
     "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
-    "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_padding_mask, Tensor? "
-    "attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, SymInt[2] context, SymInt "
-    "chunk_size, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
+    "key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, "
+    "SymInt[2] context, SymInt chunk_size, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
 )
 operator = register(
     "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
-    "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_padding_mask=None, "
-    "Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, SymInt[2] context=[-1, -1], "
-    "SymInt chunk_size=1, float soft_cap=0.0, bool keep=False) -> (Tensor, Tensor)",
+    "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_bias=None, Tensor? "
+    "key_padding_mask=None, Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, "
+    "SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, bool keep=False) -> (Tensor, "
+    "Tensor)",
     run,
     fake,
     setup_context=set_up,
@@ -836,7 +878,7 @@ written = Written(
     apply=apply,
     result_dtypes=result_dtypes,
     deciding=("q",),
-    differentiable=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate"),
+    differentiable=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
     dense=True,
 )
 op.serve(rel_attention, written)

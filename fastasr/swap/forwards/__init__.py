@@ -54,6 +54,7 @@ from fastasr.swap.forwards.gemma import (
     gemma_feed_forward,
     gemma_light_convolution,
 )
+from fastasr.swap.forwards.layers import firered_layer, gigaam_layer, nemo_layer, seamless_layer
 from fastasr.swap.forwards.subsampling import nemo_subsampling, phi4_subsampling
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "firered_attention",
     "firered_convolution",
     "firered_feed_forward",
+    "firered_layer",
     "fun_asr_feed_forward",
     "fun_asr_memory",
     "gemma3n_attention",
@@ -78,6 +80,7 @@ __all__ = [
     "gigaam_attention",
     "gigaam_convolution",
     "gigaam_feed_forward",
+    "gigaam_layer",
     "granite_speech5_attention",
     "granite_speech5_convolution",
     "granite_speech_attention",
@@ -86,6 +89,7 @@ __all__ = [
     "nemo_attention",
     "nemo_convolution",
     "nemo_feed_forward",
+    "nemo_layer",
     "nemo_local_attention",
     "nemo_subsampling",
     "nemo_transformer_attention",
@@ -93,6 +97,7 @@ __all__ = [
     "phi4_subsampling",
     "relative_key_attention",
     "seamless_convolution",
+    "seamless_layer",
     "speechbrain_attention",
     "speechbrain_convolution",
     "speechbrain_feed_forward",

@@ -11,6 +11,7 @@ from fastasr import _left, ops
 from fastasr.models.common import plumbing
 from fastasr.models.common.activations import norm_activated
 from fastasr.models.common.plain import is_plain, is_upstreams
+from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
     after_gate,
@@ -50,9 +51,8 @@ def nemo_convolution(
         _left.note(self, "a cache, and a convolution or norm that is no plain one or has hooks")
         return type(self).forward(self, x, pad_mask, cache)
     h = pointwise(self.pointwise_conv1, x)
-    y = after_gate(
-        h, conv, norm, self.activation, self.pointwise_conv2, pad_mask, cache=cache, by_frame=by_frame
-    )
+    layers, hidden = (conv, norm, self.activation, self.pointwise_conv2), _by(pad_mask)
+    y = after_gate(h, *layers, **hidden, cache=cache, by_frame=by_frame)
     y = _as_upstream_lays_it(self, y)
     return y if cache is None else (y, conv.update_cache(gated(h, pad_mask), cache)[1])
 
@@ -135,35 +135,38 @@ def causal_seamless_convolution(
 
 
 def _seamless(
-    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None, norm: Upstream, **options: Any
+    self: Upstream, hidden_states: Tensor, attention_mask: Any, norm: Upstream, **options: Any
 ) -> Tensor:
     first = self.pointwise_conv1
     if not is_plain(self.glu, torch.nn.GLU) or not is_plain(first, torch.nn.Conv1d) or first.bias is not None:
         _left.note(self, "glu or pointwise_conv1 is no plain one, or has a bias")
         return type(self).forward(self, hidden_states, attention_mask)
     h = pointwise(first, self.layer_norm(hidden_states))
-    hidden = None if attention_mask is None else ~attention_mask.bool()
+    packed = attention_mask is None or isinstance(attention_mask, Packing)
+    hidden = _by(attention_mask if packed else ~attention_mask.bool())
     layers = self.depthwise_conv, getattr(self, norm), self.activation, self.pointwise_conv2
-    return _dropped(self.dropout, after_gate(h, *layers, hidden, **options))
+    return _dropped(self.dropout, after_gate(h, *layers, **(hidden | options)))
 
 
-def firered_convolution(self: Upstream, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def firered_convolution(self: Upstream, x: Tensor, mask: Any = None) -> Tensor:
     """Serves FireRedASR's Conformer, which adds the residual: x (B, T, width), mask (B, 1, T), 1 at valid frames, or
     None -> (B, T, width). Upstream sets padding to 0 before ``pointwise_conv1``, which has no bias, so that the gated
     frame is 0."""
-    first, hidden = self.pointwise_conv1, None if mask is None else mask[:, 0].ne(1)
+    packed = mask is None or isinstance(mask, Packing)
+    first, hidden = self.pointwise_conv1, None if packed else mask[:, 0].ne(1)
     n = self.pre_layer_norm(x)
     if hidden is not None and not (is_plain(first, torch.nn.Conv1d) and first.bias is None):
         n = n.masked_fill(hidden.unsqueeze(-1), 0.0)
     layers = self.depthwise_conv, self.batch_norm, self.swish, self.pointwise_conv2
-    y = _dropped(self.dropout, after_gate(pointwise(first, n), *layers, hidden, by_frame=True))
+    by = _by(mask if packed else hidden)
+    y = _dropped(self.dropout, after_gate(pointwise(first, n), *layers, **by, by_frame=True))
     return x + (y if hidden is None else y.masked_fill(hidden.unsqueeze(-1), 0.0))
 
 
 def gigaam_convolution(self: Upstream, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
     """Serves GigaAM's Conformer: x (B, T, width), pad mask (bool (B, T), True at padding) or None -> (B, T, width)."""
     layers = self.depthwise_conv, self.batch_norm, self.activation, self.pointwise_conv2
-    return gated_convolution(x, self.pointwise_conv1, *layers, pad_mask)
+    return gated_convolution(x, self.pointwise_conv1, *layers, **_by(pad_mask))
 
 
 def granite_speech_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
@@ -210,6 +213,11 @@ def torchaudio_convolution(self: Upstream, input: Tensor) -> Tensor:
         _left.note(self, "sequential or its glu is not a plain one")
         return type(self).forward(self, input)
     return _dropped(dropout, gated_convolution(self.layer_norm(input), first, *rest))
+
+
+def _by(mask: Packing | Tensor | None) -> dict[str, Any]:
+    """Returns the arguments of ``convolved`` for a mask, True at padding, or a ``Packing`` in its place."""
+    return {"packing" if isinstance(mask, Packing) else "hidden": mask}
 
 
 def _as_upstream_lays_it(module: Upstream, y: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import _left, ops
+from fastasr._recording import recording
 from fastasr.models.common import plumbing
 from fastasr.models.common.activations import activated, fused_name
 from fastasr.models.common.plain import is_plain, is_upstreams
@@ -214,8 +215,9 @@ def _delay_of(layer: Upstream, parts: tuple[Upstream, ...], norms: tuple[Upstrea
 
 
 def _hides(mask: Tensor) -> bool:
-    """Says whether a mask of padding may hide a frame."""
-    return not mask.is_cpu or torch.compiler.is_compiling() or bool(mask.any())
+    """Says whether a mask of padding may hide a frame. A recorded call serves other masks too."""
+    unknown = not mask.is_cpu or torch.compiler.is_compiling() or recording() is not None
+    return unknown or bool(mask.any())
 
 
 # --------------------------------------------------------------------------- front ends

@@ -107,6 +107,8 @@ def _random(make: Make, shape: Shape) -> dict:
         if shape.choice((True, False)):
             call |= {"offset_gate": make.normal(batch, frames, heads)}
     if shape.choice((True, False)):
+        call["key_bias"] = make.normal(shape.choice((1, batch)), shape.choice((1, heads)), keys)
+    if shape.choice((True, False)):
         call["soft_cap"] = shape.size() % 20 / 4
     absent = shape.choice(
         ((), (), ("bias_u",), ("bias_u", "bias_v"), ("pos", "bias_v"), ("pos", "bias_u", "bias_v"))
@@ -299,6 +301,59 @@ TABLE = OpTable(
         Sample(
             "a bias by offset, no frames",
             lambda m: _call(m, 2, 0, 2, 8, **_by_offset(0, 2), pos=None, bias_v=None),
+        ),
+        _small(
+            "a bias by key",
+            lambda m: _call(m, 3, 9, 2, 8, key_bias=lambda make: make.normal(3, 2, 9)),
+            thorough=True,
+        ),
+        _small(
+            "a bias by key for all heads, a mask, dropout",
+            lambda m: _call(
+                m,
+                3,
+                19,
+                2,
+                8,
+                attn_mask=_random_mask(19, 19),
+                key_bias=lambda make: make.normal(3, 1, 19),
+                **_dropout(0.2, 5),
+            ),
+        ),
+        _small(
+            "a bias by key for all sequences, no positions, a context",
+            lambda m: _call(
+                m,
+                3,
+                19,
+                2,
+                8,
+                key_bias=lambda make: make.normal(1, 2, 19),
+                **_context(7, 2),
+                **_without("pos", "bias_v"),
+            ),
+        ),
+        Sample(
+            "a bias by key for all, a bias by offset, a soft cap, a cache, several tiles",
+            lambda m: _call(
+                m,
+                2,
+                45,
+                2,
+                20,
+                24,
+                21,
+                key_bias=lambda make: make.normal(1, 1, 66),
+                soft_cap=2.0,
+                **_by_offset(45, 2, cached=21),
+            ),
+            draws=2,
+        ),
+        Sample(
+            "a bias by key, several blocks of keys",
+            lambda m: _call(m, 1, 600, 2, 16, key_bias=lambda make: make.normal(1, 2, 600)),
+            large=True,
+            draws=2,
         ),
         _small("a soft cap", lambda m: _call(m, 2, 9, 2, 8, soft_cap=2.0), thorough=True),
         _small(

@@ -16,6 +16,7 @@ def configurations(generation: int):
         "W",
         "BIAS",
         "GATE",
+        "KEY_BIAS",
         "DGATE",
         "Y",
         "G",
@@ -39,9 +40,10 @@ def configurations(generation: int):
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         types = dict.fromkeys(like, element) | wide | masks
-        types |= dict.fromkeys(("PARTS", "BIASES"), "fp64" if element == "fp32" else "fp32")
+        types |= dict.fromkeys(("PARTS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32")
         words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout")]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
+        words += [(of, "key bias") for of in ("KEY_BIAS", "DKEY_BIAS")]
         absent = [name for name, word in words if word not in label]
         if "cap" not in label:
             absent.append("cap")

@@ -18,7 +18,7 @@ def test_rel_attention(monkeypatch, generation, dim, hiding):
     pos = torch.randn(2 * frames - 1, heads, dim, dtype=torch.bfloat16)
     u, w = torch.randn(2, heads, dim, dtype=torch.bfloat16)
     arguments = tuple(t.contiguous() for t in (q, k, v, pos, u, w))
-    mask, no_bias = torch.rand(frames, frames) < 0.3 if hiding else None, (None, None)
+    mask, no_bias = torch.rand(frames, frames) < 0.3 if hiding else None, (None,) * 3
     y, lse = rel_attention.rel_attention_forward(*arguments, *no_bias, None, mask, None, 0.0, -1, -1, 1, 0.0)
     saved = None, mask, None, y, lse, 0.0, -1, -1, 1, 0.0
     found = y, *rel_attention.rel_attention_backward(g, *arguments, *no_bias, *saved)[:6]
