@@ -50,6 +50,7 @@ GatedDepthwiseConv<T> problem(const auto& a, const std::vector<int64_t>& starts)
           past,
           chunked && a.chunk_size > 0 ? std::min(a.chunk_size, whole) : whole,
           static_cast<cpu::GatedActivation>(a.activation),
+          static_cast<cpu::Gate>(a.gate),
           starts.empty() ? nullptr : starts.data()};
 }
 
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConv
 Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
                                            std::vector<int64_t> lengths, int64_t activation, int64_t delay) {
   const Optional none;
-  GatedDepthwiseConvForward a{h, weight, bias, none, none, none, none, none, -1, activation, false, delay};
+  GatedDepthwiseConvForward a{h, weight, bias, none, none, none, none, none, -1, activation, false, delay, 0};
   const char* op = "gated_depthwise_conv_packed_forward";
   a.check(op);
   return std::get<0>(forward(a, starts_of(lengths, h, op)));
@@ -141,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_depthwise_conv_packed_backward(const Te
                                                                         std::vector<int64_t> lengths,
                                                                         int64_t activation, int64_t delay) {
   const Optional none;
-  GatedDepthwiseConvBackward a{grad, h, weight, bias, none, none, none, none, none, -1, activation, delay};
+  GatedDepthwiseConvBackward a{grad, h, weight, bias, none, none, none, none, none, -1, activation, delay, 0};
   const char* op = "gated_depthwise_conv_packed_backward";
   a.check(op);
   const Gradients found = backward(a, starts_of(lengths, h, op));

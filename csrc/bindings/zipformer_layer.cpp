@@ -222,11 +222,23 @@ struct Layer {
     const auto at = [&](size_t i) { return i < each ? Optional(tables[first + i]) : Optional(); };
     const Optional bias = at(1), causal = at(2), causal_bias = at(3), scale = at(4);
     constexpr auto kSwooshR = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
+    constexpr auto kSigmoid = static_cast<int64_t>(cpu::Gate::sigmoid);
     if (!lengths.empty() && !causal)
       return gated_depthwise_conv_packed_forward(h, tables[first], bias, lengths, kSwooshR, 0);
     const auto of = [&](const Tensor& rows) {
-      return std::get<0>(gated_depthwise_conv_forward(checked(GatedDepthwiseConvForward{
-          rows, tables[first], bias, causal, causal_bias, scale, padding, {}, conv_chunk, kSwooshR, false, 0})));
+      return std::get<0>(gated_depthwise_conv_forward(checked(GatedDepthwiseConvForward{rows,
+                                                                                        tables[first],
+                                                                                        bias,
+                                                                                        causal,
+                                                                                        causal_bias,
+                                                                                        scale,
+                                                                                        padding,
+                                                                                        {},
+                                                                                        conv_chunk,
+                                                                                        kSwooshR,
+                                                                                        false,
+                                                                                        0,
+                                                                                        kSigmoid})));
     };
     if (lengths.empty()) return of(h);
     const Tensor y = new_pooled(h, {h.size(0), 1, sizes.dim});

@@ -7,7 +7,7 @@ dropout is drawn as upstream draws it, or each sequence has its own position emb
 
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -237,6 +237,111 @@ def wavlm_encoder(
     if all(runs(layer.attention, wavlm_attention) for layer in self.layers):
         kwargs["by_offset"] = True
     return type(self).forward(self, hidden_states, attention_mask, **kwargs)
+
+
+class ByOffset(NamedTuple):
+    """What ``phi4_encoder`` gives its layers in place of upstream's mask (B or 1, H, T, T): rows (2T − 1, H) of the
+    bias by offset, and a bias per key (B, 1, T) or None."""
+
+    rows: Tensor
+    keys: Tensor | None
+
+
+def phi4_attention(
+    self: Upstream, hidden_states: Tensor, attention_mask: ByOffset | Tensor, **kwargs: Any
+) -> Tensor:
+    """Serves the audio encoder of transformers' Phi-4-multimodal, if ``phi4_encoder`` gives it the bias: hidden states
+    (B, T, width) -> same shape: s[i,j] = q_i·k_j / √d + b[j − i] + c_j."""
+    given, dropout = attention_mask, None
+    if not isinstance(given, ByOffset):
+        _left.note(self, "the bias has every pair of frames")
+    elif (implementation := self.config._attn_implementation) not in STANDARD:
+        masks.note_unread(self, False, implementation)
+    else:
+        share = self.attention_dropout if self.training else 0.0
+        dropout = attention_dropout.of_kernel(share, hidden_states.device)
+        if dropout is None:
+            attention_dropout.note_formed(self)
+    if dropout is None or not isinstance(given, ByOffset):
+        if isinstance(given, ByOffset):
+            given = _pairs(given)
+        return type(self).forward(self, hidden_states, given, **kwargs)
+    layers = self.q_proj, self.k_proj, self.v_proj
+    q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers)
+    y = ops.rel_attention(q, k, v, offset_bias=given.rows, key_bias=given.keys, **dropout)
+    return plumbing.linear(self.o_proj, y.flatten(2))
+
+
+def _pairs(bias: ByOffset) -> Tensor:
+    """Returns the sum of both biases (B or 1, H, T, T)."""
+    pairs = _bias_of_pairs(bias.rows, 1).unsqueeze(0)
+    return pairs if bias.keys is None else pairs + bias.keys.unsqueeze(2)
+
+
+def phi4_encoder(self: Upstream, hidden_states: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """Serves the audio encoder of transformers' Phi-4-multimodal: features (B, T₀, mel_bins), mask (B, T₀), True or 1
+    at valid frames, or None -> (B, T, width). Its layers get the bias by offset, and upstream's mask, which adds 1 to
+    the scores of valid keys and hides none, as a bias per key. More than 500 frames are sequences of 500, the last of
+    them filled with zeros."""
+    bias = self.relative_attention_bias_layer
+    if not all(runs(layer.self_attn, phi4_attention) for layer in self.encoders) or is_watched(bias):
+        return type(self).forward(self, hidden_states, mask, **kwargs)
+    # These draw from numpy's generator in training.
+    y, seen_keys, valid = self.forward_embeddings(self.encoder_embedding(hidden_states), mask)
+    (batch, whole, width), longest = y.shape, 500
+    if whole > longest:
+        missing = -whole % longest
+        y = F.pad(y, (0, 0, 0, missing)).reshape(-1, longest, width)
+        if valid is not None:
+            valid = F.pad(valid[:, 0], (0, missing)).reshape(-1, longest)
+        seen_keys = self.calculate_hs_mask(y, y.device, valid)
+    frames = y.shape[1]
+    offsets = torch.arange(1 - frames, frames, dtype=torch.int64, device=y.device)
+    offsets = offsets.clamp(-bias.max_distance, bias.max_distance - 1)
+    rows = bias.bias_values(offsets.abs() if bias.symmetric else offsets + bias.num_buckets // 2)
+    # All rows of the mask are the same, without chunks.
+    given = ByOffset(rows, None if valid is None else seen_keys[:, :1].to(rows.dtype))
+    for layer in self.encoders:
+        y = layer(y, given)
+    return y.reshape(batch, -1, width)[:, :whole]
+
+
+def sanm_attention(
+    self: Upstream,
+    x: Tensor,
+    mask: Tensor | None,
+    mask_shfit_chunk: Tensor | None = None,
+    mask_att_chunk_encoder: Tensor | None = None,
+) -> Tensor:
+    """Serves FunASR's attention without positions, with its memory of the values (Gao et al., "SAN-M", 2020): x (B, T,
+    channels), mask (B, 1, T), 0 at padding and 1 elsewhere, or None -> (B, T, width)."""
+    conv, pad, delay, dropout = self.fsmn_block, self.pad_fn, None, None
+    if is_plain(pad, torch.nn.ConstantPad1d) and pad.value == 0.0:
+        delay = plumbing.conv_delay(conv, around=pad.padding)
+    if delay is None:
+        _left.note(self, "fsmn_block or pad_fn has hooks or is no plain one")
+    elif (
+        mask_shfit_chunk is not None
+        or mask_att_chunk_encoder is not None
+        or (mask is not None and mask.shape != (len(x), 1, x.shape[1]))
+    ):
+        _left.note(self, "masks of chunks, or a mask that is not (B, 1, T)")
+    else:
+        dropout = attention_dropout.of_kernel(plumbing.dropped_share(self.dropout), x.device)
+        if dropout is None:
+            attention_dropout.note_formed(self)
+    if delay is None or dropout is None:
+        return type(self).forward(self, x, mask, mask_shfit_chunk, mask_att_chunk_encoder)
+    hidden = None if mask is None else mask[:, 0].eq(0)
+    q, k, v = plumbing.linear(self.linear_q_k_v, x).chunk(3, -1)
+    memory = ops.depthwise_conv_residual(v, conv.weight, conv.bias, padding_mask=hidden, delay=delay)
+    if not plumbing.is_idle(self.dropout):  # upstream draws channels first
+        memory = self.dropout(memory.transpose(1, 2).contiguous()).transpose(1, 2)
+    if hidden is not None:
+        memory = memory.masked_fill(hidden.unsqueeze(-1), 0.0)
+    q, k, v = (t.unflatten(-1, (self.h, self.d_k)) for t in (q, k, v))
+    y = ops.rel_attention(q, k, v, key_padding_mask=hidden, **dropout)
+    return plumbing.linear(self.linear_out, y.flatten(2)) + memory
 
 
 def _bias_of_pairs(rows: Tensor, batch: int) -> Tensor:

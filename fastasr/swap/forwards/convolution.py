@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import _left, ops
-from fastasr.models.common import plumbing
-from fastasr.models.common.activations import norm_activated
+from fastasr.models.common import activations, plumbing
 from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.convolution import (
@@ -80,7 +79,7 @@ def speechbrain_convolution(
     else:
         form = _within_chunks(self.conv.weight, chunk_size)
     z = ops.gated_depthwise_conv(h, bias=self.conv.bias, activation="identity", **form).transpose(0, 1)
-    y = plumbing.linear(last, norm_activated(norm, activation, z))
+    y = plumbing.linear(last, activations.norm_activated(norm, activation, z))
     if chunk_size is not None and not plumbing.is_idle(dropout):  # upstream draws for whole chunks
         frames = y.shape[1]
         y = plumbing.dropout(dropout, F.pad(y, (0, 0, 0, -frames % chunk_size)))[:, :frames]
@@ -191,6 +190,27 @@ def granite_speech5_convolution(
     hidden = None if attention_mask is None else ~attention_mask
     y = convolved(h, self.depthwise_conv, self.norm, _SILU, hidden, stride=self.depthwise_conv.stride[0])
     return plumbing.linear(self.pointwise_lin2, y)
+
+
+def phi4_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
+    """Serves transformers' Phi-4-multimodal: hidden states (B, T, width) -> same shape: W3 SiLU(W2 z) of the causal
+    depthwise convolution z of (a + b1) · SiLU(g + b2), (a, g) = W1 LayerNorm(x). Padding is not masked."""
+    glu, separable = self.glu, self.dw_sep_conv_1d
+    first, depthwise, second = glu.ext_pw_conv_1d, separable.dw_conv, separable.pw_conv
+    plain = is_upstreams(glu, self) and is_upstreams(separable, self)
+    fused = all(activations.fused_name(a) == "silu" for a in (glu.glu_act, self.act))
+    delay = plumbing.conv_delay(depthwise, causal=True)
+    if not plain or not fused or delay is None or not all(map(plumbing.is_pointwise_conv1d, (first, second))):
+        _left.note(self, "a part has hooks or is no plain one, or an activation is not SiLU")
+        return type(self).forward(self, hidden_states)
+    shift = torch.cat([glu.b1, glu.b2], 1).flatten()
+    bias = shift if first.bias is None else first.bias + shift
+    h = ops.linear(self.layer_norm(hidden_states), first.weight.flatten(1), bias).transpose(0, 1)
+    z = ops.gated_depthwise_conv(
+        h, depthwise.weight, depthwise.bias, delay=delay, activation="identity", gate="silu"
+    ).transpose(0, 1)
+    z = ops.linear_activation(z, second.weight.flatten(1), second.bias, "silu")
+    return _dropped(self.dropout, pointwise(self.ext_pw_conv_1d, z))
 
 
 def fun_asr_memory(self: Upstream, hidden_states: Tensor, input_features_mask: Tensor) -> Tensor:

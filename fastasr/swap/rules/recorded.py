@@ -34,10 +34,6 @@ CLASSES = {
     "GraniteSpeechCTCEncoder": ("transformers'", "it takes no lengths, so its frames see padding"),
     "GraniteSpeechPlusCTCEncoder": ("transformers'", "it takes no lengths, so its frames see padding"),
     "LasrEncoder": ("transformers'", PADDED),
-    "Phi4MultimodalAudioModel": (
-        "transformers'",
-        "its attention does not hide padding, but adds 1 to scores",
-    ),
     "SeamlessM4TConformerEncoder": ("transformers'", ""),
     "SeamlessM4Tv2ConformerEncoder": ("transformers'", ""),
     "TTSZipformer": ("ZipVoice's", PADDED),
