@@ -24,9 +24,9 @@ from torch import Tensor
 
 from fastasr.ops import _layout
 from fastasr.ops._dispatch import Kernels
+from fastasr.ops._norm import KINDS, effective_limit, limited, normed
 from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._runtime import operand
-from fastasr.ops.norm_activation import KINDS, effective_limit, limited, normed
 
 
 # --------------------------------------------------------------------------- kernels

@@ -14,35 +14,13 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation
 from fastasr.ops._dispatch import Kernels
+from fastasr.ops._norm import KINDS, effective_limit, limited, normed
 from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._runtime import operand
-
-KINDS = ("layer", "rms")  # Kernels receive the place.
-
-
-# --------------------------------------------------------------------------- the norms
-def effective_limit(limit: float, x: Tensor) -> float:
-    """Returns the limit of a norm's input, at most the largest number of x's dtype, as Gemma bounds it; 0: none."""
-    return min(limit, torch.finfo(x.dtype).max) if limit else limit
-
-
-def limited(x: Tensor, limit: float) -> Tensor:
-    limit = effective_limit(limit, x)
-    return x.clamp(-limit, limit) if limit else x
-
-
-def normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
-    """Returns LayerNorm or RMSNorm over the last dimension."""
-    weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
-    if kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    z = F.rms_norm(x, x.shape[-1:], weight, eps)
-    return z if bias is None else z + bias
 
 
 # --------------------------------------------------------------------------- kernels
