@@ -165,13 +165,13 @@ std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> sizes, int64_t lef
     before[i] = data<float>(state), after[i] = mutable_data<float>(out.back());
   }
   const Scratch<float> scratch(cpu::layer_scratch_floats(plan, streams));
-  cpu::layer_step({plan,
-                   reinterpret_cast<const char*>(data<float>(weights)),
-                   data<float>(vectors),
-                   data_or_null<uint8_t>(masked),
-                   streams,
-                   scratch.data(),
-                   {threads, run_parts}},
+  cpu::layer_step({.plan = plan,
+                   .weights = reinterpret_cast<const char*>(data<float>(weights)),
+                   .vectors = data<float>(vectors),
+                   .streams = streams,
+                   .scratch = scratch.data(),
+                   .workers = {threads, run_parts},
+                   .masked = data_or_null<uint8_t>(masked)},
                   data<float>(x), before, mutable_data<float>(out[0]), after);
   return out;
 }

@@ -103,6 +103,9 @@ def test_recordings_without_padding(lengths, causal):
         src, pos_emb, *rest = _recordings(layer, lengths)
         assert _whole(layer, (src[1:], pos_emb, *rest)) is None
         assert _whole(layer, (src, pos_emb[:, 2:], *rest)) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _whole(layer, (src, pos_emb, *rest)) is None
+        assert fastasr.why(layer)["forward"] == "autocast is on"
         assert (
             _whole(layer, (src, pos_emb, -1, torch.zeros(len(src), len(src), dtype=torch.bool), None, None))
             is None

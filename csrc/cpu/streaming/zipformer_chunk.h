@@ -132,11 +132,11 @@ struct ChunkStep {
   const ChunkPlan& plan;
   const char* weights;
   const float* vectors;
-  float* states;  // plan.state_floats per slot
-  ChunkCounters* counters;
-  const int64_t* slots;   // slots of the streams of this step, all different
-  int64_t streams, bins;  // features of a frame: at most the plan's, and as wide after the convolutions
-  float* scratch;         // plan.scratch_floats(streams)
+  float* states = nullptr;  // plan.state_floats per slot
+  ChunkCounters* counters = nullptr;
+  const int64_t* slots = nullptr;  // slots of the streams of this step, all different
+  int64_t streams = 0, bins = 0;   // features of a frame: at most the plan's, and as wide after the convolutions
+  float* scratch = nullptr;        // plan.scratch_floats(streams)
   Workers workers;
   const uint8_t* masked = nullptr;  // (streams, keys) of a layer alone, nonzero: masked; or null
 };
@@ -167,18 +167,11 @@ void chunk_import(const ChunkPlan& plan, const float* const* tensors, float* sta
 constexpr int64_t kLayerStates = 6;
 int64_t layer_state_floats(const ChunkPlan::Stack& stack, int64_t index, int64_t streams);
 
-struct LayerStep {
-  const ChunkPlan& plan;  // the plan of one layer
-  const char* weights;
-  const float* vectors;
-  const uint8_t* masked;  // (streams, left + frames), nonzero: masked; or null
-  int64_t streams;
-  float* scratch;  // layer_scratch_floats(plan, streams)
-  Workers workers;
-};
 int64_t layer_scratch_floats(const ChunkPlan& plan, int64_t streams);
 
-// Maps x (frames, streams, dim), contiguous, to y of the same shape, and writes the states after it.
-void layer_step(const LayerStep& step, const float* x, const float* const* states, float* y, float* const* after);
+// Maps x (frames, streams, dim), contiguous, to y of the same shape, and writes the states after it. `step` has the
+// plan of one layer and layer_scratch_floats(plan, streams) of scratch memory; its states, counters and slots are
+// unused.
+void layer_step(ChunkStep step, const float* x, const float* const* states, float* y, float* const* after);
 
 }  // namespace fastasr::cpu
