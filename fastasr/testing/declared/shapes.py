@@ -44,6 +44,8 @@ class Dim:
         factor = re.fullmatch(r"(\w+)\*0|0\*(\w+)|0", b)
         if factor:
             return missing[0], factor[1] or factor[2] or "1", "0"
+        if len(self.names) == 1:
+            b = str(self.value({missing[0]: 0}))
         a = {self._step(missing[0], n) for n in (7, 11)}
         return missing[0], str(a.pop()) if len(a) == 1 else f"({more} - ({b}))", b
 
@@ -109,7 +111,7 @@ class Shape:
             value = size if b == "0" else f"({size} - ({b}))"
             if a != "1":
                 conditions.append(f"{value} % {a} == 0")
-            if b != "0":
+            if b != "0" and b[0] != "-":
                 conditions.append(f"{value} >= 0")
             bindings.append(f"{name} = {value}{f' // {a}' if a != '1' else ''}")
             known.add(name)
@@ -132,11 +134,6 @@ class Pattern:
     def names(self) -> set[str]:
         dims = {n for shape in self.alternatives for d in shape.dims for n in d.names}
         return dims | {shape.rest for shape in self.alternatives} - {"", "..."}
-
-    @property
-    def mentioned(self) -> set[str]:
-        """Returns the names in the shapes and in the conditions."""
-        return self.names | set(re.findall(r"[A-Za-z_]\w*", " ".join(self.conditions)))
 
     @property
     def whole(self) -> bool:
