@@ -283,7 +283,7 @@ def _checks(op: Declared) -> list[str]:
     for a in op.in_binding_order():
         before = set(known)
         body = [*_tensor(op, a, known)]
-        others = {name for other in op.tensors if other is not a for name in other.pattern.mentioned}
+        others = {name for other in op.tensors if other is not a for name in other.pattern.names}
         lines += _if_given(a, body, (f"{name} = 0" for name in sorted((known - before) & others)))
         lines += _given_sizes(op) if a is op.leader else ()
     lines += [line for a in op.options if a.dimension_of for line in _if_given(a, _option(a))]
