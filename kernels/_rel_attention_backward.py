@@ -10,6 +10,7 @@ from fastasr.kernels._rel_attention_scores import (
     SIZES,
     UNALIGNED,
     band,
+    context,
     gates,
     keys_seen,
     of_head,
@@ -74,14 +75,14 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
-    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, c_batch, c_head, threshold, scale, factor, cap,
+    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA,
+    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
+    g_batch, mask_batch, c_batch, c_head, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries of float32."""
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     i = block * BLOCK + lanes
@@ -89,6 +90,7 @@ def statistics_kernel(
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
+    masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
@@ -120,9 +122,9 @@ def statistics_kernel(
     do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
 )
 def queries_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS, DGATE,
-    frames, keys, chunk, left, right, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch,
-    k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, ds_row, threshold, scale, factor, cap,
+    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS, DGATE,
+    frames, keys, chunk, left, right, recordings, start_row, rows, batch, blocks, all_blocks, heads, q_time,
+    v_time, q_batch, k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, ds_row, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +133,7 @@ def queries_kernel(
     by offset, unless DS is None: one BLOCK of columns more than the keys that they
     meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     local = block * BLOCK + lanes
@@ -141,6 +143,7 @@ def queries_kernel(
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     tensors = (Q, K, V, POS, U, W, head)
     masks = (PADDING, MASK, sequence, mask_batch)
+    masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
@@ -201,8 +204,9 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
 def offsets_kernel(
-    DS, POS, CONTENT, DQ, PARTS, frames, keys, chunk, left, right, first_block, batch, blocks, all_blocks, heads,
-    q_time, q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    DS, POS, CONTENT, DQ, PARTS, STARTS, frames, keys, chunk, left, right, recordings, first_block, batch, blocks,
+    all_blocks, heads, q_time, q_batch, ds_row, scale,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dq = CONTENT + dS' R of a block of channels and of queries, out of the ``blocks`` that DS holds, and sums
     of dS' R.
@@ -215,7 +219,8 @@ def offsets_kernel(
     POS += head * DIM
     DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[:, None] * ds_row
     first = (first_block + block) * BLOCK
-    begin, end = keys_seen(first, first + BLOCK - 1, (frames, keys, chunk, left, right), BLOCK, WINDOW)
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
+    begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
     base = frames - first - BLOCK + begin
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for start in range(0, tl.cdiv(end - begin, BLOCK) * BLOCK + BLOCK, BLOCK):
@@ -235,9 +240,9 @@ def offsets_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV, DKEY_BIAS,
-    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, c_batch, c_head, s_batch, s_head, threshold, scale, factor, cap,
+    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DK, DV, DKEY_BIAS,
+    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
+    g_batch, mask_batch, c_batch, c_head, s_batch, s_head, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -246,13 +251,12 @@ def keys_kernel(
     """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes
     keep_j = j < keys
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     tensors = (Q, K, V, POS, U, W, head)
-    masks = (PADDING, MASK, sequence, mask_batch)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     row = (sequence * heads + head) * frames
@@ -269,6 +273,8 @@ def keys_kernel(
         content, position, g = _rows(
             tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
         )
+        masks = (PADDING, MASK, sequence, mask_batch)
+        masks += context(i, sizes, WINDOW)
         first = frames + (block - 1) * BLOCK - start
         lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
         scores, slope, _ = _tile(
@@ -308,9 +314,9 @@ def keys_kernel(
     do_not_specialize_on_alignment=["BIASES"],
 )
 def positions_kernel(
-    DS, Q, W, GATE, PARTS, BIASES, frames, keys, chunk, left, right, first_block, count, lowest, low, high, each,
-    groups, batch, blocks, heads, q_time, q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    DS, Q, W, GATE, PARTS, BIASES, STARTS, frames, keys, chunk, left, right, recordings, first_block, count, lowest,
+    low, high, each, groups, batch, blocks, heads, q_time, q_batch, ds_row, scale,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes PARTS + dS'^T (q + w) of WIDE blocks of offsets and one of channels, over the ``count`` blocks of queries
     that DS holds of each sequence of a group of ``each``; PARTS is (groups, high - low, heads DIM), for the offsets
@@ -318,7 +324,7 @@ def positions_kernel(
     (groups, high - low, heads) or None. Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b,
     counted from key 0; the first program begins with t = ``lowest``.
     """
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     head, group, number = place(tl.program_id(0), blocks, groups)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

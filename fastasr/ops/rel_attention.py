@@ -18,6 +18,9 @@ and chunks of c frames, query i sees
 
     c⌊f / c⌋ − left ≤ j < c⌊f / c⌋ + c + right
 
+Recordings may lie one after the other in one sequence: a query then sees the keys of its own recording alone. Kernels
+read the boundaries where they lie, so that one recorded graph serves batches of all lengths.
+
 m is 1, or under dropout 0 for the share p of all weights and 1 / (1 − p) for the others: a hash of a seed and of the
 weight's place (:mod:`fastasr.ops._weights_dropout`), which no pass keeps. With G = dy, P the weights and
 D[i] = Σ_j P m G vᵀ:
@@ -43,7 +46,7 @@ from torch import Tensor
 
 from fastasr.ops import _weights_dropout
 from fastasr.ops._op import Arguments, Op, op
-from fastasr.ops._relative_positions import outside_context, relative_shift
+from fastasr.ops._relative_positions import apart, outside_context, relative_shift
 
 
 def _check(op: Op, a: Arguments) -> None:
@@ -53,12 +56,16 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("bias_v", "it together with pos", "no pos")
     if a.offset_gate is not None and a.offset_bias is None:
         op.fail("offset_gate", "it together with offset_bias", "no offset_bias")
+    if a.starts is not None and a.k.shape[1] != a.q.shape[1]:
+        op.fail("k", "as many frames as q with starts", a.k.shape[1])
+    if a.starts is not None and a.chunk_size != 1:
+        op.fail("chunk_size", "1 with starts", a.chunk_size)
     if min(a.context) < -1:
         op.fail("context", "two numbers, each -1 or at least 0", a.context)
 
 
 _FLOATING = "q k v pos bias_u bias_v offset_bias offset_gate key_bias"
-_TENSORS = f"{_FLOATING} key_padding_mask attn_mask dropout_seed"
+_TENSORS = f"{_FLOATING} key_padding_mask attn_mask starts dropout_seed"
 _OPTIONS = "dropout_p *context chunk_size soft_cap"
 
 
@@ -88,6 +95,7 @@ def rel_attention(
     key_bias: Annotated[Tensor, "B H K | 1 H K | B 1 K | 1 1 K"] | None = None,
     key_padding_mask: Annotated[Tensor, "B K", bool] | None = None,
     attn_mask: Annotated[Tensor, "T K | B T K", bool] | None = None,
+    starts: Annotated[Tensor, "R, R >= 1", torch.int64] | None = None,
     dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
     dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
     context: tuple[int, int] = (-1, -1),
@@ -108,6 +116,9 @@ def rel_attention(
         key_bias: (B or 1, H or 1, K): added to the scores of a key after the division by √d.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
+        starts: int64 (R,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
+            different recordings do not see each other, and frames outside of all see nothing. Their order does not
+            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
             give the same weights on every backend.
@@ -142,6 +153,7 @@ def rel_attention(
     masks = [] if key_padding_mask is None else [key_padding_mask[:, None, None, :]]
     masks += [] if attn_mask is None else [attn_mask.unsqueeze(-3)]
     masks += [] if max(context) < 0 else [outside_context(scores, context, chunk_size)]
+    masks += [] if starts is None else [apart(starts, q.shape[1])]
     for mask in masks:
         scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1)

@@ -55,6 +55,7 @@ class Arguments(NamedTuple):
     key_bias: Tensor | None = None
     key_padding_mask: Tensor | None = None
     attn_mask: Tensor | None = None
+    starts: Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
     context: tuple[int, int] = (-1, -1)
@@ -74,6 +75,7 @@ class Saved(NamedTuple):
     key_bias: Tensor | None
     key_padding_mask: Tensor | None
     attn_mask: Tensor | None
+    starts: Tensor | None
     dropout_seed: Tensor | None
     y: Tensor
     lse: Tensor
@@ -97,6 +99,7 @@ def rel_attention(
     key_bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    starts: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     context: tuple[int, int] = (-1, -1),
@@ -117,6 +120,9 @@ def rel_attention(
         key_bias: (B or 1, H or 1, K): added to the scores of a key after the division by √d.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
+        starts: int64 (R,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
+            different recordings do not see each other, and frames outside of all see nothing. Their order does not
+            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
             give the same weights on every backend.
@@ -153,6 +159,7 @@ def rel_attention(
             key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_contiguous())
         )
         and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_contiguous()))
+        and (starts is None or (type(starts) in PLAIN and starts.is_contiguous()))
         and (dropout_seed is None or (type(dropout_seed) in PLAIN and dropout_seed.is_contiguous()))
         and type(dropout_p) is float
         and (dropout_p >= 0 and dropout_p < 1)
@@ -181,11 +188,12 @@ def rel_attention(
             ):
                 return apply(
                     kernels, True, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                    key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                    key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size,
+                    soft_cap,
                 )  # fmt: skip
             y, _ = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_seed, dropout_p, *context, chunk_size, soft_cap,
+                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap,
             )  # fmt: skip
             return y
         except NOT_MINE:
@@ -194,11 +202,11 @@ def rel_attention(
             # tells what is wrong with the arguments, if anything is
             check(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
             )  # fmt: skip
             raise
     check(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_p, dropout_seed, context, chunk_size, soft_cap,
     )  # fmt: skip
     if is_compiling() or not (
@@ -213,39 +221,40 @@ def rel_attention(
         and (key_bias is None or type(key_bias) in PLAIN)
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
         and (dropout_seed is None or type(dropout_seed) in PLAIN)
     ):
         return traced(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap),
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap),
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:
         names = under_autocast(
             cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
         (
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, _,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, _,
         ) = names  # fmt: skip
         kernels = family.kernels(q)
         if kernels is None:
             return formula(
                 q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
-                key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+                key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts,
                 dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
                 soft_cap=soft_cap,
             )  # fmt: skip
@@ -263,17 +272,17 @@ def rel_attention(
         ):
             return apply(
                 kernels, False, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
             )  # fmt: skip
         y, _ = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, False,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
     return y
@@ -291,6 +300,7 @@ def check(
     key_bias: Tensor | None,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
+    starts: Tensor | None,
     dropout_p: float,
     dropout_seed: Tensor | None,
     context: tuple[int, int],
@@ -436,6 +446,19 @@ def check(
             op.wrong_shape("attn_mask", attn_mask, f"{listed(T, K)} or {listed(B, T, K)}")
         if attn_mask.device != q.device:
             op.wrong_device("attn_mask", attn_mask, "q", q)
+    if starts is not None:
+        if not isinstance(starts, Tensor) or starts.dtype not in INT64 or starts.layout is not torch.strided:
+            op.wrong_tensor("starts", starts, "an int64 tensor")
+        shape, right = starts.shape, False
+        if len(shape) == 1:
+            R = shape[0]
+            right = R >= 1
+        if not right:
+            op.wrong_shape("starts", starts, f"{listed('R')}, R >= 1")
+        if starts.device != q.device:
+            op.wrong_device("starts", starts, "q", q)
+    else:
+        R = 0
     if dropout_seed is not None:
         if (
             not isinstance(dropout_seed, Tensor)
@@ -466,23 +489,23 @@ def check(
             op.wrong_dtype("key_bias", key_bias, "q", q)
     _check(
         op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-        attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap),
+        attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap),
     )  # fmt: skip
 
 
 def traced(
-    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, dropout_p,
-    dropout_seed, context, chunk_size, soft_cap,
+    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
+    dropout_p, dropout_seed, context, chunk_size, soft_cap,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rel_attention", q):
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
         )  # fmt: skip
     y, _ = operator(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_p, dropout_seed, context, chunk_size, soft_cap,
         is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
     )  # fmt: skip
@@ -491,7 +514,7 @@ def traced(
 
 def run_kernels(
     kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+    starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(q)
@@ -500,8 +523,8 @@ def run_kernels(
     y, lse = kernels.forward(
         operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
         operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype), operand(key_bias,
-        dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None),
-        dropout_p, *context, chunk_size, soft_cap,
+        dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None),
+        operand(dropout_seed, None), dropout_p, *context, chunk_size, soft_cap,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -516,8 +539,8 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 def under_autocast(
     dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, keep=False,
+    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
+    chunk_size=1, soft_cap=0.0, keep=False,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
@@ -535,6 +558,7 @@ def under_autocast(
         key_bias,
         key_padding_mask,
         attn_mask,
+        starts,
         dropout_p,
         dropout_seed,
         context,
@@ -549,22 +573,22 @@ class RelAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
     ):  # fmt: skip
         if direct:
             y, lse = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_seed, dropout_p, *context, chunk_size, soft_cap,
+                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap,
             )  # fmt: skip
         else:
             y, lse = run_kernels(
                 kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-                attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
+                attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
             )  # fmt: skip
         y = not_a_view(y)
         ctx.save_for_backward(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_seed, y, lse,
+            starts, dropout_seed, y, lse,
         )  # fmt: skip
         ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap
         return y
@@ -576,13 +600,14 @@ class RelAttention(Function):
         # once: a checkpoint gives them one time
         (
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_seed, y, lse,
+            starts, dropout_seed, y, lse,
         ) = ctx.saved_tensors  # fmt: skip
         kernels, direct, dropout_p, context, chunk_size, soft_cap = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = transformed_gradients(
                 op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,)),
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap,)),
             )  # fmt: skip
             return (
                 None,
@@ -603,11 +628,13 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         if direct:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
                 grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, *context, chunk_size, soft_cap,
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, *context, chunk_size,
+                soft_cap,
             )  # fmt: skip
             return (
                 None,
@@ -628,17 +655,19 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-                key_bias, key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap,)),
+                key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context,
+                chunk_size, soft_cap,)),
             )  # fmt: skip
         return (
             None,
@@ -659,12 +688,13 @@ class RelAttention(Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def differentiate(
     kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-    attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(q) if kernels.backend == "cpu" else None
@@ -672,7 +702,7 @@ def differentiate(
         operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
         operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
         dtype), operand(key_bias, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
-        operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
+        operand(starts, None), operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
     )  # fmt: skip
     if d_q is not None and d_q.dtype is not q.dtype:
         d_q = d_q.to(q.dtype)
@@ -707,25 +737,25 @@ def differentiate(
 # --------------------------------------------------------------------------- the registered operator
 def run(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, keep=False,
+    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
+    chunk_size=1, soft_cap=0.0, keep=False,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     try:
         y, lse = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
         )  # fmt: skip
     if not keep:
         lse = lse.new_empty(0)
@@ -734,8 +764,8 @@ def run(
 
 def fake(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, keep=False,
+    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
+    chunk_size=1, soft_cap=0.0, keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(q) is not None
     B = q.shape[0]
@@ -743,6 +773,7 @@ def fake(
     H = q.shape[2]
 
     E = v.shape[3]
+
     return torch.empty((B, T, H, E), dtype=promoted(q), device=q.device), torch.empty(
         (B, H, T) if keep else (0,), dtype=wide(q), device=q.device
     )
@@ -750,13 +781,13 @@ def fake(
 
 def set_up(ctx, inputs, output):
     (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
     ) = inputs  # fmt: skip
     y, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_seed, y, lse,
     )  # fmt: skip
     ctx.rest = dropout_p, context, chunk_size, soft_cap, keep
@@ -764,18 +795,18 @@ def set_up(ctx, inputs, output):
 
 def backward(ctx, grad_y, *_):
     (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_seed, y, lse,
     ) = ctx.saved_tensors  # fmt: skip
     dropout_p, context, chunk_size, soft_cap, keep = ctx.rest
     if not keep:
         _, lse = operator(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
         )  # fmt: skip
     d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = as_tuple(
         backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+        key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
     )  # fmt: skip
     return (
         d_q,
@@ -795,29 +826,33 @@ def backward(ctx, grad_y, *_):
         None,
         None,
         None,
+        None,
     )
 
 
 def run_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = formula_gradients(
             op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-            key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+            key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+            soft_cap),
         )  # fmt: skip
     else:
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap),
             )  # fmt: skip
     return (
         d_q.contiguous(),
@@ -834,7 +869,7 @@ def run_backward(
 
 def fake_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -852,9 +887,9 @@ def fake_backward(
 backward_operator = register(
     "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
     "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, "
-    "SymInt[2] context, SymInt chunk_size, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor)",
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
+    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap) -> (Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
@@ -862,9 +897,9 @@ backward_operator = register(
 operator = register(
     "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
     "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_bias=None, Tensor? "
-    "key_padding_mask=None, Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, "
-    "SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, bool keep=False) -> (Tensor, "
-    "Tensor)",
+    "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, float dropout_p=0.0, Tensor? "
+    "dropout_seed=None, SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, bool "
+    "keep=False) -> (Tensor, Tensor)",
     run,
     fake,
     setup_context=set_up,
