@@ -12,6 +12,7 @@ from fastasr.kernels._rel_attention_scores import (
     band,
     context,
     gates,
+    is_spanned,
     keys_seen,
     of_head,
     offset_biases,
@@ -75,9 +76,9 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA,
     frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
-    g_batch, mask_batch, c_batch, c_head, threshold, scale, factor, cap,
+    g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +89,8 @@ def statistics_kernel(
     i = block * BLOCK + lanes
     keep_i = i < frames
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
-    tensors = (Q, K, V, POS, U, W, head)
+    span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
+    tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
@@ -122,9 +124,10 @@ def statistics_kernel(
     do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
 )
 def queries_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS, DGATE,
-    frames, keys, chunk, left, right, recordings, start_row, rows, batch, blocks, all_blocks, heads, q_time,
-    v_time, q_batch, k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, ds_row, threshold, scale, factor, cap,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
+    DGATE, frames, keys, chunk, left, right, recordings, start_row, rows, batch, blocks, all_blocks, heads, q_time,
+    v_time, q_batch, k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind,
+    ds_row, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +144,8 @@ def queries_kernel(
     keep_i = local < rows
     once = tl.program_id(1) == 0
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
-    tensors = (Q, K, V, POS, U, W, head)
+    span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
+    tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
@@ -204,34 +208,60 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
 def offsets_kernel(
-    DS, POS, CONTENT, DQ, PARTS, STARTS, frames, keys, chunk, left, right, recordings, first_block, batch, blocks,
-    all_blocks, heads, q_time, q_batch, ds_row, scale,
+    DS, Q, POS, EDGES, W, CONTENT, DQ, PARTS, SUMS, STARTS, frames, keys, chunk, left, right, recordings, first_block,
+    batch, blocks, all_blocks, heads, q_time, q_batch, side, r_time, r_head, before, behind, ds_row, scale,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dq = CONTENT + dS' R of a block of channels and of queries, out of the ``blocks`` that DS holds, and sums
-    of dS' R.
+    of dS' R. With a span it also writes to SUMS what keys beyond it, those with R's first and last row, add to these.
     """
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = (first_block + block) * BLOCK + lanes
-    POS += head * DIM
+    span = (EDGES, 0, side, r_time, r_head, before, behind)
+    POS += head * r_head
     DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[:, None] * ds_row
     first = (first_block + block) * BLOCK
     sizes = frames, keys, chunk, left, right, STARTS, recordings
     begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
     base = frames - first - BLOCK + begin
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    first_sum = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
+    last_sum = first_sum
     for start in range(0, tl.cdiv(end - begin, BLOCK) * BLOCK + BLOCK, BLOCK):
         ds = tl.load(DS + (start + lanes)[None, :])  # [BLOCK, BLOCK]
         r = base + start + lanes
-        pos = load_rows(POS, r, q_time, d, (r >= 0) & (r < frames + keys - 1), DIM)  # [BLOCK, BLOCK_D]
-        dq = tl.dot(ds, pos, dq)
+        if EDGES is None:
+            pos = load_rows(POS, r, r_time, d, (r >= 0) & (r < frames + keys - 1), DIM)  # [BLOCK, BLOCK_D]
+            dq = tl.dot(ds, pos, dq)
+        else:
+            distance = r - (keys - 1)
+            at_first, inside = distance <= -before, (distance > -before) & (distance < behind)
+            wide = ds.to(tl.float32)
+            first_sum += sums(tl.where(at_first[None, :], wide, 0.0), 1, PRECISE)
+            last_sum += sums(tl.where((at_first | inside)[None, :], 0.0, wide), 1, PRECISE)
+            if is_spanned(base + start, keys, span, BLOCK):
+                pos = load_rows(POS, distance + before, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
+                dq = tl.dot(ds, pos, dq)
+    part = (sequence * all_blocks + first_block + block) * heads + head
+    if EDGES is not None:
+        last = POS + (before + behind).to(tl.int64) * r_time
+        first_row = tl.load(POS + d, mask=d < DIM, other=0.0).to(tl.float32)
+        last_row = tl.load(last + d, mask=d < DIM, other=0.0).to(tl.float32)
+        first_sum, last_sum = first_sum.to(tl.float32), last_sum.to(tl.float32)
+        dq += first_sum[:, None] * first_row[None, :] + last_sum[:, None] * last_row[None, :]
+        if W is not None:
+            W += head * DIM
+        p = load_rows(Q + sequence * q_batch + head * DIM, i, q_time, d, i < frames, DIM, W).to(tl.float32)
+        out = SUMS + part * DIM + d
+        tl.store(out, sums(p * first_sum[:, None], 0, PRECISE) * scale, mask=d < DIM)
+        out += batch.to(tl.int64) * all_blocks * heads * DIM
+        tl.store(out, sums(p * last_sum[:, None], 0, PRECISE) * scale, mask=d < DIM)
     dq *= scale
     if PARTS is not None:
-        part = sequence * all_blocks + first_block + block
-        tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=d < DIM)
+        tl.store(PARTS + part * DIM + d, sums(dq, 0, PRECISE), mask=d < DIM)
     whole = (i < frames)[:, None] & (d < DIM)[None, :]
     at = sequence * q_batch + head * DIM + i.to(tl.int64)[:, None] * q_time + d[None, :]
     dq += tl.load(CONTENT + at, mask=whole, other=0.0)
@@ -240,10 +270,10 @@ def offsets_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
-    G, Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DK, DV, DKEY_BIAS,
-    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
-    g_batch, mask_batch, c_batch, c_head, s_batch, s_head, threshold, scale, factor, cap,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DK, DV,
+    DKEY_BIAS, frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch,
+    v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, s_batch, s_head, threshold,
+    scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T (q + u) and W^T G of a block of keys and of their channels. Programs of the first block of channels
@@ -256,7 +286,8 @@ def keys_kernel(
     j = block * BLOCK + lanes
     keep_j = j < keys
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
-    tensors = (Q, K, V, POS, U, W, head)
+    span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
+    tensors = (Q, K, V, POS, U, W, head, span)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     row = (sequence * heads + head) * frames
@@ -315,14 +346,15 @@ def keys_kernel(
 )
 def positions_kernel(
     DS, Q, W, GATE, PARTS, BIASES, STARTS, frames, keys, chunk, left, right, recordings, first_block, count, lowest,
-    low, high, each, groups, batch, blocks, heads, q_time, q_batch, ds_row, scale,
-    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    low, high, each,
+    groups, batch, blocks, heads, q_time, q_batch, p_row, p_head, ds_row, scale, DIM: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes PARTS + dS'^T (q + w) of WIDE blocks of offsets and one of channels, over the ``count`` blocks of queries
-    that DS holds of each sequence of a group of ``each``; PARTS is (groups, high - low, heads DIM), for the offsets
-    from ``low`` to ``high``, or None. Programs of the first block of channels also write dS'^T g to BIASES, which is
-    (groups, high - low, heads) or None. Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b,
-    counted from key 0; the first program begins with t = ``lowest``.
+    that DS holds of each sequence of a group of ``each``; PARTS is (groups, high - low, heads, DIM) in the order of
+    its strides p_row and p_head, for the offsets from ``low`` to ``high``, or None. Programs of the first block of
+    channels also write dS'^T g to BIASES, which is (groups, high - low, heads) or None. Offsets r = T + t BLOCK + c are
+    block t + b + 1 of the rows of block b, counted from key 0; the first program begins with t = ``lowest``.
     """
     sizes = frames, keys, chunk, left, right, STARTS, recordings
     head, group, number = place(tl.program_id(0), blocks, groups)
@@ -360,13 +392,43 @@ def positions_kernel(
     r = frames + t * BLOCK + wide
     keep_r = (r >= low) & (r < high)
     if PARTS is not None:
-        out = PARTS + (group * (high - low) + r - low)[:, None] * (heads * DIM) + head * DIM + d[None, :]
+        out = PARTS + group * (high - low) * heads * DIM + head * p_head
+        out += (r - low).to(tl.int64)[:, None] * p_row + d[None, :]
         whole = keep_r[:, None] & (d < DIM)[None, :]
         found = tl.load(out, mask=whole, other=0.0)
         tl.store(out, found + (dr * scale).to(found.dtype), mask=whole)
     if BIASES is not None:
         out = BIASES + (group * (high - low) + r - low) * heads + head
         tl.store(out, db.to(BIASES.dtype.element_ty), mask=keep_r & (tl.program_id(1) == 0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def edges_kernel(
+    Q, POS, W, EDGES, frames, batch, blocks, heads, q_time, q_batch, side, r_time, r_head, before, behind,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes the products of q + w and the first and the last row of R, of a block of queries."""
+    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    Q += sequence * q_batch + head * DIM
+    POS += head * r_head
+    if W is not None:
+        W += head * DIM
+    first = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
+    last = first
+    for start in range(0, DIM, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        p = load_rows(Q, i, q_time, d, i < frames, DIM, W).to(tl.float32)  # [BLOCK, BLOCK_D]
+        row = tl.load(POS + d, mask=d < DIM, other=0.0).to(tl.float32)
+        first += sums(p * row[None, :], 1, PRECISE)
+        row = tl.load(POS + (before + behind).to(tl.int64) * r_time + d, mask=d < DIM, other=0.0).to(
+            tl.float32
+        )
+        last += sums(p * row[None, :], 1, PRECISE)
+    out = EDGES + (sequence * heads + head) * frames + i
+    tl.store(out, first.to(tl.float32), mask=i < frames)
+    tl.store(out + side, last.to(tl.float32), mask=i < frames)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -9,7 +9,20 @@ from fastasr.kernels._attention_tiles import NONE, load_rows, products
 from fastasr.kernels._rel_position_tiles import masked, query_key
 from fastasr.kernels._relative_shift import by_key
 
-SIZES = ["frames", "keys", "chunk", "left", "right", "recordings", "batch", "blocks", "heads", "threshold"]
+SIZES = [
+    "frames",
+    "keys",
+    "chunk",
+    "left",
+    "right",
+    "recordings",
+    "batch",
+    "blocks",
+    "heads",
+    "threshold",
+    "before",
+    "behind",
+]
 UNALIGNED = ["PADDING", "MASK", "STARTS", "SEED"]
 RECORDINGS = tl.constexpr(32)  # starts that are read at a time
 LAST = tl.constexpr(2**31 - 1)
@@ -92,11 +105,13 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 
 
 # --------------------------------------------------------------------------- scores
-# tensors: (Q, K, V, POS, U, W, head); the first three begin at a head of a sequence, the others may be None, because a
-# function returns no None. masks: (PADDING, MASK, sequence, mask_batch,
-# first and end of the keys in the queries' context), the first two may be None. biases: (BIAS, GATE,
-# KEY_BIAS, head, row, heads, c_batch, c_head), where ``row`` is the sequence's first of (sequence, frame), and the last
-# two are strides of KEY_BIAS; each may be None
+# tensors: (Q, K, V, POS, U, W, head, span); the first three begin at a head of a sequence, the others may be None,
+# because a function returns no None. span: (EDGES, row, side, r_time, r_head, before, behind) with the strides of POS
+# between rows and heads, and how many frames before and behind a query have rows; EDGES + row + i is the product of
+# query i and the first row, ``side`` further that of the last one; EDGES is None where every key has a row. masks:
+# (PADDING, MASK, sequence, mask_batch, first and end of the keys in the queries' context), either or None. biases:
+# (BIAS, GATE, KEY_BIAS, head, row, heads, c_batch, c_head), where ``row`` is the sequence's first of (sequence, frame),
+# and the last two are strides of KEY_BIAS; each may be None
 @triton.jit
 def of_head(
     Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
@@ -149,7 +164,7 @@ def _biased(
 @triton.jit
 def queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """Returns (q + u, q + w) of rows, see ``_biased``; q + u twice where there are no positions."""
-    Q, _k, _v, POS, U, W, head = tensors
+    Q, _k, _v, POS, U, W, head, _span = tensors
     content = _biased(Q, U, head, i, q_time, keep, DIM, BLOCK_M, BLOCK_D)
     position = content
     if POS is not None:
@@ -158,24 +173,44 @@ def queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
+def is_spanned(first, keys, span, BLOCK: tl.constexpr):
+    """Says whether any of BLOCK rows of R from ``first`` on, counted as if every key had one, is in the span."""
+    _edges, _row, _side, _r_time, _r_head, before, behind = span
+    distance = first - (keys - 1)
+    return (distance + BLOCK > 1 - before) & (distance < behind)
+
+
+@triton.jit
 def band(
     rows, tensors, i, q_time, keep_i, start, sizes,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Returns the [BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on; zeros, which nothing
-    reads, where there are no positions.
+    reads, where there are no positions. Beyond the span all keys of a query have one product.
     """
-    Q, _k, _v, POS, _u, W, head = tensors
+    Q, _k, _v, POS, _u, W, head, span = tensors
+    EDGES, row, side, r_time, r_head, before, behind = span
     if W is not None:
         W += head * DIM
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if POS is not None:
-        POS += head * DIM
+        POS += head * r_head
         r = start + tl.arange(0, BLOCK_N)
-        keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
-        scores = query_key(
-            rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W
-        )  # fmt: skip
+        if EDGES is None:
+            keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
+            scores = query_key(
+                rows, Q, i, q_time, keep_i, POS, r, r_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W
+            )  # fmt: skip
+        else:
+            distance = r - (sizes[1] - 1)
+            if is_spanned(start, sizes[1], span, BLOCK_N):
+                r = tl.minimum(tl.maximum(distance, -before), behind) + before
+                scores = query_key(
+                    rows, Q, i, q_time, keep_i, POS, r, r_time, r >= 0, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W
+                )  # fmt: skip
+            else:
+                edge = EDGES + row + tl.where(start - (sizes[1] - 1) >= behind, side, 0)
+                scores += tl.load(edge + i, mask=keep_i, other=0.0)[:, None]
     return scores
 
 
@@ -196,7 +231,7 @@ def scores_of(
     """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
     ``rows`` and ``key`` hold q + u and k if they fit a block.
     """
-    Q, K, _v, POS, U, _w, head = tensors
+    Q, K, _v, POS, U, _w, head, _span = tensors
     BIAS, GATE, KEY_BIAS, _head, row, heads, _c_batch, _c_head = biases
     if U is not None:
         U += head * DIM

@@ -3,6 +3,7 @@
 
     s[i, j] = ((q[i] + u) . k[j] + (q[i] + w) . R[T - 1 + j - i]) / sqrt(d), W = softmax_j(s), y = W v
     Under dropout y = (W m) v, see _weights_dropout.py; below, W in dv and dW have the factor m as well
+    Where R ends before and behind the query, further keys have its first or last row
     s may have the parts g[i] b[T - 1 + j - i] and c[j] more, and no part of R. Under a soft cap a it is a tanh(s / a),
     and dS has the factor 1 - (s / a)^2
     With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta) / sqrt(d), and by offset dS'[i, r] =
@@ -17,6 +18,7 @@ Per score, with d channels of q and e of v:
     statistics  BLOCK queries, float32            2 (2 d + e)
     queries     BLOCK queries x channels of q     2 (2 d + e) + 2 channels
     keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns); dc of each head and sequence
+    edges       BLOCK queries                     -; products of q + w with R's first and last row, if R ends
     offsets     BLOCK queries x channels          2 channels; of a piece of dS, which ``queries`` left by offset
     positions   offsets x channels                2 channels; of the same, for a group of sequences; db
     add_parts   1024 numbers                      -; dR and db over the groups, dc over heads or sequences
@@ -42,6 +44,7 @@ from fastasr.kernels._parts import add_tables
 from fastasr.kernels._rel_attention_backward import (
     biases_kernel,
     delta_kernel,
+    edges_kernel,
     keys_kernel,
     offsets_kernel,
     positions_kernel,
@@ -67,9 +70,9 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    Q, K, V, POS, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, Y, LSE,
+    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, Y, LSE,
     frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
-    g_batch, mask_batch, c_batch, c_head, threshold, scale, factor, cap,
+    g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +85,8 @@ def forward_kernel(
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
-    tensors = (Q, K, V, POS, U, W, head)
+    span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
+    tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
@@ -167,6 +171,7 @@ def tiles(
     two = {"num_warps": 2} if rounded(dtype) else {}
     return {
         "forward": forward | crowded | two,
+        "edges": {"BLOCK": 32, "BLOCK_D": common["BLOCK_D"], "num_warps": 4},
         "delta": {"BLOCK": 32, "BLOCK_V": columns, "num_warps": 4},
         "statistics": square | two,  # those of ``queries`` to the last bit, so that rows of dS add up to zero
         "queries": inner | {"BLOCK": 32},
@@ -199,6 +204,8 @@ def rel_attention_forward(
     right: int,
     chunk_size: int,
     soft_cap: float,
+    before: int,
+    behind: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key). All tensors are
     contiguous.
@@ -209,12 +216,14 @@ def rel_attention_forward(
     if not lse.numel():
         return y, lse
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
-    tile = _tiles(q, v, attn_mask, dropout_p, window)["forward"]
+    shapes = _tiles(q, v, attn_mask, dropout_p, window)
+    tile, span = shapes["forward"], _span(q, pos, before, behind)
+    edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
-        q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
+        q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
         as_bytes(key_padding_mask), as_bytes(attn_mask), starts, dropout_seed if dropout_p else None, y, lse,
-        *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_shared(key_bias),
+        *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_shared(key_bias), *span,
         *_last(dim, dropout_p, soft_cap),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
     )  # fmt: skip
@@ -232,6 +241,36 @@ def _shared(key_bias: torch.Tensor | None) -> tuple[int, int]:
         return 0, 0
     batch, heads, _ = key_bias.shape
     return key_bias.stride(0) * (batch > 1), key_bias.stride(1) * (heads > 1)
+
+
+def _span(
+    q: torch.Tensor, pos: torch.Tensor | None, before: int, behind: int
+) -> tuple[int, int, int, int, int]:
+    """Returns the kernels' (side, r_time, r_head, before, behind), see ``scores_of``."""
+    batch, frames, heads, _ = q.shape
+    if pos is None:
+        return 0, 0, 0, 0, 0
+    return batch * heads * frames, pos.stride(0), pos.stride(1) * (pos.shape[1] > 1), before, behind
+
+
+def _edges(
+    q: torch.Tensor,
+    pos: torch.Tensor | None,
+    bias_v: torch.Tensor | None,
+    span: tuple[int, int, int, int, int],
+    before: int,
+    tile: dict[str, int],
+) -> torch.Tensor | None:
+    """Returns the products (2, B, H, T) with the first and the last row of R, None where every key has a row."""
+    if pos is None or before < 0:
+        return None
+    batch, frames, heads, dim = q.shape
+    edges = q.new_empty(2, batch, heads, frames, dtype=torch.float32)
+    blocks = cdiv(frames, tile["BLOCK"])
+    launch(edges_kernel, (heads * batch * blocks,),
+        q, pos, bias_v, edges, frames, batch, blocks, heads, q.stride(1), q.stride(0), *span, DIM=dim, **tile,
+    )  # fmt: skip
+    return edges
 
 
 def _last(dim: int, dropout_p: float, soft_cap: float) -> tuple[int, float, float, float | None]:
@@ -303,6 +342,8 @@ def rel_attention_backward(
     right: int,
     chunk_size: int,
     soft_cap: float,
+    before: int,
+    behind: int,
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns the gradients of the nine tensors, None for those that are None. All tensors are contiguous."""
     batch, frames, heads, dim = q.shape
@@ -317,10 +358,12 @@ def rel_attention_backward(
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
-    strides = *_strides(q, k, v, grad), mask_stride(attn_mask), *_shared(key_bias)
+    span = _span(q, pos, before, behind)
+    strides = *_strides(q, k, v, grad), mask_stride(attn_mask), *_shared(key_bias), *span
     last = _last(dim, dropout_p, soft_cap)
+    edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     operands = (
-        grad, q, k, v, pos, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
+        grad, q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
         as_bytes(key_padding_mask), as_bytes(attn_mask), starts, dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -349,17 +392,29 @@ def rel_attention_backward(
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)
-    groups = cdiv(batch, each)
-    low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, frames + k.shape[1] - 1)
+    groups, keys = cdiv(batch, each), k.shape[1]
+    low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, frames + keys - 1)
+    first_row, last_row = low, high  # the offsets of dR's rows that ``positions`` adds up
+    if edges is not None:  # those between the first row and the last one
+        first_row = max(low, keys - before)
+        last_row = max(first_row, min(high, keys - 1 + behind))
     parts, bias_parts = None, None
     if pos is not None:
-        parts = torch.zeros(groups, high - low, width, dtype=shares, device=q.device)
+        parts = torch.zeros(groups, last_row - first_row, width, dtype=shares, device=q.device)
     if (
         offset_bias is not None
     ):  # a table of each piece: adding to numbers that several threads read would be a race
         shape = cdiv(blocks, step), groups, high - low, heads
         bias_parts = torch.zeros(shape, dtype=shares, device=q.device)
+    tables = [(parts, bias_parts, low, high)]
+    if edges is not None:
+        tables = [(parts, None, first_row, last_row), (None, bias_parts, low, high)]
+    shared = (
+        pos is not None and pos.shape[1] < heads
+    )  # then heads come before rows, as groups do: all are added
+    order = (dim, (last_row - first_row) * dim) if shared else (width, dim)
     sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
+    edge_sums = None if edges is None else torch.empty_like(sums_of)
     columns, of_products = (cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
     for first in range(0, blocks, step):
         count = min(step, blocks - first)
@@ -370,24 +425,38 @@ def rel_attention_backward(
         )  # fmt: skip
         if pos is not None:
             launch(offsets_kernel, (pairs * count, of_products),
-                ds, pos, content, dq, None if bias_v is None else sums_of[1], starts,
+                ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, starts,
                 *sizes, first, batch, count, blocks, heads,
-                q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
+                q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
             )  # fmt: skip
-        if not by_offset:
-            continue
-        here = max(lowest, -first - count)  # offsets of the piece, in blocks
-        tall = cdiv(min(highest, cdiv(k.shape[1], block) - 1 - first) - here + 1, of_program)
-        launch(positions_kernel, (heads * groups * tall, 1 if pos is None else of_products),
-            ds, q, bias_v, offset_gate, parts, None if bias_parts is None else bias_parts[first // step], starts,
-            *sizes, first, count, here, low, high, each, groups, batch, tall, heads,
-            q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
+        for found, biases, begin, end in tables:
+            here = max((begin - frames) // block, -first - count)  # offsets of the piece, in blocks
+            tall = cdiv(
+                min((end - 1 - frames) // block, cdiv(keys, block) - 1 - first) - here + 1, of_program
+            )
+            if tall > 0 and (found is not None or biases is not None):
+                launch(positions_kernel, (heads * groups * tall, 1 if found is None else of_products),
+                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[first // step], starts,
+                    *sizes, first, count, here, begin, end, each, groups, batch, tall, heads,
+                    q.stride(1), q.stride(0), *order, row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
+                )  # fmt: skip
+    if dpos is not None:
+        if window or edges is not None:  # the other offsets have no pair
+            dpos.zero_()
+        at = first_row if edges is None else first_row - (keys - 1) + before
+        inner = dpos[at : at + last_row - first_row]
+        if inner.numel():
+            add_tables(parts, inner, parts.numel() // inner.numel())
+    if dbias is not None:
+        if window:
+            dbias.zero_()
+        add_tables(bias_parts, dbias[low:high], bias_parts.shape[:2].numel())
+    if edge_sums is not None:
+        ends = [dpos[0], dpos[-1]][: dpos.shape[0]]  # one row is both
+        columns_of = ends[0].numel()
+        launch(biases_kernel, (cdiv(columns_of, BIASES["BLOCK_C"]), len(ends)),
+            edge_sums, ends[0], ends[-1], edge_sums.numel() // columns_of // len(ends), columns_of, **BIASES,
         )  # fmt: skip
-    for found, of in ((parts, dpos), (bias_parts, dbias)):
-        if found is not None:
-            if window:  # the other offsets have no pair
-                of.zero_()
-            add_tables(found, of[low:high], found.shape[:-2].numel())
     if bias_u is not None or bias_v is not None:
         launch(biases_kernel, (cdiv(width, BIASES["BLOCK_C"]), 1 if bias_v is None else 2),
             sums_of, du, dw, batch * blocks, width, **BIASES,
@@ -399,7 +468,7 @@ def rel_attention_backward(
     of_pairs, s_batch, s_head = None, 0, 0
     if dkey_bias is not None:
         # heads before sequences where heads share the bias: a sum over the first axes is then a sum of tables
-        keys, by_head = k.shape[1], dkey_bias.shape[1] == 1
+        by_head = dkey_bias.shape[1] == 1
         s_batch, s_head = (keys, batch * keys) if by_head else (heads * keys, keys)
         of_pairs = torch.empty(pairs * keys, dtype=shares, device=q.device)
     launch(keys_kernel, (pairs * blocks, columns),

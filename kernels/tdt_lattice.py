@@ -235,17 +235,17 @@ def tdt_lattice_forward(
 
 def tdt_lattice_backward(
     grad: torch.Tensor | None, scores: torch.Tensor, shares: torch.Tensor, durations: torch.Tensor,
-    boundary: torch.Tensor | None, frames: int, row: int,
+    boundary: torch.Tensor | None, frames: int, symbols: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Returns the gradients of x, y and z for ``grad`` (B,) of the scores; None stands for 1."""
-    batch, count = scores.shape[0], durations.shape[0]
-    dx, dy = (scores.new_zeros(batch, frames, n) for n in (row - 1, row))
+    batch, count, row = scores.shape[0], durations.shape[0], symbols + 1
+    dx, dy = (scores.new_zeros(batch, frames, n) for n in (symbols, row))
     dz = scores.new_zeros(batch, frames, row, count)
     if not batch:
         return dx, dy, dz
-    lanes, warps = _lanes(row - 1)
+    lanes, warps = _lanes(symbols)
     launch(backward_kernel, (batch,),
         grad, scores, shares, durations, boundary, dx, dy, dz, scores.new_empty(batch, frames + 1, row),
-        row - 1, frames, count, BLOCK=lanes, num_warps=warps,
+        symbols, frames, count, BLOCK=lanes, num_warps=warps,
     )  # fmt: skip
     return dx, dy, dz

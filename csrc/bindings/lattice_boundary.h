@@ -20,9 +20,7 @@ inline std::vector<Boundary> checked_boundaries(const Optional& boundary, int64_
                                                 int64_t frames, const char* op) {
   std::vector<Boundary> out(static_cast<size_t>(batch), Boundary{0, 0, symbols, frames});
   if (!boundary.has_value()) return out;
-  const Tensor& t = *boundary;
-  check(is_dense(t, ScalarType::Long, {batch, 4}), op, "boundary");
-  const int64_t* p = data<int64_t>(t);
+  const int64_t* p = data<int64_t>(*boundary);
   for (Boundary& b : out) {
     b = {p[0], p[1], p[2], p[3]};
     check(0 <= b.s_begin && b.s_begin <= b.s_end && (symbols < 0 || b.s_end <= symbols) && 0 <= b.t_begin &&

@@ -33,6 +33,8 @@ RelAttentionOperands<T> operands(const auto& a) {
 
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+void zero(Tensor t) { torch::stable::zero_(t); }
+
 // The gradients of the operands; those of absent ones have no elements.
 struct RelAttentionResults {
   Tensor q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias;
@@ -53,10 +55,7 @@ struct RelAttentionResults {
 
   Nine all() const { return {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias}; }
   void clear() const {
-    for (const Tensor& t : {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias}) {
-      Tensor cleared = t;
-      torch::stable::zero_(cleared);
-    }
+    for (const Tensor& t : {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias}) zero(t);
   }
   template <typename T>
   RelAttentionGradients<T> gradients() const {
@@ -74,7 +73,7 @@ cpu::WeightsDropout dropout_of(double p, uint64_t seed) {
 std::vector<cpu::Recording> recordings_of(const auto& a) {
   if (!a.starts) return {};
   const int64_t* const values = data<int64_t>(*a.starts);
-  std::vector<int64_t> starts(values, values + a.R);
+  std::vector<int64_t> starts(values, values + a.N);
   std::sort(starts.begin(), starts.end());
   std::vector<cpu::Recording> found;
   for (int64_t i = 0; i < a.T; i++) {
@@ -90,11 +89,23 @@ RelAttention problem(const auto& a, const std::vector<cpu::Recording>& recording
   RelAttention r{};
   AttentionProblem& p = r.problem;
   p.batch = a.B, p.frames = a.T, p.heads = a.H, p.query_dim = p.pos_dim = a.D, p.left = a.K - a.T;
-  p.pos_batch = a.pos.has_value(), p.chunk = p.left_chunks = -1, r.value_dim = a.E;
+  p.chunk = p.left_chunks = -1, r.value_dim = a.E;
   p.padding = data_or_null<uint8_t>(a.key_padding_mask);
   p.mask = data_or_null<uint8_t>(a.attn_mask);
   p.mask_per_sequence = a.attn_mask && a.attn_mask->dim() == 3;
   check(a.pos.has_value() || !a.bias_v.has_value(), a.kName, "bias_v without pos");
+  if (a.pos) {
+    const auto [before, behind] = a.pos_span;
+    const bool spanned = before >= 0;
+    check(spanned == (behind >= 0) && (spanned ? a.R - 1 - before == behind : a.R == p.offsets()), a.kName,
+          "pos has another number of rows");
+    r.pos_heads = a.pos->size(1);
+    r.span = {a.K - 1, a.T - 1};
+    if (spanned) {
+      r.span = {std::min(before, r.span.left), std::min(behind, r.span.right)};
+      r.span.first = before - r.span.left;
+    }
+  }
   check(a.offset_bias.has_value() || !a.offset_gate.has_value(), a.kName, "offset_gate without offset_bias");
   r.has_offset_bias = a.offset_bias.has_value();
   if (a.key_bias) r.key_bias_batch = a.key_bias->size(0), r.key_bias_heads = a.key_bias->size(1);
@@ -138,7 +149,7 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = operands<T>(call);
     const int64_t pairs = a.heads * a.batch, kt_size = r.keys_transposed_size(), v_size = r.values_size();
-    const int64_t rt_size = r.positions_transposed_size();
+    const int64_t rt_size = r.positions_transposed_size(), tables = r.tables();
     if constexpr (std::is_same_v<T, float>) {
       if (r.has_few_queries()) {
         parallel_tasks(pairs, kt_size + v_size, [&](int64_t begin, int64_t end) {
@@ -150,11 +161,11 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call
         return;
       }
     }
-    const Scratch<C> workspace(pairs * (kt_size + v_size) + a.heads * rt_size);
+    const Scratch<C> workspace(pairs * (kt_size + v_size) + tables * rt_size);
     C *const kt = workspace.data(), *const values = kt + pairs * kt_size, *const rt = values + pairs * v_size;
-    parallel_steps(a.heads + pairs, (kt_size + v_size) / 4, [&](int64_t begin, int64_t end) {
+    parallel_steps(tables + pairs, (kt_size + v_size) / 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        const int64_t pair = i - a.heads;
+        const int64_t pair = i - tables;
         if (pair < 0)
           kernel.pack_positions(r, t, i, rt + i * rt_size, static_cast<C*>(nullptr));
         else
@@ -169,8 +180,9 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call
       const Scratch<C> scratch(r.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t pair = i / tasks, first = i % tasks * rows;
-        kernel.forward(r, ranges.data(), t, kt + pair * kt_size, values + pair * v_size, rt + pair / a.batch * rt_size,
-                       pair, first, std::min(first + rows, a.frames), yp, lp, scratch.data());
+        kernel.forward(r, ranges.data(), t, kt + pair * kt_size, values + pair * v_size,
+                       rt + r.table_of(pair / a.batch) * rt_size, pair, first, std::min(first + rows, a.frames), yp, lp,
+                       scratch.data());
       }
     });
   });
@@ -184,6 +196,7 @@ Nine rel_attention_backward(const RelAttentionBackward& call) {
   const AttentionProblem& a = r.problem;
   const Tensor& grad = call.grad_y;
   const RelAttentionResults results(call);
+  if (call.pos && r.span.rows() < call.R) zero(results.pos);
   if (grad.numel() == 0) {
     results.clear();
     return results.all();
@@ -198,14 +211,14 @@ Nine rel_attention_backward(const RelAttentionBackward& call) {
     // shape.
     const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, a.batch);
     const int64_t each = (a.batch + wanted - 1) / wanted, parts = (a.batch + each - 1) / each, tasks = a.heads * parts;
-    const int64_t rt_size = r.positions_transposed_size(), r_size = r.positions_size(), width = 2 * a.query_dim;
-    const int64_t o_size = r.offsets_size();
-    const Scratch<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
+    const int64_t rt_size = r.positions_transposed_size(), r_size = r.positions_size(), width = r.biases_size();
+    const int64_t o_size = r.offsets_size(), tables = r.tables();
+    const Scratch<C> workspace(tables * (rt_size + r_size) + tasks * r_size);
     const int64_t c_size = r.key_sums_size();
     const Scratch<double> biases(tasks * (width + o_size) + a.heads * a.batch * c_size);
     double *const offsets = biases.data() + tasks * width, *const by_key = offsets + tasks * o_size;
-    C *const rt = workspace.data(), *const rows = rt + a.heads * rt_size, *const sums = rows + a.heads * r_size;
-    parallel_tasks(a.heads, rt_size + r_size, [&](int64_t begin, int64_t end) {
+    C *const rt = workspace.data(), *const rows = rt + tables * rt_size, *const sums = rows + tables * r_size;
+    parallel_tasks(tables, rt_size + r_size, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++) kernel.pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
     });
     const T* gp = data<T>(grad);
@@ -213,7 +226,7 @@ Nine rel_attention_backward(const RelAttentionBackward& call) {
     parallel_tasks(tasks, each * pairs_work(a.frames, a.keys(), backward_channels(r)), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
-        const int64_t h = i / parts, first = i % parts * each;
+        const int64_t h = i / parts, first = i % parts * each, table = r.table_of(h);
         RelAttentionSums<C> own{sums + i * r_size, biases.data() + i * width, offsets + i * o_size};
         std::fill_n(own.positions, r_size, C(0));
         std::fill_n(own.biases, width, 0.0);
@@ -221,7 +234,7 @@ Nine rel_attention_backward(const RelAttentionBackward& call) {
         for (int64_t pair = h * a.batch + first; pair < h * a.batch + std::min(first + each, a.batch); pair++) {
           own.keys = by_key + pair * c_size;
           std::fill_n(own.keys, c_size, 0.0);
-          kernel.backward(r, ranges.data(), gp, t, rt + h * rt_size, rows + h * r_size, pair, gradients, own,
+          kernel.backward(r, ranges.data(), gp, t, rt + table * rt_size, rows + table * r_size, pair, gradients, own,
                           scratch.data());
         }
       }
@@ -280,8 +293,9 @@ struct PackedSequences {
       const int64_t first = starts[i];
       One one{{}, all_rows, first, {0, lengths[i], -1}};
       AttentionProblem& a = one.r.problem;
-      a.batch = a.pos_batch = 1, a.frames = lengths[i], a.heads = heads, a.query_dim = a.pos_dim = dim;
+      a.batch = 1, a.frames = lengths[i], a.heads = heads, a.query_dim = a.pos_dim = dim;
       a.chunk = a.left_chunks = -1, one.r.value_dim = value_dim;
+      one.r.pos_heads = heads, one.r.span = {lengths[i] - 1, lengths[i] - 1};
       one.t.q += first * heads * dim, one.t.k += first * heads * dim, one.t.v += first * heads * value_dim;
       one.t.pos += (longest - lengths[i]) * heads * dim;
       if (seeds) one.r.dropout = dropout_of(t.dropout_p, static_cast<uint64_t>(seeds[i]));
@@ -351,7 +365,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
     const int64_t heads = longest.problem.heads, count = sequences.count(), dim = longest.problem.query_dim;
     // Parts of the sequences have sums of their own. Their number depends on the shape.
     const int64_t parts = std::clamp<int64_t>((32 + heads - 1) / heads, 1, count), tasks = heads * parts;
-    const int64_t rt_size = longest.positions_transposed_size(), r_size = longest.positions_size(), width = 2 * dim;
+    const int64_t rt_size = longest.positions_transposed_size(), r_size = longest.positions_size(),
+                  width = longest.biases_size();
     const Scratch<C> workspace(tasks * r_size);
     const Scratch<double> biases(tasks * width);
     C* const sums = workspace.data();

@@ -6,26 +6,28 @@
 
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
+#include "bindings/written/rnnt_lattice.h"
 
 namespace fastasr::bindings::rnnt_lattice {
 namespace {
 
-std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y, const Optional& boundary, bool keep) {
-  const char* op = "rnnt_lattice_forward";
-  check_like(x, x, op, "symbol_logprobs");
-  check_like(y, x, op, "blank_logprobs");
-  check(x.dim() == 3 && y.dim() == 3 && y.size(0) == x.size(0) && y.size(1) == x.size(1) + 1, op, "sizes");
-  const int64_t batch = x.size(0), symbols = x.size(1), width = x.size(2), frames = y.size(2);
-  check(width == frames || width == frames + 1, op, "columns of symbol_logprobs");
-  const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, symbols, frames, op);
-  const cpu::LatticeSize whole{symbols, frames, width > frames};
+cpu::LatticeSize size_of(const auto& a) {
+  check(a.W == a.T || a.W == a.T + 1, a.kName, "columns of symbol_logprobs");
+  return {a.S, a.T, a.W > a.T};
+}
+
+std::tuple<Tensor, Tensor> rnnt_lattice_forward(const RnntLatticeForward& a) {
+  const Tensor &x = a.symbol_logprobs, &y = a.blank_logprobs;
+  const int64_t batch = a.B, symbols = a.S, width = a.W, frames = a.T;
+  const cpu::LatticeSize whole = size_of(a);
+  const std::vector<Boundary> boundaries = checked_boundaries(a.boundary, batch, symbols, frames, a.kName);
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   Tensor scores = new_pooled(x, {batch});
-  Tensor shares = keep ? new_pooled(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
-  with_compute_type(dtype_of(x), op, [&]<typename C>() {
+  Tensor shares = a.keep ? new_pooled(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
+  with_compute_type(dtype_of(x), a.kName, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
-    C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
+    C *sp = mutable_data<C>(scores), *kept = a.keep && slab ? mutable_data<C>(shares) : nullptr;
     parallel_tasks(batch, slab, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::lattice_scratch(symbols));
       for (int64_t i = begin; i < end; i++) {
@@ -60,23 +62,17 @@ void fill_outside(C* d, int64_t rows, int64_t width, int64_t begin, int64_t end,
   std::fill(d + end * width, d + rows * width, C(0));
 }
 
-std::tuple<Tensor, Tensor> rnnt_lattice_backward(const Optional& grad, const Tensor& scores, const Tensor& shares,
-                                                 const Optional& boundary, int64_t symbols, int64_t width,
-                                                 int64_t frames) {
-  const char* op = "rnnt_lattice_backward";
-  check_like(scores, scores, op, "scores");
-  check_like(shares, scores, op, "shares");
-  check(scores.dim() == 1 && symbols >= 0 && frames >= 0 && (width == frames || width == frames + 1), op, "sizes");
-  const int64_t batch = scores.size(0);
-  if (grad.has_value()) check_same_size(*grad, scores, op, "grad");
-  const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, symbols, frames, op);
-  const cpu::LatticeSize whole{symbols, frames, width > frames};
+std::tuple<Tensor, Tensor> rnnt_lattice_backward(const RnntLatticeBackward& a) {
+  const Tensor &scores = a.scores, &shares = a.shares;
+  const int64_t batch = a.B, symbols = a.S, width = a.W, frames = a.T;
+  const cpu::LatticeSize whole = size_of(a);
+  const std::vector<Boundary> boundaries = checked_boundaries(a.boundary, batch, symbols, frames, a.kName);
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
-  check(shares.numel() == batch * slab, op, "shares");
+  check(shares.numel() == batch * slab, a.kName, "shares");
   Tensor dx = new_pooled(scores, {batch, symbols, width}), dy = new_pooled(scores, {batch, symbols + 1, frames});
-  with_compute_type(dtype_of(scores), op, [&]<typename C>() {
+  with_compute_type(dtype_of(scores), a.kName, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
-    const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
+    const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
     parallel_tasks(batch, slab, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::lattice_scratch(symbols));
@@ -102,11 +98,6 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const Optional& grad, const Ten
 
 }  // namespace
 
-FASTASR_OPERATORS({"rnnt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? boundary, "
-                   "bool keep) -> (Tensor,Tensor)",
-                   Boxed<rnnt_lattice_forward>::call},
-                  {"rnnt_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor? boundary, "
-                   "int symbols, int width, int frames) -> (Tensor,Tensor)",
-                   Boxed<rnnt_lattice_backward>::call})
+FASTASR_OPERATORS(written<rnnt_lattice_forward>, written<rnnt_lattice_backward>)
 
 }  // namespace fastasr::bindings::rnnt_lattice

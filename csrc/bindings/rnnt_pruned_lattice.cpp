@@ -6,6 +6,7 @@
 
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
+#include "bindings/written/rnnt_pruned_lattice.h"
 
 namespace fastasr::bindings::rnnt_pruned_lattice {
 namespace {
@@ -20,17 +21,16 @@ int64_t band_grain(const cpu::BandSize& size) {
 
 // Returns every sequence's boundary; without one it reaches from (0, 0) to the top of the last window. starts must not
 // decrease.
-std::vector<Boundary> checked_band(const Tensor& starts, const Optional& boundary, int64_t window, const char* op) {
-  check(dtype_of(starts) == ScalarType::Long && starts.is_contiguous() && starts.dim() == 2, op, "starts");
-  const int64_t batch = starts.size(0), frames = starts.size(1);
-  std::vector<Boundary> out = checked_boundaries(boundary, batch, -1, frames, op);
-  const int64_t* p = data<int64_t>(starts);
-  for (int64_t b = 0; b < batch; b++, p += frames) {
+std::vector<Boundary> checked_band(const auto& a) {
+  const int64_t frames = a.T;
+  std::vector<Boundary> out = checked_boundaries(a.boundary, a.B, -1, frames, a.kName);
+  const int64_t* p = data<int64_t>(a.starts);
+  for (int64_t b = 0; b < a.B; b++, p += frames) {
     int64_t before = 0;
     bool ok = true;
     for (int64_t t = 0; t < frames; t++) ok = ok && p[t] >= before, before = p[t];
-    check(ok, op, "starts decrease or are negative");
-    if (!boundary.has_value()) out[static_cast<size_t>(b)] = {0, 0, frames ? p[frames - 1] + window - 1 : 0, frames};
+    check(ok, a.kName, "starts decrease or are negative");
+    if (!a.boundary) out[static_cast<size_t>(b)] = {0, 0, frames ? p[frames - 1] + a.R - 1 : 0, frames};
   }
   return out;
 }
@@ -60,23 +60,18 @@ int64_t fill_group(Group<C>& group, int64_t index, const std::vector<Boundary>& 
   return count;
 }
 
-std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Tensor& y, const Tensor& starts,
-                                                       const Optional& boundary, bool modified, bool keep) {
-  const char* op = "rnnt_pruned_lattice_forward";
-  check_like(x, x, op, "symbol_logprobs");
-  check_like(y, x, op, "blank_logprobs");
-  check(x.dim() == 3, op, "sizes");
-  const int64_t batch = x.size(0), frames = x.size(1), window = x.size(2), groups = groups_of(batch);
-  check(window >= 1 && has_sizes(y, {batch, frames, window}) && has_sizes(starts, {batch, frames}), op, "sizes");
-  const cpu::BandSize size{frames, window, modified};
-  const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
-  Tensor scores = new_pooled(x, {batch});
-  Tensor shares = keep ? new_pooled(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
-  with_compute_type(dtype_of(x), op, [&]<typename C>() {
+std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const RnntPrunedLatticeForward& a) {
+  const Tensor &x = a.symbol_logprobs, &y = a.blank_logprobs;
+  const int64_t frames = a.T, window = a.R, groups = groups_of(a.B);
+  const cpu::BandSize size{frames, window, a.modified};
+  const std::vector<Boundary> boundaries = checked_band(a);
+  Tensor scores = new_pooled(x, {a.B});
+  Tensor shares = a.keep ? new_pooled(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
+  with_compute_type(dtype_of(x), a.kName, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
-    C *sp = mutable_data<C>(scores), *kept = keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
-    const int64_t *start = data<int64_t>(starts), elements = frames * window;
+    C *sp = mutable_data<C>(scores), *kept = a.keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
+    const int64_t *start = data<int64_t>(a.starts), elements = frames * window;
     parallel_range(groups, band_grain(size), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::band_scratch(size));
       Group<C> group;
@@ -94,24 +89,18 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Te
   return {scores, shares};
 }
 
-std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const Optional& grad, const Tensor& scores,
-                                                        const Tensor& shares, const Tensor& starts,
-                                                        const Optional& boundary, int64_t window, bool modified) {
-  const char* op = "rnnt_pruned_lattice_backward";
-  check_like(scores, scores, op, "scores");
-  check_like(shares, scores, op, "shares");
-  check(scores.dim() == 1 && window >= 1 && starts.dim() == 2 && starts.size(0) == scores.size(0), op, "sizes");
-  if (grad.has_value()) check_same_size(*grad, scores, op, "grad");
-  const int64_t batch = scores.size(0), frames = starts.size(1), groups = groups_of(batch);
-  const cpu::BandSize size{frames, window, modified};
-  const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
-  check(shares.numel() == groups * cpu::band_shares(size), op, "shares");
-  Tensor dx = new_pooled(scores, {batch, frames, window}), dy = new_pooled(scores, {batch, frames, window});
-  with_compute_type(dtype_of(scores), op, [&]<typename C>() {
+std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const RnntPrunedLatticeBackward& a) {
+  const Tensor &scores = a.scores, &shares = a.shares;
+  const int64_t frames = a.T, window = a.R, groups = groups_of(a.B);
+  const cpu::BandSize size{frames, window, a.modified};
+  const std::vector<Boundary> boundaries = checked_band(a);
+  check(window >= 1 && shares.numel() == groups * cpu::band_shares(size), a.kName, "shares");
+  Tensor dx = new_pooled(scores, {a.B, frames, window}), dy = new_pooled(scores, {a.B, frames, window});
+  with_compute_type(dtype_of(scores), a.kName, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
-    const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
+    const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
-    const int64_t *start = data<int64_t>(starts), elements = frames * window;
+    const int64_t *start = data<int64_t>(a.starts), elements = frames * window;
     parallel_range(groups, band_grain(size), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::band_scratch(size));
       Group<C> group;
@@ -132,11 +121,6 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const Optional& grad, co
 
 }  // namespace
 
-FASTASR_OPERATORS({"rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, "
-                   "Tensor? boundary, bool modified, bool keep) -> (Tensor,Tensor)",
-                   Boxed<rnnt_pruned_lattice_forward>::call},
-                  {"rnnt_pruned_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor starts, "
-                   "Tensor? boundary, int window, bool modified) -> (Tensor,Tensor)",
-                   Boxed<rnnt_pruned_lattice_backward>::call})
+FASTASR_OPERATORS(written<rnnt_pruned_lattice_forward>, written<rnnt_pruned_lattice_backward>)
 
 }  // namespace fastasr::bindings::rnnt_pruned_lattice

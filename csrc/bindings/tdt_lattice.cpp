@@ -7,13 +7,13 @@
 
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
+#include "bindings/written/tdt_lattice.h"
 
 namespace fastasr::bindings::tdt_lattice {
 namespace {
 
 // Reads the durations: different numbers that are not negative.
 std::vector<int64_t> checked_durations(const Tensor& durations, const char* op) {
-  check(durations.dim() == 1 && is_dense(durations, ScalarType::Long, {durations.size(0)}), op, "durations");
   const int64_t* p = data<int64_t>(durations);
   std::vector<int64_t> found(p, p + durations.size(0));
   for (size_t i = 0; i < found.size(); i++)
@@ -25,23 +25,18 @@ std::vector<int64_t> checked_durations(const Tensor& durations, const char* op) 
 
 int64_t tdt_grain(int64_t frames, int64_t row) { return std::max<int64_t>(1, kGrain / (frames * row + 1)); }
 
-std::tuple<Tensor, Tensor> tdt_lattice_forward(const Tensor& x, const Tensor& y, const Tensor& z,
-                                               const Tensor& durations, const Optional& boundary, bool keep) {
-  const char* op = "tdt_lattice_forward";
-  check_like(y, y, op, "blank_logprobs");
-  check(y.dim() == 3 && y.size(2) >= 1, op, "blank_logprobs");
-  const std::vector<int64_t> steps = checked_durations(durations, op);
-  const int64_t batch = y.size(0), frames = y.size(1), row = y.size(2), count = static_cast<int64_t>(steps.size());
-  check(is_dense(x, dtype_of(y), {batch, frames, row - 1}), op, "symbol_logprobs");
-  check(is_dense(z, dtype_of(x), {batch, frames, row, count}), op, "duration_logprobs");
-  const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, row - 1, frames, op);
+std::tuple<Tensor, Tensor> tdt_lattice_forward(const TdtLatticeForward& a) {
+  const Tensor &x = a.symbol_logprobs, &y = a.blank_logprobs, &z = a.duration_logprobs;
+  const int64_t batch = a.B, frames = a.T, row = a.S + 1, count = a.N;
+  const std::vector<int64_t> steps = checked_durations(a.durations, a.kName);
+  const std::vector<Boundary> boundaries = checked_boundaries(a.boundary, batch, a.S, frames, a.kName);
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
   Tensor scores = new_pooled(x, {batch});
-  Tensor shares = keep ? new_pooled(x, {batch, frames, 2 * count, cpu::tdt_row(row)}) : new_without_elements(x);
-  with_compute_type(dtype_of(x), op, [&]<typename C>() {
+  Tensor shares = a.keep ? new_pooled(x, {batch, frames, 2 * count, cpu::tdt_row(row)}) : new_without_elements(x);
+  with_compute_type(dtype_of(x), a.kName, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y), *zp = data<C>(z);
-    C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
+    C *sp = mutable_data<C>(scores), *kept = a.keep && slab ? mutable_data<C>(shares) : nullptr;
     parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::tdt_scratch({row - 1, frames, row, steps.data(), count}));
       for (int64_t i = begin; i < end; i++) {
@@ -58,31 +53,25 @@ std::tuple<Tensor, Tensor> tdt_lattice_forward(const Tensor& x, const Tensor& y,
   return {scores, shares};
 }
 
-std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const Optional& grad, const Tensor& scores,
-                                                        const Tensor& shares, const Tensor& durations,
-                                                        const Optional& boundary, int64_t frames, int64_t row) {
-  const char* op = "tdt_lattice_backward";
-  check_like(scores, scores, op, "scores");
-  check_like(shares, scores, op, "shares");
-  check(scores.dim() == 1 && frames >= 0 && row >= 1, op, "sizes");
-  const std::vector<int64_t> steps = checked_durations(durations, op);
-  const int64_t batch = scores.size(0), count = static_cast<int64_t>(steps.size());
-  if (grad.has_value()) check_same_size(*grad, scores, op, "grad");
-  const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, row - 1, frames, op);
+std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const TdtLatticeBackward& a) {
+  const Tensor &scores = a.scores, &shares = a.shares;
+  const int64_t batch = a.B, frames = a.T, row = a.S + 1, count = a.N;
+  const std::vector<int64_t> steps = checked_durations(a.durations, a.kName);
+  const std::vector<Boundary> boundaries = checked_boundaries(a.boundary, batch, a.S, frames, a.kName);
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
-  check(shares.numel() == batch * slab, op, "shares");
+  check(shares.numel() == batch * slab, a.kName, "shares");
   Tensor dx = new_pooled(scores, {batch, frames, row - 1}), dy = new_pooled(scores, {batch, frames, row});
   Tensor dz = new_pooled(scores, {batch, frames, row, count});
-  with_compute_type(dtype_of(scores), op, [&]<typename C>() {
+  with_compute_type(dtype_of(scores), a.kName, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
-    const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
+    const C *gp = data<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy), *dzp = mutable_data<C>(dz);
     parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::tdt_scratch({row - 1, frames, row, steps.data(), count}));
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = dealt(i, batch);
         const Boundary& at = boundaries[static_cast<size_t>(b)];
-        const C g = gp ? gp[b] : C(1), nan = std::isnan(sp[b]) ? sp[b] : C(0);
+        const C g = gp[b], nan = std::isnan(sp[b]) ? sp[b] : C(0);
         // Writes zeros, or the score's NaN into the cells inside, and returns the place of the first of these.
         const auto filled = [&](C* d, int64_t width, int64_t cells, int64_t count) {
           d += b * frames * width * count;
@@ -106,11 +95,6 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const Optional& grad, co
 
 }  // namespace
 
-FASTASR_OPERATORS({"tdt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, "
-                   "Tensor durations, Tensor? boundary, bool keep) -> (Tensor,Tensor)",
-                   Boxed<tdt_lattice_forward>::call},
-                  {"tdt_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor durations, "
-                   "Tensor? boundary, int frames, int row) -> (Tensor,Tensor,Tensor)",
-                   Boxed<tdt_lattice_backward>::call})
+FASTASR_OPERATORS(written<tdt_lattice_forward>, written<tdt_lattice_backward>)
 
 }  // namespace fastasr::bindings::tdt_lattice

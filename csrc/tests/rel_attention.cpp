@@ -18,6 +18,10 @@ struct Shape {
   int more = 3;  // 1: positions, 2: biases, 4: a bias by offset, 8: its gate, 16: a bias by key
   double soft_cap = 0;
   int64_t key_bias_batch = 1, key_bias_heads = 1;
+  int64_t pos_heads = 0;             // 0: heads
+  int64_t before = -1, behind = -1;  // the span of positions; negative: all
+  int64_t tables() const { return pos_heads ? pos_heads : heads; }
+  int64_t rows() const { return before < 0 ? frames + keys() - 1 : before + behind + 1; }
   int64_t keys() const { return cached + frames; }
 };
 
@@ -31,9 +35,9 @@ struct Call {
   Random random;
   Buffer<T> q{s.batch * s.frames * s.heads * s.dim, 1, random, 0.7},
       k{s.batch * s.keys() * s.heads * s.dim, 3, random, 0.7},
-      v{s.batch * s.keys() * s.heads * s.value_dim, 0, random, 0.7},
-      pos{(s.frames + s.keys() - 1) * s.heads * s.dim, 2, random, 0.7}, u{s.heads * s.dim, 0, random, 0.7},
-      w{s.heads * s.dim, 0, random, 0.7}, grad{s.batch * s.frames * s.heads * s.value_dim, 1, random, 0.7},
+      v{s.batch * s.keys() * s.heads * s.value_dim, 0, random, 0.7}, pos{s.rows() * s.tables() * s.dim, 2, random, 0.7},
+      u{s.heads * s.dim, 0, random, 0.7}, w{s.heads * s.dim, 0, random, 0.7},
+      grad{s.batch * s.frames * s.heads * s.value_dim, 1, random, 0.7},
       bias{(s.frames + s.keys() - 1) * s.heads, 1, random, 0.7}, gate{s.batch * s.frames * s.heads, 1, random, 0.7},
       key_bias{s.key_bias_batch * s.key_bias_heads * s.keys(), 1, random, 0.7};
   std::vector<uint8_t> padding, mask;
@@ -46,9 +50,12 @@ struct Call {
 
   Call(const Shape& shape, uint64_t seed) : s(shape), random(seed) {
     a.batch = s.batch, a.frames = s.frames, a.heads = s.heads, a.query_dim = a.pos_dim = s.dim;
-    a.pos_batch = positions(), r.has_offset_bias = by_offset(), r.soft_cap = s.soft_cap, a.chunk = -1,
+    r.pos_heads = positions() ? s.tables() : 0, r.has_offset_bias = by_offset(), r.soft_cap = s.soft_cap, a.chunk = -1,
     a.left_chunks = -1, r.value_dim = s.value_dim;
     a.left = s.cached, r.context = s.context;
+    r.span = {s.keys() - 1, s.frames - 1};
+    if (s.before >= 0) r.span = {std::min(s.before, s.keys() - 1), std::min(s.behind, s.frames - 1)};
+    if (s.before >= 0) r.span.first = s.before - r.span.left;
     if (by_key()) r.key_bias_batch = s.key_bias_batch, r.key_bias_heads = s.key_bias_heads;
     r.dropout = {seed * 0x123456789abcdef, static_cast<int32_t>(s.dropout * 0x1p31), 1 / (1 - s.dropout)};
     const auto draw = [&](std::vector<uint8_t>& m, int64_t n) {
@@ -91,7 +98,12 @@ struct Call {
       for (int64_t h = 0; h < a.heads; h++)
         for (int64_t i = 0; i < n; i++) {
           const int64_t qi = row(b, i, h) * d, hd = h * d;
-          const auto offset = [&](int64_t j) { return ((n - 1 + j - i) * a.heads + h) * d; };
+          const auto offset = [&](int64_t j) { return (n - 1 + j - i) * a.heads + h; };
+          const auto position = [&](int64_t j) {
+            const int64_t distance = j - i - s.cached;
+            const int64_t row = s.before < 0 ? n - 1 + j - i : std::clamp(distance, -s.before, s.behind) + s.before;
+            return (row * s.tables() + (s.tables() == 1 ? 0 : h)) * d;
+          };
           const int64_t shared = (s.key_bias_batch > 1 ? b : 0) * s.key_bias_heads + (s.key_bias_heads > 1 ? h : 0);
           const long double factor = gated() ? gate(row(b, i, h)) : 1;
           const auto with_bias = [&](Buffer<T>& t, int64_t c) { return q(qi + c) + (biases() ? t(hd + c) : 0); };
@@ -100,9 +112,9 @@ struct Call {
             long double score = 0;
             for (int64_t c = 0; c < d; c++)
               score += with_bias(u, c) * k(key_row(b, j, h) * d + c) +
-                       (positions() ? with_bias(w, c) * pos(offset(j) + c) : 0);
+                       (positions() ? with_bias(w, c) * pos(position(j) + c) : 0);
             const long double more =
-                (by_offset() ? factor * bias(offset(j) / d) : 0) + (by_key() ? key_bias(shared * keys + j) : 0);
+                (by_offset() ? factor * bias(offset(j)) : 0) + (by_key() ? key_bias(shared * keys + j) : 0);
             const long double cap = s.soft_cap, t = std::tanh((score * scale + more) / (cap > 0 ? cap : 1));
             slope[j] = cap > 0 ? 1 - t * t : 1;
             sum += p[j] = hidden(b, i, j) ? 0 : std::exp(cap > 0 ? cap * t : score * scale + more);
@@ -125,12 +137,12 @@ struct Call {
           for (int64_t j = 0; j < keys; j++) {
             const long double ds = p[j] * (dp[j] - delta) * slope[j] * scale;
             dkey_bias[shared * keys + j] += ds / scale;
-            dbias[offset(j) / d] += factor * ds / scale, dgate[row(b, i, h)] += bias(offset(j) / d) * ds / scale;
+            dbias[offset(j)] += factor * ds / scale, dgate[row(b, i, h)] += bias(offset(j)) * ds / scale;
             for (int64_t c = 0; c < d; c++) {
-              const int64_t kj = key_row(b, j, h) * d + c, rj = offset(j) + c;
-              const long double content = ds * k(kj), position = positions() ? ds * pos(rj) : 0;
-              dq[qi + c] += content + position;
-              du[hd + c] += content, dw[hd + c] += position;
+              const int64_t kj = key_row(b, j, h) * d + c, rj = position(j) + c;
+              const long double content = ds * k(kj), by_position = positions() ? ds * pos(rj) : 0;
+              dq[qi + c] += content + by_position;
+              du[hd + c] += content, dw[hd + c] += by_position;
               dk[kj] += ds * with_bias(u, c);
               dpos[rj] += ds * with_bias(w, c);
             }
@@ -164,13 +176,14 @@ void values(const Shape& shape, uint64_t seed) {
                                        given(c.by_offset(), c.bias),
                                        given(c.gated(), c.gate),
                                        given(c.by_key(), c.key_bias)};
-  Buffer<C> kt(r.keys_transposed_size()), packed(r.values_size()), rt(a.heads * r.positions_transposed_size()),
-      rows(a.heads * r.positions_size()), sums(pairs * r.positions_size()), forward(r.forward_scratch()),
+  Buffer<C> kt(r.keys_transposed_size()), packed(r.values_size()), rt(r.tables() * r.positions_transposed_size()),
+      rows(r.tables() * r.positions_size()), sums(pairs * r.positions_size()), forward(r.forward_scratch()),
       backward(r.backward_scratch()), lse(pairs * a.frames, 1);
-  Buffer<double> biases(pairs * 2 * a.query_dim), offsets(pairs * r.offsets_size()), by_key(pairs * r.key_sums_size());
+  Buffer<double> biases(pairs * r.biases_size()), offsets(pairs * r.offsets_size()), by_key(pairs * r.key_sums_size());
   Buffer<T> y(c.grad.size(), 1), dq(c.q.size(), 1), dk(c.k.size(), 1), dv(c.v.size(), 1), dpos(c.pos.size(), 1),
       du(c.u.size(), 1), dw(c.w.size(), 1), dbias(c.bias.size(), 1), dgate(c.gate.size(), 1),
       dkey_bias(c.key_bias.size(), 1);
+  dpos.set(0);  // the rows that no key has
   sums.set(0), biases.set(0), offsets.set(0), by_key.set(0);
   const auto [du_out, dw_out] = biases_of(du, dw);
   const cpu::RelAttentionGradients<T> gradients{dq,
@@ -182,22 +195,23 @@ void values(const Shape& shape, uint64_t seed) {
                                                 given(c.by_offset(), dbias),
                                                 given(c.gated(), dgate),
                                                 given(c.by_key(), dkey_bias)};
-  for (int64_t h = 0; h < a.heads; h++)
+  for (int64_t h = 0; h < r.tables(); h++)
     kernel.pack_positions(r, t, h, rt + h * r.positions_transposed_size(), rows + h * r.positions_size());
   for (int64_t pair = 0; pair < pairs; pair++) {
-    const C* positions = rt + pair / a.batch * r.positions_transposed_size();
+    const int64_t table = r.table_of(pair / a.batch);
+    const C* positions = rt + table * r.positions_transposed_size();
     kernel.pack_keys(r, t, pair, kt, packed);
     for (int64_t i = 0; i < a.frames; i += cpu::kRelAttentionQueries)
       kernel.forward(r, ranges.data(), t, kt, packed, positions, pair, i,
                      std::min(i + cpu::kRelAttentionQueries, a.frames), y, lse, forward);
-    kernel.backward(r, ranges.data(), c.grad, t, positions, rows + pair / a.batch * r.positions_size(), pair, gradients,
-                    {sums + pair * r.positions_size(), biases + pair * 2 * a.query_dim,
+    kernel.backward(r, ranges.data(), c.grad, t, positions, rows + table * r.positions_size(), pair, gradients,
+                    {sums + pair * r.positions_size(), biases + pair * r.biases_size(),
                      offsets + pair * r.offsets_size(), by_key + pair * r.key_sums_size()},
                     backward);
   }
   for (int64_t h = 0; h < a.heads; h++)
     kernel.store_sums(r,
-                      {sums + h * parts * r.positions_size(), biases + h * parts * 2 * a.query_dim,
+                      {sums + h * parts * r.positions_size(), biases + h * parts * r.biases_size(),
                        offsets + h * parts * r.offsets_size(), nullptr},
                       parts, h, gradients);
   if (c.by_key()) kernel.store_key_bias(r, by_key, dkey_bias);
@@ -256,6 +270,13 @@ TEST_CASE("rel_attention") {
       {3, 45, 2, 5, 8, 5, 0.25, 7, {20, 3}, 16, 0, 1, 2},
       {1, 560, 2, 8, 8, 1, 0, 0, {}, 31, 1.5},
       {2, 3, 2, 8, 8, 0, 0, 70, {}, 17, 0, 2, 1},
+      {2, 40, 3, 8, 19, 3, 0, 0, {}, 3, 0, 1, 1, 1},
+      {2, 40, 3, 8, 19, 3, 0, 0, {}, 3, 0, 1, 1, 0, 5, 3},
+      {2, 130, 2, 5, 8, 1, 0.25, 7, {}, 1, 0, 1, 1, 1, 40, 0},
+      {1, 700, 2, 8, 8, 1, 0, 0, {}, 3, 0, 1, 1, 1, 64, 8},
+      {1, 150, 2, 8, 8, 2, 0, 30, {20, 5, 10}, 15, 1.5, 1, 1, 1, 9, 200},
+      {1, 33, 1, 64, 64, 0, 0, 0, {}, 3, 0, 1, 1, 1, 0, 0},
+      {2, 3, 2, 8, 8, 0, 0, 70, {}, 3, 0, 1, 1, 0, 11, 1},
   };
   uint64_t seed = 1;
   for (const Shape& shape : shapes) {

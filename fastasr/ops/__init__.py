@@ -54,7 +54,7 @@ _dispatch.prepare()
 
 NAMES = tuple(sorted(OPS))
 # These ops compute gradients in another function's backward: they have no gradient themselves.
-GRADIENTS = tuple(name for name, op in OPS.items() if not op.differentiable)
+GRADIENTS = tuple(name for name, op in OPS.items() if not op.written.differentiable)
 __all__ = list(NAMES)
 
 

@@ -40,6 +40,7 @@ class Written:
     deciding: tuple[str, ...]  # the arguments whose dtypes choose the kernels
     differentiable: tuple[str, ...]
     dense: bool  # whether results are contiguous
+    released: bool = False  # whether the memory of arguments is released before the backward pass
 
 
 @dataclass(eq=False, repr=False)
@@ -60,14 +61,14 @@ class Op:
     )
 
     # dtypes and strides
-    one_dtype: str = ""  # these arguments must have the first one's dtype, except under an autocast rule
-    # The autocast rule: "one dtype" casts those arguments, names cast others, a function (op, dtype, a) -> a casts by
-    # itself, "formula" does what eager does, and None applies no rule.
-    autocast: str | Callable | None = None
+    one_dtype: str = ""  # these arguments must have the first one's dtype; autocast casts them
+    # Another autocast rule: names cast these arguments, a function (op, dtype, a) -> a casts by itself, and "formula"
+    # does what eager does.
+    autocast: str | Callable = ""
     # The dtypes of these arguments choose the kernels and the dtype in which these read floating tensors: float64 where
-    # one argument has it, else the first one's. By default the first output's dtype chooses, and C++ kernels read it.
+    # one argument has it, else the first one's. By default these are all floating tensors where some are "wide"; else
+    # the first output's dtype chooses, and C++ kernels read it.
     deciding: str = ""
-    wide: str = ""  # kernels get these arguments in that dtype, but at least float32
     # Strides by name. For an argument, a gradient "grad_y", or all gradients "grad": "any", "channels", "rows",
     # "matrix", "vector" or "int64". For an output: an argument whose strides it has, or a function (shape, dtype=,
     # device=) that allocates what kernels return. All others are contiguous.
@@ -80,7 +81,8 @@ class Op:
     backward: str = ""
     # (op, kernels, a, dtype of the first output, keep) -> outputs and keeps
     launch: Callable | None = None
-    # (op, kernels, grads, saved, needs) -> gradients of the floating tensors
+    # (op, kernels, grads, saved, needs) -> gradients of the floating tensors. Where it takes grads of type
+    # Sequence[Tensor | None], autograd makes no zeros for outputs that have no gradient.
     gradients: Callable | None = None
     flagged: Callable | None = None  # (op, grads, found, saved) adds the gradients of outputs behind a flag
 
@@ -90,18 +92,15 @@ class Op:
 
     # the backward pass
     # Kernels return these besides the outputs: {name: Annotated[Tensor, shape, dtype]}. Where the shape depends on the
-    # backend it is a function (backend, a) -> sizes.
+    # backend it is a function (backend, a) -> sizes. None: an output, which ``gradients`` reads. All tensors, these,
+    # and the outputs that ``backward`` names are saved. Where ``backward`` reads the shape of a tensor ("x.shape[1]"),
+    # the memory of the floating tensors that it does not name is released.
     keeps: dict[str, Any] | None = None
-    saves: str = ""  # the saved arguments, outputs and keeps; by default all tensors and keeps
-    unread: str = ""  # gradients need only shape and dtype of these: their memory is released
-    materialize: bool = True  # False: gradients of outputs may be None
-    differentiable: bool = True  # False: the op computes a gradient itself; differentiating it raises
 
     # The shortest path, to the native kernels: (native, keep, *arguments) -> outputs and keeps; by default ``forward``,
     # and False if there is no such path.
     fast: Callable | bool = True
     fits: Callable | None = None  # (*arguments) -> bool: a condition beside the types, kernels check the rest
-    fast_strides: str = ""  # arguments that must be contiguous; by default the first
 
     name: str = field(init=False)
     definition: Callable = field(init=False)

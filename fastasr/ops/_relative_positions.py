@@ -17,6 +17,14 @@ def relative_shift(scores: Tensor) -> Tensor:
     return flat.unflatten(-1, (frames, offsets - 1))[..., : offsets - frames + 1]
 
 
+def rows_by_offset(pos: Tensor, frames: int, keys: int, span: tuple[int, int]) -> Tensor:
+    """Returns (T + K − 1, ...) of a table of positions (left + right + 1, ...): the rows of keys that are as far from
+    the query as ``span``, (left, right), says, for those beyond too."""
+    left, right = span
+    behind = torch.arange(1 - keys, frames, dtype=torch.int64, device=pos.device)
+    return pos.index_select(0, behind.clamp(-left, right) + left)
+
+
 def outside_context(scores: Tensor, context: tuple[int, int], chunk_size: int) -> Tensor:
     """Returns (T, K) for scores (..., T, K), True where a key is outside the context of a query."""
     frames, keys = scores.shape[-2:]

@@ -188,7 +188,7 @@ def gradients_without(
     """Computes the gradients by the formula where the device cannot launch the kernels, and stops calling these. Raises
     ``RuntimeError`` where the formula's arguments are not kept.
     """
-    if op.unread:
+    if op.written.released:
         raise RuntimeError(
             f"fastasr.{op.name}: the kernels cannot compute the gradients here: {error}; "
             f"compute values and gradients under `with fastasr.backend('eager'):`"

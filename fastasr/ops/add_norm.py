@@ -28,7 +28,7 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
 
 
 def _gradients(
-    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+    op: Op, kernels: Kernels, grads: Sequence[Tensor | None], saved: Saved, needs: Needs
 ) -> tuple[Tensor, ...]:
     grad_t, grad_y = (None if grad is None else grad.contiguous() for grad in grads)
     if grad_y is None:
@@ -45,7 +45,6 @@ def _gradients(
     deciding="x update weight bias",
     launch=_launch,
     gradients=_gradients,
-    materialize=False,
     summary="x + scale · update, and its LayerNorm",
 )
 def add_norm(

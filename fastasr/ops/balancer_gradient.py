@@ -81,7 +81,6 @@ def _fits(grad: Tensor, x: Tensor, *options: Any) -> bool:
 # --------------------------------------------------------------------------- the op
 @op(
     FAMILY,
-    differentiable=False,
     deciding="x grad",
     check=_check,
     launch=_launch,
@@ -100,7 +99,7 @@ def balancer_gradient(
     channel_dim: Annotated[int, "dimension of x"] = -1,
     limits: Annotated[Tensor, "5"] | None = None,
     act: Annotated[Tensor, " | 1", "constant"] | None = None,
-) -> Annotated[Tensor, "*S D", "grad"]:
+) -> Annotated[Tensor, "*S D", "grad", "constant"]:
     """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
 
     Args:

@@ -49,7 +49,6 @@ def _gradients(
 @op(
     "cpu triton",
     check=_check,
-    fast_strides="x",
     forward="x bias log_scale",
     backward="grad x bias log_scale -> x bias log_scale",
     launch=_launch,

@@ -19,7 +19,7 @@ def _trailing(op: Op, a: Arguments) -> None:
         op.fail("scale", f"shape the trailing dimensions of x, {tuple(x.shape)}", tuple(scale.shape))
 
 
-@op("cpu triton", fast_strides="x_orig x", check=_trailing)
+@op("cpu triton", check=_trailing)
 def bypass(
     x_orig: Annotated[Tensor, "*S"], x: Annotated[Tensor, "*S"], scale: Annotated[Tensor, "..."]
 ) -> Annotated[Tensor, "*S", "x_orig + x + scale"]:

@@ -26,17 +26,15 @@ from fastasr.ops._op import op
 
 @op(
     "cpu triton",
-    deciding="x norm_weight norm_bias weight bias",
-    wide="norm_weight norm_bias weight bias",
     strides={"x": "channels"},
     summary="LayerNorm of the gate, depthwise convolution, product: the gating unit of E-Branchformer's cgMLP",
 )
 def conv_spatial_gate(
     x: Annotated[Tensor, "B T 2*C, C >= 1"],
-    norm_weight: Annotated[Tensor, "C"],
-    norm_bias: Annotated[Tensor, "C"],
-    weight: Annotated[Tensor, "C 1 K | C K, K odd"],
-    bias: Annotated[Tensor, "C"] | None = None,
+    norm_weight: Annotated[Tensor, "C", "wide"],
+    norm_bias: Annotated[Tensor, "C", "wide"],
+    weight: Annotated[Tensor, "C 1 K | C K, K odd", "wide"],
+    bias: Annotated[Tensor, "C", "wide"] | None = None,
     eps: Annotated[float, ">= 0"] = 1e-5,
     *,
     padding_mask: Annotated[Tensor, "B T", bool] | None = None,

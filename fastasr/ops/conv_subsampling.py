@@ -25,7 +25,6 @@ from fastasr.ops._op import op
 @op(
     "cpu triton",
     one_dtype="x weight bias depthwise_weight depthwise_bias",
-    autocast="one dtype",
     backward="grad x weight bias depthwise_weight mask left needs.x",
     summary="the first two convolutions of FastConformer's front end, without their intermediate map",
 )

@@ -38,7 +38,6 @@ def _padding_fits(op: Op, a: Arguments) -> None:
 @op(
     "cpu triton",
     one_dtype="x weight bias",
-    autocast="one dtype",
     sizes={"P Q": _padding},
     forward="x weight bias *padding",
     backward="grad x weight *padding *needs",

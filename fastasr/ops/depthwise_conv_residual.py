@@ -22,16 +22,14 @@ from fastasr.ops._op import op
 
 @op(
     "cpu triton",
-    deciding="x weight bias",
-    wide="weight bias",
     strides={"x": "channels"},
     backward="grad x weight",
     summary="depthwise convolution over time plus its input: the merge of E-Branchformer's branches",
 )
 def depthwise_conv_residual(
     x: Annotated[Tensor, "B T C, C >= 1"],
-    weight: Annotated[Tensor, "C 1 K | C K, K odd"],
-    bias: Annotated[Tensor, "C"] | None = None,
+    weight: Annotated[Tensor, "C 1 K | C K, K odd", "wide"],
+    bias: Annotated[Tensor, "C", "wide"] | None = None,
 ) -> Annotated[Tensor, "B T C", "x"]:
     """x plus its depthwise convolution over time, of the same length.
 

@@ -26,7 +26,7 @@ from fastasr.ops._dispatch import widest
 from fastasr.ops._linear_recurrence import Polar, convolution, real, window
 from fastasr.ops._op import Arguments, Op, op
 
-States = Annotated[Tensor, "R N | R N 1, N >= 1, N <= 64"]
+States = Annotated[Tensor, "R N | R N 1, N >= 1, N <= 64", "wide"]
 Mask = Annotated[Tensor, "B L", bool]
 Truncation = Annotated[int, ">= 1"]
 Direction = Literal["forward", "reverse", "bidirectional"]
@@ -115,8 +115,6 @@ def _scan(parameters: str, strides: dict, summary: str) -> Op:
     return op(
         "cpu cuda",
         returns="y last",
-        deciding=f"x {parameters} state",
-        wide=f"{parameters} state",
         strides={"x": "any", "grad_y": "any", **strides},
         sizes={"B D L R": _sizes},
         forward=f"x {parameters} state padding_mask truncation direction activation layout return_state",
@@ -136,9 +134,9 @@ def ema_scan(
     decay: States,
     expansion: States,
     projection: States,
-    residual: Annotated[Tensor, "D"] | None = None,
+    residual: Annotated[Tensor, "D", "wide"] | None = None,
     *,
-    state: Annotated[Tensor, "B D N"] | None = None,
+    state: Annotated[Tensor, "B D N", "wide"] | None = None,
     return_state: bool = False,
     padding_mask: Mask | None = None,
     truncation: Truncation | None = None,
@@ -189,11 +187,11 @@ def complex_ema_scan(
     x: Annotated[Tensor, "X Y Z"],
     alpha: States,
     delta: States,
-    theta: Annotated[Tensor, "R | R 1 | R 1 1"],
-    gamma: Annotated[Tensor, "R N 2"],
-    omega: Annotated[Tensor, "D | D 1"] | None = None,
+    theta: Annotated[Tensor, "R | R 1 | R 1 1", "wide"],
+    gamma: Annotated[Tensor, "R N 2", "wide"],
+    omega: Annotated[Tensor, "D | D 1", "wide"] | None = None,
     *,
-    state: Annotated[Tensor, "B D N 2"] | None = None,
+    state: Annotated[Tensor, "B D N 2", "wide"] | None = None,
     return_state: bool = False,
     padding_mask: Mask | None = None,
     truncation: Truncation | None = None,

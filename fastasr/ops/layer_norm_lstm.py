@@ -83,7 +83,7 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
 
 
 def _gradients(
-    op: Op, kernels: Kernels, grads: Sequence[Tensor], s: Saved, needs: Needs
+    op: Op, kernels: Kernels, grads: Sequence[Tensor | None], s: Saved, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     work = torch.promote_types(s.y.dtype, torch.float32)
     need_state = needs.hidden and s.hidden is not None
@@ -111,11 +111,8 @@ def _gradients(
 @op(
     "cpu triton",
     returns="y last_hidden last_cell",
-    keeps={"kept": Annotated[Tensor, "T*B*(5*H+2)", "wide y"]},
-    saves="x input_weight hidden_weight gate_weight gate_bias cell_weight cell_bias hidden cell y kept",
+    keeps={"y": None, "kept": Annotated[Tensor, "T*B*(5*H+2)", "wide y"]},
     one_dtype="x input_weight hidden_weight",
-    autocast="one dtype",
-    materialize=False,
     launch=_launch,
     gradients=_gradients,
     fast=_fast,

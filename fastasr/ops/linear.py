@@ -49,8 +49,8 @@ _MIDDLE = 1024 * _gemm.SMALL  # larger steps take a hundred times as long as a n
 
 
 # --------------------------------------------------------------------------- kernels
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Only float32 has a choice, and only float32 may be forced."""
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Says whether the products take the call. Only float32 has a choice, and only float32 may be forced."""
     served = x.dtype is torch.float32 or (x.dtype in FLOATING and forced_backend() == "auto")
     return served and fits(x, weight, bias)
 
@@ -124,11 +124,10 @@ def torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
 @op(
     FAMILY,
     one_dtype="x weight bias",
-    autocast="one dtype",
     launch=_launch,
     gradients=_gradients,
     fast=_product,
-    fits=_fits,
+    fits=takes,
     summary="a linear layer, by the matrix product that measured faster on this machine",
 )
 def linear(

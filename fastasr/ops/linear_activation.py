@@ -48,7 +48,6 @@ def _gradients(
 @op(
     "cpu triton",
     one_dtype="x weight bias",
-    autocast="one dtype",
     keeps={"z": Annotated[Tensor, "*S N", "y"]},
     launch=_launch,
     gradients=_gradients,

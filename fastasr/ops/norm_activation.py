@@ -59,8 +59,7 @@ def _gradients(
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    deciding="x weight bias",
-    wide="weight bias",
+    strides={"x": "rows"},
     keeps={"statistics": Annotated[Tensor, "*S 3", "wide x + weight + bias"]},
     forward="x weight bias eps kind activation keep",
     backward="grad x weight bias statistics eps kind activation -> x weight bias",
@@ -70,8 +69,8 @@ def _gradients(
 )
 def norm_activation(
     x: Annotated[Tensor, "*S C, C >= 1"],
-    weight: Annotated[Tensor, "C"],
-    bias: Annotated[Tensor, "C"] | None = None,
+    weight: Annotated[Tensor, "C", "wide"],
+    bias: Annotated[Tensor, "C", "wide"] | None = None,
     *,
     eps: Annotated[float, ">= 0"] = 1e-5,
     kind: Literal["layer", "rms"] = "layer",

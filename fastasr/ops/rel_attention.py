@@ -7,8 +7,10 @@ queries' frames (K = T but for a stream, whose first K − T keys come from a ca
     s[i,j] = ((q[i] + u)·k[j] + (q[i] + w)·R[T − 1 + j − i]) / √d,    y[i] = Σ_j softmax_j(s[i,j]) m[i,j] v[j]
 
 over the keys that query i sees; a query that sees none gives 0. Row r of R stands for the key r − (K − 1) frames behind
-the query; u and w are the biases of content and of position. Instead of R, or with it, a number b by offset, times one
-g by query, may be added to the score, as T5's bias (Raffel et al., 2020) and WavLM's gated one (Chen et al., 2022):
+the query; u and w are the biases of content and of position. R may end l frames before the query and r frames behind
+it, and keys beyond have its first or last row (Shaw et al., 2018), where dR then adds up. Instead of R, or with it, a
+number b by offset, times one g by query, may be added to the score, as T5's bias (Raffel et al., 2020) and WavLM's
+gated one (Chen et al., 2022):
 
     s[i,j] = … + g[i] b[T − 1 + j − i] + c[j]
 
@@ -46,7 +48,7 @@ from torch import Tensor
 
 from fastasr.ops import _weights_dropout
 from fastasr.ops._op import Arguments, Op, op
-from fastasr.ops._relative_positions import apart, outside_context, relative_shift
+from fastasr.ops._relative_positions import apart, outside_context, relative_shift, rows_by_offset
 
 
 def _check(op: Op, a: Arguments) -> None:
@@ -60,24 +62,29 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("k", "as many frames as q with starts", a.k.shape[1])
     if a.starts is not None and a.chunk_size != 1:
         op.fail("chunk_size", "1 with starts", a.chunk_size)
+    rows, (left, right) = a.q.shape[1] and a.q.shape[1] + a.k.shape[1] - 1, a.pos_span
+    if min(left, right) < 0 and (left, right) != (-1, -1):
+        op.fail("pos_span", "two numbers of at least 0, or (-1, -1)", a.pos_span)
+    if left >= 0 and a.pos is None:
+        op.fail("pos_span", "it together with pos", "no pos")
+    expected = rows if left < 0 else left + right + 1
+    if a.pos is not None and a.pos.shape[0] != expected:
+        op.fail("pos", f"{expected} rows", tuple(a.pos.shape))
     if min(a.context) < -1:
         op.fail("context", "two numbers, each -1 or at least 0", a.context)
 
 
 _FLOATING = "q k v pos bias_u bias_v offset_bias offset_gate key_bias"
 _TENSORS = f"{_FLOATING} key_padding_mask attn_mask starts dropout_seed"
-_OPTIONS = "dropout_p *context chunk_size soft_cap"
+_OPTIONS = "dropout_p *context chunk_size soft_cap *pos_span"
 
 
 @op(
     "cpu triton",
     one_dtype=_FLOATING,
-    autocast="one dtype",
     keeps={"lse": Annotated[Tensor, "B H T", "wide q"]},
-    saves=f"{_TENSORS} y lse",
     forward=f"{_TENSORS} {_OPTIONS}",
     backward=f"grad {_TENSORS} y lse {_OPTIONS}",
-    fast_strides=_TENSORS,
     check=_check,
     summary="softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the "
     "weights in memory; bias by offset with a gate, bias by key, soft cap, limited context, cache",
@@ -86,7 +93,7 @@ def rel_attention(
     q: Annotated[Tensor, "B T H D, H >= 1, D >= 1"],
     k: Annotated[Tensor, "B K H D, K >= T"],
     v: Annotated[Tensor, "B K H E, E >= 1"],
-    pos: Annotated[Tensor, "(T and T+K-1) H D"] | None = None,
+    pos: Annotated[Tensor, "R P D, (P == 1 or P == H)"] | None = None,
     bias_u: Annotated[Tensor, "H D"] | None = None,
     bias_v: Annotated[Tensor, "H D"] | None = None,
     *,
@@ -95,12 +102,13 @@ def rel_attention(
     key_bias: Annotated[Tensor, "B H K | 1 H K | B 1 K | 1 1 K"] | None = None,
     key_padding_mask: Annotated[Tensor, "B K", bool] | None = None,
     attn_mask: Annotated[Tensor, "T K | B T K", bool] | None = None,
-    starts: Annotated[Tensor, "R, R >= 1", torch.int64] | None = None,
+    starts: Annotated[Tensor, "N, N >= 1", torch.int64] | None = None,
     dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
     dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
     context: tuple[int, int] = (-1, -1),
     chunk_size: Annotated[int, ">= 1"] = 1,
     soft_cap: Annotated[float, ">= 0"] = 0.0,
+    pos_span: tuple[int, int] = (-1, -1),
 ) -> Annotated[Tensor, "B T H E", "q"]:
     """softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory.
 
@@ -108,8 +116,8 @@ def rel_attention(
         q: (B, T, H, d), d of at least 1. float32, bfloat16, float16 or float64.
         k: (B, K, H, d), K of at least T: the last T are the queries' frames.
         v: (B, K, H, e), e of at least 1.
-        pos: (T + K − 1, H, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
-            rows where T is 0. None: scores have no part of positions.
+        pos: (T + K − 1, H or 1, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
+            rows where T is 0. With ``pos_span`` (l + r + 1, H or 1, d). None: scores have no part of positions.
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
         offset_bias: (T + K − 1, H): added to the scores after the division by √d, by offset as the rows of ``pos``.
         offset_gate: (B, T, H): factors of offset_bias, for each query.
@@ -126,6 +134,8 @@ def rel_attention(
             it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
         chunk_size: frames of a chunk, counted from the first key. 1: each frame has its own context.
         soft_cap: a of a tanh(score / a), which replaces the scores before keys are hidden; 0: none.
+        pos_span: (l, r): row n of ``pos`` is for a key n − l frames behind the query; keys further away have the first
+            or last row. (-1, -1): pos has a row for every key.
         All floating tensors have q's dtype, except under autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
@@ -140,12 +150,13 @@ def rel_attention(
     scores = torch.matmul(content, k.permute(0, 2, 3, 1))
     if pos is not None:
         position = ((q if bias_v is None else q + bias_v) * scale).transpose(1, 2)
-        by_offset = torch.matmul(position, pos.permute(1, 2, 0))  # [B, H, T, T + K - 1]
+        rows = pos if pos_span[0] < 0 else rows_by_offset(pos, q.shape[1], k.shape[1], pos_span)
+        by_offset = torch.matmul(position, rows.permute(1, 2, 0))  # [B, H, T, T + K - 1]
         scores = scores + relative_shift(by_offset)
     if offset_bias is not None:
-        rows = offset_bias.t().unsqueeze(1).expand(-1, q.shape[1], -1)  # [H, T, T + K - 1]
+        biases = offset_bias.t().unsqueeze(1).expand(-1, q.shape[1], -1)  # [H, T, T + K - 1]
         gate = 1.0 if offset_gate is None else offset_gate.transpose(1, 2).unsqueeze(-1)  # [B, H, T, 1]
-        scores = scores + gate * relative_shift(rows)
+        scores = scores + gate * relative_shift(biases)
     if key_bias is not None:
         scores = scores + key_bias.unsqueeze(2)
     if soft_cap:

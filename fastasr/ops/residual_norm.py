@@ -74,7 +74,7 @@ def _op(forward: str, backward: str, **more: Any) -> Op:
     return op(
         FAMILY,
         keeps={"statistics": Annotated[Tensor, "*S 3", "wide y + weight + bias"]},
-        wide="weight bias",
+        strides=dict.fromkeys(INPUTS, "rows"),
         forward=f"{forward} keep",
         backward=f"grad {backward}",
         launch=_launch,
@@ -92,7 +92,6 @@ def _layer_norm(t: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     forward="x update candidate hidden dropout_mask weight bias eps activation",
     backward="x update candidate hidden dropout_mask weight bias statistics eps activation "
     "-> x update candidate=hidden weight bias",
-    deciding="x update candidate hidden weight bias",
     summary="LN(x + σ(update)(act(candidate + hidden) − x))",
 )
 def gated_residual_norm(
@@ -100,8 +99,8 @@ def gated_residual_norm(
     update: Annotated[Tensor, "*S C"],
     candidate: Annotated[Tensor, "*S C"],
     hidden: Annotated[Tensor, "*S C"],
-    weight: Annotated[Tensor, "C"],
-    bias: Annotated[Tensor, "C"],
+    weight: Annotated[Tensor, "C", "wide"],
+    bias: Annotated[Tensor, "C", "wide"],
     eps: Annotated[float, ">= 0"] = 1e-5,
     *,
     activation: _activation.Activation = "silu",
@@ -131,14 +130,13 @@ def gated_residual_norm(
 @_op(
     forward="x update None None None weight bias eps 0",
     backward="x update None None None weight bias statistics eps 0 -> x=update _ _ weight bias",
-    deciding="x update weight bias",
     summary="LN(x + update)",
 )
 def residual_norm(
     x: Annotated[Tensor, "*S C, C >= 1"],
     update: Annotated[Tensor, "*S C"],
-    weight: Annotated[Tensor, "C"],
-    bias: Annotated[Tensor, "C"],
+    weight: Annotated[Tensor, "C", "wide"],
+    bias: Annotated[Tensor, "C", "wide"],
     eps: Annotated[float, ">= 0"] = 1e-5,
 ) -> Annotated[Tensor, "*S C", "x + update"]:
     """LayerNorm(x + update) over the last dimension.

@@ -85,8 +85,7 @@ def _fast(
     "cpu triton",
     returns="scores symbol_occupation blank_occupation",
     keeps={"shares": Annotated[Tensor, _kept_shape, "wide scores"]},
-    saves="symbol_logprobs blank_logprobs boundary scores shares",
-    unread="symbol_logprobs blank_logprobs",
+    forward="symbol_logprobs blank_logprobs boundary keep",
     backward="grad scores shares boundary "
     "symbol_logprobs.shape[1] symbol_logprobs.shape[2] blank_logprobs.shape[2]",
     check=_check,

@@ -53,10 +53,8 @@ Size = Annotated[int, ">= 0"]
 @op(
     "cpu triton",
     one_dtype="query key value",
-    autocast="one dtype",
     sizes={"Q K lanes": _sizes},
     check=_query_rows,
-    wide="weights_dropout",
     strides={
         **dict.fromkeys(("query", "key", "value", "grad"), "channels"),
         **dict.fromkeys(("lengths", "history"), "int64"),
@@ -79,7 +77,7 @@ def segment_attention(
     past_memory: Size = 0,
     lengths: Annotated[Tensor, "B", int] | None = None,
     history: Annotated[Tensor, "2", int] | None = None,
-    weights_dropout: Annotated[Tensor, "B num_heads Q lanes", "constant"] | None = None,
+    weights_dropout: Annotated[Tensor, "B num_heads Q lanes", "constant", "wide"] | None = None,
 ) -> Annotated[Tensor, "N B num_heads*D", "query"]:
     """Computes the attention of every segment over its memory, right context, left context and itself.
 

@@ -39,7 +39,6 @@ def _op(kind: str) -> Op:
     return op(
         FAMILY,
         strides={"y": "x"},
-        fast_strides="x",
         forward=f"x {swoosh_r} None -1",
         backward=f"grad x {swoosh_r} None -1 False -> x _",
         launch=_launch,

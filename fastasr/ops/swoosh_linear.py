@@ -80,7 +80,6 @@ def _gradients(
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    fast_strides="x",
     fits=fits,
     summary="activation, dropout with a shared mask, linear layer; saves only x",
 )

@@ -50,9 +50,7 @@ def _kept_shape(backend: str, a: Arguments) -> tuple[int, ...]:
     "cpu triton",
     returns="scores",
     keeps={"shares": Annotated[Tensor, _kept_shape, "wide scores"]},
-    saves="symbol_logprobs blank_logprobs duration_logprobs durations boundary scores shares",
-    unread="symbol_logprobs blank_logprobs duration_logprobs",
-    backward="grad scores shares durations boundary blank_logprobs.shape[1] blank_logprobs.shape[2]",
+    backward="grad scores shares durations boundary symbol_logprobs.shape[1] symbol_logprobs.shape[2]",
     check=_check,
 )
 def tdt_lattice(

@@ -96,13 +96,8 @@ def _gradients(
 
 
 # --------------------------------------------------------------------------- the op
-PARAMETERS = "qk_weight qk_bias position_bias"
-
-
 @op(
     "cpu triton",
-    deciding=f"query_key gate value {PARAMETERS}",
-    wide=f"{PARAMETERS} weights_dropout",
     strides=dict.fromkeys(("query_key", "gate", "value", "grad"), "channels"),
     keeps={"mixed": Annotated[Tensor, "L B V", "query_key + gate + value"]},
     sizes={"size count": _chunks},
@@ -115,15 +110,15 @@ def toeplitz_attention(
     query_key: Annotated[Tensor, "L B D, D >= 1"],
     gate: Annotated[Tensor, "L B V"],
     value: Annotated[Tensor, "L B V"],
-    qk_weight: Annotated[Tensor, "2 D"],
-    qk_bias: Annotated[Tensor, "2 D"],
-    position_bias: Annotated[Tensor, "2*P-1, P >= size"],
+    qk_weight: Annotated[Tensor, "2 D", "wide"],
+    qk_bias: Annotated[Tensor, "2 D", "wide"],
+    position_bias: Annotated[Tensor, "2*P-1, P >= size", "wide"],
     *,
     causal: bool = True,
     padding_mask: Annotated[Tensor, "B L", bool] | None = None,
     chunk_size: int = 0,
     activation: _activation.Activation = "silu",
-    weights_dropout: Annotated[Tensor, "B count size size", "constant"] | None = None,
+    weights_dropout: Annotated[Tensor, "B count size size", "constant", "wide"] | None = None,
     activate_value: bool = False,
 ) -> Annotated[Tensor, "L B V", "value + gate"]:
     """softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key); queries and keys of one length.

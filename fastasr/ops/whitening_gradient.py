@@ -81,7 +81,6 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
 @op(
     FAMILY,
     returns="y white",
-    differentiable=False,
     deciding="x grad",
     check=_check,
     launch=_launch,
@@ -96,7 +95,7 @@ def whitening_gradient(
     grad_scale: float | None = None,
     limits: Annotated[Tensor, "2"] | None = None,
     act: Annotated[Tensor, " | 1", "constant"] | None = None,
-) -> tuple[Annotated[Tensor, "*S D", "grad"], Annotated[Tensor, "", torch.bool, "constant"]]:
+) -> tuple[Annotated[Tensor, "*S D", "grad", "constant"], Annotated[Tensor, "", torch.bool, "constant"]]:
     """Returns the gradient of x, changed if the metric w of x reaches the limit, and whether w is below. Not
     differentiable.
 

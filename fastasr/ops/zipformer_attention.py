@@ -45,10 +45,8 @@ def _value_heads(op: Op, a: Arguments) -> None:
 @op(
     "cpu triton",
     one_dtype="x pos value cached_key",
-    autocast="one dtype",
     forward=_FORWARD,
     backward=f"grad {_FORWARD} -> x pos value cached_key",
-    fast_strides="x pos value cached_key key_padding_mask attn_mask",
     check=_value_heads,
     summary="softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory",
 )

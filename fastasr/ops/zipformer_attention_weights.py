@@ -50,12 +50,9 @@ _FORWARD = f"{_TENSORS} num_heads query_head_dim chunk_size left_context_chunks"
     "cpu triton",
     returns="weights",
     one_dtype="x pos cached_key",
-    autocast="one dtype",
     strides={"grad": "rows", "weights": _empty},
     forward=_FORWARD,
     backward=f"grad weights {_FORWARD} score_penalty score_limit",
-    saves=f"weights {_TENSORS}",
-    fast_strides=_TENSORS,
     summary="softmax_j(q·k + p·R[j−i]) with padding, chunk and cache",
 )
 def zipformer_attention_weights(

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from fastasr.graphs import Graphs
 from fastasr.graphs import module as recording
 from fastasr.models.common.plain import hooks_of
-from fastasr.models.common.ragged import hook
+from fastasr.models.common.ragged import why_not_hooked
 from fastasr.ops import _kept
 from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
@@ -252,7 +252,7 @@ def explain(model: nn.Module, only: Selection = None, exclude: Selection = None)
         report.rows.append(_row(path, module, decision, decision.apply))
         ragged = decision.rule.ragged if decision.rule is not None else None
         if ragged is not None and binding.bound_forward(module) is ragged.forward:
-            _note_padding(report, report.rows[-1], hook(module) or ragged.why_not(module))
+            _note_padding(report, report.rows[-1], why_not_hooked(module) or ragged.why_not(module))
     _note_leaving(plan, report)
     return report
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastasr import _left
-from fastasr.models.common.ragged import hook
+from fastasr.models.common.ragged import why_not_hooked
 from fastasr.ops._dispatch import why_eager
 from fastasr.swap import binding
 from fastasr.swap.rule import Rule
@@ -102,7 +102,7 @@ def _known(module: nn.Module, rule: Rule | None) -> dict[str, str | None]:
         return {}
     found = rule.leaves(module)
     if rule.ragged is not None and binding.bound_forward(module) is rule.ragged.forward:
-        found |= {"forward": hook(module) or rule.ragged.why_not(module) or ""}
+        found |= {"forward": why_not_hooked(module) or rule.ragged.why_not(module) or ""}
     parameter = next(module.parameters(), None)
     if parameter is not None and (eager := why_eager(rule.kernels, parameter.device, parameter.dtype)):
         found |= {"ops": eager}

@@ -42,7 +42,7 @@ def _contiguous(name: str, t: Tensor) -> Tensor:
 
 def is_gradient(f: Callable) -> bool:
     """Says whether f is an op that is a gradient itself."""
-    return hasattr(f, "op") and not f.op.differentiable
+    return hasattr(f, "op") and not f.op.written.differentiable
 
 
 def _leaves(table: OpTable, arguments: dict) -> dict:

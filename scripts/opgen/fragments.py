@@ -79,7 +79,7 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "needs": ", needs" * op.asks,
         "needs_from_autograd": [f"needs = {_needed(op)}"] * op.asks,
         "needs_from_dispatcher": [f"needs = wanted(ctx.needs_input_grad, {_places(op)!r})"] * op.asks,
-        "materialize": ["ctx.set_materialize_grads(False)"] * (not op.op.materialize),
+        "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
         "no_grads": _no_grads(op, grads, len(op.arguments) + bool(op.keeps)),
         "no_grads_directly": _no_grads(op, grads, len(op.arguments) + 2),
         "checks": _checks(op),
@@ -283,7 +283,8 @@ def _checks(op: Declared) -> list[str]:
     for a in op.in_binding_order():
         before = set(known)
         body = [*_tensor(op, a, known)]
-        lines += _if_given(a, body, (f"{name} = 0" for name in sorted(known - before)))
+        others = {name for other in op.tensors if other is not a for name in other.pattern.mentioned}
+        lines += _if_given(a, body, (f"{name} = 0" for name in sorted((known - before) & others)))
         lines += _given_sizes(op) if a is op.leader else ()
     lines += [line for a in op.options if a.dimension_of for line in _if_given(a, _option(a))]
     lines += _one_dtype(op)
@@ -337,7 +338,7 @@ def _one_dtype(op: Declared) -> Iterator[str]:
         first = op.one_dtype[0]
         wrong = f'op.wrong_dtype("{name}", {name}, "{first}", {first})'
         lines += _if_given(op.argument(name), [f"if {name}.dtype != {first}.dtype:\n    {wrong}"])
-    if lines and op.op.autocast is not None:
+    if lines:
         lines = [f"if autocast_dtype({op.one_dtype[0]}) is None:", indent("\n".join(lines), "    ")]
     yield from lines
 
@@ -411,7 +412,7 @@ def _operands(
     whose memory was ``released``.
     """
     wide = [*op.wide, *(f"grad_{o.name}" for o in op.outputs if o.wide and op.wide)]
-    if op.op.deciding:
+    if op.one_work_dtype:
         first, *others = op.deciding
         lines = [f"dtype = widest({first}, ({''.join(f'{o}, ' for o in others)}))"]
         dtype = "dtype"
@@ -516,7 +517,7 @@ def _under_transforms(op: Declared, grads: list[str]) -> list[str]:
     found, given = [f"d_{a.name}" for a in op.differentiable], _for_autograd(op)
     batched = " or ".join(
         f"{grad} is not None and is_batched({grad})"
-        if o.flag or not op.op.materialize
+        if o.flag or not op.materialize
         else f"is_batched({grad})"
         for grad, o in zip(grads, op.graded, strict=True)
     )
@@ -558,7 +559,7 @@ def _native_backward(op: Declared, grads: list[str]) -> list[str]:
 
 # --------------------------------------------------------------------------- gradients of the operator
 def _no_grads(op: Declared, grads: list[str], count: int) -> list[str]:
-    if op.op.materialize:
+    if op.materialize:
         return []
     return [f"if {' is None and '.join(grads)} is None:\n    return (None,) * {count}"]
 
@@ -635,15 +636,14 @@ def _conditions(op: Declared) -> Iterator[str]:
     others = [a for a in op.tensors if a is not op.leader]
     # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product runs first, which checks nothing.
     unchecked = bool(fast and fits)
-    told = op.deciding if op.op.deciding else () if unchecked else op.one_dtype
+    told = op.deciding if op.one_work_dtype else () if unchecked else op.one_dtype
     untold = [a for a in others if a.name not in told] if unchecked or not fast else []
     compared = [a for a in untold if a.kind in ("constant", "floating")]
     # The other path takes calls whose arguments it must convert: declining inside the kernels costs 20 us more.
     wide = [op.leader.name] if op.outputs[0].wide else op.wide[: not op.op.launch]
     taken = {"": "{0}.is_contiguous()", "channels": "({0}.is_contiguous() or {0}.stride(-1) == 1)"}
     layout = _layout(op, op.leader.name)
-    converts = layout in taken and (op.outputs[0].wide or not (op.op.launch or fast))
-    dense = op.op.fast_strides.split() or [op.leader.name] * converts
+    dense = layout in taken and (op.outputs[0].wide or not fast)
     for a in (op.leader, *others):
         parts = [f"type({a.name}) in PLAIN"]
         parts += [f"{a.name}.is_cpu"] * (a is op.leader or unchecked)
@@ -651,7 +651,7 @@ def _conditions(op: Declared) -> Iterator[str]:
         parts += [f"(dtype := {a.name}.dtype)"] * (a is op.leader and bool(compared))
         parts += [f"{a.name}.dtype is dtype"] * (a in compared)
         parts += [f"{a.name}.dtype in COMPUTE"] * (a.name in wide)
-        parts += [taken.get(layout, "").format(a.name)] * (a.name in dense)
+        parts += [taken[layout].format(a.name)] if a is op.leader and dense else []
         parts += [f"not {a.name}.requires_grad"] * (a.kind == "constant")
         yield _optional(a, " and ".join(parts))
     for a in op.options:
@@ -659,7 +659,7 @@ def _conditions(op: Declared) -> Iterator[str]:
         # Kernels that get no dimension know only the default one.
         condition += f" and {a.name} == {a.default!r}" * bool(a.dimension_of and not fast)
         yield _optional(a, _right_type(a) + condition)
-    yield from ['not is_autocast_enabled("cpu")'] * (op.op.autocast is not None)
+    yield from ['not is_autocast_enabled("cpu")'] * (op.autocast is not None)
     yield from [f"{_part(fits)}({_names(op.arguments)})"] if fits else []
     yield "not is_dynamo_compiling()"  # exports that trace without dynamo have no plain tensors
     yield f"not ({TRANSFORMED})"  # behind the former, because dynamo knows transforms by itself
@@ -667,7 +667,7 @@ def _conditions(op: Declared) -> Iterator[str]:
 
 def _formula_under_autocast(op: Declared) -> list[str]:
     """Serves only operands that have autocast's dtype already, because eager casts only some of its steps."""
-    if op.op.autocast != "formula":
+    if op.autocast != "formula":
         return []
     differs = " or ".join(f"{name}.dtype is not cast_dtype" for name in op.one_dtype)
     return [
@@ -677,7 +677,7 @@ def _formula_under_autocast(op: Declared) -> list[str]:
 
 
 def _under_autocast(op: Declared) -> list[str]:
-    rule = op.op.autocast
+    rule = op.autocast
     if rule is None:
         return []
     names, keep = _names(op.arguments), ", keep" * bool(op.keeps)
@@ -693,7 +693,7 @@ def _under_autocast(op: Declared) -> list[str]:
 
 
 def _cast(op: Declared) -> list[str]:
-    if op.op.autocast in (None, "formula"):
+    if op.autocast in (None, "formula"):
         return []
     names, deciding = _names(op.arguments), ", ".join(op.deciding)
     return [
@@ -718,7 +718,7 @@ def _registration(op: Declared) -> dict[str, str | list[str]]:
     backward = ", ".join((*grads, *saved, *options, *["bool[] needs"] * op.asks))
     forward = ", ".join((*(a.schema for a in op.arguments), *["bool keep=False"] * bool(op.keeps)))
     registered = ["setup_context=set_up,", "backward=backward,"] * bool(op.differentiable)
-    registered += ["autocast=under_autocast,"] * (op.op.autocast is not None)
+    registered += ["autocast=under_autocast,"] * (op.autocast is not None)
     operator = ["backward_operator = None"]
     if op.differentiable:
         schema = _schema(f"{op.name}_backward", backward, len(op.differentiable))
@@ -734,6 +734,7 @@ def _registration(op: Declared) -> dict[str, str | list[str]]:
         "saved_class": "Saved" if op.differentiable else "None",
         "deciding_names": f"({''.join(f'{name!r}, ' for name in op.deciding)})",
         "differentiable_names": f"({''.join(f'{a.name!r}, ' for a in op.differentiable)})",
+        "released": ["released=True,"] * bool(op.unread),
         "dense": str(not _is_like(op)),
     }
 

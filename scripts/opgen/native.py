@@ -39,6 +39,8 @@ TYPES = {
     "pair": ("int64_t, int64_t", "std::array<int64_t, 2>", "int"),
 }
 
+_SHAPE = re.compile(r"(\w+)\.shape\[(\d)\]")
+
 
 def write(op: Declared) -> str:
     """Returns the header of an op, not yet formatted."""
@@ -46,7 +48,9 @@ def write(op: Declared) -> str:
     parts = [HEAD.format(name=op.name, source=source)]
     if op.sizes:
         parts.append(SIZES.format(names=", ".join(_given(op))))
-    parts.append(_Call(op, "forward", op.forward, len(op.found)).struct())
+    # The backward kernel computes outputs that are gradients.
+    found = [o for o in op.found if not (o.flag and o.constant)]
+    parts.append(_Call(op, "forward", op.forward, len(found)).struct())
     if op.differentiable and (op.op.backward or op.op.gradients is None or op.op.fast is not False):
         parts.append(_Call(op, "backward", op.backward, len(op.backward_results)).struct())
     return "\n".join([*parts, f"}}  // namespace fastasr::bindings::{op.name}\n"])
@@ -69,6 +73,10 @@ class _Call:
         self.op, self.results = op, results
         self.name = f"{op.name}_{which}"
         self.tokens = tokens
+        # a token ``x.shape[1]`` -> the name of this size
+        self.numbers = {
+            found[0]: self._size(*found.groups()) for found in map(_SHAPE.fullmatch, tokens) if found
+        }
         self.members = [member for token in tokens for member in self._members(token)]
         self.given = {name for name, _ in self.members}
         self.sizes: list[tuple[str, str]] = []  # (type, name) of the sizes that checks bind
@@ -80,7 +88,9 @@ class _Call:
         token = chosen[1] if chosen else token
         arguments = {a.name: a for a in op.arguments}
         outputs = {o.name: o for o in op.found}
-        if token == "*needs":
+        if token in self.numbers:
+            yield self.numbers[token], "int"
+        elif token == "*needs":
             yield from ((f"needs_{a.name}", "bool") for a in op.differentiable)
         elif token.startswith("needs."):
             yield token.replace(".", "_"), "bool"
@@ -100,9 +110,12 @@ class _Call:
         else:
             raise ValueError(f"{op.name}: {token}: expected a name in the calls that C++ kernels serve")
 
+    def _size(self, name: str, place: str) -> str:
+        return self.op.argument(name).pattern.alternatives[0].dims[int(place)].text
+
     def _may_be_none(self, o: Output) -> bool:
-        """Says whether an output may have no gradient."""
-        return bool(o.flag) or not self.op.op.materialize
+        """Says whether an output may have no gradient. Outputs that are gradients need none either."""
+        return bool(o.flag) or not self.op.materialize or any(other.constant for other in self.op.outputs)
 
     # ----------------------------------------------------------------------- the struct
     def struct(self) -> str:
@@ -143,21 +156,31 @@ class _Call:
 
     # ----------------------------------------------------------------------- checks
     def _checks(self) -> Iterator[str]:
-        op, known = self.op, self.op.known_sizes()
+        op, known = self.op, self.op.known_sizes() | set(self.numbers.values())
         for a in op.options:
             yield from self._option(a)
+        yield from (f'fastasr::check({size} >= 0, op, "{size}");' for size in self.numbers.values())
         self.sizes += [("int64_t", name) for name in _given(op)]
+        led = op.leader.name in self.given
+        if not led:
+            yield from self._outputs(known, True)
         for a in op.in_binding_order():
             if a.name in self.given:
                 yield from self._tensor(a.name, a.optional, a.pattern, self._dtype(a), known, a is op.leader)
             if a is op.leader and op.sizes:
                 yield "find_sizes(*this);"
-        for o in op.found:
-            if f"grad_{o.name}" in self.given:
-                optional = self._may_be_none(o)
-                yield from self._tensor(f"grad_{o.name}", optional, o.pattern, self._output_dtype(o), known)
+        if led:
+            yield from self._outputs(known)
+
+    def _outputs(self, known: set[str], lead: bool = False) -> Iterator[str]:
+        """Yields the checks of outputs and of their gradients. If they ``lead``, the first one has the dtype."""
+        for o in self.op.found:
+            grad = f"grad_{o.name}"
             if o.name in self.given:
-                yield from self._tensor(o.name, False, o.pattern, self._output_dtype(o), known)
+                yield from self._tensor(o.name, False, o.pattern, self._output_dtype(o), known, lead)
+                lead = False
+            if grad in self.given:
+                yield from self._tensor(grad, self._may_be_none(o), o.pattern, self._output_dtype(o), known)
 
     def _option(self, a: Argument) -> Iterator[str]:
         if a.name not in self.given or a.dimension_of:
@@ -214,7 +237,7 @@ class _Call:
 
     def _shape(self, name: str, tensor: str, read: str, pattern: Pattern, known: set[str]) -> Iterator[str]:
         """Yields code that checks a shape and binds the names in it."""
-        before, conditions = set(known), [code(condition(c)) for c in pattern.conditions]
+        before, conditions = set(known), [code(condition(c), 4) for c in pattern.conditions]
         shapes = pattern.alternatives
         if not conditions and any(s.rest == "..." and not s.dims for s in shapes):
             return

@@ -206,6 +206,7 @@ written = Written(
     deciding={deciding_names},
     differentiable={differentiable_names},
     dense={dense},
+    {released}
 )
 op.serve({name}, written)
 """

@@ -12,9 +12,10 @@ struct RelAttentionForward {
       "rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
       "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, Tensor? attn_mask, "
       "Tensor? starts, Tensor? dropout_seed, float dropout_p, int context_0, int context_1, int chunk_size, "
-      "float soft_cap) -> (Tensor, Tensor)";
-  using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
-                              Optional, Optional, Optional, Optional, double, int64_t, int64_t, int64_t, double>;
+      "float soft_cap, int pos_span_0, int pos_span_1) -> (Tensor, Tensor)";
+  using Types =
+      ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
+                    Optional, Optional, Optional, double, int64_t, int64_t, int64_t, double, int64_t, int64_t>;
 
   const Tensor& q;
   const Tensor& k;
@@ -33,6 +34,7 @@ struct RelAttentionForward {
   std::array<int64_t, 2> context;
   int64_t chunk_size;
   double soft_cap;
+  std::array<int64_t, 2> pos_span;
 
   // The sizes, once the arguments are checked.
   int64_t B{};
@@ -42,6 +44,8 @@ struct RelAttentionForward {
   int64_t K{};
   int64_t E{};
   int64_t R{};
+  int64_t P{};
+  int64_t N{};
 
   // Declines the call if an argument does not fit the declaration.
   void check(const char* op = kName) {
@@ -77,7 +81,13 @@ struct RelAttentionForward {
     check_contiguous(v, op, "v");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
-      fastasr::check(has_sizes(*pos, {(T ? T + K - 1 : 0), H, D}), op, "pos is not ((T and T+K-1), H, D)");
+      {
+        const Sizes shape = pos->sizes();
+        fastasr::check(shape.size() == 3, op, "pos is not (R, P, D), (P == 1 or P == H)");
+        R = shape[0];
+        P = shape[1];
+        fastasr::check(shape[2] == D && (P == 1 || P == H), op, "pos is not (R, P, D), (P == 1 or P == H)");
+      }
       check_contiguous(*pos, op, "pos");
     }
     if (bias_u) {
@@ -122,9 +132,9 @@ struct RelAttentionForward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (R), R >= 1");
-        R = shape[0];
-        fastasr::check(R >= 1, op, "starts is not (R), R >= 1");
+        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
+        N = shape[0];
+        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
@@ -142,11 +152,11 @@ struct RelAttentionBackward {
       "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
       "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, "
       "Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, "
-      "int context_0, int context_1, int chunk_size, float soft_cap) -> "
+      "int context_0, int context_1, int chunk_size, float soft_cap, int pos_span_0, int pos_span_1) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
-  using Types =
-      ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
-                    Optional, Optional, Optional, Optional, Tensor, Tensor, double, int64_t, int64_t, int64_t, double>;
+  using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional,
+                              Optional, Optional, Optional, Optional, Optional, Tensor, Tensor, double, int64_t,
+                              int64_t, int64_t, double, int64_t, int64_t>;
 
   const Tensor& grad_y;
   const Tensor& q;
@@ -168,6 +178,7 @@ struct RelAttentionBackward {
   std::array<int64_t, 2> context;
   int64_t chunk_size;
   double soft_cap;
+  std::array<int64_t, 2> pos_span;
 
   // The sizes, once the arguments are checked.
   int64_t B{};
@@ -177,6 +188,8 @@ struct RelAttentionBackward {
   int64_t K{};
   int64_t E{};
   int64_t R{};
+  int64_t P{};
+  int64_t N{};
 
   // Declines the call if an argument does not fit the declaration.
   void check(const char* op = kName) {
@@ -212,7 +225,13 @@ struct RelAttentionBackward {
     check_contiguous(v, op, "v");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
-      fastasr::check(has_sizes(*pos, {(T ? T + K - 1 : 0), H, D}), op, "pos is not ((T and T+K-1), H, D)");
+      {
+        const Sizes shape = pos->sizes();
+        fastasr::check(shape.size() == 3, op, "pos is not (R, P, D), (P == 1 or P == H)");
+        R = shape[0];
+        P = shape[1];
+        fastasr::check(shape[2] == D && (P == 1 || P == H), op, "pos is not (R, P, D), (P == 1 or P == H)");
+      }
       check_contiguous(*pos, op, "pos");
     }
     if (bias_u) {
@@ -257,9 +276,9 @@ struct RelAttentionBackward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (R), R >= 1");
-        R = shape[0];
-        fastasr::check(R >= 1, op, "starts is not (R), R >= 1");
+        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
+        N = shape[0];
+        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
@@ -268,12 +287,12 @@ struct RelAttentionBackward {
       fastasr::check(has_sizes(*dropout_seed, {1}), op, "dropout_seed is not (1)");
       check_contiguous(*dropout_seed, op, "dropout_seed");
     }
-    check_dtype(grad_y, dtype, op, "grad_y");
-    fastasr::check(has_sizes(grad_y, {B, T, H, E}), op, "grad_y is not (B, T, H, E)");
-    check_contiguous(grad_y, op, "grad_y");
     check_dtype(y, dtype, op, "y");
     fastasr::check(has_sizes(y, {B, T, H, E}), op, "y is not (B, T, H, E)");
     check_contiguous(y, op, "y");
+    check_dtype(grad_y, dtype, op, "grad_y");
+    fastasr::check(has_sizes(grad_y, {B, T, H, E}), op, "grad_y is not (B, T, H, E)");
+    check_contiguous(grad_y, op, "grad_y");
     check_dtype(lse, compute_type(dtype), op, "lse");
     fastasr::check(has_sizes(lse, {B, H, T}), op, "lse is not (B, H, T)");
     check_contiguous(lse, op, "lse");

@@ -163,12 +163,12 @@ struct ZipformerAttentionWeightsBackward {
                      "attn_mask is not (T, T+L) or (B, T, T+L)");
       check_contiguous(*attn_mask, op, "attn_mask");
     }
-    check_dtype(grad_weights, dtype, op, "grad_weights");
-    fastasr::check(has_sizes(grad_weights, {num_heads, B, T, T + L}), op, "grad_weights is not (num_heads, B, T, T+L)");
-    check_dense_channels(grad_weights, op, "grad_weights");
     check_dtype(weights, dtype, op, "weights");
     fastasr::check(has_sizes(weights, {num_heads, B, T, T + L}), op, "weights is not (num_heads, B, T, T+L)");
     check_dense_channels(weights, op, "weights");
+    check_dtype(grad_weights, dtype, op, "grad_weights");
+    fastasr::check(has_sizes(grad_weights, {num_heads, B, T, T + L}), op, "grad_weights is not (num_heads, B, T, T+L)");
+    check_dense_channels(grad_weights, op, "grad_weights");
   }
 };
 

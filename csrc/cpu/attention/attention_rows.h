@@ -30,6 +30,8 @@ struct AttentionRows {
   void (*rescaled)(C* total, const C* part, int64_t rows, int64_t n, const C* scale);
   // total[j] += part[j]. n is a multiple of 16.
   void (*add)(C* total, const C* part, int64_t n);
+  // s[j] += number
+  void (*add_number)(C* s, int64_t n, C number);
   // total[j] += scale part[j]
   void (*add_scaled)(C* total, const C* part, int64_t n, C scale);
   void (*add_to_double)(double* total, const C* part, int64_t n, C scale);
@@ -37,6 +39,8 @@ struct AttentionRows {
   void (*soft_cap)(C* s, int64_t n, C cap);
   // ds[j] *= 1 - (s[j] / cap)^2, for capped scores, of which those below -cap are hidden keys'
   void (*soft_cap_gradient)(const C* s, C* ds, int64_t n, C cap);
+  // Returns sum_j s[j].
+  C (*sum)(const C* s, int64_t n);
   // Returns sum_j a[j] b[j]. n is a multiple of 32.
   C (*dot)(const C* a, const C* b, int64_t n);
   // With W = w / sum: g[j] = W[j] (g[j] - sum_j W g). n is a multiple of 32.

@@ -69,6 +69,12 @@ void add(C* __restrict total, const C* __restrict part, int64_t n) {
   }
 }
 
+template <typename C>
+void add_number(C* __restrict s, int64_t n, C number) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) s[j] += number;
+}
+
 template <typename C, typename S>
 void add_scaled(S* __restrict total, const C* __restrict part, int64_t n, C scale) {
 #pragma omp simd
@@ -88,6 +94,18 @@ void soft_cap_gradient(const C* __restrict s, C* __restrict ds, int64_t n, C cap
     const C t = (s[j] < -cap ? -cap : s[j]) / cap;
     ds[j] *= 1 - t * t;
   }
+}
+
+template <typename C>
+C sum(const C* __restrict s, int64_t n) {
+  C lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) lanes[l] += s[j + l];
+  }
+  for (int l = 0; j + l < n; l++) lanes[l] += s[j + l];
+  return sum_of_lanes(lanes);
 }
 
 template <typename C>
@@ -150,9 +168,10 @@ void softmax_gradient(const T* __restrict w, const T* __restrict g, compute_t<T>
 
 FASTASR_KERNELS(AttentionRows, .fill_where = fill_where<compute_t<T>>, .maximum = maximum<compute_t<T>>,
                 .exponentials = exponentials<compute_t<T>>, .rescaled = rescaled<compute_t<T>>,
-                .add = add<compute_t<T>>, .add_scaled = add_scaled<compute_t<T>, compute_t<T>>,
-                .add_to_double = add_scaled<compute_t<T>, double>, .soft_cap = soft_cap<compute_t<T>>,
-                .soft_cap_gradient = soft_cap_gradient<compute_t<T>>, .dot = dot<compute_t<T>>,
+                .add = add<compute_t<T>>, .add_number = add_number<compute_t<T>>,
+                .add_scaled = add_scaled<compute_t<T>, compute_t<T>>, .add_to_double = add_scaled<compute_t<T>, double>,
+                .soft_cap = soft_cap<compute_t<T>>, .soft_cap_gradient = soft_cap_gradient<compute_t<T>>,
+                .sum = sum<compute_t<T>>, .dot = dot<compute_t<T>>,
                 .attention_gradient = attention_gradient<compute_t<T>>, .drop = drop<compute_t<T>>,
                 .penalty = penalty<compute_t<T>>, .divided = divided<T>, .softmax_gradient = softmax_gradient<T>)
 

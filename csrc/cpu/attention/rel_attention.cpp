@@ -13,6 +13,8 @@
 namespace fastasr::cpu {
 namespace {
 
+// Copies of R's first and last row before and behind the packed rows: products take whole tiles without bounds.
+constexpr int64_t kPositionMargin = 96;
 constexpr int64_t kBandWidth = kKeyBlock + kAttentionPad;
 // In the backward pass, a block has this many queries. More of them make dk, dv and dR cheaper, until weights and dS
 // leave the second cache.
@@ -128,7 +130,7 @@ template <typename T, typename C = compute_t<T>>
 void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, int64_t pair, C* content_rows,
                  C* position_rows, C* content, C* position) {
   load_biased(r, t.q, t.bias_u, s, pair, content_rows, content);
-  if (r.problem.pos_batch) load_biased(r, t.q, t.bias_v, s, pair, position_rows, position);
+  if (r.pos_heads) load_biased(r, t.q, t.bias_v, s, pair, position_rows, position);
 }
 
 // Returns the place of a query's gate in (batch, frames, heads).
@@ -140,6 +142,12 @@ int64_t gate_of(const AttentionProblem& a, int64_t pair, int64_t frame) {
 template <typename T, typename C = compute_t<T>>
 C gate(const AttentionProblem& a, const RelAttentionOperands<T>& t, int64_t pair, int64_t frame) {
   return t.offset_gate ? load(t.offset_gate[gate_of(a, pair, frame)]) : C(1);
+}
+
+// Returns the offset bias behind the packed positions.
+template <typename C>
+C* offset_bias_of(const RelAttention& r, C* rt) {
+  return rt + r.position_channels() * r.positions();
 }
 
 // Returns a row of the offset bias that begins at the offset of the key `begin`; `row` is what the table begins with.
@@ -164,26 +172,55 @@ void hide(const RelAttention& r, const Strip& t, int m, const KeyRange& range, i
   std::fill(s + std::clamp<int64_t>(w.end - begin, 0, n), s + n, -kInfinity<C>);
 }
 
-// Computes s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] + g[i] b[T - 1 + j - i] + c[j] for the keys
-// [begin, end), -inf where one is hidden.
+int64_t round_down(int64_t n) {
+  return n & -kAttentionPad;  // a multiple, of negative numbers too
+}
+
+// Adds position[m] R[j - i] to s[m][j - begin], for the keys [begin, end).
+template <typename C>
+void add_positions(const RelAttention& r, const Strip& t, const C* position, const C* rt, int64_t begin, int64_t end,
+                   C* s, int64_t stride, C* band) {
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
+  const int64_t lead = t.rows - 1, at = t.begin + r.problem.left, columns = r.positions(), dim = r.problem.query_dim;
+  // All queries of the strip have R's first row for the keys before `first`, and its last one from `last` on.
+  const int64_t first = std::clamp(round_down(at - r.span.left), begin, end);
+  const int64_t last = std::clamp(round_up(at + lead + r.span.right + 1, kAttentionPad), first, end);
+  const int64_t seen = std::min(last, r.problem.keys()) - first;
+  if (seen > 0)
+    tiles.scores(position, rt + kPositionMargin + r.span.left + first - at - lead, columns, dim, nullptr, nullptr, 0, 0,
+                 0, round_up(seen + lead, kAttentionPad), band, kBandWidth, nullptr, 0);
+  C before[kAttentionRows] = {}, behind[kAttentionRows] = {};
+  if (first > begin || last < end)
+    for (int64_t d = 0; d < dim; d++)
+      for (int m = 0; m < t.rows; m++) {
+        const C *row = rt + d * columns + kPositionMargin, q = position[d * t.rows + m];
+        before[m] += q * row[0], behind[m] += q * row[r.span.rows() - 1];
+      }
+  for (int m = 0; m < t.stored; m++) {
+    C* row = s + m * stride;
+    row_kernels.add_number(row, first - begin, before[m]);
+    if (seen > 0) row_kernels.add(row + first - begin, band + m * kBandWidth + lead - m, last - first);
+    row_kernels.add_number(row + last - begin, end - last, behind[m]);
+  }
+}
+
+// Computes s[m][j - begin] = content[m] k[j] + position[m] R[j - i] + g[i] b[T - 1 + j - i] + c[j] for the keys [begin,
+// end), -inf where one is hidden.
 template <typename T, typename C = compute_t<T>>
 void scores_of(const RelAttention& r, const RelAttentionOperands<T>& operands, const KeyRange& range, const Strip& t,
                int64_t pair, const C* content, const C* position, const C* kt, const C* rt, int64_t begin, int64_t end,
                C* s, int64_t stride, C* band) {
-  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
   const AttentionProblem& a = r.problem;
-  const int64_t n = end - begin, lead = t.rows - 1, seen = std::min(end, a.keys()) - begin;
-  tiles.scores(content, kt + begin, a.padded_keys(), a.query_dim, nullptr, nullptr, 0, 0, 0, n, s, stride, nullptr, 0);
-  const C* const bias = r.has_offset_bias ? rt + r.position_channels() * a.padded_offsets() : nullptr;
-  if (a.pos_batch)
-    tiles.scores(position, rt + kAttentionMargin + a.frames - 1 - t.begin + begin - lead, a.padded_offsets(),
-                 a.query_dim, nullptr, nullptr, 0, 0, 0, round_up(seen + lead, kAttentionPad), band, kBandWidth,
-                 nullptr, 0);
+  const int64_t n = end - begin;
+  kernels<AttentionTiles<C>>().scores(content, kt + begin, a.padded_keys(), a.query_dim, nullptr, nullptr, 0, 0, 0, n,
+                                      s, stride, nullptr, 0);
+  if (r.pos_heads) add_positions(r, t, position, rt, begin, end, s, stride, band);
+  const C* const bias = offset_bias_of(r, rt);
   for (int m = 0; m < t.stored; m++) {
     C* row = s + m * stride;
-    if (a.pos_batch) row_kernels.add(row, band + m * kBandWidth + lead - m, n);
-    if (bias) {
+    if (r.has_offset_bias) {
       const int64_t i = t.begin + m;
       row_kernels.add_scaled(row, bias_row(a, bias, i, begin), n, gate(a, operands, pair, i));
     }
@@ -239,20 +276,28 @@ void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t 
 }
 
 template <typename T, typename C = compute_t<T>>
-void pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head, C* transposed, C* rows) {
+void pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t table, C* transposed, C* rows) {
   const AttentionProblem& a = r.problem;
-  zero(transposed, r.positions_transposed_size());
   if (r.has_offset_bias) {
-    C* row = transposed + r.position_channels() * a.padded_offsets() + kAttentionMargin;
-    for (int64_t i = 0; i < a.offsets(); i++) row[i] = load(t.offset_bias[i * a.heads + head]);
+    C* const row = offset_bias_of(r, transposed);
+    zero(row, a.padded_offsets());
+    for (int64_t i = 0; i < a.offsets(); i++) row[kAttentionMargin + i] = load(t.offset_bias[i * a.heads + table]);
   }
-  if (!a.pos_batch) return;
-  const T* in = t.pos + head * a.query_dim;
-  const int64_t step = a.heads * a.query_dim;
-  transpose(in, step, a.offsets(), a.query_dim, transposed + kAttentionMargin, a.padded_offsets());
+  if (!r.pos_heads) return;
+  const int64_t dim = a.query_dim, depth = r.dim(), step = r.pos_heads * dim, n = r.span.rows(), end = r.positions();
+  const T* in = t.pos + r.span.first * step + (r.pos_heads == 1 ? 0 : table) * dim;
+  transpose(in, step, n, dim, transposed + kPositionMargin, end);
+  for (int64_t d = 0; d < dim; d++) {
+    C* const row = transposed + d * end;
+    std::fill_n(row, kPositionMargin, row[kPositionMargin]);
+    std::fill(row + kPositionMargin + n, row + end, row[kPositionMargin + n - 1]);
+  }
   if (!rows) return;
-  zero(rows, r.positions_size());
-  copy_rows(in, step, a.offsets(), a.query_dim, rows + kAttentionMargin * r.dim(), r.dim());
+  copy_padded(in, step, n, dim, rows + kPositionMargin * depth, depth, n);
+  const auto copies = [&](int64_t from, int64_t to, int64_t of) {
+    for (int64_t row = from; row < to; row++) std::copy_n(rows + of * depth, depth, rows + row * depth);
+  };
+  copies(0, kPositionMargin, kPositionMargin), copies(kPositionMargin + n, end, kPositionMargin + n - 1);
 }
 
 // --------------------------------------------------------------------------- forward
@@ -385,7 +430,7 @@ void add_offset_gradients(const BackwardProblem<T, C>& b, int64_t frame, int64_t
   const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
   row_kernels.add_to_double(bias_row(a, b.sums.offsets, frame, b.window.begin), ds, n, gate(a, b.t, b.pair, frame));
   if (!b.t.offset_gate) return;
-  const C* bias = b.rt + b.r.position_channels() * a.padded_offsets();
+  const C* bias = offset_bias_of(b.r, b.rt);
   store(&b.gradients.offset_gate[gate_of(a, b.pair, frame)],
         row_kernels.dot(bias_row(a, bias, frame, b.window.begin), ds, n));
 }
@@ -434,6 +479,36 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
   }
 }
 
+// The keys of a block of queries that R's span meets: query i of the block multiplies rows for those from begin + i to
+// end + i, and has R's first row for the keys before, its last one for those behind.
+template <typename T, typename C>
+Window spanned(const BackwardProblem<T, C>& b, int64_t first) {
+  const int64_t at = first + b.r.problem.left, least = b.window.begin - kBackwardQueries, most = b.window.end;
+  const int64_t begin = std::clamp(round_down(at - b.r.span.left), least, most);
+  return {begin, std::clamp(round_up(at + b.r.span.right + 1, kAttentionPad), begin, most)};
+}
+
+// Adds what keys beyond the span give to dq and to the first and last row of dR.
+template <typename T, typename C>
+void add_beyond_span(const BackwardProblem<T, C>& b, const Window& span, int64_t count) {
+  const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
+  const BackwardMemory<C>& m = b.m;
+  const Window w = b.window;
+  const int64_t depth = b.r.dim(), dim = b.r.problem.query_dim;
+  if (span.begin + count - 1 <= w.begin && span.end >= w.end) return;
+  const C *const first = b.rows + kPositionMargin * depth, *const last = first + (b.r.span.rows() - 1) * depth;
+  double* const sums = b.sums.biases + 2 * dim;
+  for (int64_t i = 0; i < count; i++) {
+    const C *const ds = m.ds + i * m.stride, *const p = m.p + i * depth;
+    const int64_t begin = std::clamp(span.begin + i, w.begin, w.end), end = std::clamp(span.end + i, begin, w.end);
+    const C before = row_kernels.sum(ds + w.begin, begin - w.begin), behind = row_kernels.sum(ds + end, w.end - end);
+    for (int64_t d = 0; d < dim; d++) {
+      m.dp[i * depth + d] += before * first[d] + behind * last[d];
+      sums[d] += static_cast<double>(before * p[d]), sums[dim + d] += static_cast<double>(behind * p[d]);
+    }
+  }
+}
+
 // Adds the gradients of a block's queries, and its part of dk, dv and dR.
 template <typename T, typename C>
 void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t count) {
@@ -442,8 +517,9 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
   const AttentionProblem& a = b.r.problem;
   const BackwardMemory<C>& m = b.m;
   const int64_t depth = b.r.dim(), values = b.r.values(), dim = a.query_dim;
-  const Window w = b.window;
+  const Window w = b.window, span = spanned(b, first);
   const int64_t block = round_up(count, tiles.rows);
+  const int64_t shift = kPositionMargin + b.r.span.left - a.left - first;  // row of R of the first query and key 0
   const auto products = [&](const C* ds, int64_t stride, const C* rows, int64_t begin, int64_t end, C* out) {
     const auto queries = depth % kAttentionPad ? tiles.narrow : tiles.queries;
     zero(out, tiles.rows * depth);
@@ -460,16 +536,17 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
   };
   for (int64_t i = 0; i < block; i += tiles.rows) {
     const C* ds = m.ds + i * m.stride;
-    const int64_t shift = kAttentionMargin + a.frames - 1 - (first + i);
     products(ds, m.stride, m.keys, w.begin, w.end, m.dq + i * depth);
-    if (a.pos_batch)
-      products(ds, m.stride + 1, b.rows + shift * depth, w.begin - kAttentionRows, w.end, m.dp + i * depth);
+    if (b.r.pos_heads)
+      products(ds, m.stride + 1, b.rows + (shift - i) * depth, std::max(span.begin + i, w.begin - kAttentionRows),
+               std::min(span.end + i, w.end), m.dp + i * depth);
   }
   add(m.weights, m.stride, m.g, values, w.begin, w.end, m.dv);
   add(m.ds, m.stride, m.q, depth, w.begin, w.end, m.dk);
-  if (a.pos_batch)
-    add(m.ds, m.stride + 1, m.p, depth, w.begin - kBackwardQueries, w.end,
-        b.sums.positions + (kAttentionMargin + a.frames - 1 - first) * depth);
+  if (b.r.pos_heads) {
+    add(m.ds, m.stride + 1, m.p, depth, span.begin, span.end, b.sums.positions + shift * depth);
+    add_beyond_span(b, span, count);
+  }
   const C scale = scale_of<C>(b.r);
   const auto add_biases = [&](const C* rows, double* sums) {
     for (int64_t d = 0; d < dim; d++) {
@@ -480,7 +557,7 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
   };
   if (b.t.bias_u) add_biases(m.dq, b.sums.biases);
   if (b.t.bias_v) add_biases(m.dp, b.sums.biases + dim);
-  if (a.pos_batch)
+  if (b.r.pos_heads)
     for (int64_t i = 0; i < count * depth; i++) m.dq[i] += m.dp[i];
   for (int64_t i = 0; i < count; i++) {
     T* row = row_of(a, b.gradients.q, dim, b.pair, first + i);
@@ -519,24 +596,40 @@ template <typename T, typename C = compute_t<T>>
 void store_sums(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head,
                 const RelAttentionGradients<T>& gradients) {
   const AttentionProblem& a = r.problem;
-  const int64_t dim = a.query_dim, depth = r.dim(), size = r.positions_size();
-  const auto sum_of = [&](const auto* first, int64_t step) {
+  const int64_t dim = a.query_dim, depth = r.dim();
+  const auto sum_of = [](const auto* first, int64_t step, int64_t count) {
     double sum = 0;
-    for (int64_t k = 0; k < parts; k++) sum += static_cast<double>(first[k * step]);
-    return static_cast<C>(sum);
+    for (int64_t k = 0; k < count; k++) sum += static_cast<double>(first[k * step]);
+    return sum;
   };
-  for (int64_t row = 0; row < a.offsets(); row++) {
-    const int64_t at = kAttentionMargin + row, out = row * a.heads + head;
-    if (gradients.pos)
-      for (int64_t d = 0; d < dim; d++)
-        store(&gradients.pos[out * dim + d], sum_of(sums.positions + at * depth + d, size));
-    if (gradients.offset_bias) store(&gradients.offset_bias[out], sum_of(sums.offsets + at, r.offsets_size()));
-  }
+  if (gradients.offset_bias)
+    for (int64_t row = 0; row < a.offsets(); row++)
+      store(&gradients.offset_bias[row * a.heads + head],
+            static_cast<C>(sum_of(sums.offsets + kAttentionMargin + row, r.offsets_size(), parts)));
   const auto store_bias = [&](const double* found, T* bias) {
     if (!bias) return;
-    for (int64_t d = 0; d < dim; d++) store(&bias[head * dim + d], sum_of(found + d, 2 * dim));
+    for (int64_t d = 0; d < dim; d++)
+      store(&bias[head * dim + d], static_cast<C>(sum_of(found + d, r.biases_size(), parts)));
   };
   store_bias(sums.biases, gradients.bias_u), store_bias(sums.biases + dim, gradients.bias_v);
+  const bool shared = r.pos_heads == 1;
+  if (!gradients.pos || (shared && head > 0)) return;
+  const int64_t count = shared ? parts * a.heads : parts, n = r.span.rows();
+  const auto rows_of = [&](int64_t begin, int64_t end, int64_t d) {
+    double sum = 0;
+    for (int64_t row = begin; row < end; row++)
+      sum += sum_of(sums.positions + row * depth + d, r.positions_size(), count);
+    return sum;
+  };
+  for (int64_t row = 0; row < n; row++)
+    for (int64_t d = 0; d < dim; d++) {
+      // rows of the margins are copies of the first and the last one
+      const int64_t begin = row == 0 ? 0 : kPositionMargin + row;
+      double sum = rows_of(begin, row == n - 1 ? r.positions() : kPositionMargin + row + 1, d);
+      if (row == 0) sum += sum_of(sums.biases + 2 * dim + d, r.biases_size(), count);
+      if (row == n - 1) sum += sum_of(sums.biases + 3 * dim + d, r.biases_size(), count);
+      store(&gradients.pos[((r.span.first + row) * r.pos_heads + (shared ? 0 : head)) * dim + d], static_cast<C>(sum));
+    }
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -553,6 +646,7 @@ void store_key_bias(const RelAttention& r, const double* sums, T* gradient) {
 }  // namespace
 
 int64_t RelAttention::dim() const { return round_up(problem.query_dim, kAttentionPad / 2); }
+int64_t RelAttention::positions() const { return round_up(span.rows() + 2 * kPositionMargin, kAttentionPad / 2); }
 int64_t RelAttention::values() const { return round_up(value_dim, kAttentionPad / 2); }
 
 int64_t RelAttention::forward_scratch() const {
@@ -565,7 +659,8 @@ int64_t RelAttention::few_queries_scratch() const { return FewQueries(*this).ele
 bool RelAttention::has_few_queries() const {
   // a query without a cache belongs to a recording, whose bits must not depend on its length
   return problem.left > 0 && problem.frames <= kFewRows && key_rows() <= kKeyBlock && problem.keys() >= kFewColumns &&
-         dropout.threshold == 0 && problem.pos_batch && !has_offset_bias && !key_bias_heads && soft_cap == 0;
+         dropout.threshold == 0 && pos_heads == problem.heads && span.rows() == problem.offsets() && !has_offset_bias &&
+         !key_bias_heads && soft_cap == 0;
 }
 
 int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*this, nullptr).elements; }

@@ -14,8 +14,10 @@
 // queries meet blocks of keys, as in zipformer_attention.h; keys outside the context of a whole strip are left out. In
 // the backward pass a block of queries keeps its weights and their gradient, for all keys that one of them may see, in
 // the second cache; the products then have the block's depth. Memory is O(keys): packed operands, weights of one block
-// of queries and sums of dR. A bias by offset is one more row of the packed positions, times the query's gate; a
-// bias by key is one more row of the packed keys.
+// of queries and sums of dR. Keys outside R's span have its first or last row: their scores of positions are one number
+// per query and side, and so are their sums of dS; only keys that the span meets form products with rows. A bias by
+// offset is one more row of the packed positions, times the query's gate; a bias by key is one more row of the packed
+// keys.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kRelAttentionQueries = 64;  // A forward call takes at most this many queries.
@@ -32,12 +34,21 @@ struct Context {
   const Recording* recordings = nullptr;
 };
 
+// R has a row for each key from `left` frames before the query to `right` behind it; keys beyond have the nearest row.
+// `first` rows of the tensor come before these.
+struct PositionSpan {
+  int64_t left, right, first = 0;
+  int64_t rows() const { return left + right + 1; }
+};
+
 struct RelAttention {
-  // pos_dim = query_dim, pos_batch = 1, or 0 without R, no chunks; `left` keys stand before the first query
+  // pos_dim = query_dim, no chunks; `left` keys stand before the first query; pos_batch is not read
   AttentionProblem problem;
   int64_t value_dim;
   WeightsDropout dropout;
   Context context;
+  int64_t pos_heads = 0;  // 1 or heads; 0: no R
+  PositionSpan span{};
   bool has_offset_bias = false;
   int64_t key_bias_batch = 0, key_bias_heads = 0;  // each 1 or that of the problem; 0: none
   double soft_cap = 0;                             // 0: none
@@ -51,15 +62,20 @@ struct RelAttention {
   }
   int64_t values_size() const { return values() * key_rows(); }                  // per head and sequence
   int64_t key_sums_size() const { return key_bias_heads > 0 ? key_rows() : 0; }  // per head and sequence
-  int64_t position_channels() const { return problem.pos_batch ? problem.query_dim : 0; }
-  int64_t positions_transposed_size() const {  // per head
-    return (position_channels() + has_offset_bias) * problem.padded_offsets();
+  int64_t position_channels() const { return pos_heads ? problem.query_dim : 0; }
+  int64_t positions() const;  // padded rows of R
+  // R and the bias by offset are packed once for each table: that of a head, or of all.
+  int64_t tables() const { return has_offset_bias ? problem.heads : pos_heads; }
+  int64_t table_of(int64_t head) const { return tables() == 1 ? 0 : head; }
+  int64_t positions_transposed_size() const {  // per table
+    return position_channels() * positions() + has_offset_bias * problem.padded_offsets();
   }
-  int64_t positions_size() const { return problem.pos_batch ? dim() * problem.padded_offsets() : 0; }  // per head
-  int64_t offsets_size() const { return has_offset_bias ? problem.padded_offsets() : 0; }              // per head
-  int64_t forward_scratch() const;                                                                     // per thread
-  int64_t few_queries_scratch() const;                                                                 // per thread
-  int64_t backward_scratch() const;                                                                    // per thread
+  int64_t positions_size() const { return pos_heads ? dim() * positions() : 0; }           // per table, or head's sums
+  int64_t biases_size() const { return 4 * problem.query_dim; }                            // per head
+  int64_t offsets_size() const { return has_offset_bias ? problem.padded_offsets() : 0; }  // per head
+  int64_t forward_scratch() const;                                                         // per thread
+  int64_t few_queries_scratch() const;                                                     // per thread
+  int64_t backward_scratch() const;                                                        // per thread
 
   // Says whether rel_attention_few_queries serves the forward pass in float32.
   bool has_few_queries() const;
@@ -72,12 +88,12 @@ struct RelAttentionOperands {
   const T *q, *k, *v, *pos, *bias_u, *bias_v, *offset_bias = nullptr, *offset_gate = nullptr, *key_bias = nullptr;
 };
 
-// The sums over one head's sequences: dR in rows (padded_offsets, dim), du and dw, the offset bias's gradient, and, of
-// one sequence, the key bias's.
+// The sums over one head's sequences: dR in rows (positions, dim), du, dw and what keys beyond the span add to dR's
+// first and last row, the offset bias's gradient, and, of one sequence, the key bias's.
 template <typename C>
 struct RelAttentionSums {
   C* positions;
-  double* biases;   // (2, query_dim)
+  double* biases;   // (4, query_dim)
   double* offsets;  // (padded_offsets)
   double* keys;     // (key_rows)
 };
@@ -95,8 +111,8 @@ struct RelAttentionKernels {
   using C = compute_t<T>;
   using Operands = RelAttentionOperands<T>;
   void (*pack_keys)(const RelAttention& r, const Operands& t, int64_t pair, C* keys_transposed, C* values);
-  // Packs R of one head by channel, with the offset bias behind it, and, when `rows` is not null, R by row.
-  void (*pack_positions)(const RelAttention& r, const Operands& t, int64_t head, C* transposed, C* rows);
+  // Packs R of one table by channel, with the offset bias behind it, and, when `rows` is not null, R by row.
+  void (*pack_positions)(const RelAttention& r, const Operands& t, int64_t table, C* transposed, C* rows);
   // Computes rows [begin, end) of y (batch, frames, heads, value_dim) and lse (batch, heads, frames); begin is a
   // multiple of kRelAttentionQueries, end - begin at most that.
   void (*forward)(const RelAttention& r, const KeyRange* ranges, const Operands& t, const C* keys_transposed,
@@ -106,7 +122,8 @@ struct RelAttentionKernels {
   void (*backward)(const RelAttention& r, const KeyRange* ranges, const T* grad, const Operands& t,
                    const C* positions_transposed, const C* positions, int64_t pair,
                    const RelAttentionGradients<T>& gradients, const RelAttentionSums<C>& sums, C* scratch);
-  // Computes the other gradients of one head: `parts` sums, added in their order and in double.
+  // Computes the other gradients of one head: `parts` sums, added in their order and in double. That of an R which the
+  // heads share is computed with head 0, whose sums the others' follow.
   void (*store_sums)(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head,
                      const RelAttentionGradients<T>& gradients);
   // Computes the key bias's gradient from the sums of every head and sequence, (pairs, key_rows).

@@ -76,7 +76,7 @@ def lengths(
     if torch.equal(
         valid, torch.arange(valid.shape[1], device=valid.device, dtype=torch.int64) < counts[:, None]
     ):
-        reason = hook(encoder) or why_not()
+        reason = why_not_hooked(encoder) or why_not()
         few = not torch.is_grad_enabled() or valid.numel() - sum(found) < least_on_gpu
         if reason is None and few and on_gpu(valid.device):
             reason = "on a GPU that takes less time"
@@ -88,7 +88,7 @@ def lengths(
     return None
 
 
-def hook(encoder: torch.nn.Module) -> str | None:
+def why_not_hooked(encoder: torch.nn.Module) -> str | None:
     """Returns which module inside the encoder has a hook that packed frames would surprise, or None."""
     for module, hooks in _hooked(encoder):
         if not all(getattr(hook, "__module__", "").startswith(_HARMLESS) for hook in hooks):

@@ -9,11 +9,10 @@ from torch.compiler import is_dynamo_compiling
 
 from fastasr._transforms import transforms_active
 from fastasr.ops import _reduced_weights
-from fastasr.ops._dispatch import PLAIN, forced_backend
-from fastasr.ops._linear import fits
+from fastasr.ops._dispatch import PLAIN
 from fastasr.ops._op import OPS
 from fastasr.ops._written.linear import linear as checked
-from fastasr.ops.linear import FAMILY, torch_wins
+from fastasr.ops.linear import FAMILY, takes, torch_wins
 
 _MOST_CALLS = 10_000  # At most this many calls are remembered.
 
@@ -49,10 +48,8 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if FAMILY.native is None or transforms_active() or forward_ad._current_level >= 0:
         return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not all(type(t) in PLAIN and t.is_cpu and t.dtype is x.dtype for t in tensors):
-        return False
-    served = x.dtype is torch.float32 or (x.dtype.is_floating_point and forced_backend() == "auto")
-    return served and not is_autocast_enabled("cpu") and fits(x, weight, bias)
+    plain = all(type(t) in PLAIN and t.is_cpu and t.dtype is x.dtype for t in tensors)
+    return plain and not is_autocast_enabled("cpu") and takes(x, weight, bias)
 
 
 def _decide(call: tuple, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:

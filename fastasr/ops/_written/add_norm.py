@@ -87,6 +87,7 @@ def add_norm(
         kernels is not None
         and type(x) in PLAIN
         and x.is_cpu
+        and x.is_contiguous()
         and type(update) in PLAIN
         and type(weight) in PLAIN
         and type(bias) in PLAIN

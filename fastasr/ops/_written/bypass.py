@@ -74,7 +74,6 @@ def bypass(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         and x_orig.is_contiguous()
         and type(x) in PLAIN
         and x.dtype is dtype
-        and x.is_contiguous()
         and type(scale) in PLAIN
         and scale.dtype is dtype
         and not is_dynamo_compiling()

@@ -32,7 +32,7 @@ from fastasr.ops._runtime import (
     transformed_results,
     wanted,
 )
-from fastasr.ops.linear import _fits, _gradients, _launch, _product
+from fastasr.ops.linear import _gradients, _launch, _product, takes
 from fastasr.ops.linear import linear as formula
 
 op = OPS["linear"]
@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and weight.dtype is dtype
         and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype))
         and not is_autocast_enabled("cpu")
-        and _fits(x, weight, bias)
+        and takes(x, weight, bias)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):

@@ -61,6 +61,7 @@ class Arguments(NamedTuple):
     context: tuple[int, int] = (-1, -1)
     chunk_size: int = 1
     soft_cap: float = 0.0
+    pos_span: tuple[int, int] = (-1, -1)
 
 
 class Saved(NamedTuple):
@@ -83,6 +84,7 @@ class Saved(NamedTuple):
     context: tuple[int, int]
     chunk_size: int
     soft_cap: float
+    pos_span: tuple[int, int]
 
 
 # --------------------------------------------------------------------------- the public function
@@ -105,6 +107,7 @@ def rel_attention(
     context: tuple[int, int] = (-1, -1),
     chunk_size: int = 1,
     soft_cap: float = 0.0,
+    pos_span: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory.
 
@@ -112,8 +115,8 @@ def rel_attention(
         q: (B, T, H, d), d of at least 1. float32, bfloat16, float16 or float64.
         k: (B, K, H, d), K of at least T: the last T are the queries' frames.
         v: (B, K, H, e), e of at least 1.
-        pos: (T + K − 1, H, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
-            rows where T is 0. None: scores have no part of positions.
+        pos: (T + K − 1, H or 1, d), the projected positions: row r is for a key r − (K − 1) frames behind the query. No
+            rows where T is 0. With ``pos_span`` (l + r + 1, H or 1, d). None: scores have no part of positions.
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
         offset_bias: (T + K − 1, H): added to the scores after the division by √d, by offset as the rows of ``pos``.
         offset_gate: (B, T, H): factors of offset_bias, for each query.
@@ -130,6 +133,8 @@ def rel_attention(
             it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
         chunk_size: frames of a chunk, counted from the first key. 1: each frame has its own context.
         soft_cap: a of a tanh(score / a), which replaces the scores before keys are hidden; 0: none.
+        pos_span: (l, r): row n of ``pos`` is for a key n − l frames behind the query; keys further away have the first
+            or last row. (-1, -1): pos has a row for every key.
         All floating tensors have q's dtype, except under autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
@@ -146,21 +151,17 @@ def rel_attention(
         and q.is_cpu
         and q.is_contiguous()
         and type(k) in PLAIN
-        and k.is_contiguous()
         and type(v) in PLAIN
-        and v.is_contiguous()
-        and (pos is None or (type(pos) in PLAIN and pos.is_contiguous()))
-        and (bias_u is None or (type(bias_u) in PLAIN and bias_u.is_contiguous()))
-        and (bias_v is None or (type(bias_v) in PLAIN and bias_v.is_contiguous()))
-        and (offset_bias is None or (type(offset_bias) in PLAIN and offset_bias.is_contiguous()))
-        and (offset_gate is None or (type(offset_gate) in PLAIN and offset_gate.is_contiguous()))
-        and (key_bias is None or (type(key_bias) in PLAIN and key_bias.is_contiguous()))
-        and (
-            key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_contiguous())
-        )
-        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_contiguous()))
-        and (starts is None or (type(starts) in PLAIN and starts.is_contiguous()))
-        and (dropout_seed is None or (type(dropout_seed) in PLAIN and dropout_seed.is_contiguous()))
+        and (pos is None or type(pos) in PLAIN)
+        and (bias_u is None or type(bias_u) in PLAIN)
+        and (bias_v is None or type(bias_v) in PLAIN)
+        and (offset_bias is None or type(offset_bias) in PLAIN)
+        and (offset_gate is None or type(offset_gate) in PLAIN)
+        and (key_bias is None or type(key_bias) in PLAIN)
+        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
+        and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
+        and (dropout_seed is None or type(dropout_seed) in PLAIN)
         and type(dropout_p) is float
         and (dropout_p >= 0 and dropout_p < 1)
         and type(context) is tuple
@@ -170,6 +171,9 @@ def rel_attention(
         and (chunk_size >= 1)
         and type(soft_cap) is float
         and (soft_cap >= 0)
+        and type(pos_span) is tuple
+        and len(pos_span) == 2
+        and type(pos_span[0]) is type(pos_span[1]) is int
         and not is_autocast_enabled("cpu")
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
@@ -189,11 +193,11 @@ def rel_attention(
                 return apply(
                     kernels, True, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                     key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size,
-                    soft_cap,
+                    soft_cap, pos_span,
                 )  # fmt: skip
             y, _ = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap,
+                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
             )  # fmt: skip
             return y
         except NOT_MINE:
@@ -202,12 +206,12 @@ def rel_attention(
             # tells what is wrong with the arguments, if anything is
             check(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
             )  # fmt: skip
             raise
     check(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
     )  # fmt: skip
     if is_compiling() or not (
         type(q) in PLAIN
@@ -226,12 +230,12 @@ def rel_attention(
     ):
         return traced(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap),
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
@@ -239,16 +243,17 @@ def rel_attention(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
+            pos_span=pos_span,
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:
         names = under_autocast(
             cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
         (
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, _,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, _,
         ) = names  # fmt: skip
         kernels = family.kernels(q)
         if kernels is None:
@@ -256,7 +261,7 @@ def rel_attention(
                 q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
                 key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts,
                 dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
-                soft_cap=soft_cap,
+                soft_cap=soft_cap, pos_span=pos_span,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -273,10 +278,11 @@ def rel_attention(
             return apply(
                 kernels, False, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                pos_span,
             )  # fmt: skip
         y, _ = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, False,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
@@ -284,6 +290,7 @@ def rel_attention(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
+            pos_span=pos_span,
         )  # fmt: skip
     return y
 
@@ -306,6 +313,7 @@ def check(
     context: tuple[int, int],
     chunk_size: int,
     soft_cap: float,
+    pos_span: tuple[int, int],
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(dropout_p) is not float:
@@ -322,6 +330,8 @@ def check(
         op.wrong_float("soft_cap", soft_cap)
     if not (soft_cap >= 0):
         op.fail("soft_cap", "at least 0", soft_cap)
+    if not (type(pos_span) is tuple and len(pos_span) == 2 and type(pos_span[0]) is type(pos_span[1]) is int):
+        op.wrong_pair("pos_span", pos_span)
     if not isinstance(q, Tensor) or q.dtype not in FLOATING or q.layout is not torch.strided:
         op.wrong_tensor("q", q)
     shape, right = q.shape, False
@@ -356,8 +366,12 @@ def check(
     if pos is not None:
         if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
             op.wrong_tensor("pos", pos)
-        if pos.shape != ((T and T + K - 1), H, D):
-            op.wrong_shape("pos", pos, listed((T and T + K - 1), H, D))
+        shape, right = pos.shape, False
+        if len(shape) == 3:
+            P = shape[1]
+            right = shape[2] == D and (P == 1 or P == H)
+        if not right:
+            op.wrong_shape("pos", pos, f"{listed('R', 'P', D)}, (P == 1 or P == {H})")
         if pos.device != q.device:
             op.wrong_device("pos", pos, "q", q)
     if bias_u is not None:
@@ -451,14 +465,12 @@ def check(
             op.wrong_tensor("starts", starts, "an int64 tensor")
         shape, right = starts.shape, False
         if len(shape) == 1:
-            R = shape[0]
-            right = R >= 1
+            N = shape[0]
+            right = N >= 1
         if not right:
-            op.wrong_shape("starts", starts, f"{listed('R')}, R >= 1")
+            op.wrong_shape("starts", starts, f"{listed('N')}, N >= 1")
         if starts.device != q.device:
             op.wrong_device("starts", starts, "q", q)
-    else:
-        R = 0
     if dropout_seed is not None:
         if (
             not isinstance(dropout_seed, Tensor)
@@ -489,13 +501,13 @@ def check(
             op.wrong_dtype("key_bias", key_bias, "q", q)
     _check(
         op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-        attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap),
+        attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
     )  # fmt: skip
 
 
 def traced(
     q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-    dropout_p, dropout_seed, context, chunk_size, soft_cap,
+    dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rel_attention", q):
@@ -503,10 +515,11 @@ def traced(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
+            pos_span=pos_span,
         )  # fmt: skip
     y, _ = operator(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
     )  # fmt: skip
     return y
@@ -514,7 +527,7 @@ def traced(
 
 def run_kernels(
     kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+    starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(q)
@@ -524,7 +537,7 @@ def run_kernels(
         operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
         operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype), operand(key_bias,
         dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None),
-        operand(dropout_seed, None), dropout_p, *context, chunk_size, soft_cap,
+        operand(dropout_seed, None), dropout_p, *context, chunk_size, soft_cap, *pos_span,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -540,7 +553,7 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 def under_autocast(
     dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
-    chunk_size=1, soft_cap=0.0, keep=False,
+    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
@@ -564,6 +577,7 @@ def under_autocast(
         context,
         chunk_size,
         soft_cap,
+        pos_span,
         keep,
     )
 
@@ -573,24 +587,24 @@ class RelAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
     ):  # fmt: skip
         if direct:
             y, lse = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap,
+                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
             )  # fmt: skip
         else:
             y, lse = run_kernels(
                 kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-                attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
+                attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
             )  # fmt: skip
         y = not_a_view(y)
         ctx.save_for_backward(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
             starts, dropout_seed, y, lse,
         )  # fmt: skip
-        ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap
+        ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span
         return y
 
     @staticmethod
@@ -602,12 +616,12 @@ class RelAttention(Function):
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
             starts, dropout_seed, y, lse,
         ) = ctx.saved_tensors  # fmt: skip
-        kernels, direct, dropout_p, context, chunk_size, soft_cap = ctx.rest
+        kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = transformed_gradients(
                 op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap,)),
+                soft_cap, pos_span,)),
             )  # fmt: skip
             return (
                 None,
@@ -629,12 +643,13 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         if direct:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
                 grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, *context, chunk_size,
-                soft_cap,
+                soft_cap, *pos_span,
             )  # fmt: skip
             return (
                 None,
@@ -656,18 +671,19 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap,
+                soft_cap, pos_span,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
                 key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context,
-                chunk_size, soft_cap,)),
+                chunk_size, soft_cap, pos_span,)),
             )  # fmt: skip
         return (
             None,
@@ -689,12 +705,13 @@ class RelAttention(Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def differentiate(
     kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-    attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(q) if kernels.backend == "cpu" else None
@@ -703,6 +720,7 @@ def differentiate(
         operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
         dtype), operand(key_bias, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
         operand(starts, None), operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
+        *pos_span,
     )  # fmt: skip
     if d_q is not None and d_q.dtype is not q.dtype:
         d_q = d_q.to(q.dtype)
@@ -738,24 +756,24 @@ def differentiate(
 def run(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
-    chunk_size=1, soft_cap=0.0, keep=False,
+    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     try:
         y, lse = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     if not keep:
         lse = lse.new_empty(0)
@@ -765,7 +783,7 @@ def run(
 def fake(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
-    chunk_size=1, soft_cap=0.0, keep=False,
+    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(q) is not None
     B = q.shape[0]
@@ -782,7 +800,7 @@ def fake(
 def set_up(ctx, inputs, output):
     (
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap, keep,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
     ) = inputs  # fmt: skip
     y, lse = output
     ctx.mark_non_differentiable(lse)
@@ -790,7 +808,7 @@ def set_up(ctx, inputs, output):
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_seed, y, lse,
     )  # fmt: skip
-    ctx.rest = dropout_p, context, chunk_size, soft_cap, keep
+    ctx.rest = dropout_p, context, chunk_size, soft_cap, pos_span, keep
 
 
 def backward(ctx, grad_y, *_):
@@ -798,15 +816,16 @@ def backward(ctx, grad_y, *_):
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_seed, y, lse,
     ) = ctx.saved_tensors  # fmt: skip
-    dropout_p, context, chunk_size, soft_cap, keep = ctx.rest
+    dropout_p, context, chunk_size, soft_cap, pos_span, keep = ctx.rest
     if not keep:
         _, lse = operator(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, True,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
         )  # fmt: skip
     d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = as_tuple(
         backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap),
+        key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+        pos_span),
     )  # fmt: skip
     return (
         d_q,
@@ -827,32 +846,33 @@ def backward(ctx, grad_y, *_):
         None,
         None,
         None,
+        None,
     )
 
 
 def run_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = formula_gradients(
             op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
             key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-            soft_cap),
+            soft_cap, pos_span),
         )  # fmt: skip
     else:
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap,
+                soft_cap, pos_span,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap),
+                soft_cap, pos_span),
             )  # fmt: skip
     return (
         d_q.contiguous(),
@@ -869,7 +889,7 @@ def run_backward(
 
 def fake_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -888,8 +908,8 @@ backward_operator = register(
     "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
     "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
     "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
-    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap) -> (Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
@@ -898,8 +918,8 @@ operator = register(
     "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
     "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_bias=None, Tensor? "
     "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, float dropout_p=0.0, Tensor? "
-    "dropout_seed=None, SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, bool "
-    "keep=False) -> (Tensor, Tensor)",
+    "dropout_seed=None, SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, SymInt[2] "
+    "pos_span=[-1, -1], bool keep=False) -> (Tensor, Tensor)",
     run,
     fake,
     setup_context=set_up,

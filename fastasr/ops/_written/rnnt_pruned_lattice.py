@@ -508,5 +508,6 @@ written = Written(
     deciding=("symbol_logprobs", "blank_logprobs"),
     differentiable=("symbol_logprobs", "blank_logprobs"),
     dense=True,
+    released=True,
 )
 op.serve(rnnt_pruned_lattice, written)

@@ -81,7 +81,6 @@ def swoosh_linear(
         and type(x) in PLAIN
         and x.is_cpu
         and (dtype := x.dtype)
-        and x.is_contiguous()
         and type(weight) in PLAIN
         and weight.is_cpu
         and weight.dtype is dtype

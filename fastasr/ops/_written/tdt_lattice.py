@@ -293,8 +293,8 @@ class TdtLattice(Function):
         refuse_unless_batched("tdt_lattice")
         if direct:
             d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = kernels.backward(
-                grad_scores.contiguous(), scores, shares, durations, boundary, blank_logprobs.shape[1],
-                blank_logprobs.shape[2],
+                grad_scores.contiguous(), scores, shares, durations, boundary, symbol_logprobs.shape[1],
+                symbol_logprobs.shape[2],
             )  # fmt: skip
             return None, None, d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs, None, None
         try:
@@ -318,7 +318,7 @@ def differentiate(
     dtype = wide(symbol_logprobs, blank_logprobs, duration_logprobs) if kernels.backend == "cpu" else None
     d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = kernels.backward(
         operand(grad_scores, dtype), scores, shares, operand(durations, None), operand(boundary, None),
-        blank_logprobs.shape[1], blank_logprobs.shape[2],
+        symbol_logprobs.shape[1], symbol_logprobs.shape[2],
     )  # fmt: skip
     if d_symbol_logprobs is not None and d_symbol_logprobs.dtype is not symbol_logprobs.dtype:
         d_symbol_logprobs = d_symbol_logprobs.to(symbol_logprobs.dtype)
@@ -453,5 +453,6 @@ written = Written(
     deciding=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
     differentiable=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
     dense=True,
+    released=True,
 )
 op.serve(tdt_lattice, written)

@@ -127,6 +127,7 @@ def toeplitz_attention(
         and type(query_key) in PLAIN
         and query_key.is_cpu
         and (dtype := query_key.dtype)
+        and (query_key.is_contiguous() or query_key.stride(-1) == 1)
         and type(gate) in PLAIN
         and type(value) in PLAIN
         and type(qk_weight) in PLAIN

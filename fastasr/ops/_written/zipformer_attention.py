@@ -104,14 +104,11 @@ def zipformer_attention(
         and type(x) in PLAIN
         and x.is_cpu
         and x.is_contiguous()
-        and (pos is None or (type(pos) in PLAIN and pos.is_contiguous()))
+        and (pos is None or type(pos) in PLAIN)
         and type(value) in PLAIN
-        and value.is_contiguous()
-        and (
-            key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_contiguous())
-        )
-        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_contiguous()))
-        and (cached_key is None or (type(cached_key) in PLAIN and cached_key.is_contiguous()))
+        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
+        and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (cached_key is None or type(cached_key) in PLAIN)
         and type(num_heads) is int
         and (num_heads >= 1)
         and type(query_head_dim) is int

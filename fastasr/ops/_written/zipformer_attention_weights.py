@@ -57,12 +57,12 @@ class Arguments(NamedTuple):
 
 
 class Saved(NamedTuple):
-    weights: Tensor
     x: Tensor
     pos: Tensor | None
-    cached_key: Tensor | None
     key_padding_mask: Tensor | None
     attn_mask: Tensor | None
+    cached_key: Tensor | None
+    weights: Tensor
     num_heads: int
     query_head_dim: int
     chunk_size: int
@@ -114,12 +114,10 @@ def zipformer_attention_weights(
         and type(x) in PLAIN
         and x.is_cpu
         and x.is_contiguous()
-        and (pos is None or (type(pos) in PLAIN and pos.is_contiguous()))
-        and (
-            key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_contiguous())
-        )
-        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_contiguous()))
-        and (cached_key is None or (type(cached_key) in PLAIN and cached_key.is_contiguous()))
+        and (pos is None or type(pos) in PLAIN)
+        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
+        and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (cached_key is None or type(cached_key) in PLAIN)
         and type(num_heads) is int
         and (num_heads >= 1)
         and type(query_head_dim) is int
@@ -412,7 +410,7 @@ class ZipformerAttentionWeights(Function):
                 left_context_chunks, cached_key, score_penalty, score_limit,
             )  # fmt: skip
         weights = not_a_view(weights)
-        ctx.save_for_backward(weights, x, pos, cached_key, key_padding_mask, attn_mask)
+        ctx.save_for_backward(x, pos, key_padding_mask, attn_mask, cached_key, weights)
         ctx.rest = (
             kernels,
             direct,
@@ -430,14 +428,14 @@ class ZipformerAttentionWeights(Function):
         if is_grad_enabled():
             refuse_double_backward("zipformer_attention_weights")
         # once: a checkpoint gives them one time
-        weights, x, pos, cached_key, key_padding_mask, attn_mask = ctx.saved_tensors
+        x, pos, key_padding_mask, attn_mask, cached_key, weights = ctx.saved_tensors
         (
             kernels, direct, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
             score_limit,
         ) = ctx.rest  # fmt: skip
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_weights):
             d_x, d_pos, d_cached_key = transformed_gradients(
-                op, (grad_weights,), make(Saved, (weights, x, pos, cached_key, key_padding_mask, attn_mask,
+                op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, cached_key, weights,
                 num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,)),
             )  # fmt: skip
             return None, None, d_x, d_pos, None, None, None, None, None, None, d_cached_key, None, None
@@ -463,20 +461,20 @@ class ZipformerAttentionWeights(Function):
             )
         try:
             d_x, d_pos, d_cached_key = differentiate(
-                kernels, grad_weights, weights, x, pos, cached_key, key_padding_mask, attn_mask, num_heads,
+                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
                 query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
             )  # fmt: skip
         except Unlaunchable as error:
             d_x, d_pos, d_cached_key = gradients_without(
-                error, op, (grad_weights,), make(Saved, (weights, x, pos, cached_key, key_padding_mask,
-                attn_mask, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+                error, op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, cached_key,
+                weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
                 score_limit,)),
             )  # fmt: skip
         return None, None, d_x, d_pos, None, None, None, None, None, None, d_cached_key, None, None
 
 
 def differentiate(
-    kernels, grad_weights, weights, x, pos, cached_key, key_padding_mask, attn_mask, num_heads,
+    kernels, grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
     query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
@@ -540,15 +538,15 @@ def set_up(ctx, inputs, output):
         cached_key, score_penalty, score_limit,
     ) = inputs  # fmt: skip
     weights = output
-    ctx.save_for_backward(weights, x, pos, cached_key, key_padding_mask, attn_mask)
+    ctx.save_for_backward(x, pos, key_padding_mask, attn_mask, cached_key, weights)
     ctx.rest = num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit
 
 
 def backward(ctx, grad_weights, *_):
-    weights, x, pos, cached_key, key_padding_mask, attn_mask = ctx.saved_tensors
+    x, pos, key_padding_mask, attn_mask, cached_key, weights = ctx.saved_tensors
     num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit = ctx.rest
     d_x, d_pos, d_cached_key = as_tuple(
-        backward_operator(grad_weights, weights, x, pos, cached_key, key_padding_mask, attn_mask, num_heads,
+        backward_operator(grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
         query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
     )  # fmt: skip
     return (
@@ -567,24 +565,24 @@ def backward(ctx, grad_weights, *_):
 
 
 def run_backward(
-    grad_weights, weights, x, pos, cached_key, key_padding_mask, attn_mask, num_heads, query_head_dim,
+    grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads, query_head_dim,
     chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
         d_x, d_pos, d_cached_key = formula_gradients(
-            op, (grad_weights,), Saved(weights, x, pos, cached_key, key_padding_mask, attn_mask, num_heads,
+            op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
             query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
         )  # fmt: skip
     else:
         try:
             d_x, d_pos, d_cached_key = differentiate(
-                kernels, grad_weights, weights, x, pos, cached_key, key_padding_mask, attn_mask, num_heads,
+                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
                 query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
             )  # fmt: skip
         except Unlaunchable as error:
             d_x, d_pos, d_cached_key = gradients_without(
-                error, op, (grad_weights,), Saved(weights, x, pos, cached_key, key_padding_mask, attn_mask,
+                error, op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, cached_key, weights,
                 num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
             )  # fmt: skip
     return (
@@ -595,7 +593,7 @@ def run_backward(
 
 
 def fake_backward(
-    grad_weights, weights, x, pos, cached_key, key_padding_mask, attn_mask, num_heads, query_head_dim,
+    grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads, query_head_dim,
     chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     return (
@@ -606,8 +604,8 @@ def fake_backward(
 
 
 backward_operator = register(
-    "zipformer_attention_weights_backward(Tensor grad_weights, Tensor weights, Tensor x, Tensor? pos, "
-    "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, SymInt num_heads, SymInt "
+    "zipformer_attention_weights_backward(Tensor grad_weights, Tensor x, Tensor? pos, Tensor? "
+    "key_padding_mask, Tensor? attn_mask, Tensor? cached_key, Tensor weights, SymInt num_heads, SymInt "
     "query_head_dim, SymInt chunk_size, SymInt left_context_chunks, float score_penalty, float "
     "score_limit) -> (Tensor, Tensor, Tensor)",
     run_backward,

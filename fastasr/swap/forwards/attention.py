@@ -56,15 +56,15 @@ def relative_key_attention(
     Transformer-XL w2v-BERT has the attention of Wav2Vec2Conformer."""
     if self.position_embeddings_type == "relative":
         return wav2vec2_attention(self, hidden_states, attention_mask, *positions, **kwargs)
-    frames, table = hidden_states.shape[1], self.distance_embedding
+    table = self.distance_embedding
     options = _options(self, hidden_states, attention_mask, is_plain(table, torch.nn.Embedding))
     if options is None:
         return type(self).forward(self, hidden_states, attention_mask, *positions, **kwargs)
     layers = self.linear_q, self.linear_k, self.linear_v
     q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (self.num_heads, -1)) for layer in layers)
-    left, right = self.left_max_position_embeddings, self.right_max_position_embeddings
-    rows = table(_offsets(frames, left, right, table.weight.device) + left)
-    return plumbing.linear(self.linear_out, _shaw(q, k, v, rows, *options).flatten(2)), None
+    span = self.left_max_position_embeddings, self.right_max_position_embeddings
+    y = _shaw(q, k, v, table.weight, span, *options)
+    return plumbing.linear(self.linear_out, y.flatten(2)), None
 
 
 def granite_speech_attention(self: Upstream, hidden_states: Tensor, attention_dists: Tensor) -> Tensor:
@@ -78,7 +78,8 @@ def granite_speech_attention(self: Upstream, hidden_states: Tensor, attention_di
     x = self.pre_norm(hidden_states)
     projections = plumbing.linear(self.to_q, x), *plumbing.linear(self.to_kv, x).chunk(2, -1)
     q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in projections)
-    y = _shaw(q, k, v, rows, {"context": (0, 0), "chunk_size": self.context_size})
+    size = self.context_size
+    y = _shaw(q, k, v, rows, (size - 1, size - 1), {"context": (0, 0), "chunk_size": size})
     return plumbing.dropout(self.dropout, plumbing.linear(self.to_out, y.flatten(2)))
 
 
@@ -110,7 +111,7 @@ def granite_speech5_attention(
     q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (heads, -1)) for layer in layers)
     hidden = {"context": (0, 0), "chunk_size": size}
     by = None if mask is None else seen(mask)
-    y = _shaw(q, k, v, rows, hidden | masks.of_kernel(mask, by), dropout)
+    y = _shaw(q, k, v, rows, (size - 1, size - 1), hidden | masks.of_kernel(mask, by), dropout)
     if (
         mask is not None
         and by is not None
@@ -122,7 +123,7 @@ def granite_speech5_attention(
 
 
 def _rows_in_blocks(module: Upstream, frames: int, indices: Tensor) -> Tensor | None:
-    """Returns the rows (2T − 1, d) of the table of positions by offset, or None if ``indices`` (C, C) or the table are
+    """Returns the rows (2C − 1, d) of the table of positions by offset, or None if ``indices`` (C, C) or the table are
     no plain ones."""
     size, table = module.context_size, module.rel_pos_emb
     if not frames or not is_plain(table, torch.nn.Embedding) or indices.shape != (size, size):
@@ -135,8 +136,7 @@ def _rows_in_blocks(module: Upstream, frames: int, indices: Tensor) -> Tensor | 
             vars(indices)["_fastasr_by_offset"] = kept
         if not kept[1]:
             return None
-    by_offset = torch.cat([indices[1:, 0].flip(0), indices[0]])
-    return table(by_offset[_offsets(frames, size - 1, size - 1, indices.device) + size - 1])
+    return table(torch.cat([indices[1:, 0].flip(0), indices[0]]))
 
 
 def _with_means(y: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: int) -> Tensor:
@@ -281,9 +281,17 @@ def _in_windows(
     ``empty`` (B, T) or None: the keys that are hidden, and the queries that see none. Upstream gives the mean of all
     values of the block's window there, of which those outside the recording are 0."""
     frames, root = q.shape[1], q.shape[-1] ** 0.5
-    rows = F.pad(rows.to(q.dtype), (0, 0, 0, 0, frames - len(rows), frames - 1))  # a negative padding cuts
-    cap = float(module.attention_logits_soft_cap)
-    y = ops.rel_attention(q * root, k, v, rows, key_padding_mask=hidden, context=(past, 0), soft_cap=cap)
+    cap, span = float(module.attention_logits_soft_cap), (len(rows) - 1, 0)
+    y = ops.rel_attention(
+        q * root,
+        k,
+        v,
+        rows.to(q.dtype),
+        key_padding_mask=hidden,
+        context=(past, 0),
+        soft_cap=cap,
+        pos_span=span,
+    )
     if empty is None:
         return y
     means = module._extract_block_context(v).mean(2).repeat_interleave(module.chunk_size, 1)[:, :frames]
@@ -452,10 +460,8 @@ def nemo_local_attention(
         autocast = torch.is_autocast_enabled(query.device.type)
         _note(self, fits, "autocast is on" if autocast else f"{_OTHER}, a cache or an unequal context")
         return type(self).forward(self, query, key, value, pad_mask, pos_emb, cache)
-    # Of the rows for all distances the kernel reads those of the context. A negative padding cuts.
     p = projected(self, self.linear_pos, pos_emb[0])
-    p = F.pad(p, (0, 0, frames - 1 - left, frames - 1 - left))
-    hidden = {"key_padding_mask": pad_mask, "context": (left, right)}
+    hidden = {"key_padding_mask": pad_mask, "context": (left, right), "pos_span": (left, right)}
     return _attention(self, query, None, hidden, dropout, pad_mask, rows=p)
 
 
@@ -557,17 +563,18 @@ def _before_chunks(config: Upstream, frames: int) -> int | None:
     return frames if count < 0 else size * count
 
 
-def _offsets(frames: int, left: int, right: int, device: torch.device) -> Tensor:
-    """Returns (2T − 1): how many frames a key is behind the query, at least −left and at most right."""
-    return torch.arange(1 - frames, frames, dtype=torch.int64, device=device).clamp(-left, right)
-
-
 def _shaw(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, hidden: dict[str, Any], dropout: Mapping[str, Any] = _NONE
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    span: tuple[int, int],
+    hidden: dict[str, Any],
+    dropout: Mapping[str, Any] = _NONE,
 ) -> Tensor:
-    """Returns softmax_j(q_i·(k_j + rows[T − 1 + j − i]) / √d) v, (B, T, H, d), of rows (2T − 1, d) for all heads."""
-    rows, none = rows.to(q.dtype).unsqueeze(1).expand(-1, q.shape[2], -1), q.new_zeros(q.shape[2:])
-    return ops.rel_attention(q, k, v, rows, none, none, **hidden, **dropout)
+    """Returns softmax_j(q_i·(k_j + rows[clamp(j − i, −l, r) + l]) / √d) v, (B, T, H, d), of rows (l + r + 1, d) for all
+    heads and ``span`` (l, r)."""
+    return ops.rel_attention(q, k, v, rows.to(q.dtype).unsqueeze(1), pos_span=span, **hidden, **dropout)
 
 
 def _note(module: Upstream, fits: bool, reason: str) -> None:
@@ -608,7 +615,7 @@ def _attention(
     rows: Tensor | None = None,
 ) -> Tensor:
     """Returns the attention of modules with ESPnet's names, without the values of ``empty_rows``, bool (B, T). ``keys``
-    (B, K, width) are x unless given, ``rows`` the projected positions (T + K − 1, width) those of ``positions``."""
+    (B, K, width) are x unless given, ``rows`` the projected positions those of ``positions``."""
     heads, keys = module.pos_bias_u.shape, x if keys is None else keys
     q, k, v = (
         plumbing.linear(layer, given).view(*given.shape[:2], *heads)

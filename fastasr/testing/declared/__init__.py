@@ -5,8 +5,11 @@
 ``fastasr.ops`` itself never does: at run time an op is its written file.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import get_type_hints
+
+from torch import Tensor
 
 from fastasr.ops._op import Op
 from fastasr.testing.declared import signature
@@ -23,20 +26,27 @@ class Declared:
         self.arguments = signature.arguments(formula)
         self.tensors = tuple(a for a in self.arguments if a.pattern)
         self.options = tuple(a for a in self.arguments if not a.pattern)
-        self.differentiable = tuple(a for a in self.tensors if a.kind == "floating" and op.differentiable)
-        self.one_dtype, self.wide, self.unread = op.one_dtype.split(), op.wide.split(), op.unread.split()
+        self.one_dtype, self.wide = op.one_dtype.split(), [a.name for a in self.tensors if a.wide]
+        self.autocast = op.autocast or ("one dtype" if op.one_dtype else None)
         self.leader = self.argument(self.one_dtype[0]) if self.one_dtype else self.tensors[0]
         self.outputs = signature.outputs(formula, op.returns.split())
-        self.keeps = tuple(signature.output(name, hint) for name, hint in (op.keeps or {}).items())
+        self.keeps = tuple(signature.output(name, hint) for name, hint in (op.keeps or {}).items() if hint)
         self.found = (*self.outputs, *self.keeps)
         self.graded = tuple(o for o in self.outputs if not o.constant)
-        self.deciding = op.deciding.split() or self.dtype_names(self.outputs[0])
+        floating = tuple(a for a in self.tensors if a.kind == "floating")
+        self.differentiable = floating if self.graded else ()
+        widened = [a.name for a in floating] if any(a.wide for a in floating) else []
+        self.deciding = op.deciding.split() or widened or self.dtype_names(self.outputs[0])
+        # whether one dtype, which the deciding arguments have, holds for all floating operands
+        self.one_work_dtype = bool(op.deciding or widened)
         self.sizes: dict[str, Callable] = op.sizes or {}
         self.strides = op.strides or {}
         # The kernels' call, or the part for gradients, asks which gradients are wanted; other calls give all of them.
         self.asks = "needs" in op.backward or (bool(op.gradients) and not op.backward)
-        self.saves = op.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
+        self.materialize = not op.gradients or _takes_all(op.gradients)
         self._read_kernel_calls()
+        read = [o.name for o in self.outputs if o.name in (*self.backward, *(op.keeps or ()))]
+        self.saves = [*(a.name for a in self.tensors), *read, *(o.name for o in self.keeps)]
 
     def _read_kernel_calls(self) -> None:
         tensors, options = [a.name for a in self.tensors], [a.name for a in self.options]
@@ -47,7 +57,9 @@ class Declared:
         # Only the forward call has the flags that ask for outputs.
         options = [name for name in options if not name.startswith("return_")]
         tokens = words(backward) or [*always, *tensors, *(o.name for o in self.keeps), *options]
-        self.backward = [always[0] if token == "grad" else token for token in tokens]
+        self.backward = [always[0] if always and token == "grad" else token for token in tokens]
+        shapes = any(".shape[" in token for token in tokens)
+        self.unread = [a.name for a in self.differentiable if shapes and a.name not in tokens]
 
     def argument(self, name: str) -> Argument:
         return next(a for a in self.arguments if a.name == name)
@@ -88,6 +100,11 @@ class Declared:
         others = {o.name: o for o in self.found}
         names = ([name] if name not in others else self.dtype_names(others[name]) for name in output.dtype)
         return [name for group in names for name in group]
+
+
+def _takes_all(gradients: Callable) -> bool:
+    """Says whether the function needs the gradient of every output."""
+    return get_type_hints(gradients)["grads"] == Sequence[Tensor]
 
 
 @cache

@@ -6,6 +6,7 @@ padding_mask: Annotated[Tensor, "B T", bool] | None  a bool tensor, or none
 lengths: Annotated[Tensor, "B", int]                 a tensor of integers
 boundary: Annotated[Tensor, "B 4", torch.int64]      a tensor of int64 alone
 weights: Annotated[Tensor, "B T", "constant"]        bool or floating, and no gradient is wanted
+bias: Annotated[Tensor, "C", "wide"]                 kernels get it in their dtype, but at least in float32
 chunk_size: Annotated[int, "-1 or >= 1"]             a number with its constraint
 score_limit: Annotated[float, ">= 0 and < inf"]      float likewise
 padding: tuple[int, int]                             a pair of numbers
@@ -50,6 +51,7 @@ class Argument:
     optional: bool
     default: object
     pattern: Any = None  # the Pattern of a tensor
+    wide: bool = False
     constraint: str = ""
     codes: dict = field(default_factory=dict)  # a choice -> the number that kernels get
     choices: tuple[str, ...] = ()  # in the order of the signature
@@ -122,8 +124,9 @@ def _argument(parameter: inspect.Parameter, hint: Any) -> Argument:
     type_, *extra = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     more: dict[str, Any] = {}
     if type_ is Tensor:
-        kind = extra[1] if len(extra) > 1 else "floating"
-        more["pattern"] = Pattern.parse(extra[0])
+        shape, *words = extra
+        kind = next((word for word in words if word != "wide"), "floating")
+        more |= {"pattern": Pattern.parse(shape), "wide": "wide" in words}
     elif get_origin(type_) is Literal:
         kind, values = "choice", get_args(type_)
         more["choices"] = values

@@ -93,6 +93,14 @@ def _recordings(*starts: int) -> dict:
     return {"starts": torch.tensor(starts, dtype=torch.int64)}
 
 
+def _span(left: int, right: int, heads: int, width: int) -> dict:
+    """Makes positions of the keys from ``left`` frames before a query to ``right`` behind it."""
+    return {
+        "pos": lambda make: make.normal(left + right + 1, heads, width),
+        "pos_span": (left, right),
+    }
+
+
 def _infinite(make: Make) -> dict:
     call = _call(make, 2, 7, 2, 4)
     call["q"][1, 3, 0, 2] = float("inf")
@@ -116,10 +124,18 @@ def _random(make: Make, shape: Shape) -> dict:
         call["key_bias"] = make.normal(shape.choice((1, batch)), shape.choice((1, heads)), keys)
     if shape.choice((True, False)):
         call["soft_cap"] = shape.size() % 20 / 4
+    if shape.choice((True, False)):
+        left, right = shape.size() % 90, shape.size() % 90
+        call |= {"pos": make.normal(left + right + 1, shape.choice((1, heads)), width)}
+        call |= {"pos_span": (left, right)}
+    elif shape.choice((True, False)):
+        call["pos"] = call["pos"][:, :1].contiguous()
     absent = shape.choice(
         ((), (), ("bias_u",), ("bias_u", "bias_v"), ("pos", "bias_v"), ("pos", "bias_u", "bias_v"))
     )
     call |= dict.fromkeys(absent)
+    if call["pos"] is None:
+        call.pop("pos_span", None)
     if shape.choice((True, False)):
         lengths = [shape.size() % (keys + 1) for _ in range(batch)]
         call["key_padding_mask"] = _padding(keys, *lengths) if batch else torch.zeros(0, keys) > 0
@@ -227,6 +243,13 @@ TABLE = OpTable(
         _small(
             "recordings in any order, frames of none in front, a context",
             lambda m: _call(m, 2, 19, 1, 8, **_recordings(16, 3, 9), **_context(4, 2)),
+        ),
+        Sample(
+            "recordings and the positions of the longest",
+            lambda m: _call(
+                m, 1, 90, 2, 8, **_span(39, 39, 2, 8), **_recordings(0, 40, 75), **_context(39, 39)
+            ),
+            draws=2,
         ),
         _small("starts outside of the frames", lambda m: _call(m, 1, 9, 2, 4, **_recordings(-3, 4, 2**40))),
         _small("no recording", lambda m: _call(m, 1, 5, 1, 4, **_recordings(3))),
@@ -414,6 +437,76 @@ TABLE = OpTable(
             ),
             draws=2,
         ),
+        _small(
+            "positions that heads share", lambda m: _call(m, 2, 9, 2, 8, pos=lambda m: m.normal(17, 1, 8))
+        ),
+        _small("a span of positions", lambda m: _call(m, 2, 19, 2, 8, **_span(3, 2, 2, 8)), thorough=True),
+        _small(
+            "a span that heads share, no biases, padding, dropout",
+            lambda m: _call(
+                m,
+                3,
+                29,
+                3,
+                8,
+                key_padding_mask=_padding(29, 29, 7, 0),
+                **_span(5, 1, 1, 8),
+                **_dropout(0.2, 5),
+                **_without("bias_u", "bias_v"),
+            ),
+        ),
+        _small("a span of one row", lambda m: _call(m, 2, 9, 2, 8, **_span(0, 0, 2, 8))),
+        _small(
+            "a span on the left alone, a cache", lambda m: _call(m, 2, 7, 2, 8, cached=9, **_span(6, 0, 1, 8))
+        ),
+        _small("a span beyond the keys", lambda m: _call(m, 2, 9, 2, 8, **_span(20, 11, 2, 8))),
+        _small("a span beyond the keys on the left", lambda m: _call(m, 1, 9, 2, 8, **_span(20, 1, 1, 8))),
+        _small(
+            "a span, one query and a cache", lambda m: _call(m, 2, 1, 2, 8, cached=9, **_span(4, 1, 2, 8))
+        ),
+        _small(
+            "a span, chunks, masks, a soft cap",
+            lambda m: _call(
+                m,
+                2,
+                25,
+                2,
+                8,
+                attn_mask=_random_mask(25, 25),
+                soft_cap=2.0,
+                **_span(2, 3, 1, 8),
+                **_context(6, 0, 6),
+            ),
+        ),
+        Sample(
+            "a span, a bias by offset, several tiles, a cache",
+            lambda m: _call(
+                m,
+                2,
+                140,
+                2,
+                20,
+                24,
+                21,
+                **_span(30, 7, 1, 20),
+                **_by_offset(140, 2, 2, 21),
+                **_context(90, 60),
+            ),
+            draws=2,
+            large=True,
+        ),
+        Sample(
+            "a span, several tiles",
+            lambda m: _call(m, 1, 150, 2, 16, key_padding_mask=_padding(150, 140), **_span(20, 8, 1, 16)),
+            draws=2,
+        ),
+        Sample(
+            "a span, several blocks of keys",
+            lambda m: _call(m, 1, 1200, 1, 16, **_span(64, 8, 1, 16)),
+            draws=2,
+            large=True,
+        ),
+        Sample("a span, no frames", lambda m: _call(m, 2, 0, 2, 8, **_span(4, 2, 1, 8))),
         Sample("an infinite query", _infinite, exact=False),
         Sample("no frames", lambda m: _call(m, 2, 0, 2, 8)),
         Sample("no frames, keys of a cache", lambda m: _call(m, 2, 0, 2, 8, cached=3)),
@@ -435,6 +528,21 @@ TABLE = OpTable(
         Invalid("no starts", lambda m: _call(m, 1, 4, 1, 4, **_recordings()), ValueError, "starts"),
         Invalid(
             "a negative context", lambda m: _call(m, 1, 4, 1, 4, **_context(-2, 0)), ValueError, "context"
+        ),
+        Invalid(
+            "a span of one side",
+            lambda m: _call(m, 1, 4, 1, 4, pos_span=(3, -1)),
+            ValueError,
+            "pos_span",
+        ),
+        Invalid(
+            "a span alone",
+            lambda m: _call(m, 1, 4, 1, 4, pos_span=(3, 1), **_without("pos", "bias_v")),
+            ValueError,
+            "pos_span",
+        ),
+        Invalid(
+            "positions beyond the span", lambda m: _call(m, 1, 4, 1, 4, pos_span=(3, 1)), ValueError, "pos"
         ),
         Invalid("a bias of position alone", lambda m: _call(m, 1, 4, 1, 4, pos=None), ValueError, "bias_v"),
         Invalid(

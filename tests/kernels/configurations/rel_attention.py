@@ -27,9 +27,9 @@ def configurations(generation: int):
         "DU",
         "DW",
     )
-    wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT"), "fp32")
+    wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT", "EDGES"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
-    strides += ["k_batch", "g_batch", "ds_row", "width"]
+    strides += ["k_batch", "g_batch", "ds_row", "width", "r_time", "r_head", "p_row", "p_head"]
     masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64", "STARTS": "i64"}
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
@@ -41,9 +41,12 @@ def configurations(generation: int):
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         types = dict.fromkeys(like, element) | wide | masks
-        types |= dict.fromkeys(("PARTS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32")
+        types |= dict.fromkeys(
+            ("PARTS", "SUMS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32"
+        )
         words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"), ("STARTS", "recordings")]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
+        words += [(of, "span") for of in ("EDGES", "SUMS") if name != "edges"]
         words += [(of, "key bias") for of in ("KEY_BIAS", "DKEY_BIAS")]
         absent = [name for name, word in words if word not in label]
         if "cap" not in label:
@@ -84,6 +87,9 @@ def configurations(generation: int):
         yield configuration(name, "d=128, recordings, dropout", "bf16", 128, 128)
         for dtype in ("fp32", "bf16"):
             yield configuration(name, "padding, gated bias", dtype)
+            yield configuration(name, "padding, span", dtype)
+            if name != "queries":
+                yield configuration(name, "padding, key bias", dtype)
             yield configuration(name, "padding, context, cap", dtype, 128, 128)
         for label in ("padding, dropout, context", "d=128, padding, context"):
             dim = 128 if "d=128" in label else 64
@@ -94,7 +100,10 @@ def configurations(generation: int):
             if dtype != "tf32":
                 yield configuration(name, "context", dtype)
                 yield configuration(name, "recordings", dtype)
+                if name == "offsets":
+                    yield configuration(name, "span", dtype)
         if dtype != "tf32":
             yield configuration("positions", "gated bias", dtype)
     for dtype in ("fp32", "bf16"):
+        yield configuration("edges", "span", dtype)
         yield configuration("biases", "", dtype)

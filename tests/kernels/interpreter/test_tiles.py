@@ -23,9 +23,10 @@ def test_rel_attention(monkeypatch, generation, dim, hiding, recordings):
     arguments = tuple(t.contiguous() for t in (q, k, v, pos, u, w))
     mask, no_bias = torch.rand(frames, frames) < 0.3 if hiding else None, (None,) * 3
     starts = torch.tensor([0, 9, 52, 66]) if recordings else None
+    options = 0.0, -1, -1, 1, 0.0, -1, -1
     hidden = None, mask, starts, None
-    y, lse = rel_attention.rel_attention_forward(*arguments, *no_bias, *hidden, 0.0, -1, -1, 1, 0.0)
-    saved = *hidden, y, lse, 0.0, -1, -1, 1, 0.0
+    y, lse = rel_attention.rel_attention_forward(*arguments, *no_bias, *hidden, *options)
+    saved = *hidden, y, lse, *options
     found = y, *rel_attention.rel_attention_backward(g, *arguments, *no_bias, *saved)[:6]
     leaves = [t.float().requires_grad_() for t in arguments]
     expected = ops.rel_attention.definition(*leaves, attn_mask=mask, starts=starts)
