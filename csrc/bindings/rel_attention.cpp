@@ -94,11 +94,11 @@ RelAttention problem(const auto& a, const std::vector<cpu::Recording>& recording
   p.mask = data_or_null<uint8_t>(a.attn_mask);
   p.mask_per_sequence = a.attn_mask && a.attn_mask->dim() == 3;
   check(a.pos.has_value() || !a.bias_v.has_value(), a.kName, "bias_v without pos");
+  const auto [before, behind] = a.pos_span;
+  const bool spanned = before >= 0 && behind >= 0;
+  check(spanned ? a.pos.has_value() : before == -1 && behind == -1, a.kName, "pos_span");
   if (a.pos) {
-    const auto [before, behind] = a.pos_span;
-    const bool spanned = before >= 0;
-    check(spanned == (behind >= 0) && (spanned ? a.R - 1 - before == behind : a.R == p.offsets()), a.kName,
-          "pos has another number of rows");
+    check(spanned ? a.R - 1 - before == behind : a.R == p.offsets(), a.kName, "pos has another number of rows");
     r.pos_heads = a.pos->size(1);
     r.span = {a.K - 1, a.T - 1};
     if (spanned) {

@@ -21,7 +21,8 @@ def rows_by_offset(pos: Tensor, frames: int, keys: int, span: tuple[int, int]) -
     """Returns (T + K − 1, ...) of a table of positions (left + right + 1, ...): the rows of keys that are as far from
     the query as ``span``, (left, right), says, for those beyond too."""
     left, right = span
-    behind = torch.arange(1 - keys, frames, dtype=torch.int64, device=pos.device)
+    count = frames and frames + keys - 1
+    behind = torch.arange(count, dtype=torch.int64, device=pos.device) - (keys - 1)
     return pos.index_select(0, behind.clamp(-left, right) + left)
 
 

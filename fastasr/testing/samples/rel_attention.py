@@ -455,7 +455,10 @@ TABLE = OpTable(
                 **_without("bias_u", "bias_v"),
             ),
         ),
-        _small("a span of one row", lambda m: _call(m, 2, 9, 2, 8, **_span(0, 0, 2, 8))),
+        # without the cap its gradient would be 0: a softmax does not see one number added to all scores
+        _small(
+            "a span of one row, a soft cap", lambda m: _call(m, 2, 9, 2, 8, soft_cap=2.0, **_span(0, 0, 2, 8))
+        ),
         _small(
             "a span on the left alone, a cache", lambda m: _call(m, 2, 7, 2, 8, cached=9, **_span(6, 0, 1, 8))
         ),
