@@ -29,6 +29,7 @@ class Row:
     machine over the median, 1.0 being the limit, which ``limit`` names. ``load``: cores kept busy by other
     processes meanwhile. On a GPU ``median_ms`` is the device's time; ``host_ms`` is the median until the call returns.
     Of a whole model on a GPU ``median_ms`` is the wall clock's time of a call, and ``busy_ms`` the time of its kernels.
+    ``note``: which implementation could not be measured beside this one, and why.
     ``code``: a hash of the files that the op or model is made of.
     """
 
@@ -53,6 +54,7 @@ class Row:
     load: float | None = None
     host_ms: float | None = None
     busy_ms: float | None = None
+    note: str = ""
     code: str = ""
     commit: str = ""
     torch: str = ""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gate, padding mask, depthwise convolution over time (plain or chunk-causal) and SwooshR or SiLU, both passes.
 
-    h (T, B, 2C) = (x, s)      u = x sigmoid(s), 0 at padding and outside [0, T); K taps, P of them on past frames
+    h (T, B, 2C) = (x, s)      u = x gate(s), by sigmoid or SiLU, 0 at padding and outside [0, T); K taps, P of them on
+                               past frames
     plain:         z[t] = b + sum_k w[k] u[t + k - P]
     chunk-causal:  z[t] = b' + sum_(j <= P) v[j] u[t + j - P] + scale (b + sum_k w[k] u[t + k - P], t's chunk alone)
                    scale at position p of a chunk of S: 1 + L[p] (p < K) + R[p - (S - K)] (p >= S - K)
@@ -30,6 +31,7 @@ from fastasr.kernels._launch import as_bytes, cdiv, launch
 from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
 
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
+SILU_GATE = tl.constexpr(1)  # 0: sigmoid
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, sliding.BLOCK_C, 4  # a tile of 16 elements per thread
 BATCH = tl.constexpr(4)  # frames whose loads wait for no store
@@ -56,7 +58,7 @@ def _logistic(x, SHORT: tl.constexpr):
 def gate_kernel(
     H, MASK, CACHE, WEIGHT, CAUSAL_WEIGHT, CHUNK_SCALE, U, TABLE,
     time_stride, batch_stride, frames, batch, C, taps, past, gate_programs,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # U, tiles of P + T frames: P of the cache, or zeros, then u. TABLE: rows of w (K), v (P + 1), L (K), R (K).
     pid = tl.program_id(0)
@@ -74,7 +76,10 @@ def gate_kernel(
         at = t[:, None].to(tl.int64) * time_stride + b[:, None].to(tl.int64) * batch_stride + c[None, :]
         x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
         s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
-        u = tl.where(keep, x * _logistic(s, SHORT), 0.0)
+        gate = _logistic(s, SHORT)
+        if GATE == SILU_GATE:
+            gate *= s
+        u = tl.where(keep, x * gate, 0.0)
         if CACHE is not None:
             cached = (t < 0)[:, None] & (c < C)[None, :]
             before = (b[:, None].to(tl.int64) * C + c[None, :]) * past + past + t[:, None]
@@ -266,8 +271,8 @@ def output_gradient_kernel(
 def input_gradient_kernel(
     Q, R, H, MASK, TABLE, DH, DCACHE, q_time_stride, q_batch_stride, time_stride, batch_stride, dh_time_stride,
     dh_batch_stride, frames, batch, C, chunk, taps, past,
-    CHUNKED: tl.constexpr, TILED: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
+    GATE: tl.constexpr, CHUNKED: tl.constexpr, TILED: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
     # Plain form: R is Q, in tiles where TILED, else (T, B, C) with strides. With DCACHE the first groups are of the P
     # frames before the first.
@@ -326,7 +331,12 @@ def input_gradient_kernel(
             s = tl.load(at + (r + n) * step + C, mask=keep, other=0.0).to(tl.float32)
             gate = _logistic(s, SHORT)
             du = tl.where(keep, du, 0.0)
-            ds = du * (x * gate) * (1.0 - gate)
+            ds = du * (x * gate)
+            if GATE == SILU_GATE:
+                ds *= tl.fma(s, 1.0 - gate, 1.0)
+                gate *= s
+            else:
+                ds *= 1.0 - gate
             results += ((du * gate).to(DH.dtype.element_ty), ds.to(DH.dtype.element_ty))
         for n in tl.static_range(min(GROUP, BATCH)):
             now = t + (r + n)
@@ -380,7 +390,7 @@ def convolving(taps: int, chunk: int, chunked: bool) -> dict[str, int]:
 class _Call:
     """The sizes of a call, u and the weights' table, which forward and backward share."""
 
-    def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay):
+    def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay, gate):
         self.frames, self.batch, self.channels = h.shape[0], h.shape[1], h.shape[2] // 2
         self.taps = weight.shape[-1]
         self.past = self.taps // 2 + delay
@@ -404,7 +414,7 @@ class _Call:
         launch(gate_kernel, (gates + tables,),
             h, as_bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
             h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, self.past, gates,
-            BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
+            GATE=gate, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
         )  # fmt: skip
 
     def grid(self, before: int = 0) -> tuple[int]:
@@ -446,6 +456,7 @@ def gated_depthwise_conv_forward(
     activation: int,
     need_cache: bool,
     delay: int = 0,
+    gate: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (y (T, B, C), new cache (B, C, P), or a tensor without elements). y has the promoted dtype of h and
     chunk_scale, and lies in h's order of memory. The channels of h and all other tensors are contiguous.
@@ -455,7 +466,7 @@ def gated_depthwise_conv_forward(
         past = weight.shape[-1] // 2 + delay
         before = h.new_zeros(h.shape[1], h.shape[2] // 2, past) if cache is None else cache.clone()
         return y, before if need_cache else h.new_empty(0)
-    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
+    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay, gate)
     y = _as_laid(h, call.channels, call.like.dtype)
     launch(forward_kernel, call.grid(),
         call.u, call.table, bias, causal_bias, y, y.stride(0), y.stride(1), *call.sizes(),
@@ -477,6 +488,7 @@ def gated_depthwise_conv_backward(
     chunk_size: int,
     activation: int,
     delay: int = 0,
+    gate: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of h to chunk_scale and of cache, without elements where the tensor is None. The channels
     of grad and h and all other tensors are contiguous.
@@ -489,7 +501,7 @@ def gated_depthwise_conv_backward(
     dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache = found
     if dcache is not None and not dcache.shape[-1]:
         dcache = None  # a cache of no frames has no gradient
-    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
+    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay, gate)
     frames, batch, channels, _, taps, past = call.sizes()
     q = r = v = None
     tiled = call.chunked or activation != 0
@@ -507,7 +519,7 @@ def gated_depthwise_conv_backward(
         r = q
     launch(input_gradient_kernel, call.grid(0 if dcache is None else past),
         q, r, h, as_bytes(mask), call.table, dh, dcache, grad.stride(0), grad.stride(1), h.stride(0), h.stride(1),
-        dh.stride(0), dh.stride(1), *call.sizes(), TILED=tiled, **call.form,
+        dh.stride(0), dh.stride(1), *call.sizes(), GATE=gate, TILED=tiled, **call.form,
     )  # fmt: skip
     count = call.form["TAPS"]
     skip = (taps - count) // 2

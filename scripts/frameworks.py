@@ -17,6 +17,7 @@ FRAMEWORKS = (
     ("NeMo", "nemo", ("nemo.",)),
     ("SpeechBrain", "speechbrain", ("speechbrain.",)),
     ("FireRedASR", "fireredasr", ("fireredasr.",)),
+    ("FunASR", "funasr", ("funasr.",)),
     ("GigaAM", "gigaam", ("gigaam.",)),
     ("torchaudio", "torchaudio", ("torchaudio.",)),
     ("ESPnet", "espnet", ("espnet.",)),

@@ -28,5 +28,8 @@ pip install --no-deps zipformer==0.1.3 atdataset webdataset kaldifst
 # the encoders of FireRedASR and GigaAM; recognition needs what the packages ask for, and GigaAM asks for torch 2.5
 pip install --no-deps fireredasr==0.0.2 gigaam==0.1.0
 
+# the encoders of FunASR, likewise
+pip install --no-deps funasr==1.4.16
+
 # NeMo
 pip install "nemo_toolkit[asr]==3.0.0"

@@ -24,7 +24,14 @@ from fastasr.benchmarks import sweep
 from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.device import whole_models as on_gpus
 from fastasr.benchmarks.markdown import put, table, whole_models, without_padding
-from fastasr.benchmarks.models import nemotron_streaming, ragged, recipe_step, reduced_weights, transcribe
+from fastasr.benchmarks.models import (
+    encoders,
+    nemotron_streaming,
+    ragged,
+    recipe_step,
+    reduced_weights,
+    transcribe,
+)
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.studies import curves, growth, transducer_memory
 
@@ -50,6 +57,7 @@ ELSEWHERE = {
     reduced_weights.NAME: "precision.md",
     ragged.NAME: "swap.md",
     nemotron_streaming.NAME: "models/fast_conformer.md",
+    encoders.NAME: "models/encoders.md",
     **{f"{model}{growth.ENDING}": f"models/{model}.md" for model in growth.SIZES},
 }  # pages with a table of another form
 
@@ -80,7 +88,7 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
             pages[page if row.suite != "dispatch" and page in pages else DOCS / "benchmarks.md"].append(row)
     made = {page: table(found) for page, found in pages.items()}
     made[ROOT / "README.md"] = whole_models(rows)
-    for module in (transcribe, reduced_weights):
+    for module in (transcribe, reduced_weights, encoders):
         own = [row for row in rows if row.name == module.NAME]
         made[DOCS / ELSEWHERE[module.NAME]] = module.table(own)
     made[DOCS / ELSEWHERE[ragged.NAME]] = without_padding([row for row in rows if row.name == ragged.NAME])

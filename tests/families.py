@@ -181,17 +181,35 @@ def firered(lengths=(83, 51, 30), dropout=0.1):
     return made
 
 
-def gigaam(kind, lengths=(83, 51, 30)):
-    """The package's own ``__init__`` would import what it downloads checkpoints and reads recordings with."""
+def without_init(name):
+    """Returns a module of a package whose own ``__init__`` would import what it downloads checkpoints and reads
+    recordings with."""
+    package = name.partition(".")[0]
+    if package not in sys.modules:
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            pytest.skip(f"{package} is not installed")
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = list(spec.submodule_search_locations)
+    return importlib.import_module(name)
+
+
+def funasr(lengths=(43, 21, 9), **options):
+    """Paraformer's encoder; SenseVoice's has the same classes of layers."""
 
     def made():
-        if "gigaam" not in sys.modules:
-            spec = importlib.util.find_spec("gigaam")
-            if spec is None:
-                pytest.skip("gigaam is not installed")
-            sys.modules["gigaam"] = types.ModuleType("gigaam")
-            sys.modules["gigaam"].__path__ = list(spec.submodule_search_locations)
-        module = importlib.import_module("gigaam.encoder")
+        module = without_init("funasr.models.sanm.encoder")
+        sizes = {"output_size": WIDTH, "attention_heads": HEADS, "linear_units": HIDDEN, "num_blocks": 3}
+        model = module.SANMEncoder(20, **sizes | {"input_layer": "pe", "kernel_size": 7} | options)
+        x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
+        return model, lambda model: [model(x, torch.tensor(lengths))[0]]
+
+    return made
+
+
+def gigaam(kind, lengths=(83, 51, 30)):
+    def made():
+        module = without_init("gigaam.encoder")
         sizes = {"feat_in": 20, "n_layers": 2, "d_model": WIDTH, "n_heads": HEADS, "conv_kernel_size": TAPS}
         model = module.ConformerEncoder(**sizes, self_attention_model=kind, pos_emb_max_len=64)
         x = torch.randn(len(lengths), 20, max(lengths), generator=numbers(1))
@@ -401,18 +419,19 @@ def granite_speech5(lengths=(44, 30), **options):
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
-def phi4_audio(frames=83, padded=True):
-    """Padding is hardly hidden: upstream adds its mask to the scores as 0 and 1."""
+def phi4_audio(frames=83, lengths=(83, 60), masked=True, **options):
+    """Padding is hardly hidden: upstream adds its mask to the scores as 0 and 1. It cannot cut several recordings of
+    more than 500 frames behind the front end."""
 
     def made():
         transformers = pytest.importorskip("transformers")
         module = pytest.importorskip("transformers.models.phi4_multimodal.modeling_phi4_multimodal")
         sizes = {"hidden_size": 32, "intermediate_size": 40, "num_blocks": 1, "num_attention_heads": HEADS}
         sizes |= {"nemo_conv_channels": 8, "input_size": 20, "ext_pw_out_channel": 32}
-        sizes |= {"depthwise_separable_out_channel": 32}
-        config = transformers.Phi4MultimodalAudioConfig(**sizes, attn_implementation="sdpa")
-        x = torch.randn(2, frames, 20, generator=numbers(1))
-        mask = torch.arange(frames) < torch.tensor([frames, 60])[:, None] if padded else None
+        sizes |= {"depthwise_separable_out_channel": 32, "attn_implementation": "sdpa"}
+        config = transformers.Phi4MultimodalAudioConfig(**sizes | options)
+        x = torch.randn(len(lengths), frames, 20, generator=numbers(1))
+        mask = torch.arange(frames) < torch.tensor(lengths)[:, None] if masked else None
         return module.Phi4MultimodalAudioModel(config), lambda model: [model(x, mask)]
 
     return made
@@ -462,7 +481,7 @@ def of_wav2vec2(
 
 def seamless_v2(**options):
     names = "seamless_m4t_v2", "SeamlessM4Tv2ConformerEncoder", "SeamlessM4Tv2Config"
-    return of_wav2vec2(*names, **SEAMLESS, **options)
+    return of_wav2vec2(*names, **SEAMLESS | options)
 
 
 def gemma4(lengths=(41, 15), **options):
@@ -643,6 +662,7 @@ FAMILIES = {
     "nemo transformer, causal": nemo_transformer(attn_mode="causal", qk_norm=True, qkv_bias=True),
     "nemo joint": nemo_joint(),
     "fireredasr": firered(),
+    "funasr": funasr(),
     "gigaam": gigaam("rel_pos"),
     "gigaam, rotary": gigaam("rotary"),
     "zipformer": zipformer,

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from fastasr.benchmarks import upstream
+from fastasr.benchmarks.encoders import ENCODERS
 from fastasr.benchmarks.harness import Variant
 from fastasr.benchmarks.models import fast_conformer
 from fastasr.benchmarks.models.unit import (
@@ -34,11 +35,11 @@ from fastasr.benchmarks.rows import Row
 NAME = "ragged"
 RAGGED = "fastasr, ragged"
 LIBRISPEECH, COMMANDS = "LibriSpeech-like", "short commands"
-SIZES = "110M", "medium"  # of Parakeet, of which LAYERS layers run, and of Zipformer
+SIZES = "110M", "medium", "0.6B"  # of Parakeet and w2v-BERT, of which LAYERS layers run, and of Zipformer
 LAYERS = 6
 # kind of lengths, recordings
 KINDS = ((LIBRISPEECH, 16), (COMMANDS, 64))
-QUICK = {"sizes": ("tiny", "tiny"), "layers": 1, "kinds": ((COMMANDS, 3),)}
+QUICK = {"sizes": ("tiny", "tiny", "0.6B"), "layers": 1, "kinds": ((COMMANDS, 3),)}
 
 
 def seconds(kind: str, count: int, ordered: bool) -> list[float]:
@@ -79,7 +80,19 @@ def _zipformer(size: str, layers: int, lengths: list[float]) -> tuple[torch.nn.M
     return encoder.eval(), (x, frames, mask), 1 - mask.sum().item() / mask.numel()
 
 
-CASES = {"Parakeet's encoder": _parakeet, "Zipformer's encoder": _zipformer}
+def _w2v_bert(size: str, layers: int, lengths: list[float]) -> tuple[torch.nn.Module, tuple, float]:
+    """Returns the same for w2v-BERT 2.0, which has one size and stacks two of 100 frames a second."""
+    x, mask = batch_of(lengths)
+    frames = x.shape[1] // 2
+    x, mask = x[:, : 2 * frames].reshape(len(x), frames, -1), mask[:, : 2 * frames : 2]
+    return ENCODERS["w2v-bert-2"].model(layers), (x, mask), mask.sum().item() / mask.numel()
+
+
+CASES = {
+    "Parakeet's encoder": _parakeet,
+    "Zipformer's encoder": _zipformer,
+    "w2v-BERT's encoder": _w2v_bert,
+}
 
 
 @benchmark(NAME)

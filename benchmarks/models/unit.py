@@ -14,12 +14,14 @@ from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
 from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.time_limit import Expired, time_limit
 from fastasr.testing.speed import Case, Implementation, Unavailable
 
 UPSTREAM, COMPILE, FASTASR = "upstream", "compile", "fastasr"
 LINEAR = "upstream+linear"
 BF16, INT8 = "fastasr bf16", "fastasr int8"
 FORWARD, BOTH = "forward", "forward+backward"
+COMPILE_SECONDS = 900  # for the calls of upstream's model that compile
 
 
 def product_flops(call: Callable[[], object]) -> int:
@@ -40,6 +42,19 @@ def _convolution_backward_flops(grad, x, weight, *arguments, out_val=None, **_) 
     return 2 * grad[0] * prod(weight) * prod(grad[2:]) * sum(output_mask[:2])
 
 
+def why_not_compiled(call: Callable[[], object]) -> str:
+    """Makes the first two calls of a compiled model, after which nothing compiles any more. Returns "", or the error or
+    the limit of time that ended them."""
+    try:
+        with time_limit(COMPILE_SECONDS):
+            call()
+            call()
+    except (Exception, Expired) as error:  # the other implementations are still worth measuring
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first[:160]}"
+    return ""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a model's benchmark: its name and how long it measures.
@@ -57,16 +72,26 @@ class Run:
 
     def unit(self, case: str, pass_: str, shape: str, runs: dict, reps: int | None = None) -> list[Row]:
         """Returns one row per implementation (its call in ``runs``), all of them timed in turns for ``reps`` rounds,
-        if the run does not set them. The floor is the time of the products alone, counted in ``runs[UPSTREAM]``.
+        if the run does not set them. The floor is the time of the products alone, counted in ``runs[UPSTREAM]``. If
+        torch.compile fails, it has no row, and the ``note`` of upstream's row says why.
         """
         head, reps = f"{self.name}: {case}, {pass_}", self.reps or reps or self.settings.reps
-        for key, run in runs.items():
+        note = ""
+        for key, run in list(runs.items()):
             self.report(f"{head}: first call of {key}" + (" (compiles)" if key == COMPILE else ""))
-            run()
+            if key != COMPILE:
+                run()
+            elif note := why_not_compiled(run):
+                note = f"{COMPILE}: {note}"
+                self.report(f"{head}: left out: {note}")
+                del runs[key]
         flops = product_flops(runs[UPSTREAM])
         self.report(f"{head}: timing {', '.join(runs)}, {reps} rounds")
         made = {key: Variant(run) for key, run in runs.items()}
-        return self.rows(made, flops, case=case, shape=shape, pass_=pass_, reps=reps)
+        rows = self.rows(made, flops, case=case, shape=shape, pass_=pass_, reps=reps)
+        for row in rows:
+            row.note = note if row.implementation == UPSTREAM else ""
+        return rows
 
     def rows(
         self,

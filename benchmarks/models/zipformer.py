@@ -34,7 +34,6 @@ from fastasr.benchmarks.models.unit import (
     with_linear,
 )
 from fastasr.benchmarks.rows import Row
-from fastasr.benchmarks.time_limit import Expired, time_limit
 from fastasr.testing.speed import Case
 
 NAME = "zipformer"
@@ -42,7 +41,6 @@ WHOLE, STACKS, AUTOCAST = "whole model", "stacks", "whole model, autocast(bfloat
 FIRST, SECOND, SWAP = "first call", "second call", "accelerate()"
 BATCH, FRAMES = 4, 1600
 FIRST_CALL_TIMEOUT = 300  # seconds for one fresh process
-COMPILE_LIMIT = 900  # seconds for the calls of upstream's model that compile
 QUICK = {"size": "tiny", "batch": 2, "frames": 200, "fresh": False}
 
 
@@ -65,18 +63,6 @@ def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
             return model(*inputs)[0]
 
     return forward
-
-
-def _compiles(call: Callable[[], torch.Tensor], report: Report) -> bool:
-    """Says whether the first two calls, after which nothing compiles any more, end in time and without an error."""
-    try:
-        with time_limit(COMPILE_LIMIT):
-            call()
-            call()
-    except (Exception, Expired) as error:  # the other implementations are still worth measuring
-        report(f"{NAME}: {COMPILE} left out: {type(error).__name__}: {error}")
-        return False
-    return True
 
 
 def _autocast(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -207,7 +193,8 @@ def measure(
         report(f"{NAME}: first call of {key}" + (" (compiles for minutes)" if key == COMPILE else ""))
         if key != COMPILE:
             call()
-        elif not _compiles(call, report):
+        elif reason := unit.why_not_compiled(call):
+            report(f"{NAME}: {COMPILE} left out: {reason}")
             del calls[key]
     if not skip(WHOLE):
         report(f"{NAME}: timing {', '.join(calls)}, {reps} rounds")

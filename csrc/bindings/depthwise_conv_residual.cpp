@@ -14,7 +14,11 @@ using cpu::DepthwiseConvResidual;
 template <typename T>
 DepthwiseConvResidual<T> problem(const auto& a, const Optional& bias) {
   using C = cpu::compute_t<T>;
-  return {data<T>(a.x), a.x.stride(0), a.x.stride(1), data<C>(a.weight), data_or_null<C>(bias), a.B, a.T, a.C, a.K};
+  const int64_t past = a.K / 2 + a.delay;
+  check(past >= 0 && past < a.K, a.kName, "delay");
+  const bool* mask = data_or_null<bool>(a.padding_mask);
+  return {data<T>(a.x), a.x.stride(0), a.x.stride(1), data<C>(a.weight), data_or_null<C>(bias), mask, a.B, a.T,
+          a.C,          a.K,           past};
 }
 
 template <typename T>

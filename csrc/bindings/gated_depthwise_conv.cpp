@@ -50,6 +50,7 @@ GatedDepthwiseConv<T> problem(const auto& a, const std::vector<int64_t>& starts)
           past,
           chunked && a.chunk_size > 0 ? std::min(a.chunk_size, whole) : whole,
           static_cast<cpu::GatedActivation>(a.activation),
+          static_cast<cpu::Gate>(a.gate),
           starts.empty() ? nullptr : starts.data()};
 }
 
@@ -120,20 +121,20 @@ Gradients backward(const GatedDepthwiseConvBackward& a, const std::vector<int64_
 
 std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConvForward& a) { return forward(a); }
 
-namespace {
-
-Gradients gated_depthwise_conv_backward(const GatedDepthwiseConvBackward& a) { return backward(a); }
-
 // The plain form for sequences of these lengths, which lie one after the other as rows of h (N, 1, 2 C). Returns y (N,
 // 1, C).
 Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
                                            std::vector<int64_t> lengths, int64_t activation, int64_t delay) {
   const Optional none;
-  GatedDepthwiseConvForward a{h, weight, bias, none, none, none, none, none, -1, activation, false, delay};
+  GatedDepthwiseConvForward a{h, weight, bias, none, none, none, none, none, -1, activation, false, delay, 0};
   const char* op = "gated_depthwise_conv_packed_forward";
   a.check(op);
   return std::get<0>(forward(a, starts_of(lengths, h, op)));
 }
+
+namespace {
+
+Gradients gated_depthwise_conv_backward(const GatedDepthwiseConvBackward& a) { return backward(a); }
 
 // Returns dh, dweight and dbias, which has no elements without a bias.
 std::tuple<Tensor, Tensor, Tensor> gated_depthwise_conv_packed_backward(const Tensor& grad, const Tensor& h,
@@ -141,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_depthwise_conv_packed_backward(const Te
                                                                         std::vector<int64_t> lengths,
                                                                         int64_t activation, int64_t delay) {
   const Optional none;
-  GatedDepthwiseConvBackward a{grad, h, weight, bias, none, none, none, none, none, -1, activation, delay};
+  GatedDepthwiseConvBackward a{grad, h, weight, bias, none, none, none, none, none, -1, activation, delay, 0};
   const char* op = "gated_depthwise_conv_packed_backward";
   a.check(op);
   const Gradients found = backward(a, starts_of(lengths, h, op));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "bindings/dispatch.h"
 #include "cpu/gemm/gemm.h"
@@ -42,16 +43,22 @@ Tensor product(const Tensor& projected, const Tensor& o);
 
 namespace weighted_values {
 Tensor weighted_values(Tensor weights, Tensor values);  // returns (rows, batch, width)
+Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values);
 }  // namespace weighted_values
 
 namespace zipformer_attention_weights {
 struct ZipformerAttentionWeightsForward;
 Tensor zipformer_attention_weights_forward(const ZipformerAttentionWeightsForward& a);
+std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optional pos, std::vector<int64_t> lengths,
+                                                               int64_t heads, int64_t query_dim, int64_t chunk,
+                                                               int64_t left_chunks);
 }  // namespace zipformer_attention_weights
 
 namespace gated_depthwise_conv {
 struct GatedDepthwiseConvForward;
 std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConvForward& a);
+Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
+                                           std::vector<int64_t> lengths, int64_t activation, int64_t delay);
 }  // namespace gated_depthwise_conv
 
 }  // namespace fastasr::bindings

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "bindings/pooled.h"
 #include "bindings/row_sums.h"
@@ -38,11 +39,37 @@ struct Dropped {
   float scale = 1;
 };
 
+// Half the last size of z, for the gated form.
+int64_t half_of(const Tensor& z, const Optional& keep, const char* op) {
+  const int64_t channels = z.size(z.dim() - 1);
+  check(channels % 2 == 0 && !keep, op, "gated");
+  return channels / 2;
+}
+
+Tensor gated_forward(const Tensor& z, int64_t activation, int64_t channels, const char* op) {
+  std::vector<int64_t> sizes(z.sizes().begin(), z.sizes().end()), strides(sizes.size(), 1);
+  sizes.back() = channels;
+  for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  Tensor y = new_pooled(z, sizes.size(), sizes.data(), strides.data());
+  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
+    const T* from = data<T>(z);
+    T* to = mutable_data<T>(y);
+    const int64_t rows = channels ? y.numel() / channels : 0;
+    parallel_range(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)), [&](int64_t b, int64_t e) {
+      kernel.gated_forward(static_cast<int>(activation), from + b * 2 * channels, to + b * channels, e - b, channels);
+    });
+  });
+  return y;
+}
+
 // Returns act(z), with dropout where `keep` is given; in z's own memory, and then as z itself, where the caller asks
-// for that.
-Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place, const Optional& keep, double p) {
+// for that. The gated form has neither.
+Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place, bool gated, const Optional& keep,
+                                 double p) {
   const char* op = "linear_activation_forward";
   check_linear_activation(z, activation, op);
+  if (gated) return gated_forward(z, activation, half_of(z, keep, op), op);
   const Dropped dropped(keep, p, z, op);
   Tensor y = in_place ? z : new_pooled_like(z);
   with_kernel_type(dtype_of(z), op, [&]<typename T>() {
@@ -63,10 +90,17 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
 
 // Returns (dz, dbias); dbias has no elements unless the caller asks for it.
 std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const Tensor& z, int64_t activation,
-                                                      bool need_bias, const Optional& keep, double p) {
+                                                      bool need_bias, bool gated, const Optional& keep, double p) {
   const char* op = "linear_activation_backward";
   check_linear_activation(z, activation, op);
-  check_same_size(grad, z, op, "grad");
+  if (gated) {
+    const int64_t half = half_of(z, keep, op);
+    check(dtype_of(grad) == dtype_of(z) && grad.is_contiguous() && 2 * grad.numel() == z.numel() &&
+              grad.size(grad.dim() - 1) == half,
+          op, "grad");
+  } else {
+    check_same_size(grad, z, op, "grad");
+  }
   const Dropped dropped(keep, p, z, op);
   Tensor dz = new_pooled_like(z), dbias = new_without_elements(z);
   const int64_t channels = z.size(z.dim() - 1), rows = channels ? z.numel() / channels : 0;
@@ -81,6 +115,11 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
     const RowBlocks blocks(rows, channels);
     sum_parts<T>(blocks, channels, need_bias ? &dbias : nullptr, [&](int64_t k, auto* part) {
       const int64_t at = blocks.begin(k) * channels;
+      if (gated) {
+        kernel.gated_backward(static_cast<int>(activation), g + at / 2, from + at, to + at, part, blocks.size(k),
+                              channels / 2);
+        return;
+      }
       if (dropped.mask) dropped.apply<T>(g, to, at, blocks.size(k) * channels);
       const T* dy = dropped.mask ? to : g;
       kernel.backward(static_cast<int>(activation), dy + at, from + at, to + at, part, blocks.size(k), channels);
@@ -92,10 +131,11 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
 }  // namespace
 
 FASTASR_OPERATORS(
-    {"linear_activation_forward(Tensor(a!) z, int activation, bool in_place, Tensor? keep=None, float p=0.0) -> Tensor",
+    {"linear_activation_forward(Tensor(a!) z, int activation, bool in_place, bool gated=False, Tensor? keep=None, "
+     "float p=0.0) -> Tensor",
      Boxed<linear_activation_forward>::call},
-    {"linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias, Tensor? keep=None, "
-     "float p=0.0) -> (Tensor, Tensor)",
+    {"linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias, bool gated=False, "
+     "Tensor? keep=None, float p=0.0) -> (Tensor, Tensor)",
      Boxed<linear_activation_backward>::call})
 
 }  // namespace fastasr::bindings::linear_activation

@@ -105,6 +105,8 @@ struct PackedSums {
 
 auto scratch(int64_t size) { return std::make_unique<Scratch<float>>(std::max<int64_t>(1, size)); }
 
+}  // namespace
+
 Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values) {
   const PackedSums sums(weights, values, "weighted_values_packed");
   const auto& kernel = cpu::kernels<cpu::WeightedValues>();
@@ -123,6 +125,8 @@ Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values) {
                 });
   return out;
 }
+
+namespace {
 
 // The rows of values or of their gradient that belong to one head and sequence.
 struct Rows {

@@ -164,6 +164,8 @@ struct PackedProblem {
   int64_t shift(const AttentionProblem& a) const { return longest().frames - a.frames; }
 };
 
+}  // namespace
+
 // Returns W (heads, 1, T, T) of each sequence that has rows.
 std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optional pos, std::vector<int64_t> lengths,
                                                                int64_t heads, int64_t query_dim, int64_t chunk,
@@ -200,6 +202,8 @@ std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optiona
   });
   return weights;
 }
+
+namespace {
 
 // Computes sum = a + b for rows of `count` numbers.
 template <typename T>

@@ -24,19 +24,22 @@ ChunkPlan plan_of(const std::vector<int64_t>& sizes) {
 
 // Returns the plan of one layer.
 ChunkPlan plan_of(const std::vector<int64_t>& sizes, int64_t frames, int64_t left) {
-  const std::vector<cpu::ChunkStack> layer = cpu::read_stacks(sizes, 0);
+  const std::vector<cpu::ZipformerSizes> layer = cpu::read_stacks(sizes, 0);
   check(layer.size() == 1 && layer[0].factor == 1 && layer[0].layers == 1 && frames > 0 && left >= 0, "zipformer_layer",
         "the sizes describe no layer");
   return {layer[0], frames, left};
 }
 
-// Returns the names of an encoder's sizes and of a stack's, in their order.
+// Returns the names of an encoder's sizes, of a stack's and of a layer's products, in their order.
 std::string zipformer_chunk_names() {
   std::string names;
-  const auto add = [&](const char* name, auto) { names += name, names += ' '; };
+  const auto add = [&](const char* name, const auto&...) { names += name, names += ' '; };
   ChunkShape().each_size(add);
   names += '|';
-  cpu::ChunkStack().each_size(add);
+  cpu::ZipformerSizes sizes{};
+  sizes.each_size(add);
+  names += '|';
+  cpu::ZipformerProducts<int>().each_product(sizes, add);
   return names;
 }
 
@@ -63,53 +66,34 @@ void pack_products(const ChunkPlan& plan, const std::vector<Tensor>& weights, co
   });
 }
 
-void pack_tables(const ChunkPlan& plan, const std::vector<Tensor>& tables, float* vectors) {
-  check(tables.size() == plan.tables.size(), "zipformer_chunk", "expected ", plan.tables.size(), " tables, got ",
-        tables.size());
-  for (size_t i = 0; i < tables.size(); i++) {
-    check_floats(tables[i], plan.tables[i].rows * plan.tables[i].columns, "a table");
-    cpu::chunk_pack_table(plan.tables[i], data<float>(tables[i]), vectors);
+// Packs an encoder, or with `frames` a layer for chunks of so many. The order of products and tables: see
+// cpu::ChunkPlan. Returns weights and vectors; without one of the lists a layer lacks what is made of it: its weights
+// do not depend on the size of a chunk.
+std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> sizes, int64_t frames, int64_t left,
+                                         std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                         std::vector<Tensor> tables) {
+  const char* op = "zipformer_chunk_pack";
+  const ChunkPlan plan = frames ? plan_of(sizes, frames, left) : plan_of(sizes);
+  check(frames ? weights.empty() != biases.empty() : !weights.empty() && !biases.empty(), op, "no products");
+  std::vector<Tensor> packed;
+  float *words = nullptr, *vectors = nullptr;
+  if (!weights.empty()) {
+    packed.push_back(on_huge_pages(weights[0], weight_floats(plan)));
+    words = mutable_data<float>(packed.back());
   }
-}
-
-float* zeroed(const Tensor& vectors) {
-  auto* const values = mutable_data<float>(vectors);
-  std::fill(values, values + vectors.numel(), 0.0f);
-  return values;
-}
-
-// The order of products and tables: see cpu::ChunkPlan. Returns weights and vectors.
-std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> sizes, std::vector<Tensor> weights,
-                                         std::vector<Tensor> biases, std::vector<Tensor> tables) {
-  const ChunkPlan plan = plan_of(sizes);
-  check(!weights.empty() && !biases.empty(), "zipformer_chunk_pack", "no products");
-  const Tensor packed = on_huge_pages(weights[0], weight_floats(plan));
-  const Tensor vectors = on_huge_pages(weights[0], plan.vector_floats);
-  float* const values = zeroed(vectors);
-  pack_products(plan, weights, biases, mutable_data<float>(packed), values);
-  pack_tables(plan, tables, values);
-  return {packed, vectors};
-}
-
-// Packs a layer's matrices; they do not depend on the size of a chunk.
-Tensor zipformer_layer_weights(std::vector<int64_t> sizes, std::vector<Tensor> weights) {
-  const ChunkPlan plan = plan_of(sizes, 1, 0);
-  check(!weights.empty(), "zipformer_layer_weights", "no weights");
-  const Tensor packed = on_huge_pages(weights[0], weight_floats(plan));
-  pack_products(plan, weights, {}, mutable_data<float>(packed), nullptr);
+  if (!biases.empty()) {
+    packed.push_back(frames ? new_contiguous(biases[0], {plan.vector_floats})
+                            : on_huge_pages(biases[0], plan.vector_floats));
+    vectors = mutable_data<float>(packed.back());
+    std::fill(vectors, vectors + plan.vector_floats, 0.0f);
+    check(tables.size() == plan.tables.size(), op, "expected ", plan.tables.size(), " tables, got ", tables.size());
+    for (size_t i = 0; i < tables.size(); i++) {
+      check_floats(tables[i], plan.tables[i].rows * plan.tables[i].columns, "a table");
+      cpu::chunk_pack_table(plan.tables[i], data<float>(tables[i]), vectors);
+    }
+  }
+  pack_products(plan, weights, biases, words, vectors);
   return packed;
-}
-
-// Packs everything else of a layer that does not change from chunk to chunk of one size.
-Tensor zipformer_layer_vectors(std::vector<int64_t> sizes, int64_t frames, int64_t left, std::vector<Tensor> biases,
-                               std::vector<Tensor> tables) {
-  const ChunkPlan plan = plan_of(sizes, frames, left);
-  check(!biases.empty(), "zipformer_layer_vectors", "no biases");
-  const Tensor vectors = new_contiguous(biases[0], {plan.vector_floats});
-  float* const values = zeroed(vectors);
-  pack_products(plan, {}, biases, nullptr, values);
-  pack_tables(plan, tables, values);
-  return vectors;
 }
 
 // states (slots, floats), counters (slots, 2) of int64; slots: one per stream, in the order of features.
@@ -181,13 +165,13 @@ std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> sizes, int64_t lef
     before[i] = data<float>(state), after[i] = mutable_data<float>(out.back());
   }
   const Scratch<float> scratch(cpu::layer_scratch_floats(plan, streams));
-  cpu::layer_step({plan,
-                   reinterpret_cast<const char*>(data<float>(weights)),
-                   data<float>(vectors),
-                   data_or_null<uint8_t>(masked),
-                   streams,
-                   scratch.data(),
-                   {threads, run_parts}},
+  cpu::layer_step({.plan = plan,
+                   .weights = reinterpret_cast<const char*>(data<float>(weights)),
+                   .vectors = data<float>(vectors),
+                   .streams = streams,
+                   .scratch = scratch.data(),
+                   .workers = {threads, run_parts},
+                   .masked = data_or_null<uint8_t>(masked)},
                   data<float>(x), before, mutable_data<float>(out[0]), after);
   return out;
 }
@@ -223,10 +207,11 @@ void zipformer_chunk_states(std::vector<int64_t> sizes, Tensor states, Tensor co
 }  // namespace
 
 FASTASR_UNDECLARED(
-    "the streaming engine and streaming_layer.py call it without gradients, with weights that it packed itself",
+    "the streaming engine and native_layer.py call it without gradients, with weights that it packed itself",
     {"zipformer_chunk_names() -> str", Boxed<zipformer_chunk_names>::call},
     {"zipformer_chunk_floats(int[] sizes, int streams) -> int[]", Boxed<zipformer_chunk_floats>::call},
-    {"zipformer_chunk_pack(int[] sizes, Tensor[] weights, Tensor[] biases, Tensor[] tables) -> Tensor[]",
+    {"zipformer_chunk_pack(int[] sizes, int frames, int left, Tensor[] weights, Tensor[] biases, Tensor[] tables)"
+     " -> Tensor[]",
      Boxed<zipformer_chunk_pack>::call},
     {"zipformer_chunk_step(int[] sizes, Tensor weights, Tensor vectors, Tensor(a!) states, "
      "Tensor(b!) counters, Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor",
@@ -234,10 +219,6 @@ FASTASR_UNDECLARED(
     {"zipformer_chunk_states(int[] sizes, Tensor(a!) states, Tensor(b!) counters, int slot, "
      "Tensor[] tensors, bool restore) -> ()",
      Boxed<zipformer_chunk_states>::call},
-    {"zipformer_layer_weights(int[] sizes, Tensor[] weights) -> Tensor", Boxed<zipformer_layer_weights>::call},
-    {"zipformer_layer_vectors(int[] sizes, int frames, int left, Tensor[] biases, Tensor[] tables)"
-     " -> Tensor",
-     Boxed<zipformer_layer_vectors>::call},
     {"zipformer_layer_step(int[] sizes, int left, Tensor weights, Tensor vectors, Tensor x, "
      "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
      Boxed<zipformer_layer_step>::call})

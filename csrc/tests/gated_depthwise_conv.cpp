@@ -11,6 +11,7 @@ struct Shape {
   cpu::GatedActivation activation;
   bool mask, cache, biases;
   int64_t delay = 0;
+  cpu::Gate gate = cpu::Gate::sigmoid;
 };
 
 // Adds the product of two sums to a third, with the sizes of its errors.
@@ -57,7 +58,8 @@ struct Case {
                                           s.taps,
                                           P,
                                           chunk,
-                                          s.activation};
+                                          s.activation,
+                                          s.gate};
     std::vector<C> parts(static_cast<size_t>(groups * conv.sums() * s.channels));
     const auto& backward = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
     const int64_t stripes = (s.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
@@ -79,14 +81,17 @@ struct Reference {
   Case<T>& k;
   int64_t b, c, L = k.s.frames, S = k.chunk, P = k.P, K = k.s.taps;
   std::vector<Sum> u = std::vector<Sum>(size_t(L + P)), z = std::vector<Sum>(size_t(L)), e = z, q = z, r = z, du = u;
-  Reals gate = Reals(size_t(L));
+  Reals gate = Reals(size_t(L)), gate_slope = gate, slope_size = gate;
 
   void run() {
     for (int64_t p = 0; p < P; p++)
       if (k.s.cache) u[p] = exactly(k.cache((b * k.s.channels + c) * P + p));
     for (int64_t t = 0; t < L; t++) {
       const long double x = k.h(at(t));
-      gate[t] = logistic(k.h(at(t) + k.s.channels));
+      const long double s = k.h(at(t) + k.s.channels), g = logistic(s);
+      const bool silu = k.s.gate == cpu::Gate::silu;
+      gate[t] = silu ? s * g : g, gate_slope[t] = silu ? g * (1 + s * (1 - g)) : g * (1 - g);
+      slope_size[t] = silu ? g * (1 + std::fabs(s) * (1 - g)) : g;
       if (!padded(t)) u[t + P] = {x * gate[t], 4 * std::fabs(x * gate[t])};
     }
     for (int64_t t = 0; t < L; t++) {
@@ -153,8 +158,9 @@ void values(const Shape& s) {
         EXPECT(k.y, (t * s.batch + b) * s.channels + c, y, 4 * (ref.z[t].size + std::fabs(y) + 1));
         const Sum& du = ref.du[t + P];
         const long double g = ref.gate[t], x = k.h(ref.at(t)), keep = ref.padded(t) ? 0 : 1;
-        EXPECT(k.dh, ref.at(t), keep * du.value * g, 4 * du.size * g);
-        EXPECT(k.dh, ref.at(t) + s.channels, keep * du.value * x * g * (1 - g), 4 * du.size * std::fabs(x * g) * 2);
+        EXPECT(k.dh, ref.at(t), keep * du.value * g, 4 * du.size * std::fabs(g));
+        EXPECT(k.dh, ref.at(t) + s.channels, keep * du.value * x * ref.gate_slope[t],
+               8 * du.size * std::fabs(x) * ref.slope_size[t]);
         const Sum &q = ref.q[t], &r = ref.r[t];
         add(db, s.chunk ? r : q), add(dcb, q);
         for (int64_t j = 0; j < K; j++)
@@ -199,6 +205,8 @@ TEST_CASE("gated_depthwise_conv") {
       values<T>({frames, 6, 9, 7, frames, swoosh_r, false, false, true});
       values<T>({frames, 2, 17, 9, 0, silu, true, true, true, 4});
       values<T>({frames, 2, 33, 4, 0, silu, true, true, true, -1});
+      values<T>({frames, 2, 33, 3, 0, silu, true, true, true, 1, cpu::Gate::silu});
+      values<T>({frames, 2, 17, 5, 8, swoosh_r, true, true, true, 0, cpu::Gate::silu});
     }
   });
 }

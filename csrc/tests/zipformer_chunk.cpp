@@ -4,8 +4,9 @@
 #include "cpu/streaming/zipformer_chunk_rows.h"
 #include "tests/check.h"
 
-// The whole chunk's values are compared with the model's own code in tests/asr/streaming. These tests check the pieces,
-// what is read and written, and that a stream's bits depend on nothing but the stream.
+// The whole chunk's values are compared with the model's own code in tests/asr/streaming, a layer's in
+// tests/models/test_zipformer_streaming_layer.py. These tests check the pieces, what is read and written, and that a
+// stream's bits depend on nothing but the stream.
 namespace fastasr::test {
 namespace {
 
@@ -13,6 +14,7 @@ using cpu::ChunkCounters;
 using cpu::ChunkPlan;
 using cpu::ChunkShape;
 using cpu::kChunkLanes;
+using cpu::kLayerStates;
 using cpu::WeightFormat;
 
 void run_threads(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
@@ -29,28 +31,46 @@ std::vector<int64_t> numbers(int64_t chunk, int64_t left, WeightFormat weights) 
   return n;
 }
 
-// Holds a model with random weights and the states of some streams of it.
-struct Engine {
+// A plan with random weights, of an encoder or of a layer. A layer packs weights and vectors apart.
+struct Packed {
   ChunkPlan plan;
-  int64_t slots;
-  Buffer<float> weights{(plan.weight_bytes + 3) / 4}, vectors{plan.vector_floats}, states{slots * plan.state_floats};
-  std::vector<ChunkCounters> counters;
+  Buffer<float> weights{(plan.weight_bytes + 3) / 4}, vectors{plan.vector_floats};
 
-  Engine(int64_t chunk, int64_t left, WeightFormat format, int64_t slots_)
-      : plan(ChunkShape(numbers(chunk, left, format))), slots(slots_), counters(static_cast<size_t>(slots)) {
+  explicit Packed(const ChunkPlan& plan_) : plan(plan_) {
     Random random(5);
-    vectors.set(0), states.set(0);
+    vectors.set(0);
     for (size_t i = 0; i < plan.products.size(); i++) {
       const cpu::ChunkProduct& p = plan.products[i];
       Buffer<float> w(p.outputs * p.inputs, 0, random, 1 / std::sqrt(static_cast<double>(p.inputs))),
-          bias(p.outputs, 0, random, 0.3);
-      cpu::chunk_pack_product(plan, static_cast<int64_t>(i), w, i % 5 ? bias.data() : nullptr,
-                              reinterpret_cast<char*>(weights.data()), vectors);
+          all(p.outputs, 0, random, 0.3);
+      const float* const bias = i % 5 ? all.data() : nullptr;
+      char* const packed = reinterpret_cast<char*>(weights.data());
+      const auto index = static_cast<int64_t>(i);
+      if (plan.shape.maps[0]) {
+        cpu::chunk_pack_product(plan, index, w, bias, packed, vectors);
+      } else {
+        cpu::chunk_pack_product(plan, index, w, nullptr, packed, nullptr);
+        cpu::chunk_pack_product(plan, index, nullptr, bias, nullptr, vectors);
+      }
     }
     for (const cpu::ChunkTable& t : plan.tables) {
       Buffer<float> values(t.rows * t.columns, 0, random, 0.3, 0.4);
       cpu::chunk_pack_table(t, values, vectors);
     }
+  }
+};
+
+// Holds a model with random weights and the states of some streams of it.
+struct Engine : Packed {
+  int64_t slots;
+  Buffer<float> states{slots * plan.state_floats};
+  std::vector<ChunkCounters> counters;
+
+  Engine(int64_t chunk, int64_t left, WeightFormat format, int64_t slots_)
+      : Packed(ChunkPlan(ChunkShape(numbers(chunk, left, format)))),
+        slots(slots_),
+        counters(static_cast<size_t>(slots)) {
+    states.set(0);
   }
 
   void reset(int64_t slot) {
@@ -128,8 +148,8 @@ void moves(WeightFormat format) {
   Random random(13);
   std::vector<std::vector<float>> tensors;
   for (const ChunkPlan::Stack& s : e.plan.stacks)
-    for (int64_t i = 0; i < s.shape.layers * cpu::kLayerStates; i++)
-      tensors.emplace_back(static_cast<size_t>(cpu::layer_state_floats(s, i % cpu::kLayerStates, 1)));
+    for (int64_t i = 0; i < s.shape.layers * kLayerStates; i++)
+      tensors.emplace_back(static_cast<size_t>(cpu::layer_state_floats(s, i % kLayerStates, 1)));
   tensors.emplace_back(static_cast<size_t>(e.plan.shape.maps[2] * cpu::kFrontPast * e.plan.shape.width3()));
   std::vector<float*> to;
   for (std::vector<float>& t : tensors) to.push_back(t.data());
@@ -165,7 +185,7 @@ void rounding(WeightFormat format, double most) {
   Engine exact(4, 8, WeightFormat::fp32, 1), rounded(4, 8, format, 1);
   const bool both = format != WeightFormat::fp16 && cpu::reduced_gemm_kernels(format).gains();
   CHECK(rounded.plan.shape.rounds_inputs() == both && rounded.plan.conv3.rounds_inputs == both, "which products");
-  CHECK(!rounded.plan.conv2.rounds_inputs && !exact.plan.stacks[0].layers[0].attention.rounds_inputs, "fp32 products");
+  CHECK(!rounded.plan.conv2.rounds_inputs && !exact.plan.stacks[0].layers[0].scores.rounds_inputs, "fp32 products");
   CHECK((rounded.plan.expand.format == WeightFormat::fp32) == !both, "the front end's weights");
   Random random(19);
   double difference = 0, size = 0;
@@ -194,6 +214,100 @@ void shapes() {
   CHECK(refused([](auto& n) { n[7] = 4; }), "another format");
   CHECK(refused([](auto& n) { n[15] = 4; }), "an even number of taps");
   CHECK(refused([](auto& n) { n[8] = 0; }), "no channels");
+}
+
+// ---------------------------------------------------------------- a layer alone, with upstream's states
+
+constexpr cpu::ZipformerSizes kOdd{21, 1, 1, 3, 4, 18, 3, 7, {20, 70, 6}, 17};
+
+// The inputs or outputs: x or y first, then the states.
+using Tensors = std::vector<std::vector<float>>;
+
+Tensors run(Packed& layer, const Tensors& in, const std::vector<uint8_t>& masked, int64_t streams, int64_t threads) {
+  const ChunkPlan& plan = layer.plan;
+  const int64_t frames = plan.stacks[0].frames;
+  Buffer<float> scratch(cpu::layer_scratch_floats(plan, streams)), y(frames * streams * kOdd.dim);
+  scratch.set(std::numeric_limits<double>::quiet_NaN());
+  std::vector<Buffer<float>> after;
+  const float* before[kLayerStates];
+  float* results[kLayerStates];
+  for (int64_t i = 0; i < kLayerStates; i++) after.emplace_back(cpu::layer_state_floats(plan.stacks[0], i, streams));
+  for (size_t i = 0; i < kLayerStates; i++) {
+    CHECK(in[i + 1].size() == static_cast<size_t>(after[i].size()), "size of state %zu", i);
+    before[i] = in[i + 1].data(), results[i] = after[i].data();
+  }
+  cpu::layer_step({.plan = plan,
+                   .weights = reinterpret_cast<const char*>(layer.weights.data()),
+                   .vectors = layer.vectors,
+                   .streams = streams,
+                   .scratch = scratch,
+                   .workers = {threads, run_threads},
+                   .masked = masked.empty() ? nullptr : masked.data()},
+                  in[0].data(), before, y, results);
+  Tensors out{{y.data(), y + y.size()}};
+  for (Buffer<float>& t : after) out.emplace_back(t.data(), t + t.size());
+  return out;
+}
+
+// Returns stream `index` of `streams`: these tensors have the streams second, those from the fifth state on and the
+// hidden one first.
+Tensors one_of(const Tensors& all, int64_t streams, int64_t index) {
+  Tensors one;
+  for (size_t i = 0; i < all.size(); i++) {
+    const bool first = i == 2 || i > 4;
+    const auto size = static_cast<int64_t>(all[i].size()) / streams;
+    const int64_t width = i == 0             ? kOdd.dim
+                          : i == 1           ? kOdd.heads * kOdd.query
+                          : i == 3 || i == 4 ? kOdd.heads * kOdd.value
+                                             : size;
+    std::vector<float> picked;
+    for (int64_t row = 0; row * width < size; row++) {
+      const auto from = all[i].begin() + (first ? index * size : (row * streams + index) * width);
+      picked.insert(picked.end(), from, from + width);
+    }
+    one.push_back(picked);
+  }
+  return one;
+}
+
+bool same(const Tensors& a, const Tensors& b) {
+  for (size_t i = 0; i < a.size(); i++)
+    if (a[i].size() != b[i].size() ||
+        (!a[i].empty() && std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(float)) != 0))
+      return false;
+  return true;
+}
+
+void streams_of_a_layer(int64_t frames, int64_t left, bool with_mask) {
+  constexpr int64_t kStreams = 3;
+  Packed layer(ChunkPlan(kOdd, frames, left));
+  Random random(static_cast<uint64_t>(frames * 31 + left));
+  Tensors in;
+  for (int64_t i = -1; i < kLayerStates; i++) {
+    const int64_t n = i < 0 ? frames * kStreams * kOdd.dim : cpu::layer_state_floats(layer.plan.stacks[0], i, kStreams);
+    std::vector<float> values(static_cast<size_t>(n));
+    for (float& v : values) v = static_cast<float>(random.normal());
+    in.push_back(values);
+  }
+  const int64_t keys = left + frames;
+  std::vector<uint8_t> masked(with_mask ? static_cast<size_t>(kStreams * keys) : 0);
+  for (size_t i = 0; i < masked.size(); i++) masked[i] = i % 3 == 1;
+  const Tensors together = run(layer, in, masked, kStreams, 1);
+  CHECK(same(together, run(layer, in, masked, kStreams, 3)), "threads changed bits, %ld frames", long(frames));
+  for (int64_t i = 0; i < kStreams; i++) {
+    const std::vector<uint8_t> mask(masked.begin() + (with_mask ? i * keys : 0),
+                                    masked.begin() + (with_mask ? (i + 1) * keys : 0));
+    const Tensors alone = run(layer, one_of(in, kStreams, i), mask, 1, 1);
+    CHECK(same(one_of(together, kStreams, i), alone), "stream %ld of %ld frames differs alone", long(i), long(frames));
+    for (const float v : alone[0]) CHECK(std::isfinite(v), "read what was not written");
+  }
+  // keys and values of the context move up by a chunk
+  for (size_t i : {1, 3, 4}) {
+    const std::vector<float>&a = in[i], &b = together[i];
+    const size_t moved = left > 0 ? a.size() / static_cast<size_t>(left) * static_cast<size_t>(frames) : 0;
+    if (frames < left)
+      CHECK(std::memcmp(a.data() + moved, b.data(), (a.size() - moved) * sizeof(float)) == 0, "state %zu", i);
+  }
 }
 
 // ---------------------------------------------------------------- the pieces, against long double
@@ -309,6 +423,16 @@ TEST_CASE("zipformer_chunk") {
       streams(chunk, left, format);
     moves(format);
     features(format);
+  }
+}
+
+TEST_CASE("zipformer_layer_step") {
+  for (const bool masked : {false, true}) {
+    streams_of_a_layer(4, 6, masked);
+    streams_of_a_layer(1, 5, masked);
+    streams_of_a_layer(9, 4, masked);
+    streams_of_a_layer(3, 0, masked);
+    streams_of_a_layer(8, 32, masked);
   }
 }
 

@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depthwise convolutions over time: the formula that several ops share, and the activations of the gated one."""
+"""Depthwise convolutions over time: the formula that several ops share, and activations and gates of the gated one."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"identity": 0, "swoosh_r": 1, "silu": 2}  # with the kernels' numbers
+from fastasr.ops._op import Op
+
+# With the kernels' numbers
+ACTIVATIONS = {"identity": 0, "swoosh_r": 1, "silu": 2}
+GATES = {"sigmoid": 0, "silu": 1}
+
+
+def check_delay(op: Op, taps: int, delay: int) -> None:
+    """Raises unless the taps, ⌊taps / 2⌋ + delay of them on past frames, reach the frame itself."""
+    if not -(taps // 2) <= delay <= (taps - 1) // 2:
+        op.fail("delay", f"{-(taps // 2)} to {(taps - 1) // 2} for {taps} taps", delay)
 
 
 def depthwise_conv(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,8 +2,8 @@
 r"""The core of a Conformer's convolution module (Gulati et al., 2020): gate, padding mask, depthwise convolution, SiLU;
 and of Zipformer's (Yao et al., 2023), whose convolution may be chunk-causal, and whose activation is SwooshR.
 
-For h = (x, s) of shape (T, B, 2C), u = x · sigmoid(s), 0 at padding and outside the sequence; per channel, with
-P = K // 2 + delay frames of the past (delay = 0 and K odd in chunk-causal form):
+For h = (x, s) of shape (T, B, 2C), u = x · gate(s), 0 at padding and outside the sequence, where gate is the logistic
+function or SiLU; per channel, with P = K // 2 + delay frames of the past (delay = 0 and K odd in chunk-causal form):
 
     plain         z[t] = b + Σ_k w[k] u[t + k − P]
     chunk-causal  z[t] = b' + Σ_{j ≤ P} v[j] u[t + j − P] + scale[t mod S] (b + Σ_k w[k] u[t + k − P])
@@ -13,7 +13,7 @@ where the last sum is over the frames of t's chunk of S frames alone, and scale[
 ``zipformer.modules.zipformer``, ``ChunkCausalDepthwiseConv1d`` in ``zipformer.modules.scaling``.
 
 With q = dy · act'(z), r = q · scale: du[t] = Σ_k w[k] r[t − k + P] (within chunks) + Σ_j v[j] q[t − j + P],
-dx = du · sigmoid(s), ds = du · u · (1 − sigmoid(s)), and the weights' gradients are sums of q and r against u.
+dx = du · gate(s), ds = du · x · gate'(s), and the weights' gradients are sums of q and r against u.
 Only h is saved: backward recomputes u and z.
 """
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _swoosh
-from fastasr.ops._depthwise_conv import ACTIVATIONS, depthwise_conv
+from fastasr.ops._depthwise_conv import ACTIVATIONS, GATES, check_delay, depthwise_conv
 from fastasr.ops._op import Arguments, Op, Saved, op
 from fastasr.ops._register import cast
 
@@ -41,8 +41,7 @@ def _check(op: Op, a: Arguments) -> None:
     taps = a.weight.shape[-1]
     if a.causal_weight is not None and taps % 2 == 0:
         op.fail("weight", "an odd number of taps in chunk-causal form", taps)
-    if not -(taps // 2) <= a.delay <= (taps - 1) // 2:
-        op.fail("delay", f"{-(taps // 2)} to {(taps - 1) // 2} for {taps} taps", a.delay)
+    check_delay(op, taps, a.delay)
     if a.causal_weight is not None and a.delay:
         op.fail("delay", "0 in chunk-causal form", a.delay)
 
@@ -85,7 +84,10 @@ def _cache_gradient(op: Op, grads: Sequence[Tensor], found: Sequence[Tensor], sa
     if saved.padding_mask is not None:
         du = du.masked_fill(saved.padding_mask[:, frames - taken :].t().unsqueeze(-1), 0.0)
     gate = torch.sigmoid(s)
-    dh[frames - taken :] += torch.cat([du * gate, du * x * gate * (1.0 - gate)], dim=-1).to(dh.dtype)
+    rest, factor = 1.0 - gate, gate
+    if saved.gate == "silu":
+        rest, factor = 1.0 + s * rest, s * gate
+    dh[frames - taken :] += torch.cat([du * factor, du * x * gate * rest], dim=-1).to(dh.dtype)
 
 
 def _within_chunks(
@@ -137,11 +139,12 @@ def gated_depthwise_conv(
     activation: Annotated[Literal["swoosh_r", "silu", "identity"], ACTIVATIONS] = "swoosh_r",
     return_cache: bool = False,
     delay: int = 0,
+    gate: Annotated[Literal["sigmoid", "silu"], GATES] = "sigmoid",
 ) -> (
     Annotated[Tensor, "T B C", "h + chunk_scale"]
     | tuple[Annotated[Tensor, "T B C", "h + chunk_scale"], Annotated[Tensor, "B C K//2+delay", "h + cache"]]
 ):
-    """act of the depthwise convolution over time of x · sigmoid(s), for h = (x, s); plain, or chunk-causal.
+    """act of the depthwise convolution over time of x · gate(s), for h = (x, s); plain, or chunk-causal.
 
     Args:
         h: (T, B, 2C), both halves of a gated projection; float32, bfloat16, float16 or float64. Its channels are read
@@ -155,11 +158,12 @@ def gated_depthwise_conv(
         chunk_scale: (2, C, K): by how much the scale of the convolution within the chunk exceeds 1, by the distance
             from the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
-        cache: (B, C, K // 2 + delay): x · sigmoid(s) of the frames before the first; None: zeros.
+        cache: (B, C, K // 2 + delay): x · gate(s) of the frames before the first; None: zeros.
         chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
         activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).
         delay: plain form: the convolution sees K // 2 + delay frames of the past; (K − 1) // 2 makes it causal.
+        gate: "sigmoid", or "silu": u = x · s · sigmoid(s).
     Returns:
         y (T, B, C), in the promotion of h's and chunk_scale's dtype, computed in float32 or better and rounded once. It
         is contiguous, or lies in h's order of memory. The new cache has the promotion of h's and the cache's dtype.
@@ -169,7 +173,7 @@ def gated_depthwise_conv(
             frame itself because of delay; an argument of the chunk-causal form is given without the others.
     """
     x, s = h.chunk(2, dim=-1)
-    u = (x * torch.sigmoid(s)).permute(1, 2, 0)  # [B, C, T]
+    u = (x * (torch.sigmoid(s) if gate == "sigmoid" else F.silu(s))).permute(1, 2, 0)  # [B, C, T]
     if padding_mask is not None:
         u = u.masked_fill(padding_mask.unsqueeze(1), 0.0)
     frames, taps = u.shape[2], weight.shape[-1]

@@ -163,6 +163,13 @@ def _leave_padding_out(plan: Plan, report: SwapReport) -> None:
             binding.bind(module, rule.ragged.forward, rule.methods)
             row.rule, row.status = rule.name, REPLACED
         _note_padding(report, row, reason)
+    for (path, _, decision), row in zip(plan, report.rows, strict=True):
+        made = decision.later or decision
+        inside = f"{path}." if path else ""
+        if made.rule is None or any(other.startswith(inside) for other in report.ragged):
+            continue
+        if made.rule.padded:
+            _note_padding(report, row, made.rule.padded if made.apply else made.reason)
 
 
 def _note_padding(report: SwapReport, row: Row, reason: str | None) -> None:
@@ -187,8 +194,13 @@ def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
             continue  # It is a part of a recorded encoder, from an earlier call.
         fits = row.status == REPLACED or (made is decision.later and made.apply) or _is_own(module)
         reason = (missing or rule.graphs.why_not(module)) if fits else made.reason
-        if reason is None and rule.ragged is not None and bound is rule.ragged.forward:
+        inside = f"{path}." if path else ""
+        packs = any(why is None and other.startswith(inside) for other, why in (report.ragged or {}).items())
+        if reason is None and (packs or (rule.ragged is not None and bound is rule.ragged.forward)):
             reason = "it runs without padding, in another shape at every call"
+        whole = (f"{other}." if other else "" for other, why in report.graphs.items() if why is None)
+        if reason is not None and path.startswith(tuple(whole)):
+            continue  # It is a part of a recorded encoder.
         if reason is None:
             _bind_recorded(module, rule, rule.graphs, options)
             row.rule, row.status = rule.name, REPLACED

@@ -225,8 +225,10 @@ def _of_encoders(reasons: dict[str, str | None] | None, how: str, how_not: str) 
     """Returns the lines of the summary about path -> why an encoder does not run as it was asked to."""
     if reasons is None:
         return []
+    if not reasons:
+        return [f"{how}: the model holds no encoder that fastasr knows"]
     left = [f"{path or '(the model)'}: {reason}" for path, reason in reasons.items() if reason]
-    counts = f"{how}: {len(reasons) - len(left)} of {len(reasons)} known encoders"
+    counts = f"{how}: {len(reasons) - len(left)} of {len(reasons)} known encoders or layers"
     return [counts, *(f"  {how_not}: {line}" for line in left)]
 
 

@@ -96,6 +96,7 @@ class Rule:
     ``companion`` rules apply only to models in which another rule of the family matched a module.
     ``ragged`` says how encoders of this class leave padding out, or is None if they do not. If its forward is the
     rule's, nothing but ``accelerate(ragged=True)`` binds it.
+    ``padded`` is the reason why encoders of this class run on padding even with ``ragged=True``, for the report.
     ``graphs`` says how ``accelerate(graphs=True)`` records calls of this class, or is None if it does not.
     ``leaves(module)`` returns method -> reason for the methods whose calls may leave fastasr's fast path: the reason
     why any call of a swapped module would leave it now, "" if none is known, None if the first call will show it.
@@ -118,6 +119,7 @@ class Rule:
     hooks: tuple = ()
     note: str = ""
     ragged: Ragged | None = None
+    padded: str = ""
     graphs: Graphed | None = None
     leaves: Callable = field(default=lambda module: {})
 
@@ -164,10 +166,14 @@ class Rule:
                 vars(module)[name] = copy.copy(empty)
 
 
-def recorded(name: str, class_name: str, **graphs: Any) -> Rule:
+def recorded(name: str, class_name: str, padded: str = "", **graphs: Any) -> Rule:
     """Returns the rule for a class whose code stays upstream's, in any version: its calls are recorded with the
     swapped modules inside."""
-    return Rule(name, class_name, None, lambda module: None, known={}, graphs=Graphed(**graphs))
+    return Rule(name, class_name, None, _not_of_torch, known={}, padded=padded, graphs=Graphed(**graphs))
+
+
+def _not_of_torch(module: nn.Module) -> str | None:
+    return "is torch's own class" if type(module).__module__.startswith("torch.") else None
 
 
 def check_parameters(

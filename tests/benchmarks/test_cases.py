@@ -10,7 +10,7 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Settings, measure
-from fastasr.benchmarks.encoders import ENCODERS
+from fastasr.benchmarks.encoders import ENCODERS, Encoder
 from fastasr.benchmarks.harness import Timing
 from fastasr.benchmarks.models.unit import first, swapped
 from fastasr.testing.samples import linear
@@ -211,6 +211,35 @@ def test_published_encoders():
     assert "encoders: no package is left out: it is not installed" in said
 
 
+def test_a_compile_that_fails_is_in_the_table(monkeypatch):
+    from fastasr.benchmarks.models import encoders
+
+    def failing(*inputs, **named):
+        raise RuntimeError("graph break\nlong story")
+
+    monkeypatch.setattr(
+        torch, "compile", lambda model: type("Failing", (), {"__call__": failing, "train": lambda s: s})()
+    )
+    monkeypatch.setitem(ENCODERS, "tiny", Encoder("tiny", 1, 8, 4, lambda layers: torch.nn.Linear(4, 2), _x))
+    said = []
+    (unit, *more) = encoders.measure(
+        names=("tiny",), shapes=((1, 2, 1),), compile_model=True, settings=QUICK, reps=2, report=said.append
+    )
+    assert len(more) == 1
+    assert [(row.implementation, row.note) for row in unit] == [
+        ("upstream", "compile: RuntimeError: graph break"),
+        ("fastasr", ""),
+    ]
+    table = encoders.table(unit)
+    assert "| fails |" in table
+    assert "- tiny, compile: RuntimeError: graph break" in table
+    assert any("left out: compile: RuntimeError: graph break" in message for message in said)
+
+
+def _x(x, valid):
+    return {"input": x}
+
+
 def _missing(layers):
     raise upstream.MissingUpstream("it is not installed")
 
@@ -262,8 +291,8 @@ def test_ragged_batches():
 
     with peer():
         units = list(ragged.measure(**ragged.QUICK, settings=QUICK, reps=2))
-    assert [unit[0].pass_ for unit in units] == 4 * ["forward", "forward+backward"]
-    assert len({(unit[0].case, unit[0].shape) for unit in units}) == 4
+    assert [unit[0].pass_ for unit in units] == 6 * ["forward", "forward+backward"]
+    assert len({(unit[0].case, unit[0].shape) for unit in units}) == 6
     for unit in units:
         assert [row.implementation for row in unit] == ["upstream", "fastasr", "fastasr, ragged"]
     assert list(ragged.measure(settings=QUICK, skip=lambda *_: True)) == []

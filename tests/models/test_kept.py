@@ -23,7 +23,7 @@ from fastasr.models import emformer, emformer_rnnt, fast_conformer
 from fastasr.models.emformer import packed_step, stream
 from fastasr.models.fast_conformer.positions import table
 from fastasr.models.mega import decoding as mega_decoding
-from fastasr.models.zipformer import ZipformerEncoderLayer, streaming_layer, whole_layer
+from fastasr.models.zipformer import ZipformerEncoderLayer, native_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
 from fastasr.ops import _dispatch, _kept, _reduced_weights
 
@@ -48,8 +48,8 @@ class StreamingLayer:
 
     @classmethod
     def kept(cls, layer):
-        found = streaming_layer.step(layer, *cls._chunk(layer), partial(_stream_by_submodules, layer))
-        assert found is not None, streaming_layer.why_not(layer)
+        found = native_layer.step(layer, *cls._chunk(layer), partial(_stream_by_submodules, layer))
+        assert found is not None, native_layer.why_not(layer)
         return found
 
     @classmethod
@@ -75,10 +75,10 @@ class WholeLayer:
     @classmethod
     def kept(cls, layer):
         by_submodules = partial(ZipformerEncoderLayer._encode_by_submodules, layer, False)
-        if whole_layer.why_not(layer) is None:
+        if native_layer.why_not(layer)["forward"] is None:
             by_submodules(*cls._call(layer))  # measures the products
-        found = whole_layer.encoded(layer, *cls._call(layer), by_submodules)
-        assert found is not None, whole_layer.why_not(layer)
+        found = native_layer.encode(layer, *cls._call(layer), by_submodules)
+        assert found is not None, native_layer.why_not(layer)
         return [found]
 
     @classmethod

@@ -14,7 +14,7 @@ import fastasr
 from fastasr import ops
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer import layer as layer_module
-from fastasr.models.zipformer import score_blocks, score_penalty, whole_layer
+from fastasr.models.zipformer import native_layer, score_blocks, score_penalty
 from fastasr.models.zipformer import stack as stack_module
 from fastasr.models.zipformer.attention import SCORE_LIMIT
 from fastasr.models.zipformer.packed_weights import constant_weights
@@ -185,7 +185,7 @@ def run(layer, x, pos_emb, padding, mask=None):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_layer_on_long_input(monkeypatch, masked, dtype):
-    monkeypatch.setattr(whole_layer, "encoded", lambda *call: None)  # its submodules' tensors are seen
+    monkeypatch.setattr(native_layer, "encode", lambda *call: None)  # its submodules' tensors are seen
     frames, batch = 300, 2
     layer = small_layer(dtype).eval()
     x, pos_emb = torch.randn(frames, batch, 16, dtype=dtype), torch.randn(1, 2 * frames - 1, 16, dtype=dtype)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from packed_layers import assert_near, check_declined, other_threads, zipformer_layer
 
-from fastasr.models.zipformer import streaming_layer
+from fastasr.models.zipformer import native_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
-from fastasr.models.zipformer.packing import EncoderSizes, StackSizes
+from fastasr.models.zipformer.packing import PRODUCTS, EncoderSizes, ZipformerSizes
 
 _layer = partial(zipformer_layer, causal=True)
 
@@ -39,13 +39,13 @@ def _by_submodules(layer, chunk):
 def _step(layer, chunk):
     x, pos_emb, *states, left, masked = chunk
     by_submodules = partial(_stream_by_submodules, layer)
-    return streaming_layer.step(layer, x, pos_emb, states, left, masked, by_submodules)
+    return native_layer.step(layer, x, pos_emb, states, left, masked, by_submodules)
 
 
 def _served(layer, chunk):
     """Returns the native call's result and requires that it serves."""
     out = _step(layer, chunk)
-    assert out is not None, streaming_layer.why_not(layer)
+    assert out is not None, native_layer.why_not(layer)
     return out
 
 
@@ -66,9 +66,9 @@ def test_a_chunk(dim, kernel, frames, streams, left):
         assert all(torch.equal(a, b) for a, b in zip(layer.streaming_forward(*chunk), got, strict=True))
 
 
-def test_sizes_have_the_names_of_the_native_structs():
+def test_sizes_and_products_have_the_names_of_the_native_structs():
     names = [part.split() for part in torch.ops.fastasr_cpu.zipformer_chunk_names().split("|")]
-    assert names == [list(EncoderSizes._fields), list(StackSizes._fields)]
+    assert names == [list(EncoderSizes._fields), list(ZipformerSizes._fields), list(PRODUCTS)]
 
 
 @torch.no_grad()
@@ -138,12 +138,16 @@ def test_a_submodule_that_computes_something_else_is_called():
     forward = layer.feed_forward1.forward
     layer.feed_forward1.forward = lambda x: 2.0 * forward(x)
     assert _declined(layer, chunk)
-    assert streaming_layer.why_not(layer).startswith("feed_forward1 runs code that is neither torch's")
+    assert native_layer.why_not(layer)["streaming_forward"].startswith(
+        "feed_forward1 runs code that is neither torch's"
+    )
     del layer.feed_forward1.forward
     assert not _declined(layer, chunk)
     layer.nonlin_attention.in_proj = torch.nn.Sequential(layer.nonlin_attention.in_proj).eval()
     assert _declined(layer, chunk)
-    assert streaming_layer.why_not(layer) == "nonlin_attention.in_proj is not a plain Linear"
+    assert (
+        native_layer.why_not(layer)["streaming_forward"] == "nonlin_attention.in_proj is not a plain Linear"
+    )
     layer.streaming_forward(*chunk)
 
 

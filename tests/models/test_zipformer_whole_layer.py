@@ -12,7 +12,7 @@ from packed_layers import zipformer_layer
 
 import fastasr
 from fastasr.models.common.ragged import Packing
-from fastasr.models.zipformer import ZipformerEncoderLayer, whole_layer
+from fastasr.models.zipformer import ZipformerEncoderLayer, native_layer
 from fastasr.ops import _gemm, _reduced_weights
 
 
@@ -28,7 +28,7 @@ def _by_submodules(layer, call):
 
 def _whole(layer, call):
     by_submodules = partial(ZipformerEncoderLayer._encode_by_submodules, layer, False)
-    return whole_layer.encoded(layer, *call, by_submodules)
+    return native_layer.encode(layer, *call, by_submodules)
 
 
 def _check(layer, call):
@@ -38,7 +38,7 @@ def _check(layer, call):
     drawn = random.random()
     random.seed(7)
     got = _whole(layer, call)
-    assert got is not None, whole_layer.why_not(layer)
+    assert got is not None, native_layer.why_not(layer)
     assert random.random() == drawn
     assert torch.equal(got, expected)
 
@@ -50,10 +50,6 @@ def products(request, monkeypatch):
     yield
     monkeypatch.undo()
     _gemm.forget()
-
-
-def test_products_have_the_order_of_the_native_call():
-    assert torch.ops.fastasr_cpu.zipformer_layer_names().split() == list(whole_layer.PRODUCTS)
 
 
 @torch.no_grad()
@@ -85,6 +81,35 @@ def test_large():
     call = _call(layer, 320, 2, padding=torch.arange(320) >= torch.tensor([[320], [200]]))
     _check(layer, call)
     _check(layer, _call(layer, 5, 2))
+    with Packing([320, 7, 150], torch.device("cpu")).in_use():
+        _check(layer, _recordings(layer, [320, 7, 150]))
+
+
+def _recordings(layer, lengths, chunk_size=-1, left_context_chunks=None):
+    src, _, *rest = _call(layer, sum(lengths), 1, chunk_size, left_context_chunks=left_context_chunks)
+    return src, _call(layer, max(lengths))[1], *rest
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("lengths", [[9, 0, 4, 9, 1], [140, 3], [1], [0, 12]], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_recordings_without_padding(lengths, causal):
+    layer = zipformer_layer(causal=causal)
+    with Packing(lengths, torch.device("cpu"), pads=not causal).in_use():
+        _check(layer, _recordings(layer, lengths))
+        if causal:
+            _check(layer, _recordings(layer, lengths, chunk_size=4, left_context_chunks=1))
+        src, pos_emb, *rest = _recordings(layer, lengths)
+        assert _whole(layer, (src[1:], pos_emb, *rest)) is None
+        assert _whole(layer, (src, pos_emb[:, 2:], *rest)) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _whole(layer, (src, pos_emb, *rest)) is None
+        assert fastasr.why(layer)["forward"] == "autocast is on"
+        assert (
+            _whole(layer, (src, pos_emb, -1, torch.zeros(len(src), len(src), dtype=torch.bool), None, None))
+            is None
+        )
 
 
 @torch.no_grad()
@@ -140,7 +165,7 @@ def test_changes_are_noticed():
     _check(copy.deepcopy(layer), call)
     layer.self_attn2.out_proj = torch.nn.Linear(10, 20).eval()  # upstream's code
     assert _whole(layer, call) is None
-    assert "self_attn2.out_proj" in whole_layer.why_not(layer)
+    assert "self_attn2.out_proj" in native_layer.why_not(layer)["forward"]
 
 
 def test_declines():
@@ -174,7 +199,7 @@ def test_declines():
         other = torch.nn.Conv1d(20, 20, 7, groups=20, padding=3, padding_mode="circular").eval()
         layer.conv_module2.depthwise_conv = other
         assert _whole(layer, call) is None
-        assert "convolution" in whole_layer.why_not(layer)
+        assert "convolution" in native_layer.why_not(layer)["forward"]
 
 
 @torch.no_grad()
@@ -183,7 +208,7 @@ def test_another_formula_is_noticed():
     layer.feed_forward2.hidden_balancer = torch.nn.Tanh().eval()
     call = _call(layer)
     assert _whole(layer, call) is None
-    assert "something else" in whole_layer.why_not(layer)
+    assert "something else" in native_layer.why_not(layer)["forward"]
     assert torch.equal(layer(*call[:2]), _by_submodules(layer, call))
 
 

@@ -211,6 +211,37 @@ def front_end_of_phi4():
     return with_a_hook("phi-4", reason, "conv.0", "embed")
 
 
+def gate_of_phi4():
+    reason = "a part has hooks or is no plain one, or an activation is not SiLU"
+    return with_a_hook("phi-4", reason, "glu.ext_pw_conv_1d", "encoders.0.conv")
+
+
+def pairs_of_phi4():
+    theirs, run = families.make("phi-4")
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    ours.relative_attention_bias_layer.register_forward_hook(lambda *_: None)
+    return case(ours, theirs, run, "encoders.0.self_attn", "the bias has every pair of frames")
+
+
+def memory_of_funasr():
+    reason = "fsmn_block or pad_fn has hooks or is no plain one"
+    return with_a_hook("funasr", reason, "fsmn_block", "encoders.0.self_attn")
+
+
+def chunks_of_funasr():
+    theirs, _ = families.make("funasr")
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    x, mask, seen = torch.randn(2, 9, WIDTH), torch.ones(2, 1, 9), torch.ones(9, 9).tril()
+
+    def run(model):
+        return model.encoders[0].self_attn(x, mask, None, seen)
+
+    reason = "masks of chunks, or a mask that is not (B, 1, T)"
+    return case(ours, theirs, run, "encoders.0.self_attn", reason)
+
+
 def memory_of_fun_asr():
     reason = "conv or pad has hooks, or has an even number of taps"
     return with_a_hook("fun-asr-nano", reason, "conv", "layers.0.self_attn.fsmn")
@@ -286,7 +317,11 @@ OTHERS = (
     other_keys_of_firered,
     other_keys_of_gigaam,
     front_end_of_phi4,
+    gate_of_phi4,
+    pairs_of_phi4,
     memory_of_fun_asr,
+    memory_of_funasr,
+    chunks_of_funasr,
     glu_of_granite_speech,
     table_of_granite_speech,
     table_of_granite_speech5,

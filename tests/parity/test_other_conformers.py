@@ -20,8 +20,12 @@ REPLACED = {
     "fireredasr": {"RelPosMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
     "gigaam": {"RelPositionMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
     "gigaam, rotary": {"ConformerConvolution", "ConformerFeedForward"},
-    "phi-4": {"Phi4MultimodalAudioNemoConvSubsampling"},
+    "phi-4": {
+        f"Phi4MultimodalAudio{part}"
+        for part in ("NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model")
+    },
     "fun-asr-nano": {"FunAsrNanoFSMN", "FunAsrNanoMLP"},
+    "funasr": {"MultiHeadedAttentionSANM", "PositionwiseFeedForward"},
     "lasr": {"LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
     **{
         family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
@@ -108,10 +112,23 @@ OTHERWISE["fireredasr"] = {
 }
 OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
 OTHERWISE["phi-4"] = {
-    "an odd length": families.phi4_audio(frames=61),
-    "no mask": families.phi4_audio(padded=False),
+    "an odd length": families.phi4_audio(frames=61, lengths=(61, 40)),
+    "no mask": families.phi4_audio(masked=False),
+    "501 frames": families.phi4_audio(frames=4001, lengths=(4001,)),
+    "1,000 frames": families.phi4_audio(frames=8000, lengths=(3100,)),
+    "501 frames, no mask": families.phi4_audio(frames=4008, lengths=(4008,), masked=False),
+    "a symmetric bias": families.phi4_audio(bias_symmetric=True, bias_max_distance=20),
+    "a near bias, one tap": families.phi4_audio(bias_max_distance=4, kernel_size=1),
+    "dropout": families.phi4_audio(num_blocks=2, dropout_rate=0.1),
 }
 OTHERWISE["fun-asr-nano"] = {"dropout": lambda: families.fun_asr_nano(hidden_dropout=0.2)}
+OTHERWISE["funasr"] = {
+    "a recording": families.funasr((40,)),
+    "a frame": families.funasr((1,)),
+    "a shift": families.funasr(sanm_shfit=2),
+    "even taps": families.funasr(kernel_size=4),
+    "no dropout": families.funasr(dropout_rate=0.0),
+}
 OTHERWISE["granite speech"] = {
     "less than a block": families.granite_speech(frames=7),
     "a block": families.granite_speech(frames=20),
@@ -246,7 +263,14 @@ def test_in_short_dtypes(name, dtype):
 
 
 IMPLEMENTATIONS = {
-    "eager": ("w2v-bert", "w2v-bert: no mask", "w2v-bert: relative", "seamless m4t v2", "granite speech 5"),
+    "eager": (
+        "phi-4",
+        "w2v-bert",
+        "w2v-bert: no mask",
+        "w2v-bert: relative",
+        "seamless m4t v2",
+        "granite speech 5",
+    ),
     "flex_attention": ("w2v-bert",),  # with a tensor as the mask upstream's crashes on a CPU
 }
 
@@ -322,6 +346,34 @@ def test_nemo_without_relative_positions(kind):
         row.reason for row in fastasr.accelerate(model).skipped if row.class_name == "MultiHeadAttention"
     ]
     assert set(skipped) == {"has no relative positions"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=str)
+def test_masks_of_funasr(dtype):
+    """SenseVoice's masks are numbers. A mask may have holes and hide a whole recording, which gives the bias alone."""
+    theirs, ours, _ = pair("funasr")
+    x = torch.randn(3, 17, families.WIDTH, dtype=torch.float64)
+    mask = (torch.arange(17) % 5 != 2) & (torch.arange(17) < torch.tensor([[17], [11], [0]]))
+    layers = (model.double().encoders[0].self_attn for model in (ours, theirs))
+    with torch.no_grad():
+        found, expected = (layer(x, mask.unsqueeze(1).to(dtype)) for layer in layers)
+    same(found, expected, 1.0)
+    assert torch.equal(found[2], ours.encoders[0].self_attn.linear_out.bias.expand(17, -1))
+
+
+def test_a_batch_of_long_recordings_of_phi4():
+    """Upstream computes more than 500 frames of one recording, and of several raises an error: here each row of the
+    batch is upstream's single recording."""
+    theirs, ours, _ = pair("phi-4")
+    theirs, ours = theirs.double(), ours.double()
+    x = torch.randn(2, 4100, 20, dtype=torch.float64)
+    mask = torch.arange(4100) < torch.tensor([[4100], [2300]])
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="view"):
+            theirs(x, mask)
+        found = ours(x, mask)
+        for row, (one, valid) in enumerate(zip(x.split(1), mask.split(1), strict=True)):
+            same(found[row : row + 1], theirs(one, valid), 1.0)
 
 
 @pytest.mark.parametrize("name", ["granite speech", "granite speech plus", "granite speech 5"])

@@ -9,12 +9,15 @@ namespace fastasr::bindings::depthwise_conv_residual {
 struct DepthwiseConvResidualForward {
   static constexpr const char* kName = "depthwise_conv_residual_forward";
   static constexpr const char* kSchema =
-      "depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor";
-  using Types = ArgumentTypes<Tensor, Tensor, Optional>;
+      "depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? padding_mask, "
+      "int delay) -> Tensor";
+  using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, int64_t>;
 
   const Tensor& x;
   const Tensor& weight;
   const Optional& bias;
+  const Optional& padding_mask;
+  int64_t delay;
 
   // The sizes, once the arguments are checked.
   int64_t B{};
@@ -40,12 +43,12 @@ struct DepthwiseConvResidualForward {
       bool right = false;
       if (shape.size() == 3) {
         K = shape[2];
-        right = shape[0] == C && shape[1] == 1 && K % 2 == 1;
+        right = shape[0] == C && shape[1] == 1 && K >= 1;
       } else if (shape.size() == 2) {
         K = shape[1];
-        right = shape[0] == C && K % 2 == 1;
+        right = shape[0] == C && K >= 1;
       }
-      fastasr::check(right, op, "weight is not (C, 1, K) or (C, K), K odd");
+      fastasr::check(right, op, "weight is not (C, 1, K) or (C, K), K >= 1");
     }
     check_contiguous(weight, op, "weight");
     if (bias) {
@@ -53,18 +56,26 @@ struct DepthwiseConvResidualForward {
       fastasr::check(has_sizes(*bias, {C}), op, "bias is not (C)");
       check_contiguous(*bias, op, "bias");
     }
+    if (padding_mask) {
+      check_dtype(*padding_mask, ScalarType::Bool, op, "padding_mask");
+      fastasr::check(has_sizes(*padding_mask, {B, T}), op, "padding_mask is not (B, T)");
+      check_contiguous(*padding_mask, op, "padding_mask");
+    }
   }
 };
 
 struct DepthwiseConvResidualBackward {
   static constexpr const char* kName = "depthwise_conv_residual_backward";
   static constexpr const char* kSchema =
-      "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)";
-  using Types = ArgumentTypes<Tensor, Tensor, Tensor>;
+      "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? padding_mask, "
+      "int delay) -> (Tensor, Tensor, Tensor)";
+  using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, int64_t>;
 
   const Tensor& grad_y;
   const Tensor& x;
   const Tensor& weight;
+  const Optional& padding_mask;
+  int64_t delay;
 
   // The sizes, once the arguments are checked.
   int64_t B{};
@@ -90,14 +101,19 @@ struct DepthwiseConvResidualBackward {
       bool right = false;
       if (shape.size() == 3) {
         K = shape[2];
-        right = shape[0] == C && shape[1] == 1 && K % 2 == 1;
+        right = shape[0] == C && shape[1] == 1 && K >= 1;
       } else if (shape.size() == 2) {
         K = shape[1];
-        right = shape[0] == C && K % 2 == 1;
+        right = shape[0] == C && K >= 1;
       }
-      fastasr::check(right, op, "weight is not (C, 1, K) or (C, K), K odd");
+      fastasr::check(right, op, "weight is not (C, 1, K) or (C, K), K >= 1");
     }
     check_contiguous(weight, op, "weight");
+    if (padding_mask) {
+      check_dtype(*padding_mask, ScalarType::Bool, op, "padding_mask");
+      fastasr::check(has_sizes(*padding_mask, {B, T}), op, "padding_mask is not (B, T)");
+      check_contiguous(*padding_mask, op, "padding_mask");
+    }
     check_dtype(grad_y, dtype, op, "grad_y");
     fastasr::check(has_sizes(grad_y, {B, T, C}), op, "grad_y is not (B, T, C)");
     check_contiguous(grad_y, op, "grad_y");

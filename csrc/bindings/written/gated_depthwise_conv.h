@@ -11,9 +11,9 @@ struct GatedDepthwiseConvForward {
   static constexpr const char* kSchema =
       "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
       "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, "
-      "int activation, bool return_cache, int delay) -> (Tensor, Tensor)";
+      "int activation, bool return_cache, int delay, int gate) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, int64_t,
-                              int64_t, bool, int64_t>;
+                              int64_t, bool, int64_t, int64_t>;
 
   const Tensor& h;
   const Tensor& weight;
@@ -27,6 +27,7 @@ struct GatedDepthwiseConvForward {
   int64_t activation;
   bool return_cache;
   int64_t delay;
+  int64_t gate;
 
   // The sizes, once the arguments are checked.
   int64_t T{};
@@ -38,6 +39,7 @@ struct GatedDepthwiseConvForward {
   void check(const char* op = kName) {
     fastasr::check(chunk_size == -1 || chunk_size >= 1, op, "chunk_size: expected -1 or at least 1");
     fastasr::check(activation >= 0 && activation < 3, op, "activation");
+    fastasr::check(gate >= 0 && gate < 2, op, "gate");
     const ScalarType dtype = floating_dtype(h, op, "h");
     {
       const Sizes shape = h.sizes();
@@ -101,9 +103,10 @@ struct GatedDepthwiseConvBackward {
   static constexpr const char* kSchema =
       "gated_depthwise_conv_backward(Tensor grad_y, Tensor h, Tensor weight, Tensor? bias, "
       "Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, "
-      "int chunk_size, int activation, int delay) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "int chunk_size, int activation, int delay, int gate) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
-                              int64_t, int64_t, int64_t>;
+                              int64_t, int64_t, int64_t, int64_t>;
 
   const Tensor& grad_y;
   const Tensor& h;
@@ -117,6 +120,7 @@ struct GatedDepthwiseConvBackward {
   int64_t chunk_size;
   int64_t activation;
   int64_t delay;
+  int64_t gate;
 
   // The sizes, once the arguments are checked.
   int64_t T{};
@@ -128,6 +132,7 @@ struct GatedDepthwiseConvBackward {
   void check(const char* op = kName) {
     fastasr::check(chunk_size == -1 || chunk_size >= 1, op, "chunk_size: expected -1 or at least 1");
     fastasr::check(activation >= 0 && activation < 3, op, "activation");
+    fastasr::check(gate >= 0 && gate < 2, op, "gate");
     const ScalarType dtype = floating_dtype(h, op, "h");
     {
       const Sizes shape = h.sizes();

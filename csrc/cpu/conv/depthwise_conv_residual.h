@@ -5,9 +5,11 @@
 
 #include "cpu/simd/kernels.h"
 
-// A depthwise convolution over time added to its input, batch first. x (B, T, C); K odd, P = K / 2, x 0 outside [0, T):
+// A depthwise convolution over time added to its input, batch first. x (B, T, C), 0 where masked and outside [0, T); P
+// of K taps on past frames:
 //   y[t] = x[t] + bias + sum_k weight[k] x[t + k - P]
-// Backward: dx[t] = g[t] + sum_k weight[k] g[t - k + P], dweight[k] = sum g[t] x[t + k - P], dbias = sum g.
+// Backward: dx[t] = g[t] + sum_k weight[k] g[t - k + P], 0 where masked, dweight[k] = sum g[t] x[t + k - P], dbias =
+// sum g.
 namespace fastasr::cpu {
 
 template <typename T>
@@ -15,9 +17,9 @@ struct DepthwiseConvResidual {
   const T* x;
   int64_t x_batch, x_time;           // strides; channels are contiguous
   const compute_t<T>*weight, *bias;  // (C, K), (C) or null
+  const bool* mask;                  // (B, T) or null; true: padding
   int64_t batch, frames, channels, taps;
-
-  FASTASR_MEMBER int64_t pad() const { return taps / 2; }
+  int64_t past;  // P
 };
 
 // Work is cut into stripes of kResidualStripe channels.

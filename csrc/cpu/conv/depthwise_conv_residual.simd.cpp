@@ -12,7 +12,8 @@ namespace {
 // Forward and backward work by stripes of channels.
 static_assert(kStripe == kResidualStripe);
 
-// A block has this many frames: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
+// A block has this many frames: its rows, and K - 1 + kTile more for the taps' reach, stay in the first or second
+// cache.
 constexpr int64_t kResidualBlock = 64;
 
 // The backward pass takes this many stripes through a block before the next block: a frame's row is often a page of its
@@ -27,13 +28,14 @@ template <typename T>
 struct Sequence {
   const T* first;
   int64_t time, frames, channels;  // channels: of the stripe
+  const bool* mask;                // of the frames, or null
 
-  // Loads frames [t, t + n) in the compute type; those outside the sequence are 0. Channels beyond the last hold what
-  // an earlier stripe left there: no result reads them.
+  // Loads frames [t, t + n) in the compute type; padding and those outside the sequence are 0. Channels beyond the last
+  // hold what an earlier stripe left there: no result reads them.
   template <typename C>
   __attribute__((noinline)) void stage(int64_t t, int64_t n, C* rows) const {
     for (const int64_t end = t + n; t < end; t++, rows += kStripe) {
-      if (t < 0 || t >= frames) {
+      if (t < 0 || t >= frames || (mask && mask[t])) {
         clear_rows(rows, 1);
         continue;
       }
@@ -58,11 +60,11 @@ class ResidualConvolution {
  public:
   explicit ResidualConvolution(const DepthwiseConvResidual<T>& p, bool backward)
       : p_(p),
-        pad_(p.pad()),
+        reach_(p.taps - 1),
         taps_(p.taps),
         vectors_(2),
-        x_(kResidualBlock + 2 * pad_ + 2 * kTile),
-        grad_(backward ? kResidualBlock + 2 * pad_ + 2 * kTile : 0),
+        x_(kResidualBlock + reach_ + 2 * kTile),
+        grad_(backward ? kResidualBlock + reach_ + 2 * kTile : 0),
         sum_(kResidualBlock + kTile),
         sums_(backward ? 1 + whole_tiles(p.taps) : 0) {}
 
@@ -72,9 +74,9 @@ class ResidualConvolution {
       if (stripe != taken) take(stripe), taken = stripe;
       for (int64_t t = 0; t < p_.frames; t += kResidualBlock) {
         const int64_t n = std::min(kResidualBlock, p_.frames - t);
-        advance(input(b), t, n, x_);
+        advance(input(b), p_.past, t, n, x_);
         convolve(x_[0], taps_[0], p_.taps, n, sum_[0], [](int64_t) {});
-        add_rows(x_[pad_], n, vectors_[0], y + (b * p_.frames + t) * p_.channels + first_);
+        add_rows(x_[p_.past], n, vectors_[0], y + (b * p_.frames + t) * p_.channels + first_);
       }
     }
   }
@@ -86,12 +88,16 @@ class ResidualConvolution {
 
   void backward(const T* grad, T* dx, int64_t b, int64_t t) {
     const int64_t n = std::min(kResidualBlock, p_.frames - t), at = b * p_.frames * p_.channels + first_;
-    advance(input(b), t, n, x_);
-    advance({grad + at, p_.channels, p_.frames, channels_}, t, n, grad_);
+    const int64_t future = reach_ - p_.past;
+    advance(input(b), p_.past, t, n, x_);
+    advance({grad + at, p_.channels, p_.frames, channels_, nullptr}, future, t, n, grad_);
     convolve_reversed(grad_[0], taps_[0], p_.taps, n, sum_[0], [](int64_t) {});
-    add_rows(grad_[pad_], n, vectors_[1], dx + at + t * p_.channels);
-    sums_.add(0, grad_[pad_], n);
-    add_tap_gradients(x_[0], grad_[pad_], n, p_.taps, sums_.part(1));
+    T* const to = dx + at + t * p_.channels;
+    add_rows(grad_[future], n, vectors_[1], to);
+    for (int64_t i = 0; p_.mask && i < n; i++)
+      if (p_.mask[b * p_.frames + t + i]) std::fill_n(to + i * p_.channels, channels_, T{});
+    sums_.add(0, grad_[future], n);
+    add_tap_gradients(x_[0], grad_[future], n, p_.taps, sums_.part(1));
     sums_.carry(1, p_.taps);
   }
 
@@ -109,16 +115,18 @@ class ResidualConvolution {
     stage_vector(p_.bias, first_, channels_, vectors_[0]);  // the other one stays 0
   }
 
-  Sequence<T> input(int64_t b) const { return {p_.x + b * p_.x_batch + first_, p_.x_time, p_.frames, channels_}; }
+  Sequence<T> input(int64_t b) const {
+    return {p_.x + b * p_.x_batch + first_, p_.x_time, p_.frames, channels_,
+            p_.mask ? p_.mask + b * p_.frames : nullptr};
+  }
 
-  // Row r of the ring is frame t - P + r, r < n + 2 P. A block before this one had kResidualBlock frames.
-  void advance(const Sequence<T>& source, int64_t t, int64_t n, Rows<C>& ring) const {
-    const int64_t reach = 2 * pad_;
+  // Row r of the ring is frame t - before + r, r < n + K - 1. A block before this one had kResidualBlock frames.
+  void advance(const Sequence<T>& source, int64_t before, int64_t t, int64_t n, Rows<C>& ring) const {
     if (t == 0)
-      source.stage(t - pad_, reach, ring[0]);
+      source.stage(t - before, reach_, ring[0]);
     else
-      std::memmove(ring[0], ring[kResidualBlock], sizeof(C) * static_cast<size_t>(reach * kStripe));
-    source.stage(t + pad_, n, ring[reach]);
+      std::memmove(ring[0], ring[kResidualBlock], sizeof(C) * static_cast<size_t>(reach_ * kStripe));
+    source.stage(t + reach_ - before, n, ring[reach_]);
   }
 
   void add_rows(const C* rows, int64_t n, const C* bias, T* y) {
@@ -131,7 +139,7 @@ class ResidualConvolution {
   }
 
   const DepthwiseConvResidual<T>& p_;
-  const int64_t pad_;
+  const int64_t reach_;  // K - 1
   int64_t first_ = 0, channels_ = 0;
   Rows<C> taps_, vectors_, x_, grad_, sum_;
   Sums<C> sums_;

@@ -5,8 +5,9 @@
 
 #include "cpu/simd/kernels.h"
 
-// The core of a Conformer's or Zipformer's convolution module, time-major. h (T, B, 2 C) = (x, s), u = x sigmoid(s), 0
-// where masked and outside [0, T); P frames of the past: in chunk-causal form K is odd and P = K / 2.
+// The core of a Conformer's or Zipformer's convolution module, time-major. h (T, B, 2 C) = (x, s), u = x gate(s), with
+// sigmoid or SiLU as the gate, and 0 where masked and outside [0, T); P frames of the past: in chunk-causal form K is
+// odd and P = K / 2.
 //
 //   plain          z[t] = bias + sum_k weight[k] u[t + k - P], 0 <= P < K
 //   chunk-causal   z[t] = causal_bias + sum_{j <= P} causal_weight[j] u[t + j - P]
@@ -16,6 +17,7 @@
 namespace fastasr::cpu {
 
 enum class GatedActivation : int { identity, swoosh_r, silu };
+enum class Gate : int { sigmoid, silu };
 
 template <typename T>
 struct GatedDepthwiseConv {
@@ -29,6 +31,7 @@ struct GatedDepthwiseConv {
   int64_t past;                                        // P
   int64_t chunk;                                       // S, 1 <= S <= max(T, 1)
   GatedActivation activation;
+  Gate gate = Gate::sigmoid;
   // (B + 1) or null. Sequence b is rows [starts[b], starts[b + 1]) of h, y and their gradients, which then have no
   // batch, and frames is unused: plain form alone, without mask and cache.
   const int64_t* starts = nullptr;

@@ -56,6 +56,8 @@ class Forward : Convolution<T> {
   }
 
  private:
+  static constexpr C* none = nullptr;  // of gates and slopes
+
   void sequence(const Stripe<T>& stripe, T* y) {
     const int64_t frames = stripe.frames, reach = conv_.taps - 1, future = reach - pad_;
     const int64_t y_row = (conv_.starts ? 1 : conv_.batch) * conv_.channels;
@@ -63,10 +65,10 @@ class Forward : Convolution<T> {
                                                                              finish<GatedActivation::swoosh_r, T, C>,
                                                                              finish<GatedActivation::silu, T, C>};
     const auto write = writes[static_cast<int>(conv_.activation)];
-    stage<false>(stripe, -pad_, reach, ring_[0], static_cast<C*>(nullptr));
+    stage<false>(stripe, -pad_, reach, ring_[0], none, none);
     for (int64_t t = 0; t < frames;) {  // row r of the ring: frame t - pad + r
       const int64_t end = block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()), n = end - t;
-      stage<false>(stripe, t + future, n, ring_[reach], static_cast<C*>(nullptr));
+      stage<false>(stripe, t + future, n, ring_[reach], none, none);
       T* to = y + conv_.row(t, stripe.batch) * conv_.channels + stripe.first;
       this->convolve_block(ring_[0], t, end, [&](int64_t i) {
         stripe.prefetch(end + future + i, kTile);
@@ -81,7 +83,7 @@ class Forward : Convolution<T> {
   // Writes u of the last P frames, and of the cache where there are fewer.
   void keep(const Stripe<T>& stripe, T* new_cache) {
     for (int64_t p = 0; p < pad_; p++) {
-      stage<false>(stripe, conv_.frames - pad_ + p, 1, ring_[0], static_cast<C*>(nullptr));
+      stage<false>(stripe, conv_.frames - pad_ + p, 1, ring_[0], none, none);
       for (int64_t c = 0; c < stripe.channels; c++)
         store(&new_cache[(stripe.batch * conv_.channels + stripe.first + c) * pad_ + p], ring_[0][c]);
     }

@@ -7,7 +7,7 @@
 //   dcausal_bias = sum_t q             dcausal_weight[j] = sum_t q[t] u[t + j - P]
 //   dL[p], dR[p - (S - K)] = sum over the frames at position p of q e
 //   du[t] = sum_k weight[k] r[t - k + P] (within chunks) + sum_j causal_weight[j] q[t - j + P]
-//   dx = du gate        ds = du u (1 - gate)
+//   dx = du gate        ds = du u (1 - gate) for the sigmoid, du x gate'(s) for SiLU
 namespace fastasr::cpu {
 namespace {
 
@@ -64,13 +64,14 @@ FASTASR_INLINE void add_row(const C* __restrict row, C* __restrict sum) {
   for (int64_t c = 0; c < kStripe; c++) sum[c] += row[c];
 }
 
-template <typename T, typename C>
-FASTASR_INLINE void gate_gradient(const C* __restrict du, const C* __restrict u, const C* __restrict gate, int64_t n,
+// `of_s` is u for the sigmoid, and the slope for SiLU.
+template <Gate kGate, typename T, typename C>
+FASTASR_INLINE void gate_gradient(const C* __restrict du, const C* __restrict of_s, const C* __restrict gate, int64_t n,
                                   T* __restrict dx, T* __restrict ds) {
 #pragma omp simd
   for (int64_t c = 0; c < n; c++) {
     store(&dx[c], du[c] * gate[c]);
-    store(&ds[c], du[c] * u[c] * (C(1) - gate[c]));
+    store(&ds[c], kGate == Gate::silu ? du[c] * of_s[c] : du[c] * of_s[c] * (C(1) - gate[c]));
   }
 }
 
@@ -91,6 +92,7 @@ class Backward : Convolution<T> {
         sums_(conv.chunked() ? edge_row_ + 2 * conv.taps : causal_bias_row_),
         u_(kBlock + reach_ + 2 * kTile),
         gate_(kBlock + reach_ + 2 * kTile),
+        slope_(conv.gate == Gate::silu ? kBlock + reach_ + 2 * kTile : 0),
         q_(kBlock + reach_ + 2 * kTile),
         r_(conv.chunked() ? kBlock + reach_ + 2 * kTile : 0) {}
 
@@ -114,10 +116,10 @@ class Backward : Convolution<T> {
   }
 
  private:
-  // Row r of u_ and gate_ is frame t - P + r; row r of q_ and r_ is frame t - (K - 1) + r.
+  // Row r of u_, gate_ and slope_ is frame t - P + r; row r of q_ and r_ is frame t - (K - 1) + r.
   void sequence(const Stripe<T>& stripe, const Gradient& g) {
     const int64_t frames = stripe.frames, reach = reach_, future = reach - pad_;
-    stage<true>(stripe, -pad_, reach, u_[0], gate_[0]);
+    stage<true>(stripe, -pad_, reach, u_[0], gate_[0], slopes(0));
     clear_rows(q_[0], reach);
     if (conv_.chunked()) clear_rows(r_[0], reach);
     int64_t chained = 0;
@@ -126,7 +128,7 @@ class Backward : Convolution<T> {
       const int64_t end =
           within ? block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()) : std::min(t + kBlock, frames + pad_);
       const int64_t n = end - t;
-      stage<true>(stripe, t + future, n, u_[reach], gate_[reach]);
+      stage<true>(stripe, t + future, n, u_[reach], gate_[reach], slopes(reach));
       if (within) {
         if (conv_.activation != GatedActivation::identity || conv_.chunked()) {
           this->convolve_block(u_[0], t, end, [&](int64_t i) { stripe.prefetch(end + future + i, kTile); });
@@ -141,13 +143,15 @@ class Backward : Convolution<T> {
         if (conv_.chunked()) clear_rows(r_[reach], n);
       }
       input_gradients(stripe, g, t, end);
-      for (Rows<C>* ring : {&u_, &gate_, &q_, &r_})
-        if (ring != &r_ || conv_.chunked())
+      for (Rows<C>* ring : {&u_, &gate_, &slope_, &q_, &r_})
+        if ((ring != &r_ || conv_.chunked()) && (ring != &slope_ || conv_.gate == Gate::silu))
           std::memmove((*ring)[0], (*ring)[n], sizeof(C) * static_cast<size_t>(reach * kStripe));
       t = end;
     }
     if (conv_.chunked()) sums_.carry(edge_row_, 2 * conv_.taps);
   }
+
+  C* slopes(int64_t row) { return conv_.gate == Gate::silu ? slope_[row] : nullptr; }
 
   const T* row_of(const Gradient& g, const Stripe<T>& stripe, int64_t t) const {
     return g.grad + conv_.offset(t, stripe.batch, g.time, g.batch) + stripe.first;
@@ -229,10 +233,12 @@ class Backward : Convolution<T> {
     for (int64_t i = low; i < high; i++) {
       T* dx = output(stripe, g, i);
       const int64_t r = i - start;
-      if (stripe.channels == kStripe)
-        gate_gradient(z_[r], u_[r], gate_[r], kStripe, dx, dx + channels);
+      if (conv_.gate == Gate::silu)
+        gate_gradient<Gate::silu>(z_[r], slope_[r], gate_[r], stripe.channels, dx, dx + channels);
+      else if (stripe.channels == kStripe)
+        gate_gradient<Gate::sigmoid>(z_[r], u_[r], gate_[r], kStripe, dx, dx + channels);
       else
-        gate_gradient(z_[r], u_[r], gate_[r], stripe.channels, dx, dx + channels);
+        gate_gradient<Gate::sigmoid>(z_[r], u_[r], gate_[r], stripe.channels, dx, dx + channels);
     }
   }
 
@@ -251,7 +257,7 @@ class Backward : Convolution<T> {
   // Rows of sums_; those of taps are whole tiles.
   const int64_t weight_row_, causal_bias_row_, causal_row_, edge_row_;
   Sums<C> sums_;
-  Rows<C> u_, gate_, q_, r_;
+  Rows<C> u_, gate_, slope_, q_, r_;
 };
 
 template <typename T>

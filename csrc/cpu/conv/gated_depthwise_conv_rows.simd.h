@@ -43,46 +43,65 @@ struct Stripe {
   }
 };
 
-template <typename T, bool kGates, typename C>
+// u = x gate(s). kSlopes: gate = gate(s) too, and slope = ds / du: u (1 - gate) for the sigmoid, whose last product is
+// left to the end, and x gate'(s) for SiLU.
+template <Gate kGate, bool kSlopes, typename T, typename C>
 FASTASR_INLINE void gate_row(const T* __restrict x, const T* __restrict s, int64_t n, C* __restrict u,
-                             C* __restrict gate) {
+                             C* __restrict gate, C* __restrict slope) {
 #ifdef __AVX512F__
   if constexpr (!std::is_same_v<T, double>) {
+    const __m512 one = _mm512_set1_ps(1.0f);
     for (int64_t c = 0; c < n; c += 16) {
       const __mmask16 lanes = FASTASR_SIMD::lanes(n - c);
-      const __m512 g = FASTASR_SIMD::logistic(FASTASR_SIMD::load16(s + c, lanes));
-      _mm512_store_ps(u + c, _mm512_mul_ps(FASTASR_SIMD::load16(x + c, lanes), g));
-      if (kGates) _mm512_store_ps(gate + c, g);
+      const __m512 in = FASTASR_SIMD::load16(x + c, lanes), v = FASTASR_SIMD::load16(s + c, lanes);
+      const __m512 g = FASTASR_SIMD::logistic(v);
+      const __m512 factor = kGate == Gate::silu ? _mm512_mul_ps(v, g) : g;
+      _mm512_store_ps(u + c, _mm512_mul_ps(in, factor));
+      if constexpr (kSlopes) _mm512_store_ps(gate + c, factor);
+      if constexpr (kSlopes && kGate == Gate::silu) {
+        const __m512 d = _mm512_mul_ps(g, _mm512_fmadd_ps(v, _mm512_sub_ps(one, g), one));
+        _mm512_store_ps(slope + c, _mm512_mul_ps(in, d));
+      }
     }
     return;
   }
 #endif
 #pragma omp simd
   for (int64_t c = 0; c < n; c++) {
-    const C g = sigmoid(static_cast<C>(load(s[c])));
-    u[c] = load(x[c]) * g;
-    if (kGates) gate[c] = g;
+    const C v = load(s[c]), g = sigmoid(v), factor = kGate == Gate::silu ? v * g : g;
+    u[c] = load(x[c]) * factor;
+    if constexpr (kSlopes) gate[c] = factor;
+    if constexpr (kSlopes && kGate == Gate::silu) slope[c] = load(x[c]) * (g * (C(1) + v * (C(1) - g)));
   }
 }
 
-// Computes u of frames [t, t + n) into rows `u`, and their gates into rows `gate` where wanted. Frames that do not
+template <Gate kGate, bool kSlopes, typename T, typename C>
+FASTASR_INLINE void gate_stripe(const Stripe<T>& stripe, const T* x, C* u, C* gate, C* slope) {
+  const T* s = x + stripe.conv.channels;
+  if (stripe.channels == kStripe)
+    gate_row<kGate, kSlopes>(x, s, kStripe, u, gate, slope);
+  else
+    gate_row<kGate, kSlopes>(x, s, stripe.channels, u, gate, slope);
+}
+
+// Computes u of frames [t, t + n) into rows `u`, and with kSlopes the gates and, for SiLU, slopes. Frames that do not
 // count are 0; before the first frame u is the cache. Channels beyond the stripe's stay 0.
-template <bool kGates, typename T, typename C>
-void stage(const Stripe<T>& stripe, int64_t t, int64_t n, C* u, C* gate) {
+template <bool kSlopes, typename T, typename C>
+void stage(const Stripe<T>& stripe, int64_t t, int64_t n, C* u, C* gate, C* slope) {
   const GatedDepthwiseConv<T>& conv = stripe.conv;
   const int64_t channels = stripe.channels, past = conv.past;
-  for (const int64_t end = t + n; t < end; t++, u += kStripe, gate += kGates ? kStripe : 0) {
+  const int64_t gates = kSlopes ? kStripe : 0, slopes = kSlopes && conv.gate == Gate::silu ? kStripe : 0;
+  for (const int64_t end = t + n; t < end; t++, u += kStripe, gate += gates, slope += slopes) {
     if (stripe.valid(t)) {
-      const T* x = stripe.input(t);
-      if (channels == kStripe)
-        gate_row<T, kGates>(x, x + conv.channels, kStripe, u, gate);
+      if (conv.gate == Gate::silu)
+        gate_stripe<Gate::silu, kSlopes>(stripe, stripe.input(t), u, gate, slope);
       else
-        gate_row<T, kGates>(x, x + conv.channels, channels, u, gate);
+        gate_stripe<Gate::sigmoid, kSlopes>(stripe, stripe.input(t), u, gate, slope);
       continue;
     }
     for (int64_t c = 0; c < kStripe; c++) u[c] = 0;
-    if (kGates)
-      for (int64_t c = 0; c < kStripe; c++) gate[c] = 0;
+    for (int64_t c = 0; c < gates; c++) gate[c] = 0;
+    for (int64_t c = 0; c < slopes; c++) slope[c] = 0;
     if (t < 0 && conv.cache)
       for (int64_t c = 0; c < channels; c++)
         u[c] = load(conv.cache[(stripe.batch * conv.channels + stripe.first + c) * past + past + t]);

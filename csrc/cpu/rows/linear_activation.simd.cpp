@@ -50,8 +50,55 @@ void backward(int activation, const T* grad, const T* z, T* dz, C* dbias, int64_
     }
 }
 
+template <typename T, typename C = compute_t<T>>
+void gated_forward(int activation, const T* z, T* y, int64_t rows, int64_t channels) {
+  C gate[kPiece];
+  for (int64_t row = 0; row < rows; row++, z += 2 * channels, y += channels)
+    for (int64_t c = 0; c < channels; c += kPiece) {
+      const int64_t m = std::min(kPiece, channels - c);
+      const T *a = z + c, *g = a + channels;
+      T* out = y + c;
+#pragma omp simd
+      for (int64_t j = 0; j < m; j++) gate[j] = load(g[j]);
+      activate(activation, gate, m);
+#pragma omp simd
+      for (int64_t j = 0; j < m; j++) store(&out[j], load(a[j]) * gate[j]);
+    }
+}
+
+// d[j] = grad[j] factor[j], and its sum over the rows.
+template <typename T, typename C>
+FASTASR_INLINE void put_gradient(const T* grad, const C* factor, T* d, C* __restrict sums, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) {
+    const C v = static_cast<C>(load(grad[j])) * factor[j];
+    store(&d[j], v);
+    if (sums) sums[j] += v;
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void gated_backward(int activation, const T* grad, const T* z, T* dz, C* dbias, int64_t rows, int64_t channels) {
+  C gate[kPiece], slope[kPiece];
+  if (dbias) std::fill_n(dbias, 2 * channels, C(0));
+  for (int64_t row = 0; row < rows; row++, grad += channels, z += 2 * channels, dz += 2 * channels)
+    for (int64_t c = 0; c < channels; c += kPiece) {
+      const int64_t m = std::min(kPiece, channels - c);
+      const T *a = z + c, *g = a + channels;
+      C* const sums = dbias ? dbias + c : nullptr;
+#pragma omp simd
+      for (int64_t j = 0; j < m; j++) gate[j] = load(g[j]);
+      activate_with_slope(activation, gate, slope, m);
+#pragma omp simd
+      for (int64_t j = 0; j < m; j++) slope[j] *= load(a[j]);
+      put_gradient(grad + c, gate, dz + c, sums, m);
+      put_gradient(grad + c, slope, dz + c + channels, sums ? sums + channels : nullptr, m);
+    }
+}
+
 }  // namespace
 
-FASTASR_KERNELS(LinearActivationKernels, .forward = forward<T>, .backward = backward<T>)
+FASTASR_KERNELS(LinearActivationKernels, .forward = forward<T>, .backward = backward<T>,
+                .gated_forward = gated_forward<T>, .gated_backward = gated_backward<T>)
 
 }  // namespace fastasr::cpu

@@ -7,6 +7,7 @@
 #include "cpu/gemm/reduced_gemm.h"
 #include "cpu/gemm/skinny_gemm.h"
 #include "cpu/simd/kernels.h"
+#include "cpu/streaming/zipformer_layer.h"
 #include "cpu/support/workers.h"
 
 // One chunk of a streaming Zipformer (Yao et al., 2023; the causal variant), front end and encoder, for several streams
@@ -19,36 +20,19 @@
 // nor on the number of threads.
 namespace fastasr::cpu {
 
-// The sizes of a stack, or of a layer alone, whose factor and layers are 1.
-struct ChunkStack {
-  int64_t dim, factor, layers, heads, query, value, pos, taps, inner[3], hidden;
-
-  // Calls f(name, field) for every size, in the order in which a list of ints has them. LayerSizes in
-  // fastasr/models/zipformer/packing.py has the same names.
-  template <typename F>
-  void each_size(const F& f) {
-    f("dim", dim), f("factor", factor), f("layers", layers), f("heads", heads), f("query", query), f("value", value);
-    f("pos", pos), f("taps", taps), f("inner1", inner[0]), f("inner2", inner[1]), f("inner3", inner[2]);
-    f("hidden", hidden);
-  }
-};
-
-// Reads the sizes of stacks from `sizes`, from index `at` to the end. It returns none if they do not describe stacks.
-std::vector<ChunkStack> read_stacks(const std::vector<int64_t>& sizes, size_t at);
-
 struct ChunkShape {
   int64_t chunk = 0, left = 0;  // frames at 50 Hz, before the stacks' own downsampling
   // the front end: most features, channels of the convolutions, of ConvNeXt's hidden rows
   int64_t bins = 0, maps[3] = {}, expanded = 0;
   WeightFormat weights = WeightFormat::fp32;  // format of the products, see also rounds_inputs
-  std::vector<ChunkStack> stacks;
+  std::vector<ZipformerSizes> stacks;
 
   // Reads the sizes of each_size, then those of each stack. If they do not describe an encoder that this step serves,
   // `stacks` stays empty.
   explicit ChunkShape(const std::vector<int64_t>& sizes);
   ChunkShape() = default;
 
-  // Does as ChunkStack::each_size does, for the sizes of EncoderSizes in fastasr/models/zipformer/packing.py.
+  // Does as ZipformerSizes::each_size does, for the sizes of EncoderSizes in fastasr/models/zipformer/packing.py.
   template <typename F>
   void each_size(const F& f) {
     f("chunk", chunk), f("left", left), f("bins", bins), f("maps1", maps[0]), f("maps2", maps[1]), f("maps3", maps[2]);
@@ -99,9 +83,7 @@ struct ChunkConvolution {
   int64_t ring;                                                      // in the states: (pad + frames) x channels
 };
 
-struct ChunkLayer {
-  ChunkProduct attention, forward_in[3], forward_out[3], nonlin_in, nonlin_out, value_in[2], value_out[2], conv_in[2],
-      conv_out[2];
+struct ChunkLayer : ZipformerProducts<ChunkProduct> {
   ChunkTable positions;  // (heads pos) x offsets: linear_pos(pos_emb), transposed
   ChunkConvolution conv[2];
   ChunkTable mid, bypass, norm_bias, norm_scale;
@@ -111,7 +93,7 @@ struct ChunkLayer {
 // The places of everything. `products` and `tables` have the order of the tensors that packing takes.
 struct ChunkPlan {
   struct Stack {
-    ChunkStack shape;
+    ZipformerSizes shape;
     int64_t frames, left, capacity, keys, pad;  // per chunk; of the context; of a ring; left + frames; taps / 2
     int64_t channels, hidden;                   // dim and hidden rounded up to stripes
     int64_t stride;                             // floats of a row of activations
@@ -130,7 +112,7 @@ struct ChunkPlan {
 
   explicit ChunkPlan(const ChunkShape& shape);
   // Returns the plan of one layer alone, whose rings have room for one chunk of `frames`.
-  ChunkPlan(const ChunkStack& layer, int64_t frames, int64_t left);
+  ChunkPlan(const ZipformerSizes& layer, int64_t frames, int64_t left);
   int64_t scratch_floats(int64_t streams) const;
 };
 
@@ -150,11 +132,11 @@ struct ChunkStep {
   const ChunkPlan& plan;
   const char* weights;
   const float* vectors;
-  float* states;  // plan.state_floats per slot
-  ChunkCounters* counters;
-  const int64_t* slots;   // slots of the streams of this step, all different
-  int64_t streams, bins;  // features of a frame: at most the plan's, and as wide after the convolutions
-  float* scratch;         // plan.scratch_floats(streams)
+  float* states = nullptr;  // plan.state_floats per slot
+  ChunkCounters* counters = nullptr;
+  const int64_t* slots = nullptr;  // slots of the streams of this step, all different
+  int64_t streams = 0, bins = 0;   // features of a frame: at most the plan's, and as wide after the convolutions
+  float* scratch = nullptr;        // plan.scratch_floats(streams)
   Workers workers;
   const uint8_t* masked = nullptr;  // (streams, keys) of a layer alone, nonzero: masked; or null
 };
@@ -185,18 +167,11 @@ void chunk_import(const ChunkPlan& plan, const float* const* tensors, float* sta
 constexpr int64_t kLayerStates = 6;
 int64_t layer_state_floats(const ChunkPlan::Stack& stack, int64_t index, int64_t streams);
 
-struct LayerStep {
-  const ChunkPlan& plan;  // the plan of one layer
-  const char* weights;
-  const float* vectors;
-  const uint8_t* masked;  // (streams, left + frames), nonzero: masked; or null
-  int64_t streams;
-  float* scratch;  // layer_scratch_floats(plan, streams)
-  Workers workers;
-};
 int64_t layer_scratch_floats(const ChunkPlan& plan, int64_t streams);
 
-// Maps x (frames, streams, dim), contiguous, to y of the same shape, and writes the states after it.
-void layer_step(const LayerStep& step, const float* x, const float* const* states, float* y, float* const* after);
+// Maps x (frames, streams, dim), contiguous, to y of the same shape, and writes the states after it. `step` has the
+// plan of one layer and layer_scratch_floats(plan, streams) of scratch memory; its states, counters and slots are
+// unused.
+void layer_step(ChunkStep step, const float* x, const float* const* states, float* y, float* const* after);
 
 }  // namespace fastasr::cpu

@@ -8,7 +8,7 @@
 #include "cpu/rows/swoosh.h"
 #include "cpu/streaming/zipformer_chunk_rows.simd.h"
 #include "cpu/streaming/zipformer_chunk_scratch.h"
-#include "cpu/streaming/zipformer_order.h"
+#include "cpu/streaming/zipformer_layer.h"
 
 namespace fastasr::cpu {
 inline namespace FASTASR_SIMD {
@@ -32,9 +32,9 @@ class Layer {
 
   // The modules, see run_zipformer_layer. This one appends the keys, and leaves every head's weights in room_.weights.
   void attention_weights() const {
-    const ChunkStack& n = s_.shape;
-    const int64_t stride = l_.attention.stride(), width = n.heads * n.query;
-    product(l_.attention, x_, s_.stride, room_.projected);
+    const ZipformerSizes& n = s_.shape;
+    const int64_t stride = l_.scores.stride(), width = n.heads * n.query;
+    product(l_.scores, x_, s_.stride, room_.projected);
     step_.workers.split(step_.streams * n.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t stream = i / n.heads, head = i % n.heads;
@@ -55,15 +55,15 @@ class Layer {
   }
 
   void feed_forward(int i) const {
-    product(l_.forward_in[i], x_, s_.stride, room_.projected);
-    swoosh(s_.shape.inner[i], l_.forward_in[i].stride(), Swoosh::L);
-    product(l_.forward_out[i], room_.hidden, l_.forward_in[i].stride(), room_.y);
+    product(l_.feed_forward[i].in, x_, s_.stride, room_.projected);
+    swoosh(s_.shape.inner[i], l_.feed_forward[i].in.stride(), Swoosh::L);
+    product(l_.feed_forward[i].out, room_.hidden, l_.feed_forward[i].in.stride(), room_.y);
     add();
   }
 
   void nonlin_attention() const {
-    const int64_t n = s_.shape.hidden, stride = l_.nonlin_in.stride(), stripes = s_.hidden / kChunkLanes;
-    product(l_.nonlin_in, x_, s_.stride, room_.projected);
+    const int64_t n = s_.shape.hidden, stride = l_.nonlin.in.stride(), stripes = s_.hidden / kChunkLanes;
+    product(l_.nonlin.in, x_, s_.stride, room_.projected);
     step_.workers.split(step_.streams * stripes, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t stream = i / stripes, c = i % stripes * kChunkLanes, columns = std::min(kChunkLanes, n - c);
@@ -76,15 +76,15 @@ class Layer {
         for (int64_t t = 0; t < s_.frames; t++) chunk_multiply(row + t * stride + 2 * n, out + t * s_.hidden, columns);
       }
     });
-    product(l_.nonlin_out, room_.hidden, s_.hidden, room_.y);
+    product(l_.nonlin.out, room_.hidden, s_.hidden, room_.y);
     add();
   }
 
   void self_attention(int which) const {
-    const ChunkStack& n = s_.shape;
-    const int64_t stride = l_.value_in[which].stride(), width = n.heads * n.value;
+    const ZipformerSizes& n = s_.shape;
+    const int64_t stride = l_.attention[which].in.stride(), width = n.heads * n.value;
     const int64_t value = round_up(n.value, kChunkLanes);
-    product(l_.value_in[which], x_, s_.stride, room_.projected);
+    product(l_.attention[which].in, x_, s_.stride, room_.projected);
     step_.workers.split(step_.streams * n.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t stream = i / n.heads, head = i % n.heads;
@@ -98,14 +98,14 @@ class Layer {
                          std::min(kChunkLanes, n.value - c));
       }
     });
-    product(l_.value_out[which], room_.hidden, width, room_.y);
+    product(l_.attention[which].out, room_.hidden, width, room_.y);
     add();
   }
 
   void convolution(int which) const {
-    const int64_t n = s_.shape.dim, stride = l_.conv_in[which].stride(), stripes = s_.channels / kChunkLanes;
+    const int64_t n = s_.shape.dim, stride = l_.convolution[which].in.stride(), stripes = s_.channels / kChunkLanes;
     const ChunkConvolution& conv = l_.conv[which];
-    product(l_.conv_in[which], x_, s_.stride, room_.projected);
+    product(l_.convolution[which].in, x_, s_.stride, room_.projected);
     step_.workers.split(step_.streams * stripes, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t stream = i / stripes, c = i % stripes * kChunkLanes, columns = std::min(kChunkLanes, n - c);
@@ -126,7 +126,7 @@ class Layer {
     for (int64_t r = 0; r < rows_; r++)
       kernels<SwooshKernels<float>>().forward(room_.y + r * s_.stride, nullptr, Mask::none,
                                               room_.hidden + r * s_.stride, n, Swoosh::R);
-    product(l_.conv_out[which], room_.hidden, s_.stride, room_.y);
+    product(l_.convolution[which].out, room_.hidden, s_.stride, room_.y);
     add();
   }
 

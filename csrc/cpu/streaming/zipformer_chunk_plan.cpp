@@ -71,21 +71,10 @@ ChunkConvolution convolution(const Layout& l, const ChunkPlan::Stack& s, int64_t
 }
 
 ChunkLayer layer(const Layout& l, const ChunkPlan::Stack& s, int64_t ring_frames) {
-  const ChunkStack& n = s.shape;
+  const ZipformerSizes& n = s.shape;
   ChunkLayer y;
-  y.attention = l.product(n.dim, n.heads * (2 * n.query + n.pos));
-  y.forward_in[0] = l.product(n.dim, n.inner[0]);
-  y.forward_out[0] = l.product(n.inner[0], n.dim);
-  y.nonlin_in = l.product(n.dim, 3 * n.hidden);
-  y.nonlin_out = l.product(n.hidden, n.dim);
-  for (int i = 0; i < 2; i++) {
-    y.value_in[i] = l.product(n.dim, n.heads * n.value);
-    y.value_out[i] = l.product(n.heads * n.value, n.dim);
-    y.conv_in[i] = l.product(n.dim, 2 * n.dim);
-    y.conv_out[i] = l.product(n.dim, n.dim);
-    y.forward_in[i + 1] = l.product(n.dim, n.inner[i + 1]);
-    y.forward_out[i + 1] = l.product(n.inner[i + 1], n.dim);
-  }
+  y.each_product(
+      n, [&](const char*, ChunkProduct& p, int64_t inputs, int64_t outputs) { p = l.product(inputs, outputs); });
   // a query reads whole vectors of offsets, up to a vector beyond the last
   const int64_t offsets = s.left + 2 * s.frames - 1;
   y.positions = l.table(n.heads * n.pos, offsets, round_up(offsets, kChunkLanes) + 2 * kChunkLanes);
@@ -102,7 +91,7 @@ ChunkLayer layer(const Layout& l, const ChunkPlan::Stack& s, int64_t ring_frames
   return y;
 }
 
-ChunkPlan::Stack stack(const ChunkStack& n, int64_t frames, int64_t left, int64_t ring_frames) {
+ChunkPlan::Stack stack(const ZipformerSizes& n, int64_t frames, int64_t left, int64_t ring_frames) {
   ChunkPlan::Stack s;
   s.shape = n;
   s.frames = frames;
@@ -120,10 +109,10 @@ ChunkPlan::Stack stack(const ChunkStack& n, int64_t frames, int64_t left, int64_
 
 int64_t ChunkProduct::stride() const { return panel_count(outputs) * kPanelColumns; }
 
-std::vector<ChunkStack> read_stacks(const std::vector<int64_t>& sizes, size_t at) {
-  std::vector<ChunkStack> stacks;
+std::vector<ZipformerSizes> read_stacks(const std::vector<int64_t>& sizes, size_t at) {
+  std::vector<ZipformerSizes> stacks;
   while (at < sizes.size()) {
-    ChunkStack& s = stacks.emplace_back();
+    ZipformerSizes& s = stacks.emplace_back();
     if (!read(sizes, &at, &s) || s.taps % 2 == 0) return {};
     int64_t least = 1;
     s.each_size([&](const char*, int64_t size) { least = std::min(least, size); });
@@ -138,8 +127,8 @@ ChunkShape::ChunkShape(const std::vector<int64_t>& sizes) {
   if (chunk < 2 || chunk % 2 != 0 || left < 0 || bins < 7 || expanded < 1) return;
   if (weights < WeightFormat::fp32 || weights > WeightFormat::fp16) return;
   if (std::min({maps[0], maps[1], maps[2]}) < 1) return;
-  std::vector<ChunkStack> all = read_stacks(sizes, at);
-  for (const ChunkStack& s : all)
+  std::vector<ZipformerSizes> all = read_stacks(sizes, at);
+  for (const ZipformerSizes& s : all)
     if (chunk % s.factor != 0 || left % s.factor != 0) return;
   stacks = std::move(all);
 }
@@ -151,7 +140,7 @@ bool ChunkShape::rounds_inputs() const {
 
 int64_t ChunkShape::output_dim() const {
   int64_t dim = 0;
-  for (const ChunkStack& s : stacks) dim = std::max(dim, s.dim);
+  for (const ZipformerSizes& s : stacks) dim = std::max(dim, s.dim);
   return dim;
 }
 
@@ -172,7 +161,7 @@ ChunkPlan::ChunkPlan(const ChunkShape& given) : shape(given) {
   front_norm_bias = l.row(shape.stacks[0].dim);
   front_norm_scale = l.row(1);
   front_past = l.state(kFrontPast * w3 * shape.maps[2]);
-  for (const ChunkStack& n : shape.stacks) {
+  for (const ZipformerSizes& n : shape.stacks) {
     const int64_t frames = shape.chunk / n.factor, ring_frames = (1 + slack) * frames;
     Stack s = stack(n, frames, shape.left / n.factor, ring_frames);
     if (n.factor > 1) {
@@ -185,7 +174,7 @@ ChunkPlan::ChunkPlan(const ChunkShape& given) : shape(given) {
   output = l.row(2);
 }
 
-ChunkPlan::ChunkPlan(const ChunkStack& n, int64_t frames, int64_t left) {
+ChunkPlan::ChunkPlan(const ZipformerSizes& n, int64_t frames, int64_t left) {
   shape.chunk = frames, shape.left = left, shape.stacks = {n};
   Stack s = stack(n, frames, left, frames);
   s.layers.push_back(layer(Layout{this}, s, frames));

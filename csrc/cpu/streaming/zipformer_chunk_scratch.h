@@ -23,8 +23,8 @@ struct ChunkRoom {
     for (const ChunkPlan::Stack& s : plan.stacks) {
       const ChunkLayer& l = s.layers[0];
       int64_t most = s.stride;
-      for (const ChunkProduct* p : {&l.attention, &l.nonlin_in, &l.value_in[0], &l.conv_in[0], &l.forward_in[0],
-                                    &l.forward_in[1], &l.forward_in[2]})
+      for (const ChunkProduct* p : {&l.scores, &l.nonlin.in, &l.attention[0].in, &l.convolution[0].in,
+                                    &l.feed_forward[0].in, &l.feed_forward[1].in, &l.feed_forward[2].in})
         most = std::max(most, p->stride());
       const int64_t rows = streams * s.frames;
       row = std::max(row, rows * s.stride);

@@ -152,7 +152,7 @@ void chunk_import(const ChunkPlan& plan, const float* const* tensors, float* sta
 }
 
 int64_t layer_state_floats(const ChunkPlan::Stack& s, int64_t index, int64_t streams) {
-  const ChunkStack& n = s.shape;
+  const ZipformerSizes& n = s.shape;
   const int64_t frame = index == 0 ? n.heads * n.query : index == 1 ? n.hidden : n.heads * n.value;
   return streams * (index < 4 ? s.left * frame : n.dim * s.pad);
 }
@@ -162,7 +162,7 @@ int64_t layer_scratch_floats(const ChunkPlan& plan, int64_t streams) {
   return ChunkRoom(plan, streams, nullptr).size + streams * (plan.state_floats + s.frames * s.stride);
 }
 
-void layer_step(const LayerStep& step, const float* x, const float* const* states, float* y, float* const* after) {
+void layer_step(ChunkStep step, const float* x, const float* const* states, float* y, float* const* after) {
   const ChunkPlan& plan = step.plan;
   const ChunkPlan::Stack& s = plan.stacks[0];
   const ChunkLayer& l = s.layers[0];
@@ -186,9 +186,8 @@ void layer_step(const LayerStep& step, const float* x, const float* const* state
       std::fill(row + dim, row + s.stride, 0.0f);
     }
   });
-  kernels<ChunkKernels>().layer({plan, step.weights, step.vectors, memory, counters.data(), slots.data(), streams, 0,
-                                 step.scratch, step.workers, step.masked},
-                                s, l, rows);
+  step.states = memory, step.counters = counters.data(), step.slots = slots.data();
+  kernels<ChunkKernels>().layer(step, s, l, rows);
   each_stream([&](const LayerStates& stream, const float* state) {
     stream.store(state, s.frames, states, after);
     for (int64_t t = 0; t < s.frames; t++)

@@ -57,7 +57,7 @@ class NativeBackend(Backend):
             raise ValueError("NativeBackend: the model has other sizes than before: make another engine")
         self._sizes = sizes
         self._weights, self._vectors = self._ops.zipformer_chunk_pack(
-            sizes, packed.weights, packed.biases, packed.tables
+            sizes, 0, 0, packed.weights, packed.biases, packed.tables
         )
         return encoder, stacks
 

@@ -8,7 +8,7 @@ downsampling and exp(log_scale) of the norms.
 
 import torch
 
-from fastasr.models.zipformer.packing import EncoderSizes, Packed, StackSizes, pack_layer
+from fastasr.models.zipformer.packing import EncoderSizes, Packed, ZipformerSizes, pack_layer
 from fastasr.ops import _weight_formats
 from fastasr.ops._weight_formats import FORMATS
 
@@ -115,7 +115,7 @@ def _pack_stack(packed, stack, sizes):
     if factor > 1:
         packed.table(stack.downsample.bias.softmax(0))
         packed.table(stack.out_combiner.bypass_scale)
-    own = StackSizes.of(encoder.layers[0], factor, len(encoder.layers))
+    own = ZipformerSizes.of(encoder.layers[0], factor, len(encoder.layers))
     x = packed.weights[0].new_zeros(frames, 1, own.dim)
     positions = encoder.encoder_pos(x, left)[0]  # [left + 2 frames - 1, D]
     for layer in encoder.layers:

@@ -71,13 +71,17 @@ def fused_name(activation: torch.nn.Module) -> Name | None:
     return _FUSED.get(kind)
 
 
-def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -> Tensor:
-    """Returns ``activation(linear(x))``."""
+def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor, gated: bool = False) -> Tensor:
+    """Returns ``activation(linear(x))``; or a · ``activation(g)`` for (a, g) = ``linear(x)``."""
     if plumbing.is_plain_linear(linear):
         name = fused_name(activation)
-        if name is not None and name != "identity":
-            return ops.linear_activation(x, linear.weight, linear.bias, name)
-    return activation(plumbing.linear(linear, x))
+        if name is not None and (gated or name != "identity"):
+            return ops.linear_activation(x, linear.weight, linear.bias, name, gated)
+    z = plumbing.linear(linear, x)
+    if not gated:
+        return activation(z)
+    a, g = z.chunk(2, -1)
+    return a * activation(g)
 
 
 def norm_activated(norm: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from fastasr import _left
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.module_state import ModuleState
 from fastasr.models.common.plain import any_watched, first_watched, has_known_forward, is_of_framework
-from fastasr.models.common.ragged import current
 from fastasr.ops import _dispatch
 
 # The native call is used if the relative rms difference of its results from those of the operations is below this.
@@ -57,9 +56,9 @@ def may_call(layer: torch.nn.Module, x: Tensor, weight: object) -> bool:
 
 
 def note_declined(layer: torch.nn.Module, x: Tensor, weight: object, method: str) -> None:
-    """Notes why ``may_serve`` declined this call, unless no native call is meant for it: in training, on packed frames,
-    on a GPU, and while the call is compiled or traced, other paths are the fast ones."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training or current() is not None:
+    """Notes why ``may_serve`` declined this call, unless no native call is meant for it: in training, on a GPU, and
+    while the call is compiled or traced, other paths are the fast ones."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training:
         return
     if not (x.is_cpu and isinstance(weight, Tensor) and weight.is_cpu and x.ndim == 3 and x.numel()):
         return

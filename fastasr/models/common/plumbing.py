@@ -81,6 +81,15 @@ def conv_delay(
     return left - taps // 2 if plain else None
 
 
+def is_pointwise_conv1d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv1d]:
+    """Says whether this is torch's convolution of one tap without hooks."""
+    sizes = (1,), (1,), (0,), 1
+    return (
+        is_plain(module, torch.nn.Conv1d)
+        and (module.kernel_size, module.stride, module.padding, module.groups) == sizes
+    )
+
+
 def is_pointwise_conv2d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
     """Says whether this is torch's convolution of 1 × 1 taps without hooks."""
     sizes = (1, 1), (1, 1), (0, 0), 1

@@ -12,7 +12,7 @@ as for few, because few groups share calls of attention there, whatever the numb
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -288,14 +288,9 @@ class Packing:
             self._rates[factor] = Rate(self, factor)
         return self._rates[factor]
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Has ``current()`` return this packing in this thread, inside the block."""
-        before, _local.packing = current(), self
-        try:
-            yield
-        finally:
-            _local.packing = before
+        return in_use(self)
 
     def with_gaps(self, frames: int) -> list[int]:
         """Returns the slots that leave ``frames`` zeros behind each recording."""
@@ -414,6 +409,16 @@ class _Upsampled(Function):
         rate = ctx.rate
         slots = grad.index_select(0, rate.frames).index_fill_(0, rate.behind, 0.0)
         return slots.unflatten(0, (-1, rate.factor)).sum(1), None
+
+
+@contextmanager
+def in_use(packing: Packing | None) -> Iterator[None]:
+    """Has ``current()`` return this packing, or None, in this thread, inside the block."""
+    before, _local.packing = current(), packing
+    try:
+        yield
+    finally:
+        _local.packing = before
 
 
 def current() -> Packing | None:

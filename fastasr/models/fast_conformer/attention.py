@@ -109,10 +109,24 @@ def _projections(module: FastConformerAttention, x: Tensor) -> tuple[Tensor, Ten
 def _of_recordings(
     module: FastConformerAttention, q: Tensor, k: Tensor, v: Tensor, table: Tensor, packing: Packing
 ) -> Tensor:
-    """Returns y (N, H, d) of queries, keys and values (1, N, H, d): each recording sees itself."""
     dropout = module.attention_dropout if module.training else 0.0
     positions = projected(module, module.relative_k_proj, table).unflatten(-1, module.bias_u.shape)
-    operands = q[0], k[0], v[0], positions, module.bias_u, module.bias_v
+    return of_recordings(packing, q[0], k[0], v[0], positions, module.bias_u, module.bias_v, dropout)
+
+
+def of_recordings(
+    packing: Packing,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    bias_u: Tensor,
+    bias_v: Tensor,
+    dropout: float,
+) -> Tensor:
+    """Returns y (N, H, d) of queries, keys and values (N, H, d): each recording sees itself. The positions (2T − 1, H,
+    d) are those of the longest recording."""
+    operands = q, k, v, positions, bias_u, bias_v
     if packed.is_native(*operands):
         return packed.attended(packing, *operands, dropout_p=dropout)
     if _dispatch.served("rel_attention", q):  # the definition would form the scores of all pairs of rows
@@ -125,14 +139,12 @@ def _of_recordings(
 
     def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
         frames = q.shape[1]
-        first = len(table) // 2 + 1 - frames
+        first = len(positions) // 2 + 1 - frames
+        rows = positions[first : first + 2 * frames - 1]
         drops: Any = attention_dropout.of_kernel(dropout, q.device)
-        return ops.rel_attention(
-            q, k, v, positions[first : first + 2 * frames - 1], module.bias_u, module.bias_v,
-            key_padding_mask=hidden, **drops,
-        )  # fmt: skip
+        return ops.rel_attention(q, k, v, rows, bias_u, bias_v, key_padding_mask=hidden, **drops)
 
-    return packing.by_group(one, q[0], k[0], v[0])
+    return packing.by_group(one, q, k, v)
 
 
 def attended(

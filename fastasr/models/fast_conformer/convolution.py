@@ -163,11 +163,7 @@ def _fold(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
 
 def pointwise(conv: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns the convolution of one tap of x (B, T, C), as a product."""
-    sizes = (1,), (1,), (0,), 1
-    if (
-        is_plain(conv, torch.nn.Conv1d)
-        and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == sizes
-    ):
+    if plumbing.is_pointwise_conv1d(conv):
         # Autograd would write the gradient of weight[..., 0] into zeros.
         return ops.linear(x, conv.weight.flatten(1), conv.bias)
     return conv(x.transpose(1, 2)).transpose(1, 2)

@@ -81,7 +81,7 @@ class _Trained(Function):
         dweight2 = _gemm.weight_grad(grad, _hidden(z, activation, keep, p)) if needs[3] else None
         dz = _gemm.input_grad(grad, weight2)
         backward = torch.ops.fastasr_cpu.linear_activation_backward.default
-        dz, dbias1 = backward(dz, z, activation, needs[2], keep, p)
+        dz, dbias1 = backward(dz, z, activation, needs[2], False, keep, p)
         return (
             _gemm.input_grad(dz, weight1) if needs[0] else None,
             _gemm.weight_grad(dz, x) if needs[1] else None,
@@ -94,4 +94,4 @@ class _Trained(Function):
 
 
 def _hidden(z: Tensor, activation: int, keep: Tensor, p: float) -> Tensor:
-    return torch.ops.fastasr_cpu.linear_activation_forward.default(z, activation, False, keep, p)
+    return torch.ops.fastasr_cpu.linear_activation_forward.default(z, activation, False, False, keep, p)

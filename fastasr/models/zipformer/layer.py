@@ -25,7 +25,7 @@ from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import current
-from fastasr.models.zipformer import streaming_layer, whole_layer
+from fastasr.models.zipformer import native_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
@@ -175,7 +175,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         by_submodules = partial(ZipformerEncoderLayer._encode_by_submodules, self, may_be_constant)
         done = None
         if not may_be_constant and not _is_long(self, src):
-            done = whole_layer.encoded(self, *call, left_context_chunks, by_submodules)
+            done = native_layer.encode(self, *call, left_context_chunks, by_submodules)
         return by_submodules(*call, left_context_chunks) if done is None else done
 
     def _encode_by_submodules(self, may_be_constant: bool, *call: Any) -> Tensor:
@@ -249,7 +249,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         states = cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
         chunk = src, pos_emb, states, left_context_len, src_key_padding_mask
         by_submodules = partial(_stream_by_submodules, self)
-        done = streaming_layer.step(self, *chunk, by_submodules)
+        done = native_layer.step(self, *chunk, by_submodules)
         return by_submodules(*chunk) if done is None else tuple(done)
 
 

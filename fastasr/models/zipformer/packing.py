@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs a causal layer for the native chunk: sizes, matrices and small tables.
+"""The plan of a layer's native calls, and what a causal layer packs for chunks: matrices and small tables.
 
-``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp) defines the order. This module computes once the data
-that all chunks share: the projected positions, the scale of the convolutions within a chunk and exp(log_scale) of
-the norm.
+``cpu::ZipformerProducts`` (csrc/cpu/streaming/zipformer_layer.h) defines the order of the products and
+``cpu::ChunkPlan`` (zipformer_chunk_plan.cpp) that of the tables. This module computes once the data that all chunks
+share: the projected positions, the scale of the convolutions within a chunk and exp(log_scale) of the norm.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,20 @@ from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwi
 
 if TYPE_CHECKING:
     from fastasr.models.zipformer.layer import ZipformerEncoderLayer
+
+
+# The products of a layer, in the order in which they run and in which lists have them.
+PRODUCTS = (
+    "self_attn_weights.in_proj",
+    *(
+        f"{module}.{projection}"
+        for module in (
+            *("feed_forward1", "nonlin_attention", "self_attn1", "conv_module1", "feed_forward2"),
+            *("self_attn2", "conv_module2", "feed_forward3"),
+        )
+        for projection in ("in_proj", "out_proj")
+    ),
+)
 
 
 class EncoderSizes(NamedTuple):
@@ -31,8 +45,8 @@ class EncoderSizes(NamedTuple):
     weights: int
 
 
-class StackSizes(NamedTuple):
-    """The sizes of ``cpu::ChunkStack``. The factor is the downsampling."""
+class ZipformerSizes(NamedTuple):
+    """The sizes of ``cpu::ZipformerSizes``. The factor is the downsampling."""
 
     dim: int
     factor: int
@@ -48,9 +62,9 @@ class StackSizes(NamedTuple):
     hidden: int
 
     @classmethod
-    def of(cls, layer: "ZipformerEncoderLayer", factor: int = 1, layers: int = 1) -> "StackSizes":
+    def of(cls, layer: "ZipformerEncoderLayer", factor: int = 1, layers: int = 1) -> "ZipformerSizes":
         """Returns the sizes of a stack of layers like this one."""
-        attention = layer.self_attn_weights
+        attention, taps = layer.self_attn_weights, layer.conv_module1.depthwise_conv.kernel_size
         return cls(
             dim=attention.in_proj.in_features,
             factor=factor,
@@ -59,7 +73,7 @@ class StackSizes(NamedTuple):
             query=attention.query_head_dim,
             value=layer.self_attn1.in_proj.out_features // attention.num_heads,
             pos=attention.pos_head_dim,
-            taps=layer.conv_module1.depthwise_conv.kernel_size,
+            taps=taps if isinstance(taps, int) else taps[0],
             inner1=layer.feed_forward1.in_proj.out_features,
             inner2=layer.feed_forward2.in_proj.out_features,
             inner3=layer.feed_forward3.in_proj.out_features,
@@ -95,16 +109,9 @@ class Packed:
 
 def pack_layer(packed: Packed, layer: "ZipformerEncoderLayer", positions: Tensor, frames: int) -> None:
     """Packs a causal layer for chunks of ``frames``. positions (offsets, pos_dim) are the positional encodings."""
-    attention = layer.self_attn_weights
-    packed.linears(attention.in_proj, layer.feed_forward1.in_proj, layer.feed_forward1.out_proj)
-    packed.linears(layer.nonlin_attention.in_proj, layer.nonlin_attention.out_proj)
-    packed.table(attention.linear_pos.weight.double() @ positions.double().T)
-    for self_attention, conv_module, feed_forward in (
-        (layer.self_attn1, layer.conv_module1, layer.feed_forward2),
-        (layer.self_attn2, layer.conv_module2, layer.feed_forward3),
-    ):
-        for module in (self_attention, conv_module, feed_forward):
-            packed.linears(module.in_proj, module.out_proj)
+    packed.linears(*map(layer.get_submodule, PRODUCTS))
+    packed.table(layer.self_attn_weights.linear_pos.weight.double() @ positions.double().T)
+    for conv_module in (layer.conv_module1, layer.conv_module2):
         _pack_convolution(packed, conv_module.depthwise_conv, frames)
     packed.table(layer.bypass_mid.bypass_scale)
     packed.table(layer.bypass.bypass_scale)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=depthwise_conv_residual` writes this file from fastasr/ops/depthwise_conv_residual.py: change that one.
-"""depthwise convolution over time plus its input: the merge of E-Branchformer's branches"""
+"""depthwise convolution over time plus its input: the merge of E-Branchformer's branches, SANM's memory"""
 
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from fastasr.ops._layout import dense_channels
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import refuse_double_backward, register
 from fastasr.ops._runtime import (
+    BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
@@ -35,6 +36,7 @@ from fastasr.ops._runtime import (
     transformed_gradients,
     transformed_results,
 )
+from fastasr.ops.depthwise_conv_residual import _check
 from fastasr.ops.depthwise_conv_residual import depthwise_conv_residual as formula
 
 op = OPS["depthwise_conv_residual"]
@@ -45,29 +47,42 @@ class Arguments(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    padding_mask: Tensor | None = None
+    delay: int = 0
 
 
 class Saved(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None
+    padding_mask: Tensor | None
+    delay: int
 
 
 # --------------------------------------------------------------------------- the public function
-def depthwise_conv_residual(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def depthwise_conv_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding_mask: Tensor | None = None,
+    delay: int = 0,
+) -> Tensor:
     """x plus its depthwise convolution over time, of the same length.
 
     Args:
         x: (B, T, C); float32, bfloat16, float16 or float64. Contiguous channels are read where they lie, whatever the
             other strides.
-        weight: (C, 1, K), that of a ``torch.nn.Conv1d`` with C groups, or (C, K), K odd: the taps, padded with zeros to
-            the same length.
+        weight: (C, 1, K), that of a ``torch.nn.Conv1d`` with C groups, or (C, K): the taps, padded with zeros to the
+            same length.
         bias: (C,) or None.
+        padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
+        delay: the convolution sees K // 2 + delay frames of the past; (K − 1) // 2 makes it causal.
     Returns:
         y (B, T, C), contiguous, in x's dtype, computed in float32 or better and rounded once.
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or devices do not match.
+        ValueError: shapes or devices do not match; a tap would not reach the frame itself because of delay.
     """
     kernels = family.native
     if (
@@ -78,6 +93,8 @@ def depthwise_conv_residual(x: Tensor, weight: Tensor, bias: Tensor | None = Non
         and type(weight) in PLAIN
         and weight.dtype in COMPUTE
         and (bias is None or type(bias) in PLAIN)
+        and (padding_mask is None or type(padding_mask) in PLAIN)
+        and type(delay) is int
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -85,42 +102,49 @@ def depthwise_conv_residual(x: Tensor, weight: Tensor, bias: Tensor | None = Non
             if is_grad_enabled() and (
                 x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
             ):
-                return apply(kernels, True, x, weight, bias)
-            return kernels.forward(x, weight, bias)
+                return apply(kernels, True, x, weight, bias, padding_mask, delay)
+            return kernels.forward(x, weight, bias, padding_mask, delay)
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
-            check(x, weight, bias)
+            check(x, weight, bias, padding_mask, delay)
             raise
-    check(x, weight, bias)
+    check(x, weight, bias, padding_mask, delay)
     if is_compiling() or not (
-        type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (padding_mask is None or type(padding_mask) in PLAIN)
     ):
-        return traced(x, weight, bias)
+        return traced(x, weight, bias, padding_mask, delay)
     if transforms_active() or forward_ad._current_level >= 0:
-        return by_formula(op, Arguments(x, weight, bias))
+        return by_formula(op, Arguments(x, weight, bias, padding_mask, delay))
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
-        return formula(x, weight, bias)
+        return formula(x, weight, bias, padding_mask=padding_mask, delay=delay)
     try:
         if is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return apply(kernels, False, x, weight, bias)
-        y = run_kernels(kernels, x, weight, bias)
+            return apply(kernels, False, x, weight, bias, padding_mask, delay)
+        y = run_kernels(kernels, x, weight, bias, padding_mask, delay)
     except Unlaunchable as error:
         family.give_up(error, x, weight, bias)
-        return formula(x, weight, bias)
+        return formula(x, weight, bias, padding_mask=padding_mask, delay=delay)
     return y
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, padding_mask: Tensor | None, delay: int) -> None:
     """Raises if the arguments do not fit the declaration."""
+    if type(delay) is not int:
+        op.wrong_int("delay", delay)
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
         op.wrong_tensor("x", x)
     shape, right = x.shape, False
     if len(shape) == 3:
+        B = shape[0]
+        T = shape[1]
         C = shape[2]
         right = C >= 1
     if not right:
@@ -130,12 +154,12 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     shape, right = weight.shape, False
     if len(shape) == 3:
         K = shape[2]
-        right = shape[0] == C and shape[1] == 1 and K % 2 == 1
+        right = shape[0] == C and shape[1] == 1 and K >= 1
     elif len(shape) == 2:
         K = shape[1]
-        right = shape[0] == C and K % 2 == 1
+        right = shape[0] == C and K >= 1
     if not right:
-        op.wrong_shape("weight", weight, f"{listed(C, 1, 'K')} or {listed(C, 'K')}, K odd")
+        op.wrong_shape("weight", weight, f"{listed(C, 1, 'K')} or {listed(C, 'K')}, K >= 1")
     if weight.device != x.device:
         op.wrong_device("weight", weight, "x", x)
     if bias is not None:
@@ -145,21 +169,36 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             op.wrong_shape("bias", bias, listed(C))
         if bias.device != x.device:
             op.wrong_device("bias", bias, "x", x)
+    if padding_mask is not None:
+        if (
+            not isinstance(padding_mask, Tensor)
+            or padding_mask.dtype not in BOOL
+            or padding_mask.layout is not torch.strided
+        ):
+            op.wrong_tensor("padding_mask", padding_mask, "a bool tensor")
+        if padding_mask.shape != (B, T):
+            op.wrong_shape("padding_mask", padding_mask, listed(B, T))
+        if padding_mask.device != x.device:
+            op.wrong_device("padding_mask", padding_mask, "x", x)
+    _check(op, Arguments(x, weight, bias, padding_mask, delay))
 
 
-def traced(x, weight, bias):
+def traced(x, weight, bias, padding_mask, delay):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("depthwise_conv_residual", x, weight, bias):
-        return formula(x, weight, bias)
-    return operator(x, weight, bias)
+        return formula(x, weight, bias, padding_mask=padding_mask, delay=delay)
+    return operator(x, weight, bias, padding_mask, delay)
 
 
-def run_kernels(kernels, x, weight, bias):
+def run_kernels(kernels, x, weight, bias, padding_mask, delay):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
     dtype = widest(x, (weight, bias))
     work = promote_types(dtype, torch.float32)
-    y = kernels.forward(operand(x, dtype, dense_channels), operand(weight, work), operand(bias, work))
+    y = kernels.forward(
+        operand(x, dtype, dense_channels), operand(weight, work), operand(bias, work), operand(padding_mask,
+        None), delay,
+    )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
     return y
@@ -172,11 +211,14 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class DepthwiseConvResidual(Function):
     @staticmethod
-    def forward(ctx, kernels, direct, x, weight, bias):
-        y = kernels.forward(x, weight, bias) if direct else run_kernels(kernels, x, weight, bias)
+    def forward(ctx, kernels, direct, x, weight, bias, padding_mask, delay):
+        if direct:
+            y = kernels.forward(x, weight, bias, padding_mask, delay)
+        else:
+            y = run_kernels(kernels, x, weight, bias, padding_mask, delay)
         y = not_a_view(y)
-        ctx.save_for_backward(x, weight, bias)
-        ctx.rest = kernels, direct
+        ctx.save_for_backward(x, weight, bias, padding_mask)
+        ctx.rest = kernels, direct, delay
         return y
 
     @staticmethod
@@ -184,28 +226,33 @@ class DepthwiseConvResidual(Function):
         if is_grad_enabled():
             refuse_double_backward("depthwise_conv_residual")
         # once: a checkpoint gives them one time
-        x, weight, bias = ctx.saved_tensors
-        kernels, direct = ctx.rest
+        x, weight, bias, padding_mask = ctx.saved_tensors
+        kernels, direct, delay = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(op, (grad_y,), make(Saved, (x, weight, bias)))
-            return None, None, d_x, d_weight, d_bias
+            d_x, d_weight, d_bias = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, delay))
+            )
+            return None, None, d_x, d_weight, d_bias, None, None
         if direct:
-            d_x, d_weight, d_bias = kernels.backward(grad_y.contiguous(), x, weight)
-            return None, None, d_x, d_weight, None if bias is None else d_bias
+            d_x, d_weight, d_bias = kernels.backward(grad_y.contiguous(), x, weight, padding_mask, delay)
+            return None, None, d_x, d_weight, None if bias is None else d_bias, None, None
         try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias)
+            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay)
         except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), make(Saved, (x, weight, bias)))
-        return None, None, d_x, d_weight, d_bias
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, delay))
+            )
+        return None, None, d_x, d_weight, d_bias, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias):
+def differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = widest(x, (weight, bias))
     work = promote_types(dtype, torch.float32)
     d_x, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype, dense_channels), operand(weight, work)
-    )
+        operand(grad_y, dtype), operand(x, dtype, dense_channels), operand(weight, work),
+        operand(padding_mask, None), delay,
+    )  # fmt: skip
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
     d_weight = back(d_weight, weight)
@@ -217,19 +264,19 @@ def differentiate(kernels, grad_y, x, weight, bias):
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None):
+def run(x, weight, bias=None, padding_mask=None, delay=0):
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
-        return formula_results(op, x, weight, bias)
+        return formula_results(op, x, weight, bias, padding_mask, delay)
     try:
-        y = run_kernels(kernels, x, weight, bias)
+        y = run_kernels(kernels, x, weight, bias, padding_mask, delay)
     except Unlaunchable as error:
         family.give_up(error, x, weight, bias)
-        return formula_results(op, x, weight, bias)
+        return formula_results(op, x, weight, bias, padding_mask, delay)
     return y.contiguous()
 
 
-def fake(x, weight, bias=None):
+def fake(x, weight, bias=None, padding_mask=None, delay=0):
     B = x.shape[0]
     T = x.shape[1]
     C = x.shape[2]
@@ -238,30 +285,34 @@ def fake(x, weight, bias=None):
 
 
 def set_up(ctx, inputs, output):
-    x, weight, bias = inputs
+    x, weight, bias, padding_mask, delay = inputs
 
-    ctx.save_for_backward(x, weight, bias)
+    ctx.save_for_backward(x, weight, bias, padding_mask)
+    ctx.rest = (delay,)
 
 
 def backward(ctx, grad_y, *_):
-    x, weight, bias = ctx.saved_tensors
-    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias))
-    return d_x, d_weight, None if bias is None else d_bias
+    x, weight, bias, padding_mask = ctx.saved_tensors
+    (delay,) = ctx.rest
+    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, padding_mask, delay))
+    return d_x, d_weight, None if bias is None else d_bias, None, None
 
 
-def run_backward(grad_y, x, weight, bias):
+def run_backward(grad_y, x, weight, bias, padding_mask, delay):
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias))
+        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, padding_mask, delay))
     else:
         try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias)
+            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay)
         except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), Saved(x, weight, bias))
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), Saved(x, weight, bias, padding_mask, delay)
+            )
     return d_x.contiguous(), d_weight.contiguous(), x.new_empty(0) if bias is None else d_bias.contiguous()
 
 
-def fake_backward(grad_y, x, weight, bias):
+def fake_backward(grad_y, x, weight, bias, padding_mask, delay):
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
@@ -270,14 +321,15 @@ def fake_backward(grad_y, x, weight, bias):
 
 
 backward_operator = register(
-    "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, "
-    "Tensor, Tensor)",
+    "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? "
+    "padding_mask, SymInt delay) -> (Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
 )
 operator = register(
-    "depthwise_conv_residual(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "depthwise_conv_residual(Tensor x, Tensor weight, Tensor? bias=None, Tensor? padding_mask=None, "
+    "SymInt delay=0) -> Tensor",
     run,
     fake,
     setup_context=set_up,

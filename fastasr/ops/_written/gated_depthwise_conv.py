@@ -41,6 +41,7 @@ from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv as formula
 op = OPS["gated_depthwise_conv"]
 family = op.family
 ACTIVATION_CODES = {"identity": 0, "swoosh_r": 1, "silu": 2}
+GATE_CODES = {"sigmoid": 0, "silu": 1}
 
 
 class Arguments(NamedTuple):
@@ -56,6 +57,7 @@ class Arguments(NamedTuple):
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r"
     return_cache: bool = False
     delay: int = 0
+    gate: Literal["sigmoid", "silu"] = "sigmoid"
 
 
 class Saved(NamedTuple):
@@ -71,6 +73,7 @@ class Saved(NamedTuple):
     activation: Literal["swoosh_r", "silu", "identity"]
     return_cache: bool
     delay: int
+    gate: Literal["sigmoid", "silu"]
 
 
 # --------------------------------------------------------------------------- the public function
@@ -89,6 +92,7 @@ def gated_depthwise_conv(
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: Literal[False] = False,
     delay: int = 0,
+    gate: Literal["sigmoid", "silu"] = "sigmoid",
 ) -> Tensor: ...
 @overload
 def gated_depthwise_conv(
@@ -105,6 +109,7 @@ def gated_depthwise_conv(
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: Literal[True],
     delay: int = 0,
+    gate: Literal["sigmoid", "silu"] = "sigmoid",
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def gated_depthwise_conv(
@@ -121,6 +126,7 @@ def gated_depthwise_conv(
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: bool,
     delay: int = 0,
+    gate: Literal["sigmoid", "silu"] = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def gated_depthwise_conv(
     h: Tensor,
@@ -136,8 +142,9 @@ def gated_depthwise_conv(
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: bool = False,
     delay: int = 0,
+    gate: Literal["sigmoid", "silu"] = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """act of the depthwise convolution over time of x · sigmoid(s), for h = (x, s); plain, or chunk-causal.
+    """act of the depthwise convolution over time of x · gate(s), for h = (x, s); plain, or chunk-causal.
 
     Args:
         h: (T, B, 2C), both halves of a gated projection; float32, bfloat16, float16 or float64. Its channels are read
@@ -151,11 +158,12 @@ def gated_depthwise_conv(
         chunk_scale: (2, C, K): by how much the scale of the convolution within the chunk exceeds 1, by the distance
             from the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
-        cache: (B, C, K // 2 + delay): x · sigmoid(s) of the frames before the first; None: zeros.
+        cache: (B, C, K // 2 + delay): x · gate(s) of the frames before the first; None: zeros.
         chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
         activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).
         delay: plain form: the convolution sees K // 2 + delay frames of the past; (K − 1) // 2 makes it causal.
+        gate: "sigmoid", or "silu": u = x · s · sigmoid(s).
     Returns:
         y (T, B, C), in the promotion of h's and chunk_scale's dtype, computed in float32 or better and rounded once. It
         is contiguous, or lies in h's order of memory. The new cache has the promotion of h's and the cache's dtype.
@@ -184,6 +192,8 @@ def gated_depthwise_conv(
         and activation in ACTIVATION_CODES
         and type(return_cache) is bool
         and type(delay) is int
+        and type(gate) is str
+        and gate in GATE_CODES
         and not is_autocast_enabled("cpu")
         and _fits(
             h,
@@ -198,6 +208,7 @@ def gated_depthwise_conv(
             activation,
             return_cache,
             delay,
+            gate,
         )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
@@ -214,11 +225,11 @@ def gated_depthwise_conv(
             ):
                 return apply(
                     kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-                    cache, chunk_size, activation, return_cache, delay,
+                    cache, chunk_size, activation, return_cache, delay, gate,
                 )  # fmt: skip
             y, new_cache = kernels.forward(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                ACTIVATION_CODES[activation], return_cache, delay,
+                ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
             )  # fmt: skip
             return (y, new_cache) if return_cache else y
         except NOT_MINE:
@@ -227,12 +238,12 @@ def gated_depthwise_conv(
             # tells what is wrong with the arguments, if anything is
             check(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                activation, return_cache, delay,
+                activation, return_cache, delay, gate,
             )  # fmt: skip
             raise
     check(
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay,
+        return_cache, delay, gate,
     )  # fmt: skip
     if is_compiling() or not (
         type(h) in PLAIN
@@ -246,35 +257,35 @@ def gated_depthwise_conv(
     ):
         return traced(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay,
+            activation, return_cache, delay, gate,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay),
+            chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
     kernels = family.kernels(h, chunk_scale)
     if kernels is None:
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay,
+            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
         )  # fmt: skip
     cast_dtype = autocast_dtype(h)
     if cast_dtype is not None:
         names = under_autocast(
             cast_dtype, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay,
+            chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
         (
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay,
+            activation, return_cache, delay, gate,
         ) = names  # fmt: skip
         kernels = family.kernels(h, chunk_scale)
         if kernels is None:
             return formula(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
                 cache=cache, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
-                delay=delay,
+                delay=delay, gate=gate,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -288,17 +299,17 @@ def gated_depthwise_conv(
         ):
             return apply(
                 kernels, False, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-                chunk_size, activation, return_cache, delay,
+                chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         y, new_cache = run_kernels(
             kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay,
+            chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, h, chunk_scale)
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay,
+            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
         )  # fmt: skip
     return (y, new_cache) if return_cache else y
 
@@ -316,6 +327,7 @@ def check(
     activation: Literal["swoosh_r", "silu", "identity"],
     return_cache: bool,
     delay: int,
+    gate: Literal["sigmoid", "silu"],
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(chunk_size) is not int:
@@ -328,6 +340,8 @@ def check(
         op.wrong_flag("return_cache", return_cache)
     if type(delay) is not int:
         op.wrong_int("delay", delay)
+    if not (type(gate) is str and gate in GATE_CODES):
+        op.wrong_choice("gate", gate, GATE_CODES)
     if not isinstance(h, Tensor) or h.dtype not in FLOATING or h.layout is not torch.strided:
         op.wrong_tensor("h", h)
     shape, right = h.shape, False
@@ -422,30 +436,30 @@ def check(
             op.wrong_dtype("causal_bias", causal_bias, "h", h)
     _check(
         op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-        chunk_size, activation, return_cache, delay),
+        chunk_size, activation, return_cache, delay, gate),
     )  # fmt: skip
 
 
 def traced(
     h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-    return_cache, delay,
+    return_cache, delay, gate,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("gated_depthwise_conv", h, chunk_scale):
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay,
+            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
         )  # fmt: skip
     y, new_cache = operator(
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay,
+        return_cache, delay, gate,
     )  # fmt: skip
     return (y, new_cache) if return_cache else y
 
 
 def run_kernels(
     kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-    activation, return_cache, delay,
+    activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(h, chunk_scale)
@@ -455,7 +469,7 @@ def run_kernels(
         operand(h, dtype, dense_channels), operand(weight, dtype), operand(bias, dtype),
         operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale, dtype),
         operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
-        return_cache, delay,
+        return_cache, delay, GATE_CODES[gate],
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -470,12 +484,12 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 def under_autocast(
     dtype, h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0,
+    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     return _autocast(
         op, dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-        chunk_size, activation, return_cache, delay),
+        chunk_size, activation, return_cache, delay, gate),
     )  # fmt: skip
 
 
@@ -484,22 +498,22 @@ class GatedDepthwiseConv(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-        chunk_size, activation, return_cache, delay,
+        chunk_size, activation, return_cache, delay, gate,
     ):  # fmt: skip
         if direct:
             y, new_cache = kernels.forward(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                ACTIVATION_CODES[activation], return_cache, delay,
+                ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
             )  # fmt: skip
         else:
             y, new_cache = run_kernels(
                 kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-                chunk_size, activation, return_cache, delay,
+                chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         y = not_a_view(y)
         new_cache = not_a_view(new_cache)
         ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
-        ctx.rest = kernels, direct, chunk_size, activation, return_cache, delay
+        ctx.rest = kernels, direct, chunk_size, activation, return_cache, delay, gate
         return (y, new_cache) if return_cache else y
 
     @staticmethod
@@ -508,7 +522,7 @@ class GatedDepthwiseConv(Function):
             refuse_double_backward("gated_depthwise_conv")
         # once: a checkpoint gives them one time
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
-        kernels, direct, chunk_size, activation, return_cache, delay = ctx.rest
+        kernels, direct, chunk_size, activation, return_cache, delay, gate = ctx.rest
         if (
             transforms_active()
             or forward_ad._current_level >= 0
@@ -517,7 +531,7 @@ class GatedDepthwiseConv(Function):
         ):
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = transformed_gradients(
                 op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,)),
+                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
             )  # fmt: skip
             return (
                 None,
@@ -534,17 +548,19 @@ class GatedDepthwiseConv(Function):
                 None,
                 None,
                 None,
+                None,
             )
         if direct:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
                 operand(grad_y, None, dense_channels), h, weight, bias, causal_weight, causal_bias,
                 chunk_scale, padding_mask, cache, chunk_size, ACTIVATION_CODES[activation], delay,
+                GATE_CODES[gate],
             )  # fmt: skip
             if return_cache:
                 _cache_gradient(
                     op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias,
                     d_chunk_scale, d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-                    chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,)),
+                    chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
                 )  # fmt: skip
             return (
                 None,
@@ -561,16 +577,18 @@ class GatedDepthwiseConv(Function):
                 None,
                 None,
                 None,
+                None,
             )
         try:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
                 kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-                padding_mask, cache, chunk_size, activation, return_cache, delay,
+                padding_mask, cache, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         except Unlaunchable as error:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
                 error, op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight,
-                causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,)),
+                causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,
+                gate,)),
             )  # fmt: skip
         return (
             None,
@@ -587,12 +605,13 @@ class GatedDepthwiseConv(Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def differentiate(
     kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-    cache, chunk_size, activation, return_cache, delay,
+    cache, chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(h, chunk_scale) if kernels.backend == "cpu" else None
@@ -600,13 +619,13 @@ def differentiate(
         operand(grad_y, dtype, dense_channels), operand(h, dtype, dense_channels), operand(weight, dtype),
         operand(bias, dtype), operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale,
         dtype), operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
-        delay,
+        delay, GATE_CODES[gate],
     )  # fmt: skip
     if return_cache:
         _cache_gradient(
             op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale,
             d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-            cache, chunk_size, activation, return_cache, delay,)),
+            cache, chunk_size, activation, return_cache, delay, gate,)),
         )  # fmt: skip
     if d_h is not None and d_h.dtype is not h.dtype:
         d_h = d_h.to(h.dtype)
@@ -634,31 +653,31 @@ def differentiate(
 # --------------------------------------------------------------------------- the registered operator
 def run(
     h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0,
+    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
 ):  # fmt: skip
     kernels = family.kernels(h, chunk_scale)
     if kernels is None:
         return formula_results(
             op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay,
+            activation, return_cache, delay, gate,
         )  # fmt: skip
     try:
         y, new_cache = run_kernels(
             kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay,
+            chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, h, chunk_scale)
         return formula_results(
             op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay,
+            activation, return_cache, delay, gate,
         )  # fmt: skip
     return y.contiguous(), new_cache.contiguous()
 
 
 def fake(
     h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0,
+    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
 ):  # fmt: skip
     T = h.shape[0]
     B = h.shape[1]
@@ -675,22 +694,22 @@ def fake(
 def set_up(ctx, inputs, output):
     (
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay,
+        return_cache, delay, gate,
     ) = inputs  # fmt: skip
     y, new_cache = output
     if not return_cache:
         ctx.mark_non_differentiable(new_cache)
     ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
-    ctx.rest = chunk_size, activation, return_cache, delay
+    ctx.rest = chunk_size, activation, return_cache, delay, gate
 
 
 def backward(ctx, grad_y, grad_new_cache, *_):
     h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
-    chunk_size, activation, return_cache, delay = ctx.rest
+    chunk_size, activation, return_cache, delay, gate = ctx.rest
     grad_new_cache = grad_new_cache if return_cache else None
     d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = as_tuple(
         backward_operator(grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-        padding_mask, cache, chunk_size, activation, return_cache, delay),
+        padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
     )  # fmt: skip
     return (
         d_h,
@@ -705,29 +724,30 @@ def backward(ctx, grad_y, grad_new_cache, *_):
         None,
         None,
         None,
+        None,
     )
 
 
 def run_backward(
     grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-    chunk_size, activation, return_cache, delay,
+    chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     kernels = family.kernels(h, chunk_scale)
     if kernels is None:
         d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = formula_gradients(
             op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias, chunk_scale,
-            padding_mask, cache, chunk_size, activation, return_cache, delay),
+            padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
     else:
         try:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
                 kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-                padding_mask, cache, chunk_size, activation, return_cache, delay,
+                padding_mask, cache, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         except Unlaunchable as error:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
                 error, op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay),
+                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
             )  # fmt: skip
     return (
         d_h.contiguous(),
@@ -742,7 +762,7 @@ def run_backward(
 
 def fake_backward(
     grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-    chunk_size, activation, return_cache, delay,
+    chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     return (
         h.new_empty(h.shape),
@@ -758,8 +778,8 @@ def fake_backward(
 backward_operator = register(
     "gated_depthwise_conv_backward(Tensor? grad_y, Tensor? grad_new_cache, Tensor h, Tensor weight, "
     "Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, "
-    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay) -> (Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay, str gate) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 2),
@@ -767,8 +787,8 @@ backward_operator = register(
 operator = register(
     "gated_depthwise_conv(Tensor h, Tensor weight, Tensor? bias=None, Tensor? causal_weight=None, Tensor? "
     "causal_bias=None, Tensor? chunk_scale=None, Tensor? padding_mask=None, Tensor? cache=None, SymInt "
-    'chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt delay=0) -> (Tensor, '
-    "Tensor)",
+    'chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt delay=0, str '
+    'gate="sigmoid") -> (Tensor, Tensor)',
     run,
     fake,
     setup_context=set_up,

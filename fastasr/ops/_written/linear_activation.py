@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=linear_activation` writes this file from fastasr/ops/linear_activation.py: change that one.
-"""a linear layer with SiLU, GELU, ReLU or tanh: feed-forward blocks, gated MLPs"""
+"""a linear layer with SiLU, GELU, ReLU or tanh, gated (SwiGLU) or not: feed-forward blocks, gated MLPs"""
 
 from functools import partial
 from typing import Literal, NamedTuple
@@ -32,7 +32,7 @@ from fastasr.ops._runtime import (
     transformed_results,
     wanted,
 )
-from fastasr.ops.linear_activation import _fast, _gradients, _launch, fits
+from fastasr.ops.linear_activation import _check, _fast, _gradients, _launch, fits
 from fastasr.ops.linear_activation import linear_activation as formula
 
 op = OPS["linear_activation"]
@@ -45,6 +45,7 @@ class Arguments(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu"
+    gated: bool = False
 
 
 class Saved(NamedTuple):
@@ -53,6 +54,7 @@ class Saved(NamedTuple):
     bias: Tensor | None
     z: Tensor
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"]
+    gated: bool
 
 
 class Needs(NamedTuple):
@@ -67,18 +69,20 @@ def linear_activation(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu",
+    gated: bool = False,
 ) -> Tensor:
-    """act(x weightᵀ + bias).
+    """act(x weightᵀ + bias); or a · act(g) for (a, g) = x weightᵀ + bias.
 
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.
         weight: (N, K); bias: (N,) or None; x's dtype, except under autocast, which casts all three.
         activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
+        gated: the second half of the product is the activation's argument, whose value multiplies the first half.
     Returns:
-        (..., N).
+        (..., N), or (..., N / 2) if gated.
     Raises:
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
-        ValueError: shapes or devices do not match; activation is not one of these.
+        ValueError: shapes or devices do not match; activation is not one of these; N is odd and gated is set.
     """
     kernels = family.native
     if (
@@ -92,8 +96,9 @@ def linear_activation(
         and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype))
         and type(activation) is str
         and activation in ACTIVATION_CODES
+        and type(gated) is bool
         and not is_autocast_enabled("cpu")
-        and fits(x, weight, bias, activation)
+        and fits(x, weight, bias, activation, gated)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -101,40 +106,40 @@ def linear_activation(
             if is_grad_enabled() and (
                 x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
             ):
-                return apply(kernels, True, x, weight, bias, activation)
-            y, _ = _fast(kernels, False, x, weight, bias, activation)
+                return apply(kernels, True, x, weight, bias, activation, gated)
+            y, _ = _fast(kernels, False, x, weight, bias, activation, gated)
             return y
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
-            check(x, weight, bias, activation)
+            check(x, weight, bias, activation, gated)
             raise
-    check(x, weight, bias, activation)
+    check(x, weight, bias, activation, gated)
     if is_compiling() or not (
         type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
     ):
-        return traced(x, weight, bias, activation)
+        return traced(x, weight, bias, activation, gated)
     if transforms_active() or forward_ad._current_level >= 0:
-        return by_formula(op, Arguments(x, weight, bias, activation))
+        return by_formula(op, Arguments(x, weight, bias, activation, gated))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x, weight, bias, activation)
+        return formula(x, weight, bias, activation, gated)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, bias, activation, _ = under_autocast(cast_dtype, x, weight, bias, activation)
+        x, weight, bias, activation, gated, _ = under_autocast(cast_dtype, x, weight, bias, activation, gated)
         kernels = family.kernels(x)
         if kernels is None:
-            return formula(x, weight, bias, activation)
+            return formula(x, weight, bias, activation, gated)
     try:
         if is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return apply(kernels, False, x, weight, bias, activation)
-        y, _ = run_kernels(kernels, x, weight, bias, activation, False)
+            return apply(kernels, False, x, weight, bias, activation, gated)
+        y, _ = run_kernels(kernels, x, weight, bias, activation, gated, False)
     except Unlaunchable as error:
         family.give_up(error, x)
-        return formula(x, weight, bias, activation)
+        return formula(x, weight, bias, activation, gated)
     return y
 
 
@@ -143,10 +148,13 @@ def check(
     weight: Tensor,
     bias: Tensor | None,
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"],
+    gated: bool,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if not (type(activation) is str and activation in ACTIVATION_CODES):
         op.wrong_choice("activation", activation, ACTIVATION_CODES)
+    if type(gated) is not bool:
+        op.wrong_flag("gated", gated)
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
         op.wrong_tensor("x", x)
     shape, right = x.shape, False
@@ -177,23 +185,24 @@ def check(
             op.wrong_dtype("weight", weight, "x", x)
         if bias is not None and bias.dtype != x.dtype:
             op.wrong_dtype("bias", bias, "x", x)
+    _check(op, Arguments(x, weight, bias, activation, gated))
 
 
-def traced(x, weight, bias, activation):
+def traced(x, weight, bias, activation, gated):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("linear_activation", x):
-        return formula(x, weight, bias, activation)
+        return formula(x, weight, bias, activation, gated)
     y, _ = operator(
-        x, weight, bias, activation,
+        x, weight, bias, activation, gated,
         is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return y
 
 
-def run_kernels(kernels, x, weight, bias, activation, keep):
+def run_kernels(kernels, x, weight, bias, activation, gated, keep):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
-    y, z = _launch(op, kernels, make(Arguments, (x, weight, bias, activation)), y_dtype, keep)
+    y, z = _launch(op, kernels, make(Arguments, (x, weight, bias, activation, gated)), y_dtype, keep)
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
     if z.dtype is not y_dtype:
@@ -205,23 +214,23 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x), promoted(a.x))
 
 
-def under_autocast(dtype, x, weight, bias=None, activation="silu", keep=False):
+def under_autocast(dtype, x, weight, bias=None, activation="silu", gated=False, keep=False):
     """Casts the arguments as autocast does for this dtype."""
     x, weight, bias = cast(dtype, x, weight, bias)
-    return x, weight, bias, activation, keep
+    return x, weight, bias, activation, gated, keep
 
 
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class LinearActivation(Function):
     @staticmethod
-    def forward(ctx, kernels, direct, x, weight, bias, activation):
+    def forward(ctx, kernels, direct, x, weight, bias, activation, gated):
         if direct:
-            y, z = _fast(kernels, True, x, weight, bias, activation)
+            y, z = _fast(kernels, True, x, weight, bias, activation, gated)
         else:
-            y, z = run_kernels(kernels, x, weight, bias, activation, True)
+            y, z = run_kernels(kernels, x, weight, bias, activation, gated, True)
         y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias, z)
-        ctx.rest = kernels, direct, activation
+        ctx.rest = kernels, direct, activation, gated
         return y
 
     @staticmethod
@@ -230,26 +239,28 @@ class LinearActivation(Function):
             refuse_double_backward("linear_activation")
         # once: a checkpoint gives them one time
         x, weight, bias, z = ctx.saved_tensors
-        kernels, direct, activation = ctx.rest
+        kernels, direct, activation, gated = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, z, activation))
+                op, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated))
             )
-            return None, None, d_x, d_weight, d_bias, None
+            return None, None, d_x, d_weight, d_bias, None, None
         needs = ctx.needs_input_grad[2:5]
         try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, z, activation, needs)
+            d_x, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, weight, bias, z, activation, gated, needs
+            )
         except Unlaunchable as error:
             d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, z, activation))
+                error, op, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated))
             )
-        return None, None, d_x, d_weight, d_bias, None
+        return None, None, d_x, d_weight, d_bias, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, z, activation, needs):
+def differentiate(kernels, grad_y, x, weight, bias, z, activation, gated, needs):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias, z, activation)), make(Needs, needs)
+        op, kernels, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated)), make(Needs, needs)
     )
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
@@ -263,64 +274,67 @@ def differentiate(kernels, grad_y, x, weight, bias, z, activation, needs):
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, activation="silu", keep=False):
+def run(x, weight, bias=None, activation="silu", gated=False, keep=False):
     kernels = family.kernels(x)
     if kernels is None:
-        return formula_results(op, x, weight, bias, activation)
+        return formula_results(op, x, weight, bias, activation, gated)
     try:
-        y, z = run_kernels(kernels, x, weight, bias, activation, keep)
+        y, z = run_kernels(kernels, x, weight, bias, activation, gated, keep)
     except Unlaunchable as error:
         family.give_up(error, x)
-        return formula_results(op, x, weight, bias, activation)
+        return formula_results(op, x, weight, bias, activation, gated)
     if not keep:
         z = z.new_empty(0)
     return y.contiguous(), z.contiguous()
 
 
-def fake(x, weight, bias=None, activation="silu", keep=False):
+def fake(x, weight, bias=None, activation="silu", gated=False, keep=False):
     keep = keep and family.kernels(x) is not None
     S = x.shape[:-1]
 
     N = weight.shape[0]
-    return torch.empty((*S, N), dtype=promoted(x), device=x.device), torch.empty(
+    return torch.empty((*S, N // (1 + gated)), dtype=promoted(x), device=x.device), torch.empty(
         (*S, N) if keep else (0,), dtype=promoted(x), device=x.device
     )
 
 
 def set_up(ctx, inputs, output):
-    x, weight, bias, activation, keep = inputs
+    x, weight, bias, activation, gated, keep = inputs
     y, z = output
     ctx.mark_non_differentiable(z)
     ctx.save_for_backward(x, weight, bias, z)
-    ctx.rest = activation, keep
+    ctx.rest = activation, gated, keep
 
 
 def backward(ctx, grad_y, *_):
     x, weight, bias, z = ctx.saved_tensors
-    activation, keep = ctx.rest
+    activation, gated, keep = ctx.rest
     if not keep:
-        _, z = operator(x, weight, bias, activation, True)
+        _, z = operator(x, weight, bias, activation, gated, True)
     needs = wanted(ctx.needs_input_grad, (0, 1, 2))
-    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, z, activation, needs))
+    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, z, activation, gated, needs))
     return (
         None if not needs[0] else d_x,
         None if not needs[1] else d_weight,
         None if bias is None or not needs[2] else d_bias,
         None,
         None,
+        None,
     )
 
 
-def run_backward(grad_y, x, weight, bias, z, activation, needs):
+def run_backward(grad_y, x, weight, bias, z, activation, gated, needs):
     kernels = family.kernels(x)
     if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, z, activation))
+        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, z, activation, gated))
     else:
         try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, z, activation, needs)
+            d_x, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, weight, bias, z, activation, gated, needs
+            )
         except Unlaunchable as error:
             d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, z, activation)
+                error, op, (grad_y,), Saved(x, weight, bias, z, activation, gated)
             )
     return (
         x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
@@ -329,7 +343,7 @@ def run_backward(grad_y, x, weight, bias, z, activation, needs):
     )
 
 
-def fake_backward(grad_y, x, weight, bias, z, activation, needs):
+def fake_backward(grad_y, x, weight, bias, z, activation, gated, needs):
     return (
         x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
         x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
@@ -339,14 +353,14 @@ def fake_backward(grad_y, x, weight, bias, z, activation, needs):
 
 backward_operator = register(
     "linear_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor z, str "
-    "activation, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "activation, bool gated, bool[] needs) -> (Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
 )
 operator = register(
     'linear_activation(Tensor x, Tensor weight, Tensor? bias=None, str activation="silu", bool '
-    "keep=False) -> (Tensor, Tensor)",
+    "gated=False, bool keep=False) -> (Tensor, Tensor)",
     run,
     fake,
     setup_context=set_up,

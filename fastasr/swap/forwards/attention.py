@@ -7,19 +7,27 @@ dropout is drawn as upstream draws it, or each sequence has its own position emb
 
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import _left, ops
+from fastasr._recording import recording
 from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import is_plain, is_upstreams, is_watched, runs
+from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.attention import STANDARD, first_rows, mean_of_values, projected
+from fastasr.models.fast_conformer.attention import (
+    STANDARD,
+    first_rows,
+    mean_of_values,
+    of_recordings,
+    projected,
+)
 from fastasr.models.fast_conformer.masks import seen
-from fastasr.ops._relative_positions import relative_shift
+from fastasr.ops._relative_positions import relative_shift, rows_by_offset
 from fastasr.swap.rule import Upstream
 
 _WEIGHTS = "attention weights are asked for"
@@ -36,6 +44,8 @@ def wav2vec2_attention(
 ) -> tuple[Tensor, Any]:
     """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width), attention mask (``masks.read``), position
     embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
+    if isinstance(attention_mask, Packing):
+        return _packed(self, hidden_states, relative_position_embeddings, attention_mask), None
     fits = _is_one_table(relative_position_embeddings, hidden_states.shape[1])
     options = _options(self, hidden_states, attention_mask, fits)
     if options is None:
@@ -56,13 +66,23 @@ def relative_key_attention(
     Transformer-XL w2v-BERT has the attention of Wav2Vec2Conformer."""
     if self.position_embeddings_type == "relative":
         return wav2vec2_attention(self, hidden_states, attention_mask, *positions, **kwargs)
-    table = self.distance_embedding
-    options = _options(self, hidden_states, attention_mask, is_plain(table, torch.nn.Embedding))
-    if options is None:
-        return type(self).forward(self, hidden_states, attention_mask, *positions, **kwargs)
+    packing = attention_mask if isinstance(attention_mask, Packing) else None
+    table, options = self.distance_embedding, None
+    if packing is None:
+        options = _options(self, hidden_states, attention_mask, is_plain(table, torch.nn.Embedding))
+        if options is None:
+            return type(self).forward(self, hidden_states, attention_mask, *positions, **kwargs)
     layers = self.linear_q, self.linear_k, self.linear_v
     q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (self.num_heads, -1)) for layer in layers)
     span = self.left_max_position_embeddings, self.right_max_position_embeddings
+    if packing is not None:
+        none, frames = q.new_zeros(q.shape[2:]), max(packing.lengths)
+        rows = rows_by_offset(table.weight, frames, frames, span).to(q.dtype)
+        rows = rows.unsqueeze(1).expand(-1, self.num_heads, -1).contiguous()
+        share: Any = share_of_dropout(self)
+        y = of_recordings(packing, q[0], k[0], v[0], rows, none, none, share)
+        return plumbing.linear(self.linear_out, y.flatten(1).unsqueeze(0)), None
+    assert options is not None
     y = _shaw(q, k, v, table.weight, span, *options)
     return plumbing.linear(self.linear_out, y.flatten(2)), None
 
@@ -128,7 +148,7 @@ def _rows_in_blocks(module: Upstream, frames: int, indices: Tensor) -> Tensor | 
     size, table = module.context_size, module.rel_pos_emb
     if not frames or not is_plain(table, torch.nn.Embedding) or indices.shape != (size, size):
         return None
-    if not torch.compiler.is_compiling():
+    if _may_read():
         version = None if indices.is_inference() else indices._version
         kept = getattr(indices, "_fastasr_by_offset", None)
         if kept is None or kept[0] != version:
@@ -217,6 +237,111 @@ def wavlm_encoder(
     return type(self).forward(self, hidden_states, attention_mask, **kwargs)
 
 
+class ByOffset(NamedTuple):
+    """What ``phi4_encoder`` gives its layers in place of upstream's mask (B or 1, H, T, T): rows (2T − 1, H) of the
+    bias by offset, and a bias per key (B, 1, T) or None."""
+
+    rows: Tensor
+    keys: Tensor | None
+
+
+def phi4_attention(
+    self: Upstream, hidden_states: Tensor, attention_mask: ByOffset | Tensor, **kwargs: Any
+) -> Tensor:
+    """Serves the audio encoder of transformers' Phi-4-multimodal, if ``phi4_encoder`` gives it the bias: hidden states
+    (B, T, width) -> same shape: s[i,j] = q_i·k_j / √d + b[j − i] + c_j."""
+    given, dropout = attention_mask, None
+    if not isinstance(given, ByOffset):
+        _left.note(self, "the bias has every pair of frames")
+    elif (implementation := self.config._attn_implementation) not in STANDARD:
+        masks.note_unread(self, False, implementation)
+    else:
+        share = self.attention_dropout if self.training else 0.0
+        dropout = attention_dropout.of_kernel(share, hidden_states.device)
+        if dropout is None:
+            attention_dropout.note_formed(self)
+    if dropout is None or not isinstance(given, ByOffset):
+        if isinstance(given, ByOffset):
+            given = _pairs(given)
+        return type(self).forward(self, hidden_states, given, **kwargs)
+    layers = self.q_proj, self.k_proj, self.v_proj
+    q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers)
+    y = ops.rel_attention(q, k, v, offset_bias=given.rows, key_bias=given.keys, **dropout)
+    return plumbing.linear(self.o_proj, y.flatten(2))
+
+
+def _pairs(bias: ByOffset) -> Tensor:
+    """Returns the sum of both biases (B or 1, H, T, T)."""
+    pairs = _bias_of_pairs(bias.rows, 1).unsqueeze(0)
+    return pairs if bias.keys is None else pairs + bias.keys.unsqueeze(2)
+
+
+def phi4_encoder(self: Upstream, hidden_states: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """Serves the audio encoder of transformers' Phi-4-multimodal: features (B, T₀, mel_bins), mask (B, T₀), True or 1
+    at valid frames, or None -> (B, T, width). Its layers get the bias by offset, and upstream's mask, which adds 1 to
+    the scores of valid keys and hides none, as a bias per key. More than 500 frames are sequences of 500, the last of
+    them filled with zeros."""
+    bias = self.relative_attention_bias_layer
+    if not all(runs(layer.self_attn, phi4_attention) for layer in self.encoders) or is_watched(bias):
+        return type(self).forward(self, hidden_states, mask, **kwargs)
+    # These draw from numpy's generator in training.
+    y, seen_keys, valid = self.forward_embeddings(self.encoder_embedding(hidden_states), mask)
+    (batch, whole, width), longest = y.shape, 500
+    if whole > longest:
+        missing = -whole % longest
+        y = F.pad(y, (0, 0, 0, missing)).reshape(-1, longest, width)
+        if valid is not None:
+            valid = F.pad(valid[:, 0], (0, missing)).reshape(-1, longest)
+        seen_keys = self.calculate_hs_mask(y, y.device, valid)
+    frames = y.shape[1]
+    offsets = torch.arange(1 - frames, frames, dtype=torch.int64, device=y.device)
+    offsets = offsets.clamp(-bias.max_distance, bias.max_distance - 1)
+    rows = bias.bias_values(offsets.abs() if bias.symmetric else offsets + bias.num_buckets // 2)
+    # All rows of the mask are the same, without chunks.
+    given = ByOffset(rows, None if valid is None else seen_keys[:, :1].to(rows.dtype))
+    for layer in self.encoders:
+        y = layer(y, given)
+    return y.reshape(batch, -1, width)[:, :whole]
+
+
+def sanm_attention(
+    self: Upstream,
+    x: Tensor,
+    mask: Tensor | None,
+    mask_shfit_chunk: Tensor | None = None,
+    mask_att_chunk_encoder: Tensor | None = None,
+) -> Tensor:
+    """Serves FunASR's attention without positions, with its memory of the values (Gao et al., "SAN-M", 2020): x (B, T,
+    channels), mask (B, 1, T), 0 at padding and 1 elsewhere, or None -> (B, T, width)."""
+    conv, pad, delay, dropout = self.fsmn_block, self.pad_fn, None, None
+    if is_plain(pad, torch.nn.ConstantPad1d) and pad.value == 0.0:
+        delay = plumbing.conv_delay(conv, around=pad.padding)
+    if delay is None:
+        _left.note(self, "fsmn_block or pad_fn has hooks or is no plain one")
+    elif (
+        mask_shfit_chunk is not None
+        or mask_att_chunk_encoder is not None
+        or (mask is not None and mask.shape != (len(x), 1, x.shape[1]))
+    ):
+        _left.note(self, "masks of chunks, or a mask that is not (B, 1, T)")
+    else:
+        dropout = attention_dropout.of_kernel(plumbing.dropped_share(self.dropout), x.device)
+        if dropout is None:
+            attention_dropout.note_formed(self)
+    if delay is None or dropout is None:
+        return type(self).forward(self, x, mask, mask_shfit_chunk, mask_att_chunk_encoder)
+    hidden = None if mask is None else mask[:, 0].eq(0)
+    q, k, v = plumbing.linear(self.linear_q_k_v, x).chunk(3, -1)
+    memory = ops.depthwise_conv_residual(v, conv.weight, conv.bias, padding_mask=hidden, delay=delay)
+    if not plumbing.is_idle(self.dropout):  # upstream draws channels first
+        memory = self.dropout(memory.transpose(1, 2).contiguous()).transpose(1, 2)
+    if hidden is not None:
+        memory = memory.masked_fill(hidden.unsqueeze(-1), 0.0)
+    q, k, v = (t.unflatten(-1, (self.h, self.d_k)) for t in (q, k, v))
+    y = ops.rel_attention(q, k, v, key_padding_mask=hidden, **dropout)
+    return plumbing.linear(self.linear_out, y.flatten(2)) + memory
+
+
 def _bias_of_pairs(rows: Tensor, batch: int) -> Tensor:
     """Returns the bias (B H, T, T) of every pair of frames, from (2T − 1, H) by offset."""
     frames = (rows.shape[0] + 1) // 2
@@ -303,8 +428,14 @@ def _empty_windows(hidden: Tensor, past: int) -> Tensor | None:
     that there are none."""
     visible = F.pad((~hidden).cumsum(1), (past + 1, 0))
     empty = visible[:, past + 1 :] == visible[:, : hidden.shape[1]]
-    known = empty.is_cpu and not torch.compiler.is_compiling()
+    known = empty.is_cpu and _may_read()
     return None if known and not empty.any() else empty
+
+
+def _may_read() -> bool:
+    """Says whether a call may depend on values of tensors, and keep what it reads: not while it is compiled or
+    recorded, because the same code then serves other values."""
+    return not torch.compiler.is_compiling() and recording() is None
 
 
 def _hidden_in_windows(
@@ -329,9 +460,9 @@ def _hidden_in_windows(
         expected = keys[:, None, :, None] & (behind >= 0) & (behind <= past)
         queries = torch.arange(expected.shape[2] * size, dtype=torch.int64, device=mask.device) < frames
         expected = expected & queries.view(-1, size, 1)
-        if torch.compiler.is_compiling() or torch.equal(visible, expected):
+        if not _may_read() or torch.equal(visible, expected):
             found = ~valid, _empty_windows(~valid, past)
-    if not torch.compiler.is_compiling():
+    if _may_read():
         mask._fastasr_hidden = version, found
     return found
 
@@ -376,6 +507,8 @@ def nemo_attention(
     nothing.
     Upstream's code serves autocast to float16, where it computes in another dtype.
     """
+    if isinstance(mask, Packing):
+        return _packed(self, query, pos_emb, mask)
     batch, frames = query.shape[:2]
     keys = frames if cache is None else cache.shape[1] + frames
     half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16
@@ -401,6 +534,8 @@ def gigaam_attention(
     """Serves GigaAM's RelPositionMultiHeadAttention, NeMo's without dropout and cache: query, which is key and value
     too, (B, T, width), position embeddings (1, 2T − 1, width), mask bool (B, T, T), True at hidden keys, or None -> (B,
     T, width)."""
+    if isinstance(mask, Packing):
+        return _packed(self, query, pos_emb, mask)
     batch, frames = query.shape[:2]
     fits = query is key is value and _is_one_table(pos_emb, frames)
     fits = fits and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, frames, frames)))
@@ -416,15 +551,15 @@ def firered_attention(
     """Serves FireRedASR's RelPosMultiHeadAttention, which normalises queries, keys and values each by a LayerNorm of
     its own and adds the residual: q, which is k and v too, (B, T, width), position embeddings (1, 2T − 1, width), mask
     (B, 1, T), 0 at hidden keys, or None -> ((B, T, width), None)."""
-    batch, frames = q.shape[:2]
-    fits = q is k is v and _is_one_table(pos_emb, frames)
-    fits = fits and (mask is None or mask.shape == (batch, 1, frames))
-    share = plumbing.dropped_share(self.attention.dropout)
-    dropout = attention_dropout.of_kernel(share, q.device) if fits else None
-    if dropout is None:
-        _note(self, fits, _OTHER)
-        return type(self).forward(self, q, k, v, pos_emb, mask)
-    hidden: dict[str, Any] = {} if mask is None else {"key_padding_mask": mask[:, 0].eq(0)}
+    (batch, frames), dropout = q.shape[:2], None
+    packing = mask if isinstance(mask, Packing) else None
+    if packing is None:
+        fits = q is k is v and _is_one_table(pos_emb, frames)
+        fits = fits and (mask is None or mask.shape == (batch, 1, frames))
+        dropout = attention_dropout.of_kernel(share_of_dropout(self), q.device) if fits else None
+        if dropout is None:
+            _note(self, fits, _OTHER)
+            return type(self).forward(self, q, k, v, pos_emb, mask)
     heads = self.pos_bias_u.shape
     norms = self.layer_norm_q, self.layer_norm_k, self.layer_norm_v
     layers = self.w_qs, self.w_ks, self.w_vs
@@ -433,7 +568,12 @@ def firered_attention(
         for layer, norm in zip(layers, norms, strict=True)
     )
     rows = projected(self, self.linear_pos, pos_emb[0]).view(-1, *heads)
-    y = ops.rel_attention(queries, keys, values, rows, self.pos_bias_u, self.pos_bias_v, **hidden, **dropout)
+    if dropout is None:
+        y = _of_recordings(self, packing, queries, keys, values, rows)
+    else:
+        hidden: dict[str, Any] = {} if mask is None else {"key_padding_mask": mask[:, 0].eq(0)}
+        given: dict[str, Any] = hidden | dropout
+        y = ops.rel_attention(queries, keys, values, rows, self.pos_bias_u, self.pos_bias_v, **given)
     return plumbing.dropout(self.dropout, plumbing.linear(self.fc, y.flatten(2)), q), None
 
 
@@ -540,7 +680,8 @@ def _options(
         masks.note_unread(module, implementation in STANDARD, implementation)
         return None
     by = None if pairs is None else seen(pairs, left=_before_chunks(config, frames))
-    if by is not None and by.empty_rows is not None:
+    # A recorded call reads no values: there such a query gives 0. No valid frame depends on it.
+    if by is not None and by.empty_rows is not None and recording() is None:
         _left.note(module, "a query sees no key")
         return None
     dropout = attention_dropout.of_kernel(plumbing.dropped_share(module.dropout), x.device)
@@ -602,6 +743,34 @@ def _hidden_pairs(
 def _dropout_of(module: Upstream) -> dict[str, Any] | None:
     """Returns the kernel's arguments for the module's dropout, None where upstream must draw it."""
     return attention_dropout.of_kernel(plumbing.dropped_share(module.dropout), module.pos_bias_u.device)
+
+
+def share_of_dropout(module: Upstream) -> float | None:
+    """Returns the share of its weights that an attention module of a served framework drops now, None if the dropout is
+    no plain one."""
+    if getattr(module, "use_pytorch_sdpa", False):
+        return module.dropout_rate if module.training else 0.0
+    dropout = getattr(getattr(module, "attention", module), "dropout", None)
+    return 0.0 if dropout is None else plumbing.dropped_share(dropout)
+
+
+def _packed(module: Upstream, x: Tensor, positions: Any, packing: Packing) -> Tensor:
+    """Returns the attention of modules with ESPnet's names to packed frames x (1, N, width)."""
+    heads, layers = module.pos_bias_u.shape, (module.linear_q, module.linear_k, module.linear_v)
+    q, k, v = (plumbing.linear(layer, x).view(*x.shape[:2], *heads) for layer in layers)
+    rows = projected(module, module.linear_pos, positions[0]).view(-1, *heads)
+    return plumbing.linear(module.linear_out, _of_recordings(module, packing, q, k, v, rows).flatten(2))
+
+
+def _of_recordings(module: Upstream, packing: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Returns (1, N, H, d), where each recording sees itself, of q, k and v (1, N, H, d) and rows (2T − 1, H, d) of all
+    offsets, of which those of the longest recording are in the middle."""
+    longest = max(packing.lengths)
+    first = len(rows) // 2 + 1 - longest
+    rows = rows[first : first + 2 * longest - 1] if first else rows
+    biases = module.pos_bias_u, module.pos_bias_v
+    share: Any = share_of_dropout(module)
+    return of_recordings(packing, q[0], k[0], v[0], rows, *biases, share).unsqueeze(0)
 
 
 def _attention(

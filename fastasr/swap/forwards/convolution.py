@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import _left, ops
-from fastasr.models.common import plumbing
-from fastasr.models.common.activations import norm_activated
+from fastasr.models.common import activations, plumbing
 from fastasr.models.common.plain import is_plain, is_upstreams
+from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
     after_gate,
@@ -50,9 +50,8 @@ def nemo_convolution(
         _left.note(self, "a cache, and a convolution or norm that is no plain one or has hooks")
         return type(self).forward(self, x, pad_mask, cache)
     h = pointwise(self.pointwise_conv1, x)
-    y = after_gate(
-        h, conv, norm, self.activation, self.pointwise_conv2, pad_mask, cache=cache, by_frame=by_frame
-    )
+    layers, hidden = (conv, norm, self.activation, self.pointwise_conv2), _by(pad_mask)
+    y = after_gate(h, *layers, **hidden, cache=cache, by_frame=by_frame)
     y = _as_upstream_lays_it(self, y)
     return y if cache is None else (y, conv.update_cache(gated(h, pad_mask), cache)[1])
 
@@ -80,7 +79,7 @@ def speechbrain_convolution(
     else:
         form = _within_chunks(self.conv.weight, chunk_size)
     z = ops.gated_depthwise_conv(h, bias=self.conv.bias, activation="identity", **form).transpose(0, 1)
-    y = plumbing.linear(last, norm_activated(norm, activation, z))
+    y = plumbing.linear(last, activations.norm_activated(norm, activation, z))
     if chunk_size is not None and not plumbing.is_idle(dropout):  # upstream draws for whole chunks
         frames = y.shape[1]
         y = plumbing.dropout(dropout, F.pad(y, (0, 0, 0, -frames % chunk_size)))[:, :frames]
@@ -135,35 +134,38 @@ def causal_seamless_convolution(
 
 
 def _seamless(
-    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None, norm: Upstream, **options: Any
+    self: Upstream, hidden_states: Tensor, attention_mask: Any, norm: Upstream, **options: Any
 ) -> Tensor:
     first = self.pointwise_conv1
     if not is_plain(self.glu, torch.nn.GLU) or not is_plain(first, torch.nn.Conv1d) or first.bias is not None:
         _left.note(self, "glu or pointwise_conv1 is no plain one, or has a bias")
         return type(self).forward(self, hidden_states, attention_mask)
     h = pointwise(first, self.layer_norm(hidden_states))
-    hidden = None if attention_mask is None else ~attention_mask.bool()
+    packed = attention_mask is None or isinstance(attention_mask, Packing)
+    hidden = _by(attention_mask if packed else ~attention_mask.bool())
     layers = self.depthwise_conv, getattr(self, norm), self.activation, self.pointwise_conv2
-    return _dropped(self.dropout, after_gate(h, *layers, hidden, **options))
+    return _dropped(self.dropout, after_gate(h, *layers, **(hidden | options)))
 
 
-def firered_convolution(self: Upstream, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def firered_convolution(self: Upstream, x: Tensor, mask: Any = None) -> Tensor:
     """Serves FireRedASR's Conformer, which adds the residual: x (B, T, width), mask (B, 1, T), 1 at valid frames, or
     None -> (B, T, width). Upstream sets padding to 0 before ``pointwise_conv1``, which has no bias, so that the gated
     frame is 0."""
-    first, hidden = self.pointwise_conv1, None if mask is None else mask[:, 0].ne(1)
+    packed = mask is None or isinstance(mask, Packing)
+    first, hidden = self.pointwise_conv1, None if packed else mask[:, 0].ne(1)
     n = self.pre_layer_norm(x)
     if hidden is not None and not (is_plain(first, torch.nn.Conv1d) and first.bias is None):
         n = n.masked_fill(hidden.unsqueeze(-1), 0.0)
     layers = self.depthwise_conv, self.batch_norm, self.swish, self.pointwise_conv2
-    y = _dropped(self.dropout, after_gate(pointwise(first, n), *layers, hidden, by_frame=True))
+    by = _by(mask if packed else hidden)
+    y = _dropped(self.dropout, after_gate(pointwise(first, n), *layers, **by, by_frame=True))
     return x + (y if hidden is None else y.masked_fill(hidden.unsqueeze(-1), 0.0))
 
 
 def gigaam_convolution(self: Upstream, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
     """Serves GigaAM's Conformer: x (B, T, width), pad mask (bool (B, T), True at padding) or None -> (B, T, width)."""
     layers = self.depthwise_conv, self.batch_norm, self.activation, self.pointwise_conv2
-    return gated_convolution(x, self.pointwise_conv1, *layers, pad_mask)
+    return gated_convolution(x, self.pointwise_conv1, *layers, **_by(pad_mask))
 
 
 def granite_speech_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
@@ -190,6 +192,27 @@ def granite_speech5_convolution(
     return plumbing.linear(self.pointwise_lin2, y)
 
 
+def phi4_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
+    """Serves transformers' Phi-4-multimodal: hidden states (B, T, width) -> same shape: W3 SiLU(W2 z) of the causal
+    depthwise convolution z of (a + b1) · SiLU(g + b2), (a, g) = W1 LayerNorm(x). Padding is not masked."""
+    glu, separable = self.glu, self.dw_sep_conv_1d
+    first, depthwise, second = glu.ext_pw_conv_1d, separable.dw_conv, separable.pw_conv
+    plain = is_upstreams(glu, self) and is_upstreams(separable, self)
+    fused = all(activations.fused_name(a) == "silu" for a in (glu.glu_act, self.act))
+    delay = plumbing.conv_delay(depthwise, causal=True)
+    if not plain or not fused or delay is None or not all(map(plumbing.is_pointwise_conv1d, (first, second))):
+        _left.note(self, "a part has hooks or is no plain one, or an activation is not SiLU")
+        return type(self).forward(self, hidden_states)
+    shift = torch.cat([glu.b1, glu.b2], 1).flatten()
+    bias = shift if first.bias is None else first.bias + shift
+    h = ops.linear(self.layer_norm(hidden_states), first.weight.flatten(1), bias).transpose(0, 1)
+    z = ops.gated_depthwise_conv(
+        h, depthwise.weight, depthwise.bias, delay=delay, activation="identity", gate="silu"
+    ).transpose(0, 1)
+    z = ops.linear_activation(z, second.weight.flatten(1), second.bias, "silu")
+    return _dropped(self.dropout, pointwise(self.ext_pw_conv_1d, z))
+
+
 def fun_asr_memory(self: Upstream, hidden_states: Tensor, input_features_mask: Tensor) -> Tensor:
     """Serves the memory of transformers' Fun-ASR-Nano (FSMN), without a gate: hidden states (B, T, width), mask (B, T),
     1 at valid frames -> same shape: u plus its depthwise convolution, with u 0 at padding."""
@@ -210,6 +233,11 @@ def torchaudio_convolution(self: Upstream, input: Tensor) -> Tensor:
         _left.note(self, "sequential or its glu is not a plain one")
         return type(self).forward(self, input)
     return _dropped(dropout, gated_convolution(self.layer_norm(input), first, *rest))
+
+
+def _by(mask: Packing | Tensor | None) -> dict[str, Any]:
+    """Returns the arguments of ``convolved`` for a mask, True at padding, or a ``Packing`` in its place."""
+    return {"packing" if isinstance(mask, Packing) else "hidden": mask}
 
 
 def _as_upstream_lays_it(module: Upstream, y: Tensor) -> Tensor:

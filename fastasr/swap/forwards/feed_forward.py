@@ -82,6 +82,14 @@ def fun_asr_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
     return F.dropout(hidden, rate) if rate else hidden
 
 
+def phi4_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
+    """Serves transformers' Phi-4-multimodal, whose LayerNorm comes first: hidden states (..., width) -> same shape: W2
+    (a · SiLU(g)) for (a, g) = W1 LayerNorm(x)."""
+    hidden = activations.activated(self.gate_up_proj, self.act_fn, self.layer_norm(hidden_states), gated=True)
+    y = plumbing.linear(self.down_proj, plumbing.dropout(self.dropout, hidden))
+    return plumbing.dropout(self.dropout, y)
+
+
 def _in_sequence(layers: Upstream, x: Tensor, residual: Tensor | None = None) -> Tensor:
     first, activation, middle, last, dropout = layers
     hidden = plumbing.dropout(middle, activations.activated(first, activation, x))

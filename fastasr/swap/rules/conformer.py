@@ -1,12 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules for the Conformers of all frameworks share this: the ops that our forwards of its modules call."""
+"""The rules for the Conformers of all frameworks share this: the ops that our forwards of its modules call, and the
+rule for layers that leave padding out."""
 
+from collections.abc import Callable
 from functools import partial
 
 from fastasr.models.fast_conformer.attention import release
-from fastasr.swap.rule import Rule
+from fastasr.swap.forwards import layers
+from fastasr.swap.rule import Known, Ragged, Rule, check_parameters
 
 attention_rule = partial(Rule, kernels=("linear", "rel_attention"), release=release)
 convolution_rule = partial(Rule, kernels=("linear", "gated_depthwise_conv"))
 norm_convolution_rule = partial(Rule, kernels=("linear", "gated_depthwise_conv", "norm_activation"))
 feed_forward_rule = partial(Rule, kernels=("linear_activation", "linear"))
+
+
+def layer_rule(name: str, class_name: str, forward: Callable, known: dict[str, Known]) -> Rule:
+    """Returns the rule for a layer that ``accelerate(ragged=True)`` binds."""
+    return Rule(
+        name=name,
+        class_name=class_name,
+        forward=forward,
+        structure=lambda module: check_parameters(module, {}),
+        known=known,
+        companion=True,
+        ragged=Ragged(forward, layers.why_not),
+        note="bound by ragged=True alone",
+    )

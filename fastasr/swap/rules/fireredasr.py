@@ -17,7 +17,7 @@ from fastasr.swap.rule import (
     unread_code,
     upstream_class,
 )
-from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
+from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, layer_rule, norm_convolution_rule
 
 _FIRERED = Known("fireredasr 0.0.2")
 _SWISH = {"89208fb66a55805df70fc892"}
@@ -78,5 +78,11 @@ RULES = (
         forward=models.firered_feed_forward,
         structure=_feed_forward_structure,
         known={"8233a08c2c862ad3445d28a8": _FIRERED},
+    ),
+    layer_rule(
+        "fireredasr.block",
+        "RelPosEmbConformerBlock",
+        models.firered_layer,
+        {"90651f6edfb3a71326735594": _FIRERED},
     ),
 )

@@ -3,7 +3,7 @@
 
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule, layer_rule
 
 _GIGAAM = Known("gigaam 0.1.0")
 _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
@@ -46,4 +46,5 @@ RULES = (
         structure=_feed_forward_structure,
         known={"0feedc15a25203509e8aa7a7": _GIGAAM},
     ),
+    layer_rule("gigaam.layer", "ConformerLayer", models.gigaam_layer, {"5ca9e8f5aaca6eefe131c1f8": _GIGAAM}),
 )

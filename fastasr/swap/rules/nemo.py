@@ -5,7 +5,7 @@ import torch
 
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
-from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
+from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, layer_rule, norm_convolution_rule
 
 _NEMO = Known("nemo_toolkit 2.5 to 3.0")
 _CAUSAL_CONVOLUTION = {"46714ff84a8e88178d848c5c"}
@@ -104,4 +104,11 @@ SUBSAMPLING = Rule(
     known={"65fa60149e9b3bfa5527a8bd": _NEMO},
 )
 
-RULES = (ATTENTION, LOCAL_ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING)
+LAYER = layer_rule(
+    "nemo.conformer_layer",
+    "ConformerLayer",
+    models.nemo_layer,
+    {"c584ec63e0520d37c6553196": Known("nemo_toolkit 3.0")},
+)
+
+RULES = (ATTENTION, LOCAL_ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, LAYER)

@@ -8,7 +8,7 @@ import torch
 
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters, unread_child
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule, layer_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
 
 _TRANSFORMERS = Known("transformers 5.6 to 5.24")
@@ -120,6 +120,13 @@ SEAMLESS_CONVOLUTION = convolution_rule(
     known={"d01c2bcc9da4dfcbfefc8604": _FROM_5_18},
 )
 
+SEAMLESS_LAYER = layer_rule(
+    "transformers.seamless_m4t_layer",
+    "SeamlessM4TConformerEncoderLayer",
+    models.seamless_layer,
+    {"32a2d50d48a0b71aeeb02221": _FROM_5_18},
+)
+
 # Class -> the fingerprint of its forward, the code of which is Wav2Vec2Conformer's
 _FEED_FORWARDS = {
     "SeamlessM4TConformerFeedForward": "aece9ef0e35e6cf4962d6c7e",
@@ -141,5 +148,6 @@ RULES = (
     FASTSPEECH2_CONVOLUTION,
     SEAMLESS_ATTENTION,
     SEAMLESS_CONVOLUTION,
+    SEAMLESS_LAYER,
     *FEED_FORWARDS,
 )

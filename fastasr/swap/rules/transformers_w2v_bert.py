@@ -4,7 +4,7 @@
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters
 from fastasr.swap.rules import transformers_conformer as conformer
-from fastasr.swap.rules.conformer import attention_rule, norm_convolution_rule
+from fastasr.swap.rules.conformer import attention_rule, layer_rule, norm_convolution_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
 
 _FROM_5_18 = Known("transformers 5.18 to 5.24")
@@ -55,9 +55,17 @@ def _convolution(class_name: str, name: str, fingerprint: str) -> Rule:
     )
 
 
+def _layer(class_name: str, name: str, fingerprint: str) -> Rule:
+    return layer_rule(
+        f"transformers.{name}_layer", class_name, models.seamless_layer, {fingerprint: _FROM_5_18}
+    )
+
+
 RULES = (
     _attention("SeamlessM4Tv2ConformerSelfAttention", "seamless_m4t_v2", "f1573bf01792a60cb7538627"),
     _convolution("SeamlessM4Tv2ConformerConvolutionModule", "seamless_m4t_v2", "e8e7abc116bc02fe45bde113"),
+    _layer("SeamlessM4Tv2ConformerEncoderLayer", "seamless_m4t_v2", "23016f467e9b8308b0732b96"),
     _attention("Wav2Vec2BertSelfAttention", "w2v_bert", "d993fea23540870359746507"),
     _convolution("Wav2Vec2BertConvolutionModule", "w2v_bert", "a0de805076e3b7d288831de8"),
+    _layer("Wav2Vec2BertEncoderLayer", "w2v_bert", "94e4a952bc163022c5f57f66"),
 )

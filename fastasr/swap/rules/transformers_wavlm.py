@@ -2,7 +2,8 @@
 """Rules for the attention of transformers' WavLM, and for its encoders, which hand on the bias of the positions."""
 
 from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters
+from fastasr.swap.rule import Graphed, Known, Rule, Upstream, check_child_names, check_parameters
+from fastasr.swap.rules import recorded
 from fastasr.swap.rules import transformers_conformer as conformer
 from fastasr.swap.rules.conformer import attention_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
@@ -27,6 +28,8 @@ def _encoder(class_name: str, before: str, since: str) -> Rule:
         known={before: Known("transformers 5.18 to 5.22"), since: Known("transformers 5.23 and 5.24")},
         companion=True,
         hooks=CAPTURING,
+        padded=recorded.PADDED,
+        graphs=Graphed(parts=recorded.layers),
     )
 
 

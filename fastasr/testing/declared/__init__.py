@@ -43,7 +43,9 @@ class Declared:
         self.strides = op.strides or {}
         # The kernels' call, or the part for gradients, asks which gradients are wanted; other calls give all of them.
         self.asks = "needs" in op.backward or (bool(op.gradients) and not op.backward)
-        self.materialize = not op.gradients or _takes_all(op.gradients)
+        # whether the part for gradients needs the gradient of every output
+        hints = get_type_hints(op.gradients) if op.gradients else {}
+        self.materialize = hints.get("grads") != Sequence[Tensor | None]
         self._read_kernel_calls()
         read = [o.name for o in self.outputs if o.name in (*self.backward, *(op.keeps or ()))]
         self.saves = [*(a.name for a in self.tensors), *read, *(o.name for o in self.keeps)]
@@ -100,11 +102,6 @@ class Declared:
         others = {o.name: o for o in self.found}
         names = ([name] if name not in others else self.dtype_names(others[name]) for name in output.dtype)
         return [name for group in names for name in group]
-
-
-def _takes_all(gradients: Callable) -> bool:
-    """Says whether the function needs the gradient of every output."""
-    return get_type_hints(gradients)["grads"] == Sequence[Tensor]
 
 
 @cache

@@ -23,6 +23,11 @@ def _call(make: Make, batch: int, frames: int, channels: int, taps: int) -> dict
     }
 
 
+def _padded(make: Make, batch: int, frames: int, channels: int, taps: int, delay: int = 0) -> dict:
+    padding = make.padding(frames, [max(0, frames - 3 * b) for b in range(batch)])
+    return _call(make, batch, frames, channels, taps) | {"padding_mask": padding, "delay": delay}
+
+
 def _half_of_wider_rows(make: Make) -> dict:
     arguments = _call(make, 2, 21, 24, 3)
     return arguments | {"x": make.normal(2, 21, 48)[..., 24:]}
@@ -35,7 +40,10 @@ def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
 
 def _random(make: Make, shape: Shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), 1 + shape.size()
-    return _call(make, batch, frames, channels, shape.choice((1, 3, 7, 15, 31)))
+    taps = shape.choice((1, 2, 3, 4, 7, 15, 31))
+    if shape.choice((False, True)):
+        return _call(make, batch, frames, channels, taps)
+    return _padded(make, batch, frames, channels, taps, shape.choice((-(taps // 2), 0, (taps - 1) // 2)))
 
 
 TABLE = OpTable(
@@ -47,6 +55,10 @@ TABLE = OpTable(
             lambda m: _call(m, 3, 30, 16, 5) | {"weight": m.normal(16, 5), "bias": None},
             thorough=True,
         ),
+        Sample("memory of SANM", lambda m: _padded(m, 3, 14, 12, 11), thorough=True),
+        Sample("causal", lambda m: _padded(m, 2, 13, 10, 4, 1), thorough=True),
+        Sample("none of the past", lambda m: _padded(m, 2, 70, 33, 5, -2)),
+        Sample("even", lambda m: _call(m, 2, 70, 33, 4)),
         Sample("half of wider rows", _half_of_wider_rows),
         Sample("long kernel", lambda m: _call(m, 2, 70, 33, 31)),
         Sample("one tap", lambda m: _call(m, 2, 70, 40, 1)),
@@ -61,10 +73,15 @@ TABLE = OpTable(
     ),
     invalid=(
         Invalid("x has no channels", lambda m: _call(m, 2, 6, 0, 3), ValueError, "x"),
-        Invalid("an even number of taps", lambda m: _call(m, 2, 6, 5, 4), ValueError, "weight"),
+        Invalid(
+            "a delay beyond the frame",
+            lambda m: _call(m, 2, 6, 5, 4) | {"delay": 2},
+            ValueError,
+            "fastasr.depthwise_conv_residual: delay: expected -2 to 1 for 4 taps, got 2",
+        ),
     ),
     unread=("weight",),  # some taps reach no frame of a short sequence
-    rows=("x",),
+    rows=("x", "padding_mask"),
     random=_random,
 )
 

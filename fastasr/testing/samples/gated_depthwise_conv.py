@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastasr.ops import _swoosh
-from fastasr.ops._depthwise_conv import ACTIVATIONS
+from fastasr.ops._depthwise_conv import ACTIVATIONS, GATES
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import (
     BATCH,
@@ -74,7 +74,10 @@ def _without(name: str, partner: str, make: Make) -> dict:
 def _random(make: Make, shape: Shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), shape.size()
     taps = shape.choice((1, 3, 7, 15, 31))
-    options: dict[str, Any] = {"activation": shape.choice(tuple(ACTIVATIONS))}
+    options: dict[str, Any] = {
+        "activation": shape.choice(tuple(ACTIVATIONS)),
+        "gate": shape.choice(tuple(GATES)),
+    }
     form = shape.choice(("plain", "past", "causal", "stream"))
     if form == "plain":
         return _plain(make, frames, batch, channels, taps) | options
@@ -124,6 +127,13 @@ TABLE = OpTable(
             ),
         ),
         Sample("SiLU", lambda m: _plain(m, 14, 2, 12, 9, activation="silu"), thorough=True),
+        Sample(
+            "gate of SiLU", lambda m: _past(m, 13, 2, 12, 3, 1, activation="silu", gate="silu"), thorough=True
+        ),
+        Sample(
+            "gate of SiLU, identity", lambda m: _plain(m, 70, 3, 40, 3, activation="identity", gate="silu")
+        ),
+        Sample("gate of SiLU, chunks", lambda m: _stream(m, 24, 3, 12, 5, 4) | {"gate": "silu"}),
         Sample("SiLU, chunks", lambda m: _causal(m, 24, 3, 12, 5, 4, activation="silu")),
         Sample(
             "causal by delay, cached", lambda m: _past(m, 12, 2, 10, 9, 4, activation="silu"), thorough=True

@@ -25,10 +25,10 @@ def configurations():
             outer = none | conv.convolving(31, 32 if chunked else 1500, chunked)
             only_q = dict.fromkeys(("R", "V")) if form == "plain" else {}
             for kernel, constants in (
-                ("gate", block_c | none | {"BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}),
+                ("gate", block_c | none | {"GATE": 0, "BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}),
                 ("forward", outer | {"ACTIVATION": 1}),
                 ("output_gradient", outer | only_q | {"ACTIVATION": 1}),
-                ("input_gradient", outer | {"TILED": True}),
+                ("input_gradient", outer | {"GATE": 0, "TILED": True}),
                 ("add_taps", block_c | none | {"BLOCK_P": sliding.MAX_PARTS}),
             ):
                 name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
@@ -39,11 +39,17 @@ def configurations():
             yield taps_gradients(name, types, 31, sliding.LINE, strides, (True, True), chunked)
         name = f"gated_depthwise_conv weight gradient, no activation, {dtype}"
         yield taps_gradients(name, types, 31, sliding.LINE, strides, (False, True))
-        rows = absent | conv.convolving(31, 1500, False) | {"TILED": False}
+        rows = absent | conv.convolving(31, 1500, False) | {"GATE": 0, "TILED": False}
         name = f"gated_depthwise_conv input gradient, no activation, {dtype}"
         yield Configuration(name, conv.input_gradient_kernel, types, rows, conv.NUM_WARPS, divisible)
         silu = conv.convolving(31, 1500, False) | absent | {"ACTIVATION": 2}
-        for kernel, constants in (("forward", silu), ("output_gradient", silu | {"R": None, "V": None})):
+        gate = block_c | absent | {"GATE": 1, "BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}
+        for kernel, constants in (
+            ("forward", silu),
+            ("output_gradient", silu | {"R": None, "V": None}),
+            ("gate", gate),
+            ("input_gradient", silu | {"GATE": 1, "TILED": True}),
+        ):
             name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, SiLU, {dtype}"
             function = getattr(conv, f"{kernel}_kernel")
             yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)

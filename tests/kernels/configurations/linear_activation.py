@@ -15,6 +15,8 @@ def configurations():
             for name, kernel, constants in (
                 ("forward", kernels.forward_kernel, flat),
                 ("backward", kernels.backward_kernel, tile),
+                ("gated forward", kernels.gated_forward_kernel, tile),
+                ("gated backward", kernels.gated_backward_kernel, tile),
             ):
                 name = f"linear_activation {name}, {label}, {dtype}"
                 constants = {"ACTIVATION": number, **constants}

@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from fastasr.models import zipformer as models
-from fastasr.models.zipformer import streaming_layer, whole_layer
+from fastasr.models.zipformer import native_layer
 from fastasr.models.zipformer.layer import CONSTANT_ATTENTION, constant_attention_in_eval, timed_forward
 from fastasr.swap.binding import bound_forward
 from fastasr.swap.rule import (
@@ -100,10 +100,10 @@ def _native_calls(module: Upstream) -> dict[str, str | None]:
     """Returns why the layer's native calls, which are for the CPU, cannot be used."""
     if not module.norm.bias.is_cpu or bound_forward(module) is timed_forward:  # The call's time decides this.
         return {}
-    forward = whole_layer.why_not(module)
+    calls = native_layer.why_not(module)
     if bound_forward(module) is constant_attention_in_eval:
-        forward = CONSTANT_ATTENTION
-    return {"forward": forward, "streaming_forward": streaming_layer.why_not(module)}
+        calls["forward"] = CONSTANT_ATTENTION
+    return calls
 
 
 ENCODER_LAYER = Rule(

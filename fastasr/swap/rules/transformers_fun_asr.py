@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for single modules of transformers' audio towers: Phi-4-multimodal's front end, Fun-ASR-Nano's memory and
-feed-forward."""
+"""Rules for the memory and the feed-forward of transformers' Fun-ASR-Nano."""
 
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
@@ -8,13 +7,6 @@ from fastasr.swap.rules.conformer import feed_forward_rule
 from fastasr.swap.rules.transformers_parakeet import SILU
 
 _FROM_5_18 = Known("transformers 5.18 to 5.24")
-
-
-def _phi4_structure(module: Upstream) -> str | None:
-    expected = 2 + 3 * (module.sampling_num - 1)
-    if len(module.conv) != expected:
-        return f"submodule conv has {len(module.conv)} layers, expected {expected}"
-    return check_parameters(module, {}) or check_child_names(module, ("act_fn", "conv", "out"))
 
 
 def _memory_structure(module: Upstream) -> str | None:
@@ -28,14 +20,6 @@ def _feed_forward_structure(module: Upstream) -> str | None:
     return reason or unread_child(module, "activation_fn", "SiLUActivation", SILU)
 
 
-SUBSAMPLING = Rule(
-    name="transformers.phi4_subsampling",
-    class_name="Phi4MultimodalAudioNemoConvSubsampling",
-    forward=models.phi4_subsampling,
-    kernels=("conv_subsampling", "linear_activation", "linear"),
-    structure=_phi4_structure,
-    known={"c3d771b28703db5e8fbda107": _FROM_5_18},
-)
 MEMORY = Rule(
     name="transformers.fun_asr_memory",
     class_name="FunAsrNanoFSMN",
@@ -52,4 +36,4 @@ FEED_FORWARD = feed_forward_rule(
     known={"e0a0768230314a0ea5b13f42": _FROM_5_18},
 )
 
-RULES = (SUBSAMPLING, MEMORY, FEED_FORWARD)
+RULES = (MEMORY, FEED_FORWARD)

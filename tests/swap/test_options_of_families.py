@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of ``accelerate`` on the encoders of other packages: it is served, or the report says why not.
+``tests/graphs/test_recorded_families.py`` has ``graphs=True``."""
+
+import families
+import pytest
+import torch
+from in_int8 import check
+
+import fastasr
+from fastasr.ops import _reduced_weights
+from fastasr.swap import weights
+from fastasr.swap.rules.recorded import PADDED
+
+NO_LENGTHS = "it takes no lengths, so its frames see padding"
+PACKED = {"layers.0": None, "layers.1": None}
+POSITIONS = ("linear_pos",)  # Projected positions are kept, so that no product is left to measure.
+# Family -> why an encoder or a layer runs on padding (None: it does not), and the layers that stay in float32
+OPTIONS = {
+    "wav2vec2 conformer": ({"": PADDED}, POSITIONS),
+    "seamless m4t": (PACKED, POSITIONS),
+    "seamless m4t v2": (PACKED, ()),
+    "w2v-bert": (PACKED, ()),
+    "granite speech": ({"": NO_LENGTHS}, ()),
+    "granite speech plus": ({"": NO_LENGTHS}, ()),
+    "granite speech 5": ({"": PADDED}, ()),
+    "lasr": ({"": PADDED}, ()),
+    "fun-asr-nano": ({"": PADDED}, ()),
+    "wavlm": ({"": PADDED}, ()),
+    "wavlm large": ({"": PADDED}, ()),
+    "gemma 3n": ({"": PADDED}, ()),
+    "gemma 4": ({"": PADDED}, ()),
+    "phi-4": ({"": "its attention does not hide padding, but adds 1 to scores"}, ()),
+    "funasr": ({}, ()),
+    "nemo transformer": ({"": PADDED}, POSITIONS),
+    "fireredasr": ({"layer_stack.0": None, "layer_stack.1": None}, POSITIONS),
+    "gigaam": (PACKED, POSITIONS),
+    "gigaam, rotary": (dict.fromkeys(PACKED, "its attention is not swapped"), ()),
+    **({"zipvoice": ({"": PADDED}, ())} if families.CHECKOUT else {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_int8(name, monkeypatch):
+    model, run = families.make(name)
+    check(model, lambda model: run(model)[0], monkeypatch, OPTIONS[name][1])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bfloat16(name, monkeypatch):
+    monkeypatch.setattr(weights, "SMALL", 0)
+    model, run = families.make(name)
+    with torch.no_grad():
+        exact = run(model)[0]
+        report = fastasr.accelerate(model, weights="bf16").weights
+        error = ((run(model)[0] - exact).norm() / exact.norm()).item()
+    why_not = _reduced_weights.why_not("bf16")
+    kept = [row for row in report.rows if row.format != "bf16"]
+    if why_not:  # the instructions of this machine
+        assert len(kept) == len(report.rows)
+        assert {row.reason for row in kept} == {why_not}
+    else:
+        assert 1e-5 < error < 0.02
+        assert all(row.path.endswith(OPTIONS[name][1]) and row.reason for row in kept)
+        assert len(report.reduced) >= 9
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_padding(name):
+    model, run = families.make(name)
+    with torch.no_grad():
+        exact = run(model)[0]
+        report = fastasr.accelerate(model, ragged=True)
+        found = run(model)[0]
+    assert report.ragged == OPTIONS[name][0]
+    if None not in report.ragged.values():  # tests/swap/test_ragged_layers.py has the others
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_no_encoder():
+    report = fastasr.accelerate(torch.nn.Linear(2, 2), ragged=True)
+    assert "without padding: the model holds no encoder that fastasr knows" in str(report)
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 1)  # not NeMo's
+    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=dict))
+    assert report.ragged == report.graphs == {"": "is torch's own class"}
