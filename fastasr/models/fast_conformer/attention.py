@@ -130,10 +130,10 @@ def of_recordings(
     if packed.is_native(*operands):
         return packed.attended(packing, *operands, dropout_p=dropout)
     if _dispatch.served("rel_attention", q):  # the definition would form the scores of all pairs of rows
-        span = len(table) // 2, len(table) // 2
+        span = len(positions) // 2, len(positions) // 2
         all_drops: Any = attention_dropout.of_kernel(dropout, q.device)
         return ops.rel_attention(
-            q, k, v, positions, module.bias_u, module.bias_v, starts=packing.starts, context=span, pos_span=span,
+            q[None], k[None], v[None], positions, bias_u, bias_v, starts=packing.starts, context=span, pos_span=span,
             **all_drops,
         )[0]  # fmt: skip
 
