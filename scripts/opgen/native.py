@@ -271,33 +271,16 @@ class _Call:
         yield "}"
 
     def _solve(self, shape: Shape, before: set[str]) -> tuple[str, list[str], list[str], set[str]]:
-        """Returns (rank condition, conditions, bindings, known names) as code over the sizes ``shape``."""
-        known, count = set(before), len(shape.dims)
-        rank = f"shape.size() {'>=' if shape.rest else '=='} {count}"
-        conditions, bindings = [], []
+        """Returns (rank condition, conditions, bindings, known names): what Python checks, in C++."""
         if shape.rest == "...":
             raise ValueError(f"{self.op.name}: expected a name for the dimensions before others")
-        if shape.rest in known:
-            conditions.append(f"shape.slice(0, shape.size() - {count}) == {shape.rest}")
-        elif shape.rest:
-            bindings.append(f"{shape.rest} = shape.slice(0, shape.size() - {count});")
-            self._bind("Sizes", shape.rest, known)
-        for i, dim in enumerate(shape.dims):
-            size = f"shape[shape.size() - {count - i}]" if shape.rest else f"shape[{i}]"
-            solved = dim.unknown(known)
-            if solved is None:
-                conditions.append(f"{size} == {code(dim.text, 4)}")
-                continue
-            name, factor, rest = solved
-            less = code(rest, 7)
-            value = size if less == "0" else f"({size} {f'+ {less[1:]}' if less[0] == '-' else f'- {less}'})"
-            if factor != "1":
-                conditions.append(f"{value} % {code(factor, 7)} == 0")
-            if less != "0" and less[0] != "-":
-                conditions.append(f"{value} >= 0")
-            bindings.append(f"{name} = {value}{f' / {code(factor, 7)}' if factor != '1' else ''};")
-            self._bind("int64_t", name, known)
-        return rank, conditions, bindings, known
+        known = set(before)
+        rank, conditions, bindings = shape.solve(known, "shape")
+        lines = []
+        for name, _, value in (binding.partition(" = ") for binding in bindings):
+            self._bind("Sizes" if name == shape.rest else "int64_t", name, known)
+            lines.append(f"{name} = {code(value)};")
+        return code(rank), [code(c, 4) for c in conditions], lines, known
 
     def _bind(self, type_: str, name: str, known: set[str]) -> None:
         known.add(name)
@@ -347,6 +330,13 @@ def _code(node: ast.expr, least: int) -> str:
         return node.id
     if isinstance(node, ast.Constant):
         return "std::numeric_limits<double>::infinity()" if node.value == float("inf") else str(node.value)
+    if isinstance(node, ast.Call):  # len(shape)
+        return f"{_code(node.args[0], 9)}.size()"
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice) and node.slice.upper:
+        return f"shape.slice(0, shape.size() {_code(node.slice.upper, 7)})"
+    if isinstance(node, ast.Subscript):
+        place = _code(node.slice, 7)
+        return f"shape[{f'shape.size() {place}' if place[0] == '-' else place}]"
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return f"-{_code(node.operand, 8)}"
     if isinstance(node, ast.BoolOp) and not all(isinstance(v, ast.Compare | ast.BoolOp) for v in node.values):
@@ -366,7 +356,7 @@ def _code(node: ast.expr, least: int) -> str:
         left, right = _code(node.left, level), _code(node.right, level + 1)
         if right == "0" and sign in "+-":
             return _code(node.left, least)
-        text = f"{left} {sign} {right}"
+        text = f"{left} + {right[1:]}" if sign == "-" and right[0] == "-" else f"{left} {sign} {right}"
     else:
         raise ValueError(f"{ast.unparse(node)}: expected names, numbers and arithmetic")
     return f"({text})" if level < least else text

@@ -357,8 +357,8 @@ def check(
         op.wrong_tensor("position_bias", position_bias)
     shape, right = position_bias.shape, False
     if len(shape) == 1:
-        P = (shape[0] - (2 * 0 - 1)) // 2
-        right = (shape[0] - (2 * 0 - 1)) % 2 == 0 and (shape[0] - (2 * 0 - 1)) >= 0 and size <= P
+        P = (shape[0] - (-1)) // 2
+        right = (shape[0] - (-1)) % 2 == 0 and size <= P
     if not right:
         op.wrong_shape("position_bias", position_bias, f"{listed('2*P-1')}, P >= {size}")
     if position_bias.device != query_key.device:

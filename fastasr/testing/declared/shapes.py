@@ -44,6 +44,8 @@ class Dim:
         factor = re.fullmatch(r"(\w+)\*0|0\*(\w+)|0", b)
         if factor:
             return missing[0], factor[1] or factor[2] or "1", "0"
+        if len(self.names) == 1:
+            b = str(self.value({missing[0]: 0}))
         a = {self._step(missing[0], n) for n in (7, 11)}
         return missing[0], str(a.pop()) if len(a) == 1 else f"({more} - ({b}))", b
 
@@ -109,7 +111,7 @@ class Shape:
             value = size if b == "0" else f"({size} - ({b}))"
             if a != "1":
                 conditions.append(f"{value} % {a} == 0")
-            if b != "0":
+            if b != "0" and b[0] != "-":
                 conditions.append(f"{value} >= 0")
             bindings.append(f"{name} = {value}{f' // {a}' if a != '1' else ''}")
             known.add(name)
