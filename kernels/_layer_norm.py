@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerNorm of rows that a program holds in registers: pieces of kernels, and the tiles of each pass."""
+"""LayerNorm and RMSNorm of rows that a program holds in registers: pieces of kernels, and the tiles of each pass."""
 
 import torch
 import triton
@@ -48,6 +48,30 @@ def normalise(t, keep, eps, C, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def normed(t, keep, eps, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
+    """Returns t - mean t, or t for RMSNorm, 0 where not ``keep``, and what it is multiplied by."""
+    if CENTRED:
+        return normalise(t, keep, eps, C, PRECISE)
+    return t, inverse_root(row_mean(t * t, C, PRECISE), eps)
+
+
+@triton.jit
+def limited(t, limit, LIMITED: tl.constexpr):
+    """Returns t between -limit and limit; keeps a NaN."""
+    if LIMITED:
+        t = tl.where(t < -limit, -limit, tl.where(t > limit, limit, t))
+    return t
+
+
+@triton.jit
+def within(d, t, limit, LIMITED: tl.constexpr):
+    """Returns the gradient d, 0 where t is outside the limit."""
+    if LIMITED:
+        d = tl.where((t < -limit) | (t > limit), 0.0, d)
+    return d
+
+
+@triton.jit
 def load_tile(X, r, c, stride, keep):
     return tl.load(X + r[:, None] * stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
 
@@ -68,9 +92,9 @@ def row_blocks(channels: int, elements: int, least: int = 1) -> tuple[int, int, 
     return max(1, elements * warps // block_c), block_c, warps
 
 
-def forward_elements(generation: int) -> int:
-    """Returns the elements of a warp in the forward."""
-    return 256 if generation >= 90 else 512
+def forward_elements(generation: int, norms: int = 1) -> int:
+    """Returns the elements of a warp in the forward; a second norm of the row would spill with more."""
+    return 256 if generation >= 90 or norms > 1 else 512
 
 
 def backward_tile(

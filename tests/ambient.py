@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs functions in every ambient setting: each default dtype, and a default device on which tensors have no values.
+"""Runs functions in every ambient setting: a default dtype that is narrower and one that is wider, and a default device
+on which tensors have no values.
 
 A module's tables, and what functions keep between calls, may be made in any of them.
 """
 
 import contextlib
 import copy
+import functools
 import sys
-from functools import partial
 
 import torch
 from steps import seeded
 from torch.utils._pytree import tree_flatten
 
 import fastasr
+from fastasr.testing import seeds
 
-SETTINGS = torch.bfloat16, torch.float16, torch.float64, torch.device("meta")
+NARROW = torch.bfloat16, torch.float16  # of which the run's seed chooses one
+SETTINGS = NARROW[seeds.seeded("ambient") % 2], torch.float64, torch.device("meta")
 MEASURED = (
     "fastasr.ops._dispatch",
     "fastasr.ops._gemm",
@@ -36,13 +39,18 @@ def ambient(setting):
         torch.set_default_dtype(before)
 
 
+@functools.cache
+def _caching(name):
+    """Returns the functions of a module that keep results."""
+    return [f for f in vars(sys.modules[name]).values() if callable(getattr(f, "cache_clear", None))]
+
+
 def forget():
     """Empties the caches of fastasr's functions."""
-    for name, module in list(sys.modules.items()):
+    for name in list(sys.modules):
         if name.startswith("fastasr.") and name not in MEASURED:
-            for value in list(vars(module).values()):
-                if callable(getattr(value, "cache_clear", None)):
-                    value.cache_clear()
+            for function in _caching(name):
+                function.cache_clear()
 
 
 def outcome(run):
@@ -93,7 +101,7 @@ def same_model_everywhere(model, run, settings=SETTINGS):
     """Asserts that ``run(model)`` returns the same bits in every setting, first in inference mode and then with
     gradients, and that the parameters' gradients have the same bits.
     """
-    same_everywhere(lambda: partial(_step, copy.deepcopy(model), run), settings)
+    same_everywhere(lambda: functools.partial(_step, copy.deepcopy(model), run), settings)
 
 
 def _step(model, run):
@@ -144,7 +152,7 @@ def _calls(model, paths, run):
 
     watched = copy.deepcopy(model)
     for path in paths:
-        watched.get_submodule(path).register_forward_pre_hook(partial(keep, path), with_kwargs=True)
+        watched.get_submodule(path).register_forward_pre_hook(functools.partial(keep, path), with_kwargs=True)
     with torch.no_grad():
         run(watched)
     found.pop("", None)
@@ -154,8 +162,8 @@ def _calls(model, paths, run):
 def _is_same(module, call, setting):
     used = copy.deepcopy(module)
     try:
-        expected = outcome(partial(_step, copy.deepcopy(module), call))
+        expected = outcome(functools.partial(_step, copy.deepcopy(module), call))
         with ambient(setting):
-            return not difference(outcome(partial(_step, used, call)), expected)
+            return not difference(outcome(functools.partial(_step, used, call)), expected)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return False

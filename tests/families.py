@@ -484,8 +484,12 @@ def seamless_v2(**options):
     return of_wav2vec2(*names, **SEAMLESS | options)
 
 
-def gemma4(lengths=(41, 15), **options):
-    """The audio tower of Gemma 4, of ``lengths`` frames behind its front end."""
+# Each of these acts on some numbers of a tower of random weights.
+GEMMA_BOUNDS = {"input_min": -0.9, "input_max": 1.1, "output_min": -0.17, "output_max": 0.16}
+
+
+def gemma4(lengths=(41, 15), bounds=GEMMA_BOUNDS, **options):
+    """The audio tower of Gemma 4, of ``lengths`` frames behind its front end, with these bounds of linear layers."""
 
     def made():
         transformers = pytest.importorskip("transformers")
@@ -499,7 +503,11 @@ def gemma4(lengths=(41, 15), **options):
         config = transformers.Gemma4AudioConfig(**sizes | {"subsampling_conv_channels": [16, 4]} | options)
         x = torch.randn(len(lengths), 4 * max(lengths), 16, generator=numbers(1))
         mask = torch.arange(4 * max(lengths)) < 4 * torch.tensor(lengths)[:, None]
-        return module.Gemma4AudioModel(config), lambda model: [model(x, mask).last_hidden_state]
+        model = module.Gemma4AudioModel(config)
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2] in bounds:
+                buffer.fill_(bounds[name.rpartition(".")[2]])
+        return model, lambda model: [model(x, mask).last_hidden_state]
 
     return made
 

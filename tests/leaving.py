@@ -18,7 +18,8 @@ from fastasr import _left
 
 PACKAGE = Path(fastasr.__file__).parent
 CONFORMERS = [
-    f"swap/forwards/{name}.py" for name in ("attention", "convolution", "feed_forward", "subsampling")
+    f"swap/forwards/{name}.py"
+    for name in ("attention", "convolution", "feed_forward", "gemma", "subsampling")
 ]
 
 

@@ -16,7 +16,7 @@ constexpr int64_t kKinds = 2;  // LayerNorm, RMSNorm
 
 template <typename T>
 cpu::NormActivation<T> checked(const Tensor& x, const Tensor& weight, const Optional& bias, double eps, int64_t kind,
-                               int64_t activation, const char* op) {
+                               int64_t activation, double limit, const char* op) {
   using C = cpu::compute_t<T>;
   check_like(x, x, op, "x");
   check(x.dim() >= 1 && x.size(x.dim() - 1) > 0, op, "x has no channels");
@@ -24,19 +24,22 @@ cpu::NormActivation<T> checked(const Tensor& x, const Tensor& weight, const Opti
   check_vector<T>(weight, channels, op, "weight");
   if (bias) check_vector<T>(*bias, channels, op, "bias");
   check(eps >= 0, op, "eps");
+  check(limit >= 0, op, "limit");
   check(kind >= 0 && kind < kKinds, op, "kind");
   check(activation >= 0 && activation < cpu::kActivations, op, "activation");
-  return {data<T>(x), data<C>(weight), data_or_null<C>(bias), eps, kind == 0, static_cast<int>(activation), channels};
+  return {data<T>(x),         data<C>(weight), data_or_null<C>(bias),        eps,
+          limit_of<T>(limit), kind == 0,       static_cast<int>(activation), channels};
 }
 
 std::tuple<Tensor, Tensor> norm_activation_forward(const Tensor& x, const Tensor& weight, const Optional& bias,
-                                                   double eps, int64_t kind, int64_t activation, bool keep_statistics) {
+                                                   double eps, int64_t kind, int64_t activation, double limit,
+                                                   bool keep_statistics) {
   const char* op = "norm_activation_forward";
   Tensor y = new_without_elements(x), statistics = y;
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NormActivationKernels<T>>();
     using C = cpu::compute_t<T>;
-    const auto p = checked<T>(x, weight, bias, eps, kind, activation, op);
+    const auto p = checked<T>(x, weight, bias, eps, kind, activation, limit, op);
     y = new_pooled_like(x), statistics = new_statistics(x, keep_statistics);
     T* out = mutable_data<T>(y);
     auto* kept_rows = written_statistics<T>(statistics);
@@ -51,14 +54,15 @@ std::tuple<Tensor, Tensor> norm_activation_forward(const Tensor& x, const Tensor
 // Returns (dx, dweight, dbias); dbias has no elements without a bias.
 std::tuple<Tensor, Tensor, Tensor> norm_activation_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                             const Optional& bias, const Optional& statistics,
-                                                            double eps, int64_t kind, int64_t activation) {
+                                                            double eps, int64_t kind, int64_t activation,
+                                                            double limit) {
   const char* op = "norm_activation_backward";
   check_same_size(grad, x, op, "grad");
   Tensor dx = new_pooled_like(x), dweight = new_like(weight);
   Tensor dbias = bias ? new_like(*bias) : new_without_elements(weight);
   with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NormActivationKernels<T>>();
-    const auto p = checked<T>(x, weight, bias, eps, kind, activation, op);
+    const auto p = checked<T>(x, weight, bias, eps, kind, activation, limit, op);
     const int64_t n = p.channels, count = x.numel() / n;
     const T* g = data<T>(grad);
     const auto* rows = kept_statistics<T>(statistics, count, op);
@@ -74,10 +78,10 @@ std::tuple<Tensor, Tensor, Tensor> norm_activation_backward(const Tensor& grad, 
 }  // namespace
 
 FASTASR_OPERATORS({"norm_activation_forward(Tensor x, Tensor weight, Tensor? bias, float eps, int kind, "
-                   "int activation, bool keep_statistics) -> (Tensor, Tensor)",
+                   "int activation, float limit, bool keep_statistics) -> (Tensor, Tensor)",
                    Boxed<norm_activation_forward>::call},
                   {"norm_activation_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? statistics, "
-                   "float eps, int kind, int activation) -> (Tensor, Tensor, Tensor)",
+                   "float eps, int kind, int activation, float limit) -> (Tensor, Tensor, Tensor)",
                    Boxed<norm_activation_backward>::call})
 
 }  // namespace fastasr::bindings::norm_activation

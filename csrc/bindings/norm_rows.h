@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "bindings/pooled.h"
 #include "cpu/rows/row_statistics.h"
@@ -30,6 +33,15 @@ const StatisticsOf<T>* kept_statistics(const Optional& t, int64_t rows, const ch
   if (!t) return nullptr;
   check(dtype_of(*t) == kComputeType<T> && t->is_contiguous() && t->numel() == 3 * rows, op, "statistics");
   return reinterpret_cast<const StatisticsOf<T>*>(data<cpu::compute_t<T>>(*t));
+}
+
+// Returns the largest magnitude that a row's elements keep: 0 sets no limit, and T's largest number is the highest one.
+template <typename T>
+cpu::compute_t<T> limit_of(double limit) {
+  using C = cpu::compute_t<T>;
+  if (limit == 0) return std::numeric_limits<C>::infinity();
+  if constexpr (std::is_same_v<T, cpu::float16>) return static_cast<C>(std::min(limit, 65504.0));
+  return static_cast<C>(std::min(limit, static_cast<double>(std::numeric_limits<C>::max())));
 }
 
 // Runs f(begin, end, first, second, scratch) for each block of rows; f writes two numbers per channel, and their sums

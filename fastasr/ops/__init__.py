@@ -19,6 +19,7 @@ from fastasr.ops._written.add_norm import add_norm as add_norm
 from fastasr.ops._written.balancer_gradient import balancer_gradient as balancer_gradient
 from fastasr.ops._written.bias_norm import bias_norm as bias_norm
 from fastasr.ops._written.bypass import bypass as bypass
+from fastasr.ops._written.clamped_linear import clamped_linear as clamped_linear
 from fastasr.ops._written.conv_spatial_gate import conv_spatial_gate as conv_spatial_gate
 from fastasr.ops._written.conv_subsampling import conv_subsampling as conv_subsampling
 from fastasr.ops._written.depthwise_conv2d import depthwise_conv2d as depthwise_conv2d

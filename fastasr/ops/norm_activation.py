@@ -4,24 +4,23 @@ r"""A norm over the channels and the activation that follows, as the convolution
 y = act(z), z = n ⊙ weight + bias, where n = (x − mean x) / √(var x + eps) for LayerNorm, and n = x / √(mean x² + eps)
 for RMSNorm (Zhang and Sennrich, 2019). With q = grad ⊙ act'(z) and d = q ⊙ weight, over the channels of a row:
 dx = (d − mean d − n mean(d n)) / √(var x + eps), for RMSNorm without mean d; dweight = Σ_rows q ⊙ n, dbias = Σ_rows q.
+With a limit l the norm reads clamp(x, −l, l), and dx is 0 outside.
 
 Upstream: transformers' ``Wav2Vec2BertConvolutionModule`` and ``NemotronAsrStreamingEncoderConvolutionModule``,
-SpeechBrain's ``ConvolutionModule``, behind the depthwise convolution.
+SpeechBrain's ``ConvolutionModule``, behind the depthwise convolution; Gemma's ``Gemma4AudioLightConv1d``, with a limit.
 """
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation
 from fastasr.ops._dispatch import Kernels
+from fastasr.ops._norm import KINDS, effective_limit, limited, normed
 from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._runtime import operand
-
-KINDS = ("layer", "rms")  # Kernels receive the place.
 
 
 # --------------------------------------------------------------------------- kernels
@@ -37,8 +36,8 @@ def _operands(kernels: Kernels, a: Arguments, dtype: torch.dtype) -> tuple[Tenso
     return a.x.to(work).contiguous(), a.weight.to(wide).contiguous(), operand(a.bias, wide)
 
 
-def _options(a: Arguments) -> tuple[float, int, int]:
-    return a.eps, KINDS.index(a.kind), _activation.NUMBERS[a.activation]
+def _options(a: Arguments) -> tuple[float, int, int, float]:
+    return a.eps, KINDS.index(a.kind), _activation.NUMBERS[a.activation], effective_limit(a.limit, a.x)
 
 
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
@@ -61,8 +60,8 @@ def _gradients(
     "cpu triton",
     strides={"x": "rows"},
     keeps={"statistics": Annotated[Tensor, "*S 3", "wide x + weight + bias"]},
-    forward="x weight bias eps kind activation keep",
-    backward="grad x weight bias statistics eps kind activation -> x weight bias",
+    forward="x weight bias eps kind activation limit keep",
+    backward="grad x weight bias statistics eps kind activation limit -> x weight bias",
     launch=_launch,
     gradients=_gradients,
     summary="LayerNorm or RMSNorm, and SiLU or another activation: convolution modules",
@@ -75,6 +74,7 @@ def norm_activation(
     eps: Annotated[float, ">= 0"] = 1e-5,
     kind: Literal["layer", "rms"] = "layer",
     activation: _activation.Activation = "silu",
+    limit: Annotated[float, ">= 0"] = 0.0,
 ) -> Annotated[Tensor, "*S C", "x"]:
     """The activation of LayerNorm or RMSNorm over the last dimension.
 
@@ -84,16 +84,11 @@ def norm_activation(
         eps: added to the variance, or to the mean of the squares.
         kind: "layer" subtracts the mean and divides by the standard deviation; "rms" divides by the root mean square.
         activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
+        limit: the norm reads x between -limit and limit, or the largest numbers of x's dtype; 0: no limit.
     Returns:
         A tensor of x's shape and dtype, computed in float32 or better, rounded once.
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or names do not match.
     """
-    weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
-    if kind == "layer":
-        z = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    else:
-        z = F.rms_norm(x, x.shape[-1:], weight, eps)
-        z = z if bias is None else z + bias
-    return _activation.FUNCTIONS[activation](z)
+    return _activation.FUNCTIONS[activation](normed(limited(x, limit), weight, bias, eps, kind))

@@ -4,6 +4,7 @@ under ``torch.set_default_dtype`` or ``torch.set_default_device``. A module's co
 """
 
 import ast
+from functools import cache
 
 import sources
 from torch.utils._device import _device_constructors
@@ -16,30 +17,33 @@ UPSTREAM_DRAWS = {  # and on the default device
     "encoded in fastasr/models/fast_conformer/ragged.py",
     "EBranchformerEncoder.forward in fastasr/models/e_branchformer/encoder.py",
 }
-PRODUCT = {
-    path: ast.parse(path.read_text(encoding="utf-8"))
-    for name, path in sources.modules().items()
-    if not name.startswith(
-        ("fastasr.testing", "fastasr.benchmarks")
-    )  # make the data of tests and of benchmarks
-}
+DATA = "fastasr.testing", "fastasr.benchmarks"  # make the data of tests and of benchmarks
 
 
+@cache
+def product():
+    """Returns file -> its tree."""
+    found = {name: path for name, path in sources.modules().items() if not name.startswith(DATA)}
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in found.values()}
+
+
+def nodes(kind):
+    """Yields (file, node) for every node of a kind."""
+    for path, tree in product().items():
+        yield from ((path, node) for node in ast.walk(tree) if isinstance(node, kind))
+
+
+@cache
 def names_of_modules():
     """Returns the names of the classes that are torch.nn.Modules."""
     bases = {
         node.name: {ast.unparse(base).split(".")[-1] for base in node.bases}
-        for tree in PRODUCT.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
+        for _, node in nodes(ast.ClassDef)
     }
     found = {"Module"}
     while more := {name for name, those in bases.items() if those & found} - found:
         found |= more
     return found
-
-
-MODULES = names_of_modules()
 
 
 def maker(call):
@@ -62,7 +66,7 @@ def faults(path, node, scope=()):
         inner = scope
         if isinstance(child, ast.ClassDef | ast.FunctionDef):
             inner = (*scope, child.name)
-        in_module = len(inner) > 1 and inner[-1] == "__init__" and inner[-2] in MODULES
+        in_module = len(inner) > 1 and inner[-1] == "__init__" and inner[-2] in names_of_modules()
         place = f"{'.'.join(inner)} in {path.relative_to(sources.ROOT)}"
         looked_at = isinstance(child, ast.Call) and maker(child)
         if looked_at and not in_module and place not in UPSTREAM_DRAWS and (options := left_out(child)):
@@ -71,24 +75,22 @@ def faults(path, node, scope=()):
 
 
 def test_every_tensor_has_a_dtype_and_a_device():
-    found = [fault for path, tree in PRODUCT.items() for fault in faults(path, tree)]
+    found = [fault for path, tree in product().items() for fault in faults(path, tree)]
     assert not found, "\n".join(found)
 
 
 def test_no_maker_is_imported_by_its_name():
     found = [
         f"{path}: {alias.name}"
-        for path, tree in PRODUCT.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "torch"
+        for path, node in nodes(ast.ImportFrom)
+        if node.module == "torch"
         for alias in node.names
         if alias.name in MAKERS - {"Tensor"}
     ]
     calls = [
         f"{path}, line {node.lineno}: {ast.unparse(node)}"
-        for path, tree in PRODUCT.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Tensor"
+        for path, node in nodes(ast.Call)
+        if ast.unparse(node.func) == "Tensor"
     ]
     assert not found + calls, "\n".join(found + calls)
 
@@ -105,11 +107,9 @@ def test_no_tensor_of_two_numbers():
     """``torch.where`` gives two numbers the default dtype."""
     found = [
         f"{path}, line {node.lineno}: {ast.unparse(node)}"
-        for path, tree in PRODUCT.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
+        for path, node in nodes(ast.Call)
+        if len(node.args) == 3
         and ast.unparse(node.func) == "torch.where"
         and all(map(is_number, node.args[1:]))
-        and len(node.args) == 3
     ]
     assert not found, "\n".join(found)

@@ -2,6 +2,7 @@
 """Imports among fastasr's modules go down the layers and never in a circle. Imports inside functions count."""
 
 import graphlib
+from functools import cache
 
 import pytest
 import sources
@@ -16,7 +17,10 @@ ASR = ("asr", "asr.recogniser", "asr.export", "asr.decoding", "asr.audio", "asr.
 LAYERS = (*CORE, *ASR, "benchmarks", "asr.demo", "cli")
 
 
-IMPORTS = {name: sources.imported(path) - {name} for name, path in sources.modules().items()}
+@cache
+def imports():
+    """Returns module -> those that it imports."""
+    return {name: sources.imported(path) - {name} for name, path in sources.modules().items()}
 
 
 def layer(module):
@@ -26,26 +30,22 @@ def layer(module):
 
 def test_no_circles():
     try:
-        graphlib.TopologicalSorter(IMPORTS).prepare()
+        graphlib.TopologicalSorter(imports()).prepare()
     except graphlib.CycleError as error:
         pytest.fail(f"import circle: {' <- '.join(error.args[1])}")
 
 
 def test_imports_go_down():
-    wrong = [
-        f"{a} imports {b}" for a in IMPORTS for b in IMPORTS[a] if a != "fastasr" and layer(a) < layer(b)
-    ]
+    pairs = [(a, b) for a, those in imports().items() for b in those]
+    wrong = [f"{a} imports {b}" for a, b in pairs if a != "fastasr" and layer(a) < layer(b)]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("package", ["fastasr.ops", "fastasr.kernels"])
 def test_ops_share_through_shared_files(package):
     """What several ops share is in a file with an underscore, so that a change of one op concerns that op alone."""
-    files = {
-        name for name in IMPORTS if name.startswith(f"{package}.") and not name.startswith(f"{package}._")
-    }
-    mine = [
-        a for a in IMPORTS if a.startswith(f"{package}.") and "._written." not in a and "._wrapped." not in a
-    ]
-    wrong = [f"{a} imports {b}" for a in mine for b in IMPORTS[a] & files]
+    users = [name for name in imports() if name.startswith(f"{package}.")]
+    files = {name for name in users if not name.startswith(f"{package}._")}
+    of_all = f"{package}._written.", f"{package}._wrapped."
+    wrong = [f"{a} imports {b}" for a in users if not a.startswith(of_all) for b in imports()[a] & files]
     assert not wrong, "\n".join(wrong)

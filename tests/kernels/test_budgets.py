@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel configurations compile and stay within ``budgets.toml``: on every architecture those that changed since they
-were measured, a random tenth of the others on one each, and in the long tests all. SEED repeats the choice. Without a
-section for this Triton, they are compared with that of the nearest version, in what holds for each version: spills and
-the device's shared memory.
+were measured, a random twentieth of the others on one each, and in the long tests all. SEED repeats the choice. Without
+a section for this Triton, they are compared with that of the nearest version, in what holds for each version: spills
+and the device's shared memory.
 
 Compiling needs Triton but no GPU. It runs in a process of its own, where Triton is not in interpreter mode.
 """

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+from ragged_cases import WAYS
 
 from fastasr.models.common import packed, ragged
 
 
-@pytest.fixture(params=["one call", "copies", "copies as on a GPU", "groups as on a GPU"])
+@pytest.fixture(params=WAYS)
 def one_call_or_copies(request, monkeypatch):
     """Runs a test of packed frames with the native kernels that know the lengths, and with copies for other kernels."""
     if request.param != "one call":

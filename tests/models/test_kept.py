@@ -385,10 +385,6 @@ def test_a_write_is_noticed(kind, write):
     assert _differ(kind.kept(module), after) <= LIMIT
 
 
-def _largest_matrix(module):
-    return max((t for t in _tensors(module) if t.dim() == 2), key=torch.numel)
-
-
 @pytest.mark.parametrize("kind", [name for name in KINDS if "positions" not in name])
 @torch.no_grad()
 def test_refresh_serves_a_write_to_one_element(kind):

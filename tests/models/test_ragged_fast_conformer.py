@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from ragged_cases import each_of
 from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded, step
 from tiny_parakeet import SIZES, STILL
 
@@ -22,9 +23,9 @@ LENGTHS = {
     "equal": [64, 64, 64],
     "short ones that share a call": [90, 85, 80, 17, 24, 30, 1, 2],
 }
-lengths_of_every_kind = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+KINDS = "ours", "swapped"
 by_one_call_or_copies = pytest.mark.usefixtures("one_call_or_copies")
-both = pytest.mark.parametrize("kind", ["ours", "swapped"])
+both = pytest.mark.parametrize("kind", KINDS)
 
 
 def upstream(**options):
@@ -70,9 +71,7 @@ def gradients(model, loss, x=None):
     return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
 
-@by_one_call_or_copies
-@both
-@lengths_of_every_kind
+@each_of(LENGTHS, "kind", KINDS)
 def test_each_recording_as_alone(lengths, kind):
     model = upstream().double()
     _, run = without_padding(model, kind)
@@ -97,9 +96,7 @@ def test_padding_is_not_read(kind):
         assert torch.equal(run(x, mask), run(x.masked_fill(mask[..., None] == 0, torch.nan), mask))
 
 
-@by_one_call_or_copies
-@both
-@lengths_of_every_kind
+@each_of(LENGTHS, "kind", KINDS)
 def test_gradients_as_of_each_recording_alone(lengths, kind):
     """With frozen statistics, which BatchNorm has in eval mode."""
     model = upstream().double()
@@ -136,9 +133,7 @@ class NormOfFrames(torch.nn.BatchNorm1d):
         return torch.zeros_like(z).masked_scatter(self.valid[..., None], y).transpose(1, 2)
 
 
-@by_one_call_or_copies
-@both
-@lengths_of_every_kind
+@each_of(LENGTHS, "kind", KINDS)
 def test_statistics_in_training_are_those_of_the_frames_that_exist(lengths, kind):
     if lengths == [37]:
         lengths = [37, 1]  # one frame alone has no variance

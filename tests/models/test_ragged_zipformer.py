@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from ragged_cases import each_of
 from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded
 
 import fastasr
@@ -35,7 +36,6 @@ LENGTHS = {
     "equal": [64, 64, 64],
     "short ones that share a call": [90, 85, 17, 24, 30, 1, 2],
 }
-lengths_of_every_kind = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 by_one_call_or_copies = pytest.mark.usefixtures("one_call_or_copies")
 causal_or_not = pytest.mark.parametrize("causal", [False, True])
 
@@ -85,9 +85,7 @@ def gradients(model, loss, x):
     return dict(zip(leaves, found, strict=True))
 
 
-@by_one_call_or_copies
-@causal_or_not
-@lengths_of_every_kind
+@each_of(LENGTHS, "causal", [False, True])
 def test_each_recording_as_alone(lengths, causal):
     model = encoder(causal).double()
     x, x_lens, mask = batch(lengths)
@@ -101,9 +99,7 @@ def test_each_recording_as_alone(lengths, causal):
             assert not found[counts[i] :, i].any()
 
 
-@by_one_call_or_copies
-@causal_or_not
-@lengths_of_every_kind
+@each_of(LENGTHS, "causal", [False, True])
 def test_gradients_as_of_each_recording_alone(lengths, causal):
     model = without_regularisers(encoder(causal).double())
     ours = without_padding(model)
@@ -121,9 +117,7 @@ def test_gradients_as_of_each_recording_alone(lengths, causal):
     same_gradients(found, expected)
 
 
-@by_one_call_or_copies
-@causal_or_not
-@pytest.mark.parametrize("lengths", [[37], [150], [40, 40, 40], [1, 1]], ids=str)
+@each_of([[37], [150], [40, 40, 40], [1, 1]], "causal", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_training_step_as_without_padding(lengths, causal, seed):
     """Where lengths are equal, every draw is that of the batch without padding: dropped channels, sequences and layers,

@@ -293,6 +293,39 @@ def mask_of_gemma4():
     return case(ours, theirs, run, "layers.0.self_attn", reason)
 
 
+def product_of_gemma4():
+    reason = "linear has hooks or is no plain one"
+    return with_a_hook("gemma 4", reason, "linear", "layers.0.feed_forward1.ffw_layer_1")
+
+
+def norm_of_gemma4():
+    reason = "a norm has hooks or is no plain one"
+    return with_a_hook("gemma 4", reason, "pre_layer_norm", "layers.0.feed_forward1")
+
+
+def convolution_of_gemma4():
+    reason = "a norm or depthwise_conv1d has hooks or is no plain one"
+    return with_a_hook("gemma 4", reason, "depthwise_conv1d", "layers.0.lconv1d")
+
+
+def layer_of_gemma4():
+    return with_a_hook("gemma 4", "a part has hooks or is no plain one", "norm_out", "layers.1")
+
+
+def layer_of_gemma3n():
+    return with_a_hook("gemma 3n", "a part has hooks or is no plain one", "norm", "conformer.1")
+
+
+def front_end_of_gemma4():
+    reason = "conv, norm or act has hooks or is no plain one"
+    return with_a_hook("gemma 4", reason, "norm", "subsample_conv_projection.layer0")
+
+
+def front_end_of_gemma3n():
+    reason = "conv, norm or activation has hooks or is no plain one"
+    return with_a_hook("gemma 3n", reason, "conv", "subsample_conv_projection.conv_0")
+
+
 def positions_of_gemma3n():
     reason = "an input, a mask or positions that rel_attention does not take"
     return with_a_hook("gemma 3n", reason, "relative_position_embedding", "conformer.0.attention.attn")
@@ -310,6 +343,13 @@ def bias_of_pairs_of_wavlm():
 OTHERS = (
     weights_of_gemma4,
     mask_of_gemma4,
+    product_of_gemma4,
+    norm_of_gemma4,
+    convolution_of_gemma4,
+    layer_of_gemma4,
+    layer_of_gemma3n,
+    front_end_of_gemma4,
+    front_end_of_gemma3n,
     positions_of_gemma3n,
     weights_of_wavlm,
     bias_of_pairs_of_wavlm,

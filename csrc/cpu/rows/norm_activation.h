@@ -6,10 +6,10 @@
 #include "cpu/rows/row_statistics.h"
 #include "cpu/simd/kernels.h"
 
-// The activation of a norm over the last dimension:
+// The activation of a norm over the last dimension, of x between -limit and limit:
 //   y = act(z), z = n weight + bias, n = (x - mean) / sqrt(var + eps); not centred: n = x / sqrt(mean of x^2 + eps).
 // Backward, with q = grad act'(z) and d = q weight: dx = (d - mean(d) - n mean(d n)) / sqrt(var + eps), without mean(d)
-// if not centred; dweight = sum over rows of q n, dbias = sum over rows of q.
+// if not centred; it is 0 outside the limit; dweight = sum over rows of q n, dbias = sum over rows of q.
 namespace fastasr::cpu {
 
 template <typename T>
@@ -17,6 +17,7 @@ struct NormActivation {
   const T* x;
   const compute_t<T>*weight, *bias;  // bias may be null
   double eps;
+  compute_t<T> limit;  // infinite if x is not limited
   bool centred;
   int activation;
   int64_t channels;

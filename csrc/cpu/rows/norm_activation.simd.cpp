@@ -14,6 +14,14 @@ FASTASR_INLINE void widen(const T* __restrict from, C* __restrict to, int64_t n)
   for (int64_t j = 0; j < n; j++) to[j] = load(from[j]);
 }
 
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void widen_limited(const NormActivation<T>& p, int64_t row, C* __restrict to) {
+  const T* __restrict x = p.x + row * p.channels;
+  const C limit = p.limit;
+#pragma omp simd
+  for (int64_t j = 0; j < p.channels; j++) to[j] = limited<C>(load(x[j]), limit);
+}
+
 // Computes t = t - mean(t), or leaves t as it is if the norm is not centred.
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE RowStatistics<C> statistics_of(const NormActivation<T>& p, C* t) {
@@ -39,7 +47,7 @@ void forward(const NormActivation<T>& p, int64_t begin, int64_t end, T* y, RowSt
   for (int64_t i = begin; i < end; i++) {
     C* t = scratch;
     if constexpr (std::is_same_v<T, C>) t = y + i * n;
-    widen<T>(p.x + i * n, t, n);
+    widen_limited<T>(p, i, t);
     const RowStatistics<C> row = statistics_of<T>(p, t);
     if (statistics) statistics[i] = row;
     scale_and_shift<T>(p, row.scale, t);
@@ -59,19 +67,21 @@ void backward(const NormActivation<T>& p, const T* grad, const RowStatistics<C>*
   const int64_t n = p.channels;
   const C* __restrict w = p.weight;
   C *q = scratch, *g = scratch + n;
+  const C limit = p.limit;
   for (int64_t j = 0; j < n; j++) dweight[j] = 0, dbias[j] = 0;
   for (int64_t i = begin; i < end; i++) {
     const T* __restrict x = p.x + i * n;
+    const auto t = [&](int64_t j) __attribute__((always_inline)) { return limited<C>(load(x[j]), limit); };
     RowStatistics<C> row{};
     if (statistics) {
       row = statistics[i];
     } else {
-      widen<T>(x, q, n);
+      widen_limited<T>(p, i, q);
       row = statistics_of<T>(p, q);
     }
     const C high = row.high, low = row.low, scale = row.scale;
 #pragma omp simd
-    for (int64_t j = 0; j < n; j++) q[j] = (load(x[j]) - high) - low;
+    for (int64_t j = 0; j < n; j++) q[j] = (t(j) - high) - low;
     scale_and_shift<T>(p, scale, q);
     if constexpr (std::is_same_v<T, C>) {
       activation_gradients<C>(p.activation, grad + i * n, q, q, nullptr, n);
@@ -79,14 +89,14 @@ void backward(const NormActivation<T>& p, const T* grad, const RowStatistics<C>*
       widen<T>(grad + i * n, g, n);
       activation_gradients<C>(p.activation, g, q, q, nullptr, n);
     }
-    const auto t = [&](int64_t j) { return load(x[j]); };
     Means<C> mean = project<C>(w, n, row, q, t, [](int64_t, C, C) {}, dweight, dbias);
     if (!p.centred) mean.d = 0;
     T* __restrict out = dx + i * n;
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
-      const C normalised = ((load(x[j]) - high) - low) * scale;
-      store(&out[j], (q[j] * w[j] - mean.d - normalised * mean.along) * scale);
+      const C normalised = ((t(j) - high) - low) * scale, xj = load(x[j]);
+      const C d = (q[j] * w[j] - mean.d - normalised * mean.along) * scale;
+      store(&out[j], (xj > limit) | (xj < -limit) ? C(0) : d);
     }
   }
 }

@@ -15,6 +15,13 @@ struct RowStatistics {
   C high, low, scale;
 };
 
+// Returns t between -limit and limit; keeps a NaN.
+template <typename C>
+FASTASR_INLINE C limited(C t, C limit) {
+  const C above = t < -limit ? -limit : t;
+  return above > limit ? limit : above;
+}
+
 // Computes sums over a row: 16 lanes add four terms each in the compute type, then go on in double. ESPnet's epsilon is
 // 1e-12, so rows of almost equal elements are normalised by the rounding errors of their elements, and the sums must
 // not add their own.

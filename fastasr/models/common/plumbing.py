@@ -56,17 +56,22 @@ def is_layer_norm(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
 
 
 def conv_delay(
-    module: torch.nn.Module, causal: bool = False, around: tuple[int, int] = (0, 0), stride: int = 1
+    module: torch.nn.Module,
+    causal: bool = False,
+    around: tuple[int, int] = (0, 0),
+    stride: int = 1,
+    known: Any = torch.nn.Conv1d,
 ) -> int | None:
     """Returns P − ⌊K / 2⌋ of a depthwise convolution of K taps over time that keeps the length and sees P frames of the
     past, or None for any other module and under hooks. It is torch's, or NeMo's class that pads by itself. ``causal``:
     torch's with all of its padding on either side, whose last frames are cut. ``around``: the frames of 0 that the
-    caller puts on either side. ``stride``: the convolution's, whose result is every ``stride``-th frame.
+    caller puts on either side. ``stride``: the convolution's, whose result is every ``stride``-th frame. ``known``: the
+    class, torch's or one of it that adds ``around`` itself.
     """
     cls = type(module)
     nemo = cls.__name__ == "CausalConv1D" and cls.__module__.startswith("nemo.")
-    known: Any = cls if nemo else torch.nn.Conv1d  # NeMo's is one of torch's, with more attributes
-    if not is_plain(module, known):
+    # NeMo's is one of torch's, with more attributes.
+    if not is_plain(module, cls if nemo else known):
         return None
     taps = module.kernel_size[0]
     # torch's own reading of ``padding``, a number or "same", which pads even numbers of taps unevenly

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=add_norm` writes this file from fastasr/ops/add_norm.py: change that one.
-"""x + scale · update, and its LayerNorm"""
+"""x + scale · update, or its RMSNorm, and the norm of the sum"""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -37,24 +37,33 @@ from fastasr.ops.add_norm import add_norm as formula
 
 op = OPS["add_norm"]
 family = op.family
+KIND_CODES = {"layer": 0, "rms": 1}
 
 
 class Arguments(NamedTuple):
     x: Tensor
     update: Tensor
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None = None
     eps: float = 1e-05
     scale: float = 1.0
+    kind: Literal["layer", "rms"] = "layer"
+    update_weight: Tensor | None = None
+    update_limit: float = 0.0
+    limit: float = 0.0
 
 
 class Saved(NamedTuple):
     x: Tensor
     update: Tensor
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
+    update_weight: Tensor | None
     eps: float
     scale: float
+    kind: Literal["layer", "rms"]
+    update_limit: float
+    limit: float
 
 
 class Needs(NamedTuple):
@@ -62,25 +71,40 @@ class Needs(NamedTuple):
     update: bool
     weight: bool
     bias: bool
+    update_weight: bool
 
 
 # --------------------------------------------------------------------------- the public function
 def add_norm(
-    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-05, scale: float = 1.0
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-05,
+    scale: float = 1.0,
+    *,
+    kind: Literal["layer", "rms"] = "layer",
+    update_weight: Tensor | None = None,
+    update_limit: float = 0.0,
+    limit: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Returns x + scale · update, and its LayerNorm over the last dimension.
+    """Returns x + scale · update, and its norm over the last dimension.
 
     Args:
         x, update: (..., C), one shape. float32, bfloat16, float16 or float64.
-        weight, bias: (C,).
-        eps: added to the variance.
+        weight: (C,); bias: (C,) or None.
+        eps: added to the variance, or to the mean of the squares.
         scale: the factor of the update.
+        kind: "layer" subtracts the mean and divides by the standard deviation; "rms" divides by the root mean square.
+        update_weight: (C,); the RMSNorm of the update with this weight takes the update's place.
+        update_limit, limit: the norms read the update and the sum between -limit and limit, or the largest numbers of
+            their dtype; 0: no limit.
     Returns:
-        The sum, in the promoted dtype of x and update, and the LayerNorm of the sum as it is rounded, computed in
-        float32 or better and rounded once to update's dtype. Both have x's shape.
+        The sum, in the promoted dtype of x and update, and the norm of the sum as it is rounded, computed in float32 or
+        better and rounded once to update's dtype. Both have x's shape.
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or devices do not match.
+        ValueError: shapes, devices or names do not match.
     """
     kernels = family.native
     if (
@@ -90,49 +114,96 @@ def add_norm(
         and x.is_contiguous()
         and type(update) in PLAIN
         and type(weight) in PLAIN
-        and type(bias) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (update_weight is None or type(update_weight) in PLAIN)
         and type(eps) is float
         and (eps >= 0)
         and type(scale) is float
+        and type(kind) is str
+        and kind in KIND_CODES
+        and type(update_limit) is float
+        and (update_limit >= 0)
+        and type(limit) is float
+        and (limit >= 0)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
         try:
             if is_grad_enabled() and (
-                x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad
+                x.requires_grad
+                or update.requires_grad
+                or weight.requires_grad
+                or (bias is not None and bias.requires_grad)
+                or (update_weight is not None and update_weight.requires_grad)
             ):
-                return apply(kernels, True, x, update, weight, bias, eps, scale)
-            t, y = kernels.forward(x, update, weight, bias, eps, scale)
+                return apply(
+                    kernels, True, x, update, weight, bias, eps, scale, kind, update_weight, update_limit,
+                    limit,
+                )  # fmt: skip
+            t, y = kernels.forward(
+                x, update, weight, bias, update_weight, eps, scale, KIND_CODES[kind], update_limit, limit
+            )
             return t, y
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
-            check(x, update, weight, bias, eps, scale)
+            check(x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit)
             raise
-    check(x, update, weight, bias, eps, scale)
+    check(x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit)
     if is_compiling() or not (
-        type(x) in PLAIN and type(update) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN
+        type(x) in PLAIN
+        and type(update) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and (update_weight is None or type(update_weight) in PLAIN)
     ):
-        return traced(x, update, weight, bias, eps, scale)
+        return traced(x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit)
     if transforms_active() or forward_ad._current_level >= 0:
-        return by_formula(op, Arguments(x, update, weight, bias, eps, scale))
-    kernels = family.kernels(x, update, weight, bias)
+        return by_formula(
+            op, Arguments(x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit)
+        )
+    kernels = family.kernels(x, update, weight, bias, update_weight)
     if kernels is None:
-        return formula(x, update, weight, bias, eps, scale)
+        return formula(
+            x, update, weight, bias, eps, scale, kind=kind, update_weight=update_weight,
+            update_limit=update_limit, limit=limit,
+        )  # fmt: skip
     try:
         if is_grad_enabled() and (
-            x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad
+            x.requires_grad
+            or update.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (update_weight is not None and update_weight.requires_grad)
         ):
-            return apply(kernels, False, x, update, weight, bias, eps, scale)
-        t, y = run_kernels(kernels, x, update, weight, bias, eps, scale)
+            return apply(
+                kernels, False, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
+            )
+        t, y = run_kernels(
+            kernels, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
+        )
     except Unlaunchable as error:
-        family.give_up(error, x, update, weight, bias)
-        return formula(x, update, weight, bias, eps, scale)
+        family.give_up(error, x, update, weight, bias, update_weight)
+        return formula(
+            x, update, weight, bias, eps, scale, kind=kind, update_weight=update_weight,
+            update_limit=update_limit, limit=limit,
+        )  # fmt: skip
     return t, y
 
 
-def check(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> None:
+def check(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    kind: Literal["layer", "rms"],
+    update_weight: Tensor | None,
+    update_limit: float,
+    limit: float,
+) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(eps) is not float:
         op.wrong_float("eps", eps)
@@ -140,6 +211,16 @@ def check(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, s
         op.fail("eps", "at least 0", eps)
     if type(scale) is not float:
         op.wrong_float("scale", scale)
+    if not (type(kind) is str and kind in KIND_CODES):
+        op.wrong_choice("kind", kind, KIND_CODES)
+    if type(update_limit) is not float:
+        op.wrong_float("update_limit", update_limit)
+    if not (update_limit >= 0):
+        op.fail("update_limit", "at least 0", update_limit)
+    if type(limit) is not float:
+        op.wrong_float("limit", limit)
+    if not (limit >= 0):
+        op.fail("limit", "at least 0", limit)
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
         op.wrong_tensor("x", x)
     shape, right = x.shape, False
@@ -161,27 +242,45 @@ def check(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, s
         op.wrong_shape("weight", weight, listed(C))
     if weight.device != x.device:
         op.wrong_device("weight", weight, "x", x)
-    if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
-        op.wrong_tensor("bias", bias)
-    if bias.shape != (C,):
-        op.wrong_shape("bias", bias, listed(C))
-    if bias.device != x.device:
-        op.wrong_device("bias", bias, "x", x)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+            op.wrong_tensor("bias", bias)
+        if bias.shape != (C,):
+            op.wrong_shape("bias", bias, listed(C))
+        if bias.device != x.device:
+            op.wrong_device("bias", bias, "x", x)
+    if update_weight is not None:
+        if (
+            not isinstance(update_weight, Tensor)
+            or update_weight.dtype not in FLOATING
+            or update_weight.layout is not torch.strided
+        ):
+            op.wrong_tensor("update_weight", update_weight)
+        if update_weight.shape != (C,):
+            op.wrong_shape("update_weight", update_weight, listed(C))
+        if update_weight.device != x.device:
+            op.wrong_device("update_weight", update_weight, "x", x)
 
 
-def traced(x, update, weight, bias, eps, scale):
+def traced(x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("add_norm", x, update, weight, bias):
-        return formula(x, update, weight, bias, eps, scale)
-    t, y = operator(x, update, weight, bias, eps, scale)
+    if not served("add_norm", x, update, weight, bias, update_weight):
+        return formula(
+            x, update, weight, bias, eps, scale, kind=kind, update_weight=update_weight,
+            update_limit=update_limit, limit=limit,
+        )  # fmt: skip
+    t, y = operator(x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit)
     return t, y
 
 
-def run_kernels(kernels, x, update, weight, bias, eps, scale):
+def run_kernels(kernels, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     t_dtype = promoted(x, update)
     y_dtype = promoted(update)
-    t, y = _launch(op, kernels, make(Arguments, (x, update, weight, bias, eps, scale)), t_dtype, False)
+    t, y = _launch(
+        op, kernels, make(Arguments, (x, update, weight, bias, eps, scale, kind, update_weight, update_limit,
+        limit,)), t_dtype, False,
+    )  # fmt: skip
     if t.dtype is not t_dtype:
         t = t.to(t_dtype)
     if y.dtype is not y_dtype:
@@ -196,15 +295,21 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class AddNorm(Function):
     @staticmethod
-    def forward(ctx, kernels, direct, x, update, weight, bias, eps, scale):
+    def forward(
+        ctx, kernels, direct, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
+    ):
         if direct:
-            t, y = kernels.forward(x, update, weight, bias, eps, scale)
+            t, y = kernels.forward(
+                x, update, weight, bias, update_weight, eps, scale, KIND_CODES[kind], update_limit, limit
+            )
         else:
-            t, y = run_kernels(kernels, x, update, weight, bias, eps, scale)
+            t, y = run_kernels(
+                kernels, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
+            )
         t = not_a_view(t)
         y = not_a_view(y)
-        ctx.save_for_backward(x, update, weight, bias)
-        ctx.rest = kernels, direct, eps, scale
+        ctx.save_for_backward(x, update, weight, bias, update_weight)
+        ctx.rest = kernels, direct, eps, scale, kind, update_limit, limit
         ctx.set_materialize_grads(False)
         return t, y
 
@@ -213,37 +318,49 @@ class AddNorm(Function):
         if is_grad_enabled():
             refuse_double_backward("add_norm")
         # once: a checkpoint gives them one time
-        x, update, weight, bias = ctx.saved_tensors
-        kernels, direct, eps, scale = ctx.rest
+        x, update, weight, bias, update_weight = ctx.saved_tensors
+        kernels, direct, eps, scale, kind, update_limit, limit = ctx.rest
         if grad_t is None and grad_y is None:
-            return (None,) * 8
+            return (None,) * 12
         if (
             transforms_active()
             or forward_ad._current_level >= 0
             or (grad_t is not None and is_batched(grad_t))
             or (grad_y is not None and is_batched(grad_y))
         ):
-            d_x, d_update, d_weight, d_bias = transformed_gradients(
-                op, (grad_t, grad_y), make(Saved, (x, update, weight, bias, eps, scale))
-            )
-            return None, None, d_x, d_update, d_weight, d_bias, None, None
-        needs = ctx.needs_input_grad[2:6]
+            d_x, d_update, d_weight, d_bias, d_update_weight = transformed_gradients(
+                op, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale, kind,
+                update_limit, limit,)),
+            )  # fmt: skip
+            return None, None, d_x, d_update, d_weight, d_bias, None, None, None, d_update_weight, None, None
+        needs = (
+            ctx.needs_input_grad[2],
+            ctx.needs_input_grad[3],
+            ctx.needs_input_grad[4],
+            ctx.needs_input_grad[5],
+            ctx.needs_input_grad[9],
+        )
         try:
-            d_x, d_update, d_weight, d_bias = differentiate(
-                kernels, grad_t, grad_y, x, update, weight, bias, eps, scale, needs
-            )
+            d_x, d_update, d_weight, d_bias, d_update_weight = differentiate(
+                kernels, grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind,
+                update_limit, limit, needs,
+            )  # fmt: skip
         except Unlaunchable as error:
-            d_x, d_update, d_weight, d_bias = gradients_without(
-                error, op, (grad_t, grad_y), make(Saved, (x, update, weight, bias, eps, scale))
-            )
-        return None, None, d_x, d_update, d_weight, d_bias, None, None
+            d_x, d_update, d_weight, d_bias, d_update_weight = gradients_without(
+                error, op, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale,
+                kind, update_limit, limit,)),
+            )  # fmt: skip
+        return None, None, d_x, d_update, d_weight, d_bias, None, None, None, d_update_weight, None, None
 
 
-def differentiate(kernels, grad_t, grad_y, x, update, weight, bias, eps, scale, needs):
+def differentiate(
+    kernels, grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind, update_limit, limit,
+    needs,
+):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_update, d_weight, d_bias = _gradients(
-        op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, eps, scale,)), make(Needs,
-        needs),
+    d_x, d_update, d_weight, d_bias, d_update_weight = _gradients(
+        op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale, kind,
+        update_limit, limit,)), make(Needs, needs),
     )  # fmt: skip
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
@@ -251,25 +368,43 @@ def differentiate(kernels, grad_t, grad_y, x, update, weight, bias, eps, scale, 
         d_update = d_update.to(update.dtype)
     if d_weight is not None and d_weight.dtype is not weight.dtype:
         d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
+    if bias is None:
+        d_bias = None
+    elif d_bias is not None and d_bias.dtype is not bias.dtype:
         d_bias = d_bias.to(bias.dtype)
-    return d_x, d_update, d_weight, d_bias
+    if update_weight is None:
+        d_update_weight = None
+    elif d_update_weight is not None and d_update_weight.dtype is not update_weight.dtype:
+        d_update_weight = d_update_weight.to(update_weight.dtype)
+    return d_x, d_update, d_weight, d_bias, d_update_weight
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(x, update, weight, bias, eps=1e-05, scale=1.0):
-    kernels = family.kernels(x, update, weight, bias)
+def run(
+    x, update, weight, bias=None, eps=1e-05, scale=1.0, kind='layer', update_weight=None, update_limit=0.0,
+    limit=0.0,
+):  # fmt: skip
+    kernels = family.kernels(x, update, weight, bias, update_weight)
     if kernels is None:
-        return formula_results(op, x, update, weight, bias, eps, scale)
+        return formula_results(
+            op, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
+        )
     try:
-        t, y = run_kernels(kernels, x, update, weight, bias, eps, scale)
+        t, y = run_kernels(
+            kernels, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
+        )
     except Unlaunchable as error:
-        family.give_up(error, x, update, weight, bias)
-        return formula_results(op, x, update, weight, bias, eps, scale)
+        family.give_up(error, x, update, weight, bias, update_weight)
+        return formula_results(
+            op, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
+        )
     return t.contiguous(), y.contiguous()
 
 
-def fake(x, update, weight, bias, eps=1e-05, scale=1.0):
+def fake(
+    x, update, weight, bias=None, eps=1e-05, scale=1.0, kind='layer', update_weight=None, update_limit=0.0,
+    limit=0.0,
+):  # fmt: skip
     S = x.shape[:-1]
     C = x.shape[-1]
     return torch.empty((*S, C), dtype=promoted(x, update), device=x.device), torch.empty(
@@ -278,73 +413,93 @@ def fake(x, update, weight, bias, eps=1e-05, scale=1.0):
 
 
 def set_up(ctx, inputs, output):
-    x, update, weight, bias, eps, scale = inputs
+    x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit = inputs
     t, y = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, update, weight, bias)
-    ctx.rest = eps, scale
+    ctx.save_for_backward(x, update, weight, bias, update_weight)
+    ctx.rest = eps, scale, kind, update_limit, limit
 
 
 def backward(ctx, grad_t, grad_y, *_):
     if grad_t is None and grad_y is None:
-        return (None,) * 6
-    x, update, weight, bias = ctx.saved_tensors
-    eps, scale = ctx.rest
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
-    d_x, d_update, d_weight, d_bias = as_tuple(
-        backward_operator(grad_t, grad_y, x, update, weight, bias, eps, scale, needs)
-    )
+        return (None,) * 10
+    x, update, weight, bias, update_weight = ctx.saved_tensors
+    eps, scale, kind, update_limit, limit = ctx.rest
+    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 7))
+    d_x, d_update, d_weight, d_bias, d_update_weight = as_tuple(
+        backward_operator(grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind,
+        update_limit, limit, needs),
+    )  # fmt: skip
     return (
         None if not needs[0] else d_x,
         None if not needs[1] else d_update,
         None if not needs[2] else d_weight,
-        None if not needs[3] else d_bias,
+        None if bias is None or not needs[3] else d_bias,
+        None,
+        None,
+        None,
+        None if update_weight is None or not needs[4] else d_update_weight,
         None,
         None,
     )
 
 
-def run_backward(grad_t, grad_y, x, update, weight, bias, eps, scale, needs):
-    kernels = family.kernels(x, update, weight, bias)
+def run_backward(
+    grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind, update_limit, limit, needs
+):
+    kernels = family.kernels(x, update, weight, bias, update_weight)
     if kernels is None:
-        d_x, d_update, d_weight, d_bias = formula_gradients(
-            op, (grad_t, grad_y), Saved(x, update, weight, bias, eps, scale)
-        )
+        d_x, d_update, d_weight, d_bias, d_update_weight = formula_gradients(
+            op, (grad_t, grad_y,), Saved(x, update, weight, bias, update_weight, eps, scale, kind,
+            update_limit, limit),
+        )  # fmt: skip
     else:
         try:
-            d_x, d_update, d_weight, d_bias = differentiate(
-                kernels, grad_t, grad_y, x, update, weight, bias, eps, scale, needs
-            )
+            d_x, d_update, d_weight, d_bias, d_update_weight = differentiate(
+                kernels, grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind,
+                update_limit, limit, needs,
+            )  # fmt: skip
         except Unlaunchable as error:
-            d_x, d_update, d_weight, d_bias = gradients_without(
-                error, op, (grad_t, grad_y), Saved(x, update, weight, bias, eps, scale)
-            )
+            d_x, d_update, d_weight, d_bias, d_update_weight = gradients_without(
+                error, op, (grad_t, grad_y,), Saved(x, update, weight, bias, update_weight, eps, scale, kind,
+                update_limit, limit),
+            )  # fmt: skip
     return (
         x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
         x.new_empty(0) if not needs[1] or d_update is None else d_update.contiguous(),
         x.new_empty(0) if not needs[2] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0) if not needs[3] or d_bias is None else d_bias.contiguous(),
+        x.new_empty(0) if bias is None or not needs[3] or d_bias is None else d_bias.contiguous(),
+        x.new_empty(0)
+        if update_weight is None or not needs[4] or d_update_weight is None
+        else d_update_weight.contiguous(),
     )
 
 
-def fake_backward(grad_t, grad_y, x, update, weight, bias, eps, scale, needs):
+def fake_backward(
+    grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind, update_limit, limit, needs
+):
     return (
         x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
         x.new_empty(0) if not needs[1] else update.new_empty(update.shape),
         x.new_empty(0) if not needs[2] else weight.new_empty(weight.shape),
-        x.new_empty(0) if not needs[3] else bias.new_empty(bias.shape),
+        x.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape),
+        x.new_empty(0)
+        if update_weight is None or not needs[4]
+        else update_weight.new_empty(update_weight.shape),
     )
 
 
 backward_operator = register(
-    "add_norm_backward(Tensor? grad_t, Tensor? grad_y, Tensor x, Tensor update, Tensor weight, Tensor "
-    "bias, float eps, float scale, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "add_norm_backward(Tensor? grad_t, Tensor? grad_y, Tensor x, Tensor update, Tensor weight, Tensor? "
+    "bias, Tensor? update_weight, float eps, float scale, str kind, float update_limit, float limit, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 2),
 )
 operator = register(
-    "add_norm(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps=1e-05, float scale=1.0) -> "
+    "add_norm(Tensor x, Tensor update, Tensor weight, Tensor? bias=None, float eps=1e-05, float "
+    'scale=1.0, str kind="layer", Tensor? update_weight=None, float update_limit=0.0, float limit=0.0) -> '
     "(Tensor, Tensor)",
     run,
     fake,
@@ -361,8 +516,8 @@ written = Written(
     backward_operator=backward_operator,
     apply=apply,
     result_dtypes=result_dtypes,
-    deciding=("x", "update", "weight", "bias"),
-    differentiable=("x", "update", "weight", "bias"),
+    deciding=("x", "update", "weight", "bias", "update_weight"),
+    differentiable=("x", "update", "weight", "bias", "update_weight"),
     dense=True,
 )
 op.serve(add_norm, written)

@@ -48,6 +48,7 @@ class Arguments(NamedTuple):
     eps: float = 1e-05
     kind: Literal["layer", "rms"] = "layer"
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu"
+    limit: float = 0.0
 
 
 class Saved(NamedTuple):
@@ -58,6 +59,7 @@ class Saved(NamedTuple):
     eps: float
     kind: Literal["layer", "rms"]
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"]
+    limit: float
 
 
 # --------------------------------------------------------------------------- the public function
@@ -69,6 +71,7 @@ def norm_activation(
     eps: float = 1e-05,
     kind: Literal["layer", "rms"] = "layer",
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu",
+    limit: float = 0.0,
 ) -> Tensor:
     """The activation of LayerNorm or RMSNorm over the last dimension.
 
@@ -78,6 +81,7 @@ def norm_activation(
         eps: added to the variance, or to the mean of the squares.
         kind: "layer" subtracts the mean and divides by the standard deviation; "rms" divides by the root mean square.
         activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
+        limit: the norm reads x between -limit and limit, or the largest numbers of x's dtype; 0: no limit.
     Returns:
         A tensor of x's shape and dtype, computed in float32 or better, rounded once.
     Raises:
@@ -97,6 +101,8 @@ def norm_activation(
         and kind in KIND_CODES
         and type(activation) is str
         and activation in ACTIVATION_CODES
+        and type(limit) is float
+        and (limit >= 0)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -104,36 +110,36 @@ def norm_activation(
             if is_grad_enabled() and (
                 x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
             ):
-                return apply(kernels, True, x, weight, bias, eps, kind, activation)
+                return apply(kernels, True, x, weight, bias, eps, kind, activation, limit)
             y, _ = kernels.forward(
-                x, weight, bias, eps, KIND_CODES[kind], ACTIVATION_CODES[activation], False
+                x, weight, bias, eps, KIND_CODES[kind], ACTIVATION_CODES[activation], limit, False
             )
             return y
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
-            check(x, weight, bias, eps, kind, activation)
+            check(x, weight, bias, eps, kind, activation, limit)
             raise
-    check(x, weight, bias, eps, kind, activation)
+    check(x, weight, bias, eps, kind, activation, limit)
     if is_compiling() or not (
         type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
     ):
-        return traced(x, weight, bias, eps, kind, activation)
+        return traced(x, weight, bias, eps, kind, activation, limit)
     if transforms_active() or forward_ad._current_level >= 0:
-        return by_formula(op, Arguments(x, weight, bias, eps, kind, activation))
+        return by_formula(op, Arguments(x, weight, bias, eps, kind, activation, limit))
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
-        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation)
+        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation, limit=limit)
     try:
         if is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return apply(kernels, False, x, weight, bias, eps, kind, activation)
-        y, _ = run_kernels(kernels, x, weight, bias, eps, kind, activation, False)
+            return apply(kernels, False, x, weight, bias, eps, kind, activation, limit)
+        y, _ = run_kernels(kernels, x, weight, bias, eps, kind, activation, limit, False)
     except Unlaunchable as error:
         family.give_up(error, x, weight, bias)
-        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation)
+        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation, limit=limit)
     return y
 
 
@@ -144,6 +150,7 @@ def check(
     eps: float,
     kind: Literal["layer", "rms"],
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"],
+    limit: float,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(eps) is not float:
@@ -154,6 +161,10 @@ def check(
         op.wrong_choice("kind", kind, KIND_CODES)
     if not (type(activation) is str and activation in ACTIVATION_CODES):
         op.wrong_choice("activation", activation, ACTIVATION_CODES)
+    if type(limit) is not float:
+        op.wrong_float("limit", limit)
+    if not (limit >= 0):
+        op.fail("limit", "at least 0", limit)
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
         op.wrong_tensor("x", x)
     shape, right = x.shape, False
@@ -177,23 +188,23 @@ def check(
             op.wrong_device("bias", bias, "x", x)
 
 
-def traced(x, weight, bias, eps, kind, activation):
+def traced(x, weight, bias, eps, kind, activation, limit):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("norm_activation", x, weight, bias):
-        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation)
+        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation, limit=limit)
     y, _ = operator(
-        x, weight, bias, eps, kind, activation,
+        x, weight, bias, eps, kind, activation, limit,
         is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return y
 
 
-def run_kernels(kernels, x, weight, bias, eps, kind, activation, keep):
+def run_kernels(kernels, x, weight, bias, eps, kind, activation, limit, keep):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
     statistics_dtype = wide(x, weight, bias)
     y, statistics = _launch(
-        op, kernels, make(Arguments, (x, weight, bias, eps, kind, activation)), y_dtype, keep
+        op, kernels, make(Arguments, (x, weight, bias, eps, kind, activation, limit)), y_dtype, keep
     )
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -209,16 +220,16 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class NormActivation(Function):
     @staticmethod
-    def forward(ctx, kernels, direct, x, weight, bias, eps, kind, activation):
+    def forward(ctx, kernels, direct, x, weight, bias, eps, kind, activation, limit):
         if direct:
             y, statistics = kernels.forward(
-                x, weight, bias, eps, KIND_CODES[kind], ACTIVATION_CODES[activation], True
+                x, weight, bias, eps, KIND_CODES[kind], ACTIVATION_CODES[activation], limit, True
             )
         else:
-            y, statistics = run_kernels(kernels, x, weight, bias, eps, kind, activation, True)
+            y, statistics = run_kernels(kernels, x, weight, bias, eps, kind, activation, limit, True)
         y = not_a_view(y)
         ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.rest = kernels, direct, eps, kind, activation
+        ctx.rest = kernels, direct, eps, kind, activation, limit
         return y
 
     @staticmethod
@@ -227,34 +238,36 @@ class NormActivation(Function):
             refuse_double_backward("norm_activation")
         # once: a checkpoint gives them one time
         x, weight, bias, statistics = ctx.saved_tensors
-        kernels, direct, eps, kind, activation = ctx.rest
+        kernels, direct, eps, kind, activation, limit = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation))
+                op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit))
             )
-            return None, None, d_x, d_weight, d_bias, None, None, None
+            return None, None, d_x, d_weight, d_bias, None, None, None, None
         if direct:
             d_x, d_weight, d_bias = kernels.backward(
                 grad_y.contiguous(), x, weight, bias, statistics, eps, KIND_CODES[kind],
-                ACTIVATION_CODES[activation],
+                ACTIVATION_CODES[activation], limit,
             )  # fmt: skip
-            return None, None, d_x, d_weight, None if bias is None else d_bias, None, None, None
+            return None, None, d_x, d_weight, None if bias is None else d_bias, None, None, None, None
         try:
             d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation
+                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation, limit
             )
         except Unlaunchable as error:
             d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation))
-            )
-        return None, None, d_x, d_weight, d_bias, None, None, None
+                error, op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation,
+                limit,)),
+            )  # fmt: skip
+        return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, statistics, eps, kind, activation):
+def differentiate(kernels, grad_y, x, weight, bias, statistics, eps, kind, activation, limit):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation)), None
-    )
+        op, kernels, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit,)),
+        None,
+    )  # fmt: skip
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
     if d_weight is not None and d_weight.dtype is not weight.dtype:
@@ -267,21 +280,21 @@ def differentiate(kernels, grad_y, x, weight, bias, statistics, eps, kind, activ
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", keep=False):
+def run(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", limit=0.0, keep=False):
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
-        return formula_results(op, x, weight, bias, eps, kind, activation)
+        return formula_results(op, x, weight, bias, eps, kind, activation, limit)
     try:
-        y, statistics = run_kernels(kernels, x, weight, bias, eps, kind, activation, keep)
+        y, statistics = run_kernels(kernels, x, weight, bias, eps, kind, activation, limit, keep)
     except Unlaunchable as error:
         family.give_up(error, x, weight, bias)
-        return formula_results(op, x, weight, bias, eps, kind, activation)
+        return formula_results(op, x, weight, bias, eps, kind, activation, limit)
     if not keep:
         statistics = statistics.new_empty(0)
     return y.contiguous(), statistics.contiguous()
 
 
-def fake(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", keep=False):
+def fake(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", limit=0.0, keep=False):
     keep = keep and family.kernels(x, weight, bias) is not None
     S = x.shape[:-1]
     C = x.shape[-1]
@@ -291,43 +304,43 @@ def fake(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", keep=
 
 
 def set_up(ctx, inputs, output):
-    x, weight, bias, eps, kind, activation, keep = inputs
+    x, weight, bias, eps, kind, activation, limit, keep = inputs
     y, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.save_for_backward(x, weight, bias, statistics)
-    ctx.rest = eps, kind, activation, keep
+    ctx.rest = eps, kind, activation, limit, keep
 
 
 def backward(ctx, grad_y, *_):
     x, weight, bias, statistics = ctx.saved_tensors
-    eps, kind, activation, keep = ctx.rest
+    eps, kind, activation, limit, keep = ctx.rest
     if not keep:
-        _, statistics = operator(x, weight, bias, eps, kind, activation, True)
+        _, statistics = operator(x, weight, bias, eps, kind, activation, limit, True)
     d_x, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, weight, bias, statistics, eps, kind, activation)
+        backward_operator(grad_y, x, weight, bias, statistics, eps, kind, activation, limit)
     )
-    return d_x, d_weight, None if bias is None else d_bias, None, None, None, None
+    return d_x, d_weight, None if bias is None else d_bias, None, None, None, None, None
 
 
-def run_backward(grad_y, x, weight, bias, statistics, eps, kind, activation):
+def run_backward(grad_y, x, weight, bias, statistics, eps, kind, activation, limit):
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
         d_x, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, weight, bias, statistics, eps, kind, activation)
+            op, (grad_y,), Saved(x, weight, bias, statistics, eps, kind, activation, limit)
         )
     else:
         try:
             d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation
+                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation, limit
             )
         except Unlaunchable as error:
             d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, statistics, eps, kind, activation)
+                error, op, (grad_y,), Saved(x, weight, bias, statistics, eps, kind, activation, limit)
             )
     return d_x.contiguous(), d_weight.contiguous(), x.new_empty(0) if bias is None else d_bias.contiguous()
 
 
-def fake_backward(grad_y, x, weight, bias, statistics, eps, kind, activation):
+def fake_backward(grad_y, x, weight, bias, statistics, eps, kind, activation, limit):
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
@@ -337,14 +350,14 @@ def fake_backward(grad_y, x, weight, bias, statistics, eps, kind, activation):
 
 backward_operator = register(
     "norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor statistics, "
-    "float eps, str kind, str activation) -> (Tensor, Tensor, Tensor)",
+    "float eps, str kind, str activation, float limit) -> (Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
 )
 operator = register(
     'norm_activation(Tensor x, Tensor weight, Tensor? bias=None, float eps=1e-05, str kind="layer", str '
-    'activation="silu", bool keep=False) -> (Tensor, Tensor)',
+    'activation="silu", float limit=0.0, bool keep=False) -> (Tensor, Tensor)',
     run,
     fake,
     setup_context=set_up,

@@ -50,6 +50,15 @@ from fastasr.swap.forwards.feed_forward import (
     torchaudio_feed_forward,
     wav2vec2_feed_forward,
 )
+from fastasr.swap.forwards.gemma import (
+    gemma3n_layer,
+    gemma3n_subsampling,
+    gemma4_clippable_linear,
+    gemma4_layer,
+    gemma4_subsampling,
+    gemma_feed_forward,
+    gemma_light_convolution,
+)
 from fastasr.swap.forwards.layers import firered_layer, gigaam_layer, nemo_layer, seamless_layer
 from fastasr.swap.forwards.subsampling import nemo_subsampling, phi4_subsampling
 
@@ -65,7 +74,14 @@ __all__ = [
     "fun_asr_feed_forward",
     "fun_asr_memory",
     "gemma3n_attention",
+    "gemma3n_layer",
+    "gemma3n_subsampling",
     "gemma4_attention",
+    "gemma4_clippable_linear",
+    "gemma4_layer",
+    "gemma4_subsampling",
+    "gemma_feed_forward",
+    "gemma_light_convolution",
     "gigaam_attention",
     "gigaam_convolution",
     "gigaam_feed_forward",

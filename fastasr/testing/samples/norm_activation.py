@@ -33,6 +33,12 @@ def _wide_parameters(make: Make, *shape: int, **options: Any) -> dict:
     return wide | {"x": make.normal(*shape)}
 
 
+def _infinite(make: Make, **options: Any) -> dict:
+    call = _call(make, (3, 8), kind="rms", bias=False, **options)
+    call["x"][0, 3], call["x"][1, 5] = math.inf, -math.inf
+    return call
+
+
 TABLE = OpTable(
     op="norm_activation",
     samples=(
@@ -46,6 +52,10 @@ TABLE = OpTable(
         Sample("block", lambda m: _call(m, (40, 4, 512))),
         Sample("block, rms", lambda m: _call(m, (50, 2, 512), kind="rms", bias=False)),
         Sample("wide", lambda m: _call(m, (3, 2070))),
+        Sample("limited", lambda m: _call(m, (4, 2, 12), limit=1.317), thorough=True),
+        Sample("limited, rms", lambda m: _call(m, (50, 2, 512), kind="rms", bias=False, limit=1.713)),
+        Sample("a limit that no dtype reaches", lambda m: _call(m, (3, 40), kind="rms", limit=1e39)),
+        Sample("infinities within a limit", lambda m: _infinite(m, limit=1e4), exact=False),
         Sample("vector", lambda m: _call(m, (40,)), exact=False),
         Sample("five channels", lambda m: _call(m, (300, 5), eps=0.1)),
         Sample("no epsilon", lambda m: _call(m, (3, 40), eps=0.0)),
@@ -71,6 +81,7 @@ TABLE = OpTable(
         eps=shape.choice((0.1, 1.0)),
         bias=shape.choice((True, False)),
         kind=shape.choice(("layer", "rms")),
+        limit=shape.choice((0.0, 1.317)),
     ),
 )
 

@@ -7,28 +7,31 @@ from .configuration import DTYPES, Configuration
 
 
 def configurations(generation: int):
-    def configuration(kernel: str, dtype: str, channels: int, update: str = ""):
+    def configuration(kernel: str, dtype: str, channels: int, update: str = "", form: str = ""):
         # x, t and the parameters have the first dtype, update and y the second
         update = update or dtype
         block_c = _layer_norm.row_width(channels)
-        constants = {}
+        gemma = form != ""
+        constants = {"CENTRED": not gemma, "LIMITED": gemma}
+        constants |= {"BIAS": None} if gemma else {"UPDATE_WEIGHT": None}
         if kernel == "forward":
-            block_r, _, warps = _layer_norm.row_blocks(channels, _layer_norm.forward_elements(generation))
+            elements = _layer_norm.forward_elements(generation, norms=1 + gemma)
+            block_r, _, warps = _layer_norm.row_blocks(channels, elements)
         else:
-            elements, warps, _ = _layer_norm.backward_tile(channels, DTYPES[dtype], False, False, generation)
+            elements, warps, _ = _layer_norm.backward_tile(channels, DTYPES[dtype], gemma, False, generation)
             block_r = max(1, elements // block_c)
-            constants = {"T_TYPE": add_norm.TYPES[DTYPES[dtype]]}
+            constants |= {"T_TYPE": add_norm.TYPES[DTYPES[dtype]]}
         types = dict.fromkeys(("X", "T", "DX", "GRAD_T"), dtype)
         types |= dict.fromkeys(("UPDATE", "Y", "GRAD_Y", "DUPDATE"), update)
-        types |= dict.fromkeys(("WEIGHT", "BIAS"), "fp32")
+        types |= dict.fromkeys(("WEIGHT", "BIAS", "UPDATE_WEIGHT"), "fp32")
         return Configuration(
-            f"add_norm {kernel}, C={channels}, {dtype}" + f", {update} branch" * (update != dtype),
+            f"add_norm {kernel}, {form}C={channels}, {dtype}" + f", {update} branch" * (update != dtype),
             getattr(add_norm, f"{kernel}_kernel"),
             types | {"PARTS": "fp64" if dtype == "fp32" else "fp32"},
             constants | {"BLOCK_R": block_r, "BLOCK_C": block_c},
             warps,
             ("C", "x_stride", "update_stride"),
-            ("eps", "scale"),
+            ("eps", "scale", "update_limit", "limit"),
         )
 
     for kernel in ("forward", "backward"):
@@ -36,3 +39,5 @@ def configurations(generation: int):
             yield configuration(kernel, "fp32", channels)
             yield configuration(kernel, "bf16", channels)
             yield configuration(kernel, "fp32", channels, "bf16")
+        for dtype in ("fp32", "bf16"):
+            yield configuration(kernel, dtype, 1024, form="rms of both, ")

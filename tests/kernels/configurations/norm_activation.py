@@ -12,7 +12,7 @@ def configurations(generation: int):
     def configuration(
         kernel: str, dtype: str, channels: int, label: str = "", parameter: str = "fp32", **constants
     ):
-        constants = {"CENTRED": True, "ACTIVATION": SILU} | constants
+        constants = {"CENTRED": True, "LIMITED": False, "ACTIVATION": SILU} | constants
         block_c = _layer_norm.row_width(channels)
         if kernel == "forward":
             block_r, _, warps = _layer_norm.row_blocks(channels, _layer_norm.forward_elements(generation))
@@ -28,7 +28,7 @@ def configurations(generation: int):
             constants | {"BLOCK_R": block_r, "BLOCK_C": block_c},
             warps,
             ("C",),
-            ("eps",),
+            ("eps", "limit"),
         )
 
     for kernel in ("forward", "backward"):
@@ -36,6 +36,7 @@ def configurations(generation: int):
             for channels in (512, 1024):
                 yield configuration(kernel, dtype, channels)
             yield configuration(kernel, dtype, 1024, "rms, ", CENTRED=False, BIAS=None)
+            yield configuration(kernel, dtype, 1024, "rms, limited, ", CENTRED=False, LIMITED=True, BIAS=None)
         yield configuration(kernel, "fp16", 512)
         yield configuration(kernel, "fp32", 512, "gelu, ", ACTIVATION=GELU)
         yield configuration(kernel, "bf16", 1024, "bf16 parameters, ", "bf16")

@@ -29,6 +29,7 @@ from tests.kernels.interpreter.turns import Turns
 # or reduction to which each thread brings what it has loaded, or a thread that loads late does nothing with it.
 REPLACED = {
     "layer_norm_lstm": ("CELL", "DCELL"),
+    "clamped_linear": ("Z", "Y"),
     "linear_activation": ("Z", "Y"),
     "rnnt_lattice": ("COLUMN",),
 }

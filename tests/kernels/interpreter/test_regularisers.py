@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from every_two import every_two
 
 from fastasr import backend, ops
 from fastasr.ops.balancer_gradient import balance_
@@ -13,7 +14,16 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 LIMITS = (-0.05, 0.05, 0.2, 0.5, 0.04)
 WHITENING = (1.0, 0.1)  # all but frames without covariance exceed this limit
 each_dtype = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-each_size = pytest.mark.parametrize("small", [False, True], ids=["large blocks", "small blocks"])
+BLOCKS = {"large blocks": False, "small blocks": True}
+
+
+def each_call(*calls):
+    """Parametrises over tuples of layout, shape and option, dtypes, and blocks."""
+    cases = {
+        f"{layout.__name__.strip('_<>')}, {shape}, {option}": (layout, shape, option)
+        for layout, shape, option in calls
+    }
+    return pytest.mark.parametrize(("call", "dtype", "small"), every_two(cases, DTYPES[:2], BLOCKS))
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +39,9 @@ def _dense(m, *shape):
 def _slices(m, *shape):
     """Rows that lie apart, as those of a third of a projection do."""
     return m(*shape[:-1], 3 * shape[-1]).chunk(3, -1)[1]
+
+
+LAYOUTS = {"dense": _dense, "slices": _slices}
 
 
 def _maps(m, *shape):
@@ -57,23 +70,19 @@ def _judge(found, grad, eager, exact):
     assert ours <= 1.1 * theirs + 1e-7 * change
 
 
-@each_size
-@each_dtype
-@pytest.mark.parametrize(
-    ("layout", "shape", "dim"),
-    [
-        (_dense, (70, 3, 24), -1),
-        (_dense, (3, 24, 50), 1),
-        (_dense, (2, 5, 6, 7), 1),
-        (_dense, (700, 33), 1),
-        (_dense, (9, 4), 0),
-        (_dense, (1, 6), -1),
-        (_dense, (17, 1), -1),
-        (_slices, (50, 2, 40), -1),
-        (_maps, (2, 8, 9, 11), 1),
-    ],
+@each_call(
+    (_dense, (70, 3, 24), -1),
+    (_dense, (3, 24, 50), 1),
+    (_dense, (2, 5, 6, 7), 1),
+    (_dense, (700, 33), 1),
+    (_dense, (9, 4), 0),
+    (_dense, (1, 6), -1),
+    (_dense, (17, 1), -1),
+    (_slices, (50, 2, 40), -1),
+    (_maps, (2, 8, 9, 11), 1),
 )
-def test_balancer(layout, shape, dim, dtype, small):
+def test_balancer(call, dtype, small):
+    layout, shape, dim = call
     grad, x = _tensors(layout, shape, dtype)
     with backend("triton"):
         found = ops.balancer_gradient(grad, x, *LIMITS, dim)
@@ -107,21 +116,17 @@ def test_balancer_keeps_nan_in_its_channel():
     assert torch.equal(found[:, [0, 1, 3, 5]], expected[:, [0, 1, 3, 5]])
 
 
-@each_size
-@each_dtype
-@pytest.mark.parametrize(
-    ("layout", "shape", "groups"),
-    [
-        (_dense, (70, 3, 24), 1),
-        (_dense, (40, 3, 24), 3),
-        (_dense, (300, 64), 8),
-        (_dense, (31, 18), 1),
-        (_dense, (40, 1), 1),
-        (_slices, (50, 2, 40), 1),
-        (lambda *a: _maps(*a).transpose(1, 3), (2, 8, 9, 11), 1),
-    ],
+@each_call(
+    (_dense, (70, 3, 24), 1),
+    (_dense, (40, 3, 24), 3),
+    (_dense, (300, 64), 8),
+    (_dense, (31, 18), 1),
+    (_dense, (40, 1), 1),
+    (_slices, (50, 2, 40), 1),
+    (lambda *a: _maps(*a).transpose(1, 3), (2, 8, 9, 11), 1),
 )
-def test_whitening(layout, shape, groups, dtype, small):
+def test_whitening(call, dtype, small):
+    layout, shape, groups = call
     grad, x = _tensors(layout, shape, dtype, mix=True)
     limit = 1.0 if x.shape[-1] > groups else 0.5
     with backend("triton"):
@@ -135,11 +140,10 @@ def test_whitening(layout, shape, groups, dtype, small):
         _judge(found, grad, definition(grad, x, groups, limit, 0.1)[0], exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("channels", [140, 200])
+@pytest.mark.parametrize(("channels", "dtype"), [(140, torch.float32), (200, torch.bfloat16)], ids=str)
 def test_whitening_of_several_tiles(channels, dtype):
     """More than 192 channels of 16-bit numbers have wider tiles of products than of the other kernels."""
-    test_whitening(_dense, (300, channels), 1, dtype, False)
+    test_whitening((_dense, (300, channels), 1), dtype, False)
 
 
 def test_whitening_metric_at_its_limit():
@@ -172,9 +176,10 @@ def test_whitening_of_nan():
     assert not white
 
 
-@pytest.mark.parametrize("act", [None, torch.ones(()), torch.zeros(1), torch.zeros((), dtype=torch.bool)])
-@pytest.mark.parametrize("layout", [_dense, _slices])
-@each_dtype
+ACTS = None, torch.ones(()), torch.zeros(1), torch.zeros((), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("act", "dtype", "layout"), every_two(ACTS, DTYPES[:2], LAYOUTS))
 def test_in_place_and_flags(layout, act, dtype):
     acts = act is None or bool(act)
     grad, x = _tensors(layout, (40, 2, 20), dtype, mix=True)

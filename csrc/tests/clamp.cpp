@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rows/clamp.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/math/activation.h"
+#include "tests/rows_case.h"
+
+namespace fastasr::test {
+namespace {
+
+// Compares with the activations themselves, which have a test of their own.
+template <typename T>
+void clamp_values(int activation, int64_t n) {
+  INFO(Type<T>::name, " activation ", activation, ", ", n, " elements");
+  const auto& kernel = cpu::kernels<cpu::ClampKernels<T>>();
+  using C = compute_t<T>;
+  const cpu::Bounds<T> inner{C(-1.25), C(0.75)}, outer{C(-0.125), C(0.5)}, none{C(-kInf), C(kInf)};
+  Random random(static_cast<uint64_t>(n + activation));
+  Buffer<T> z(n, 1, random, 2), grad(n, 2, random), y(n, 3), dz(n, 5), alone(n, 5);
+  Buffer<C> values(n), slopes(n);
+  for (int64_t i = 0; i < n; i++) values[i] = std::clamp(cpu::load(z[i]), inner.low, inner.high);
+  cpu::activate_with_slope(activation, values.data(), slopes.data(), n);
+  kernel.forward(inner, activation, outer, z, y, n);
+  kernel.backward(inner, activation, outer, grad, z, dz, n);
+  for (int64_t i = 0; i < n; i++) {
+    const bool in = z(i) >= inner.low && z(i) <= inner.high && values[i] >= outer.low && values[i] <= outer.high;
+    const long double d = in ? grad(i) * slopes[i] : 0;
+    EXPECT(y, i, std::clamp(values[i], outer.low, outer.high), 4 * (1 + std::fabs(values[i])));
+    EXPECT(dz, i, d, 8 * (1 + std::fabs(d)));
+  }
+  kernel.forward(none, 0, none, z, alone, n);
+  CHECK(z.equals(alone), "without bounds it is something else");
+  kernel.forward(inner, activation, outer, z, z, n);
+  kernel.backward(none, 0, none, grad, z, grad, n);
+  CHECK(z.equals(y), "in place it is something else");
+}
+
+// A bound is inside, crossed bounds give the upper one, a NaN stays and has no gradient.
+template <typename T>
+void clamp_special_values() {
+  const auto& kernel = cpu::kernels<cpu::ClampKernels<T>>();
+  using C = compute_t<T>;
+  const cpu::Bounds<T> bounds{C(-1), C(2)}, crossed{C(2), C(-1)}, none{C(-kInf), C(kInf)};
+  Random random(1);
+  Buffer<T> z(5, 0, random), grad(5, 0, random), y(5), dz(5);
+  const double given[] = {-1, 2, kNan, kInf, -kInf};
+  for (int64_t i = 0; i < 5; i++) z[i] = make<T>(given[i]);
+  kernel.forward(bounds, 0, none, z, y, 5);
+  kernel.backward(bounds, 0, none, grad, z, dz, 5);
+  CHECK(y(0) == -1 && y(1) == 2 && std::isnan(y(2)) && y(3) == 2 && y(4) == -1, "values");
+  CHECK(dz(0) == grad(0) && dz(1) == grad(1) && dz(2) == 0 && dz(3) == 0 && dz(4) == 0, "gradients");
+  kernel.forward(crossed, 0, none, z, y, 5);
+  CHECK(y(0) == -1 && y(1) == -1 && y(3) == -1 && y(4) == -1, "crossed bounds");
+}
+
+TEST_CASE("clamp") {
+  for_each_type([]<typename T>() {
+    for (int activation = 0; activation < cpu::kActivations; activation++)
+      for (const int64_t n : {0, 1, 17, 1024, 2100}) clamp_values<T>(activation, n);
+    clamp_special_values<T>();
+  });
+}
+
+}  // namespace
+}  // namespace fastasr::test

@@ -1,0 +1,622 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=clamped_linear` writes this file from fastasr/ops/clamped_linear.py: change that one.
+"""a linear layer without a bias between two clamps whose bounds are on the device, and its activation"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._runtime import (
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    not_a_view,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wanted,
+)
+from fastasr.ops.clamped_linear import _gradients, _launch
+from fastasr.ops.clamped_linear import clamped_linear as formula
+
+op = OPS["clamped_linear"]
+family = op.family
+ACTIVATION_CODES = {"identity": 0, "silu": 1, "relu": 2, "tanh": 3, "gelu": 4}
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity"
+    input_min: Tensor | None = None
+    input_max: Tensor | None = None
+    output_min: Tensor | None = None
+    output_max: Tensor | None = None
+    next_min: Tensor | None = None
+    next_max: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    input_min: Tensor | None
+    input_max: Tensor | None
+    output_min: Tensor | None
+    output_max: Tensor | None
+    next_min: Tensor | None
+    next_max: Tensor | None
+    z: Tensor
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"]
+
+
+class Needs(NamedTuple):
+    x: bool
+    weight: bool
+    input_min: bool
+    input_max: bool
+    output_min: bool
+    output_max: bool
+    next_min: bool
+    next_max: bool
+
+
+# --------------------------------------------------------------------------- the public function
+def clamped_linear(
+    x: Tensor,
+    weight: Tensor,
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity",
+    *,
+    input_min: Tensor | None = None,
+    input_max: Tensor | None = None,
+    output_min: Tensor | None = None,
+    output_max: Tensor | None = None,
+    next_min: Tensor | None = None,
+    next_max: Tensor | None = None,
+) -> Tensor:
+    """clamp(act(clamp(clamp(x) weightᵀ))).
+
+    Args:
+        x: (..., K); float32, bfloat16, float16 or float64.
+        weight: (N, K); x's dtype, except under autocast, which casts both.
+        activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
+        input_min, input_max: the bounds of x, tensors without dimensions on its device, read there in x's dtype, or
+            None.
+        output_min, output_max: the bounds of the product.
+        next_min, next_max: the bounds of the activation.
+    Returns:
+        (..., N).
+    Raises:
+        TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
+        ValueError: shapes or devices do not match; activation is not one of these.
+    """
+    check(x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max)
+    if is_compiling() or not (
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and (input_min is None or type(input_min) in PLAIN)
+        and (input_max is None or type(input_max) in PLAIN)
+        and (output_min is None or type(output_min) in PLAIN)
+        and (output_max is None or type(output_max) in PLAIN)
+        and (next_min is None or type(next_min) in PLAIN)
+        and (next_max is None or type(next_max) in PLAIN)
+    ):
+        return traced(x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(
+            op, Arguments(x, weight, activation, input_min, input_max, output_min, output_max, next_min,
+            next_max),
+        )  # fmt: skip
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula(
+            x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
+            output_max=output_max, next_min=next_min, next_max=next_max,
+        )  # fmt: skip
+    cast_dtype = autocast_dtype(x)
+    if cast_dtype is not None:
+        x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, _ = under_autocast(
+            cast_dtype, x, weight, activation, input_min, input_max, output_min, output_max, next_min,
+            next_max,
+        )  # fmt: skip
+        kernels = family.kernels(x)
+        if kernels is None:
+            return formula(
+                x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
+                output_max=output_max, next_min=next_min, next_max=next_max,
+            )  # fmt: skip
+    try:
+        if is_grad_enabled() and (
+            x.requires_grad
+            or weight.requires_grad
+            or (input_min is not None and input_min.requires_grad)
+            or (input_max is not None and input_max.requires_grad)
+            or (output_min is not None and output_min.requires_grad)
+            or (output_max is not None and output_max.requires_grad)
+            or (next_min is not None and next_min.requires_grad)
+            or (next_max is not None and next_max.requires_grad)
+        ):
+            return apply(
+                kernels, False, x, weight, activation, input_min, input_max, output_min, output_max, next_min,
+                next_max,
+            )  # fmt: skip
+        y, _ = run_kernels(
+            kernels, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max,
+            False,
+        )  # fmt: skip
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula(
+            x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
+            output_max=output_max, next_min=next_min, next_max=next_max,
+        )  # fmt: skip
+    return y
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"],
+    input_min: Tensor | None,
+    input_max: Tensor | None,
+    output_min: Tensor | None,
+    output_max: Tensor | None,
+    next_min: Tensor | None,
+    next_max: Tensor | None,
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if not (type(activation) is str and activation in ACTIVATION_CODES):
+        op.wrong_choice("activation", activation, ACTIVATION_CODES)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) >= 1:
+        K = shape[-1]
+        right = True
+    if not right:
+        op.wrong_shape("x", x, listed("...", "K"))
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    shape, right = weight.shape, False
+    if len(shape) == 2:
+        right = shape[1] == K
+    if not right:
+        op.wrong_shape("weight", weight, listed("N", K))
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if input_min is not None:
+        if (
+            not isinstance(input_min, Tensor)
+            or input_min.dtype not in FLOATING
+            or input_min.layout is not torch.strided
+        ):
+            op.wrong_tensor("input_min", input_min)
+        if input_min.shape != ():
+            op.wrong_shape("input_min", input_min, listed())
+        if input_min.device != x.device:
+            op.wrong_device("input_min", input_min, "x", x)
+    if input_max is not None:
+        if (
+            not isinstance(input_max, Tensor)
+            or input_max.dtype not in FLOATING
+            or input_max.layout is not torch.strided
+        ):
+            op.wrong_tensor("input_max", input_max)
+        if input_max.shape != ():
+            op.wrong_shape("input_max", input_max, f"{listed()} (that of input_min)")
+        if input_max.device != x.device:
+            op.wrong_device("input_max", input_max, "x", x)
+    if output_min is not None:
+        if (
+            not isinstance(output_min, Tensor)
+            or output_min.dtype not in FLOATING
+            or output_min.layout is not torch.strided
+        ):
+            op.wrong_tensor("output_min", output_min)
+        if output_min.shape != ():
+            op.wrong_shape("output_min", output_min, f"{listed()} (that of input_min)")
+        if output_min.device != x.device:
+            op.wrong_device("output_min", output_min, "x", x)
+    if output_max is not None:
+        if (
+            not isinstance(output_max, Tensor)
+            or output_max.dtype not in FLOATING
+            or output_max.layout is not torch.strided
+        ):
+            op.wrong_tensor("output_max", output_max)
+        if output_max.shape != ():
+            op.wrong_shape("output_max", output_max, f"{listed()} (that of input_min)")
+        if output_max.device != x.device:
+            op.wrong_device("output_max", output_max, "x", x)
+    if next_min is not None:
+        if (
+            not isinstance(next_min, Tensor)
+            or next_min.dtype not in FLOATING
+            or next_min.layout is not torch.strided
+        ):
+            op.wrong_tensor("next_min", next_min)
+        if next_min.shape != ():
+            op.wrong_shape("next_min", next_min, f"{listed()} (that of input_min)")
+        if next_min.device != x.device:
+            op.wrong_device("next_min", next_min, "x", x)
+    if next_max is not None:
+        if (
+            not isinstance(next_max, Tensor)
+            or next_max.dtype not in FLOATING
+            or next_max.layout is not torch.strided
+        ):
+            op.wrong_tensor("next_max", next_max)
+        if next_max.shape != ():
+            op.wrong_shape("next_max", next_max, f"{listed()} (that of input_min)")
+        if next_max.device != x.device:
+            op.wrong_device("next_max", next_max, "x", x)
+    if autocast_dtype(x) is None and weight.dtype != x.dtype:
+        op.wrong_dtype("weight", weight, "x", x)
+
+
+def traced(x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("clamped_linear", x):
+        return formula(
+            x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
+            output_max=output_max, next_min=next_min, next_max=next_max,
+        )  # fmt: skip
+    y, _ = operator(
+        x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max,
+        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (input_min is not None and input_min.requires_grad) or (input_max is not None and input_max.requires_grad) or (output_min is not None and output_min.requires_grad) or (output_max is not None and output_max.requires_grad) or (next_min is not None and next_min.requires_grad) or (next_max is not None and next_max.requires_grad)),
+    )  # fmt: skip
+    return y
+
+
+def run_kernels(
+    kernels, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, keep
+):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x)
+    y, z = _launch(
+        op, kernels, make(Arguments, (x, weight, activation, input_min, input_max, output_min, output_max,
+        next_min, next_max,)), y_dtype, keep,
+    )  # fmt: skip
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    if z.dtype is not y_dtype:
+        z = z.to(y_dtype)
+    return y, z
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x), promoted(a.x))
+
+
+def under_autocast(
+    dtype, x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
+    next_min=None, next_max=None, keep=False,
+):  # fmt: skip
+    """Casts the arguments as autocast does for this dtype."""
+    x, weight = cast(dtype, x, weight)
+    return x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, keep
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class ClampedLinear(Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, direct, x, weight, activation, input_min, input_max, output_min, output_max, next_min,
+        next_max,
+    ):  # fmt: skip
+        y, z = run_kernels(
+            kernels, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max,
+            True,
+        )  # fmt: skip
+        y = not_a_view(y)
+        ctx.save_for_backward(x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z)
+        ctx.rest = kernels, direct, activation
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("clamped_linear")
+        # once: a checkpoint gives them one time
+        x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z = ctx.saved_tensors
+        kernels, direct, activation = ctx.rest
+        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
+            names = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max, next_min,
+                next_max, z, activation,)),
+            )  # fmt: skip
+            (
+                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
+            ) = names  # fmt: skip
+            return (
+                None,
+                None,
+                d_x,
+                d_weight,
+                None,
+                d_input_min,
+                d_input_max,
+                d_output_min,
+                d_output_max,
+                d_next_min,
+                d_next_max,
+            )
+        needs = (
+            ctx.needs_input_grad[2],
+            ctx.needs_input_grad[3],
+            ctx.needs_input_grad[5],
+            ctx.needs_input_grad[6],
+            ctx.needs_input_grad[7],
+            ctx.needs_input_grad[8],
+            ctx.needs_input_grad[9],
+            ctx.needs_input_grad[10],
+        )
+        try:
+            names = differentiate(
+                kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
+                z, activation, needs,
+            )  # fmt: skip
+            (
+                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
+            ) = names  # fmt: skip
+        except Unlaunchable as error:
+            names = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
+                next_min, next_max, z, activation,)),
+            )  # fmt: skip
+            (
+                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
+            ) = names  # fmt: skip
+        return (
+            None,
+            None,
+            d_x,
+            d_weight,
+            None,
+            d_input_min,
+            d_input_max,
+            d_output_min,
+            d_output_max,
+            d_next_min,
+            d_next_max,
+        )
+
+
+def differentiate(
+    kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z,
+    activation, needs,
+):  # fmt: skip
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    names = _gradients(
+        op, kernels, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
+        next_min, next_max, z, activation,)), make(Needs, needs),
+    )  # fmt: skip
+    (
+        d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
+    ) = names  # fmt: skip
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_weight is not None and d_weight.dtype is not weight.dtype:
+        d_weight = d_weight.to(weight.dtype)
+    if input_min is None:
+        d_input_min = None
+    elif d_input_min is not None and d_input_min.dtype is not input_min.dtype:
+        d_input_min = d_input_min.to(input_min.dtype)
+    if input_max is None:
+        d_input_max = None
+    elif d_input_max is not None and d_input_max.dtype is not input_max.dtype:
+        d_input_max = d_input_max.to(input_max.dtype)
+    if output_min is None:
+        d_output_min = None
+    elif d_output_min is not None and d_output_min.dtype is not output_min.dtype:
+        d_output_min = d_output_min.to(output_min.dtype)
+    if output_max is None:
+        d_output_max = None
+    elif d_output_max is not None and d_output_max.dtype is not output_max.dtype:
+        d_output_max = d_output_max.to(output_max.dtype)
+    if next_min is None:
+        d_next_min = None
+    elif d_next_min is not None and d_next_min.dtype is not next_min.dtype:
+        d_next_min = d_next_min.to(next_min.dtype)
+    if next_max is None:
+        d_next_max = None
+    elif d_next_max is not None and d_next_max.dtype is not next_max.dtype:
+        d_next_max = d_next_max.to(next_max.dtype)
+    return d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(
+    x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
+    next_min=None, next_max=None, keep=False,
+):  # fmt: skip
+    kernels = family.kernels(x)
+    if kernels is None:
+        return formula_results(
+            op, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max
+        )
+    try:
+        y, z = run_kernels(
+            kernels, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max,
+            keep,
+        )  # fmt: skip
+    except Unlaunchable as error:
+        family.give_up(error, x)
+        return formula_results(
+            op, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max
+        )
+    if not keep:
+        z = z.new_empty(0)
+    return y.contiguous(), z.contiguous()
+
+
+def fake(
+    x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
+    next_min=None, next_max=None, keep=False,
+):  # fmt: skip
+    keep = keep and family.kernels(x) is not None
+    S = x.shape[:-1]
+
+    N = weight.shape[0]
+    return torch.empty((*S, N), dtype=promoted(x), device=x.device), torch.empty(
+        (*S, N) if keep else (0,), dtype=promoted(x), device=x.device
+    )
+
+
+def set_up(ctx, inputs, output):
+    x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, keep = inputs
+    y, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.save_for_backward(x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z)
+    ctx.rest = activation, keep
+
+
+def backward(ctx, grad_y, *_):
+    x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z = ctx.saved_tensors
+    activation, keep = ctx.rest
+    if not keep:
+        _, z = operator(
+            x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, True
+        )
+    needs = wanted(ctx.needs_input_grad, (0, 1, 3, 4, 5, 6, 7, 8))
+    names = as_tuple(
+        backward_operator(grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
+        z, activation, needs),
+    )  # fmt: skip
+    (
+        d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
+    ) = names  # fmt: skip
+    return (
+        None if not needs[0] else d_x,
+        None if not needs[1] else d_weight,
+        None,
+        None if input_min is None or not needs[2] else d_input_min,
+        None if input_max is None or not needs[3] else d_input_max,
+        None if output_min is None or not needs[4] else d_output_min,
+        None if output_max is None or not needs[5] else d_output_max,
+        None if next_min is None or not needs[6] else d_next_min,
+        None if next_max is None or not needs[7] else d_next_max,
+        None,
+    )
+
+
+def run_backward(
+    grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z, activation, needs
+):
+    kernels = family.kernels(x)
+    if kernels is None:
+        names = formula_gradients(
+            op, (grad_y,), Saved(x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
+            z, activation),
+        )  # fmt: skip
+        (
+            d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
+        ) = names  # fmt: skip
+    else:
+        try:
+            names = differentiate(
+                kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
+                z, activation, needs,
+            )  # fmt: skip
+            (
+                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
+            ) = names  # fmt: skip
+        except Unlaunchable as error:
+            names = gradients_without(
+                error, op, (grad_y,), Saved(x, weight, input_min, input_max, output_min, output_max, next_min,
+                next_max, z, activation),
+            )  # fmt: skip
+            (
+                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
+            ) = names  # fmt: skip
+    return (
+        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
+        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
+        x.new_empty(0)
+        if input_min is None or not needs[2] or d_input_min is None
+        else d_input_min.contiguous(),
+        x.new_empty(0)
+        if input_max is None or not needs[3] or d_input_max is None
+        else d_input_max.contiguous(),
+        x.new_empty(0)
+        if output_min is None or not needs[4] or d_output_min is None
+        else d_output_min.contiguous(),
+        x.new_empty(0)
+        if output_max is None or not needs[5] or d_output_max is None
+        else d_output_max.contiguous(),
+        x.new_empty(0) if next_min is None or not needs[6] or d_next_min is None else d_next_min.contiguous(),
+        x.new_empty(0) if next_max is None or not needs[7] or d_next_max is None else d_next_max.contiguous(),
+    )
+
+
+def fake_backward(
+    grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z, activation, needs
+):
+    return (
+        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
+        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
+        x.new_empty(0) if input_min is None or not needs[2] else input_min.new_empty(input_min.shape),
+        x.new_empty(0) if input_max is None or not needs[3] else input_max.new_empty(input_max.shape),
+        x.new_empty(0) if output_min is None or not needs[4] else output_min.new_empty(output_min.shape),
+        x.new_empty(0) if output_max is None or not needs[5] else output_max.new_empty(output_max.shape),
+        x.new_empty(0) if next_min is None or not needs[6] else next_min.new_empty(next_min.shape),
+        x.new_empty(0) if next_max is None or not needs[7] else next_max.new_empty(next_max.shape),
+    )
+
+
+backward_operator = register(
+    "clamped_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? input_min, Tensor? "
+    "input_max, Tensor? output_min, Tensor? output_max, Tensor? next_min, Tensor? next_max, Tensor z, str "
+    "activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    'clamped_linear(Tensor x, Tensor weight, str activation="identity", Tensor? input_min=None, Tensor? '
+    "input_max=None, Tensor? output_min=None, Tensor? output_max=None, Tensor? next_min=None, Tensor? "
+    "next_max=None, bool keep=False) -> (Tensor, Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    autocast=under_autocast,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(ClampedLinear)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x",),
+    differentiable=(
+        "x",
+        "weight",
+        "input_min",
+        "input_max",
+        "output_min",
+        "output_max",
+        "next_min",
+        "next_max",
+    ),
+    dense=True,
+)
+op.serve(clamped_linear, written)

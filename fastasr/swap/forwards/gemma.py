@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes for the audio towers of transformers' Gemma 3n and Gemma 4, Conformers (Zhang et al., "Google USM",
+2023) with an RMSNorm before and behind each branch. Their attention is in :mod:`fastasr.swap.forwards.attention`.
+
+A layer: x ← x + ½ RMS(FF(RMS x)); x ← x + RMS(attention(RMS x)); x ← x + convolution(RMS x); x ← x + ½ RMS(FF(RMS x));
+RMS x. One kernel adds a branch, with its norm, to the stream and normalises the sum for the next branch. Norms read
+their input between ±``gradient_clipping``.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr import _left, ops
+from fastasr._recording import recording
+from fastasr.models.common import plumbing
+from fastasr.models.common.activations import activated, fused_name
+from fastasr.models.common.plain import is_plain, is_upstreams
+from fastasr.swap.rule import Upstream
+
+_NO_NORM = "a norm has hooks or is no plain one"
+_NO_PART = "a part has hooks or is no plain one"
+_SILU = torch.nn.SiLU()
+
+
+# --------------------------------------------------------------------------- parts
+def _is_norm(norm: Upstream, owner: Upstream) -> bool:
+    return is_upstreams(norm, owner) and norm.with_scale
+
+
+def _normed(norm: Upstream, x: Tensor, limit: float = 0.0, activation: Any = "identity") -> Tensor:
+    return ops.norm_activation(x, norm.weight, eps=norm.eps, kind="rms", activation=activation, limit=limit)
+
+
+def _add_normed(
+    norm: Upstream,
+    x: Tensor,
+    update: Tensor,
+    limit: float = 0.0,
+    scale: float = 1.0,
+    of_update: Upstream = None,
+    update_limit: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Returns x + scale · of_update(update), and ``norm`` of it."""
+    weight = None if of_update is None else of_update.weight
+    return ops.add_norm(
+        x, update, norm.weight, None, norm.eps, scale,
+        kind="rms", update_weight=weight, update_limit=update_limit, limit=limit,
+    )  # fmt: skip
+
+
+def _bounds(layer: Upstream) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in ("input_min", "input_max", "output_min", "output_max")}
+
+
+def _is_clipped(layer: Upstream, owner: Upstream) -> bool:
+    """Says whether this is Gemma 4's layer with bounds around a product without a bias."""
+    known = type(layer).__name__ == "Gemma4ClippableLinear" and is_upstreams(layer, owner)
+    return known and layer.use_clipped_linears and _is_product(layer.linear)
+
+
+def _is_product(linear: torch.nn.Module) -> bool:
+    return plumbing.is_plain_linear(linear) and linear.bias is None
+
+
+def _linear(layer: Upstream, x: Tensor, owner: Upstream) -> Tensor:
+    if _is_clipped(layer, owner):
+        return ops.clamped_linear(x, layer.linear.weight, **_bounds(layer))
+    return plumbing.linear(layer, x)
+
+
+def _between(first: Upstream, activation: Upstream, second: Upstream, x: Tensor, owner: Upstream) -> Tensor:
+    """Returns second(activation(first(x))). The first layer's kernel clamps the input of the second too."""
+    if _is_clipped(first, owner) and _is_clipped(second, owner):
+        name, bounds = fused_name(activation), _bounds(second)
+        following = {"next_min": bounds.pop("input_min"), "next_max": bounds.pop("input_max")}
+        if name is not None:
+            hidden = ops.clamped_linear(x, first.linear.weight, name, **_bounds(first), **following)
+            return ops.clamped_linear(hidden, second.linear.weight, **bounds)
+    return _linear(second, activated(first, activation, x), owner)
+
+
+def _activation_of(module: Upstream) -> torch.nn.Module:
+    return getattr(module, "act_fn", _SILU)  # Gemma 3n calls the function.
+
+
+def _fed(module: Upstream, n: Tensor) -> Tensor:
+    """Returns a feed-forward block of its normalised input, before the norm behind it."""
+    return _between(module.ffw_layer_1, _activation_of(module), module.ffw_layer_2, n, module)
+
+
+def _causal_delay(conv: Upstream, owner: Upstream) -> int | None:
+    """Returns P − ⌊K / 2⌋ of Gemma's convolution, which sees P = K − 1 frames of the past."""
+    known = type(conv)
+    if known.__name__ == "Gemma4AudioCausalConv1d" and is_upstreams(conv, owner):
+        return plumbing.conv_delay(conv, around=(conv.kernel_size[0] - 1, 0), known=known)
+    return plumbing.conv_delay(conv, around=(conv.kernel_size[0] - 1, 0))
+
+
+def _convolved(module: Upstream, n: Tensor, delay: int) -> Tensor:
+    """Returns a convolution module of its normalised input, without the residual."""
+    h = _linear(module.linear_start, n, module).transpose(0, 1)
+    conv, norm, activation = module.depthwise_conv1d, module.conv_norm, _activation_of(module)
+    z = ops.gated_depthwise_conv(h, conv.weight, conv.bias, delay=delay, activation="identity")
+    name = fused_name(activation)
+    y = _normed(norm, z.transpose(0, 1), _limit(module), name or "identity")
+    return _linear(module.linear_end, y if name else activation(y), module)
+
+
+def _limit(module: Upstream) -> float:
+    return float(module.config.gradient_clipping)
+
+
+# --------------------------------------------------------------------------- modules
+def gemma4_clippable_linear(self: Upstream, hidden_states: Tensor) -> Tensor:
+    """Serves Gemma 4's linear layer between two clamps: hidden states (..., inputs) -> (..., outputs)."""
+    if not _is_product(self.linear):
+        _left.note(self, "linear has hooks or is no plain one")
+        return type(self).forward(self, hidden_states)
+    if not self.use_clipped_linears:
+        return plumbing.linear(self.linear, hidden_states)
+    return ops.clamped_linear(hidden_states, self.linear.weight, **_bounds(self))
+
+
+def gemma_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
+    """Serves the feed-forward block of both: hidden states (B, T, width) -> same shape."""
+    before, behind, limit = self.pre_layer_norm, self.post_layer_norm, _limit(self)
+    if not (_is_norm(before, self) and _is_norm(behind, self)):
+        _left.note(self, _NO_NORM)
+        return type(self).forward(self, hidden_states)
+    update = _fed(self, _normed(before, hidden_states, limit))
+    return torch.add(hidden_states, _normed(behind, update, limit), alpha=self.post_layer_scale)
+
+
+def gemma_light_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
+    """Serves the convolution module of both: hidden states (B, T, width) -> same shape. Padding is not masked."""
+    delay = _causal_delay(self.depthwise_conv1d, self)
+    if delay is None or not all(_is_norm(norm, self) for norm in (self.pre_layer_norm, self.conv_norm)):
+        _left.note(self, "a norm or depthwise_conv1d has hooks or is no plain one")
+        return type(self).forward(self, hidden_states)
+    return hidden_states + _convolved(self, _normed(self.pre_layer_norm, hidden_states), delay)
+
+
+def gemma4_layer(
+    self: Upstream,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_embeddings: Tensor,
+    **kwargs: Any,
+) -> Tensor:
+    """Serves a layer of Gemma 4: hidden states (B, T, width), the attention's mask and positions -> (B, T, width)."""
+    first, convolution, last = self.feed_forward1, self.lconv1d, self.feed_forward2
+    delay = _delay_of(
+        self, (first, convolution, last), (self.norm_pre_attn, self.norm_post_attn, self.norm_out)
+    )
+    if delay is None:
+        _left.note(self, _NO_PART)
+        return type(self).forward(self, hidden_states, attention_mask, position_embeddings, **kwargs)
+    limit, x = _limit(self), hidden_states
+    x, n = _after_feed_forward(
+        first, x, _normed(first.pre_layer_norm, x, _limit(first)), self.norm_pre_attn, limit
+    )
+    attended, _ = self.self_attn(
+        hidden_states=n, position_embeddings=position_embeddings, attention_mask=attention_mask
+    )
+    x, n = _add_normed(
+        convolution.pre_layer_norm, x, attended, of_update=self.norm_post_attn, update_limit=limit
+    )
+    x, n = _add_normed(last.pre_layer_norm, x, _convolved(convolution, n, delay), _limit(last))
+    return _after_feed_forward(last, x, n, self.norm_out, limit)[1]
+
+
+def gemma3n_layer(self: Upstream, audio_encodings: Tensor, audio_mel_mask: Tensor) -> Tensor:
+    """Serves a layer of Gemma 3n: encodings (B, T, width), mask bool (B, T), True at padding -> (B, T, width)."""
+    first, attention = self.ffw_layer_start, self.attention
+    convolution, last = self.lconv1d, self.ffw_layer_end
+    norms = attention.pre_attn_norm, attention.post_norm, self.norm
+    delay = _delay_of(self, (first, convolution, last, attention), norms)
+    if delay is None or audio_mel_mask.dtype != torch.bool:
+        _left.note(self, _NO_PART)
+        return type(self).forward(self, audio_encodings, audio_mel_mask)
+    limit, x = _limit(self), audio_encodings
+    n = _normed(first.pre_layer_norm, x, _limit(first))
+    x, n = _after_feed_forward(first, x, n, attention.pre_attn_norm, _limit(attention))
+    attended = plumbing.linear(attention.post, attention.attn(n, audio_mel_mask).flatten(2))
+    x, n = _add_normed(
+        convolution.pre_layer_norm, x, attended, of_update=attention.post_norm, update_limit=_limit(attention)
+    )
+    if _hides(audio_mel_mask):  # The norm of a frame of 0 is 0 as well.
+        valid = (~audio_mel_mask).unsqueeze(-1)
+        x, n = x * valid, n * valid
+    x, n = _add_normed(last.pre_layer_norm, x, _convolved(convolution, n, delay), _limit(last))
+    return _after_feed_forward(last, x, n, self.norm, limit)[1]
+
+
+def _after_feed_forward(
+    part: Upstream, x: Tensor, n: Tensor, norm: Upstream, limit: float
+) -> tuple[Tensor, Tensor]:
+    """Returns x + scale · RMS(FF(n)), and the next norm of it."""
+    return _add_normed(
+        norm, x, _fed(part, n), limit,
+        scale=float(part.post_layer_scale), of_update=part.post_layer_norm, update_limit=_limit(part),
+    )  # fmt: skip
+
+
+def _delay_of(layer: Upstream, parts: tuple[Upstream, ...], norms: tuple[Upstream, ...]) -> int | None:
+    """Returns the delay of the layer's convolution, or None unless all parts may be run without a call of them."""
+    first, convolution, last = parts[:3]
+    norms += first.pre_layer_norm, first.post_layer_norm, convolution.pre_layer_norm, convolution.conv_norm
+    norms += last.pre_layer_norm, last.post_layer_norm
+    plain = all(is_upstreams(part, layer) for part in parts) and all(_is_norm(norm, layer) for norm in norms)
+    return _causal_delay(convolution.depthwise_conv1d, convolution) if plain else None
+
+
+def _hides(mask: Tensor) -> bool:
+    """Says whether a mask of padding may hide a frame. A recorded call serves other masks too."""
+    unknown = not mask.is_cpu or torch.compiler.is_compiling() or recording() is not None
+    return unknown or bool(mask.any())
+
+
+# --------------------------------------------------------------------------- front ends
+def gemma4_subsampling(
+    self: Upstream, hidden_states: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Serves a convolution of Gemma 4's front end: maps (B, C, T, F), mask (B, T), True or 1 at valid frames, or None
+    -> (B, channels, ⌈T / 2⌉, ⌈F / 2⌉), whose channels are last in memory, so that LayerNorm over them takes one pass,
+    and the mask of these frames."""
+    conv, norm, name = self.conv, self.norm, fused_name(self.act)
+    layer_norm = is_plain(norm, torch.nn.LayerNorm) and norm.weight is not None
+    if not (is_plain(conv, torch.nn.Conv2d) and layer_norm and name):
+        _left.note(self, "conv, norm or act has hooks or is no plain one")
+        return type(self).forward(self, hidden_states, mask)
+    x = hidden_states
+    if mask is not None:
+        mask = mask.to(x.device)
+        if _hides(mask == 0):
+            x = x * mask[:, None, :, None]
+        mask = mask[:, ::2]
+    y = _channels_last(conv, x.to(conv.weight.dtype), conv.padding)
+    y = ops.norm_activation(y, norm.weight, norm.bias, eps=norm.eps, activation=name)
+    return y.permute(0, 3, 1, 2), mask
+
+
+def gemma3n_subsampling(self: Upstream, audio_encodings: Tensor) -> Tensor:
+    """Serves a convolution of Gemma 3n's front end: maps (B, C, T, F) -> (B, channels, T', F'), whose channels are last
+    in memory. A frame is normalised by the mean μ_t of all frames up to it, and by the mean of (x_s − μ_s)² over these.
+    """
+    conv, norm = self.conv, self.norm
+    left, right, top, bottom = self.manual_padding
+    if not (
+        is_plain(conv, torch.nn.Conv2d)
+        and is_upstreams(norm, self)
+        and is_plain(self.activation, torch.nn.ReLU)
+    ):
+        _left.note(self, "conv, norm or activation has hooks or is no plain one")
+        return type(self).forward(self, audio_encodings)
+    x = F.pad(audio_encodings, (left, right, top, bottom)).to(conv.weight.dtype)
+    y = _channels_last(conv, x, (0, 0))
+    wide = y.float()
+    variance, mean = torch.var_mean(wide, (2, 3), correction=0)  # [B, T]
+    count = torch.arange(1, wide.shape[1] + 1, dtype=wide.dtype, device=wide.device)
+    so_far = mean.cumsum(1) / count
+    spread = (variance + (mean - so_far).square()).cumsum(1) / count
+    scale = torch.rsqrt(spread + norm.eps)[:, :, None, None] * norm.weight.float()
+    centred = wide - so_far[:, :, None, None]
+    if torch.is_grad_enabled():
+        y = (centred * scale).to(y.dtype).relu()
+    else:
+        y = centred.mul_(scale).to(y.dtype).relu_()
+    return y.permute(0, 3, 1, 2)
+
+
+def _channels_last(conv: Upstream, x: Tensor, padding: Any) -> Tensor:
+    """Returns the convolution of maps x (B, C, T, F) as (B, T', F', channels), contiguous. With one channel in it is a
+    product, which takes a tenth of torch's time and gives the channels last."""
+    rows, columns = conv.kernel_size
+    if x.shape[1] == 1:
+        patches = F.pad(x[:, 0], (padding[1], padding[1], padding[0], padding[0]))
+        patches = patches.unfold(1, rows, conv.stride[0]).unfold(2, columns, conv.stride[1])
+        return ops.linear(patches.flatten(3), conv.weight.flatten(1), conv.bias)
+    last = torch.channels_last
+    y = F.conv2d(
+        x.contiguous(memory_format=last),
+        conv.weight.contiguous(memory_format=last),
+        conv.bias,
+        conv.stride,
+        padding,
+    )
+    return y.permute(0, 2, 3, 1).contiguous()
