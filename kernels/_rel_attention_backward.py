@@ -10,6 +10,7 @@ from fastasr.kernels._rel_attention_scores import (
     SIZES,
     UNALIGNED,
     band,
+    context,
     gates,
     is_spanned,
     keys_seen,
@@ -75,14 +76,14 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
-    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA,
+    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
+    g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries of float32."""
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     i = block * BLOCK + lanes
@@ -91,6 +92,7 @@ def statistics_kernel(
     span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
+    masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
@@ -122,10 +124,10 @@ def statistics_kernel(
     do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
 )
 def queries_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS, DGATE,
-    frames, keys, chunk, left, right, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch,
-    k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, ds_row,
-    threshold, scale, factor, cap,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
+    DGATE, frames, keys, chunk, left, right, recordings, start_row, rows, batch, blocks, all_blocks, heads, q_time,
+    v_time, q_batch, k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind,
+    ds_row, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +136,7 @@ def queries_kernel(
     by offset, unless DS is None: one BLOCK of columns more than the keys that they
     meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     local = block * BLOCK + lanes
@@ -145,6 +147,7 @@ def queries_kernel(
     span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
+    masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
@@ -205,8 +208,8 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
 def offsets_kernel(
-    DS, Q, POS, EDGES, W, CONTENT, DQ, PARTS, SUMS, frames, keys, chunk, left, right, first_block, batch, blocks,
-    all_blocks, heads, q_time, q_batch, side, r_time, r_head, before, behind, ds_row, scale,
+    DS, Q, POS, EDGES, W, CONTENT, DQ, PARTS, SUMS, STARTS, frames, keys, chunk, left, right, recordings, first_block,
+    batch, blocks, all_blocks, heads, q_time, q_batch, side, r_time, r_head, before, behind, ds_row, scale,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dq = CONTENT + dS' R of a block of channels and of queries, out of the ``blocks`` that DS holds, and sums
@@ -221,7 +224,8 @@ def offsets_kernel(
     POS += head * r_head
     DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[:, None] * ds_row
     first = (first_block + block) * BLOCK
-    begin, end = keys_seen(first, first + BLOCK - 1, (frames, keys, chunk, left, right), BLOCK, WINDOW)
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
+    begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
     base = frames - first - BLOCK + begin
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     first_sum = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
@@ -266,10 +270,10 @@ def offsets_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV, DKEY_BIAS,
-    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, s_batch, s_head, threshold, scale, factor, cap,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DK, DV,
+    DKEY_BIAS, frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch,
+    v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, s_batch, s_head, threshold,
+    scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T (q + u) and W^T G of a block of keys and of their channels. Programs of the first block of channels
@@ -277,14 +281,13 @@ def keys_kernel(
     """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes
     keep_j = j < keys
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
     tensors = (Q, K, V, POS, U, W, head, span)
-    masks = (PADDING, MASK, sequence, mask_batch)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     row = (sequence * heads + head) * frames
@@ -301,6 +304,8 @@ def keys_kernel(
         content, position, g = _rows(
             tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
         )
+        masks = (PADDING, MASK, sequence, mask_batch)
+        masks += context(i, sizes, WINDOW)
         first = frames + (block - 1) * BLOCK - start
         lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
         scores, slope, _ = _tile(
@@ -340,7 +345,8 @@ def keys_kernel(
     do_not_specialize_on_alignment=["BIASES"],
 )
 def positions_kernel(
-    DS, Q, W, GATE, PARTS, BIASES, frames, keys, chunk, left, right, first_block, count, lowest, low, high, each,
+    DS, Q, W, GATE, PARTS, BIASES, STARTS, frames, keys, chunk, left, right, recordings, first_block, count, lowest,
+    low, high, each,
     groups, batch, blocks, heads, q_time, q_batch, p_row, p_head, ds_row, scale, DIM: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -350,7 +356,7 @@ def positions_kernel(
     channels also write dS'^T g to BIASES, which is (groups, high - low, heads) or None. Offsets r = T + t BLOCK + c are
     block t + b + 1 of the rows of block b, counted from key 0; the first program begins with t = ``lowest``.
     """
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     head, group, number = place(tl.program_id(0), blocks, groups)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -15,6 +15,7 @@ SIZES = [
     "chunk",
     "left",
     "right",
+    "recordings",
     "batch",
     "blocks",
     "heads",
@@ -22,18 +23,50 @@ SIZES = [
     "before",
     "behind",
 ]
-UNALIGNED = ["PADDING", "MASK", "SEED"]
+UNALIGNED = ["PADDING", "MASK", "STARTS", "SEED"]
+RECORDINGS = tl.constexpr(32)  # starts that are read at a time
+LAST = tl.constexpr(2**31 - 1)
 
 
 # --------------------------------------------------------------------------- the keys of a query
-# sizes: (frames, keys, chunk, left, right); negative: no limit. Without WINDOW nothing reads the last three.
+# sizes: (frames, keys, chunk, left, right, STARTS, recordings); negative: no limit. Without WINDOW nothing reads what
+# follows keys; STARTS may be None.
 @triton.jit
-def _context(i, sizes):
+def _recordings(i, STARTS, count):
+    """Returns [first, end) of the recordings of frames i, [i, i) for a frame that belongs to none."""
+    first = tl.full(i.shape, -1, tl.int32)
+    end = tl.full(i.shape, LAST, tl.int32)
+    for n in range(0, count, RECORDINGS):
+        r = n + tl.arange(0, RECORDINGS)
+        start = tl.minimum(tl.maximum(tl.load(STARTS + r, mask=r < count, other=0), 0), LAST - 1).to(tl.int32)
+        start = tl.where(r < count, start, LAST)[None, :]
+        begun = start <= i[:, None]  # [frames, RECORDINGS]
+        first = tl.maximum(first, tl.max(tl.where(begun, start, -1), axis=1))
+        end = tl.minimum(end, tl.min(tl.where(begun, LAST, start), axis=1))
+    none = (first < 0) | (end == LAST)
+    return tl.where(none, i, first), tl.where(none, i, end)
+
+
+@triton.jit
+def context(i, sizes, WINDOW: tl.constexpr):
     """Returns [first, end) of the keys in the context of queries i; those behind the last one have its context."""
-    frames, keys, chunk, left, right = sizes
-    start = (tl.minimum(i, frames - 1) + (keys - frames)) // chunk * chunk
-    first = tl.where(left < 0, 0, tl.maximum(start - left, 0))
-    return first, tl.where(right < 0, keys, tl.minimum(start + chunk + right, keys))
+    frames, keys, chunk, left, right, STARTS, recordings = sizes
+    first, end = i, i
+    if WINDOW:
+        i = tl.minimum(i, frames - 1)
+        start = (i + (keys - frames)) // chunk * chunk
+        first = tl.where(left < 0, 0, tl.maximum(start - left, 0))
+        end = tl.where(right < 0, keys, tl.minimum(start + chunk + right, keys))
+        if STARTS is not None:
+            begun, ended = _recordings(i, STARTS, recordings)
+            first, end = tl.maximum(first, begun), tl.minimum(end, ended)
+    return first, end
+
+
+@triton.jit
+def _both(first, last):
+    """Returns a tensor of two numbers."""
+    return tl.where(tl.arange(0, 2) == 0, first, last)
 
 
 @triton.jit
@@ -43,9 +76,13 @@ def keys_seen(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """
     begin, end = 0, sizes[1]
     if WINDOW:
-        begin, _ = _context(first, sizes)
+        if sizes[5] is None:
+            begin, _ = context(first, sizes, WINDOW)
+            _, end = context(last, sizes, WINDOW)
+        else:
+            firsts, ends = context(_both(first, last), sizes, WINDOW)
+            begin, end = tl.min(firsts, axis=0), tl.max(ends, axis=0)
         begin = begin // BLOCK * BLOCK
-        _, end = _context(last, sizes)
     return begin, end
 
 
@@ -54,13 +91,16 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
     """Returns [begin, end) of the queries with any of the keys [first, last] in their context; begin is a multiple of
     BLOCK.
     """
-    frames, keys, chunk, left, right = sizes
+    frames, keys, chunk, left, right, STARTS, recordings = sizes
     begin, end = 0, frames
     if WINDOW:
         cached = keys - frames
         begin = tl.where(right < 0, 0, tl.maximum(tl.maximum(first - right, 0) // chunk * chunk - cached, 0))
-        begin = begin // BLOCK * BLOCK
         end = tl.where(left < 0, frames, tl.minimum((last + left) // chunk * chunk + chunk - cached, frames))
+        if STARTS is not None:  # without a cache
+            firsts, ends = _recordings(tl.minimum(_both(first, last), frames - 1), STARTS, recordings)
+            begin, end = tl.maximum(begin, tl.min(firsts, axis=0)), tl.minimum(end, tl.max(ends, axis=0))
+        begin = begin // BLOCK * BLOCK
     return begin, end
 
 
@@ -69,9 +109,9 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 # because a function returns no None. span: (EDGES, row, side, r_time, r_head, before, behind) with the strides of POS
 # between rows and heads, and how many frames before and behind a query have rows; EDGES + row + i is the product of
 # query i and the first row, ``side`` further that of the last one; EDGES is None where every key has a row. masks:
-# (PADDING, MASK, sequence, mask_batch), either or None. biases: (BIAS, GATE, KEY_BIAS, head, row, heads, c_batch,
-# c_head), where ``row`` is the sequence's first of (sequence, frame), and the last two are strides of KEY_BIAS; each
-# may be None
+# (PADDING, MASK, sequence, mask_batch, first and end of the keys in the queries' context), either or None. biases:
+# (BIAS, GATE, KEY_BIAS, head, row, heads, c_batch, c_head), where ``row`` is the sequence's first of (sequence, frame),
+# and the last two are strides of KEY_BIAS; each may be None
 @triton.jit
 def of_head(
     Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
@@ -195,7 +235,7 @@ def scores_of(
     BIAS, GATE, KEY_BIAS, _head, row, heads, _c_batch, _c_head = biases
     if U is not None:
         U += head * DIM
-    PADDING, MASK, sequence, mask_batch = masks
+    PADDING, MASK, sequence, mask_batch, first_seen, end_seen = masks
     frames, keys = sizes[0], sizes[1]
     if PADDING is not None:
         PADDING += sequence * keys
@@ -220,10 +260,8 @@ def scores_of(
     if cap is not None:
         tanh, _ = activate_with_slope(scores / cap, TANH, Q.dtype.element_ty == tl.float32)
         scores = tanh * cap
-    seen, end = i, i
-    if WINDOW:
-        seen, end = _context(i, sizes)
     scores = masked(
-        scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, keys, seen[:, None], end[:, None], WINDOW
+        scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, keys, first_seen[:, None], end_seen[:, None],
+        WINDOW,
     )  # fmt: skip
     return tl.where(keep_j[None, :], scores, NONE)

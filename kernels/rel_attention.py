@@ -55,6 +55,7 @@ from fastasr.kernels._rel_attention_scores import (
     SIZES,
     UNALIGNED,
     band,
+    context,
     keys_seen,
     of_head,
     queries,
@@ -69,16 +70,16 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, SEED, Y, LSE,
-    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
-    mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
+    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, Y, LSE,
+    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
+    g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes y of a block of queries and of columns, and the queries' lse, which is inf without a key."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
-    sizes = frames, keys, chunk, left, right
+    sizes = frames, keys, chunk, left, right, STARTS, recordings
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -87,6 +88,7 @@ def forward_kernel(
     span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
+    masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     content, position = queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
@@ -195,6 +197,7 @@ def rel_attention_forward(
     key_bias: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
+    starts: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
     dropout_p: float,
     left: int,
@@ -212,14 +215,14 @@ def rel_attention_forward(
     lse = q.new_empty(batch, heads, frames, dtype=torch.float32)
     if not lse.numel():
         return y, lse
-    sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
+    sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
     tile, span = shapes["forward"], _span(q, pos, before, behind)
     edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
-        as_bytes(key_padding_mask), as_bytes(attn_mask), dropout_seed if dropout_p else None, y, lse,
+        as_bytes(key_padding_mask), as_bytes(attn_mask), starts, dropout_seed if dropout_p else None, y, lse,
         *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_shared(key_bias), *span,
         *_last(dim, dropout_p, soft_cap),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
@@ -288,17 +291,19 @@ def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor)
 
 
 def _sizes(
-    frames: int, keys: int, left: int, right: int, chunk_size: int
-) -> tuple[tuple[int, int, int, int, int], bool]:
-    """Returns the kernels' ``sizes``, and whether any context is limited. No sum of them overflows."""
-    return (frames, keys, *(min(n, keys) for n in (chunk_size, left, right))), max(left, right) >= 0
+    frames: int, keys: int, left: int, right: int, chunk_size: int, starts: torch.Tensor | None
+) -> tuple[tuple[int, int, int, int, int, int], bool]:
+    """Returns the kernels' sizes, and whether any context is limited. No sum of them overflows."""
+    limits = (min(n, keys) for n in (chunk_size, left, right))
+    recordings = 0 if starts is None else len(starts)
+    return (frames, keys, *limits, recordings), max(left, right) >= 0 or starts is not None
 
 
-def _met(sizes: tuple[int, int, int, int, int], block: int) -> tuple[int, int, int]:
+def _met(sizes: tuple[int, int, int, int, int, int], block: int) -> tuple[int, int, int]:
     """Returns (number, lowest, highest): a block of queries meets at most that many blocks of keys, and its rows of dS
     by offset lie in the blocks ``lowest`` to ``highest`` of offsets that ``positions_kernel`` counts.
     """
-    frames, keys, chunk, left, right = sizes
+    frames, keys, chunk, left, right, _ = sizes
     blocks, cached = cdiv(keys, block), keys - frames
     lowest, highest = -cdiv(frames, block), blocks - 1
     if left >= 0:
@@ -328,6 +333,7 @@ def rel_attention_backward(
     key_bias: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
+    starts: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -348,7 +354,7 @@ def rel_attention_backward(
         None if t is None else torch.empty_like(t) for t in given
     )
     width, pairs, scale = heads * dim, heads * batch, dim**-0.5
-    sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
+    sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
@@ -358,7 +364,7 @@ def rel_attention_backward(
     edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     operands = (
         grad, q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
-        as_bytes(key_padding_mask), as_bytes(attn_mask), dropout_seed if dropout_p else None, lse,
+        as_bytes(key_padding_mask), as_bytes(attn_mask), starts, dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
     if q.dtype == torch.float32:
@@ -419,7 +425,7 @@ def rel_attention_backward(
         )  # fmt: skip
         if pos is not None:
             launch(offsets_kernel, (pairs * count, of_products),
-                ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums,
+                ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, starts,
                 *sizes, first, batch, count, blocks, heads,
                 q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
             )  # fmt: skip
@@ -430,7 +436,7 @@ def rel_attention_backward(
             )
             if tall > 0 and (found is not None or biases is not None):
                 launch(positions_kernel, (heads * groups * tall, 1 if found is None else of_products),
-                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[first // step],
+                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[first // step], starts,
                     *sizes, first, count, here, begin, end, each, groups, batch, tall, heads,
                     q.stride(1), q.stride(0), *order, row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
                 )  # fmt: skip

@@ -69,8 +69,23 @@ cpu::WeightsDropout dropout_of(double p, uint64_t seed) {
   return {seed, static_cast<int32_t>(p * 0x1p31), 1 / (1 - p)};
 }
 
+// Returns the recordings of the frames of an op's `starts`, or nothing without them.
+std::vector<cpu::Recording> recordings_of(const auto& a) {
+  if (!a.starts) return {};
+  const int64_t* const values = data<int64_t>(*a.starts);
+  std::vector<int64_t> starts(values, values + a.N);
+  std::sort(starts.begin(), starts.end());
+  std::vector<cpu::Recording> found;
+  for (int64_t i = 0; i < a.T; i++) {
+    const auto end = std::upper_bound(starts.begin(), starts.end(), i);
+    const bool none = end == starts.begin() || end == starts.end();
+    found.push_back(none ? cpu::Recording{i, i} : cpu::Recording{std::max<int64_t>(0, end[-1]), std::min(a.T, *end)});
+  }
+  return found;
+}
+
 // Returns the problem that checked arguments describe.
-RelAttention problem(const auto& a) {
+RelAttention problem(const auto& a, const std::vector<cpu::Recording>& recordings) {
   RelAttention r{};
   AttentionProblem& p = r.problem;
   p.batch = a.B, p.frames = a.T, p.heads = a.H, p.query_dim = p.pos_dim = a.D, p.left = a.K - a.T;
@@ -97,7 +112,9 @@ RelAttention problem(const auto& a) {
   const auto [left, right] = a.context;
   check(left >= -1 && right >= -1, a.kName, "context");
   const int64_t most = std::max<int64_t>(1, a.K);  // keeps sums from overflowing
-  r.context = {std::min(left, most), std::min(right, most), std::min(a.chunk_size, most)};
+  r.context = {std::min(left, most), std::min(right, most), std::min(a.chunk_size, most),
+               recordings.empty() ? nullptr : recordings.data()};
+  check(!a.starts || (a.K == a.T && a.chunk_size == 1), a.kName, "starts with a cache or chunks");
   r.soft_cap = a.soft_cap;
   check(a.dropout_p == 0 || a.dropout_seed.has_value(), a.kName, "dropout_seed");
   if (a.dropout_p > 0) r.dropout = dropout_of(a.dropout_p, static_cast<uint64_t>(*data<int64_t>(*a.dropout_seed)));
@@ -120,7 +137,8 @@ Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
 void parallel_steps(int64_t tasks, int64_t work, RangeFunction f) { parallel_tasks(tasks, work / 4, f); }
 
 std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call) {
-  const RelAttention r = problem(call);
+  const std::vector<cpu::Recording> recordings = recordings_of(call);
+  const RelAttention r = problem(call, recordings);
   const AttentionProblem& a = r.problem;
   Tensor y = new_contiguous(call.v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(call.q, a);
   if (y.numel() == 0) return {y, lse};
@@ -173,7 +191,8 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call
 
 // The softmax is computed again with the scores: its sums are exact, and it does not depend on y.
 Nine rel_attention_backward(const RelAttentionBackward& call) {
-  const RelAttention r = problem(call);
+  const std::vector<cpu::Recording> recordings = recordings_of(call);
+  const RelAttention r = problem(call, recordings);
   const AttentionProblem& a = r.problem;
   const Tensor& grad = call.grad_y;
   const RelAttentionResults results(call);
@@ -293,7 +312,7 @@ RelAttentionForward packed_call(const Tensor& q, const Tensor& k, const Tensor& 
                                 const Optional& bias_u, const Optional& bias_v, const Optional& dropout_seeds,
                                 double dropout_p) {
   static const Optional none;
-  return {q, k, v, pos, bias_u, bias_v, none, none, none, none, none, dropout_seeds, dropout_p, {-1, -1}, 1, 0};
+  return {q, k, v, pos, bias_u, bias_v, none, none, none, none, none, none, dropout_seeds, dropout_p, {-1, -1}, 1, 0};
 }
 
 Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,

@@ -35,3 +35,11 @@ def outside_context(scores: Tensor, context: tuple[int, int], chunk_size: int) -
     if left >= 0:
         hidden = hidden | (key < chunk - left)
     return hidden if right < 0 else hidden | (key >= chunk + chunk_size + right)
+
+
+def apart(starts: Tensor, frames: int) -> Tensor:
+    """Returns (T, T), True where two frames do not belong to the same recording: see ``ops.rel_attention``."""
+    frame = torch.arange(frames, device=starts.device, dtype=torch.int64)
+    number = (starts <= frame[:, None]).sum(1)  # of recordings that have begun
+    outside = (number == 0) | (number == len(starts))
+    return (number[:, None] != number) | outside

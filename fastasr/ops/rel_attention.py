@@ -20,6 +20,9 @@ and chunks of c frames, query i sees
 
     c⌊f / c⌋ − left ≤ j < c⌊f / c⌋ + c + right
 
+Recordings may lie one after the other in one sequence: a query then sees the keys of its own recording alone. Kernels
+read the boundaries where they lie, so that one recorded graph serves batches of all lengths.
+
 m is 1, or under dropout 0 for the share p of all weights and 1 / (1 − p) for the others: a hash of a seed and of the
 weight's place (:mod:`fastasr.ops._weights_dropout`), which no pass keeps. With G = dy, P the weights and
 D[i] = Σ_j P m G vᵀ:
@@ -45,7 +48,7 @@ from torch import Tensor
 
 from fastasr.ops import _weights_dropout
 from fastasr.ops._op import Arguments, Op, op
-from fastasr.ops._relative_positions import outside_context, relative_shift, rows_by_offset
+from fastasr.ops._relative_positions import apart, outside_context, relative_shift, rows_by_offset
 
 
 def _check(op: Op, a: Arguments) -> None:
@@ -55,6 +58,10 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("bias_v", "it together with pos", "no pos")
     if a.offset_gate is not None and a.offset_bias is None:
         op.fail("offset_gate", "it together with offset_bias", "no offset_bias")
+    if a.starts is not None and a.k.shape[1] != a.q.shape[1]:
+        op.fail("k", "as many frames as q with starts", a.k.shape[1])
+    if a.starts is not None and a.chunk_size != 1:
+        op.fail("chunk_size", "1 with starts", a.chunk_size)
     rows, (left, right) = a.q.shape[1] and a.q.shape[1] + a.k.shape[1] - 1, a.pos_span
     if min(left, right) < 0 and (left, right) != (-1, -1):
         op.fail("pos_span", "two numbers of at least 0, or (-1, -1)", a.pos_span)
@@ -68,7 +75,7 @@ def _check(op: Op, a: Arguments) -> None:
 
 
 _FLOATING = "q k v pos bias_u bias_v offset_bias offset_gate key_bias"
-_TENSORS = f"{_FLOATING} key_padding_mask attn_mask dropout_seed"
+_TENSORS = f"{_FLOATING} key_padding_mask attn_mask starts dropout_seed"
 _OPTIONS = "dropout_p *context chunk_size soft_cap *pos_span"
 
 
@@ -95,6 +102,7 @@ def rel_attention(
     key_bias: Annotated[Tensor, "B H K | 1 H K | B 1 K | 1 1 K"] | None = None,
     key_padding_mask: Annotated[Tensor, "B K", bool] | None = None,
     attn_mask: Annotated[Tensor, "T K | B T K", bool] | None = None,
+    starts: Annotated[Tensor, "N, N >= 1", torch.int64] | None = None,
     dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
     dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
     context: tuple[int, int] = (-1, -1),
@@ -116,6 +124,9 @@ def rel_attention(
         key_bias: (B or 1, H or 1, K): added to the scores of a key after the division by √d.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
+        starts: int64 (R,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
+            different recordings do not see each other, and frames outside of all see nothing. Their order does not
+            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
             give the same weights on every backend.
@@ -153,6 +164,7 @@ def rel_attention(
     masks = [] if key_padding_mask is None else [key_padding_mask[:, None, None, :]]
     masks += [] if attn_mask is None else [attn_mask.unsqueeze(-3)]
     masks += [] if max(context) < 0 else [outside_context(scores, context, chunk_size)]
+    masks += [] if starts is None else [apart(starts, q.shape[1])]
     for mask in masks:
         scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1)

@@ -11,11 +11,11 @@ struct RelAttentionForward {
   static constexpr const char* kSchema =
       "rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
       "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, Tensor? attn_mask, "
-      "Tensor? dropout_seed, float dropout_p, int context_0, int context_1, int chunk_size, float soft_cap, "
-      "int pos_span_0, int pos_span_1) -> (Tensor, Tensor)";
+      "Tensor? starts, Tensor? dropout_seed, float dropout_p, int context_0, int context_1, int chunk_size, "
+      "float soft_cap, int pos_span_0, int pos_span_1) -> (Tensor, Tensor)";
   using Types =
       ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
-                    Optional, Optional, double, int64_t, int64_t, int64_t, double, int64_t, int64_t>;
+                    Optional, Optional, Optional, double, int64_t, int64_t, int64_t, double, int64_t, int64_t>;
 
   const Tensor& q;
   const Tensor& k;
@@ -28,6 +28,7 @@ struct RelAttentionForward {
   const Optional& key_bias;
   const Optional& key_padding_mask;
   const Optional& attn_mask;
+  const Optional& starts;
   const Optional& dropout_seed;
   double dropout_p;
   std::array<int64_t, 2> context;
@@ -44,6 +45,7 @@ struct RelAttentionForward {
   int64_t E{};
   int64_t R{};
   int64_t P{};
+  int64_t N{};
 
   // Declines the call if an argument does not fit the declaration.
   void check(const char* op = kName) {
@@ -126,6 +128,16 @@ struct RelAttentionForward {
                      "attn_mask is not (T, K) or (B, T, K)");
       check_contiguous(*attn_mask, op, "attn_mask");
     }
+    if (starts) {
+      check_dtype(*starts, ScalarType::Long, op, "starts");
+      {
+        const Sizes shape = starts->sizes();
+        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
+        N = shape[0];
+        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+      }
+      check_contiguous(*starts, op, "starts");
+    }
     if (dropout_seed) {
       check_dtype(*dropout_seed, ScalarType::Long, op, "dropout_seed");
       fastasr::check(has_sizes(*dropout_seed, {1}), op, "dropout_seed is not (1)");
@@ -139,12 +151,12 @@ struct RelAttentionBackward {
   static constexpr const char* kSchema =
       "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
       "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, "
-      "Tensor? attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, int context_0, "
-      "int context_1, int chunk_size, float soft_cap, int pos_span_0, int pos_span_1) -> "
+      "Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, "
+      "int context_0, int context_1, int chunk_size, float soft_cap, int pos_span_0, int pos_span_1) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional,
-                              Optional, Optional, Optional, Optional, Tensor, Tensor, double, int64_t, int64_t, int64_t,
-                              double, int64_t, int64_t>;
+                              Optional, Optional, Optional, Optional, Optional, Tensor, Tensor, double, int64_t,
+                              int64_t, int64_t, double, int64_t, int64_t>;
 
   const Tensor& grad_y;
   const Tensor& q;
@@ -158,6 +170,7 @@ struct RelAttentionBackward {
   const Optional& key_bias;
   const Optional& key_padding_mask;
   const Optional& attn_mask;
+  const Optional& starts;
   const Optional& dropout_seed;
   const Tensor& y;
   const Tensor& lse;
@@ -176,6 +189,7 @@ struct RelAttentionBackward {
   int64_t E{};
   int64_t R{};
   int64_t P{};
+  int64_t N{};
 
   // Declines the call if an argument does not fit the declaration.
   void check(const char* op = kName) {
@@ -257,6 +271,16 @@ struct RelAttentionBackward {
       fastasr::check(has_sizes(*attn_mask, {T, K}) || has_sizes(*attn_mask, {B, T, K}), op,
                      "attn_mask is not (T, K) or (B, T, K)");
       check_contiguous(*attn_mask, op, "attn_mask");
+    }
+    if (starts) {
+      check_dtype(*starts, ScalarType::Long, op, "starts");
+      {
+        const Sizes shape = starts->sizes();
+        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
+        N = shape[0];
+        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+      }
+      check_contiguous(*starts, op, "starts");
     }
     if (dropout_seed) {
       check_dtype(*dropout_seed, ScalarType::Long, op, "dropout_seed");

@@ -43,8 +43,10 @@ Window context_of(const RelAttention& r, int64_t first, int64_t last) {
   const AttentionProblem& a = r.problem;
   const Context& c = r.context;
   const auto chunk = [&](int64_t i) { return (i + a.left) / c.chunk * c.chunk; };
-  return {c.left < 0 ? 0 : std::max<int64_t>(0, chunk(first) - c.left),
-          c.right < 0 ? a.keys() : std::min(a.keys(), chunk(last) + c.chunk + c.right)};
+  const Window w{c.left < 0 ? 0 : std::max<int64_t>(0, chunk(first) - c.left),
+                 c.right < 0 ? a.keys() : std::min(a.keys(), chunk(last) + c.chunk + c.right)};
+  if (!c.recordings) return w;
+  return {std::max(w.begin, c.recordings[first].begin), std::min(w.end, c.recordings[last].end)};
 }
 
 // Computes out[d * stride + j] = in[j * step + d] for N rows, whose lanes are written side by side.

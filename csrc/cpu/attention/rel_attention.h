@@ -22,10 +22,16 @@ namespace fastasr::cpu {
 
 inline constexpr int64_t kRelAttentionQueries = 64;  // A forward call takes at most this many queries.
 
+// The keys [begin, end) of the recording to which a frame belongs; begin is end for a frame that belongs to none.
+struct Recording {
+  int64_t begin, end;
+};
+
 // A query sees the keys from `left` frames before its chunk of `chunk` frames to `right` frames behind it. A negative
-// side has no limit.
+// side has no limit. It sees its own recording alone, if `recordings` (frames) is not null.
 struct Context {
   int64_t left = -1, right = -1, chunk = 1;
+  const Recording* recordings = nullptr;
 };
 
 // R has a row for each key from `left` frames before the query to `right` behind it; keys beyond have the nearest row.

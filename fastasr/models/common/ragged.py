@@ -2,8 +2,9 @@
 """Batches without padding: the frames of all recordings lie one after the other, as rows of one tensor.
 
 Products, norms and activations run on these rows as on any others. Attention and convolutions over time are one native
-call each, see ``packed``. If that cannot serve, attention runs per recording, on views; short recordings of similar
-length share a call. A convolution then runs once over all rows, with frames of zeros between the recordings. Copies
+call each, see ``packed``. If that cannot serve, FastConformer's attention is one call of the op that knows where
+recordings begin. Other attention runs per recording, on views; short recordings of similar length share a call. A
+convolution then runs once over all rows, with frames of zeros between the recordings. Copies
 are moves of rows, so that a backward pass takes time linear in the rows. A GPU gets as many calls for many recordings
 as for few, because few groups share calls of attention there, whatever the number of recordings.
 """
@@ -264,6 +265,11 @@ class Packing:
     def sizes(self) -> Tensor:
         """Returns the lengths (B,)."""
         return torch.tensor(self.lengths, device=self.device, dtype=torch.int64)
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """Returns where recordings begin, and where the last one ends, (B + 1,)."""
+        return torch.tensor([0, *accumulate(self.lengths)], device=self.device, dtype=torch.int64)
 
     @functools.cached_property
     def recording(self) -> Tensor:

@@ -23,7 +23,7 @@ from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
-from fastasr.ops import _kept, _reduced_weights
+from fastasr.ops import _dispatch, _kept, _reduced_weights
 from fastasr.ops._relative_positions import relative_shift
 
 if TYPE_CHECKING:
@@ -129,6 +129,13 @@ def of_recordings(
     operands = q, k, v, positions, bias_u, bias_v
     if packed.is_native(*operands):
         return packed.attended(packing, *operands, dropout_p=dropout)
+    if _dispatch.served("rel_attention", q):  # the definition would form the scores of all pairs of rows
+        span = len(positions) // 2, len(positions) // 2
+        all_drops: Any = attention_dropout.of_kernel(dropout, q.device)
+        return ops.rel_attention(
+            q[None], k[None], v[None], positions, bias_u, bias_v, starts=packing.starts, context=span, pos_span=span,
+            **all_drops,
+        )[0]  # fmt: skip
 
     def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
         frames = q.shape[1]

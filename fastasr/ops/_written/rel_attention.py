@@ -55,6 +55,7 @@ class Arguments(NamedTuple):
     key_bias: Tensor | None = None
     key_padding_mask: Tensor | None = None
     attn_mask: Tensor | None = None
+    starts: Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
     context: tuple[int, int] = (-1, -1)
@@ -75,6 +76,7 @@ class Saved(NamedTuple):
     key_bias: Tensor | None
     key_padding_mask: Tensor | None
     attn_mask: Tensor | None
+    starts: Tensor | None
     dropout_seed: Tensor | None
     y: Tensor
     lse: Tensor
@@ -99,6 +101,7 @@ def rel_attention(
     key_bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    starts: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     context: tuple[int, int] = (-1, -1),
@@ -120,6 +123,9 @@ def rel_attention(
         key_bias: (B or 1, H or 1, K): added to the scores of a key after the division by √d.
         key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
+        starts: int64 (R,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
+            different recordings do not see each other, and frames outside of all see nothing. Their order does not
+            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
             give the same weights on every backend.
@@ -154,6 +160,7 @@ def rel_attention(
         and (key_bias is None or type(key_bias) in PLAIN)
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
         and (dropout_seed is None or type(dropout_seed) in PLAIN)
         and type(dropout_p) is float
         and (dropout_p >= 0 and dropout_p < 1)
@@ -185,12 +192,12 @@ def rel_attention(
             ):
                 return apply(
                     kernels, True, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                    key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap,
-                    pos_span,
+                    key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size,
+                    soft_cap, pos_span,
                 )  # fmt: skip
             y, _ = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
+                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
             )  # fmt: skip
             return y
         except NOT_MINE:
@@ -199,11 +206,11 @@ def rel_attention(
             # tells what is wrong with the arguments, if anything is
             check(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
+                starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
             )  # fmt: skip
             raise
     check(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
     )  # fmt: skip
     if is_compiling() or not (
@@ -218,22 +225,23 @@ def rel_attention(
         and (key_bias is None or type(key_bias) in PLAIN)
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
         and (dropout_seed is None or type(dropout_seed) in PLAIN)
     ):
         return traced(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
             pos_span=pos_span,
         )  # fmt: skip
@@ -241,17 +249,17 @@ def rel_attention(
     if cast_dtype is not None:
         names = under_autocast(
             cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
         (
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, _,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, _,
         ) = names  # fmt: skip
         kernels = family.kernels(q)
         if kernels is None:
             return formula(
                 q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
-                key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+                key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts,
                 dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
                 soft_cap=soft_cap, pos_span=pos_span,
             )  # fmt: skip
@@ -269,17 +277,18 @@ def rel_attention(
         ):
             return apply(
                 kernels, False, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
+                key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+                pos_span,
             )  # fmt: skip
         y, _ = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, False,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
             pos_span=pos_span,
         )  # fmt: skip
@@ -298,6 +307,7 @@ def check(
     key_bias: Tensor | None,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
+    starts: Tensor | None,
     dropout_p: float,
     dropout_seed: Tensor | None,
     context: tuple[int, int],
@@ -450,6 +460,17 @@ def check(
             op.wrong_shape("attn_mask", attn_mask, f"{listed(T, K)} or {listed(B, T, K)}")
         if attn_mask.device != q.device:
             op.wrong_device("attn_mask", attn_mask, "q", q)
+    if starts is not None:
+        if not isinstance(starts, Tensor) or starts.dtype not in INT64 or starts.layout is not torch.strided:
+            op.wrong_tensor("starts", starts, "an int64 tensor")
+        shape, right = starts.shape, False
+        if len(shape) == 1:
+            N = shape[0]
+            right = N >= 1
+        if not right:
+            op.wrong_shape("starts", starts, f"{listed('N')}, N >= 1")
+        if starts.device != q.device:
+            op.wrong_device("starts", starts, "q", q)
     if dropout_seed is not None:
         if (
             not isinstance(dropout_seed, Tensor)
@@ -480,24 +501,24 @@ def check(
             op.wrong_dtype("key_bias", key_bias, "q", q)
     _check(
         op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-        attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
+        attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
     )  # fmt: skip
 
 
 def traced(
-    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, dropout_p,
-    dropout_seed, context, chunk_size, soft_cap, pos_span,
+    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
+    dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rel_attention", q):
         return formula(
             q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
             pos_span=pos_span,
         )  # fmt: skip
     y, _ = operator(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
     )  # fmt: skip
@@ -506,7 +527,7 @@ def traced(
 
 def run_kernels(
     kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
+    starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(q)
@@ -515,8 +536,8 @@ def run_kernels(
     y, lse = kernels.forward(
         operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
         operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype), operand(key_bias,
-        dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(dropout_seed, None),
-        dropout_p, *context, chunk_size, soft_cap, *pos_span,
+        dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None),
+        operand(dropout_seed, None), dropout_p, *context, chunk_size, soft_cap, *pos_span,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -531,8 +552,8 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 def under_autocast(
     dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, pos_span=(-1, -1), keep=False,
+    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
+    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
@@ -550,6 +571,7 @@ def under_autocast(
         key_bias,
         key_padding_mask,
         attn_mask,
+        starts,
         dropout_p,
         dropout_seed,
         context,
@@ -565,22 +587,22 @@ class RelAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
+        key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
     ):  # fmt: skip
         if direct:
             y, lse = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
+                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
             )  # fmt: skip
         else:
             y, lse = run_kernels(
                 kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-                attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
+                attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
             )  # fmt: skip
         y = not_a_view(y)
         ctx.save_for_backward(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_seed, y, lse,
+            starts, dropout_seed, y, lse,
         )  # fmt: skip
         ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span
         return y
@@ -592,14 +614,14 @@ class RelAttention(Function):
         # once: a checkpoint gives them one time
         (
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_seed, y, lse,
+            starts, dropout_seed, y, lse,
         ) = ctx.saved_tensors  # fmt: skip
         kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = transformed_gradients(
                 op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
-                pos_span,)),
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap, pos_span,)),
             )  # fmt: skip
             return (
                 None,
@@ -621,12 +643,13 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         if direct:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
                 grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, *context, chunk_size, soft_cap,
-                *pos_span,
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, *context, chunk_size,
+                soft_cap, *pos_span,
             )  # fmt: skip
             return (
                 None,
@@ -648,18 +671,19 @@ class RelAttention(Function):
                 None,
                 None,
                 None,
+                None,
             )
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
-                pos_span,
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap, pos_span,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-                key_bias, key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span,)),
+                key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context,
+                chunk_size, soft_cap, pos_span,)),
             )  # fmt: skip
         return (
             None,
@@ -681,12 +705,13 @@ class RelAttention(Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def differentiate(
     kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-    attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
+    attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(q) if kernels.backend == "cpu" else None
@@ -694,7 +719,8 @@ def differentiate(
         operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
         operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
         dtype), operand(key_bias, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
-        operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap, *pos_span,
+        operand(starts, None), operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
+        *pos_span,
     )  # fmt: skip
     if d_q is not None and d_q.dtype is not q.dtype:
         d_q = d_q.to(q.dtype)
@@ -729,25 +755,25 @@ def differentiate(
 # --------------------------------------------------------------------------- the registered operator
 def run(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, pos_span=(-1, -1), keep=False,
+    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
+    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     try:
         y, lse = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
+            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, q)
         return formula_results(
             op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
         )  # fmt: skip
     if not keep:
         lse = lse.new_empty(0)
@@ -756,8 +782,8 @@ def run(
 
 def fake(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1), chunk_size=1,
-    soft_cap=0.0, pos_span=(-1, -1), keep=False,
+    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
+    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(q) is not None
     B = q.shape[0]
@@ -773,13 +799,13 @@ def fake(
 
 def set_up(ctx, inputs, output):
     (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
     ) = inputs  # fmt: skip
     y, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_seed, y, lse,
     )  # fmt: skip
     ctx.rest = dropout_p, context, chunk_size, soft_cap, pos_span, keep
@@ -787,18 +813,19 @@ def set_up(ctx, inputs, output):
 
 def backward(ctx, grad_y, *_):
     (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_seed, y, lse,
     ) = ctx.saved_tensors  # fmt: skip
     dropout_p, context, chunk_size, soft_cap, pos_span, keep = ctx.rest
     if not keep:
         _, lse = operator(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
+            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
         )  # fmt: skip
     d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = as_tuple(
         backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span),
+        key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
+        pos_span),
     )  # fmt: skip
     return (
         d_q,
@@ -819,32 +846,33 @@ def backward(ctx, grad_y, *_):
         None,
         None,
         None,
+        None,
     )
 
 
 def run_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
+    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
         d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = formula_gradients(
             op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-            key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
-            pos_span),
+            key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+            soft_cap, pos_span),
         )  # fmt: skip
     else:
         try:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
                 kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
-                pos_span,
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap, pos_span,
             )  # fmt: skip
         except Unlaunchable as error:
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
                 error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
-                pos_span),
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
+                soft_cap, pos_span),
             )  # fmt: skip
     return (
         d_q.contiguous(),
@@ -861,7 +889,7 @@ def run_backward(
 
 def fake_backward(
     grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
+    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -879,9 +907,9 @@ def fake_backward(
 backward_operator = register(
     "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
     "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, "
-    "SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> (Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
+    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
@@ -889,9 +917,9 @@ backward_operator = register(
 operator = register(
     "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
     "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_bias=None, Tensor? "
-    "key_padding_mask=None, Tensor? attn_mask=None, float dropout_p=0.0, Tensor? dropout_seed=None, "
-    "SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, SymInt[2] pos_span=[-1, -1], "
-    "bool keep=False) -> (Tensor, Tensor)",
+    "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, float dropout_p=0.0, Tensor? "
+    "dropout_seed=None, SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, SymInt[2] "
+    "pos_span=[-1, -1], bool keep=False) -> (Tensor, Tensor)",
     run,
     fake,
     setup_context=set_up,

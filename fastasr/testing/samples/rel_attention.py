@@ -89,6 +89,10 @@ def _by_offset(frames: int, heads: int, batch: int = 0, cached: int = 0) -> dict
     return call | ({"offset_gate": lambda make: make.normal(batch, frames, heads)} if batch else {})
 
 
+def _recordings(*starts: int) -> dict:
+    return {"starts": torch.tensor(starts, dtype=torch.int64)}
+
+
 def _span(left: int, right: int, heads: int, width: int) -> dict:
     """Makes positions of the keys from ``left`` frames before a query to ``right`` behind it."""
     return {
@@ -110,6 +114,8 @@ def _random(make: Make, shape: Shape) -> dict:
     keys = cached + frames
     if shape.choice((True, False)):
         call |= _context(shape.size() % 60 - 1, shape.size() % 40 - 1, 1 + shape.size() % 20)
+    elif not cached and shape.choice((True, False)):
+        call |= _recordings(*(shape.size() % (frames + 3) - 1 for _ in range(1 + shape.size() % 5)))
     if shape.choice((True, False)):
         call |= {"offset_bias": make.normal(frames and frames + keys - 1, heads)}
         if shape.choice((True, False)):
@@ -229,6 +235,43 @@ TABLE = OpTable(
         _small("keys of a cache", lambda m: _call(m, 2, 3, 2, 8, cached=5), thorough=True),
         _small("one query and a cache", lambda m: _call(m, 2, 1, 2, 4, cached=9, **_context(9, 0))),
         _small("a limited context", lambda m: _call(m, 2, 13, 2, 8, **_context(3, 1)), thorough=True),
+        _small(
+            "recordings one after the other",
+            lambda m: _call(m, 1, 17, 2, 8, **_recordings(0, 5, 6, 6, 15)),
+            thorough=True,
+        ),
+        _small(
+            "recordings in any order, frames of none in front, a context",
+            lambda m: _call(m, 2, 19, 1, 8, **_recordings(16, 3, 9), **_context(4, 2)),
+        ),
+        Sample(
+            "recordings and the positions of the longest",
+            lambda m: _call(
+                m, 1, 90, 2, 8, **_span(39, 39, 2, 8), **_recordings(0, 40, 75), **_context(39, 39)
+            ),
+            draws=2,
+        ),
+        _small("starts outside of the frames", lambda m: _call(m, 1, 9, 2, 4, **_recordings(-3, 4, 2**40))),
+        _small("no recording", lambda m: _call(m, 1, 5, 1, 4, **_recordings(3))),
+        Sample(
+            "recordings of several tiles, padding, dropout",
+            lambda m: _call(
+                m,
+                1,
+                163,
+                1,
+                16,
+                key_padding_mask=_random_mask(1, 163, hidden=0.2),
+                **_dropout(0.3, 5),
+                **_recordings(0, 70, 71, 150, 158),
+            ),
+            draws=2,
+        ),
+        Sample(
+            "more recordings than are read at a time, a bias by offset with a gate",
+            lambda m: _call(m, 1, 131, 2, 8, **_by_offset(131, 2, 1), **_recordings(*range(0, 126, 3))),
+            draws=2,
+        ),
         _small("the past alone", lambda m: _call(m, 1, 9, 1, 8, **_context(-1, 0))),
         _small(
             "chunks, a cache, padding within the context",
@@ -473,6 +516,19 @@ TABLE = OpTable(
         Sample("no sequences", lambda m: _call(m, 0, 5, 2, 8)),
     ),
     invalid=(
+        Invalid(
+            "recordings and a cache",
+            lambda m: _call(m, 1, 4, 1, 4, cached=2, **_recordings(0, 4)),
+            ValueError,
+            "k",
+        ),
+        Invalid(
+            "recordings and chunks",
+            lambda m: _call(m, 1, 4, 1, 4, **_recordings(0, 4), **_context(2, 0, 2)),
+            ValueError,
+            "chunk_size",
+        ),
+        Invalid("no starts", lambda m: _call(m, 1, 4, 1, 4, **_recordings()), ValueError, "starts"),
         Invalid(
             "a negative context", lambda m: _call(m, 1, 4, 1, 4, **_context(-2, 0)), ValueError, "context"
         ),

@@ -30,12 +30,13 @@ def configurations(generation: int):
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT", "EDGES"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
     strides += ["k_batch", "g_batch", "ds_row", "width", "r_time", "r_head", "p_row", "p_head"]
-    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64"}
+    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64", "STARTS": "i64"}
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
         hiding, dropping, element = "mask" in label, "dropout" in label, element_type(dtype)
+        limited = "context" in label or "recordings" in label
         with setting(dtype) as torch_dtype:
-            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, "context" in label)
+            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, limited)
         shapes["biases"] = module.BIASES
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
@@ -43,7 +44,7 @@ def configurations(generation: int):
         types |= dict.fromkeys(
             ("PARTS", "SUMS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32"
         )
-        words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout")]
+        words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"), ("STARTS", "recordings")]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
         words += [(of, "span") for of in ("EDGES", "SUMS") if name != "edges"]
         words += [(of, "key bias") for of in ("KEY_BIAS", "DKEY_BIAS")]
@@ -56,7 +57,7 @@ def configurations(generation: int):
             f"rel_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
             types | ({"DQ": "fp32"} if name == "queries" else {}),
-            {"DIM": dim, "VALUE_DIM": value, "WINDOW": "context" in label, **dict.fromkeys(absent)} | options,
+            {"DIM": dim, "VALUE_DIM": value, "WINDOW": limited, **dict.fromkeys(absent)} | options,
             warps,
             strides,
             ("scale", "factor", "cap"),
@@ -82,6 +83,8 @@ def configurations(generation: int):
         yield configuration(name, "padding, mask, dropout", "bf16")
         for dtype in ("fp32", "bf16"):
             yield configuration(name, "padding, context", dtype)
+            yield configuration(name, "recordings", dtype)
+        yield configuration(name, "d=128, recordings, dropout", "bf16", 128, 128)
         for dtype in ("fp32", "bf16"):
             yield configuration(name, "padding, gated bias", dtype)
             yield configuration(name, "padding, span", dtype)
@@ -96,6 +99,7 @@ def configurations(generation: int):
             yield configuration(name, "", dtype)
             if dtype != "tf32":
                 yield configuration(name, "context", dtype)
+                yield configuration(name, "recordings", dtype)
                 if name == "offsets":
                     yield configuration(name, "span", dtype)
         if dtype != "tf32":

@@ -9,8 +9,11 @@ from fastasr.kernels import rel_attention
 
 
 @pytest.mark.parametrize("generation", [80, 90])
-@pytest.mark.parametrize(("dim", "hiding"), [(48, False), (48, True), (72, False), (136, False)])
-def test_rel_attention(monkeypatch, generation, dim, hiding):
+@pytest.mark.parametrize(
+    ("dim", "hiding", "recordings"),
+    [(48, False, False), (48, True, False), (72, False, False), (136, False, False), (48, False, True)],
+)
+def test_rel_attention(monkeypatch, generation, dim, hiding, recordings):
     """Kernels take blocks of 64 or 128 channels of wide heads, not all kernels of one generation the same."""
     monkeypatch.setattr(rel_attention, "generation", lambda t: generation)
     frames, heads = 70, 1
@@ -19,12 +22,13 @@ def test_rel_attention(monkeypatch, generation, dim, hiding):
     u, w = torch.randn(2, heads, dim, dtype=torch.bfloat16)
     arguments = tuple(t.contiguous() for t in (q, k, v, pos, u, w))
     mask, no_bias = torch.rand(frames, frames) < 0.3 if hiding else None, (None,) * 3
-    y, lse = rel_attention.rel_attention_forward(
-        *arguments, *no_bias, None, mask, None, 0.0, -1, -1, 1, 0.0, -1, -1
-    )
-    saved = None, mask, None, y, lse, 0.0, -1, -1, 1, 0.0, -1, -1
+    starts = torch.tensor([0, 9, 52, 66]) if recordings else None
+    options = 0.0, -1, -1, 1, 0.0, -1, -1
+    hidden = None, mask, starts, None
+    y, lse = rel_attention.rel_attention_forward(*arguments, *no_bias, *hidden, *options)
+    saved = *hidden, y, lse, *options
     found = y, *rel_attention.rel_attention_backward(g, *arguments, *no_bias, *saved)[:6]
     leaves = [t.float().requires_grad_() for t in arguments]
-    expected = ops.rel_attention.definition(*leaves, attn_mask=mask)
+    expected = ops.rel_attention.definition(*leaves, attn_mask=mask, starts=starts)
     for a, b in zip(found, (expected, *torch.autograd.grad(expected, leaves, g.float())), strict=True):
         assert (a - b).abs().max() <= 0.02 * b.abs().max()
