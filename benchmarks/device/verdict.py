@@ -178,7 +178,9 @@ def sentence(records: Sequence[dict]) -> str:
     found = subjects(records)
     checked = {op: found[op].bad for op in kernels() if found[op].found}
     wrong = [f"`{op}` ({', '.join(bad)})" for op, bad in checked.items() if bad]
-    right = f"{len(checked) - len(wrong)} of the {len(kernels())} ops with GPU kernels passed every check that ran"
+    passed, waiting = len(checked) - len(wrong), len(kernels()) - len(checked)
+    right = f"{passed} ops with GPU kernels passed every check that ran"
+    right += f", and {waiting} have not run yet" if waiting else ""
     where = f"On one {records[0]['device_name']}, {right}{'; wrong: ' * bool(wrong)}{', '.join(wrong)}"
     return f"{where} ([what was found](docs/gpu-queue.md#what-has-been-seen-on-hardware))."
 
