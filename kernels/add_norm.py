@@ -218,7 +218,7 @@ def add_norm_backward(
         row_stride(x), row_stride(update), eps, scale, *limits, T_TYPE=TYPES[dtype], CENTRED=kind == LAYER,
         LIMITED=is_limited, BLOCK_R=block_r, BLOCK_C=row_width(channels), num_warps=warps,
     )  # fmt: skip
-    add_pair(table[:2], dweight, dbias)
+    add_pair(table if update_weight is None else table[:2], dweight, dbias)
     if update_weight is not None:
         add_parts(table[2], dupdate_weight)
     return dx, dupdate, *sums

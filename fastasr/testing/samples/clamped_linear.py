@@ -89,7 +89,7 @@ def _case(shape: tuple[int, ...], outputs: int) -> Case:
     return case("clamped_linear", f"{text}->{outputs}, silu", arguments, costs, shape=text)
 
 
-def sized(T: int = 750, B: int = 1, K: int = 1024, N: int = 4096) -> Case:
+def sized(T: int = 750, B: int = 1, K: int = 1024, N: int = 1024) -> Case:
     return _case((B, T, K), N)
 
 
