@@ -274,7 +274,7 @@ def gemma3n_subsampling(self: Upstream, audio_encodings: Tensor) -> Tensor:
 
 def _channels_last(conv: Upstream, x: Tensor, padding: Any) -> Tensor:
     """Returns the convolution of maps x (B, C, T, F) as (B, T', F', channels), contiguous. With one channel in it is a
-    product, which takes a tenth of torch's time and gives the channels last."""
+    product, which gives the channels last without a copy."""
     rows, columns = conv.kernel_size
     if x.shape[1] == 1:
         patches = F.pad(x[:, 0], (padding[1], padding[1], padding[0], padding[0]))
