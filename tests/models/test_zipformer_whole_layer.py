@@ -11,7 +11,7 @@ import torch
 from packed_layers import zipformer_layer
 
 import fastasr
-from fastasr.models.common.ragged import Packing
+from fastasr.models.common.ragged import Packing, in_use
 from fastasr.models.zipformer import ZipformerEncoderLayer, native_layer
 from fastasr.ops import _gemm, _reduced_weights
 
@@ -81,7 +81,7 @@ def test_large():
     call = _call(layer, 320, 2, padding=torch.arange(320) >= torch.tensor([[320], [200]]))
     _check(layer, call)
     _check(layer, _call(layer, 5, 2))
-    with Packing([320, 7, 150], torch.device("cpu")).in_use():
+    with in_use(Packing([320, 7, 150], torch.device("cpu"))):
         _check(layer, _recordings(layer, [320, 7, 150]))
 
 
@@ -96,7 +96,7 @@ def _recordings(layer, lengths, chunk_size=-1, left_context_chunks=None):
 @pytest.mark.parametrize("causal", [False, True])
 def test_recordings_without_padding(lengths, causal):
     layer = zipformer_layer(causal=causal)
-    with Packing(lengths, torch.device("cpu"), pads=not causal).in_use():
+    with in_use(Packing(lengths, torch.device("cpu"), pads=not causal)):
         _check(layer, _recordings(layer, lengths))
         if causal:
             _check(layer, _recordings(layer, lengths, chunk_size=4, left_context_chunks=1))
@@ -194,7 +194,7 @@ def test_declines():
         assert _whole(layer, (src, pos_emb, -1, None, torch.zeros(1, 9, dtype=torch.bool), None)) is None
         with pytest.raises(TypeError, match="attn_mask"):
             layer(src, pos_emb, attn_mask=torch.zeros(9, 9))
-        with Packing([9, 9], src.device).in_use():
+        with in_use(Packing([9, 9], src.device)):
             assert _whole(layer, call) is None
         other = torch.nn.Conv1d(20, 20, 7, groups=20, padding=3, padding_mode="circular").eval()
         layer.conv_module2.depthwise_conv = other

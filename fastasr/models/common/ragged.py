@@ -12,7 +12,7 @@ groups share calls of attention there, whatever the number of recordings.
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -287,10 +287,6 @@ class Packing:
         if factor not in self._rates:
             self._rates[factor] = Rate(self, factor)
         return self._rates[factor]
-
-    def in_use(self) -> AbstractContextManager[None]:
-        """Has ``current()`` return this packing in this thread, inside the block."""
-        return in_use(self)
 
     def with_gaps(self, frames: int) -> list[int]:
         """Returns the slots that leave ``frames`` zeros behind each recording."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastasr.models.common import ragged
 from fastasr.models.common.plain import any_watched, runs
-from fastasr.models.common.ragged import Packing
+from fastasr.models.common.ragged import Packing, in_use
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.bypass import BypassModule
@@ -120,7 +120,7 @@ def _stack(
     rate = packing.at_rate(factor)
     y = _downsampled(stack.downsample, src, packing)
     y = _layers(stack.encoder, y, rate.slower, chunk_size // factor, *window[1:])
-    with packing.in_use():
+    with in_use(packing):
         return stack.out_combiner(src, rate.upsampled(y))
 
 
@@ -136,7 +136,7 @@ def _layers(
         feature_mask = packing.repeated(feature_mask[0]).unsqueeze(1)
     pos_emb = stack.encoder_pos(src[: max(packing.lengths)])
     chunks = {"left_context_chunks": left_context_chunks} if chunk_size > 0 else {}
-    with packing.in_use():
+    with in_use(packing):
         src = _scaled(src, feature_mask)
         for layer in stack.layers:
             src = _scaled(layer(src, pos_emb, chunk_size=chunk_size, **chunks), feature_mask)
