@@ -97,6 +97,7 @@ class Graph:
         module: nn.Module,
     ) -> None:
         self.forward, self.generation = forward, 0
+        self.kind: Any = None  # the Kind of its calls
         self.casts: Casts | None = None
         self.static = [_buffer(a) for a in leaves]
         self.tensors = [t for t in self.static if isinstance(t, torch.Tensor)]
