@@ -43,9 +43,10 @@ class Declared:
         self.strides = op.strides or {}
         # The kernels' call, or the part for gradients, asks which gradients are wanted; other calls give all of them.
         self.asks = "needs" in op.backward or (bool(op.gradients) and not op.backward)
-        # whether the part for gradients needs the gradient of every output
+        # whether the part for gradients needs the gradient of every output; autograd makes zeros for constants too
         hints = get_type_hints(op.gradients) if op.gradients else {}
-        self.materialize = hints.get("grads") != Sequence[Tensor | None]
+        constants = any(o.constant and not o.flag for o in self.outputs)
+        self.materialize = hints.get("grads") != Sequence[Tensor | None] and not constants
         self._read_kernel_calls()
         read = [o.name for o in self.outputs if o.name in (*self.backward, *(op.keeps or ()))]
         self.saves = [*(a.name for a in self.tensors), *read, *(o.name for o in self.keeps)]
