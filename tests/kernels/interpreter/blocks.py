@@ -10,6 +10,7 @@ from fastasr.kernels import (
     _parts,
     _sliding_taps,
     balancer_gradient,
+    batch_norm_activation,
     conv_subsampling,
     layer_norm_lstm,
     linear_activation,
@@ -67,6 +68,10 @@ def shrink(monkeypatch) -> None:
         monkeypatch.setattr(module, "processors", lambda t: 2)
     monkeypatch.setattr(balancer_gradient, "BYTES", 512)
     monkeypatch.setattr(balancer_gradient, "PARTS", 2)
+    monkeypatch.setattr(batch_norm_activation, "ELEMENTS", 256)
+    monkeypatch.setattr(batch_norm_activation, "PARTS", 2)
+    monkeypatch.setattr(batch_norm_activation, "FORWARD", 8)
+    monkeypatch.setattr(batch_norm_activation, "BACKWARD", 8)
     monkeypatch.setattr(whitening_gradient, "PART_ROWS", 16)
     monkeypatch.setattr(whitening_gradient, "RESIDENT", 8)
     monkeypatch.setattr(conv_subsampling, "LEAST_ROWS", 1)

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/math/activation.h"
+#include "cpu/rows/batch_norm_activation.h"
+#include "tests/rows_case.h"
+
+namespace fastasr::test {
+namespace {
+
+template <typename T>
+struct BatchNormActivation {
+  using C = compute_t<T>;
+  int64_t rows, channels, step, n = rows * channels;
+  int activation;
+  bool padded;
+  Random random;
+  Buffer<T> x{n, channels % 4, random, 1.5, 0.4}, grad{n, channels % 3, random}, y{n, channels % 5},
+      dx{n, channels % 2};
+  Buffer<C> weight{channels, 0, random, 0.5, 1}, bias{channels, 0, random, 0.5}, statistics{4 * channels};
+  Buffer<C> dweight{pieces_of(rows, step) * channels}, dbias{pieces_of(rows, step) * channels}, mean{channels},
+      variance{channels};
+  std::vector<uint8_t> hidden = std::vector<uint8_t>(static_cast<size_t>(rows) + 1);
+
+  BatchNormActivation(int64_t rows_, int64_t channels_, int64_t step_, int activation_, bool padded_)
+      : rows(rows_),
+        channels(channels_),
+        step(step_),
+        activation(activation_),
+        padded(padded_),
+        random(static_cast<uint64_t>(rows * 131 + channels)) {
+    for (int64_t i = 0; padded && i < rows; i++) hidden[static_cast<size_t>(i)] = i % 3 == 1;
+    combine();
+  }
+  bool seen(int64_t row) const { return !padded || !hidden[static_cast<size_t>(row)]; }
+
+  // Sums of blocks of 4 rows, in long double; the shift is 0.3.
+  void combine() {
+    const int64_t blocks = (rows + 3) / 4;
+    Buffer<C> shift(std::max<int64_t>(1, blocks * channels));
+    Buffer<double> s1(std::max<int64_t>(1, blocks * channels)), s2(std::max<int64_t>(1, blocks * channels));
+    std::vector<int64_t> counts(static_cast<size_t>(blocks));
+    for (int64_t k = 0; k < blocks; k++) {
+      for (int64_t j = 0; j < channels; j++) {
+        long double a = 0, b = 0;
+        shift[k * channels + j] = static_cast<C>(0.3);
+        for (int64_t i = 4 * k; i < std::min(4 * k + 4, rows); i++) {
+          const long double d = x(i * channels + j) - static_cast<long double>(shift[k * channels + j]);
+          if (seen(i)) a += d, b += d * d;
+        }
+        s1[k * channels + j] = static_cast<double>(a), s2[k * channels + j] = static_cast<double>(b);
+      }
+      for (int64_t i = 4 * k; i < std::min(4 * k + 4, rows); i++) counts[static_cast<size_t>(k)] += seen(i);
+    }
+    C* of = statistics.data();
+    cpu::kernels<cpu::BatchNormActivationKernels<T>>().combine(
+        {shift, s1, s2, counts.data(), blocks, channels}, 1e-3, 0, channels,
+        {of, of + channels, of + 2 * channels, of + 3 * channels}, mean, variance);
+  }
+  void run(int64_t begin, int64_t end) {
+    const auto& kernel = cpu::kernels<cpu::BatchNormActivationKernels<T>>();
+    Buffer<C> scratch(cpu::batch_norm_activation_scratch(channels));
+    const C* of = statistics.data();
+    const cpu::BatchNormActivation<T> p{
+        x,       padded ? reinterpret_cast<const bool*>(hidden.data()) : nullptr, weight,
+        bias,    {of, of + channels, of + 2 * channels, of + 3 * channels},       activation,
+        channels};
+    const int64_t piece = step ? begin / step : 0;
+    C *dw = dweight + piece * channels, *db = dbias + piece * channels;
+    kernel.forward(p, begin, end, y, scratch);
+    kernel.sums(p, grad, begin, end, dx, dw, db, scratch);
+    // The sums of all rows take the place of these, so that rows do not depend on the pieces.
+    kernel.backward(p, grad, weight, bias, begin, end, dx, scratch);
+  }
+  bool same_rows(BatchNormActivation& o) { return y.equals(o.y) && dx.equals(o.dx); }
+  bool same_sums(BatchNormActivation& o) { return dweight.equals(o.dweight) && dbias.equals(o.dbias); }
+};
+
+template <typename T>
+void batch_norm_activation_values(int64_t rows, int64_t channels, int activation, bool padded) {
+  INFO(Type<T>::name, " ", rows, "x", channels, padded ? " padded" : "", ", activation ", activation);
+  BatchNormActivation<T> c(rows, channels, rows, activation, padded);
+  c.run(0, rows);
+  std::vector<Sum> dweight(static_cast<size_t>(channels)), dbias(dweight);
+  int64_t count = 0;
+  for (int64_t i = 0; i < rows; i++) count += c.seen(i);
+  for (int64_t j = 0; j < channels; j++) {
+    long double mean = 0, squares = 0;
+    for (int64_t i = 0; i < rows; i++) mean += c.seen(i) ? c.x(i * channels + j) / count : 0;
+    for (int64_t i = 0; i < rows; i++) {
+      const long double d = c.x(i * channels + j) - mean;
+      if (c.seen(i)) squares += d * d;
+    }
+    EXPECT(c.mean, j, mean, 4 * (1 + std::fabs(mean)));
+    EXPECT(c.variance, j, squares / std::max<int64_t>(1, count - 1), 4 * (1 + squares));
+    const long double scale = 1 / std::sqrt((count ? squares / count : 0) + 1e-3L);
+    const long double units = 30;  // x - mean and z round, and so does the exponent of the activation
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t at = i * channels + j;
+      if (!c.seen(i)) {
+        CHECK(value(c.y[at]) == 0 && value(c.dx[at]) == 0, "row %ld is hidden", long(i));
+        continue;
+      }
+      const long double n = (c.x(at) - mean) * scale, z = n * c.weight(j) + c.bias(j);
+      const long double q = c.grad(at) * activated(activation, z).slope;
+      const long double off = units * std::fabs(c.grad(at)) * (1 + scale + std::fabs(z));
+      dweight[j].add(q * n, off * (1 + std::fabs(n))), dbias[j].add(q, off);
+      EXPECT(c.y, at, activated(activation, z).value, units * (1 + scale + z * z));
+      const long double d = (q - (c.bias(j) + n * c.weight(j)) / count) * scale * c.weight(j);
+      EXPECT(c.dx, at, d, 10 * units * scale * (1 + scale) * (1 + std::fabs(n)) * (1 + std::fabs(c.weight(j))));
+    }
+  }
+  EXPECT_ALL(c.dweight, dweight, 1);
+  EXPECT_ALL(c.dbias, dbias, 1);
+}
+
+TEST_CASE("batch_norm_activation") {
+  for_each_type([&]<typename T>() {
+    for (const int64_t rows : {0, 1, 3, 23})
+      for (const int64_t channels : kSizes)
+        for (int form = 0; channels && form < 2; form++)
+          batch_norm_activation_values<T>(rows, channels, int(channels + form) % cpu::kActivations, form == 1);
+    for (const bool padded : {true, false}) {
+      rows_apart(7, 2, [&](int64_t step) { return BatchNormActivation<T>(7, 37, step, 1, padded); });
+      rows_apart(61, 4, [&](int64_t step) { return BatchNormActivation<T>(61, 67, step, 1, padded); });
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastasr::test

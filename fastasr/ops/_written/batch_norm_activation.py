@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make op OP=batch_norm_activation` writes this file from fastasr/ops/batch_norm_activation.py: change that one.
+"""BatchNorm in training, and SiLU or another activation: convolution modules"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled, promote_types
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from fastasr._transforms import by_formula, transforms_active
+from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
+from fastasr.ops._op import OPS, Written
+from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._runtime import (
+    BOOL,
+    COMPUTE,
+    NOT_MINE,
+    applied,
+    as_tuple,
+    formula_gradients,
+    formula_results,
+    gradients_without,
+    is_batched,
+    listed,
+    make,
+    not_a_view,
+    operand,
+    promoted,
+    transformed_backward,
+    transformed_gradients,
+    transformed_results,
+    wide,
+)
+from fastasr.ops.batch_norm_activation import batch_norm_activation as formula
+
+op = OPS["batch_norm_activation"]
+family = op.family
+ACTIVATION_CODES = {"identity": 0, "silu": 1, "relu": 2, "tanh": 3, "gelu": 4}
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    padding_mask: Tensor | None = None
+    eps: float = 1e-05
+    momentum: float = 0.1
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu"
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    padding_mask: Tensor | None
+    statistics: Tensor
+    eps: float
+    momentum: float
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"]
+
+
+# --------------------------------------------------------------------------- the public function
+def batch_norm_activation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    padding_mask: Tensor | None = None,
+    eps: float = 1e-05,
+    momentum: float = 0.1,
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The activation of BatchNorm over all dimensions but the last, by the statistics of x itself.
+
+    Args:
+        x: (..., C); float32, bfloat16, float16 or float64.
+        weight, bias: (C,).
+        padding_mask: x's shape without C, bool; True: the frame has no part in the statistics.
+        eps: added to the variance.
+        momentum: how far running statistics move towards those of x.
+        activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
+    Returns:
+        y in x's shape and dtype, computed in float32 or better and rounded once, 0 at padding; and constants (C,) in
+        float32, or float64 if x is: the mean, the unbiased variance, which is 0 where one frame or none counts, and
+        the rate: ``momentum``, or 0 where no frame counts. ``running.lerp_(found, rate)`` moves running statistics as
+        torch does, and nothing waits for the device.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or names do not match.
+    """
+    kernels = family.native
+    if (
+        kernels is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and x.is_contiguous()
+        and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
+        and type(bias) in PLAIN
+        and (padding_mask is None or type(padding_mask) in PLAIN)
+        and type(eps) is float
+        and (eps >= 0)
+        and type(momentum) is float
+        and type(activation) is str
+        and activation in ACTIVATION_CODES
+        and not is_dynamo_compiling()
+        and not (transforms_active() or forward_ad._current_level >= 0)
+    ):
+        try:
+            if is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+                return apply(kernels, True, x, weight, bias, padding_mask, eps, momentum, activation)
+            y, mean, variance, rate, _ = kernels.forward(
+                x, weight, bias, padding_mask, eps, momentum, ACTIVATION_CODES[activation]
+            )
+            return y, mean, variance, rate
+        except NOT_MINE:
+            pass  # the checked path takes what the kernels decline
+        except RuntimeError:
+            # tells what is wrong with the arguments, if anything is
+            check(x, weight, bias, padding_mask, eps, momentum, activation)
+            raise
+    check(x, weight, bias, padding_mask, eps, momentum, activation)
+    if is_compiling() or not (
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and type(bias) in PLAIN
+        and (padding_mask is None or type(padding_mask) in PLAIN)
+    ):
+        return traced(x, weight, bias, padding_mask, eps, momentum, activation)
+    if transforms_active() or forward_ad._current_level >= 0:
+        return by_formula(op, Arguments(x, weight, bias, padding_mask, eps, momentum, activation))
+    kernels = family.kernels(x, weight, bias)
+    if kernels is None:
+        return formula(
+            x, weight, bias, padding_mask=padding_mask, eps=eps, momentum=momentum, activation=activation
+        )
+    try:
+        if is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+            return apply(kernels, False, x, weight, bias, padding_mask, eps, momentum, activation)
+        y, mean, variance, rate, _ = run_kernels(
+            kernels, x, weight, bias, padding_mask, eps, momentum, activation, False
+        )
+    except Unlaunchable as error:
+        family.give_up(error, x, weight, bias)
+        return formula(
+            x, weight, bias, padding_mask=padding_mask, eps=eps, momentum=momentum, activation=activation
+        )
+    return y, mean, variance, rate
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding_mask: Tensor | None,
+    eps: float,
+    momentum: float,
+    activation: Literal["identity", "silu", "relu", "tanh", "gelu"],
+) -> None:
+    """Raises if the arguments do not fit the declaration."""
+    if type(eps) is not float:
+        op.wrong_float("eps", eps)
+    if not (eps >= 0):
+        op.fail("eps", "at least 0", eps)
+    if type(momentum) is not float:
+        op.wrong_float("momentum", momentum)
+    if not (type(activation) is str and activation in ACTIVATION_CODES):
+        op.wrong_choice("activation", activation, ACTIVATION_CODES)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
+        op.wrong_tensor("x", x)
+    shape, right = x.shape, False
+    if len(shape) >= 1:
+        S = shape[:-1]
+        C = shape[-1]
+        right = C >= 1
+    if not right:
+        op.wrong_shape("x", x, f"{listed('...', 'C')}, C >= 1")
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not torch.strided:
+        op.wrong_tensor("weight", weight)
+    if weight.shape != (C,):
+        op.wrong_shape("weight", weight, listed(C))
+    if weight.device != x.device:
+        op.wrong_device("weight", weight, "x", x)
+    if not isinstance(bias, Tensor) or bias.dtype not in FLOATING or bias.layout is not torch.strided:
+        op.wrong_tensor("bias", bias)
+    if bias.shape != (C,):
+        op.wrong_shape("bias", bias, listed(C))
+    if bias.device != x.device:
+        op.wrong_device("bias", bias, "x", x)
+    if padding_mask is not None:
+        if (
+            not isinstance(padding_mask, Tensor)
+            or padding_mask.dtype not in BOOL
+            or padding_mask.layout is not torch.strided
+        ):
+            op.wrong_tensor("padding_mask", padding_mask, "a bool tensor")
+        if padding_mask.shape != (*S,):
+            op.wrong_shape("padding_mask", padding_mask, listed(*S))
+        if padding_mask.device != x.device:
+            op.wrong_device("padding_mask", padding_mask, "x", x)
+
+
+def traced(x, weight, bias, padding_mask, eps, momentum, activation):
+    """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
+    if not served("batch_norm_activation", x, weight, bias):
+        return formula(
+            x, weight, bias, padding_mask=padding_mask, eps=eps, momentum=momentum, activation=activation
+        )
+    y, mean, variance, rate, _ = operator(
+        x, weight, bias, padding_mask, eps, momentum, activation,
+        is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad),
+    )  # fmt: skip
+    return y, mean, variance, rate
+
+
+def run_kernels(kernels, x, weight, bias, padding_mask, eps, momentum, activation, keep):
+    """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
+    y_dtype = promoted(x)
+    mean_dtype = wide(x)
+    statistics_dtype = wide(x, weight, bias)
+    dtype = widest(x, (weight, bias))
+    work = promote_types(dtype, torch.float32)
+    y, mean, variance, rate, statistics = kernels.forward(
+        operand(x, dtype), operand(weight, work), operand(bias, work), operand(padding_mask, None), eps,
+        momentum, ACTIVATION_CODES[activation],
+    )  # fmt: skip
+    if y.dtype is not y_dtype:
+        y = y.to(y_dtype)
+    if mean.dtype is not mean_dtype:
+        mean = mean.to(mean_dtype)
+    if variance.dtype is not mean_dtype:
+        variance = variance.to(mean_dtype)
+    if rate.dtype is not mean_dtype:
+        rate = rate.to(mean_dtype)
+    if statistics.dtype is not statistics_dtype:
+        statistics = statistics.to(statistics_dtype)
+    return y, mean, variance, rate, statistics
+
+
+def result_dtypes(a) -> tuple[torch.dtype, ...]:
+    return (promoted(a.x), wide(a.x), wide(a.x), wide(a.x), wide(a.x, a.weight, a.bias))
+
+
+# --------------------------------------------------------------------------- gradients without the dispatcher
+class BatchNormActivation(Function):
+    @staticmethod
+    def forward(ctx, kernels, direct, x, weight, bias, padding_mask, eps, momentum, activation):
+        if direct:
+            y, mean, variance, rate, statistics = kernels.forward(
+                x, weight, bias, padding_mask, eps, momentum, ACTIVATION_CODES[activation]
+            )
+        else:
+            y, mean, variance, rate, statistics = run_kernels(
+                kernels, x, weight, bias, padding_mask, eps, momentum, activation, True
+            )
+        y = not_a_view(y)
+        mean = not_a_view(mean)
+        variance = not_a_view(variance)
+        rate = not_a_view(rate)
+        ctx.save_for_backward(x, weight, bias, padding_mask, statistics)
+        ctx.rest = kernels, direct, eps, momentum, activation
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, variance, rate)
+        return y, mean, variance, rate
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if is_grad_enabled():
+            refuse_double_backward("batch_norm_activation")
+        # once: a checkpoint gives them one time
+        x, weight, bias, padding_mask, statistics = ctx.saved_tensors
+        kernels, direct, eps, momentum, activation = ctx.rest
+        if grad_y is None:
+            return (None,) * 9
+        if (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x, d_weight, d_bias = transformed_gradients(
+                op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, statistics, eps, momentum,
+                activation,)),
+            )  # fmt: skip
+            return None, None, d_x, d_weight, d_bias, None, None, None, None
+        if direct:
+            d_x, d_weight, d_bias = kernels.backward(
+                grad_y.contiguous(), x, weight, bias, padding_mask, statistics, ACTIVATION_CODES[activation]
+            )
+            return None, None, d_x, d_weight, d_bias, None, None, None, None
+        try:
+            d_x, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation
+            )
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, statistics, eps, momentum,
+                activation,)),
+            )  # fmt: skip
+        return None, None, d_x, d_weight, d_bias, None, None, None, None
+
+
+def differentiate(kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
+    """Returns the gradients by the kernels, each in its tensor's dtype."""
+    dtype = widest(x, (weight, bias))
+    work = promote_types(dtype, torch.float32)
+    d_x, d_weight, d_bias = kernels.backward(
+        operand(grad_y, dtype), operand(x, dtype), operand(weight, work), operand(bias, work),
+        operand(padding_mask, None), statistics, ACTIVATION_CODES[activation],
+    )  # fmt: skip
+    if d_x is not None and d_x.dtype is not x.dtype:
+        d_x = d_x.to(x.dtype)
+    if d_weight is not None and d_weight.dtype is not weight.dtype:
+        d_weight = d_weight.to(weight.dtype)
+    if d_bias is not None and d_bias.dtype is not bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_weight, d_bias
+
+
+# --------------------------------------------------------------------------- the registered operator
+def run(x, weight, bias, padding_mask=None, eps=1e-05, momentum=0.1, activation="silu", keep=False):
+    kernels = family.kernels(x, weight, bias)
+    if kernels is None:
+        return formula_results(op, x, weight, bias, padding_mask, eps, momentum, activation)
+    try:
+        y, mean, variance, rate, statistics = run_kernels(
+            kernels, x, weight, bias, padding_mask, eps, momentum, activation, keep
+        )
+    except Unlaunchable as error:
+        family.give_up(error, x, weight, bias)
+        return formula_results(op, x, weight, bias, padding_mask, eps, momentum, activation)
+    if not keep:
+        statistics = statistics.new_empty(0)
+    return (
+        y.contiguous(),
+        mean.contiguous(),
+        variance.contiguous(),
+        rate.contiguous(),
+        statistics.contiguous(),
+    )
+
+
+def fake(x, weight, bias, padding_mask=None, eps=1e-05, momentum=0.1, activation="silu", keep=False):
+    keep = keep and family.kernels(x, weight, bias) is not None
+    S = x.shape[:-1]
+    C = x.shape[-1]
+    return (
+        torch.empty((*S, C), dtype=promoted(x), device=x.device),
+        torch.empty((C,), dtype=wide(x), device=x.device),
+        torch.empty((C,), dtype=wide(x), device=x.device),
+        torch.empty((C,), dtype=wide(x), device=x.device),
+        torch.empty((4, C) if keep else (0,), dtype=wide(x, weight, bias), device=x.device),
+    )
+
+
+def set_up(ctx, inputs, output):
+    x, weight, bias, padding_mask, eps, momentum, activation, keep = inputs
+    y, mean, variance, rate, statistics = output
+    ctx.mark_non_differentiable(mean, variance, rate, statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, padding_mask, statistics)
+    ctx.rest = eps, momentum, activation, keep
+
+
+def backward(ctx, grad_y, *_):
+    if grad_y is None:
+        return (None,) * 8
+    x, weight, bias, padding_mask, statistics = ctx.saved_tensors
+    eps, momentum, activation, keep = ctx.rest
+    if not keep:
+        _, _, _, _, statistics = operator(x, weight, bias, padding_mask, eps, momentum, activation, True)
+    d_x, d_weight, d_bias = as_tuple(
+        backward_operator(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation)
+    )
+    return d_x, d_weight, d_bias, None, None, None, None, None
+
+
+def run_backward(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
+    kernels = family.kernels(x, weight, bias)
+    if kernels is None:
+        d_x, d_weight, d_bias = formula_gradients(
+            op, (grad_y,), Saved(x, weight, bias, padding_mask, statistics, eps, momentum, activation)
+        )
+    else:
+        try:
+            d_x, d_weight, d_bias = differentiate(
+                kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation
+            )
+        except Unlaunchable as error:
+            d_x, d_weight, d_bias = gradients_without(
+                error, op, (grad_y,), Saved(x, weight, bias, padding_mask, statistics, eps, momentum,
+                activation),
+            )  # fmt: skip
+    return d_x.contiguous(), d_weight.contiguous(), d_bias.contiguous()
+
+
+def fake_backward(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+backward_operator = register(
+    "batch_norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? "
+    "padding_mask, Tensor statistics, float eps, float momentum, str activation) -> (Tensor, Tensor, "
+    "Tensor)",
+    run_backward,
+    fake_backward,
+    transformed=partial(transformed_backward, op, 1),
+)
+operator = register(
+    "batch_norm_activation(Tensor x, Tensor weight, Tensor bias, Tensor? padding_mask=None, float "
+    'eps=1e-05, float momentum=0.1, str activation="silu", bool keep=False) -> (Tensor, Tensor, Tensor, '
+    "Tensor, Tensor)",
+    run,
+    fake,
+    setup_context=set_up,
+    backward=backward,
+    transformed=partial(transformed_results, op),
+)
+apply = applied(BatchNormActivation)
+written = Written(
+    Arguments=Arguments,
+    Saved=Saved,
+    check=check,
+    operator=operator,
+    backward_operator=backward_operator,
+    apply=apply,
+    result_dtypes=result_dtypes,
+    deciding=("x", "weight", "bias"),
+    differentiable=("x", "weight", "bias"),
+    dense=True,
+)
+op.serve(batch_norm_activation, written)
