@@ -11,7 +11,8 @@ from tiny_parakeet import SIZES, STILL
 
 import fastasr
 from fastasr.graphs import module as graphs_of
-from fastasr.models.common.row import Spans, batch_norm
+from fastasr.models.common.activations import batch_norm_activated
+from fastasr.models.common.row import Spans
 from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.testing.tape import TapeRecorder
 
@@ -258,7 +259,7 @@ def test_statistics_are_those_of_the_frames_that_exist():
         for norm in (ours, theirs):
             torch.nn.init.normal_(norm.weight, generator=numbers(4))
         for _ in range(2):
-            y = batch_norm(ours, z, hidden_frames)
+            y = batch_norm_activated(ours, "identity", z, hidden_frames)
             expected = theirs(z[~hidden_frames])
             close(y[~hidden_frames], expected, 1e-12)
             leaves = (z, ours.weight, ours.bias), (z, theirs.weight, theirs.bias)
@@ -272,7 +273,7 @@ def test_statistics_are_those_of_the_frames_that_exist():
 
 def test_statistics_of_no_frame_stay():
     norm = torch.nn.BatchNorm1d(3)
-    y = batch_norm(norm, torch.randn(1, 5, 3), torch.ones(1, 5, dtype=torch.bool))
+    y = batch_norm_activated(norm, "silu", torch.randn(1, 5, 3), torch.ones(1, 5, dtype=torch.bool))
     assert y.isfinite().all()
     assert torch.equal(norm.running_mean, torch.zeros(3))
     assert torch.equal(norm.running_var, torch.ones(3))

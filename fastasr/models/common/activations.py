@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations by name, and the names under which the kernels know them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,3 +91,30 @@ def norm_activated(norm: torch.nn.Module, activation: torch.nn.Module, x: Tensor
         if name is not None and name != "identity":
             return ops.norm_activation(x, norm.weight, norm.bias, eps=norm.eps, activation=name)
     return activation(norm(x))
+
+
+def batch_norm_activated(norm: Any, name: Name, z: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Returns the activation of ``norm(z)`` of z (B, T, C) in training mode, with statistics over the frames where
+    ``hidden`` (B, T) is False, or over all, which change the running ones as torch does. ``norm`` is torch's BatchNorm
+    with everything that it may have. Where all frames are hidden there is none to normalise: then y is 0, and the
+    running statistics stay."""
+    if hidden is None and z.shape[:-1].numel() == 1:
+        return norm(z.transpose(1, 2))  # raises: a frame has no variance
+    momentum = 1.0 if norm.momentum is None else norm.momentum
+    y, *found, rate = ops.batch_norm_activation(
+        z,
+        norm.weight,
+        norm.bias,
+        padding_mask=hidden,
+        eps=norm.eps,
+        momentum=momentum,
+        activation=name,
+    )
+    running = [norm.running_mean, norm.running_var]
+    dtype = norm.running_mean.dtype
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            rate = rate / norm.num_batches_tracked
+        torch._foreach_lerp_(running, [t.to(dtype) for t in found], [rate.to(dtype)] * 2)
+    return y

@@ -18,8 +18,7 @@ from fastasr import ops
 from fastasr.models.common import activations, packed, plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
-from fastasr.models.common.row import Row, batch_norm
-from fastasr.models.fast_conformer import masks
+from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.masks import is_readable, seen
 
 
@@ -116,21 +115,14 @@ def convolved(
             z = ops.gated_depthwise_conv(h, weight, bias, padding_mask=hidden, cache=cache, **options)
         else:
             z = packed.convolved(packing, h, weight, bias, **options)  # [T, B, C]
-        z = z[::stride]
+        z = z[::stride].transpose(0, 1)
         if by_frame:
-            return activations.norm_activated(norm, activation, z.transpose(0, 1))
+            return activations.norm_activated(norm, activation, z)
         if folded:
-            z = z.transpose(0, 1)
-        elif row is not None:
-            z = batch_norm(norm, z.transpose(0, 1), row.hidden)
-        elif z.dtype is torch.bfloat16 and masks.on_gpu(z.device):
-            # Frames stay as they lie: statistics of 16 bits are exact enough, and this saves four transposing copies.
-            z = norm(z.transpose(0, 1).flatten(0, 1)).unflatten(0, z.shape[1::-1])
-        else:
-            # Channels come first, as upstream: over a matrix of frames torch's statistics are 2 to 10 times less exact.
-            # Frames come first again before the activation, whose gradient would walk over two orders at once.
-            z = norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2).contiguous()
-        return z if fused else activation(z)
+            return z if fused else activation(z)
+        name = activations.fused_name(activation)
+        z = activations.batch_norm_activated(norm, name or "identity", z, row and row.hidden)
+        return activation(z) if name is None else z
     if packing is not None:
         slots = packing.with_gaps(conv.weight.shape[-1] // 2 + abs(delay))
         h = packing.spread(h[0], slots).unsqueeze(0)
@@ -150,11 +142,12 @@ def gated(h: Tensor, hidden: Tensor | None = None) -> Tensor:
 
 def is_batch_norm(norm: torch.nn.Module) -> TypeGuard[torch.nn.BatchNorm1d]:
     """Says whether this is torch's BatchNorm with running statistics, weight and bias, without hooks."""
+    # Code that takes the statistics or the parameters away later leaves the flags.
     return (
         is_plain(norm, torch.nn.BatchNorm1d)
         and norm.track_running_stats
-        # Code that takes the statistics or the parameters away later leaves the flags.
-        and not any(t is None for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+        and not any(t is None for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked))
+        and not any(t is None for t in (norm.weight, norm.bias))
     )
 
 

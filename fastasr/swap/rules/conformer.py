@@ -10,8 +10,10 @@ from fastasr.swap.forwards import layers
 from fastasr.swap.rule import Known, Ragged, Rule, check_parameters
 
 attention_rule = partial(Rule, kernels=("linear", "rel_attention"), release=release)
-convolution_rule = partial(Rule, kernels=("linear", "gated_depthwise_conv"))
-norm_convolution_rule = partial(Rule, kernels=("linear", "gated_depthwise_conv", "norm_activation"))
+_CONVOLUTION = ("linear", "gated_depthwise_conv")
+convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "batch_norm_activation"))
+norm_convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "norm_activation"))
+either_convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "batch_norm_activation", "norm_activation"))
 feed_forward_rule = partial(Rule, kernels=("linear_activation", "linear"))
 
 

@@ -5,7 +5,12 @@ import torch
 
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
-from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, layer_rule, norm_convolution_rule
+from fastasr.swap.rules.conformer import (
+    attention_rule,
+    either_convolution_rule,
+    feed_forward_rule,
+    layer_rule,
+)
 
 _NEMO = Known("nemo_toolkit 2.5 to 3.0")
 _CAUSAL_CONVOLUTION = {"46714ff84a8e88178d848c5c"}
@@ -79,7 +84,7 @@ LOCAL_ATTENTION = attention_rule(
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )
 
-CONVOLUTION = norm_convolution_rule(
+CONVOLUTION = either_convolution_rule(
     name="nemo.conformer_convolution",
     class_name="ConformerConvolution",
     forward=models.nemo_convolution,
