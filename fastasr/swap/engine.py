@@ -23,7 +23,7 @@ from fastasr.swap import binding
 from fastasr.swap import weights as reduced
 from fastasr.swap.reach import Reach
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Restored, Row, SwapReport
-from fastasr.swap.rule import RAGGED, Graphed, Known, Rule, upstream_class, upstream_forward
+from fastasr.swap.rule import ON_ROWS, RAGGED, Graphed, Known, Rule, upstream_class, upstream_forward
 from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.rules.torch import LINEAR
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
@@ -203,7 +203,7 @@ def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
         packs = any(why is None and other.startswith(inside) for other, why in (report.ragged or {}).items())
         runs_ragged = rule.ragged is not None and bound is rule.ragged.forward
         if reason is None and pack is None and (packs or runs_ragged):
-            reason = RAGGED
+            reason = RAGGED + (ON_ROWS if rule.graphs.pack is not None else "")
         whole = (f"{other}." if other else "" for other, why in report.graphs.items() if why is None)
         if reason is not None and path.startswith(tuple(whole)):
             continue  # It is a part of a recorded encoder.

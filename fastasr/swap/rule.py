@@ -55,9 +55,8 @@ class Ragged:
 
 
 # why the calls of an encoder are not recorded that gets frames without padding
-RAGGED = (
-    "it runs without padding, in another shape at every call: Graphs(frames=..., recordings=...) gives it one"
-)
+RAGGED = "it runs without padding, in another shape at every call"
+ON_ROWS = "; Graphs(frames=..., recordings=...) gives it one shape"
 
 
 def upstream_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

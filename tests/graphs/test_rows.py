@@ -290,3 +290,26 @@ def test_a_batch_comes_back_from_its_row():
     valid = torch.arange(4) < lengths[:, None]
     assert torch.equal(back, x * valid[..., None])
     assert torch.autograd.gradcheck(lambda x: spans.unpacked(spans.packed(x, 12).square(), 3, 4), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False])
+def test_on_a_gpu(kind, train):
+    model = encoder(kind).float().cuda().train(train)
+    theirs = without_padding(copy.deepcopy(model))
+    if kind == "ours":
+        model.ragged = True
+    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, longest=LONGEST)
+    fastasr.accelerate(model, ragged=True, graphs=options)
+    weight = torch.randn(RECORDINGS, LONGEST, SIZES["hidden_size"], generator=numbers(2)).cuda()
+    for seed, lengths in enumerate(drawn(20)):
+        x, mask = (t.cuda() for t in batch(lengths if sum(lengths) > 8 else [20], seed=seed))
+        y, gradients, _ = step(model, x.float(), mask, weight)
+        expected, wanted, _ = step(theirs, x.float(), mask, weight)
+        valid = torch.arange(y.shape[1], device="cuda") < (mask.sum(1)[:, None] + 7) // 8
+        close(y[valid], expected[valid], 1e-4)
+        for name, g in gradients.items():
+            close(g, wanted[name], 2e-3, name, least=1e-3)
+    (found,) = fastasr.graph_state(model)[""]
+    assert (found.replayed, found.recorded, found.reason) == (18, 1, None)

@@ -8,7 +8,7 @@ from fastasr.graphs.module import Pack
 from fastasr.models.common.row import Capacity, Packed
 from fastasr.models.fast_conformer import row
 from fastasr.models.fast_conformer.encoder import masked
-from fastasr.swap.rule import RAGGED, Upstream, recorded
+from fastasr.swap.rule import ON_ROWS, RAGGED, Upstream, recorded
 
 _LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer"
 
@@ -18,7 +18,8 @@ def layers(encoder: Upstream) -> list[nn.Module]:
 
 
 def _why_not(encoder: Upstream) -> str | None:
-    return RAGGED if getattr(encoder, "ragged", False) else None
+    hint = ON_ROWS if type(encoder).__name__ in _PACKS else ""
+    return RAGGED + hint if getattr(encoder, "ragged", False) else None
 
 
 def _why_no_row(encoder: Upstream) -> str | None:
