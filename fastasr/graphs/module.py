@@ -137,12 +137,16 @@ class Kind:
 class Pack:
     """How calls of an encoder become calls on a row of frames (:mod:`fastasr.models.common.row`): ``forward`` runs on
     the row and is recorded. ``call(module, options, *args, **kwargs)`` returns its arguments for a call, a Packed, or
-    the reason why the call runs as it is; ``why_not(module)`` the reason why all calls do, or None.
+    the reason why the call runs as it is; ``why_not(module)`` the reason why all calls do, or None. ``of(module)`` says
+    whether this is the class that it knows, and not another of the same name. ``instead`` runs the calls that are not
+    replayed; None: the forward that the module has without graphs.
     """
 
     forward: Forward
     call: Callable[..., Packed | str]
     why_not: Callable[[Any], str | None]
+    of: Callable[[Any], bool] = field(default=lambda module: True)
+    instead: Forward | None = None
 
 
 class _Structure:
@@ -250,6 +254,8 @@ class ModuleGraphs:
         if isinstance(packed, str):
             _left.note(module, f"not replayed: {packed}", level=logging.INFO)
             return self.forward(module, *args, **kwargs)
+        if packed is not None and self.options.parts:
+            return packed.unpack(self.recorded(module, *packed.arguments))
         leaves, form = tree_flatten((args, kwargs) if packed is None else (packed.arguments, {}))
         state = None if self.choice is None else random.getstate()
         chosen = None if self.choice is None else getattr(module, self.choice)()

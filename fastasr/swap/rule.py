@@ -80,6 +80,10 @@ class Graphed:
     caller: Callable | None = None
     pack: Pack | None = None
 
+    def pack_of(self, module: nn.Module) -> Pack | None:
+        """Returns ``pack`` if it knows the module."""
+        return self.pack if self.pack is not None and self.pack.of(module) else None
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:

@@ -100,9 +100,12 @@ def _moved(rows: Tensor, places: Tensor, missing: Tensor) -> Tensor:
 class Capacity(Protocol):
     """What a row has room for: frames of features in all, recordings, and frames of one recording."""
 
-    frames: int | None
-    recordings: int | None
-    longest: int | None
+    @property
+    def frames(self) -> int | None: ...
+    @property
+    def recordings(self) -> int | None: ...
+    @property
+    def longest(self) -> int | None: ...
 
 
 class Packed(NamedTuple):

@@ -8,7 +8,8 @@ from fastasr.graphs.module import Pack
 from fastasr.models.common.row import Capacity, Packed
 from fastasr.models.fast_conformer import row
 from fastasr.models.fast_conformer.encoder import masked
-from fastasr.swap.rule import ON_ROWS, RAGGED, Upstream, recorded
+from fastasr.swap.forwards import nemo_row
+from fastasr.swap.rule import RAGGED, Upstream, recorded
 
 _LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer"
 
@@ -18,8 +19,7 @@ def layers(encoder: Upstream) -> list[nn.Module]:
 
 
 def _why_not(encoder: Upstream) -> str | None:
-    hint = ON_ROWS if type(encoder).__name__ in _PACKS else ""
-    return RAGGED + hint if getattr(encoder, "ragged", False) else None
+    return RAGGED if getattr(encoder, "ragged", False) else None
 
 
 def _why_no_row(encoder: Upstream) -> str | None:
@@ -39,7 +39,12 @@ def _packed(
     return row.packed(encoder, capacity, input_features, attention_mask, finish)
 
 
-_PACKS = {"FastConformerEncoder": Pack(row.encoded, _packed, _why_no_row)}
+_PACKS = {
+    "FastConformerEncoder": Pack(row.encoded, _packed, _why_no_row),
+    "ConformerEncoder": Pack(
+        nemo_row.encoded, nemo_row.packed, nemo_row.why_not, nemo_row.is_nemos, nemo_row.without_padding
+    ),
+}
 
 
 PADDED = "fastasr has no code that leaves padding out of this encoder"
