@@ -130,7 +130,6 @@ class Kind:
     bytes: int = 0
     reason: str | None = None
     filling: float | None = None
-    used: Tensor | None = field(default=None, repr=False, compare=False)  # frames of all replays
 
 
 @dataclass(frozen=True)
@@ -224,6 +223,7 @@ class ModuleGraphs:
         self.recorded = forward if pack is None else pack.forward
         self.kinds: OrderedDict[Hashable, Kind] = OrderedDict()
         self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self.used: dict[Hashable, Tensor] = {}  # frames () in the replays of each kind on a row
         # a weak reference to the node of a replayed forward pass whose backward pass may follow
         self.outstanding: weakref.ref[Node] | None = None
         self._lock = threading.Lock()
@@ -241,6 +241,7 @@ class ModuleGraphs:
         """Forgets all recordings and reasons."""
         with self._lock:
             self.kinds.clear()
+            self.used.clear()
             self._begin(module)
 
     def __call__(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -277,8 +278,7 @@ class ModuleGraphs:
             return self(module, *args, **kwargs)
         if packed is None:
             return found
-        kind = graph.kind
-        kind.used = packed.used if kind.used is None else kind.used + packed.used
+        self.used[graph.key] = self.used.get(graph.key, 0) + packed.used
         return packed.unpack(found)
 
     def _packed(
@@ -305,7 +305,7 @@ class ModuleGraphs:
         if kind is None:
             kind = self.kinds[key] = Kind(_spelled(module, leaves))
             if len(self.kinds) > MAX_KINDS:
-                self.kinds.popitem(last=False)
+                self.used.pop(self.kinds.popitem(last=False)[0], None)
         kind.seen += 1
         if self.outstanding is not None and self.outstanding() is not None:
             return None, _OUTSTANDING
@@ -323,7 +323,7 @@ class ModuleGraphs:
         graph = self._recorded(module, leaves, form, kind, chosen)
         if graph is None:
             return None, f"{_NOT_RECORDED}{kind.reason}"
-        self.graphs[key], graph.kind = graph, kind
+        self.graphs[key], graph.key = graph, key
         kind.replayed += 1
         self._make_room(module.training)
         return graph, ""
@@ -516,9 +516,9 @@ def graph_state(model: nn.Module) -> dict[str, list[Kind]]:
     """
     found = {path: graphs for path, module in model.named_modules() if (graphs := of(module)) is not None}
     for graphs in found.values():
-        for kind in graphs.kinds.values():
-            if kind.used is not None and graphs.options.frames is not None:
-                kind.filling = int(kind.used) / (kind.replayed * graphs.options.frames)
+        for key, used in graphs.used.items():
+            kind = graphs.kinds[key]
+            kind.filling = int(used) / (kind.replayed * (graphs.options.frames or 1))
     return {path: list(graphs.kinds.values()) for path, graphs in found.items()}
 
 
