@@ -135,10 +135,10 @@ class Kind:
 @dataclass(frozen=True)
 class Pack:
     """How calls of an encoder become calls on a row of frames (:mod:`fastasr.models.common.row`): ``forward`` runs on
-    the row and is recorded. ``call(module, options, *args, **kwargs)`` returns its arguments for a call, a Packed, or
-    the reason why the call runs as it is; ``why_not(module)`` the reason why all calls do, or None. ``of(module)`` says
-    whether this is the class that it knows, and not another of the same name. ``instead`` runs the calls that are not
-    replayed; None: the forward that the module has without graphs.
+    the row and is recorded. ``why_not(module)`` returns the reason why all calls run as they are, or None. Then
+    ``call(module, options, *args, **kwargs)`` returns the arguments for a call, a Packed, or the reason against it.
+    ``of(module)`` says whether this is the class that it knows, and not another of the same name. ``instead`` runs the
+    calls that are not replayed; None: the forward that the module has without graphs.
     """
 
     forward: Forward
@@ -234,6 +234,7 @@ class ModuleGraphs:
     def _begin(self, module: nn.Module) -> None:
         self.graphs.clear()
         self.structure = _Structure(module)
+        self.suits: str | None = None  # why the module runs on no row, "" if it does
         self.recorder: Recorder | None = None
         self.gradients: Gradients | None = None
 
@@ -289,7 +290,16 @@ class ModuleGraphs:
             return "its tensors are on a CPU"
         if are_all_padded():
             return "the call wants the padded batch"
-        return pack.call(module, self.options, *args, **kwargs)
+        return self._unsuited(module) or pack.call(module, self.options, *args, **kwargs)
+
+    def _unsuited(self, module: nn.Module) -> str:
+        """Returns why the module runs on no row, or "". All layers answer, so a module is asked once as long as it
+        stays."""
+        if self.suits and not self.structure.stays():
+            self._begin(module)
+        if self.suits is None:
+            self.suits = "" if self.pack is None else self.pack.why_not(module) or ""
+        return self.suits
 
     def _graph(
         self, module: nn.Module, leaves: list[Any], form: TreeSpec, chosen: Hashable
@@ -300,6 +310,8 @@ class ModuleGraphs:
             return None, f"not replayed: {reason}"
         if self._looks_first(module) and not self.structure.stays():
             self._begin(module)
+            if self._unsuited(module):
+                return None, f"not replayed: {self.suits}"
         key = chosen, *self._key(module, leaves, form)
         kind = self.kinds.get(key)
         if kind is None:

@@ -251,6 +251,25 @@ def test_dropout_is_drawn_anew():
     assert (first[0] - second[0]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_module_that_no_row_suits_any_more(train):
+    ours, graphs = recorded(encoder("swapped").train(train), after=0)
+    x, mask = batch([90, 50])
+    with torch.set_grad_enabled(train):
+        run(ours, x, mask)
+        assert len(graphs.graphs) == 1
+        norm = ours.layers[0].conv.norm
+        ours.layers[0].conv.norm = torch.nn.InstanceNorm1d(len(norm.weight)).double()
+        for _ in range(3):
+            run(ours, x, mask)
+        assert not graphs.graphs
+        assert "the norm of the convolution module of layer 0" in str(fastasr.why(ours))
+        ours.layers[0].conv.norm = norm
+        for _ in range(2):
+            run(ours, x, mask)
+    assert len(graphs.graphs) == 1
+
+
 def test_restore_gives_the_padded_encoder_back():
     model = encoder("swapped").eval()
     x, mask = batch([90, 50])

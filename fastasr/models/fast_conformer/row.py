@@ -52,10 +52,11 @@ def packed(
     finish: Callable[[Tensor], Any],
 ) -> Packed | str:
     """Returns a call of ``encoded`` for features (B, T₀, mel_bins) and a mask (B, T₀), 1 at valid frames, or None; or
-    the reason why there is none. ``finish`` gets the hidden states (B, T, width), 0 behind each recording's end."""
+    the reason why there is none, beside those of ``why_not``. ``finish`` gets the hidden states (B, T, width), 0 behind
+    each recording's end."""
     if features.dim() != 3 or (mask is not None and mask.shape != features.shape[:2]):
         return "its mask is not one of lengths"
-    reason = ragged.obstacle_of_call(encoder) or why_not(encoder)
+    reason = ragged.obstacle_of_call(encoder)
     lengths = all_frames(features) if mask is None else mask.sum(-1)
     convs = [layer.conv.depthwise_conv for layer in encoder.layers]
     return reason or laid_out(capacity, features, lengths, encoder.subsampling.layers, convs, finish)

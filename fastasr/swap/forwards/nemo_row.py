@@ -74,7 +74,7 @@ def packed(
     bypass_pre_encode: bool = False,
 ) -> Packed | str:
     """Returns a call of ``encoded`` for upstream's arguments: features (B, mel_bins, T₀) and lengths (B,); or the
-    reason why there is none."""
+    reason why there is none, beside those of ``why_not``."""
     if cache_last_channel is not None or bypass_pre_encode:
         return "the call has caches of a stream, or frames that have passed the front end"
     if audio_signal.dim() != 3 or audio_signal.shape[1] != encoder._feat_in:
@@ -86,9 +86,6 @@ def packed(
     shares = (attention.share_of_dropout(layer.self_attn) for layer in encoder.layers)
     if any(map(attention_dropout.forms_weights, shares)):
         return "the dropout of attention weights is drawn as upstream draws it, or has hooks"
-    reason = why_not(encoder)
-    if reason is not None:
-        return reason
     features, conv = audio_signal.transpose(1, 2), encoder.pre_encode.conv
     lengths = all_frames(features) if length is None else length.to(torch.int64)
     if encoder.pos_enc.pe.shape[1] < 2 * (capacity.longest or 0) - 1:
@@ -126,7 +123,7 @@ def without_padding(
         batch, _, frames = audio_signal.shape
         fitted = _Fitted(int(length.sum()), batch, frames)
         if 0 < fitted.frames < batch * frames:
-            given = packed(encoder, fitted, audio_signal, length, **more)
+            given = why_not(encoder) or packed(encoder, fitted, audio_signal, length, **more)
             if not isinstance(given, str):
                 return given.unpack(encoded(encoder, *given.arguments))
             _left.note(encoder, f"this batch runs on its padding too: {given}")
