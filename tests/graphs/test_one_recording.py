@@ -171,6 +171,27 @@ def test_under_autocast(train):
     assert len(graphs.graphs) == 1
 
 
+def test_lengths_beyond_the_batch():
+    model = encoder("nemo").eval()
+    ours, graphs = recorded(copy.deepcopy(model), after=0)
+    x, _ = batch([60, 40], model=model)
+    with torch.no_grad():
+        found, expected = (
+            m(audio_signal=x.transpose(1, 2), length=torch.tensor([90, 40])) for m in (ours, model)
+        )
+    close(found[0][:, :, :10], expected[0][:, :, :10], 1e-10)
+    assert torch.equal(found[1], expected[1])
+    assert len(graphs.graphs) == 1
+
+
+def test_a_mask_of_floats():
+    ours, graphs = recorded(encoder("swapped").eval(), after=0)
+    x, mask = batch([80, 33])
+    with torch.no_grad():
+        assert torch.equal(run(ours, x, mask.float()), run(ours, x, mask))
+    assert len(graphs.graphs) == 1
+
+
 TOO_LARGE = {
     "recordings": ([20] * 6, "it has 6 recordings, and Graphs allows 5"),
     "a recording": ([241], "it is padded to 241 frames, and Graphs allows a recording of 240"),

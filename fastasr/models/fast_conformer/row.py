@@ -57,7 +57,7 @@ def packed(
     if features.dim() != 3 or (mask is not None and mask.shape != features.shape[:2]):
         return "its mask is not one of lengths"
     reason = ragged.obstacle_of_call(encoder)
-    lengths = all_frames(features) if mask is None else mask.sum(-1)
+    lengths = all_frames(features) if mask is None else mask.sum(-1, dtype=torch.int64)
     convs = [layer.conv.depthwise_conv for layer in encoder.layers]
     return reason or laid_out(capacity, features, lengths, encoder.subsampling.layers, convs, finish)
 

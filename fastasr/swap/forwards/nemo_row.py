@@ -87,12 +87,13 @@ def packed(
     if any(map(attention_dropout.forms_weights, shares)):
         return "the dropout of attention weights is drawn as upstream draws it, or has hooks"
     features, conv = audio_signal.transpose(1, 2), encoder.pre_encode.conv
-    lengths = all_frames(features) if length is None else length.to(torch.int64)
+    given = all_frames(features) if length is None else length.to(torch.int64)
+    lengths = given.clamp(max=features.shape[1])  # upstream takes longer ones for these
     if encoder.pos_enc.pe.shape[1] < 2 * (capacity.longest or 0) - 1:
         encoder.set_max_audio_length(capacity.longest)
 
     def finish(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden.transpose(1, 2), subsampled(conv, lengths)
+        return hidden.transpose(1, 2), subsampled(conv, given)
 
     convs = [layer.conv.depthwise_conv for layer in encoder.layers]
     return laid_out(capacity, features, lengths, conv, convs, finish)
