@@ -130,19 +130,22 @@ class Kind:
     bytes: int = 0
     reason: str | None = None
     filling: float | None = None
-    used: Tensor | None = field(default=None, repr=False, compare=False)  # frames of all replays
 
 
 @dataclass(frozen=True)
 class Pack:
     """How calls of an encoder become calls on a row of frames (:mod:`fastasr.models.common.row`): ``forward`` runs on
-    the row and is recorded. ``call(module, options, *args, **kwargs)`` returns its arguments for a call, a Packed, or
-    the reason why the call runs as it is; ``why_not(module)`` the reason why all calls do, or None.
+    the row and is recorded. ``why_not(module)`` returns the reason why all calls run as they are, or None. Then
+    ``call(module, options, *args, **kwargs)`` returns the arguments for a call, a Packed, or the reason against it.
+    ``of(module)`` says whether this is the class that it knows, and not another of the same name. ``instead`` runs the
+    calls that are not replayed; None: the forward that the module has without graphs.
     """
 
     forward: Forward
     call: Callable[..., Packed | str]
     why_not: Callable[[Any], str | None]
+    of: Callable[[Any], bool] = field(default=lambda module: True)
+    instead: Forward | None = None
 
 
 class _Structure:
@@ -220,6 +223,7 @@ class ModuleGraphs:
         self.recorded = forward if pack is None else pack.forward
         self.kinds: OrderedDict[Hashable, Kind] = OrderedDict()
         self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self.used: dict[Hashable, Tensor] = {}  # frames () in the replays of each kind on a row
         # a weak reference to the node of a replayed forward pass whose backward pass may follow
         self.outstanding: weakref.ref[Node] | None = None
         self._lock = threading.Lock()
@@ -230,6 +234,7 @@ class ModuleGraphs:
     def _begin(self, module: nn.Module) -> None:
         self.graphs.clear()
         self.structure = _Structure(module)
+        self.suits: str | None = None  # why the module runs on no row, "" if it does
         self.recorder: Recorder | None = None
         self.gradients: Gradients | None = None
 
@@ -237,6 +242,7 @@ class ModuleGraphs:
         """Forgets all recordings and reasons."""
         with self._lock:
             self.kinds.clear()
+            self.used.clear()
             self._begin(module)
 
     def __call__(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -250,6 +256,8 @@ class ModuleGraphs:
         if isinstance(packed, str):
             _left.note(module, f"not replayed: {packed}", level=logging.INFO)
             return self.forward(module, *args, **kwargs)
+        if packed is not None and self.options.parts:
+            return packed.unpack(self.recorded(module, *packed.arguments))
         leaves, form = tree_flatten((args, kwargs) if packed is None else (packed.arguments, {}))
         state = None if self.choice is None else random.getstate()
         chosen = None if self.choice is None else getattr(module, self.choice)()
@@ -271,8 +279,7 @@ class ModuleGraphs:
             return self(module, *args, **kwargs)
         if packed is None:
             return found
-        kind = graph.kind
-        kind.used = packed.used if kind.used is None else kind.used + packed.used
+        self.used[graph.key] = self.used.get(graph.key, 0) + packed.used
         return packed.unpack(found)
 
     def _packed(
@@ -283,7 +290,16 @@ class ModuleGraphs:
             return "its tensors are on a CPU"
         if are_all_padded():
             return "the call wants the padded batch"
-        return pack.call(module, self.options, *args, **kwargs)
+        return self._unsuited(module) or pack.call(module, self.options, *args, **kwargs)
+
+    def _unsuited(self, module: nn.Module) -> str:
+        """Returns why the module runs on no row, or "". All layers answer, so a module is asked once as long as it
+        stays."""
+        if self.suits and not self.structure.stays():
+            self._begin(module)
+        if self.suits is None:
+            self.suits = "" if self.pack is None else self.pack.why_not(module) or ""
+        return self.suits
 
     def _graph(
         self, module: nn.Module, leaves: list[Any], form: TreeSpec, chosen: Hashable
@@ -294,12 +310,14 @@ class ModuleGraphs:
             return None, f"not replayed: {reason}"
         if self._looks_first(module) and not self.structure.stays():
             self._begin(module)
+            if self._unsuited(module):
+                return None, f"not replayed: {self.suits}"
         key = chosen, *self._key(module, leaves, form)
         kind = self.kinds.get(key)
         if kind is None:
             kind = self.kinds[key] = Kind(_spelled(module, leaves))
             if len(self.kinds) > MAX_KINDS:
-                self.kinds.popitem(last=False)
+                self.used.pop(self.kinds.popitem(last=False)[0], None)
         kind.seen += 1
         if self.outstanding is not None and self.outstanding() is not None:
             return None, _OUTSTANDING
@@ -317,7 +335,7 @@ class ModuleGraphs:
         graph = self._recorded(module, leaves, form, kind, chosen)
         if graph is None:
             return None, f"{_NOT_RECORDED}{kind.reason}"
-        self.graphs[key], graph.kind = graph, kind
+        self.graphs[key], graph.key = graph, key
         kind.replayed += 1
         self._make_room(module.training)
         return graph, ""
@@ -510,9 +528,9 @@ def graph_state(model: nn.Module) -> dict[str, list[Kind]]:
     """
     found = {path: graphs for path, module in model.named_modules() if (graphs := of(module)) is not None}
     for graphs in found.values():
-        for kind in graphs.kinds.values():
-            if kind.used is not None and graphs.options.frames is not None:
-                kind.filling = int(kind.used) / (kind.replayed * graphs.options.frames)
+        for key, used in graphs.used.items():
+            kind = graphs.kinds[key]
+            kind.filling = int(used) / (kind.replayed * (graphs.options.frames or 1))
     return {path: list(graphs.kinds.values()) for path, graphs in found.items()}
 
 

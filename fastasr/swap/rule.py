@@ -55,9 +55,8 @@ class Ragged:
 
 
 # why the calls of an encoder are not recorded that gets frames without padding
-RAGGED = (
-    "it runs without padding, in another shape at every call: Graphs(frames=..., recordings=...) gives it one"
-)
+RAGGED = "it runs without padding, in another shape at every call"
+ON_ROWS = "; Graphs(frames=..., recordings=...) gives it one shape"
 
 
 def upstream_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +79,10 @@ class Graphed:
     parts: Callable = field(default=lambda module: ())
     caller: Callable | None = None
     pack: Pack | None = None
+
+    def pack_of(self, module: nn.Module) -> Pack | None:
+        """Returns ``pack`` if it knows the module."""
+        return self.pack if self.pack is not None and self.pack.of(module) else None
 
 
 @dataclass(frozen=True, eq=False)

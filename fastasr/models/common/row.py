@@ -100,9 +100,12 @@ def _moved(rows: Tensor, places: Tensor, missing: Tensor) -> Tensor:
 class Capacity(Protocol):
     """What a row has room for: frames of features in all, recordings, and frames of one recording."""
 
-    frames: int | None
-    recordings: int | None
-    longest: int | None
+    @property
+    def frames(self) -> int | None: ...
+    @property
+    def recordings(self) -> int | None: ...
+    @property
+    def longest(self) -> int | None: ...
 
 
 class Packed(NamedTuple):
@@ -118,6 +121,8 @@ def why_beyond(capacity: Capacity, batch: int, frames: int, lengths: Tensor) -> 
     """Returns what of a batch (B, T) the row has no room for, or None. It waits for the lengths only where B · T frames
     would be too many."""
     most, recordings, longest = capacity.frames or 0, capacity.recordings or 0, capacity.longest or 0
+    if not batch * frames:
+        return "it has no frames"
     if batch > recordings:
         return f"it has {batch} recordings, and Graphs allows {recordings}"
     if frames > longest:

@@ -113,31 +113,12 @@ def _of_recordings(
 ) -> Tensor:
     dropout = module.attention_dropout if module.training else 0.0
     positions = projected(module, module.relative_k_proj, table).unflatten(-1, module.bias_u.shape)
-    operands = *(t.squeeze(0) for t in (q, k, v)), positions, module.bias_u, module.bias_v
-    call = in_a_row if isinstance(packing, Row) else of_recordings
-    return call(packing, *operands, dropout)
-
-
-def in_a_row(
-    row: Packing | Row,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    bias_u: Tensor,
-    bias_v: Tensor,
-    dropout: float,
-) -> Tensor:
-    """Does as ``of_recordings`` by one call of the op, which reads on the device where recordings begin."""
-    span = len(positions) // 2, len(positions) // 2
-    drops: Any = attention_dropout.of_kernel(dropout, q.device)
-    return ops.rel_attention(
-        q[None], k[None], v[None], positions, bias_u, bias_v, starts=row.starts, context=span, pos_span=span, **drops,
-    ).squeeze(0)  # fmt: skip
+    q, k, v = (t.squeeze(0) for t in (q, k, v))
+    return of_recordings(packing, q, k, v, positions, module.bias_u, module.bias_v, dropout)
 
 
 def of_recordings(
-    packing: Packing,
+    packing: Packing | Row,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -149,10 +130,16 @@ def of_recordings(
     """Returns y (N, H, d) of queries, keys and values (N, H, d): each recording sees itself. The positions (2T − 1, H,
     d) are those of the longest recording."""
     operands = q, k, v, positions, bias_u, bias_v
-    if packed.is_native(*operands):
+    if isinstance(packing, Packing) and packed.is_native(*operands):
         return packed.attended(packing, *operands, dropout_p=dropout)
-    if _dispatch.served("rel_attention", q):  # the definition would form the scores of all pairs of rows
-        return in_a_row(packing, *operands, dropout)
+    # for a Packing the definition would form the scores of all pairs of rows
+    if isinstance(packing, Row) or _dispatch.served("rel_attention", q):
+        span = len(positions) // 2, len(positions) // 2
+        all_drops: Any = attention_dropout.of_kernel(dropout, q.device)
+        return ops.rel_attention(
+            q[None], k[None], v[None], positions, bias_u, bias_v, starts=packing.starts, context=span, pos_span=span,
+            **all_drops,
+        ).squeeze(0)  # fmt: skip
 
     def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
         frames = q.shape[1]

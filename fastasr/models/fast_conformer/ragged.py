@@ -48,7 +48,9 @@ def lengths(
     ``reason``, if given."""
     if mask is None or mask.shape != features.shape[:2]:
         return None
-    return ragged.lengths(encoder, mask.to(torch.bool), lambda: reason or obstacle_of_call(encoder))
+    return ragged.lengths(
+        encoder, mask.to(torch.bool), lambda: reason or obstacle_of_call(encoder) or why_not(encoder)
+    )
 
 
 def obstacle_of_call(encoder: "FastConformerEncoder") -> str | None:
@@ -62,7 +64,7 @@ def obstacle_of_call(encoder: "FastConformerEncoder") -> str | None:
         attention_dropout.forms_weights(layer.self_attn.attention_dropout) for layer in encoder.layers
     ):
         return "the dropout of attention weights is drawn as upstream draws it"
-    return why_not(encoder)
+    return None
 
 
 def encoded(encoder: "FastConformerEncoder", features: Tensor, lengths: list[int]) -> Tensor:

@@ -5,7 +5,7 @@ A recording's output is the same as if it were alone. In training BatchNorm's st
 and each dropout draws numbers for all frames of the row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from fastasr.models.fast_conformer.block import through_blocks
 from fastasr.models.fast_conformer.convolution import is_batch_norm
 from fastasr.models.fast_conformer.subsampling import (
     FastConformerSubsampling,
+    Layers,
     are_plain,
     convolved,
     frames_per_output,
@@ -51,20 +52,36 @@ def packed(
     finish: Callable[[Tensor], Any],
 ) -> Packed | str:
     """Returns a call of ``encoded`` for features (B, T₀, mel_bins) and a mask (B, T₀), 1 at valid frames, or None; or
-    the reason why there is none. ``finish`` gets the hidden states (B, T, width), 0 behind each recording's end."""
+    the reason why there is none, beside those of ``why_not``. ``finish`` gets the hidden states (B, T, width), 0 behind
+    each recording's end."""
     if features.dim() != 3 or (mask is not None and mask.shape != features.shape[:2]):
         return "its mask is not one of lengths"
-    reason = ragged.obstacle_of_call(encoder) or why_not(encoder)
+    reason = ragged.obstacle_of_call(encoder)
+    lengths = all_frames(features) if mask is None else mask.sum(-1, dtype=torch.int64)
+    convs = [layer.conv.depthwise_conv for layer in encoder.layers]
+    return reason or laid_out(capacity, features, lengths, encoder.subsampling.layers, convs, finish)
+
+
+def all_frames(features: Tensor) -> Tensor:
+    """Returns the lengths (B,) of features (B, T, ...) without padding."""
+    return torch.full(features.shape[:1], features.shape[1], device=features.device, dtype=torch.int64)
+
+
+def laid_out(
+    capacity: Capacity,
+    features: Tensor,
+    lengths: Tensor,
+    layers: Layers,
+    convs: Sequence[Any],
+    finish: Callable[[Tensor], Any],
+) -> Packed | str:
+    """Returns the call on a row of features (B, T₀, mel_bins) of these lengths (B,) for a front end of ``layers`` and
+    blocks with these convolutions over time, or what of them is too large."""
     batch, frames = features.shape[:2]
-    if mask is None:
-        lengths = torch.full((batch,), frames, device=features.device, dtype=torch.int64)
-    else:
-        lengths = mask.sum(-1)
-    reason = reason or why_beyond(capacity, batch, frames, lengths)
+    reason = why_beyond(capacity, batch, frames, lengths)
     if reason is not None:
         return reason
-    layers, recordings = encoder.subsampling.layers, capacity.recordings or 0
-    factor, between = frames_per_output(layers), _between(encoder)
+    recordings, factor, between = capacity.recordings or 0, frames_per_output(layers), _between(convs)
     rows = -(-(capacity.frames or 0) // factor) + recordings * (1 + between)
     rows = -(-rows // MULTIPLE) * MULTIPLE
     out_lengths = subsampled(layers, lengths)
@@ -93,7 +110,6 @@ def encoded(
     return through_blocks(encoder, x, row, positions)
 
 
-def _between(encoder: "FastConformerEncoder") -> int:
+def _between(convs: Sequence[Any]) -> int:
     """Returns how many frames of nobody must lie between recordings: those that a convolution sees on one side."""
-    convs = [layer.conv.depthwise_conv for layer in encoder.layers]
     return max([1, *(conv.weight.shape[-1] // 2 + abs(plumbing.conv_delay(conv) or 0) for conv in convs)])

@@ -8,6 +8,7 @@ from fastasr.graphs.module import Pack
 from fastasr.models.common.row import Capacity, Packed
 from fastasr.models.fast_conformer import row
 from fastasr.models.fast_conformer.encoder import masked
+from fastasr.swap.forwards import nemo_row
 from fastasr.swap.rule import RAGGED, Upstream, recorded
 
 _LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer"
@@ -38,7 +39,12 @@ def _packed(
     return row.packed(encoder, capacity, input_features, attention_mask, finish)
 
 
-_PACKS = {"FastConformerEncoder": Pack(row.encoded, _packed, _why_no_row)}
+_PACKS = {
+    "FastConformerEncoder": Pack(row.encoded, _packed, _why_no_row),
+    "ConformerEncoder": Pack(
+        nemo_row.encoded, nemo_row.packed, nemo_row.why_not, nemo_row.is_nemos, nemo_row.without_padding
+    ),
+}
 
 
 PADDED = "fastasr has no code that leaves padding out of this encoder"

@@ -4,9 +4,10 @@ padding, in values, gradients and statistics."""
 
 import copy
 
+import families
 import pytest
 import torch
-from steps import close, numbers, same_gradients, seeded
+from steps import close, cotangent, moved, numbers, same_gradients, seeded
 from tiny_parakeet import SIZES, STILL
 
 import fastasr
@@ -17,20 +18,20 @@ from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.testing.tape import TapeRecorder
 
 FRAMES, RECORDINGS, LONGEST = 400, 5, 240
-KINDS = "ours", "swapped"
+KINDS = "ours", "swapped", "nemo"
 
 
 def encoder(kind, **options):
+    if kind == "nemo":
+        seeded(0)
+        return moved(families.nemo_conformer(dropout=0.0, **options), 0.03).double()
     transformers = pytest.importorskip("transformers")
     seeded(0)
     config = transformers.ParakeetEncoderConfig(**{**SIZES, **STILL, **options})
     model = (
         FastConformerEncoder.from_config(config) if kind == "ours" else transformers.ParakeetEncoder(config)
     )
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=numbers(3)) * 0.03)
-    return model.double()
+    return moved(model, 0.03).double()
 
 
 def without_padding(model):
@@ -52,13 +53,32 @@ def recorded(model, **options):
     return model, graphs_of.of(model)
 
 
-def hidden(found):
+def is_nemo(model):
+    return type(model).__name__ == "ConformerEncoder"
+
+
+def run(model, x, mask):
+    """Returns the hidden states (B, T, width)."""
+    if is_nemo(model):
+        return model(audio_signal=x.transpose(1, 2), length=mask.sum(1))[0].transpose(1, 2)
+    found = model(x, mask)
     return found[0] if isinstance(found, tuple) else found.last_hidden_state
 
 
-def batch(lengths, frames=None, seed=1):
+def after(model, lengths):
+    """Returns the lengths behind the front end."""
+    factor = 4 if is_nemo(model) else 8
+    return (lengths + factor - 1) // factor
+
+
+def existing(model, y, mask):
+    return torch.arange(y.shape[1], device=y.device) < after(model, mask.sum(1))[:, None]
+
+
+def batch(lengths, frames=None, seed=1, model=None):
     frames = frames or max(lengths)
-    x = torch.randn(len(lengths), frames, SIZES["num_mel_bins"], generator=numbers(seed)).double()
+    bins = families.WIDTH if is_nemo(model) else SIZES["num_mel_bins"]
+    x = torch.randn(len(lengths), frames, bins, generator=numbers(seed)).double()
     mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
     return x * mask[..., None], mask.long()
 
@@ -76,17 +96,16 @@ def drawn(count, seed=0):
         yield lengths if any(lengths) else [1]
 
 
-def step(model, x, mask, weight):
+def step(model, x, mask):
     """Returns the output, the gradients by name, and the buffers after the step."""
     x = x.clone().requires_grad_(model.training)
     with torch.set_grad_enabled(model.training):
-        y = hidden(model(x, mask))
+        y = run(model, x, mask)
     if not model.training:
         return y, {}, {}
     leaves = dict(model.named_parameters()) | {"features": x}
-    found = torch.autograd.grad(
-        (y * weight[: len(y), : y.shape[1]]).sum(), list(leaves.values()), allow_unused=True
-    )
+    weight = cotangent(y.cpu()).to(y) * existing(model, y, mask)[..., None]
+    found = torch.autograd.grad((y * weight).sum(), list(leaves.values()), allow_unused=True)
     return y, dict(zip(leaves, found, strict=True)), dict(model.named_buffers())
 
 
@@ -96,14 +115,13 @@ def test_one_recording_serves_fifty_batches(kind, train):
     model = encoder(kind).train(train)
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = recorded(model)
-    weight = torch.randn(RECORDINGS, LONGEST, SIZES["hidden_size"], generator=numbers(2)).double()
     for seed, lengths in enumerate(drawn(50)):
-        if train and sum(-(-n // 8) for n in lengths) < 2:
+        if train and sum(after(model, n) for n in lengths) < 2:
             lengths = [20]  # BatchNorm needs two frames
-        x, mask = batch(lengths, seed=seed)
-        y, gradients, state = step(ours, x, mask, weight)
-        expected, wanted, kept = step(theirs, x, mask, weight)
-        valid = torch.arange(y.shape[1]) < (mask.sum(1)[:, None] + 7) // 8
+        x, mask = batch(lengths, seed=seed, model=model)
+        y, gradients, state = step(ours, x, mask)
+        expected, wanted, kept = step(theirs, x, mask)
+        valid = existing(model, y, mask)
         close(y[valid], expected[valid], 1e-10)
         if train:
             same_gradients(gradients, wanted)
@@ -121,13 +139,13 @@ def test_each_recording_as_alone(kind):
     alone = copy.deepcopy(model)
     ours, _ = recorded(model, after=0)
     lengths = [130, 1, 0, 77, 9]
-    x, mask = batch(lengths, frames=140)
+    x, mask = batch(lengths, frames=140, model=model)
     with torch.no_grad():
-        found = hidden(ours(x.masked_fill(mask[..., None] == 0, torch.nan), mask))
+        found = run(ours, x.masked_fill(mask[..., None] == 0, torch.nan), mask)
         for i, n in enumerate(lengths):
-            assert not found[i, -(-n // 8) :].any()
+            assert not found[i, after(model, n) :].any()
             if n:
-                expected = hidden(alone(x[i : i + 1, :n], torch.ones(1, n).long()))[0]
+                expected = run(alone, x[i : i + 1, :n], torch.ones(1, n).long())[0]
                 close(found[i, : len(expected)], expected, 1e-10)
 
 
@@ -149,8 +167,29 @@ def test_under_autocast(train):
     for seed, lengths in enumerate([[100, 60], [33], [90, 0, 40]]):
         x, mask = batch(lengths, seed=seed)
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
-            y, expected = (hidden(m(x.float(), mask)) for m in (ours, theirs))
+            y, expected = (run(m, x.float(), mask) for m in (ours, theirs))
         close(y.float(), expected.float(), 0.05)
+    assert len(graphs.graphs) == 1
+
+
+def test_lengths_beyond_the_batch():
+    model = encoder("nemo").eval()
+    ours, graphs = recorded(copy.deepcopy(model), after=0)
+    x, _ = batch([60, 40], model=model)
+    with torch.no_grad():
+        found, expected = (
+            m(audio_signal=x.transpose(1, 2), length=torch.tensor([90, 40])) for m in (ours, model)
+        )
+    close(found[0][:, :, :10], expected[0][:, :, :10], 1e-10)
+    assert torch.equal(found[1], expected[1])
+    assert len(graphs.graphs) == 1
+
+
+def test_a_mask_of_floats():
+    ours, graphs = recorded(encoder("swapped").eval(), after=0)
+    x, mask = batch([80, 33])
+    with torch.no_grad():
+        assert torch.equal(run(ours, x, mask.float()), run(ours, x, mask))
     assert len(graphs.graphs) == 1
 
 
@@ -169,7 +208,7 @@ def test_a_larger_batch_runs_without_padding(case, caplog):
     ours, graphs = recorded(model, after=0)
     x, mask = batch(lengths)
     with torch.no_grad():
-        assert torch.equal(hidden(ours(x, mask)), hidden(theirs(x, mask)))
+        assert torch.equal(run(ours, x, mask), run(theirs, x, mask))
         assert f"not replayed: {reason}" in str(fastasr.why(ours))
         assert not graphs.kinds
         ours(*batch([100]))
@@ -195,12 +234,13 @@ def test_what_a_row_cannot_give_runs_as_it_is():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropped_layers_are_recorded_one_by_one(kind):
-    ours, graphs = recorded(encoder(kind, layerdrop=0.5).train(), after=0)
+    drops = {"stochastic_depth_drop_prob": 0.5} if kind == "nemo" else {"layerdrop": 0.5}
+    ours, graphs = recorded(encoder(kind, **drops).train(), after=0)
     layers = [graphs_of.of(layer) for layer in ours.layers]
     for seed, lengths in enumerate(drawn(12)):
-        x, mask = batch(lengths, seed=seed)
-        y = hidden(ours(x, mask))
-        assert not y[(torch.arange(y.shape[1]) >= (mask.sum(1)[:, None] + 7) // 8)].any()
+        x, mask = batch(lengths, seed=seed, model=ours)
+        y = run(ours, x, mask)
+        assert not y[~existing(ours, y, mask)].any()
         y.square().sum().backward()
     (whole,) = graphs.kinds.values()
     assert (whole.recorded, whole.reason) == (0, "Waits: aten::_local_scalar_dense shows a value to the host")
@@ -210,23 +250,57 @@ def test_dropped_layers_are_recorded_one_by_one(kind):
         assert 0 < kind_of_call.replayed == kind_of_call.seen <= 12
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts(kind):
+    model = encoder(kind).train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model, after=0, parts=True)
+    for seed, lengths in enumerate([[100, 60], [33], [90, 0, 40]]):
+        x, mask = batch(lengths, seed=seed, model=model)
+        found, expected = (step(m, x, mask) for m in (ours, theirs))
+        same_gradients(found[1], expected[1])
+    assert not graphs.graphs
+    for layer in ours.layers:
+        (kind_of_call,) = graphs_of.of(layer).kinds.values()
+        assert (kind_of_call.seen, kind_of_call.replayed, kind_of_call.recorded) == (3, 3, 1)
+
+
 def test_dropout_is_drawn_anew():
     ours, graphs = recorded(encoder("swapped", dropout=0.3, attention_dropout=0.3).train(), after=0)
     x, mask = batch([90, 50])
-    first, second = (hidden(ours(x, mask)) for _ in range(2))
+    first, second = (run(ours, x, mask) for _ in range(2))
     assert len(graphs.graphs) == 1
     assert (first[0] - second[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_module_that_no_row_suits_any_more(train):
+    ours, graphs = recorded(encoder("swapped").train(train), after=0)
+    x, mask = batch([90, 50])
+    with torch.set_grad_enabled(train):
+        run(ours, x, mask)
+        assert len(graphs.graphs) == 1
+        norm = ours.layers[0].conv.norm
+        ours.layers[0].conv.norm = torch.nn.InstanceNorm1d(len(norm.weight)).double()
+        for _ in range(3):
+            run(ours, x, mask)
+        assert not graphs.graphs
+        assert "the norm of the convolution module of layer 0" in str(fastasr.why(ours))
+        ours.layers[0].conv.norm = norm
+        for _ in range(2):
+            run(ours, x, mask)
+    assert len(graphs.graphs) == 1
 
 
 def test_restore_gives_the_padded_encoder_back():
     model = encoder("swapped").eval()
     x, mask = batch([90, 50])
     with torch.no_grad():
-        before = hidden(model(x, mask))
+        before = run(model, x, mask)
         ours, _ = recorded(model, after=0)
         ours(x, mask)
         fastasr.restore(ours)
-        assert torch.equal(hidden(ours(x, mask)), before)
+        assert torch.equal(run(ours, x, mask), before)
     assert graphs_of.of(ours) is None
 
 
@@ -245,9 +319,45 @@ def test_the_report_says_what_a_row_needs():
     model.layers[1].conv.norm = torch.nn.SyncBatchNorm(SIZES["hidden_size"]).double()
     options = fastasr.Graphs(frames=100, recordings=2, recorder=TapeRecorder)
     report = fastasr.accelerate(model, ragged=True, graphs=options)
-    assert report.graphs[""] == "the norm of the convolution module of layer 1 is not torch's BatchNorm"
+    reason = "not on a row: the norm of the convolution module of layer 1 is not torch's BatchNorm"
+    assert report.graphs[""] == f"it runs without padding, in another shape at every call, and {reason}"
     report = fastasr.accelerate(encoder("ours"), ragged=True, graphs=options)
-    assert report.graphs[""] == "it runs on padding: set its attribute ragged"
+    assert report.graphs[""] is None
+    assert (
+        "recorded by shape, not on a row: it runs on padding: set its attribute ragged"
+        in report.rows[0].reason
+    )
+    report = fastasr.accelerate(encoder("swapped"), ragged=True, graphs=fastasr.Graphs(recorder=TapeRecorder))
+    assert report.graphs[""].endswith("Graphs(frames=..., recordings=...) gives it one shape")
+
+
+NOT_ON_A_ROW = {
+    "its attention has a limited context": {"att_context_size": [3, 3]},
+    "it reduces the rate between its layers": {
+        "reduction": "striding",
+        "reduction_position": 0,
+        "reduction_factor": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("reason", NOT_ON_A_ROW)
+def test_what_of_nemo_is_recorded_by_shape(reason):
+    options = fastasr.Graphs(frames=100, recordings=2, recorder=TapeRecorder)
+    model = encoder("nemo", **NOT_ON_A_ROW[reason])
+    report = fastasr.accelerate(model, ragged=True, graphs=options, exclude="layers.*")
+    assert reason in next(row.reason for row in report.rows if not row.path)
+
+
+def test_a_larger_batch_of_nemo_has_the_same_statistics():
+    model = encoder("nemo").train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, _ = recorded(model, after=0)
+    found, expected = (step(m, *batch([230, 210, 9], model=model)) for m in (ours, theirs))
+    assert "it has 449 frames" in str(fastasr.why(ours))
+    same_gradients(found[1], expected[1])
+    for name, t in found[2].items():
+        close(t, expected[2][name], 1e-10)
 
 
 def test_statistics_are_those_of_the_frames_that_exist():
@@ -291,3 +401,25 @@ def test_a_batch_comes_back_from_its_row():
     valid = torch.arange(4) < lengths[:, None]
     assert torch.equal(back, x * valid[..., None])
     assert torch.autograd.gradcheck(lambda x: spans.unpacked(spans.packed(x, 12).square(), 3, 4), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False])
+def test_on_a_gpu(kind, train):
+    model = encoder(kind).float().cuda().train(train)
+    theirs = without_padding(copy.deepcopy(model))
+    if kind == "ours":
+        model.ragged = True
+    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, longest=LONGEST)
+    fastasr.accelerate(model, ragged=True, graphs=options)
+    for seed, lengths in enumerate(drawn(20)):
+        x, mask = (t.cuda() for t in batch(lengths if sum(lengths) > 8 else [20], seed=seed, model=model))
+        y, gradients, _ = step(model, x.float(), mask)
+        expected, wanted, _ = step(theirs, x.float(), mask)
+        valid = existing(model, y, mask)
+        close(y[valid], expected[valid], 1e-4)
+        for name, g in gradients.items():
+            close(g, wanted[name], 2e-3, name, least=1e-3)
+    (found,) = fastasr.graph_state(model)[""]
+    assert (found.replayed, found.recorded, found.reason) == (18, 1, None)
