@@ -36,23 +36,26 @@ struct BatchNormActivation {
   }
   bool seen(int64_t row) const { return !padded || !hidden[static_cast<size_t>(row)]; }
 
-  // Sums of blocks of 4 rows, in long double; the shift is 0.3.
+  // Sums of blocks of 4 rows, in long double; the shift is the mean of a block, rounded.
   void combine() {
     const int64_t blocks = (rows + 3) / 4;
     Buffer<C> shift(std::max<int64_t>(1, blocks * channels));
     Buffer<double> s1(std::max<int64_t>(1, blocks * channels)), s2(std::max<int64_t>(1, blocks * channels));
     std::vector<int64_t> counts(static_cast<size_t>(blocks));
     for (int64_t k = 0; k < blocks; k++) {
-      for (int64_t j = 0; j < channels; j++) {
-        long double a = 0, b = 0;
-        shift[k * channels + j] = static_cast<C>(0.3);
-        for (int64_t i = 4 * k; i < std::min(4 * k + 4, rows); i++) {
-          const long double d = x(i * channels + j) - static_cast<long double>(shift[k * channels + j]);
+      const int64_t begin = 4 * k, end = std::min(begin + 4, rows);
+      for (int64_t i = begin; i < end; i++) counts[static_cast<size_t>(k)] += seen(i);
+      for (int64_t j = 0, at = k * channels; j < channels; j++, at++) {
+        long double mean = 0, a = 0, b = 0;
+        for (int64_t i = begin; i < end; i++)
+          if (seen(i)) mean += x(i * channels + j) / static_cast<long double>(counts[static_cast<size_t>(k)]);
+        shift[at] = static_cast<C>(mean);
+        for (int64_t i = begin; i < end; i++) {
+          const long double d = x(i * channels + j) - static_cast<long double>(shift[at]);
           if (seen(i)) a += d, b += d * d;
         }
-        s1[k * channels + j] = static_cast<double>(a), s2[k * channels + j] = static_cast<double>(b);
+        s1[at] = static_cast<double>(a), s2[at] = static_cast<double>(b);
       }
-      for (int64_t i = 4 * k; i < std::min(4 * k + 4, rows); i++) counts[static_cast<size_t>(k)] += seen(i);
     }
     C* of = statistics.data();
     cpu::kernels<cpu::BatchNormActivationKernels<T>>().combine(
