@@ -28,7 +28,7 @@ from fastasr.kernels._parts import ELEMENTS, WARPS, split_rows
 
 CHANNELS = 32  # A tile has at most this many.
 FORWARD, BACKWARD = 2, 1  # programs on a multiprocessor: those of the backward take 96 registers of a thread
-PARTS = 64  # rows of the table that are added up at a time
+PARTS = 16  # rows of the table that are added up at a time: 32 of 512 channels have about as many
 
 
 @triton.jit

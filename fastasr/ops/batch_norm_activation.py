@@ -80,5 +80,5 @@ def batch_norm_activation(
     if hidden is not None:
         y = y.masked_fill(hidden, 0.0)
     variance = squares.detach() / (count - 1.0).clamp(min=1.0)
-    rate = torch.full_like(variance, momentum) * (count > 0)
+    rate = torch.full_like(variance, momentum).masked_fill(count == 0, 0.0)
     return y.to(x.dtype).reshape(x.shape), (mean + rest).detach(), variance, rate
