@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recordings that lie one after the other in a sequence: the frames between two starts are one recording."""
+"""Recordings that lie one after the other in a sequence: the frames between two starts are one recording.
 
+``recordings_of`` compares frames with the starts where a kernel needs them once. Kernels that need them for every tile
+read them from a table, which ``bounds`` makes in one launch.
+"""
+
+import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import cdiv, launch
+
 RECORDINGS = tl.constexpr(32)  # starts that are read at a time
 LAST = tl.constexpr(2**31 - 1)
+TABLE = {"BLOCK": 128, "num_warps": 4}
 
 
 @triton.jit
@@ -22,3 +30,21 @@ def recordings_of(i, STARTS, count):
         end = tl.minimum(end, tl.min(tl.where(begun, LAST, start), axis=1))
     none = (first < 0) | (end == LAST)
     return tl.where(none, i, first), tl.where(none, i, end)
+
+
+@triton.jit(do_not_specialize=["frames", "count"], do_not_specialize_on_alignment=["STARTS"])
+def bounds_kernel(STARTS, OUT, frames, count, BLOCK: tl.constexpr):
+    """Writes [first, end) of the recordings of a block of frames, two rows of ``frames`` numbers."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first, end = recordings_of(i, STARTS, count)
+    tl.store(OUT + i, first, mask=i < frames)
+    tl.store(OUT + frames + i, tl.minimum(end, frames), mask=i < frames)
+
+
+def bounds(starts: torch.Tensor, frames: int) -> torch.Tensor:
+    """Returns int32 (2, frames): the first frame of each frame's recording and the one behind its last; twice the same
+    for a frame that belongs to none.
+    """
+    found = torch.empty(2, frames, dtype=torch.int32, device=starts.device)
+    launch(bounds_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), **TABLE)
+    return found

@@ -69,21 +69,6 @@ cpu::WeightsDropout dropout_of(double p, uint64_t seed) {
   return {seed, static_cast<int32_t>(p * 0x1p31), 1 / (1 - p)};
 }
 
-// Returns the recordings of the frames of an op's `starts`, or nothing without them.
-std::vector<cpu::Recording> recordings_of(const auto& a) {
-  if (!a.starts) return {};
-  const int64_t* const values = data<int64_t>(*a.starts);
-  std::vector<int64_t> starts(values, values + a.N);
-  std::sort(starts.begin(), starts.end());
-  std::vector<cpu::Recording> found;
-  for (int64_t i = 0; i < a.T; i++) {
-    const auto end = std::upper_bound(starts.begin(), starts.end(), i);
-    const bool none = end == starts.begin() || end == starts.end();
-    found.push_back(none ? cpu::Recording{i, i} : cpu::Recording{std::max<int64_t>(0, end[-1]), std::min(a.T, *end)});
-  }
-  return found;
-}
-
 // Returns the problem that checked arguments describe.
 RelAttention problem(const auto& a, const std::vector<cpu::Recording>& recordings) {
   RelAttention r{};

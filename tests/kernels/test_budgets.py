@@ -180,6 +180,7 @@ def test_budgets_have_no_spills(rows, architecture):
         "zipformer_attention_weights queries, recorded, bf16": (120,),
         "zipformer_attention_weights queries, chunks, padding, mask, fp32": (120,),
         "zipformer_attention_weights queries, penalty, tf32": (100,),
+        "zipformer_attention_weights queries, recordings, fp32": (90, 100),
     }
     place = budgets.LIKE.get(architecture, architecture)
     spilled = {

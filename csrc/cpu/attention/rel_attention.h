@@ -22,11 +22,6 @@ namespace fastasr::cpu {
 
 inline constexpr int64_t kRelAttentionQueries = 64;  // A forward call takes at most this many queries.
 
-// The keys [begin, end) of the recording to which a frame belongs; begin is end for a frame that belongs to none.
-struct Recording {
-  int64_t begin, end;
-};
-
 // A query sees the keys from `left` frames before its chunk of `chunk` frames to `right` frames behind it. A negative
 // side has no limit. It sees its own recording alone, if `recordings` (frames) is not null.
 struct Context {
