@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models as users run them: seconds by the wall clock over twenty calls, where the host may be the limit.
 
-Each model is timed as upstream ships it, under ``torch.compile``, swapped, and swapped with its calls recorded. A row's
+Each model is timed as upstream ships it, under ``torch.compile``, swapped, and swapped with its calls recorded; on
+recordings of unequal length also with one recording for every batch, without padding ("row"). A row's
 ``median_ms`` is the wall clock's time of a call, ``busy_ms`` the time of its kernels, ``host_ms`` the time until the
 call returns, ``peak_bytes`` all memory that torch holds of the device: weights, gradients, activations, graphs.
 ``limit`` names the speed of the machine's host: hosts differ by a factor of four.
@@ -23,6 +24,7 @@ from fastasr.benchmarks.device.checks import reported
 from fastasr.benchmarks.device.compilation import compiled_together
 from fastasr.benchmarks.device.machine import GPU
 from fastasr.benchmarks.markdown import NONE_YET, conditions, mark
+from fastasr.benchmarks.models import ragged
 from fastasr.benchmarks.models.fast_conformer import batch_of
 from fastasr.benchmarks.models.fast_conformer import encoder as parakeet
 from fastasr.benchmarks.rows import Row
@@ -40,15 +42,17 @@ OFF = 0.03
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is called on: ``training`` steps or inference, recordings, and the seconds of each."""
+    """What a model is called on: ``training`` steps or inference, recordings, and the seconds of each; None for lengths
+    like LibriSpeech's."""
 
     training: bool
     batch: int
-    seconds: int
+    seconds: int | None
 
     @property
     def case(self) -> str:
-        return f"{'training' if self.training else 'inference'}, {self.batch} x {self.seconds} s"
+        each = "LibriSpeech-like" if self.seconds is None else f"x {self.seconds} s"
+        return f"{'training' if self.training else 'inference'}, {self.batch} {each}"
 
 
 WORKLOADS = (
@@ -58,6 +62,7 @@ WORKLOADS = (
     Workload(True, 20, 30),
     Workload(True, 32, 15),
 )
+UNEQUAL = Workload(False, 48, None), Workload(True, 48, None)  # for models whose calls one recording serves
 
 
 def _never(_) -> bool:
@@ -77,6 +82,8 @@ def _features(workload: Workload) -> tuple:
 
 
 def _masked(workload: Workload) -> tuple:
+    if workload.seconds is None:
+        return ragged.batch_of(ragged.seconds(ragged.LIBRISPEECH, workload.batch, False))
     return batch_of(workload.batch, workload.seconds)
 
 
@@ -91,6 +98,10 @@ COMPILES = {
     "fast_conformer_110m": (False, True),
     "fast_conformer_600m": (False, True),
 }
+
+
+def workloads(name: str) -> tuple[Workload, ...]:
+    return (*WORKLOADS, *(UNEQUAL if MODELS[name][1] is _masked else ()))
 
 
 class _Way:
@@ -135,20 +146,26 @@ class _Way:
 
 
 def _made(
-    machine: GPU, shipped: torch.nn.Module, key: str, training: bool
+    machine: GPU, shipped: torch.nn.Module, key: str, training: bool, inputs: tuple = ()
 ) -> tuple[torch.nn.Module, Callable]:
     model = copy.deepcopy(shipped).to(machine.device).train(training)
     if key == "compile":
         return model, torch.compile(model)
     if key == "reduce-overhead":
         return model, torch.compile(model, mode="reduce-overhead")
-    if key != "upstream":
+    if key == "row":
+        batch, longest = inputs[1].shape
+        room = fastasr.Graphs(frames=int(inputs[1].sum()), recordings=batch, longest=longest)
+        fastasr.accelerate(model, ragged=True, graphs=room)
+    elif key != "upstream":
         fastasr.accelerate(model, graphs=key == "recorded")
     return model, model
 
 
-def _ways(name: str, training: bool) -> tuple[str, ...]:
-    compiled = ("compile", "reduce-overhead") if training in COMPILES[name] else ()
+def _ways(name: str, workload: Workload) -> tuple[str, ...]:
+    if workload.seconds is None:
+        return "upstream", "fastasr", "recorded", "row"
+    compiled = ("compile", "reduce-overhead") if workload.training in COMPILES[name] else ()
     return ("upstream", *compiled, "fastasr", "recorded")
 
 
@@ -165,9 +182,9 @@ def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, way
     shipped = build(machine.dry)
     inputs = _inputs(machine, inputs_of, workload)
     made, memory = {}, {}
-    for key in ways or _ways(name, workload.training):
+    for key in ways or _ways(name, workload):
         before = _held(machine)
-        model, call = _made(machine, shipped, key, workload.training)
+        model, call = _made(machine, shipped, key, workload.training, inputs)
         way = _Way(machine, model, call, inputs, workload.training)
         try:
             with time_limit(COMPILE_SECONDS):
@@ -177,14 +194,14 @@ def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, way
                     way.step()
                 machine.synchronize()
         except (Exception, Expired) as error:
-            if key in ("upstream", "fastasr", "recorded"):
+            if key in ("upstream", "fastasr", "recorded", "row"):
                 raise
             tell(
                 {"left_out": key, "pass": workload.case, "message": f"{type(error).__name__}: {error}"[:300]}
             )
             continue
         made[key], memory[key] = way, _held(machine, way.step) - before
-        if key == "recorded":
+        if key in ("recorded", "row"):
             state = fastasr.graph_state(model)
             tell({"graphs": {path: [vars(kind) for kind in kinds] for path, kinds in state.items()}})
     tell(_differences(made, workload))
@@ -199,7 +216,7 @@ def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, way
     rows = []
     for key, way in made.items():
         row = Row.measured(
-            suite="models", name=name, case=workload.case, shape=f"{workload.batch}x{100 * workload.seconds}x80",
+            suite="models", name=name, case=workload.case, shape="x".join(map(str, inputs[0].shape)),
             dtype="bfloat16", device=machine.device, pass_="forward+backward" if workload.training else "forward",
             implementation=key, median_ms=statistics.median(walls[key]), q1_ms=min(walls[key]),
             q3_ms=max(walls[key]), reps=CALLS * len(walls[key]), host_ms=statistics.median(hosts[key]),
@@ -328,6 +345,7 @@ SHOWN = {  # implementation -> its column
     "reduce-overhead": "its CUDA graphs",
     "fastasr": "fastasr",
     "recorded": "**fastasr, recorded**",
+    "row": "**fastasr, one recording**",
 }
 TITLES = {
     "zipformer_m": "Zipformer-M",
@@ -341,7 +359,7 @@ def _units(records: Iterable[dict]) -> list[Unit]:
     """Returns the units of whole models in the order of ``MODELS`` and ``WORKLOADS``."""
     messages = (m for record in records for m in record["messages"])
     found = units(Row.from_dict(row) for m in messages for row in m.get("rows", ()))
-    order = [(name, w.case) for name in MODELS for w in WORKLOADS]
+    order = [(name, w.case) for name in MODELS for w in workloads(name)]
     known = [u for u in found if (u.first.name, u.first.case) in order]
     return sorted(known, key=lambda u: order.index((u.first.name, u.first.case)))
 

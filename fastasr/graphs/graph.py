@@ -8,7 +8,7 @@ and the module's parameters.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -97,6 +97,7 @@ class Graph:
         module: nn.Module,
     ) -> None:
         self.forward, self.generation = forward, 0
+        self.key: Hashable = None  # of the kind of its calls
         self.casts: Casts | None = None
         self.static = [_buffer(a) for a in leaves]
         self.tensors = [t for t in self.static if isinstance(t, torch.Tensor)]

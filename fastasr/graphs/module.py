@@ -14,13 +14,13 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from fastasr import _left
@@ -30,8 +30,11 @@ from fastasr.graphs.graph import Gradients, Graph, Node
 from fastasr.graphs.recording import Recorder, Unrecordable
 from fastasr.models.common import attention_dropout
 from fastasr.models.common.plain import any_global_hook
+from fastasr.models.common.ragged import are_all_padded
+from fastasr.models.common.row import Packed
 from fastasr.ops import _dispatch
 
+LONGEST = 4096  # frames of a recording in a row, unless Graphs says otherwise: about 40 s
 MAX_KINDS = 1024  # A module remembers at most this many.
 MAX_DROPS = 2  # A kind whose graph was dropped this often, to make room for others, is not recorded again.
 _OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
@@ -69,6 +72,9 @@ class Graphs:
     clone_gradients: gives every backward pass its own gradients. If False, the next backward pass overwrites gradients
         that are not any parameter's ``grad``.
     recorder: makes the recorder of a module's calls; None for CUDA graphs.
+    frames, recordings, longest: record one call for every batch: the recordings of a batch are put into a row with room
+        for ``frames`` frames of features and so many ``recordings``, of which each may have, padded, ``longest`` frames
+        (None: 4,096, or ``frames`` if fewer). Needs ``ragged=True``. Larger batches run unrecorded.
     """
 
     after: int = 2
@@ -77,6 +83,9 @@ class Graphs:
     parts: bool = False
     clone_gradients: bool = False
     recorder: Callable[[], Recorder] | None = None
+    frames: int | None = None
+    recordings: int | None = None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         most = (self.most, self.most) if isinstance(self.most, int) else tuple(self.most)
@@ -86,6 +95,14 @@ class Graphs:
         if len(most) != 2 or not all(isinstance(n, int) and n > 0 for n in most):
             raise ValueError(f"Graphs: most: expected a number of graphs or two, got {self.most!r}")
         object.__setattr__(self, "memory", _bytes(self.memory))
+        for name in ("frames", "recordings", "longest"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"Graphs: {name}: expected a number of at least 1, got {value!r}")
+        if (self.frames is None) != (self.recordings is None):
+            raise ValueError("Graphs: frames and recordings: expected both or neither")
+        if self.longest is None and self.frames is not None:
+            object.__setattr__(self, "longest", min(self.frames, LONGEST))
 
 
 def _bytes(memory: int | str) -> int:
@@ -101,7 +118,8 @@ def _bytes(memory: int | str) -> int:
 @dataclass
 class Kind:
     """The record of a kind of call: how often it was seen, replayed, recorded, and dropped to make room for others;
-    the bytes of its graph; or why it is not recorded.
+    the bytes of its graph; or why it is not recorded. ``filling``: the share of the room of ``Graphs(frames=...)``
+    that the replays used, as ``graph_state`` found it.
     """
 
     call: str
@@ -111,6 +129,23 @@ class Kind:
     dropped: int = 0
     bytes: int = 0
     reason: str | None = None
+    filling: float | None = None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """How calls of an encoder become calls on a row of frames (:mod:`fastasr.models.common.row`): ``forward`` runs on
+    the row and is recorded. ``why_not(module)`` returns the reason why all calls run as they are, or None. Then
+    ``call(module, options, *args, **kwargs)`` returns the arguments for a call, a Packed, or the reason against it.
+    ``of(module)`` says whether this is the class that it knows, and not another of the same name. ``instead`` runs the
+    calls that are not replayed; None: the forward that the module has without graphs.
+    """
+
+    forward: Forward
+    call: Callable[..., Packed | str]
+    why_not: Callable[[Any], str | None]
+    of: Callable[[Any], bool] = field(default=lambda module: True)
+    instead: Forward | None = None
 
 
 class _Structure:
@@ -170,7 +205,7 @@ class ModuleGraphs:
 
     ``choice`` names a method of the module without arguments that draws how a call runs, such as the size of its
     chunks: calls for which it returns different values are of different kinds. If a part ``has_whole``, its calls are
-    recorded only if the encoder around it cannot be.
+    recorded only if the encoder around it cannot be. With ``pack`` its forward is recorded in place of ``forward``.
     """
 
     def __init__(
@@ -180,11 +215,15 @@ class ModuleGraphs:
         options: Graphs,
         choice: str | None = None,
         whole: bool = False,
+        pack: Pack | None = None,
     ) -> None:
         self._module = weakref.ref(module)  # The graphs do not keep it alive.
         self.forward, self.options, self.choice, self.has_whole = forward, options, choice, whole
+        self.pack = pack
+        self.recorded = forward if pack is None else pack.forward
         self.kinds: OrderedDict[Hashable, Kind] = OrderedDict()
         self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self.used: dict[Hashable, Tensor] = {}  # frames () in the replays of each kind on a row
         # a weak reference to the node of a replayed forward pass whose backward pass may follow
         self.outstanding: weakref.ref[Node] | None = None
         self._lock = threading.Lock()
@@ -195,6 +234,7 @@ class ModuleGraphs:
     def _begin(self, module: nn.Module) -> None:
         self.graphs.clear()
         self.structure = _Structure(module)
+        self.suits: str | None = None  # why the module runs on no row, "" if it does
         self.recorder: Recorder | None = None
         self.gradients: Gradients | None = None
 
@@ -202,6 +242,7 @@ class ModuleGraphs:
         """Forgets all recordings and reasons."""
         with self._lock:
             self.kinds.clear()
+            self.used.clear()
             self._begin(module)
 
     def __call__(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +252,13 @@ class ModuleGraphs:
             if reason:
                 _left.note(module, reason, level=logging.INFO)
             return self.forward(module, *args, **kwargs)
-        leaves, form = tree_flatten((args, kwargs))
+        packed = None if self.pack is None else self._packed(self.pack, module, args, kwargs)
+        if isinstance(packed, str):
+            _left.note(module, f"not replayed: {packed}", level=logging.INFO)
+            return self.forward(module, *args, **kwargs)
+        if packed is not None and self.options.parts:
+            return packed.unpack(self.recorded(module, *packed.arguments))
+        leaves, form = tree_flatten((args, kwargs) if packed is None else (packed.arguments, {}))
         state = None if self.choice is None else random.getstate()
         chosen = None if self.choice is None else getattr(module, self.choice)()
         with self._lock:  # also while it replays: other threads would overwrite the buffers
@@ -223,12 +270,36 @@ class ModuleGraphs:
             if reason:
                 _left.note(module, reason, level=logging.INFO if reason == _OUTSTANDING else logging.WARNING)
             with _in_parts(reason.startswith(_NOT_RECORDED)):
+                if packed is not None and reason.startswith(_NOT_RECORDED):  # Its parts are recorded on rows.
+                    return packed.unpack(self.recorded(module, *packed.arguments))
                 return self.forward(module, *args, **kwargs)
         if not graph.trains and not self.structure.stays():  # This comparison runs while the GPU works.
             with self._lock:
                 self._begin(module)
             return self(module, *args, **kwargs)
-        return found
+        if packed is None:
+            return found
+        self.used[graph.key] = self.used.get(graph.key, 0) + packed.used
+        return packed.unpack(found)
+
+    def _packed(
+        self, pack: Pack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Packed | str:
+        tensors = (a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor))
+        if self.options.recorder is None and all(t.is_cpu for t in tensors):
+            return "its tensors are on a CPU"
+        if are_all_padded():
+            return "the call wants the padded batch"
+        return self._unsuited(module) or pack.call(module, self.options, *args, **kwargs)
+
+    def _unsuited(self, module: nn.Module) -> str:
+        """Returns why the module runs on no row, or "". All layers answer, so a module is asked once as long as it
+        stays."""
+        if self.suits and not self.structure.stays():
+            self._begin(module)
+        if self.suits is None:
+            self.suits = "" if self.pack is None else self.pack.why_not(module) or ""
+        return self.suits
 
     def _graph(
         self, module: nn.Module, leaves: list[Any], form: TreeSpec, chosen: Hashable
@@ -239,12 +310,14 @@ class ModuleGraphs:
             return None, f"not replayed: {reason}"
         if self._looks_first(module) and not self.structure.stays():
             self._begin(module)
+            if self._unsuited(module):
+                return None, f"not replayed: {self.suits}"
         key = chosen, *self._key(module, leaves, form)
         kind = self.kinds.get(key)
         if kind is None:
             kind = self.kinds[key] = Kind(_spelled(module, leaves))
             if len(self.kinds) > MAX_KINDS:
-                self.kinds.popitem(last=False)
+                self.used.pop(self.kinds.popitem(last=False)[0], None)
         kind.seen += 1
         if self.outstanding is not None and self.outstanding() is not None:
             return None, _OUTSTANDING
@@ -262,7 +335,7 @@ class ModuleGraphs:
         graph = self._recorded(module, leaves, form, kind, chosen)
         if graph is None:
             return None, f"{_NOT_RECORDED}{kind.reason}"
-        self.graphs[key] = graph
+        self.graphs[key], graph.key = graph, key
         kind.replayed += 1
         self._make_room(module.training)
         return graph, ""
@@ -284,7 +357,7 @@ class ModuleGraphs:
             wanted = (
                 [p for p in self.structure.parameters if p.requires_grad] if torch.is_grad_enabled() else []
             )
-            recorded, of = self.forward, self._module  # a graph must not keep its module alive
+            recorded, of = self.recorded, self._module  # a graph must not keep its module alive
 
             def forward(static: Sequence[Any]) -> Any:
                 args, kwargs = tree_unflatten(static, form)
@@ -431,13 +504,11 @@ _GRAPHS: weakref.WeakKeyDictionary[nn.Module, "ModuleGraphs"] = (
 )  # module -> its ModuleGraphs: a copy of the module has none
 
 
-def keep(
-    module: nn.Module, forward: Forward, options: Graphs, choice: str | None = None, whole: bool = False
-) -> ModuleGraphs:
+def keep(module: nn.Module, forward: Forward, options: Graphs, *more: Any, **named: Any) -> ModuleGraphs:
     """Has the forward that ``replaying`` made of ``forward`` record the calls of ``module``. Returns the
-    ``ModuleGraphs``.
+    ``ModuleGraphs``, which gets the further arguments.
     """
-    found = _GRAPHS[module] = ModuleGraphs(module, forward, options, choice, whole)
+    found = _GRAPHS[module] = ModuleGraphs(module, forward, options, *more, **named)
     return found
 
 
@@ -455,8 +526,12 @@ def graph_state(model: nn.Module) -> dict[str, list[Kind]]:
     """Returns path -> list of :class:`Kind` for every module of ``model`` that has graphs: the calls seen, recorded and
     replayed, the bytes that it holds, or why it is not recorded.
     """
-    found = {path: of(module) for path, module in model.named_modules()}
-    return {path: list(graphs.kinds.values()) for path, graphs in found.items() if graphs is not None}
+    found = {path: graphs for path, module in model.named_modules() if (graphs := of(module)) is not None}
+    for graphs in found.values():
+        for key, used in graphs.used.items():
+            kind = graphs.kinds[key]
+            kind.filling = int(used) / (kind.replayed * (graphs.options.frames or 1))
+    return {path: list(graphs.kinds.values()) for path, graphs in found.items()}
 
 
 @functools.cache

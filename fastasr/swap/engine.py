@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from fastasr.graphs import Graphs
 from fastasr.graphs import module as recording
+from fastasr.graphs.module import Pack
 from fastasr.models.common.plain import hooks_of
 from fastasr.models.common.ragged import why_not_hooked
 from fastasr.ops import _kept
@@ -22,7 +23,7 @@ from fastasr.swap import binding
 from fastasr.swap import weights as reduced
 from fastasr.swap.reach import Reach
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Restored, Row, SwapReport
-from fastasr.swap.rule import Graphed, Known, Rule, upstream_class, upstream_forward
+from fastasr.swap.rule import ON_ROWS, RAGGED, Graphed, Known, Rule, upstream_class, upstream_forward
 from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.rules.torch import LINEAR
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
@@ -101,6 +102,8 @@ def accelerate(
         )
     if not isinstance(graphs, (bool, Graphs)):
         raise TypeError(f"accelerate: graphs takes a bool or fastasr.Graphs, got {type(graphs).__name__}")
+    if isinstance(graphs, Graphs) and graphs.frames is not None and not ragged:
+        raise ValueError("accelerate: Graphs(frames=...) leaves padding out: pass ragged=True with it")
     modules, only, exclude = _selection(model, only, exclude)
     if weights is not None:
         reduced.check(model, weights, weights_error)
@@ -193,27 +196,41 @@ def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
         if bound is rule.replay_part and type(module).__name__ != rule.class_name:
             continue  # It is a part of a recorded encoder, from an earlier call.
         fits = row.status == REPLACED or (made is decision.later and made.apply) or _is_own(module)
-        reason = (missing or rule.graphs.why_not(module)) if fits else made.reason
+        pack = rule.graphs.pack_of(module) if options.frames is not None else None
+        no_row = pack.why_not(module) if pack is not None and fits else None
+        pack = None if no_row is not None else pack
+        why_not = rule.graphs.why_not(module) if pack is None else None
+        reason = (missing or why_not) if fits else made.reason
         inside = f"{path}." if path else ""
         packs = any(why is None and other.startswith(inside) for other, why in (report.ragged or {}).items())
-        if reason is None and (packs or (rule.ragged is not None and bound is rule.ragged.forward)):
-            reason = "it runs without padding, in another shape at every call"
+        runs_ragged = rule.ragged is not None and bound is rule.ragged.forward
+        if reason is None and pack is None and (packs or runs_ragged):
+            reason = RAGGED
+        if reason == RAGGED and rule.graphs.pack_of(module) is not None:
+            reason += ON_ROWS if no_row is None else f", and not on a row: {no_row}"
         whole = (f"{other}." if other else "" for other, why in report.graphs.items() if why is None)
         if reason is not None and path.startswith(tuple(whole)):
             continue  # It is a part of a recorded encoder.
         if reason is None:
-            _bind_recorded(module, rule, rule.graphs, options)
+            _bind_recorded(module, rule, rule.graphs, options, pack)
             row.rule, row.status = rule.name, REPLACED
-        row.reason += "; its calls are recorded" if reason is None else f"; not recorded: {reason}"
+        by_shape = "" if no_row is None else f" by shape, not on a row: {no_row}"
+        row.reason += f"; its calls are recorded{by_shape}" if reason is None else f"; not recorded: {reason}"
         report.graphs[path] = reason
 
 
-def _bind_recorded(module: nn.Module, rule: Rule, graphs: Graphed, options: Graphs) -> None:
+def _bind_recorded(
+    module: nn.Module, rule: Rule, graphs: Graphed, options: Graphs, pack: Pack | None
+) -> None:
     own = _is_own(module)
     parts = graphs.parts(module)
-    if not (options.parts and parts):
+    if pack is not None or not (options.parts and parts):
         forward, replay = (upstream_forward, rule.replay_part) if own else (rule.recorded, rule.replay)
-        recording.keep(module, forward, options, graphs.choice)
+        if pack is not None and rule.ragged is not None and rule.replay_row is not None:
+            forward, replay = rule.ragged.forward, rule.replay_row
+        elif pack is not None and pack.instead is not None:
+            forward = pack.instead
+        recording.keep(module, forward, options, graphs.choice, pack=pack)
         binding.bind(module, replay, () if own else rule.methods)
     rules = rules_by_forward()
     for part in parts:
@@ -262,8 +279,9 @@ def explain(model: nn.Module, only: Selection = None, exclude: Selection = None)
     plan = _plan(*_selection(model, only, exclude))
     for path, module, decision in plan:
         report.rows.append(_row(path, module, decision, decision.apply))
-        ragged = decision.rule.ragged if decision.rule is not None else None
-        if ragged is not None and binding.bound_forward(module) is ragged.forward:
+        rule = decision.rule
+        ragged = rule.ragged if rule is not None else None
+        if rule and ragged and binding.bound_forward(module) in (ragged.forward, rule.replay_row):
             _note_padding(report, report.rows[-1], why_not_hooked(module) or ragged.why_not(module))
     _note_leaving(plan, report)
     return report

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastasr.graphs.module import replaying
+from fastasr.graphs.module import Pack, replaying
 from fastasr.swap import binding
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
@@ -54,6 +54,11 @@ class Ragged:
     why_not: Callable
 
 
+# why the calls of an encoder are not recorded that gets frames without padding
+RAGGED = "it runs without padding, in another shape at every call"
+ON_ROWS = "; Graphs(frames=..., recordings=...) gives it one shape"
+
+
 def upstream_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Runs the forward of the module's own class."""
     return upstream_class(module).forward(module, *args, **kwargs)
@@ -65,13 +70,19 @@ class Graphed:
     ``why_not(module)`` returns the reason why calls of an instance never are, or None. ``choice`` names the method
     that draws how a call runs, if there is one. ``parts(module)`` returns its submodules that are recorded one by one
     if the whole is not: because layers are dropped at random, or gradients must be ready part by part.
-    ``caller`` is the rule's forward if it calls the module's graphs itself, with other arguments than its own."""
+    ``caller`` is the rule's forward if it calls the module's graphs itself, with other arguments than its own.
+    ``pack`` says how calls become calls on a row of frames, with ``Graphs(frames=...)``."""
 
     forward: Callable | None = None
     why_not: Callable = field(default=lambda module: None)
     choice: str | None = None
     parts: Callable = field(default=lambda module: ())
     caller: Callable | None = None
+    pack: Pack | None = None
+
+    def pack_of(self, module: nn.Module) -> Pack | None:
+        """Returns ``pack`` if it knows the module."""
+        return self.pack if self.pack is not None and self.pack.of(module) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +152,13 @@ class Rule:
         return replaying(self.recorded, f"{self.name} {self.class_name}")
 
     @functools.cached_property
+    def replay_row(self) -> Callable | None:
+        """Returns the forward that replays the recorded calls on a row of frames, of an encoder without padding."""
+        if self.ragged is None or self.graphs is None or self.graphs.pack is None:
+            return None
+        return replaying(self.ragged.forward, f"{self.name} {self.class_name}, row")
+
+    @functools.cached_property
     def replay_part(self) -> Callable:
         """Returns the forward that replays recorded calls of a part, or of an encoder of fastasr's own."""
         return replaying(upstream_forward, f"{self.name} {self.class_name}, part")
@@ -150,7 +168,7 @@ class Rule:
         """Returns every forward that this rule may bind."""
         versions = (self.known or {}).values()
         ragged = () if self.ragged is None else (self.ragged.forward,)
-        own = self.forward, self.replay, self.replay_part
+        own = self.forward, self.replay, self.replay_row, self.replay_part
         return {*own, *ragged, *(known.forward for known in versions)} - {None}
 
     def bind(self, module: nn.Module, known: Known | None = None) -> None:

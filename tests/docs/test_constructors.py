@@ -13,8 +13,8 @@ MAKERS = {f.__name__ for f in _device_constructors()} | {"Tensor", "FloatTensor"
 INFERRED = {"as_tensor", "asarray"}  # take the dtype of what they are given
 DRAWS = {"rand"}  # a swap draws what upstream draws, which is in the default dtype
 UPSTREAM_DRAWS = {  # and on the default device
-    "padded in fastasr/models/fast_conformer/encoder.py",
-    "encoded in fastasr/models/fast_conformer/ragged.py",
+    "through_blocks in fastasr/models/fast_conformer/block.py",
+    "encoded in fastasr/swap/forwards/nemo_row.py",
     "EBranchformerEncoder.forward in fastasr/models/e_branchformer/encoder.py",
 }
 DATA = "fastasr.testing", "fastasr.benchmarks"  # make the data of tests and of benchmarks

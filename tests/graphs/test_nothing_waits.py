@@ -11,14 +11,32 @@ import torch
 from test_zipformer_graphs import SIZES, at
 
 from fastasr._recording import recorded_by
+from fastasr.graphs import Graphs
 from fastasr.graphs.recording import Recording
-from fastasr.models.fast_conformer import FastConformerEncoder
+from fastasr.models.fast_conformer import FastConformerEncoder, row
 from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
 
 
 def _fast_conformer(**options):
     model = FastConformerEncoder(mel_bins=80, width=32, layers=2, heads=2, hidden=64, channels=8, **options)
     return model, (torch.randn(2, 40, 80), torch.ones(2, 40, dtype=torch.bool))
+
+
+class OnRow(torch.nn.Module):
+    """A FastConformer on a row of fixed length, with the moves of frames to it and back."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x, mask):
+        call = row.packed(self.encoder, Graphs(frames=80, recordings=3), x, mask, lambda hidden: (hidden,))
+        return call.unpack(row.encoded(self.encoder, *call.arguments))
+
+
+def _on_row():
+    model, inputs = _fast_conformer(layer_drop=0.0)
+    return OnRow(model), inputs
 
 
 def _zipformer():
@@ -57,7 +75,7 @@ def recorded(model, inputs, train, recording=True):
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("build", [lambda: _fast_conformer(layer_drop=0.0), _zipformer, _front_end])
+@pytest.mark.parametrize("build", [lambda: _fast_conformer(layer_drop=0.0), _on_row, _zipformer, _front_end])
 def test_a_recorded_pass_waits_for_nothing(build, train):
     recorded(*build(), train)
 

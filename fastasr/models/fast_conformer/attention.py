@@ -20,6 +20,7 @@ from fastasr._transforms import is_transformed
 from fastasr.models.common import attention_dropout, packed, plumbing
 from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
+from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
@@ -42,7 +43,8 @@ def release(module: torch.nn.Module) -> None:
 class FastConformerAttention(torch.nn.Module):
     """hidden states (B, T, width), position embeddings (B or 1, 2T − 1, width), attention mask (bool (B, 1, T, T),
     True: the query sees the key; or bool (B, T), True at valid frames) or None -> ((B, T, width), None). With a
-    ``Packing`` as the mask, hidden states are (1, N, width) and positions are those of its longest recording.
+    ``Packing`` or a ``Row`` as the mask, hidden states are (1, N, width) and positions are those of its longest
+    recording.
 
     The weights are not returned. They are formed only if every sequence has position embeddings of its own, or while
     dropout is drawn from them inside :func:`fastasr.upstream_draws`. See :func:`fastasr.ops.rel_attention`.
@@ -67,15 +69,15 @@ class FastConformerAttention(torch.nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: Tensor,
-        attention_mask: Packing | Tensor | None = None,
+        attention_mask: Packing | Row | Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         config = getattr(self, "config", None)
         implementation = getattr(config, "_attn_implementation", "sdpa")
         batch, frames = hidden_states.shape[:2]
-        if isinstance(attention_mask, Packing):
+        if isinstance(attention_mask, (Packing, Row)):
             y = _of_recordings(
-                self, *_projections(self, hidden_states), position_embeddings[0], attention_mask
+                self, *_projections(self, hidden_states), position_embeddings.squeeze(0), attention_mask
             )
             return plumbing.linear(self.o_proj, y.flatten(1).unsqueeze(0)), None
         wants_weights = implementation == "eager" and is_watched(self)
@@ -107,15 +109,16 @@ def _projections(module: FastConformerAttention, x: Tensor) -> tuple[Tensor, Ten
 
 
 def _of_recordings(
-    module: FastConformerAttention, q: Tensor, k: Tensor, v: Tensor, table: Tensor, packing: Packing
+    module: FastConformerAttention, q: Tensor, k: Tensor, v: Tensor, table: Tensor, packing: Packing | Row
 ) -> Tensor:
     dropout = module.attention_dropout if module.training else 0.0
     positions = projected(module, module.relative_k_proj, table).unflatten(-1, module.bias_u.shape)
-    return of_recordings(packing, q[0], k[0], v[0], positions, module.bias_u, module.bias_v, dropout)
+    q, k, v = (t.squeeze(0) for t in (q, k, v))
+    return of_recordings(packing, q, k, v, positions, module.bias_u, module.bias_v, dropout)
 
 
 def of_recordings(
-    packing: Packing,
+    packing: Packing | Row,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -127,15 +130,16 @@ def of_recordings(
     """Returns y (N, H, d) of queries, keys and values (N, H, d): each recording sees itself. The positions (2T − 1, H,
     d) are those of the longest recording."""
     operands = q, k, v, positions, bias_u, bias_v
-    if packed.is_native(*operands):
+    if isinstance(packing, Packing) and packed.is_native(*operands):
         return packed.attended(packing, *operands, dropout_p=dropout)
-    if _dispatch.served("rel_attention", q):  # the definition would form the scores of all pairs of rows
+    # for a Packing the definition would form the scores of all pairs of rows
+    if isinstance(packing, Row) or _dispatch.served("rel_attention", q):
         span = len(positions) // 2, len(positions) // 2
         all_drops: Any = attention_dropout.of_kernel(dropout, q.device)
         return ops.rel_attention(
             q[None], k[None], v[None], positions, bias_u, bias_v, starts=packing.starts, context=span, pos_span=span,
             **all_drops,
-        )[0]  # fmt: skip
+        ).squeeze(0)  # fmt: skip
 
     def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
         frames = q.shape[1]

@@ -20,6 +20,8 @@ from fastasr.ops._register import autocast_dtype
 
 if TYPE_CHECKING:
     from fastasr.models.common.ragged import Packing
+    from fastasr.models.common.row import Row
+    from fastasr.models.fast_conformer.encoder import FastConformerEncoder
 
 
 class FastConformerBlock(torch.nn.Module):
@@ -50,7 +52,7 @@ class FastConformerBlock(torch.nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: "Packing | Tensor | None" = None,
+        attention_mask: "Packing | Row | Tensor | None" = None,
         position_embeddings: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -69,6 +71,17 @@ class FastConformerBlock(torch.nn.Module):
         if add_norm is _fused and autocast:
             update = update.to(x.dtype)  # the last norm is the stream's, in its dtype
         return add_norm(self.norm_out, x, update, 0.5)[1]
+
+
+def through_blocks(
+    encoder: "FastConformerEncoder", x: Tensor, mask: "Packing | Row | Tensor | None", positions: Tensor
+) -> Tensor:
+    """Returns x behind the encoder's blocks, of which training leaves some out at random."""
+    for layer in encoder.layers:
+        if encoder.training and encoder.layerdrop > 0.0 and torch.rand([]) < encoder.layerdrop:
+            continue
+        x = layer(x, attention_mask=mask, position_embeddings=positions)
+    return x
 
 
 def _is_fused(block: FastConformerBlock, x: Tensor, autocast: bool) -> bool:

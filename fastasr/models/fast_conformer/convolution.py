@@ -18,13 +18,14 @@ from fastasr import ops
 from fastasr.models.common import activations, packed, plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
+from fastasr.models.common.row import Row, batch_norm
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 
 
 class FastConformerConvolution(torch.nn.Module):
     """hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: seen; or bool (B, T), True: valid) or None
-    -> (B, T, width). With a ``Packing`` as the mask, hidden states are (1, N, width)."""
+    -> (B, T, width). With a ``Packing`` or a ``Row`` as the mask, hidden states are (1, N, width)."""
 
     def __init__(self, width: int, taps: int = 9, bias: bool = True) -> None:
         super().__init__()
@@ -36,10 +37,10 @@ class FastConformerConvolution(torch.nn.Module):
         self.activation = torch.nn.SiLU()
         self.pointwise_conv2 = torch.nn.Conv1d(width, width, 1, bias=bias)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Packing | Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Packing | Row | Tensor | None = None) -> Tensor:
         batch, frames = hidden_states.shape[:2]
         hidden = packing = None  # (B, T), True at frames that no query sees
-        if isinstance(attention_mask, Packing):
+        if isinstance(attention_mask, (Packing, Row)):
             packing = attention_mask
         elif attention_mask is not None and is_readable(attention_mask, batch, frames):
             hidden = seen(attention_mask).hidden_keys
@@ -66,10 +67,11 @@ def gated_convolution(
     activation: torch.nn.Module,
     last: torch.nn.Module,
     hidden: Tensor | None = None,
-    packing: Packing | None = None,
+    packing: Packing | Row | None = None,
 ) -> Tensor:
     """Returns ``last(activation(norm(conv(glu(first(x))))))`` of x (B, T, width), whose convolutions are channels first
-    and whose gated frames are 0 where ``hidden`` (B, T), or None, is True. With a ``packing`` x is (1, N, width)."""
+    and whose gated frames are 0 where ``hidden`` (B, T), or None, is True. With a ``packing`` x is (1, N, width). A Row
+    has plain convolutions and norms alone."""
     return after_gate(pointwise(first, x), conv, norm, activation, last, hidden, packing=packing)
 
 
@@ -94,13 +96,15 @@ def convolved(
     hidden: Tensor | None = None,
     cache: Tensor | None = None,
     by_frame: bool = False,
-    packing: Packing | None = None,
+    packing: Packing | Row | None = None,
     around: tuple[int, int] = (0, 0),
     stride: int = 1,
 ) -> Tensor:
     """Returns ``activation(norm(conv(glu(h))))``. ``cache`` (B, width, P) holds the P gated frames that the convolution
     sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels. ``around``: frames of
     0 on either side, which the convolution itself does not add. ``stride``: that of the convolution."""
+    row, packing = (packing, None) if isinstance(packing, Row) else (None, packing)
+    hidden = hidden if row is None else row.hidden
     delay: Any = plumbing.conv_delay(conv, around=around, stride=stride)
     if delay is not None and (by_frame or is_batch_norm(norm)):
         folded = not by_frame and not norm.training
@@ -117,6 +121,8 @@ def convolved(
             return activations.norm_activated(norm, activation, z.transpose(0, 1))
         if folded:
             z = z.transpose(0, 1)
+        elif row is not None:
+            z = batch_norm(norm, z.transpose(0, 1), row.hidden)
         elif z.dtype is torch.bfloat16 and masks.on_gpu(z.device):
             # Frames stay as they lie: statistics of 16 bits are exact enough, and this saves four transposing copies.
             z = norm(z.transpose(0, 1).flatten(0, 1)).unflatten(0, z.shape[1::-1])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.models.fast_conformer import ragged
-from fastasr.models.fast_conformer.block import FastConformerBlock
+from fastasr.models.fast_conformer.block import FastConformerBlock, through_blocks
 from fastasr.models.fast_conformer.positions import FastConformerPositions
 from fastasr.models.fast_conformer.subsampling import FastConformerSubsampling, subsampled
 
@@ -95,7 +95,7 @@ class FastConformerEncoder(torch.nn.Module):
         lengths = ragged.lengths(self, input_features, attention_mask) if self.ragged else None
         if lengths is not None and attention_mask is not None:
             x = ragged.encoded(self, input_features, lengths)
-            return x, _mask(self, attention_mask.sum(-1), x)
+            return x, masked(self, attention_mask, x)
         return padded(self, input_features, attention_mask)
 
 
@@ -107,17 +107,15 @@ def padded(
     positions = encoder.encode_positions(x)
     x = F.dropout(x, encoder.dropout, encoder.training)
     positions = F.dropout(positions, encoder.dropout_positions, encoder.training)
-    mask = None if attention_mask is None else _mask(encoder, attention_mask.sum(-1), x)
-    for layer in encoder.layers:
-        if encoder.training and encoder.layerdrop > 0.0 and torch.rand([]) < encoder.layerdrop:
-            continue
-        x = layer(x, attention_mask=mask, position_embeddings=positions)
-    return x, mask
+    mask = masked(encoder, attention_mask, x)
+    return through_blocks(encoder, x, mask, positions), mask
 
 
-def _mask(encoder: FastConformerEncoder, lengths: Tensor, x: Tensor) -> Tensor:
-    """Returns (B, T), True at valid frames of x (B, T, width) for features of these lengths."""
-    lengths = subsampled(encoder.subsampling.layers, lengths)
+def masked(encoder: FastConformerEncoder, attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Returns (B, T), True at valid frames of x (B, T, width), for the features' mask (B, T₀), or None for None."""
+    if attention_mask is None:
+        return None
+    lengths = subsampled(encoder.subsampling.layers, attention_mask.sum(-1))
     return torch.arange(x.shape[1], device=x.device, dtype=torch.int64) < lengths.unsqueeze(1)
 
 

@@ -16,6 +16,7 @@ from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.plain import is_watched, runs
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.attention import STANDARD, FastConformerAttention
+from fastasr.models.fast_conformer.block import through_blocks
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution
 from fastasr.models.fast_conformer.subsampling import (
     FastConformerSubsampling,
@@ -47,10 +48,12 @@ def lengths(
     ``reason``, if given."""
     if mask is None or mask.shape != features.shape[:2]:
         return None
-    return ragged.lengths(encoder, mask.to(torch.bool), lambda: reason or _obstacle_of_call(encoder))
+    return ragged.lengths(
+        encoder, mask.to(torch.bool), lambda: reason or obstacle_of_call(encoder) or why_not(encoder)
+    )
 
 
-def _obstacle_of_call(encoder: "FastConformerEncoder") -> str | None:
+def obstacle_of_call(encoder: "FastConformerEncoder") -> str | None:
     """Returns why a call cannot leave padding out now, or None."""
     implementation = getattr(getattr(encoder, "config", None), "_attn_implementation", "sdpa")
     if implementation not in STANDARD:
@@ -61,7 +64,7 @@ def _obstacle_of_call(encoder: "FastConformerEncoder") -> str | None:
         attention_dropout.forms_weights(layer.self_attn.attention_dropout) for layer in encoder.layers
     ):
         return "the dropout of attention weights is drawn as upstream draws it"
-    return why_not(encoder)
+    return None
 
 
 def encoded(encoder: "FastConformerEncoder", features: Tensor, lengths: list[int]) -> Tensor:
@@ -77,8 +80,5 @@ def encoded(encoder: "FastConformerEncoder", features: Tensor, lengths: list[int
     x = (x * encoder.input_scale).unsqueeze(0)  # [1, N, width]
     positions = encoder.encode_positions(x[:, : max(packing.lengths)])
     x = F.dropout(x, encoder.dropout, encoder.training)
-    for layer in encoder.layers:
-        if encoder.training and encoder.layerdrop > 0.0 and torch.rand([]) < encoder.layerdrop:
-            continue
-        x = layer(x, attention_mask=packing, position_embeddings=positions)
+    x = through_blocks(encoder, x, packing, positions)
     return packing.batch(x[0], subsampled(layers, features.shape[1]))

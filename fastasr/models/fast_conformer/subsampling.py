@@ -11,7 +11,7 @@ Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 
 import math
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from fastasr._recording import on_host
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing, with_zeros
+from fastasr.models.common.row import Spans
 
 STRIP_BYTES = 32 << 20  # A strip of the second convolution's output; 8 MB to 128 MB cost the same.
 
@@ -60,26 +61,9 @@ def are_plain(layers: Layers) -> bool:
     return all(map(_is_plain, layers))
 
 
-class Spans(NamedTuple):
-    """The frames [begins, ends) of recordings that lie one after the other, both (R,), with a frame or more between."""
-
-    begins: Tensor
-    ends: Tensor
-
-    def halved(self, left: int) -> "Spans":
-        begins = self.begins // 2
-        return Spans(begins, begins + _halved(self.ends - self.begins, left))
-
-    def inside(self, begin: int, count: int, device: torch.device) -> Tensor:
-        """Returns which of the frames begin … begin + count − 1 belong to a recording, (1, count)."""
-        frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
-        before = torch.searchsorted(self.begins, frame, right=True) - 1
-        return ((before >= 0) & (frame < self.ends[before]))[None]
-
-
 # Lengths of recordings are numbers on the host or a tensor (B,); ``Spans`` are for recordings in a row.
 Lengths = list[int] | Spans | Tensor
-N = TypeVar("N", int, list[int], Tensor)
+N = TypeVar("N", int, list[int], Tensor, Spans)
 
 
 def in_a_row(module: FastConformerSubsampling, recordings: list[Tensor]) -> Tensor:
@@ -87,7 +71,7 @@ def in_a_row(module: FastConformerSubsampling, recordings: list[Tensor]) -> Tens
     list of (T₀, mel_bins): all go through its convolutions in one row, with a frame or more of zeros between."""
     layers, lengths = module.layers, [len(x) for x in recordings]
     slots = [n // 2 + 1 for n in subsampled(layers, lengths, stages=_stages(layers) - 1)]
-    factor = 2 ** _stages(layers)
+    factor = frames_per_output(layers)
     begins = (
         torch.tensor([0, *accumulate(slots[:-1])], device=recordings[0].device, dtype=torch.int64) * factor
     )
@@ -137,11 +121,15 @@ def subsampled(
     left: int = 1,
     stages: int | None = None,
 ) -> N:
-    """Returns the front end's length of output for ``frames``, a number, or a list or tensor of numbers; or that of its
-    first ``stages``."""
+    """Returns the front end's length of output for ``frames``, a number, or a list or tensor of numbers, or the spans
+    of its output; or that of its first ``stages``."""
     for _ in range(_stages(layers) if stages is None else stages):
         frames = _halved(frames, left)
     return frames
+
+
+def frames_per_output(layers: Layers) -> int:
+    return 2 ** _stages(layers)
 
 
 def _stages(layers: Layers) -> int:
@@ -206,7 +194,8 @@ def _halved(lengths: Any, left: int = 1) -> Any:
     """Returns the length, or the list or tensor of them, after a convolution of 3 taps and stride 2, with 1 of padding
     on the right."""
     if isinstance(lengths, Spans):
-        return lengths.halved(left)
+        begins = lengths.begins // 2
+        return Spans(begins, begins + _halved(lengths.ends - lengths.begins, left))
     return [_halved(n, left) for n in lengths] if isinstance(lengths, list) else (lengths + left - 2) // 2 + 1
 
 

@@ -18,6 +18,7 @@ from fastasr._recording import recording
 from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import is_plain, is_upstreams, is_watched, runs
 from fastasr.models.common.ragged import Packing
+from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import (
     STANDARD,
@@ -507,7 +508,7 @@ def nemo_attention(
     nothing.
     Upstream's code serves autocast to float16, where it computes in another dtype.
     """
-    if isinstance(mask, Packing):
+    if isinstance(mask, (Packing, Row)):
         return _packed(self, query, pos_emb, mask)
     batch, frames = query.shape[:2]
     keys = frames if cache is None else cache.shape[1] + frames
@@ -754,7 +755,7 @@ def share_of_dropout(module: Upstream) -> float | None:
     return 0.0 if dropout is None else plumbing.dropped_share(dropout)
 
 
-def _packed(module: Upstream, x: Tensor, positions: Any, packing: Packing) -> Tensor:
+def _packed(module: Upstream, x: Tensor, positions: Any, packing: Packing | Row) -> Tensor:
     """Returns the attention of modules with ESPnet's names to packed frames x (1, N, width)."""
     heads, layers = module.pos_bias_u.shape, (module.linear_q, module.linear_k, module.linear_v)
     q, k, v = (plumbing.linear(layer, x).view(*x.shape[:2], *heads) for layer in layers)
@@ -765,12 +766,14 @@ def _packed(module: Upstream, x: Tensor, positions: Any, packing: Packing) -> Te
 def _of_recordings(module: Upstream, packing: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
     """Returns (1, N, H, d), where each recording sees itself, of q, k and v (1, N, H, d) and rows (2T − 1, H, d) of all
     offsets, of which those of the longest recording are in the middle."""
-    longest = max(packing.lengths)
-    first = len(rows) // 2 + 1 - longest
-    rows = rows[first : first + 2 * longest - 1] if first else rows
     biases = module.pos_bias_u, module.pos_bias_v
     share: Any = share_of_dropout(module)
-    return of_recordings(packing, q[0], k[0], v[0], rows, *biases, share).unsqueeze(0)
+    if isinstance(packing, Packing):
+        longest = max(packing.lengths)
+        first = len(rows) // 2 + 1 - longest
+        rows = rows[first : first + 2 * longest - 1] if first else rows
+    q, k, v = (t.squeeze(0) for t in (q, k, v))
+    return of_recordings(packing, q, k, v, rows, *biases, share).unsqueeze(0)
 
 
 def _attention(

@@ -11,6 +11,7 @@ from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.models.common.ragged import Packing
+from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
     after_gate,
@@ -235,9 +236,9 @@ def torchaudio_convolution(self: Upstream, input: Tensor) -> Tensor:
     return _dropped(dropout, gated_convolution(self.layer_norm(input), first, *rest))
 
 
-def _by(mask: Packing | Tensor | None) -> dict[str, Any]:
-    """Returns the arguments of ``convolved`` for a mask, True at padding, or a ``Packing`` in its place."""
-    return {"packing" if isinstance(mask, Packing) else "hidden": mask}
+def _by(mask: Packing | Row | Tensor | None) -> dict[str, Any]:
+    """Returns the arguments of ``convolved`` for a mask, True at padding, or a ``Packing`` or ``Row`` in its place."""
+    return {"packing" if isinstance(mask, (Packing, Row)) else "hidden": mask}
 
 
 def _as_upstream_lays_it(module: Upstream, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.plain import is_plain, runs
 from fastasr.models.common.ragged import Packing
+from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.masks import seen
 from fastasr.swap.forwards import attention, convolution
@@ -40,6 +41,11 @@ def why_not(layer: Upstream) -> str | None:
     """Returns why this layer cannot leave padding out, or None."""
     if not next(layer.parameters()).is_cpu:
         return "its layers leave padding out on a CPU alone"
+    return why_changed(layer)
+
+
+def why_changed(layer: Upstream) -> str | None:
+    """Returns which of its parts does not take packed frames, or None."""
     attends, convolves = _parts(layer)
     if not any(runs(attends, forward) for forward in _ATTENTIONS):
         return "its attention is not swapped"
@@ -94,18 +100,22 @@ def firered_layer(
 def nemo_layer(
     self: Upstream,
     x: Tensor,
-    att_mask: Tensor | None = None,
+    att_mask: Row | Tensor | None = None,
     pos_emb: Tensor | None = None,
-    pad_mask: Tensor | None = None,
+    pad_mask: Row | Tensor | None = None,
     cache_last_channel: Tensor | None = None,
     cache_last_time: Tensor | None = None,
 ) -> Any:
     """Serves NeMo's layer: x (B, T, width), masks bool (B, T, T) and (B, T), True at hidden frames, or None. A limited
-    context, a stream's cache and adapters run on padding."""
+    context, a stream's cache and adapters run on padding. A ``Row`` in place of the masks stays."""
 
-    def call(x: Tensor, attends: Packing | Tensor | None, convolves: Packing | Tensor | None) -> Any:
+    def call(
+        x: Tensor, attends: Packing | Row | Tensor | None, convolves: Packing | Row | Tensor | None
+    ) -> Any:
         return upstream_forward(self, x, attends, pos_emb, convolves, cache_last_channel, cache_last_time)
 
+    if isinstance(att_mask, Row) or isinstance(pad_mask, Row):
+        return call(x, att_mask, pad_mask)
     plain = cache_last_channel is None and not self.is_adapter_available()
     if plain and att_mask is not None and pad_mask is not None and seen(att_mask, hides=True).by_length:
         valid = ~pad_mask

@@ -2,9 +2,14 @@
 """Encoders whose calls can be recorded while only the forwards of their parts are swapped: fastasr's own, and
 upstream's, whose code stays."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastasr.swap.rule import Upstream, recorded
+from fastasr.graphs.module import Pack
+from fastasr.models.common.row import Capacity, Packed
+from fastasr.models.fast_conformer import row
+from fastasr.models.fast_conformer.encoder import masked
+from fastasr.swap.forwards import nemo_row
+from fastasr.swap.rule import RAGGED, Upstream, recorded
 
 _LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer"
 
@@ -14,8 +19,32 @@ def layers(encoder: Upstream) -> list[nn.Module]:
 
 
 def _why_not(encoder: Upstream) -> str | None:
-    ragged = getattr(encoder, "ragged", False)
-    return "it runs without padding, in another shape at every call" if ragged else None
+    return RAGGED if getattr(encoder, "ragged", False) else None
+
+
+def _why_no_row(encoder: Upstream) -> str | None:
+    if not encoder.ragged:
+        return "it runs on padding: set its attribute ragged"
+    return row.why_not(encoder)
+
+
+def _packed(
+    encoder: Upstream, capacity: Capacity, input_features: Tensor, attention_mask: Tensor | None = None
+) -> Packed | str:
+    """Returns the call on a row of frames for a call of fastasr's FastConformerEncoder, or why there is none."""
+
+    def finish(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        return hidden, masked(encoder, attention_mask, hidden)
+
+    return row.packed(encoder, capacity, input_features, attention_mask, finish)
+
+
+_PACKS = {
+    "FastConformerEncoder": Pack(row.encoded, _packed, _why_no_row),
+    "ConformerEncoder": Pack(
+        nemo_row.encoded, nemo_row.packed, nemo_row.why_not, nemo_row.is_nemos, nemo_row.without_padding
+    ),
+}
 
 
 PADDED = "fastasr has no code that leaves padding out of this encoder"
@@ -44,6 +73,6 @@ CLASSES = {
 }
 
 RULES = tuple(
-    recorded(f"recorded.{name}", name, padded, why_not=_why_not, parts=layers)
+    recorded(f"recorded.{name}", name, padded, why_not=_why_not, parts=layers, pack=_PACKS.get(name))
     for name, (_, padded) in CLASSES.items()
 )

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastasr.graphs.module import Pack
 from fastasr.graphs.recording import Unrecordable
 from fastasr.models import fast_conformer as models
-from fastasr.models.fast_conformer import positions, ragged
+from fastasr.models.common.row import Capacity, Packed
+from fastasr.models.fast_conformer import positions, ragged, row
 from fastasr.models.fast_conformer.encoder import padded
 from fastasr.swap.rule import (
     Graphed,
@@ -125,11 +127,30 @@ def ragged_encoder(
     if lengths is None:
         return encoder(self, input_features, attention_mask, output_attention_mask, **kwargs)
     hidden = ragged.encoded(self, input_features, lengths)
-    mask = None
-    if output_attention_mask:
-        mask = self._get_output_attention_mask(attention_mask, target_length=hidden.shape[1]).int()
+    return _output(self, hidden, attention_mask if output_attention_mask else None)
+
+
+def _output(self: Upstream, hidden: Tensor, attention_mask: Tensor | None) -> Any:
+    """Returns upstream's output, with the mask of hidden states for that of the features, if given."""
+    if attention_mask is not None:
+        attention_mask = self._get_output_attention_mask(attention_mask, target_length=hidden.shape[1]).int()
     output = sys.modules[upstream_class(self).__module__].ParakeetEncoderModelOutput
-    return output(last_hidden_state=hidden, attention_mask=mask)
+    return output(last_hidden_state=hidden, attention_mask=attention_mask)
+
+
+def _packed(
+    self: Upstream,
+    capacity: Capacity,
+    input_features: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attention_mask: bool = True,
+    **kwargs: Any,
+) -> Packed | str:
+    """Returns the call on a row of frames for a call of the encoder, or why there is none."""
+    wanted = attention_mask if output_attention_mask else None
+    return _asked(self, kwargs) or row.packed(
+        self, capacity, input_features, attention_mask, lambda hidden: _output(self, hidden, wanted)
+    )
 
 
 def recorded_encoder(
@@ -169,6 +190,10 @@ def _ragged_obstacle(module: Upstream) -> str | None:
         if reason is not None:
             return reason
     return ragged.why_not(module)
+
+
+def _row_obstacle(module: Upstream) -> str | None:
+    return _ragged_obstacle(module) or row.why_not(module)
 
 
 def encoder_structure(module: Upstream) -> str | None:
@@ -257,7 +282,12 @@ ENCODER = Rule(
     shallow=True,
     companion=True,
     ragged=Ragged(ragged_encoder, _ragged_obstacle),
-    graphs=Graphed(recorded_encoder, _ragged_obstacle, parts=lambda encoder: list(encoder.layers)),
+    graphs=Graphed(
+        recorded_encoder,
+        _ragged_obstacle,
+        parts=lambda encoder: list(encoder.layers),
+        pack=Pack(row.encoded, _packed, _row_obstacle),
+    ),
 )
 
 RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, BLOCK, SUBSAMPLING, POSITIONS, ENCODER)

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One recording of a FastConformer serves every batch: recordings in a row of fixed length give what they give without
+padding, in values, gradients and statistics."""
+
+import copy
+
+import families
+import pytest
+import torch
+from steps import close, cotangent, moved, numbers, same_gradients, seeded
+from tiny_parakeet import SIZES, STILL
+
+import fastasr
+from fastasr.graphs import module as graphs_of
+from fastasr.models.common.row import Spans, batch_norm
+from fastasr.models.fast_conformer import FastConformerEncoder
+from fastasr.testing.tape import TapeRecorder
+
+FRAMES, RECORDINGS, LONGEST = 400, 5, 240
+KINDS = "ours", "swapped", "nemo"
+
+
+def encoder(kind, **options):
+    if kind == "nemo":
+        seeded(0)
+        return moved(families.nemo_conformer(dropout=0.0, **options), 0.03).double()
+    transformers = pytest.importorskip("transformers")
+    seeded(0)
+    config = transformers.ParakeetEncoderConfig(**{**SIZES, **STILL, **options})
+    model = (
+        FastConformerEncoder.from_config(config) if kind == "ours" else transformers.ParakeetEncoder(config)
+    )
+    return moved(model, 0.03).double()
+
+
+def without_padding(model):
+    """Returns the model, which leaves padding out."""
+    if isinstance(model, FastConformerEncoder):
+        model.ragged = True
+    fastasr.accelerate(model, ragged=True)
+    return model
+
+
+def recorded(model, **options):
+    """Returns the model, which leaves padding out on recorded rows, and its graphs."""
+    if isinstance(model, FastConformerEncoder):
+        model.ragged = True
+    options = {"frames": FRAMES, "recordings": RECORDINGS, "longest": LONGEST, "after": 1, **options}
+    tapes = TapeRecorder()
+    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=lambda: tapes, **options))
+    assert report.graphs == {"": None}
+    return model, graphs_of.of(model)
+
+
+def is_nemo(model):
+    return type(model).__name__ == "ConformerEncoder"
+
+
+def run(model, x, mask):
+    """Returns the hidden states (B, T, width)."""
+    if is_nemo(model):
+        return model(audio_signal=x.transpose(1, 2), length=mask.sum(1))[0].transpose(1, 2)
+    found = model(x, mask)
+    return found[0] if isinstance(found, tuple) else found.last_hidden_state
+
+
+def after(model, lengths):
+    """Returns the lengths behind the front end."""
+    factor = 4 if is_nemo(model) else 8
+    return (lengths + factor - 1) // factor
+
+
+def existing(model, y, mask):
+    return torch.arange(y.shape[1], device=y.device) < after(model, mask.sum(1))[:, None]
+
+
+def batch(lengths, frames=None, seed=1, model=None):
+    frames = frames or max(lengths)
+    bins = families.WIDTH if is_nemo(model) else SIZES["num_mel_bins"]
+    x = torch.randn(len(lengths), frames, bins, generator=numbers(seed)).double()
+    mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
+    return x * mask[..., None], mask.long()
+
+
+def drawn(count, seed=0):
+    """Yields lengths of batches that fit, among them the shortest, empty ones, and a row that is exactly full."""
+    yield from ([100, 60], [1], [240, 160], [80] * 5, [0, 90], [1, 1, 1, 1, 1], [90, 0, 17])
+    random = numbers(seed)
+    for _ in range(count - 7):
+        left, lengths = FRAMES, []
+        for _ in range(int(torch.randint(1, RECORDINGS + 1, (), generator=random))):
+            most = min(left, LONGEST)
+            lengths.append(int(torch.randint(0, most + 1, (), generator=random)))
+            left -= lengths[-1]
+        yield lengths if any(lengths) else [1]
+
+
+def step(model, x, mask):
+    """Returns the output, the gradients by name, and the buffers after the step."""
+    x = x.clone().requires_grad_(model.training)
+    with torch.set_grad_enabled(model.training):
+        y = run(model, x, mask)
+    if not model.training:
+        return y, {}, {}
+    leaves = dict(model.named_parameters()) | {"features": x}
+    weight = cotangent(y.cpu()).to(y) * existing(model, y, mask)[..., None]
+    found = torch.autograd.grad((y * weight).sum(), list(leaves.values()), allow_unused=True)
+    return y, dict(zip(leaves, found, strict=True)), dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False])
+def test_one_recording_serves_fifty_batches(kind, train):
+    model = encoder(kind).train(train)
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model)
+    for seed, lengths in enumerate(drawn(50)):
+        if train and sum(after(model, n) for n in lengths) < 2:
+            lengths = [20]  # BatchNorm needs two frames
+        x, mask = batch(lengths, seed=seed, model=model)
+        y, gradients, state = step(ours, x, mask)
+        expected, wanted, kept = step(theirs, x, mask)
+        valid = existing(model, y, mask)
+        close(y[valid], expected[valid], 1e-10)
+        if train:
+            same_gradients(gradients, wanted)
+        for name, t in state.items():
+            close(t, kept[name], 1e-10)
+    (found,) = fastasr.graph_state(ours)[""]
+    assert (found.seen, found.replayed, found.recorded, found.reason) == (50, 49, 1, None)
+    assert len(graphs.graphs) == 1
+    assert 0.1 < found.filling < 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_recording_as_alone(kind):
+    model = encoder(kind).eval()
+    alone = copy.deepcopy(model)
+    ours, _ = recorded(model, after=0)
+    lengths = [130, 1, 0, 77, 9]
+    x, mask = batch(lengths, frames=140, model=model)
+    with torch.no_grad():
+        found = run(ours, x.masked_fill(mask[..., None] == 0, torch.nan), mask)
+        for i, n in enumerate(lengths):
+            assert not found[i, after(model, n) :].any()
+            if n:
+                expected = run(alone, x[i : i + 1, :n], torch.ones(1, n).long())[0]
+                close(found[i, : len(expected)], expected, 1e-10)
+
+
+def test_without_a_mask():
+    ours, graphs = recorded(encoder("swapped").eval(), after=0)
+    x, mask = batch([80, 80])
+    with torch.no_grad():
+        found = ours(x)
+        assert found.attention_mask is None
+        assert torch.equal(found.last_hidden_state, ours(x, mask).last_hidden_state)
+    assert len(graphs.graphs) == 1
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_under_autocast(train):
+    model = encoder("swapped").float().train(train)
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model, after=0)
+    for seed, lengths in enumerate([[100, 60], [33], [90, 0, 40]]):
+        x, mask = batch(lengths, seed=seed)
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
+            y, expected = (run(m, x.float(), mask) for m in (ours, theirs))
+        close(y.float(), expected.float(), 0.05)
+    assert len(graphs.graphs) == 1
+
+
+def test_lengths_beyond_the_batch():
+    model = encoder("nemo").eval()
+    ours, graphs = recorded(copy.deepcopy(model), after=0)
+    x, _ = batch([60, 40], model=model)
+    with torch.no_grad():
+        found, expected = (
+            m(audio_signal=x.transpose(1, 2), length=torch.tensor([90, 40])) for m in (ours, model)
+        )
+    close(found[0][:, :, :10], expected[0][:, :, :10], 1e-10)
+    assert torch.equal(found[1], expected[1])
+    assert len(graphs.graphs) == 1
+
+
+def test_a_mask_of_floats():
+    ours, graphs = recorded(encoder("swapped").eval(), after=0)
+    x, mask = batch([80, 33])
+    with torch.no_grad():
+        assert torch.equal(run(ours, x, mask.float()), run(ours, x, mask))
+    assert len(graphs.graphs) == 1
+
+
+TOO_LARGE = {
+    "recordings": ([20] * 6, "it has 6 recordings, and Graphs allows 5"),
+    "a recording": ([241], "it is padded to 241 frames, and Graphs allows a recording of 240"),
+    "frames": ([200, 201], "it has 401 frames, and Graphs allows 400"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_a_larger_batch_runs_without_padding(case, caplog):
+    lengths, reason = TOO_LARGE[case]
+    model = encoder("swapped").eval()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model, after=0)
+    x, mask = batch(lengths)
+    with torch.no_grad():
+        assert torch.equal(run(ours, x, mask), run(theirs, x, mask))
+        assert f"not replayed: {reason}" in str(fastasr.why(ours))
+        assert not graphs.kinds
+        ours(*batch([100]))
+    assert len(graphs.graphs) == 1
+
+
+def test_what_a_row_cannot_give_runs_as_it_is():
+    ours, graphs = recorded(encoder("swapped").eval(), after=0)
+    x, mask = batch([80, 40])
+    with torch.no_grad():
+        asked = ours(x, mask, output_hidden_states=True)
+        assert len(asked.hidden_states) == SIZES["num_hidden_layers"] + 1
+        assert "output_hidden_states" in str(fastasr.why(ours))
+        with fastasr.upstream_draws():
+            ours.train()(x, mask)
+        seen = []
+        handle = ours.eval().layers[0].conv.register_forward_hook(lambda m, args, y: seen.append(y.shape))
+        ours(x, mask)
+        handle.remove()
+    assert seen == [(2, 10, SIZES["hidden_size"])]
+    assert not graphs.graphs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_layers_are_recorded_one_by_one(kind):
+    drops = {"stochastic_depth_drop_prob": 0.5} if kind == "nemo" else {"layerdrop": 0.5}
+    ours, graphs = recorded(encoder(kind, **drops).train(), after=0)
+    layers = [graphs_of.of(layer) for layer in ours.layers]
+    for seed, lengths in enumerate(drawn(12)):
+        x, mask = batch(lengths, seed=seed, model=ours)
+        y = run(ours, x, mask)
+        assert not y[~existing(ours, y, mask)].any()
+        y.square().sum().backward()
+    (whole,) = graphs.kinds.values()
+    assert (whole.recorded, whole.reason) == (0, "Waits: aten::_local_scalar_dense shows a value to the host")
+    assert {len(layer.graphs) for layer in layers} == {1}
+    for layer in layers:
+        (kind_of_call,) = layer.kinds.values()
+        assert 0 < kind_of_call.replayed == kind_of_call.seen <= 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts(kind):
+    model = encoder(kind).train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model, after=0, parts=True)
+    for seed, lengths in enumerate([[100, 60], [33], [90, 0, 40]]):
+        x, mask = batch(lengths, seed=seed, model=model)
+        found, expected = (step(m, x, mask) for m in (ours, theirs))
+        same_gradients(found[1], expected[1])
+    assert not graphs.graphs
+    for layer in ours.layers:
+        (kind_of_call,) = graphs_of.of(layer).kinds.values()
+        assert (kind_of_call.seen, kind_of_call.replayed, kind_of_call.recorded) == (3, 3, 1)
+
+
+def test_dropout_is_drawn_anew():
+    ours, graphs = recorded(encoder("swapped", dropout=0.3, attention_dropout=0.3).train(), after=0)
+    x, mask = batch([90, 50])
+    first, second = (run(ours, x, mask) for _ in range(2))
+    assert len(graphs.graphs) == 1
+    assert (first[0] - second[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_module_that_no_row_suits_any_more(train):
+    ours, graphs = recorded(encoder("swapped").train(train), after=0)
+    x, mask = batch([90, 50])
+    with torch.set_grad_enabled(train):
+        run(ours, x, mask)
+        assert len(graphs.graphs) == 1
+        norm = ours.layers[0].conv.norm
+        ours.layers[0].conv.norm = torch.nn.InstanceNorm1d(len(norm.weight)).double()
+        for _ in range(3):
+            run(ours, x, mask)
+        assert not graphs.graphs
+        assert "the norm of the convolution module of layer 0" in str(fastasr.why(ours))
+        ours.layers[0].conv.norm = norm
+        for _ in range(2):
+            run(ours, x, mask)
+    assert len(graphs.graphs) == 1
+
+
+def test_restore_gives_the_padded_encoder_back():
+    model = encoder("swapped").eval()
+    x, mask = batch([90, 50])
+    with torch.no_grad():
+        before = run(model, x, mask)
+        ours, _ = recorded(model, after=0)
+        ours(x, mask)
+        fastasr.restore(ours)
+        assert torch.equal(run(ours, x, mask), before)
+    assert graphs_of.of(ours) is None
+
+
+def test_options():
+    with pytest.raises(ValueError, match="frames and recordings: expected both or neither"):
+        fastasr.Graphs(frames=100)
+    with pytest.raises(ValueError, match="recordings: expected a number of at least 1, got 0"):
+        fastasr.Graphs(frames=100, recordings=0)
+    assert fastasr.Graphs(frames=100, recordings=2).longest == 100
+    with pytest.raises(ValueError, match="pass ragged=True"):
+        fastasr.accelerate(encoder("swapped"), graphs=fastasr.Graphs(frames=100, recordings=2))
+
+
+def test_the_report_says_what_a_row_needs():
+    model = encoder("swapped")
+    model.layers[1].conv.norm = torch.nn.SyncBatchNorm(SIZES["hidden_size"]).double()
+    options = fastasr.Graphs(frames=100, recordings=2, recorder=TapeRecorder)
+    report = fastasr.accelerate(model, ragged=True, graphs=options)
+    reason = "not on a row: the norm of the convolution module of layer 1 is not torch's BatchNorm"
+    assert report.graphs[""] == f"it runs without padding, in another shape at every call, and {reason}"
+    report = fastasr.accelerate(encoder("ours"), ragged=True, graphs=options)
+    assert report.graphs[""] is None
+    assert (
+        "recorded by shape, not on a row: it runs on padding: set its attribute ragged"
+        in report.rows[0].reason
+    )
+    report = fastasr.accelerate(encoder("swapped"), ragged=True, graphs=fastasr.Graphs(recorder=TapeRecorder))
+    assert report.graphs[""].endswith("Graphs(frames=..., recordings=...) gives it one shape")
+
+
+NOT_ON_A_ROW = {
+    "its attention has a limited context": {"att_context_size": [3, 3]},
+    "it reduces the rate between its layers": {
+        "reduction": "striding",
+        "reduction_position": 0,
+        "reduction_factor": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("reason", NOT_ON_A_ROW)
+def test_what_of_nemo_is_recorded_by_shape(reason):
+    options = fastasr.Graphs(frames=100, recordings=2, recorder=TapeRecorder)
+    model = encoder("nemo", **NOT_ON_A_ROW[reason])
+    report = fastasr.accelerate(model, ragged=True, graphs=options, exclude="layers.*")
+    assert reason in next(row.reason for row in report.rows if not row.path)
+
+
+def test_a_larger_batch_of_nemo_has_the_same_statistics():
+    model = encoder("nemo").train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, _ = recorded(model, after=0)
+    found, expected = (step(m, *batch([230, 210, 9], model=model)) for m in (ours, theirs))
+    assert "it has 449 frames" in str(fastasr.why(ours))
+    same_gradients(found[1], expected[1])
+    for name, t in found[2].items():
+        close(t, expected[2][name], 1e-10)
+
+
+def test_statistics_are_those_of_the_frames_that_exist():
+    z = torch.randn(2, 9, 4, generator=numbers(1)).double().requires_grad_()
+    hidden_frames = torch.rand(2, 9, generator=numbers(2)) < 0.4
+    weight = torch.randn(z.shape, generator=numbers(3)).double() * ~hidden_frames[..., None]
+    norms = [torch.nn.BatchNorm1d(4, eps=1e-3, momentum=m).double() for m in (0.1, None) for _ in range(2)]
+    for ours, theirs in zip(norms[::2], norms[1::2], strict=True):
+        for norm in (ours, theirs):
+            torch.nn.init.normal_(norm.weight, generator=numbers(4))
+        for _ in range(2):
+            y = batch_norm(ours, z, hidden_frames)
+            expected = theirs(z[~hidden_frames])
+            close(y[~hidden_frames], expected, 1e-12)
+            leaves = (z, ours.weight, ours.bias), (z, theirs.weight, theirs.bias)
+            found = torch.autograd.grad((y * weight).sum(), leaves[0])
+            wanted = torch.autograd.grad((expected * weight[~hidden_frames]).sum(), leaves[1])
+            for a, b in zip(found, wanted, strict=True):
+                close(a, b, 1e-12)
+            for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+                close(a.double(), b.double(), 1e-12, name)
+
+
+def test_statistics_of_no_frame_stay():
+    norm = torch.nn.BatchNorm1d(3)
+    y = batch_norm(norm, torch.randn(1, 5, 3), torch.ones(1, 5, dtype=torch.bool))
+    assert y.isfinite().all()
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    assert torch.equal(norm.running_var, torch.ones(3))
+
+
+def test_a_batch_comes_back_from_its_row():
+    lengths, slots = torch.tensor([3, 0, 2]), torch.tensor([5, 1, 4])
+    spans = Spans.laid_out(lengths, slots, 4)
+    assert spans.begins.tolist() == [0, 5, 6, 10]
+    assert spans.ends.tolist() == [3, 5, 8, 10]
+    x = torch.arange(1.0, 25.0).view(3, 4, 2).double().requires_grad_()
+    row = spans.packed(x, 12)
+    assert row[0, :, 0].tolist() == [1, 3, 5, 0, 0, 0, 17, 19, 0, 0, 0, 0]
+    back = spans.unpacked(row, 3, 4)
+    valid = torch.arange(4) < lengths[:, None]
+    assert torch.equal(back, x * valid[..., None])
+    assert torch.autograd.gradcheck(lambda x: spans.unpacked(spans.packed(x, 12).square(), 3, 4), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False])
+def test_on_a_gpu(kind, train):
+    model = encoder(kind).float().cuda().train(train)
+    theirs = without_padding(copy.deepcopy(model))
+    if kind == "ours":
+        model.ragged = True
+    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, longest=LONGEST)
+    fastasr.accelerate(model, ragged=True, graphs=options)
+    for seed, lengths in enumerate(drawn(20)):
+        x, mask = (t.cuda() for t in batch(lengths if sum(lengths) > 8 else [20], seed=seed, model=model))
+        y, gradients, _ = step(model, x.float(), mask)
+        expected, wanted, _ = step(theirs, x.float(), mask)
+        valid = existing(model, y, mask)
+        close(y[valid], expected[valid], 1e-4)
+        for name, g in gradients.items():
+            close(g, wanted[name], 2e-3, name, least=1e-3)
+    (found,) = fastasr.graph_state(model)[""]
+    assert (found.replayed, found.recorded, found.reason) == (18, 1, None)
