@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
 #include <vector>
 
 #include "bindings/dispatch.h"
@@ -18,15 +17,6 @@ inline std::vector<int64_t> packed_starts(const std::vector<int64_t>& lengths, i
   }
   check(rows > 0 && starts.back() == rows, op, "lengths");
   return starts;
-}
-
-// Returns the numbers of the sequences that have rows, the longest first, so that equal lengths are neighbours.
-inline std::vector<size_t> longest_first(const std::vector<int64_t>& lengths) {
-  std::vector<size_t> order;
-  for (size_t i = 0; i < lengths.size(); i++)
-    if (lengths[i]) order.push_back(i);
-  std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return lengths[i] > lengths[j]; });
-  return order;
 }
 
 }  // namespace fastasr

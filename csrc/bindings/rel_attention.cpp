@@ -2,12 +2,13 @@
 #include "cpu/attention/rel_attention.h"
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings/attention_problem.h"
 #include "bindings/attention_work.h"
-#include "bindings/packed.h"
 #include "bindings/written/rel_attention.h"
 
 namespace fastasr::bindings::rel_attention {
@@ -65,16 +66,12 @@ struct RelAttentionResults {
   }
 };
 
-cpu::WeightsDropout dropout_of(double p, uint64_t seed) {
-  return {seed, static_cast<int32_t>(p * 0x1p31), 1 / (1 - p)};
-}
-
 // Returns the problem that checked arguments describe.
-RelAttention problem(const auto& a, const std::vector<cpu::Recording>& recordings) {
+RelAttention problem(const auto& a) {
   RelAttention r{};
   AttentionProblem& p = r.problem;
   p.batch = a.B, p.frames = a.T, p.heads = a.H, p.query_dim = p.pos_dim = a.D, p.left = a.K - a.T;
-  p.chunk = p.left_chunks = -1, r.value_dim = a.E;
+  p.chunk = p.left_chunks = -1, r.value_dim = a.E, r.all_frames = a.T, r.all_keys = a.K;
   p.padding = data_or_null<uint8_t>(a.key_padding_mask);
   p.mask = data_or_null<uint8_t>(a.attn_mask);
   p.mask_per_sequence = a.attn_mask && a.attn_mask->dim() == 3;
@@ -97,14 +94,44 @@ RelAttention problem(const auto& a, const std::vector<cpu::Recording>& recording
   const auto [left, right] = a.context;
   check(left >= -1 && right >= -1, a.kName, "context");
   const int64_t most = std::max<int64_t>(1, a.K);  // keeps sums from overflowing
-  r.context = {std::min(left, most), std::min(right, most), std::min(a.chunk_size, most),
-               recordings.empty() ? nullptr : recordings.data()};
+  r.context = {std::min(left, most), std::min(right, most), std::min(a.chunk_size, most)};
   check(!a.starts || (a.K == a.T && a.chunk_size == 1), a.kName, "starts with a cache or chunks");
   r.soft_cap = a.soft_cap;
   check(a.dropout_p == 0 || a.dropout_seed.has_value(), a.kName, "dropout_seed");
-  if (a.dropout_p > 0) r.dropout = dropout_of(a.dropout_p, static_cast<uint64_t>(*data<int64_t>(*a.dropout_seed)));
+  if (a.dropout_p > 0)
+    r.dropout = {static_cast<uint64_t>(*data<int64_t>(*a.dropout_seed)), static_cast<int32_t>(a.dropout_p * 0x1p31),
+                 1 / (1 - a.dropout_p)};
   return r;
 }
+
+// The sequences of a call, or the recordings in them, the longest first.
+struct Parts {
+  std::vector<RelAttention> all;
+  int64_t frames = 0;  // of all
+
+  Parts(const auto& a, const RelAttention& r) {
+    std::vector<int64_t> bounds = {0, a.T};
+    if (a.starts) bounds.assign(data<int64_t>(*a.starts), data<int64_t>(*a.starts) + a.N);
+    for (int64_t& bound : bounds) bound = std::clamp<int64_t>(bound, 0, a.T);
+    std::sort(bounds.begin(), bounds.end());
+    for (int64_t b = 0; b < a.B; b++)
+      for (size_t i = 1; i < bounds.size(); i++)
+        if (bounds[i - 1] < bounds[i]) all.push_back(r.part(b, bounds[i - 1], bounds[i] - bounds[i - 1]));
+    for (const RelAttention& part : all) frames += part.problem.frames;
+    if (!a.starts) return;
+    std::stable_sort(all.begin(), all.end(),
+                     [](const RelAttention& x, const RelAttention& y) { return x.problem.frames > y.problem.frames; });
+  }
+
+  const RelAttention& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
+  int64_t count() const { return static_cast<int64_t>(all.size()); }
+  // Returns the work of all for one head; `channels` as in pairs_work.
+  int64_t work(int64_t channels) const {
+    int64_t sum = 0;
+    for (const RelAttention& part : all) sum += pairs_work(part.problem.frames, part.problem.keys(), channels);
+    return sum;
+  }
+};
 
 // The channels of the products of a pair: two for scores and one with the values; the gradients take eight in all. Half
 // of those with queries are of positions.
@@ -113,61 +140,52 @@ int64_t backward_channels(const RelAttention& r) {
   return 3 * (r.problem.query_dim + r.position_channels()) + 2 * r.value_dim;
 }
 
-Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
-  return new_contiguous(q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(q)));
-}
-
-// Runs f(begin, end) over the tasks of one of the two regions of the forward pass. Short inputs run on one thread:
-// waking a second one costs more than it saves, and its packed operands would lie in its own caches.
-void parallel_steps(int64_t tasks, int64_t work, RangeFunction f) { parallel_tasks(tasks, work / 4, f); }
-
 std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call) {
-  const std::vector<cpu::Recording> recordings = recordings_of(call);
-  const RelAttention r = problem(call, recordings);
+  const RelAttention r = problem(call);
   const AttentionProblem& a = r.problem;
-  Tensor y = new_contiguous(call.v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(call.q, a);
+  Tensor y = new_contiguous(call.v, {a.batch, a.frames, a.heads, r.value_dim});
+  Tensor lse = new_contiguous(call.q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(call.q)));
   if (y.numel() == 0) return {y, lse};
-  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
-  attention_key_ranges(a, ranges.data());
+  const Parts parts(call, r);
   with_kernel_type(dtype_of(call.q), call.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = operands<T>(call);
-    const int64_t pairs = a.heads * a.batch, kt_size = r.keys_transposed_size(), v_size = r.values_size();
-    const int64_t rt_size = r.positions_transposed_size(), tables = r.tables();
+    T* const yp = mutable_data<T>(y);
+    C* const lp = mutable_data<C>(lse);
+    if (parts.frames < a.batch * a.frames) {  // The other frames see nothing.
+      zero(y);
+      std::fill_n(lp, lse.numel(), std::numeric_limits<C>::infinity());
+    }
+    if (parts.count() == 0) return;
+    const RelAttention& longest = parts[0];
+    const int64_t kt_size = longest.keys_transposed_size(), v_size = longest.values_size();
     if constexpr (std::is_same_v<T, float>) {
-      if (r.has_few_queries()) {
-        parallel_tasks(pairs, kt_size + v_size, [&](int64_t begin, int64_t end) {
-          const Scratch<float> scratch(r.few_queries_scratch());
-          for (int64_t pair = begin; pair < end; pair++)
-            cpu::rel_attention_few_queries(r, ranges.data(), t, pair, mutable_data<float>(y), mutable_data<float>(lse),
-                                           scratch.data());
+      if (longest.has_few_queries()) {
+        parallel_tasks(a.heads * a.batch, kt_size + v_size, [&](int64_t begin, int64_t end) {
+          const Scratch<float> scratch(longest.few_queries_scratch());
+          for (int64_t i = begin; i < end; i++)
+            cpu::rel_attention_few_queries(parts[i % a.batch], t, i / a.batch, yp, lp, scratch.data());
         });
         return;
       }
     }
-    const Scratch<C> workspace(pairs * (kt_size + v_size) + tables * rt_size);
-    C *const kt = workspace.data(), *const values = kt + pairs * kt_size, *const rt = values + pairs * v_size;
-    parallel_steps(tables + pairs, (kt_size + v_size) / 4, [&](int64_t begin, int64_t end) {
+    std::vector<std::pair<int64_t, int64_t>> blocks;  // of queries: their part and the first of them
+    for (int64_t i = 0; i < parts.count(); i++)
+      for (int64_t j = 0; j < parts[i].problem.frames; j += cpu::kRelAttentionQueries) blocks.emplace_back(i, j);
+    const int64_t count = static_cast<int64_t>(blocks.size()), rt_size = r.positions_transposed_size();
+    // Short inputs run on one thread: waking a second one costs more than it saves. A thread packs what it reads.
+    parallel_tasks(a.heads * count, parts.work(forward_channels(r)) / count / 4, [&](int64_t begin, int64_t end) {
+      const Scratch<C> workspace(kt_size + v_size + rt_size), scratch(longest.forward_scratch());
+      C *const kt = workspace.data(), *const values = kt + kt_size, *const rt = values + v_size;
       for (int64_t i = begin; i < end; i++) {
-        const int64_t pair = i - tables;
-        if (pair < 0)
-          kernel.pack_positions(r, t, i, rt + i * rt_size, static_cast<C*>(nullptr));
-        else
-          kernel.pack_keys(r, t, pair, kt + pair * kt_size, values + pair * v_size);
-      }
-    });
-    T* yp = mutable_data<T>(y);
-    C* lp = mutable_data<C>(lse);
-    const int64_t rows = cpu::kRelAttentionQueries, tasks = (a.frames + rows - 1) / rows;
-    const int64_t work = pairs_work(std::min(rows, a.frames), a.keys(), forward_channels(r));
-    parallel_steps(pairs * tasks, work, [&](int64_t begin, int64_t end) {
-      const Scratch<C> scratch(r.forward_scratch());
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t pair = i / tasks, first = i % tasks * rows;
-        kernel.forward(r, ranges.data(), t, kt + pair * kt_size, values + pair * v_size,
-                       rt + r.table_of(pair / a.batch) * rt_size, pair, first, std::min(first + rows, a.frames), yp, lp,
-                       scratch.data());
+        const auto [number, first] = blocks[static_cast<size_t>(i % count)];
+        const RelAttention& part = parts[number];
+        const int64_t head = i / count, last = std::min(first + cpu::kRelAttentionQueries, part.problem.frames);
+        if (i == begin || (i % count == 0 && r.tables() > 1))
+          kernel.pack_positions(r, t, r.table_of(head), rt, static_cast<C*>(nullptr));
+        if (i == begin || first == 0) kernel.pack_keys(part, t, head, kt, values);
+        kernel.forward(part, t, kt, values, rt, head, first, last, yp, lp, scratch.data());
       }
     });
   });
@@ -176,59 +194,56 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call
 
 // The softmax is computed again with the scores: its sums are exact, and it does not depend on y.
 Nine rel_attention_backward(const RelAttentionBackward& call) {
-  const std::vector<cpu::Recording> recordings = recordings_of(call);
-  const RelAttention r = problem(call, recordings);
+  const RelAttention r = problem(call);
   const AttentionProblem& a = r.problem;
   const Tensor& grad = call.grad_y;
   const RelAttentionResults results(call);
   if (call.pos && r.span.rows() < call.R) zero(results.pos);
-  if (grad.numel() == 0) {
-    results.clear();
-    return results.all();
-  }
-  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
-  attention_key_ranges(a, ranges.data());
+  const Parts parts(call, r);
+  const int64_t count = grad.numel() ? parts.count() : 0;
+  if (!count || parts.frames < a.batch * a.frames) results.clear();
+  if (!count) return results.all();
   with_kernel_type(dtype_of(call.q), call.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = operands<T>(call);
-    // Splits the batch into parts with sums of their own, enough of them for many threads. Their number depends on the
-    // shape.
-    const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, a.batch);
-    const int64_t each = (a.batch + wanted - 1) / wanted, parts = (a.batch + each - 1) / each, tasks = a.heads * parts;
+    // Groups of parts have sums of their own: enough of them for many threads. Their number depends on the shape.
+    const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, count);
+    const int64_t each = (count + wanted - 1) / wanted, groups = (count + each - 1) / each, tasks = a.heads * groups;
+    // Recordings differ in length: a group takes long and short ones.
+    const auto member = [&](int64_t group, int64_t i) { return call.starts ? group + i * groups : group * each + i; };
     const int64_t rt_size = r.positions_transposed_size(), r_size = r.positions_size(), width = r.biases_size();
-    const int64_t o_size = r.offsets_size(), tables = r.tables();
-    const Scratch<C> workspace(tables * (rt_size + r_size) + tasks * r_size);
-    const int64_t c_size = r.key_sums_size();
+    const int64_t o_size = r.offsets_size(), c_size = r.key_sums_size();
+    const Scratch<C> workspace(tasks * r_size);
     const Scratch<double> biases(tasks * (width + o_size) + a.heads * a.batch * c_size);
     double *const offsets = biases.data() + tasks * width, *const by_key = offsets + tasks * o_size;
-    C *const rt = workspace.data(), *const rows = rt + tables * rt_size, *const sums = rows + tables * r_size;
-    parallel_tasks(tables, rt_size + r_size, [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; h++) kernel.pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
-    });
+    C* const sums = workspace.data();
+    std::fill_n(by_key, a.heads * a.batch * c_size, 0.0);
     const T* gp = data<T>(grad);
     const RelAttentionGradients<T> gradients = results.gradients<T>();
-    parallel_tasks(tasks, each * pairs_work(a.frames, a.keys(), backward_channels(r)), [&](int64_t begin, int64_t end) {
-      const Scratch<C> scratch(r.backward_scratch());
+    parallel_tasks(tasks, parts.work(backward_channels(r)) / groups, [&](int64_t begin, int64_t end) {
+      const int64_t scratch_size = parts[0].backward_scratch();
+      const Scratch<C> scratch(scratch_size + rt_size + r_size);  // one buffer: large ones lie in large pages
+      C *const rt = scratch.data() + scratch_size, *const rows = rt + rt_size;
       for (int64_t i = begin; i < end; i++) {
-        const int64_t h = i / parts, first = i % parts * each, table = r.table_of(h);
+        const int64_t h = i / groups, group = i % groups;
+        if (i == begin || (group == 0 && r.tables() > 1)) kernel.pack_positions(r, t, r.table_of(h), rt, rows);
         RelAttentionSums<C> own{sums + i * r_size, biases.data() + i * width, offsets + i * o_size};
         std::fill_n(own.positions, r_size, C(0));
         std::fill_n(own.biases, width, 0.0);
         std::fill_n(own.offsets, o_size, 0.0);
-        for (int64_t pair = h * a.batch + first; pair < h * a.batch + std::min(first + each, a.batch); pair++) {
-          own.keys = by_key + pair * c_size;
-          std::fill_n(own.keys, c_size, 0.0);
-          kernel.backward(r, ranges.data(), gp, t, rt + table * rt_size, rows + table * r_size, pair, gradients, own,
-                          scratch.data());
+        for (int64_t k = 0; k < each && member(group, k) < count; k++) {
+          const RelAttention& part = parts[member(group, k)];
+          own.keys = by_key + (h * a.batch + part.sequence) * c_size;
+          kernel.backward(part, gp, t, rt, rows, h, gradients, own, scratch.data());
         }
       }
     });
-    parallel_tasks(a.heads, parts * (r_size + o_size), [&](int64_t begin, int64_t end) {
+    parallel_tasks(a.heads, groups * (r_size + o_size), [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++) {
-        const int64_t first = h * parts;
-        kernel.store_sums(r, {sums + first * r_size, biases.data() + first * width, offsets + first * o_size}, parts, h,
-                          gradients);
+        const int64_t first = h * groups;
+        kernel.store_sums(r, {sums + first * r_size, biases.data() + first * width, offsets + first * o_size}, groups,
+                          h, gradients);
       }
     });
     if (call.key_bias) kernel.store_key_bias(r, by_key, gradients.key_bias);
@@ -236,169 +251,8 @@ Nine rel_attention_backward(const RelAttentionBackward& call) {
   return results.all();
 }
 
-// Sequences that lie one after the other as rows (N, heads, dim) of q, k and v, each of which sees itself. The longest
-// has all rows of pos, the others its middle ones.
-template <typename T>
-struct PackedSequences {
-  struct One {
-    RelAttention r;
-    RelAttentionOperands<T> t;
-    int64_t first;  // row
-    cpu::KeyRange range;
-  };
-  std::vector<One> all;  // in the order of longest_first
-  std::vector<int64_t> starts;
-
-  PackedSequences(const RelAttentionForward& t, const std::vector<int64_t>& lengths, const char* op) {
-    check(t.q.dim() == 3 && t.v.dim() == 3 && t.q.size(1) > 0 && t.q.size(2) > 0 && t.v.size(2) > 0, op,
-          "sizes of q or v");
-    const int64_t rows = t.q.size(0), heads = t.q.size(1), dim = t.q.size(2), value_dim = t.v.size(2);
-    const auto check_sizes = [&](const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
-      check_like(x, t.q, op, name);
-      check(x.is_contiguous() && has_sizes(x, sizes), op, "sizes or strides of ", name);
-    };
-    starts = packed_starts(lengths, rows, op);
-    const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
-    check_sizes(t.q, {rows, heads, dim}, "q");
-    check_sizes(t.k, {rows, heads, dim}, "k");
-    check_sizes(t.v, {rows, heads, value_dim}, "v");
-    check(t.pos.has_value() && t.bias_u.has_value() && t.bias_v.has_value(), op, "pos, bias_u or bias_v");
-    check_sizes(*t.pos, {2 * longest - 1, heads, dim}, "pos");
-    check_sizes(*t.bias_u, {heads, dim}, "bias_u");
-    check_sizes(*t.bias_v, {heads, dim}, "bias_v");
-    check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
-    const int64_t* seeds = nullptr;
-    if (t.dropout_p > 0) {
-      check(t.dropout_seed && is_dense(*t.dropout_seed, ScalarType::Long, {static_cast<int64_t>(lengths.size())}), op,
-            "dropout_seeds");
-      seeds = data<int64_t>(*t.dropout_seed);
-    }
-    const RelAttentionOperands<T> all_rows = operands<T>(t);
-    for (const size_t i : longest_first(lengths)) {
-      const int64_t first = starts[i];
-      One one{{}, all_rows, first, {0, lengths[i], -1}};
-      AttentionProblem& a = one.r.problem;
-      a.batch = 1, a.frames = lengths[i], a.heads = heads, a.query_dim = a.pos_dim = dim;
-      a.chunk = a.left_chunks = -1, one.r.value_dim = value_dim;
-      one.r.pos_heads = heads, one.r.span = {lengths[i] - 1, lengths[i] - 1};
-      one.t.q += first * heads * dim, one.t.k += first * heads * dim, one.t.v += first * heads * value_dim;
-      one.t.pos += (longest - lengths[i]) * heads * dim;
-      if (seeds) one.r.dropout = dropout_of(t.dropout_p, static_cast<uint64_t>(seeds[i]));
-      all.push_back(one);
-    }
-  }
-
-  int64_t count() const { return static_cast<int64_t>(all.size()); }
-  const One& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
-};
-
-// The arguments of packed sequences, which the struct's own checks do not fit.
-RelAttentionForward packed_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
-                                const Optional& bias_u, const Optional& bias_v, const Optional& dropout_seeds,
-                                double dropout_p) {
-  static const Optional none;
-  return {q, k, v, pos, bias_u, bias_v, none, none, none, none, none, none, dropout_seeds, dropout_p, {-1, -1}, 1, 0};
-}
-
-Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos,
-                                    const Optional& bias_u, const Optional& bias_v, const Optional& dropout_seeds,
-                                    std::vector<int64_t> lengths, double dropout_p) {
-  const char* op = "rel_attention_packed_forward";
-  const RelAttentionForward tensors = packed_call(q, k, v, pos, bias_u, bias_v, dropout_seeds, dropout_p);
-  Tensor y = new_contiguous(v);
-  with_kernel_type(dtype_of(q), op, [&]<typename T>() {
-    using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
-    const PackedSequences<T> sequences(tensors, lengths, op);
-    const RelAttention& longest = sequences[0].r;
-    const int64_t heads = longest.problem.heads, count = sequences.count();
-    const int64_t kt_size = longest.keys_transposed_size(), v_size = longest.values_size();
-    const int64_t rt_size = longest.positions_transposed_size();
-    T* yp = mutable_data<T>(y);
-    parallel_packed(heads * count, sequences.starts, heads, forward_channels(longest), [&](int64_t begin, int64_t end) {
-      const Scratch<C> workspace(kt_size + v_size + rt_size), scratch(longest.forward_scratch());
-      const Scratch<C> lse(heads * longest.problem.frames);  // the backward pass computes it again
-      C *const kt = workspace.data(), *const values = kt + kt_size, *const rt = values + v_size;
-      int64_t packed = 0;  // frames of the sequence whose positions are packed
-      for (int64_t i = begin; i < end; i++) {
-        const auto& [r, t, first, range] = sequences[i % count];
-        const int64_t head = i / count, frames = r.problem.frames;
-        if (i % count == 0 || frames != packed) kernel.pack_positions(r, t, head, rt, nullptr), packed = frames;
-        kernel.pack_keys(r, t, head, kt, values);
-        for (int64_t from = 0; from < frames; from += cpu::kRelAttentionQueries)
-          kernel.forward(r, &range, t, kt, values, rt, head, from, std::min(from + cpu::kRelAttentionQueries, frames),
-                         yp + first * heads * r.value_dim, lse.data(), scratch.data());
-      }
-    });
-  });
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& pos, const Optional& bias_u,
-    const Optional& bias_v, const Optional& dropout_seeds, std::vector<int64_t> lengths, double dropout_p) {
-  const char* op = "rel_attention_packed_backward";
-  const RelAttentionForward tensors = packed_call(q, k, v, pos, bias_u, bias_v, dropout_seeds, dropout_p);
-  check_like(grad, v, op, "grad");
-  check_same_size(grad, v, op, "grad");
-  const RelAttentionResults results(tensors);
-  with_kernel_type(dtype_of(q), op, [&]<typename T>() {
-    using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
-    const PackedSequences<T> sequences(tensors, lengths, op);
-    const RelAttention& longest = sequences[0].r;
-    const int64_t heads = longest.problem.heads, count = sequences.count(), dim = longest.problem.query_dim;
-    // Parts of the sequences have sums of their own. Their number depends on the shape.
-    const int64_t parts = std::clamp<int64_t>((32 + heads - 1) / heads, 1, count), tasks = heads * parts;
-    const int64_t rt_size = longest.positions_transposed_size(), r_size = longest.positions_size(),
-                  width = longest.biases_size();
-    const Scratch<C> workspace(tasks * r_size);
-    const Scratch<double> biases(tasks * width);
-    C* const sums = workspace.data();
-    const T* gp = data<T>(grad);
-    const RelAttentionGradients<T> gradients = results.gradients<T>();
-    parallel_packed(tasks, sequences.starts, heads, backward_channels(longest), [&](int64_t begin, int64_t end) {
-      const Scratch<C> positions(rt_size + r_size), scratch(longest.backward_scratch());
-      C *const rt = positions.data(), *const rows = rt + rt_size;
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t head = i / parts;
-        C* const own = sums + i * r_size;
-        std::fill_n(own, r_size, C(0));
-        std::fill_n(biases.data() + i * width, width, 0.0);
-        int64_t packed = 0;
-        for (int64_t s = i % parts; s < count; s += parts) {
-          const auto& [r, t, first, range] = sequences[s];
-          const int64_t frames = r.problem.frames, at = first * heads;
-          if (frames != packed) kernel.pack_positions(r, t, head, rt, rows), packed = frames;
-          RelAttentionGradients<T> here = gradients;
-          here.q += at * dim, here.k += at * dim, here.v += at * r.value_dim;
-          kernel.backward(r, &range, gp + at * r.value_dim, t, rt, rows, head, here,
-                          {own + (longest.problem.frames - frames) * r.dim(), biases.data() + i * width, nullptr},
-                          scratch.data());
-        }
-      }
-    });
-    parallel_tasks(heads, parts * r_size, [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; h++)
-        kernel.store_sums(longest, {sums + h * parts * r_size, biases.data() + h * parts * width, nullptr}, parts, h,
-                          gradients);
-    });
-  });
-  return {results.q, results.k, results.v, results.pos, results.bias_u, results.bias_v};
-}
-
 }  // namespace
 
 FASTASR_OPERATORS(written<rel_attention_forward>, written<rel_attention_backward>)
-
-FASTASR_UNDECLARED(
-    "fastasr/models/common/packed.py calls it in a node of autograd, for plain tensors outside autocast and tracing",
-    {"rel_attention_packed_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
-     "Tensor? dropout_seeds, int[] lengths, float dropout_p) -> Tensor",
-     Boxed<rel_attention_packed_forward>::call},
-    {"rel_attention_packed_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
-     "Tensor? bias_v, Tensor? dropout_seeds, int[] lengths, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, "
-     "Tensor, Tensor)",
-     Boxed<rel_attention_packed_backward>::call})
 
 }  // namespace fastasr::bindings::rel_attention

@@ -20,6 +20,7 @@ struct Shape {
   int64_t key_bias_batch = 1, key_bias_heads = 1;
   int64_t pos_heads = 0;             // 0: heads
   int64_t before = -1, behind = -1;  // the span of positions; negative: all
+  std::vector<int64_t> ends = {};    // of the recordings in every sequence; empty: one
   int64_t tables() const { return pos_heads ? pos_heads : heads; }
   int64_t rows() const { return before < 0 ? frames + keys() - 1 : before + behind + 1; }
   int64_t keys() const { return cached + frames; }
@@ -52,7 +53,7 @@ struct Call {
     a.batch = s.batch, a.frames = s.frames, a.heads = s.heads, a.query_dim = a.pos_dim = s.dim;
     r.pos_heads = positions() ? s.tables() : 0, r.has_offset_bias = by_offset(), r.soft_cap = s.soft_cap, a.chunk = -1,
     a.left_chunks = -1, r.value_dim = s.value_dim;
-    a.left = s.cached, r.context = s.context;
+    a.left = s.cached, r.context = s.context, r.all_frames = s.frames, r.all_keys = s.keys();
     r.span = {s.keys() - 1, s.frames - 1};
     if (s.before >= 0) r.span = {std::min(s.before, s.keys() - 1), std::min(s.behind, s.frames - 1)};
     if (s.before >= 0) r.span.first = s.before - r.span.left;
@@ -79,6 +80,8 @@ struct Call {
   int64_t row(int64_t b, int64_t i, int64_t h) const { return (b * a.frames + i) * a.heads + h; }
   int64_t key_row(int64_t b, int64_t j, int64_t h) const { return (b * a.keys() + j) * a.heads + h; }
   bool hidden(int64_t b, int64_t i, int64_t j) const {
+    for (const int64_t end : s.ends)
+      if ((i < end) != (j < end)) return true;
     const int64_t chunk = (i + s.cached) / s.context.chunk * s.context.chunk;
     if (s.context.left >= 0 && j < chunk - s.context.left) return true;
     if (s.context.right >= 0 && j >= chunk + s.context.chunk + s.context.right) return true;
@@ -159,8 +162,6 @@ void values(const Shape& shape, uint64_t seed) {
   const RelAttention& r = c.r;
   const AttentionProblem& a = r.problem;
   const int64_t pairs = a.heads * a.batch, parts = a.batch;
-  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
-  attention_key_ranges(a, ranges.data());
   const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
   const auto given = [](bool there, T* x) { return there ? x : nullptr; };
   const auto biases_of = [&](T* u, T* w) {
@@ -200,14 +201,20 @@ void values(const Shape& shape, uint64_t seed) {
   for (int64_t pair = 0; pair < pairs; pair++) {
     const int64_t table = r.table_of(pair / a.batch);
     const C* positions = rt + table * r.positions_transposed_size();
-    kernel.pack_keys(r, t, pair, kt, packed);
-    for (int64_t i = 0; i < a.frames; i += cpu::kRelAttentionQueries)
-      kernel.forward(r, ranges.data(), t, kt, packed, positions, pair, i,
-                     std::min(i + cpu::kRelAttentionQueries, a.frames), y, lse, forward);
-    kernel.backward(r, ranges.data(), c.grad, t, positions, rows + table * r.positions_size(), pair, gradients,
-                    {sums + pair * r.positions_size(), biases + pair * r.biases_size(),
-                     offsets + pair * r.offsets_size(), by_key + pair * r.key_sums_size()},
-                    backward);
+    int64_t begin = 0;
+    for (const int64_t end : shape.ends.empty() ? std::vector{a.frames} : shape.ends) {
+      const RelAttention part = r.part(pair % a.batch, begin, end - begin);
+      const int64_t h = pair / a.batch, frames = part.problem.frames;
+      kernel.pack_keys(part, t, h, kt, packed);
+      for (int64_t i = 0; i < frames; i += cpu::kRelAttentionQueries)
+        kernel.forward(part, t, kt, packed, positions, h, i, std::min(i + cpu::kRelAttentionQueries, frames), y, lse,
+                       forward);
+      kernel.backward(part, c.grad, t, positions, rows + table * r.positions_size(), h, gradients,
+                      {sums + pair * r.positions_size(), biases + pair * r.biases_size(),
+                       offsets + pair * r.offsets_size(), by_key + pair * r.key_sums_size()},
+                      backward);
+      begin = end;
+    }
   }
   for (int64_t h = 0; h < a.heads; h++)
     kernel.store_sums(r,
@@ -234,7 +241,7 @@ void values(const Shape& shape, uint64_t seed) {
     Buffer<T> few(c.grad.size(), 1), scratch(r.few_queries_scratch());
     lse.set(0);
     for (int64_t pair = 0; pair < pairs; pair++)
-      rel_attention_few_queries(r, ranges.data(), t, pair, few, lse, scratch);
+      rel_attention_few_queries(r.part(pair % a.batch, 0, a.frames), t, pair / a.batch, few, lse, scratch);
     same("y of few queries", few, c.y, 128), same("lse of few queries", lse, c.lse, 64);
   }
 }
@@ -277,6 +284,9 @@ TEST_CASE("rel_attention") {
       {1, 150, 2, 8, 8, 2, 0, 30, {20, 5, 10}, 15, 1.5, 1, 1, 1, 9, 200},
       {1, 33, 1, 64, 64, 0, 0, 0, {}, 3, 0, 1, 1, 1, 0, 0},
       {2, 3, 2, 8, 8, 0, 0, 70, {}, 3, 0, 1, 1, 0, 11, 1},
+      {1, 140, 2, 8, 19, 0, 0, 0, {}, 3, 0, 1, 1, 0, 69, 69, {70, 71, 103, 140}},
+      {2, 90, 2, 5, 8, 5, 0.25, 0, {20, 3}, 31, 1.5, 2, 2, 1, 9, 3, {50, 51, 90}},
+      {2, 37, 1, 8, 8, 2, 0, 0, {}, 31, 0, 1, 1, 0, -1, -1, {3, 37}},
   };
   uint64_t seed = 1;
   for (const Shape& shape : shapes) {

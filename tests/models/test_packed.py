@@ -4,11 +4,12 @@ operation on each recording alone."""
 
 import pytest
 import torch
-from steps import close, numbers, seeded
+from steps import close, numbers
 
 from fastasr import ops
 from fastasr.models.common import packed
 from fastasr.models.common.ragged import Packing
+from fastasr.models.fast_conformer.attention import of_recordings
 from fastasr.models.zipformer.packed_weights import of_one_call
 from fastasr.models.zipformer.self_attention import weighted
 from fastasr.ops import _dispatch
@@ -55,26 +56,37 @@ def test_convolution(dtype, taps, delay, activation, bias):
 
 
 @of_every_dtype
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_attention(dtype, dropout_p):
-    frames, heads, dim, longest = sum(LENGTHS), 3, 20, max(LENGTHS)
-    q, k, v = (drawn(frames, heads, dim, dtype=dtype, seed=i) for i in range(3))
-    pos = drawn(2 * longest - 1, heads, dim, dtype=dtype, seed=3)
-    biases = [drawn(heads, dim, dtype=dtype, seed=i) for i in (4, 5)]
-    seeded(dropout_p)
-    found = packed.attended(PACKING, q, k, v, pos, *biases, dropout_p=dropout_p)
-    seeded(dropout_p)
-    seeds = torch.randint(-(2**63), 2**63 - 1, (len(LENGTHS),))
-    assert len(set(seeds.tolist())) == len(LENGTHS)
+@pytest.mark.parametrize("span", [None, (9, 20)])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_attention(dtype, span, backend):
+    heads, dim, longest = 3, 20, max(LENGTHS)
+    q, k, v = (drawn(sum(LENGTHS), heads, dim, dtype=dtype, seed=i) for i in range(3))
+    rows = (2 * longest - 1, heads) if span is None else (sum(span) + 1, 1)
+    pos = drawn(*rows, dim, dtype=dtype, seed=3)
+    biases = [] if span else [drawn(heads, dim, dtype=dtype, seed=i) for i in (4, 5)]
+    with _dispatch.backend(backend):
+        found = of_recordings(PACKING, q, k, v, pos, *(biases or (None, None)), 0.0, span)
     expected = []
-    for i, n in enumerate(LENGTHS):
+    for n, *one in zip(LENGTHS, *(t.split(LENGTHS) for t in (q, k, v)), strict=True):
+        table = pos[longest - n : longest - 1 + n] if span is None else pos
+        options = {} if span is None else {"pos_span": span}
         if n:
-            one = (t.split(LENGTHS)[i][None] for t in (q, k, v))
-            options = {"dropout_p": dropout_p, "dropout_seed": seeds[i : i + 1]} if dropout_p else {}
-            expected.append(
-                ops.rel_attention(*one, pos[longest - n : longest - 1 + n], *biases, **options)[0]
-            )
+            expected.append(ops.rel_attention(*(t[None] for t in one), table, *biases, **options)[0])
+    if dtype is torch.float32 and backend == "auto":
+        assert torch.equal(found, torch.cat(expected))  # A recording's bits do not depend on the others.
     same(found, torch.cat(expected), [q, k, v, pos, *biases], TOLERANCES[dtype])
+
+
+def test_dropout_of_attention():
+    """Recordings of equal queries, keys and values drop different weights."""
+    frames, heads, dim = 30, 2, 8
+    q, k, v = (drawn(frames, heads, dim, seed=i).repeat(2, 1, 1) for i in range(3))
+    packing = Packing([frames, frames], q.device)
+    for backend in ("auto", "eager"):
+        with _dispatch.backend(backend):
+            y = of_recordings(packing, q, k, v, drawn(2 * frames - 1, heads, dim), None, None, 0.5)
+        one, other = y.split(frames)
+        assert not torch.isclose(one, other).all(-1).any()
 
 
 @of_every_dtype
@@ -134,7 +146,7 @@ def test_the_number_of_threads_changes_nothing():
         for threads in (1, 3):
             torch.set_num_threads(threads)
             y = packed.convolved(PACKING, h, weight, None, "silu")
-            z = packed.attended(PACKING, q, q, q, pos, bias, bias, dropout_p=0.0)
+            z = of_recordings(PACKING, q, q, q, pos, bias, bias, 0.0)
             grads = torch.autograd.grad(y.sin().sum() + z.sin().sum(), [h, weight, q, pos, bias])
             results.append((y, z, *grads))
     finally:

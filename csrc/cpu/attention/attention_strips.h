@@ -72,7 +72,8 @@ void load_queries(const AttentionProblem& a, const Strip& t, const T* x, C* q, C
 }
 
 inline const uint8_t* mask_row(const AttentionProblem& a, int64_t sequence, int64_t frame) {
-  return a.mask ? a.mask + ((a.mask_per_sequence ? sequence * a.frames : 0) + frame) * a.keys() : nullptr;
+  const int64_t row = (a.mask_per_sequence ? sequence * a.frames : 0) + frame;
+  return a.mask ? a.mask + row * (a.mask_keys ? a.mask_keys : a.keys()) : nullptr;
 }
 
 // Sets s[j - j0] = value for the keys [j0, j1) that the chunk window, padding or mask hides from row m.

@@ -28,14 +28,19 @@ C scale_of(const RelAttention& r) {
 
 // Returns the row of a query in (batch, frames, heads, width).
 template <typename T>
-T* row_of(const AttentionProblem& a, T* t, int64_t width, int64_t pair, int64_t frame) {
-  return t + ((pair % a.batch * a.frames + frame) * a.heads + pair / a.batch) * width;
+T* row_of(const RelAttention& r, T* t, int64_t width, int64_t head, int64_t frame) {
+  return t + ((r.sequence * r.all_frames + r.first + frame) * r.problem.heads + head) * width;
 }
 
 // Returns the row of a key in (batch, keys, heads, width).
 template <typename T>
-T* key_row(const AttentionProblem& a, T* t, int64_t width, int64_t pair, int64_t key) {
-  return t + ((pair % a.batch * a.keys() + key) * a.heads + pair / a.batch) * width;
+T* key_row(const RelAttention& r, T* t, int64_t width, int64_t head, int64_t key) {
+  return t + ((r.sequence * r.all_keys + r.first + key) * r.problem.heads + head) * width;
+}
+
+// Returns the place of a query in (batch, heads, frames).
+int64_t place_of(const RelAttention& r, int64_t head, int64_t frame) {
+  return (r.sequence * r.problem.heads + head) * r.all_frames + r.first + frame;
 }
 
 // Returns the keys that the context of the queries [first, last] lets through.
@@ -43,10 +48,8 @@ Window context_of(const RelAttention& r, int64_t first, int64_t last) {
   const AttentionProblem& a = r.problem;
   const Context& c = r.context;
   const auto chunk = [&](int64_t i) { return (i + a.left) / c.chunk * c.chunk; };
-  const Window w{c.left < 0 ? 0 : std::max<int64_t>(0, chunk(first) - c.left),
-                 c.right < 0 ? a.keys() : std::min(a.keys(), chunk(last) + c.chunk + c.right)};
-  if (!c.recordings) return w;
-  return {std::max(w.begin, c.recordings[first].begin), std::min(w.end, c.recordings[last].end)};
+  return {c.left < 0 ? 0 : std::max<int64_t>(0, chunk(first) - c.left),
+          c.right < 0 ? a.keys() : std::min(a.keys(), chunk(last) + c.chunk + c.right)};
 }
 
 // Computes out[d * stride + j] = in[j * step + d] for N rows, whose lanes are written side by side.
@@ -112,12 +115,12 @@ const T* bias_of(const T* bias, int64_t head, int64_t dim) {
 // Prepares a strip's queries with a bias, times the scale: rows of `dim()`, zeros behind their channels, and by
 // channel. Rows behind the last frame are zeros.
 template <typename T, typename C = compute_t<T>>
-void load_biased(const RelAttention& r, const T* q, const T* bias, const Strip& s, int64_t pair, C* rows, C* columns) {
+void load_biased(const RelAttention& r, const T* q, const T* bias, const Strip& s, C* rows, C* columns) {
   const AttentionProblem& a = r.problem;
   const int64_t dim = a.query_dim, depth = r.dim();
   for (int m = 0; m < s.stored; m++) {
     C* row = rows + m * depth;
-    add_bias(row_of(a, q, dim, pair, s.begin + m), bias_of(bias, s.head, dim), dim, scale_of<C>(r), row);
+    add_bias(row_of(r, q, dim, s.head, s.begin + m), bias_of(bias, s.head, dim), dim, scale_of<C>(r), row);
     zero(row + dim, depth - dim);
   }
   zero(rows + s.stored * depth, (s.rows - s.stored) * depth);
@@ -127,21 +130,16 @@ void load_biased(const RelAttention& r, const T* q, const T* bias, const Strip& 
 
 // Prepares a strip's queries with the biases of content and, where there are positions, of position.
 template <typename T, typename C = compute_t<T>>
-void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, int64_t pair, C* content_rows,
+void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, C* content_rows,
                  C* position_rows, C* content, C* position) {
-  load_biased(r, t.q, t.bias_u, s, pair, content_rows, content);
-  if (r.pos_heads) load_biased(r, t.q, t.bias_v, s, pair, position_rows, position);
-}
-
-// Returns the place of a query's gate in (batch, frames, heads).
-int64_t gate_of(const AttentionProblem& a, int64_t pair, int64_t frame) {
-  return (pair % a.batch * a.frames + frame) * a.heads + pair / a.batch;
+  load_biased(r, t.q, t.bias_u, s, content_rows, content);
+  if (r.pos_heads) load_biased(r, t.q, t.bias_v, s, position_rows, position);
 }
 
 // Returns the factor of a query's offset bias.
 template <typename T, typename C = compute_t<T>>
-C gate(const AttentionProblem& a, const RelAttentionOperands<T>& t, int64_t pair, int64_t frame) {
-  return t.offset_gate ? load(t.offset_gate[gate_of(a, pair, frame)]) : C(1);
+C gate(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head, int64_t frame) {
+  return t.offset_gate ? load(*row_of(r, t.offset_gate, 1, head, frame)) : C(1);
 }
 
 // Returns the offset bias behind the packed positions.
@@ -152,21 +150,20 @@ C* offset_bias_of(const RelAttention& r, C* rt) {
 
 // Returns a row of the offset bias that begins at the offset of the key `begin`; `row` is what the table begins with.
 template <typename C>
-C* bias_row(const AttentionProblem& a, C* row, int64_t frame, int64_t begin) {
-  return row + kAttentionMargin + a.frames - 1 - frame + begin;
+C* bias_row(const RelAttention& r, C* row, int64_t frame, int64_t begin) {
+  return row + kAttentionMargin + r.all_frames - 1 - frame + begin;
 }
 
 // Returns the row of the key bias's table that a head and sequence have.
-int64_t key_bias_row(const RelAttention& r, int64_t pair) {
-  const int64_t batch = r.problem.batch, b = r.key_bias_batch == 1 ? 0 : pair % batch;
-  return b * r.key_bias_heads + (r.key_bias_heads == 1 ? 0 : pair / batch);
+int64_t key_bias_row(const RelAttention& r, int64_t head, int64_t sequence) {
+  return (r.key_bias_batch == 1 ? 0 : sequence) * r.key_bias_heads + (r.key_bias_heads == 1 ? 0 : head);
 }
 
 // Sets the scores s[j - begin] of hidden keys and of those behind the last to -inf.
 template <typename C>
-void hide(const RelAttention& r, const Strip& t, int m, const KeyRange& range, int64_t begin, int64_t end, C* s) {
+void hide(const RelAttention& r, const Strip& t, int m, int64_t begin, int64_t end, C* s) {
   const int64_t n = end - begin;
-  fill_hidden(r.problem, t, m, range, begin, end, s, -kInfinity<C>);
+  fill_hidden(r.problem, t, m, r.range, begin, end, s, -kInfinity<C>);
   const Window w = context_of(r, t.begin + m, t.begin + m);  // ends with the keys
   std::fill(s, s + std::clamp<int64_t>(w.begin - begin, 0, n), -kInfinity<C>);
   std::fill(s + std::clamp<int64_t>(w.end - begin, 0, n), s + n, -kInfinity<C>);
@@ -208,9 +205,8 @@ void add_positions(const RelAttention& r, const Strip& t, const C* position, con
 // Computes s[m][j - begin] = content[m] k[j] + position[m] R[j - i] + g[i] b[T - 1 + j - i] + c[j] for the keys [begin,
 // end), -inf where one is hidden.
 template <typename T, typename C = compute_t<T>>
-void scores_of(const RelAttention& r, const RelAttentionOperands<T>& operands, const KeyRange& range, const Strip& t,
-               int64_t pair, const C* content, const C* position, const C* kt, const C* rt, int64_t begin, int64_t end,
-               C* s, int64_t stride, C* band) {
+void scores_of(const RelAttention& r, const RelAttentionOperands<T>& operands, const Strip& t, const C* content,
+               const C* position, const C* kt, const C* rt, int64_t begin, int64_t end, C* s, int64_t stride, C* band) {
   const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
   const AttentionProblem& a = r.problem;
   const int64_t n = end - begin;
@@ -222,56 +218,56 @@ void scores_of(const RelAttention& r, const RelAttentionOperands<T>& operands, c
     C* row = s + m * stride;
     if (r.has_offset_bias) {
       const int64_t i = t.begin + m;
-      row_kernels.add_scaled(row, bias_row(a, bias, i, begin), n, gate(a, operands, pair, i));
+      row_kernels.add_scaled(row, bias_row(r, bias, i, begin), n, gate(r, operands, t.head, i));
     }
     if (r.key_bias_heads) row_kernels.add(row, kt + a.query_dim * a.padded_keys() + begin, n);
     if (r.soft_cap > 0) row_kernels.soft_cap(row, n, static_cast<C>(r.soft_cap));
-    hide(r, t, m, range, begin, end, row);
+    hide(r, t, m, begin, end, row);
   }
 }
 
 // Says whether any key is hidden from the query. A query whose scores are all -inf though no key is hidden has NaN for
 // weights; one that sees no key has zeros.
-bool hides_any(const RelAttention& r, const KeyRange& range, int64_t sequence, int64_t frame) {
+bool hides_any(const RelAttention& r, int64_t frame) {
   const AttentionProblem& a = r.problem;
   const Window w = context_of(r, frame, frame);
-  if (range.masked >= 0 || w.begin > 0 || w.end < a.keys()) return true;
-  const uint8_t* row = mask_row(a, sequence, frame);
+  if (r.range.masked >= 0 || w.begin > 0 || w.end < r.all_keys) return true;
+  const uint8_t* row = mask_row(a, 0, frame);
   return row && std::memchr(row, 1, static_cast<size_t>(a.keys()));
 }
 
 // Applies dropout to n numbers of a row, the first of which belongs to the key `begin`.
 template <typename C>
-void drop(const RelAttention& r, int64_t pair, int64_t frame, int64_t begin, int64_t n, C* row) {
-  const AttentionProblem& a = r.problem;
+void drop(const RelAttention& r, int64_t head, int64_t frame, int64_t begin, int64_t n, C* row) {
   if (r.dropout.threshold == 0) return;
-  const int64_t weights_row = (pair % a.batch * a.heads + pair / a.batch) * a.frames + frame;
-  kernels<AttentionRows<C>>().drop(row, n, dropout_row(r.dropout, weights_row), begin, r.dropout.threshold,
-                                   static_cast<C>(r.dropout.scale));
+  kernels<AttentionRows<C>>().drop(row, n, dropout_row(r.dropout, place_of(r, head, frame)), r.first + begin,
+                                   r.dropout.threshold, static_cast<C>(r.dropout.scale));
 }
 
 // Returns the keys that any of the queries [first, last] may see: padding at either end of a sequence is left out.
-Window window_of(const RelAttention& r, const KeyRange& range, int64_t first, int64_t last) {
+Window window_of(const RelAttention& r, int64_t first, int64_t last) {
   const Window w = context_of(r, first, last);
-  const int64_t begin = std::max(w.begin, range.begin), end = std::min(w.end, range.end);
+  const int64_t begin = std::max(w.begin, r.range.begin), end = std::min(w.end, r.range.end);
   if (begin >= end) return {0, 0};
   return {begin / kAttentionPad * kAttentionPad, round_up(end, kAttentionPad)};
 }
 
-// Packs the keys of one head and sequence by channel, with the key bias behind them.
+// Packs the keys of one head by channel, with the key bias behind them.
 template <typename T, typename C = compute_t<T>>
-void transpose_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t pair, C* out) {
+void transpose_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head, C* out) {
   const AttentionProblem& a = r.problem;
   const int64_t n = r.key_rows(), dim = a.query_dim;
-  transpose_padded(key_row(a, t.k, dim, pair, 0), a.heads * dim, a.keys(), dim, out, n);
-  if (r.key_bias_heads) copy_padded(t.key_bias + key_bias_row(r, pair) * a.keys(), 0, 1, a.keys(), out + dim * n, n, 1);
+  transpose_padded(key_row(r, t.k, dim, head, 0), a.heads * dim, a.keys(), dim, out, n);
+  if (r.key_bias_heads)
+    copy_padded(t.key_bias + key_bias_row(r, head, r.sequence) * r.all_keys + r.first, 0, 1, a.keys(), out + dim * n, n,
+                1);
 }
 
 template <typename T, typename C = compute_t<T>>
-void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t pair, C* keys_transposed, C* values) {
+void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head, C* keys_transposed, C* values) {
   const AttentionProblem& a = r.problem;
-  transpose_keys(r, t, pair, keys_transposed);
-  copy_padded(key_row(a, t.v, r.value_dim, pair, 0), a.heads * r.value_dim, a.keys(), r.value_dim, values, r.values(),
+  transpose_keys(r, t, head, keys_transposed);
+  copy_padded(key_row(r, t.v, r.value_dim, head, 0), a.heads * r.value_dim, a.keys(), r.value_dim, values, r.values(),
               r.key_rows());
 }
 
@@ -310,42 +306,38 @@ struct StripState {
 };
 
 template <typename T, typename C = compute_t<T>>
-void store_strip(const RelAttention& r, const KeyRange& range, int64_t pair, const Strip& strip,
-                 const RunningSoftmax<C>& softmax, T* y, C* lse) {
+void store_strip(const RelAttention& r, const Strip& strip, const RunningSoftmax<C>& softmax, T* y, C* lse) {
   const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
-  const AttentionProblem& a = r.problem;
-  const int64_t h = pair / a.batch, b = pair % a.batch;
   for (int m = 0; m < strip.stored; m++) {
     const int64_t frame = strip.begin + m;
-    T* out = row_of(a, y, r.value_dim, pair, frame);
-    const bool none = softmax.sum[m] == 0 && hides_any(r, range, b, frame);  // the query sees no key
+    T* out = row_of(r, y, r.value_dim, strip.head, frame);
+    const bool none = softmax.sum[m] == 0 && hides_any(r, frame);  // the query sees no key
     if (none)
       std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(r.value_dim));
     else
       row_kernels.divided(softmax.total + m * r.values(), softmax.sum[m], out, r.value_dim);
-    lse[(b * a.heads + h) * a.frames + frame] = none ? kInfinity<C> : softmax.top[m] + std::log(softmax.sum[m]);
+    lse[place_of(r, strip.head, frame)] = none ? kInfinity<C> : softmax.top[m] + std::log(softmax.sum[m]);
   }
 }
 
 template <typename T, typename C = compute_t<T>>
-void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t, const C* kt, const C* v,
-             const C* rt, int64_t pair, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
+void forward(const RelAttention& r, const RelAttentionOperands<T>& t, const C* kt, const C* v, const C* rt,
+             int64_t head, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
   const AttentionProblem& a = r.problem;
   const int64_t depth = r.values();
-  const KeyRange& range = ranges[pair % a.batch];
-  const Window window = window_of(r, range, begin, end - 1);
+  const Window window = window_of(r, begin, end - 1);
   C *scores = scratch, *band = scores + kAttentionRows * kKeyBlock, *part = band + kAttentionRows * kBandWidth;
   C *rows = part + kAttentionRows * depth, *memory = rows + 2 * kAttentionRows * r.dim();
   StripState<C> states[kStrips];
   int count = 0;
-  for_each_strip<C>(a, pair, begin, end, [&](const Strip& strip) {
+  for_each_strip<C>(a, head, begin, end, [&](const Strip& strip) {
     StripState<C>& s = states[count++];
     s.strip = strip;
-    s.window = window_of(r, range, strip.begin, strip.begin + strip.stored - 1);
+    s.window = window_of(r, strip.begin, strip.begin + strip.stored - 1);
     s.softmax.total = memory, memory += strip.rows * depth;
     s.content = memory, memory += strip.rows * a.query_dim;
     s.position = memory, memory += strip.rows * a.query_dim;
-    load_biased(r, t, strip, pair, rows, rows + strip.rows * r.dim(), s.content, s.position);
+    load_biased(r, t, strip, rows, rows + strip.rows * r.dim(), s.content, s.position);
     s.softmax.reset(strip.rows, depth);
   });
   for (int64_t j0 = window.begin; j0 < window.end; j0 += kKeyBlock)
@@ -353,11 +345,11 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
       StripState<C>& s = states[k];
       const int64_t from = std::max(j0, s.window.begin), to = std::min(j0 + kKeyBlock, s.window.end);
       if (from >= to) continue;
-      scores_of(r, t, range, s.strip, pair, s.content, s.position, kt, rt, from, to, scores, kKeyBlock, band);
+      scores_of(r, t, s.strip, s.content, s.position, kt, rt, from, to, scores, kKeyBlock, band);
       s.softmax.add(scores, s.strip.stored, to - from, v + from * depth, depth, part,
-                    [&](int m, C* row) { drop(r, pair, s.strip.begin + m, from, to - from, row); });
+                    [&](int m, C* row) { drop(r, head, s.strip.begin + m, from, to - from, row); });
     }
-  for (int k = 0; k < count; k++) store_strip(r, range, pair, states[k].strip, states[k].softmax, y, lse);
+  for (int k = 0; k < count; k++) store_strip(r, states[k].strip, states[k].softmax, y, lse);
 }
 
 // The memory of few_queries.
@@ -374,7 +366,7 @@ struct FewQueries {
 };
 
 // --------------------------------------------------------------------------- backward
-// Memory of one head and sequence, and of one block of its queries.
+// Memory of one head, and of one block of its queries.
 template <typename C>
 struct BackwardMemory {
   C *kt, *keys, *vt, *dk, *dv;      // packed operands and sums
@@ -413,10 +405,9 @@ template <typename T, typename C>
 struct BackwardProblem {
   const RelAttention& r;
   const RelAttentionOperands<T>& t;
-  const KeyRange& range;
   const T* grad;
   const C *rt, *rows;  // R of this head
-  int64_t pair;
+  int64_t head;
   const RelAttentionGradients<T>& gradients;
   const RelAttentionSums<C>& sums;
   const BackwardMemory<C>& m;
@@ -426,13 +417,12 @@ struct BackwardProblem {
 // Computes the gate's gradient of a query and adds to the offset bias's, from n numbers of dS.
 template <typename T, typename C>
 void add_offset_gradients(const BackwardProblem<T, C>& b, int64_t frame, int64_t n, const C* ds) {
-  const AttentionProblem& a = b.r.problem;
   const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
-  row_kernels.add_to_double(bias_row(a, b.sums.offsets, frame, b.window.begin), ds, n, gate(a, b.t, b.pair, frame));
+  row_kernels.add_to_double(bias_row(b.r, b.sums.offsets, frame, b.window.begin), ds, n, gate(b.r, b.t, b.head, frame));
   if (!b.t.offset_gate) return;
   const C* bias = offset_bias_of(b.r, b.rt);
-  store(&b.gradients.offset_gate[gate_of(a, b.pair, frame)],
-        row_kernels.dot(bias_row(a, bias, frame, b.window.begin), ds, n));
+  store(row_of(b.r, b.gradients.offset_gate, 1, b.head, frame),
+        row_kernels.dot(bias_row(b.r, bias, frame, b.window.begin), ds, n));
 }
 
 // Writes e^(s - max) of a strip to `weights`, dS to `ds`, and the strip's rows of q, p and g. `first` is the block's.
@@ -445,13 +435,13 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
   const int64_t depth = b.r.dim(), values = b.r.values(), width = b.r.value_dim, row0 = t.begin - first;
   const Window w = b.window;
   C *weights = m.weights + row0 * m.stride, *ds = m.ds + row0 * m.stride;
-  load_biased(b.r, b.t, t, b.pair, m.q + row0 * depth, m.p + row0 * depth, m.content, m.position);
-  copy_padded(row_of(a, b.grad, width, b.pair, t.begin), a.heads * width, t.stored, width, m.g + row0 * values, values,
-              t.rows);
+  load_biased(b.r, b.t, t, m.q + row0 * depth, m.p + row0 * depth, m.content, m.position);
+  copy_padded(row_of(b.r, b.grad, width, b.head, t.begin), a.heads * width, t.stored, width, m.g + row0 * values,
+              values, t.rows);
   transpose(m.g + row0 * values, values, t.rows, width, m.columns, t.rows);
   for (int64_t j = w.begin; j < w.end; j += kKeyBlock) {
     const int64_t end = std::min(j + kKeyBlock, w.end);
-    scores_of(b.r, b.t, b.range, t, b.pair, m.content, m.position, m.kt, b.rt, j, end, weights + j, m.stride, m.band);
+    scores_of(b.r, b.t, t, m.content, m.position, m.kt, b.rt, j, end, weights + j, m.stride, m.band);
   }
   tiles.scores(m.columns, m.vt, a.padded_keys(), width, nullptr, nullptr, 0, 0, w.begin, w.end, ds, m.stride, nullptr,
                0);
@@ -464,17 +454,18 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
     if (i < t.stored)
       sum = row_kernels.exponentials(e, n, std::max(row_kernels.maximum(e, n), std::numeric_limits<C>::lowest()));
     // the query sees no key, or does not exist
-    if (sum == 0 && (i >= t.stored || hides_any(b.r, b.range, t.sequence, t.begin + i))) {
+    if (sum == 0 && (i >= t.stored || hides_any(b.r, t.begin + i))) {
       zero(e, n), zero(gradient, n), zero(g, values);
-      if (i < t.stored && b.t.offset_gate) store(&b.gradients.offset_gate[gate_of(a, b.pair, t.begin + i)], C(0));
+      if (i < t.stored && b.t.offset_gate) store(row_of(b.r, b.gradients.offset_gate, 1, b.head, t.begin + i), C(0));
       continue;
     }
-    drop(b.r, b.pair, t.begin + i, w.begin, n, gradient);
+    drop(b.r, b.head, t.begin + i, w.begin, n, gradient);
     row_kernels.attention_gradient(e, sum, gradient, n);
     if (b.r.soft_cap > 0) row_kernels.soft_cap_gradient(m.scores, gradient, n, static_cast<C>(b.r.soft_cap));
     if (b.r.has_offset_bias) add_offset_gradients(b, t.begin + i, n, gradient);
-    if (b.r.key_bias_heads) row_kernels.add_to_double(b.sums.keys + w.begin, gradient, n, C(1));
-    drop(b.r, b.pair, t.begin + i, w.begin, n, e);
+    if (b.r.key_bias_heads)
+      row_kernels.add_to_double(b.sums.keys + b.r.first + w.begin, gradient, std::min(n, a.keys() - w.begin), C(1));
+    drop(b.r, b.head, t.begin + i, w.begin, n, e);
     for (int64_t d = 0; d < width; d++) g[d] /= sum;
   }
 }
@@ -483,9 +474,12 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
 // end + i, and has R's first row for the keys before, its last one for those behind.
 template <typename T, typename C>
 Window spanned(const BackwardProblem<T, C>& b, int64_t first) {
-  const int64_t at = first + b.r.problem.left, least = b.window.begin - kBackwardQueries, most = b.window.end;
-  const int64_t begin = std::clamp(round_down(at - b.r.span.left), least, most);
-  return {begin, std::clamp(round_up(at + b.r.span.right + 1, kAttentionPad), begin, most)};
+  const AttentionProblem& a = b.r.problem;
+  const int64_t at = first + a.left, least = b.window.begin - kBackwardQueries, most = b.window.end;
+  // R may have rows for keys of longer recordings.
+  const int64_t left = std::min(b.r.span.left, a.keys() - 1), right = std::min(b.r.span.right, a.frames - 1);
+  const int64_t begin = std::clamp(round_down(at - left), least, most);
+  return {begin, std::clamp(round_up(at + right + 1, kAttentionPad), begin, most)};
 }
 
 // Adds what keys beyond the span give to dq and to the first and last row of dR.
@@ -560,33 +554,30 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
   if (b.r.pos_heads)
     for (int64_t i = 0; i < count * depth; i++) m.dq[i] += m.dp[i];
   for (int64_t i = 0; i < count; i++) {
-    T* row = row_of(a, b.gradients.q, dim, b.pair, first + i);
+    T* row = row_of(b.r, b.gradients.q, dim, b.head, first + i);
     for (int64_t d = 0; d < dim; d++) store(&row[d], m.dq[i * depth + d] * scale);
   }
 }
 
 template <typename T, typename C = compute_t<T>>
-void backward(const RelAttention& r, const KeyRange* ranges, const T* grad, const RelAttentionOperands<T>& t,
-              const C* rt, const C* rows, int64_t pair, const RelAttentionGradients<T>& gradients,
-              const RelAttentionSums<C>& sums, C* scratch) {
+void backward(const RelAttention& r, const T* grad, const RelAttentionOperands<T>& t, const C* rt, const C* rows,
+              int64_t head, const RelAttentionGradients<T>& gradients, const RelAttentionSums<C>& sums, C* scratch) {
   const AttentionProblem& a = r.problem;
   const BackwardMemory<C> m(r, scratch);
   const int64_t n = r.key_rows(), depth = r.dim(), values = r.values(), dim = a.query_dim, width = r.value_dim;
-  const KeyRange& range = ranges[pair % a.batch];
-  BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, pair, gradients, sums, m, {}};
-  const T* keys = key_row(a, t.k, dim, pair, 0);
-  copy_padded(keys, a.heads * dim, a.keys(), dim, m.keys, depth, n);
-  transpose_keys(r, t, pair, m.kt);
-  transpose_padded(key_row(a, t.v, width, pair, 0), a.heads * width, a.keys(), width, m.vt, n);
+  BackwardProblem<T, C> b = {r, t, grad, rt, rows, head, gradients, sums, m, {}};
+  copy_padded(key_row(r, t.k, dim, head, 0), a.heads * dim, a.keys(), dim, m.keys, depth, n);
+  transpose_keys(r, t, head, m.kt);
+  transpose_padded(key_row(r, t.v, width, head, 0), a.heads * width, a.keys(), width, m.vt, n);
   zero(m.dk, depth * n), zero(m.dv, values * n);
   for (int64_t first = 0; first < a.frames; first += kBackwardQueries) {
     const int64_t count = std::min(kBackwardQueries, a.frames - first);
-    b.window = window_of(r, range, first, first + count - 1);
-    for_each_strip<C>(a, pair, first, first + count, [&](const Strip& s) { strip_softmax_gradient(b, s, first); });
+    b.window = window_of(r, first, first + count - 1);
+    for_each_strip<C>(a, head, first, first + count, [&](const Strip& s) { strip_softmax_gradient(b, s, first); });
     block_gradients(b, first, count);
   }
   for (int64_t j = 0; j < a.keys(); j++) {
-    T *key = key_row(a, gradients.k, dim, pair, j), *value = key_row(a, gradients.v, width, pair, j);
+    T *key = key_row(r, gradients.k, dim, head, j), *value = key_row(r, gradients.v, width, head, j);
     for (int64_t d = 0; d < dim; d++) store(&key[d], m.dk[j * depth + d]);
     for (int64_t d = 0; d < width; d++) store(&value[d], m.dv[j * values + d]);
   }
@@ -634,16 +625,26 @@ void store_sums(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t 
 
 template <typename T, typename C = compute_t<T>>
 void store_key_bias(const RelAttention& r, const double* sums, T* gradient) {
-  const AttentionProblem& a = r.problem;
-  std::vector<double> table(static_cast<size_t>(r.key_bias_batch * r.key_bias_heads * a.keys()));
-  for (int64_t pair = 0; pair < a.heads * a.batch; pair++) {
-    double* const row = table.data() + key_bias_row(r, pair) * a.keys();
-    for (int64_t j = 0; j < a.keys(); j++) row[j] += sums[pair * r.key_rows() + j];
+  const int64_t n = r.all_keys, batch = r.problem.batch;
+  std::vector<double> table(static_cast<size_t>(r.key_bias_batch * r.key_bias_heads * n));
+  for (int64_t pair = 0; pair < r.problem.heads * batch; pair++) {
+    double* const row = table.data() + key_bias_row(r, pair / batch, pair % batch) * n;
+    for (int64_t j = 0; j < n; j++) row[j] += sums[pair * n + j];
   }
   for (size_t i = 0; i < table.size(); i++) store(&gradient[i], static_cast<C>(table[i]));
 }
 
 }  // namespace
+
+RelAttention RelAttention::part(int64_t sequence_, int64_t first_, int64_t frames) const {
+  RelAttention r = *this;
+  AttentionProblem& a = r.problem;
+  r.sequence = sequence_, r.first = first_, a.batch = 1, a.frames = frames, a.mask_keys = all_keys;
+  if (a.padding) a.padding += sequence_ * all_keys + first_;
+  if (a.mask) a.mask += (a.mask_per_sequence ? sequence_ * all_frames : 0) * all_keys + first_ * (all_keys + 1);
+  attention_key_ranges(a, &r.range);
+  return r;
+}
 
 int64_t RelAttention::dim() const { return round_up(problem.query_dim, kAttentionPad / 2); }
 int64_t RelAttention::positions() const { return round_up(span.rows() + 2 * kPositionMargin, kAttentionPad / 2); }
@@ -666,15 +667,14 @@ bool RelAttention::has_few_queries() const {
 int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*this, nullptr).elements; }
 
 // Queries, keys and positions are multiplied where they lie: packed keys would serve too few queries.
-void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<float>& t,
-                               int64_t pair, float* y, float* lse, float* scratch) {
+void rel_attention_few_queries(const RelAttention& r, const RelAttentionOperands<float>& t, int64_t head, float* y,
+                               float* lse, float* scratch) {
   const AttentionProblem& a = r.problem;
   const FewQueries m(r);
-  const int64_t dim = a.query_dim, head = pair / a.batch, step = a.heads * dim, n = a.keys();
-  const KeyRange& range = ranges[pair % a.batch];
+  const int64_t dim = a.query_dim, step = a.heads * dim, n = a.keys();
   const float scale = scale_of<float>(r);
   for (int64_t i = 0; i < a.frames; i++) {
-    const float* q = row_of(a, t.q, dim, pair, i);
+    const float* q = row_of(r, t.q, dim, head, i);
     add_bias(q, bias_of(t.bias_u, head, dim), dim, scale, scratch + m.content + i * m.depth);
     add_bias(q, bias_of(t.bias_v, head, dim), dim, scale, scratch + m.position + i * m.depth);
   }
@@ -684,12 +684,12 @@ void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, co
                            nullptr,        scratch + out, out_row, a.frames, count, dim};
     gemm.products(g, 0, gemm.groups(g));
   };
-  product(m.content, key_row(a, t.k, dim, pair, 0), m.by_key, n, m.keys);
+  product(m.content, key_row(r, t.k, dim, head, 0), m.by_key, n, m.keys);
   product(m.position, t.pos + head * dim, m.by_offset, a.offsets(), m.offsets);
   float *const block = scratch + m.block, *const packed = scratch + m.packed;
-  const float* values = key_row(a, t.v, r.value_dim, pair, 0);
+  const float* values = key_row(r, t.v, r.value_dim, head, 0);
   copy_padded(values, a.heads * r.value_dim, n, r.value_dim, packed, m.values, m.keys);
-  for_each_strip<float>(a, pair, 0, a.frames, [&](const Strip& strip) {
+  for_each_strip<float>(a, head, 0, a.frames, [&](const Strip& strip) {
     zero(block, kAttentionRows * kKeyBlock);
     RunningSoftmax<float> softmax;
     softmax.total = scratch + m.total;
@@ -700,10 +700,10 @@ void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, co
       const float* position = scratch + m.by_offset + i * m.offsets + a.frames - 1 - i;
       float* row = block + k * kKeyBlock;
       for (int64_t j = 0; j < n; j++) row[j] = content[j] + position[j];
-      hide(r, strip, k, range, 0, m.keys, row);
+      hide(r, strip, k, 0, m.keys, row);
     }
     softmax.add(block, strip.stored, m.keys, packed, m.values, scratch + m.part);
-    store_strip(r, range, pair, strip, softmax, y, lse);
+    store_strip(r, strip, softmax, y, lse);
   });
 }
 

@@ -31,6 +31,7 @@ struct AttentionProblem {
   const uint8_t* padding;      // (batch, keys), nonzero: masked; may be null
   const uint8_t* mask;         // (frames, keys), or (batch, frames, keys) when mask_per_sequence; may be null
   bool mask_per_sequence;
+  int64_t mask_keys = 0;        // of a row of the mask; 0: keys()
   double penalty, limit;        // dS += penalty sign(s) where |s| > limit, before masking
   const Recording* recordings;  // (frames), or null; chunks count from a recording's first frame
   int64_t rows;                 // of R, with recordings

@@ -55,8 +55,9 @@ _FUSED: dict[type[torch.nn.Module], Name] = {
 _FRAMEWORKS = ("espnet", "espnet2", "fireredasr", "nemo", "speechbrain", "transformers")
 
 
-def fused_name(activation: torch.nn.Module) -> Name | None:
-    """Returns the kernels' name for this module's function; None if they do not have it or the module is not plain."""
+def fused_name(activation: torch.nn.Module, identity: bool = True) -> Name | None:
+    """Returns the kernels' name for this module's function; None if they do not have it or the module is not plain, or
+    if it is "identity" and the caller has another kernel for that."""
     if is_watched(activation) or not has_known_forward(activation):
         return None
     kind = type(activation)
@@ -68,15 +69,13 @@ def fused_name(activation: torch.nn.Module) -> Name | None:
         if getattr(activation, "beta", 1) != 1:
             return None
         return "silu" if inner is None else fused_name(inner)
-    return _FUSED.get(kind)
+    return _FUSED.get(kind) if identity or kind is not torch.nn.Identity else None
 
 
 def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor, gated: bool = False) -> Tensor:
     """Returns ``activation(linear(x))``; or a · ``activation(g)`` for (a, g) = ``linear(x)``."""
-    if plumbing.is_plain_linear(linear):
-        name = fused_name(activation)
-        if name is not None and (gated or name != "identity"):
-            return ops.linear_activation(x, linear.weight, linear.bias, name, gated)
+    if plumbing.is_plain_linear(linear) and (name := fused_name(activation, identity=gated)):
+        return ops.linear_activation(x, linear.weight, linear.bias, name, gated)
     z = plumbing.linear(linear, x)
     if not gated:
         return activation(z)
@@ -86,8 +85,6 @@ def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor, g
 
 def norm_activated(norm: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns ``activation(norm(x))``."""
-    if plumbing.is_layer_norm(norm):
-        name = fused_name(activation)
-        if name is not None and name != "identity":
-            return ops.norm_activation(x, norm.weight, norm.bias, eps=norm.eps, activation=name)
+    if plumbing.is_layer_norm(norm) and (name := fused_name(activation, identity=False)):
+        return ops.norm_activation(x, norm.weight, norm.bias, eps=norm.eps, activation=name)
     return activation(norm(x))

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.models.common.ragged import Packing
-from fastasr.ops import _dispatch, _gemm, _weights_dropout
+from fastasr.ops import _dispatch, _gemm
 from fastasr.ops._depthwise_conv import ACTIVATIONS
 from fastasr.ops._linear import bias_grad
 from fastasr.ops._swoosh import KINDS
@@ -31,7 +31,7 @@ def is_native(first: Tensor, *more: Tensor | None) -> bool:
         )
         and not torch.is_autocast_enabled("cpu")
         and _dispatch.forced_backend() in ("auto", "cpu")
-        and not _dispatch.why_not_cpu("rel_attention_packed_forward")
+        and not _dispatch.why_not_cpu("bypass_packed_forward")
     )
 
 
@@ -44,15 +44,6 @@ def convolved(
     slots = packing.with_gaps(weight.shape[-1] // 2 + abs(delay))
     y = ops.gated_depthwise_conv(packing.spread(h, slots), weight, bias, activation=activation, delay=delay)
     return packing.gathered(y, slots)
-
-
-def attended(
-    packing: Packing, q: Tensor, k: Tensor, v: Tensor, *positions_and_biases: Tensor, dropout_p: float
-) -> Tensor:
-    """Queries, keys and values (N, H, d) -> (N, H, d): ``ops.rel_attention`` for each recording, which sees itself, by
-    the native kernel. The positions belong to the longest recording."""
-    seeds = _weights_dropout.draw_seed(q.device, len(packing.lengths)) if dropout_p else None
-    return _Attention.apply(q, k, v, *positions_and_biases, seeds, packing.lengths, dropout_p)
 
 
 def swoosh_linear(
@@ -116,17 +107,3 @@ class _Bypass(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward = torch.ops.fastasr_cpu.bypass_packed_backward.default
         return *backward(grad.contiguous(), *ctx.saved_tensors, ctx.lengths), None
-
-
-class _Attention(Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(*arguments[:7])
-        ctx.options = arguments[7:]
-        return torch.ops.fastasr_cpu.rel_attention_packed_forward.default(*arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward = torch.ops.fastasr_cpu.rel_attention_packed_backward.default
-        return *backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None

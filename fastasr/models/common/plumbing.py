@@ -120,3 +120,9 @@ def is_depthwise_conv(module: Any) -> TypeGuard[torch.nn.Conv1d]:
     without hooks.
     """
     return conv_delay(module) == 0 and module.kernel_size[0] % 2 == 1
+
+
+def patches(conv: Any, x: Tensor) -> Tensor:
+    """Returns (B, T', F', taps): what a convolution of one padded map x (B, T, F) multiplies by its weights."""
+    (rows, columns), (down, across) = conv.kernel_size, conv.stride
+    return x.unfold(1, rows, down).unfold(2, columns, across).flatten(3)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastasr import _left, ops
 from fastasr._recording import recording
 from fastasr._transforms import is_transformed
-from fastasr.models.common import attention_dropout, packed, plumbing
+from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
@@ -123,32 +123,26 @@ def of_recordings(
     k: Tensor,
     v: Tensor,
     positions: Tensor,
-    bias_u: Tensor,
-    bias_v: Tensor,
+    bias_u: Tensor | None,
+    bias_v: Tensor | None,
     dropout: float,
+    span: tuple[int, int] | None = None,
 ) -> Tensor:
     """Returns y (N, H, d) of queries, keys and values (N, H, d): each recording sees itself. The positions (2T − 1, H,
-    d) are those of the longest recording."""
-    operands = q, k, v, positions, bias_u, bias_v
-    if isinstance(packing, Packing) and packed.is_native(*operands):
-        return packed.attended(packing, *operands, dropout_p=dropout)
-    # for a Packing the definition would form the scores of all pairs of rows
-    if isinstance(packing, Row) or _dispatch.served("rel_attention", q):
-        span = len(positions) // 2, len(positions) // 2
-        all_drops: Any = attention_dropout.of_kernel(dropout, q.device)
-        return ops.rel_attention(
-            q[None], k[None], v[None], positions, bias_u, bias_v, starts=packing.starts, context=span, pos_span=span,
-            **all_drops,
-        ).squeeze(0)  # fmt: skip
+    d) are those of T frames, as many as the longest recording has or more, or those of the op's ``pos_span``."""
+    half = len(positions) // 2
+    reach = half if isinstance(packing, Row) else max(packing.lengths) - 1
 
-    def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
-        frames = q.shape[1]
-        first = len(positions) // 2 + 1 - frames
-        rows = positions[first : first + 2 * frames - 1]
+    def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, **recordings: Any) -> Tensor:
         drops: Any = attention_dropout.of_kernel(dropout, q.device)
-        return ops.rel_attention(q, k, v, rows, bias_u, bias_v, key_padding_mask=hidden, **drops)
+        given = {"key_padding_mask": hidden, "pos_span": span or (half, half), **recordings, **drops}
+        return ops.rel_attention(q, k, v, positions, bias_u, bias_v, **given)
 
-    return packing.by_group(one, q, k, v)
+    if isinstance(packing, Packing) and not _dispatch.served("rel_attention", q):
+        # The definition would form the scores of all pairs of rows.
+        return packing.by_group(one, q, k, v)
+    y = one(q[None], k[None], v[None], None, starts=packing.starts, context=(reach, reach))
+    return y.squeeze(0)
 
 
 def attended(

@@ -176,10 +176,8 @@ def _part(x: Tensor, begin: int, count: int, left: int) -> Tensor:
 
 
 def stem(conv: Any, x: Tensor) -> Tensor:
-    """Returns (B, n, F, C): the ReLU of the first convolution of padded x, as a product of 3 × 3 patches, two apart."""
-    patches = x.unfold(1, 3, 2).unfold(2, 3, 2)
-    patches = patches.reshape(*patches.shape[:3], 9)
-    return ops.linear_activation(patches, conv.weight.flatten(1), conv.bias, "relu")
+    """Returns (B, n, F, C): the ReLU of the first convolution of padded x, as a product."""
+    return ops.linear_activation(plumbing.patches(conv, x), conv.weight.flatten(1), conv.bias, "relu")
 
 
 @overload

@@ -28,7 +28,7 @@ from fastasr.models.fast_conformer.attention import (
     projected,
 )
 from fastasr.models.fast_conformer.masks import seen
-from fastasr.ops._relative_positions import relative_shift, rows_by_offset
+from fastasr.ops._relative_positions import relative_shift
 from fastasr.swap.rule import Upstream
 
 _WEIGHTS = "attention weights are asked for"
@@ -77,14 +77,12 @@ def relative_key_attention(
     q, k, v = (plumbing.linear(layer, hidden_states).unflatten(-1, (self.num_heads, -1)) for layer in layers)
     span = self.left_max_position_embeddings, self.right_max_position_embeddings
     if packing is not None:
-        none, frames = q.new_zeros(q.shape[2:]), max(packing.lengths)
-        rows = rows_by_offset(table.weight, frames, frames, span).to(q.dtype)
-        rows = rows.unsqueeze(1).expand(-1, self.num_heads, -1).contiguous()
+        rows = table.weight.to(q.dtype).unsqueeze(1)
         share: Any = share_of_dropout(self)
-        y = of_recordings(packing, q[0], k[0], v[0], rows, none, none, share)
-        return plumbing.linear(self.linear_out, y.flatten(1).unsqueeze(0)), None
-    assert options is not None
-    y = _shaw(q, k, v, table.weight, span, *options)
+        y = of_recordings(packing, q[0], k[0], v[0], rows, None, None, share, span)[None]
+    else:
+        assert options is not None
+        y = _shaw(q, k, v, table.weight, span, *options)
     return plumbing.linear(self.linear_out, y.flatten(2)), None
 
 
@@ -764,14 +762,9 @@ def _packed(module: Upstream, x: Tensor, positions: Any, packing: Packing | Row)
 
 
 def _of_recordings(module: Upstream, packing: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-    """Returns (1, N, H, d), where each recording sees itself, of q, k and v (1, N, H, d) and rows (2T − 1, H, d) of all
-    offsets, of which those of the longest recording are in the middle."""
+    """Returns (1, N, H, d), where each recording sees itself, of q, k and v (1, N, H, d) and rows (2T − 1, H, d)."""
     biases = module.pos_bias_u, module.pos_bias_v
     share: Any = share_of_dropout(module)
-    if isinstance(packing, Packing):
-        longest = max(packing.lengths)
-        first = len(rows) // 2 + 1 - longest
-        rows = rows[first : first + 2 * longest - 1] if first else rows
     q, k, v = (t.squeeze(0) for t in (q, k, v))
     return of_recordings(packing, q, k, v, rows, *biases, share).unsqueeze(0)
 

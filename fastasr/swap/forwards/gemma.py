@@ -7,6 +7,7 @@ RMS x. One kernel adds a branch, with its norm, to the stream and normalises the
 their input between ±``gradient_clipping``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,48 +152,61 @@ def gemma4_layer(
     **kwargs: Any,
 ) -> Tensor:
     """Serves a layer of Gemma 4: hidden states (B, T, width), the attention's mask and positions -> (B, T, width)."""
-    first, convolution, last = self.feed_forward1, self.lconv1d, self.feed_forward2
-    delay = _delay_of(
-        self, (first, convolution, last), (self.norm_pre_attn, self.norm_post_attn, self.norm_out)
-    )
-    if delay is None:
-        _left.note(self, _NO_PART)
+
+    def attended(n: Tensor) -> Tensor:
+        return self.self_attn(
+            hidden_states=n, position_embeddings=position_embeddings, attention_mask=attention_mask
+        )[0]
+
+    parts = self.feed_forward1, self.lconv1d, self.feed_forward2
+    norms = self.norm_pre_attn, self.norm_post_attn, self.norm_out
+    y = _layer(self, hidden_states, parts, norms, attended)
+    if y is None:
         return type(self).forward(self, hidden_states, attention_mask, position_embeddings, **kwargs)
-    limit, x = _limit(self), hidden_states
-    x, n = _after_feed_forward(
-        first, x, _normed(first.pre_layer_norm, x, _limit(first)), self.norm_pre_attn, limit
-    )
-    attended, _ = self.self_attn(
-        hidden_states=n, position_embeddings=position_embeddings, attention_mask=attention_mask
-    )
-    x, n = _add_normed(
-        convolution.pre_layer_norm, x, attended, of_update=self.norm_post_attn, update_limit=limit
-    )
-    x, n = _add_normed(last.pre_layer_norm, x, _convolved(convolution, n, delay), _limit(last))
-    return _after_feed_forward(last, x, n, self.norm_out, limit)[1]
+    return y
 
 
 def gemma3n_layer(self: Upstream, audio_encodings: Tensor, audio_mel_mask: Tensor) -> Tensor:
     """Serves a layer of Gemma 3n: encodings (B, T, width), mask bool (B, T), True at padding -> (B, T, width)."""
-    first, attention = self.ffw_layer_start, self.attention
-    convolution, last = self.lconv1d, self.ffw_layer_end
+    attention = self.attention
+
+    def attended(n: Tensor) -> Tensor:
+        return plumbing.linear(attention.post, attention.attn(n, audio_mel_mask).flatten(2))
+
+    parts = self.ffw_layer_start, self.lconv1d, self.ffw_layer_end, attention
     norms = attention.pre_attn_norm, attention.post_norm, self.norm
-    delay = _delay_of(self, (first, convolution, last, attention), norms)
-    if delay is None or audio_mel_mask.dtype != torch.bool:
-        _left.note(self, _NO_PART)
-        return type(self).forward(self, audio_encodings, audio_mel_mask)
-    limit, x = _limit(self), audio_encodings
-    n = _normed(first.pre_layer_norm, x, _limit(first))
-    x, n = _after_feed_forward(first, x, n, attention.pre_attn_norm, _limit(attention))
-    attended = plumbing.linear(attention.post, attention.attn(n, audio_mel_mask).flatten(2))
-    x, n = _add_normed(
-        convolution.pre_layer_norm, x, attended, of_update=attention.post_norm, update_limit=_limit(attention)
-    )
-    if _hides(audio_mel_mask):  # The norm of a frame of 0 is 0 as well.
-        valid = (~audio_mel_mask).unsqueeze(-1)
+    y = _layer(self, audio_encodings, parts, norms, attended, audio_mel_mask)
+    return type(self).forward(self, audio_encodings, audio_mel_mask) if y is None else y
+
+
+def _layer(
+    module: Upstream,
+    x: Tensor,
+    parts: tuple[Upstream, ...],
+    norms: tuple[Upstream, ...],
+    attended: Callable[[Tensor], Tensor],
+    hidden: Tensor | None = None,
+) -> Tensor | None:
+    """Returns a layer's output, or None unless its parts, in the order of their use, may be run without a call of them.
+    ``norms`` are before and behind the attention and at the end. The convolution reads 0 at ``hidden`` frames, bool
+    (B, T)."""
+    first, convolution, last = parts[:3]
+    (before, behind, out), delay = norms, None
+    norms += first.pre_layer_norm, first.post_layer_norm, convolution.pre_layer_norm, convolution.conv_norm
+    norms += last.pre_layer_norm, last.post_layer_norm
+    if all(is_upstreams(part, module) for part in parts) and all(_is_norm(norm, module) for norm in norms):
+        delay = _causal_delay(convolution.depthwise_conv1d, convolution)
+    if delay is None or (hidden is not None and hidden.dtype != torch.bool):
+        _left.note(module, _NO_PART)
+        return None
+    limit = _limit(module)
+    x, n = _after_feed_forward(first, x, _normed(first.pre_layer_norm, x, _limit(first)), before, limit)
+    x, n = _add_normed(convolution.pre_layer_norm, x, attended(n), of_update=behind, update_limit=limit)
+    if hidden is not None and _hides(hidden):  # The norm of a frame of 0 is 0 as well.
+        valid = (~hidden).unsqueeze(-1)
         x, n = x * valid, n * valid
     x, n = _add_normed(last.pre_layer_norm, x, _convolved(convolution, n, delay), _limit(last))
-    return _after_feed_forward(last, x, n, self.norm, limit)[1]
+    return _after_feed_forward(last, x, n, out, limit)[1]
 
 
 def _after_feed_forward(
@@ -203,15 +217,6 @@ def _after_feed_forward(
         norm, x, _fed(part, n), limit,
         scale=float(part.post_layer_scale), of_update=part.post_layer_norm, update_limit=_limit(part),
     )  # fmt: skip
-
-
-def _delay_of(layer: Upstream, parts: tuple[Upstream, ...], norms: tuple[Upstream, ...]) -> int | None:
-    """Returns the delay of the layer's convolution, or None unless all parts may be run without a call of them."""
-    first, convolution, last = parts[:3]
-    norms += first.pre_layer_norm, first.post_layer_norm, convolution.pre_layer_norm, convolution.conv_norm
-    norms += last.pre_layer_norm, last.post_layer_norm
-    plain = all(is_upstreams(part, layer) for part in parts) and all(_is_norm(norm, layer) for norm in norms)
-    return _causal_delay(convolution.depthwise_conv1d, convolution) if plain else None
 
 
 def _hides(mask: Tensor) -> bool:
@@ -275,11 +280,9 @@ def gemma3n_subsampling(self: Upstream, audio_encodings: Tensor) -> Tensor:
 def _channels_last(conv: Upstream, x: Tensor, padding: Any) -> Tensor:
     """Returns the convolution of maps x (B, C, T, F) as (B, T', F', channels), contiguous. With one channel in it is a
     product, which gives the channels last without a copy."""
-    rows, columns = conv.kernel_size
     if x.shape[1] == 1:
-        patches = F.pad(x[:, 0], (padding[1], padding[1], padding[0], padding[0]))
-        patches = patches.unfold(1, rows, conv.stride[0]).unfold(2, columns, conv.stride[1])
-        return ops.linear(patches.flatten(3), conv.weight.flatten(1), conv.bias)
+        x = F.pad(x[:, 0], (padding[1], padding[1], padding[0], padding[0]))
+        return ops.linear(plumbing.patches(conv, x), conv.weight.flatten(1), conv.bias)
     last = torch.channels_last
     y = F.conv2d(
         x.contiguous(memory_format=last),

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the audio towers of transformers' Gemma 3n and Gemma 4."""
 
+from collections.abc import Callable
+from operator import attrgetter
+
 from fastasr.swap import forwards as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules.conformer import attention_rule, norm_convolution_rule
@@ -53,17 +56,26 @@ _FROM_5_18 = Known("transformers 5.18 to 5.24")
 _BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 _FEED_FORWARD = ("ffw_layer_1", "ffw_layer_2", "pre_layer_norm", "post_layer_norm")
 _CONVOLUTION = ("linear_start", "linear_end", "depthwise_conv1d", "pre_layer_norm", "conv_norm")
-_CLIPPING = ("gradient_clipping",)
 
 
-def _part(module: Upstream, children: tuple[str, ...], buffers: tuple[str, ...] = ()) -> str | None:
-    """Checks a part with these children, whose code is known where the class is one of Gemma's."""
-    reason = check_parameters(module, {}, allowed_buffers=buffers) or check_child_names(module, children)
-    for name in children:
-        reason = reason or unread_child(module, name, "SiLUActivation", SILU)
-        for class_name, code in _READ.items():
-            reason = reason or unread_child(module, name, class_name, {code})
-    return reason
+def _part(*children: str) -> Callable:
+    """Returns the check of a part with these children, whose code is known where the class is one of Gemma's."""
+
+    def structure(module: Upstream) -> str | None:
+        reason = check_parameters(module, {}, allowed_buffers=("gradient_clipping",))  # Gemma 3n's have it.
+        reason = reason or check_child_names(module, children)
+        for name in children:
+            reason = reason or unread_child(module, name, "SiLUActivation", SILU)
+            for class_name, code in _READ.items():
+                reason = reason or unread_child(module, name, class_name, {code})
+        return reason or (_plain_conv(module.conv) if "conv" in children else _clipped(module))
+
+    return structure
+
+
+def _plain_conv(conv: Upstream) -> str | None:
+    found = conv.groups, conv.dilation, conv.padding_mode
+    return None if found == (1, (1, 1), "zeros") else f"conv has groups, dilation and padding mode {found}"
 
 
 def _clipped(module: Upstream) -> str | None:
@@ -71,61 +83,24 @@ def _clipped(module: Upstream) -> str | None:
     return None if limit > 0 else f"gradient_clipping is {limit}, expected a positive number"
 
 
-def _one_epsilon(*norms: Upstream) -> str | None:
-    found = sorted({norm.eps for norm in norms})
-    return None if len(found) == 1 else f"the norms add {found}, expected one number"
-
-
 def _clippable_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {}, allowed_buffers=_BOUNDS if module.use_clipped_linears else ())
     return reason or check_child_names(module, ("linear",))
 
 
-def _gemma4_feed_forward_structure(module: Upstream) -> str | None:
-    return _part(module, (*_FEED_FORWARD, "act_fn")) or _clipped(module)
+def _layer(parts: tuple[str, ...], norms: tuple[str, ...]) -> Callable:
+    """Returns the check of a layer with these parts, in the order of their use, and these norms: before and behind the
+    attention and at the end."""
+    first, _, convolution, last = parts
+    part = _part(*parts, *(name for name in norms if "." not in name))
+    norms += f"{first}.post_layer_norm", f"{convolution}.pre_layer_norm", f"{last}.post_layer_norm"
 
+    def structure(module: Upstream) -> str | None:
+        reason = part(module)
+        found = [] if reason else sorted({norm.eps for norm in attrgetter(*norms)(module)})
+        return f"the norms add {found}, expected one number" if len(found) > 1 else reason
 
-def _gemma3n_feed_forward_structure(module: Upstream) -> str | None:
-    return _part(module, _FEED_FORWARD, _CLIPPING) or _clipped(module)
-
-
-def _gemma4_convolution_structure(module: Upstream) -> str | None:
-    return _part(module, (*_CONVOLUTION, "act_fn")) or _clipped(module)
-
-
-def _gemma3n_convolution_structure(module: Upstream) -> str | None:
-    return _part(module, _CONVOLUTION, _CLIPPING) or _clipped(module)
-
-
-def _gemma4_layer_structure(module: Upstream) -> str | None:
-    parts = "feed_forward1", "feed_forward2", "self_attn", "lconv1d"
-    reason = _part(module, (*parts, "norm_pre_attn", "norm_post_attn", "norm_out")) or _clipped(module)
-    return reason or _one_epsilon(
-        module.feed_forward1.post_layer_norm, module.norm_pre_attn, module.norm_post_attn,
-        module.lconv1d.pre_layer_norm, module.feed_forward2.post_layer_norm, module.norm_out,
-    )  # fmt: skip
-
-
-def _gemma3n_layer_structure(module: Upstream) -> str | None:
-    names = "ffw_layer_start", "attention", "lconv1d", "ffw_layer_end", "norm"
-    reason = _part(module, names, _CLIPPING) or _clipped(module)
-    return reason or _one_epsilon(
-        module.ffw_layer_start.post_layer_norm, module.attention.pre_attn_norm, module.attention.post_norm,
-        module.lconv1d.pre_layer_norm, module.ffw_layer_end.post_layer_norm, module.norm,
-    )  # fmt: skip
-
-
-def _gemma4_subsampling_structure(module: Upstream) -> str | None:
-    return _part(module, ("conv", "norm", "act")) or _plain_conv(module.conv)
-
-
-def _gemma3n_subsampling_structure(module: Upstream) -> str | None:
-    return _part(module, ("conv", "norm", "activation")) or _plain_conv(module.conv)
-
-
-def _plain_conv(conv: Upstream) -> str | None:
-    found = conv.groups, conv.dilation, conv.padding_mode
-    return None if found == (1, (1, 1), "zeros") else f"conv has groups, dilation and padding mode {found}"
+    return structure
 
 
 RULES = (
@@ -159,7 +134,7 @@ RULES = (
         name="transformers.gemma4_feed_forward",
         class_name="Gemma4AudioFeedForward",
         forward=models.gemma_feed_forward,
-        structure=_gemma4_feed_forward_structure,
+        structure=_part(*_FEED_FORWARD, "act_fn"),
         known={_READ["Gemma4AudioFeedForward"]: _FROM_5_18},
         kernels=("norm_activation", "clamped_linear"),
     ),
@@ -167,7 +142,7 @@ RULES = (
         name="transformers.gemma4_convolution",
         class_name="Gemma4AudioLightConv1d",
         forward=models.gemma_light_convolution,
-        structure=_gemma4_convolution_structure,
+        structure=_part(*_CONVOLUTION, "act_fn"),
         known={_READ["Gemma4AudioLightConv1d"]: _FROM_5_18},
         kernels=("clamped_linear", "gated_depthwise_conv", "norm_activation"),
     ),
@@ -175,7 +150,10 @@ RULES = (
         name="transformers.gemma4_layer",
         class_name="Gemma4AudioLayer",
         forward=models.gemma4_layer,
-        structure=_gemma4_layer_structure,
+        structure=_layer(
+            ("feed_forward1", "self_attn", "lconv1d", "feed_forward2"),
+            ("norm_pre_attn", "norm_post_attn", "norm_out"),
+        ),
         known={"6ee3d804dff2937eab4cf172": _FROM_5_18},
         kernels=("add_norm", "norm_activation", "clamped_linear", "gated_depthwise_conv"),
         hooks=CAPTURING,
@@ -184,7 +162,7 @@ RULES = (
         name="transformers.gemma4_subsampling",
         class_name="Gemma4AudioSubSampleConvProjectionLayer",
         forward=models.gemma4_subsampling,
-        structure=_gemma4_subsampling_structure,
+        structure=_part("conv", "norm", "act"),
         known={"6d64ca24b69deb79f81d6692": _FROM_5_18},
         kernels=("linear", "norm_activation"),
     ),
@@ -192,7 +170,7 @@ RULES = (
         name="transformers.gemma3n_feed_forward",
         class_name="Gemma3nAudioConformerFeedForward",
         forward=models.gemma_feed_forward,
-        structure=_gemma3n_feed_forward_structure,
+        structure=_part(*_FEED_FORWARD),
         known={_READ["Gemma3nAudioConformerFeedForward"]: _FROM_5_18},
         kernels=("norm_activation", "linear_activation", "linear"),
     ),
@@ -200,14 +178,17 @@ RULES = (
         name="transformers.gemma3n_convolution",
         class_name="Gemma3nAudioConformerLightConv1d",
         forward=models.gemma_light_convolution,
-        structure=_gemma3n_convolution_structure,
+        structure=_part(*_CONVOLUTION),
         known={_READ["Gemma3nAudioConformerLightConv1d"]: _FROM_5_18},
     ),
     Rule(
         name="transformers.gemma3n_layer",
         class_name="Gemma3nAudioConformerBlock",
         forward=models.gemma3n_layer,
-        structure=_gemma3n_layer_structure,
+        structure=_layer(
+            ("ffw_layer_start", "attention", "lconv1d", "ffw_layer_end"),
+            ("attention.pre_attn_norm", "attention.post_norm", "norm"),
+        ),
         known={"3485656f30d238fd876dada4": _FROM_5_18},
         kernels=("add_norm", "norm_activation", "linear_activation", "linear", "gated_depthwise_conv"),
         hooks=CAPTURING,
@@ -216,7 +197,7 @@ RULES = (
         name="transformers.gemma3n_subsampling",
         class_name="Gemma3nAudioSSCPConvBlock",
         forward=models.gemma3n_subsampling,
-        structure=_gemma3n_subsampling_structure,
+        structure=_part("conv", "norm", "activation"),
         known={"2ac1ab5d366a7ce6dc45da70": _FROM_5_18},
         kernels=("linear",),
     ),
