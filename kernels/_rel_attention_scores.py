@@ -6,6 +6,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
+from fastasr.kernels._recordings import recordings_of
 from fastasr.kernels._rel_position_tiles import masked, query_key
 from fastasr.kernels._relative_shift import by_key
 
@@ -24,29 +25,11 @@ SIZES = [
     "behind",
 ]
 UNALIGNED = ["PADDING", "MASK", "STARTS", "SEED"]
-RECORDINGS = tl.constexpr(32)  # starts that are read at a time
-LAST = tl.constexpr(2**31 - 1)
 
 
 # --------------------------------------------------------------------------- the keys of a query
 # sizes: (frames, keys, chunk, left, right, STARTS, recordings); negative: no limit. Without WINDOW nothing reads what
 # follows keys; STARTS may be None.
-@triton.jit
-def _recordings(i, STARTS, count):
-    """Returns [first, end) of the recordings of frames i, [i, i) for a frame that belongs to none."""
-    first = tl.full(i.shape, -1, tl.int32)
-    end = tl.full(i.shape, LAST, tl.int32)
-    for n in range(0, count, RECORDINGS):
-        r = n + tl.arange(0, RECORDINGS)
-        start = tl.minimum(tl.maximum(tl.load(STARTS + r, mask=r < count, other=0), 0), LAST - 1).to(tl.int32)
-        start = tl.where(r < count, start, LAST)[None, :]
-        begun = start <= i[:, None]  # [frames, RECORDINGS]
-        first = tl.maximum(first, tl.max(tl.where(begun, start, -1), axis=1))
-        end = tl.minimum(end, tl.min(tl.where(begun, LAST, start), axis=1))
-    none = (first < 0) | (end == LAST)
-    return tl.where(none, i, first), tl.where(none, i, end)
-
-
 @triton.jit
 def context(i, sizes, WINDOW: tl.constexpr):
     """Returns [first, end) of the keys in the context of queries i; those behind the last one have its context."""
@@ -58,7 +41,7 @@ def context(i, sizes, WINDOW: tl.constexpr):
         first = tl.where(left < 0, 0, tl.maximum(start - left, 0))
         end = tl.where(right < 0, keys, tl.minimum(start + chunk + right, keys))
         if STARTS is not None:
-            begun, ended = _recordings(i, STARTS, recordings)
+            begun, ended = recordings_of(i, STARTS, recordings)
             first, end = tl.maximum(first, begun), tl.minimum(end, ended)
     return first, end
 
@@ -98,7 +81,7 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
         begin = tl.where(right < 0, 0, tl.maximum(tl.maximum(first - right, 0) // chunk * chunk - cached, 0))
         end = tl.where(left < 0, frames, tl.minimum((last + left) // chunk * chunk + chunk - cached, frames))
         if STARTS is not None:  # without a cache
-            firsts, ends = _recordings(tl.minimum(_both(first, last), frames - 1), STARTS, recordings)
+            firsts, ends = recordings_of(tl.minimum(_both(first, last), frames - 1), STARTS, recordings)
             begin, end = tl.maximum(begin, tl.min(firsts, axis=0)), tl.minimum(end, tl.max(ends, axis=0))
         begin = begin // BLOCK * BLOCK
     return begin, end

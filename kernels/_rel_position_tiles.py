@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of attention with relative positions: scores of a tile, its masks, the layout of operands.
 
-Scores are s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j]: the row of R moves by one along either side of a tile. Where
+Scores are s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j]: the row of R moves by one along either side of a tile. With
+recordings in a row, R has 2 L - 1 rows, L in place of T, and frames L or more apart do not see each other. Where
 a row has four numbers of 16 bits (PACKED), one 64-bit load reads it and registers unpack it; any other R is read by
 channel. Both ways need R separated by head, so the launcher copies it. Indices of R are clamped, not masked: the
 kernels discard whatever lies outside the tile later.
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
 from fastasr.kernels._launch import next_power_of_2
+from fastasr.kernels._recordings import bounds
 
 MASKED = tl.constexpr(-1000.0)
 ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
@@ -28,11 +30,77 @@ def place(program, blocks, batch):
 
 
 @triton.jit
-def window(i, frames, left, keys, chunk, left_chunks):
-    """Returns [first, end) of the keys that frames i see; frames behind the last one see what it sees."""
-    number = tl.minimum(i, frames - 1) // chunk
-    first = tl.where(left_chunks < 0, 0, left + (number - left_chunks) * chunk)
-    return tl.maximum(first, 0), tl.minimum(left + (number + 1) * chunk, keys)
+def window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW: tl.constexpr):
+    """Returns [low, high), [first, end): the keys of the recordings of frames i that R reaches, and the keys in their
+    chunk windows; frames behind the last one see what it sees. Nothing reads the former where BOUNDS, (2, frames), is
+    None, the latter without WINDOW.
+    """
+    low, high = i, i
+    first, end = i, i
+    if BOUNDS is not None:
+        i = tl.minimum(i, frames - 1)
+        begun, ended = tl.load(BOUNDS + i), tl.load(BOUNDS + frames + i)
+        low, high = tl.maximum(begun, i - offsets // 2), tl.minimum(ended, i + offsets // 2 + 1)
+        if WINDOW:  # chunks count from the recording's first frame
+            number = (i - begun) // chunk
+            first = tl.where(left_chunks < 0, low, tl.maximum(begun + (number - left_chunks) * chunk, low))
+            end = tl.minimum(begun + (number + 1) * chunk, high)
+    elif WINDOW:
+        number = tl.minimum(i, frames - 1) // chunk
+        first = tl.where(left_chunks < 0, 0, left + (number - left_chunks) * chunk)
+        first, end = tl.maximum(first, 0), tl.minimum(left + (number + 1) * chunk, keys)
+    return low, high, first, end
+
+
+@triton.jit
+def keys_seen(masks, keys, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """Returns [begin, end) of the keys in the windows of any of a tile's queries; begin is a multiple of BLOCK."""
+    _padding, _mask, BOUNDS, _low, _high, first, last = masks
+    begin, end = 0, keys
+    if WINDOW and BOUNDS is None:
+        begin, end = tl.min(first) // BLOCK * BLOCK, tl.max(last)
+    elif WINDOW:
+        begin, end = _around(first, last, keys, BLOCK)
+    elif BOUNDS is not None:
+        begin, end = keys_reached(masks, keys, BLOCK)
+    return begin, end
+
+
+@triton.jit
+def keys_reached(masks, keys, BLOCK: tl.constexpr):
+    """Returns the same of the keys that may have weight, outside the chunk windows too."""
+    _padding, _mask, BOUNDS, low, high, _first, _last = masks
+    begin, end = 0, keys
+    if BOUNDS is not None:
+        begin, end = _around(low, high, keys, BLOCK)
+    return begin, end
+
+
+@triton.jit
+def _around(first, end, keys, BLOCK: tl.constexpr):
+    """Returns the range around the ranges [first, end) that are not empty, (0, 0) without any."""
+    some = first < end
+    behind = tl.max(tl.where(some, end, 0))
+    return tl.minimum(tl.min(tl.where(some, first, keys)), behind) // BLOCK * BLOCK, behind
+
+
+@triton.jit
+def any_alone(maximum, keep, masks):
+    """Says whether masked keys have weight in any of a tile's queries."""
+    _padding, _mask, BOUNDS, low, high, _first, _last = masks
+    if BOUNDS is not None:
+        keep = keep & (low < high)
+    return tl.min(tl.where(keep, maximum, 0.0)) <= ALONE
+
+
+@triton.jit
+def settled(maximum, total, masks):
+    """Returns the maximum and the sum of the rows of a softmax, 0 and 1 for queries outside of all recordings."""
+    _padding, _mask, BOUNDS, low, high, _first, _last = masks
+    if BOUNDS is not None:
+        none = low >= high
+        maximum, total = tl.where(none, 0.0, maximum), tl.where(none, 1.0, total)
+    return maximum, total
 
 
 @triton.jit
@@ -49,6 +117,35 @@ def masked(values, fill, PADDING, MASK, i, j, frames, keys, first, end, WINDOW: 
     if PADDING is not None:
         values = tl.where(tl.load(PADDING + j, mask=j < keys, other=0) != 0, fill, values)
     return values
+
+
+@triton.jit
+def in_reach(j, masks):
+    """Says which keys j are in the recordings of a tile's queries, where R reaches them, [queries, keys]."""
+    _padding, _mask, _bounds, low, high, _first, _last = masks
+    return (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+
+
+@triton.jit
+def masked_slopes(ds, i, j, masks, frames, keys, WINDOW: tl.constexpr):
+    """Returns the gradients of the scores of queries i and keys j, 0 where the key is hidden."""
+    PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    ds = masked(
+        ds, 0.0, PADDING, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
+    )  # fmt: skip
+    if BOUNDS is not None:
+        ds = tl.where(in_reach(j, masks), ds, 0.0)
+    return ds
+
+
+@triton.jit
+def rows_of_positions(i, j, frames, keys, offsets, BOUNDS):
+    """Returns the rows of R of queries i and keys j, a row of R for pairs that have none."""
+    if BOUNDS is None:
+        at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
+    else:
+        at = tl.minimum(tl.maximum((offsets // 2 - i)[:, None] + j[None, :], 0), offsets - 1)
+    return at
 
 
 @triton.jit
@@ -127,23 +224,26 @@ def query_key(
 
 @triton.jit
 def scores_of(
-    query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
-    frames, keys, offsets, q_time, k_time,
+    query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Returns masked scores of queries i and keys j, -inf behind the last key. P points at rows i."""
+    """Returns masked scores of queries i and keys j, -inf behind the last key and in other recordings. P points at rows
+    i; masks: (PADDING, MASK, BOUNDS, and what ``window`` returns), the first three or None.
+    """
+    PADDING, MASK, BOUNDS, _low, _high, first, end = masks
     keep_i, keep_j = i < frames, j < keys
     scores = query_key(query, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
-    at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
+    at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
     scores = position_scores(
         scores, P[:, None], keep_i[:, None], p0[:, None], p1[:, None], p2[:, None], p3[:, None], R, at, offsets,
         POS_DIM, PACKED, Q.dtype.element_ty,
     )  # fmt: skip
     scores = masked(
-        scores, MASKED, PADDING, MASK, i[:, None], j[None, :], frames, keys, first_seen[:, None], end_seen[:, None],
-        WINDOW,
+        scores, MASKED, PADDING, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
     )  # fmt: skip
+    if BOUNDS is not None:
+        scores = tl.where(in_reach(j, masks), scores, NONE)
     return tl.where(keep_j[None, :], scores, NONE)
 
 
@@ -165,10 +265,16 @@ class Operands:
     r: torch.Tensor | None
     r_batch: int  # stride of R's sequences in elements of ``r``
     packed: bool
+    bounds: torch.Tensor | None  # of recordings in a row, see _recordings.py
 
     @property
     def keys(self) -> int:
         return self.left + self.frames
+
+    @property
+    def center(self) -> int:
+        """The row of R of the first query and its own key."""
+        return self.frames - 1 if self.bounds is None else self.offsets // 2
 
     @property
     def pairs(self) -> int:
@@ -184,7 +290,7 @@ class Operands:
         }
 
 
-def operands(x, pos, cached_key, heads: int, dim: int, chunk: int, left_chunks: int) -> Operands:
+def operands(x, pos, cached_key, starts, heads: int, dim: int, chunk: int, left_chunks: int) -> Operands:
     """Returns the operands of a call on contiguous tensors. It copies R, and the keys where there is a
     cache.
     """
@@ -205,8 +311,10 @@ def operands(x, pos, cached_key, heads: int, dim: int, chunk: int, left_chunks: 
     if chunk > 0:  # all windows are the same beyond; clamping avoids overflow
         chunk = min(chunk, max(frames, left, 1))
         left_chunks = min(left_chunks, (left + frames) // chunk + 1)
+    offsets = 2 * frames - 1 + left if pos is None else pos.shape[1]
+    table = None if starts is None else bounds(starts, frames)
     return Operands(
-        frames, batch, heads, dim, pos_dim, left, 2 * frames - 1 + left, chunk, left_chunks, key, r, r_batch, packed
+        frames, batch, heads, dim, pos_dim, left, offsets, chunk, left_chunks, key, r, r_batch, packed, table
     )  # fmt: skip
 
 

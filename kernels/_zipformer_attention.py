@@ -32,21 +32,33 @@ def add_positions(
     return dp
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first", "rows", "base"], do_not_specialize_on_alignment=["X"])
+@triton.jit
+def _diagonals(dr, at, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM: tl.constexpr):
+    """Adds the products of dS, read at columns ``at``, and p of rows i."""
+    ds = tl.load(DS + i.to(tl.int64)[None, :] * ds_row + at, mask=inside, other=0.0)  # [BLOCK_O, BLOCK_M]
+    p = load_rows(X, i, x_time, c, keep_i, POS_DIM)  # [BLOCK_M, BLOCK_P]
+    return tl.dot(ds, p, dr)
+
+
+@triton.jit(
+    do_not_specialize=[*SIZES, "center", "first", "rows", "base"], do_not_specialize_on_alignment=["X"]
+)
 def positions_kernel(
-    DS, X, PARTS, frames, keys, first, rows, base, batch, blocks, heads, offsets, ds_row, x_time, x_batch,
+    DS, X, BOUNDS, PARTS,
+    center, frames, keys, first, rows, base, batch, blocks, heads, offsets, ds_row, x_time, x_batch,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Writes sum_i dS[i, i - (T - 1) + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first +
-    rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS.
+    """Writes sum_i dS[i, i - center + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first +
+    rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS. With BOUNDS,
+    (2, frames), DS is by offset, and holds what ``queries`` wrote: the keys of a row's recording.
     """
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     r = base + block * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_P)
     X += sequence * x_batch + first.to(tl.int64) * x_time + 2 * heads * DIM + head * POS_DIM
     DS += (head * batch + sequence) * rows * ds_row
-    shift = frames - 1 - first  # row i and offset r are key r - shift + i
+    shift = center - first  # row i and offset r are key r - shift + i
     low = shift - base - block * BLOCK_O  # the row whose key 0 the first offset is
     begin = tl.maximum(low - (BLOCK_O - 1), 0)
     end = tl.minimum(low + keys, rows)
@@ -55,10 +67,17 @@ def positions_kernel(
         i = start + tl.arange(0, BLOCK_M)
         keep_i = i < rows
         j = (r - shift)[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
-        inside = (j >= 0) & (j < keys) & keep_i[None, :]
-        ds = tl.load(DS + i.to(tl.int64)[None, :] * ds_row + j, mask=inside, other=0.0)
-        p = load_rows(X, i, x_time, c, keep_i, POS_DIM)  # [BLOCK_M, BLOCK_P]
-        dr = tl.dot(ds, p, dr)
+        if BOUNDS is None:
+            inside = (j >= 0) & (j < keys) & keep_i[None, :]
+            dr = _diagonals(dr, j, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM)
+        else:
+            begun = tl.load(BOUNDS + first + i, mask=keep_i, other=0)
+            ended = tl.load(BOUNDS + frames + first + i, mask=keep_i, other=0)
+            own = i + (base + block * BLOCK_O - shift)  # the key of the first of these offsets
+            met = tl.maximum(own, begun) < tl.minimum(own + BLOCK_O, ended)
+            if tl.max(met.to(tl.int32)) > 0:
+                inside = (j >= begun[None, :]) & (j < ended[None, :]) & (r < offsets)[:, None]
+                dr = _diagonals(dr, r[:, None], inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM)
     out = PARTS + sequence * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
     out += head * POS_DIM + c[None, :]
     whole = (r < offsets)[:, None] & (c < POS_DIM)[None, :]

@@ -48,12 +48,18 @@ from fastasr.kernels._launch import (
 from fastasr.kernels._parts import add_tables
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
+    any_alone,
     head_block,
+    in_reach,
+    keys_reached,
+    keys_seen,
     load_positions,
-    masked,
+    masked_slopes,
     operands,
     place,
+    rows_of_positions,
     scores_of,
+    settled,
     window,
 )
 from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, positions_kernel, row_size
@@ -62,8 +68,7 @@ from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions
 # --------------------------------------------------------------------------- forward
 @triton.jit
 def _weighted(
-    query, Q, P, K, R, PADDING, MASK, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end, c,
-    frames, keys, offsets, q_time, k_time, v_time,
+    query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, q_time, k_time, v_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -75,8 +80,8 @@ def _weighted(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores = scores_of(
-            query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
-            frames, keys, offsets, q_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+            DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         maximum, factor, e = running(maximum, scores, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
@@ -90,7 +95,7 @@ def _weighted(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    X, K, R, PADDING, MASK, V, Y,
+    X, K, R, PADDING, MASK, BOUNDS, V, Y,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
@@ -116,24 +121,22 @@ def forward_kernel(
     if DIM <= BLOCK_D:
         query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)
     p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
-    first_seen, end_seen = i, i
-    begin, end = 0, keys
-    if WINDOW:
-        first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
-        begin = tl.min(first_seen) // BLOCK_N * BLOCK_N
-        end = tl.max(end_seen)
+    masks = (PADDING, MASK, BOUNDS)
+    masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
+    begin, end = keys_seen(masks, keys, BLOCK_N, WINDOW)
     maximum, total, y = _weighted(
-        query, Q, P, K, R, PADDING, MASK, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end, c,
-        frames, keys, offsets, x_time, k_time, v_time,
+        query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, x_time, k_time, v_time,
         DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
     )  # fmt: skip
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
-        if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something, so all are needed
+        if any_alone(maximum, keep_i, masks):  # masked keys weigh something, so all are needed
+            begin, end = keys_reached(masks, keys, BLOCK_N)
             maximum, total, y = _weighted(
-                query, Q, P, K, R, PADDING, MASK, V, i, p0, p1, p2, p3, first_seen, end_seen, 0, keys, c,
+                query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c,
                 frames, keys, offsets, x_time, k_time, v_time,
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
+    _, total = settled(maximum, total, masks)
     y = y * tl.div_rn(1.0, total.to(tl.float32))[:, None]
     out = Y + sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
     tl.store(out, y.to(Y.dtype.element_ty), mask=keep_i[:, None] & (c < VALUE_DIM)[None, :])
@@ -144,8 +147,7 @@ def forward_kernel(
 
 @triton.jit
 def _statistics(
-    query, Q, P, K, R, PADDING, MASK, g, G, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
-    frames, keys, offsets, q_time, k_time, v_time,
+    query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, begin, end, frames, keys, offsets, q_time, k_time, v_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -157,8 +159,8 @@ def _statistics(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores = scores_of(
-            query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
-            frames, keys, offsets, q_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+            DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         slope = slopes_of(g, G, V, i, j, i < frames, j < keys, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
         maximum, factor, e = running(maximum, scores, PRECISE)
@@ -169,7 +171,7 @@ def _statistics(
 
 @triton.jit(do_not_specialize=[*SIZES, "first", "rows"], do_not_specialize_on_alignment=[*UNALIGNED, "DX"])
 def queries_kernel(
-    G, X, K, R, PADDING, MASK, V, DX, DS, MAXIMUM, INVERSE, DELTA,
+    G, X, K, R, PADDING, MASK, BOUNDS, V, DX, DS, MAXIMUM, INVERSE, DELTA,
     frames, keys, left, first, rows, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, ds_row,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
@@ -202,25 +204,22 @@ def queries_kernel(
     if VALUE_DIM <= BLOCK_V:
         g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)
     p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
-    first_seen, end_seen = i, i
-    begin, end = 0, keys
-    if WINDOW:
-        first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
-        begin = tl.min(first_seen) // BLOCK_N * BLOCK_N
-        end = tl.max(end_seen)
+    masks = (PADDING, MASK, BOUNDS)
+    masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
+    begin, end = keys_seen(masks, keys, BLOCK_N, WINDOW)
     maximum, total, along = _statistics(
-        query, Q, P, K, R, PADDING, MASK, g, G, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
-        frames, keys, offsets, x_time, k_time, v_time,
+        query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, begin, end, frames, keys, offsets, x_time, k_time, v_time,
         DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
     )  # fmt: skip
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
-        if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something, so all are needed
-            begin, end = begin * 0, keys
+        if any_alone(maximum, keep_i, masks):  # masked keys weigh something, so all are needed
+            begin, end = keys_reached(masks, keys, BLOCK_N)
             maximum, total, along = _statistics(
-                query, Q, P, K, R, PADDING, MASK, g, G, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+                query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, begin, end,
                 frames, keys, offsets, x_time, k_time, v_time,
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
+    maximum, total = settled(maximum, total, masks)
     delta = (along / total).to(tl.float32)
     inverse = tl.div_rn(1.0, total.to(tl.float32))
     row = (head * batch + sequence) * frames + i
@@ -233,34 +232,45 @@ def queries_kernel(
     dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     if DS is not None:
         DS += ((head * batch + sequence) * rows + local)[:, None] * ds_row
+        if BOUNDS is not None:  # by offset
+            DS += (offsets // 2 - i)[:, None]
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
         scores = scores_of(
-            query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
-            frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
+            DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
         w = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
-        ds = masked(
-            w * (slope - delta[:, None]), 0.0, PADDING, MASK, i[:, None], j[None, :], frames, keys,
-            first_seen[:, None], end_seen[:, None], WINDOW,
-        )  # fmt: skip
+        ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
         key = load_rows(K, j, k_time, d, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
         if POS_DIM > 0:
-            at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
+            at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
             dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
         if DS is not None:
-            tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & (j < ds_row)[None, :] & once)
+            if BOUNDS is None:
+                tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & (j < ds_row)[None, :] & once)
+            else:
+                tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & in_reach(j, masks) & once)
     if WINDOW and DS is not None:
         zeros = tl.zeros([BLOCK_M, BLOCK_N], DS.dtype.element_ty)
-        for start in range(0, begin, BLOCK_N):
-            tl.store(DS + (start + tl.arange(0, BLOCK_N))[None, :], zeros, mask=keep_i[:, None] & once)
-        for start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, ds_row, BLOCK_N):
-            j = start + tl.arange(0, BLOCK_N)[None, :]
-            tl.store(DS + j, zeros, mask=keep_i[:, None] & (j < ds_row) & once)
+        if BOUNDS is None:
+            for start in range(0, begin, BLOCK_N):
+                tl.store(DS + (start + tl.arange(0, BLOCK_N))[None, :], zeros, mask=keep_i[:, None] & once)
+            for start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, ds_row, BLOCK_N):
+                j = start + tl.arange(0, BLOCK_N)[None, :]
+                tl.store(DS + j, zeros, mask=keep_i[:, None] & (j < ds_row) & once)
+        else:
+            first_reached, end_reached = keys_reached(masks, keys, BLOCK_N)
+            for start in range(first_reached, begin, BLOCK_N):
+                j = start + tl.arange(0, BLOCK_N)
+                tl.store(DS + j[None, :], zeros, mask=keep_i[:, None] & in_reach(j, masks) & once)
+            for start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, end_reached, BLOCK_N):
+                j = start + tl.arange(0, BLOCK_N)
+                tl.store(DS + j[None, :], zeros, mask=keep_i[:, None] & in_reach(j, masks) & once)
     DX += sequence * x_batch + i.to(tl.int64)[:, None] * x_time
     tl.store(
         DX + head * DIM + d[None, :], dq.to(DX.dtype.element_ty), mask=keep_i[:, None] & (d < DIM)[None, :]
@@ -272,7 +282,7 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*UNALIGNED, "DK"])
 def keys_kernel(
-    G, X, K, R, PADDING, MASK, V, MAXIMUM, INVERSE, DELTA, DK, DV,
+    G, X, K, R, PADDING, MASK, BOUNDS, V, MAXIMUM, INVERSE, DELTA, DK, DV,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
@@ -299,15 +309,21 @@ def keys_kernel(
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for start in range(0, frames, BLOCK_M):
+    begin, end = 0, frames
+    if BOUNDS is not None:  # keys see the queries that see them, but for chunks
+        own = (PADDING, MASK, BOUNDS)
+        own += window(j, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, False)
+        begin, end = keys_reached(own, keys, BLOCK_M)
+    for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         keep_i = i < frames
         maximum = tl.load(MAXIMUM + row + i, mask=keep_i, other=0.0)
-        first_seen, end_seen = i, i
+        masks = (PADDING, MASK, BOUNDS)
+        masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
         needed = start >= 0
         if WINDOW:  # rows that see nothing above -896 give masked keys weight
-            first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
-            inside = (tl.min(first_seen) < (block + 1) * BLOCK_N) & (tl.max(end_seen) > block * BLOCK_N)
+            first, last = keys_seen(masks, keys, 1, WINDOW)
+            inside = (first < (block + 1) * BLOCK_N) & (last > block * BLOCK_N)
             needed = inside | (tl.min(maximum) <= ALONE)
         if needed:
             inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)  # W is 0 behind the last query
@@ -317,16 +333,13 @@ def keys_kernel(
             g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)  # [BLOCK_M, BLOCK_V]
             p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
             scores = scores_of(
-                query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
-                frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+                query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
+                DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
             x = tl.where(keep_i[:, None], scores - maximum[:, None], NONE)
             w = exp_nonpositive(x, PRECISE) * inverse[:, None]
-            ds = masked(
-                w * (slope - delta[:, None]), 0.0, PADDING, MASK, i[:, None], j[None, :], frames, keys,
-                first_seen[:, None], end_seen[:, None], WINDOW,
-            )  # fmt: skip
+            ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
             if DIM > BLOCK_D:
                 query = load_rows(Q, i, x_time, d, keep_i, DIM)
             if VALUE_DIM > BLOCK_V:
@@ -353,10 +366,16 @@ def blocks_of_piece(blocks: int, pairs: int, most: int, places: int) -> int:
 
 
 def tiles(
-    dim: int, pos_dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding: bool = False
+    dim: int,
+    pos_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    generation: int,
+    hiding: bool = False,
+    recordings: bool = False,
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a chunk window or a mask of
-    pairs.
+    pairs, ``recordings`` whether there are several in a row.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed, and need small tiles. In 16 bits each of four warps computes 16 of 64 rows of a
@@ -391,6 +410,8 @@ def tiles(
         keys |= {"BLOCK_N": 64, "num_warps": 8}
     elif not wide and generation == 120:
         queries["BLOCK_V"] = min(32, columns)
+    if recordings and not wide and generation != 90:  # 32 keys would spill
+        queries["BLOCK_N"] = 16
     return {
         "forward": forward,
         "queries": queries,
@@ -408,6 +429,7 @@ def zipformer_attention_forward(
     cached_key: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
+    starts: torch.Tensor | None,
     heads: int,
     dim: int,
     value_heads: int,
@@ -419,14 +441,14 @@ def zipformer_attention_forward(
     y = x.new_empty(frames, batch, value.shape[2])
     if not y.numel():
         return y
-    o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+    o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
     value_dim = value.shape[2] // value_heads
     tile = tiles(dim, o.pos_dim, value_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)[
         "forward"
     ]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (value_heads * batch * blocks, cdiv(value_dim, tile["BLOCK_V"])),
-        x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), value, y,
+        x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds, value, y,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
         mask_stride(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
@@ -442,6 +464,7 @@ def zipformer_attention_backward(
     cached_key: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
+    starts: torch.Tensor | None,
     heads: int,
     dim: int,
     value_heads: int,
@@ -456,9 +479,10 @@ def zipformer_attention_backward(
     if not grad.numel():
         zeros = (none if t is None else torch.zeros_like(t) for t in (x, pos, value, cached_key))
         return tuple(zeros)
-    o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+    o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
     own_pos, value_dim = width // heads - 2 * dim, value.shape[2] // value_heads
-    shapes = tiles(dim, own_pos, value_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)
+    hiding = chunk > 0 or attn_mask is not None
+    shapes = tiles(dim, own_pos, value_dim, x.dtype, generation(x), hiding, starts is not None)
     dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
     dvalue = torch.empty_like(value)
     pairs = value_heads * batch
@@ -467,12 +491,12 @@ def zipformer_attention_backward(
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
         mask_stride(attn_mask),
     )  # fmt: skip
-    masks = as_bytes(key_padding_mask), as_bytes(attn_mask)
+    masks = as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds
     constants = o.constants | {"VALUE_DIM": value_dim}
 
     tile = shapes["queries"]
     columns = cdiv(dim, tile["BLOCK_D"])
-    row = row_size(o.keys)
+    row = row_size(o.keys if starts is None else o.offsets)
     rows = frames
     if o.pos_dim:
         most = PIECE_BYTES // (pairs * row * x.element_size() * tile["BLOCK_M"])
@@ -522,9 +546,10 @@ class _Diagonals:
 
     def add(self, first: int, rows: int) -> None:
         o, x = self.o, self.x
-        blocks = cdiv(rows + o.keys - 1, self.tile["BLOCK_O"])  # offsets that meet these rows
+        base, end = max(0, o.center + 1 - first - rows), min(o.offsets, o.center - first + o.keys)
+        blocks = cdiv(end - base, self.tile["BLOCK_O"])  # offsets that meet these rows
         launch(positions_kernel, (self.pairs * blocks,),
-            self.ds, x, self.parts, o.frames, o.keys, first, rows, o.frames - first - rows, o.batch, blocks, o.heads,
+            self.ds, x, o.bounds, self.parts, o.center, o.frames, o.keys, first, rows, base, o.batch, blocks, o.heads,
             o.offsets, self.row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=True, **self.tile,
         )  # fmt: skip
 

@@ -30,15 +30,20 @@ from fastasr.kernels._attention_tiles import NONE, load_rows, mask_stride, runni
 from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, launch, next_power_of_2, rounded
 from fastasr.kernels._parts import add_tables
 from fastasr.kernels._rel_position_tiles import (
-    ALONE,
+    any_alone,
     head_block,
+    in_reach,
+    keys_reached,
+    keys_seen,
     load_positions,
-    masked,
+    masked_slopes,
     operands,
     place,
     position_scores,
     query_key,
+    rows_of_positions,
     scores_of,
+    settled,
     window,
 )
 from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, positions_kernel, row_size
@@ -47,8 +52,7 @@ from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions
 # --------------------------------------------------------------------------- forward
 @triton.jit
 def _statistics(
-    query, Q, P, K, R, PADDING, MASK, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
-    frames, keys, offsets, q_time, k_time,
+    query, Q, P, K, R, masks, i, p0, p1, p2, p3, begin, end, frames, keys, offsets, q_time, k_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +62,7 @@ def _statistics(
     total = tl.zeros([BLOCK_M], SUM)
     for start in range(begin, end, BLOCK_N):
         scores = scores_of(
-            query, Q, P, K, R, PADDING, MASK, i, start + tl.arange(0, BLOCK_N), p0, p1, p2, p3, first_seen, end_seen,
+            query, Q, P, K, R, masks, i, start + tl.arange(0, BLOCK_N), p0, p1, p2, p3,
             frames, keys, offsets, q_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         maximum, factor, e = running(maximum, scores, PRECISE)
@@ -77,7 +81,7 @@ def _divided(e, total, PRECISE: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    X, K, R, PADDING, MASK, W,
+    X, K, R, PADDING, MASK, BOUNDS, W,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, r_batch, mask_batch, w_row,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, WHOLE: tl.constexpr,
@@ -102,44 +106,43 @@ def forward_kernel(
     if DIM <= BLOCK_D:
         query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)
     p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
-    first_seen, end_seen = i, i
-    begin, end = 0, keys
-    if WINDOW:
-        first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
-        begin = tl.min(first_seen) // BLOCK_N * BLOCK_N
-        end = tl.max(end_seen)
+    masks = (PADDING, MASK, BOUNDS)
+    masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
+    begin, end = keys_seen(masks, keys, BLOCK_N, WINDOW)
     if WHOLE:
         j = tl.arange(0, BLOCK_N)
         scores = scores_of(
-            query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
-            frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
+            DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        e = exp_nonpositive(scores - tl.max(scores, axis=1)[:, None], PRECISE)
-        w = _divided(e, sums(e, 1, PRECISE), PRECISE)
+        highest, one = settled(tl.max(scores, axis=1), tl.zeros([BLOCK_M], tl.float32), masks)
+        e = exp_nonpositive(scores - highest[:, None], PRECISE)
+        w = _divided(e, sums(e, 1, PRECISE) + one, PRECISE)
         tl.store(W + j[None, :], w.to(W.dtype.element_ty), mask=keep_i[:, None] & (j < w_row)[None, :])
     else:
         maximum, total = _statistics(
-            query, Q, P, K, R, PADDING, MASK, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+            query, Q, P, K, R, masks, i, p0, p1, p2, p3, begin, end,
             frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, PRECISE,
         )  # fmt: skip
         if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
             # masked keys weigh something, so all are needed
-            if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:
-                begin, end = begin * 0, keys
+            if any_alone(maximum, keep_i, masks):
+                begin, end = keys_reached(masks, keys, BLOCK_N)
                 maximum, total = _statistics(
-                    query, Q, P, K, R, PADDING, MASK, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+                    query, Q, P, K, R, masks, i, p0, p1, p2, p3, begin, end,
                     frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
                     PRECISE,
                 )  # fmt: skip
+        maximum, total = settled(maximum, total, masks)
         for start in range(begin, end, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             scores = scores_of(
-                query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
-                frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+                query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
+                DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             w = _divided(exp_nonpositive(scores - maximum[:, None], PRECISE), total, PRECISE)
             tl.store(W + j[None, :], w.to(W.dtype.element_ty), mask=keep_i[:, None] & (j < w_row)[None, :])
-        if WINDOW:
+        if WINDOW or BOUNDS is not None:
             zeros = tl.zeros([BLOCK_M, BLOCK_N], W.dtype.element_ty)
             for start in range(0, begin, BLOCK_N):
                 tl.store(W + (start + tl.arange(0, BLOCK_N))[None, :], zeros, mask=keep_i[:, None])
@@ -159,7 +162,7 @@ def softmax_gradient(w, g, delta):
     do_not_specialize=[*SIZES, "penalty", "limit"], do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "DX"]
 )  # fmt: skip
 def queries_kernel(
-    GRAD, W, X, K, R, PADDING, MASK, ACT, DX, DS,
+    GRAD, W, X, K, R, PADDING, MASK, BOUNDS, ACT, DX, DS,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     g_head, g_batch, g_row, w_head, w_batch, w_row, x_time, x_batch, k_time, k_batch, r_batch, mask_batch, ds_row,
     penalty, limit,
@@ -190,16 +193,20 @@ def queries_kernel(
     GRAD += head * g_head + sequence * g_batch + i.to(tl.int64)[:, None] * g_row
     W += head * w_head + sequence * w_batch + i.to(tl.int64)[:, None] * w_row
     DS += ((head * batch + sequence) * frames + i)[:, None] * ds_row
-    first_seen, end_seen = i, i
-    begin, end = 0, keys
-    if WINDOW:
-        first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
-        if not PENALTY:  # outside the window W is 0, unless a row sees nothing above -896
-            first, last = tl.min(first_seen), tl.max(end_seen)
+    masks = (PADDING, MASK, BOUNDS)
+    masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
+    begin, end = keys_reached(masks, keys, BLOCK_N)
+    if WINDOW and not PENALTY:  # outside the window W is 0, unless a row sees nothing above -896
+        first, last = keys_seen(masks, keys, 1, WINDOW)
+        if BOUNDS is None:
             before = tl.load(W + 0 * i[:, None], mask=keep_i[:, None] & (first > 0), other=0.0)
             behind = tl.load(W + keys - 1 + 0 * i[:, None], mask=keep_i[:, None] & (last < keys), other=0.0)
-            if (tl.max(before.to(tl.float32)) == 0.0) & (tl.max(behind.to(tl.float32)) == 0.0):
-                begin, end = first // BLOCK_N * BLOCK_N, last
+        else:
+            low, high, own, own_end = masks[3], masks[4], masks[5], masks[6]
+            before = tl.load(W + low[:, None], mask=(keep_i & (low < own))[:, None], other=0.0)
+            behind = tl.load(W + high[:, None] - 1, mask=(keep_i & (own_end < high))[:, None], other=0.0)
+        if (tl.max(before.to(tl.float32)) == 0.0) & (tl.max(behind.to(tl.float32)) == 0.0):
+            begin, end = first // BLOCK_N * BLOCK_N, last
     whole = end // BLOCK_N * BLOCK_N
     rows = keep_i[:, None]
 
@@ -235,20 +242,8 @@ def queries_kernel(
             w = tl.load(W + j[None, :], mask=rows & keep_j[None, :], other=0.0)
             g = tl.load(GRAD + j[None, :], mask=rows & keep_j[None, :], other=0.0)
         ds = softmax_gradient(w, g, delta)
-        ds = masked(
-            ds,
-            0.0,
-            PADDING,
-            MASK,
-            i[:, None],
-            j[None, :],
-            frames,
-            keys,
-            first_seen[:, None],
-            end_seen[:, None],
-            WINDOW,
-        )
-        at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
+        ds = masked_slopes(ds, i, j, masks, frames, keys, WINDOW)
+        at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
         if PENALTY:
             s = query_key(query, Q, i, x_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
             s = position_scores(
@@ -256,6 +251,8 @@ def queries_kernel(
                 POS_DIM, PACKED, X.dtype.element_ty,
             )  # fmt: skip
             large = tl.where(s > limit, penalty, tl.where(s < -limit, -penalty, 0.0))
+            if BOUNDS is not None:
+                large = tl.where(in_reach(j, masks), large, 0.0)
             ds += tl.where(rows & keep_j[None, :], large, 0.0)
         key = load_rows(K, j, k_time, d, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
         narrow = ds.to(key.dtype)
@@ -263,7 +260,7 @@ def queries_kernel(
         if POS_DIM > 0:
             dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
         tl.store(DS + j[None, :], narrow, mask=rows & (j < ds_row)[None, :] & once)
-    if WINDOW and not PENALTY:
+    if (WINDOW and not PENALTY) or BOUNDS is not None:
         zeros = tl.zeros([BLOCK_M, BLOCK_N], DS.dtype.element_ty)
         for start in range(0, begin, BLOCK_N):
             tl.store(DS + (start + tl.arange(0, BLOCK_N))[None, :], zeros, mask=rows & once)
@@ -279,7 +276,8 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["X", "ACT", "DK"])
 def keys_kernel(
-    DS, X, ACT, DK, frames, keys, left, batch, blocks, chunk, left_chunks, ds_row, x_time, x_batch, k_time, k_batch,
+    DS, X, BOUNDS, ACT, DK,
+    frames, keys, left, batch, blocks, offsets, chunk, left_chunks, ds_row, x_time, x_batch, k_time, k_batch,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it, unless ACT is not."""
@@ -289,7 +287,11 @@ def keys_kernel(
     X += sequence * x_batch + head * DIM
     DS += (head * batch + sequence) * frames * ds_row
     begin, end = 0, frames
-    if WINDOW:
+    if BOUNDS is not None:  # keys see the queries that see them, but for chunks
+        masks = (None, None, BOUNDS)
+        masks += window(j, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, False)
+        begin, end = keys_reached(masks, keys, BLOCK_M)
+    elif WINDOW:
         begin, end = seeing(block * BLOCK_N, BLOCK_N, frames, left, chunk, left_chunks)
         begin = begin // BLOCK_M * BLOCK_M
         if ACT is not None:
@@ -326,7 +328,7 @@ def tiles(
     penalty: bool = False,
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a chunk window or a mask of
-    pairs.
+    pairs, or on capability 10.0 recordings in a row.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed, and need small tiles.
@@ -357,6 +359,7 @@ def zipformer_attention_weights_forward(
     cached_key: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
+    starts: torch.Tensor | None,
     heads: int,
     dim: int,
     chunk: int,
@@ -372,11 +375,12 @@ def zipformer_attention_weights_forward(
     weights.as_strided_((heads, batch, frames, keys), (batch * frames * row, frames * row, row, 1))
     if not weights.numel():
         return weights
-    o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
-    tile = tiles(keys, dim, o.pos_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)["forward"]
+    o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
+    hiding = chunk > 0 or attn_mask is not None or (starts is not None and generation(x) == 100)
+    tile = tiles(keys, dim, o.pos_dim, x.dtype, generation(x), hiding)["forward"]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (o.pairs * blocks,),
-        x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), weights,
+        x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds, weights,
         frames, keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, mask_stride(attn_mask), row,
         **o.constants, **tile,
@@ -392,6 +396,7 @@ def zipformer_attention_weights_backward(
     cached_key: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
+    starts: torch.Tensor | None,
     heads: int,
     dim: int,
     chunk: int,
@@ -410,7 +415,7 @@ def zipformer_attention_weights_backward(
     if not grad.numel():
         zeros = (none if t is None else torch.zeros_like(t) for t in (x, pos, cached_key))
         return tuple(zeros)
-    o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+    o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
     own_pos = width // heads - 2 * dim
     sizes = o.keys, dim, own_pos, x.dtype, generation(x)
     dx = torch.empty_like(x)
@@ -423,7 +428,7 @@ def zipformer_attention_weights_backward(
         columns = cdiv(dim, tile["BLOCK_D"])
         blocks = cdiv(frames, tile["BLOCK_M"])
         launch(queries_kernel, (o.pairs * blocks, columns),
-            grad, weights, x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), act, dx, ds,
+            grad, weights, x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds, act, dx, ds,
             frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
             *grad.stride()[:3], *weights.stride()[:3],
             x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, mask_stride(attn_mask), row,
@@ -436,7 +441,8 @@ def zipformer_attention_weights_backward(
     blocks = cdiv(o.keys, tile["BLOCK_N"])
     window = o.chunk > 0 and (act is not None or not penalty)
     launch(keys_kernel, (o.pairs * blocks, columns),
-        ds, x, act if window else None, dkey, frames, o.keys, o.left, batch, blocks, o.chunk, o.left_chunks, row,
+        ds, x, o.bounds, act if window else None, dkey,
+        frames, o.keys, o.left, batch, blocks, o.offsets, o.chunk, o.left_chunks, row,
         x.stride(0), x.stride(1), dkey.stride(0), dkey.stride(1), DIM=dim, WINDOW=window, **tile,
     )  # fmt: skip
     dcached = none if cached_key is None else torch.empty_like(cached_key)
@@ -460,7 +466,7 @@ def position_gradients(
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
     blocks = cdiv(o.offsets, tile["BLOCK_O"])
     launch(positions_kernel, (o.pairs * blocks,),
-        ds, x, parts, o.frames, o.keys, 0, o.frames, 0, o.batch, blocks, o.heads, o.offsets, row,
+        ds, x, None, parts, o.center, o.frames, o.keys, 0, o.frames, 0, o.batch, blocks, o.heads, o.offsets, row,
         x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, **tile,
     )  # fmt: skip
     if not shared:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "bindings/pooled.h"
 #include "cpu/attention/zipformer_attention_weights.h"
@@ -12,8 +13,23 @@ namespace fastasr {
 
 using cpu::AttentionProblem;
 
+// Returns the recordings of the frames of an op's `starts`, or nothing without them.
+std::vector<cpu::Recording> recordings_of(const auto& a) {
+  if (!a.starts) return {};
+  const int64_t* const values = data<int64_t>(*a.starts);
+  std::vector<int64_t> starts(values, values + a.N);
+  std::sort(starts.begin(), starts.end());
+  std::vector<cpu::Recording> found;
+  for (int64_t i = 0; i < a.T; i++) {
+    const auto end = std::upper_bound(starts.begin(), starts.end(), i);
+    const bool none = end == starts.begin() || end == starts.end();
+    found.push_back(none ? cpu::Recording{i, i} : cpu::Recording{std::max<int64_t>(0, end[-1]), std::min(a.T, *end)});
+  }
+  return found;
+}
+
 // Returns the problem that the checked arguments of an op with Zipformer's positions describe.
-AttentionProblem problem_of(const auto& a) {
+AttentionProblem problem_of(const auto& a, const std::vector<cpu::Recording>& recordings) {
   AttentionProblem p{};
   p.frames = a.T, p.batch = a.B, p.left = a.L, p.heads = a.num_heads, p.query_dim = a.query_head_dim;
   p.pos_dim = a.P - 2 * a.query_head_dim;
@@ -22,6 +38,14 @@ AttentionProblem problem_of(const auto& a) {
   p.padding = data_or_null<uint8_t>(a.key_padding_mask);
   p.mask = data_or_null<uint8_t>(a.attn_mask);
   p.mask_per_sequence = a.attn_mask && a.attn_mask->dim() == 3;
+  const int64_t rows = p.offsets();
+  if (a.starts) {
+    check(!a.L, a.kName, "a cache with starts");
+    check(!a.pos || a.R == rows || (a.R < rows && a.R % 2), a.kName, "rows of pos");
+    p.recordings = recordings.data(), p.rows = a.pos ? a.R : rows;
+  } else {
+    check(!a.pos || a.R == rows, a.kName, "rows of pos");
+  }
   return p;
 }
 

@@ -18,7 +18,8 @@ cpu::ValueShape value_shape(const auto& a) {
 
 Tensor zipformer_attention_forward(const ZipformerAttentionForward& call) {
   const auto& [x, pos, value, cached_key] = std::tie(call.x, call.pos, call.value, call.cached_key);
-  const AttentionProblem a = problem_of(call);
+  const std::vector<cpu::Recording> recordings = recordings_of(call);
+  const AttentionProblem a = problem_of(call, recordings);
   const cpu::ValueShape v = value_shape(call);
   Tensor y = new_contiguous(x, {a.frames, a.batch, call.E});
   if (y.numel() == 0) return y;
@@ -56,7 +57,8 @@ Tensor zipformer_attention_forward(const ZipformerAttentionForward& call) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(const ZipformerAttentionBackward& call) {
   const auto& [x, pos, value, cached_key, grad] = std::tie(call.x, call.pos, call.value, call.cached_key, call.grad_y);
-  const AttentionProblem a = problem_of(call);
+  const std::vector<cpu::Recording> recordings = recordings_of(call);
+  const AttentionProblem a = problem_of(call, recordings);
   const cpu::ValueShape v = value_shape(call);
   Tensor dx = new_like(x), dvalue = new_like(value);
   Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);

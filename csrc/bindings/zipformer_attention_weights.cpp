@@ -38,7 +38,8 @@ Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
 
 Tensor zipformer_attention_weights_forward(const ZipformerAttentionWeightsForward& call) {
   const auto& [x, pos, cached_key] = std::tie(call.x, call.pos, call.cached_key);
-  const AttentionProblem a = problem_of(call);
+  const std::vector<cpu::Recording> recordings = recordings_of(call);
+  const AttentionProblem a = problem_of(call, recordings);
   Tensor weights = new_weights(a, x);
   if (weights.numel() == 0) return weights;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
@@ -73,7 +74,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(const ZipformerAttentionWeightsBackward& call) {
   const auto& [x, pos, cached_key, weights, grad] =
       std::tie(call.x, call.pos, call.cached_key, call.weights, call.grad_weights);
-  AttentionProblem a = problem_of(call);
+  const std::vector<cpu::Recording> recordings = recordings_of(call);
+  AttentionProblem a = problem_of(call, recordings);
   a.penalty = call.score_penalty, a.limit = call.score_limit;
   Tensor dx = new_like(x);
   Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);

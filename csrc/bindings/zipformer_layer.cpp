@@ -74,7 +74,7 @@ struct Layer {
     const Optional pos = linear(of_positions, positions);
     if (lengths.empty())
       attention = {zipformer_attention_weights_forward(checked(ZipformerAttentionWeightsForward{
-          projected, pos, {}, padding, mask, sizes.heads, sizes.query, chunk, left_chunks}))};
+          projected, pos, {}, padding, mask, {}, sizes.heads, sizes.query, chunk, left_chunks}))};
     else
       attention = zipformer_attention_weights_packed_forward(projected, pos, lengths, sizes.heads, sizes.query, chunk,
                                                              left_chunks);

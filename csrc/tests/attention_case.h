@@ -13,6 +13,10 @@ struct AttentionShape {
   int64_t frames, batch, heads, dim, pos_dim, left, pos_batch, chunk, left_chunks;
   int masks;  // 1: padding, 2: a mask, 4: a mask per sequence
   double penalty;
+  // With recordings: the frames of each, one after the other behind two frames that are in none, and the longest one
+  // that R has rows for.
+  int64_t recording = 0, longest = 0;
+  int64_t rows() const { return recording ? 2 * longest - 1 : 2 * frames - 1 + left; }
 };
 
 // Holds inputs, and everything the kernels compute, in long double.
@@ -23,10 +27,11 @@ struct AttentionCase {
   AttentionProblem a{};
   Random random;
   Buffer<T> x{s.frames * s.batch * s.heads * (2 * s.dim + s.pos_dim), 1, random, 0.5},
-      pos{s.pos_batch * (2 * s.frames - 1 + s.left) * s.heads * s.pos_dim, 3, random},
+      pos{s.pos_batch * s.rows() * s.heads * s.pos_dim, 3, random},
       cached{s.left * s.batch * s.heads * s.dim, 0, random, 0.5},
       grad{s.heads * s.batch * s.frames * (s.left + s.frames), 2, random};
   std::vector<uint8_t> padding, mask;
+  std::vector<cpu::Recording> recordings;
   Reals dw;  // the gradient of W; `grad` until it is changed and reference() is called again
   Reals w, dx, dpos, dcached;
 
@@ -34,6 +39,11 @@ struct AttentionCase {
     a.frames = s.frames, a.batch = s.batch, a.heads = s.heads, a.query_dim = s.dim, a.pos_dim = s.pos_dim;
     a.left = s.left, a.pos_batch = s.pos_batch, a.chunk = s.chunk, a.left_chunks = s.left_chunks;
     a.penalty = s.penalty, a.limit = 1.25;
+    for (int64_t i = 0; s.recording && i < a.frames; i++) {
+      const int64_t begin = i < 2 ? i : 2 + (i - 2) / s.recording * s.recording, end = begin + s.recording;
+      recordings.push_back(i < 2 || end > a.frames ? cpu::Recording{i, i} : cpu::Recording{begin, end});
+    }
+    if (s.recording) a.recordings = recordings.data(), a.rows = s.rows();
     const auto draw = [&](std::vector<uint8_t>& m, int64_t n) {
       m.resize(static_cast<size_t>(n));
       for (auto& v : m) v = random.uniform() < 0.3;
@@ -60,11 +70,20 @@ struct AttentionCase {
   bool hidden(int64_t b, int64_t i, int64_t j) const {
     const int64_t t = j - a.left;
     if (a.chunk > 0) {
-      const int64_t of_key = t >= 0 ? t / a.chunk : -((-t + a.chunk - 1) / a.chunk), of_query = i / a.chunk;
+      const int64_t first = a.recordings ? a.recordings[i].begin : 0;
+      const int64_t of_key = t >= 0 ? (t - first) / a.chunk : -((-t + a.chunk - 1) / a.chunk);
+      const int64_t of_query = (i - first) / a.chunk;
       if (of_key > of_query || (a.left_chunks >= 0 && of_key < of_query - a.left_chunks)) return true;
     }
     if (a.padding && a.padding[b * a.keys() + j]) return true;
     return a.mask && a.mask[((a.mask_per_sequence ? b * a.frames : 0) + i) * a.keys() + j];
+  }
+
+  // Says whether query i has no weight on key j, whatever the scores are.
+  bool apart(int64_t i, int64_t j) const {
+    if (!a.recordings) return false;
+    const cpu::Recording& r = a.recordings[i];
+    return j < r.begin || j >= r.end || std::abs(j - i) >= s.longest;
   }
 
   void reference() {
@@ -82,16 +101,20 @@ struct AttentionCase {
           long double top = -INFINITY, sum = 0, delta = 0;
           for (int64_t j = 0; j < keys; j++) {
             long double& v = raw[j] = 0;
+            scores[j] = -INFINITY;
+            if (apart(i, j)) continue;
             for (int64_t d = 0; d < a.query_dim; d++) v += x(at_q(i, b, h) + d) * key(j, d);
             for (int64_t d = 0; a.pos_batch && d < a.pos_dim; d++)
-              v += x(at_p(i, b, h) + d) * pos(at_r(a.frames - 1 - i + j, b, h) + d);
+              v += x(at_p(i, b, h) + d) * pos(at_r(a.center() - i + j, b, h) + d);
             scores[j] = hidden(b, i, j) ? -1000 : v;
             top = std::max(top, scores[j]);
           }
-          for (auto& v : scores) sum += v = std::exp(v - top);
+          for (auto& v : scores) sum += v = top == -INFINITY ? 0 : std::exp(v - top);
+          if (sum == 0) continue;
           const int64_t row = ((h * a.batch + b) * a.frames + i) * keys;
           for (int64_t j = 0; j < keys; j++) delta += (w[row + j] = scores[j] / sum) * dw[row + j];
           for (int64_t j = 0; j < keys; j++) {
+            if (apart(i, j)) continue;
             long double ds = hidden(b, i, j) ? 0 : w[row + j] * (dw[row + j] - delta);
             if (std::fabs(raw[j]) > a.limit) ds += raw[j] > 0 ? a.penalty : -a.penalty;
             for (int64_t d = 0; d < a.query_dim; d++) {
@@ -99,7 +122,7 @@ struct AttentionCase {
               (j < a.left ? dcached[at_cached(j) + d] : dx[at_k(j - a.left, b, h) + d]) += ds * x(at_q(i, b, h) + d);
             }
             for (int64_t d = 0; a.pos_batch && d < a.pos_dim; d++) {
-              const int64_t r = at_r(a.frames - 1 - i + j, b, h) + d;
+              const int64_t r = at_r(a.center() - i + j, b, h) + d;
               dx[at_p(i, b, h) + d] += ds * pos(r);
               dpos[r] += ds * x(at_p(i, b, h) + d);
             }

@@ -23,17 +23,21 @@ from fastasr.ops._zipformer_attention import (
     PaddingMask,
     Positions,
     Projection,
+    Starts,
+    check_recordings,
     scores,
+    separate,
     softmax,
 )
 
 _FORWARD = (
-    "x pos value cached_key key_padding_mask attn_mask "
+    "x pos value cached_key key_padding_mask attn_mask starts "
     "num_heads query_head_dim (value_heads or num_heads) chunk_size left_context_chunks"
 )
 
 
-def _value_heads(op: Op, a: Arguments) -> None:
+def _check(op: Op, a: Arguments) -> None:
+    check_recordings(op, a)
     heads = a.value_heads or a.num_heads
     if heads > a.num_heads:
         op.fail("value_heads", f"an int in 1..{a.num_heads}", heads)
@@ -47,7 +51,7 @@ def _value_heads(op: Op, a: Arguments) -> None:
     one_dtype="x pos value cached_key",
     forward=_FORWARD,
     backward=f"grad {_FORWARD} -> x pos value cached_key",
-    check=_value_heads,
+    check=_check,
     summary="softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory",
 )
 def zipformer_attention(
@@ -60,6 +64,7 @@ def zipformer_attention(
     value_heads: Count | None = None,
     key_padding_mask: PaddingMask = None,
     attn_mask: AttentionMask = None,
+    starts: Starts = None,
     chunk_size: ChunkSize = -1,
     left_context_chunks: LeftContext = -1,
     cached_key: CachedKey = None,
@@ -67,19 +72,22 @@ def zipformer_attention(
     """softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]) · value, without the weights in memory.
 
     Args:
-        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks, cached_key: as
-            for :func:`fastasr.ops.zipformer_attention_weights`.
+        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size, left_context_chunks,
+            cached_key: as for :func:`fastasr.ops.zipformer_attention_weights`.
         value: (left + T, B, value_heads·dv), of x's dtype.
         value_heads: how many of the heads, from the first on, have values; None: all.
     Returns:
         (T, B, value_heads·dv), of x's dtype (autocast's under autocast), accumulated in float32 or better. A query that
-        sees no key gets the mean of all values.
+        sees no key gets the mean of all values, of its recording with ``starts``, and 0 if it belongs to none.
     Raises:
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; a number is out of range.
     """
     s = scores(x, pos, cached_key, num_heads, query_head_dim)
-    weights = softmax(s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks)[:value_heads]
+    hidden = separate(s, pos, starts)
+    weights = softmax(
+        s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks, starts, hidden
+    )[:value_heads]  # fmt: skip
     heads = len(weights)
     value = value.reshape(*value.shape[:2], heads, value.shape[2] // heads).permute(2, 1, 0, 3)
     return torch.matmul(weights, value).permute(2, 1, 0, 3).flatten(2)

@@ -4,6 +4,8 @@ r"""Attention weights with relative positions of Zipformer (Yao et al., 2023; po
     s[h,b,i,j] = q[i]·k[j] + p[i]·R[T−1−i+j],  masked scores −1000,  W = softmax_j(s)
 
 x holds q | k | p side by side, R = pos holds 2T−1+left offsets, the keys are [cached_key | k]. There is no 1/√d.
+Recordings may lie one after the other in one sequence: a query then sees the keys of its own recording alone, and the
+others have no weight at all. Kernels read the boundaries where they lie. R then needs the offsets of the longest alone.
 With g = dW and δ = Σ_j W g: dS = W (g − δ), 0 where masked, plus penalty · sign(s) where |s| > limit (before masking);
 dq = dS k, dk = dSᵀ q, dp[i] = Σ_j dS R[T−1−i+j], dR[r] = Σ p[i] dS[i,j] over the diagonal r = T−1−i+j.
 Upstream: ``RelPositionMultiheadAttentionWeights`` in ``zipformer.modules.zipformer``.
@@ -26,7 +28,10 @@ from fastasr.ops._zipformer_attention import (
     Penalty,
     Positions,
     Projection,
+    Starts,
+    check_recordings,
     scores,
+    separate,
     softmax,
 )
 
@@ -41,7 +46,7 @@ def _empty(shape: tuple[int, ...], **options: Any) -> Tensor:
     return torch.empty_strided(shape, (batch * frames * row, frames * row, row, 1), **options)
 
 
-_TENSORS = "x pos cached_key key_padding_mask attn_mask"
+_TENSORS = "x pos cached_key key_padding_mask attn_mask starts"
 _FORWARD = f"{_TENSORS} num_heads query_head_dim chunk_size left_context_chunks"
 
 
@@ -53,6 +58,7 @@ _FORWARD = f"{_TENSORS} num_heads query_head_dim chunk_size left_context_chunks"
     strides={"grad": "rows", "weights": _empty},
     forward=_FORWARD,
     backward=f"grad weights {_FORWARD} score_penalty score_limit",
+    check=check_recordings,
     summary="softmax_j(q·k + p·R[j−i]) with padding, chunk and cache",
 )
 def zipformer_attention_weights(
@@ -63,6 +69,7 @@ def zipformer_attention_weights(
     *,
     key_padding_mask: PaddingMask = None,
     attn_mask: AttentionMask = None,
+    starts: Starts = None,
     chunk_size: ChunkSize = -1,
     left_context_chunks: LeftContext = -1,
     cached_key: CachedKey = None,
@@ -74,27 +81,35 @@ def zipformer_attention_weights(
     Args:
         x: (T, B, H·(2·dq + dp)): queries, keys and position queries side by side, heads inside each; float32, bfloat16,
             float16 or float64.
-        pos: (1 or B, 2T−1+left, H·dp), row T−1 is offset 0; None: no position scores.
+        pos: (1 or B, 2T−1+left, H·dp), row T−1 is offset 0; None: no position scores. With ``starts`` (1 or B, 2L−1,
+            H·dp), row L−1 is offset 0, for recordings of up to L frames: frames L or more apart do not see each other.
         num_heads, query_head_dim: H and dq; dp is what remains of x.
         key_padding_mask: bool (B, left + T), True: no query sees this key.
         attn_mask: bool (T, left + T) or (B, T, left + T), True: hidden.
-        chunk_size: a query sees the keys up to the end of its chunk of this many frames; -1: all. No mask is made.
+        starts: int64 (N,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
+            different recordings do not see each other, and frames outside of all see nothing. Their order does not
+            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them. There is no cache.
+        chunk_size: a query sees the keys up to the end of its chunk of this many frames; -1: all. No mask is made. With
+            ``starts`` chunks count from the first frame of the recording.
         left_context_chunks: it sees keys from this many chunks before its own on; -1: from the first.
         cached_key: (left, B, H·dq), keys before the first frame (streaming).
         score_penalty, score_limit: the gradient of every score s with |s| > score_limit, hidden or not, gets
-            score_penalty · sign(s); values are not changed.
+            score_penalty · sign(s), but for keys of other recordings; values are not changed.
     Returns:
         (H, B, T, left + T), of x's dtype (autocast's under autocast), computed in float32 or better and rounded once.
-        A query that sees no key has equal weights, and no gradient of its scores. Rows lie a multiple of 16 elements
-        apart in memory: for `view`, call `contiguous` first.
+        A query that sees no key has equal weights, on the keys of its recording with ``starts``, and no gradient of its
+        scores; the weights are 0 if it belongs to none. Rows lie a multiple of 16 elements apart in memory: for `view`,
+        call `contiguous` first.
     Raises:
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; a number is out of range.
     """
     s = scores(x, pos, cached_key, num_heads, query_head_dim)
+    hidden = separate(s, pos, starts)
     if score_penalty:
+        s = s if hidden is None else s.masked_fill(hidden, 0)  # no penalty there
         s = Penalty.apply(s, score_penalty, score_limit)
-    return softmax(s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks)
+    return softmax(s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks, starts, hidden)
 
 
 # --------------------------------------------------------------------------- recorded passes
@@ -122,12 +137,23 @@ def gradients(
             s = Penalty.apply(s, penalty * (act != 0).to(s.dtype), limit)
             w = softmax(s, inputs[0], **masks)
         return torch.autograd.grad(w, inputs, grad.to(w.dtype))
-    hidden = (None if masks[name] is None else masks[name].contiguous() for name in _MASKS if "mask" in name)
+    hidden = [None if masks[name] is None else masks[name].contiguous() for name in _MASKS if "mask" in name]
     chunks = masks["chunk_size"], masks["left_context_chunks"]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     sizes = num_heads, query_head_dim
     found = kernels.backward(
-        grad, weights, x.contiguous(), pos.contiguous(), None, *hidden, *sizes, *chunks, penalty, limit, act
+        grad,
+        weights,
+        x.contiguous(),
+        pos.contiguous(),
+        None,
+        *hidden,
+        None,
+        *sizes,
+        *chunks,
+        penalty,
+        limit,
+        act,
     )
     return found[:2]
 

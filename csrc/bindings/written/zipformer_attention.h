@@ -10,10 +10,10 @@ struct ZipformerAttentionForward {
   static constexpr const char* kName = "zipformer_attention_forward";
   static constexpr const char* kSchema =
       "zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
-      "int chunk_size, int left_context_chunks) -> Tensor";
-  using Types = ArgumentTypes<Tensor, Optional, Tensor, Optional, Optional, Optional, int64_t, int64_t, int64_t,
-                              int64_t, int64_t>;
+      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, "
+      "int value_heads, int chunk_size, int left_context_chunks) -> Tensor";
+  using Types = ArgumentTypes<Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t, int64_t,
+                              int64_t, int64_t, int64_t>;
 
   const Tensor& x;
   const Optional& pos;
@@ -21,6 +21,7 @@ struct ZipformerAttentionForward {
   const Optional& cached_key;
   const Optional& key_padding_mask;
   const Optional& attn_mask;
+  const Optional& starts;
   int64_t num_heads;
   int64_t query_head_dim;
   int64_t value_heads;
@@ -31,6 +32,9 @@ struct ZipformerAttentionForward {
   int64_t T{};
   int64_t B{};
   int64_t P{};
+  int64_t S{};
+  int64_t R{};
+  int64_t N{};
   int64_t L{};
   int64_t E{};
 
@@ -52,6 +56,28 @@ struct ZipformerAttentionForward {
                      "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
     }
     check_contiguous(x, op, "x");
+    if (pos) {
+      check_dtype(*pos, dtype, op, "pos");
+      {
+        const Sizes shape = pos->sizes();
+        fastasr::check(shape.size() == 3, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+        S = shape[0];
+        R = shape[1];
+        fastasr::check(shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B), op,
+                       "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+      }
+      check_contiguous(*pos, op, "pos");
+    }
+    if (starts) {
+      check_dtype(*starts, ScalarType::Long, op, "starts");
+      {
+        const Sizes shape = starts->sizes();
+        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
+        N = shape[0];
+        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+      }
+      check_contiguous(*starts, op, "starts");
+    }
     if (cached_key) {
       check_dtype(*cached_key, dtype, op, "cached_key");
       {
@@ -62,15 +88,6 @@ struct ZipformerAttentionForward {
                        "cached_key is not (L, B, num_heads*query_head_dim)");
       }
       check_contiguous(*cached_key, op, "cached_key");
-    }
-    if (pos) {
-      check_dtype(*pos, dtype, op, "pos");
-      fastasr::check(has_sizes(*pos, {1, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}) ||
-                         has_sizes(*pos, {B, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}),
-                     op,
-                     "pos is not (1, (T and 2*T-1+L), num_heads*(P-2*query_head_dim)) or (B, (T and 2*T-1+L), "
-                     "num_heads*(P-2*query_head_dim))");
-      check_contiguous(*pos, op, "pos");
     }
     check_dtype(value, dtype, op, "value");
     {
@@ -98,10 +115,10 @@ struct ZipformerAttentionBackward {
   static constexpr const char* kName = "zipformer_attention_backward";
   static constexpr const char* kSchema =
       "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
-      "int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)";
-  using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, Optional, int64_t, int64_t, int64_t,
-                              int64_t, int64_t>;
+      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, "
+      "int value_heads, int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)";
+  using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t,
+                              int64_t, int64_t, int64_t, int64_t>;
 
   const Tensor& grad_y;
   const Tensor& x;
@@ -110,6 +127,7 @@ struct ZipformerAttentionBackward {
   const Optional& cached_key;
   const Optional& key_padding_mask;
   const Optional& attn_mask;
+  const Optional& starts;
   int64_t num_heads;
   int64_t query_head_dim;
   int64_t value_heads;
@@ -120,6 +138,9 @@ struct ZipformerAttentionBackward {
   int64_t T{};
   int64_t B{};
   int64_t P{};
+  int64_t S{};
+  int64_t R{};
+  int64_t N{};
   int64_t L{};
   int64_t E{};
 
@@ -141,6 +162,28 @@ struct ZipformerAttentionBackward {
                      "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
     }
     check_contiguous(x, op, "x");
+    if (pos) {
+      check_dtype(*pos, dtype, op, "pos");
+      {
+        const Sizes shape = pos->sizes();
+        fastasr::check(shape.size() == 3, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+        S = shape[0];
+        R = shape[1];
+        fastasr::check(shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B), op,
+                       "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+      }
+      check_contiguous(*pos, op, "pos");
+    }
+    if (starts) {
+      check_dtype(*starts, ScalarType::Long, op, "starts");
+      {
+        const Sizes shape = starts->sizes();
+        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
+        N = shape[0];
+        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+      }
+      check_contiguous(*starts, op, "starts");
+    }
     if (cached_key) {
       check_dtype(*cached_key, dtype, op, "cached_key");
       {
@@ -151,15 +194,6 @@ struct ZipformerAttentionBackward {
                        "cached_key is not (L, B, num_heads*query_head_dim)");
       }
       check_contiguous(*cached_key, op, "cached_key");
-    }
-    if (pos) {
-      check_dtype(*pos, dtype, op, "pos");
-      fastasr::check(has_sizes(*pos, {1, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}) ||
-                         has_sizes(*pos, {B, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}),
-                     op,
-                     "pos is not (1, (T and 2*T-1+L), num_heads*(P-2*query_head_dim)) or (B, (T and 2*T-1+L), "
-                     "num_heads*(P-2*query_head_dim))");
-      check_contiguous(*pos, op, "pos");
     }
     check_dtype(value, dtype, op, "value");
     {

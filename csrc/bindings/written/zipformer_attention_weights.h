@@ -11,14 +11,17 @@ struct ZipformerAttentionWeightsForward {
   static constexpr const char* kName = "zipformer_attention_weights_forward";
   static constexpr const char* kSchema =
       "zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, Tensor? key_padding_mask, "
-      "Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor";
-  using Types = ArgumentTypes<Tensor, Optional, Optional, Optional, Optional, int64_t, int64_t, int64_t, int64_t>;
+      "Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int chunk_size, "
+      "int left_context_chunks) -> Tensor";
+  using Types =
+      ArgumentTypes<Tensor, Optional, Optional, Optional, Optional, Optional, int64_t, int64_t, int64_t, int64_t>;
 
   const Tensor& x;
   const Optional& pos;
   const Optional& cached_key;
   const Optional& key_padding_mask;
   const Optional& attn_mask;
+  const Optional& starts;
   int64_t num_heads;
   int64_t query_head_dim;
   int64_t chunk_size;
@@ -28,6 +31,9 @@ struct ZipformerAttentionWeightsForward {
   int64_t T{};
   int64_t B{};
   int64_t P{};
+  int64_t S{};
+  int64_t R{};
+  int64_t N{};
   int64_t L{};
 
   // Declines the call if an argument does not fit the declaration.
@@ -47,6 +53,28 @@ struct ZipformerAttentionWeightsForward {
                      "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
     }
     check_contiguous(x, op, "x");
+    if (pos) {
+      check_dtype(*pos, dtype, op, "pos");
+      {
+        const Sizes shape = pos->sizes();
+        fastasr::check(shape.size() == 3, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+        S = shape[0];
+        R = shape[1];
+        fastasr::check(shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B), op,
+                       "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+      }
+      check_contiguous(*pos, op, "pos");
+    }
+    if (starts) {
+      check_dtype(*starts, ScalarType::Long, op, "starts");
+      {
+        const Sizes shape = starts->sizes();
+        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
+        N = shape[0];
+        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+      }
+      check_contiguous(*starts, op, "starts");
+    }
     if (cached_key) {
       check_dtype(*cached_key, dtype, op, "cached_key");
       {
@@ -57,15 +85,6 @@ struct ZipformerAttentionWeightsForward {
                        "cached_key is not (L, B, num_heads*query_head_dim)");
       }
       check_contiguous(*cached_key, op, "cached_key");
-    }
-    if (pos) {
-      check_dtype(*pos, dtype, op, "pos");
-      fastasr::check(has_sizes(*pos, {1, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}) ||
-                         has_sizes(*pos, {B, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}),
-                     op,
-                     "pos is not (1, (T and 2*T-1+L), num_heads*(P-2*query_head_dim)) or (B, (T and 2*T-1+L), "
-                     "num_heads*(P-2*query_head_dim))");
-      check_contiguous(*pos, op, "pos");
     }
     if (key_padding_mask) {
       check_dtype(*key_padding_mask, ScalarType::Bool, op, "key_padding_mask");
@@ -85,11 +104,11 @@ struct ZipformerAttentionWeightsBackward {
   static constexpr const char* kName = "zipformer_attention_weights_backward";
   static constexpr const char* kSchema =
       "zipformer_attention_weights_backward(Tensor grad_weights, Tensor weights, Tensor x, Tensor? pos, "
-      "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, "
-      "int chunk_size, int left_context_chunks, float score_penalty, float score_limit) -> "
+      "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, "
+      "int query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, float score_limit) -> "
       "(Tensor, Tensor, Tensor)";
-  using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, int64_t, int64_t, int64_t,
-                              int64_t, double, double>;
+  using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, int64_t,
+                              int64_t, int64_t, int64_t, double, double>;
 
   const Tensor& grad_weights;
   const Tensor& weights;
@@ -98,6 +117,7 @@ struct ZipformerAttentionWeightsBackward {
   const Optional& cached_key;
   const Optional& key_padding_mask;
   const Optional& attn_mask;
+  const Optional& starts;
   int64_t num_heads;
   int64_t query_head_dim;
   int64_t chunk_size;
@@ -109,6 +129,9 @@ struct ZipformerAttentionWeightsBackward {
   int64_t T{};
   int64_t B{};
   int64_t P{};
+  int64_t S{};
+  int64_t R{};
+  int64_t N{};
   int64_t L{};
 
   // Declines the call if an argument does not fit the declaration.
@@ -132,6 +155,28 @@ struct ZipformerAttentionWeightsBackward {
                      "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
     }
     check_contiguous(x, op, "x");
+    if (pos) {
+      check_dtype(*pos, dtype, op, "pos");
+      {
+        const Sizes shape = pos->sizes();
+        fastasr::check(shape.size() == 3, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+        S = shape[0];
+        R = shape[1];
+        fastasr::check(shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B), op,
+                       "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+      }
+      check_contiguous(*pos, op, "pos");
+    }
+    if (starts) {
+      check_dtype(*starts, ScalarType::Long, op, "starts");
+      {
+        const Sizes shape = starts->sizes();
+        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
+        N = shape[0];
+        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+      }
+      check_contiguous(*starts, op, "starts");
+    }
     if (cached_key) {
       check_dtype(*cached_key, dtype, op, "cached_key");
       {
@@ -142,15 +187,6 @@ struct ZipformerAttentionWeightsBackward {
                        "cached_key is not (L, B, num_heads*query_head_dim)");
       }
       check_contiguous(*cached_key, op, "cached_key");
-    }
-    if (pos) {
-      check_dtype(*pos, dtype, op, "pos");
-      fastasr::check(has_sizes(*pos, {1, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}) ||
-                         has_sizes(*pos, {B, (T ? 2 * T - 1 + L : 0), num_heads * (P - 2 * query_head_dim)}),
-                     op,
-                     "pos is not (1, (T and 2*T-1+L), num_heads*(P-2*query_head_dim)) or (B, (T and 2*T-1+L), "
-                     "num_heads*(P-2*query_head_dim))");
-      check_contiguous(*pos, op, "pos");
     }
     if (key_padding_mask) {
       check_dtype(*key_padding_mask, ScalarType::Bool, op, "key_padding_mask");

@@ -27,15 +27,28 @@ struct Window {
   int64_t begin, end;
 };
 
+// Returns the keys that may have weight for row i: those of its recording that R reaches.
+inline Window reached(const AttentionProblem& a, int64_t i) {
+  if (!a.recordings) return {0, a.keys()};
+  const Recording& r = a.recordings[i];
+  return {std::max(r.begin, i - a.center()), std::min(r.end, i + a.center() + 1)};
+}
+
+inline bool sees_nothing(const AttentionProblem& a, int64_t i) {
+  return a.recordings && a.recordings[i].begin == a.recordings[i].end;
+}
+
 // Returns the keys that the chunk window of row i lets through.
 inline Window chunk_window(const AttentionProblem& a, int64_t i) {
-  if (a.chunk <= 0) return {0, a.keys()};
-  const int64_t chunk = i / a.chunk;
-  const int64_t last = chunk < a.frames / a.chunk ? (chunk + 1) * a.chunk : a.frames;
+  const Window w = reached(a, i);
+  if (a.chunk <= 0) return w;
+  const Recording r = a.recordings ? a.recordings[i] : Recording{0, a.frames};
+  const int64_t chunk = (i - r.begin) / a.chunk, length = r.end - r.begin;
+  const int64_t last = chunk < length / a.chunk ? (chunk + 1) * a.chunk : length;
   int64_t first = -a.left;
   if (a.left_chunks >= 0 && a.left_chunks < chunk + a.left / a.chunk + 1)
     first = std::max(first, (chunk - a.left_chunks) * a.chunk);
-  return {first + a.left, last + a.left};
+  return {std::max(w.begin, r.begin + first + a.left), std::min(w.end, r.begin + last + a.left)};
 }
 
 // The rows of one strip. Beyond the last frame, rows repeat it and are not stored.
@@ -76,18 +89,43 @@ void fill_hidden(const AttentionProblem& a, const Strip& t, int m, const KeyRang
   if (const uint8_t* row = mask_row(a, t.sequence, frame)) row_kernels.fill_where(row + j0, s, keys - j0, value);
 }
 
-// Returns the keys of a strip that are worked on: those that some row sees, in whole tiles.
-inline Window strip_window(const AttentionProblem& a, const Strip& t, const KeyRange& range) {
+// Makes row m's scores of the keys [j0, j1) -1000 where they are masked, and -inf behind the last key and in other
+// recordings: weight 0.
+template <typename C>
+void mask_scores(const AttentionProblem& a, const Strip& t, int m, const KeyRange& range, int64_t j0, int64_t j1,
+                 C* s) {
+  fill_hidden(a, t, m, range, j0, j1, s, static_cast<C>(kMasked));
+  const Window w = reached(a, t.frame(a, m));
+  for (int64_t j = j0; j < std::min(w.begin, j1); j++) s[j - j0] = -kInfinity<C>;
+  for (int64_t j = std::max(j0, w.end); j < j1; j++) s[j - j0] = -kInfinity<C>;
+}
+
+// Returns the smallest window of whole tiles around those of a strip's rows; none without any.
+template <typename F>
+Window whole_tiles(const AttentionProblem& a, const Strip& t, const F& of_row) {
   Window w = {a.keys(), 0};
-  for (const int m : {0, t.stored - 1}) {
-    const Window one = chunk_window(a, t.begin + m);
+  for (int m = 0; m < t.stored; m++) {
+    if (sees_nothing(a, t.begin + m)) continue;
+    const Window one = of_row(a, t.begin + m);
     w.begin = std::min(w.begin, one.begin);
     w.end = std::max(w.end, one.end);
   }
-  w.begin = std::max(w.begin, range.begin);
-  w.end = std::min(w.end, range.end);
-  if (w.begin >= w.end) return {0, a.padded_keys()};  // no key is seen: every key has the same weight
+  if (w.begin >= w.end) return {0, 0};
   return {w.begin / kAttentionPad * kAttentionPad, round_up(w.end, kAttentionPad)};
+}
+
+// Returns the keys that may have weight for a row of a strip.
+inline Window strip_reached(const AttentionProblem& a, const Strip& t) {
+  return a.recordings ? whole_tiles(a, t, reached) : Window{0, a.padded_keys()};
+}
+
+// Returns the keys of a strip that are worked on: those that some row sees, in whole tiles.
+inline Window strip_window(const AttentionProblem& a, const Strip& t, const KeyRange& range) {
+  const Window w = whole_tiles(a, t, [&](const AttentionProblem& p, int64_t i) {
+    const Window one = chunk_window(p, i);
+    return Window{std::max(one.begin, range.begin), std::min(one.end, range.end)};
+  });
+  return w.begin < w.end ? w : strip_reached(a, t);  // no key is seen: every key has the same weight
 }
 
 // In a forward pass without weights, the scores of a strip (16 KB) and keys (64 KB) and values of a block stay in the
@@ -186,7 +224,7 @@ void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w,
   }
   tiles.keys(ds, stride, t.rows, q, dim, w.begin, w.end, dk, next.first, next.second, next.bytes);
   if (a.pos_batch) {
-    const int64_t shift = kAttentionMargin + a.frames - 1 - t.begin;
+    const int64_t shift = kAttentionMargin + a.center() - t.begin;
     for (int64_t e = 0; e < pos; e += kAttentionPositions) {
       tiles.positions(ds, stride, rt + e * a.padded_offsets() + shift, a.padded_offsets(), w.begin, w.end, dp + e, pos);
       tiles.offsets(ds, stride, p + e, pos, w.begin, w.end, drt + e * a.padded_offsets() + shift, a.padded_offsets());

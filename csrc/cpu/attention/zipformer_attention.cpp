@@ -36,13 +36,11 @@ void step(const Block<C>& b, StripState<C>& state, int64_t begin, int64_t end) {
   const AttentionProblem& a = b.a;
   const Strip& t = state.strip;
   const int64_t n = end - begin;
-  const C* shifted = b.rt ? b.rt + kAttentionMargin + a.frames - 1 - t.begin + begin : nullptr;
+  const C* shifted = b.rt ? b.rt + kAttentionMargin + a.center() - t.begin + begin : nullptr;
   tiles.scores(state.q, b.kt + begin, a.padded_keys(), a.query_dim, state.p, shifted, a.padded_offsets(),
                a.pos_batch ? a.pos_dim : 0, 0, n, b.scores, kKeyBlock, nullptr, 0);
   for (int m = 0; m < t.stored; m++) {
-    C* row = b.scores + m * kKeyBlock;
-    fill_hidden(a, t, m, b.range, begin, end, row, static_cast<C>(kMasked));
-    for (int64_t j = a.keys(); j < end; j++) row[j - begin] = -kInfinity<C>;  // behind the last key: weight 0
+    mask_scores(a, t, m, b.range, begin, end, b.scores + m * kKeyBlock);
   }
   state.softmax.add(b.scores, t.stored, n, b.values + begin * b.depth, b.depth, b.part);
 }
@@ -73,7 +71,8 @@ void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ran
   C* memory = block.part + kAttentionRows * depth;
   for_each_strip<C>(a, pair, begin, end, [&](const Strip& t) {
     StripState<C>& state = states[count++];
-    state.strip = t, state.window = strip_window(a, t, block.range), state.done = false;
+    state.strip = t, state.window = strip_window(a, t, block.range);
+    state.done = state.window.begin == state.window.end;
     state.softmax.total = memory, memory += t.rows * depth;
     state.q = memory, memory += a.query_dim * t.rows;
     state.p = memory, memory = state.p + a.padded_pos_dim() * t.rows;
@@ -83,20 +82,26 @@ void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ran
   bool again = false;  // hidden keys have some weight here, so all of them are needed
   for (int k = 0; k < count; k++) {
     StripState<C>& state = states[k];
-    const Window all = {0, a.padded_keys()};
+    const Window all = strip_reached(a, state.strip);
     state.done = state.window.begin == all.begin && state.window.end == all.end;
     if (!state.done) {
       state.done = true;
-      for (int m = 0; m < state.strip.stored; m++) state.done = state.done && state.softmax.top[m] > kNarrowAbove<C>;
+      for (int m = 0; m < state.strip.stored; m++)
+        state.done = state.done && (state.softmax.top[m] > kNarrowAbove<C> || sees_nothing(a, state.strip.begin + m));
       if (!state.done) state.window = all, again = true;
     }
   }
   if (again) walk(block, states, count);
   const int64_t width = v.heads * v.dim;
   for (int k = 0; k < count; k++)
-    for (int m = 0; m < states[k].strip.stored; m++)
-      row_kernels.divided(states[k].softmax.total + m * depth, states[k].softmax.sum[m],
-                          y + ((states[k].strip.begin + m) * a.batch + sequence) * width + h * v.dim, v.dim);
+    for (int m = 0; m < states[k].strip.stored; m++) {
+      const int64_t frame = states[k].strip.begin + m;
+      T* row = y + (frame * a.batch + sequence) * width + h * v.dim;
+      if (sees_nothing(a, frame))
+        std::memset(static_cast<void*>(row), 0, sizeof(T) * static_cast<size_t>(v.dim));
+      else
+        row_kernels.divided(states[k].softmax.total + m * depth, states[k].softmax.sum[m], row, v.dim);
+    }
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -157,21 +162,26 @@ void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRan
   C sum[kAttentionRows];
   bool seen[kAttentionRows];  // false: hidden keys have some weight
   Window w = strip_window(a, t, range);
+  const Window all = strip_reached(a, t);
   for (;;) {
-    tiles.scores(s.q, kt, padded, a.query_dim, s.p, rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr,
+    tiles.scores(s.q, kt, padded, a.query_dim, s.p, rt ? rt + kAttentionMargin + a.center() - t.begin : nullptr,
                  a.padded_offsets(), a.pos_batch ? a.pos_dim : 0, w.begin, w.end, s.weights, padded, nullptr, 0);
     bool narrow = true;
     for (int m = 0; m < t.stored; m++) {
       C* row = s.weights + m * padded;
-      fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, static_cast<C>(kMasked));
-      for (int64_t j = keys; j < w.end; j++) row[j] = -kInfinity<C>;  // behind the last key: weight 0
+      if (sees_nothing(a, t.begin + m)) {
+        std::memset(row + w.begin, 0, sizeof(C) * static_cast<size_t>(w.end - w.begin));
+        sum[m] = 1, seen[m] = true;
+        continue;
+      }
+      mask_scores(a, t, m, range, w.begin, w.end, row + w.begin);
       const C top = row_kernels.maximum(row + w.begin, w.end - w.begin);
       sum[m] = row_kernels.exponentials(row + w.begin, w.end - w.begin, top);
       seen[m] = top > kNarrowAbove<C> && sum[m] == sum[m];
       narrow = narrow && seen[m];
     }
-    if (narrow || (w.begin == 0 && w.end == padded)) break;
-    w = {0, padded};
+    if (narrow || (w.begin == all.begin && w.end == all.end)) break;
+    w = all;
   }
   const int64_t end = std::min(w.end, keys), width = v.heads * v.dim;
   for (int m = 0; m < t.rows; m++) {
@@ -194,8 +204,8 @@ void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRan
     }
     row_kernels.attention_gradient(s.weights + m * padded + w.begin, sum[m], row + w.begin, w.end - w.begin);
     if (!seen[m]) fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, C(0));
-    std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(kAttentionMargin + w.begin));
-    std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(padded + kAttentionMargin - end));
+    std::memset(row + w.begin - kAttentionMargin, 0, sizeof(C) * kAttentionMargin);
+    std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(w.end + kAttentionMargin - end));
   }
   strip_gradients(a, t, w, x, key_rows, rt, s.ds, s.ds_stride, s.gradients, NextRows{}, dx, dk, drt);
 }

@@ -9,16 +9,24 @@
 namespace fastasr::cpu {
 namespace {
 
-// Returns a key that the masks hide from this row, or -1. All hidden keys of a row have the same weight.
+// Returns the first of the keys [begin, end) that a row of a mask hides, or -1.
+int64_t first_hidden(const uint8_t* row, int64_t begin, int64_t end) {
+  const void* found = begin < end ? std::memchr(row + begin, 1, static_cast<size_t>(end - begin)) : nullptr;
+  return found ? static_cast<const uint8_t*>(found) - row : -1;
+}
+
+// Returns a key of its recording that the masks hide from this row, or -1. All hidden keys of a row have the same
+// weight.
 int64_t hidden_key(const AttentionProblem& a, const KeyRange& range, const Window& window, int64_t sequence,
                    int64_t frame) {
-  if (window.begin > 0) return 0;
-  if (window.end < a.keys()) return a.keys() - 1;
-  if (range.masked >= 0) return range.masked;
-  if (!a.mask) return -1;
-  const uint8_t* row = mask_row(a, sequence, frame);
-  const void* found = std::memchr(row, 1, static_cast<size_t>(a.keys()));
-  return found ? static_cast<const uint8_t*>(found) - row : -1;
+  const Window all = reached(a, frame);
+  if (window.begin > all.begin) return all.begin;
+  if (window.end < all.end) return all.end - 1;
+  if (range.masked >= 0) {
+    const int64_t key = first_hidden(a.padding + sequence * a.keys(), std::max(all.begin, range.masked), all.end);
+    if (key >= 0) return key;
+  }
+  return a.mask ? first_hidden(mask_row(a, sequence, frame), all.begin, all.end) : -1;
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -30,10 +38,11 @@ void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x,
   C *q = scratch, *p = q + a.query_dim * t.rows,
     *s = scratch + round_up((a.query_dim + a.padded_pos_dim()) * t.rows, 16);
   load_queries(a, t, x, q, p);
-  const C* shifted = rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr;
+  const C* shifted = rt ? rt + kAttentionMargin + a.center() - t.begin : nullptr;
   T* out = weights + t.begin * stride;
   const bool whole = t.stored == t.rows && stride >= padded - 16;
   Window w = strip_window(a, t, range);
+  const Window all = strip_reached(a, t);
   C top[kAttentionRows];
   for (;;) {
     tiles.scores(q, kt, padded, a.query_dim, p, shifted, a.padded_offsets(), a.pos_batch ? a.pos_dim : 0, w.begin,
@@ -42,21 +51,25 @@ void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x,
     bool narrow = true;
     for (int m = 0; m < t.stored; m++) {
       C* row = s + m * padded;
-      fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, static_cast<C>(kMasked));
-      for (int64_t j = keys; j < w.end; j++) row[j] = -kInfinity<C>;  // behind the last key: weight 0
+      mask_scores(a, t, m, range, w.begin, w.end, row + w.begin);
       top[m] = row_kernels.maximum(row + w.begin, w.end - w.begin);
-      narrow = narrow && top[m] > kNarrowAbove<C>;
+      narrow = narrow && (top[m] > kNarrowAbove<C> || sees_nothing(a, t.begin + m));
     }
-    if (narrow || (w.begin == 0 && w.end == padded)) break;
-    w = {0, padded};  // hidden keys have some weight, so all are needed
+    if (narrow || (w.begin == all.begin && w.end == all.end)) break;
+    w = all;  // hidden keys have some weight, so all are needed
   }
   for (int m = 0; m < t.stored; m++) {
     C* row = s + m * padded;
-    const C sum = row_kernels.exponentials(row + w.begin, w.end - w.begin, top[m]);
     T* o = out + m * stride;
+    if (sees_nothing(a, t.begin + m)) {
+      std::memset(static_cast<void*>(o), 0, sizeof(T) * static_cast<size_t>(keys));
+      continue;
+    }
+    const C sum = row_kernels.exponentials(row + w.begin, w.end - w.begin, top[m]);
     const int64_t end = std::min(w.end, keys);
     if (sum != sum) {  // a NaN or infinite score spoils the whole row, hidden keys too
-      for (int64_t j = 0; j < keys; j++) store(&o[j], sum);
+      const Window own = reached(a, t.begin + m);
+      for (int64_t j = 0; j < keys; j++) store(&o[j], own.begin <= j && j < own.end ? sum : C(0));
       continue;
     }
     std::memset(static_cast<void*>(o), 0, sizeof(T) * static_cast<size_t>(w.begin));
@@ -83,29 +96,31 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
     if (hidden[m] >= 0 && load(weights[frame * weights_stride + hidden[m]]) == 0) hidden[m] = -1;
     full = full || hidden[m] >= 0;
   }
-  const Window w = full ? Window{0, padded} : strip_window(a, t, range);
+  const Window w = full ? strip_reached(a, t) : strip_window(a, t, range);
   const int64_t end = std::min(w.end, keys);
   if (a.penalty != 0) {
     load_queries(a, t, x, memory.q, memory.p);
     tiles.scores(memory.q, kt, padded, a.query_dim, memory.p,
-                 rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr, a.padded_offsets(),
-                 a.pos_batch ? a.pos_dim : 0, 0, padded, ds, stride, nullptr, 0);
+                 rt ? rt + kAttentionMargin + a.center() - t.begin : nullptr, a.padded_offsets(),
+                 a.pos_batch ? a.pos_dim : 0, w.begin, w.end, ds, stride, nullptr, 0);
   }
   for (int m = 0; m < t.rows; m++) {
     C* row = ds + m * stride;
-    if (m >= t.stored) {
+    if (m >= t.stored || sees_nothing(a, t.begin + m)) {
       std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(stride));
       continue;
     }
     const int64_t frame = t.begin + m;
     const T *o = weights + frame * weights_stride + w.begin, *g = grad + frame * grad_stride + w.begin;
     C* scores = a.penalty != 0 ? ds + kAttentionRows * stride : nullptr;
-    if (scores) std::memcpy(scores, row, sizeof(C) * static_cast<size_t>(keys));
+    const Window own = reached(a, frame);
+    const int64_t count = own.end - own.begin;
+    if (scores) std::memcpy(scores, row + own.begin, sizeof(C) * static_cast<size_t>(count));
     row_kernels.softmax_gradient(o, g, row + w.begin, end - w.begin);
     if (hidden[m] >= 0) fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, C(0));
-    if (scores) row_kernels.penalty(scores, row, keys, static_cast<C>(a.penalty), static_cast<C>(a.limit));
-    std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(kAttentionMargin + w.begin));
-    std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(padded + kAttentionMargin - end));
+    if (scores) row_kernels.penalty(scores, row + own.begin, count, static_cast<C>(a.penalty), static_cast<C>(a.limit));
+    std::memset(row + w.begin - kAttentionMargin, 0, sizeof(C) * kAttentionMargin);
+    std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(w.end + kAttentionMargin - end));
   }
   const bool more = t.begin + 2 * t.rows <= a.frames;
   const NextRows next = {more ? reinterpret_cast<const char*>(weights + (t.begin + t.rows) * weights_stride) : nullptr,

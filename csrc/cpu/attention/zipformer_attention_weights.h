@@ -10,13 +10,19 @@
 // for T queries and left + T keys; the first `left` keys come from a cache. A key is masked outside the chunk window,
 // by padding or by the mask. Backward, with delta = sum_j W dW: dS = W (dW - delta), 0 where masked, plus the penalty
 // on large scores; then dq = dS k, dk = dS^T q, dp[i] = sum_j dS R[T-1-i+j], dR[r] = sum of p over the diagonal r =
-// T-1-i+j.
+// T-1-i+j. With recordings in a row there is no cache; a query has weight on its own recording's keys alone, and R has
+// 2 L - 1 rows, L in place of T, for keys less than L frames away. Queries see no others.
 //
 // Queries are processed in strips of `attention_rows()` rows. A strip has all its scores in the cache before the
 // softmax, so there is no online maximum.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kAttentionStep = 8;  // a multiple of every strip's rows
+
+// The keys [begin, end) of the recording to which a frame belongs; begin is end for a frame that belongs to none.
+struct Recording {
+  int64_t begin, end;
+};
 
 struct AttentionProblem {
   int64_t frames, batch, heads, query_dim, pos_dim, left;
@@ -25,12 +31,15 @@ struct AttentionProblem {
   const uint8_t* padding;      // (batch, keys), nonzero: masked; may be null
   const uint8_t* mask;         // (frames, keys), or (batch, frames, keys) when mask_per_sequence; may be null
   bool mask_per_sequence;
-  int64_t mask_keys = 0;  // of a row of the mask; 0: keys()
-  double penalty, limit;  // dS += penalty sign(s) where |s| > limit, before masking
+  int64_t mask_keys = 0;        // of a row of the mask; 0: keys()
+  double penalty, limit;        // dS += penalty sign(s) where |s| > limit, before masking
+  const Recording* recordings;  // (frames), or null; chunks count from a recording's first frame
+  int64_t rows;                 // of R, with recordings
 
   int64_t keys() const { return left + frames; }
   int64_t width() const { return heads * (2 * query_dim + pos_dim); }
-  int64_t offsets() const { return frames > 0 ? 2 * frames - 1 + left : 0; }  // rows of R
+  int64_t offsets() const { return recordings ? rows : frames > 0 ? 2 * frames - 1 + left : 0; }  // rows of R
+  int64_t center() const { return recordings ? rows / 2 : frames - 1; }  // the row of R of the first query and key
   // Packed sizes, in elements of the compute type.
   int64_t padded_keys() const;
   int64_t padded_offsets() const;

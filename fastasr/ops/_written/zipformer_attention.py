@@ -17,10 +17,10 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
+    INT64,
     NOT_MINE,
     applied,
     as_tuple,
-    back,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -34,7 +34,7 @@ from fastasr.ops._runtime import (
     transformed_gradients,
     transformed_results,
 )
-from fastasr.ops.zipformer_attention import _value_heads
+from fastasr.ops.zipformer_attention import _check
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
 
 op = OPS["zipformer_attention"]
@@ -50,6 +50,7 @@ class Arguments(NamedTuple):
     value_heads: int | None = None
     key_padding_mask: Tensor | None = None
     attn_mask: Tensor | None = None
+    starts: Tensor | None = None
     chunk_size: int = -1
     left_context_chunks: int = -1
     cached_key: Tensor | None = None
@@ -61,6 +62,7 @@ class Saved(NamedTuple):
     value: Tensor
     key_padding_mask: Tensor | None
     attn_mask: Tensor | None
+    starts: Tensor | None
     cached_key: Tensor | None
     num_heads: int
     query_head_dim: int
@@ -80,6 +82,7 @@ def zipformer_attention(
     value_heads: int | None = None,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     left_context_chunks: int = -1,
     cached_key: Tensor | None = None,
@@ -87,13 +90,13 @@ def zipformer_attention(
     """softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]) · value, without the weights in memory.
 
     Args:
-        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks, cached_key: as
-            for :func:`fastasr.ops.zipformer_attention_weights`.
+        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size, left_context_chunks,
+            cached_key: as for :func:`fastasr.ops.zipformer_attention_weights`.
         value: (left + T, B, value_heads·dv), of x's dtype.
         value_heads: how many of the heads, from the first on, have values; None: all.
     Returns:
         (T, B, value_heads·dv), of x's dtype (autocast's under autocast), accumulated in float32 or better. A query that
-        sees no key gets the mean of all values.
+        sees no key gets the mean of all values, of its recording with ``starts``, and 0 if it belongs to none.
     Raises:
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; a number is out of range.
@@ -108,6 +111,7 @@ def zipformer_attention(
         and type(value) in PLAIN
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
         and (cached_key is None or type(cached_key) in PLAIN)
         and type(num_heads) is int
         and (num_heads >= 1)
@@ -131,10 +135,10 @@ def zipformer_attention(
             ):
                 return apply(
                     kernels, True, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-                    attn_mask, chunk_size, left_context_chunks, cached_key,
+                    attn_mask, starts, chunk_size, left_context_chunks, cached_key,
                 )  # fmt: skip
             return kernels.forward(
-                x, pos, value, cached_key, key_padding_mask, attn_mask, num_heads, query_head_dim,
+                x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
                 (value_heads or num_heads), chunk_size, left_context_chunks,
             )  # fmt: skip
         except NOT_MINE:
@@ -142,13 +146,13 @@ def zipformer_attention(
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
             check(
-                x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
+                x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
                 chunk_size, left_context_chunks, cached_key,
             )  # fmt: skip
             raise
     check(
-        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, chunk_size,
-        left_context_chunks, cached_key,
+        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
+        chunk_size, left_context_chunks, cached_key,
     )  # fmt: skip
     if is_compiling() or not (
         type(x) in PLAIN
@@ -156,39 +160,40 @@ def zipformer_attention(
         and type(value) in PLAIN
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
         and (cached_key is None or type(cached_key) in PLAIN)
     ):
         return traced(
-            x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, chunk_size,
-            left_context_chunks, cached_key,
+            x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
+            chunk_size, left_context_chunks, cached_key,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            chunk_size, left_context_chunks, cached_key),
+            starts, chunk_size, left_context_chunks, cached_key),
         )  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
             left_context_chunks=left_context_chunks, cached_key=cached_key,
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         names = under_autocast(
             cast_dtype, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            chunk_size, left_context_chunks, cached_key,
+            starts, chunk_size, left_context_chunks, cached_key,
         )  # fmt: skip
         (
-            x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, chunk_size,
-            left_context_chunks, cached_key,
+            x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
+            chunk_size, left_context_chunks, cached_key,
         ) = names  # fmt: skip
         kernels = family.kernels(x)
         if kernels is None:
             return formula(
                 x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
-                key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
+                key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
                 left_context_chunks=left_context_chunks, cached_key=cached_key,
             )  # fmt: skip
     try:
@@ -200,17 +205,17 @@ def zipformer_attention(
         ):
             return apply(
                 kernels, False, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-                attn_mask, chunk_size, left_context_chunks, cached_key,
+                attn_mask, starts, chunk_size, left_context_chunks, cached_key,
             )  # fmt: skip
         y = run_kernels(
             kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            chunk_size, left_context_chunks, cached_key,
+            starts, chunk_size, left_context_chunks, cached_key,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, x)
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
             left_context_chunks=left_context_chunks, cached_key=cached_key,
         )  # fmt: skip
     return y
@@ -225,6 +230,7 @@ def check(
     value_heads: int | None,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
+    starts: Tensor | None,
     chunk_size: int,
     left_context_chunks: int,
     cached_key: Tensor | None,
@@ -261,6 +267,31 @@ def check(
         right = shape[2] % num_heads == 0 and 2 * query_head_dim <= P
     if not right:
         op.wrong_shape("x", x, f"{listed('T', 'B', f'{num_heads}*P')}, P >= 2*{query_head_dim}")
+    if pos is not None:
+        if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
+            op.wrong_tensor("pos", pos)
+        shape, right = pos.shape, False
+        if len(shape) == 3:
+            S = shape[0]
+
+            right = shape[2] == num_heads * (P - 2 * query_head_dim) and (S == 1 or S == B)
+        if not right:
+            op.wrong_shape(
+                "pos", pos, f"{listed('S', 'R', num_heads * (P - 2 * query_head_dim))}, (S == 1 or S == {B})"
+            )
+        if pos.device != x.device:
+            op.wrong_device("pos", pos, "x", x)
+    if starts is not None:
+        if not isinstance(starts, Tensor) or starts.dtype not in INT64 or starts.layout is not torch.strided:
+            op.wrong_tensor("starts", starts, "an int64 tensor")
+        shape, right = starts.shape, False
+        if len(shape) == 1:
+            N = shape[0]
+            right = N >= 1
+        if not right:
+            op.wrong_shape("starts", starts, f"{listed('N')}, N >= 1")
+        if starts.device != x.device:
+            op.wrong_device("starts", starts, "x", x)
     if cached_key is not None:
         if (
             not isinstance(cached_key, Tensor)
@@ -278,21 +309,6 @@ def check(
             op.wrong_device("cached_key", cached_key, "x", x)
     else:
         L = 0
-    if pos is not None:
-        if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
-            op.wrong_tensor("pos", pos)
-        if pos.shape != (1, (T and 2 * T - 1 + L), num_heads * (P - 2 * query_head_dim)) and pos.shape != (
-            B,
-            (T and 2 * T - 1 + L),
-            num_heads * (P - 2 * query_head_dim),
-        ):
-            op.wrong_shape(
-                "pos",
-                pos,
-                f"{listed(1, (T and 2 * T - 1 + L), num_heads * (P - 2 * query_head_dim))} or {listed(B, (T and 2 * T - 1 + L), num_heads * (P - 2 * query_head_dim))}",
-            )
-        if pos.device != x.device:
-            op.wrong_device("pos", pos, "x", x)
     if not isinstance(value, Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
         op.wrong_tensor("value", value)
     shape, right = value.shape, False
@@ -331,40 +347,40 @@ def check(
             op.wrong_dtype("value", value, "x", x)
         if cached_key is not None and cached_key.dtype != x.dtype:
             op.wrong_dtype("cached_key", cached_key, "x", x)
-    _value_heads(
+    _check(
         op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-        chunk_size, left_context_chunks, cached_key),
+        starts, chunk_size, left_context_chunks, cached_key),
     )  # fmt: skip
 
 
 def traced(
-    x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, chunk_size,
+    x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts, chunk_size,
     left_context_chunks, cached_key,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("zipformer_attention", x):
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
             left_context_chunks=left_context_chunks, cached_key=cached_key,
         )  # fmt: skip
     return operator(
-        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, chunk_size,
-        left_context_chunks, cached_key,
+        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
+        chunk_size, left_context_chunks, cached_key,
     )  # fmt: skip
 
 
 def run_kernels(
-    kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, chunk_size,
-    left_context_chunks, cached_key,
+    kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
+    chunk_size, left_context_chunks, cached_key,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
     dtype = y_dtype if kernels.backend == "cpu" else None
     y = kernels.forward(
         operand(x, dtype), operand(pos, dtype), operand(value, dtype), operand(cached_key, dtype),
-        operand(key_padding_mask, None), operand(attn_mask, None), num_heads, query_head_dim,
-        (value_heads or num_heads), chunk_size, left_context_chunks,
+        operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None), num_heads,
+        query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -377,7 +393,7 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 def under_autocast(
     dtype, x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    chunk_size=-1, left_context_chunks=-1, cached_key=None,
+    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     x, pos, value, cached_key = cast(dtype, x, pos, value, cached_key)
@@ -390,6 +406,7 @@ def under_autocast(
         value_heads,
         key_padding_mask,
         attn_mask,
+        starts,
         chunk_size,
         left_context_chunks,
         cached_key,
@@ -401,20 +418,20 @@ class ZipformerAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-        attn_mask, chunk_size, left_context_chunks, cached_key,
+        attn_mask, starts, chunk_size, left_context_chunks, cached_key,
     ):  # fmt: skip
         if direct:
             y = kernels.forward(
-                x, pos, value, cached_key, key_padding_mask, attn_mask, num_heads, query_head_dim,
+                x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
                 (value_heads or num_heads), chunk_size, left_context_chunks,
             )  # fmt: skip
         else:
             y = run_kernels(
                 kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-                chunk_size, left_context_chunks, cached_key,
+                starts, chunk_size, left_context_chunks, cached_key,
             )  # fmt: skip
         y = not_a_view(y)
-        ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, cached_key)
+        ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key)
         ctx.rest = kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks
         return y
 
@@ -423,18 +440,33 @@ class ZipformerAttention(Function):
         if is_grad_enabled():
             refuse_double_backward("zipformer_attention")
         # once: a checkpoint gives them one time
-        x, pos, value, key_padding_mask, attn_mask, cached_key = ctx.saved_tensors
+        x, pos, value, key_padding_mask, attn_mask, starts, cached_key = ctx.saved_tensors
         kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_x, d_pos, d_value, d_cached_key = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads,
-                query_head_dim, value_heads, chunk_size, left_context_chunks,)),
+                op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
+                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
             )  # fmt: skip
-            return None, None, d_x, d_pos, d_value, None, None, None, None, None, None, None, d_cached_key
+            return (
+                None,
+                None,
+                d_x,
+                d_pos,
+                d_value,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                d_cached_key,
+            )
         if direct:
             d_x, d_pos, d_value, d_cached_key = kernels.backward(
-                grad_y.contiguous(), x, pos, value, cached_key, key_padding_mask, attn_mask, num_heads,
-                query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+                grad_y.contiguous(), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
+                num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
             )  # fmt: skip
             return (
                 None,
@@ -449,35 +481,39 @@ class ZipformerAttention(Function):
                 None,
                 None,
                 None,
+                None,
                 None if cached_key is None else d_cached_key,
             )
         try:
             d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads,
+                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
                 query_head_dim, value_heads, chunk_size, left_context_chunks,
             )  # fmt: skip
         except Unlaunchable as error:
             d_x, d_pos, d_value, d_cached_key = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, cached_key,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
+                error, op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
+                cached_key, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
             )  # fmt: skip
-        return None, None, d_x, d_pos, d_value, None, None, None, None, None, None, None, d_cached_key
+        return None, None, d_x, d_pos, d_value, None, None, None, None, None, None, None, None, d_cached_key
 
 
 def differentiate(
-    kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads, query_head_dim,
-    value_heads, chunk_size, left_context_chunks,
+    kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
+    query_head_dim, value_heads, chunk_size, left_context_chunks,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(x) if kernels.backend == "cpu" else None
     d_x, d_pos, d_value, d_cached_key = kernels.backward(
         operand(grad_y, dtype), operand(x, dtype), operand(pos, dtype), operand(value, dtype),
-        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), num_heads,
-        query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
+        None), num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
     )  # fmt: skip
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
-    d_pos = back(d_pos, pos)
+    if pos is None:
+        d_pos = None
+    elif d_pos is not None and d_pos.dtype is not pos.dtype:
+        d_pos = d_pos.to(pos.dtype)
     if d_value is not None and d_value.dtype is not value.dtype:
         d_value = d_value.to(value.dtype)
     if cached_key is None:
@@ -490,23 +526,23 @@ def differentiate(
 # --------------------------------------------------------------------------- the registered operator
 def run(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    chunk_size=-1, left_context_chunks=-1, cached_key=None,
+    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
 ):  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
         return formula_results(
-            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
+            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
             chunk_size, left_context_chunks, cached_key,
         )  # fmt: skip
     try:
         y = run_kernels(
             kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            chunk_size, left_context_chunks, cached_key,
+            starts, chunk_size, left_context_chunks, cached_key,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, x)
         return formula_results(
-            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
+            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
             chunk_size, left_context_chunks, cached_key,
         )  # fmt: skip
     return y.contiguous()
@@ -514,7 +550,7 @@ def run(
 
 def fake(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    chunk_size=-1, left_context_chunks=-1, cached_key=None,
+    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
 ):  # fmt: skip
     T = x.shape[0]
     B = x.shape[1]
@@ -525,19 +561,19 @@ def fake(
 
 def set_up(ctx, inputs, output):
     (
-        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, chunk_size,
-        left_context_chunks, cached_key,
+        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
+        chunk_size, left_context_chunks, cached_key,
     ) = inputs  # fmt: skip
 
-    ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, cached_key)
+    ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key)
     ctx.rest = num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks
 
 
 def backward(ctx, grad_y, *_):
-    x, pos, value, key_padding_mask, attn_mask, cached_key = ctx.saved_tensors
+    x, pos, value, key_padding_mask, attn_mask, starts, cached_key = ctx.saved_tensors
     num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks = ctx.rest
     d_x, d_pos, d_value, d_cached_key = as_tuple(
-        backward_operator(grad_y, x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads,
+        backward_operator(grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
         query_head_dim, value_heads, chunk_size, left_context_chunks),
     )  # fmt: skip
     return (
@@ -551,30 +587,31 @@ def backward(ctx, grad_y, *_):
         None,
         None,
         None,
+        None,
         None if cached_key is None else d_cached_key,
     )
 
 
 def run_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads, query_head_dim, value_heads,
-    chunk_size, left_context_chunks,
+    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads, query_head_dim,
+    value_heads, chunk_size, left_context_chunks,
 ):  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
         d_x, d_pos, d_value, d_cached_key = formula_gradients(
-            op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads,
+            op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
             query_head_dim, value_heads, chunk_size, left_context_chunks),
         )  # fmt: skip
     else:
         try:
             d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads,
+                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
                 query_head_dim, value_heads, chunk_size, left_context_chunks,
             )  # fmt: skip
         except Unlaunchable as error:
             d_x, d_pos, d_value, d_cached_key = gradients_without(
-                error, op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads,
-                query_head_dim, value_heads, chunk_size, left_context_chunks),
+                error, op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
+                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks),
             )  # fmt: skip
     return (
         d_x.contiguous(),
@@ -585,8 +622,8 @@ def run_backward(
 
 
 def fake_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, cached_key, num_heads, query_head_dim, value_heads,
-    chunk_size, left_context_chunks,
+    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads, query_head_dim,
+    value_heads, chunk_size, left_context_chunks,
 ):  # fmt: skip
     return (
         x.new_empty(x.shape),
@@ -598,17 +635,17 @@ def fake_backward(
 
 backward_operator = register(
     "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? cached_key, SymInt num_heads, SymInt query_head_dim, "
-    "SymInt? value_heads, SymInt chunk_size, SymInt left_context_chunks) -> (Tensor, Tensor, Tensor, "
-    "Tensor)",
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, SymInt num_heads, SymInt "
+    "query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt left_context_chunks) -> (Tensor, "
+    "Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
 )
 operator = register(
     "zipformer_attention(Tensor x, Tensor? pos, Tensor value, SymInt num_heads, SymInt query_head_dim, "
-    "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, SymInt "
-    "chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None) -> Tensor",
+    "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, Tensor? "
+    "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None) -> Tensor",
     run,
     fake,
     setup_context=set_up,

@@ -18,10 +18,10 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
+    INT64,
     NOT_MINE,
     applied,
     as_tuple,
-    back,
     formula_gradients,
     formula_results,
     gradients_without,
@@ -35,7 +35,7 @@ from fastasr.ops._runtime import (
     transformed_gradients,
     transformed_results,
 )
-from fastasr.ops.zipformer_attention_weights import _empty
+from fastasr.ops.zipformer_attention_weights import _empty, check_recordings
 from fastasr.ops.zipformer_attention_weights import zipformer_attention_weights as formula
 
 op = OPS["zipformer_attention_weights"]
@@ -49,6 +49,7 @@ class Arguments(NamedTuple):
     query_head_dim: int
     key_padding_mask: Tensor | None = None
     attn_mask: Tensor | None = None
+    starts: Tensor | None = None
     chunk_size: int = -1
     left_context_chunks: int = -1
     cached_key: Tensor | None = None
@@ -61,6 +62,7 @@ class Saved(NamedTuple):
     pos: Tensor | None
     key_padding_mask: Tensor | None
     attn_mask: Tensor | None
+    starts: Tensor | None
     cached_key: Tensor | None
     weights: Tensor
     num_heads: int
@@ -80,6 +82,7 @@ def zipformer_attention_weights(
     *,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     left_context_chunks: int = -1,
     cached_key: Tensor | None = None,
@@ -91,19 +94,25 @@ def zipformer_attention_weights(
     Args:
         x: (T, B, H·(2·dq + dp)): queries, keys and position queries side by side, heads inside each; float32, bfloat16,
             float16 or float64.
-        pos: (1 or B, 2T−1+left, H·dp), row T−1 is offset 0; None: no position scores.
+        pos: (1 or B, 2T−1+left, H·dp), row T−1 is offset 0; None: no position scores. With ``starts`` (1 or B, 2L−1,
+            H·dp), row L−1 is offset 0, for recordings of up to L frames: frames L or more apart do not see each other.
         num_heads, query_head_dim: H and dq; dp is what remains of x.
         key_padding_mask: bool (B, left + T), True: no query sees this key.
         attn_mask: bool (T, left + T) or (B, T, left + T), True: hidden.
-        chunk_size: a query sees the keys up to the end of its chunk of this many frames; -1: all. No mask is made.
+        starts: int64 (N,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
+            different recordings do not see each other, and frames outside of all see nothing. Their order does not
+            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them. There is no cache.
+        chunk_size: a query sees the keys up to the end of its chunk of this many frames; -1: all. No mask is made. With
+            ``starts`` chunks count from the first frame of the recording.
         left_context_chunks: it sees keys from this many chunks before its own on; -1: from the first.
         cached_key: (left, B, H·dq), keys before the first frame (streaming).
         score_penalty, score_limit: the gradient of every score s with |s| > score_limit, hidden or not, gets
-            score_penalty · sign(s); values are not changed.
+            score_penalty · sign(s), but for keys of other recordings; values are not changed.
     Returns:
         (H, B, T, left + T), of x's dtype (autocast's under autocast), computed in float32 or better and rounded once.
-        A query that sees no key has equal weights, and no gradient of its scores. Rows lie a multiple of 16 elements
-        apart in memory: for `view`, call `contiguous` first.
+        A query that sees no key has equal weights, on the keys of its recording with ``starts``, and no gradient of its
+        scores; the weights are 0 if it belongs to none. Rows lie a multiple of 16 elements apart in memory: for `view`,
+        call `contiguous` first.
     Raises:
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; a number is out of range.
@@ -117,6 +126,7 @@ def zipformer_attention_weights(
         and (pos is None or type(pos) in PLAIN)
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
         and (cached_key is None or type(cached_key) in PLAIN)
         and type(num_heads) is int
         and (num_heads >= 1)
@@ -141,65 +151,66 @@ def zipformer_attention_weights(
                 or (cached_key is not None and cached_key.requires_grad)
             ):
                 return apply(
-                    kernels, True, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
-                    left_context_chunks, cached_key, score_penalty, score_limit,
+                    kernels, True, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts,
+                    chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
                 )  # fmt: skip
             return kernels.forward(
-                x, pos, cached_key, key_padding_mask, attn_mask, num_heads, query_head_dim, chunk_size,
-                left_context_chunks,
+                x, pos, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
+                chunk_size, left_context_chunks,
             )  # fmt: skip
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
             check(
-                x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+                x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
                 left_context_chunks, cached_key, score_penalty, score_limit,
             )  # fmt: skip
             raise
     check(
-        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
-        cached_key, score_penalty, score_limit,
+        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
+        left_context_chunks, cached_key, score_penalty, score_limit,
     )  # fmt: skip
     if is_compiling() or not (
         type(x) in PLAIN
         and (pos is None or type(pos) in PLAIN)
         and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
         and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
         and (cached_key is None or type(cached_key) in PLAIN)
     ):
         return traced(
-            x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
-            cached_key, score_penalty, score_limit,
+            x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
+            left_context_chunks, cached_key, score_penalty, score_limit,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
-            op, Arguments(x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+            op, Arguments(x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
             left_context_chunks, cached_key, score_penalty, score_limit),
         )  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
         return formula(
             x, pos, num_heads, query_head_dim, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-            chunk_size=chunk_size, left_context_chunks=left_context_chunks, cached_key=cached_key,
-            score_penalty=score_penalty, score_limit=score_limit,
+            starts=starts, chunk_size=chunk_size, left_context_chunks=left_context_chunks,
+            cached_key=cached_key, score_penalty=score_penalty, score_limit=score_limit,
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         names = under_autocast(
-            cast_dtype, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+            cast_dtype, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
             left_context_chunks, cached_key, score_penalty, score_limit,
         )  # fmt: skip
         (
-            x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
-            cached_key, score_penalty, score_limit,
+            x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
+            left_context_chunks, cached_key, score_penalty, score_limit,
         ) = names  # fmt: skip
         kernels = family.kernels(x)
         if kernels is None:
             return formula(
                 x, pos, num_heads, query_head_dim, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-                chunk_size=chunk_size, left_context_chunks=left_context_chunks, cached_key=cached_key,
-                score_penalty=score_penalty, score_limit=score_limit,
+                starts=starts, chunk_size=chunk_size, left_context_chunks=left_context_chunks,
+                cached_key=cached_key, score_penalty=score_penalty, score_limit=score_limit,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -208,19 +219,19 @@ def zipformer_attention_weights(
             or (cached_key is not None and cached_key.requires_grad)
         ):
             return apply(
-                kernels, False, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
-                left_context_chunks, cached_key, score_penalty, score_limit,
+                kernels, False, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts,
+                chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
             )  # fmt: skip
         weights = run_kernels(
-            kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+            kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
             left_context_chunks, cached_key, score_penalty, score_limit,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, x)
         return formula(
             x, pos, num_heads, query_head_dim, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-            chunk_size=chunk_size, left_context_chunks=left_context_chunks, cached_key=cached_key,
-            score_penalty=score_penalty, score_limit=score_limit,
+            starts=starts, chunk_size=chunk_size, left_context_chunks=left_context_chunks,
+            cached_key=cached_key, score_penalty=score_penalty, score_limit=score_limit,
         )  # fmt: skip
     return weights
 
@@ -232,6 +243,7 @@ def check(
     query_head_dim: int,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
+    starts: Tensor | None,
     chunk_size: int,
     left_context_chunks: int,
     cached_key: Tensor | None,
@@ -273,6 +285,31 @@ def check(
         right = shape[2] % num_heads == 0 and 2 * query_head_dim <= P
     if not right:
         op.wrong_shape("x", x, f"{listed('T', 'B', f'{num_heads}*P')}, P >= 2*{query_head_dim}")
+    if pos is not None:
+        if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
+            op.wrong_tensor("pos", pos)
+        shape, right = pos.shape, False
+        if len(shape) == 3:
+            S = shape[0]
+
+            right = shape[2] == num_heads * (P - 2 * query_head_dim) and (S == 1 or S == B)
+        if not right:
+            op.wrong_shape(
+                "pos", pos, f"{listed('S', 'R', num_heads * (P - 2 * query_head_dim))}, (S == 1 or S == {B})"
+            )
+        if pos.device != x.device:
+            op.wrong_device("pos", pos, "x", x)
+    if starts is not None:
+        if not isinstance(starts, Tensor) or starts.dtype not in INT64 or starts.layout is not torch.strided:
+            op.wrong_tensor("starts", starts, "an int64 tensor")
+        shape, right = starts.shape, False
+        if len(shape) == 1:
+            N = shape[0]
+            right = N >= 1
+        if not right:
+            op.wrong_shape("starts", starts, f"{listed('N')}, N >= 1")
+        if starts.device != x.device:
+            op.wrong_device("starts", starts, "x", x)
     if cached_key is not None:
         if (
             not isinstance(cached_key, Tensor)
@@ -290,21 +327,6 @@ def check(
             op.wrong_device("cached_key", cached_key, "x", x)
     else:
         L = 0
-    if pos is not None:
-        if not isinstance(pos, Tensor) or pos.dtype not in FLOATING or pos.layout is not torch.strided:
-            op.wrong_tensor("pos", pos)
-        if pos.shape != (1, (T and 2 * T - 1 + L), num_heads * (P - 2 * query_head_dim)) and pos.shape != (
-            B,
-            (T and 2 * T - 1 + L),
-            num_heads * (P - 2 * query_head_dim),
-        ):
-            op.wrong_shape(
-                "pos",
-                pos,
-                f"{listed(1, (T and 2 * T - 1 + L), num_heads * (P - 2 * query_head_dim))} or {listed(B, (T and 2 * T - 1 + L), num_heads * (P - 2 * query_head_dim))}",
-            )
-        if pos.device != x.device:
-            op.wrong_device("pos", pos, "x", x)
     if key_padding_mask is not None:
         if (
             not isinstance(key_padding_mask, Tensor)
@@ -332,35 +354,40 @@ def check(
             op.wrong_dtype("pos", pos, "x", x)
         if cached_key is not None and cached_key.dtype != x.dtype:
             op.wrong_dtype("cached_key", cached_key, "x", x)
+    check_recordings(
+        op, Arguments(x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
+        left_context_chunks, cached_key, score_penalty, score_limit),
+    )  # fmt: skip
 
 
 def traced(
-    x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
+    x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size, left_context_chunks,
     cached_key, score_penalty, score_limit,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("zipformer_attention_weights", x):
         return formula(
             x, pos, num_heads, query_head_dim, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-            chunk_size=chunk_size, left_context_chunks=left_context_chunks, cached_key=cached_key,
-            score_penalty=score_penalty, score_limit=score_limit,
+            starts=starts, chunk_size=chunk_size, left_context_chunks=left_context_chunks,
+            cached_key=cached_key, score_penalty=score_penalty, score_limit=score_limit,
         )  # fmt: skip
     return operator(
-        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
-        cached_key, score_penalty, score_limit,
+        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
+        left_context_chunks, cached_key, score_penalty, score_limit,
     )  # fmt: skip
 
 
 def run_kernels(
-    kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
-    cached_key, score_penalty, score_limit,
+    kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
+    left_context_chunks, cached_key, score_penalty, score_limit,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     weights_dtype = promoted(x)
     dtype = weights_dtype if kernels.backend == "cpu" else None
     weights = kernels.forward(
         operand(x, dtype), operand(pos, dtype), operand(cached_key, dtype), operand(key_padding_mask, None),
-        operand(attn_mask, None), num_heads, query_head_dim, chunk_size, left_context_chunks,
+        operand(attn_mask, None), operand(starts, None), num_heads, query_head_dim, chunk_size,
+        left_context_chunks,
     )  # fmt: skip
     if weights.dtype is not weights_dtype:
         weights = weights.to(weights_dtype)
@@ -372,8 +399,8 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 def under_autocast(
-    dtype, x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, chunk_size=-1,
-    left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
+    dtype, x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None,
+    chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     x, pos, cached_key = cast(dtype, x, pos, cached_key)
@@ -384,6 +411,7 @@ def under_autocast(
         query_head_dim,
         key_padding_mask,
         attn_mask,
+        starts,
         chunk_size,
         left_context_chunks,
         cached_key,
@@ -396,21 +424,21 @@ def under_autocast(
 class ZipformerAttentionWeights(Function):
     @staticmethod
     def forward(
-        ctx, kernels, direct, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
-        left_context_chunks, cached_key, score_penalty, score_limit,
+        ctx, kernels, direct, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
     ):  # fmt: skip
         if direct:
             weights = kernels.forward(
-                x, pos, cached_key, key_padding_mask, attn_mask, num_heads, query_head_dim, chunk_size,
-                left_context_chunks,
+                x, pos, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
+                chunk_size, left_context_chunks,
             )  # fmt: skip
         else:
             weights = run_kernels(
-                kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+                kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
                 left_context_chunks, cached_key, score_penalty, score_limit,
             )  # fmt: skip
         weights = not_a_view(weights)
-        ctx.save_for_backward(x, pos, key_padding_mask, attn_mask, cached_key, weights)
+        ctx.save_for_backward(x, pos, key_padding_mask, attn_mask, starts, cached_key, weights)
         ctx.rest = (
             kernels,
             direct,
@@ -428,21 +456,22 @@ class ZipformerAttentionWeights(Function):
         if is_grad_enabled():
             refuse_double_backward("zipformer_attention_weights")
         # once: a checkpoint gives them one time
-        x, pos, key_padding_mask, attn_mask, cached_key, weights = ctx.saved_tensors
+        x, pos, key_padding_mask, attn_mask, starts, cached_key, weights = ctx.saved_tensors
         (
             kernels, direct, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
             score_limit,
         ) = ctx.rest  # fmt: skip
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_weights):
             d_x, d_pos, d_cached_key = transformed_gradients(
-                op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, cached_key, weights,
-                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,)),
+                op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, starts, cached_key,
+                weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+                score_limit,)),
             )  # fmt: skip
-            return None, None, d_x, d_pos, None, None, None, None, None, None, d_cached_key, None, None
+            return None, None, d_x, d_pos, None, None, None, None, None, None, None, d_cached_key, None, None
         if direct:
             d_x, d_pos, d_cached_key = kernels.backward(
                 operand(grad_weights, None, rows), weights, x, pos, cached_key, key_padding_mask, attn_mask,
-                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
+                starts, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
             )  # fmt: skip
             return (
                 None,
@@ -455,38 +484,42 @@ class ZipformerAttentionWeights(Function):
                 None,
                 None,
                 None,
+                None,
                 None if cached_key is None else d_cached_key,
                 None,
                 None,
             )
         try:
             d_x, d_pos, d_cached_key = differentiate(
-                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
-                query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
+                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
+                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
             )  # fmt: skip
         except Unlaunchable as error:
             d_x, d_pos, d_cached_key = gradients_without(
-                error, op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, cached_key,
-                weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
-                score_limit,)),
+                error, op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, starts,
+                cached_key, weights, num_heads, query_head_dim, chunk_size, left_context_chunks,
+                score_penalty, score_limit,)),
             )  # fmt: skip
-        return None, None, d_x, d_pos, None, None, None, None, None, None, d_cached_key, None, None
+        return None, None, d_x, d_pos, None, None, None, None, None, None, None, d_cached_key, None, None
 
 
 def differentiate(
-    kernels, grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
+    kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads,
     query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(x) if kernels.backend == "cpu" else None
     d_x, d_pos, d_cached_key = kernels.backward(
         operand(grad_weights, dtype, rows), weights, operand(x, dtype), operand(pos, dtype),
-        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), num_heads,
-        query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
+        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
+        None), num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
     )  # fmt: skip
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
-    d_pos = back(d_pos, pos)
+    if pos is None:
+        d_pos = None
+    elif d_pos is not None and d_pos.dtype is not pos.dtype:
+        d_pos = d_pos.to(pos.dtype)
     if cached_key is None:
         d_cached_key = None
     elif d_cached_key is not None and d_cached_key.dtype is not cached_key.dtype:
@@ -496,31 +529,31 @@ def differentiate(
 
 # --------------------------------------------------------------------------- the registered operator
 def run(
-    x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, chunk_size=-1,
+    x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None, chunk_size=-1,
     left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
 ):  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
         return formula_results(
-            op, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+            op, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
             left_context_chunks, cached_key, score_penalty, score_limit,
         )  # fmt: skip
     try:
         weights = run_kernels(
-            kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+            kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
             left_context_chunks, cached_key, score_penalty, score_limit,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, x)
         return formula_results(
-            op, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size,
+            op, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
             left_context_chunks, cached_key, score_penalty, score_limit,
         )  # fmt: skip
     return weights
 
 
 def fake(
-    x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, chunk_size=-1,
+    x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None, chunk_size=-1,
     left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
 ):  # fmt: skip
     T = x.shape[0]
@@ -534,24 +567,25 @@ def fake(
 
 def set_up(ctx, inputs, output):
     (
-        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
-        cached_key, score_penalty, score_limit,
+        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
+        left_context_chunks, cached_key, score_penalty, score_limit,
     ) = inputs  # fmt: skip
     weights = output
-    ctx.save_for_backward(x, pos, key_padding_mask, attn_mask, cached_key, weights)
+    ctx.save_for_backward(x, pos, key_padding_mask, attn_mask, starts, cached_key, weights)
     ctx.rest = num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit
 
 
 def backward(ctx, grad_weights, *_):
-    x, pos, key_padding_mask, attn_mask, cached_key, weights = ctx.saved_tensors
+    x, pos, key_padding_mask, attn_mask, starts, cached_key, weights = ctx.saved_tensors
     num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit = ctx.rest
     d_x, d_pos, d_cached_key = as_tuple(
-        backward_operator(grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
-        query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
+        backward_operator(grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
+        num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
     )  # fmt: skip
     return (
         d_x,
         None if pos is None else d_pos,
+        None,
         None,
         None,
         None,
@@ -565,25 +599,26 @@ def backward(ctx, grad_weights, *_):
 
 
 def run_backward(
-    grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads, query_head_dim,
+    grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads, query_head_dim,
     chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
         d_x, d_pos, d_cached_key = formula_gradients(
-            op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
-            query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
+            op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
+            num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
         )  # fmt: skip
     else:
         try:
             d_x, d_pos, d_cached_key = differentiate(
-                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads,
-                query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
+                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
+                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
             )  # fmt: skip
         except Unlaunchable as error:
             d_x, d_pos, d_cached_key = gradients_without(
-                error, op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, cached_key, weights,
-                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
+                error, op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, starts, cached_key,
+                weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+                score_limit),
             )  # fmt: skip
     return (
         d_x.contiguous(),
@@ -593,7 +628,7 @@ def run_backward(
 
 
 def fake_backward(
-    grad_weights, x, pos, key_padding_mask, attn_mask, cached_key, weights, num_heads, query_head_dim,
+    grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads, query_head_dim,
     chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     return (
@@ -605,17 +640,18 @@ def fake_backward(
 
 backward_operator = register(
     "zipformer_attention_weights_backward(Tensor grad_weights, Tensor x, Tensor? pos, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? cached_key, Tensor weights, SymInt num_heads, SymInt "
-    "query_head_dim, SymInt chunk_size, SymInt left_context_chunks, float score_penalty, float "
-    "score_limit) -> (Tensor, Tensor, Tensor)",
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor weights, SymInt "
+    "num_heads, SymInt query_head_dim, SymInt chunk_size, SymInt left_context_chunks, float "
+    "score_penalty, float score_limit) -> (Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
 )
 operator = register(
     "zipformer_attention_weights(Tensor x, Tensor? pos, SymInt num_heads, SymInt query_head_dim, Tensor? "
-    "key_padding_mask=None, Tensor? attn_mask=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, "
-    "Tensor? cached_key=None, float score_penalty=0.0, float score_limit=25.0) -> Tensor",
+    "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, SymInt chunk_size=-1, SymInt "
+    "left_context_chunks=-1, Tensor? cached_key=None, float score_penalty=0.0, float score_limit=25.0) -> "
+    "Tensor",
     run,
     fake,
     setup_context=set_up,

@@ -115,4 +115,4 @@ def sized(
 
 CASES = (_case(796, 4, 4), _case(2998, 1, 4))
 ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
-WATCH = "tiles under a running maximum with four warps; pieces of dS added in order"
+WATCH = "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row"

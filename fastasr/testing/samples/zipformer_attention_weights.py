@@ -20,7 +20,7 @@ from fastasr.testing.speed import (
     simple,
     upstream_member,
 )
-from fastasr.testing.table import Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
 def _call(
@@ -35,9 +35,14 @@ def _call(
     pos_batch: int = 1,
     position: bool = True,
     scale: float = 0.7,
+    starts: tuple[int, ...] | None = None,
+    longest: int | None = None,
     **rest: Any,
 ) -> dict:
-    offsets = 2 * frames - 1 + left if frames else 0
+    """``longest``: the length of the recordings for which there are positions."""
+    offsets = 2 * (longest or frames) - 1 + left if frames else 0
+    if starts is not None:
+        rest["starts"] = torch.tensor(starts, dtype=torch.int64)
     arguments = {
         "x": make.normal(frames, batch, heads * (2 * dim + pos_dim), scale=scale),
         "pos": make.normal(pos_batch, offsets, heads * pos_dim) if position else None,
@@ -53,7 +58,9 @@ def _random_mask(make: Make, *shape: int) -> torch.Tensor:
     return make.uniform(*shape).float() > 0.6
 
 
-def _below_the_masked(make: Make, others: slice, left_context_chunks: int) -> dict:
+def _below_the_masked(
+    make: Make, others: slice, left_context_chunks: int, starts: tuple[int, ...] | None = None
+) -> dict:
     """Makes scores around -1020, so that hidden keys get most of the weight; multiples of 1/4 make products exact."""
     q, k = (make.normal(40, 1, 1).mul(2).round().div(4) + 32 for _ in range(2))
     q[others] = 8.0  # only some blocks of queries need more than their window
@@ -64,15 +71,19 @@ def _below_the_masked(make: Make, others: slice, left_context_chunks: int) -> di
         "query_head_dim": 1,
         "chunk_size": 8,
         "left_context_chunks": left_context_chunks,
-    }
+    } | ({} if starts is None else {"starts": torch.tensor(starts, dtype=torch.int64)})
 
 
 def _random(make: Make, shape: Shape) -> dict:
     size = shape.size
     frames, batch, heads = min(size(), 40), min(size(), 4), min(max(size(), 1), 4)
     left = shape.choice((0, 0, 3, 17)) if frames else 0
+    starts, longest = None, None
+    if frames and not left and shape.choice((True, False)):
+        starts = tuple(shape.choice(range(-2, frames + 3)) for _ in range(shape.choice(range(1, 6))))
+        longest = shape.choice(range(1, frames + 1))
     arguments = _call(
-        make, frames, batch, heads, min(max(size(), 1), 40), min(size(), 6),
+        make, frames, batch, heads, min(max(size(), 1), 40), min(size(), 6), starts=starts, longest=longest,
         left=left, pos_batch=shape.choice((1, batch)), position=shape.choice((True, True, False)), scale=0.5,
     )  # fmt: skip
     if shape.choice((True, False)):
@@ -156,9 +167,90 @@ TABLE = OpTable(
             "scores below the masked ones, keys hidden before alone",
             lambda m: _below_the_masked(m, slice(20), 1),
         ),
+        Sample(
+            "recordings in a row",
+            lambda m: _call(m, 19, 2, 2, 4, 2, scale=0.3, starts=(16, 2, 5, 5, 12)),
+            thorough=True,
+        ),
+        Sample(
+            "recordings, positions of the longest",
+            lambda m: _call(m, 23, 2, 2, 4, 3, pos_batch=2, scale=0.3, starts=(0, 9, 13, 20), longest=9),
+            thorough=True,
+        ),
+        Sample(
+            "recordings longer than their positions",
+            lambda m: _call(m, 40, 1, starts=(0, 32, 36), longest=6),
+        ),
+        Sample("recordings without positions", lambda m: _call(m, 45, 1, position=False, starts=(3, 20, 41))),
+        Sample("starts outside of the frames", lambda m: _call(m, 9, 2, 2, 4, starts=(-3, 4, 2**40))),
+        Sample("no recording", lambda m: _call(m, 5, 1, 1, 4, starts=(3,))),
+        Sample(
+            "recordings of several tiles, padding",
+            lambda m: _call(
+                m,
+                163,
+                1,
+                1,
+                16,
+                starts=(5, 70, 71, 150, 158),
+                longest=79,
+                key_padding_mask=_random_mask(m, 1, 163),
+            ),
+        ),
+        Sample(
+            "recordings, chunks and masks",
+            lambda m: _call(
+                m,
+                75,
+                2,
+                starts=(3, 40, 70),
+                longest=40,
+                chunk_size=7,
+                left_context_chunks=1,
+                key_padding_mask=_random_mask(m, 2, 75),
+                attn_mask=_random_mask(m, 2, 75, 75),
+            ),
+        ),
+        Sample("recordings, chunks", lambda m: _call(m, 90, 2, starts=(0, 33, 80), chunk_size=8)),
+        Sample(
+            "recordings, penalty under masks",
+            lambda m: _call(
+                m,
+                50,
+                2,
+                starts=(4, 31, 47),
+                longest=27,
+                score_penalty=0.02,
+                score_limit=1.5,
+                chunk_size=8,
+                key_padding_mask=_random_mask(m, 2, 50),
+            ),
+        ),
+        Sample(
+            "recordings, scores below the masked ones",
+            lambda m: _below_the_masked(m, slice(20), 1, (2, 12, 38)),
+        ),
+        Sample("no frames of recordings", lambda m: _call(m, 0, 2, starts=(0, 0))),
         Sample("one frame", lambda m: _call(m, 1, 2)),
         Sample("no frames", lambda m: _call(m, 0, 2)),
         Sample("no sequences", lambda m: _call(m, 5, 0)),
+    ),
+    invalid=(
+        Invalid(
+            "recordings behind a cache",
+            lambda m: _call(m, 5, 2, left=3, starts=(0, 5)),
+            ValueError,
+            "cached_key",
+        ),
+        Invalid(
+            "an even number of positions",
+            lambda m: _call(m, 5, 2, starts=(0, 5)) | {"pos": m.normal(1, 6, 8)},
+            ValueError,
+            "pos",
+        ),
+        Invalid("more positions", lambda m: _call(m, 5, 2, starts=(0, 5), longest=6), ValueError, "pos"),
+        Invalid("fewer positions without starts", lambda m: _call(m, 5, 2, longest=4), ValueError, "pos"),
+        Invalid("no starts", lambda m: _call(m, 5, 2, starts=()), ValueError, "starts"),
     ),
     penalties=("score_penalty",),
     random=_random,
@@ -219,4 +311,4 @@ def sized(T: int = 796, B: int = 4, num_heads: int = 4, query_head_dim: int = QU
 
 CASES = (_case(796, 4, 4), _case(398, 4, 4), _case(100, 4, 8), _case(2998, 1, 4))
 ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
-WATCH = "packed 64-bit loads of R; keys outside the chunk window; 16×512 in one piece"
+WATCH = "packed 64-bit loads of R; keys outside the chunk window; 16×512 in one piece; recordings in a row"

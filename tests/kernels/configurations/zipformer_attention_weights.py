@@ -11,14 +11,20 @@ def configurations(generation: int):
     like = ("X", "K", "R", "W", "GRAD", "DX", "DS", "DK")
     strides = [f"{name}_{of}" for name in ("x", "k") for of in ("time", "batch")]
     strides += [f"{name}_{of}" for name in ("g", "w") for of in ("head", "batch", "row")] + ["ds_row"]
-    masked = {"PADDING": "u8", "MASK": "u8"}
+    masked = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32"}
 
     def configuration(
         name: str, label: str, dtype: str, keys: int = 1500, dim: int = 32, pos_dim: int = 4, **constants
     ):
         with setting(dtype) as torch_dtype:
             shapes = module.tiles(
-                keys, dim, pos_dim, torch_dtype, generation, "mask" in label, "PENALTY" in constants
+                keys,
+                dim,
+                pos_dim,
+                torch_dtype,
+                generation,
+                "mask" in label or ("recordings" in label and generation == 100),
+                "PENALTY" in constants,
             )
         options, element = dict(shapes[name]), element_type(dtype)
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
@@ -30,7 +36,10 @@ def configurations(generation: int):
             pointers["ACT"] = "fp32"
         else:
             fixed["ACT"] = None
-        fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
+        fixed |= {"WINDOW": "chunks" in label} | (
+            {} if "mask" in label else dict.fromkeys(("PADDING", "MASK"))
+        )
+        fixed |= {} if "recordings" in label else {"BOUNDS": None}
         return Configuration(
             f"zipformer_attention_weights {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
@@ -47,6 +56,8 @@ def configurations(generation: int):
             yield configuration(name, "", dtype)
             if dtype == "fp16":
                 continue
+            if name != "positions" and dtype != "tf32":
+                yield configuration(name, "recordings", dtype)
             if name in ("forward", "queries"):
                 yield configuration(name, "chunks, padding, mask", dtype)
             if name == "forward":

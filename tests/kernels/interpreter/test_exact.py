@@ -28,7 +28,7 @@ def test_rows_of_one_value_are_normalised_to_zeros():
 
 def test_pieces_of_zipformer_attention_change_rounding_alone(small_blocks, monkeypatch):
     x, pos, value = 0.5 * torch.randn(50, 1, 20), torch.randn(1, 108, 4), torch.randn(59, 1, 4)
-    call = x, pos, value, 0.5 * torch.randn(9, 1, 8), None, None, 1, 8, 1, 8, 1
+    call = x, pos, value, 0.5 * torch.randn(9, 1, 8), None, None, None, 1, 8, 1, 8, 1
     grad = torch.randn(50, 1, 4)
     pieces = zipformer_attention.zipformer_attention_backward(grad, *call)
     monkeypatch.setattr(zipformer_attention, "PIECE_BYTES", 1 << 26)

@@ -9,6 +9,7 @@ from fastasr.kernels import (
     conv_spatial_gate,
     segment_attention,
     toeplitz_attention,
+    zipformer_attention,
     zipformer_attention_weights,
 )
 from fastasr.ops._segments import rows_of
@@ -101,7 +102,7 @@ def test_queries_without_a_key_are_nan_alone():
 def test_columns_behind_the_rows_of_weights():
     """A user may pass weights without padding, or with anything in it."""
     x, pos, cached = 0.5 * torch.randn(50, 1, 20), torch.randn(1, 108, 4), 0.5 * torch.randn(9, 1, 8)
-    call = x, pos, cached, None, None, 1, 8, 8, 1
+    call = x, pos, cached, None, None, None, 1, 8, 8, 1
     weights = zipformer_attention_weights.zipformer_attention_weights_forward(*call)
     assert not weights._is_view(), "weights may be changed in place"
     assert weights.stride(2) % _zipformer_attention.ROW == 0
@@ -111,3 +112,22 @@ def test_columns_behind_the_rows_of_weights():
     backward = zipformer_attention_weights.zipformer_attention_weights_backward
     expected = backward(grad, weights.contiguous(), *call, 0.0, 25.0)
     _same(backward(grad, padded[..., :width], *call, 0.0, 25.0), expected)
+
+
+def test_recordings_behind_other_tiles_of_zipformer_attention():
+    """A tile of keys that no recording of its queries has is not read, in either direction."""
+    x, pos, value = 0.5 * torch.randn(256, 1, 20), torch.randn(1, 255, 4), torch.randn(256, 1, 4)
+    starts = torch.tensor([64, 192, 256])  # 64 frames of no recording
+    grad, own = torch.zeros(256, 1, 4), slice(64, 192)
+    grad[own] = torch.randn(128, 1, 4)
+    sizes = None, None, None, starts, 1, 8, 1, -1, -1
+
+    def run():
+        y = zipformer_attention.zipformer_attention_forward(x, pos, value, *sizes)
+        dx, _, dvalue, _ = zipformer_attention.zipformer_attention_backward(grad, x, pos, value, *sizes)
+        return y[own], dx[own], dvalue[own]
+
+    expected = run()
+    for frames in (slice(64), slice(192, None)):
+        value[frames], x[frames], grad[frames] = NAN, NAN, NAN
+    _same(run(), expected)
