@@ -788,6 +788,19 @@ def recorded(what):
     )
 
 
+@cases()
+def larger_than_a_row():
+    seeded(0)
+    theirs = FastConformerEncoder(
+        mel_bins=16, width=16, layers=1, heads=2, hidden=16, channels=4, layer_drop=0.0
+    ).eval()
+    theirs.ragged = True
+    row = fastasr.Graphs(frames=40, recordings=2, recorder=TapeRecorder)
+    ours, x = swapped(theirs, ragged=True, graphs=row), torch.randn(2, 24, 16)
+    reason = "it has 48 frames, and Graphs allows 40"
+    return Case(ours, lambda: ours(x)[0], lambda: theirs(x)[0], "forward", reason, level=logging.INFO)
+
+
 # --------------------------------------------------------------------------- the tests
 @pytest.mark.parametrize("name", CASES)
 def test_a_way_back(name, caplog):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastasr import _left
 from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import is_plain_named, is_watched, runs
 from fastasr.models.common.row import Capacity, Packed, Spans
@@ -127,5 +126,4 @@ def without_padding(
             given = why_not(encoder) or packed(encoder, fitted, audio_signal, length, **more)
             if not isinstance(given, str):
                 return given.unpack(encoded(encoder, *given.arguments))
-            _left.note(encoder, f"this batch runs on its padding too: {given}")
     return upstream_forward(encoder, audio_signal=audio_signal, length=length, **more)
