@@ -21,9 +21,9 @@ _WORD = 0xFFFFFFFF
 STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
-def draw_seed(device: torch.device, count: int = 1) -> Tensor:
-    """Draws seeds (count,) from torch's generator of the device."""
-    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device, dtype=torch.int64)
+def draw_seed(device: torch.device) -> Tensor:
+    """Draws a seed (1,) from torch's generator of the device."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, dtype=torch.int64)
 
 
 def kept(seed: Tensor, p: float, batch: int, heads: int, queries: int, keys: int) -> Tensor:
