@@ -2,11 +2,12 @@
 """NeMo's ConformerEncoder on a row of frames, see ``models.common.row``: its front end, positions and layers are called
 as its own forward calls them, with the row in place of the masks."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastasr.graphs import Graphs
 from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import is_plain_named, is_watched, runs
 from fastasr.models.common.row import Capacity, Packed, Spans
@@ -20,14 +21,6 @@ from fastasr.swap.rule import Upstream, own_forward, unread_code, upstream_forwa
 # fingerprints of the encoder's forward and the layer's in nemo_toolkit 3.0
 _KNOWN = {"ba3b26e462d4c58d7dcd2457"}
 _LAYER = {"c584ec63e0520d37c6553196"}
-
-
-class _Fitted(NamedTuple):
-    """The capacity of a row for one batch."""
-
-    frames: int
-    recordings: int
-    longest: int
 
 
 def is_nemos(encoder: Upstream) -> bool:
@@ -121,8 +114,9 @@ def without_padding(
     are those of a replay. It waits for the lengths."""
     if encoder.training and length is not None and audio_signal.dim() == 3:
         batch, _, frames = audio_signal.shape
-        fitted = _Fitted(int(length.sum()), batch, frames)
-        if 0 < fitted.frames < batch * frames:
+        used = int(length.sum())
+        if 0 < used < batch * frames:
+            fitted = Graphs(frames=used, recordings=batch, longest=frames)
             given = why_not(encoder) or packed(encoder, fitted, audio_signal, length, **more)
             if not isinstance(given, str):
                 return given.unpack(encoded(encoder, *given.arguments))
