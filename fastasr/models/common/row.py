@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastasr._transforms import Function
+from fastasr.packed_frames import moved, places
 
 
 class Row(NamedTuple):
@@ -54,47 +53,13 @@ class Spans(NamedTuple):
 
     def packed(self, batch: Tensor, frames: int) -> Tensor:
         """Returns the row (1, ``frames``, ...) of a batch (B, T, ...), 0 at frames of nobody."""
-        of_row, of_batch = self._places(frames, *batch.shape[:2])
-        return _Moved.apply(batch.flatten(0, 1), of_row, of_batch)[None]
+        of_row, of_batch = places(*self, frames, *batch.shape[:2])
+        return moved(batch.flatten(0, 1), of_row, of_batch)[None]
 
     def unpacked(self, row: Tensor, batch: int, frames: int) -> Tensor:
         """Returns the batch (B, T, ...) of a row (1, N, ...), 0 behind each recording's end."""
-        of_row, of_batch = self._places(row.shape[1], batch, frames)
-        return _Moved.apply(row[0], of_batch, of_row).unflatten(0, (batch, frames))
-
-    def _places(self, frames: int, batch: int, longest: int) -> tuple["_Places", "_Places"]:
-        """Returns where the frames of a row lie among those of a batch, and the other way round."""
-        frame = torch.arange(frames, device=self.begins.device, dtype=torch.int64)
-        recording = (torch.searchsorted(self.begins, frame, right=True) - 1).clamp(min=0)
-        missing = frame >= self.ends[recording]
-        place = (frame - self.begins[recording] + recording * longest).masked_fill(missing, 0)
-        frame = torch.arange(longest, device=frame.device, dtype=torch.int64)
-        inside = self.begins[:batch, None] + frame
-        behind = inside >= self.ends[:batch, None]
-        return (place, missing), (inside.masked_fill(behind, 0).flatten(), behind.flatten())
-
-
-_Places = tuple[Tensor, Tensor]  # of each row among others, and True where it has none
-
-
-class _Moved(Function):
-    """Returns the rows at ``places``, and 0 where they have none. ``back`` are the places of the given rows among
-    these: no row is at two of them."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: _Places, back: _Places) -> Tensor:
-        ctx.back = back
-        return _moved(rows, *places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _moved(grad, *ctx.back), None, None
-
-
-def _moved(rows: Tensor, places: Tensor, missing: Tensor) -> Tensor:
-    found = rows.index_select(0, places)
-    return found.masked_fill_(missing.view(-1, *(1,) * (rows.dim() - 1)), 0.0)
+        of_row, of_batch = places(*self, row.shape[1], batch, frames)
+        return moved(row[0], of_batch, of_row).unflatten(0, (batch, frames))
 
 
 class Capacity(Protocol):
