@@ -7,7 +7,7 @@ its own last frame, where upstream's reads frames of padding. In training balanc
 exist.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from fastasr.models.common import ragged
 from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import Packing, in_use
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.bypass import BypassModule
@@ -94,20 +95,32 @@ def encoded(encoder: "Zipformer", x: Tensor, lengths: list[int]) -> Tensor:
     pads = not encoder.causal or 0 < chunk_size < min(filter(None, lengths))
     packing = Packing(lengths, x.device, pads)
     src = packing.of_batch(x).unsqueeze(1)
+    src = through_stacks(encoder, src, packing, chunk_size, left_context_chunks, feature_masks)
+    packing = packing.at_rate(encoder.downsample_output.downsample).slower
+    return packing.batch(src[:, 0], (len(x) + 1) // 2).transpose(0, 1)
+
+
+def through_stacks(
+    encoder: "Zipformer",
+    src: Tensor,
+    packing: Packing | RowFrames,
+    chunk_size: int,
+    left_context_chunks: int,
+    feature_masks: Sequence[Tensor | float],
+) -> Tensor:
+    """Packed frames (N, 1, channels) -> (N', 1, width) at the encoder's output rate."""
     outputs = []
     for stack, width, feature_mask in zip(encoder.encoders, encoder.encoder_dim, feature_masks, strict=True):
         src = convert_num_channels(src, width)
         src = _stack(stack, src, packing, chunk_size, left_context_chunks, feature_mask)
         outputs.append(src)
-    src = _downsampled(encoder.downsample_output, encoder._get_full_dim_output(outputs), packing)
-    packing = packing.at_rate(encoder.downsample_output.downsample).slower
-    return packing.batch(src[:, 0], (len(x) + 1) // 2).transpose(0, 1)
+    return _downsampled(encoder.downsample_output, encoder._get_full_dim_output(outputs), packing)
 
 
 def _stack(
     stack: Any,
     src: Tensor,
-    packing: Packing,
+    packing: Packing | RowFrames,
     chunk_size: int,
     left_context_chunks: int,
     feature_mask: Tensor | float,
@@ -127,14 +140,14 @@ def _stack(
 def _layers(
     stack: Any,
     src: Tensor,
-    packing: Packing,
+    packing: Packing | RowFrames,
     chunk_size: int,
     left_context_chunks: int,
     feature_mask: Tensor | float,
 ) -> Tensor:
     if isinstance(feature_mask, Tensor):
         feature_mask = packing.repeated(feature_mask[0]).unsqueeze(1)
-    pos_emb = stack.encoder_pos(src[: max(packing.lengths)])
+    pos_emb = stack.encoder_pos(src[: packing.longest])
     chunks = {"left_context_chunks": left_context_chunks} if chunk_size > 0 else {}
     with in_use(packing):
         src = _scaled(src, feature_mask)
@@ -147,7 +160,6 @@ def _scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
     return src * feature_mask if isinstance(feature_mask, Tensor) else src
 
 
-def _downsampled(module: "SimpleDownsample", src: Tensor, packing: Packing) -> Tensor:
+def _downsampled(module: "SimpleDownsample", src: Tensor, packing: Packing | RowFrames) -> Tensor:
     """Does as SimpleDownsample for packed frames: each recording ends with its own last frame, repeated."""
-    weights = module.bias.softmax(0).view(-1, 1, 1)
-    return (packing.at_rate(module.downsample).grouped(src) * weights).sum(1)
+    return packing.at_rate(module.downsample).averaged(src, module.bias.softmax(0))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastasr import _left
+from fastasr.graphs.module import Pack
 from fastasr.models import zipformer as models
 from fastasr.models.common.plain import any_watched
-from fastasr.models.zipformer import ragged
+from fastasr.models.zipformer import ragged, row
 from fastasr.models.zipformer.encoder import encoded
 from fastasr.models.zipformer.stack import in_windows
 from fastasr.swap.binding import bound_forward
@@ -127,6 +128,12 @@ def _why_not(encoder: Upstream) -> str | None:
     return reason or ragged.why_not(encoder)
 
 
+def _why_no_row(encoder: Upstream) -> str | None:
+    if isinstance(encoder, models.Zipformer):
+        return row.why_not(encoder) if encoder.ragged else "it runs on padding: set its attribute ragged"
+    return _why_not(encoder) or row.why_not(encoder)
+
+
 def _parts(encoder: Upstream) -> list[nn.Module]:
     return list(encoder.encoders)
 
@@ -141,6 +148,8 @@ def _causal_structure(module: Upstream) -> str | None:
     return check_parameters(module, {}) or _unread_stacks(module)
 
 
+_PACK = Pack(row.encoded, row.packed, _why_no_row)
+
 CAUSAL_ENCODER = Rule(
     name="zipformer.causal_encoder",
     class_name="Zipformer",
@@ -149,7 +158,7 @@ CAUSAL_ENCODER = Rule(
     known={"a8293a774b5bf0cea0a06a0a": PACKAGE},
     companion=True,
     ragged=Ragged(ragged_causal_encoder, _why_not),
-    graphs=Graphed(choice="get_chunk_info", parts=_parts),
+    graphs=Graphed(choice="get_chunk_info", parts=_parts, pack=_PACK),
     leaves=_masked_now,
     note="makes no mask for chunks where all layers and their self_attn_weights are swapped",
 )
@@ -166,7 +175,7 @@ ENCODER = replace(
     leaves=lambda module: {},
     shallow=True,
     ragged=Ragged(ragged_encoder, _why_not),
-    graphs=Graphed(upstream_forward, parts=_parts),
+    graphs=Graphed(upstream_forward, parts=_parts, pack=_PACK),
     note="bound by ragged=True and graphs=True alone",
 )
 
