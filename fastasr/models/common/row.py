@@ -77,8 +77,8 @@ class Spans(NamedTuple):
 
 
 class RowFrames:
-    """The frames of a row of ``count`` recordings, as modules ask for them by ``ragged.current()``, at one rate. ``spans`` begin at
-    multiples of every factor of ``at_rate``, and no recording has more frames than ``longest``."""
+    """The frames of a row of ``count`` recordings at one rate, as modules ask for them by ``ragged.current()``. The
+    ``spans`` begin at multiples of every factor of ``at_rate``; no recording has more frames than ``longest``."""
 
     def __init__(self, spans: Spans, frames: int, longest: int) -> None:
         self.spans, self.frames, self.longest = spans, frames, longest

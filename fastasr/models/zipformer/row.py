@@ -54,7 +54,7 @@ def packed(
     if mask is not None and mask.shape != (batch, frames):
         return "its mask is not one of lengths"
     lengths = x.new_full((batch,), frames, dtype=torch.int64) if mask is None else (~mask.bool()).sum(-1)
-    reason = why_beyond(capacity, batch, frames, lengths)
+    reason = why_beyond(capacity, x.transpose(0, 1), lengths)
     if reason is not None:
         return reason
     _extend_positions(encoder, capacity.longest or 0)
