@@ -13,7 +13,8 @@ from test_zipformer_graphs import SIZES, at
 from fastasr._recording import recorded_by
 from fastasr.graphs import Graphs
 from fastasr.graphs.recording import Recording
-from fastasr.models.fast_conformer import FastConformerEncoder, row
+from fastasr.models import fast_conformer, zipformer
+from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
 
 
@@ -23,20 +24,26 @@ def _fast_conformer(**options):
 
 
 class OnRow(torch.nn.Module):
-    """A FastConformer on a row of fixed length, with the moves of frames to it and back."""
+    """An encoder on a row of fixed length, with the moves of frames to it and back."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, row, *more):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.row, self.more = encoder, row, more
 
-    def forward(self, x, mask):
-        call = row.packed(self.encoder, Graphs(frames=80, recordings=3), x, mask, lambda hidden: (hidden,))
-        return call.unpack(row.encoded(self.encoder, *call.arguments))
+    def forward(self, *inputs):
+        capacity = Graphs(frames=80, recordings=3)
+        call = self.row.packed(self.encoder, capacity, *inputs, *self.more)
+        return call.unpack(self.row.encoded(self.encoder, *call.arguments))
 
 
-def _on_row():
+def _fast_conformer_on_row():
     model, inputs = _fast_conformer(layer_drop=0.0)
-    return OnRow(model), inputs
+    return OnRow(model, fast_conformer.row, lambda hidden: (hidden,)), inputs
+
+
+def _zipformer_on_row():
+    model, inputs = _zipformer()
+    return OnRow(model, zipformer.row), inputs
 
 
 def _zipformer():
@@ -74,8 +81,14 @@ def recorded(model, inputs, train, recording=True):
         torch.autograd.grad(y, list(model.parameters()), torch.empty_like(y), allow_unused=True)
 
 
+BUILDS = (
+    *(lambda: _fast_conformer(layer_drop=0.0), _fast_conformer_on_row),
+    *(_zipformer, _zipformer_on_row, _front_end),
+)
+
+
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("build", [lambda: _fast_conformer(layer_drop=0.0), _on_row, _zipformer, _front_end])
+@pytest.mark.parametrize("build", BUILDS)
 def test_a_recorded_pass_waits_for_nothing(build, train):
     recorded(*build(), train)
 

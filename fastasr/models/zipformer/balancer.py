@@ -36,7 +36,8 @@ class _Balance(Function):
         x, hidden = ctx.saved_tensors
         if hidden is not None:
             hidden = hidden.reshape(x.select(ctx.limits[-1], 0).shape)
-        y = ops.balancer_gradient(grad, x, *ctx.limits, padding_mask=hidden)
+        arguments: Any = grad, x, *ctx.limits, None, None, hidden
+        y = ops.balancer_gradient(*arguments)
         return y, None, *([None] * len(ctx.limits))
 
 
