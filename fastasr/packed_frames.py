@@ -36,10 +36,12 @@ class PackedFrames(NamedTuple):
     def unpacked(self, longest: int) -> Tensor:
         """Returns the padded batch (B, longest, ...), 0 behind each recording's end. No length may be above
         ``longest``."""
-        begins, batch = self.begins, len(self.lengths)
         _require("PackedFrames.unpacked", self.lengths, longest, len(self.frames))
-        there, back = places(begins, begins + self.lengths, len(self.frames), batch, longest)
-        return moved(self.frames, back, there).unflatten(0, (batch, longest))
+        batch = len(self.lengths)
+        after = begins_in_batch(batch, longest, self.lengths.device)
+        return moved(self.frames, self.begins, after, self.lengths, batch * longest).unflatten(
+            0, (batch, longest)
+        )
 
 
 def packed(batch: Tensor, lengths: Tensor, frames: int | None = None) -> PackedFrames:
@@ -68,36 +70,40 @@ def packed(batch: Tensor, lengths: Tensor, frames: int | None = None) -> PackedF
     elif isinstance(frames, bool) or not isinstance(frames, int | torch.SymInt):
         raise TypeError(f"fastasr.packed: frames: expected an int or None, got {type(frames).__name__}")
     _require("packed", lengths, batch.shape[1], frames)
-    ends = lengths.cumsum(0)
-    there, back = places(ends - lengths, ends, frames, *batch.shape[:2])
-    return PackedFrames(moved(batch.flatten(0, 1), there, back), lengths)
+    begins = lengths.cumsum(0) - lengths
+    before = begins_in_batch(len(batch), batch.shape[1], lengths.device)
+    return PackedFrames(moved(batch.flatten(0, 1), before, begins, lengths, frames), lengths)
 
 
-def places(begins: Tensor, ends: Tensor, frames: int, batch: int, longest: int) -> tuple[Places, Places]:
-    """Returns where the ``frames`` of a row, in which recordings lie at [begins, ends), are among those of a batch
-    (batch, longest), and the other way round. ``begins`` does not decrease."""
-    frame = torch.arange(frames, device=begins.device, dtype=torch.int64)
-    recording = (torch.searchsorted(begins, frame, right=True) - 1).clamp(min=0)
-    if len(begins):
-        missing = frame >= ends[recording]
-        place = (frame - begins[recording] + recording * longest).masked_fill(missing, 0)
-    else:
-        missing, place = torch.ones_like(frame, dtype=torch.bool), recording
-    frame = torch.arange(longest, device=frame.device, dtype=torch.int64)
-    inside = begins[:batch, None] + frame
-    behind = inside >= ends[:batch, None]
-    return (place, missing), (inside.masked_fill(behind, 0).flatten(), behind.flatten())
+def begins_in_batch(batch: int, longest: int, device: torch.device) -> Tensor:
+    """Returns where recordings begin among the B · T rows of a padded batch (B, T, ...), (B,)."""
+    return torch.arange(batch, device=device, dtype=torch.int64) * longest
 
 
-def moved(rows: Tensor, places: Places, back: Places) -> Tensor:
-    """Returns the rows at ``places``, and 0 where they have none. ``back`` are the places of the given rows among
-    these: no row is at two of them."""
-    result: Tensor = _Moved.apply(rows, places, back)
+def moved(rows: Tensor, before: Tensor, after: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Returns ``count`` rows, in which the recordings of ``lengths`` (B,), which begin at ``before`` (B,) among the
+    given ones, begin at ``after``, and 0 elsewhere. Recordings do not overlap, begins are in order, the first is 0."""
+    result: Tensor = _Moved.apply(
+        rows, _places(after, lengths, count, before), _places(before, lengths, len(rows), after)
+    )
     return result
 
 
+def _places(begins: Tensor, lengths: Tensor, count: int, others: Tensor) -> Places:
+    """Returns the places of ``count`` rows, in which recordings lie at ``begins``, among those where they lie at
+    ``others``."""
+    row = torch.arange(count, device=begins.device, dtype=torch.int64)
+    if not len(begins):
+        return row * 0, row >= 0
+    recording = torch.searchsorted(begins, row, right=True) - 1
+    within = row - begins[recording]
+    missing = within >= lengths[recording]
+    return (within + others[recording]).masked_fill(missing, 0), missing
+
+
 class _Moved(Function):
-    """The gradient of a move is the move back: no two gradients meet, so there is nothing to add up."""
+    """Returns the rows at ``places``, and 0 where they have none. ``back`` are the places of the given rows among
+    these: no two gradients of a row meet, so there is nothing to add up."""
 
     @staticmethod
     def formula(rows: Tensor, places: Places, back: Places) -> Tensor:
