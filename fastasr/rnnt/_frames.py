@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.packed_frames import PackedFrames, moved, places
+from fastasr.packed_frames import PackedFrames, begins_in_batch, places, taken
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check
 
@@ -56,17 +56,19 @@ class Packed(Padded):
         super().__init__(len(lengths), longest)
         ends = lengths.cumsum(0)
         self.lengths, self.used = lengths, ends[-1]
-        self.to_rows, self.to_lattice = places(ends - lengths, ends, count, self.batch, longest)
+        begins, after = ends - lengths, begins_in_batch(self.batch, longest, lengths.device)
+        self.to_rows = places(begins, lengths, count, after)
+        self.to_lattice = places(after, lengths, self.batch * longest, begins)
         self.recording = self.to_rows[0] // max(longest, 1)  # (N,)
 
     def repeated(self, values: Tensor) -> Tensor:
         return values.index_select(0, self.recording).unsqueeze(0)
 
     def rows(self, lattice: Tensor) -> Tensor:
-        return moved(lattice.flatten(0, 1), self.to_rows, self.to_lattice).unsqueeze(0)
+        return taken(lattice.flatten(0, 1), self.to_rows, self.to_lattice).unsqueeze(0)
 
     def lattice(self, rows: Tensor) -> Tensor:
-        return moved(rows.squeeze(0), self.to_lattice, self.to_rows).unflatten(0, (self.batch, self.frames))
+        return taken(rows.squeeze(0), self.to_lattice, self.to_rows).unflatten(0, (self.batch, self.frames))
 
     def owned(self, rows: Tensor) -> Tensor:
         return rows.masked_fill(self.to_rows[1].view(-1, *(1,) * (rows.dim() - 2)), 0.0)
