@@ -24,6 +24,7 @@ from fastasr import _left
 from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
 from fastasr.models.common.row import RowFrames
+from fastasr.packed_frames import PackedFrames, packed
 
 # Recordings shorter than SHORT whose lengths differ by at most LACKING frames share one call of attention, because a
 # call costs more than that much padding. A GPU has work for many recordings at once: there recordings share a call if
@@ -33,6 +34,8 @@ LACKING_ON_GPU = 256
 
 # Hooks that serve packed frames too: those of FSDP, and those of transformers' outputs, which record only if asked for.
 _HARMLESS = "torch.distributed.", "transformers.utils.output_capturing"
+
+REFUSED = "the call has PackedFrames, but {}: pass the padded batch, packed.unpacked(longest)"
 
 _all_padded = False
 
@@ -88,6 +91,21 @@ def lengths(
         return found
     _left.note(encoder, f"this batch runs on its padding too: {reason}")
     return None
+
+
+def of_packed(
+    given: PackedFrames, encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], reason: str | None = None
+) -> PackedFrames:
+    """Returns what ``encode`` of a batch (B, T, ...) and its lengths (B,) -> (hidden states (B, T', ...), lengths (B,))
+    makes of PackedFrames: the ragged encoder leaves the padding out again. It waits for the lengths.
+
+    Raises ValueError for ``reason``, if given.
+    """
+    if reason is not None:
+        raise ValueError(REFUSED.format(reason))
+    given = given.to(given.frames.device)
+    longest = max([1, *given.lengths.tolist()])
+    return packed(*encode(given.unpacked(longest), given.lengths))
 
 
 def why_not_hooked(encoder: torch.nn.Module) -> str | None:

@@ -141,6 +141,11 @@ class RowRate:
         return rows.unsqueeze(1).expand(-1, self.factor, *rows.shape[1:]).flatten(0, 1)
 
 
+def all_frames(features: Tensor) -> Tensor:
+    """Returns the lengths (B,) of features (B, T, ...) without padding."""
+    return torch.full(features.shape[:1], features.shape[1], device=features.device, dtype=torch.int64)
+
+
 class Capacity(Protocol):
     """What a row has room for: frames of features in all, recordings, and frames of one recording."""
 

@@ -27,6 +27,7 @@ from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.resampling import convert_num_channels
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.stack import check_chunks
+from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
     from fastasr.models.zipformer.encoder import Zipformer
@@ -88,16 +89,49 @@ def lengths(encoder: "Zipformer", x: Tensor, mask: Tensor | None) -> list[int] |
 
 def encoded(encoder: "Zipformer", x: Tensor, lengths: list[int]) -> Tensor:
     """x (time, batch, channels) -> ((time + 1) // 2, batch, channels), 0 behind each recording's end."""
+    rows, packing = _encoded(encoder, x, lengths)
+    return packing.batch(rows[:, 0], (len(x) + 1) // 2).transpose(0, 1)
+
+
+def of_packed(
+    encoder: "Zipformer", given: PackedFrames, mask: Tensor | None, reason: str | None = None
+) -> tuple[PackedFrames, Tensor]:
+    """Returns the encoder's output for PackedFrames (N, channels): PackedFrames (N', width), and their lengths. It
+    waits for the lengths.
+
+    Raises ValueError for a ``mask``, or a ``reason`` why the encoder cannot leave padding out.
+    """
+    reason = reason or ("a mask too" if mask is not None else None)
+    reason = reason or ragged.why_not_hooked(encoder) or why_not(encoder)
+    if reason is not None:
+        raise ValueError(ragged.REFUSED.format(reason))
+    given = given.to(given.frames.device)
+    lengths = given.lengths.tolist()
+    if min(lengths, default=0) < 0 or sum(lengths) > len(given.frames):
+        expected = f"lengths of 0 or more with a sum of at most {len(given.frames)}"
+        raise ValueError(f"PackedFrames: expected {expected}, got {lengths}")
+    used = given.frames[: sum(lengths)]
+    if not len(used):
+        empty = used.new_zeros(0, max(encoder.encoder_dim))
+        return PackedFrames(empty, given.lengths), given.lengths
+    rows, packing = _encoded(encoder, used.unsqueeze(1).expand(-1, len(lengths), -1), lengths, used)
+    return PackedFrames(rows[:, 0], packing.sizes), packing.sizes
+
+
+def _encoded(
+    encoder: "Zipformer", x: Tensor, lengths: list[int], rows: Tensor | None = None
+) -> tuple[Tensor, Packing]:
+    """Returns the output (N', 1, width) of the frames that exist of x (time, batch, channels), or of ``rows`` (N,
+    channels), and their packing."""
     feature_masks = encoder.get_feature_masks(x)
     chunk_size, left_context_chunks = encoder.get_chunk_info()
     check_chunks(encoder, chunk_size, left_context_chunks)
     # a chunk as long as the recording, or longer, ends with it
     pads = not encoder.causal or 0 < chunk_size < min(filter(None, lengths))
     packing = Packing(lengths, x.device, pads)
-    src = packing.of_batch(x).unsqueeze(1)
+    src = (packing.of_batch(x) if rows is None else rows).unsqueeze(1)
     src = through_stacks(encoder, src, packing, chunk_size, left_context_chunks, feature_masks)
-    packing = packing.at_rate(encoder.downsample_output.downsample).slower
-    return packing.batch(src[:, 0], (len(x) + 1) // 2).transpose(0, 1)
+    return src, packing.at_rate(encoder.downsample_output.downsample).slower
 
 
 def through_stacks(

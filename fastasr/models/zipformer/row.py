@@ -10,13 +10,13 @@ room for, and balancers and whitening see the frames that exist.
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fastasr.models.common.plain import runs
-from fastasr.models.common.row import Capacity, Packed, RowFrames, Spans, why_beyond
+from fastasr.models.common.row import Capacity, Packed, RowFrames, Spans, all_frames, why_beyond
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.convolution import ConvolutionModule, fused_weights
+from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
     from fastasr.models.zipformer.encoder import Zipformer
@@ -43,20 +43,29 @@ def why_not(encoder: "Zipformer") -> str | None:
 def packed(
     encoder: "Zipformer",
     capacity: Capacity,
-    x: Tensor,
+    x: Tensor | PackedFrames,
     x_lens: Tensor,
     src_key_padding_mask: Tensor | None = None,
 ) -> Packed | str:
     """Returns a call of ``encoded`` for the arguments of ``Zipformer.forward``, or the reason why there is none, beside
     those of ``why_not``."""
-    frames, batch, _ = x.shape
     mask = src_key_padding_mask
-    if mask is not None and mask.shape != (batch, frames):
-        return "its mask is not one of lengths"
-    lengths = x.new_full((batch,), frames, dtype=torch.int64) if mask is None else (~mask.bool()).sum(-1)
-    reason = why_beyond(capacity, x.transpose(0, 1), lengths)
+    if isinstance(x, PackedFrames):
+        if mask is not None or x.frames.dim() != 2:
+            return "it has a mask beside its PackedFrames, or these have another shape"
+        given: Tensor | PackedFrames = x
+        lengths = x.lengths
+    else:
+        given = x.transpose(0, 1)
+        if mask is not None and mask.shape != given.shape[:2]:
+            return "its mask is not one of lengths"
+        lengths = all_frames(given) if mask is None else (~mask.bool()).sum(-1)
+    reason = why_beyond(capacity, given, lengths)
     if reason is not None:
         return reason
+    if isinstance(given, PackedFrames):
+        given = given.to(given.frames.device, non_blocking=True)  # the lengths may be on the CPU
+        lengths = given.lengths
     _extend_positions(encoder, capacity.longest or 0)
     recordings, factor, between = capacity.recordings or 0, _factor(encoder), _between(encoder)
     slots = (lengths + (between + factor - 1)) // factor * factor
@@ -65,12 +74,16 @@ def packed(
     rows = -(-rows // (factor * MULTIPLE)) * factor * MULTIPLE
     half = encoder.downsample_output.downsample
 
-    def unpack(y: Tensor) -> tuple[Tensor, Tensor]:
+    def unpack(y: Tensor) -> tuple[Tensor | PackedFrames, Tensor]:
         after = Spans(spans.begins // half, (spans.ends + (half - 1)) // half)
-        y = after.unpacked(y.transpose(0, 1), batch, -(-frames // half))
+        y = y.transpose(0, 1)
+        if isinstance(given, PackedFrames):
+            found = after.without_gaps(y, len(lengths), -(-(capacity.frames or 0) // half) + recordings)
+            return found, found.lengths
+        y = after.unpacked(y, len(lengths), -(-given.shape[1] // half))
         return y.transpose(0, 1), (x_lens + 1) // 2
 
-    row = spans.packed(x.transpose(0, 1), rows).transpose(0, 1)
+    row = spans.packed(given, rows).transpose(0, 1)
     return Packed((row, *spans, capacity.longest), lengths.sum(), unpack)
 
 

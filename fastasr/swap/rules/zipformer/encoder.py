@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fastasr.models.common.plain import any_watched
 from fastasr.models.zipformer import ragged, row
 from fastasr.models.zipformer.encoder import encoded
 from fastasr.models.zipformer.stack import in_windows
+from fastasr.packed_frames import PackedFrames
 from fastasr.swap.binding import bound_forward
 from fastasr.swap.rule import (
     Graphed,
@@ -94,21 +96,27 @@ def _unread_stacks(encoder: Upstream) -> str | None:
 
 
 def ragged_encoder(
-    self: Upstream, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    self: Upstream, x: Tensor | PackedFrames, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+) -> tuple[Any, Tensor]:
     """Runs on the frames that exist, or as upstream if there is no padding or it must stay."""
     return _without_padding(self, upstream_class(self).forward, x, x_lens, src_key_padding_mask)
 
 
 def ragged_causal_encoder(
-    self: Upstream, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    self: Upstream, x: Tensor | PackedFrames, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+) -> tuple[Any, Tensor]:
     return _without_padding(self, causal_encoder, x, x_lens, src_key_padding_mask)
 
 
 def _without_padding(
-    encoder: Upstream, padded: Callable, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    encoder: Upstream,
+    padded: Callable,
+    x: Tensor | PackedFrames,
+    x_lens: Tensor,
+    src_key_padding_mask: Tensor | None,
+) -> tuple[Any, Tensor]:
+    if isinstance(x, PackedFrames):
+        return ragged.of_packed(encoder, x, src_key_padding_mask)
     lengths = ragged.lengths(encoder, x, src_key_padding_mask)
     if lengths is None:
         return padded(encoder, x, x_lens, src_key_padding_mask)
