@@ -309,3 +309,60 @@ def test_a_causal_encoder_is_recorded_by_shape():
         model, ragged=True, graphs=fastasr.Graphs(frames=FRAMES, recordings=4, recorder=TapeRecorder)
     )
     assert "not on a row: it is causal" in f"{report.graphs['']} {report.rows[0].reason}"
+
+
+def given_packed(x, x_lens, mask):
+    """Returns the arguments of a call with PackedFrames: NaN in the frames behind the last recording."""
+    rows = fastasr.packed(x.transpose(0, 1), x_lens).frames
+    rows = torch.cat([rows, rows.new_full((FRAMES - len(rows), rows.shape[1]), torch.nan)])
+    return fastasr.PackedFrames(rows, x_lens), x_lens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["recorded", "without padding"])
+def test_packed_frames(kind, way):
+    model = encoder(kind).eval()
+    theirs = without_padding(copy.deepcopy(model))
+    ours = recorded(model)[0] if way == "recorded" else without_padding(model)
+    for seed, lengths in enumerate(drawn(12)):
+        inputs = batch(lengths, seed=seed)
+        with torch.no_grad():
+            (found, after), (expected, _) = ours(*given_packed(*inputs)), theirs(*inputs)
+        assert torch.equal(after, (inputs[1] + 1) // 2)
+        assert torch.equal(found.lengths, after)
+        close(found.unpacked(len(expected)), (expected * existing(expected, inputs[1])).transpose(0, 1), 1e-10)
+    if way == "recorded":
+        (kind_of_call,) = fastasr.graph_state(ours)[""]
+        assert (kind_of_call.seen, kind_of_call.replayed, kind_of_call.recorded) == (12, 11, 1)
+
+
+def test_gradients_of_packed_frames():
+    model = encoder("ours", 60000.0).train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, _ = recorded(model, after=0)
+    for seed, lengths in enumerate(drawn(4, recordings=RECORDINGS)):
+        inputs, results = batch(lengths, seed=seed), []
+        for each in (ours, theirs):
+            seeded(seed)
+            x = inputs[0].clone().requires_grad_()
+            y = each(*given_packed(x, *inputs[1:]))[0] if each is ours else each(x, *inputs[1:])[0]
+            if each is ours:
+                y = y.unpacked((len(x) + 1) // 2).transpose(0, 1)
+            leaves = dict(each.named_parameters()) | {"frames": x}
+            loss = (y * cotangent(y) * existing(y, inputs[1])).sum()
+            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+            results.append(dict(zip(leaves, found, strict=True)))
+        same_gradients(*results, ROUNDED)
+
+
+def test_packed_frames_need_an_encoder_without_padding():
+    model = encoder("ours").eval()
+    given, lengths = given_packed(*batch([20, 30]))
+    with pytest.raises(ValueError, match="the call has PackedFrames, but encoder.ragged is False"):
+        model(given, lengths)
+    model.ragged = True
+    with pytest.raises(ValueError, match="a mask too"):
+        model(given, lengths, torch.zeros(2, 30, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"a sum of at most 300, got \[200, 200\]"):
+        model(given._replace(lengths=torch.tensor([200, 200])), lengths)
+    assert model(given._replace(lengths=torch.tensor([0, 0])), lengths)[0].frames.shape == (0, 32)
