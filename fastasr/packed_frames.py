@@ -6,7 +6,7 @@ begin_b = Σ_{a < b} lengths_a. The frames behind the last recording belong to n
 nothing reads them, whatever they hold.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,10 +23,22 @@ class PackedFrames(NamedTuple):
     Attributes:
         frames: (N, ...).
         lengths: (B,), int64 on the same device, with a sum of at most N. Lengths of 0 are recordings without frames.
+            Encoders also take lengths on the CPU with frames on a GPU.
     """
 
     frames: Tensor
     lengths: Tensor
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Says what to do where a module takes it for a tensor."""
+        raise AttributeError(
+            f"PackedFrames has no attribute {name!r}. Only some encoders take it, after "
+            "fastasr.accelerate(model, ragged=True): pass others the padded batch, packed.unpacked(longest)"
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedFrames":
+        """Returns these frames and lengths on a device."""
+        return PackedFrames(*(t.to(device, non_blocking=non_blocking) for t in self))
 
     @property
     def begins(self) -> Tensor:

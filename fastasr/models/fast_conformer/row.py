@@ -86,6 +86,9 @@ def laid_out(
     reason = why_beyond(capacity, features, lengths)
     if reason is not None:
         return reason
+    if isinstance(features, PackedFrames):
+        features = features.to(features.frames.device, non_blocking=True)  # the lengths may be on the CPU
+        lengths = features.lengths
     batch = len(lengths)
     recordings, factor, between = capacity.recordings or 0, frames_per_output(layers), _between(convs)
     most = -(-(capacity.frames or 0) // factor) + recordings  # frames that exist
