@@ -16,7 +16,8 @@ from fastasr.models.zipformer import Zipformer
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.testing.tape import TapeRecorder
 
-FRAMES, RECORDINGS, LONGEST = 300, 4, 160
+FRAMES, RECORDINGS, LONGEST = 300, 4, 160  # of the encoder's input
+ROOM = {"frames": 2 * FRAMES - 1, "recordings": RECORDINGS, "longest": 2 * LONGEST - 1}  # of features
 SIZES = {
     "downsampling_factor": (1, 2, 4),
     "encoder_dim": (24, 32, 16),
@@ -66,7 +67,7 @@ def recorded(model, **options):
     """Returns the model, which leaves padding out on recorded rows, and its graphs."""
     if isinstance(model, Zipformer):
         model.ragged = True
-    options = {"frames": FRAMES, "recordings": RECORDINGS, "longest": LONGEST, "after": 1, **options}
+    options = {**ROOM, "after": 1, **options}
     tapes = TapeRecorder()
     report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=lambda: tapes, **options))
     assert report.graphs[""] is None
@@ -235,8 +236,8 @@ def test_under_autocast(train):
 
 TOO_LARGE = {
     "recordings": ([20] * 5, "it has 5 recordings, and Graphs allows 4"),
-    "a recording": ([161], "it is padded to 161 frames, and Graphs allows a recording of 160"),
-    "frames": ([150, 151], "it has 301 frames, and Graphs allows 300"),
+    "a recording": ([161], "it is padded to 161 frames, and Graphs allows a recording of 319 / 2"),
+    "frames": ([150, 151], "it has 301 frames, and Graphs allows 599 / 2"),
 }
 
 
@@ -294,7 +295,7 @@ def test_what_no_row_can_hold(what):
     change(model, what)
     theirs = without_padding(copy.deepcopy(model))
     model.ragged = True
-    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, recorder=TapeRecorder)
+    options = fastasr.Graphs(**ROOM, recorder=TapeRecorder)
     report = fastasr.accelerate(model, ragged=True, graphs=options)
     assert NO_ROW[what] in f"{report.graphs['']} {report.rows[0].reason}"
     inputs = batch([100, 60])
@@ -305,9 +306,7 @@ def test_what_no_row_can_hold(what):
 def test_a_causal_encoder_is_recorded_by_shape():
     model = encoder("ours", causal=True, chunk_size=(8,), left_context_frames=(32,)).eval()
     model.ragged = True
-    report = fastasr.accelerate(
-        model, ragged=True, graphs=fastasr.Graphs(frames=FRAMES, recordings=4, recorder=TapeRecorder)
-    )
+    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(**ROOM, recorder=TapeRecorder))
     assert "not on a row: it is causal" in f"{report.graphs['']} {report.rows[0].reason}"
 
 
@@ -330,7 +329,9 @@ def test_packed_frames(kind, way):
             (found, after), (expected, _) = ours(*given_packed(*inputs)), theirs(*inputs)
         assert torch.equal(after, (inputs[1] + 1) // 2)
         assert torch.equal(found.lengths, after)
-        close(found.unpacked(len(expected)), (expected * existing(expected, inputs[1])).transpose(0, 1), 1e-10)
+        close(
+            found.unpacked(len(expected)), (expected * existing(expected, inputs[1])).transpose(0, 1), 1e-10
+        )
     if way == "recorded":
         (kind_of_call,) = fastasr.graph_state(ours)[""]
         assert (kind_of_call.seen, kind_of_call.replayed, kind_of_call.recorded) == (12, 11, 1)
@@ -350,7 +351,9 @@ def test_gradients_of_packed_frames():
                 y = y.unpacked((len(x) + 1) // 2).transpose(0, 1)
             leaves = dict(each.named_parameters()) | {"frames": x}
             loss = (y * cotangent(y) * existing(y, inputs[1])).sum()
-            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+            found = torch.autograd.grad(
+                loss, list(leaves.values()), materialize_grads=True, allow_unused=True
+            )
             results.append(dict(zip(leaves, found, strict=True)))
         same_gradients(*results, ROUNDED)
 

@@ -10,6 +10,7 @@ groups share calls of attention there, whatever the number of recordings.
 """
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -454,10 +455,15 @@ def current() -> Packing | RowFrames | None:
     return getattr(_local, "packing", None)
 
 
-def frames_of_nobody() -> Tensor | None:
-    """Returns True at frames of nobody, (1, N), where modules in this thread get a row that has some."""
+def frames_of_nobody(x: Tensor, channel_dim: int = -1) -> Tensor | None:
+    """Returns True at frames of nobody, where modules in this thread get a row that has some: in the shape of x without
+    the dimension of the channels. Before that of the frames x has no other, or dimensions of size 1."""
     packing = current()
-    return packing.hidden if isinstance(packing, RowFrames) else None
+    if not isinstance(packing, RowFrames):
+        return None
+    shape = list(x.shape)
+    del shape[channel_dim]
+    return packing.hidden.view(-1, 1).expand(-1, math.prod(shape) // packing.frames).reshape(shape)
 
 
 def with_zeros(pieces: Sequence[Tensor], slots: Sequence[int]) -> Tensor:
