@@ -228,6 +228,15 @@ def test_as_on_the_padded_batch(name, case):
     )
 
 
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name.startswith("joiner")])
+def test_recordings_as_one_sequence(name, case, monkeypatch):
+    monkeypatch.setattr(rnnt.joiner, "_multiplies_padding", lambda am: True)
+    call, options = LOSSES[name]
+    p = problem_of(name, case)
+    check_against_padded(leaves_of(p), packed(p), lambda one: call(one, **options))
+
+
 @pytest.mark.parametrize("name", ["rnnt_loss", "joiner_loss", "smoothed", "tdt_joiner_loss"])
 def test_compiled_without_a_break(name):
     call, options = LOSSES[name]
