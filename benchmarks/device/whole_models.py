@@ -360,7 +360,7 @@ def _units(records: Iterable[dict]) -> list[Unit]:
     """Returns the units of whole models in the order of ``MODELS`` and ``WORKLOADS``."""
     messages = (m for record in records for m in record["messages"])
     found = units(Row.from_dict(row) for m in messages for row in m.get("rows", ()))
-    order = [(name, w.case) for name in MODELS for w in workloads(name)]
+    order = [(name, w.case) for name in MODELS for w in WORKLOADS]
     known = [u for u in found if (u.first.name, u.first.case) in order]
     return sorted(known, key=lambda u: order.index((u.first.name, u.first.case)))
 

@@ -147,8 +147,8 @@ def all_frames(features: Tensor) -> Tensor:
 
 
 class Capacity(Protocol):
-    """What a row has room for: frames of features in all, recordings, and frames of one recording. ``parts``: the layers
-    of the encoder are recorded one by one."""
+    """What a row has room for: frames of features in all, recordings, and frames of one recording. ``parts`` says that
+    the layers of the encoder are recorded one by one."""
 
     @property
     def frames(self) -> int | None: ...
