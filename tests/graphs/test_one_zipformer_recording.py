@@ -399,7 +399,7 @@ def test_without_decisions_as_in_float64_on_a_cpu(kind, train, device, monkeypat
         model.ragged = True
     tapes = TapeRecorder()
     recorder = None if device == "cuda" else lambda: tapes
-    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, longest=LONGEST, recorder=recorder)
+    options = fastasr.Graphs(**ROOM, recorder=recorder)
     model = model.float().to(device)
     fastasr.accelerate(model, ragged=True, graphs=options)
     for seed, lengths in enumerate(drawn(12, recordings=RECORDINGS)):

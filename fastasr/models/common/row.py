@@ -166,6 +166,7 @@ class Room(NamedTuple):
     frames: int
     recordings: int
     longest: int
+    parts: bool = False
 
 
 class Packed(NamedTuple):
@@ -181,8 +182,8 @@ def why_beyond(
     capacity: Capacity, given: Tensor | PackedFrames, lengths: Tensor, factor: int = 1
 ) -> str | None:
     """Returns what of a batch (B, T, ...) of these lengths (B,), or of PackedFrames (N, ...), the row has no room for,
-    or None. ``factor``: the frames of features for one of these. On a GPU it waits for the lengths only where B · T or N frames would be too many. That no recording among
-    N frames is too long, the GPU asserts itself."""
+    or None. ``factor``: how many frames of features each of these stands for. On a GPU it waits for the lengths only
+    where B · T or N frames would be too many. That no recording among N frames is too long, the GPU asserts itself."""
     recordings = capacity.recordings or 0
     most, longest = (-(-(n or 0) // factor) for n in (capacity.frames, capacity.longest))
     per = "" if factor == 1 else f" / {factor}"

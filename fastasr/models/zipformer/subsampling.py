@@ -101,14 +101,13 @@ class Conv2dSubsampling(torch.nn.Module):
     def forward(self, x: Tensor | PackedFrames, x_lens: Tensor) -> tuple[Any, Tensor]:
         if isinstance(x, PackedFrames):
             return of_packed(self, x)
-        x = x.unsqueeze(1)
-        if _runs_channels_last(self, x):
-            # With one channel, contiguous(memory_format=...) would return x itself and conv would stay in NCHW.
-            x = x.to(memory_format=torch.channels_last)
-            x = _convolved(self.conv, x)
+        h = x.unsqueeze(1)
+        if _runs_channels_last(self, h):
+            # With one channel, contiguous(memory_format=...) would return h itself and conv would stay in NCHW.
+            h = _convolved(self.conv, h.to(memory_format=torch.channels_last))
         else:
-            x = self.conv(x)
-        y = _finished(self, x)
+            h = self.conv(h)
+        y = _finished(self, h)
         return y, _lengths(y, (x_lens - 7) // 2)
 
     def streaming_forward(
