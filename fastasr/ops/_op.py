@@ -31,16 +31,28 @@ class Written:
     """The parts of an op's written file that functions for all ops use."""
 
     check: Callable[..., None]
-    operator: Any
-    backward_operator: Any
-    apply: Callable | None  # the node of autograd, called by kernels, direct and the arguments
-    Arguments: Any  # named tuples of the arguments, and of what is saved for the backward pass
-    Saved: Any
+    run_kernels: Callable
+    fake: Callable
     result_dtypes: Callable[[Any], tuple[torch.dtype, ...]]
-    deciding: tuple[str, ...]  # the arguments whose dtypes choose the kernels
-    differentiable: tuple[str, ...]
-    dense: bool  # whether results are contiguous
-    released: bool = False  # whether the memory of arguments is released before the backward pass
+    Arguments: Any  # named tuples of the arguments, and of what is saved for the backward pass
+    Saved: Any = None
+    results: tuple[str, ...] = ()  # the outputs, and the kept tensors behind them
+    deciding: tuple[str, ...] = ()  # the arguments whose dtypes choose the kernels
+    autocast: Any = None  # the rule (op, dtype, a) -> a, or the names of the arguments that are cast
+    dense: bool = True  # whether results are contiguous
+    strided: tuple[str, ...] = ()  # the results of kernels whose strides are declared
+
+    apply: Callable | None = None  # the node of autograd, called by kernels, direct and the arguments
+    differentiate: Any = None  # a function, where there is a node
+    differentiable: tuple[str, ...] = ()  # the arguments that have a gradient
+    graded: dict[str, str] = field(
+        default_factory=dict
+    )  # the outputs that have one -> the flag that asks for it
+    saves: tuple[str, ...] = ()  # the tensors in Saved, before the options
+    kept: tuple[str, ...] = ()
+    released: tuple[str, ...] = ()  # the arguments whose memory is released before the backward pass
+    asks: bool = False  # whether the backward pass asks which gradients are wanted
+    materialize: bool = True  # whether autograd makes zeros for outputs that have no gradient
 
 
 @dataclass(eq=False, repr=False)
@@ -107,6 +119,8 @@ class Op:
     family: KernelFamily = field(init=False)
     written: Written = field(init=False)  # once the written file is imported
     function: Callable = field(init=False)  # the public one, likewise
+    operator: Any = field(init=False)  # torch.ops.fastasr.<name>, likewise
+    backward_operator: Any = field(init=False, default=None)
 
     def __call__(self, formula: F) -> F:
         self.name, self.definition = formula.__name__, formula

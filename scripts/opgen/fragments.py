@@ -28,7 +28,6 @@ def write(op: Declared) -> str:
     """Returns the code of an op, behind its imports."""
     parts = [templates.TOP, templates.PUBLIC]
     parts += [templates.NODE] * bool(op.differentiable) + [templates.OPERATOR]
-    parts += [templates.OPERATOR_GRADIENTS] * bool(op.differentiable) + [templates.REGISTRATION]
     fragments = _fragments(op)
     return "\n\n".join(_render(part, fragments) for part in parts)
 
@@ -36,7 +35,6 @@ def write(op: Declared) -> str:
 def _fragments(op: Declared) -> dict[str, str | list[str]]:
     grads = [f"grad_{o.name}" for o in op.graded]
     options = [a.name for a in op.options]
-    rest = [*options, *["keep"] * bool(op.keeps)]
     gradients = [f"d_{a.name}" for a in op.differentiable]
     return {
         "name": op.name,
@@ -63,7 +61,6 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "saves_directly": ", ".join(name for name in op.saves if name not in op.unread),
         "saved": ", ".join(op.saves + options),
         "found": _names(op.found),
-        "dense_found": ", ".join(o.name + ".contiguous()" * (o.name not in op.strides) for o in op.found),
         "results": _results(op),
         "selected": _selected(op),
         "result_dtypes": f"({', '.join(_dtype(op, o, 'a.') for o in op.found)},)",
@@ -78,34 +75,13 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
         "needs": ", needs" * op.asks,
         "needs_from_autograd": [f"needs = {_needed(op)}"] * op.asks,
-        "needs_from_dispatcher": [f"needs = wanted(ctx.needs_input_grad, {_places(op)!r})"] * op.asks,
         "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
-        "no_grads": _no_grads(op, grads, len(op.arguments) + bool(op.keeps)),
-        "no_grads_directly": _no_grads(op, grads, len(op.arguments) + 2),
+        "no_grads": _no_grads(op, grads),
         "checks": _checks(op),
         "launch": _launch(op),
-        "drop": [f"if not keep:\n    {o.name} = {o.name}.new_empty(0)" for o in op.keeps],
         "sizes": _sizes(op),
         "empty": ", ".join(_empty(op, o) for o in op.found),
-        "not_differentiable": _not_differentiable(op),
         "constants": _constants(op),
-        "stand_ins": _stand_ins(op),
-        "remember": [f"ctx.rest = {_tuple(rest)}"] * bool(rest),
-        "operator_rest": [f"{_tuple(rest)} = ctx.rest"] * bool(rest),
-        "compute_again": [
-            f"if not keep:\n    {', '.join('_' for _ in op.outputs)}, {_names(op.keeps)} = "
-            f"operator({_names(op.arguments)}, True)"
-        ]
-        * bool(op.keeps),
-        "flags": [f"grad_{o.name} = grad_{o.name} if {o.flag} else None" for o in op.graded if o.flag],
-        "for_the_operator": _for_the_operator(op),
-        "dense_gradients": _each_gradient(
-            op, "d_{0}" if _is_like(op) else "d_{0}.contiguous()", " or d_{0} is None"
-        ),
-        "apart": [f"d_{n} = d_{n}.clone()" for token in op.backward_results for n in token.split("=")[1:]],
-        "empty_gradients": _each_gradient(
-            op, "torch.empty_like({0})" if _is_like(op) else "{0}.new_empty({0}.shape)"
-        ),
         "differentiate": _differentiate(op, grads),
         "transformed": TRANSFORMED,
         "under_transforms": _under_transforms(op, grads),
@@ -117,10 +93,11 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "apply": _apply(op, False),
         "plain": " and ".join(_optional(a, f"type({a.name}) in PLAIN") for a in op.tensors),
         "formula": _formula(op),
-        "under_autocast": _under_autocast(op),
         "cast": _cast(op),
         "formula_under_autocast": _formula_under_autocast(op),
-    } | _registration(op)
+        "schemas": _schemas(op),
+        "written": _written(op),
+    }
 
 
 def _render(template: str, fragments: dict[str, str | list[str]]) -> str:
@@ -557,11 +534,10 @@ def _native_backward(op: Declared, grads: list[str]) -> list[str]:
     return ["if direct:", indent(lines, "    ")]
 
 
-# --------------------------------------------------------------------------- gradients of the operator
-def _no_grads(op: Declared, grads: list[str], count: int) -> list[str]:
+def _no_grads(op: Declared, grads: list[str]) -> list[str]:
     if op.materialize:
         return []
-    return [f"if {' is None and '.join(grads)} is None:\n    return (None,) * {count}"]
+    return [f"if {' is None and '.join(grads)} is None:\n    return (None,) * {len(op.arguments) + 2}"]
 
 
 def _constants(op: Declared) -> list[str]:
@@ -569,49 +545,6 @@ def _constants(op: Declared) -> list[str]:
     found = [o for o in op.outputs if o.constant]
     mark = f"ctx.mark_non_differentiable({_names(found)})"
     return [f"if {found[0].flag}:\n    {mark}" if found[0].flag else mark] if found else []
-
-
-def _stand_ins(op: Declared) -> list[str]:
-    lines = [f"{name} = stand_in({name})" for name in op.unread]
-    served = f"keep and family.kernels({', '.join(op.deciding)}) is not None"
-    return [f"if {served}:", *(f"    {line}" for line in lines)] if lines else []
-
-
-def _not_differentiable(op: Declared) -> list[str]:
-    flags = [o for o in op.graded if o.flag]
-    constants = [o for o in op.found if o.constant or o in op.keeps]
-    always = [f"ctx.mark_non_differentiable({_names(constants)})"] * bool(constants)
-    absent = f"if not {flags[0].flag if flags else ''}:\n    ctx.mark_non_differentiable({_names((*flags, *op.keeps))})"
-    return always + [absent] * bool(flags)
-
-
-def _gone(op: Declared, more: str = "") -> dict[str, str]:
-    """Says for each gradient when the operator gives a tensor without elements."""
-    return {
-        a.name: " or ".join(
-            [f"{a.name} is None"] * a.optional + [f"not needs[{i}]{more.format(a.name)}"] * op.asks
-        )
-        for i, a in enumerate(op.differentiable)
-    }
-
-
-def _each_gradient(op: Declared, form: str, more: str = "") -> str:
-    nothing = f"{op.leader.name}.new_empty(0)"
-    return ", ".join(
-        (f"{nothing} if {gone} else " if gone else "") + form.format(name)
-        for name, gone in _gone(op, more).items()
-    )
-
-
-def _for_the_operator(op: Declared) -> str:
-    gone = _gone(op)
-    given = [
-        (f"None if {gone[a.name]} else " if gone.get(a.name) else "") + f"d_{a.name}"
-        if a.name in gone
-        else "None"
-        for a in op.arguments
-    ]
-    return _tuple(given + ["None"] * bool(op.keeps))
 
 
 # --------------------------------------------------------------------------- the public function
@@ -676,67 +609,64 @@ def _formula_under_autocast(op: Declared) -> list[str]:
     ]
 
 
-def _under_autocast(op: Declared) -> list[str]:
-    rule = op.autocast
-    if rule is None:
-        return []
-    names, keep = _names(op.arguments), ", keep" * bool(op.keeps)
-    lines = [f"def under_autocast(dtype, {_operator_parameters(op)}):"]
-    lines.append('    """Casts the arguments as autocast does for this dtype."""')
-    if callable(rule):
-        lines.append(f"    arguments = {_part(rule)}(op, dtype, Arguments({names}))")
-        return [*lines, f"    return *arguments{keep}" if keep else "    return arguments"]
-    if rule != "formula":
-        cast = op.one_dtype if rule == "one dtype" else rule.split()
-        lines.append(f"    {_tuple(cast)} = cast(dtype, {', '.join(cast)})")
-    return [*lines, f"    return {_tuple([a.name for a in op.arguments] + ['keep'] * bool(op.keeps))}"]
-
-
 def _cast(op: Declared) -> list[str]:
-    if op.autocast in (None, "formula"):
+    rule = op.autocast
+    if rule in (None, "formula"):
         return []
-    names, deciding = _names(op.arguments), ", ".join(op.deciding)
+    if callable(rule):
+        names = _tuple([a.name for a in op.arguments])
+        line = f"{names} = {_part(rule)}(op, cast_dtype, Arguments({_names(op.arguments)}))"
+    else:
+        line = f"{_tuple(_cast_names(op))} = cast(cast_dtype, {', '.join(_cast_names(op))})"
     return [
         f"cast_dtype = autocast_dtype({op.leader.name})",
         "if cast_dtype is not None:",
-        f"    {_tuple([a.name for a in op.arguments] + ['_'] * bool(op.keeps))} = under_autocast(cast_dtype, {names})",
-        f"    kernels = family.kernels({deciding})",
+        f"    {line}",
+        f"    kernels = family.kernels({', '.join(op.deciding)})",
         "    if kernels is None:",
         f"        return {_formula(op)}",
     ]
 
 
+def _cast_names(op: Declared) -> list[str]:
+    return op.one_dtype if op.autocast == "one dtype" else op.autocast.split()
+
+
 # --------------------------------------------------------------------------- registration
-def _registration(op: Declared) -> dict[str, str | list[str]]:
-    """Returns the schemas and the other registrations of the operator. It returns every output, without elements if not
-    asked for, and the kept tensors. ``<name>_backward`` takes gradients, ``saves`` and the options.
-    """
+def _written(op: Declared) -> Iterator[str]:
+    """Returns the fields of ``Written`` that have no default, or another value."""
+    rule = op.autocast
+    same = ["Arguments", "check", "run_kernels", "fake", "result_dtypes"]
+    same += ["Saved", "apply", "differentiate"] * bool(op.differentiable)
+    values = {
+        "results": tuple(o.name for o in op.found),
+        "deciding": tuple(op.deciding),
+        "strided": tuple(o.name for o in op.found if o.name in op.strides),
+        "differentiable": tuple(a.name for a in op.differentiable),
+        "graded": {o.name: o.flag for o in op.graded},
+        "saves": tuple(op.saves) if op.differentiable else (),
+        "kept": tuple(o.name for o in op.keeps),
+        "released": tuple(op.unread),
+    }
+    flags = {"dense": not _is_like(op), "materialize": op.materialize, "asks": op.asks}
+    yield from (f"{name}={name}," for name in same)
+    yield from (f"{name}={value!r}," for name, value in values.items() if value)
+    yield from (f"{name}={value}," for name, value in flags.items() if value is (name == "asks"))
+    if rule is not None:
+        yield f"autocast={_part(rule) if callable(rule) else () if rule == 'formula' else tuple(_cast_names(op))},"
+
+
+def _schemas(op: Declared) -> list[str]:
     tensors = {a.name: f"Tensor{'?' * a.optional} {a.name}" for a in op.tensors}
     saved = [tensors.get(name, f"Tensor {name}") for name in op.saves]
     grads = [f"Tensor{'?' * (len(op.graded) > 1)} grad_{o.name}" for o in op.graded]
     options = [a.schema.partition("=")[0] for a in op.options]
     backward = ", ".join((*grads, *saved, *options, *["bool[] needs"] * op.asks))
     forward = ", ".join((*(a.schema for a in op.arguments), *["bool keep=False"] * bool(op.keeps)))
-    registered = ["setup_context=set_up,", "backward=backward,"] * bool(op.differentiable)
-    registered += ["autocast=under_autocast,"] * (op.autocast is not None)
-    operator = ["backward_operator = None"]
-    if op.differentiable:
-        schema = _schema(f"{op.name}_backward", backward, len(op.differentiable))
-        operator = ["backward_operator = register(", *schema, "run_backward,", "fake_backward,"]
-        if not op.unread:
-            operator.append(f"transformed=partial(transformed_backward, op, {len(grads)}),")
-        operator.append(")")
-    return {
-        "schema": _schema(op.name, forward, len(op.found)),
-        "registered": registered,
-        "backward_operator": operator,
-        "applied": f"applied({op.name.title().replace('_', '')})" if op.differentiable else "None",
-        "saved_class": "Saved" if op.differentiable else "None",
-        "deciding_names": f"({''.join(f'{name!r}, ' for name in op.deciding)})",
-        "differentiable_names": f"({''.join(f'{a.name!r}, ' for a in op.differentiable)})",
-        "released": ["released=True,"] * bool(op.unread),
-        "dense": str(not _is_like(op)),
-    }
+    lines = _schema(op.name, forward, len(op.found))
+    return lines + (
+        _schema(f"{op.name}_backward", backward, len(op.differentiable)) if op.differentiable else []
+    )
 
 
 def _schema(name: str, arguments: str, count: int) -> list[str]:

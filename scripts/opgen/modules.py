@@ -21,7 +21,6 @@ HEAD = '''# SPDX-License-Identifier: Apache-2.0
 
 '''
 IMPORTS = {
-    "functools": "partial",
     "typing": "Literal NamedTuple overload",
     "torch": "Tensor is_autocast_enabled is_grad_enabled promote_types",
     "torch._C": "_are_functorch_transforms_active",
@@ -32,10 +31,10 @@ IMPORTS = {
     "fastasr.ops._dispatch": "FLOATING PLAIN served widest",
     "fastasr.ops._layout": "as_int64 as_it_is as_matrix as_vector dense_channels rows",
     "fastasr.ops._op": "OPS Written",
-    "fastasr.ops._register": "autocast_dtype cast refuse_double_backward register",
-    "fastasr.ops._runtime": "BOOL COMPUTE INT64 INTEGERS MASKS Like NOT_MINE applied as_tuple back "
-    "formula_gradients formula_results gradients_without is_batched listed make not_a_view operand promoted stand_in "
-    "transformed_backward transformed_gradients transformed_results wanted wide",
+    "fastasr.ops._operator": "register_op",
+    "fastasr.ops._register": "autocast_dtype cast refuse_double_backward",
+    "fastasr.ops._runtime": "BOOL COMPUTE INT64 INTEGERS MASKS Like NOT_MINE applied back "
+    "gradients_without is_batched listed make not_a_view operand promoted transformed_gradients wide",
 }
 ORIGINS = {name: module for module, names in IMPORTS.items() for name in names.split()}
 

@@ -2,7 +2,6 @@
 # `make op OP=balancer_gradient` writes this file from fastasr/ops/balancer_gradient.py: change that one.
 """Gradient of Zipformer's Balancer: channels kept in a range of mean and size"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,8 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import register
-from fastasr.ops._runtime import MASKS, NOT_MINE, formula_results, listed, make, promoted, transformed_results
+from fastasr.ops._operator import register_op
+from fastasr.ops._runtime import MASKS, NOT_MINE, listed, make, promoted
 from fastasr.ops.balancer_gradient import _check, _fits, _forward, _launch
 from fastasr.ops.balancer_gradient import balancer_gradient as formula
 
@@ -213,27 +212,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    grad, x, min_mean=None, max_mean=None, min_rms=None, max_rms=None, grad_scale=None, channel_dim=-1,
-    limits=None, act=None,
-):  # fmt: skip
-    kernels = family.kernels(x, grad)
-    if kernels is None:
-        return formula_results(
-            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
-        )
-    try:
-        y = run_kernels(
-            kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
-        )
-    except Unlaunchable as error:
-        family.give_up(error, x, grad)
-        return formula_results(
-            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
-        )
-    return y.contiguous()
-
-
 def fake(
     grad, x, min_mean=None, max_mean=None, min_rms=None, max_rms=None, grad_scale=None, channel_dim=-1,
     limits=None, act=None,
@@ -243,26 +221,22 @@ def fake(
     return torch.empty((*S, D), dtype=promoted(grad), device=grad.device)
 
 
-backward_operator = None
-operator = register(
+op.serve(
+    balancer_gradient,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        results=("y",),
+        deciding=("x", "grad"),
+        materialize=False,
+    ),
+)
+operator = register_op(
+    op,
     "balancer_gradient(Tensor grad, Tensor x, float? min_mean=None, float? max_mean=None, float? "
     "min_rms=None, float? max_rms=None, float? grad_scale=None, SymInt channel_dim=-1, Tensor? "
     "limits=None, Tensor? act=None) -> Tensor",
-    run,
-    fake,
-    transformed=partial(transformed_results, op),
 )
-apply = None
-written = Written(
-    Arguments=Arguments,
-    Saved=None,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "grad"),
-    differentiable=(),
-    dense=True,
-)
-op.serve(balancer_gradient, written)

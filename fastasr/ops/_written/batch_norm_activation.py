@@ -2,7 +2,6 @@
 # `make op OP=batch_norm_activation` writes this file from fastasr/ops/batch_norm_activation.py: change that one.
 """BatchNorm in training, and SiLU or another activation: convolution modules"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,15 +13,13 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -30,9 +27,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.batch_norm_activation import batch_norm_activation as formula
@@ -320,29 +315,10 @@ def differentiate(kernels, grad_y, x, weight, bias, padding_mask, statistics, ep
     return d_x, d_weight, d_bias
 
 
+apply = applied(BatchNormActivation)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias, padding_mask=None, eps=1e-05, momentum=0.1, activation="silu", keep=False):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, padding_mask, eps, momentum, activation)
-    try:
-        y, mean, variance, rate, statistics = run_kernels(
-            kernels, x, weight, bias, padding_mask, eps, momentum, activation, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, x, weight, bias)
-        return formula_results(op, x, weight, bias, padding_mask, eps, momentum, activation)
-    if not keep:
-        statistics = statistics.new_empty(0)
-    return (
-        y.contiguous(),
-        mean.contiguous(),
-        variance.contiguous(),
-        rate.contiguous(),
-        statistics.contiguous(),
-    )
-
-
 def fake(x, weight, bias, padding_mask=None, eps=1e-05, momentum=0.1, activation="silu", keep=False):
     keep = keep and family.kernels(x, weight, bias) is not None
     S = x.shape[:-1]
@@ -356,80 +332,32 @@ def fake(x, weight, bias, padding_mask=None, eps=1e-05, momentum=0.1, activation
     )
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, padding_mask, eps, momentum, activation, keep = inputs
-    y, mean, variance, rate, statistics = output
-    ctx.mark_non_differentiable(mean, variance, rate, statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, padding_mask, statistics)
-    ctx.rest = eps, momentum, activation, keep
-
-
-def backward(ctx, grad_y, *_):
-    if grad_y is None:
-        return (None,) * 8
-    x, weight, bias, padding_mask, statistics = ctx.saved_tensors
-    eps, momentum, activation, keep = ctx.rest
-    if not keep:
-        _, _, _, _, statistics = operator(x, weight, bias, padding_mask, eps, momentum, activation, True)
-    d_x, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation)
-    )
-    return d_x, d_weight, d_bias, None, None, None, None, None
-
-
-def run_backward(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, weight, bias, padding_mask, statistics, eps, momentum, activation)
-        )
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, padding_mask, statistics, eps, momentum,
-                activation),
-            )  # fmt: skip
-    return d_x.contiguous(), d_weight.contiguous(), d_bias.contiguous()
-
-
-def fake_backward(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-backward_operator = register(
-    "batch_norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? "
-    "padding_mask, Tensor statistics, float eps, float momentum, str activation) -> (Tensor, Tensor, "
-    "Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    batch_norm_activation,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "mean", "variance", "rate", "statistics"),
+        deciding=("x", "weight", "bias"),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "padding_mask", "statistics"),
+        kept=("statistics",),
+        materialize=False,
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "batch_norm_activation(Tensor x, Tensor weight, Tensor bias, Tensor? padding_mask=None, float "
     'eps=1e-05, float momentum=0.1, str activation="silu", bool keep=False) -> (Tensor, Tensor, Tensor, '
     "Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "batch_norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? "
+    "padding_mask, Tensor statistics, float eps, float momentum, str activation) -> (Tensor, Tensor, "
+    "Tensor)",
 )
-apply = applied(BatchNormActivation)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "weight", "bias"),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(batch_norm_activation, written)

@@ -2,7 +2,6 @@
 # `make op OP=clamped_linear` writes this file from fastasr/ops/clamped_linear.py: change that one.
 """a linear layer without a bias between two clamps whose bounds are on the device, and its activation"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,22 +13,17 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
     make,
     not_a_view,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
-    wanted,
 )
 from fastasr.ops.clamped_linear import _gradients, _launch
 from fastasr.ops.clamped_linear import clamped_linear as formula
@@ -129,10 +123,7 @@ def clamped_linear(
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, _ = under_autocast(
-            cast_dtype, x, weight, activation, input_min, input_max, output_min, output_max, next_min,
-            next_max,
-        )  # fmt: skip
+        x, weight = cast(cast_dtype, x, weight)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(
@@ -302,15 +293,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x), promoted(a.x))
 
 
-def under_autocast(
-    dtype, x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
-    next_min=None, next_max=None, keep=False,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, weight = cast(dtype, x, weight)
-    return x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, keep
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class ClampedLinear(Function):
     @staticmethod
@@ -439,31 +421,10 @@ def differentiate(
     return d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max
 
 
+apply = applied(ClampedLinear)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
-    next_min=None, next_max=None, keep=False,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(
-            op, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max
-        )
-    try:
-        y, z = run_kernels(
-            kernels, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max,
-            keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(
-            op, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max
-        )
-    if not keep:
-        z = z.new_empty(0)
-    return y.contiguous(), z.contiguous()
-
-
 def fake(
     x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
     next_min=None, next_max=None, keep=False,
@@ -477,146 +438,52 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, keep = inputs
-    y, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.save_for_backward(x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z)
-    ctx.rest = activation, keep
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z = ctx.saved_tensors
-    activation, keep = ctx.rest
-    if not keep:
-        _, z = operator(
-            x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, True
-        )
-    needs = wanted(ctx.needs_input_grad, (0, 1, 3, 4, 5, 6, 7, 8))
-    names = as_tuple(
-        backward_operator(grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
-        z, activation, needs),
-    )  # fmt: skip
-    (
-        d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-    ) = names  # fmt: skip
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_weight,
-        None,
-        None if input_min is None or not needs[2] else d_input_min,
-        None if input_max is None or not needs[3] else d_input_max,
-        None if output_min is None or not needs[4] else d_output_min,
-        None if output_max is None or not needs[5] else d_output_max,
-        None if next_min is None or not needs[6] else d_next_min,
-        None if next_max is None or not needs[7] else d_next_max,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z, activation, needs
-):
-    kernels = family.kernels(x)
-    if kernels is None:
-        names = formula_gradients(
-            op, (grad_y,), Saved(x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
-            z, activation),
-        )  # fmt: skip
-        (
-            d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-        ) = names  # fmt: skip
-    else:
-        try:
-            names = differentiate(
-                kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
-                z, activation, needs,
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
-        except Unlaunchable as error:
-            names = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, input_min, input_max, output_min, output_max, next_min,
-                next_max, z, activation),
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0)
-        if input_min is None or not needs[2] or d_input_min is None
-        else d_input_min.contiguous(),
-        x.new_empty(0)
-        if input_max is None or not needs[3] or d_input_max is None
-        else d_input_max.contiguous(),
-        x.new_empty(0)
-        if output_min is None or not needs[4] or d_output_min is None
-        else d_output_min.contiguous(),
-        x.new_empty(0)
-        if output_max is None or not needs[5] or d_output_max is None
-        else d_output_max.contiguous(),
-        x.new_empty(0) if next_min is None or not needs[6] or d_next_min is None else d_next_min.contiguous(),
-        x.new_empty(0) if next_max is None or not needs[7] or d_next_max is None else d_next_max.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z, activation, needs
-):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
-        x.new_empty(0) if input_min is None or not needs[2] else input_min.new_empty(input_min.shape),
-        x.new_empty(0) if input_max is None or not needs[3] else input_max.new_empty(input_max.shape),
-        x.new_empty(0) if output_min is None or not needs[4] else output_min.new_empty(output_min.shape),
-        x.new_empty(0) if output_max is None or not needs[5] else output_max.new_empty(output_max.shape),
-        x.new_empty(0) if next_min is None or not needs[6] else next_min.new_empty(next_min.shape),
-        x.new_empty(0) if next_max is None or not needs[7] else next_max.new_empty(next_max.shape),
-    )
-
-
-backward_operator = register(
-    "clamped_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? input_min, Tensor? "
-    "input_max, Tensor? output_min, Tensor? output_max, Tensor? next_min, Tensor? next_max, Tensor z, str "
-    "activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    clamped_linear,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "z"),
+        deciding=("x",),
+        differentiable=(
+            "x",
+            "weight",
+            "input_min",
+            "input_max",
+            "output_min",
+            "output_max",
+            "next_min",
+            "next_max",
+        ),
+        graded={"y": ""},
+        saves=(
+            "x",
+            "weight",
+            "input_min",
+            "input_max",
+            "output_min",
+            "output_max",
+            "next_min",
+            "next_max",
+            "z",
+        ),
+        kept=("z",),
+        asks=True,
+        autocast=("x", "weight"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     'clamped_linear(Tensor x, Tensor weight, str activation="identity", Tensor? input_min=None, Tensor? '
     "input_max=None, Tensor? output_min=None, Tensor? output_max=None, Tensor? next_min=None, Tensor? "
     "next_max=None, bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "clamped_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? input_min, Tensor? "
+    "input_max, Tensor? output_min, Tensor? output_max, Tensor? next_min, Tensor? next_max, Tensor z, str "
+    "activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(ClampedLinear)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=(
-        "x",
-        "weight",
-        "input_min",
-        "input_max",
-        "output_min",
-        "output_max",
-        "next_min",
-        "next_max",
-    ),
-    dense=True,
-)
-op.serve(clamped_linear, written)

@@ -2,7 +2,6 @@
 # `make op OP=complex_ema_scan` writes this file from fastasr/ops/ema_scan.py: change that one.
 """Megalodon's complex moving average, with states"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -15,16 +14,14 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._layout import as_it_is, as_matrix, as_vector
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -32,9 +29,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.ema_scan import _check, _sizes
@@ -561,31 +556,10 @@ def differentiate(
     return d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state
 
 
+apply = applied(ComplexEmaScan)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, alpha, delta, theta, gamma, omega=None, state=None, return_state=False, padding_mask=None,
-    truncation=None, direction='forward', activation='identity', layout='LBD',
-):  # fmt: skip
-    kernels = family.kernels(x, alpha, delta, theta, gamma, omega, state)
-    if kernels is None:
-        return formula_results(
-            op, x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
-            direction, activation, layout,
-        )  # fmt: skip
-    try:
-        y, last = run_kernels(
-            kernels, x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
-            direction, activation, layout,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x, alpha, delta, theta, gamma, omega, state)
-        return formula_results(
-            op, x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
-            direction, activation, layout,
-        )  # fmt: skip
-    return y.contiguous(), last.contiguous()
-
-
 def fake(
     x, alpha, delta, theta, gamma, omega=None, state=None, return_state=False, padding_mask=None,
     truncation=None, direction='forward', activation='identity', layout='LBD',
@@ -606,121 +580,32 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation, direction,
-        activation, layout,
-    ) = inputs  # fmt: skip
-    y, last = output
-    if not return_state:
-        ctx.mark_non_differentiable(last)
-    ctx.save_for_backward(x, alpha, delta, theta, gamma, omega, state, padding_mask)
-    ctx.rest = return_state, truncation, direction, activation, layout
-
-
-def backward(ctx, grad_y, grad_last, *_):
-    x, alpha, delta, theta, gamma, omega, state, padding_mask = ctx.saved_tensors
-    return_state, truncation, direction, activation, layout = ctx.rest
-    grad_last = grad_last if return_state else None
-    d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = as_tuple(
-        backward_operator(grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask,
-        return_state, truncation, direction, activation, layout),
-    )  # fmt: skip
-    return (
-        d_x,
-        d_alpha,
-        d_delta,
-        d_theta,
-        d_gamma,
-        None if omega is None else d_omega,
-        None if state is None else d_state,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask, return_state, truncation,
-    direction, activation, layout,
-):  # fmt: skip
-    kernels = family.kernels(x, alpha, delta, theta, gamma, omega, state)
-    if kernels is None:
-        d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = formula_gradients(
-            op, (grad_y, grad_last,), Saved(x, alpha, delta, theta, gamma, omega, state, padding_mask,
-            return_state, truncation, direction, activation, layout),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = differentiate(
-                kernels, grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask,
-                return_state, truncation, direction, activation, layout,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = gradients_without(
-                error, op, (grad_y, grad_last,), Saved(x, alpha, delta, theta, gamma, omega, state,
-                padding_mask, return_state, truncation, direction, activation, layout),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        d_alpha.contiguous(),
-        d_delta.contiguous(),
-        d_theta.contiguous(),
-        d_gamma.contiguous(),
-        x.new_empty(0) if omega is None else d_omega.contiguous(),
-        x.new_empty(0) if state is None else d_state.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask, return_state, truncation,
-    direction, activation, layout,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        alpha.new_empty(alpha.shape),
-        delta.new_empty(delta.shape),
-        theta.new_empty(theta.shape),
-        gamma.new_empty(gamma.shape),
-        x.new_empty(0) if omega is None else omega.new_empty(omega.shape),
-        x.new_empty(0) if state is None else state.new_empty(state.shape),
-    )
-
-
-backward_operator = register(
-    "complex_ema_scan_backward(Tensor? grad_y, Tensor? grad_last, Tensor x, Tensor alpha, Tensor delta, "
-    "Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, Tensor? padding_mask, bool return_state, "
-    "SymInt? truncation, str direction, str activation, str layout) -> (Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 2),
+op.serve(
+    complex_ema_scan,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "last"),
+        deciding=("x", "alpha", "delta", "theta", "gamma", "omega", "state"),
+        differentiable=("x", "alpha", "delta", "theta", "gamma", "omega", "state"),
+        graded={"y": "", "last": "return_state"},
+        saves=("x", "alpha", "delta", "theta", "gamma", "omega", "state", "padding_mask"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "complex_ema_scan(Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? "
     "omega=None, Tensor? state=None, bool return_state=False, Tensor? padding_mask=None, SymInt? "
     'truncation=None, str direction="forward", str activation="identity", str layout="LBD") -> (Tensor, '
     "Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "complex_ema_scan_backward(Tensor? grad_y, Tensor? grad_last, Tensor x, Tensor alpha, Tensor delta, "
+    "Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, Tensor? padding_mask, bool return_state, "
+    "SymInt? truncation, str direction, str activation, str layout) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor)",
 )
-apply = applied(ComplexEmaScan)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "alpha", "delta", "theta", "gamma", "omega", "state"),
-    differentiable=("x", "alpha", "delta", "theta", "gamma", "omega", "state"),
-    dense=True,
-)
-op.serve(complex_ema_scan, written)

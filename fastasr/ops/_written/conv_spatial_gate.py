@@ -2,7 +2,6 @@
 # `make op OP=conv_spatial_gate` writes this file from fastasr/ops/conv_spatial_gate.py: change that one.
 """LayerNorm of the gate, depthwise convolution, product: the gating unit of E-Branchformer's cgMLP"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,16 +14,14 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._layout import dense_channels
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -32,9 +29,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.conv_spatial_gate import conv_spatial_gate as formula
 
@@ -360,19 +355,10 @@ def differentiate(kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padd
     return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias
 
 
+apply = applied(ConvSpatialGate)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, norm_weight, norm_bias, weight, bias=None, eps=1e-05, padding_mask=None, activation="identity"):
-    kernels = family.kernels(x, norm_weight, norm_bias, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
-    try:
-        y = run_kernels(kernels, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
-    except Unlaunchable as error:
-        family.give_up(error, x, norm_weight, norm_bias, weight, bias)
-        return formula_results(op, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
-    return y.contiguous()
-
-
 def fake(x, norm_weight, norm_bias, weight, bias=None, eps=1e-05, padding_mask=None, activation="identity"):
     B = x.shape[0]
     T = x.shape[1]
@@ -381,85 +367,29 @@ def fake(x, norm_weight, norm_bias, weight, bias=None, eps=1e-05, padding_mask=N
     return torch.empty((B, T, C), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation = inputs
-
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, padding_mask)
-    ctx.rest = eps, activation
-
-
-def backward(ctx, grad_y, *_):
-    x, norm_weight, norm_bias, weight, bias, padding_mask = ctx.saved_tensors
-    eps, activation = ctx.rest
-    d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation)
-    )
-    return d_x, d_norm_weight, d_norm_bias, d_weight, None if bias is None else d_bias, None, None, None
-
-
-def run_backward(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
-    kernels = family.kernels(x, norm_weight, norm_bias, weight, bias)
-    if kernels is None:
-        d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation)
-        )
-    else:
-        try:
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation
-            )
-        except Unlaunchable as error:
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
-                activation),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        d_norm_weight.contiguous(),
-        d_norm_bias.contiguous(),
-        d_weight.contiguous(),
-        x.new_empty(0) if bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
-    return (
-        x.new_empty(x.shape),
-        norm_weight.new_empty(norm_weight.shape),
-        norm_bias.new_empty(norm_bias.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    conv_spatial_gate,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x", "norm_weight", "norm_bias", "weight", "bias"),
+        differentiable=("x", "norm_weight", "norm_bias", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "norm_weight", "norm_bias", "weight", "bias", "padding_mask"),
+    ),
+)
+operator = register_op(
+    op,
+    "conv_spatial_gate(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias=None, "
+    'float eps=1e-05, Tensor? padding_mask=None, str activation="identity") -> Tensor',
     "conv_spatial_gate_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor "
     "weight, Tensor? bias, Tensor? padding_mask, float eps, str activation) -> (Tensor, Tensor, Tensor, "
     "Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "conv_spatial_gate(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias=None, "
-    'float eps=1e-05, Tensor? padding_mask=None, str activation="identity") -> Tensor',
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(ConvSpatialGate)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "norm_weight", "norm_bias", "weight", "bias"),
-    differentiable=("x", "norm_weight", "norm_bias", "weight", "bias"),
-    dense=True,
-)
-op.serve(conv_spatial_gate, written)

@@ -2,7 +2,6 @@
 # `make op OP=depthwise_conv_residual` writes this file from fastasr/ops/depthwise_conv_residual.py: change that one.
 """depthwise convolution over time plus its input: the merge of E-Branchformer's branches, SANM's memory"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,16 +14,14 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._layout import dense_channels
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -32,9 +29,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.depthwise_conv_residual import _check
 from fastasr.ops.depthwise_conv_residual import depthwise_conv_residual as formula
@@ -263,19 +258,10 @@ def differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay):
     return d_x, d_weight, d_bias
 
 
+apply = applied(DepthwiseConvResidual)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, padding_mask=None, delay=0):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, padding_mask, delay)
-    try:
-        y = run_kernels(kernels, x, weight, bias, padding_mask, delay)
-    except Unlaunchable as error:
-        family.give_up(error, x, weight, bias)
-        return formula_results(op, x, weight, bias, padding_mask, delay)
-    return y.contiguous()
-
-
 def fake(x, weight, bias=None, padding_mask=None, delay=0):
     B = x.shape[0]
     T = x.shape[1]
@@ -284,69 +270,28 @@ def fake(x, weight, bias=None, padding_mask=None, delay=0):
     return torch.empty((B, T, C), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, padding_mask, delay = inputs
-
-    ctx.save_for_backward(x, weight, bias, padding_mask)
-    ctx.rest = (delay,)
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias, padding_mask = ctx.saved_tensors
-    (delay,) = ctx.rest
-    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, padding_mask, delay))
-    return d_x, d_weight, None if bias is None else d_bias, None, None
-
-
-def run_backward(grad_y, x, weight, bias, padding_mask, delay):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, padding_mask, delay))
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, padding_mask, delay)
-            )
-    return d_x.contiguous(), d_weight.contiguous(), x.new_empty(0) if bias is None else d_bias.contiguous()
-
-
-def fake_backward(grad_y, x, weight, bias, padding_mask, delay):
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? "
-    "padding_mask, SymInt delay) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    depthwise_conv_residual,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x", "weight", "bias"),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "padding_mask"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "depthwise_conv_residual(Tensor x, Tensor weight, Tensor? bias=None, Tensor? padding_mask=None, "
     "SymInt delay=0) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? "
+    "padding_mask, SymInt delay) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(DepthwiseConvResidual)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "weight", "bias"),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(depthwise_conv_residual, written)

@@ -2,7 +2,6 @@
 # `make op OP=ema_scan` writes this file from fastasr/ops/ema_scan.py: change that one.
 """Mega's multi-head damped moving average as a linear-time scan, with states"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -15,16 +14,14 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._layout import as_it_is, as_matrix
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -32,9 +29,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.ema_scan import _check, _sizes
@@ -581,31 +576,10 @@ def differentiate(
     return d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state
 
 
+apply = applied(EmaScan)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, damping, decay, expansion, projection, residual=None, state=None, return_state=False,
-    padding_mask=None, truncation=None, direction='forward', activation='identity', layout='LBD',
-):  # fmt: skip
-    kernels = family.kernels(x, damping, decay, expansion, projection, residual, state)
-    if kernels is None:
-        return formula_results(
-            op, x, damping, decay, expansion, projection, residual, state, return_state, padding_mask,
-            truncation, direction, activation, layout,
-        )  # fmt: skip
-    try:
-        y, last = run_kernels(
-            kernels, x, damping, decay, expansion, projection, residual, state, return_state, padding_mask,
-            truncation, direction, activation, layout,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x, damping, decay, expansion, projection, residual, state)
-        return formula_results(
-            op, x, damping, decay, expansion, projection, residual, state, return_state, padding_mask,
-            truncation, direction, activation, layout,
-        )  # fmt: skip
-    return y.contiguous(), last.contiguous()
-
-
 def fake(
     x, damping, decay, expansion, projection, residual=None, state=None, return_state=False,
     padding_mask=None, truncation=None, direction='forward', activation='identity', layout='LBD',
@@ -626,121 +600,32 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, damping, decay, expansion, projection, residual, state, return_state, padding_mask, truncation,
-        direction, activation, layout,
-    ) = inputs  # fmt: skip
-    y, last = output
-    if not return_state:
-        ctx.mark_non_differentiable(last)
-    ctx.save_for_backward(x, damping, decay, expansion, projection, residual, state, padding_mask)
-    ctx.rest = return_state, truncation, direction, activation, layout
-
-
-def backward(ctx, grad_y, grad_last, *_):
-    x, damping, decay, expansion, projection, residual, state, padding_mask = ctx.saved_tensors
-    return_state, truncation, direction, activation, layout = ctx.rest
-    grad_last = grad_last if return_state else None
-    d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = as_tuple(
-        backward_operator(grad_y, grad_last, x, damping, decay, expansion, projection, residual, state,
-        padding_mask, return_state, truncation, direction, activation, layout),
-    )  # fmt: skip
-    return (
-        d_x,
-        d_damping,
-        d_decay,
-        d_expansion,
-        d_projection,
-        None if residual is None else d_residual,
-        None if state is None else d_state,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, grad_last, x, damping, decay, expansion, projection, residual, state, padding_mask, return_state,
-    truncation, direction, activation, layout,
-):  # fmt: skip
-    kernels = family.kernels(x, damping, decay, expansion, projection, residual, state)
-    if kernels is None:
-        d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = formula_gradients(
-            op, (grad_y, grad_last,), Saved(x, damping, decay, expansion, projection, residual, state,
-            padding_mask, return_state, truncation, direction, activation, layout),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = differentiate(
-                kernels, grad_y, grad_last, x, damping, decay, expansion, projection, residual, state,
-                padding_mask, return_state, truncation, direction, activation, layout,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = gradients_without(
-                error, op, (grad_y, grad_last,), Saved(x, damping, decay, expansion, projection, residual,
-                state, padding_mask, return_state, truncation, direction, activation, layout),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        d_damping.contiguous(),
-        d_decay.contiguous(),
-        d_expansion.contiguous(),
-        d_projection.contiguous(),
-        x.new_empty(0) if residual is None else d_residual.contiguous(),
-        x.new_empty(0) if state is None else d_state.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, grad_last, x, damping, decay, expansion, projection, residual, state, padding_mask, return_state,
-    truncation, direction, activation, layout,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        damping.new_empty(damping.shape),
-        decay.new_empty(decay.shape),
-        expansion.new_empty(expansion.shape),
-        projection.new_empty(projection.shape),
-        x.new_empty(0) if residual is None else residual.new_empty(residual.shape),
-        x.new_empty(0) if state is None else state.new_empty(state.shape),
-    )
-
-
-backward_operator = register(
-    "ema_scan_backward(Tensor? grad_y, Tensor? grad_last, Tensor x, Tensor damping, Tensor decay, Tensor "
-    "expansion, Tensor projection, Tensor? residual, Tensor? state, Tensor? padding_mask, bool "
-    "return_state, SymInt? truncation, str direction, str activation, str layout) -> (Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 2),
+op.serve(
+    ema_scan,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "last"),
+        deciding=("x", "damping", "decay", "expansion", "projection", "residual", "state"),
+        differentiable=("x", "damping", "decay", "expansion", "projection", "residual", "state"),
+        graded={"y": "", "last": "return_state"},
+        saves=("x", "damping", "decay", "expansion", "projection", "residual", "state", "padding_mask"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "ema_scan(Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, Tensor? "
     "residual=None, Tensor? state=None, bool return_state=False, Tensor? padding_mask=None, SymInt? "
     'truncation=None, str direction="forward", str activation="identity", str layout="LBD") -> (Tensor, '
     "Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "ema_scan_backward(Tensor? grad_y, Tensor? grad_last, Tensor x, Tensor damping, Tensor decay, Tensor "
+    "expansion, Tensor projection, Tensor? residual, Tensor? state, Tensor? padding_mask, bool "
+    "return_state, SymInt? truncation, str direction, str activation, str layout) -> (Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(EmaScan)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "damping", "decay", "expansion", "projection", "residual", "state"),
-    differentiable=("x", "damping", "decay", "expansion", "projection", "residual", "state"),
-    dense=True,
-)
-op.serve(ema_scan, written)

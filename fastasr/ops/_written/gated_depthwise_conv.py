@@ -2,7 +2,6 @@
 # `make op OP=gated_depthwise_conv` writes this file from fastasr/ops/gated_depthwise_conv.py: change that one.
 """gate, padding mask, depthwise convolution (plain, chunk-causal, streaming), SiLU or SwooshR"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -15,15 +14,13 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._layout import dense_channels
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -31,9 +28,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.gated_depthwise_conv import _autocast, _cache_gradient, _check, _fits
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv as formula
@@ -272,9 +267,9 @@ def gated_depthwise_conv(
         )  # fmt: skip
     cast_dtype = autocast_dtype(h)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay, gate,
+        names = _autocast(
+            op, cast_dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
+            cache, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
         (
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
@@ -482,17 +477,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.h, a.chunk_scale), promoted(a.h, a.cache))
 
 
-def under_autocast(
-    dtype, h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    return _autocast(
-        op, dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-        chunk_size, activation, return_cache, delay, gate),
-    )  # fmt: skip
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class GatedDepthwiseConv(Function):
     @staticmethod
@@ -650,31 +634,10 @@ def differentiate(
     return d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache
 
 
+apply = applied(GatedDepthwiseConv)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
-):  # fmt: skip
-    kernels = family.kernels(h, chunk_scale)
-    if kernels is None:
-        return formula_results(
-            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay, gate,
-        )  # fmt: skip
-    try:
-        y, new_cache = run_kernels(
-            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay, gate,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, h, chunk_scale)
-        return formula_results(
-            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay, gate,
-        )  # fmt: skip
-    return y.contiguous(), new_cache.contiguous()
-
-
 def fake(
     h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
     cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
@@ -691,122 +654,33 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay, gate,
-    ) = inputs  # fmt: skip
-    y, new_cache = output
-    if not return_cache:
-        ctx.mark_non_differentiable(new_cache)
-    ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
-    ctx.rest = chunk_size, activation, return_cache, delay, gate
-
-
-def backward(ctx, grad_y, grad_new_cache, *_):
-    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
-    chunk_size, activation, return_cache, delay, gate = ctx.rest
-    grad_new_cache = grad_new_cache if return_cache else None
-    d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = as_tuple(
-        backward_operator(grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-        padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
-    )  # fmt: skip
-    return (
-        d_h,
-        d_weight,
-        None if bias is None else d_bias,
-        None if causal_weight is None else d_causal_weight,
-        None if causal_bias is None else d_causal_bias,
-        None if chunk_scale is None else d_chunk_scale,
-        None,
-        None if cache is None else d_cache,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-    chunk_size, activation, return_cache, delay, gate,
-):  # fmt: skip
-    kernels = family.kernels(h, chunk_scale)
-    if kernels is None:
-        d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = formula_gradients(
-            op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias, chunk_scale,
-            padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
-        )  # fmt: skip
-    else:
-        try:
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
-                kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-                padding_mask, cache, chunk_size, activation, return_cache, delay, gate,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
-                error, op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
-            )  # fmt: skip
-    return (
-        d_h.contiguous(),
-        d_weight.contiguous(),
-        h.new_empty(0) if bias is None else d_bias.contiguous(),
-        h.new_empty(0) if causal_weight is None else d_causal_weight.contiguous(),
-        h.new_empty(0) if causal_bias is None else d_causal_bias.contiguous(),
-        h.new_empty(0) if chunk_scale is None else d_chunk_scale.contiguous(),
-        h.new_empty(0) if cache is None else d_cache.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-    chunk_size, activation, return_cache, delay, gate,
-):  # fmt: skip
-    return (
-        h.new_empty(h.shape),
-        weight.new_empty(weight.shape),
-        h.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-        h.new_empty(0) if causal_weight is None else causal_weight.new_empty(causal_weight.shape),
-        h.new_empty(0) if causal_bias is None else causal_bias.new_empty(causal_bias.shape),
-        h.new_empty(0) if chunk_scale is None else chunk_scale.new_empty(chunk_scale.shape),
-        h.new_empty(0) if cache is None else cache.new_empty(cache.shape),
-    )
-
-
-backward_operator = register(
-    "gated_depthwise_conv_backward(Tensor? grad_y, Tensor? grad_new_cache, Tensor h, Tensor weight, "
-    "Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, "
-    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay, str gate) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 2),
+op.serve(
+    gated_depthwise_conv,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "new_cache"),
+        deciding=("h", "chunk_scale"),
+        differentiable=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
+        graded={"y": "", "new_cache": "return_cache"},
+        saves=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "padding_mask", "cache"),
+        autocast=_autocast,
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "gated_depthwise_conv(Tensor h, Tensor weight, Tensor? bias=None, Tensor? causal_weight=None, Tensor? "
     "causal_bias=None, Tensor? chunk_scale=None, Tensor? padding_mask=None, Tensor? cache=None, SymInt "
     'chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt delay=0, str '
     'gate="sigmoid") -> (Tensor, Tensor)',
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "gated_depthwise_conv_backward(Tensor? grad_y, Tensor? grad_new_cache, Tensor h, Tensor weight, "
+    "Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, "
+    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay, str gate) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(GatedDepthwiseConv)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("h", "chunk_scale"),
-    differentiable=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
-    dense=True,
-)
-op.serve(gated_depthwise_conv, written)

@@ -2,7 +2,6 @@
 # `make op OP=gated_residual_norm` writes this file from fastasr/ops/residual_norm.py: change that one.
 """LN(x + σ(update)(act(candidate + hidden) − x))"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,23 +13,19 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
     make,
     not_a_view,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.residual_norm import _gradients, _launch
@@ -371,25 +366,10 @@ def differentiate(
     return d_x, d_update, d_candidate, d_hidden, d_weight, d_bias
 
 
+apply = applied(GatedResidualNorm)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, update, candidate, hidden, weight, bias, eps=1e-05, activation="silu", dropout_mask=None, keep=False
-):
-    kernels = family.kernels(x, update, candidate, hidden, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask)
-    try:
-        y, statistics = run_kernels(
-            kernels, x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, x, update, candidate, hidden, weight, bias)
-        return formula_results(op, x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask)
-    if not keep:
-        statistics = statistics.new_empty(0)
-    return y.contiguous(), statistics.contiguous()
-
-
 def fake(
     x, update, candidate, hidden, weight, bias, eps=1e-05, activation="silu", dropout_mask=None, keep=False
 ):
@@ -401,101 +381,31 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, keep = inputs
-    y, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(x, update, candidate, hidden, weight, bias, dropout_mask, statistics)
-    ctx.rest = eps, activation, keep
-
-
-def backward(ctx, grad_y, *_):
-    x, update, candidate, hidden, weight, bias, dropout_mask, statistics = ctx.saved_tensors
-    eps, activation, keep = ctx.rest
-    if not keep:
-        _, statistics = operator(
-            x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, True
-        )
-    d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps,
-        activation),
-    )  # fmt: skip
-    return d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None, None
-
-
-def run_backward(
-    grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps, activation
-):
-    kernels = family.kernels(x, update, candidate, hidden, weight, bias)
-    if kernels is None:
-        d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps,
-            activation),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps,
-                activation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, update, candidate, hidden, weight, bias, dropout_mask,
-                statistics, eps, activation),
-            )  # fmt: skip
-        d_hidden = d_hidden.clone()
-    return (
-        d_x.contiguous(),
-        d_update.contiguous(),
-        d_candidate.contiguous(),
-        d_hidden.contiguous(),
-        d_weight.contiguous(),
-        d_bias.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps, activation
-):
-    return (
-        x.new_empty(x.shape),
-        update.new_empty(update.shape),
-        candidate.new_empty(candidate.shape),
-        hidden.new_empty(hidden.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "gated_residual_norm_backward(Tensor grad_y, Tensor x, Tensor update, Tensor candidate, Tensor "
-    "hidden, Tensor weight, Tensor bias, Tensor? dropout_mask, Tensor statistics, float eps, str "
-    "activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    gated_residual_norm,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "statistics"),
+        deciding=("x", "update", "candidate", "hidden", "weight", "bias"),
+        differentiable=("x", "update", "candidate", "hidden", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "update", "candidate", "hidden", "weight", "bias", "dropout_mask", "statistics"),
+        kept=("statistics",),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "gated_residual_norm(Tensor x, Tensor update, Tensor candidate, Tensor hidden, Tensor weight, Tensor "
     'bias, float eps=1e-05, str activation="silu", Tensor? dropout_mask=None, bool keep=False) -> '
     "(Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "gated_residual_norm_backward(Tensor grad_y, Tensor x, Tensor update, Tensor candidate, Tensor "
+    "hidden, Tensor weight, Tensor bias, Tensor? dropout_mask, Tensor statistics, float eps, str "
+    "activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(GatedResidualNorm)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "update", "candidate", "hidden", "weight", "bias"),
-    differentiable=("x", "update", "candidate", "hidden", "weight", "bias"),
-    dense=True,
-)
-op.serve(gated_residual_norm, written)

@@ -2,7 +2,6 @@
 # `make op OP=layer_norm_lstm` writes this file from fastasr/ops/layer_norm_lstm.py: change that one.
 """LSTM with LayerNorm on gates and cell, whole sequences and one step"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,23 +13,18 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
     make,
     not_a_view,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
-    wanted,
     wide,
 )
 from fastasr.ops.layer_norm_lstm import _fast, _fits, _gradients, _launch
@@ -201,14 +195,7 @@ def layer_norm_lstm(
         )
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias,
-            hidden, cell, eps,
-        )  # fmt: skip
-        (
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,
-            _,
-        ) = names  # fmt: skip
+        x, input_weight, hidden_weight = cast(cast_dtype, x, input_weight, hidden_weight)
         kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
         if kernels is None:
             return formula(
@@ -402,27 +389,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     )
 
 
-def under_autocast(
-    dtype, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden=None,
-    cell=None, eps=1e-05, keep=False,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, input_weight, hidden_weight = cast(dtype, x, input_weight, hidden_weight)
-    return (
-        x,
-        input_weight,
-        hidden_weight,
-        gate_weight,
-        gate_bias,
-        cell_weight,
-        cell_bias,
-        hidden,
-        cell,
-        eps,
-        keep,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class LayerNormLstm(Function):
     @staticmethod
@@ -575,33 +541,10 @@ def differentiate(
     )
 
 
+apply = applied(LayerNormLstm)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden=None, cell=None,
-    eps=1e-05, keep=False,
-):  # fmt: skip
-    kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
-    if kernels is None:
-        return formula_results(
-            op, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell,
-            eps,
-        )  # fmt: skip
-    try:
-        y, last_hidden, last_cell, kept = run_kernels(
-            kernels, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden,
-            cell, eps, keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x, gate_weight, gate_bias, cell_weight, cell_bias)
-        return formula_results(
-            op, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell,
-            eps,
-        )  # fmt: skip
-    if not keep:
-        kept = kept.new_empty(0)
-    return y.contiguous(), last_hidden.contiguous(), last_cell.contiguous(), kept.contiguous()
-
-
 def fake(
     x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden=None, cell=None,
     eps=1e-05, keep=False,
@@ -629,160 +572,57 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,
-        keep,
-    ) = inputs  # fmt: skip
-    y, last_hidden, last_cell, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept
-    )
-    ctx.rest = eps, keep
-
-
-def backward(ctx, grad_y, grad_last_hidden, grad_last_cell, *_):
-    if grad_y is None and grad_last_hidden is None and grad_last_cell is None:
-        return (None,) * 11
-    (
-        x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept,
-    ) = ctx.saved_tensors  # fmt: skip
-    eps, keep = ctx.rest
-    if not keep:
-        _, _, _, kept = operator(
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,
-            True,
-        )  # fmt: skip
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4, 5, 6, 7, 8))
-    names = as_tuple(
-        backward_operator(grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight,
-        gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps, needs),
-    )  # fmt: skip
-    (
-        d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-        d_hidden, d_cell,
-    ) = names  # fmt: skip
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_input_weight,
-        None if not needs[2] else d_hidden_weight,
-        None if not needs[3] else d_gate_weight,
-        None if not needs[4] else d_gate_bias,
-        None if not needs[5] else d_cell_weight,
-        None if not needs[6] else d_cell_bias,
-        None if hidden is None or not needs[7] else d_hidden,
-        None if cell is None or not needs[8] else d_cell,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight, gate_weight, gate_bias,
-    cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-):  # fmt: skip
-    kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
-    if kernels is None:
-        names = formula_gradients(
-            op, (grad_y, grad_last_hidden, grad_last_cell,), Saved(x, input_weight, hidden_weight,
-            gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps),
-        )  # fmt: skip
-        (
-            d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-            d_hidden, d_cell,
-        ) = names  # fmt: skip
-    else:
-        try:
-            names = differentiate(
-                kernels, grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight,
-                gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
-        except Unlaunchable as error:
-            names = gradients_without(
-                error, op, (grad_y, grad_last_hidden, grad_last_cell,), Saved(x, input_weight, hidden_weight,
-                gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps),
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_input_weight is None else d_input_weight.contiguous(),
-        x.new_empty(0) if not needs[2] or d_hidden_weight is None else d_hidden_weight.contiguous(),
-        x.new_empty(0) if not needs[3] or d_gate_weight is None else d_gate_weight.contiguous(),
-        x.new_empty(0) if not needs[4] or d_gate_bias is None else d_gate_bias.contiguous(),
-        x.new_empty(0) if not needs[5] or d_cell_weight is None else d_cell_weight.contiguous(),
-        x.new_empty(0) if not needs[6] or d_cell_bias is None else d_cell_bias.contiguous(),
-        x.new_empty(0) if hidden is None or not needs[7] or d_hidden is None else d_hidden.contiguous(),
-        x.new_empty(0) if cell is None or not needs[8] or d_cell is None else d_cell.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight, gate_weight, gate_bias,
-    cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-):  # fmt: skip
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else input_weight.new_empty(input_weight.shape),
-        x.new_empty(0) if not needs[2] else hidden_weight.new_empty(hidden_weight.shape),
-        x.new_empty(0) if not needs[3] else gate_weight.new_empty(gate_weight.shape),
-        x.new_empty(0) if not needs[4] else gate_bias.new_empty(gate_bias.shape),
-        x.new_empty(0) if not needs[5] else cell_weight.new_empty(cell_weight.shape),
-        x.new_empty(0) if not needs[6] else cell_bias.new_empty(cell_bias.shape),
-        x.new_empty(0) if hidden is None or not needs[7] else hidden.new_empty(hidden.shape),
-        x.new_empty(0) if cell is None or not needs[8] else cell.new_empty(cell.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    layer_norm_lstm,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "last_hidden", "last_cell", "kept"),
+        deciding=("x", "gate_weight", "gate_bias", "cell_weight", "cell_bias"),
+        differentiable=(
+            "x",
+            "input_weight",
+            "hidden_weight",
+            "gate_weight",
+            "gate_bias",
+            "cell_weight",
+            "cell_bias",
+            "hidden",
+            "cell",
+        ),
+        graded={"y": "", "last_hidden": "", "last_cell": ""},
+        saves=(
+            "x",
+            "input_weight",
+            "hidden_weight",
+            "gate_weight",
+            "gate_bias",
+            "cell_weight",
+            "cell_bias",
+            "hidden",
+            "cell",
+            "y",
+            "kept",
+        ),
+        kept=("kept",),
+        materialize=False,
+        asks=True,
+        autocast=("x", "input_weight", "hidden_weight"),
+    ),
+)
+operator = register_op(
+    op,
+    "layer_norm_lstm(Tensor x, Tensor input_weight, Tensor hidden_weight, Tensor gate_weight, Tensor "
+    "gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden=None, Tensor? cell=None, float "
+    "eps=1e-05, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
     "layer_norm_lstm_backward(Tensor? grad_y, Tensor? grad_last_hidden, Tensor? grad_last_cell, Tensor x, "
     "Tensor input_weight, Tensor hidden_weight, Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, "
     "Tensor cell_bias, Tensor? hidden, Tensor? cell, Tensor y, Tensor kept, float eps, bool[] needs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 3),
 )
-operator = register(
-    "layer_norm_lstm(Tensor x, Tensor input_weight, Tensor hidden_weight, Tensor gate_weight, Tensor "
-    "gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden=None, Tensor? cell=None, float "
-    "eps=1e-05, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(LayerNormLstm)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "gate_weight", "gate_bias", "cell_weight", "cell_bias"),
-    differentiable=(
-        "x",
-        "input_weight",
-        "hidden_weight",
-        "gate_weight",
-        "gate_bias",
-        "cell_weight",
-        "cell_bias",
-        "hidden",
-        "cell",
-    ),
-    dense=True,
-)
-op.serve(layer_norm_lstm, written)

@@ -2,7 +2,6 @@
 # `make op OP=linear_activation` writes this file from fastasr/ops/linear_activation.py: change that one.
 """a linear layer with SiLU, GELU, ReLU or tanh, gated (SwiGLU) or not: feed-forward blocks, gated MLPs"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,23 +13,18 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
     make,
     not_a_view,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
-    wanted,
 )
 from fastasr.ops.linear_activation import _check, _fast, _gradients, _launch, fits
 from fastasr.ops.linear_activation import linear_activation as formula
@@ -127,7 +121,7 @@ def linear_activation(
         return formula(x, weight, bias, activation, gated)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, bias, activation, gated, _ = under_autocast(cast_dtype, x, weight, bias, activation, gated)
+        x, weight, bias = cast(cast_dtype, x, weight, bias)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(x, weight, bias, activation, gated)
@@ -214,12 +208,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x), promoted(a.x))
 
 
-def under_autocast(dtype, x, weight, bias=None, activation="silu", gated=False, keep=False):
-    """Casts the arguments as autocast does for this dtype."""
-    x, weight, bias = cast(dtype, x, weight, bias)
-    return x, weight, bias, activation, gated, keep
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class LinearActivation(Function):
     @staticmethod
@@ -273,21 +261,10 @@ def differentiate(kernels, grad_y, x, weight, bias, z, activation, gated, needs)
     return d_x, d_weight, d_bias
 
 
+apply = applied(LinearActivation)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, activation="silu", gated=False, keep=False):
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, activation, gated)
-    try:
-        y, z = run_kernels(kernels, x, weight, bias, activation, gated, keep)
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(op, x, weight, bias, activation, gated)
-    if not keep:
-        z = z.new_empty(0)
-    return y.contiguous(), z.contiguous()
-
-
 def fake(x, weight, bias=None, activation="silu", gated=False, keep=False):
     keep = keep and family.kernels(x) is not None
     S = x.shape[:-1]
@@ -298,87 +275,31 @@ def fake(x, weight, bias=None, activation="silu", gated=False, keep=False):
     )
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, activation, gated, keep = inputs
-    y, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.save_for_backward(x, weight, bias, z)
-    ctx.rest = activation, gated, keep
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias, z = ctx.saved_tensors
-    activation, gated, keep = ctx.rest
-    if not keep:
-        _, z = operator(x, weight, bias, activation, gated, True)
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2))
-    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, z, activation, gated, needs))
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_weight,
-        None if bias is None or not needs[2] else d_bias,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(grad_y, x, weight, bias, z, activation, gated, needs):
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, z, activation, gated))
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, z, activation, gated, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, z, activation, gated)
-            )
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(grad_y, x, weight, bias, z, activation, gated, needs):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "linear_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor z, str "
-    "activation, bool gated, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    linear_activation,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "z"),
+        deciding=("x",),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "z"),
+        kept=("z",),
+        asks=True,
+        autocast=("x", "weight", "bias"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     'linear_activation(Tensor x, Tensor weight, Tensor? bias=None, str activation="silu", bool '
     "gated=False, bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "linear_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor z, str "
+    "activation, bool gated, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(LinearActivation)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(linear_activation, written)

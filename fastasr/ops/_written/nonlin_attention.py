@@ -2,7 +2,6 @@
 # `make op OP=nonlin_attention` writes this file from fastasr/ops/nonlin_attention.py: change that one.
 """(W (v tanh s)) z, between the projections of Zipformer's NonlinAttention"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,23 +13,18 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
     make,
     not_a_view,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
-    wanted,
 )
 from fastasr.ops.nonlin_attention import _fast, _fits, _gradients, _launch
 from fastasr.ops.nonlin_attention import nonlin_attention as formula
@@ -169,11 +163,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.projected), promoted(a.projected))
 
 
-def under_autocast(dtype, weights, projected, keep=False):
-    """Casts the arguments as autocast does for this dtype."""
-    return weights, projected, keep
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class NonlinAttention(Function):
     @staticmethod
@@ -221,21 +210,10 @@ def differentiate(kernels, grad_y, weights, projected, o, needs):
     return d_weights, d_projected
 
 
+apply = applied(NonlinAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(weights, projected, keep=False):
-    kernels = family.kernels(projected)
-    if kernels is None:
-        return formula_results(op, weights, projected)
-    try:
-        y, o = run_kernels(kernels, weights, projected, keep)
-    except Unlaunchable as error:
-        family.give_up(error, projected)
-        return formula_results(op, weights, projected)
-    if not keep:
-        o = o.new_empty(0)
-    return y.contiguous(), o.contiguous()
-
-
 def fake(weights, projected, keep=False):
     keep = keep and family.kernels(projected) is not None
     T = projected.shape[0]
@@ -246,73 +224,30 @@ def fake(weights, projected, keep=False):
     )
 
 
-def set_up(ctx, inputs, output):
-    weights, projected, keep = inputs
-    y, o = output
-    ctx.mark_non_differentiable(o)
-    ctx.save_for_backward(weights, projected, o)
-    ctx.rest = (keep,)
-
-
-def backward(ctx, grad_y, *_):
-    weights, projected, o = ctx.saved_tensors
-    (keep,) = ctx.rest
-    if not keep:
-        _, o = operator(weights, projected, True)
-    needs = wanted(ctx.needs_input_grad, (0, 1))
-    d_weights, d_projected = as_tuple(backward_operator(grad_y, weights, projected, o, needs))
-    return None if not needs[0] else d_weights, None if not needs[1] else d_projected, None
-
-
-def run_backward(grad_y, weights, projected, o, needs):
-    kernels = family.kernels(projected)
-    if kernels is None:
-        d_weights, d_projected = formula_gradients(op, (grad_y,), Saved(weights, projected, o))
-    else:
-        try:
-            d_weights, d_projected = differentiate(kernels, grad_y, weights, projected, o, needs)
-        except Unlaunchable as error:
-            d_weights, d_projected = gradients_without(error, op, (grad_y,), Saved(weights, projected, o))
-    return projected.new_empty(0) if not needs[
-        0
-    ] or d_weights is None else d_weights.contiguous(), projected.new_empty(0) if not needs[
-        1
-    ] or d_projected is None else d_projected.contiguous()
-
-
-def fake_backward(grad_y, weights, projected, o, needs):
-    return projected.new_empty(0) if not needs[0] else weights.new_empty(weights.shape), projected.new_empty(
-        0
-    ) if not needs[1] else projected.new_empty(projected.shape)
-
-
-backward_operator = register(
+op.serve(
+    nonlin_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "o"),
+        deciding=("projected",),
+        differentiable=("weights", "projected"),
+        graded={"y": ""},
+        saves=("weights", "projected", "o"),
+        kept=("o",),
+        asks=True,
+        autocast=(),
+    ),
+)
+operator = register_op(
+    op,
+    "nonlin_attention(Tensor weights, Tensor projected, bool keep=False) -> (Tensor, Tensor)",
     "nonlin_attention_backward(Tensor grad_y, Tensor weights, Tensor projected, Tensor o, bool[] needs) "
     "-> (Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "nonlin_attention(Tensor weights, Tensor projected, bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(NonlinAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("projected",),
-    differentiable=("weights", "projected"),
-    dense=True,
-)
-op.serve(nonlin_attention, written)

@@ -2,7 +2,6 @@
 # `make op OP=rel_attention` writes this file from fastasr/ops/rel_attention.py: change that one.
 """softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; bias by offset with a gate, bias by key, soft cap, limited context, cache"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,16 +13,14 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -31,9 +28,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.rel_attention import _check
@@ -247,14 +242,9 @@ def rel_attention(
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
-        )  # fmt: skip
-        (
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, _,
-        ) = names  # fmt: skip
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
+            cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias
+        )
         kernels = family.kernels(q)
         if kernels is None:
             return formula(
@@ -550,38 +540,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.q), wide(a.q))
 
 
-def under_autocast(
-    dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
-    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
-        dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias
-    )
-    return (
-        q,
-        k,
-        v,
-        pos,
-        bias_u,
-        bias_v,
-        offset_bias,
-        offset_gate,
-        key_bias,
-        key_padding_mask,
-        attn_mask,
-        starts,
-        dropout_p,
-        dropout_seed,
-        context,
-        chunk_size,
-        soft_cap,
-        pos_span,
-        keep,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class RelAttention(Function):
     @staticmethod
@@ -752,34 +710,10 @@ def differentiate(
     return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias
 
 
+apply = applied(RelAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
-    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
-):  # fmt: skip
-    kernels = family.kernels(q)
-    if kernels is None:
-        return formula_results(
-            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
-        )  # fmt: skip
-    try:
-        y, lse = run_kernels(
-            kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, q)
-        return formula_results(
-            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
-        )  # fmt: skip
-    if not keep:
-        lse = lse.new_empty(0)
-    return y.contiguous(), lse.contiguous()
-
-
 def fake(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
@@ -797,147 +731,52 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
-    ) = inputs  # fmt: skip
-    y, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_seed, y, lse,
-    )  # fmt: skip
-    ctx.rest = dropout_p, context, chunk_size, soft_cap, pos_span, keep
-
-
-def backward(ctx, grad_y, *_):
-    (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_seed, y, lse,
-    ) = ctx.saved_tensors  # fmt: skip
-    dropout_p, context, chunk_size, soft_cap, pos_span, keep = ctx.rest
-    if not keep:
-        _, lse = operator(
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
-        )  # fmt: skip
-    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = as_tuple(
-        backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
-        pos_span),
-    )  # fmt: skip
-    return (
-        d_q,
-        d_k,
-        d_v,
-        None if pos is None else d_pos,
-        None if bias_u is None else d_bias_u,
-        None if bias_v is None else d_bias_v,
-        None if offset_bias is None else d_offset_bias,
-        None if offset_gate is None else d_offset_gate,
-        None if key_bias is None else d_key_bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
-):  # fmt: skip
-    kernels = family.kernels(q)
-    if kernels is None:
-        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = formula_gradients(
-            op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-            key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-            soft_cap, pos_span),
-        )  # fmt: skip
-    else:
-        try:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
-                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
-                error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span),
-            )  # fmt: skip
-    return (
-        d_q.contiguous(),
-        d_k.contiguous(),
-        d_v.contiguous(),
-        q.new_empty(0) if pos is None else d_pos.contiguous(),
-        q.new_empty(0) if bias_u is None else d_bias_u.contiguous(),
-        q.new_empty(0) if bias_v is None else d_bias_v.contiguous(),
-        q.new_empty(0) if offset_bias is None else d_offset_bias.contiguous(),
-        q.new_empty(0) if offset_gate is None else d_offset_gate.contiguous(),
-        q.new_empty(0) if key_bias is None else d_key_bias.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
-):  # fmt: skip
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty(0) if pos is None else pos.new_empty(pos.shape),
-        q.new_empty(0) if bias_u is None else bias_u.new_empty(bias_u.shape),
-        q.new_empty(0) if bias_v is None else bias_v.new_empty(bias_v.shape),
-        q.new_empty(0) if offset_bias is None else offset_bias.new_empty(offset_bias.shape),
-        q.new_empty(0) if offset_gate is None else offset_gate.new_empty(offset_gate.shape),
-        q.new_empty(0) if key_bias is None else key_bias.new_empty(key_bias.shape),
-    )
-
-
-backward_operator = register(
-    "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
-    "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
-    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    rel_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "lse"),
+        deciding=("q",),
+        differentiable=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
+        graded={"y": ""},
+        saves=(
+            "q",
+            "k",
+            "v",
+            "pos",
+            "bias_u",
+            "bias_v",
+            "offset_bias",
+            "offset_gate",
+            "key_bias",
+            "key_padding_mask",
+            "attn_mask",
+            "starts",
+            "dropout_seed",
+            "y",
+            "lse",
+        ),
+        kept=("lse",),
+        autocast=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
     "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_bias=None, Tensor? "
     "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, float dropout_p=0.0, Tensor? "
     "dropout_seed=None, SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, SymInt[2] "
     "pos_span=[-1, -1], bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
+    "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
+    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(RelAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("q",),
-    differentiable=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
-    dense=True,
-)
-op.serve(rel_attention, written)

@@ -2,7 +2,6 @@
 # `make op OP=rnnt_lattice` writes this file from fastasr/ops/rnnt_lattice.py: change that one.
 """the log of the summed probability of all paths through each lattice"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -14,23 +13,19 @@ from fastasr._transforms import by_formula, refuse_unless_batched, transforms_ac
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     COMPUTE,
     INT64,
     NOT_MINE,
     Like,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     listed,
     make,
     not_a_view,
     operand,
-    stand_in,
-    transformed_results,
     wide,
 )
 from fastasr.ops.rnnt_lattice import _check, _fast, _kept_shape, _launch
@@ -315,28 +310,10 @@ def differentiate(
     return d_symbol_logprobs, d_blank_logprobs
 
 
+apply = applied(RnntLattice)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(symbol_logprobs, blank_logprobs, boundary=None, return_occupation=False, keep=False):
-    kernels = family.kernels(symbol_logprobs, blank_logprobs)
-    if kernels is None:
-        return formula_results(op, symbol_logprobs, blank_logprobs, boundary, return_occupation)
-    try:
-        scores, symbol_occupation, blank_occupation, shares = run_kernels(
-            kernels, symbol_logprobs, blank_logprobs, boundary, return_occupation, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, symbol_logprobs, blank_logprobs)
-        return formula_results(op, symbol_logprobs, blank_logprobs, boundary, return_occupation)
-    if not keep:
-        shares = shares.new_empty(0)
-    return (
-        scores.contiguous(),
-        symbol_occupation.contiguous(),
-        blank_occupation.contiguous(),
-        shares.contiguous(),
-    )
-
-
 def fake(symbol_logprobs, blank_logprobs, boundary=None, return_occupation=False, keep=False):
     keep = keep and family.kernels(symbol_logprobs, blank_logprobs) is not None
     B = symbol_logprobs.shape[0]
@@ -368,81 +345,30 @@ def fake(symbol_logprobs, blank_logprobs, boundary=None, return_occupation=False
     )
 
 
-def set_up(ctx, inputs, output):
-    symbol_logprobs, blank_logprobs, boundary, return_occupation, keep = inputs
-    scores, symbol_occupation, blank_occupation, shares = output
-    ctx.mark_non_differentiable(symbol_occupation, blank_occupation, shares)
-    if keep and family.kernels(symbol_logprobs, blank_logprobs) is not None:
-        symbol_logprobs = stand_in(symbol_logprobs)
-        blank_logprobs = stand_in(blank_logprobs)
-    ctx.save_for_backward(symbol_logprobs, blank_logprobs, boundary, scores, shares)
-    ctx.rest = return_occupation, keep
-
-
-def backward(ctx, grad_scores, *_):
-    symbol_logprobs, blank_logprobs, boundary, scores, shares = ctx.saved_tensors
-    return_occupation, keep = ctx.rest
-    if not keep:
-        _, _, _, shares = operator(symbol_logprobs, blank_logprobs, boundary, return_occupation, True)
-    d_symbol_logprobs, d_blank_logprobs = as_tuple(
-        backward_operator(grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares,
-        return_occupation),
-    )  # fmt: skip
-    return d_symbol_logprobs, d_blank_logprobs, None, None, None
-
-
-def run_backward(grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares, return_occupation):
-    kernels = family.kernels(symbol_logprobs, blank_logprobs)
-    if kernels is None:
-        d_symbol_logprobs, d_blank_logprobs = formula_gradients(
-            op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, boundary, scores, shares,
-            return_occupation),
-        )  # fmt: skip
-    else:
-        try:
-            d_symbol_logprobs, d_blank_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares,
-                return_occupation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs = gradients_without(
-                error, op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, boundary, scores, shares,
-                return_occupation),
-            )  # fmt: skip
-    return d_symbol_logprobs.contiguous(), d_blank_logprobs.contiguous()
-
-
-def fake_backward(grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares, return_occupation):
-    return symbol_logprobs.new_empty(symbol_logprobs.shape), blank_logprobs.new_empty(blank_logprobs.shape)
-
-
-backward_operator = register(
-    "rnnt_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? "
-    "boundary, Tensor scores, Tensor shares, bool return_occupation) -> (Tensor, Tensor)",
-    run_backward,
-    fake_backward,
+op.serve(
+    rnnt_lattice,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("scores", "symbol_occupation", "blank_occupation", "shares"),
+        deciding=("symbol_logprobs", "blank_logprobs"),
+        differentiable=("symbol_logprobs", "blank_logprobs"),
+        graded={"scores": ""},
+        saves=("symbol_logprobs", "blank_logprobs", "boundary", "scores", "shares"),
+        kept=("shares",),
+        released=("symbol_logprobs", "blank_logprobs"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "rnnt_lattice(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? boundary=None, bool "
     "return_occupation=False, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "rnnt_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? "
+    "boundary, Tensor scores, Tensor shares, bool return_occupation) -> (Tensor, Tensor)",
 )
-apply = applied(RnntLattice)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("symbol_logprobs", "blank_logprobs"),
-    differentiable=("symbol_logprobs", "blank_logprobs"),
-    dense=True,
-    released=True,
-)
-op.serve(rnnt_lattice, written)

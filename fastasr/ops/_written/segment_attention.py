@@ -2,7 +2,6 @@
 # `make op OP=segment_attention` writes this file from fastasr/ops/segment_attention.py: change that one.
 """the Emformer's attention: segments over memory, right context, left context and themselves, without a mask"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,16 +14,14 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._layout import as_int64, dense_channels
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     COMPUTE,
     INTEGERS,
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -32,9 +29,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.segment_attention import _query_rows, _sizes
 from fastasr.ops.segment_attention import segment_attention as formula
@@ -209,14 +204,7 @@ def segment_attention(
         )  # fmt: skip
     cast_dtype = autocast_dtype(query)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        )  # fmt: skip
-        (
-            query, key, value, num_heads, frames, segment_length, left_context_length, right_context_length,
-            max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        ) = names  # fmt: skip
+        query, key, value = cast(cast_dtype, query, key, value)
         kernels = family.kernels(query)
         if kernels is None:
             return formula(
@@ -408,31 +396,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.query),)
 
 
-def under_autocast(
-    dtype, query, key, value, num_heads, frames, segment_length, left_context_length=0,
-    right_context_length=0, max_memory_size=0, past_frames=0, past_memory=0, lengths=None, history=None,
-    weights_dropout=None,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    query, key, value = cast(dtype, query, key, value)
-    return (
-        query,
-        key,
-        value,
-        num_heads,
-        frames,
-        segment_length,
-        left_context_length,
-        right_context_length,
-        max_memory_size,
-        past_frames,
-        past_memory,
-        lengths,
-        history,
-        weights_dropout,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class SegmentAttention(Function):
     @staticmethod
@@ -579,31 +542,10 @@ def differentiate(
     return d_query, d_key, d_value
 
 
+apply = applied(SegmentAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    query, key, value, num_heads, frames, segment_length, left_context_length=0, right_context_length=0,
-    max_memory_size=0, past_frames=0, past_memory=0, lengths=None, history=None, weights_dropout=None,
-):  # fmt: skip
-    kernels = family.kernels(query)
-    if kernels is None:
-        return formula_results(
-            op, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        )  # fmt: skip
-    try:
-        y = run_kernels(
-            kernels, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, query)
-        return formula_results(
-            op, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        )  # fmt: skip
-    return y.contiguous()
-
-
 def fake(
     query, key, value, num_heads, frames, segment_length, left_context_length=0, right_context_length=0,
     max_memory_size=0, past_frames=0, past_memory=0, lengths=None, history=None, weights_dropout=None,
@@ -618,104 +560,33 @@ def fake(
     return torch.empty((N, B, num_heads * D), dtype=promoted(query), device=query.device)
 
 
-def set_up(ctx, inputs, output):
-    (
-        query, key, value, num_heads, frames, segment_length, left_context_length, right_context_length,
-        max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-    ) = inputs  # fmt: skip
-
-    ctx.save_for_backward(query, key, value, lengths, history, weights_dropout)
-    ctx.rest = (
-        num_heads,
-        frames,
-        segment_length,
-        left_context_length,
-        right_context_length,
-        max_memory_size,
-        past_frames,
-        past_memory,
-    )
-
-
-def backward(ctx, grad_y, *_):
-    query, key, value, lengths, history, weights_dropout = ctx.saved_tensors
-    (
-        num_heads, frames, segment_length, left_context_length, right_context_length, max_memory_size,
-        past_frames, past_memory,
-    ) = ctx.rest  # fmt: skip
-    d_query, d_key, d_value = as_tuple(
-        backward_operator(grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames,
-        segment_length, left_context_length, right_context_length, max_memory_size, past_frames, past_memory),
-    )  # fmt: skip
-    return d_query, d_key, d_value, None, None, None, None, None, None, None, None, None, None, None
-
-
-def run_backward(
-    grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames, segment_length,
-    left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
-):  # fmt: skip
-    kernels = family.kernels(query)
-    if kernels is None:
-        d_query, d_key, d_value = formula_gradients(
-            op, (grad_y,), Saved(query, key, value, lengths, history, weights_dropout, num_heads, frames,
-            segment_length, left_context_length, right_context_length, max_memory_size, past_frames,
-            past_memory),
-        )  # fmt: skip
-    else:
-        try:
-            d_query, d_key, d_value = differentiate(
-                kernels, grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames,
-                segment_length, left_context_length, right_context_length, max_memory_size, past_frames,
-                past_memory,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_query, d_key, d_value = gradients_without(
-                error, op, (grad_y,), Saved(query, key, value, lengths, history, weights_dropout, num_heads,
-                frames, segment_length, left_context_length, right_context_length, max_memory_size,
-                past_frames, past_memory),
-            )  # fmt: skip
-    return d_query.contiguous(), d_key.contiguous(), d_value.contiguous()
-
-
-def fake_backward(
-    grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames, segment_length,
-    left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
-):  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-backward_operator = register(
-    "segment_attention_backward(Tensor grad_y, Tensor query, Tensor key, Tensor value, Tensor? lengths, "
-    "Tensor? history, Tensor? weights_dropout, SymInt num_heads, SymInt frames, SymInt segment_length, "
-    "SymInt left_context_length, SymInt right_context_length, SymInt max_memory_size, SymInt past_frames, "
-    "SymInt past_memory) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    segment_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("query",),
+        differentiable=("query", "key", "value"),
+        graded={"y": ""},
+        saves=("query", "key", "value", "lengths", "history", "weights_dropout"),
+        autocast=("query", "key", "value"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "segment_attention(Tensor query, Tensor key, Tensor value, SymInt num_heads, SymInt frames, SymInt "
     "segment_length, SymInt left_context_length=0, SymInt right_context_length=0, SymInt "
     "max_memory_size=0, SymInt past_frames=0, SymInt past_memory=0, Tensor? lengths=None, Tensor? "
     "history=None, Tensor? weights_dropout=None) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "segment_attention_backward(Tensor grad_y, Tensor query, Tensor key, Tensor value, Tensor? lengths, "
+    "Tensor? history, Tensor? weights_dropout, SymInt num_heads, SymInt frames, SymInt segment_length, "
+    "SymInt left_context_length, SymInt right_context_length, SymInt max_memory_size, SymInt past_frames, "
+    "SymInt past_memory) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(SegmentAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("query",),
-    differentiable=("query", "key", "value"),
-    dense=True,
-)
-op.serve(segment_attention, written)

@@ -2,7 +2,6 @@
 # `make op OP=swoosh_l` writes this file from fastasr/ops/swoosh.py: change that one.
 """log(1 + e^(x−a)) − 0.08 x − b"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,21 +13,17 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     make,
     not_a_view,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.swoosh import _gradients, _launch
 from fastasr.ops.swoosh import swoosh_l as formula
@@ -158,77 +153,35 @@ def differentiate(kernels, grad_y, x):
     return (d_x,)
 
 
+apply = applied(SwooshL)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x):
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(op, x)
-    try:
-        y = run_kernels(kernels, x)
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(op, x)
-    return y
-
-
 def fake(x):
 
     return torch.empty_like(x, dtype=promoted(x))
 
 
-def set_up(ctx, inputs, output):
-    (x,) = inputs
-
-    ctx.save_for_backward(x)
-
-
-def backward(ctx, grad_y, *_):
-    (x,) = ctx.saved_tensors
-    (d_x,) = as_tuple(backward_operator(grad_y, x))
-    return (d_x,)
-
-
-def run_backward(grad_y, x):
-    kernels = family.kernels(x)
-    if kernels is None:
-        (d_x,) = formula_gradients(op, (grad_y,), Saved(x))
-    else:
-        try:
-            (d_x,) = differentiate(kernels, grad_y, x)
-        except Unlaunchable as error:
-            (d_x,) = gradients_without(error, op, (grad_y,), Saved(x))
-    return d_x
-
-
-def fake_backward(grad_y, x):
-    return torch.empty_like(x)
-
-
-backward_operator = register(
-    "swoosh_l_backward(Tensor grad_y, Tensor x) -> Tensor",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    swoosh_l,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        strided=("y",),
+        differentiable=("x",),
+        graded={"y": ""},
+        saves=("x",),
+        dense=False,
+    ),
 )
-operator = register(
-    "swoosh_l(Tensor x) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+operator = register_op(
+    op, "swoosh_l(Tensor x) -> Tensor", "swoosh_l_backward(Tensor grad_y, Tensor x) -> Tensor"
 )
-apply = applied(SwooshL)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x",),
-    dense=False,
-)
-op.serve(swoosh_l, written)

@@ -2,7 +2,6 @@
 # `make op OP=tdt_lattice` writes this file from fastasr/ops/tdt_lattice.py: change that one.
 """the log of the summed probability of all paths through each lattice of tokens and durations"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,23 +13,19 @@ from fastasr._transforms import by_formula, refuse_unless_batched, transforms_ac
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     COMPUTE,
     INT64,
     NOT_MINE,
     Like,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     listed,
     make,
     not_a_view,
     operand,
-    stand_in,
-    transformed_results,
     wide,
 )
 from fastasr.ops.tdt_lattice import _check, _kept_shape
@@ -329,23 +324,10 @@ def differentiate(
     return d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs
 
 
+apply = applied(TdtLattice)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary=None, keep=False):
-    kernels = family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs)
-    if kernels is None:
-        return formula_results(op, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
-    try:
-        scores, shares = run_kernels(
-            kernels, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, symbol_logprobs, blank_logprobs, duration_logprobs)
-        return formula_results(op, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
-    if not keep:
-        shares = shares.new_empty(0)
-    return scores.contiguous(), shares.contiguous()
-
-
 def fake(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary=None, keep=False):
     keep = keep and family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs) is not None
     B = symbol_logprobs.shape[0]
@@ -364,95 +346,39 @@ def fake(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary
     )
 
 
-def set_up(ctx, inputs, output):
-    symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, keep = inputs
-    scores, shares = output
-    ctx.mark_non_differentiable(shares)
-    if keep and family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs) is not None:
-        symbol_logprobs = stand_in(symbol_logprobs)
-        blank_logprobs = stand_in(blank_logprobs)
-        duration_logprobs = stand_in(duration_logprobs)
-    ctx.save_for_backward(
-        symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores, shares
-    )
-    ctx.rest = (keep,)
-
-
-def backward(ctx, grad_scores, *_):
-    symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores, shares = (
-        ctx.saved_tensors
-    )
-    (keep,) = ctx.rest
-    if not keep:
-        _, shares = operator(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, True)
-    d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = as_tuple(
-        backward_operator(grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations,
-        boundary, scores, shares),
-    )  # fmt: skip
-    return d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs, None, None, None
-
-
-def run_backward(
-    grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores, shares
-):
-    kernels = family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs)
-    if kernels is None:
-        d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = formula_gradients(
-            op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary,
-            scores, shares),
-        )  # fmt: skip
-    else:
-        try:
-            d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary,
-                scores, shares,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = gradients_without(
-                error, op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, duration_logprobs,
-                durations, boundary, scores, shares),
-            )  # fmt: skip
-    return d_symbol_logprobs.contiguous(), d_blank_logprobs.contiguous(), d_duration_logprobs.contiguous()
-
-
-def fake_backward(
-    grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores, shares
-):
-    return (
-        symbol_logprobs.new_empty(symbol_logprobs.shape),
-        blank_logprobs.new_empty(blank_logprobs.shape),
-        duration_logprobs.new_empty(duration_logprobs.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    tdt_lattice,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("scores", "shares"),
+        deciding=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
+        differentiable=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
+        graded={"scores": ""},
+        saves=(
+            "symbol_logprobs",
+            "blank_logprobs",
+            "duration_logprobs",
+            "durations",
+            "boundary",
+            "scores",
+            "shares",
+        ),
+        kept=("shares",),
+        released=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
+    ),
+)
+operator = register_op(
+    op,
+    "tdt_lattice(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, Tensor "
+    "durations, Tensor? boundary=None, bool keep=False) -> (Tensor, Tensor)",
     "tdt_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, Tensor "
     "duration_logprobs, Tensor durations, Tensor? boundary, Tensor scores, Tensor shares) -> (Tensor, "
     "Tensor, Tensor)",
-    run_backward,
-    fake_backward,
 )
-operator = register(
-    "tdt_lattice(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, Tensor "
-    "durations, Tensor? boundary=None, bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(TdtLattice)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
-    differentiable=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
-    dense=True,
-    released=True,
-)
-op.serve(tdt_lattice, written)

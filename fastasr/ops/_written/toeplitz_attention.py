@@ -2,7 +2,6 @@
 # `make op OP=toeplitz_attention` writes this file from fastasr/ops/toeplitz_attention.py: change that one.
 """Mega's gated attention: softmax(q·k + β[j−i]) v · act(gate), all that lies between its products"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,25 +13,20 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
     make,
     not_a_view,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
-    wanted,
 )
 from fastasr.ops.toeplitz_attention import _chunks, _fits, _gradients, _launch
 from fastasr.ops.toeplitz_attention import toeplitz_attention as formula
@@ -514,33 +508,10 @@ def differentiate(
     return d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias
 
 
+apply = applied(ToeplitzAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    query_key, gate, value, qk_weight, qk_bias, position_bias, causal=True, padding_mask=None, chunk_size=0,
-    activation='silu', weights_dropout=None, activate_value=False, keep=False,
-):  # fmt: skip
-    kernels = family.kernels(query_key, gate, value, qk_weight, qk_bias, position_bias)
-    if kernels is None:
-        return formula_results(
-            op, query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-            activation, weights_dropout, activate_value,
-        )  # fmt: skip
-    try:
-        y, mixed = run_kernels(
-            kernels, query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask,
-            chunk_size, activation, weights_dropout, activate_value, keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, query_key, gate, value, qk_weight, qk_bias, position_bias)
-        return formula_results(
-            op, query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-            activation, weights_dropout, activate_value,
-        )  # fmt: skip
-    if not keep:
-        mixed = mixed.new_empty(0)
-    return y.contiguous(), mixed.contiguous()
-
-
 def fake(
     query_key, gate, value, qk_weight, qk_bias, position_bias, causal=True, padding_mask=None, chunk_size=0,
     activation='silu', weights_dropout=None, activate_value=False, keep=False,
@@ -560,127 +531,44 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-        activation, weights_dropout, activate_value, keep,
-    ) = inputs  # fmt: skip
-    y, mixed = output
-    ctx.mark_non_differentiable(mixed)
-    ctx.save_for_backward(
-        query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed
-    )
-    ctx.rest = causal, chunk_size, activation, activate_value, keep
-
-
-def backward(ctx, grad_y, *_):
-    (
-        query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed,
-    ) = ctx.saved_tensors  # fmt: skip
-    causal, chunk_size, activation, activate_value, keep = ctx.rest
-    if not keep:
-        _, mixed = operator(
-            query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-            activation, weights_dropout, activate_value, True,
-        )  # fmt: skip
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4, 5))
-    d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = as_tuple(
-        backward_operator(grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask,
-        weights_dropout, mixed, causal, chunk_size, activation, activate_value, needs),
-    )  # fmt: skip
-    return (
-        None if not needs[0] else d_query_key,
-        None if not needs[1] else d_gate,
-        None if not needs[2] else d_value,
-        None if not needs[3] else d_qk_weight,
-        None if not needs[4] else d_qk_bias,
-        None if not needs[5] else d_position_bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed,
-    causal, chunk_size, activation, activate_value, needs,
-):  # fmt: skip
-    kernels = family.kernels(query_key, gate, value, qk_weight, qk_bias, position_bias)
-    if kernels is None:
-        d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = formula_gradients(
-            op, (grad_y,), Saved(query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask,
-            weights_dropout, mixed, causal, chunk_size, activation, activate_value),
-        )  # fmt: skip
-    else:
-        try:
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = differentiate(
-                kernels, grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask,
-                weights_dropout, mixed, causal, chunk_size, activation, activate_value, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = gradients_without(
-                error, op, (grad_y,), Saved(query_key, gate, value, qk_weight, qk_bias, position_bias,
-                padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value),
-            )  # fmt: skip
-    return (
-        query_key.new_empty(0) if not needs[0] or d_query_key is None else d_query_key.contiguous(),
-        query_key.new_empty(0) if not needs[1] or d_gate is None else d_gate.contiguous(),
-        query_key.new_empty(0) if not needs[2] or d_value is None else d_value.contiguous(),
-        query_key.new_empty(0) if not needs[3] or d_qk_weight is None else d_qk_weight.contiguous(),
-        query_key.new_empty(0) if not needs[4] or d_qk_bias is None else d_qk_bias.contiguous(),
-        query_key.new_empty(0) if not needs[5] or d_position_bias is None else d_position_bias.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed,
-    causal, chunk_size, activation, activate_value, needs,
-):  # fmt: skip
-    return (
-        query_key.new_empty(0) if not needs[0] else query_key.new_empty(query_key.shape),
-        query_key.new_empty(0) if not needs[1] else gate.new_empty(gate.shape),
-        query_key.new_empty(0) if not needs[2] else value.new_empty(value.shape),
-        query_key.new_empty(0) if not needs[3] else qk_weight.new_empty(qk_weight.shape),
-        query_key.new_empty(0) if not needs[4] else qk_bias.new_empty(qk_bias.shape),
-        query_key.new_empty(0) if not needs[5] else position_bias.new_empty(position_bias.shape),
-    )
-
-
-backward_operator = register(
-    "toeplitz_attention_backward(Tensor grad_y, Tensor query_key, Tensor gate, Tensor value, Tensor "
-    "qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, "
-    "Tensor mixed, bool causal, SymInt chunk_size, str activation, bool activate_value, bool[] needs) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    toeplitz_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "mixed"),
+        deciding=("query_key", "gate", "value", "qk_weight", "qk_bias", "position_bias"),
+        differentiable=("query_key", "gate", "value", "qk_weight", "qk_bias", "position_bias"),
+        graded={"y": ""},
+        saves=(
+            "query_key",
+            "gate",
+            "value",
+            "qk_weight",
+            "qk_bias",
+            "position_bias",
+            "padding_mask",
+            "weights_dropout",
+            "mixed",
+        ),
+        kept=("mixed",),
+        asks=True,
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "toeplitz_attention(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, Tensor qk_bias, "
     "Tensor position_bias, bool causal=True, Tensor? padding_mask=None, SymInt chunk_size=0, str "
     'activation="silu", Tensor? weights_dropout=None, bool activate_value=False, bool keep=False) -> '
     "(Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "toeplitz_attention_backward(Tensor grad_y, Tensor query_key, Tensor gate, Tensor value, Tensor "
+    "qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, "
+    "Tensor mixed, bool causal, SymInt chunk_size, str activation, bool activate_value, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(ToeplitzAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("query_key", "gate", "value", "qk_weight", "qk_bias", "position_bias"),
-    differentiable=("query_key", "gate", "value", "qk_weight", "qk_bias", "position_bias"),
-    dense=True,
-)
-op.serve(toeplitz_attention, written)

@@ -2,7 +2,6 @@
 # `make op OP=whitening_gradient` writes this file from fastasr/ops/whitening_gradient.py: change that one.
 """Gradient of Zipformer's Whiten: the covariance of channels near a multiple of the identity"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,8 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import register
-from fastasr.ops._runtime import MASKS, formula_results, listed, make, promoted, transformed_results
+from fastasr.ops._operator import register_op
+from fastasr.ops._runtime import MASKS, listed, make, promoted
 from fastasr.ops.whitening_gradient import _check, _launch
 from fastasr.ops.whitening_gradient import whitening_gradient as formula
 
@@ -165,18 +164,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None):
-    kernels = family.kernels(x, grad)
-    if kernels is None:
-        return formula_results(op, grad, x, num_groups, limit, grad_scale, limits, act)
-    try:
-        y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act)
-    except Unlaunchable as error:
-        family.give_up(error, x, grad)
-        return formula_results(op, grad, x, num_groups, limit, grad_scale, limits, act)
-    return y.contiguous(), white.contiguous()
-
-
 def fake(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None):
     S = grad.shape[:-1]
     D = grad.shape[-1]
@@ -185,25 +172,21 @@ def fake(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None
     )
 
 
-backward_operator = None
-operator = register(
+op.serve(
+    whitening_gradient,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        results=("y", "white"),
+        deciding=("x", "grad"),
+        materialize=False,
+    ),
+)
+operator = register_op(
+    op,
     "whitening_gradient(Tensor grad, Tensor x, SymInt num_groups, float? limit=None, float? "
     "grad_scale=None, Tensor? limits=None, Tensor? act=None) -> (Tensor, Tensor)",
-    run,
-    fake,
-    transformed=partial(transformed_results, op),
 )
-apply = None
-written = Written(
-    Arguments=Arguments,
-    Saved=None,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "grad"),
-    differentiable=(),
-    dense=True,
-)
-op.serve(whitening_gradient, written)

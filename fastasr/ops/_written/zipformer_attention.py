@@ -2,7 +2,6 @@
 # `make op OP=zipformer_attention` writes this file from fastasr/ops/zipformer_attention.py: change that one.
 """softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,15 +13,13 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -30,9 +27,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.zipformer_attention import _check
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
@@ -181,14 +176,7 @@ def zipformer_attention(
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key,
-        )  # fmt: skip
-        (
-            x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key,
-        ) = names  # fmt: skip
+        x, pos, value, cached_key = cast(cast_dtype, x, pos, value, cached_key)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(
@@ -391,28 +379,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x),)
 
 
-def under_autocast(
-    dtype, x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, pos, value, cached_key = cast(dtype, x, pos, value, cached_key)
-    return (
-        x,
-        pos,
-        value,
-        num_heads,
-        query_head_dim,
-        value_heads,
-        key_padding_mask,
-        attn_mask,
-        starts,
-        chunk_size,
-        left_context_chunks,
-        cached_key,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class ZipformerAttention(Function):
     @staticmethod
@@ -523,31 +489,10 @@ def differentiate(
     return d_x, d_pos, d_value, d_cached_key
 
 
+apply = applied(ZipformerAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(
-            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key,
-        )  # fmt: skip
-    try:
-        y = run_kernels(
-            kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(
-            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key,
-        )  # fmt: skip
-    return y.contiguous()
-
-
 def fake(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
     starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
@@ -559,111 +504,32 @@ def fake(
     return torch.empty((T, B, E), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key,
-    ) = inputs  # fmt: skip
-
-    ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key)
-    ctx.rest = num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks
-
-
-def backward(ctx, grad_y, *_):
-    x, pos, value, key_padding_mask, attn_mask, starts, cached_key = ctx.saved_tensors
-    num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks = ctx.rest
-    d_x, d_pos, d_value, d_cached_key = as_tuple(
-        backward_operator(grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-        query_head_dim, value_heads, chunk_size, left_context_chunks),
-    )  # fmt: skip
-    return (
-        d_x,
-        None if pos is None else d_pos,
-        d_value,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None if cached_key is None else d_cached_key,
-    )
-
-
-def run_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads, query_head_dim,
-    value_heads, chunk_size, left_context_chunks,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_pos, d_value, d_cached_key = formula_gradients(
-            op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-            query_head_dim, value_heads, chunk_size, left_context_chunks),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-                query_head_dim, value_heads, chunk_size, left_context_chunks,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_value, d_cached_key = gradients_without(
-                error, op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        x.new_empty(0) if pos is None else d_pos.contiguous(),
-        d_value.contiguous(),
-        x.new_empty(0) if cached_key is None else d_cached_key.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads, query_head_dim,
-    value_heads, chunk_size, left_context_chunks,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(0) if pos is None else pos.new_empty(pos.shape),
-        value.new_empty(value.shape),
-        x.new_empty(0) if cached_key is None else cached_key.new_empty(cached_key.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    zipformer_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        differentiable=("x", "pos", "value", "cached_key"),
+        graded={"y": ""},
+        saves=("x", "pos", "value", "key_padding_mask", "attn_mask", "starts", "cached_key"),
+        autocast=("x", "pos", "value", "cached_key"),
+    ),
+)
+operator = register_op(
+    op,
+    "zipformer_attention(Tensor x, Tensor? pos, Tensor value, SymInt num_heads, SymInt query_head_dim, "
+    "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, Tensor? "
+    "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None) -> Tensor",
     "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
     "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, SymInt num_heads, SymInt "
     "query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt left_context_chunks) -> (Tensor, "
     "Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "zipformer_attention(Tensor x, Tensor? pos, Tensor value, SymInt num_heads, SymInt query_head_dim, "
-    "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, Tensor? "
-    "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(ZipformerAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "pos", "value", "cached_key"),
-    dense=True,
-)
-op.serve(zipformer_attention, written)

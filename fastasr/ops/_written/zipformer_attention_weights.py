@@ -2,7 +2,6 @@
 # `make op OP=zipformer_attention_weights` writes this file from fastasr/ops/zipformer_attention_weights.py: change that one.
 """softmax_j(q·k + p·R[j−i]) with padding, chunk and cache"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,15 +14,13 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._layout import rows
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
     gradients_without,
     is_batched,
     listed,
@@ -31,9 +28,7 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
     transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.zipformer_attention_weights import _empty, check_recordings
 from fastasr.ops.zipformer_attention_weights import zipformer_attention_weights as formula
@@ -197,14 +192,7 @@ def zipformer_attention_weights(
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        )  # fmt: skip
-        (
-            x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        ) = names  # fmt: skip
+        x, pos, cached_key = cast(cast_dtype, x, pos, cached_key)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(
@@ -398,28 +386,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x),)
 
 
-def under_autocast(
-    dtype, x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None,
-    chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, pos, cached_key = cast(dtype, x, pos, cached_key)
-    return (
-        x,
-        pos,
-        num_heads,
-        query_head_dim,
-        key_padding_mask,
-        attn_mask,
-        starts,
-        chunk_size,
-        left_context_chunks,
-        cached_key,
-        score_penalty,
-        score_limit,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class ZipformerAttentionWeights(Function):
     @staticmethod
@@ -527,31 +493,10 @@ def differentiate(
     return d_x, d_pos, d_cached_key
 
 
+apply = applied(ZipformerAttentionWeights)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None, chunk_size=-1,
-    left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(
-            op, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        )  # fmt: skip
-    try:
-        weights = run_kernels(
-            kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(
-            op, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        )  # fmt: skip
-    return weights
-
-
 def fake(
     x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None, chunk_size=-1,
     left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
@@ -565,111 +510,34 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-        left_context_chunks, cached_key, score_penalty, score_limit,
-    ) = inputs  # fmt: skip
-    weights = output
-    ctx.save_for_backward(x, pos, key_padding_mask, attn_mask, starts, cached_key, weights)
-    ctx.rest = num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit
-
-
-def backward(ctx, grad_weights, *_):
-    x, pos, key_padding_mask, attn_mask, starts, cached_key, weights = ctx.saved_tensors
-    num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit = ctx.rest
-    d_x, d_pos, d_cached_key = as_tuple(
-        backward_operator(grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
-        num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
-    )  # fmt: skip
-    return (
-        d_x,
-        None if pos is None else d_pos,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None if cached_key is None else d_cached_key,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads, query_head_dim,
-    chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_pos, d_cached_key = formula_gradients(
-            op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
-            num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_pos, d_cached_key = differentiate(
-                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
-                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_cached_key = gradients_without(
-                error, op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, starts, cached_key,
-                weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
-                score_limit),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        x.new_empty(0) if pos is None else d_pos.contiguous(),
-        x.new_empty(0) if cached_key is None else d_cached_key.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads, query_head_dim,
-    chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(0) if pos is None else pos.new_empty(pos.shape),
-        x.new_empty(0) if cached_key is None else cached_key.new_empty(cached_key.shape),
-    )
-
-
-backward_operator = register(
-    "zipformer_attention_weights_backward(Tensor grad_weights, Tensor x, Tensor? pos, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor weights, SymInt "
-    "num_heads, SymInt query_head_dim, SymInt chunk_size, SymInt left_context_chunks, float "
-    "score_penalty, float score_limit) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    zipformer_attention_weights,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("weights",),
+        deciding=("x",),
+        strided=("weights",),
+        differentiable=("x", "pos", "cached_key"),
+        graded={"weights": ""},
+        saves=("x", "pos", "key_padding_mask", "attn_mask", "starts", "cached_key", "weights"),
+        autocast=("x", "pos", "cached_key"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "zipformer_attention_weights(Tensor x, Tensor? pos, SymInt num_heads, SymInt query_head_dim, Tensor? "
     "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, SymInt chunk_size=-1, SymInt "
     "left_context_chunks=-1, Tensor? cached_key=None, float score_penalty=0.0, float score_limit=25.0) -> "
     "Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "zipformer_attention_weights_backward(Tensor grad_weights, Tensor x, Tensor? pos, Tensor? "
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor weights, SymInt "
+    "num_heads, SymInt query_head_dim, SymInt chunk_size, SymInt left_context_chunks, float "
+    "score_penalty, float score_limit) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(ZipformerAttentionWeights)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "pos", "cached_key"),
-    dense=True,
-)
-op.serve(zipformer_attention_weights, written)
