@@ -66,21 +66,12 @@ class Op:
 
     kernels: str | KernelFamily  # backends by name, the preferred first; or a family that several ops share
     _: KW_ONLY
-    returns: str = "y"  # the outputs' names
-    summary: str = ""  # the text in the table of ops; by default the docstring's first line
-    subject: str = (
-        ""  # where the table lists it: a folder of csrc/cpu, by default the one that has its kernel
-    )
 
     # dtypes and strides
     one_dtype: str = ""  # these arguments must have the first one's dtype; autocast casts them
     # Another autocast rule: names cast these arguments, a function (op, dtype, a) -> a casts by itself, and "formula"
     # does what eager does.
     autocast: str | Callable = ""
-    # The dtypes of these arguments choose the kernels and the dtype in which these read floating tensors: float64 where
-    # one argument has it, else the first one's. By default these are all floating tensors where some are "wide"; else
-    # the first output's dtype chooses, and C++ kernels read it.
-    deciding: str = ""
     # Strides by name. For an argument, a gradient "grad_y", or all gradients "grad": "any", "channels", "rows",
     # "matrix", "vector" or "int64". For an output: an argument whose strides it has, or a function (shape, dtype=,
     # device=) that allocates what kernels return. All others are contiguous.
@@ -96,11 +87,10 @@ class Op:
     # (op, kernels, grads, saved, needs) -> gradients of the floating tensors. Where it takes grads of type
     # Sequence[Tensor | None], autograd makes no zeros for outputs that have no gradient.
     gradients: Callable | None = None
-    flagged: Callable | None = None  # (op, grads, found, saved) adds the gradients of outputs behind a flag
 
     # conditions on several arguments, and those that the signature cannot express
     sizes: dict[str, Callable] | None = None  # {names: function of a}: sizes for the shapes after the first
-    check: Callable | None = None  # (op, a); the native kernels check the same, or ``fits`` does
+    check: Callable | None = None  # (op, a); the native kernels check the same, or ``fast`` does
 
     # the backward pass
     # Kernels return these besides the outputs: {name: Annotated[Tensor, shape, dtype]}. Where the shape depends on the
@@ -110,11 +100,11 @@ class Op:
     keeps: dict[str, Any] | None = None
 
     # The shortest path, to the native kernels: (native, keep, *arguments) -> outputs and keeps; by default ``forward``,
-    # and False if there is no such path.
+    # and False if there is no such path. It raises NotImplementedError for calls that it leaves to the checked path.
     fast: Callable | bool = True
-    fits: Callable | None = None  # (*arguments) -> bool: a condition beside the types, kernels check the rest
 
     name: str = field(init=False)
+    summary: str = field(init=False)  # the first sentence of the formula's docstring
     definition: Callable = field(init=False)
     family: KernelFamily = field(init=False)
     written: Written = field(init=False)  # once the written file is imported
@@ -124,8 +114,8 @@ class Op:
 
     def __call__(self, formula: F) -> F:
         self.name, self.definition = formula.__name__, formula
-        doc = formula.__doc__ or ""
-        self.summary = self.summary or doc.partition("\n")[0].removeprefix("Returns ").rstrip(".")
+        first = " ".join((formula.__doc__ or "").partition("\n\n")[0].split())
+        self.summary = first.partition(". ")[0].removeprefix("Returns ").rstrip(".")
         if isinstance(self.kernels, KernelFamily):
             self.family = self.kernels
         else:

@@ -52,7 +52,6 @@ def _check(op: Op, a: Arguments) -> None:
     forward=_FORWARD,
     backward=f"grad {_FORWARD} -> x pos value cached_key",
     check=_check,
-    summary="softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory",
 )
 def zipformer_attention(
     x: Projection,

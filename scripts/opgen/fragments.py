@@ -451,7 +451,7 @@ def _differentiate(op: Declared, grads: list[str]) -> list[str]:
     if op.op.gradients is None:
         lines = ["needs = make(Needs, needs)"] * op.asks
         more, tensors = _operands(op, _dtype(op, op.outputs[0]), op.backward, op.unread)
-        lines += [*more, *_backward_call(op, _call(op, op.backward, tensors)), *_add_flagged(op)]
+        lines += [*more, *_backward_call(op, _call(op, op.backward, tensors))]
         names = [a.name for a in op.differentiable] if op.asks else ()
         lines += [f"if not needs.{name}:\n    d_{name} = None" for name in names]
     else:
@@ -476,15 +476,6 @@ def _backward_call(op: Declared, arguments: str) -> Iterator[str]:
     targets = ", ".join("_" if first == "_" else f"d_{first}" for first, *_ in results)
     yield f"{targets} = kernels.backward({arguments})"
     yield from (f"d_{name} = d_{first}" for first, *others in results for name in others)
-
-
-def _add_flagged(op: Declared) -> list[str]:
-    part = op.op.flagged
-    if part is None:
-        return []
-    flags, found = [o for o in op.outputs if o.flag], ", ".join(f"d_{a.name}" for a in op.differentiable)
-    grads = ", ".join(f"grad_{o.name}" for o in flags)
-    return [f"if {flags[0].flag}:\n    {_part(part)}(op, ({grads},), ({found},), {_saved_call(op)})"]
 
 
 def _under_transforms(op: Declared, grads: list[str]) -> list[str]:
@@ -530,8 +521,9 @@ def _native_backward(op: Declared, grads: list[str]) -> list[str]:
         else f"None if {a.name} is None else " * a.optional + f"d_{a.name}"
         for a in op.arguments
     )
-    lines = "\n".join((*call, *_add_flagged(op), f"return None, None, {given}"))
-    return ["if direct:", indent(lines, "    ")]
+    lines = "\n".join((*call, f"return None, None, {given}"))
+    apart = {o.flag for o in op.graded if o.flag and f"grad_{o.name}" not in op.backward}
+    return [f"if {' and not '.join(('direct', *apart))}:", indent(lines, "    ")]
 
 
 def _no_grads(op: Declared, grads: list[str]) -> list[str]:
@@ -565,21 +557,19 @@ def _shortest_path(op: Declared) -> str:
 def _conditions(op: Declared) -> Iterator[str]:
     """Returns the conditions of the shortest path: plain CPU tensors, exact options. The kernels check the rest."""
     yield "kernels is not None"
-    fast, fits = callable(op.op.fast), op.op.fits
+    fast = callable(op.op.fast)
     others = [a for a in op.tensors if a is not op.leader]
-    # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product runs first, which checks nothing.
-    unchecked = bool(fast and fits)
-    told = op.deciding if op.one_work_dtype else () if unchecked else op.one_dtype
-    untold = [a for a in others if a.name not in told] if unchecked or not fast else []
-    compared = [a for a in untold if a.kind in ("constant", "floating")]
+    # Kernels check dtypes, and the dispatcher devices. A function may call another product first, which checks nothing.
+    told = op.deciding if op.one_work_dtype else () if fast else op.one_dtype
+    compared = [a for a in others if a.name not in told and a.kind in ("constant", "floating")]
     # The other path takes calls whose arguments it must convert: declining inside the kernels costs 20 us more.
-    wide = [op.leader.name] if op.outputs[0].wide else op.wide[: not op.op.launch]
+    wide = [op.leader.name] if op.outputs[0].wide else op.wide[:1]
     taken = {"": "{0}.is_contiguous()", "channels": "({0}.is_contiguous() or {0}.stride(-1) == 1)"}
     layout = _layout(op, op.leader.name)
     dense = layout in taken and (op.outputs[0].wide or not fast)
     for a in (op.leader, *others):
         parts = [f"type({a.name}) in PLAIN"]
-        parts += [f"{a.name}.is_cpu"] * (a is op.leader or unchecked)
+        parts += [f"{a.name}.is_cpu"] * (a is op.leader or fast)
         # Reading an attribute costs 40 ns, a local variable 1 ns.
         parts += [f"(dtype := {a.name}.dtype)"] * (a is op.leader and bool(compared))
         parts += [f"{a.name}.dtype is dtype"] * (a in compared)
@@ -593,7 +583,6 @@ def _conditions(op: Declared) -> Iterator[str]:
         condition += f" and {a.name} == {a.default!r}" * bool(a.dimension_of and not fast)
         yield _optional(a, _right_type(a) + condition)
     yield from ['not is_autocast_enabled("cpu")'] * (op.autocast is not None)
-    yield from [f"{_part(fits)}({_names(op.arguments)})"] if fits else []
     yield "not is_dynamo_compiling()"  # exports that trace without dynamo have no plain tensors
     yield f"not ({TRANSFORMED})"  # behind the former, because dynamo knows transforms by itself
 

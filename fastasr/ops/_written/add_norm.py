@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=add_norm` writes this file from fastasr/ops/add_norm.py: change that one.
-"""x + scale · update, or its RMSNorm, and the norm of the sum"""
+"""x + scale · update, and its norm over the last dimension"""
 
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
+    COMPUTE,
     NOT_MINE,
     applied,
     gradients_without,
@@ -108,6 +109,7 @@ def add_norm(
         and x.is_contiguous()
         and type(update) in PLAIN
         and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
         and (bias is None or type(bias) in PLAIN)
         and (update_weight is None or type(update_weight) in PLAIN)
         and type(eps) is float

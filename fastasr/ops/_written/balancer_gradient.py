@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=balancer_gradient` writes this file from fastasr/ops/balancer_gradient.py: change that one.
-"""Gradient of Zipformer's Balancer: channels kept in a range of mean and size"""
+"""The gradient of Zipformer's Balancer: that of x, changed so that its channels keep to the limits"""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._runtime import MASKS, NOT_MINE, listed, make, promoted
-from fastasr.ops.balancer_gradient import _check, _fits, _forward, _launch
+from fastasr.ops.balancer_gradient import _check, _fast, _launch
 from fastasr.ops.balancer_gradient import balancer_gradient as formula
 
 op = OPS["balancer_gradient"]
@@ -48,7 +48,8 @@ def balancer_gradient(
     limits: Tensor | None = None,
     act: Tensor | None = None,
 ) -> Tensor:
-    """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
+    """The gradient of Zipformer's Balancer: that of x, changed so that its channels keep to the limits. Not
+    differentiable.
 
     Args:
         grad, x: the same shape, with at least one dimension. float32, bfloat16, float16 or float64.
@@ -72,6 +73,7 @@ def balancer_gradient(
         and (dtype := grad.dtype)
         and type(x) in PLAIN
         and x.is_cpu
+        and x.dtype is dtype
         and (limits is None or (type(limits) in PLAIN and limits.is_cpu and limits.dtype is dtype))
         and (
             act is None
@@ -83,12 +85,11 @@ def balancer_gradient(
         and (max_rms is None or type(max_rms) is float)
         and (grad_scale is None or type(grad_scale) is float)
         and type(channel_dim) is int
-        and _fits(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
         try:
-            return _forward(
+            return _fast(
                 kernels, False, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim,
                 limits, act,
             )  # fmt: skip
@@ -110,7 +111,7 @@ def balancer_gradient(
         return by_formula(
             op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
         )
-    kernels = family.kernels(x, grad)
+    kernels = family.kernels(grad, x, limits)
     if kernels is None:
         return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
     try:
@@ -118,7 +119,7 @@ def balancer_gradient(
             kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
         )
     except Unlaunchable as error:
-        family.give_up(error, x, grad)
+        family.give_up(error, grad, x, limits)
         return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
     return y
 
@@ -190,7 +191,7 @@ def check(
 
 def traced(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("balancer_gradient", x, grad):
+    if not served("balancer_gradient", grad, x, limits):
         return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
     return operator(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
 
@@ -230,7 +231,7 @@ op.serve(
         fake=fake,
         result_dtypes=result_dtypes,
         results=("y",),
-        deciding=("x", "grad"),
+        deciding=("grad", "x", "limits"),
         materialize=False,
     ),
 )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=batch_norm_activation` writes this file from fastasr/ops/batch_norm_activation.py: change that one.
-"""BatchNorm in training, and SiLU or another activation: convolution modules"""
+"""The activation of BatchNorm over all dimensions but the last, by the statistics of x itself"""
 
 from typing import Literal, NamedTuple
 

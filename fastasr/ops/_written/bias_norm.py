@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=bias_norm` writes this file from fastasr/ops/bias_norm.py: change that one.
-"""x · mean((x − bias)²)^(−½) · e^log_scale"""
+"""x · mean((x − bias)², channel_dim)^(−1/2) · e^log_scale"""
 
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
         return traced(x, bias, log_scale, channel_dim)
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(op, Arguments(x, bias, log_scale, channel_dim))
-    kernels = family.kernels(x, bias)
+    kernels = family.kernels(x, bias, log_scale)
     if kernels is None:
         return formula(x, bias, log_scale, channel_dim)
     try:
@@ -103,7 +103,7 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
             return apply(kernels, False, x, bias, log_scale, channel_dim)
         y = run_kernels(kernels, x, bias, log_scale, channel_dim)
     except Unlaunchable as error:
-        family.give_up(error, x, bias)
+        family.give_up(error, x, bias, log_scale)
         return formula(x, bias, log_scale, channel_dim)
     return y
 
@@ -145,7 +145,7 @@ def check(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> None:
 
 def traced(x, bias, log_scale, channel_dim):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("bias_norm", x, bias):
+    if not served("bias_norm", x, bias, log_scale):
         return formula(x, bias, log_scale, channel_dim)
     return operator(x, bias, log_scale, channel_dim)
 
@@ -237,7 +237,7 @@ op.serve(
         apply=apply,
         differentiate=differentiate,
         results=("y",),
-        deciding=("x", "bias"),
+        deciding=("x", "bias", "log_scale"),
         differentiable=("x", "bias", "log_scale"),
         graded={"y": ""},
         saves=("x", "bias", "log_scale"),

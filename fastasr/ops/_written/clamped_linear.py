@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=clamped_linear` writes this file from fastasr/ops/clamped_linear.py: change that one.
-"""a linear layer without a bias between two clamps whose bounds are on the device, and its activation"""
+"""A linear layer without a bias, clamped twice, and its activation: clamp(act(clamp(clamp(x) weightᵀ)))"""
 
 from typing import Literal, NamedTuple
 
@@ -82,7 +82,7 @@ def clamped_linear(
     next_min: Tensor | None = None,
     next_max: Tensor | None = None,
 ) -> Tensor:
-    """clamp(act(clamp(clamp(x) weightᵀ))).
+    """A linear layer without a bias, clamped twice, and its activation: clamp(act(clamp(clamp(x) weightᵀ))).
 
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.
@@ -115,7 +115,7 @@ def clamped_linear(
             op, Arguments(x, weight, activation, input_min, input_max, output_min, output_max, next_min,
             next_max),
         )  # fmt: skip
-    kernels = family.kernels(x)
+    kernels = family.kernels(x, input_min, input_max, output_min, output_max, next_min, next_max)
     if kernels is None:
         return formula(
             x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
@@ -124,7 +124,7 @@ def clamped_linear(
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         x, weight = cast(cast_dtype, x, weight)
-        kernels = family.kernels(x)
+        kernels = family.kernels(x, input_min, input_max, output_min, output_max, next_min, next_max)
         if kernels is None:
             return formula(
                 x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
@@ -150,7 +150,7 @@ def clamped_linear(
             False,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x)
+        family.give_up(error, x, input_min, input_max, output_min, output_max, next_min, next_max)
         return formula(
             x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
             output_max=output_max, next_min=next_min, next_max=next_max,
@@ -261,7 +261,7 @@ def check(
 
 def traced(x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("clamped_linear", x):
+    if not served("clamped_linear", x, input_min, input_max, output_min, output_max, next_min, next_max):
         return formula(
             x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
             output_max=output_max, next_min=next_min, next_max=next_max,
@@ -429,7 +429,10 @@ def fake(
     x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
     next_min=None, next_max=None, keep=False,
 ):  # fmt: skip
-    keep = keep and family.kernels(x) is not None
+    keep = (
+        keep
+        and family.kernels(x, input_min, input_max, output_min, output_max, next_min, next_max) is not None
+    )
     S = x.shape[:-1]
 
     N = weight.shape[0]
@@ -450,7 +453,7 @@ op.serve(
         apply=apply,
         differentiate=differentiate,
         results=("y", "z"),
-        deciding=("x",),
+        deciding=("x", "input_min", "input_max", "output_min", "output_max", "next_min", "next_max"),
         differentiable=(
             "x",
             "weight",

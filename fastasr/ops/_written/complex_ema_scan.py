@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=complex_ema_scan` writes this file from fastasr/ops/ema_scan.py: change that one.
-"""Megalodon's complex moving average, with states"""
+"""Megalodon's complex moving average as a linear-time scan, with states"""
 
 from typing import Literal, NamedTuple, overload
 
@@ -142,7 +142,9 @@ def complex_ema_scan(
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity",
     layout: Literal["LBD", "BLD", "BDL"] = "LBD",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Computes the complex EMA of Megalodon: y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
+    """Megalodon's complex moving average as a linear-time scan, with states.
+
+    Computes y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
 
     Args:
         x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.

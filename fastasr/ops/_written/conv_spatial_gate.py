@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=conv_spatial_gate` writes this file from fastasr/ops/conv_spatial_gate.py: change that one.
-"""LayerNorm of the gate, depthwise convolution, product: the gating unit of E-Branchformer's cgMLP"""
+"""The gating unit of E-Branchformer's cgMLP: r · act(depthwise convolution over time of LayerNorm(g)), x = (r, g)"""
 
 from typing import Literal, NamedTuple
 
@@ -72,7 +72,7 @@ def conv_spatial_gate(
     padding_mask: Tensor | None = None,
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity",
 ) -> Tensor:
-    """r · act(depthwise convolution over time of LayerNorm(g)) for x = (r, g).
+    """The gating unit of E-Branchformer's cgMLP: r · act(depthwise convolution over time of LayerNorm(g)), x = (r, g).
 
     Args:
         x: (B, T, 2C), the factor and the gate; float32, bfloat16, float16 or float64. Its channels are read where they

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=conv_subsampling` writes this file from fastasr/ops/conv_subsampling.py: change that one.
-"""the first two convolutions of FastConformer's front end, without their intermediate map"""
+"""The first two convolutions of FastConformer's front end, without their intermediate map"""
 
 from typing import NamedTuple
 
@@ -73,7 +73,9 @@ def conv_subsampling(
     *,
     left: int = 1,
 ) -> Tensor:
-    """A convolution with stride 2, ReLU, mask, and a depthwise convolution with stride 2, both of 3 × 3 taps.
+    """The first two convolutions of FastConformer's front end, without their intermediate map.
+
+    They are a convolution with stride 2, ReLU, mask, and a depthwise convolution with stride 2, both of 3 × 3 taps.
 
     Args:
         x: (B, T, F), frames of features, padded as the first convolution needs them; float32, bfloat16, float16 or

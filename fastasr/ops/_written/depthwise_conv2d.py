@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=depthwise_conv2d` writes this file from fastasr/ops/depthwise_conv2d.py: change that one.
-"""depthwise convolution of maps, channels last, as in ConvNeXt"""
+"""Convolves every channel of the maps x with taps of its own, stride 1, zeros around x; channels last"""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=depthwise_conv_residual` writes this file from fastasr/ops/depthwise_conv_residual.py: change that one.
-"""depthwise convolution over time plus its input: the merge of E-Branchformer's branches, SANM's memory"""
+"""x plus its depthwise convolution over time: the merge of E-Branchformer's branches, SANM's memory"""
 
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ def depthwise_conv_residual(
     padding_mask: Tensor | None = None,
     delay: int = 0,
 ) -> Tensor:
-    """x plus its depthwise convolution over time, of the same length.
+    """x plus its depthwise convolution over time: the merge of E-Branchformer's branches, SANM's memory.
 
     Args:
         x: (B, T, C); float32, bfloat16, float16 or float64. Contiguous channels are read where they lie, whatever the

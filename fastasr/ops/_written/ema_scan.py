@@ -142,7 +142,9 @@ def ema_scan(
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity",
     layout: Literal["LBD", "BLD", "BDL"] = "LBD",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Computes the multi-head damped EMA of Mega: y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
+    """Mega's multi-head damped moving average as a linear-time scan, with states.
+
+    Computes y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
 
     Args:
         x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=gated_depthwise_conv` writes this file from fastasr/ops/gated_depthwise_conv.py: change that one.
-"""gate, padding mask, depthwise convolution (plain, chunk-causal, streaming), SiLU or SwooshR"""
+"""act of the depthwise convolution over time of x · gate(s), for h = (x, s); plain, or chunk-causal"""
 
 from typing import Literal, NamedTuple, overload
 
@@ -30,7 +30,7 @@ from fastasr.ops._runtime import (
     promoted,
     transformed_gradients,
 )
-from fastasr.ops.gated_depthwise_conv import _autocast, _cache_gradient, _check, _fits
+from fastasr.ops.gated_depthwise_conv import _autocast, _check, _fast, _gradients
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv as formula
 
 op = OPS["gated_depthwise_conv"]
@@ -173,14 +173,24 @@ def gated_depthwise_conv(
         and type(h) in PLAIN
         and h.is_cpu
         and (dtype := h.dtype)
-        and (h.is_contiguous() or h.stride(-1) == 1)
         and type(weight) in PLAIN
-        and (bias is None or type(bias) in PLAIN)
-        and (causal_weight is None or type(causal_weight) in PLAIN)
-        and (causal_bias is None or type(causal_bias) in PLAIN)
-        and (chunk_scale is None or (type(chunk_scale) in PLAIN and chunk_scale.dtype is dtype))
-        and (padding_mask is None or type(padding_mask) in PLAIN)
-        and (cache is None or (type(cache) in PLAIN and cache.dtype is dtype))
+        and weight.is_cpu
+        and weight.dtype is dtype
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype))
+        and (
+            causal_weight is None
+            or (type(causal_weight) in PLAIN and causal_weight.is_cpu and causal_weight.dtype is dtype)
+        )
+        and (
+            causal_bias is None
+            or (type(causal_bias) in PLAIN and causal_bias.is_cpu and causal_bias.dtype is dtype)
+        )
+        and (
+            chunk_scale is None
+            or (type(chunk_scale) in PLAIN and chunk_scale.is_cpu and chunk_scale.dtype is dtype)
+        )
+        and (padding_mask is None or (type(padding_mask) in PLAIN and padding_mask.is_cpu))
+        and (cache is None or (type(cache) in PLAIN and cache.is_cpu and cache.dtype is dtype))
         and type(chunk_size) is int
         and (chunk_size == -1 or chunk_size >= 1)
         and type(activation) is str
@@ -190,21 +200,6 @@ def gated_depthwise_conv(
         and type(gate) is str
         and gate in GATE_CODES
         and not is_autocast_enabled("cpu")
-        and _fits(
-            h,
-            weight,
-            bias,
-            causal_weight,
-            causal_bias,
-            chunk_scale,
-            padding_mask,
-            cache,
-            chunk_size,
-            activation,
-            return_cache,
-            delay,
-            gate,
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -222,9 +217,9 @@ def gated_depthwise_conv(
                     kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
                     cache, chunk_size, activation, return_cache, delay, gate,
                 )  # fmt: skip
-            y, new_cache = kernels.forward(
-                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
+            y, new_cache = _fast(
+                kernels, False, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+                chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
             return (y, new_cache) if return_cache else y
         except NOT_MINE:
@@ -259,7 +254,7 @@ def gated_depthwise_conv(
             op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
             chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
-    kernels = family.kernels(h, chunk_scale)
+    kernels = family.kernels(h, chunk_scale, cache)
     if kernels is None:
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
@@ -275,7 +270,7 @@ def gated_depthwise_conv(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
             activation, return_cache, delay, gate,
         ) = names  # fmt: skip
-        kernels = family.kernels(h, chunk_scale)
+        kernels = family.kernels(h, chunk_scale, cache)
         if kernels is None:
             return formula(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
@@ -301,7 +296,7 @@ def gated_depthwise_conv(
             chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, h, chunk_scale)
+        family.give_up(error, h, chunk_scale, cache)
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
             chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
@@ -440,7 +435,7 @@ def traced(
     return_cache, delay, gate,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("gated_depthwise_conv", h, chunk_scale):
+    if not served("gated_depthwise_conv", h, chunk_scale, cache):
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
             chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
@@ -485,9 +480,9 @@ class GatedDepthwiseConv(Function):
         chunk_size, activation, return_cache, delay, gate,
     ):  # fmt: skip
         if direct:
-            y, new_cache = kernels.forward(
-                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
+            y, new_cache = _fast(
+                kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+                chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         else:
             y, new_cache = run_kernels(
@@ -534,18 +529,12 @@ class GatedDepthwiseConv(Function):
                 None,
                 None,
             )
-        if direct:
+        if direct and not return_cache:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
                 operand(grad_y, None, dense_channels), h, weight, bias, causal_weight, causal_bias,
                 chunk_scale, padding_mask, cache, chunk_size, ACTIVATION_CODES[activation], delay,
                 GATE_CODES[gate],
             )  # fmt: skip
-            if return_cache:
-                _cache_gradient(
-                    op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias,
-                    d_chunk_scale, d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-                    chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
-                )  # fmt: skip
             return (
                 None,
                 None,
@@ -598,19 +587,10 @@ def differentiate(
     cache, chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(h, chunk_scale) if kernels.backend == "cpu" else None
-    d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
-        operand(grad_y, dtype, dense_channels), operand(h, dtype, dense_channels), operand(weight, dtype),
-        operand(bias, dtype), operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale,
-        dtype), operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
-        delay, GATE_CODES[gate],
+    d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = _gradients(
+        op, kernels, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
+        chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)), None,
     )  # fmt: skip
-    if return_cache:
-        _cache_gradient(
-            op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale,
-            d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-            cache, chunk_size, activation, return_cache, delay, gate,)),
-        )  # fmt: skip
     if d_h is not None and d_h.dtype is not h.dtype:
         d_h = d_h.to(h.dtype)
     d_weight = back(d_weight, weight)
@@ -666,7 +646,7 @@ op.serve(
         apply=apply,
         differentiate=differentiate,
         results=("y", "new_cache"),
-        deciding=("h", "chunk_scale"),
+        deciding=("h", "chunk_scale", "cache"),
         differentiable=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
         graded={"y": "", "new_cache": "return_cache"},
         saves=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "padding_mask", "cache"),

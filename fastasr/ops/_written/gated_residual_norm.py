@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=gated_residual_norm` writes this file from fastasr/ops/residual_norm.py: change that one.
-"""LN(x + σ(update)(act(candidate + hidden) − x))"""
+"""LayerNorm(x + σ(update) · (act(candidate + hidden) · dropout_mask − x)) over the last dimension"""
 
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
+    COMPUTE,
     MASKS,
     NOT_MINE,
     applied,
@@ -99,6 +100,7 @@ def gated_residual_norm(
         and type(candidate) in PLAIN
         and type(hidden) in PLAIN
         and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
         and type(bias) in PLAIN
         and (
             dropout_mask is None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=layer_norm_lstm` writes this file from fastasr/ops/layer_norm_lstm.py: change that one.
-"""LSTM with LayerNorm on gates and cell, whole sequences and one step"""
+"""Runs an LSTM layer with LayerNorm on gates and cell, over a whole sequence or one step"""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from fastasr.ops._runtime import (
     transformed_gradients,
     wide,
 )
-from fastasr.ops.layer_norm_lstm import _fast, _fits, _gradients, _launch
+from fastasr.ops.layer_norm_lstm import _fast, _gradients, _launch
 from fastasr.ops.layer_norm_lstm import layer_norm_lstm as formula
 
 op = OPS["layer_norm_lstm"]
@@ -132,9 +132,6 @@ def layer_norm_lstm(
         and type(eps) is float
         and (eps >= 0)
         and not is_autocast_enabled("cpu")
-        and _fits(
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -188,7 +185,7 @@ def layer_norm_lstm(
             op, Arguments(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias,
             hidden, cell, eps),
         )  # fmt: skip
-    kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
+    kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell)
     if kernels is None:
         return formula(
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
@@ -196,7 +193,7 @@ def layer_norm_lstm(
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         x, input_weight, hidden_weight = cast(cast_dtype, x, input_weight, hidden_weight)
-        kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
+        kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell)
         if kernels is None:
             return formula(
                 x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell,
@@ -223,7 +220,7 @@ def layer_norm_lstm(
             cell, eps, False,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x, gate_weight, gate_bias, cell_weight, cell_bias)
+        family.give_up(error, x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell)
         return formula(
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
         )
@@ -347,7 +344,7 @@ def check(
 
 def traced(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("layer_norm_lstm", x, gate_weight, gate_bias, cell_weight, cell_bias):
+    if not served("layer_norm_lstm", x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell):
         return formula(
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
         )
@@ -549,7 +546,9 @@ def fake(
     x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden=None, cell=None,
     eps=1e-05, keep=False,
 ):  # fmt: skip
-    keep = keep and family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias) is not None
+    keep = (
+        keep and family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell) is not None
+    )
     T = x.shape[0]
     B = x.shape[1]
 
@@ -584,7 +583,7 @@ op.serve(
         apply=apply,
         differentiate=differentiate,
         results=("y", "last_hidden", "last_cell", "kept"),
-        deciding=("x", "gate_weight", "gate_bias", "cell_weight", "cell_bias"),
+        deciding=("x", "gate_weight", "gate_bias", "cell_weight", "cell_bias", "hidden", "cell"),
         differentiable=(
             "x",
             "input_weight",

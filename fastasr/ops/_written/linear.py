@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=linear` writes this file from fastasr/ops/linear.py: change that one.
-"""a linear layer, by the matrix product that measured faster on this machine"""
+"""x weightᵀ + bias: ``torch.nn.functional.linear``, faster where another matrix product is"""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from fastasr.ops._runtime import (
     promoted,
     transformed_gradients,
 )
-from fastasr.ops.linear import _gradients, _launch, _product, takes
+from fastasr.ops.linear import _gradients, _launch, _product
 from fastasr.ops.linear import linear as formula
 
 op = OPS["linear"]
@@ -75,7 +75,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and weight.dtype is dtype
         and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype))
         and not is_autocast_enabled("cpu")
-        and takes(x, weight, bias)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):

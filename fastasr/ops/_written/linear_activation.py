@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=linear_activation` writes this file from fastasr/ops/linear_activation.py: change that one.
-"""a linear layer with SiLU, GELU, ReLU or tanh, gated (SwiGLU) or not: feed-forward blocks, gated MLPs"""
+"""A linear layer and its activation: act(x weightᵀ + bias), or gated a · act(g) for (a, g) = x weightᵀ + bias"""
 
 from typing import Literal, NamedTuple
 
@@ -26,7 +26,7 @@ from fastasr.ops._runtime import (
     promoted,
     transformed_gradients,
 )
-from fastasr.ops.linear_activation import _check, _fast, _gradients, _launch, fits
+from fastasr.ops.linear_activation import _check, _fast, _gradients, _launch
 from fastasr.ops.linear_activation import linear_activation as formula
 
 op = OPS["linear_activation"]
@@ -65,7 +65,7 @@ def linear_activation(
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu",
     gated: bool = False,
 ) -> Tensor:
-    """act(x weightᵀ + bias); or a · act(g) for (a, g) = x weightᵀ + bias.
+    """A linear layer and its activation: act(x weightᵀ + bias), or gated a · act(g) for (a, g) = x weightᵀ + bias.
 
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.
@@ -92,7 +92,6 @@ def linear_activation(
         and activation in ACTIVATION_CODES
         and type(gated) is bool
         and not is_autocast_enabled("cpu")
-        and fits(x, weight, bias, activation, gated)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):

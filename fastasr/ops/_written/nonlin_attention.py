@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=nonlin_attention` writes this file from fastasr/ops/nonlin_attention.py: change that one.
-"""(W (v tanh s)) z, between the projections of Zipformer's NonlinAttention"""
+"""The core of Zipformer's NonlinAttention: (W (v tanh(s))) z, with s, v, z the thirds of ``projected``"""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from fastasr.ops._runtime import (
     promoted,
     transformed_gradients,
 )
-from fastasr.ops.nonlin_attention import _fast, _fits, _gradients, _launch
+from fastasr.ops.nonlin_attention import _fast, _gradients, _launch
 from fastasr.ops.nonlin_attention import nonlin_attention as formula
 
 op = OPS["nonlin_attention"]
@@ -51,7 +51,7 @@ class Needs(NamedTuple):
 
 # --------------------------------------------------------------------------- the public function
 def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
-    """(W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
+    """The core of Zipformer's NonlinAttention: (W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
 
     Args:
         weights: (B, T, T), any strides; float32, bfloat16, float16 or float64.
@@ -72,7 +72,6 @@ def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
         and weights.is_cpu
         and weights.dtype is dtype
         and not is_autocast_enabled("cpu")
-        and _fits(weights, projected)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):

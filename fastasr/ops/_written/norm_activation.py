@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=norm_activation` writes this file from fastasr/ops/norm_activation.py: change that one.
-"""LayerNorm or RMSNorm, and SiLU or another activation: convolution modules"""
+"""The activation of LayerNorm or RMSNorm over the last dimension"""
 
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
+    COMPUTE,
     NOT_MINE,
     applied,
     gradients_without,
@@ -89,6 +90,7 @@ def norm_activation(
         and type(x) in PLAIN
         and x.is_cpu
         and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
         and (bias is None or type(bias) in PLAIN)
         and type(eps) is float
         and (eps >= 0)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=rel_attention` writes this file from fastasr/ops/rel_attention.py: change that one.
-"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; bias by offset with a gate, bias by key, soft cap, limited context, cache"""
+"""softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory"""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=residual_norm` writes this file from fastasr/ops/residual_norm.py: change that one.
-"""LN(x + update)"""
+"""LayerNorm(x + update) over the last dimension"""
 
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
+    COMPUTE,
     NOT_MINE,
     applied,
     gradients_without,
@@ -72,6 +73,7 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: 
         and x.is_cpu
         and type(update) in PLAIN
         and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
         and type(bias) in PLAIN
         and type(eps) is float
         and (eps >= 0)

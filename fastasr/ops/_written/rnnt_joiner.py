@@ -145,7 +145,7 @@ def rnnt_joiner(
             op, Arguments(am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
             activation, hat, keep_logits, dropout_p, dropout_seed),
         )  # fmt: skip
-    kernels = family.kernels(am, lm, weight)
+    kernels = family.kernels(am, lm, weight, bias)
     if kernels is None:
         return formula(
             am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
@@ -155,7 +155,7 @@ def rnnt_joiner(
     cast_dtype = autocast_dtype(am)
     if cast_dtype is not None:
         weight, bias = cast(cast_dtype, weight, bias)
-        kernels = family.kernels(am, lm, weight)
+        kernels = family.kernels(am, lm, weight, bias)
         if kernels is None:
             return formula(
                 am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
@@ -178,7 +178,7 @@ def rnnt_joiner(
             hat, keep_logits, dropout_p, dropout_seed, False,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, am, lm, weight)
+        family.give_up(error, am, lm, weight, bias)
         return formula(
             am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
             boundary=boundary, activation=activation, hat=hat, keep_logits=keep_logits, dropout_p=dropout_p,
@@ -306,7 +306,7 @@ def traced(
     keep_logits, dropout_p, dropout_seed,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("rnnt_joiner", am, lm, weight):
+    if not served("rnnt_joiner", am, lm, weight, bias):
         return formula(
             am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
             boundary=boundary, activation=activation, hat=hat, keep_logits=keep_logits, dropout_p=dropout_p,
@@ -461,7 +461,7 @@ def fake(
     am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary=None, activation='tanh',
     hat=False, keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
 ):  # fmt: skip
-    keep = keep and family.kernels(am, lm, weight) is not None
+    keep = keep and family.kernels(am, lm, weight, bias) is not None
     B = am.shape[0]
     T = am.shape[1]
 
@@ -484,7 +484,7 @@ op.serve(
         apply=apply,
         differentiate=differentiate,
         results=("symbol_logprobs", "blank_logprobs", "normaliser"),
-        deciding=("am", "lm", "weight"),
+        deciding=("am", "lm", "weight", "bias"),
         differentiable=("am", "lm", "weight", "bias"),
         graded={"symbol_logprobs": "", "blank_logprobs": ""},
         saves=("am", "lm", "weight", "bias", "symbols", "starts", "boundary", "dropout_seed", "normaliser"),

@@ -108,10 +108,13 @@ def rnnt_lattice(
         kernels is not None
         and type(symbol_logprobs) in PLAIN
         and symbol_logprobs.is_cpu
+        and (dtype := symbol_logprobs.dtype)
         and symbol_logprobs.dtype in COMPUTE
         and symbol_logprobs.is_contiguous()
         and type(blank_logprobs) in PLAIN
-        and (boundary is None or type(boundary) in PLAIN)
+        and blank_logprobs.is_cpu
+        and blank_logprobs.dtype is dtype
+        and (boundary is None or (type(boundary) in PLAIN and boundary.is_cpu))
         and type(return_occupation) is bool
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)

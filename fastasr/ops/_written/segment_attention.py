@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=segment_attention` writes this file from fastasr/ops/segment_attention.py: change that one.
-"""the Emformer's attention: segments over memory, right context, left context and themselves, without a mask"""
+"""The Emformer's attention: every segment over its memory, right context, left context and itself, without a mask"""
 
 from typing import NamedTuple
 
@@ -90,7 +90,7 @@ def segment_attention(
     history: Tensor | None = None,
     weights_dropout: Tensor | None = None,
 ) -> Tensor:
-    """Computes the attention of every segment over its memory, right context, left context and itself.
+    """The Emformer's attention: every segment over its memory, right context, left context and itself, without a mask.
 
     Args:
         query: (Q, B, D), Q = n R + T and, where there is memory, n more: right-context blocks, utterance, summaries;

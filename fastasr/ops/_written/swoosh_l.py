@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=swoosh_l` writes this file from fastasr/ops/swoosh.py: change that one.
-"""log(1 + e^(x−a)) − 0.08 x − b"""
+"""SwooshL(x) = log(1 + e^(x-4)) − 0.08 x − 0.035, elementwise"""
 
 from typing import NamedTuple
 

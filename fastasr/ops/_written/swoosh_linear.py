@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=swoosh_linear` writes this file from fastasr/ops/swoosh_linear.py: change that one.
-"""activation, dropout with a shared mask, linear layer; saves only x"""
+"""Swoosh, dropout with a shared mask, and a linear layer, saving only x: (swoosh(x) ⊙ mask) weightᵀ + bias"""
 
 from typing import Literal, NamedTuple
 
@@ -27,7 +27,7 @@ from fastasr.ops._runtime import (
     promoted,
     transformed_gradients,
 )
-from fastasr.ops.swoosh_linear import _fast, _gradients, _launch, fits
+from fastasr.ops.swoosh_linear import _fast, _gradients, _launch
 from fastasr.ops.swoosh_linear import swoosh_linear as formula
 
 op = OPS["swoosh_linear"]
@@ -68,7 +68,10 @@ def swoosh_linear(
     mask: Tensor | None = None,
     shared_dim: int = -1,
 ) -> Tensor:
-    """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``."""
+    """Swoosh, dropout with a shared mask, and a linear layer, saving only x: (swoosh(x) ⊙ mask) weightᵀ + bias.
+
+    The mask is given; its size along ``shared_dim`` is 1.
+    """
     kernels = family.native
     if (
         kernels is not None
@@ -87,7 +90,6 @@ def swoosh_linear(
         and kind in KIND_CODES
         and type(shared_dim) is int
         and not is_autocast_enabled("cpu")
-        and fits(x, weight, bias, kind, mask, shared_dim)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):

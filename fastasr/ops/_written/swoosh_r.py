@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=swoosh_r` writes this file from fastasr/ops/swoosh.py: change that one.
-"""log(1 + e^(x−a)) − 0.08 x − b"""
+"""SwooshR(x) = log(1 + e^(x-1)) − 0.08 x − 0.313261687, elementwise"""
 
 from typing import NamedTuple
 

@@ -130,7 +130,7 @@ def tdt_joiner(
             op, Arguments(am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
             keep_logits, dropout_p, dropout_seed),
         )  # fmt: skip
-    kernels = family.kernels(am, lm, weight)
+    kernels = family.kernels(am, lm, weight, bias)
     if kernels is None:
         return formula(
             am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
@@ -140,7 +140,7 @@ def tdt_joiner(
     cast_dtype = autocast_dtype(am)
     if cast_dtype is not None:
         weight, bias = cast(cast_dtype, weight, bias)
-        kernels = family.kernels(am, lm, weight)
+        kernels = family.kernels(am, lm, weight, bias)
         if kernels is None:
             return formula(
                 am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
@@ -163,7 +163,7 @@ def tdt_joiner(
             keep_logits, dropout_p, dropout_seed, False,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, am, lm, weight)
+        family.give_up(error, am, lm, weight, bias)
         return formula(
             am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
             boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
@@ -281,7 +281,7 @@ def traced(
     dropout_p, dropout_seed,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("rnnt_joiner", am, lm, weight):
+    if not served("rnnt_joiner", am, lm, weight, bias):
         return formula(
             am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
             boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
@@ -407,7 +407,7 @@ def fake(
     am, lm, weight, bias, symbols, durations, termination_symbol, boundary=None, activation='tanh',
     keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
 ):  # fmt: skip
-    keep = keep and family.kernels(am, lm, weight) is not None
+    keep = keep and family.kernels(am, lm, weight, bias) is not None
     B = am.shape[0]
     T = am.shape[1]
 
@@ -433,7 +433,7 @@ op.serve(
         apply=apply,
         differentiate=differentiate,
         results=("symbol_logprobs", "blank_logprobs", "duration_logprobs", "normaliser"),
-        deciding=("am", "lm", "weight"),
+        deciding=("am", "lm", "weight", "bias"),
         differentiable=("am", "lm", "weight", "bias"),
         graded={"symbol_logprobs": "", "blank_logprobs": "", "duration_logprobs": ""},
         saves=("am", "lm", "weight", "bias", "symbols", "boundary", "dropout_seed", "normaliser"),

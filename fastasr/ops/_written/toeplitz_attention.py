@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=toeplitz_attention` writes this file from fastasr/ops/toeplitz_attention.py: change that one.
-"""Mega's gated attention: softmax(q·k + β[j−i]) v · act(gate), all that lies between its products"""
+"""Mega's gated attention: softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key)"""
 
 from typing import Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from fastasr.ops._operator import register_op
 from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
+    COMPUTE,
     MASKS,
     NOT_MINE,
     applied,
@@ -28,7 +29,7 @@ from fastasr.ops._runtime import (
     promoted,
     transformed_gradients,
 )
-from fastasr.ops.toeplitz_attention import _chunks, _fits, _gradients, _launch
+from fastasr.ops.toeplitz_attention import _chunks, _gradients, _launch
 from fastasr.ops.toeplitz_attention import toeplitz_attention as formula
 
 op = OPS["toeplitz_attention"]
@@ -92,9 +93,9 @@ def toeplitz_attention(
     weights_dropout: Tensor | None = None,
     activate_value: bool = False,
 ) -> Tensor:
-    """softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key); queries and keys of one length.
+    """Mega's gated attention: softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key).
 
-    Decoding against a longer history of keys is another operation.
+    Queries and keys have one length: decoding against a longer history of keys is another operation.
 
     Args:
         query_key: (L, B, d), before the activation; any strides, so a slice of a projection needs no copy.
@@ -125,6 +126,7 @@ def toeplitz_attention(
         and type(gate) in PLAIN
         and type(value) in PLAIN
         and type(qk_weight) in PLAIN
+        and qk_weight.dtype in COMPUTE
         and type(qk_bias) in PLAIN
         and type(position_bias) in PLAIN
         and (padding_mask is None or type(padding_mask) in PLAIN)
@@ -141,20 +143,6 @@ def toeplitz_attention(
         and type(activation) is str
         and activation in ACTIVATION_CODES
         and type(activate_value) is bool
-        and _fits(
-            query_key,
-            gate,
-            value,
-            qk_weight,
-            qk_bias,
-            position_bias,
-            causal,
-            padding_mask,
-            chunk_size,
-            activation,
-            weights_dropout,
-            activate_value,
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=whitening_gradient` writes this file from fastasr/ops/whitening_gradient.py: change that one.
-"""Gradient of Zipformer's Whiten: the covariance of channels near a multiple of the identity"""
+"""The gradient of Zipformer's Whiten: that of x, changed if the metric w of x reaches the limit; and whether w is below"""
 
 from typing import NamedTuple
 
@@ -42,8 +42,8 @@ def whitening_gradient(
     limits: Tensor | None = None,
     act: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradient of x, changed if the metric w of x reaches the limit, and whether w is below. Not
-    differentiable.
+    """The gradient of Zipformer's Whiten: that of x, changed if the metric w of x reaches the limit; and whether w is
+    below. Not differentiable.
 
     Args:
         grad, x: the same shape, with at least one dimension, channels last. float32, bfloat16, float16 or float64.
@@ -70,13 +70,13 @@ def whitening_gradient(
         return traced(grad, x, num_groups, limit, grad_scale, limits, act)
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(op, Arguments(grad, x, num_groups, limit, grad_scale, limits, act))
-    kernels = family.kernels(x, grad)
+    kernels = family.kernels(grad, x, limits)
     if kernels is None:
         return formula(grad, x, num_groups, limit, grad_scale, limits, act)
     try:
         y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act)
     except Unlaunchable as error:
-        family.give_up(error, x, grad)
+        family.give_up(error, grad, x, limits)
         return formula(grad, x, num_groups, limit, grad_scale, limits, act)
     return y, white
 
@@ -139,7 +139,7 @@ def check(
 
 def traced(grad, x, num_groups, limit, grad_scale, limits, act):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("whitening_gradient", x, grad):
+    if not served("whitening_gradient", grad, x, limits):
         return formula(grad, x, num_groups, limit, grad_scale, limits, act)
     y, white = operator(grad, x, num_groups, limit, grad_scale, limits, act)
     return y, white
@@ -181,7 +181,7 @@ op.serve(
         fake=fake,
         result_dtypes=result_dtypes,
         results=("y", "white"),
-        deciding=("x", "grad"),
+        deciding=("grad", "x", "limits"),
         materialize=False,
     ),
 )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=zipformer_attention` writes this file from fastasr/ops/zipformer_attention.py: change that one.
-"""softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory"""
+"""softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]) · value, without the weights in memory"""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=zipformer_attention_weights` writes this file from fastasr/ops/zipformer_attention_weights.py: change that one.
-"""softmax_j(q·k + p·R[j−i]) with padding, chunk and cache"""
+"""softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]), masked scores being −1000"""
 
 from typing import NamedTuple
 
