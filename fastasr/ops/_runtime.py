@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor as is_batched  # noqa: F401 (of is_grads_batched=True)
+from torch._C._functorch import is_legacy_batchedtensor as is_batched  # of is_grads_batched=True
 from torch.autograd import Function
 
-from fastasr._transforms import refuse
+from fastasr._transforms import is_transformed, refuse, refuse_unless_batched
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, Kernels
 from fastasr.ops._op import Needs, Op, Saved
@@ -140,6 +140,22 @@ def gradients_of_formula(
 ) -> tuple[Tensor | None, ...]:
     """The ``gradients`` of an op whose kernels have no backward pass."""
     return formula_gradients(op, grads, saved)
+
+
+def node_gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, *needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Returns a node's gradients: by its kernels, or by the formula under a transform that began after the forward
+    pass, and where the device cannot launch the kernels.
+    """
+    if is_transformed() or any(g is not None and is_batched(g) for g in grads):
+        if not op.written.released:
+            return transformed_gradients(op, grads, saved)
+        refuse_unless_batched(op.name)
+    try:
+        return op.written.differentiate(kernels, *grads, *saved, *needs)
+    except Unlaunchable as error:
+        return gradients_without(error, op, grads, saved)
 
 
 def transformed_gradients(op: Op, grads: Sequence[Tensor], saved: Saved) -> tuple[Tensor | None, ...]:

@@ -74,7 +74,7 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "not_keeping": ", False" * bool(op.keeps),
         "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
         "needs": ", needs" * op.asks,
-        "needs_from_autograd": [f"needs = {_needed(op)}"] * op.asks,
+        "needed": f", {_needed(op)}" * op.asks,
         "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
         "no_grads": _no_grads(op, grads),
         "checks": _checks(op),
@@ -84,7 +84,6 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "constants": _constants(op),
         "differentiate": _differentiate(op, grads),
         "transformed": TRANSFORMED,
-        "under_transforms": _under_transforms(op, grads),
         "forward": _node_forward(op),
         "not_views": [f"{o.name} = not_a_view({o.name})" for o in op.outputs],
         "native_backward": _native_backward(op, grads),
@@ -226,16 +225,10 @@ def _apply(op: Declared, direct: bool) -> list[str]:
     return [f"if {_wanted(op)}:\n    {call}"] * bool(op.differentiable)
 
 
-def _places(op: Declared) -> tuple[int, ...]:
-    return tuple(op.arguments.index(a) for a in op.differentiable)
-
-
 def _needed(op: Declared) -> str:
     """Returns autograd's answer for each floating tensor; the node's first two arguments are kernels and direct."""
-    places = _places(op)
-    if places == tuple(range(len(places))):
-        return f"ctx.needs_input_grad[2:{2 + len(places)}]"
-    return _tuple([f"ctx.needs_input_grad[{2 + place}]" for place in places])
+    places = (op.arguments.index(a) for a in op.differentiable)
+    return f"({', '.join(f'ctx.needs_input_grad[{2 + place}]' for place in places)},)"
 
 
 def _optional(a: Argument, condition: str) -> str:
@@ -458,16 +451,7 @@ def _differentiate(op: Declared, grads: list[str]) -> list[str]:
         needs = "make(Needs, needs)" if op.asks else "None"
         call = f"{_part(op.op.gradients)}(op, kernels, ({', '.join(grads)},), {_saved_call(op)}, {needs})"
         lines = [f"{_tuple(found)} = {call}"]
-    return lines + [_back(d, a) for d, a in zip(found, op.differentiable, strict=True)]
-
-
-def _back(gradient: str, a: Argument) -> str:
-    """Casts a gradient to the dtype of its tensor, and to its shape where several shapes are allowed."""
-    if len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "...":
-        return f"{gradient} = back({gradient}, {a.name})"
-    differs = f"{gradient} is not None and {gradient}.dtype is not {a.name}.dtype"
-    cast = f"if {differs}:\n    {gradient} = {gradient}.to({a.name}.dtype)"
-    return f"if {a.name} is None:\n    {gradient} = None\nel{cast}" if a.optional else cast
+    return lines + [f"{d} = back({d}, {a.name})" for d, a in zip(found, op.differentiable, strict=True)]
 
 
 def _backward_call(op: Declared, arguments: str) -> Iterator[str]:
@@ -478,43 +462,16 @@ def _backward_call(op: Declared, arguments: str) -> Iterator[str]:
     yield from (f"d_{name} = d_{first}" for first, *others in results for name in others)
 
 
-def _under_transforms(op: Declared, grads: list[str]) -> list[str]:
-    """Serves gradients under a transform that began after the forward pass."""
-    if op.unread:
-        return [f'refuse_unless_batched("{op.name}")']
-    found, given = [f"d_{a.name}" for a in op.differentiable], _for_autograd(op)
-    batched = " or ".join(
-        f"{grad} is not None and is_batched({grad})"
-        if o.flag or not op.materialize
-        else f"is_batched({grad})"
-        for grad, o in zip(grads, op.graded, strict=True)
-    )
-    return [
-        f"if {TRANSFORMED} or {batched}:",
-        f"    {_tuple(found)} = transformed_gradients(op, ({', '.join(grads)},), {_saved_call(op)})",
-        f"    return None, None, {given}",
-    ]
-
-
 def _for_autograd(op: Declared) -> str:
     return ", ".join(f"d_{a.name}" if a in op.differentiable else "None" for a in op.arguments)
-
-
-def _grad_operands(op: Declared, tokens: list[str]) -> dict[str, str]:
-    """Returns the outputs' gradients as the native kernels read them."""
-    found = {}
-    for o in op.graded:
-        name = f"grad_{o.name}"
-        if name in tokens:
-            plain = not (o.flag or _layout(op, name, True))
-            found[name] = f"{name}.contiguous()" if plain else _operand(op, name, "None", True)
-    return found
 
 
 def _native_backward(op: Declared, grads: list[str]) -> list[str]:
     if op.asks or op.op.fast is False:
         return []
-    call = _backward_call(op, _call(op, op.backward, _grad_operands(op, op.backward)))
+    grads = [name for name in grads if name in op.backward]
+    tensors = {name: _operand(op, name, "None", True) for name in grads}
+    call = _backward_call(op, _call(op, op.backward, tensors))
     given = ", ".join(
         "None"
         if a not in op.differentiable
@@ -523,7 +480,9 @@ def _native_backward(op: Declared, grads: list[str]) -> list[str]:
     )
     lines = "\n".join((*call, f"return None, None, {given}"))
     apart = {o.flag for o in op.graded if o.flag and f"grad_{o.name}" not in op.backward}
-    return [f"if {' and not '.join(('direct', *apart))}:", indent(lines, "    ")]
+    batched = [f"{name} is not None and is_batched({name})" for name in grads]
+    others = " or ".join((*apart, TRANSFORMED, *batched))
+    return [f"if direct and not ({others}):", indent(lines, "    ")]
 
 
 def _no_grads(op: Declared, grads: list[str]) -> list[str]:
@@ -662,3 +621,10 @@ def _schema(name: str, arguments: str, count: int) -> list[str]:
     results = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
     lines = textwrap.wrap(f"{name}({arguments}) -> {results}", 100, break_on_hyphens=False)
     return [*(f"{line + ' '!r}" for line in lines[:-1]), f"{lines[-1]!r},"]
+
+
+def parts(op: Declared) -> set[str]:
+    """Returns the names of the functions that the declaration gives."""
+    values = [*vars(op.op).values(), *op.sizes.values(), *op.strides.values(), *(o.pattern for o in op.found)]
+    own = {id(op.op.definition), id(vars(op.op).get("function"))}
+    return {v.__name__ for v in values if inspect.isfunction(v) and id(v) not in own}

@@ -83,32 +83,21 @@ class _Call:
 
     def _members(self, token: str) -> Iterator[tuple[str, str]]:
         """Yields (name, kind) of the arguments that a token of the declaration stands for."""
-        op = self.op
-        chosen = re.fullmatch(r"\((\w+) or \w+\)", token)
-        token = chosen[1] if chosen else token
-        arguments = {a.name: a for a in op.arguments}
-        outputs = {o.name: o for o in op.found}
-        if token in self.numbers:
-            yield self.numbers[token], "int"
-        elif token == "*needs":
-            yield from ((f"needs_{a.name}", "bool") for a in op.differentiable)
-        elif token.startswith("needs."):
-            yield token.replace(".", "_"), "bool"
-        elif token == "keep":
-            yield token, "bool"
-        elif token.startswith("*") and token[1:] in arguments:
-            yield token[1:], "pair"
-        elif token in outputs:
-            yield token, "tensor"
-        elif token.removeprefix("grad_") in outputs:
-            yield (
-                token,
-                "tensor or none" if self._may_be_none(outputs[token.removeprefix("grad_")]) else "tensor",
-            )
-        elif token in arguments:
-            yield token, _kind(arguments[token])
-        else:
+        op, token = self.op, re.sub(r"\((\w+) or \w+\)", r"\1", token)
+        needs = [(f"needs_{a.name}", "bool") for a in op.differentiable]
+        members = {"keep": ("keep", "bool")} | {
+            name.replace("_", ".", 1): (name, kind) for name, kind in needs
+        }
+        members |= {
+            name: (name, "tensor or none" if name[:5] == "grad_" and self._may_be_none(o) else "tensor")
+            for o in op.found
+            for name in (o.name, f"grad_{o.name}")
+        }
+        members |= {"*" * (a.kind == "pair") + a.name: (a.name, _kind(a)) for a in op.arguments}
+        members |= {token: (name, "int") for token, name in self.numbers.items()}
+        if token != "*needs" and token not in members:
             raise ValueError(f"{op.name}: {token}: expected a name in the calls that C++ kernels serve")
+        yield from needs if token == "*needs" else [members[token]]
 
     def _size(self, name: str, place: str) -> str:
         return self.op.argument(name).pattern.alternatives[0].dims[int(place)].text
@@ -293,7 +282,7 @@ def _kind(a: Argument) -> str:
         return "tensor or none" if a.optional else "tensor"
     if a.codes:
         return "bool" if isinstance(next(iter(a.codes.values())), bool) else "int"
-    return {"int": "int", "float": "float", "flag": "bool"}[a.kind]
+    return "bool" if a.kind == "flag" else a.kind
 
 
 def _has_sizes(tensor: str, shape: Shape) -> str:

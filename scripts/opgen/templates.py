@@ -107,13 +107,8 @@ class {class_name}(Function):
         {rest_names} = ctx.rest
         {likes}
         {no_grads}
-        {under_transforms}
         {native_backward}
-        {needs_from_autograd}
-        try:
-            {gradients}, = differentiate(kernels, {grads}, {saved}{needs})
-        except Unlaunchable as error:
-            {gradients}, = gradients_without(error, op, ({grads},), make(Saved, ({saved},)))
+        {gradients}, = node_gradients(op, kernels, ({grads},), make(Saved, ({saved},)){needed})
         return None, None, {for_autograd}
 
 

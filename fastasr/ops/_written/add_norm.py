@@ -19,13 +19,12 @@ from fastasr.ops._runtime import (
     COMPUTE,
     NOT_MINE,
     applied,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.add_norm import _gradients, _launch
 from fastasr.ops.add_norm import add_norm as formula
@@ -318,34 +317,11 @@ class AddNorm(Function):
         kernels, direct, eps, scale, kind, update_limit, limit = ctx.rest
         if grad_t is None and grad_y is None:
             return (None,) * 12
-        if (
-            transforms_active()
-            or forward_ad._current_level >= 0
-            or (grad_t is not None and is_batched(grad_t))
-            or (grad_y is not None and is_batched(grad_y))
-        ):
-            d_x, d_update, d_weight, d_bias, d_update_weight = transformed_gradients(
-                op, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale, kind,
-                update_limit, limit,)),
-            )  # fmt: skip
-            return None, None, d_x, d_update, d_weight, d_bias, None, None, None, d_update_weight, None, None
-        needs = (
-            ctx.needs_input_grad[2],
-            ctx.needs_input_grad[3],
-            ctx.needs_input_grad[4],
-            ctx.needs_input_grad[5],
-            ctx.needs_input_grad[9],
-        )
-        try:
-            d_x, d_update, d_weight, d_bias, d_update_weight = differentiate(
-                kernels, grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind,
-                update_limit, limit, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_update, d_weight, d_bias, d_update_weight = gradients_without(
-                error, op, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale,
-                kind, update_limit, limit,)),
-            )  # fmt: skip
+        d_x, d_update, d_weight, d_bias, d_update_weight = node_gradients(
+            op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale,
+            kind, update_limit, limit,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3],
+            ctx.needs_input_grad[4], ctx.needs_input_grad[5], ctx.needs_input_grad[9],),
+        )  # fmt: skip
         return None, None, d_x, d_update, d_weight, d_bias, None, None, None, d_update_weight, None, None
 
 
@@ -358,20 +334,11 @@ def differentiate(
         op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale, kind,
         update_limit, limit,)), make(Needs, needs),
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_update is not None and d_update.dtype is not update.dtype:
-        d_update = d_update.to(update.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
-    if update_weight is None:
-        d_update_weight = None
-    elif d_update_weight is not None and d_update_weight.dtype is not update_weight.dtype:
-        d_update_weight = d_update_weight.to(update_weight.dtype)
+    d_x = back(d_x, x)
+    d_update = back(d_update, update)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
+    d_update_weight = back(d_update_weight, update_weight)
     return d_x, d_update, d_weight, d_bias, d_update_weight
 
 

@@ -20,14 +20,14 @@ from fastasr.ops._runtime import (
     COMPUTE,
     NOT_MINE,
     applied,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.batch_norm_activation import batch_norm_activation as formula
@@ -206,8 +206,8 @@ def traced(x, weight, bias, padding_mask, eps, momentum, activation):
             x, weight, bias, padding_mask=padding_mask, eps=eps, momentum=momentum, activation=activation
         )
     y, mean, variance, rate, _ = operator(
-        x, weight, bias, padding_mask, eps, momentum, activation,
-        is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad),
+        x, weight, bias, padding_mask, eps, momentum, activation, is_grad_enabled() and (x.requires_grad or
+        weight.requires_grad or bias.requires_grad),
     )  # fmt: skip
     return y, mean, variance, rate
 
@@ -271,30 +271,19 @@ class BatchNormActivation(Function):
         kernels, direct, eps, momentum, activation = ctx.rest
         if grad_y is None:
             return (None,) * 9
-        if (
+        if direct and not (
             transforms_active()
             or forward_ad._current_level >= 0
             or (grad_y is not None and is_batched(grad_y))
         ):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, statistics, eps, momentum,
-                activation,)),
-            )  # fmt: skip
-            return None, None, d_x, d_weight, d_bias, None, None, None, None
-        if direct:
             d_x, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, weight, bias, padding_mask, statistics, ACTIVATION_CODES[activation]
+                operand(grad_y, None), x, weight, bias, padding_mask, statistics, ACTIVATION_CODES[activation]
             )
             return None, None, d_x, d_weight, d_bias, None, None, None, None
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, statistics, eps, momentum,
-                activation,)),
-            )  # fmt: skip
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, padding_mask, statistics, eps, momentum,
+            activation,)),
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
@@ -306,12 +295,9 @@ def differentiate(kernels, grad_y, x, weight, bias, padding_mask, statistics, ep
         operand(grad_y, dtype), operand(x, dtype), operand(weight, work), operand(bias, work),
         operand(padding_mask, None), statistics, ACTIVATION_CODES[activation],
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, x)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
     return d_x, d_weight, d_bias
 
 

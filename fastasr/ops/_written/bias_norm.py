@@ -19,13 +19,13 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.bias_norm import _check, _gradients, _launch
 from fastasr.ops.bias_norm import bias_norm as formula
@@ -184,20 +184,16 @@ class BiasNorm(Function):
         # once: a checkpoint gives them one time
         x, bias, log_scale = ctx.saved_tensors
         kernels, direct, channel_dim = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_bias, d_log_scale = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim))
-            )
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x, d_bias, d_log_scale = kernels.backward(operand(grad_y, None), x, bias, log_scale)
             return None, None, d_x, d_bias, d_log_scale, None
-        if direct:
-            d_x, d_bias, d_log_scale = kernels.backward(grad_y.contiguous(), x, bias, log_scale)
-            return None, None, d_x, d_bias, d_log_scale, None
-        try:
-            d_x, d_bias, d_log_scale = differentiate(kernels, grad_y, x, bias, log_scale, channel_dim)
-        except Unlaunchable as error:
-            d_x, d_bias, d_log_scale = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim))
-            )
+        d_x, d_bias, d_log_scale = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim))
+        )
         return None, None, d_x, d_bias, d_log_scale, None
 
 
@@ -206,10 +202,8 @@ def differentiate(kernels, grad_y, x, bias, log_scale, channel_dim):
     d_x, d_bias, d_log_scale = _gradients(
         op, kernels, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim)), None
     )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, x)
+    d_bias = back(d_bias, bias)
     d_log_scale = back(d_log_scale, log_scale)
     return d_x, d_bias, d_log_scale
 
@@ -221,7 +215,6 @@ apply = applied(BiasNorm)
 def fake(x, bias, log_scale, channel_dim=-1):
     S = x.shape[:-1]
     D = x.shape[-1]
-
     return torch.empty((*S, D), dtype=promoted(x, bias), device=x.device)
 
 

@@ -19,14 +19,13 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.bypass import _trailing
 from fastasr.ops.bypass import bypass as formula
@@ -158,16 +157,14 @@ class Bypass(Function):
         # once: a checkpoint gives them one time
         x_orig, x, scale = ctx.saved_tensors
         kernels, direct = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x_orig, d_x, d_scale = transformed_gradients(op, (grad_y,), make(Saved, (x_orig, x, scale)))
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x_orig, d_x, d_scale = kernels.backward(operand(grad_y, None), x_orig, x, scale)
             return None, None, d_x_orig, d_x, d_scale
-        if direct:
-            d_x_orig, d_x, d_scale = kernels.backward(grad_y.contiguous(), x_orig, x, scale)
-            return None, None, d_x_orig, d_x, d_scale
-        try:
-            d_x_orig, d_x, d_scale = differentiate(kernels, grad_y, x_orig, x, scale)
-        except Unlaunchable as error:
-            d_x_orig, d_x, d_scale = gradients_without(error, op, (grad_y,), make(Saved, (x_orig, x, scale)))
+        d_x_orig, d_x, d_scale = node_gradients(op, kernels, (grad_y,), make(Saved, (x_orig, x, scale)))
         return None, None, d_x_orig, d_x, d_scale
 
 
@@ -177,10 +174,8 @@ def differentiate(kernels, grad_y, x_orig, x, scale):
     d_x_orig, d_x, d_scale = kernels.backward(
         operand(grad_y, dtype), operand(x_orig, dtype), operand(x, dtype), operand(scale, dtype)
     )
-    if d_x_orig is not None and d_x_orig.dtype is not x_orig.dtype:
-        d_x_orig = d_x_orig.to(x_orig.dtype)
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
+    d_x_orig = back(d_x_orig, x_orig)
+    d_x = back(d_x, x)
     d_scale = back(d_scale, scale)
     return d_x_orig, d_x, d_scale
 

@@ -15,16 +15,7 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
-from fastasr.ops._runtime import (
-    applied,
-    gradients_without,
-    is_batched,
-    listed,
-    make,
-    not_a_view,
-    promoted,
-    transformed_gradients,
-)
+from fastasr.ops._runtime import applied, back, listed, make, node_gradients, not_a_view, promoted
 from fastasr.ops.clamped_linear import _gradients, _launch
 from fastasr.ops.clamped_linear import clamped_linear as formula
 
@@ -268,7 +259,10 @@ def traced(x, weight, activation, input_min, input_max, output_min, output_max, 
         )  # fmt: skip
     y, _ = operator(
         x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max,
-        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (input_min is not None and input_min.requires_grad) or (input_max is not None and input_max.requires_grad) or (output_min is not None and output_min.requires_grad) or (output_max is not None and output_max.requires_grad) or (next_min is not None and next_min.requires_grad) or (next_max is not None and next_max.requires_grad)),
+        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (input_min is not None and
+        input_min.requires_grad) or (input_max is not None and input_max.requires_grad) or (output_min is not None
+        and output_min.requires_grad) or (output_max is not None and output_max.requires_grad) or (next_min is not
+        None and next_min.requires_grad) or (next_max is not None and next_max.requires_grad)),
     )  # fmt: skip
     return y
 
@@ -316,53 +310,12 @@ class ClampedLinear(Function):
         # once: a checkpoint gives them one time
         x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z = ctx.saved_tensors
         kernels, direct, activation = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            names = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max, next_min,
-                next_max, z, activation,)),
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_weight,
-                None,
-                d_input_min,
-                d_input_max,
-                d_output_min,
-                d_output_max,
-                d_next_min,
-                d_next_max,
-            )
-        needs = (
-            ctx.needs_input_grad[2],
-            ctx.needs_input_grad[3],
-            ctx.needs_input_grad[5],
-            ctx.needs_input_grad[6],
-            ctx.needs_input_grad[7],
-            ctx.needs_input_grad[8],
-            ctx.needs_input_grad[9],
-            ctx.needs_input_grad[10],
-        )
-        try:
-            names = differentiate(
-                kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
-                z, activation, needs,
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
-        except Unlaunchable as error:
-            names = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
-                next_min, next_max, z, activation,)),
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
+        d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
+            next_min, next_max, z, activation,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3],
+            ctx.needs_input_grad[5], ctx.needs_input_grad[6], ctx.needs_input_grad[7],
+            ctx.needs_input_grad[8], ctx.needs_input_grad[9], ctx.needs_input_grad[10],),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -383,41 +336,18 @@ def differentiate(
     activation, needs,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    names = _gradients(
+    d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max = _gradients(
         op, kernels, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
         next_min, next_max, z, activation,)), make(Needs, needs),
     )  # fmt: skip
-    (
-        d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-    ) = names  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if input_min is None:
-        d_input_min = None
-    elif d_input_min is not None and d_input_min.dtype is not input_min.dtype:
-        d_input_min = d_input_min.to(input_min.dtype)
-    if input_max is None:
-        d_input_max = None
-    elif d_input_max is not None and d_input_max.dtype is not input_max.dtype:
-        d_input_max = d_input_max.to(input_max.dtype)
-    if output_min is None:
-        d_output_min = None
-    elif d_output_min is not None and d_output_min.dtype is not output_min.dtype:
-        d_output_min = d_output_min.to(output_min.dtype)
-    if output_max is None:
-        d_output_max = None
-    elif d_output_max is not None and d_output_max.dtype is not output_max.dtype:
-        d_output_max = d_output_max.to(output_max.dtype)
-    if next_min is None:
-        d_next_min = None
-    elif d_next_min is not None and d_next_min.dtype is not next_min.dtype:
-        d_next_min = d_next_min.to(next_min.dtype)
-    if next_max is None:
-        d_next_max = None
-    elif d_next_max is not None and d_next_max.dtype is not next_max.dtype:
-        d_next_max = d_next_max.to(next_max.dtype)
+    d_x = back(d_x, x)
+    d_weight = back(d_weight, weight)
+    d_input_min = back(d_input_min, input_min)
+    d_input_max = back(d_input_max, input_max)
+    d_output_min = back(d_output_min, output_min)
+    d_output_max = back(d_output_max, output_max)
+    d_next_min = back(d_next_min, next_min)
+    d_next_max = back(d_next_max, next_max)
     return d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max
 
 
@@ -434,7 +364,6 @@ def fake(
         and family.kernels(x, input_min, input_max, output_min, output_max, next_min, next_max) is not None
     )
     S = x.shape[:-1]
-
     N = weight.shape[0]
     return torch.empty((*S, N), dtype=promoted(x), device=x.device), torch.empty(
         (*S, N) if keep else (0,), dtype=promoted(x), device=x.device

@@ -22,14 +22,13 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.ema_scan import _check, _sizes
@@ -451,34 +450,12 @@ class ComplexEmaScan(Function):
         # once: a checkpoint gives them one time
         x, alpha, delta, theta, gamma, omega, state, padding_mask = ctx.saved_tensors
         kernels, direct, return_state, truncation, direction, activation, layout = ctx.rest
-        if (
+        if direct and not (
             transforms_active()
             or forward_ad._current_level >= 0
-            or is_batched(grad_y)
+            or (grad_y is not None and is_batched(grad_y))
             or (grad_last is not None and is_batched(grad_last))
         ):
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = transformed_gradients(
-                op, (grad_y, grad_last,), make(Saved, (x, alpha, delta, theta, gamma, omega, state,
-                padding_mask, return_state, truncation, direction, activation, layout,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_alpha,
-                d_delta,
-                d_theta,
-                d_gamma,
-                d_omega,
-                d_state,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
             d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = kernels.backward(
                 operand(grad_y, None, as_it_is), operand(grad_last, None), x, alpha, delta, theta, gamma,
                 omega, state, padding_mask, truncation or 0, DIRECTION_CODES[direction],
@@ -501,16 +478,10 @@ class ComplexEmaScan(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = differentiate(
-                kernels, grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask,
-                return_state, truncation, direction, activation, layout,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = gradients_without(
-                error, op, (grad_y, grad_last,), make(Saved, (x, alpha, delta, theta, gamma, omega, state,
-                padding_mask, return_state, truncation, direction, activation, layout,)),
-            )  # fmt: skip
+        d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = node_gradients(
+            op, kernels, (grad_y, grad_last,), make(Saved, (x, alpha, delta, theta, gamma, omega, state,
+            padding_mask, return_state, truncation, direction, activation, layout,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -541,20 +512,16 @@ def differentiate(
         operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(x, dtype, as_it_is),
         operand(alpha, work, as_matrix), operand(delta, work, as_matrix), operand(theta, work, as_vector),
         operand(gamma, work), operand(omega, work, as_vector), operand(state, work), operand(padding_mask,
-        None), truncation or 0, DIRECTION_CODES[direction], ACTIVATION_CODES[activation], LAYOUT_CODES[layout],
+        None), truncation or 0, DIRECTION_CODES[direction], ACTIVATION_CODES[activation],
+        LAYOUT_CODES[layout],
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
+    d_x = back(d_x, x)
     d_alpha = back(d_alpha, alpha)
     d_delta = back(d_delta, delta)
     d_theta = back(d_theta, theta)
-    if d_gamma is not None and d_gamma.dtype is not gamma.dtype:
-        d_gamma = d_gamma.to(gamma.dtype)
+    d_gamma = back(d_gamma, gamma)
     d_omega = back(d_omega, omega)
-    if state is None:
-        d_state = None
-    elif d_state is not None and d_state.dtype is not state.dtype:
-        d_state = d_state.to(state.dtype)
+    d_state = back(d_state, state)
     return d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state
 
 

@@ -22,14 +22,13 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.conv_spatial_gate import conv_spatial_gate as formula
 
@@ -297,15 +296,13 @@ class ConvSpatialGate(Function):
         # once: a checkpoint gives them one time
         x, norm_weight, norm_bias, weight, bias, padding_mask = ctx.saved_tensors
         kernels, direct, eps, activation = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
-                activation,)),
-            )  # fmt: skip
-            return None, None, d_x, d_norm_weight, d_norm_bias, d_weight, d_bias, None, None, None
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
+                operand(grad_y, None), x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
                 ACTIVATION_CODES[activation],
             )  # fmt: skip
             return (
@@ -320,15 +317,10 @@ class ConvSpatialGate(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation
-            )
-        except Unlaunchable as error:
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
-                activation,)),
-            )  # fmt: skip
+        d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
+            activation,)),
+        )  # fmt: skip
         return None, None, d_x, d_norm_weight, d_norm_bias, d_weight, d_bias, None, None, None
 
 
@@ -341,17 +333,11 @@ def differentiate(kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padd
         operand(norm_bias, work), operand(weight, work), operand(bias, work), operand(padding_mask, None),
         eps, ACTIVATION_CODES[activation],
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_norm_weight is not None and d_norm_weight.dtype is not norm_weight.dtype:
-        d_norm_weight = d_norm_weight.to(norm_weight.dtype)
-    if d_norm_bias is not None and d_norm_bias.dtype is not norm_bias.dtype:
-        d_norm_bias = d_norm_bias.to(norm_bias.dtype)
+    d_x = back(d_x, x)
+    d_norm_weight = back(d_norm_weight, norm_weight)
+    d_norm_bias = back(d_norm_bias, norm_bias)
     d_weight = back(d_weight, weight)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_bias = back(d_bias, bias)
     return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias
 
 
@@ -363,7 +349,6 @@ def fake(x, norm_weight, norm_bias, weight, bias=None, eps=1e-05, padding_mask=N
     B = x.shape[0]
     T = x.shape[1]
     C = x.shape[2] // 2
-
     return torch.empty((B, T, C), dtype=promoted(x), device=x.device)
 
 

@@ -19,14 +19,13 @@ from fastasr.ops._runtime import (
     BOOL,
     NOT_MINE,
     applied,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.conv_subsampling import conv_subsampling as formula
 
@@ -291,21 +290,11 @@ class ConvSubsampling(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, depthwise_weight, depthwise_bias, mask = ctx.saved_tensors
         kernels, direct, left = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, depthwise_weight, depthwise_bias, mask, left))
-            )
-            return None, None, d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias, None, None
-        needs = ctx.needs_input_grad[2:7]
-        try:
-            d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = differentiate(
-                kernels, grad_y, x, weight, bias, depthwise_weight, depthwise_bias, mask, left, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, depthwise_weight, depthwise_bias, mask,
-                left,)),
-            )  # fmt: skip
+        d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, depthwise_weight, depthwise_bias, mask,
+            left,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],
+            ctx.needs_input_grad[5], ctx.needs_input_grad[6],),
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias, None, None
 
 
@@ -327,20 +316,11 @@ def differentiate(kernels, grad_y, x, weight, bias, depthwise_weight, depthwise_
         d_depthwise_weight = None
     if not needs.depthwise_bias:
         d_depthwise_bias = None
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
-    if d_depthwise_weight is not None and d_depthwise_weight.dtype is not depthwise_weight.dtype:
-        d_depthwise_weight = d_depthwise_weight.to(depthwise_weight.dtype)
-    if depthwise_bias is None:
-        d_depthwise_bias = None
-    elif d_depthwise_bias is not None and d_depthwise_bias.dtype is not depthwise_bias.dtype:
-        d_depthwise_bias = d_depthwise_bias.to(depthwise_bias.dtype)
+    d_x = back(d_x, x)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
+    d_depthwise_weight = back(d_depthwise_weight, depthwise_weight)
+    d_depthwise_bias = back(d_depthwise_bias, depthwise_bias)
     return d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias
 
 

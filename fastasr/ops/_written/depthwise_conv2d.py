@@ -19,14 +19,12 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
-    is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.depthwise_conv2d import _padding, _padding_fits
 from fastasr.ops.depthwise_conv2d import depthwise_conv2d as formula
@@ -214,18 +212,10 @@ class DepthwiseConv2D(Function):
         # once: a checkpoint gives them one time
         x, weight, bias = ctx.saved_tensors
         kernels, direct, padding = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, padding))
-            )
-            return None, None, d_x, d_weight, d_bias, None
-        needs = ctx.needs_input_grad[2:5]
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding, needs)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, padding))
-            )
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, padding,)), (ctx.needs_input_grad[2],
+            ctx.needs_input_grad[3], ctx.needs_input_grad[4],),
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None
 
 
@@ -242,13 +232,9 @@ def differentiate(kernels, grad_y, x, weight, bias, padding, needs):
         d_weight = None
     if not needs.bias:
         d_bias = None
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
+    d_x = back(d_x, x)
     d_weight = back(d_weight, weight)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_bias = back(d_bias, bias)
     return d_x, d_weight, d_bias
 
 

@@ -22,14 +22,13 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.depthwise_conv_residual import _check
 from fastasr.ops.depthwise_conv_residual import depthwise_conv_residual as formula
@@ -223,20 +222,16 @@ class DepthwiseConvResidual(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, padding_mask = ctx.saved_tensors
         kernels, direct, delay = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, delay))
-            )
-            return None, None, d_x, d_weight, d_bias, None, None
-        if direct:
-            d_x, d_weight, d_bias = kernels.backward(grad_y.contiguous(), x, weight, padding_mask, delay)
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x, d_weight, d_bias = kernels.backward(operand(grad_y, None), x, weight, padding_mask, delay)
             return None, None, d_x, d_weight, None if bias is None else d_bias, None, None
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, delay))
-            )
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, padding_mask, delay))
+        )
         return None, None, d_x, d_weight, d_bias, None, None
 
 
@@ -248,13 +243,9 @@ def differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay):
         operand(grad_y, dtype), operand(x, dtype, dense_channels), operand(weight, work),
         operand(padding_mask, None), delay,
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
+    d_x = back(d_x, x)
     d_weight = back(d_weight, weight)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_bias = back(d_bias, bias)
     return d_x, d_weight, d_bias
 
 
@@ -266,7 +257,6 @@ def fake(x, weight, bias=None, padding_mask=None, delay=0):
     B = x.shape[0]
     T = x.shape[1]
     C = x.shape[2]
-
     return torch.empty((B, T, C), dtype=promoted(x), device=x.device)
 
 

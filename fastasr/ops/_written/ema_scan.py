@@ -22,14 +22,13 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.ema_scan import _check, _sizes
@@ -468,34 +467,12 @@ class EmaScan(Function):
         # once: a checkpoint gives them one time
         x, damping, decay, expansion, projection, residual, state, padding_mask = ctx.saved_tensors
         kernels, direct, return_state, truncation, direction, activation, layout = ctx.rest
-        if (
+        if direct and not (
             transforms_active()
             or forward_ad._current_level >= 0
-            or is_batched(grad_y)
+            or (grad_y is not None and is_batched(grad_y))
             or (grad_last is not None and is_batched(grad_last))
         ):
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = transformed_gradients(
-                op, (grad_y, grad_last,), make(Saved, (x, damping, decay, expansion, projection, residual,
-                state, padding_mask, return_state, truncation, direction, activation, layout,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_damping,
-                d_decay,
-                d_expansion,
-                d_projection,
-                d_residual,
-                d_state,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
             d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = kernels.backward(
                 operand(grad_y, None, as_it_is), operand(grad_last, None), x, damping, decay, expansion,
                 projection, residual, state, padding_mask, truncation or 0, DIRECTION_CODES[direction],
@@ -518,16 +495,10 @@ class EmaScan(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = differentiate(
-                kernels, grad_y, grad_last, x, damping, decay, expansion, projection, residual, state,
-                padding_mask, return_state, truncation, direction, activation, layout,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = gradients_without(
-                error, op, (grad_y, grad_last,), make(Saved, (x, damping, decay, expansion, projection,
-                residual, state, padding_mask, return_state, truncation, direction, activation, layout,)),
-            )  # fmt: skip
+        d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = node_gradients(
+            op, kernels, (grad_y, grad_last,), make(Saved, (x, damping, decay, expansion, projection,
+            residual, state, padding_mask, return_state, truncation, direction, activation, layout,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -561,20 +532,13 @@ def differentiate(
         operand(padding_mask, None), truncation or 0, DIRECTION_CODES[direction],
         ACTIVATION_CODES[activation], LAYOUT_CODES[layout],
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
+    d_x = back(d_x, x)
     d_damping = back(d_damping, damping)
     d_decay = back(d_decay, decay)
     d_expansion = back(d_expansion, expansion)
     d_projection = back(d_projection, projection)
-    if residual is None:
-        d_residual = None
-    elif d_residual is not None and d_residual.dtype is not residual.dtype:
-        d_residual = d_residual.to(residual.dtype)
-    if state is None:
-        d_state = None
-    elif d_state is not None and d_state.dtype is not state.dtype:
-        d_state = d_state.to(state.dtype)
+    d_residual = back(d_residual, residual)
+    d_state = back(d_state, state)
     return d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state
 
 

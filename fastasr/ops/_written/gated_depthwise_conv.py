@@ -21,14 +21,13 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.gated_depthwise_conv import _autocast, _check, _fast, _gradients
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv as formula
@@ -262,14 +261,10 @@ def gated_depthwise_conv(
         )  # fmt: skip
     cast_dtype = autocast_dtype(h)
     if cast_dtype is not None:
-        names = _autocast(
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate = _autocast(
             op, cast_dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
             cache, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
-        (
-            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay, gate,
-        ) = names  # fmt: skip
         kernels = family.kernels(h, chunk_scale, cache)
         if kernels is None:
             return formula(
@@ -502,34 +497,12 @@ class GatedDepthwiseConv(Function):
         # once: a checkpoint gives them one time
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
         kernels, direct, chunk_size, activation, return_cache, delay, gate = ctx.rest
-        if (
-            transforms_active()
+        if direct and not (
+            return_cache
+            or transforms_active()
             or forward_ad._current_level >= 0
-            or is_batched(grad_y)
-            or (grad_new_cache is not None and is_batched(grad_new_cache))
+            or (grad_y is not None and is_batched(grad_y))
         ):
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = transformed_gradients(
-                op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_h,
-                d_weight,
-                d_bias,
-                d_causal_weight,
-                d_causal_bias,
-                d_chunk_scale,
-                None,
-                d_cache,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct and not return_cache:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
                 operand(grad_y, None, dense_channels), h, weight, bias, causal_weight, causal_bias,
                 chunk_scale, padding_mask, cache, chunk_size, ACTIVATION_CODES[activation], delay,
@@ -552,17 +525,10 @@ class GatedDepthwiseConv(Function):
                 None,
                 None,
             )
-        try:
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
-                kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-                padding_mask, cache, chunk_size, activation, return_cache, delay, gate,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
-                error, op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight,
-                causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,
-                gate,)),
-            )  # fmt: skip
+        d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = node_gradients(
+            op, kernels, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
+            chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -591,26 +557,13 @@ def differentiate(
         op, kernels, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
         chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)), None,
     )  # fmt: skip
-    if d_h is not None and d_h.dtype is not h.dtype:
-        d_h = d_h.to(h.dtype)
+    d_h = back(d_h, h)
     d_weight = back(d_weight, weight)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_bias = back(d_bias, bias)
     d_causal_weight = back(d_causal_weight, causal_weight)
-    if causal_bias is None:
-        d_causal_bias = None
-    elif d_causal_bias is not None and d_causal_bias.dtype is not causal_bias.dtype:
-        d_causal_bias = d_causal_bias.to(causal_bias.dtype)
-    if chunk_scale is None:
-        d_chunk_scale = None
-    elif d_chunk_scale is not None and d_chunk_scale.dtype is not chunk_scale.dtype:
-        d_chunk_scale = d_chunk_scale.to(chunk_scale.dtype)
-    if cache is None:
-        d_cache = None
-    elif d_cache is not None and d_cache.dtype is not cache.dtype:
-        d_cache = d_cache.to(cache.dtype)
+    d_causal_bias = back(d_causal_bias, causal_bias)
+    d_chunk_scale = back(d_chunk_scale, chunk_scale)
+    d_cache = back(d_cache, cache)
     return d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache
 
 

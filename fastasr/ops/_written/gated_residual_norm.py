@@ -20,13 +20,14 @@ from fastasr.ops._runtime import (
     MASKS,
     NOT_MINE,
     applied,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.residual_norm import _gradients, _launch
@@ -264,8 +265,9 @@ def traced(x, update, candidate, hidden, weight, bias, eps, activation, dropout_
             x, update, candidate, hidden, weight, bias, eps, activation=activation, dropout_mask=dropout_mask
         )
     y, _ = operator(
-        x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask,
-        is_grad_enabled() and (x.requires_grad or update.requires_grad or candidate.requires_grad or hidden.requires_grad or weight.requires_grad or bias.requires_grad),
+        x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, is_grad_enabled() and
+        (x.requires_grad or update.requires_grad or candidate.requires_grad or hidden.requires_grad or
+        weight.requires_grad or bias.requires_grad),
     )  # fmt: skip
     return y
 
@@ -319,29 +321,21 @@ class GatedResidualNorm(Function):
         # once: a checkpoint gives them one time
         x, update, candidate, hidden, weight, bias, dropout_mask, statistics = ctx.saved_tensors
         kernels, direct, eps, activation = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
-                statistics, eps, activation,)),
-            )  # fmt: skip
-            return None, None, d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_update, d_candidate, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, update, candidate, hidden, dropout_mask, weight, bias, statistics,
+                operand(grad_y, None), x, update, candidate, hidden, dropout_mask, weight, bias, statistics,
                 eps, ACTIVATION_CODES[activation],
             )  # fmt: skip
             d_hidden = d_candidate
             return None, None, d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None
-        try:
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps,
-                activation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
-                statistics, eps, activation,)),
-            )  # fmt: skip
+        d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
+            statistics, eps, activation,)),
+        )  # fmt: skip
         return None, None, d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None
 
 
@@ -353,18 +347,12 @@ def differentiate(
         op, kernels, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
         statistics, eps, activation,)), None,
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_update is not None and d_update.dtype is not update.dtype:
-        d_update = d_update.to(update.dtype)
-    if d_candidate is not None and d_candidate.dtype is not candidate.dtype:
-        d_candidate = d_candidate.to(candidate.dtype)
-    if d_hidden is not None and d_hidden.dtype is not hidden.dtype:
-        d_hidden = d_hidden.to(hidden.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, x)
+    d_update = back(d_update, update)
+    d_candidate = back(d_candidate, candidate)
+    d_hidden = back(d_hidden, hidden)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
     return d_x, d_update, d_candidate, d_hidden, d_weight, d_bias
 
 

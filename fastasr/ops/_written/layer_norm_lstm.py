@@ -18,13 +18,12 @@ from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     promoted,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.layer_norm_lstm import _fast, _gradients, _launch
@@ -350,7 +349,10 @@ def traced(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, 
         )
     y, last_hidden, last_cell, _ = operator(
         x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,
-        is_grad_enabled() and (x.requires_grad or input_weight.requires_grad or hidden_weight.requires_grad or gate_weight.requires_grad or gate_bias.requires_grad or cell_weight.requires_grad or cell_bias.requires_grad or (hidden is not None and hidden.requires_grad) or (cell is not None and cell.requires_grad)),
+        is_grad_enabled() and (x.requires_grad or input_weight.requires_grad or hidden_weight.requires_grad or
+        gate_weight.requires_grad or gate_bias.requires_grad or cell_weight.requires_grad or
+        cell_bias.requires_grad or (hidden is not None and hidden.requires_grad) or (cell is not None and
+        cell.requires_grad)),
     )  # fmt: skip
     return y, last_hidden, last_cell
 
@@ -420,60 +422,28 @@ class LayerNormLstm(Function):
             refuse_double_backward("layer_norm_lstm")
         # once: a checkpoint gives them one time
         (
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y,
+            x,
+            input_weight,
+            hidden_weight,
+            gate_weight,
+            gate_bias,
+            cell_weight,
+            cell_bias,
+            hidden,
+            cell,
+            y,
             kept,
-        ) = ctx.saved_tensors  # fmt: skip
+        ) = ctx.saved_tensors
         kernels, direct, eps = ctx.rest
         if grad_y is None and grad_last_hidden is None and grad_last_cell is None:
             return (None,) * 12
-        if (
-            transforms_active()
-            or forward_ad._current_level >= 0
-            or (grad_y is not None and is_batched(grad_y))
-            or (grad_last_hidden is not None and is_batched(grad_last_hidden))
-            or (grad_last_cell is not None and is_batched(grad_last_cell))
-        ):
-            names = transformed_gradients(
-                op, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight, hidden_weight,
-                gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)),
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_input_weight,
-                d_hidden_weight,
-                d_gate_weight,
-                d_gate_bias,
-                d_cell_weight,
-                d_cell_bias,
-                d_hidden,
-                d_cell,
-                None,
-            )
-        needs = ctx.needs_input_grad[2:11]
-        try:
-            names = differentiate(
-                kernels, grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight,
-                gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
-        except Unlaunchable as error:
-            names = gradients_without(
-                error, op, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight,
-                hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)),
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
+        d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias, d_hidden, d_cell = node_gradients(
+            op, kernels, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight,
+            hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)),
+            (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],
+            ctx.needs_input_grad[5], ctx.needs_input_grad[6], ctx.needs_input_grad[7],
+            ctx.needs_input_grad[8], ctx.needs_input_grad[9], ctx.needs_input_grad[10],),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -495,36 +465,19 @@ def differentiate(
     cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    names = _gradients(
+    d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias, d_hidden, d_cell = _gradients(
         op, kernels, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight, hidden_weight,
         gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)), make(Needs, needs),
     )  # fmt: skip
-    (
-        d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-        d_hidden, d_cell,
-    ) = names  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_input_weight is not None and d_input_weight.dtype is not input_weight.dtype:
-        d_input_weight = d_input_weight.to(input_weight.dtype)
-    if d_hidden_weight is not None and d_hidden_weight.dtype is not hidden_weight.dtype:
-        d_hidden_weight = d_hidden_weight.to(hidden_weight.dtype)
-    if d_gate_weight is not None and d_gate_weight.dtype is not gate_weight.dtype:
-        d_gate_weight = d_gate_weight.to(gate_weight.dtype)
-    if d_gate_bias is not None and d_gate_bias.dtype is not gate_bias.dtype:
-        d_gate_bias = d_gate_bias.to(gate_bias.dtype)
-    if d_cell_weight is not None and d_cell_weight.dtype is not cell_weight.dtype:
-        d_cell_weight = d_cell_weight.to(cell_weight.dtype)
-    if d_cell_bias is not None and d_cell_bias.dtype is not cell_bias.dtype:
-        d_cell_bias = d_cell_bias.to(cell_bias.dtype)
-    if hidden is None:
-        d_hidden = None
-    elif d_hidden is not None and d_hidden.dtype is not hidden.dtype:
-        d_hidden = d_hidden.to(hidden.dtype)
-    if cell is None:
-        d_cell = None
-    elif d_cell is not None and d_cell.dtype is not cell.dtype:
-        d_cell = d_cell.to(cell.dtype)
+    d_x = back(d_x, x)
+    d_input_weight = back(d_input_weight, input_weight)
+    d_hidden_weight = back(d_hidden_weight, hidden_weight)
+    d_gate_weight = back(d_gate_weight, gate_weight)
+    d_gate_bias = back(d_gate_bias, gate_bias)
+    d_cell_weight = back(d_cell_weight, cell_weight)
+    d_cell_bias = back(d_cell_bias, cell_bias)
+    d_hidden = back(d_hidden, hidden)
+    d_cell = back(d_cell, cell)
     return (
         d_x,
         d_input_weight,
@@ -551,7 +504,6 @@ def fake(
     )
     T = x.shape[0]
     B = x.shape[1]
-
     H = input_weight.shape[0] // 4
     return (
         torch.empty(

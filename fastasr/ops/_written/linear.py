@@ -15,17 +15,7 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
-from fastasr.ops._runtime import (
-    NOT_MINE,
-    applied,
-    gradients_without,
-    is_batched,
-    listed,
-    make,
-    not_a_view,
-    promoted,
-    transformed_gradients,
-)
+from fastasr.ops._runtime import NOT_MINE, applied, back, listed, make, node_gradients, not_a_view, promoted
 from fastasr.ops.linear import _gradients, _launch, _product
 from fastasr.ops.linear import linear as formula
 
@@ -189,14 +179,10 @@ class Linear(Function):
         # once: a checkpoint gives them one time
         x, weight, bias = ctx.saved_tensors
         kernels, direct = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(op, (grad_y,), make(Saved, (x, weight, bias)))
-            return None, None, d_x, d_weight, d_bias
-        needs = ctx.needs_input_grad[2:5]
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, needs)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), make(Saved, (x, weight, bias)))
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias,)), (ctx.needs_input_grad[2],
+            ctx.needs_input_grad[3], ctx.needs_input_grad[4],),
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias
 
 
@@ -205,14 +191,9 @@ def differentiate(kernels, grad_y, x, weight, bias, needs):
     d_x, d_weight, d_bias = _gradients(
         op, kernels, (grad_y,), make(Saved, (x, weight, bias)), make(Needs, needs)
     )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, x)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
     return d_x, d_weight, d_bias
 
 
@@ -222,7 +203,6 @@ apply = applied(Linear)
 # --------------------------------------------------------------------------- the registered operator
 def fake(x, weight, bias=None):
     S = x.shape[:-1]
-
     N = weight.shape[0]
     return torch.empty((*S, N), dtype=promoted(x), device=x.device)
 

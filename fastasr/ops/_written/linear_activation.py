@@ -15,17 +15,7 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
-from fastasr.ops._runtime import (
-    NOT_MINE,
-    applied,
-    gradients_without,
-    is_batched,
-    listed,
-    make,
-    not_a_view,
-    promoted,
-    transformed_gradients,
-)
+from fastasr.ops._runtime import NOT_MINE, applied, back, listed, make, node_gradients, not_a_view, promoted
 from fastasr.ops.linear_activation import _check, _fast, _gradients, _launch
 from fastasr.ops.linear_activation import linear_activation as formula
 
@@ -186,8 +176,8 @@ def traced(x, weight, bias, activation, gated):
     if not served("linear_activation", x):
         return formula(x, weight, bias, activation, gated)
     y, _ = operator(
-        x, weight, bias, activation, gated,
-        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+        x, weight, bias, activation, gated, is_grad_enabled() and (x.requires_grad or weight.requires_grad or
+        (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return y
 
@@ -227,20 +217,10 @@ class LinearActivation(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, z = ctx.saved_tensors
         kernels, direct, activation, gated = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated))
-            )
-            return None, None, d_x, d_weight, d_bias, None, None
-        needs = ctx.needs_input_grad[2:5]
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, z, activation, gated, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated))
-            )
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated,)),
+            (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],),
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None, None
 
 
@@ -249,14 +229,9 @@ def differentiate(kernels, grad_y, x, weight, bias, z, activation, gated, needs)
     d_x, d_weight, d_bias = _gradients(
         op, kernels, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated)), make(Needs, needs)
     )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, x)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
     return d_x, d_weight, d_bias
 
 
@@ -267,7 +242,6 @@ apply = applied(LinearActivation)
 def fake(x, weight, bias=None, activation="silu", gated=False, keep=False):
     keep = keep and family.kernels(x) is not None
     S = x.shape[:-1]
-
     N = weight.shape[0]
     return torch.empty((*S, N // (1 + gated)), dtype=promoted(x), device=x.device), torch.empty(
         (*S, N) if keep else (0,), dtype=promoted(x), device=x.device

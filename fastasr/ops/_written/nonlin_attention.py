@@ -15,17 +15,7 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, refuse_double_backward
-from fastasr.ops._runtime import (
-    NOT_MINE,
-    applied,
-    gradients_without,
-    is_batched,
-    listed,
-    make,
-    not_a_view,
-    promoted,
-    transformed_gradients,
-)
+from fastasr.ops._runtime import NOT_MINE, applied, back, listed, make, node_gradients, not_a_view, promoted
 from fastasr.ops.nonlin_attention import _fast, _gradients, _launch
 from fastasr.ops.nonlin_attention import nonlin_attention as formula
 
@@ -119,7 +109,6 @@ def check(weights: Tensor, projected: Tensor) -> None:
     if len(shape) == 3:
         T = shape[0]
         B = shape[1]
-
         right = shape[2] % 3 == 0
     if not right:
         op.wrong_shape("projected", projected, listed("T", "B", "3*D"))
@@ -182,18 +171,10 @@ class NonlinAttention(Function):
         # once: a checkpoint gives them one time
         weights, projected, o = ctx.saved_tensors
         kernels, direct = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_weights, d_projected = transformed_gradients(
-                op, (grad_y,), make(Saved, (weights, projected, o))
-            )
-            return None, None, d_weights, d_projected
-        needs = ctx.needs_input_grad[2:4]
-        try:
-            d_weights, d_projected = differentiate(kernels, grad_y, weights, projected, o, needs)
-        except Unlaunchable as error:
-            d_weights, d_projected = gradients_without(
-                error, op, (grad_y,), make(Saved, (weights, projected, o))
-            )
+        d_weights, d_projected = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (weights, projected, o,)), (ctx.needs_input_grad[2],
+            ctx.needs_input_grad[3],),
+        )  # fmt: skip
         return None, None, d_weights, d_projected
 
 
@@ -202,10 +183,8 @@ def differentiate(kernels, grad_y, weights, projected, o, needs):
     d_weights, d_projected = _gradients(
         op, kernels, (grad_y,), make(Saved, (weights, projected, o)), make(Needs, needs)
     )
-    if d_weights is not None and d_weights.dtype is not weights.dtype:
-        d_weights = d_weights.to(weights.dtype)
-    if d_projected is not None and d_projected.dtype is not projected.dtype:
-        d_projected = d_projected.to(projected.dtype)
+    d_weights = back(d_weights, weights)
+    d_projected = back(d_projected, projected)
     return d_weights, d_projected
 
 

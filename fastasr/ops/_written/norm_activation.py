@@ -19,13 +19,14 @@ from fastasr.ops._runtime import (
     COMPUTE,
     NOT_MINE,
     applied,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.norm_activation import _gradients, _launch
@@ -190,8 +191,8 @@ def traced(x, weight, bias, eps, kind, activation, limit):
     if not served("norm_activation", x, weight, bias):
         return formula(x, weight, bias, eps=eps, kind=kind, activation=activation, limit=limit)
     y, _ = operator(
-        x, weight, bias, eps, kind, activation, limit,
-        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+        x, weight, bias, eps, kind, activation, limit, is_grad_enabled() and (x.requires_grad or
+        weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return y
 
@@ -236,26 +237,19 @@ class NormActivation(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, statistics = ctx.saved_tensors
         kernels, direct, eps, kind, activation, limit = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit))
-            )
-            return None, None, d_x, d_weight, d_bias, None, None, None, None
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, weight, bias, statistics, eps, KIND_CODES[kind],
+                operand(grad_y, None), x, weight, bias, statistics, eps, KIND_CODES[kind],
                 ACTIVATION_CODES[activation], limit,
             )  # fmt: skip
             return None, None, d_x, d_weight, None if bias is None else d_bias, None, None, None, None
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation, limit
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation,
-                limit,)),
-            )  # fmt: skip
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit))
+        )
         return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
@@ -265,14 +259,9 @@ def differentiate(kernels, grad_y, x, weight, bias, statistics, eps, kind, activ
         op, kernels, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit,)),
         None,
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, x)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
     return d_x, d_weight, d_bias
 
 

@@ -21,14 +21,13 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    gradients_without,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.rel_attention import _check
@@ -509,8 +508,11 @@ def traced(
         )  # fmt: skip
     y, _ = operator(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
-        is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, is_grad_enabled() and
+        (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or
+        (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or
+        (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and
+        offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
     )  # fmt: skip
     return y
 
@@ -571,41 +573,30 @@ class RelAttention(Function):
             refuse_double_backward("rel_attention")
         # once: a checkpoint gives them one time
         (
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_seed, y, lse,
-        ) = ctx.saved_tensors  # fmt: skip
+            q,
+            k,
+            v,
+            pos,
+            bias_u,
+            bias_v,
+            offset_bias,
+            offset_gate,
+            key_bias,
+            key_padding_mask,
+            attn_mask,
+            starts,
+            dropout_seed,
+            y,
+            lse,
+        ) = ctx.saved_tensors
         kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_q,
-                d_k,
-                d_v,
-                d_pos,
-                d_bias_u,
-                d_bias_v,
-                d_offset_bias,
-                d_offset_gate,
-                d_key_bias,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
-                grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+                operand(grad_y, None), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, *context, chunk_size,
                 soft_cap, *pos_span,
             )  # fmt: skip
@@ -631,18 +622,11 @@ class RelAttention(Function):
                 None,
                 None,
             )
-        try:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
-                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-                key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context,
-                chunk_size, soft_cap, pos_span,)),
-            )  # fmt: skip
+        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
+            key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context,
+            chunk_size, soft_cap, pos_span,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -680,32 +664,14 @@ def differentiate(
         operand(starts, None), operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
         *pos_span,
     )  # fmt: skip
-    if d_q is not None and d_q.dtype is not q.dtype:
-        d_q = d_q.to(q.dtype)
-    if d_k is not None and d_k.dtype is not k.dtype:
-        d_k = d_k.to(k.dtype)
-    if d_v is not None and d_v.dtype is not v.dtype:
-        d_v = d_v.to(v.dtype)
-    if pos is None:
-        d_pos = None
-    elif d_pos is not None and d_pos.dtype is not pos.dtype:
-        d_pos = d_pos.to(pos.dtype)
-    if bias_u is None:
-        d_bias_u = None
-    elif d_bias_u is not None and d_bias_u.dtype is not bias_u.dtype:
-        d_bias_u = d_bias_u.to(bias_u.dtype)
-    if bias_v is None:
-        d_bias_v = None
-    elif d_bias_v is not None and d_bias_v.dtype is not bias_v.dtype:
-        d_bias_v = d_bias_v.to(bias_v.dtype)
-    if offset_bias is None:
-        d_offset_bias = None
-    elif d_offset_bias is not None and d_offset_bias.dtype is not offset_bias.dtype:
-        d_offset_bias = d_offset_bias.to(offset_bias.dtype)
-    if offset_gate is None:
-        d_offset_gate = None
-    elif d_offset_gate is not None and d_offset_gate.dtype is not offset_gate.dtype:
-        d_offset_gate = d_offset_gate.to(offset_gate.dtype)
+    d_q = back(d_q, q)
+    d_k = back(d_k, k)
+    d_v = back(d_v, v)
+    d_pos = back(d_pos, pos)
+    d_bias_u = back(d_bias_u, bias_u)
+    d_bias_v = back(d_bias_v, bias_v)
+    d_offset_bias = back(d_offset_bias, offset_bias)
+    d_offset_gate = back(d_offset_gate, offset_gate)
     d_key_bias = back(d_key_bias, key_bias)
     return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias
 
@@ -723,9 +689,7 @@ def fake(
     B = q.shape[0]
     T = q.shape[1]
     H = q.shape[2]
-
     E = v.shape[3]
-
     return torch.empty((B, T, H, E), dtype=promoted(q), device=q.device), torch.empty(
         (B, H, T) if keep else (0,), dtype=wide(q), device=q.device
     )

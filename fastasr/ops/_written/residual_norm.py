@@ -19,13 +19,14 @@ from fastasr.ops._runtime import (
     COMPUTE,
     NOT_MINE,
     applied,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.residual_norm import _gradients, _launch
@@ -155,8 +156,8 @@ def traced(x, update, weight, bias, eps):
     if not served("residual_norm", x, update, weight, bias):
         return formula(x, update, weight, bias, eps)
     y, _ = operator(
-        x, update, weight, bias, eps,
-        is_grad_enabled() and (x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad),
+        x, update, weight, bias, eps, is_grad_enabled() and (x.requires_grad or update.requires_grad or
+        weight.requires_grad or bias.requires_grad),
     )  # fmt: skip
     return y
 
@@ -197,25 +198,19 @@ class ResidualNorm(Function):
         # once: a checkpoint gives them one time
         x, update, weight, bias, statistics = ctx.saved_tensors
         kernels, direct, eps = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_update, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps))
-            )
-            return None, None, d_x, d_update, d_weight, d_bias, None
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, _, _, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, update, None, None, None, weight, bias, statistics, eps, 0
+                operand(grad_y, None), x, update, None, None, None, weight, bias, statistics, eps, 0
             )
             d_update = d_x
             return None, None, d_x, d_update, d_weight, d_bias, None
-        try:
-            d_x, d_update, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, update, weight, bias, statistics, eps
-            )
-        except Unlaunchable as error:
-            d_x, d_update, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps))
-            )
+        d_x, d_update, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps))
+        )
         return None, None, d_x, d_update, d_weight, d_bias, None
 
 
@@ -224,14 +219,10 @@ def differentiate(kernels, grad_y, x, update, weight, bias, statistics, eps):
     d_x, d_update, d_weight, d_bias = _gradients(
         op, kernels, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps)), None
     )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_update is not None and d_update.dtype is not update.dtype:
-        d_update = d_update.to(update.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, x)
+    d_update = back(d_update, update)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
     return d_x, d_update, d_weight, d_bias
 
 

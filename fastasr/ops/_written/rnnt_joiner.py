@@ -19,12 +19,11 @@ from fastasr.ops._runtime import (
     INT64,
     INTEGERS,
     applied,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
-    transformed_gradients,
     wide,
 )
 from fastasr.ops.rnnt_joiner import _check, _gradients, _launch
@@ -314,8 +313,8 @@ def traced(
         )  # fmt: skip
     symbol_logprobs, blank_logprobs, _ = operator(
         am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat,
-        keep_logits, dropout_p, dropout_seed,
-        is_grad_enabled() and (am.requires_grad or lm.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+        keep_logits, dropout_p, dropout_seed, is_grad_enabled() and (am.requires_grad or lm.requires_grad or
+        weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return symbol_logprobs, blank_logprobs
 
@@ -368,48 +367,12 @@ class RnntJoiner(Function):
         # once: a checkpoint gives them one time
         am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
         kernels, direct, s_range, termination_symbol, activation, hat, keep_logits, dropout_p = ctx.rest
-        if (
-            transforms_active()
-            or forward_ad._current_level >= 0
-            or is_batched(grad_symbol_logprobs)
-            or is_batched(grad_blank_logprobs)
-        ):
-            d_am, d_lm, d_weight, d_bias = transformed_gradients(
-                op, (grad_symbol_logprobs, grad_blank_logprobs,), make(Saved, (am, lm, weight, bias, symbols,
-                starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat,
-                keep_logits, dropout_p,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_am,
-                d_lm,
-                d_weight,
-                d_bias,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        needs = ctx.needs_input_grad[2:6]
-        try:
-            d_am, d_lm, d_weight, d_bias = differentiate(
-                kernels, grad_symbol_logprobs, grad_blank_logprobs, am, lm, weight, bias, symbols, starts,
-                boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits,
-                dropout_p, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_am, d_lm, d_weight, d_bias = gradients_without(
-                error, op, (grad_symbol_logprobs, grad_blank_logprobs,), make(Saved, (am, lm, weight, bias,
-                symbols, starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation,
-                hat, keep_logits, dropout_p,)),
-            )  # fmt: skip
+        d_am, d_lm, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_symbol_logprobs, grad_blank_logprobs,), make(Saved, (am, lm, weight, bias,
+            symbols, starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat,
+            keep_logits, dropout_p,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3],
+            ctx.needs_input_grad[4], ctx.needs_input_grad[5],),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -440,16 +403,10 @@ def differentiate(
         starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits,
         dropout_p,)), make(Needs, needs),
     )  # fmt: skip
-    if d_am is not None and d_am.dtype is not am.dtype:
-        d_am = d_am.to(am.dtype)
-    if d_lm is not None and d_lm.dtype is not lm.dtype:
-        d_lm = d_lm.to(lm.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_am = back(d_am, am)
+    d_lm = back(d_lm, lm)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
     return d_am, d_lm, d_weight, d_bias
 
 
@@ -464,7 +421,6 @@ def fake(
     keep = keep and family.kernels(am, lm, weight, bias) is not None
     B = am.shape[0]
     T = am.shape[1]
-
     return (
         torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
         torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),

@@ -9,7 +9,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastasr._transforms import by_formula, refuse_unless_batched, transforms_active
+from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
@@ -21,9 +21,11 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     Like,
     applied,
-    gradients_without,
+    back,
+    is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     wide,
@@ -250,8 +252,8 @@ def traced(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_o
             return_occupation=return_occupation,
         )  # fmt: skip
     scores, symbol_occupation, blank_occupation, _ = operator(
-        symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation,
-        is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad),
+        symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, is_grad_enabled() and
+        (symbol_logprobs.requires_grad or blank_logprobs.requires_grad),
     )  # fmt: skip
     return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
 
@@ -324,22 +326,20 @@ class RnntPrunedLattice(Function):
         kernels, direct, modified, return_occupation, symbol_logprobs, blank_logprobs = ctx.rest
         symbol_logprobs = make(Like, symbol_logprobs)
         blank_logprobs = make(Like, blank_logprobs)
-        refuse_unless_batched("rnnt_pruned_lattice")
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_scores is not None and is_batched(grad_scores))
+        ):
             d_symbol_logprobs, d_blank_logprobs = kernels.backward(
-                grad_scores.contiguous(), scores, shares, starts, boundary, symbol_logprobs.shape[2], modified
-            )
+                operand(grad_scores, None), scores, shares, starts, boundary, symbol_logprobs.shape[2],
+                modified,
+            )  # fmt: skip
             return None, None, d_symbol_logprobs, d_blank_logprobs, None, None, None, None
-        try:
-            d_symbol_logprobs, d_blank_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
-                modified, return_occupation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs = gradients_without(
-                error, op, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, starts, boundary,
-                scores, shares, modified, return_occupation,)),
-            )  # fmt: skip
+        d_symbol_logprobs, d_blank_logprobs = node_gradients(
+            op, kernels, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, starts, boundary,
+            scores, shares, modified, return_occupation,)),
+        )  # fmt: skip
         return None, None, d_symbol_logprobs, d_blank_logprobs, None, None, None, None
 
 
@@ -353,10 +353,8 @@ def differentiate(
         operand(grad_scores, dtype), scores, shares, operand(starts, None), operand(boundary, None),
         symbol_logprobs.shape[2], modified,
     )  # fmt: skip
-    if d_symbol_logprobs is not None and d_symbol_logprobs.dtype is not symbol_logprobs.dtype:
-        d_symbol_logprobs = d_symbol_logprobs.to(symbol_logprobs.dtype)
-    if d_blank_logprobs is not None and d_blank_logprobs.dtype is not blank_logprobs.dtype:
-        d_blank_logprobs = d_blank_logprobs.to(blank_logprobs.dtype)
+    d_symbol_logprobs = back(d_symbol_logprobs, symbol_logprobs)
+    d_blank_logprobs = back(d_blank_logprobs, blank_logprobs)
     return d_symbol_logprobs, d_blank_logprobs
 
 

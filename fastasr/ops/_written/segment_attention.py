@@ -22,14 +22,14 @@ from fastasr.ops._runtime import (
     MASKS,
     NOT_MINE,
     applied,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.segment_attention import _query_rows, _sizes
 from fastasr.ops.segment_attention import segment_attention as formula
@@ -222,7 +222,8 @@ def segment_attention(
             )  # fmt: skip
         y = run_kernels(
             kernels, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
+            right_context_length, max_memory_size, past_frames, past_memory, lengths, history,
+            weights_dropout,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, query)
@@ -437,34 +438,22 @@ class SegmentAttention(Function):
         # once: a checkpoint gives them one time
         query, key, value, lengths, history, weights_dropout = ctx.saved_tensors
         (
-            kernels, direct, num_heads, frames, segment_length, left_context_length, right_context_length,
-            max_memory_size, past_frames, past_memory,
-        ) = ctx.rest  # fmt: skip
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_query, d_key, d_value = transformed_gradients(
-                op, (grad_y,), make(Saved, (query, key, value, lengths, history, weights_dropout, num_heads,
-                frames, segment_length, left_context_length, right_context_length, max_memory_size,
-                past_frames, past_memory,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_query,
-                d_key,
-                d_value,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
+            kernels,
+            direct,
+            num_heads,
+            frames,
+            segment_length,
+            left_context_length,
+            right_context_length,
+            max_memory_size,
+            past_frames,
+            past_memory,
+        ) = ctx.rest
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_query, d_key, d_value = kernels.backward(
                 operand(grad_y, None, dense_channels), query, key, value, lengths, history, weights_dropout,
                 num_heads, frames, segment_length, left_context_length, right_context_length, max_memory_size,
@@ -488,18 +477,11 @@ class SegmentAttention(Function):
                 None,
                 None,
             )
-        try:
-            d_query, d_key, d_value = differentiate(
-                kernels, grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames,
-                segment_length, left_context_length, right_context_length, max_memory_size, past_frames,
-                past_memory,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_query, d_key, d_value = gradients_without(
-                error, op, (grad_y,), make(Saved, (query, key, value, lengths, history, weights_dropout,
-                num_heads, frames, segment_length, left_context_length, right_context_length, max_memory_size,
-                past_frames, past_memory,)),
-            )  # fmt: skip
+        d_query, d_key, d_value = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (query, key, value, lengths, history, weights_dropout,
+            num_heads, frames, segment_length, left_context_length, right_context_length, max_memory_size,
+            past_frames, past_memory,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -533,12 +515,9 @@ def differentiate(
         operand(history, None, as_int64), operand(weights_dropout, work), num_heads, frames, segment_length,
         left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
     )  # fmt: skip
-    if d_query is not None and d_query.dtype is not query.dtype:
-        d_query = d_query.to(query.dtype)
-    if d_key is not None and d_key.dtype is not key.dtype:
-        d_key = d_key.to(key.dtype)
-    if d_value is not None and d_value.dtype is not value.dtype:
-        d_value = d_value.to(value.dtype)
+    d_query = back(d_query, query)
+    d_key = back(d_key, key)
+    d_value = back(d_value, value)
     return d_query, d_key, d_value
 
 

@@ -18,12 +18,13 @@ from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    gradients_without,
+    back,
     is_batched,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.swoosh import _gradients, _launch
 from fastasr.ops.swoosh import swoosh_l as formula
@@ -132,24 +133,21 @@ class SwooshL(Function):
         # once: a checkpoint gives them one time
         (x,) = ctx.saved_tensors
         kernels, direct = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            (d_x,) = transformed_gradients(op, (grad_y,), make(Saved, (x,)))
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x, _ = kernels.backward(operand(grad_y, None), x, False, None, -1, False)
             return None, None, d_x
-        if direct:
-            d_x, _ = kernels.backward(grad_y.contiguous(), x, False, None, -1, False)
-            return None, None, d_x
-        try:
-            (d_x,) = differentiate(kernels, grad_y, x)
-        except Unlaunchable as error:
-            (d_x,) = gradients_without(error, op, (grad_y,), make(Saved, (x,)))
+        (d_x,) = node_gradients(op, kernels, (grad_y,), make(Saved, (x,)))
         return None, None, d_x
 
 
 def differentiate(kernels, grad_y, x):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     (d_x,) = _gradients(op, kernels, (grad_y,), make(Saved, (x,)), None)
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
+    d_x = back(d_x, x)
     return (d_x,)
 
 
@@ -158,7 +156,6 @@ apply = applied(SwooshL)
 
 # --------------------------------------------------------------------------- the registered operator
 def fake(x):
-
     return torch.empty_like(x, dtype=promoted(x))
 
 

@@ -19,13 +19,12 @@ from fastasr.ops._runtime import (
     MASKS,
     NOT_MINE,
     applied,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.swoosh_linear import _fast, _gradients, _launch
 from fastasr.ops.swoosh_linear import swoosh_linear as formula
@@ -228,20 +227,10 @@ class SwooshLinear(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, mask = ctx.saved_tensors
         kernels, direct, kind, shared_dim = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim))
-            )
-            return None, None, d_x, d_weight, d_bias, None, None, None
-        needs = ctx.needs_input_grad[2:5]
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim))
-            )
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim,)),
+            (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],),
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None, None, None
 
 
@@ -250,14 +239,9 @@ def differentiate(kernels, grad_y, x, weight, bias, mask, kind, shared_dim, need
     d_x, d_weight, d_bias = _gradients(
         op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim)), make(Needs, needs)
     )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, x)
+    d_weight = back(d_weight, weight)
+    d_bias = back(d_bias, bias)
     return d_x, d_weight, d_bias
 
 
@@ -267,7 +251,6 @@ apply = applied(SwooshLinear)
 # --------------------------------------------------------------------------- the registered operator
 def fake(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
     S = x.shape[:-1]
-
     N = weight.shape[0]
     return torch.empty((*S, N), dtype=promoted(weight), device=x.device)
 

@@ -9,7 +9,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastasr._transforms import by_formula, refuse_unless_batched, transforms_active
+from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
@@ -21,9 +21,11 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     Like,
     applied,
-    gradients_without,
+    back,
+    is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     wide,
@@ -222,8 +224,8 @@ def traced(symbol_logprobs, blank_logprobs, duration_logprobs, durations, bounda
     if not served("tdt_lattice", symbol_logprobs, blank_logprobs, duration_logprobs):
         return formula(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
     scores, _ = operator(
-        symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary,
-        is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad or duration_logprobs.requires_grad),
+        symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, is_grad_enabled() and
+        (symbol_logprobs.requires_grad or blank_logprobs.requires_grad or duration_logprobs.requires_grad),
     )  # fmt: skip
     return scores
 
@@ -285,23 +287,20 @@ class TdtLattice(Function):
         symbol_logprobs = make(Like, symbol_logprobs)
         blank_logprobs = make(Like, blank_logprobs)
         duration_logprobs = make(Like, duration_logprobs)
-        refuse_unless_batched("tdt_lattice")
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_scores is not None and is_batched(grad_scores))
+        ):
             d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = kernels.backward(
-                grad_scores.contiguous(), scores, shares, durations, boundary, symbol_logprobs.shape[1],
+                operand(grad_scores, None), scores, shares, durations, boundary, symbol_logprobs.shape[1],
                 symbol_logprobs.shape[2],
             )  # fmt: skip
             return None, None, d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs, None, None
-        try:
-            d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary,
-                scores, shares,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = gradients_without(
-                error, op, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, duration_logprobs,
-                durations, boundary, scores, shares,)),
-            )  # fmt: skip
+        d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = node_gradients(
+            op, kernels, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, duration_logprobs,
+            durations, boundary, scores, shares,)),
+        )  # fmt: skip
         return None, None, d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs, None, None
 
 
@@ -315,12 +314,9 @@ def differentiate(
         operand(grad_scores, dtype), scores, shares, operand(durations, None), operand(boundary, None),
         symbol_logprobs.shape[1], symbol_logprobs.shape[2],
     )  # fmt: skip
-    if d_symbol_logprobs is not None and d_symbol_logprobs.dtype is not symbol_logprobs.dtype:
-        d_symbol_logprobs = d_symbol_logprobs.to(symbol_logprobs.dtype)
-    if d_blank_logprobs is not None and d_blank_logprobs.dtype is not blank_logprobs.dtype:
-        d_blank_logprobs = d_blank_logprobs.to(blank_logprobs.dtype)
-    if d_duration_logprobs is not None and d_duration_logprobs.dtype is not duration_logprobs.dtype:
-        d_duration_logprobs = d_duration_logprobs.to(duration_logprobs.dtype)
+    d_symbol_logprobs = back(d_symbol_logprobs, symbol_logprobs)
+    d_blank_logprobs = back(d_blank_logprobs, blank_logprobs)
+    d_duration_logprobs = back(d_duration_logprobs, duration_logprobs)
     return d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs
 
 
@@ -331,7 +327,6 @@ apply = applied(TdtLattice)
 def fake(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary=None, keep=False):
     keep = keep and family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs) is not None
     B = symbol_logprobs.shape[0]
-
     return torch.empty(
         (B,), dtype=wide(symbol_logprobs, blank_logprobs, duration_logprobs), device=symbol_logprobs.device
     ), torch.empty(

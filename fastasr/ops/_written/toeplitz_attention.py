@@ -21,13 +21,12 @@ from fastasr.ops._runtime import (
     MASKS,
     NOT_MINE,
     applied,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.toeplitz_attention import _chunks, _gradients, _launch
 from fastasr.ops.toeplitz_attention import toeplitz_attention as formula
@@ -360,8 +359,9 @@ def traced(
         )  # fmt: skip
     y, _ = operator(
         query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-        activation, weights_dropout, activate_value,
-        is_grad_enabled() and (query_key.requires_grad or gate.requires_grad or value.requires_grad or qk_weight.requires_grad or qk_bias.requires_grad or position_bias.requires_grad),
+        activation, weights_dropout, activate_value, is_grad_enabled() and (query_key.requires_grad or
+        gate.requires_grad or value.requires_grad or qk_weight.requires_grad or qk_bias.requires_grad or
+        position_bias.requires_grad),
     )  # fmt: skip
     return y
 
@@ -417,42 +417,16 @@ class ToeplitzAttention(Function):
         if is_grad_enabled():
             refuse_double_backward("toeplitz_attention")
         # once: a checkpoint gives them one time
-        (
-            query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed,
-        ) = ctx.saved_tensors  # fmt: skip
+        query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed = (
+            ctx.saved_tensors
+        )
         kernels, direct, causal, chunk_size, activation, activate_value = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
-                padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_query_key,
-                d_gate,
-                d_value,
-                d_qk_weight,
-                d_qk_bias,
-                d_position_bias,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        needs = ctx.needs_input_grad[2:8]
-        try:
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = differentiate(
-                kernels, grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask,
-                weights_dropout, mixed, causal, chunk_size, activation, activate_value, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
-                padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)),
-            )  # fmt: skip
+        d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
+            padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)),
+            (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],
+            ctx.needs_input_grad[5], ctx.needs_input_grad[6], ctx.needs_input_grad[7],),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -481,18 +455,12 @@ def differentiate(
         padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)), make(Needs,
         needs),
     )  # fmt: skip
-    if d_query_key is not None and d_query_key.dtype is not query_key.dtype:
-        d_query_key = d_query_key.to(query_key.dtype)
-    if d_gate is not None and d_gate.dtype is not gate.dtype:
-        d_gate = d_gate.to(gate.dtype)
-    if d_value is not None and d_value.dtype is not value.dtype:
-        d_value = d_value.to(value.dtype)
-    if d_qk_weight is not None and d_qk_weight.dtype is not qk_weight.dtype:
-        d_qk_weight = d_qk_weight.to(qk_weight.dtype)
-    if d_qk_bias is not None and d_qk_bias.dtype is not qk_bias.dtype:
-        d_qk_bias = d_qk_bias.to(qk_bias.dtype)
-    if d_position_bias is not None and d_position_bias.dtype is not position_bias.dtype:
-        d_position_bias = d_position_bias.to(position_bias.dtype)
+    d_query_key = back(d_query_key, query_key)
+    d_gate = back(d_gate, gate)
+    d_value = back(d_value, value)
+    d_qk_weight = back(d_qk_weight, qk_weight)
+    d_qk_bias = back(d_qk_bias, qk_bias)
+    d_position_bias = back(d_position_bias, position_bias)
     return d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias
 
 
@@ -507,13 +475,11 @@ def fake(
     keep = keep and family.kernels(query_key, gate, value, qk_weight, qk_bias, position_bias) is not None
     L = query_key.shape[0]
     B = query_key.shape[1]
-
     size, count = _chunks(
         Arguments(query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
         activation, weights_dropout, activate_value),
     )  # fmt: skip
     V = gate.shape[2]
-
     return torch.empty((L, B, V), dtype=promoted(value, gate), device=query_key.device), torch.empty(
         (L, B, V) if keep else (0,), dtype=promoted(query_key, gate, value), device=query_key.device
     )

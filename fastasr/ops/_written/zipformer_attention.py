@@ -20,14 +20,14 @@ from fastasr.ops._runtime import (
     INT64,
     NOT_MINE,
     applied,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.zipformer_attention import _check
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
@@ -261,7 +261,6 @@ def check(
         shape, right = pos.shape, False
         if len(shape) == 3:
             S = shape[0]
-
             right = shape[2] == num_heads * (P - 2 * query_head_dim) and (S == 1 or S == B)
         if not right:
             op.wrong_shape(
@@ -408,30 +407,13 @@ class ZipformerAttention(Function):
         # once: a checkpoint gives them one time
         x, pos, value, key_padding_mask, attn_mask, starts, cached_key = ctx.saved_tensors
         kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_pos, d_value, d_cached_key = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_pos,
-                d_value,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                d_cached_key,
-            )
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_pos, d_value, d_cached_key = kernels.backward(
-                grad_y.contiguous(), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
+                operand(grad_y, None), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
                 num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
             )  # fmt: skip
             return (
@@ -450,16 +432,10 @@ class ZipformerAttention(Function):
                 None,
                 None if cached_key is None else d_cached_key,
             )
-        try:
-            d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-                query_head_dim, value_heads, chunk_size, left_context_chunks,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_value, d_cached_key = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
-                cached_key, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
-            )  # fmt: skip
+        d_x, d_pos, d_value, d_cached_key = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
+            cached_key, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
+        )  # fmt: skip
         return None, None, d_x, d_pos, d_value, None, None, None, None, None, None, None, None, d_cached_key
 
 
@@ -474,18 +450,10 @@ def differentiate(
         operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
         None), num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if pos is None:
-        d_pos = None
-    elif d_pos is not None and d_pos.dtype is not pos.dtype:
-        d_pos = d_pos.to(pos.dtype)
-    if d_value is not None and d_value.dtype is not value.dtype:
-        d_value = d_value.to(value.dtype)
-    if cached_key is None:
-        d_cached_key = None
-    elif d_cached_key is not None and d_cached_key.dtype is not cached_key.dtype:
-        d_cached_key = d_cached_key.to(cached_key.dtype)
+    d_x = back(d_x, x)
+    d_pos = back(d_pos, pos)
+    d_value = back(d_value, value)
+    d_cached_key = back(d_cached_key, cached_key)
     return d_x, d_pos, d_value, d_cached_key
 
 
@@ -499,7 +467,6 @@ def fake(
 ):  # fmt: skip
     T = x.shape[0]
     B = x.shape[1]
-
     E = value.shape[2]
     return torch.empty((T, B, E), dtype=promoted(x), device=x.device)
 

@@ -21,14 +21,14 @@ from fastasr.ops._runtime import (
     INT64,
     NOT_MINE,
     applied,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_gradients,
 )
 from fastasr.ops.zipformer_attention_weights import _empty, check_recordings
 from fastasr.ops.zipformer_attention_weights import zipformer_attention_weights as formula
@@ -279,7 +279,6 @@ def check(
         shape, right = pos.shape, False
         if len(shape) == 3:
             S = shape[0]
-
             right = shape[2] == num_heads * (P - 2 * query_head_dim) and (S == 1 or S == B)
         if not right:
             op.wrong_shape(
@@ -424,20 +423,24 @@ class ZipformerAttentionWeights(Function):
         # once: a checkpoint gives them one time
         x, pos, key_padding_mask, attn_mask, starts, cached_key, weights = ctx.saved_tensors
         (
-            kernels, direct, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+            kernels,
+            direct,
+            num_heads,
+            query_head_dim,
+            chunk_size,
+            left_context_chunks,
+            score_penalty,
             score_limit,
-        ) = ctx.rest  # fmt: skip
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_weights):
-            d_x, d_pos, d_cached_key = transformed_gradients(
-                op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, starts, cached_key,
-                weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
-                score_limit,)),
-            )  # fmt: skip
-            return None, None, d_x, d_pos, None, None, None, None, None, None, None, d_cached_key, None, None
-        if direct:
+        ) = ctx.rest
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_weights is not None and is_batched(grad_weights))
+        ):
             d_x, d_pos, d_cached_key = kernels.backward(
                 operand(grad_weights, None, rows), weights, x, pos, cached_key, key_padding_mask, attn_mask,
-                starts, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
+                starts, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+                score_limit,
             )  # fmt: skip
             return (
                 None,
@@ -455,17 +458,11 @@ class ZipformerAttentionWeights(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_pos, d_cached_key = differentiate(
-                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
-                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_cached_key = gradients_without(
-                error, op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, starts,
-                cached_key, weights, num_heads, query_head_dim, chunk_size, left_context_chunks,
-                score_penalty, score_limit,)),
-            )  # fmt: skip
+        d_x, d_pos, d_cached_key = node_gradients(
+            op, kernels, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, starts,
+            cached_key, weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+            score_limit,)),
+        )  # fmt: skip
         return None, None, d_x, d_pos, None, None, None, None, None, None, None, d_cached_key, None, None
 
 
@@ -480,16 +477,9 @@ def differentiate(
         operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
         None), num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if pos is None:
-        d_pos = None
-    elif d_pos is not None and d_pos.dtype is not pos.dtype:
-        d_pos = d_pos.to(pos.dtype)
-    if cached_key is None:
-        d_cached_key = None
-    elif d_cached_key is not None and d_cached_key.dtype is not cached_key.dtype:
-        d_cached_key = d_cached_key.to(cached_key.dtype)
+    d_x = back(d_x, x)
+    d_pos = back(d_pos, pos)
+    d_cached_key = back(d_cached_key, cached_key)
     return d_x, d_pos, d_cached_key
 
 
@@ -503,7 +493,6 @@ def fake(
 ):  # fmt: skip
     T = x.shape[0]
     B = x.shape[1]
-
     L = cached_key.shape[0] if cached_key is not None else 0
     return (torch.empty if family.kernels(x) is None else _empty)(
         (num_heads, B, T, T + L), dtype=promoted(x), device=x.device
