@@ -163,7 +163,7 @@ def _run_backward(op: Op, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
         found = formula_gradients(op, grads, saved)
     else:
         try:
-            found = op.written.differentiate(kernels, *grads, *saved, *needs)
+            found = op.written.differentiate(kernels, grads, saved, *needs)
         except Unlaunchable as error:
             found = gradients_without(error, op, grads, saved)
     results: list[Tensor] = []

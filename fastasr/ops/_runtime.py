@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor as is_batched  # of is_grads_batched=True
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
-from fastasr._transforms import is_transformed, refuse, refuse_unless_batched
+from fastasr._transforms import refuse, refuse_unless_batched, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, Kernels
 from fastasr.ops._op import Needs, Op, Saved
@@ -32,11 +32,14 @@ def operand(
 
 
 def back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """Returns a gradient in the dtype and shape of its tensor, and None for an absent one."""
-    if grad is None or t is None:
-        return None
-    grad = grad if grad.dtype is t.dtype else grad.to(t.dtype)
-    return grad if grad.shape == t.shape else grad.reshape(t.shape)
+    """Returns a gradient in the dtype of its tensor, and None for an absent one."""
+    return None if grad is None or t is None else grad if grad.dtype is t.dtype else grad.to(t.dtype)
+
+
+def back_in_shape(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """Returns a gradient in the dtype and shape of its tensor, which may have one of several shapes."""
+    grad = back(grad, t)
+    return grad if grad is None or t is None or grad.shape == t.shape else grad.reshape(t.shape)
 
 
 Like = namedtuple("Like", "shape dtype")  # stands for an argument whose memory is released
@@ -143,17 +146,20 @@ def gradients_of_formula(
 
 
 def node_gradients(
-    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, *needs: Sequence[bool]
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Sequence[bool] = ()
 ) -> tuple[Tensor | None, ...]:
     """Returns a node's gradients: by its kernels, or by the formula under a transform that began after the forward
     pass, and where the device cannot launch the kernels.
     """
-    if is_transformed() or any(g is not None and is_batched(g) for g in grads):
+    batched = transforms_active() or forward_ad._current_level >= 0
+    for grad in grads:
+        batched = batched or (grad is not None and is_batched(grad))
+    if batched:
         if not op.written.released:
             return transformed_gradients(op, grads, saved)
         refuse_unless_batched(op.name)
     try:
-        return op.written.differentiate(kernels, *grads, *saved, *needs)
+        return op.written.differentiate(kernels, grads, saved, needs)
     except Unlaunchable as error:
         return gradients_without(error, op, grads, saved)
 

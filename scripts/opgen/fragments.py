@@ -73,7 +73,6 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "keep": ", keep" * bool(op.keeps),
         "not_keeping": ", False" * bool(op.keeps),
         "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
-        "needs": ", needs" * op.asks,
         "needed": f", {_needed(op)}" * op.asks,
         "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
         "no_grads": _no_grads(op, grads),
@@ -441,17 +440,24 @@ def _saved_call(op: Declared) -> str:
 
 def _differentiate(op: Declared, grads: list[str]) -> list[str]:
     found = [f"d_{a.name}" for a in op.differentiable]
-    if op.op.gradients is None:
-        lines = ["needs = make(Needs, needs)"] * op.asks
-        more, tensors = _operands(op, _dtype(op, op.outputs[0]), op.backward, op.unread)
-        lines += [*more, *_backward_call(op, _call(op, op.backward, tensors))]
-        names = [a.name for a in op.differentiable] if op.asks else ()
-        lines += [f"if not needs.{name}:\n    d_{name} = None" for name in names]
+    lines = ["needs = make(Needs, needs)"] * op.asks
+    if op.op.gradients is not None:
+        needs = "needs" if op.asks else "None"
+        lines.append(f"{_tuple(found)} = {_part(op.op.gradients)}(op, kernels, grads, saved, {needs})")
     else:
-        needs = "make(Needs, needs)" if op.asks else "None"
-        call = f"{_part(op.op.gradients)}(op, kernels, ({', '.join(grads)},), {_saved_call(op)}, {needs})"
-        lines = [f"{_tuple(found)} = {call}"]
-    return lines + [f"{d} = back({d}, {a.name})" for d, a in zip(found, op.differentiable, strict=True)]
+        more, tensors = _operands(op, _dtype(op, op.outputs[0]), op.backward, op.unread)
+        read = "\n".join([*more, *_backward_call(op, _call(op, op.backward, tensors))])
+        names = "|".join((*op.saves, *(a.name for a in op.options)))
+        lines += [f"{', '.join(grads)}, = grads", re.sub(rf"(?<![\w.])({names})\b", r"saved.\1", read)]
+        wanted = [a.name for a in op.differentiable] if op.asks else ()
+        lines += [f"if not needs.{name}:\n    d_{name} = None" for name in wanted]
+    return lines + [_back(a) for a in op.differentiable]
+
+
+def _back(a: Argument) -> str:
+    """Casts a gradient to the dtype of its tensor, and to its shape where several shapes are allowed."""
+    several = len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "..."
+    return f"d_{a.name} = back{'_in_shape' * several}(d_{a.name}, saved.{a.name})"
 
 
 def _backward_call(op: Declared, arguments: str) -> Iterator[str]:

@@ -112,7 +112,7 @@ class {class_name}(Function):
         return None, None, {for_autograd}
 
 
-def differentiate(kernels, {grads}, {saved}{needs}):
+def differentiate(kernels, grads, saved, needs=None):
     \"\"\"Returns the gradients by the kernels, each in its tensor's dtype.\"\"\"
     {differentiate}
     return {gradients_tuple}

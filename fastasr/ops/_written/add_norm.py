@@ -325,20 +325,15 @@ class AddNorm(Function):
         return None, None, d_x, d_update, d_weight, d_bias, None, None, None, d_update_weight, None, None
 
 
-def differentiate(
-    kernels, grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind, update_limit, limit,
-    needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_update, d_weight, d_bias, d_update_weight = _gradients(
-        op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale, kind,
-        update_limit, limit,)), make(Needs, needs),
-    )  # fmt: skip
-    d_x = back(d_x, x)
-    d_update = back(d_update, update)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
-    d_update_weight = back(d_update_weight, update_weight)
+    needs = make(Needs, needs)
+    d_x, d_update, d_weight, d_bias, d_update_weight = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_update = back(d_update, saved.update)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
+    d_update_weight = back(d_update_weight, saved.update_weight)
     return d_x, d_update, d_weight, d_bias, d_update_weight
 
 

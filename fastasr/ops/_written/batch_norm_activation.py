@@ -287,17 +287,18 @@ class BatchNormActivation(Function):
         return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (weight, bias))
+    (grad_y,) = grads
+    dtype = widest(saved.x, (saved.weight, saved.bias))
     work = promote_types(dtype, torch.float32)
     d_x, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(weight, work), operand(bias, work),
-        operand(padding_mask, None), statistics, ACTIVATION_CODES[activation],
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, work), operand(saved.bias,
+        work), operand(saved.padding_mask, None), saved.statistics, ACTIVATION_CODES[saved.activation],
     )  # fmt: skip
-    d_x = back(d_x, x)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 

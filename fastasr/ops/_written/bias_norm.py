@@ -19,6 +19,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     is_batched,
     listed,
     make,
@@ -197,14 +198,12 @@ class BiasNorm(Function):
         return None, None, d_x, d_bias, d_log_scale, None
 
 
-def differentiate(kernels, grad_y, x, bias, log_scale, channel_dim):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_bias, d_log_scale = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim)), None
-    )
-    d_x = back(d_x, x)
-    d_bias = back(d_bias, bias)
-    d_log_scale = back(d_log_scale, log_scale)
+    d_x, d_bias, d_log_scale = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_bias = back(d_bias, saved.bias)
+    d_log_scale = back_in_shape(d_log_scale, saved.log_scale)
     return d_x, d_bias, d_log_scale
 
 

@@ -19,6 +19,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     is_batched,
     listed,
     make,
@@ -168,15 +169,17 @@ class Bypass(Function):
         return None, None, d_x_orig, d_x, d_scale
 
 
-def differentiate(kernels, grad_y, x_orig, x, scale):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(x_orig, x, scale) if kernels.backend == "cpu" else None
+    (grad_y,) = grads
+    dtype = promoted(saved.x_orig, saved.x, saved.scale) if kernels.backend == "cpu" else None
     d_x_orig, d_x, d_scale = kernels.backward(
-        operand(grad_y, dtype), operand(x_orig, dtype), operand(x, dtype), operand(scale, dtype)
-    )
-    d_x_orig = back(d_x_orig, x_orig)
-    d_x = back(d_x, x)
-    d_scale = back(d_scale, scale)
+        operand(grad_y, dtype), operand(saved.x_orig, dtype), operand(saved.x, dtype), operand(saved.scale,
+        dtype),
+    )  # fmt: skip
+    d_x_orig = back(d_x_orig, saved.x_orig)
+    d_x = back(d_x, saved.x)
+    d_scale = back_in_shape(d_scale, saved.scale)
     return d_x_orig, d_x, d_scale
 
 

@@ -331,23 +331,20 @@ class ClampedLinear(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z,
-    activation, needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
+    needs = make(Needs, needs)
     d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
-        next_min, next_max, z, activation,)), make(Needs, needs),
-    )  # fmt: skip
-    d_x = back(d_x, x)
-    d_weight = back(d_weight, weight)
-    d_input_min = back(d_input_min, input_min)
-    d_input_max = back(d_input_max, input_max)
-    d_output_min = back(d_output_min, output_min)
-    d_output_max = back(d_output_max, output_max)
-    d_next_min = back(d_next_min, next_min)
-    d_next_max = back(d_next_max, next_max)
+        op, kernels, grads, saved, needs
+    )
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_input_min = back(d_input_min, saved.input_min)
+    d_input_max = back(d_input_max, saved.input_max)
+    d_output_min = back(d_output_min, saved.output_min)
+    d_output_max = back(d_output_max, saved.output_max)
+    d_next_min = back(d_next_min, saved.next_min)
+    d_next_max = back(d_next_max, saved.next_max)
     return d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max
 
 

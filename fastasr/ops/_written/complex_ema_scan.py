@@ -22,6 +22,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     is_batched,
     listed,
     make,
@@ -501,27 +502,25 @@ class ComplexEmaScan(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask, return_state,
-    truncation, direction, activation, layout,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (alpha, delta, theta, gamma, omega, state))
+    grad_y, grad_last = grads
+    dtype = widest(saved.x, (saved.alpha, saved.delta, saved.theta, saved.gamma, saved.omega, saved.state))
     work = promote_types(dtype, torch.float32)
     d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = kernels.backward(
-        operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(x, dtype, as_it_is),
-        operand(alpha, work, as_matrix), operand(delta, work, as_matrix), operand(theta, work, as_vector),
-        operand(gamma, work), operand(omega, work, as_vector), operand(state, work), operand(padding_mask,
-        None), truncation or 0, DIRECTION_CODES[direction], ACTIVATION_CODES[activation],
-        LAYOUT_CODES[layout],
+        operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(saved.x, dtype, as_it_is),
+        operand(saved.alpha, work, as_matrix), operand(saved.delta, work, as_matrix), operand(saved.theta,
+        work, as_vector), operand(saved.gamma, work), operand(saved.omega, work, as_vector),
+        operand(saved.state, work), operand(saved.padding_mask, None), saved.truncation or 0,
+        DIRECTION_CODES[saved.direction], ACTIVATION_CODES[saved.activation], LAYOUT_CODES[saved.layout],
     )  # fmt: skip
-    d_x = back(d_x, x)
-    d_alpha = back(d_alpha, alpha)
-    d_delta = back(d_delta, delta)
-    d_theta = back(d_theta, theta)
-    d_gamma = back(d_gamma, gamma)
-    d_omega = back(d_omega, omega)
-    d_state = back(d_state, state)
+    d_x = back(d_x, saved.x)
+    d_alpha = back_in_shape(d_alpha, saved.alpha)
+    d_delta = back_in_shape(d_delta, saved.delta)
+    d_theta = back_in_shape(d_theta, saved.theta)
+    d_gamma = back(d_gamma, saved.gamma)
+    d_omega = back_in_shape(d_omega, saved.omega)
+    d_state = back(d_state, saved.state)
     return d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state
 
 

@@ -22,6 +22,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     is_batched,
     listed,
     make,
@@ -324,20 +325,21 @@ class ConvSpatialGate(Function):
         return None, None, d_x, d_norm_weight, d_norm_bias, d_weight, d_bias, None, None, None
 
 
-def differentiate(kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (norm_weight, norm_bias, weight, bias))
+    (grad_y,) = grads
+    dtype = widest(saved.x, (saved.norm_weight, saved.norm_bias, saved.weight, saved.bias))
     work = promote_types(dtype, torch.float32)
     d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype, dense_channels), operand(norm_weight, work),
-        operand(norm_bias, work), operand(weight, work), operand(bias, work), operand(padding_mask, None),
-        eps, ACTIVATION_CODES[activation],
+        operand(grad_y, dtype), operand(saved.x, dtype, dense_channels), operand(saved.norm_weight, work),
+        operand(saved.norm_bias, work), operand(saved.weight, work), operand(saved.bias, work),
+        operand(saved.padding_mask, None), saved.eps, ACTIVATION_CODES[saved.activation],
     )  # fmt: skip
-    d_x = back(d_x, x)
-    d_norm_weight = back(d_norm_weight, norm_weight)
-    d_norm_bias = back(d_norm_bias, norm_bias)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    d_x = back(d_x, saved.x)
+    d_norm_weight = back(d_norm_weight, saved.norm_weight)
+    d_norm_bias = back(d_norm_bias, saved.norm_bias)
+    d_weight = back_in_shape(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias
 
 

@@ -298,13 +298,14 @@ class ConvSubsampling(Function):
         return None, None, d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, depthwise_weight, depthwise_bias, mask, left, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     needs = make(Needs, needs)
-    dtype = promoted(x) if kernels.backend == "cpu" else None
+    (grad_y,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(weight, dtype), operand(bias, dtype),
-        operand(depthwise_weight, dtype), operand(mask, None), left, needs.x,
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, dtype), operand(saved.bias,
+        dtype), operand(saved.depthwise_weight, dtype), operand(saved.mask, None), saved.left, needs.x,
     )  # fmt: skip
     if not needs.x:
         d_x = None
@@ -316,11 +317,11 @@ def differentiate(kernels, grad_y, x, weight, bias, depthwise_weight, depthwise_
         d_depthwise_weight = None
     if not needs.depthwise_bias:
         d_depthwise_bias = None
-    d_x = back(d_x, x)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
-    d_depthwise_weight = back(d_depthwise_weight, depthwise_weight)
-    d_depthwise_bias = back(d_depthwise_bias, depthwise_bias)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
+    d_depthwise_weight = back(d_depthwise_weight, saved.depthwise_weight)
+    d_depthwise_bias = back(d_depthwise_bias, saved.depthwise_bias)
     return d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias
 
 

@@ -19,6 +19,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     listed,
     make,
     node_gradients,
@@ -219,12 +220,13 @@ class DepthwiseConv2D(Function):
         return None, None, d_x, d_weight, d_bias, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, padding, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     needs = make(Needs, needs)
-    dtype = promoted(x) if kernels.backend == "cpu" else None
+    (grad_y,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(weight, dtype), *padding, *needs
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, dtype), *saved.padding, *needs
     )
     if not needs.x:
         d_x = None
@@ -232,9 +234,9 @@ def differentiate(kernels, grad_y, x, weight, bias, padding, needs):
         d_weight = None
     if not needs.bias:
         d_bias = None
-    d_x = back(d_x, x)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    d_x = back(d_x, saved.x)
+    d_weight = back_in_shape(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 

@@ -22,6 +22,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     is_batched,
     listed,
     make,
@@ -235,17 +236,18 @@ class DepthwiseConvResidual(Function):
         return None, None, d_x, d_weight, d_bias, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (weight, bias))
+    (grad_y,) = grads
+    dtype = widest(saved.x, (saved.weight, saved.bias))
     work = promote_types(dtype, torch.float32)
     d_x, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype, dense_channels), operand(weight, work),
-        operand(padding_mask, None), delay,
+        operand(grad_y, dtype), operand(saved.x, dtype, dense_channels), operand(saved.weight, work),
+        operand(saved.padding_mask, None), saved.delay,
     )  # fmt: skip
-    d_x = back(d_x, x)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    d_x = back(d_x, saved.x)
+    d_weight = back_in_shape(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 

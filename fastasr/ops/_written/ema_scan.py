@@ -22,6 +22,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     is_batched,
     listed,
     make,
@@ -518,27 +519,29 @@ class EmaScan(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, grad_last, x, damping, decay, expansion, projection, residual, state, padding_mask,
-    return_state, truncation, direction, activation, layout,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (damping, decay, expansion, projection, residual, state))
+    grad_y, grad_last = grads
+    dtype = widest(
+        saved.x, (saved.damping, saved.decay, saved.expansion, saved.projection, saved.residual, saved.state,
+        ),
+    )  # fmt: skip
     work = promote_types(dtype, torch.float32)
     d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = kernels.backward(
-        operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(x, dtype, as_it_is),
-        operand(damping, work, as_matrix), operand(decay, work, as_matrix), operand(expansion, work,
-        as_matrix), operand(projection, work, as_matrix), operand(residual, work), operand(state, work),
-        operand(padding_mask, None), truncation or 0, DIRECTION_CODES[direction],
-        ACTIVATION_CODES[activation], LAYOUT_CODES[layout],
+        operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(saved.x, dtype, as_it_is),
+        operand(saved.damping, work, as_matrix), operand(saved.decay, work, as_matrix),
+        operand(saved.expansion, work, as_matrix), operand(saved.projection, work, as_matrix),
+        operand(saved.residual, work), operand(saved.state, work), operand(saved.padding_mask, None),
+        saved.truncation or 0, DIRECTION_CODES[saved.direction], ACTIVATION_CODES[saved.activation],
+        LAYOUT_CODES[saved.layout],
     )  # fmt: skip
-    d_x = back(d_x, x)
-    d_damping = back(d_damping, damping)
-    d_decay = back(d_decay, decay)
-    d_expansion = back(d_expansion, expansion)
-    d_projection = back(d_projection, projection)
-    d_residual = back(d_residual, residual)
-    d_state = back(d_state, state)
+    d_x = back(d_x, saved.x)
+    d_damping = back_in_shape(d_damping, saved.damping)
+    d_decay = back_in_shape(d_decay, saved.decay)
+    d_expansion = back_in_shape(d_expansion, saved.expansion)
+    d_projection = back_in_shape(d_projection, saved.projection)
+    d_residual = back(d_residual, saved.residual)
+    d_state = back(d_state, saved.state)
     return d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state
 
 

@@ -21,6 +21,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     is_batched,
     listed,
     make,
@@ -548,22 +549,18 @@ class GatedDepthwiseConv(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-    cache, chunk_size, activation, return_cache, delay, gate,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = _gradients(
-        op, kernels, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-        chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)), None,
-    )  # fmt: skip
-    d_h = back(d_h, h)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
-    d_causal_weight = back(d_causal_weight, causal_weight)
-    d_causal_bias = back(d_causal_bias, causal_bias)
-    d_chunk_scale = back(d_chunk_scale, chunk_scale)
-    d_cache = back(d_cache, cache)
+        op, kernels, grads, saved, None
+    )
+    d_h = back(d_h, saved.h)
+    d_weight = back_in_shape(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
+    d_causal_weight = back_in_shape(d_causal_weight, saved.causal_weight)
+    d_causal_bias = back(d_causal_bias, saved.causal_bias)
+    d_chunk_scale = back(d_chunk_scale, saved.chunk_scale)
+    d_cache = back(d_cache, saved.cache)
     return d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache
 
 

@@ -339,20 +339,15 @@ class GatedResidualNorm(Function):
         return None, None, d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None
 
 
-def differentiate(
-    kernels, grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps, activation
-):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
-        statistics, eps, activation,)), None,
-    )  # fmt: skip
-    d_x = back(d_x, x)
-    d_update = back(d_update, update)
-    d_candidate = back(d_candidate, candidate)
-    d_hidden = back(d_hidden, hidden)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_update = back(d_update, saved.update)
+    d_candidate = back(d_candidate, saved.candidate)
+    d_hidden = back(d_hidden, saved.hidden)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_update, d_candidate, d_hidden, d_weight, d_bias
 
 

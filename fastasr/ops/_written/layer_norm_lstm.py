@@ -460,24 +460,29 @@ class LayerNormLstm(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight, gate_weight, gate_bias,
-    cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias, d_hidden, d_cell = _gradients(
-        op, kernels, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight, hidden_weight,
-        gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)), make(Needs, needs),
-    )  # fmt: skip
-    d_x = back(d_x, x)
-    d_input_weight = back(d_input_weight, input_weight)
-    d_hidden_weight = back(d_hidden_weight, hidden_weight)
-    d_gate_weight = back(d_gate_weight, gate_weight)
-    d_gate_bias = back(d_gate_bias, gate_bias)
-    d_cell_weight = back(d_cell_weight, cell_weight)
-    d_cell_bias = back(d_cell_bias, cell_bias)
-    d_hidden = back(d_hidden, hidden)
-    d_cell = back(d_cell, cell)
+    needs = make(Needs, needs)
+    (
+        d_x,
+        d_input_weight,
+        d_hidden_weight,
+        d_gate_weight,
+        d_gate_bias,
+        d_cell_weight,
+        d_cell_bias,
+        d_hidden,
+        d_cell,
+    ) = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_input_weight = back(d_input_weight, saved.input_weight)
+    d_hidden_weight = back(d_hidden_weight, saved.hidden_weight)
+    d_gate_weight = back(d_gate_weight, saved.gate_weight)
+    d_gate_bias = back(d_gate_bias, saved.gate_bias)
+    d_cell_weight = back(d_cell_weight, saved.cell_weight)
+    d_cell_bias = back(d_cell_bias, saved.cell_bias)
+    d_hidden = back(d_hidden, saved.hidden)
+    d_cell = back(d_cell, saved.cell)
     return (
         d_x,
         d_input_weight,

@@ -186,14 +186,13 @@ class Linear(Function):
         return None, None, d_x, d_weight, d_bias
 
 
-def differentiate(kernels, grad_y, x, weight, bias, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias)), make(Needs, needs)
-    )
-    d_x = back(d_x, x)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    needs = make(Needs, needs)
+    d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 

@@ -178,13 +178,12 @@ class NonlinAttention(Function):
         return None, None, d_weights, d_projected
 
 
-def differentiate(kernels, grad_y, weights, projected, o, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_weights, d_projected = _gradients(
-        op, kernels, (grad_y,), make(Saved, (weights, projected, o)), make(Needs, needs)
-    )
-    d_weights = back(d_weights, weights)
-    d_projected = back(d_projected, projected)
+    needs = make(Needs, needs)
+    d_weights, d_projected = _gradients(op, kernels, grads, saved, needs)
+    d_weights = back(d_weights, saved.weights)
+    d_projected = back(d_projected, saved.projected)
     return d_weights, d_projected
 
 

@@ -253,15 +253,12 @@ class NormActivation(Function):
         return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, statistics, eps, kind, activation, limit):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit,)),
-        None,
-    )  # fmt: skip
-    d_x = back(d_x, x)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 

@@ -21,6 +21,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    back_in_shape,
     is_batched,
     listed,
     make,
@@ -651,28 +652,27 @@ class RelAttention(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-    attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(q) if kernels.backend == "cpu" else None
+    (grad_y,) = grads
+    dtype = promoted(saved.q) if kernels.backend == "cpu" else None
     d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
-        operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
-        operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
-        dtype), operand(key_bias, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
-        operand(starts, None), operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
-        *pos_span,
+        operand(grad_y, dtype), operand(saved.q, dtype), operand(saved.k, dtype), operand(saved.v, dtype),
+        operand(saved.pos, dtype), operand(saved.bias_u, dtype), operand(saved.bias_v, dtype),
+        operand(saved.offset_bias, dtype), operand(saved.offset_gate, dtype), operand(saved.key_bias, dtype),
+        operand(saved.key_padding_mask, None), operand(saved.attn_mask, None), operand(saved.starts, None),
+        operand(saved.dropout_seed, None), saved.y, saved.lse, saved.dropout_p, *saved.context,
+        saved.chunk_size, saved.soft_cap, *saved.pos_span,
     )  # fmt: skip
-    d_q = back(d_q, q)
-    d_k = back(d_k, k)
-    d_v = back(d_v, v)
-    d_pos = back(d_pos, pos)
-    d_bias_u = back(d_bias_u, bias_u)
-    d_bias_v = back(d_bias_v, bias_v)
-    d_offset_bias = back(d_offset_bias, offset_bias)
-    d_offset_gate = back(d_offset_gate, offset_gate)
-    d_key_bias = back(d_key_bias, key_bias)
+    d_q = back(d_q, saved.q)
+    d_k = back(d_k, saved.k)
+    d_v = back(d_v, saved.v)
+    d_pos = back(d_pos, saved.pos)
+    d_bias_u = back(d_bias_u, saved.bias_u)
+    d_bias_v = back(d_bias_v, saved.bias_v)
+    d_offset_bias = back(d_offset_bias, saved.offset_bias)
+    d_offset_gate = back(d_offset_gate, saved.offset_gate)
+    d_key_bias = back_in_shape(d_key_bias, saved.key_bias)
     return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias
 
 

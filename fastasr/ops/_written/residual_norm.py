@@ -214,15 +214,13 @@ class ResidualNorm(Function):
         return None, None, d_x, d_update, d_weight, d_bias, None
 
 
-def differentiate(kernels, grad_y, x, update, weight, bias, statistics, eps):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_update, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps)), None
-    )
-    d_x = back(d_x, x)
-    d_update = back(d_update, update)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    d_x, d_update, d_weight, d_bias = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_update = back(d_update, saved.update)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_update, d_weight, d_bias
 
 

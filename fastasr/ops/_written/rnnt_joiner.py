@@ -393,20 +393,14 @@ class RnntJoiner(Function):
         )
 
 
-def differentiate(
-    kernels, grad_symbol_logprobs, grad_blank_logprobs, am, lm, weight, bias, symbols, starts, boundary,
-    dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits, dropout_p, needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_am, d_lm, d_weight, d_bias = _gradients(
-        op, kernels, (grad_symbol_logprobs, grad_blank_logprobs,), make(Saved, (am, lm, weight, bias, symbols,
-        starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat, keep_logits,
-        dropout_p,)), make(Needs, needs),
-    )  # fmt: skip
-    d_am = back(d_am, am)
-    d_lm = back(d_lm, lm)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    needs = make(Needs, needs)
+    d_am, d_lm, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
+    d_am = back(d_am, saved.am)
+    d_lm = back(d_lm, saved.lm)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_am, d_lm, d_weight, d_bias
 
 

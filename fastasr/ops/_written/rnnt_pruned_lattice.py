@@ -343,18 +343,16 @@ class RnntPrunedLattice(Function):
         return None, None, d_symbol_logprobs, d_blank_logprobs, None, None, None, None
 
 
-def differentiate(
-    kernels, grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares, modified,
-    return_occupation,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = wide(symbol_logprobs, blank_logprobs) if kernels.backend == "cpu" else None
+    (grad_scores,) = grads
+    dtype = wide(saved.symbol_logprobs, saved.blank_logprobs) if kernels.backend == "cpu" else None
     d_symbol_logprobs, d_blank_logprobs = kernels.backward(
-        operand(grad_scores, dtype), scores, shares, operand(starts, None), operand(boundary, None),
-        symbol_logprobs.shape[2], modified,
+        operand(grad_scores, dtype), saved.scores, saved.shares, operand(saved.starts, None),
+        operand(saved.boundary, None), saved.symbol_logprobs.shape[2], saved.modified,
     )  # fmt: skip
-    d_symbol_logprobs = back(d_symbol_logprobs, symbol_logprobs)
-    d_blank_logprobs = back(d_blank_logprobs, blank_logprobs)
+    d_symbol_logprobs = back(d_symbol_logprobs, saved.symbol_logprobs)
+    d_blank_logprobs = back(d_blank_logprobs, saved.blank_logprobs)
     return d_symbol_logprobs, d_blank_logprobs
 
 

@@ -502,22 +502,22 @@ class SegmentAttention(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames, segment_length,
-    left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(query) if kernels.backend == "cpu" else None
-    work = promote_types(promoted(query), torch.float32)
+    (grad_y,) = grads
+    dtype = promoted(saved.query) if kernels.backend == "cpu" else None
+    work = promote_types(promoted(saved.query), torch.float32)
     d_query, d_key, d_value = kernels.backward(
-        operand(grad_y, dtype, dense_channels), operand(query, dtype, dense_channels), operand(key, dtype,
-        dense_channels), operand(value, dtype, dense_channels), operand(lengths, None, as_int64),
-        operand(history, None, as_int64), operand(weights_dropout, work), num_heads, frames, segment_length,
-        left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
+        operand(grad_y, dtype, dense_channels), operand(saved.query, dtype, dense_channels),
+        operand(saved.key, dtype, dense_channels), operand(saved.value, dtype, dense_channels),
+        operand(saved.lengths, None, as_int64), operand(saved.history, None, as_int64),
+        operand(saved.weights_dropout, work), saved.num_heads, saved.frames, saved.segment_length,
+        saved.left_context_length, saved.right_context_length, saved.max_memory_size, saved.past_frames,
+        saved.past_memory,
     )  # fmt: skip
-    d_query = back(d_query, query)
-    d_key = back(d_key, key)
-    d_value = back(d_value, value)
+    d_query = back(d_query, saved.query)
+    d_key = back(d_key, saved.key)
+    d_value = back(d_value, saved.value)
     return d_query, d_key, d_value
 
 

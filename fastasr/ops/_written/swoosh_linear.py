@@ -234,14 +234,13 @@ class SwooshLinear(Function):
         return None, None, d_x, d_weight, d_bias, None, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim)), make(Needs, needs)
-    )
-    d_x = back(d_x, x)
-    d_weight = back(d_weight, weight)
-    d_bias = back(d_bias, bias)
+    needs = make(Needs, needs)
+    d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 

@@ -135,10 +135,10 @@ class SwooshR(Function):
         return None, None, d_x
 
 
-def differentiate(kernels, grad_y, x):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    (d_x,) = _gradients(op, kernels, (grad_y,), make(Saved, (x,)), None)
-    d_x = back(d_x, x)
+    (d_x,) = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
     return (d_x,)
 
 

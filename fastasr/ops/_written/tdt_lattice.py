@@ -304,19 +304,21 @@ class TdtLattice(Function):
         return None, None, d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs, None, None
 
 
-def differentiate(
-    kernels, grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores,
-    shares,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = wide(symbol_logprobs, blank_logprobs, duration_logprobs) if kernels.backend == "cpu" else None
+    (grad_scores,) = grads
+    dtype = (
+        wide(saved.symbol_logprobs, saved.blank_logprobs, saved.duration_logprobs)
+        if kernels.backend == "cpu"
+        else None
+    )
     d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = kernels.backward(
-        operand(grad_scores, dtype), scores, shares, operand(durations, None), operand(boundary, None),
-        symbol_logprobs.shape[1], symbol_logprobs.shape[2],
+        operand(grad_scores, dtype), saved.scores, saved.shares, operand(saved.durations, None),
+        operand(saved.boundary, None), saved.symbol_logprobs.shape[1], saved.symbol_logprobs.shape[2],
     )  # fmt: skip
-    d_symbol_logprobs = back(d_symbol_logprobs, symbol_logprobs)
-    d_blank_logprobs = back(d_blank_logprobs, blank_logprobs)
-    d_duration_logprobs = back(d_duration_logprobs, duration_logprobs)
+    d_symbol_logprobs = back(d_symbol_logprobs, saved.symbol_logprobs)
+    d_blank_logprobs = back(d_blank_logprobs, saved.blank_logprobs)
+    d_duration_logprobs = back(d_duration_logprobs, saved.duration_logprobs)
     return d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs
 
 

@@ -445,22 +445,18 @@ class ToeplitzAttention(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout,
-    mixed, causal, chunk_size, activation, activate_value, needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
+    needs = make(Needs, needs)
     d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
-        padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)), make(Needs,
-        needs),
-    )  # fmt: skip
-    d_query_key = back(d_query_key, query_key)
-    d_gate = back(d_gate, gate)
-    d_value = back(d_value, value)
-    d_qk_weight = back(d_qk_weight, qk_weight)
-    d_qk_bias = back(d_qk_bias, qk_bias)
-    d_position_bias = back(d_position_bias, position_bias)
+        op, kernels, grads, saved, needs
+    )
+    d_query_key = back(d_query_key, saved.query_key)
+    d_gate = back(d_gate, saved.gate)
+    d_value = back(d_value, saved.value)
+    d_qk_weight = back(d_qk_weight, saved.qk_weight)
+    d_qk_bias = back(d_qk_bias, saved.qk_bias)
+    d_position_bias = back(d_position_bias, saved.position_bias)
     return d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias
 
 

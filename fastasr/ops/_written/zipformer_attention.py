@@ -439,21 +439,20 @@ class ZipformerAttention(Function):
         return None, None, d_x, d_pos, d_value, None, None, None, None, None, None, None, None, d_cached_key
 
 
-def differentiate(
-    kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-    query_head_dim, value_heads, chunk_size, left_context_chunks,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(x) if kernels.backend == "cpu" else None
+    (grad_y,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_pos, d_value, d_cached_key = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(pos, dtype), operand(value, dtype),
-        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
-        None), num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.pos, dtype), operand(saved.value,
+        dtype), operand(saved.cached_key, dtype), operand(saved.key_padding_mask, None),
+        operand(saved.attn_mask, None), operand(saved.starts, None), saved.num_heads, saved.query_head_dim,
+        (saved.value_heads or saved.num_heads), saved.chunk_size, saved.left_context_chunks,
     )  # fmt: skip
-    d_x = back(d_x, x)
-    d_pos = back(d_pos, pos)
-    d_value = back(d_value, value)
-    d_cached_key = back(d_cached_key, cached_key)
+    d_x = back(d_x, saved.x)
+    d_pos = back(d_pos, saved.pos)
+    d_value = back(d_value, saved.value)
+    d_cached_key = back(d_cached_key, saved.cached_key)
     return d_x, d_pos, d_value, d_cached_key
 
 

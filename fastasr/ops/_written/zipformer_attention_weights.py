@@ -466,20 +466,19 @@ class ZipformerAttentionWeights(Function):
         return None, None, d_x, d_pos, None, None, None, None, None, None, None, d_cached_key, None, None
 
 
-def differentiate(
-    kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads,
-    query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(x) if kernels.backend == "cpu" else None
+    (grad_weights,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_pos, d_cached_key = kernels.backward(
-        operand(grad_weights, dtype, rows), weights, operand(x, dtype), operand(pos, dtype),
-        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
-        None), num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
+        operand(grad_weights, dtype, rows), saved.weights, operand(saved.x, dtype), operand(saved.pos, dtype),
+        operand(saved.cached_key, dtype), operand(saved.key_padding_mask, None), operand(saved.attn_mask,
+        None), operand(saved.starts, None), saved.num_heads, saved.query_head_dim, saved.chunk_size,
+        saved.left_context_chunks, saved.score_penalty, saved.score_limit,
     )  # fmt: skip
-    d_x = back(d_x, x)
-    d_pos = back(d_pos, pos)
-    d_cached_key = back(d_cached_key, cached_key)
+    d_x = back(d_x, saved.x)
+    d_pos = back(d_pos, saved.pos)
+    d_cached_key = back(d_cached_key, saved.cached_key)
     return d_x, d_pos, d_cached_key
 
 
