@@ -14,6 +14,13 @@ All of them take these arguments besides their joiner's:
 - ``fastemit_lambda`` λ: FastEmit (Yu et al., 2021): gradients through symbol arcs are multiplied by 1 + λ; the value
   of the loss does not change.
 
+In place of a padded am (B, T, C) or padded logits (B, T, ...), losses take packed frames
+(``fastasr.PackedFrames``) of (N, C) or (N, ...). Values and gradients are those of the padded batch; frames of nobody
+have no part in either, whatever they hold. Nothing as wide as the channels or the vocabulary is padded then: only the
+lattice is, (B, S, T) or (B, T, R), which holds a few numbers of each cell. ``longest`` is T there, at least the largest
+length; None is the largest length, for which the host waits on a GPU. Losses in windows take T from ``ranges``. Without
+a boundary, a recording ends with its last frame, and t_end may be at most its length.
+
 An empty transcript (S = 0) is valid; a sequence without frames has the loss 0 if it has no symbols, and +∞ if it has.
 """
 
@@ -25,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
+from fastasr.packed_frames import PackedFrames
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logprobs
 
@@ -89,7 +97,7 @@ def rnnt_loss_smoothed(
 
 
 def rnnt_loss(
-    logits: Tensor,
+    logits: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     boundary: Tensor | None = None,
@@ -100,18 +108,19 @@ def rnnt_loss(
     *,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Returns the loss of a full joiner's logits (B, T, S + 1, C)."""
+    """Returns the loss of a full joiner's logits (B, T, S + 1, C), or packed ones (N, S + 1, C)."""
     op = "rnnt.rnnt_loss"
     delay_penalty, factor = _numbers(op, delay_penalty, fastemit_lambda)
     px, py = logprobs.joint(
-        op, logits, symbols, termination_symbol, boundary, rnnt_type, factor, delay_penalty
+        op, logits, symbols, termination_symbol, boundary, rnnt_type, factor, delay_penalty, longest
     )
     return over_lattice(op, px, py, boundary, reduction, return_grad, zero_infinity)
 
 
 def rnnt_loss_pruned(
-    logits: Tensor,
+    logits: Tensor | PackedFrames,
     symbols: Tensor,
     ranges: Tensor,
     termination_symbol: int,
@@ -125,7 +134,8 @@ def rnnt_loss_pruned(
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Returns the loss of a pruned joiner's logits (B, T, R, C) at the positions in ``ranges`` (B, T, R).
+    """Returns the loss of a pruned joiner's logits (B, T, R, C), or packed ones (N, R, C), at the positions in
+    ``ranges`` (B, T, R).
 
     Paths outside the windows have no probability. ``use_hat_loss``: see ``get_hat_logprobs_pruned``. ``return_grad``
     gives occupations over the whole lattice, (B, S, T + 1) or (B, S, T) and (B, S + 1, T).

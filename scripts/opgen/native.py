@@ -193,7 +193,7 @@ class _Call:
             return "ScalarType::Long"
         if a.name in op.wide:
             return "compute_type(dtype)"
-        converted = op.op.launch is None or a.name in op.dtype_names(op.outputs[0])
+        converted = op.op.launch is None or a.name in (op.one_dtype or op.dtype_names(op.outputs[0]))
         return "dtype" if a.kind == "floating" and converted else ""
 
     def _output_dtype(self, o: Output) -> str:

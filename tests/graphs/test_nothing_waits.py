@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_zipformer_graphs import SIZES, at
 
+from fastasr import PackedFrames
 from fastasr._recording import recorded_by
 from fastasr.graphs import Graphs
 from fastasr.graphs.recording import Recording
@@ -23,20 +24,26 @@ def _fast_conformer(**options):
 
 
 class OnRow(torch.nn.Module):
-    """A FastConformer on a row of fixed length, with the moves of frames to it and back."""
+    """A FastConformer on a row of fixed length, with the moves of frames to it and back, of a batch or PackedFrames."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, packed):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.packed = encoder, packed
 
     def forward(self, x, mask):
-        call = row.packed(self.encoder, Graphs(frames=80, recordings=3), x, mask, lambda hidden: (hidden,))
+        given = (PackedFrames(x.flatten(0, 1), mask.sum(1)), None) if self.packed else (x, mask)
+        options = Graphs(frames=80, recordings=3, longest=40)
+        call = row.packed(self.encoder, options, *given, lambda hidden: hidden if self.packed else (hidden,))
         return call.unpack(row.encoded(self.encoder, *call.arguments))
 
 
-def _on_row():
+def _on_row(packed=False):
     model, inputs = _fast_conformer(layer_drop=0.0)
-    return OnRow(model), inputs
+    return OnRow(model, packed), inputs
+
+
+def _packed_on_row():
+    return _on_row(packed=True)
 
 
 def _zipformer():
@@ -75,7 +82,10 @@ def recorded(model, inputs, train, recording=True):
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("build", [lambda: _fast_conformer(layer_drop=0.0), _on_row, _zipformer, _front_end])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: _fast_conformer(layer_drop=0.0), _on_row, _packed_on_row, _zipformer, _front_end],
+)
 def test_a_recorded_pass_waits_for_nothing(build, train):
     recorded(*build(), train)
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from fastasr import _left
 from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
+from fastasr.packed_frames import PackedFrames, packed
 
 # Recordings shorter than SHORT whose lengths differ by at most LACKING frames share one call of attention, because a
 # call costs more than that much padding. A GPU has work for many recordings at once: there recordings share a call if
@@ -87,6 +88,23 @@ def lengths(
         return found
     _left.note(encoder, f"this batch runs on its padding too: {reason}")
     return None
+
+
+def of_packed(
+    given: PackedFrames, encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], reason: str | None = None
+) -> PackedFrames:
+    """Returns what ``encode`` of a batch (B, T, ...) and its lengths (B,) -> (hidden states (B, T', ...), lengths (B,))
+    makes of PackedFrames: the ragged encoder leaves the padding out again. It waits for the lengths.
+
+    Raises ValueError for ``reason``, if given.
+    """
+    if reason is not None:
+        raise ValueError(
+            f"the call has PackedFrames, but {reason}: pass the padded batch, packed.unpacked(longest)"
+        )
+    given = given.to(given.frames.device)
+    longest = max([1, *given.lengths.tolist()])
+    return packed(*encode(given.unpacked(longest), given.lengths))
 
 
 def why_not_hooked(encoder: torch.nn.Module) -> str | None:

@@ -18,6 +18,7 @@ from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
+    MASKS,
     NOT_MINE,
     applied,
     back,
@@ -29,7 +30,7 @@ from fastasr.ops._runtime import (
     operand,
     promoted,
 )
-from fastasr.ops.zipformer_attention import _check
+from fastasr.ops.zipformer_attention import _check, _fast, _gradients, _launch
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
 
 op = OPS["zipformer_attention"]
@@ -49,6 +50,10 @@ class Arguments(NamedTuple):
     chunk_size: int = -1
     left_context_chunks: int = -1
     cached_key: Tensor | None = None
+    score_penalty: float = 0.0
+    score_limit: float = 25.0
+    act: Tensor | None = None
+    equal: Tensor | None = None
 
 
 class Saved(NamedTuple):
@@ -59,11 +64,15 @@ class Saved(NamedTuple):
     attn_mask: Tensor | None
     starts: Tensor | None
     cached_key: Tensor | None
+    act: Tensor | None
+    equal: Tensor | None
     num_heads: int
     query_head_dim: int
     value_heads: int | None
     chunk_size: int
     left_context_chunks: int
+    score_penalty: float
+    score_limit: float
 
 
 # --------------------------------------------------------------------------- the public function
@@ -81,6 +90,10 @@ def zipformer_attention(
     chunk_size: int = -1,
     left_context_chunks: int = -1,
     cached_key: Tensor | None = None,
+    score_penalty: float = 0.0,
+    score_limit: float = 25.0,
+    act: Tensor | None = None,
+    equal: Tensor | None = None,
 ) -> Tensor:
     """softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]) · value, without the weights in memory.
 
@@ -89,6 +102,11 @@ def zipformer_attention(
             cached_key: as for :func:`fastasr.ops.zipformer_attention_weights`.
         value: (left + T, B, value_heads·dv), of x's dtype.
         value_heads: how many of the heads, from the first on, have values; None: all.
+        score_penalty, score_limit: the gradient of every score s of these heads with |s| > score_limit, hidden or not,
+            gets score_penalty · sign(s), but for keys of other recordings; values are not changed.
+        act: one number on the device of x. If it is 0, there is no penalty.
+        equal: one number on the device of x. If it is not 0, the weights are equal on all keys whose weight, rounded to
+            the dtype of the weights, is not 0; no gradient but that of the penalty flows to x, pos and cached_key then.
     Returns:
         (T, B, value_heads·dv), of x's dtype (autocast's under autocast), accumulated in float32 or better. A query that
         sees no key gets the mean of all values, of its recording with ``starts``, and 0 if it belongs to none.
@@ -101,13 +119,26 @@ def zipformer_attention(
         kernels is not None
         and type(x) in PLAIN
         and x.is_cpu
-        and x.is_contiguous()
-        and (pos is None or type(pos) in PLAIN)
+        and (dtype := x.dtype)
+        and (pos is None or (type(pos) in PLAIN and pos.is_cpu and pos.dtype is dtype))
         and type(value) in PLAIN
-        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
-        and (attn_mask is None or type(attn_mask) in PLAIN)
-        and (starts is None or type(starts) in PLAIN)
-        and (cached_key is None or type(cached_key) in PLAIN)
+        and value.is_cpu
+        and value.dtype is dtype
+        and (key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_cpu))
+        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_cpu))
+        and (starts is None or (type(starts) in PLAIN and starts.is_cpu))
+        and (
+            cached_key is None
+            or (type(cached_key) in PLAIN and cached_key.is_cpu and cached_key.dtype is dtype)
+        )
+        and (
+            act is None
+            or (type(act) in PLAIN and act.is_cpu and act.dtype is dtype and not act.requires_grad)
+        )
+        and (
+            equal is None
+            or (type(equal) in PLAIN and equal.is_cpu and equal.dtype is dtype and not equal.requires_grad)
+        )
         and type(num_heads) is int
         and (num_heads >= 1)
         and type(query_head_dim) is int
@@ -117,6 +148,10 @@ def zipformer_attention(
         and (chunk_size == -1 or chunk_size > 0)
         and type(left_context_chunks) is int
         and (left_context_chunks >= -1)
+        and type(score_penalty) is float
+        and (score_penalty >= 0 and score_penalty < 1e999)
+        and type(score_limit) is float
+        and (score_limit >= 0 and score_limit < 1e999)
         and not is_autocast_enabled("cpu")
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
@@ -130,11 +165,13 @@ def zipformer_attention(
             ):
                 return apply(
                     kernels, True, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-                    attn_mask, starts, chunk_size, left_context_chunks, cached_key,
+                    attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty,
+                    score_limit, act, equal,
                 )  # fmt: skip
-            return kernels.forward(
-                x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-                (value_heads or num_heads), chunk_size, left_context_chunks,
+            return _fast(
+                kernels, False, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
+                attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
+                act, equal,
             )  # fmt: skip
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
@@ -142,12 +179,12 @@ def zipformer_attention(
             # tells what is wrong with the arguments, if anything is
             check(
                 x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-                chunk_size, left_context_chunks, cached_key,
+                chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
             )  # fmt: skip
             raise
     check(
         x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
     )  # fmt: skip
     if is_compiling() or not (
         type(x) in PLAIN
@@ -157,22 +194,25 @@ def zipformer_attention(
         and (attn_mask is None or type(attn_mask) in PLAIN)
         and (starts is None or type(starts) in PLAIN)
         and (cached_key is None or type(cached_key) in PLAIN)
+        and (act is None or type(act) in PLAIN)
+        and (equal is None or type(equal) in PLAIN)
     ):
         return traced(
             x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key,
+            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key),
+            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal),
         )  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
-            left_context_chunks=left_context_chunks, cached_key=cached_key,
+            left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+            score_limit=score_limit, act=act, equal=equal,
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
@@ -182,7 +222,8 @@ def zipformer_attention(
             return formula(
                 x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
                 key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
-                left_context_chunks=left_context_chunks, cached_key=cached_key,
+                left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+                score_limit=score_limit, act=act, equal=equal,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -193,18 +234,20 @@ def zipformer_attention(
         ):
             return apply(
                 kernels, False, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-                attn_mask, starts, chunk_size, left_context_chunks, cached_key,
+                attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
+                act, equal,
             )  # fmt: skip
         y = run_kernels(
             kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key,
+            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, x)
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
-            left_context_chunks=left_context_chunks, cached_key=cached_key,
+            left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+            score_limit=score_limit, act=act, equal=equal,
         )  # fmt: skip
     return y
 
@@ -222,6 +265,10 @@ def check(
     chunk_size: int,
     left_context_chunks: int,
     cached_key: Tensor | None,
+    score_penalty: float,
+    score_limit: float,
+    act: Tensor | None,
+    equal: Tensor | None,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(num_heads) is not int:
@@ -245,6 +292,14 @@ def check(
         op.wrong_int("left_context_chunks", left_context_chunks)
     if not (left_context_chunks >= -1):
         op.fail("left_context_chunks", "at least -1", left_context_chunks)
+    if type(score_penalty) is not float:
+        op.wrong_float("score_penalty", score_penalty)
+    if not (score_penalty >= 0 and score_penalty < 1e999):
+        op.fail("score_penalty", "at least 0 and less than inf", score_penalty)
+    if type(score_limit) is not float:
+        op.wrong_float("score_limit", score_limit)
+    if not (score_limit >= 0 and score_limit < 1e999):
+        op.fail("score_limit", "at least 0 and less than inf", score_limit)
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
         op.wrong_tensor("x", x)
     shape, right = x.shape, False
@@ -327,6 +382,24 @@ def check(
             op.wrong_shape("attn_mask", attn_mask, f"{listed(T, T + L)} or {listed(B, T, T + L)}")
         if attn_mask.device != x.device:
             op.wrong_device("attn_mask", attn_mask, "x", x)
+    if act is not None:
+        if not isinstance(act, Tensor) or act.dtype not in MASKS or act.layout is not torch.strided:
+            op.wrong_tensor("act", act, "a bool or floating tensor")
+        if act.requires_grad:
+            op.fail("act", "a constant", "a tensor that requires a gradient")
+        if act.shape != () and act.shape != (1,):
+            op.wrong_shape("act", act, f"{listed()} or {listed(1)}")
+        if act.device != x.device:
+            op.wrong_device("act", act, "x", x)
+    if equal is not None:
+        if not isinstance(equal, Tensor) or equal.dtype not in MASKS or equal.layout is not torch.strided:
+            op.wrong_tensor("equal", equal, "a bool or floating tensor")
+        if equal.requires_grad:
+            op.fail("equal", "a constant", "a tensor that requires a gradient")
+        if equal.shape != () and equal.shape != (1,):
+            op.wrong_shape("equal", equal, f"{listed()} or {listed(1)}")
+        if equal.device != x.device:
+            op.wrong_device("equal", equal, "x", x)
     if autocast_dtype(x) is None:
         if pos is not None and pos.dtype != x.dtype:
             op.wrong_dtype("pos", pos, "x", x)
@@ -336,38 +409,38 @@ def check(
             op.wrong_dtype("cached_key", cached_key, "x", x)
     _check(
         op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-        starts, chunk_size, left_context_chunks, cached_key),
+        starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal),
     )  # fmt: skip
 
 
 def traced(
     x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts, chunk_size,
-    left_context_chunks, cached_key,
+    left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("zipformer_attention", x):
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
-            left_context_chunks=left_context_chunks, cached_key=cached_key,
+            left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+            score_limit=score_limit, act=act, equal=equal,
         )  # fmt: skip
     return operator(
         x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
     )  # fmt: skip
 
 
 def run_kernels(
     kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-    chunk_size, left_context_chunks, cached_key,
+    chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
-    dtype = y_dtype if kernels.backend == "cpu" else None
-    y = kernels.forward(
-        operand(x, dtype), operand(pos, dtype), operand(value, dtype), operand(cached_key, dtype),
-        operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None), num_heads,
-        query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+    y = _launch(
+        op, kernels, make(Arguments, (x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
+        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act,
+        equal,)), y_dtype, False,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -383,21 +456,33 @@ class ZipformerAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-        attn_mask, starts, chunk_size, left_context_chunks, cached_key,
+        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act,
+        equal,
     ):  # fmt: skip
         if direct:
-            y = kernels.forward(
-                x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-                (value_heads or num_heads), chunk_size, left_context_chunks,
+            y = _fast(
+                kernels, True, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
+                attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
+                act, equal,
             )  # fmt: skip
         else:
             y = run_kernels(
                 kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-                starts, chunk_size, left_context_chunks, cached_key,
+                starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
             )  # fmt: skip
         y = not_a_view(y)
-        ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key)
-        ctx.rest = kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks
+        ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal)
+        ctx.rest = (
+            kernels,
+            direct,
+            num_heads,
+            query_head_dim,
+            value_heads,
+            chunk_size,
+            left_context_chunks,
+            score_penalty,
+            score_limit,
+        )
         return y
 
     @staticmethod
@@ -405,8 +490,18 @@ class ZipformerAttention(Function):
         if is_grad_enabled():
             refuse_double_backward("zipformer_attention")
         # once: a checkpoint gives them one time
-        x, pos, value, key_padding_mask, attn_mask, starts, cached_key = ctx.saved_tensors
-        kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks = ctx.rest
+        x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal = ctx.saved_tensors
+        (
+            kernels,
+            direct,
+            num_heads,
+            query_head_dim,
+            value_heads,
+            chunk_size,
+            left_context_chunks,
+            score_penalty,
+            score_limit,
+        ) = ctx.rest
         if direct and not (
             transforms_active()
             or forward_ad._current_level >= 0
@@ -431,24 +526,41 @@ class ZipformerAttention(Function):
                 None,
                 None,
                 None if cached_key is None else d_cached_key,
+                None,
+                None,
+                None,
+                None,
             )
         d_x, d_pos, d_value, d_cached_key = node_gradients(
             op, kernels, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
-            cached_key, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
+            cached_key, act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
+            score_penalty, score_limit,)),
         )  # fmt: skip
-        return None, None, d_x, d_pos, d_value, None, None, None, None, None, None, None, None, d_cached_key
+        return (
+            None,
+            None,
+            d_x,
+            d_pos,
+            d_value,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            d_cached_key,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    (grad_y,) = grads
-    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
-    d_x, d_pos, d_value, d_cached_key = kernels.backward(
-        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.pos, dtype), operand(saved.value,
-        dtype), operand(saved.cached_key, dtype), operand(saved.key_padding_mask, None),
-        operand(saved.attn_mask, None), operand(saved.starts, None), saved.num_heads, saved.query_head_dim,
-        (saved.value_heads or saved.num_heads), saved.chunk_size, saved.left_context_chunks,
-    )  # fmt: skip
+    d_x, d_pos, d_value, d_cached_key = _gradients(op, kernels, grads, saved, None)
     d_x = back(d_x, saved.x)
     d_pos = back(d_pos, saved.pos)
     d_value = back(d_value, saved.value)
@@ -462,7 +574,8 @@ apply = applied(ZipformerAttention)
 # --------------------------------------------------------------------------- the registered operator
 def fake(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
+    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
+    act=None, equal=None,
 ):  # fmt: skip
     T = x.shape[0]
     B = x.shape[1]
@@ -485,7 +598,7 @@ op.serve(
         deciding=("x",),
         differentiable=("x", "pos", "value", "cached_key"),
         graded={"y": ""},
-        saves=("x", "pos", "value", "key_padding_mask", "attn_mask", "starts", "cached_key"),
+        saves=("x", "pos", "value", "key_padding_mask", "attn_mask", "starts", "cached_key", "act", "equal"),
         autocast=("x", "pos", "value", "cached_key"),
     ),
 )
@@ -493,9 +606,10 @@ operator = register_op(
     op,
     "zipformer_attention(Tensor x, Tensor? pos, Tensor value, SymInt num_heads, SymInt query_head_dim, "
     "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, Tensor? "
-    "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None) -> Tensor",
+    "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None, float "
+    "score_penalty=0.0, float score_limit=25.0, Tensor? act=None, Tensor? equal=None) -> Tensor",
     "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, SymInt num_heads, SymInt "
-    "query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt left_context_chunks) -> (Tensor, "
-    "Tensor, Tensor, Tensor)",
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor? act, Tensor? equal, "
+    "SymInt num_heads, SymInt query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt "
+    "left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor, Tensor)",
 )
