@@ -60,7 +60,7 @@ class Op:
     """A declaration. Calling it on the formula records it and returns the formula.
 
     In the fields that are functions ``a`` holds the arguments by name, ``saved`` the tensors that ``saves`` names and
-    the options, and ``needs`` a bool per floating tensor, or None where kernels give all gradients at once. Each such
+    the options, and ``needs`` a bool per argument, or None where kernels give all gradients at once. Each such
     function has a name in the op's file, which the written file imports.
     """
 

@@ -24,7 +24,6 @@ from fastasr.ops._runtime import (
     result_or_results,
     stand_in,
     transformed_gradients,
-    wanted,
 )
 
 
@@ -140,7 +139,8 @@ def _backward(op: Op, ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     grads = tuple(
         g if not flag or getattr(saved, flag) else None for g, flag in zip(grads, flags, strict=True)
     )
-    needs = wanted(ctx.needs_input_grad, [names.index(name) for name in written.differentiable])
+    # An argument that the dispatcher left out needs no gradient.
+    needs = [*ctx.needs_input_grad, *[False] * len(names)][: len(written.Arguments._fields)]
     found = as_tuple(op.backward_operator(*grads, *saved, *[needs] * written.asks))
     absent = _absent(op, saved, [needs] * written.asks)
     given = {
@@ -151,9 +151,11 @@ def _backward(op: Op, ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
 
 def _absent(op: Op, saved: Saved, needs: Sequence[Sequence[bool]]) -> list[bool]:
     """Says for each floating tensor whether it has no gradient."""
-    names = op.written.differentiable
-    asked = needs[0] if needs else [True] * len(names)
-    return [getattr(saved, name) is None or not need for name, need in zip(names, asked, strict=True)]
+    asked = op.written.Arguments(*needs[0]) if needs else None
+    return [
+        getattr(saved, name) is None or (asked is not None and not getattr(asked, name))
+        for name in op.written.differentiable
+    ]
 
 
 def _run_backward(op: Op, *arguments: Any) -> Tensor | tuple[Tensor, ...]:

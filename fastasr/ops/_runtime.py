@@ -57,11 +57,6 @@ def applied(function: type[Function]) -> Callable:
     return super(Function, function).apply  # type: ignore[misc]  # torch declares no base
 
 
-def wanted(needs_input_grad: Sequence[bool], places: Iterable[int]) -> list[bool]:
-    """Says which floating tensors need a gradient; an argument that the dispatcher left out needs none."""
-    return [i < len(needs_input_grad) and needs_input_grad[i] for i in places]
-
-
 def stand_in(t: Tensor) -> Tensor:
     """Returns a tensor of the same shape and dtype over the memory of one number: a NaN, which shows wherever it is
     read.

@@ -50,7 +50,6 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "codes": [f"{_codes(a)} = {a.codes!r}" for a in op.options if a.codes],
         "arguments_tuple": _named_tuple("Arguments", [(a.name, a.type_text, a) for a in op.arguments]),
         "saved_tuple": _saved_tuple(op),
-        "needs_tuple": _named_tuple("Needs", [(a.name, "bool", None) for a in op.differentiable if op.asks]),
         "deciding": ", ".join(op.deciding),
         "rest": ", ".join(
             ["kernels", "direct", *options, *(f"({name}.shape, {name}.dtype)" for name in op.unread)]
@@ -73,7 +72,7 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "keep": ", keep" * bool(op.keeps),
         "not_keeping": ", False" * bool(op.keeps),
         "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
-        "needed": f", {_needed(op)}" * op.asks,
+        "needed": ", ctx.needs_input_grad[2:]" * op.asks,
         "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
         "no_grads": _no_grads(op, grads),
         "checks": _checks(op),
@@ -222,12 +221,6 @@ def _wanted(op: Declared) -> str:
 def _apply(op: Declared, direct: bool) -> list[str]:
     call = f"return apply(kernels, {direct}, {_names(op.arguments)})"
     return [f"if {_wanted(op)}:\n    {call}"] * bool(op.differentiable)
-
-
-def _needed(op: Declared) -> str:
-    """Returns autograd's answer for each floating tensor; the node's first two arguments are kernels and direct."""
-    places = (op.arguments.index(a) for a in op.differentiable)
-    return f"({', '.join(f'ctx.needs_input_grad[{2 + place}]' for place in places)},)"
 
 
 def _optional(a: Argument, condition: str) -> str:
@@ -434,13 +427,9 @@ def _node_forward(op: Declared) -> list[str]:
     return [f"if direct:\n    {found} = {_native(op, 'True')}\nelse:\n    {checked}"]
 
 
-def _saved_call(op: Declared) -> str:
-    return f"make(Saved, ({', '.join((*op.saves, *(a.name for a in op.options)))},))"
-
-
 def _differentiate(op: Declared, grads: list[str]) -> list[str]:
     found = [f"d_{a.name}" for a in op.differentiable]
-    lines = ["needs = make(Needs, needs)"] * op.asks
+    lines = ["needs = make(Arguments, needs)"] * op.asks
     if op.op.gradients is not None:
         needs = "needs" if op.asks else "None"
         lines.append(f"{_tuple(found)} = {_part(op.op.gradients)}(op, kernels, grads, saved, {needs})")

@@ -77,27 +77,23 @@ class _Call:
         self.numbers = {
             found[0]: self._size(*found.groups()) for found in map(_SHAPE.fullmatch, tokens) if found
         }
-        self.members = [member for token in tokens for member in self._members(token)]
+        self.members = [self._member(token) for token in tokens]
         self.given = {name for name, _ in self.members}
         self.sizes: list[tuple[str, str]] = []  # (type, name) of the sizes that checks bind
 
-    def _members(self, token: str) -> Iterator[tuple[str, str]]:
-        """Yields (name, kind) of the arguments that a token of the declaration stands for."""
+    def _member(self, token: str) -> tuple[str, str]:
+        """Returns (name, kind) of the argument that a token of the declaration stands for."""
         op, token = self.op, re.sub(r"\((\w+) or \w+\)", r"\1", token)
-        needs = [(f"needs_{a.name}", "bool") for a in op.differentiable]
-        members = {"keep": ("keep", "bool")} | {
-            name.replace("_", ".", 1): (name, kind) for name, kind in needs
-        }
-        members |= {
-            name: (name, "tensor or none" if name[:5] == "grad_" and self._may_be_none(o) else "tensor")
-            for o in op.found
-            for name in (o.name, f"grad_{o.name}")
-        }
+        members = {f"needs.{a.name}": (f"needs_{a.name}", "bool") for a in op.differentiable}
         members |= {"*" * (a.kind == "pair") + a.name: (a.name, _kind(a)) for a in op.arguments}
         members |= {token: (name, "int") for token, name in self.numbers.items()}
-        if token != "*needs" and token not in members:
+        for o in op.found:
+            grad = "tensor or none" if self._may_be_none(o) else "tensor"
+            members |= {o.name: (o.name, "tensor"), f"grad_{o.name}": (f"grad_{o.name}", grad)}
+        members["keep"] = "keep", "bool"
+        if token not in members:
             raise ValueError(f"{op.name}: {token}: expected a name in the calls that C++ kernels serve")
-        yield from needs if token == "*needs" else [members[token]]
+        return members[token]
 
     def _size(self, name: str, place: str) -> str:
         return self.op.argument(name).pattern.alternatives[0].dims[int(place)].text

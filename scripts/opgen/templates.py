@@ -15,9 +15,6 @@ family = op.family
 
 
 {saved_tuple}
-
-
-{needs_tuple}
 """
 
 PUBLIC = """

@@ -60,14 +60,6 @@ class Saved(NamedTuple):
     limit: float
 
 
-class Needs(NamedTuple):
-    x: bool
-    update: bool
-    weight: bool
-    bias: bool
-    update_weight: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def add_norm(
     x: Tensor,
@@ -319,15 +311,14 @@ class AddNorm(Function):
             return (None,) * 12
         d_x, d_update, d_weight, d_bias, d_update_weight = node_gradients(
             op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale,
-            kind, update_limit, limit,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3],
-            ctx.needs_input_grad[4], ctx.needs_input_grad[5], ctx.needs_input_grad[9],),
+            kind, update_limit, limit,)), ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, None, d_x, d_update, d_weight, d_bias, None, None, None, d_update_weight, None, None
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_x, d_update, d_weight, d_bias, d_update_weight = _gradients(op, kernels, grads, saved, needs)
     d_x = back(d_x, saved.x)
     d_update = back(d_update, saved.update)

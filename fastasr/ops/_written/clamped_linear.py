@@ -49,17 +49,6 @@ class Saved(NamedTuple):
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"]
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    input_min: bool
-    input_max: bool
-    output_min: bool
-    output_max: bool
-    next_min: bool
-    next_max: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def clamped_linear(
     x: Tensor,
@@ -312,9 +301,7 @@ class ClampedLinear(Function):
         kernels, direct, activation = ctx.rest
         d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max = node_gradients(
             op, kernels, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
-            next_min, next_max, z, activation,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3],
-            ctx.needs_input_grad[5], ctx.needs_input_grad[6], ctx.needs_input_grad[7],
-            ctx.needs_input_grad[8], ctx.needs_input_grad[9], ctx.needs_input_grad[10],),
+            next_min, next_max, z, activation,)), ctx.needs_input_grad[2:],
         )  # fmt: skip
         return (
             None,
@@ -333,7 +320,7 @@ class ClampedLinear(Function):
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max = _gradients(
         op, kernels, grads, saved, needs
     )

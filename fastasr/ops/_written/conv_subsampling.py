@@ -53,14 +53,6 @@ class Saved(NamedTuple):
     left: int
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-    depthwise_weight: bool
-    depthwise_bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def conv_subsampling(
     x: Tensor,
@@ -292,15 +284,14 @@ class ConvSubsampling(Function):
         kernels, direct, left = ctx.rest
         d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = node_gradients(
             op, kernels, (grad_y,), make(Saved, (x, weight, bias, depthwise_weight, depthwise_bias, mask,
-            left,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],
-            ctx.needs_input_grad[5], ctx.needs_input_grad[6],),
+            left,)), ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias, None, None
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     (grad_y,) = grads
     dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = kernels.backward(

@@ -48,12 +48,6 @@ class Saved(NamedTuple):
     padding: tuple[int, int]
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: tuple[int, int] = (0, 0)
@@ -214,20 +208,20 @@ class DepthwiseConv2D(Function):
         x, weight, bias = ctx.saved_tensors
         kernels, direct, padding = ctx.rest
         d_x, d_weight, d_bias = node_gradients(
-            op, kernels, (grad_y,), make(Saved, (x, weight, bias, padding,)), (ctx.needs_input_grad[2],
-            ctx.needs_input_grad[3], ctx.needs_input_grad[4],),
-        )  # fmt: skip
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, padding)), ctx.needs_input_grad[2:]
+        )
         return None, None, d_x, d_weight, d_bias, None
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     (grad_y,) = grads
     dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, dtype), *saved.padding, *needs
-    )
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, dtype), *saved.padding,
+        needs.x, needs.weight, needs.bias,
+    )  # fmt: skip
     if not needs.x:
         d_x = None
     if not needs.weight:

@@ -61,18 +61,6 @@ class Saved(NamedTuple):
     eps: float
 
 
-class Needs(NamedTuple):
-    x: bool
-    input_weight: bool
-    hidden_weight: bool
-    gate_weight: bool
-    gate_bias: bool
-    cell_weight: bool
-    cell_bias: bool
-    hidden: bool
-    cell: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def layer_norm_lstm(
     x: Tensor,
@@ -440,9 +428,7 @@ class LayerNormLstm(Function):
         d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias, d_hidden, d_cell = node_gradients(
             op, kernels, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight,
             hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)),
-            (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],
-            ctx.needs_input_grad[5], ctx.needs_input_grad[6], ctx.needs_input_grad[7],
-            ctx.needs_input_grad[8], ctx.needs_input_grad[9], ctx.needs_input_grad[10],),
+            ctx.needs_input_grad[2:],
         )  # fmt: skip
         return (
             None,
@@ -462,7 +448,7 @@ class LayerNormLstm(Function):
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     (
         d_x,
         d_input_weight,

@@ -35,12 +35,6 @@ class Saved(NamedTuple):
     bias: Tensor | None
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias: ``torch.nn.functional.linear``, faster where another matrix product is.
@@ -180,15 +174,14 @@ class Linear(Function):
         x, weight, bias = ctx.saved_tensors
         kernels, direct = ctx.rest
         d_x, d_weight, d_bias = node_gradients(
-            op, kernels, (grad_y,), make(Saved, (x, weight, bias,)), (ctx.needs_input_grad[2],
-            ctx.needs_input_grad[3], ctx.needs_input_grad[4],),
-        )  # fmt: skip
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias)), ctx.needs_input_grad[2:]
+        )
         return None, None, d_x, d_weight, d_bias
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
     d_x = back(d_x, saved.x)
     d_weight = back(d_weight, saved.weight)

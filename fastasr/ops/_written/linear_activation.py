@@ -41,12 +41,6 @@ class Saved(NamedTuple):
     gated: bool
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def linear_activation(
     x: Tensor,
@@ -219,14 +213,14 @@ class LinearActivation(Function):
         kernels, direct, activation, gated = ctx.rest
         d_x, d_weight, d_bias = node_gradients(
             op, kernels, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated,)),
-            (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],),
+            ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None, None
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
     d_x = back(d_x, saved.x)
     d_weight = back(d_weight, saved.weight)

@@ -34,11 +34,6 @@ class Saved(NamedTuple):
     o: Tensor
 
 
-class Needs(NamedTuple):
-    weights: bool
-    projected: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
     """The core of Zipformer's NonlinAttention: (W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
@@ -172,15 +167,14 @@ class NonlinAttention(Function):
         weights, projected, o = ctx.saved_tensors
         kernels, direct = ctx.rest
         d_weights, d_projected = node_gradients(
-            op, kernels, (grad_y,), make(Saved, (weights, projected, o,)), (ctx.needs_input_grad[2],
-            ctx.needs_input_grad[3],),
-        )  # fmt: skip
+            op, kernels, (grad_y,), make(Saved, (weights, projected, o)), ctx.needs_input_grad[2:]
+        )
         return None, None, d_weights, d_projected
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_weights, d_projected = _gradients(op, kernels, grads, saved, needs)
     d_weights = back(d_weights, saved.weights)
     d_projected = back(d_projected, saved.projected)

@@ -69,13 +69,6 @@ class Saved(NamedTuple):
     dropout_p: float
 
 
-class Needs(NamedTuple):
-    am: bool
-    lm: bool
-    weight: bool
-    bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def rnnt_joiner(
     am: Tensor,
@@ -370,8 +363,7 @@ class RnntJoiner(Function):
         d_am, d_lm, d_weight, d_bias = node_gradients(
             op, kernels, (grad_symbol_logprobs, grad_blank_logprobs,), make(Saved, (am, lm, weight, bias,
             symbols, starts, boundary, dropout_seed, normaliser, s_range, termination_symbol, activation, hat,
-            keep_logits, dropout_p,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3],
-            ctx.needs_input_grad[4], ctx.needs_input_grad[5],),
+            keep_logits, dropout_p,)), ctx.needs_input_grad[2:],
         )  # fmt: skip
         return (
             None,
@@ -395,7 +387,7 @@ class RnntJoiner(Function):
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_am, d_lm, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
     d_am = back(d_am, saved.am)
     d_lm = back(d_lm, saved.lm)

@@ -52,12 +52,6 @@ class Saved(NamedTuple):
     shared_dim: int
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def swoosh_linear(
     x: Tensor,
@@ -229,14 +223,14 @@ class SwooshLinear(Function):
         kernels, direct, kind, shared_dim = ctx.rest
         d_x, d_weight, d_bias = node_gradients(
             op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim,)),
-            (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],),
+            ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None, None, None
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
     d_x = back(d_x, saved.x)
     d_weight = back(d_weight, saved.weight)

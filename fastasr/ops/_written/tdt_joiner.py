@@ -65,13 +65,6 @@ class Saved(NamedTuple):
     dropout_p: float
 
 
-class Needs(NamedTuple):
-    am: bool
-    lm: bool
-    weight: bool
-    bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def tdt_joiner(
     am: Tensor,
@@ -347,15 +340,14 @@ class TdtJoiner(Function):
         d_am, d_lm, d_weight, d_bias = node_gradients(
             op, kernels, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved,
             (am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol,
-            activation, keep_logits, dropout_p,)), (ctx.needs_input_grad[2], ctx.needs_input_grad[3],
-            ctx.needs_input_grad[4], ctx.needs_input_grad[5],),
+            activation, keep_logits, dropout_p,)), ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, None, d_am, d_lm, d_weight, d_bias, None, None, None, None, None, None, None, None
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_am, d_lm, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
     d_am = back(d_am, saved.am)
     d_lm = back(d_lm, saved.lm)

@@ -67,15 +67,6 @@ class Saved(NamedTuple):
     activate_value: bool
 
 
-class Needs(NamedTuple):
-    query_key: bool
-    gate: bool
-    value: bool
-    qk_weight: bool
-    qk_bias: bool
-    position_bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def toeplitz_attention(
     query_key: Tensor,
@@ -424,8 +415,7 @@ class ToeplitzAttention(Function):
         d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = node_gradients(
             op, kernels, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
             padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)),
-            (ctx.needs_input_grad[2], ctx.needs_input_grad[3], ctx.needs_input_grad[4],
-            ctx.needs_input_grad[5], ctx.needs_input_grad[6], ctx.needs_input_grad[7],),
+            ctx.needs_input_grad[2:],
         )  # fmt: skip
         return (
             None,
@@ -447,7 +437,7 @@ class ToeplitzAttention(Function):
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
+    needs = make(Arguments, needs)
     d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = _gradients(
         op, kernels, grads, saved, needs
     )

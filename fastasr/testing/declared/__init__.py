@@ -60,7 +60,13 @@ class Declared:
         self.backward_results = results.split() or [a.name for a in self.differentiable]
         # Only the forward call has the flags that ask for outputs.
         options = [name for name in options if not name.startswith("return_")]
-        tokens = words(backward) or [*always, *tensors, *(o.name for o in self.keeps), *options]
+        needs = " ".join(f"needs.{a.name}" for a in self.differentiable)
+        tokens = words(backward.replace("*needs", needs)) or [
+            *always,
+            *tensors,
+            *(o.name for o in self.keeps),
+            *options,
+        ]
         self.backward = [always[0] if always and token == "grad" else token for token in tokens]
         shapes = any(".shape[" in token for token in tokens)
         self.unread = [a.name for a in self.differentiable if shapes and a.name not in tokens]
