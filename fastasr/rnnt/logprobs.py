@@ -79,7 +79,7 @@ def get_rnnt_logprobs_smoothed(
 def additive(
     op: str,
     lm: Tensor,
-    am: Tensor,
+    am: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     lm_only_scale: float,
@@ -88,22 +88,23 @@ def additive(
     rnnt_type: str,
     symbol_gradient: float = 1.0,
     delay_penalty: float = 0.0,
+    longest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes (px, py) of the additive joiner for the function ``op``."""
     arguments.floating(op, "lm", lm, "(B, S + 1, C)")
-    arguments.floating(op, "am", am, "(B, T, C)")
-    (batch, positions, classes), frames = lm.shape, am.shape[1]
+    am, frames = frames_of(op, "am", am, "(B, T, C)", longest)
+    batch, positions, classes = lm.shape
     _check.shape(op, "lm", lm, "(B, S + 1, C) with S >= 0, C >= 1", positions >= 1 and classes >= 1)
-    fits = am.shape[0] == batch and am.shape[2] == classes
+    fits = frames.batch == batch and am.shape[2] == classes
     _check.shape(op, "am", am, f"({batch}, T, {classes})", fits)
     _check.same_device(op, "am", am, lm, "lm")
     arguments.choice(op, "rnnt_type", rnnt_type, arguments.RNNT_TYPES)
     arguments.class_index(op, "termination_symbol", termination_symbol, classes)
     lm_only_scale = _check.number(op, "lm_only_scale", lm_only_scale)
     am_only_scale = _check.number(op, "am_only_scale", am_only_scale)
-    boundary = arguments.boundary(op, boundary, batch, positions - 1, frames, lm)
+    boundary = frames.boundary(op, boundary, positions - 1, lm)
     symbols = arguments.symbols(op, symbols, batch, positions - 1, classes, boundary, lm)
-    px, py = additive_logprobs(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale)
+    px, py = additive_logprobs(lm, am, frames, symbols, termination_symbol, lm_only_scale, am_only_scale)
     return lattice(op, px, py, boundary, rnnt_type, symbol_gradient, delay_penalty)
 
 

@@ -39,7 +39,7 @@ from fastasr.rnnt import _check, logprobs
 
 def rnnt_loss_simple(
     lm: Tensor,
-    am: Tensor,
+    am: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     boundary: Tensor | None = None,
@@ -50,27 +50,28 @@ def rnnt_loss_simple(
     *,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Returns the loss of the joiner whose logits are am[b, t] + lm[b, s]. Besides the gradients it allocates nothing
     of size (B, T, S, C) or (B, T, C).
 
     Args:
         lm: (B, S + 1, C).
-        am: (B, T, C).
+        am: (B, T, C), or packed frames (N, C).
         symbols: (B, S), integers in [0, C).
         termination_symbol: blank, in [0, C).
     """
     op = "rnnt.rnnt_loss_simple"
     delay_penalty, factor = _numbers(op, delay_penalty, fastemit_lambda)
     px, py = logprobs.additive(
-        op, lm, am, symbols, termination_symbol, 0.0, 0.0, boundary, rnnt_type, factor, delay_penalty
+        op, lm, am, symbols, termination_symbol, 0.0, 0.0, boundary, rnnt_type, factor, delay_penalty, longest
     )
     return over_lattice(op, px, py, boundary, reduction, return_grad, zero_infinity)
 
 
 def rnnt_loss_smoothed(
     lm: Tensor,
-    am: Tensor,
+    am: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     lm_only_scale: float = 0.1,
@@ -83,6 +84,7 @@ def rnnt_loss_smoothed(
     *,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Returns the loss of ``rnnt_loss_simple`` with log-probabilities interpolated by
     ``get_rnnt_logprobs_smoothed``.
@@ -91,7 +93,7 @@ def rnnt_loss_smoothed(
     delay_penalty, factor = _numbers(op, delay_penalty, fastemit_lambda)
     scales = lm_only_scale, am_only_scale
     px, py = logprobs.additive(
-        op, lm, am, symbols, termination_symbol, *scales, boundary, rnnt_type, factor, delay_penalty
+        op, lm, am, symbols, termination_symbol, *scales, boundary, rnnt_type, factor, delay_penalty, longest
     )
     return over_lattice(op, px, py, boundary, reduction, return_grad, zero_infinity)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastasr
 from fastasr import rnnt
+from fastasr.rnnt import additive
 from fastasr.rnnt import lengths as by_lengths
 
 WIDTH, CLASSES, BLANK = 5, 7, 2
@@ -81,7 +82,7 @@ def problem(lengths, ends, outputs=CLASSES, width=WIDTH):
         draw(batch, length + 1, width),
         draw(outputs, width),
         draw(outputs),
-        torch.randint(0, CLASSES, (batch, length)),
+        (torch.randint(1, CLASSES, (batch, length)) + BLANK) % CLASSES,  # all but blank
         torch.tensor(lengths),
         torch.tensor(ends),
     )
@@ -137,6 +138,16 @@ def joiner_losses(p, **options):
     return by_lengths.joiner_losses(*p.joiner, given, p.ends, BLANK, **options)
 
 
+def simple(p, **options):
+    return rnnt.rnnt_loss_simple(p.lm, p.frames, p.symbols, BLANK, p.boundary, reduction="none", **options)
+
+
+def smoothed(p, **options):
+    scales = 0.2, 0.1
+    call = p.lm, p.frames, p.symbols, BLANK, *scales, p.boundary
+    return rnnt.rnnt_loss_smoothed(*call, reduction="none", **options)
+
+
 def tdt_joiner_loss(p, **options):
     given = None if isinstance(p.frames, fastasr.PackedFrames) else p.lengths
     return rnnt.tdt_joiner_loss(*p.joiner, given, p.ends, BLANK, DURATIONS, reduction="none", **options)
@@ -151,6 +162,9 @@ def tdt_loss(p, **options):
 
 
 LOSSES = {
+    "simple": (simple, {}),
+    "simple, constrained": (simple, {"rnnt_type": "constrained", "delay_penalty": 0.1}),
+    "smoothed": (smoothed, {"fastemit_lambda": 0.2}),
     "rnnt_loss": (rnnt_loss, {}),
     "rnnt_loss, modified": (rnnt_loss, {"rnnt_type": "modified", "fastemit_lambda": 0.1}),
     "joiner_loss": (joiner_loss, {"keep_logits": False}),
@@ -168,8 +182,10 @@ WINDOWED = {
 }
 
 
-def outputs_of(name):
-    return CLASSES + len(DURATIONS) * name.startswith("tdt")
+def problem_of(name, case):
+    """Returns a problem for a loss. The additive joiner has a channel for each class."""
+    width = CLASSES if name.startswith(("simple", "smoothed")) else WIDTH
+    return problem(*LENGTHS[case], CLASSES + len(DURATIONS) * name.startswith("tdt"), width)
 
 
 def gradients(losses, p):
@@ -203,7 +219,7 @@ def check_against_padded(of_padded, of_packed, call):
 @pytest.mark.parametrize("name", LOSSES)
 def test_as_on_the_padded_batch(name, case):
     call, options = LOSSES[name]
-    p = problem(*LENGTHS[case], outputs_of(name))
+    p = problem_of(name, case)
     longest = p.frames.shape[1]
     check_against_padded(
         leaves_of(p),
@@ -212,18 +228,34 @@ def test_as_on_the_padded_batch(name, case):
     )
 
 
+@pytest.mark.parametrize("name", ["rnnt_loss", "joiner_loss", "smoothed", "tdt_joiner_loss"])
+def test_compiled_without_a_break(name):
+    call, options = LOSSES[name]
+    p = packed(problem_of(name, "ragged"))
+    longest = int(p.lengths.max())
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(frames, lm, weight, bias):
+        given = p.frames._replace(frames=frames)
+        return call(replace(p, frames=given, lm=lm, weight=weight, bias=bias), **options, longest=longest)
+
+    found, expected = compiled(*p.leaves()), call(p, **options)
+    agree(found, expected)
+    agree(gradients(found, p), gradients(expected, p))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_formulas_in_eager_pytorch(name):
     call, options = LOSSES[name]
-    p = problem(*LENGTHS["ragged"], outputs_of(name))
+    p = problem_of(name, "ragged")
     with fastasr.backend("eager"):
         check_against_padded(leaves_of(p), packed(p), lambda one: call(one, **options))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"smoothed"}))  # its unigram is over the whole batch
 def test_as_each_recording_alone(name):
     call, options = LOSSES[name]
-    p = problem(*LENGTHS["ragged"], outputs_of(name))
+    p = problem_of(name, "ragged")
     found = call(packed(p, 0), **options)
     for b, loss in enumerate(found):
         agree(loss, call(alone(p, b), **options)[0])
@@ -260,6 +292,39 @@ def test_log_probabilities_in_windows():
     expected = rnnt.rnnt_loss_pruned(logits, p.symbols, ranges, BLANK, p.boundary, return_grad=True)
     found = rnnt.rnnt_loss_pruned(rows, p.symbols, ranges, BLANK, p.boundary, return_grad=True)
     agree(found, expected)
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("batched", [False, True], ids=["recording by recording", "as on a GPU"])
+@pytest.mark.parametrize("name", ["simple", "smoothed"])
+def test_additive_joiner_in_slices(name, batched, case, monkeypatch):
+    monkeypatch.setattr(additive, "_SLICE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(additive, "_batched", lambda x: batched)
+    call, options = LOSSES[name]
+    p = problem_of(name, case)
+    if case == "ragged":  # a slice has 16 frames or more
+        p = replace(p, frames=p.frames.repeat(1, 5, 1), lengths=p.lengths * 5)
+    check_against_padded(leaves_of(p), packed(p), lambda one: call(one, **options))
+
+
+@pytest.mark.parametrize("rnnt_type", ["regular", "modified"])
+def test_sequence_of_a_pruned_transducer(rnnt_type):
+    """The unigram of a smoothed loss is over the whole batch, so no recording is compared alone."""
+    p = problem_of("smoothed", "ragged")
+
+    def call(p, longest=None):
+        head = p.symbols, BLANK, 0.25, 0.1, p.boundary, rnnt_type
+        simple, occupations = rnnt.rnnt_loss_smoothed(
+            p.lm, p.frames, *head, return_grad=True, longest=longest
+        )
+        ranges = rnnt.get_rnnt_prune_ranges(*occupations, p.boundary, 3)
+        pruned = rnnt.pruned_joiner_loss(*p.joiner, ranges, BLANK, p.boundary, rnnt_type, zero_infinity=True)
+        return torch.stack((simple, pruned))
+
+    expected, found = call(p), call(packed(p), p.frames.shape[1])
+    assert expected.isfinite().all()
+    agree(found, expected)
+    agree(call(packed(p)), expected)
 
 
 def test_without_a_boundary_recordings_end_with_their_frames():

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from fastasr import _left
 from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
+from fastasr.models.common.row import RowFrames
 from fastasr.packed_frames import PackedFrames, packed
 
 # Recordings shorter than SHORT whose lengths differ by at most LACKING frames share one call of attention, because a
@@ -33,6 +34,8 @@ LACKING_ON_GPU = 256
 
 # Hooks that serve packed frames too: those of FSDP, and those of transformers' outputs, which record only if asked for.
 _HARMLESS = "torch.distributed.", "transformers.utils.output_capturing"
+
+REFUSED = "the call has PackedFrames, but {}: pass the padded batch, packed.unpacked(longest)"
 
 _all_padded = False
 
@@ -99,9 +102,7 @@ def of_packed(
     Raises ValueError for ``reason``, if given.
     """
     if reason is not None:
-        raise ValueError(
-            f"the call has PackedFrames, but {reason}: pass the padded batch, packed.unpacked(longest)"
-        )
+        raise ValueError(REFUSED.format(reason))
     given = given.to(given.frames.device)
     longest = max([1, *given.lengths.tolist()])
     return packed(*encode(given.unpacked(longest), given.lengths))
@@ -156,6 +157,15 @@ class Packing:
     @property
     def on_gpu(self) -> bool:
         return on_gpu(self.device)
+
+    @property
+    def count(self) -> int:
+        """The number of recordings."""
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
     def _lacking(self, longest: int) -> int:
         if self.on_gpu:
@@ -337,6 +347,10 @@ class Rate:
         """Returns rows (N, ...) as (N', factor, ...): a recording ends with its own last frame, repeated."""
         return _Grouped.apply(rows, self).unflatten(0, (-1, self.factor))
 
+    def averaged(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Returns Σ_i weights[i] grouped[:, i], (N', ...), for weights (factor,)."""
+        return (self.grouped(rows) * weights.view(-1, *(1,) * (rows.dim() - 1))).sum(1)
+
     def upsampled(self, rows: Tensor) -> Tensor:
         """Returns rows (N', ...) of ``slower``, repeated, as (N, ...)."""
         return _Upsampled.apply(rows, self)
@@ -426,7 +440,7 @@ class _Upsampled(Function):
 
 
 @contextmanager
-def in_use(packing: Packing | None) -> Iterator[None]:
+def in_use(packing: Packing | RowFrames | None) -> Iterator[None]:
     """Has ``current()`` return this packing, or None, in this thread, inside the block."""
     before, _local.packing = current(), packing
     try:
@@ -435,9 +449,15 @@ def in_use(packing: Packing | None) -> Iterator[None]:
         _local.packing = before
 
 
-def current() -> Packing | None:
+def current() -> Packing | RowFrames | None:
     """Returns the packing of the frames that modules in this thread get now, or None where they get padded batches."""
     return getattr(_local, "packing", None)
+
+
+def frames_of_nobody() -> Tensor | None:
+    """Returns True at frames of nobody, (1, N), where modules in this thread get a row that has some."""
+    packing = current()
+    return packing.hidden if isinstance(packing, RowFrames) else None
 
 
 def with_zeros(pieces: Sequence[Tensor], slots: Sequence[int]) -> Tensor:

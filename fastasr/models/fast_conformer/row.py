@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_watched, runs
-from fastasr.models.common.row import Capacity, Packed, Spans, why_beyond
+from fastasr.models.common.row import Capacity, Packed, Spans, all_frames, why_beyond
 from fastasr.models.fast_conformer import ragged
 from fastasr.models.fast_conformer.block import through_blocks
 from fastasr.models.fast_conformer.convolution import is_batch_norm
@@ -66,11 +66,6 @@ def packed(
     reason = ragged.obstacle_of_call(encoder)
     convs = [layer.conv.depthwise_conv for layer in encoder.layers]
     return reason or laid_out(capacity, features, lengths, encoder.subsampling.layers, convs, finish)
-
-
-def all_frames(features: Tensor) -> Tensor:
-    """Returns the lengths (B,) of features (B, T, ...) without padding."""
-    return torch.full(features.shape[:1], features.shape[1], device=features.device, dtype=torch.int64)
 
 
 def laid_out(

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastasr.graphs import Graphs
 from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.plain import is_plain_named, is_watched, runs
-from fastasr.models.common.row import Capacity, Packed, Spans
+from fastasr.models.common.row import Capacity, Packed, Spans, all_frames
 from fastasr.models.fast_conformer.convolution import is_batch_norm
-from fastasr.models.fast_conformer.row import all_frames, laid_out
+from fastasr.models.fast_conformer.row import laid_out
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
 from fastasr.packed_frames import PackedFrames
 from fastasr.swap.forwards import attention, layers
