@@ -30,9 +30,9 @@ def _call(
     return call | more
 
 
-def _short(make: Make, batch: int, frames: int, length: int, *sizes: int, **more: Any) -> dict:
+def _short(make: Make, batch: int, frames: int, length: int, d: int, v: int, n: int, **more: Any) -> dict:
     """Makes windows that end before the last context. Every row then has a symbol, so all values are finite."""
-    return _call(make, batch, frames, length, *sizes, **more) | {"s_range": length}
+    return _call(make, batch, frames, length, d, v, n, **more) | {"s_range": length}
 
 
 def _ragged(make: Make, **more: Any) -> dict:
