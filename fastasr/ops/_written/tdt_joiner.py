@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=tdt_joiner` writes this file from fastasr/ops/tdt_joiner.py: change that one.
-"""the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × S × V logits"""
+"""the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × R × V logits"""
 
 from typing import Literal, NamedTuple
 
@@ -40,6 +40,8 @@ class Arguments(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     symbols: Tensor
+    starts: Tensor
+    s_range: int
     durations: int
     termination_symbol: int
     boundary: Tensor | None = None
@@ -55,9 +57,11 @@ class Saved(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     symbols: Tensor
+    starts: Tensor
     boundary: Tensor | None
     dropout_seed: Tensor | None
     normaliser: Tensor
+    s_range: int
     durations: int
     termination_symbol: int
     activation: Literal["tanh", "relu"]
@@ -72,7 +76,9 @@ def tdt_joiner(
     weight: Tensor,
     bias: Tensor | None,
     symbols: Tensor,
+    starts: Tensor,
     *,
+    s_range: int,
     durations: int,
     termination_symbol: int,
     boundary: Tensor | None = None,
@@ -81,28 +87,27 @@ def tdt_joiner(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × S × V logits.
+    """Returns the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × R × V logits.
 
     Args:
-        am, lm, symbols, termination_symbol, boundary, activation, dropout_p, dropout_seed: as for
+        am, lm, symbols, starts, s_range, termination_symbol, boundary, activation, dropout_p, dropout_seed: as for
             :func:`fastasr.ops.rnnt_joiner`, with V tokens.
         weight: (V + durations, D); bias: (V + durations,) or None: the output layer, in the dtype of am + lm, except
             under autocast, which casts them.
         durations: N, the number of outputs behind the tokens.
-        keep_logits: keep logits for the backward (4 B T (S + 1) (V + D) bytes) or compute them again; None: by their
-            size.
+        keep_logits: keep logits for the backward (4 B T R (V + D) bytes) or compute them again; None: by their size.
     Returns:
-        (B, T, S), (B, T, S + 1) and (B, T, S + 1, N), float32 (float64 for float64), which ``tdt_lattice`` takes. All
-        are -inf outside the boundary, symbol_logprobs at s_end too. Rows outside it, and in the backward pass
-        rows whose gradients are all 0, are not computed.
+        (B, T, R), (B, T, R) and (B, T, R, N), float32 (float64 for float64). Of the full lattice, ``tdt_lattice`` takes
+        them, the first without its last column. All are -inf outside the boundary, symbol_logprobs where s has no
+        symbol too. Rows outside it, and in the backward pass rows whose gradients are all 0, are not computed.
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or names do not match; symbols or boundary out of range, for CPU tensors outside
-            ``torch.compile`` (see ``rnnt_joiner``).
+        ValueError: shapes, devices or names do not match; symbols, starts or boundary out of range, for CPU tensors
+            outside ``torch.compile`` (see ``rnnt_joiner``).
     """
     check(
-        am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-        dropout_p, dropout_seed,
+        am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+        keep_logits, dropout_p, dropout_seed,
     )  # fmt: skip
     if is_compiling() or not (
         type(am) in PLAIN
@@ -110,24 +115,25 @@ def tdt_joiner(
         and type(weight) in PLAIN
         and (bias is None or type(bias) in PLAIN)
         and type(symbols) in PLAIN
+        and type(starts) in PLAIN
         and (boundary is None or type(boundary) in PLAIN)
         and (dropout_seed is None or type(dropout_seed) in PLAIN)
     ):
         return traced(
-            am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-            dropout_p, dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
-            op, Arguments(am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed),
+            op, Arguments(am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+            boundary, activation, keep_logits, dropout_p, dropout_seed),
         )  # fmt: skip
     kernels = family.kernels(am, lm, weight, bias)
     if kernels is None:
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     cast_dtype = autocast_dtype(am)
     if cast_dtype is not None:
@@ -135,9 +141,9 @@ def tdt_joiner(
         kernels = family.kernels(am, lm, weight, bias)
         if kernels is None:
             return formula(
-                am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-                boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-                dropout_seed=dropout_seed,
+                am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+                termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+                keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -147,19 +153,19 @@ def tdt_joiner(
             or (bias is not None and bias.requires_grad)
         ):
             return apply(
-                kernels, False, am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-                activation, keep_logits, dropout_p, dropout_seed,
+                kernels, False, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+                boundary, activation, keep_logits, dropout_p, dropout_seed,
             )  # fmt: skip
         symbol_logprobs, blank_logprobs, duration_logprobs, _ = run_kernels(
-            kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed, False,
+            kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, am, lm, weight, bias)
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     return symbol_logprobs, blank_logprobs, duration_logprobs
 
@@ -170,6 +176,8 @@ def check(
     weight: Tensor,
     bias: Tensor | None,
     symbols: Tensor,
+    starts: Tensor,
+    s_range: int,
     durations: int,
     termination_symbol: int,
     boundary: Tensor | None,
@@ -179,6 +187,10 @@ def check(
     dropout_seed: Tensor | None,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
+    if type(s_range) is not int:
+        op.wrong_int("s_range", s_range)
+    if not (s_range >= 1):
+        op.fail("s_range", "at least 1", s_range)
     if type(durations) is not int:
         op.wrong_int("durations", durations)
     if not (durations >= 1):
@@ -198,6 +210,7 @@ def check(
     shape, right = am.shape, False
     if len(shape) == 3:
         B = shape[0]
+        T = shape[1]
         D = shape[2]
         right = True
     if not right:
@@ -222,6 +235,12 @@ def check(
         op.wrong_shape("lm", lm, listed(B, S + 1, D))
     if lm.device != am.device:
         op.wrong_device("lm", lm, "am", am)
+    if not isinstance(starts, Tensor) or starts.dtype not in INTEGERS or starts.layout is not torch.strided:
+        op.wrong_tensor("starts", starts, "a tensor of integers")
+    if starts.shape != (B, T):
+        op.wrong_shape("starts", starts, listed(B, T))
+    if starts.device != am.device:
+        op.wrong_device("starts", starts, "am", am)
     if boundary is not None:
         if (
             not isinstance(boundary, Tensor)
@@ -262,40 +281,41 @@ def check(
         if bias.device != am.device:
             op.wrong_device("bias", bias, "am", am)
     _check(
-        op, Arguments(am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-        keep_logits, dropout_p, dropout_seed),
+        op, Arguments(am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+        activation, keep_logits, dropout_p, dropout_seed),
     )  # fmt: skip
 
 
 def traced(
-    am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-    dropout_p, dropout_seed,
+    am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+    keep_logits, dropout_p, dropout_seed,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rnnt_joiner", am, lm, weight, bias):
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     symbol_logprobs, blank_logprobs, duration_logprobs, _ = operator(
-        am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-        dropout_p, dropout_seed, is_grad_enabled() and (am.requires_grad or lm.requires_grad or
+        am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+        keep_logits, dropout_p, dropout_seed, is_grad_enabled() and (am.requires_grad or lm.requires_grad or
         weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return symbol_logprobs, blank_logprobs, duration_logprobs
 
 
 def run_kernels(
-    kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-    dropout_p, dropout_seed, keep,
+    kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+    activation, keep_logits, dropout_p, dropout_seed, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     symbol_logprobs_dtype = wide(am, lm, weight)
     normaliser_dtype = torch.float64
     symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = _launch(
-        op, kernels, make(Arguments, (am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-        activation, keep_logits, dropout_p, dropout_seed,)), symbol_logprobs_dtype, keep,
+        op, kernels, make(Arguments, (am, lm, weight, bias, symbols, starts, s_range, durations,
+        termination_symbol, boundary, activation, keep_logits, dropout_p, dropout_seed,)),
+        symbol_logprobs_dtype, keep,
     )  # fmt: skip
     if symbol_logprobs.dtype is not symbol_logprobs_dtype:
         symbol_logprobs = symbol_logprobs.to(symbol_logprobs_dtype)
@@ -316,18 +336,18 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 class TdtJoiner(Function):
     @staticmethod
     def forward(
-        ctx, kernels, direct, am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-        activation, keep_logits, dropout_p, dropout_seed,
+        ctx, kernels, direct, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+        boundary, activation, keep_logits, dropout_p, dropout_seed,
     ):  # fmt: skip
         symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = run_kernels(
-            kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed, True,
+            kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, True,
         )  # fmt: skip
         symbol_logprobs = not_a_view(symbol_logprobs)
         blank_logprobs = not_a_view(blank_logprobs)
         duration_logprobs = not_a_view(duration_logprobs)
-        ctx.save_for_backward(am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser)
-        ctx.rest = kernels, direct, durations, termination_symbol, activation, keep_logits, dropout_p
+        ctx.save_for_backward(am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser)
+        ctx.rest = kernels, direct, s_range, durations, termination_symbol, activation, keep_logits, dropout_p
         return symbol_logprobs, blank_logprobs, duration_logprobs
 
     @staticmethod
@@ -335,14 +355,31 @@ class TdtJoiner(Function):
         if is_grad_enabled():
             refuse_double_backward("tdt_joiner")
         # once: a checkpoint gives them one time
-        am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser = ctx.saved_tensors
-        kernels, direct, durations, termination_symbol, activation, keep_logits, dropout_p = ctx.rest
+        am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
+        kernels, direct, s_range, durations, termination_symbol, activation, keep_logits, dropout_p = ctx.rest
         d_am, d_lm, d_weight, d_bias = node_gradients(
             op, kernels, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved,
-            (am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol,
-            activation, keep_logits, dropout_p,)), ctx.needs_input_grad[2:],
+            (am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
+            termination_symbol, activation, keep_logits, dropout_p,)), ctx.needs_input_grad[2:],
         )  # fmt: skip
-        return None, None, d_am, d_lm, d_weight, d_bias, None, None, None, None, None, None, None, None
+        return (
+            None,
+            None,
+            d_am,
+            d_lm,
+            d_weight,
+            d_bias,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def differentiate(kernels, grads, saved, needs=None):
@@ -361,18 +398,17 @@ apply = applied(TdtJoiner)
 
 # --------------------------------------------------------------------------- the registered operator
 def fake(
-    am, lm, weight, bias, symbols, durations, termination_symbol, boundary=None, activation='tanh',
-    keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
+    am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary=None,
+    activation='tanh', keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(am, lm, weight, bias) is not None
     B = am.shape[0]
     T = am.shape[1]
-    S = symbols.shape[1]
     return (
-        torch.empty((B, T, S), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1, durations), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1) if keep else (0,), dtype=torch.float64, device=am.device),
+        torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range, durations), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range) if keep else (0,), dtype=torch.float64, device=am.device),
     )
 
 
@@ -391,7 +427,7 @@ op.serve(
         deciding=("am", "lm", "weight", "bias"),
         differentiable=("am", "lm", "weight", "bias"),
         graded={"symbol_logprobs": "", "blank_logprobs": "", "duration_logprobs": ""},
-        saves=("am", "lm", "weight", "bias", "symbols", "boundary", "dropout_seed", "normaliser"),
+        saves=("am", "lm", "weight", "bias", "symbols", "starts", "boundary", "dropout_seed", "normaliser"),
         kept=("normaliser",),
         asks=True,
         autocast=("weight", "bias"),
@@ -399,11 +435,13 @@ op.serve(
 )
 operator = register_op(
     op,
-    "tdt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, SymInt durations, "
-    'SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", bool? keep_logits=None, '
-    "float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    "tdt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor starts, SymInt "
+    's_range, SymInt durations, SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", '
+    "bool? keep_logits=None, float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, "
+    "Tensor, Tensor, Tensor)",
     "tdt_joiner_backward(Tensor? grad_symbol_logprobs, Tensor? grad_blank_logprobs, Tensor? "
-    "grad_duration_logprobs, Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor? "
-    "boundary, Tensor? dropout_seed, Tensor normaliser, SymInt durations, SymInt termination_symbol, str "
-    "activation, bool? keep_logits, float dropout_p, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "grad_duration_logprobs, Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor "
+    "starts, Tensor? boundary, Tensor? dropout_seed, Tensor normaliser, SymInt s_range, SymInt durations, "
+    "SymInt termination_symbol, str activation, bool? keep_logits, float dropout_p, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
 )
