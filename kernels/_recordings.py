@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recordings that lie one after the other in a sequence: the frames between two starts are one recording.
 
-``recordings_of`` compares frames with the starts where a kernel needs them once. Kernels that need them for every tile
-read them from a table, which ``bounds`` makes in one launch.
+Kernels read where the recordings of frames begin and end from a table, which ``bounds`` makes in one launch: to compare
+the frames of every tile with the starts would take longer than the tile.
 """
 
 import torch
@@ -18,7 +18,8 @@ TABLE = {"BLOCK": 128, "num_warps": 4}
 
 @triton.jit
 def recordings_of(i, STARTS, count):
-    """Returns [first, end) of the recordings of frames i, [i, i) for a frame that belongs to none."""
+    """Returns [first, end) of the recordings of frames i. A frame of none has the next start, or the last one, as both:
+    neither number decreases along the frames."""
     first = tl.full(i.shape, -1, tl.int32)
     end = tl.full(i.shape, LAST, tl.int32)
     for n in range(0, count, RECORDINGS):
@@ -28,8 +29,8 @@ def recordings_of(i, STARTS, count):
         begun = start <= i[:, None]  # [frames, RECORDINGS]
         first = tl.maximum(first, tl.max(tl.where(begun, start, -1), axis=1))
         end = tl.minimum(end, tl.min(tl.where(begun, LAST, start), axis=1))
-    none = (first < 0) | (end == LAST)
-    return tl.where(none, i, first), tl.where(none, i, end)
+    begun, ended = tl.where(first < 0, end, first), tl.where(end == LAST, first, end)
+    return begun, ended
 
 
 @triton.jit(do_not_specialize=["frames", "count"], do_not_specialize_on_alignment=["STARTS"])
@@ -37,13 +38,13 @@ def bounds_kernel(STARTS, OUT, frames, count, BLOCK: tl.constexpr):
     """Writes [first, end) of the recordings of a block of frames, two rows of ``frames`` numbers."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, end = recordings_of(i, STARTS, count)
-    tl.store(OUT + i, first, mask=i < frames)
+    tl.store(OUT + i, tl.minimum(first, frames), mask=i < frames)
     tl.store(OUT + frames + i, tl.minimum(end, frames), mask=i < frames)
 
 
 def bounds(starts: torch.Tensor, frames: int) -> torch.Tensor:
-    """Returns int32 (2, frames): the first frame of each frame's recording and the one behind its last; twice the same
-    for a frame that belongs to none.
+    """Returns int32 (2, frames): the first frame of each frame's recording and the one behind its last, which are equal
+    for a frame that belongs to none. Neither row decreases.
     """
     found = torch.empty(2, frames, dtype=torch.int32, device=starts.device)
     launch(bounds_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), **TABLE)

@@ -76,15 +76,15 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA,
-    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, LSE, INVERSE, DELTA,
+    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
     g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries of float32."""
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    sizes = frames, keys, chunk, left, right, BOUNDS
+    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
     lanes = tl.arange(0, BLOCK)
     i = block * BLOCK + lanes
     keep_i = i < frames
@@ -124,8 +124,8 @@ def statistics_kernel(
     do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
 )
 def queries_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
-    DGATE, frames, keys, chunk, left, right, recordings, start_row, rows, batch, blocks, all_blocks, heads, q_time,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
+    DGATE, frames, keys, chunk, left, right, start_row, rows, batch, blocks, all_blocks, heads, q_time,
     v_time, q_batch, k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind,
     ds_row, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
@@ -136,8 +136,8 @@ def queries_kernel(
     by offset, unless DS is None: one BLOCK of columns more than the keys that they
     meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    sizes = frames, keys, chunk, left, right, BOUNDS
+    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
     lanes = tl.arange(0, BLOCK)
     local = block * BLOCK + lanes
     i = start_row + local
@@ -208,7 +208,7 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
 def offsets_kernel(
-    DS, Q, POS, EDGES, W, CONTENT, DQ, PARTS, SUMS, STARTS, frames, keys, chunk, left, right, recordings, first_block,
+    DS, Q, POS, EDGES, W, CONTENT, DQ, PARTS, SUMS, BOUNDS, frames, keys, chunk, left, right, first_block,
     batch, blocks, all_blocks, heads, q_time, q_batch, side, r_time, r_head, before, behind, ds_row, scale,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +216,7 @@ def offsets_kernel(
     of dS' R. With a span it also writes to SUMS what keys beyond it, those with R's first and last row, add to these.
     """
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = (first_block + block) * BLOCK + lanes
@@ -224,7 +224,7 @@ def offsets_kernel(
     POS += head * r_head
     DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[:, None] * ds_row
     first = (first_block + block) * BLOCK
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
+    sizes = frames, keys, chunk, left, right, BOUNDS
     begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
     base = frames - first - BLOCK + begin
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -270,8 +270,8 @@ def offsets_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DK, DV,
-    DKEY_BIAS, frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, LSE, INVERSE, DELTA, DK, DV,
+    DKEY_BIAS, frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch,
     v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, s_batch, s_head, threshold,
     scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -280,8 +280,8 @@ def keys_kernel(
     also write the sums of dS over the queries, unless DKEY_BIAS is None.
     """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
+    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
+    sizes = frames, keys, chunk, left, right, BOUNDS
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes
     keep_j = j < keys
@@ -345,18 +345,19 @@ def keys_kernel(
     do_not_specialize_on_alignment=["BIASES"],
 )
 def positions_kernel(
-    DS, Q, W, GATE, PARTS, BIASES, STARTS, frames, keys, chunk, left, right, recordings, first_block, count, lowest,
+    DS, Q, W, GATE, PARTS, BIASES, BOUNDS, frames, keys, chunk, left, right, first_block, count, lowest,
     low, high, each,
     groups, batch, blocks, heads, q_time, q_batch, p_row, p_head, ds_row, scale, DIM: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes PARTS + dS'^T (q + w) of WIDE blocks of offsets and one of channels, over the ``count`` blocks of queries
-    that DS holds of each sequence of a group of ``each``; PARTS is (groups, high - low, heads, DIM) in the order of
+    that DS holds of each sequence of a group of ``each``. With recordings in a row a group is ``each`` of these blocks
+    of one sequence: one row has too few programs otherwise. PARTS is (groups, high - low, heads, DIM) in the order of
     its strides p_row and p_head, for the offsets from ``low`` to ``high``, or None. Programs of the first block of
     channels also write dS'^T g to BIASES, which is (groups, high - low, heads) or None. Offsets r = T + t BLOCK + c are
     block t + b + 1 of the rows of block b, counted from key 0; the first program begins with t = ``lowest``.
     """
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
+    sizes = frames, keys, chunk, left, right, BOUNDS
     head, group, number = place(tl.program_id(0), blocks, groups)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -368,12 +369,20 @@ def positions_kernel(
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
     dr = tl.zeros([WIDE * BLOCK, BLOCK_D], tl.float32)
     db = tl.zeros([WIDE * BLOCK], tl.float64 if PRECISE else tl.float32)
-    begin = tl.maximum(-t - WIDE, first_block)
-    met = tl.minimum(tl.cdiv(keys, BLOCK) - t, first_block + count) - begin
-    sequences = tl.minimum(batch - group * each, each).to(tl.int32)
+    begin, end = tl.maximum(-t - WIDE, first_block), tl.minimum(tl.cdiv(keys, BLOCK) - t, first_block + count)
+    if BOUNDS is None:
+        first_sequence = group * each
+        sequences = tl.minimum(batch - first_sequence, each).to(tl.int32)
+    else:
+        shares = groups // batch
+        first_sequence, sequences = group // shares, 1
+        share = first_block + (group % shares).to(tl.int32) * each
+        begin, end = tl.maximum(begin, share), tl.minimum(end, share + each)
+    met = end - begin
     for n in range(0, tl.maximum(met, 0) * sequences):
-        sequence = group * each + n // met
-        block = begin + n % met
+        sequence, block = first_sequence, begin + n
+        if BOUNDS is None:
+            sequence, block = first_sequence + n // met, begin + n % met
         i = block * BLOCK + lanes
         rows = (block - first_block) * BLOCK + lanes
         rows = ((head * batch + sequence) * count * BLOCK + rows) * ds_row

@@ -23,10 +23,16 @@ ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
 
 
 @triton.jit
-def place(program, blocks, batch):
-    """Returns (head, sequence, block) of a program."""
-    pair = program // blocks
-    return (pair // batch).to(tl.int64), (pair % batch).to(tl.int64), program % blocks
+def place(program, blocks, batch, BOUNDS=None):
+    """Returns (head, sequence, block) of a program. With recordings in a row, those of all heads follow block by block:
+    if the longest recordings come first, programs with much to do begin first, and the last ones end together.
+    """
+    if BOUNDS is None:
+        pair, block = program // blocks, program % blocks
+    else:
+        pairs = tl.num_programs(0) // blocks
+        pair, block = program % pairs, program // pairs
+    return (pair // batch).to(tl.int64), (pair % batch).to(tl.int64), block
 
 
 @triton.jit

@@ -41,6 +41,7 @@ import triton.language as tl
 from fastasr.kernels._attention_tiles import NONE, PIECE_BYTES, load_rows, mask_stride, running, sums
 from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, launch, next_power_of_2, rounded
 from fastasr.kernels._parts import add_tables
+from fastasr.kernels._recordings import bounds
 from fastasr.kernels._rel_attention_backward import (
     biases_kernel,
     delta_kernel,
@@ -70,8 +71,8 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, Y, LSE,
-    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
+    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, Y, LSE,
+    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
     g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -79,8 +80,8 @@ def forward_kernel(
     """Writes y of a block of queries and of columns, and the queries' lse, which is inf without a key."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    sizes = frames, keys, chunk, left, right, BOUNDS
+    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
@@ -216,13 +217,14 @@ def rel_attention_forward(
     if not lse.numel():
         return y, lse
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
+    table = None if starts is None else bounds(starts, frames)
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
     tile, span = shapes["forward"], _span(q, pos, before, behind)
     edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
-        as_bytes(key_padding_mask), as_bytes(attn_mask), starts, dropout_seed if dropout_p else None, y, lse,
+        as_bytes(key_padding_mask), as_bytes(attn_mask), table, dropout_seed if dropout_p else None, y, lse,
         *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_shared(key_bias), *span,
         *_last(dim, dropout_p, soft_cap),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
@@ -292,18 +294,17 @@ def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor)
 
 def _sizes(
     frames: int, keys: int, left: int, right: int, chunk_size: int, starts: torch.Tensor | None
-) -> tuple[tuple[int, int, int, int, int, int], bool]:
+) -> tuple[tuple[int, int, int, int, int], bool]:
     """Returns the kernels' sizes, and whether any context is limited. No sum of them overflows."""
     limits = (min(n, keys) for n in (chunk_size, left, right))
-    recordings = 0 if starts is None else len(starts)
-    return (frames, keys, *limits, recordings), max(left, right) >= 0 or starts is not None
+    return (frames, keys, *limits), max(left, right) >= 0 or starts is not None
 
 
-def _met(sizes: tuple[int, int, int, int, int, int], block: int) -> tuple[int, int, int]:
+def _met(sizes: tuple[int, int, int, int, int], block: int) -> tuple[int, int, int]:
     """Returns (number, lowest, highest): a block of queries meets at most that many blocks of keys, and its rows of dS
     by offset lie in the blocks ``lowest`` to ``highest`` of offsets that ``positions_kernel`` counts.
     """
-    frames, keys, chunk, left, right, _ = sizes
+    frames, keys, chunk, left, right = sizes
     blocks, cached = cdiv(keys, block), keys - frames
     lowest, highest = -cdiv(frames, block), blocks - 1
     if left >= 0:
@@ -313,11 +314,11 @@ def _met(sizes: tuple[int, int, int, int, int, int], block: int) -> tuple[int, i
     return min(blocks, highest - lowest), lowest, highest
 
 
-def _each(batch: int, programs: int) -> int:
-    """Returns the sequences of a program of ``positions_kernel``, of which each sequence takes ``programs``: so many
-    that about PROGRAMS are left, as each group of sequences has a table of dR.
+def _each(units: int, programs: int) -> int:
+    """Returns the units, sequences or blocks of queries, of a program of ``positions_kernel``, of which each unit takes
+    ``programs``: so many that about PROGRAMS are left, as each group of units has a table of dR.
     """
-    return cdiv(batch, min(batch, cdiv(PROGRAMS, programs)))
+    return cdiv(units, min(units, cdiv(PROGRAMS, programs)))
 
 
 def rel_attention_backward(
@@ -355,6 +356,7 @@ def rel_attention_backward(
     )
     width, pairs, scale = heads * dim, heads * batch, dim**-0.5
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
+    table = None if starts is None else bounds(starts, frames)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
@@ -364,7 +366,7 @@ def rel_attention_backward(
     edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     operands = (
         grad, q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
-        as_bytes(key_padding_mask), as_bytes(attn_mask), starts, dropout_seed if dropout_p else None, lse,
+        as_bytes(key_padding_mask), as_bytes(attn_mask), table, dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
     if q.dtype == torch.float32:
@@ -393,6 +395,9 @@ def rel_attention_backward(
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)
     groups, keys = cdiv(batch, each), k.shape[1]
+    if starts is not None:
+        each = _each(min(step, blocks), programs * batch)
+        groups = batch * cdiv(min(step, blocks), each)
     low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, frames + keys - 1)
     first_row, last_row = low, high  # the offsets of dR's rows that ``positions`` adds up
     if edges is not None:  # those between the first row and the last one
@@ -425,7 +430,7 @@ def rel_attention_backward(
         )  # fmt: skip
         if pos is not None:
             launch(offsets_kernel, (pairs * count, of_products),
-                ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, starts,
+                ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, table,
                 *sizes, first, batch, count, blocks, heads,
                 q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
             )  # fmt: skip
@@ -436,7 +441,7 @@ def rel_attention_backward(
             )
             if tall > 0 and (found is not None or biases is not None):
                 launch(positions_kernel, (heads * groups * tall, 1 if found is None else of_products),
-                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[first // step], starts,
+                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[first // step], table,
                     *sizes, first, count, here, begin, end, each, groups, batch, tall, heads,
                     q.stride(1), q.stride(0), *order, row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
                 )  # fmt: skip

@@ -103,7 +103,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes y of a block of queries and of columns."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
@@ -181,7 +181,7 @@ def queries_kernel(
     """Writes dq of a block of the queries [first, first + rows) and of channels; programs of the first block of
     channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = first + local
     keep_i = local < rows
@@ -290,7 +290,7 @@ def keys_kernel(
 ):  # fmt: skip
     """Writes dS^T q and W^T G of a block of keys and of their channels."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     keep_j = j < keys
     Q = X + sequence * x_batch + head * DIM

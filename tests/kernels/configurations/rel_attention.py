@@ -30,7 +30,7 @@ def configurations(generation: int):
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT", "EDGES"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
     strides += ["k_batch", "g_batch", "ds_row", "width", "r_time", "r_head", "p_row", "p_head"]
-    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64", "STARTS": "i64"}
+    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64", "BOUNDS": "i32"}
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
         hiding, dropping, element = "mask" in label, "dropout" in label, element_type(dtype)
@@ -44,7 +44,7 @@ def configurations(generation: int):
         types |= dict.fromkeys(
             ("PARTS", "SUMS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32"
         )
-        words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"), ("STARTS", "recordings")]
+        words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"), ("BOUNDS", "recordings")]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
         words += [(of, "span") for of in ("EDGES", "SUMS") if name != "edges"]
         words += [(of, "key bias") for of in ("KEY_BIAS", "DKEY_BIAS")]
