@@ -41,7 +41,7 @@ import triton.language as tl
 from fastasr.kernels._attention_tiles import NONE, PIECE_BYTES, load_rows, mask_stride, running, sums
 from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, launch, next_power_of_2, rounded
 from fastasr.kernels._parts import add_tables
-from fastasr.kernels._recordings import bounds
+from fastasr.kernels._recordings import bounds, pieces
 from fastasr.kernels._rel_attention_backward import (
     biases_kernel,
     delta_kernel,
@@ -142,9 +142,10 @@ def tiles(
     hiding: bool,
     dropping: bool,
     limited: bool,
+    recordings: bool = False,
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a mask of pairs, ``dropping``
-    whether there is dropout, ``limited`` whether the context is.
+    whether there is dropout, ``limited`` whether the context is, ``recordings`` whether there are several in a row.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed, and need small tiles. Heads of 65 to 128 channels fit the registers in one block only
@@ -167,7 +168,8 @@ def tiles(
     else:
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
-    crowded = {"num_stages": 1} if hiding and dropping else {}  # loads ahead would spill
+    crowding = hiding or (recordings and dim > 64)
+    crowded = {"num_stages": 1} if crowding and dropping else {}  # loads ahead would spill
     # two warps have 8 columns each of 16 x 16; four compute all of them twice
     two = {"num_warps": 2} if rounded(dtype) else {}
     return {
@@ -218,7 +220,7 @@ def rel_attention_forward(
         return y, lse
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
     table = None if starts is None else bounds(starts, frames)
-    shapes = _tiles(q, v, attn_mask, dropout_p, window)
+    shapes = _tiles(q, v, attn_mask, dropout_p, window, starts is not None)
     tile, span = shapes["forward"], _span(q, pos, before, behind)
     edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     blocks = cdiv(frames, tile["BLOCK_M"])
@@ -282,10 +284,15 @@ def _last(dim: int, dropout_p: float, soft_cap: float) -> tuple[int, float, floa
 
 
 def _tiles(
-    q: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float, limited: bool
+    q: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    limited: bool,
+    recordings: bool,
 ) -> dict[str, dict]:
     hiding, dropping = attn_mask is not None, dropout_p > 0
-    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), hiding, dropping, limited)
+    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), hiding, dropping, limited, recordings)
 
 
 def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
@@ -358,7 +365,7 @@ def rel_attention_backward(
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
     table = None if starts is None else bounds(starts, frames)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
-    shapes = _tiles(q, v, attn_mask, dropout_p, window)
+    shapes = _tiles(q, v, attn_mask, dropout_p, window, starts is not None)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
     span = _span(q, pos, before, behind)
     strides = *_strides(q, k, v, grad), mask_stride(attn_mask), *_shared(key_bias), *span
@@ -390,14 +397,21 @@ def rel_attention_backward(
     met, lowest, highest = _met(sizes, block)
     row = (met + 1) * block  # a row of dS by offset
     step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
-    ds = q.new_empty(pairs * min(step, blocks) * block * row) if by_offset else None
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)
     groups, keys = cdiv(batch, each), k.shape[1]
-    if starts is not None:
-        each = _each(min(step, blocks), programs * batch)
-        groups = batch * cdiv(min(step, blocks), each)
+    held = [
+        (n // step, n, min(step, blocks - n)) for n in range(0, blocks, step)
+    ]  # piece, first block, blocks
+    size, of_blocks = min(step, blocks) * block * row, None
+    if table is not None and by_offset:
+        reach = (frames if n < 0 else n for n in sizes[3:])
+        room = PIECE_BYTES // (pairs * q.element_size())
+        of_blocks, count, size = pieces(table, *reach, block, block, block, room)
+        row, held = size, [(n, 0, blocks) for n in range(count)]
+        groups = batch * cdiv(blocks, _each(blocks, programs * batch))
+    ds = q.new_empty(pairs * size) if by_offset else None
     low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, frames + keys - 1)
     first_row, last_row = low, high  # the offsets of dR's rows that ``positions`` adds up
     if edges is not None:  # those between the first row and the last one
@@ -409,7 +423,7 @@ def rel_attention_backward(
     if (
         offset_bias is not None
     ):  # a table of each piece: adding to numbers that several threads read would be a race
-        shape = cdiv(blocks, step), groups, high - low, heads
+        shape = len(held), groups, high - low, heads
         bias_parts = torch.zeros(shape, dtype=shares, device=q.device)
     tables = [(parts, bias_parts, low, high)]
     if edges is not None:
@@ -421,17 +435,16 @@ def rel_attention_backward(
     sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
     edge_sums = None if edges is None else torch.empty_like(sums_of)
     columns, of_products = (cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
-    for first in range(0, blocks, step):
-        count = min(step, blocks - first)
+    for piece, first, count in held:
         rows = min(count * block, frames - first * block)
         launch(queries_kernel, (pairs * count, columns),
-            *operands, content, ds, None if bias_u is None else sums_of[0], dgate,
-            *sizes, first * block, rows, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
+            *operands, content, ds, None if bias_u is None else sums_of[0], dgate, of_blocks,
+            *sizes, first * block, rows, piece, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
         )  # fmt: skip
         if pos is not None:
             launch(offsets_kernel, (pairs * count, of_products),
                 ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, table,
-                *sizes, first, batch, count, blocks, heads,
+                of_blocks, *sizes, first, piece, batch, count, blocks, heads,
                 q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
             )  # fmt: skip
         for found, biases, begin, end in tables:
@@ -441,8 +454,8 @@ def rel_attention_backward(
             )
             if tall > 0 and (found is not None or biases is not None):
                 launch(positions_kernel, (heads * groups * tall, 1 if found is None else of_products),
-                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[first // step], table,
-                    *sizes, first, count, here, begin, end, each, groups, batch, tall, heads,
+                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[piece], table, of_blocks,
+                    *sizes, first, count, piece, here, begin, end, each, groups, batch, tall, heads,
                     q.stride(1), q.stride(0), *order, row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
                 )  # fmt: skip
     if dpos is not None:

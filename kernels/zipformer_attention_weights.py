@@ -466,8 +466,8 @@ def position_gradients(
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
     blocks = cdiv(o.offsets, tile["BLOCK_O"])
     launch(positions_kernel, (o.pairs * blocks,),
-        ds, x, None, parts, o.center, o.frames, o.keys, 0, o.frames, 0, o.batch, blocks, o.heads, o.offsets, row,
-        x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, **tile,
+        ds, x, None, None, parts, o.center, o.frames, o.keys, 0, o.frames, 0, 0, 0, 1, o.batch, blocks, o.heads,
+        o.offsets, row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, HELD=1, COLUMNS=1, **tile,
     )  # fmt: skip
     if not shared:
         return parts

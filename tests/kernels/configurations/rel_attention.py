@@ -30,13 +30,14 @@ def configurations(generation: int):
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT", "EDGES"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
     strides += ["k_batch", "g_batch", "ds_row", "width", "r_time", "r_head", "p_row", "p_head"]
-    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64", "BOUNDS": "i32"}
+    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64", "BOUNDS": "i32", "PIECES": "i64"}
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
         hiding, dropping, element = "mask" in label, "dropout" in label, element_type(dtype)
-        limited = "context" in label or "recordings" in label
+        recordings = "recordings" in label
+        limited = "context" in label or recordings
         with setting(dtype) as torch_dtype:
-            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, limited)
+            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, limited, recordings)
         shapes["biases"] = module.BIASES
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
@@ -44,7 +45,13 @@ def configurations(generation: int):
         types |= dict.fromkeys(
             ("PARTS", "SUMS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32"
         )
-        words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"), ("BOUNDS", "recordings")]
+        words = [
+            ("PADDING", "padding"),
+            ("MASK", "mask"),
+            ("SEED", "dropout"),
+            ("BOUNDS", "recordings"),
+            ("PIECES", "recordings"),
+        ]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
         words += [(of, "span") for of in ("EDGES", "SUMS") if name != "edges"]
         words += [(of, "key bias") for of in ("KEY_BIAS", "DKEY_BIAS")]
