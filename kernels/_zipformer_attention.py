@@ -49,13 +49,13 @@ def positions_kernel(
     DS, X, BOUNDS, PIECES, PARTS,
     center, frames, keys, first, rows, base, piece, held, shares, batch, blocks, heads, offsets, ds_row,
     x_time, x_batch,
-    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr, HELD: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Writes sum_i dS[i, i - center + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first +
     rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS. With PIECES of
-    _recordings.py, for ``held`` blocks of HELD rows, DS holds one of these, and a program adds up one of ``shares`` of
-    its blocks: PARTS is then (shares, batch, offsets, heads POS_DIM).
+    _recordings.py, for ``held`` blocks of BLOCK_M rows, DS holds one of these, and a program adds up one of ``shares``
+    of its blocks: PARTS is then (shares, batch, offsets, heads POS_DIM).
     """
     head, group, block = place(tl.program_id(0), blocks, batch if PIECES is None else batch * shares)
     sequence = group if PIECES is None else group % batch
@@ -77,10 +77,8 @@ def positions_kernel(
         share = first_block + (group // batch).to(tl.int32) * each
         if share >= end_block:
             return
-        begin, end = (
-            tl.maximum(begin, share * HELD),
-            tl.minimum(end, tl.minimum(share + each, end_block) * HELD),
-        )
+        begin = tl.maximum(begin // BLOCK_M, share) * BLOCK_M
+        end = tl.minimum(end, tl.minimum(share + each, end_block) * BLOCK_M)
     dr = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
     for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
@@ -90,17 +88,15 @@ def positions_kernel(
             inside = (j >= 0) & (j < keys) & keep_i[None, :]
             dr = _diagonals(dr, j, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM)
         else:
-            keep_i = i < end
             begun = tl.load(BOUNDS + i, mask=keep_i, other=0)
             ended = tl.load(BOUNDS + frames + i, mask=keep_i, other=0)
             own = i + (base + block * BLOCK_O - shift)  # the key of the first of these offsets
             met = tl.maximum(own, begun) < tl.minimum(own + BLOCK_O, ended)
             if tl.max(met.to(tl.int32)) > 0:
                 inside = (j >= begun[None, :]) & (j < ended[None, :]) & (r < offsets)[:, None]
-                row = tl.minimum(i, end - 1) // HELD
-                key, size, at = rows_of(PIECES, row, first_block, held, COLUMNS)
-                at += (i - row * HELD) * size - key
-                dr = _diagonals(dr, at[None, :] + j, inside, DS, i, 0, X, x_time, c, keep_i, POS_DIM)
+                key, size, before = rows_of(PIECES, start // BLOCK_M, first_block, held, COLUMNS)
+                at = before - key - size.to(tl.int64) * start + j
+                dr = _diagonals(dr, at, inside, DS, i, size, X, x_time, c, keep_i, POS_DIM)
     out = PARTS + group * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
     out += head * POS_DIM + c[None, :]
     whole = (r < offsets)[:, None] & (c < POS_DIM)[None, :]

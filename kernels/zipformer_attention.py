@@ -243,8 +243,13 @@ def queries_kernel(
         if PIECES is None:
             DS += ((head * batch + sequence) * rows + local)[:, None] * ds_row
         else:
-            key, size, at = rows_of(PIECES, block, first_block, blocks, BLOCK_N)
-            DS += (head * batch + sequence) * ds_row + at + (tl.arange(0, BLOCK_M) * size)[:, None] - key
+            first_key, size, before = rows_of(PIECES, block, first_block, blocks, BLOCK_N)
+            DS += (
+                (head * batch + sequence) * ds_row
+                + before
+                + (tl.arange(0, BLOCK_M) * size)[:, None]
+                - first_key
+            )
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
@@ -431,7 +436,11 @@ def tiles(
         "queries": queries,
         "keys": keys,
         "positions": dot_options(dtype) | {
-            "BLOCK_O": 64, "BLOCK_M": 32 if wide else 64, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3
+            "BLOCK_O": 64,
+            "BLOCK_M": queries["BLOCK_M"] if recordings else 32 if wide else 64,
+            "BLOCK_P": block_p,
+            "num_warps": 4,
+            "num_stages": 3,
         },
     }  # fmt: skip
 
@@ -576,7 +585,7 @@ class _Diagonals:
         launch(positions_kernel, (self.pairs * self.shares * blocks,),
             self.ds, x, o.bounds, self.pieces, self.parts, o.center, o.frames, o.keys, first, rows, base, piece,
             self.blocks, self.shares, o.batch, blocks, o.heads, o.offsets, self.row, x.stride(0), x.stride(1),
-            DIM=o.dim, POS_DIM=o.pos_dim, ADD=True, HELD=self.block, COLUMNS=self.columns, **self.tile,
+            DIM=o.dim, POS_DIM=o.pos_dim, ADD=True, COLUMNS=self.columns, **self.tile,
         )  # fmt: skip
 
     def total(self, sequences: int) -> torch.Tensor:

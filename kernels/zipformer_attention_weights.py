@@ -467,7 +467,7 @@ def position_gradients(
     blocks = cdiv(o.offsets, tile["BLOCK_O"])
     launch(positions_kernel, (o.pairs * blocks,),
         ds, x, None, None, parts, o.center, o.frames, o.keys, 0, o.frames, 0, 0, 0, 1, o.batch, blocks, o.heads,
-        o.offsets, row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, HELD=1, COLUMNS=1, **tile,
+        o.offsets, row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, COLUMNS=1, **tile,
     )  # fmt: skip
     if not shared:
         return parts

@@ -25,7 +25,7 @@ def configurations(generation: int):
         packed = pos_dim == 4 and element != "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "VALUE_DIM": value_dim}
         fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
-        fixed |= {"HELD": shapes["queries"]["BLOCK_M"], "COLUMNS": shapes["queries"]["BLOCK_N"]}
+        fixed |= {"COLUMNS": shapes["queries"]["BLOCK_N"]}
         absent = [tensor for tensor, word in words.items() if word not in label]
         fixed |= {"ADD": True, "WINDOW": "chunks" in label} | dict.fromkeys(absent)
         return Configuration(
