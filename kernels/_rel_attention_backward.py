@@ -22,7 +22,7 @@ from fastasr.kernels._rel_attention_scores import (
     scores_of,
     through_cap,
 )
-from fastasr.kernels._rel_position_tiles import place
+from fastasr.kernels._rel_position_tiles import dealt, place
 from fastasr.kernels._relative_shift import by_offset, merged
 from fastasr.kernels._weights_dropout import dropped, row_words
 
@@ -85,7 +85,7 @@ def statistics_kernel(
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries of float32."""
     sizes = frames, keys, chunk, left, right, BOUNDS
-    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     lanes = tl.arange(0, BLOCK)
     i = block * BLOCK + lanes
     keep_i = i < frames
@@ -140,7 +140,7 @@ def queries_kernel(
     DS holds one of these."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     sizes = frames, keys, chunk, left, right, BOUNDS
-    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     first_block = 0
     if PIECES is not None:
         first_block, end_block = blocks_of(PIECES, piece, blocks)
@@ -229,7 +229,7 @@ def offsets_kernel(
     of dS' R. With a span it also writes to SUMS what keys beyond it, those with R's first and last row, add to these.
     """
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     if PIECES is not None:
         first_block, end_block = blocks_of(PIECES, piece, blocks)
         if first_block + block >= end_block:
@@ -303,7 +303,7 @@ def keys_kernel(
     also write the sums of dS over the queries, unless DKEY_BIAS is None.
     """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     sizes = frames, keys, chunk, left, right, BOUNDS
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes

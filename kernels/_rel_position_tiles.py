@@ -23,16 +23,21 @@ ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
 
 
 @triton.jit
-def place(program, blocks, batch, BOUNDS=None):
-    """Returns (head, sequence, block) of a program. With recordings in a row, those of all heads follow block by block:
-    if the longest recordings come first, programs with much to do begin first, and the last ones end together.
+def place(program, blocks, batch):
+    """Returns (head, sequence, block) of a program."""
+    pair = program // blocks
+    return (pair // batch).to(tl.int64), (pair % batch).to(tl.int64), program % blocks
+
+
+@triton.jit
+def dealt(program, blocks, batch, BOUNDS):
+    """Returns the same. With recordings in a row, the programs of all heads follow block by block: if the longest
+    recordings come first, those with much to do begin first, and the last ones end together.
     """
-    if BOUNDS is None:
-        pair, block = program // blocks, program % blocks
-    else:
+    if BOUNDS is not None:
         pairs = tl.num_programs(0) // blocks
-        pair, block = program % pairs, program // pairs
-    return (pair // batch).to(tl.int64), (pair % batch).to(tl.int64), block
+        program = program % pairs * blocks + program // pairs
+    return place(program, blocks, batch)
 
 
 @triton.jit

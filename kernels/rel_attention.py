@@ -62,7 +62,7 @@ from fastasr.kernels._rel_attention_scores import (
     queries,
     scores_of,
 )
-from fastasr.kernels._rel_position_tiles import head_block, place
+from fastasr.kernels._rel_position_tiles import dealt, head_block
 from fastasr.kernels._relative_shift import moved
 from fastasr.kernels._weights_dropout import constants as dropout_constants
 from fastasr.kernels._weights_dropout import dropped, row_words
@@ -81,7 +81,7 @@ def forward_kernel(
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     sizes = frames, keys, chunk, left, right, BOUNDS
-    head, sequence, block = place(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
@@ -459,10 +459,10 @@ def rel_attention_backward(
                     q.stride(1), q.stride(0), *order, row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
                 )  # fmt: skip
     if dpos is not None:
-        if window or edges is not None:  # the other offsets have no pair
-            dpos.zero_()
         at = first_row if edges is None else first_row - (keys - 1) + before
         inner = dpos[at : at + last_row - first_row]
+        if len(inner) + (0 if edges is None else 2) < len(dpos):  # the other offsets have no pair
+            dpos.zero_()
         if inner.numel():
             add_tables(parts, inner, parts.numel() // inner.numel())
     if dbias is not None:

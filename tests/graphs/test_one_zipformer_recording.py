@@ -330,7 +330,9 @@ def test_packed_frames(kind, way):
             (found, after), (expected, _) = ours(*given_packed(*inputs)), theirs(*inputs)
         assert torch.equal(after, (inputs[1] + 1) // 2)
         assert torch.equal(found.lengths, after)
-        close(found.unpacked(len(expected)), (expected * existing(expected, inputs[1])).transpose(0, 1), 1e-10)
+        close(
+            found.unpacked(len(expected)), (expected * existing(expected, inputs[1])).transpose(0, 1), 1e-10
+        )
     if way == "recorded":
         (kind_of_call,) = fastasr.graph_state(ours)[""]
         assert (kind_of_call.seen, kind_of_call.replayed, kind_of_call.recorded) == (12, 11, 1)
@@ -350,7 +352,9 @@ def test_gradients_of_packed_frames():
                 y = y.unpacked((len(x) + 1) // 2).transpose(0, 1)
             leaves = dict(each.named_parameters()) | {"frames": x}
             loss = (y * cotangent(y) * existing(y, inputs[1])).sum()
-            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+            found = torch.autograd.grad(
+                loss, list(leaves.values()), materialize_grads=True, allow_unused=True
+            )
             results.append(dict(zip(leaves, found, strict=True)))
         same_gradients(*results, ROUNDED)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/rel_attention.py."""
 
+from fastasr.kernels import _recordings
 from fastasr.kernels import rel_attention as module
 
 from .configuration import PRODUCTS, Configuration, element_type, setting
@@ -114,3 +115,7 @@ def configurations(generation: int):
     for dtype in ("fp32", "bf16"):
         yield configuration("edges", "span", dtype)
         yield configuration("biases", "", dtype)
+    types, table = {"BOUNDS": "i32", "OUT": "i64"}, {"BLOCK": 32, "COLUMNS": 32, "MORE": 32, "COUNTED": 2}
+    table |= _recordings.BLOCKS
+    warps = table.pop("num_warps")
+    yield Configuration("rel_attention pieces", _recordings.pieces_kernel, types, table, warps)
