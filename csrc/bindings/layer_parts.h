@@ -57,8 +57,6 @@ std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optiona
 namespace gated_depthwise_conv {
 struct GatedDepthwiseConvForward;
 std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConvForward& a);
-Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
-                                           std::vector<int64_t> lengths, int64_t activation, int64_t delay);
 }  // namespace gated_depthwise_conv
 
 }  // namespace fastasr::bindings

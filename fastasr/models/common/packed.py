@@ -13,12 +13,10 @@ from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.models.common.ragged import Packing
 from fastasr.ops import _dispatch, _gemm
-from fastasr.ops._depthwise_conv import ACTIVATIONS
 from fastasr.ops._linear import bias_grad
 from fastasr.ops._swoosh import KINDS
 from fastasr.ops._wrapped.swoosh_linear import with_mask
 
-Activation = Literal["swoosh_r", "silu", "identity"]
 Kind = Literal["SwooshL", "SwooshR"]
 
 
@@ -35,17 +33,6 @@ def is_native(first: Tensor, *more: Tensor | None) -> bool:
     )
 
 
-def convolved(
-    packing: Packing, h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, delay: int = 0
-) -> Tensor:
-    """h (N, 1, 2C) -> (N, 1, C): ``ops.gated_depthwise_conv`` in plain form for each recording."""
-    if is_native(h, weight, bias):
-        return _Convolution.apply(h, weight, bias, packing.lengths, ACTIVATIONS[activation], delay)
-    slots = packing.with_gaps(weight.shape[-1] // 2 + abs(delay))
-    y = ops.gated_depthwise_conv(packing.spread(h, slots), weight, bias, activation=activation, delay=delay)
-    return packing.gathered(y, slots)
-
-
 def swoosh_linear(
     packing: Packing, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind, mask: Tensor
 ) -> Tensor:
@@ -60,21 +47,6 @@ def bypass(packing: Packing, x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor
     if is_native(x_orig, x, scale):
         return _Bypass.apply(x_orig, x, scale, packing.lengths)
     return ops.bypass(x_orig.transpose(0, 1), x.transpose(0, 1), packing.repeated(scale)).transpose(0, 1)
-
-
-class _Convolution(Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        ctx.save_for_backward(h, weight, bias)
-        ctx.options = options
-        return torch.ops.fastasr_cpu.gated_depthwise_conv_packed_forward.default(h, weight, bias, *options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward = torch.ops.fastasr_cpu.gated_depthwise_conv_packed_backward.default
-        dh, dweight, dbias = backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
-        return dh, dweight, dbias if ctx.needs_input_grad[2] else None, None, None, None
 
 
 class _SwooshLinear(Function):

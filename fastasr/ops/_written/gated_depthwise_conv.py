@@ -18,6 +18,7 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
 from fastasr.ops._runtime import (
     BOOL,
+    INT64,
     NOT_MINE,
     applied,
     as_tuple,
@@ -53,6 +54,7 @@ class Arguments(NamedTuple):
     chunk_scale: Tensor | None = None
     padding_mask: Tensor | None = None
     cache: Tensor | None = None
+    starts: Tensor | None = None
     chunk_size: int = -1
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r"
     return_cache: bool = False
@@ -69,6 +71,7 @@ class Saved(NamedTuple):
     chunk_scale: Tensor | None
     padding_mask: Tensor | None
     cache: Tensor | None
+    starts: Tensor | None
     chunk_size: int
     activation: Literal["swoosh_r", "silu", "identity"]
     return_cache: bool
@@ -88,6 +91,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: Literal[False] = False,
@@ -105,6 +109,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: Literal[True],
@@ -122,6 +127,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: bool,
@@ -138,6 +144,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: bool = False,
@@ -159,6 +166,9 @@ def gated_depthwise_conv(
             from the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
         cache: (B, C, K // 2 + delay): x · gate(s) of the frames before the first; None: zeros.
+        starts: plain form without caches: int64 (N,): where recordings begin and end in every sequence. The convolution
+            of a frame sees none beyond these bounds. Their order does not matter, and equal numbers are recordings
+            without frames. On a GPU nothing waits for them.
         chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
         activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).
@@ -170,7 +180,8 @@ def gated_depthwise_conv(
     Raises:
         TypeError: an argument is of the wrong type, or a tensor not floating (padding_mask: not bool).
         ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; a tap would not reach the
-            frame itself because of delay; an argument of the chunk-causal form is given without the others.
+            frame itself because of delay; an argument of the chunk-causal form is given without the others; starts are
+            given in that form or with a cache.
     """
     kernels = family.native
     if (
@@ -186,6 +197,7 @@ def gated_depthwise_conv(
         and (chunk_scale is None or (type(chunk_scale) in PLAIN and chunk_scale.dtype is dtype))
         and (padding_mask is None or type(padding_mask) in PLAIN)
         and (cache is None or (type(cache) in PLAIN and cache.dtype is dtype))
+        and (starts is None or type(starts) in PLAIN)
         and type(chunk_size) is int
         and (chunk_size == -1 or chunk_size >= 1)
         and type(activation) is str
@@ -204,6 +216,7 @@ def gated_depthwise_conv(
             chunk_scale,
             padding_mask,
             cache,
+            starts,
             chunk_size,
             activation,
             return_cache,
@@ -225,11 +238,11 @@ def gated_depthwise_conv(
             ):
                 return apply(
                     kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-                    cache, chunk_size, activation, return_cache, delay, gate,
+                    cache, starts, chunk_size, activation, return_cache, delay, gate,
                 )  # fmt: skip
             y, new_cache = kernels.forward(
-                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
+                chunk_size, ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
             )  # fmt: skip
             return (y, new_cache) if return_cache else y
         except NOT_MINE:
@@ -237,13 +250,13 @@ def gated_depthwise_conv(
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
             check(
-                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                activation, return_cache, delay, gate,
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
+                chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
             raise
     check(
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay, gate,
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
+        activation, return_cache, delay, gate,
     )  # fmt: skip
     if is_compiling() or not (
         type(h) in PLAIN
@@ -254,38 +267,40 @@ def gated_depthwise_conv(
         and (chunk_scale is None or type(chunk_scale) in PLAIN)
         and (padding_mask is None or type(padding_mask) in PLAIN)
         and (cache is None or type(cache) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
     ):
         return traced(
-            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
             activation, return_cache, delay, gate,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay, gate),
+            starts, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
     kernels = family.kernels(h, chunk_scale)
     if kernels is None:
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
+            starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
+            delay=delay, gate=gate,
         )  # fmt: skip
     cast_dtype = autocast_dtype(h)
     if cast_dtype is not None:
         names = under_autocast(
-            cast_dtype, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            cast_dtype, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
             chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
         (
-            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
             activation, return_cache, delay, gate,
         ) = names  # fmt: skip
         kernels = family.kernels(h, chunk_scale)
         if kernels is None:
             return formula(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
-                cache=cache, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
-                delay=delay, gate=gate,
+                cache=cache, starts=starts, chunk_size=chunk_size, activation=activation,
+                return_cache=return_cache, delay=delay, gate=gate,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -299,17 +314,18 @@ def gated_depthwise_conv(
         ):
             return apply(
                 kernels, False, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-                chunk_size, activation, return_cache, delay, gate,
+                starts, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         y, new_cache = run_kernels(
-            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
             chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, h, chunk_scale)
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
+            starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
+            delay=delay, gate=gate,
         )  # fmt: skip
     return (y, new_cache) if return_cache else y
 
@@ -323,6 +339,7 @@ def check(
     chunk_scale: Tensor | None,
     padding_mask: Tensor | None,
     cache: Tensor | None,
+    starts: Tensor | None,
     chunk_size: int,
     activation: Literal["swoosh_r", "silu", "identity"],
     return_cache: bool,
@@ -425,6 +442,17 @@ def check(
             op.wrong_shape("cache", cache, listed(B, C, K // 2 + delay))
         if cache.device != h.device:
             op.wrong_device("cache", cache, "h", h)
+    if starts is not None:
+        if not isinstance(starts, Tensor) or starts.dtype not in INT64 or starts.layout is not torch.strided:
+            op.wrong_tensor("starts", starts, "an int64 tensor")
+        shape, right = starts.shape, False
+        if len(shape) == 1:
+            N = shape[0]
+            right = N >= 1
+        if not right:
+            op.wrong_shape("starts", starts, f"{listed('N')}, N >= 1")
+        if starts.device != h.device:
+            op.wrong_device("starts", starts, "h", h)
     if autocast_dtype(h) is None:
         if weight.dtype != h.dtype:
             op.wrong_dtype("weight", weight, "h", h)
@@ -435,31 +463,32 @@ def check(
         if causal_bias is not None and causal_bias.dtype != h.dtype:
             op.wrong_dtype("causal_bias", causal_bias, "h", h)
     _check(
-        op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+        op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
         chunk_size, activation, return_cache, delay, gate),
     )  # fmt: skip
 
 
 def traced(
-    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-    return_cache, delay, gate,
+    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
+    activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("gated_depthwise_conv", h, chunk_scale):
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
+            starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
+            delay=delay, gate=gate,
         )  # fmt: skip
     y, new_cache = operator(
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay, gate,
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
+        activation, return_cache, delay, gate,
     )  # fmt: skip
     return (y, new_cache) if return_cache else y
 
 
 def run_kernels(
-    kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-    activation, return_cache, delay, gate,
+    kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
+    chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(h, chunk_scale)
@@ -468,8 +497,8 @@ def run_kernels(
     y, new_cache = kernels.forward(
         operand(h, dtype, dense_channels), operand(weight, dtype), operand(bias, dtype),
         operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale, dtype),
-        operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
-        return_cache, delay, GATE_CODES[gate],
+        operand(padding_mask, None), operand(cache, dtype), operand(starts, None), chunk_size,
+        ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -484,12 +513,12 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 def under_autocast(
     dtype, h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
+    cache=None, starts=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     return _autocast(
         op, dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-        chunk_size, activation, return_cache, delay, gate),
+        starts, chunk_size, activation, return_cache, delay, gate),
     )  # fmt: skip
 
 
@@ -498,21 +527,23 @@ class GatedDepthwiseConv(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-        chunk_size, activation, return_cache, delay, gate,
+        starts, chunk_size, activation, return_cache, delay, gate,
     ):  # fmt: skip
         if direct:
             y, new_cache = kernels.forward(
-                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
+                chunk_size, ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
             )  # fmt: skip
         else:
             y, new_cache = run_kernels(
                 kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-                chunk_size, activation, return_cache, delay, gate,
+                starts, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         y = not_a_view(y)
         new_cache = not_a_view(new_cache)
-        ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
+        ctx.save_for_backward(
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts
+        )
         ctx.rest = kernels, direct, chunk_size, activation, return_cache, delay, gate
         return (y, new_cache) if return_cache else y
 
@@ -521,7 +552,9 @@ class GatedDepthwiseConv(Function):
         if is_grad_enabled():
             refuse_double_backward("gated_depthwise_conv")
         # once: a checkpoint gives them one time
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts = (
+            ctx.saved_tensors
+        )
         kernels, direct, chunk_size, activation, return_cache, delay, gate = ctx.rest
         if (
             transforms_active()
@@ -531,7 +564,7 @@ class GatedDepthwiseConv(Function):
         ):
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = transformed_gradients(
                 op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
+                chunk_scale, padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate,)),
             )  # fmt: skip
             return (
                 None,
@@ -549,18 +582,20 @@ class GatedDepthwiseConv(Function):
                 None,
                 None,
                 None,
+                None,
             )
         if direct:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
                 operand(grad_y, None, dense_channels), h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, ACTIVATION_CODES[activation], delay,
+                chunk_scale, padding_mask, cache, starts, chunk_size, ACTIVATION_CODES[activation], delay,
                 GATE_CODES[gate],
             )  # fmt: skip
             if return_cache:
                 _cache_gradient(
                     op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias,
                     d_chunk_scale, d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-                    chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
+                    chunk_scale, padding_mask, cache, starts, chunk_size, activation, return_cache, delay,
+                    gate,)),
                 )  # fmt: skip
             return (
                 None,
@@ -578,17 +613,18 @@ class GatedDepthwiseConv(Function):
                 None,
                 None,
                 None,
+                None,
             )
         try:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
                 kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-                padding_mask, cache, chunk_size, activation, return_cache, delay, gate,
+                padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         except Unlaunchable as error:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
                 error, op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight,
-                causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,
-                gate,)),
+                causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size, activation, return_cache,
+                delay, gate,)),
             )  # fmt: skip
         return (
             None,
@@ -606,26 +642,27 @@ class GatedDepthwiseConv(Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def differentiate(
     kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-    cache, chunk_size, activation, return_cache, delay, gate,
+    cache, starts, chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     dtype = promoted(h, chunk_scale) if kernels.backend == "cpu" else None
     d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
         operand(grad_y, dtype, dense_channels), operand(h, dtype, dense_channels), operand(weight, dtype),
         operand(bias, dtype), operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale,
-        dtype), operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
-        delay, GATE_CODES[gate],
+        dtype), operand(padding_mask, None), operand(cache, dtype), operand(starts, None), chunk_size,
+        ACTIVATION_CODES[activation], delay, GATE_CODES[gate],
     )  # fmt: skip
     if return_cache:
         _cache_gradient(
             op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale,
             d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-            cache, chunk_size, activation, return_cache, delay, gate,)),
+            cache, starts, chunk_size, activation, return_cache, delay, gate,)),
         )  # fmt: skip
     if d_h is not None and d_h.dtype is not h.dtype:
         d_h = d_h.to(h.dtype)
@@ -653,31 +690,31 @@ def differentiate(
 # --------------------------------------------------------------------------- the registered operator
 def run(
     h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
+    cache=None, starts=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
 ):  # fmt: skip
     kernels = family.kernels(h, chunk_scale)
     if kernels is None:
         return formula_results(
-            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay, gate,
+            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
+            chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     try:
         y, new_cache = run_kernels(
-            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
             chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, h, chunk_scale)
         return formula_results(
-            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay, gate,
+            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
+            chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     return y.contiguous(), new_cache.contiguous()
 
 
 def fake(
     h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
+    cache=None, starts=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
 ):  # fmt: skip
     T = h.shape[0]
     B = h.shape[1]
@@ -686,6 +723,7 @@ def fake(
         K = weight.shape[2]
     elif len(weight.shape) == 2:
         K = weight.shape[1]
+
     return torch.empty((T, B, C), dtype=promoted(h, chunk_scale), device=h.device), torch.empty(
         (B, C, K // 2 + delay) if return_cache else (0,), dtype=promoted(h, cache), device=h.device
     )
@@ -693,23 +731,25 @@ def fake(
 
 def set_up(ctx, inputs, output):
     (
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay, gate,
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
+        activation, return_cache, delay, gate,
     ) = inputs  # fmt: skip
     y, new_cache = output
     if not return_cache:
         ctx.mark_non_differentiable(new_cache)
-    ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
+    ctx.save_for_backward(
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts
+    )
     ctx.rest = chunk_size, activation, return_cache, delay, gate
 
 
 def backward(ctx, grad_y, grad_new_cache, *_):
-    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
+    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts = ctx.saved_tensors
     chunk_size, activation, return_cache, delay, gate = ctx.rest
     grad_new_cache = grad_new_cache if return_cache else None
     d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = as_tuple(
         backward_operator(grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-        padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
+        padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate),
     )  # fmt: skip
     return (
         d_h,
@@ -725,29 +765,30 @@ def backward(ctx, grad_y, grad_new_cache, *_):
         None,
         None,
         None,
+        None,
     )
 
 
 def run_backward(
     grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-    chunk_size, activation, return_cache, delay, gate,
+    starts, chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     kernels = family.kernels(h, chunk_scale)
     if kernels is None:
         d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = formula_gradients(
             op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias, chunk_scale,
-            padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
+            padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
     else:
         try:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
                 kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-                padding_mask, cache, chunk_size, activation, return_cache, delay, gate,
+                padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         except Unlaunchable as error:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
                 error, op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
+                chunk_scale, padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate),
             )  # fmt: skip
     return (
         d_h.contiguous(),
@@ -762,7 +803,7 @@ def run_backward(
 
 def fake_backward(
     grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-    chunk_size, activation, return_cache, delay, gate,
+    starts, chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     return (
         h.new_empty(h.shape),
@@ -778,17 +819,17 @@ def fake_backward(
 backward_operator = register(
     "gated_depthwise_conv_backward(Tensor? grad_y, Tensor? grad_new_cache, Tensor h, Tensor weight, "
     "Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, "
-    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay, str gate) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? cache, Tensor? starts, SymInt chunk_size, str activation, bool return_cache, SymInt delay, "
+    "str gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 2),
 )
 operator = register(
     "gated_depthwise_conv(Tensor h, Tensor weight, Tensor? bias=None, Tensor? causal_weight=None, Tensor? "
-    "causal_bias=None, Tensor? chunk_scale=None, Tensor? padding_mask=None, Tensor? cache=None, SymInt "
-    'chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt delay=0, str '
-    'gate="sigmoid") -> (Tensor, Tensor)',
+    "causal_bias=None, Tensor? chunk_scale=None, Tensor? padding_mask=None, Tensor? cache=None, Tensor? "
+    'starts=None, SymInt chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt '
+    'delay=0, str gate="sigmoid") -> (Tensor, Tensor)',
     run,
     fake,
     setup_context=set_up,
