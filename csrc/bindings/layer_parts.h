@@ -23,7 +23,8 @@ void multiply(cpu::ReducedGemm g, const Tensor& packed);
 }  // namespace reduced_gemm
 
 namespace swoosh {
-Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int64_t shared_dim);
+Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int64_t shared_dim,
+                      const Optional& mask_row);
 }  // namespace swoosh
 
 namespace bypass {

@@ -134,7 +134,7 @@ struct Layer {
       return onto ? plus(*onto, y) : y;
     }
     if (f != cpu::ReducedInput::x)
-      return multiplied(p, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1), onto);
+      return multiplied(p, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1, {}), onto);
     return multiplied(p, x, onto);
   }
 

@@ -16,6 +16,7 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops._runtime import (
+    INT64,
     MASKS,
     NOT_MINE,
     applied,
@@ -47,6 +48,7 @@ class Arguments(NamedTuple):
     bias: Tensor | None = None
     kind: Literal["SwooshL", "SwooshR"] = "SwooshL"
     mask: Tensor | None = None
+    mask_row: Tensor | None = None
     shared_dim: int = -1
 
 
@@ -55,6 +57,7 @@ class Saved(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     mask: Tensor | None
+    mask_row: Tensor | None
     kind: Literal["SwooshL", "SwooshR"]
     shared_dim: int
 
@@ -72,9 +75,12 @@ def swoosh_linear(
     bias: Tensor | None = None,
     kind: Literal["SwooshL", "SwooshR"] = "SwooshL",
     mask: Tensor | None = None,
+    mask_row: Tensor | None = None,
     shared_dim: int = -1,
 ) -> Tensor:
-    """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``."""
+    """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``. With ``mask_row`` the
+    mask is (R, K), and the rows of x (..., K) name their rows of it.
+    """
     kernels = family.native
     if (
         kernels is not None
@@ -89,11 +95,12 @@ def swoosh_linear(
             mask is None
             or (type(mask) in PLAIN and mask.is_cpu and mask.dtype is dtype and not mask.requires_grad)
         )
+        and (mask_row is None or (type(mask_row) in PLAIN and mask_row.is_cpu))
         and type(kind) is str
         and kind in KIND_CODES
         and type(shared_dim) is int
         and not is_autocast_enabled("cpu")
-        and fits(x, weight, bias, kind, mask, shared_dim)
+        and fits(x, weight, bias, kind, mask, mask_row, shared_dim)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -101,44 +108,45 @@ def swoosh_linear(
             if is_grad_enabled() and (
                 x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
             ):
-                return apply(kernels, True, x, weight, bias, kind, mask, shared_dim)
-            return _fast(kernels, False, x, weight, bias, kind, mask, shared_dim)
+                return apply(kernels, True, x, weight, bias, kind, mask, mask_row, shared_dim)
+            return _fast(kernels, False, x, weight, bias, kind, mask, mask_row, shared_dim)
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
-            check(x, weight, bias, kind, mask, shared_dim)
+            check(x, weight, bias, kind, mask, mask_row, shared_dim)
             raise
-    check(x, weight, bias, kind, mask, shared_dim)
+    check(x, weight, bias, kind, mask, mask_row, shared_dim)
     if is_compiling() or not (
         type(x) in PLAIN
         and type(weight) in PLAIN
         and (bias is None or type(bias) in PLAIN)
         and (mask is None or type(mask) in PLAIN)
+        and (mask_row is None or type(mask_row) in PLAIN)
     ):
-        return traced(x, weight, bias, kind, mask, shared_dim)
+        return traced(x, weight, bias, kind, mask, mask_row, shared_dim)
     if transforms_active() or forward_ad._current_level >= 0:
-        return by_formula(op, Arguments(x, weight, bias, kind, mask, shared_dim))
+        return by_formula(op, Arguments(x, weight, bias, kind, mask, mask_row, shared_dim))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x, weight, bias, kind, mask, shared_dim)
+        return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, bias, kind, mask, shared_dim = under_autocast(
-            cast_dtype, x, weight, bias, kind, mask, shared_dim
+        x, weight, bias, kind, mask, mask_row, shared_dim = under_autocast(
+            cast_dtype, x, weight, bias, kind, mask, mask_row, shared_dim
         )
         kernels = family.kernels(x)
         if kernels is None:
-            return formula(x, weight, bias, kind, mask, shared_dim)
+            return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
     try:
         if is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return apply(kernels, False, x, weight, bias, kind, mask, shared_dim)
-        y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+            return apply(kernels, False, x, weight, bias, kind, mask, mask_row, shared_dim)
+        y = run_kernels(kernels, x, weight, bias, kind, mask, mask_row, shared_dim)
     except Unlaunchable as error:
         family.give_up(error, x)
-        return formula(x, weight, bias, kind, mask, shared_dim)
+        return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
     return y
 
 
@@ -148,6 +156,7 @@ def check(
     bias: Tensor | None,
     kind: Literal["SwooshL", "SwooshR"],
     mask: Tensor | None,
+    mask_row: Tensor | None,
     shared_dim: int,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
@@ -159,6 +168,7 @@ def check(
         op.wrong_tensor("x", x)
     shape, right = x.shape, False
     if len(shape) >= 1:
+        S = shape[:-1]
         K = shape[-1]
         right = True
     if not right:
@@ -187,6 +197,17 @@ def check(
             op.fail("mask", "a constant", "a tensor that requires a gradient")
         if mask.device != x.device:
             op.wrong_device("mask", mask, "x", x)
+    if mask_row is not None:
+        if (
+            not isinstance(mask_row, Tensor)
+            or mask_row.dtype not in INT64
+            or mask_row.layout is not torch.strided
+        ):
+            op.wrong_tensor("mask_row", mask_row, "an int64 tensor")
+        if mask_row.shape != (*S,):
+            op.wrong_shape("mask_row", mask_row, listed(*S))
+        if mask_row.device != x.device:
+            op.wrong_device("mask_row", mask_row, "x", x)
     if autocast_dtype(x) is None:
         if weight.dtype != x.dtype:
             op.wrong_dtype("weight", weight, "x", x)
@@ -194,17 +215,19 @@ def check(
             op.wrong_dtype("bias", bias, "x", x)
 
 
-def traced(x, weight, bias, kind, mask, shared_dim):
+def traced(x, weight, bias, kind, mask, mask_row, shared_dim):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("swoosh", x):
-        return formula(x, weight, bias, kind, mask, shared_dim)
-    return operator(x, weight, bias, kind, mask, shared_dim)
+        return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
+    return operator(x, weight, bias, kind, mask, mask_row, shared_dim)
 
 
-def run_kernels(kernels, x, weight, bias, kind, mask, shared_dim):
+def run_kernels(kernels, x, weight, bias, kind, mask, mask_row, shared_dim):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(weight)
-    y = _launch(op, kernels, make(Arguments, (x, weight, bias, kind, mask, shared_dim)), y_dtype, False)
+    y = _launch(
+        op, kernels, make(Arguments, (x, weight, bias, kind, mask, mask_row, shared_dim)), y_dtype, False
+    )
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
     return y
@@ -214,22 +237,22 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.weight),)
 
 
-def under_autocast(dtype, x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
+def under_autocast(dtype, x, weight, bias=None, kind="SwooshL", mask=None, mask_row=None, shared_dim=-1):
     """Casts the arguments as autocast does for this dtype."""
     weight, bias = cast(dtype, weight, bias)
-    return x, weight, bias, kind, mask, shared_dim
+    return x, weight, bias, kind, mask, mask_row, shared_dim
 
 
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class SwooshLinear(Function):
     @staticmethod
-    def forward(ctx, kernels, direct, x, weight, bias, kind, mask, shared_dim):
+    def forward(ctx, kernels, direct, x, weight, bias, kind, mask, mask_row, shared_dim):
         if direct:
-            y = _fast(kernels, True, x, weight, bias, kind, mask, shared_dim)
+            y = _fast(kernels, True, x, weight, bias, kind, mask, mask_row, shared_dim)
         else:
-            y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+            y = run_kernels(kernels, x, weight, bias, kind, mask, mask_row, shared_dim)
         y = not_a_view(y)
-        ctx.save_for_backward(x, weight, bias, mask)
+        ctx.save_for_backward(x, weight, bias, mask, mask_row)
         ctx.rest = kernels, direct, kind, shared_dim
         return y
 
@@ -238,30 +261,31 @@ class SwooshLinear(Function):
         if is_grad_enabled():
             refuse_double_backward("swoosh_linear")
         # once: a checkpoint gives them one time
-        x, weight, bias, mask = ctx.saved_tensors
+        x, weight, bias, mask, mask_row = ctx.saved_tensors
         kernels, direct, kind, shared_dim = ctx.rest
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim))
+                op, (grad_y,), make(Saved, (x, weight, bias, mask, mask_row, kind, shared_dim))
             )
-            return None, None, d_x, d_weight, d_bias, None, None, None
+            return None, None, d_x, d_weight, d_bias, None, None, None, None
         needs = ctx.needs_input_grad[2:5]
         try:
             d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs
+                kernels, grad_y, x, weight, bias, mask, mask_row, kind, shared_dim, needs
             )
         except Unlaunchable as error:
             d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim))
+                error, op, (grad_y,), make(Saved, (x, weight, bias, mask, mask_row, kind, shared_dim))
             )
-        return None, None, d_x, d_weight, d_bias, None, None, None
+        return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs):
+def differentiate(kernels, grad_y, x, weight, bias, mask, mask_row, kind, shared_dim, needs):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim)), make(Needs, needs)
-    )
+        op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, mask_row, kind, shared_dim,)), make(Needs,
+        needs),
+    )  # fmt: skip
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
     if d_weight is not None and d_weight.dtype is not weight.dtype:
@@ -274,19 +298,19 @@ def differentiate(kernels, grad_y, x, weight, bias, mask, kind, shared_dim, need
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
+def run(x, weight, bias=None, kind="SwooshL", mask=None, mask_row=None, shared_dim=-1):
     kernels = family.kernels(x)
     if kernels is None:
-        return formula_results(op, x, weight, bias, kind, mask, shared_dim)
+        return formula_results(op, x, weight, bias, kind, mask, mask_row, shared_dim)
     try:
-        y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+        y = run_kernels(kernels, x, weight, bias, kind, mask, mask_row, shared_dim)
     except Unlaunchable as error:
         family.give_up(error, x)
-        return formula_results(op, x, weight, bias, kind, mask, shared_dim)
+        return formula_results(op, x, weight, bias, kind, mask, mask_row, shared_dim)
     return y.contiguous()
 
 
-def fake(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
+def fake(x, weight, bias=None, kind="SwooshL", mask=None, mask_row=None, shared_dim=-1):
     S = x.shape[:-1]
 
     N = weight.shape[0]
@@ -294,18 +318,18 @@ def fake(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
 
 
 def set_up(ctx, inputs, output):
-    x, weight, bias, kind, mask, shared_dim = inputs
+    x, weight, bias, kind, mask, mask_row, shared_dim = inputs
 
-    ctx.save_for_backward(x, weight, bias, mask)
+    ctx.save_for_backward(x, weight, bias, mask, mask_row)
     ctx.rest = kind, shared_dim
 
 
 def backward(ctx, grad_y, *_):
-    x, weight, bias, mask = ctx.saved_tensors
+    x, weight, bias, mask, mask_row = ctx.saved_tensors
     kind, shared_dim = ctx.rest
     needs = wanted(ctx.needs_input_grad, (0, 1, 2))
     d_x, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, weight, bias, mask, kind, shared_dim, needs)
+        backward_operator(grad_y, x, weight, bias, mask, mask_row, kind, shared_dim, needs)
     )
     return (
         None if not needs[0] else d_x,
@@ -314,23 +338,24 @@ def backward(ctx, grad_y, *_):
         None,
         None,
         None,
+        None,
     )
 
 
-def run_backward(grad_y, x, weight, bias, mask, kind, shared_dim, needs):
+def run_backward(grad_y, x, weight, bias, mask, mask_row, kind, shared_dim, needs):
     kernels = family.kernels(x)
     if kernels is None:
         d_x, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, weight, bias, mask, kind, shared_dim)
+            op, (grad_y,), Saved(x, weight, bias, mask, mask_row, kind, shared_dim)
         )
     else:
         try:
             d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs
+                kernels, grad_y, x, weight, bias, mask, mask_row, kind, shared_dim, needs
             )
         except Unlaunchable as error:
             d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, mask, kind, shared_dim)
+                error, op, (grad_y,), Saved(x, weight, bias, mask, mask_row, kind, shared_dim)
             )
     return (
         x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
@@ -339,7 +364,7 @@ def run_backward(grad_y, x, weight, bias, mask, kind, shared_dim, needs):
     )
 
 
-def fake_backward(grad_y, x, weight, bias, mask, kind, shared_dim, needs):
+def fake_backward(grad_y, x, weight, bias, mask, mask_row, kind, shared_dim, needs):
     return (
         x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
         x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
@@ -348,15 +373,15 @@ def fake_backward(grad_y, x, weight, bias, mask, kind, shared_dim, needs):
 
 
 backward_operator = register(
-    "swoosh_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, str kind, "
-    "SymInt shared_dim, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "swoosh_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? "
+    "mask_row, str kind, SymInt shared_dim, bool[] needs) -> (Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
 )
 operator = register(
     'swoosh_linear(Tensor x, Tensor weight, Tensor? bias=None, str kind="SwooshL", Tensor? mask=None, '
-    "SymInt shared_dim=-1) -> Tensor",
+    "Tensor? mask_row=None, SymInt shared_dim=-1) -> Tensor",
     run,
     fake,
     setup_context=set_up,

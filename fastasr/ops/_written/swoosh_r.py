@@ -60,7 +60,7 @@ def swoosh_r(x: Tensor) -> Tensor:
         try:
             if is_grad_enabled() and (x.requires_grad):
                 return apply(kernels, True, x)
-            return kernels.forward(x, True, None, -1)
+            return kernels.forward(x, True, None, -1, None)
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
@@ -115,7 +115,7 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 class SwooshR(Function):
     @staticmethod
     def forward(ctx, kernels, direct, x):
-        y = kernels.forward(x, True, None, -1) if direct else run_kernels(kernels, x)
+        y = kernels.forward(x, True, None, -1, None) if direct else run_kernels(kernels, x)
         y = not_a_view(y)
         ctx.save_for_backward(x)
         ctx.rest = kernels, direct
@@ -132,7 +132,7 @@ class SwooshR(Function):
             (d_x,) = transformed_gradients(op, (grad_y,), make(Saved, (x,)))
             return None, None, d_x
         if direct:
-            d_x, _ = kernels.backward(grad_y.contiguous(), x, True, None, -1, False)
+            d_x, _ = kernels.backward(grad_y.contiguous(), x, True, None, -1, None, False)
             return None, None, d_x
         try:
             (d_x,) = differentiate(kernels, grad_y, x)
