@@ -4,7 +4,8 @@
 ``accelerate(model)`` swaps faster forwards into a model in place and reports what it did; ``verify``, ``restore``,
 ``eager_mode`` and ``explain`` check, undo, suspend and preview it, ``refresh`` renews the data kept between calls,
 ``why`` says which calls leave the fast path and why, and inside ``upstream_draws`` attention draws its dropout as
-upstream does. ``fastasr.ops`` holds the operations themselves.
+upstream does. ``packed`` makes ``PackedFrames``, batches without padding. ``fastasr.ops`` holds the operations
+themselves.
 
 ``import fastasr`` registers ``torch.ops.fastasr``, which ``torch.export.load`` looks up: at once if torch is imported,
 and otherwise as soon as it is. It imports nothing else: the command answers ``--help`` without torch, and each name
@@ -23,6 +24,7 @@ _SWAP = (
     "SwapReport",
 )
 _GRAPHS = ("Graphs", "graph_state")
+_PACKED_FRAMES = ("PackedFrames", "packed")
 _SUBPACKAGES = (
     "ops",
     "models",
@@ -37,6 +39,7 @@ _SUBPACKAGES = (
 )
 __all__ = [
     "Graphs",
+    "PackedFrames",
     "SwapReport",
     "accelerate",
     "backend",
@@ -44,6 +47,7 @@ __all__ = [
     "explain",
     "graph_state",
     "ops",
+    "packed",
     "refresh",
     "restore",
     "upstream_draws",
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from fastasr import ops
     from fastasr.graphs import Graphs, graph_state
     from fastasr.ops._dispatch import backend
+    from fastasr.packed_frames import PackedFrames, packed
     from fastasr.swap import SwapReport, accelerate, eager_mode, explain, refresh, restore, upstream_draws
     from fastasr.swap.verify import verify
     from fastasr.swap.why import why
@@ -65,6 +70,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("fastasr.swap"), name)
     if name in _GRAPHS:
         return getattr(import_module("fastasr.graphs"), name)
+    if name in _PACKED_FRAMES:
+        return getattr(import_module("fastasr.packed_frames"), name)
     if name == "backend":
         return import_module("fastasr.ops._dispatch").backend
     if name in _SUBPACKAGES:

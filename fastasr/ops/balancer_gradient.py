@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Gradient of a balancer, which keeps the mean and size of channels in a range (Zipformer; Yao et al., 2023, 3.5).
 
-The balancer itself is the identity. Per channel of x, over its N elements,
+The balancer itself is the identity. Per channel of x, over its N elements that are not padding,
 
     u = mean(x²)   μ = mean(x)   s = √(u − μ²)   r = √u   m = μ / s
     loss = |m − clamp(m, m_min, m_max)| + |log(clamp(r, r_min, r_max) / r)|
 
-and the gradient g of x becomes g + |g| l, with l = d loss / dx scaled to root mean square ``grad_scale``. The first
-term is active for m outside its range, with the sign e of the excess, the second for r outside its own, with sign f:
+and there the gradient g of x becomes g + |g| l, with l = d loss / dx scaled to root mean square ``grad_scale``. The
+first term is active for m outside its range, with the sign e of the excess, the second for r outside its own, with
+sign f:
 
     d loss / dx = e (1 − m (x − μ) / s) / (N s)  +  f x / (N r²)  =  p + q (x − μ)
     p = (e / s + f μ / r²) / N        q = (f / r² − e m / s²) / N        mean square = p² + q² s²
@@ -42,6 +43,14 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("limits", "a tensor (5,), or five numbers", None)
     if a.limits is not None and any(n is not None for n in numbers):
         op.fail("limits", "either a tensor or five numbers", "both")
+    if a.padding_mask is not None and a.padding_mask.shape != _without(a.x.shape, a.channel_dim):
+        op.wrong_shape("padding_mask", a.padding_mask, str(tuple(_without(a.x.shape, a.channel_dim))))
+
+
+def _without(shape: torch.Size, dim: int) -> torch.Size:
+    """Returns a shape without the dimension of the channels."""
+    dim %= len(shape)
+    return shape[:dim] + shape[dim + 1 :]
 
 
 # --------------------------------------------------------------------------- kernels
@@ -60,7 +69,7 @@ def _operands(
 
 
 def _forward(kernels: Kernels, keep: bool, grad: Tensor, x: Tensor, *options: Any) -> Tensor:
-    *numbers, dim, limits, act = options
+    *numbers, dim, limits, act, _ = options
     native = kernels.backend == "cpu"
     grad, x, back = _operands(grad, x, dim, dense=native)
     return back(kernels.forward(grad, x, *numbers, *(() if native else (limits, act))))
@@ -69,13 +78,19 @@ def _forward(kernels: Kernels, keep: bool, grad: Tensor, x: Tensor, *options: An
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
     native = kernels.backend == "cpu"  # The C++ kernels read no number on the device.
     served = not native or (a.grad.dtype is a.x.dtype and a.limits is a.act is None)
+    served = served and a.padding_mask is None
     return _forward(kernels, keep, *a) if served and a.x.numel() else op.definition(*a)
 
 
 def _fits(grad: Tensor, x: Tensor, *options: Any) -> bool:
-    *numbers, dim, limits, act = options
+    *numbers, dim, limits, act, padding_mask = options
     strided = x.layout is grad.layout is torch.strided and x.shape == grad.shape and x.numel() > 0
-    return strided and -x.dim() <= dim < x.dim() and limits is act is None and None not in numbers
+    return (
+        strided
+        and -x.dim() <= dim < x.dim()
+        and limits is act is padding_mask is None
+        and None not in numbers
+    )
 
 
 # --------------------------------------------------------------------------- the op
@@ -99,6 +114,7 @@ def balancer_gradient(
     channel_dim: Annotated[int, "dimension of x"] = -1,
     limits: Annotated[Tensor, "5"] | None = None,
     act: Annotated[Tensor, " | 1", "constant"] | None = None,
+    padding_mask: Annotated[Tensor, "*M", bool] | None = None,
 ) -> Annotated[Tensor, "*S D", "grad", "constant"]:
     """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
 
@@ -110,6 +126,8 @@ def balancer_gradient(
         channel_dim: the dimension of the channels.
         limits: the five numbers on the device of x, in place of the numbers above.
         act: one number on the device of x. If it is 0, the result is ``grad`` unchanged.
+        padding_mask: x's shape without channel_dim, bool; True: the frame has no part in the statistics, and the
+            result is ``grad`` there.
     Returns:
         A tensor of grad's shape and dtype, computed in float32 or better, rounded once.
     Raises:
@@ -124,9 +142,19 @@ def balancer_gradient(
     grad = grad.detach()
     x, g = x.detach().to(compute)[None], grad.to(compute)[None]
     dims = [i for i in range(x.dim()) if i != channel_dim]
-    mu = x.mean(dims, keepdim=True)
+    hidden = None if padding_mask is None else padding_mask.unsqueeze(channel_dim - 1)[None]
+    count: Any = max(1, x.numel() // max(1, x.shape[channel_dim]))
+    if hidden is not None:
+        count = (~hidden).sum().clamp(min=1)
+
+    def mean(t: Tensor) -> Tensor:
+        if hidden is None:
+            return t.mean(dims, keepdim=True)
+        return t.masked_fill(hidden, 0.0).sum(dims, keepdim=True) / count
+
+    mu = mean(x)
     d = x - mu
-    centred = (d * d).mean(dims, keepdim=True)  # not u − μ², which cancels where |μ| is much larger than s
+    centred = mean(d * d)  # not u − μ², which cancels where |μ| is much larger than s
     square = centred + mu * mu
     variance, power = centred.clamp(min=FLOOR), square.clamp(min=FLOOR)
     s, r = variance.sqrt(), power.sqrt()
@@ -138,20 +166,31 @@ def balancer_gradient(
     e_slope, f = e * (centred >= FLOOR), f * (square >= FLOOR)
     p = e / s + f * mu / power
     q = f / power - e_slope * m / variance
-    count = x.numel() // max(1, mu.numel())
-    rms = (p * p + q * q * centred).sqrt() / max(1, count)
-    scale = size / rms.clamp(min=FLOOR) / max(1, count)
+    rms = (p * p + q * q * centred).sqrt() / count
+    scale = size / rms.clamp(min=FLOOR) / count
     y = torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d))[0].to(grad.dtype)
+    if hidden is not None:
+        y = torch.where(hidden[0], grad, y)
     return y if act is None else torch.where(act != 0, y, grad)
 
 
-def balance_(grad: Tensor, x: Tensor, channel_dim: int, limits: Tensor, act: Tensor | None = None) -> None:
-    """Writes ``balancer_gradient`` over grad. On CUDA, where ``act`` is 0, its kernels return at once."""
+def balance_(
+    grad: Tensor,
+    x: Tensor,
+    channel_dim: int,
+    limits: Tensor,
+    act: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> None:
+    """Writes ``balancer_gradient`` over grad. On CUDA, where ``act`` is 0, its kernels return at once. ``hidden`` is
+    padding_mask in any shape.
+    """
+    mask = None if hidden is None else hidden.reshape(_without(x.shape, channel_dim))
     kernels = FAMILY.kernels(x, grad)
-    if kernels is not None and kernels.backend == "triton" and x.numel():
+    if kernels is not None and kernels.backend == "triton" and x.numel() and mask is None:
         seen, x_seen, _ = _operands(grad, x, channel_dim, dense=False)
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
             kernels.forward(seen, x_seen, *[None] * 5, limits, act, in_place=True)
             return
     public = OPS["balancer_gradient"].function
-    grad.copy_(public(grad, x, channel_dim=channel_dim, limits=limits, act=act))
+    grad.copy_(public(grad, x, channel_dim=channel_dim, limits=limits, act=act, padding_mask=mask))

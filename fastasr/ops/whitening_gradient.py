@@ -2,7 +2,8 @@
 r"""Gradient of a whitening, which keeps the covariance of channels near a multiple of the identity (Zipformer; Yao et
 al., 2023).
 
-The whitening itself is the identity. Over all N frames of x, with the channels in G groups of c, each centred,
+The whitening itself is the identity. Over the N frames of x that are not padding, with the channels in G groups of c,
+each centred,
 
     S_g = x_gᵀ x_g    d = mean of the diagonals    w = Σ_g |S_g|² / (G c) / d²
 
@@ -68,11 +69,11 @@ def _native(kernels: Kernels, a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
-    if a.x.numel() and kernels.backend == "triton":
+    if a.x.numel() and kernels.backend == "triton" and a.padding_mask is None:
         grad, rows, seen = _operands(a.grad, a.x, False)
         y, white = kernels.forward(grad, rows, *a[2:])
         return seen.back(y), white
-    if a.x.numel() and a.limits is a.act is None:  # the native kernels read no number from a tensor
+    if kernels.backend == "cpu" and a.x.numel() and a.limits is a.act is a.padding_mask is None:
         return _native(kernels, a)
     return op.definition(*a)
 
@@ -95,6 +96,7 @@ def whitening_gradient(
     grad_scale: float | None = None,
     limits: Annotated[Tensor, "2"] | None = None,
     act: Annotated[Tensor, " | 1", "constant"] | None = None,
+    padding_mask: Annotated[Tensor, "*S", bool] | None = None,
 ) -> tuple[Annotated[Tensor, "*S D", "grad", "constant"], Annotated[Tensor, "", torch.bool, "constant"]]:
     """Returns the gradient of x, changed if the metric w of x reaches the limit, and whether w is below. Not
     differentiable.
@@ -106,6 +108,8 @@ def whitening_gradient(
         grad_scale: the size of the change relative to ``grad``.
         limits: the two numbers on the device of x, in place of the numbers above.
         act: one number on the device of x. If it is 0, the results are ``grad`` unchanged and False.
+        padding_mask: x's shape without channels, bool; True: the frame has no part in w and |g|, and y is ``grad``
+            there.
     Returns:
         A tensor of grad's shape and dtype, computed in float32 or better, rounded once; and a bool tensor without
         dimensions. No kernel for CUDA waits for the device.
@@ -118,21 +122,26 @@ def whitening_gradient(
     least, size = numbers if limits is None else limits.unbind()
     compute = torch.promote_types(x.dtype, torch.float32)
     grad = grad.detach()
+    hidden = None if padding_mask is None else padding_mask.reshape(-1, 1)
     with _exact_products(x):
-        frames = _grouped(x.detach().to(compute), num_groups)
+        frames = _grouped(x.detach().to(compute), num_groups, hidden)
         metric, covariance, d = _metric(frames)
         white = metric < least
         covariance.diagonal(dim1=1, dim2=2).sub_(metric * d)
         covariance *= 4.0 / (covariance.shape[0] * covariance.shape[1]) / (d * d + EPS)
         v = _gemm.batched(frames, covariance)
-    v -= v.mean(dim=1, keepdim=True)  # 0 but for rounding, which the gradient of a bias would add up
+    v -= _mean(v, hidden)  # 0 but for rounding, which the gradient of a bias would add up
     v = v.transpose(0, 1).reshape(x.shape)
-    scale = size * (_norm(grad, compute) / (_norm(v, compute) + EPS))
+    seen, same = grad, white
+    if padding_mask is not None:
+        hidden = padding_mask.unsqueeze(-1)
+        v, seen, same = v.masked_fill(hidden, 0.0), grad.masked_fill(hidden, 0.0), white | hidden
+    scale = size * (_norm(seen, compute) / (_norm(v, compute) + EPS))
     y = torch.addcmul(grad.to(compute), v, scale).to(grad.dtype)
     if act is None:
-        return torch.where(white, grad, y), white
+        return torch.where(same, grad, y), white
     act = act.reshape(()) != 0
-    return torch.where(white | ~act, grad, y), white & act
+    return torch.where(same | ~act, grad, y), white & act
 
 
 def whitening_metric(x: Tensor, num_groups: int) -> Tensor:
@@ -142,18 +151,27 @@ def whitening_metric(x: Tensor, num_groups: int) -> Tensor:
 
 
 def whiten_(
-    grad: Tensor, x: Tensor, num_groups: int, limits: Tensor, act: Tensor | None, white: Tensor
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    limits: Tensor,
+    act: Tensor | None,
+    white: Tensor,
+    hidden: Tensor | None = None,
 ) -> None:
     """Writes ``whitening_gradient`` over grad, and to ``white``, bool (), whether w is below the limit. On CUDA, where
-    ``act`` is 0, its kernels return at once.
+    ``act`` is 0, its kernels return at once. ``hidden`` is padding_mask in any shape.
     """
+    mask = None if hidden is None else hidden.reshape(x.shape[:-1])
     kernels = FAMILY.kernels(x, grad)
-    if kernels is not None and kernels.backend == "triton" and x.numel():
+    if kernels is not None and kernels.backend == "triton" and x.numel() and mask is None:
         seen, rows, _ = _operands(grad, x, False)
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
             kernels.forward(seen, rows, num_groups, None, None, limits, act, white)
             return
-    y, found = OPS["whitening_gradient"].function(grad, x, num_groups, limits=limits, act=act)
+    y, found = OPS["whitening_gradient"].function(
+        grad, x, num_groups, limits=limits, act=act, padding_mask=mask
+    )
     grad.copy_(y)
     white.copy_(found)
 
@@ -165,9 +183,17 @@ def _exact_products(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _grouped(x: Tensor, num_groups: int) -> Tensor:
-    frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)  # [G, N, c]
-    return frames - frames.mean(dim=1, keepdim=True)
+def _grouped(x: Tensor, num_groups: int, hidden: Tensor | None = None) -> Tensor:
+    """Returns the groups of the frames (groups, N, c) minus their means, and 0 where ``hidden`` (N, 1)."""
+    frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)
+    frames = frames - _mean(frames, hidden)
+    return frames if hidden is None else frames.masked_fill_(hidden, 0.0)
+
+
+def _mean(frames: Tensor, hidden: Tensor | None) -> Tensor:
+    if hidden is None:
+        return frames.mean(dim=1, keepdim=True)
+    return frames.masked_fill(hidden, 0.0).sum(dim=1, keepdim=True) / (~hidden).sum().clamp(min=1)
 
 
 def _metric(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:

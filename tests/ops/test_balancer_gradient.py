@@ -84,6 +84,67 @@ def test_error_against_fp64(shape, channel_dim, dtype, limits):
         assert torch.equal(balancer_gradient(grad, x, *limits, channel_dim), eager)
 
 
+def _masked(grad, x, channel_dim, share=0.4):
+    """Returns a mask, operands that are NaN where it hides a frame, and a function that takes the other frames."""
+    shape = x.select(channel_dim, 0).shape
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seeded(1))) < share
+    hidden = mask.unsqueeze(channel_dim)
+    nan = (t.masked_fill(hidden, float("nan")) for t in (grad, x))
+    return mask, *nan, lambda t: t.movedim(channel_dim, -1)[~mask]
+
+
+MASKED = [
+    ((40, 1, 24), -1),
+    ((1, 24, 50), 1),
+    ((2, 5, 6, 7), 1),
+    ((70, 33), 1),
+    ((9, 40), 0),
+    ((60, 2, 1), 2),
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "channel_dim"), MASKED, ids=str)
+def test_padding_is_left_out(shape, channel_dim, dtype, limits):
+    """The result is that of the frames alone, and the gradient itself at padding."""
+    grad, x = _case(shape, dtype, channel_dim)
+    mask, grad, x, taken = _masked(grad, x, channel_dim)
+    found = balancer_gradient(grad, x, *limits, channel_dim, padding_mask=mask)
+    assert (found.dtype, found.shape) == (dtype, grad.shape)
+    assert found.movedim(channel_dim, -1)[mask].isnan().all()
+    truth = _exact(taken(grad), taken(x), *limits, -1)
+    eager = definition(taken(grad), taken(x), *limits)
+    unit = torch.finfo(dtype).eps * truth.abs().max()
+    error, allowed = ((y.double() - truth).abs().max() for y in (taken(found), eager))
+    assert error <= 1.1 * allowed + unit
+    if dtype is torch.float64:
+        torch.testing.assert_close(taken(found), eager, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_padding_in_place_and_with_flags(channel_dim):
+    grad, x = _case((6, 8, 10), channel_dim=channel_dim)
+    mask, _, x, taken = _masked(grad, x, channel_dim)
+    limits = torch.tensor(LIMITS["both"])
+    expected = balancer_gradient(grad, x, *LIMITS["both"], channel_dim, padding_mask=mask)
+    assert not torch.equal(taken(expected), taken(grad))
+    for act, y in ((None, expected), (torch.ones(1), expected), (torch.zeros(()), grad)):
+        found = balancer_gradient(grad, x, channel_dim=channel_dim, limits=limits, act=act, padding_mask=mask)
+        torch.testing.assert_close(found, y)
+        for hidden in (mask, mask.flatten()):
+            changed = grad.clone()
+            balance_(changed, x, channel_dim, limits, act, hidden)
+            assert torch.equal(changed, found)
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_every_frame_is_padding(channel_dim):
+    grad, x = _case((6, 8, 10), channel_dim=channel_dim)
+    mask, _, x, _ = _masked(grad, x, channel_dim, share=2.0)
+    assert torch.equal(balancer_gradient(grad, x, *LIMITS["both"], channel_dim, padding_mask=mask), grad)
+
+
 @pytest.mark.parametrize("channel_dim", [0, 1, 2])
 def test_strides(channel_dim):
     limits = LIMITS["both"]
@@ -195,12 +256,23 @@ def test_is_not_differentiable():
         ({"x": [1.0]}, TypeError, "x: expected a torch.Tensor"),
         ({"x": torch.zeros(3, 5)}, ValueError, r"x: expected shape \(3, 4\)"),
         ({"x": torch.zeros(3, 4, device="meta")}, ValueError, "x: expected device"),
+        ({"padding_mask": torch.zeros(3)}, TypeError, "padding_mask: expected a bool tensor"),
+        (
+            {"padding_mask": torch.zeros(4, dtype=torch.bool)},
+            ValueError,
+            r"padding_mask: expected shape \(3,\)",
+        ),
+        (
+            {"padding_mask": torch.zeros(3, dtype=torch.bool, device="meta")},
+            ValueError,
+            "padding_mask: expected device",
+        ),
         ({"channel_dim": 2}, ValueError, "channel_dim: expected a dimension"),
         ({"channel_dim": 1.0}, TypeError, "channel_dim: expected an int"),
     ],
 )
 def test_refuses(change, error, message):
     arguments = {"grad": torch.zeros(3, 4), "x": torch.zeros(3, 4), "channel_dim": 1, **change}
-    grad, x, dim = arguments["grad"], arguments["x"], arguments["channel_dim"]
+    grad, x = arguments.pop("grad"), arguments.pop("x")
     with pytest.raises(error, match=message):
-        balancer_gradient(grad, x, *LIMITS["both"], dim)
+        balancer_gradient(grad, x, *LIMITS["both"], **arguments)

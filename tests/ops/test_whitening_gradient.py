@@ -63,6 +63,68 @@ def test_error_against_fp64(shape, order, dtype, groups):
         assert torch.equal(whitening_gradient(grad, x, groups, 1.0, 0.1)[0], eager)
 
 
+def _masked(grad, x, share=0.4):
+    """Returns a mask and operands that are NaN where it hides a frame."""
+    mask = torch.rand(x.shape[:-1], generator=torch.Generator().manual_seed(seeded(1))) < share
+    return mask, *(t.masked_fill(mask[..., None], float("nan")) for t in (grad, x))
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((80, 1, 20), None), ((1, 90, 20), None), ((4, 9, 7, 30), (0, 2, 1, 3)), ((61, 20), None)],
+    ids=str,
+)
+def test_padding_is_left_out(shape, order, dtype, groups):
+    """The result is that of the frames alone, and the gradient itself at padding."""
+    mask, grad, x = _masked(*_case(shape, dtype, order))
+    found, white = whitening_gradient(grad, x, groups, 1.0, 0.1, padding_mask=mask)
+    assert (found.dtype, found.shape) == (dtype, grad.shape)
+    assert not white
+    assert found[mask].isnan().all()
+    taken = grad[~mask], x[~mask]
+    exact, eager = (
+        definition(*tensors, groups, 1.0, 0.1)[0] for tensors in (map(torch.Tensor.double, taken), taken)
+    )
+    change = (exact - taken[0].double()).norm()
+    limit = 5e-6 if dtype is torch.float32 else 1e-12
+    error = (found[~mask].double() - exact).norm()
+    assert error <= max(limit * change, 1.1 * (eager.double() - exact).norm())
+
+
+def test_padding_in_place_and_with_flags():
+    grad, x = _case((40, 3, 20))
+    mask, _, x = _masked(grad, x)
+    expected = definition(grad, x, 2, 1.0, 0.1, padding_mask=mask)[0]
+    assert not torch.equal(expected[~mask], grad[~mask])
+    limits, white = torch.tensor([1.0, 0.1]), torch.tensor([100.0, 0.1])
+    for act, numbers, y, is_white in (
+        (None, limits, expected, False),
+        (torch.ones(1), white, grad, True),
+        (torch.zeros(()), white, grad, False),
+    ):
+        found, verdict = whitening_gradient(grad, x, 2, limits=numbers, act=act, padding_mask=mask)
+        assert torch.equal(found, y)
+        assert bool(verdict) is is_white
+        for hidden in (mask, mask.flatten()):
+            found, verdict = grad.clone(), torch.zeros((), dtype=torch.bool)
+            whiten_(found, x, 2, numbers, act, verdict, hidden)
+            assert bool(verdict) is is_white
+            assert torch.equal(found, y)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.5])
+def test_every_frame_is_padding(limit):
+    """This is as it is where there are no frames."""
+    grad, x = _case((20, 3, 8))
+    mask, _, x = _masked(grad, x, share=2.0)
+    found, white = whitening_gradient(grad, x, 2, limit, 0.1, padding_mask=mask)
+    assert torch.equal(found, grad)
+    empty = torch.empty(0, 8)
+    assert torch.equal(white, whitening_gradient(empty, empty, 2, limit, 0.1)[1])
+
+
 def test_metric_at_its_limit():
     """The limit decides by the metric of the kernels, which is that of float64."""
     grad, x = _case((300, 24))
@@ -167,6 +229,12 @@ def test_is_not_differentiable():
         ({"limits": torch.zeros(2)}, ValueError, "limits: expected either a tensor or two numbers"),
         ({"limits": torch.zeros(3), "limit": None}, ValueError, r"limits: expected shape \(2,\)"),
         ({"act": torch.zeros(3)}, ValueError, "act: expected shape"),
+        ({"padding_mask": torch.zeros(3)}, TypeError, "padding_mask: expected a bool tensor"),
+        (
+            {"padding_mask": torch.zeros(4, dtype=torch.bool)},
+            ValueError,
+            r"padding_mask: expected shape \(3,\)",
+        ),
     ],
 )
 def test_refuses(change, error, message):

@@ -7,14 +7,14 @@ nobody. Those between two recordings are as many as a convolution sees on one si
 0: so convolutions need not know where recordings end. Attention does, and BatchNorm's statistics leave frames out.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastasr._transforms import Function
+from fastasr.packed_frames import PackedFrames, begins_in_batch, moved
 
 
 class Row(NamedTuple):
@@ -52,49 +52,98 @@ class Spans(NamedTuple):
         hidden = ~self.inside(0, frames, self.begins.device)
         return Row(hidden, torch.stack([self.begins, self.ends], 1).flatten())
 
-    def packed(self, batch: Tensor, frames: int) -> Tensor:
-        """Returns the row (1, ``frames``, ...) of a batch (B, T, ...), 0 at frames of nobody."""
-        of_row, of_batch = self._places(frames, *batch.shape[:2])
-        return _Moved.apply(batch.flatten(0, 1), of_row, of_batch)[None]
+    def packed(self, given: Tensor | PackedFrames, frames: int) -> Tensor:
+        """Returns the row (1, ``frames``, ...) of a batch (B, T, ...) or of PackedFrames, 0 at frames of nobody."""
+        if isinstance(given, PackedFrames):
+            rows, begins = given.frames, given.begins
+        else:
+            rows, begins = given.flatten(0, 1), begins_in_batch(len(given), given.shape[1], given.device)
+        return moved(rows, begins, *self._first(len(begins)), frames)[None]
 
     def unpacked(self, row: Tensor, batch: int, frames: int) -> Tensor:
         """Returns the batch (B, T, ...) of a row (1, N, ...), 0 behind each recording's end."""
-        of_row, of_batch = self._places(row.shape[1], batch, frames)
-        return _Moved.apply(row[0], of_batch, of_row).unflatten(0, (batch, frames))
+        begins, lengths = self._first(batch)
+        rows = moved(row[0], begins, begins_in_batch(batch, frames, row.device), lengths, batch * frames)
+        return rows.unflatten(0, (batch, frames))
 
-    def _places(self, frames: int, batch: int, longest: int) -> tuple["_Places", "_Places"]:
-        """Returns where the frames of a row lie among those of a batch, and the other way round."""
-        frame = torch.arange(frames, device=self.begins.device, dtype=torch.int64)
-        recording = (torch.searchsorted(self.begins, frame, right=True) - 1).clamp(min=0)
-        missing = frame >= self.ends[recording]
-        place = (frame - self.begins[recording] + recording * longest).masked_fill(missing, 0)
-        frame = torch.arange(longest, device=frame.device, dtype=torch.int64)
-        inside = self.begins[:batch, None] + frame
-        behind = inside >= self.ends[:batch, None]
-        return (place, missing), (inside.masked_fill(behind, 0).flatten(), behind.flatten())
+    def without_gaps(self, row: Tensor, batch: int, frames: int) -> PackedFrames:
+        """Returns ``frames`` PackedFrames of the first ``batch`` recordings of a row (1, N, ...)."""
+        begins, lengths = self._first(batch)
+        return PackedFrames(moved(row[0], begins, lengths.cumsum(0) - lengths, lengths, frames), lengths)
 
-
-_Places = tuple[Tensor, Tensor]  # of each row among others, and True where it has none
+    def _first(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Returns where the first ``batch`` recordings begin, and their lengths."""
+        return self.begins[:batch], (self.ends - self.begins)[:batch]
 
 
-class _Moved(Function):
-    """Returns the rows at ``places``, and 0 where they have none. ``back`` are the places of the given rows among
-    these: no row is at two of them."""
+class RowFrames:
+    """The frames of a row of ``count`` recordings at one rate, as modules ask for them by ``ragged.current()``. The
+    ``spans`` begin at multiples of every factor of ``at_rate``; no recording has more frames than ``longest``."""
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: _Places, back: _Places) -> Tensor:
-        ctx.back = back
-        return _moved(rows, *places)
+    def __init__(self, spans: Spans, frames: int, longest: int) -> None:
+        self.spans, self.frames, self.longest = spans, frames, longest
+        self.count = len(spans.begins)
+        self._rates: dict[int, RowRate] = {}
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _moved(grad, *ctx.back), None, None
+    @functools.cached_property
+    def recording(self) -> Tensor:
+        """Returns the number of each frame's recording, (N,): of frames of nobody the one before them."""
+        frame = torch.arange(self.frames, device=self.spans.begins.device, dtype=torch.int64)
+        return torch.searchsorted(self.spans.begins, frame, right=True) - 1
+
+    @functools.cached_property
+    def left(self) -> Tensor:
+        """Returns how many frames of its recording follow each frame, (N,): below 0 for frames of nobody."""
+        frame = torch.arange(self.frames, device=self.spans.begins.device, dtype=torch.int64)
+        return self.spans.ends[self.recording] - 1 - frame
+
+    @functools.cached_property
+    def hidden(self) -> Tensor:
+        """Returns True at frames of nobody, (1, N)."""
+        return (self.left < 0)[None]
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """Returns where recordings begin and end, (2R,), as ``ops.zipformer_attention`` takes it."""
+        return torch.stack([*self.spans], 1).flatten()
+
+    def repeated(self, values: Tensor) -> Tensor:
+        """Returns values (R, ...) of the recordings, which need no gradient, repeated for their frames, (N, ...)."""
+        return values.index_select(0, self.recording)
+
+    def at_rate(self, factor: int) -> "RowRate":
+        """Returns the row after downsampling by ``factor``, and how its frames meet these."""
+        if factor not in self._rates:
+            self._rates[factor] = RowRate(self, factor)
+        return self._rates[factor]
 
 
-def _moved(rows: Tensor, places: Tensor, missing: Tensor) -> Tensor:
-    found = rows.index_select(0, places)
-    return found.masked_fill_(missing.view(-1, *(1,) * (rows.dim() - 1)), 0.0)
+class RowRate:
+    """Maps frames of a row to those of ``slower``, the row after downsampling by ``factor``, and back."""
+
+    def __init__(self, row: RowFrames, factor: int) -> None:
+        self.row, self.factor = row, factor
+        begins, ends = row.spans
+        slower = Spans(begins // factor, (ends + (factor - 1)) // factor)
+        self.slower = RowFrames(slower, row.frames // factor, -(-row.longest // factor))
+
+    def averaged(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Returns Σ_i weights[i] rows[factor t + i], (N', ...), for weights (factor,): behind a recording's end, its
+        last frame counts again."""
+        left = self.row.left.view(-1, self.factor)
+        again = weights.expand(self.factor, -1).triu().sum(1)  # Σ_{j ≥ i} weights[j]
+        shares = torch.where(left > 0, weights, torch.where(left == 0, again, 0.0))
+        shares = shares.view(*shares.shape, *(1,) * (rows.dim() - 1))
+        return (rows.unflatten(0, (-1, self.factor)) * shares).sum(1)
+
+    def upsampled(self, rows: Tensor) -> Tensor:
+        """Returns rows (N', ...) of ``slower``, repeated, as (N, ...)."""
+        return rows.unsqueeze(1).expand(-1, self.factor, *rows.shape[1:]).flatten(0, 1)
+
+
+def all_frames(features: Tensor) -> Tensor:
+    """Returns the lengths (B,) of features (B, T, ...) without padding."""
+    return torch.full(features.shape[:1], features.shape[1], device=features.device, dtype=torch.int64)
 
 
 class Capacity(Protocol):
@@ -117,15 +166,22 @@ class Packed(NamedTuple):
     unpack: Callable[[Any], Any]
 
 
-def why_beyond(capacity: Capacity, batch: int, frames: int, lengths: Tensor) -> str | None:
-    """Returns what of a batch (B, T) the row has no room for, or None. It waits for the lengths only where B · T frames
-    would be too many."""
+def why_beyond(capacity: Capacity, given: Tensor | PackedFrames, lengths: Tensor) -> str | None:
+    """Returns what of a batch (B, T, ...) of these lengths (B,), or of PackedFrames (N, ...), the row has no room for,
+    or None. On a GPU it waits for the lengths only where B · T or N frames would be too many. That no recording among
+    N frames is too long, the GPU asserts itself."""
     most, recordings, longest = capacity.frames or 0, capacity.recordings or 0, capacity.longest or 0
+    packed, batch = isinstance(given, PackedFrames), len(lengths)
+    frames = len(given.frames) if isinstance(given, PackedFrames) else given.shape[1]
     if not batch * frames:
         return "it has no frames"
     if batch > recordings:
         return f"it has {batch} recordings, and Graphs allows {recordings}"
-    if frames > longest:
+    if frames > longest and not packed:
         return f"it is padded to {frames} frames, and Graphs allows a recording of {longest}"
-    used = int(lengths.sum()) if batch * frames > most else 0
+    if frames > longest and lengths.is_cpu and (most_of_one := int(lengths.max())) > longest:
+        return f"it has a recording of {most_of_one} frames, and Graphs allows {longest}"
+    if frames > longest and lengths.is_cuda:
+        torch._assert_async((lengths <= longest).all(), f"a recording has more than {longest} frames")
+    used = int(lengths.sum()) if frames * (1 if packed else batch) > most else 0
     return f"it has {used} frames, and Graphs allows {most}" if used > most else None

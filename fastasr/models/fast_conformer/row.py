@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_watched, runs
-from fastasr.models.common.row import Capacity, Packed, Spans, why_beyond
+from fastasr.models.common.row import Capacity, Packed, Spans, all_frames, why_beyond
 from fastasr.models.fast_conformer import ragged
 from fastasr.models.fast_conformer.block import through_blocks
 from fastasr.models.fast_conformer.convolution import is_batch_norm
@@ -26,6 +26,7 @@ from fastasr.models.fast_conformer.subsampling import (
     frames_per_output,
     subsampled,
 )
+from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
     from fastasr.models.fast_conformer.encoder import FastConformerEncoder
@@ -47,50 +48,55 @@ def why_not(encoder: "FastConformerEncoder") -> str | None:
 def packed(
     encoder: "FastConformerEncoder",
     capacity: Capacity,
-    features: Tensor,
+    features: Tensor | PackedFrames,
     mask: Tensor | None,
-    finish: Callable[[Tensor], Any],
+    finish: Callable[[Any], Any],
 ) -> Packed | str:
-    """Returns a call of ``encoded`` for features (B, T₀, mel_bins) and a mask (B, T₀), 1 at valid frames, or None; or
-    the reason why there is none, beside those of ``why_not``. ``finish`` gets the hidden states (B, T, width), 0 behind
-    each recording's end."""
-    if features.dim() != 3 or (mask is not None and mask.shape != features.shape[:2]):
+    """Returns a call of ``encoded`` for features (B, T₀, mel_bins) and a mask (B, T₀), 1 at valid frames, or None, or
+    for PackedFrames (N₀, mel_bins); or the reason why there is none, beside those of ``why_not``. ``finish`` gets the
+    hidden states (B, T, width), 0 behind each recording's end, or PackedFrames (N, width)."""
+    if isinstance(features, PackedFrames):
+        if mask is not None or features.frames.dim() != 2:
+            return "it has a mask beside its PackedFrames, or these have another shape"
+        lengths = features.lengths
+    elif features.dim() != 3 or (mask is not None and mask.shape != features.shape[:2]):
         return "its mask is not one of lengths"
+    else:
+        lengths = all_frames(features) if mask is None else mask.sum(-1, dtype=torch.int64)
     reason = ragged.obstacle_of_call(encoder)
-    lengths = all_frames(features) if mask is None else mask.sum(-1, dtype=torch.int64)
     convs = [layer.conv.depthwise_conv for layer in encoder.layers]
     return reason or laid_out(capacity, features, lengths, encoder.subsampling.layers, convs, finish)
 
 
-def all_frames(features: Tensor) -> Tensor:
-    """Returns the lengths (B,) of features (B, T, ...) without padding."""
-    return torch.full(features.shape[:1], features.shape[1], device=features.device, dtype=torch.int64)
-
-
 def laid_out(
     capacity: Capacity,
-    features: Tensor,
+    features: Tensor | PackedFrames,
     lengths: Tensor,
     layers: Layers,
     convs: Sequence[Any],
-    finish: Callable[[Tensor], Any],
+    finish: Callable[[Any], Any],
 ) -> Packed | str:
-    """Returns the call on a row of features (B, T₀, mel_bins) of these lengths (B,) for a front end of ``layers`` and
-    blocks with these convolutions over time, or what of them is too large."""
-    batch, frames = features.shape[:2]
-    reason = why_beyond(capacity, batch, frames, lengths)
+    """Returns the call on a row of features (B, T₀, mel_bins) of these lengths (B,), or of PackedFrames (N₀, mel_bins),
+    for a front end of ``layers`` and blocks with these convolutions over time, or what of them is too large."""
+    reason = why_beyond(capacity, features, lengths)
     if reason is not None:
         return reason
+    if isinstance(features, PackedFrames):
+        features = features.to(features.frames.device, non_blocking=True)  # the lengths may be on the CPU
+        lengths = features.lengths
+    batch = len(lengths)
     recordings, factor, between = capacity.recordings or 0, frames_per_output(layers), _between(convs)
-    rows = -(-(capacity.frames or 0) // factor) + recordings * (1 + between)
-    rows = -(-rows // MULTIPLE) * MULTIPLE
+    most = -(-(capacity.frames or 0) // factor) + recordings  # frames that exist
+    rows = -(-(most + recordings * between) // MULTIPLE) * MULTIPLE
     out_lengths = subsampled(layers, lengths)
     after = Spans.laid_out(out_lengths, out_lengths + between, recordings)
     begins = after.begins * factor
     before = Spans(begins, begins + F.pad(lengths, (0, recordings - batch)))
 
     def unpack(hidden: Tensor) -> Any:
-        return finish(after.unpacked(hidden, batch, subsampled(layers, frames)))
+        if isinstance(features, PackedFrames):
+            return finish(after.without_gaps(hidden, batch, most))
+        return finish(after.unpacked(hidden, batch, subsampled(layers, features.shape[1])))
 
     arguments = before.packed(features, rows * factor), *before, capacity.longest
     return Packed(arguments, lengths.sum(), unpack)

@@ -79,9 +79,9 @@ class ActivationDropoutAndLinear(torch.nn.Module):
         dropout_p = float(self.dropout_p) if self.training and not _is_without_k2(self) else 0.0
         packing = current()
         if packing is not None and dropout_p > 0.0 and self.dropout_shared_dim == 0:
-            mask = draw_mask(x.new_empty(1, len(packing.lengths), x.shape[-1]), dropout_p, 0)
-            row = packing.recording.unsqueeze(1)
-            return with_mask(x, self.weight, self.bias, self.activation, mask[0], row)
+            mask = draw_mask(x.new_empty(1, packing.count, x.shape[-1]), dropout_p, 0)[0]
+            number = packing.recording.unsqueeze(1)
+            return with_mask(x, self.weight, self.bias, self.activation, mask, number)
         return ops.swoosh_linear(
             x,
             self.weight,
@@ -103,8 +103,10 @@ def _recorded(self: Any, x: Tensor) -> Tensor:
     p, scale = keep_rates(self.dropout_p) if self.training and not _is_without_k2(self) else (0.0, 1.0)
     if is_zero(p):
         return with_mask(x, self.weight, self.bias, self.activation)
-    dim = self.dropout_shared_dim
+    dim, row = self.dropout_shared_dim, current()
     shape = list(x.shape)
+    if dim == 0 and row is not None:
+        shape[1] = row.count
     if dim is not None:
         shape[dim] = 1
     drawn = torch.rand(*shape, device=x.device, dtype=x.dtype)
@@ -112,6 +114,8 @@ def _recorded(self: Any, x: Tensor) -> Tensor:
         mask = _decided.mask(drawn, p, scale)
     else:
         mask = (drawn > p).to(x.dtype) * scale
+    if dim == 0 and row is not None:
+        return with_mask(x, self.weight, self.bias, self.activation, mask[0], row.recording.unsqueeze(1))
     return with_mask(
         x, self.weight, self.bias, self.activation, mask, None, -1 if dim is None else dim % x.dim()
     )

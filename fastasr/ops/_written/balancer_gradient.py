@@ -15,7 +15,16 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import register
-from fastasr.ops._runtime import MASKS, NOT_MINE, formula_results, listed, make, promoted, transformed_results
+from fastasr.ops._runtime import (
+    BOOL,
+    MASKS,
+    NOT_MINE,
+    formula_results,
+    listed,
+    make,
+    promoted,
+    transformed_results,
+)
 from fastasr.ops.balancer_gradient import _check, _fits, _forward, _launch
 from fastasr.ops.balancer_gradient import balancer_gradient as formula
 
@@ -34,6 +43,7 @@ class Arguments(NamedTuple):
     channel_dim: int = -1
     limits: Tensor | None = None
     act: Tensor | None = None
+    padding_mask: Tensor | None = None
 
 
 # --------------------------------------------------------------------------- the public function
@@ -48,6 +58,7 @@ def balancer_gradient(
     channel_dim: int = -1,
     limits: Tensor | None = None,
     act: Tensor | None = None,
+    padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
 
@@ -59,6 +70,8 @@ def balancer_gradient(
         channel_dim: the dimension of the channels.
         limits: the five numbers on the device of x, in place of the numbers above.
         act: one number on the device of x. If it is 0, the result is ``grad`` unchanged.
+        padding_mask: x's shape without channel_dim, bool; True: the frame has no part in the statistics, and the
+            result is ``grad`` there.
     Returns:
         A tensor of grad's shape and dtype, computed in float32 or better, rounded once.
     Raises:
@@ -78,49 +91,64 @@ def balancer_gradient(
             act is None
             or (type(act) in PLAIN and act.is_cpu and act.dtype is dtype and not act.requires_grad)
         )
+        and (padding_mask is None or (type(padding_mask) in PLAIN and padding_mask.is_cpu))
         and (min_mean is None or type(min_mean) is float)
         and (max_mean is None or type(max_mean) is float)
         and (min_rms is None or type(min_rms) is float)
         and (max_rms is None or type(max_rms) is float)
         and (grad_scale is None or type(grad_scale) is float)
         and type(channel_dim) is int
-        and _fits(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+        and _fits(
+            grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
+        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
         try:
             return _forward(
                 kernels, False, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim,
-                limits, act,
+                limits, act, padding_mask,
             )  # fmt: skip
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
-            check(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+            check(
+                grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
+                padding_mask,
+            )  # fmt: skip
             raise
-    check(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+    check(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask)
     if is_compiling() or not (
         type(grad) in PLAIN
         and type(x) in PLAIN
         and (limits is None or type(limits) in PLAIN)
         and (act is None or type(act) in PLAIN)
+        and (padding_mask is None or type(padding_mask) in PLAIN)
     ):
-        return traced(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+        return traced(
+            grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
+        )
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
-            op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
-        )
+            op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
+            padding_mask),
+        )  # fmt: skip
     kernels = family.kernels(x, grad)
     if kernels is None:
-        return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+        return formula(
+            grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
+        )
     try:
         y = run_kernels(
-            kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
-        )
+            kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
+            padding_mask,
+        )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, x, grad)
-        return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+        return formula(
+            grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
+        )
     return y
 
 
@@ -135,6 +163,7 @@ def check(
     channel_dim: int,
     limits: Tensor | None,
     act: Tensor | None,
+    padding_mask: Tensor | None,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if min_mean is not None and type(min_mean) is not float:
@@ -182,26 +211,45 @@ def check(
             op.wrong_shape("act", act, f"{listed()} or {listed(1)}")
         if act.device != grad.device:
             op.wrong_device("act", act, "grad", grad)
+    if padding_mask is not None:
+        if (
+            not isinstance(padding_mask, Tensor)
+            or padding_mask.dtype not in BOOL
+            or padding_mask.layout is not torch.strided
+        ):
+            op.wrong_tensor("padding_mask", padding_mask, "a bool tensor")
+
+        if padding_mask.device != grad.device:
+            op.wrong_device("padding_mask", padding_mask, "grad", grad)
     if type(channel_dim) is not int:
         op.wrong_int("channel_dim", channel_dim)
     if not (-x.dim() <= channel_dim < x.dim()):
         op.wrong_dimension("channel_dim", channel_dim, x)
-    _check(op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act))
+    _check(
+        op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
+        padding_mask),
+    )  # fmt: skip
 
 
-def traced(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act):
+def traced(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("balancer_gradient", x, grad):
-        return formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
-    return operator(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act)
+        return formula(
+            grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
+        )
+    return operator(
+        grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
+    )
 
 
-def run_kernels(kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act):
+def run_kernels(
+    kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
+):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(grad)
     y = _launch(
         op, kernels, make(Arguments, (grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim,
-        limits, act,)), y_dtype, False,
+        limits, act, padding_mask,)), y_dtype, False,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -215,31 +263,35 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 # --------------------------------------------------------------------------- the registered operator
 def run(
     grad, x, min_mean=None, max_mean=None, min_rms=None, max_rms=None, grad_scale=None, channel_dim=-1,
-    limits=None, act=None,
+    limits=None, act=None, padding_mask=None,
 ):  # fmt: skip
     kernels = family.kernels(x, grad)
     if kernels is None:
         return formula_results(
-            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
-        )
+            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
+            padding_mask,
+        )  # fmt: skip
     try:
         y = run_kernels(
-            kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
-        )
+            kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
+            padding_mask,
+        )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, x, grad)
         return formula_results(
-            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act
-        )
+            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
+            padding_mask,
+        )  # fmt: skip
     return y.contiguous()
 
 
 def fake(
     grad, x, min_mean=None, max_mean=None, min_rms=None, max_rms=None, grad_scale=None, channel_dim=-1,
-    limits=None, act=None,
+    limits=None, act=None, padding_mask=None,
 ):  # fmt: skip
     S = grad.shape[:-1]
     D = grad.shape[-1]
+
     return torch.empty((*S, D), dtype=promoted(grad), device=grad.device)
 
 
@@ -247,7 +299,7 @@ backward_operator = None
 operator = register(
     "balancer_gradient(Tensor grad, Tensor x, float? min_mean=None, float? max_mean=None, float? "
     "min_rms=None, float? max_rms=None, float? grad_scale=None, SymInt channel_dim=-1, Tensor? "
-    "limits=None, Tensor? act=None) -> Tensor",
+    "limits=None, Tensor? act=None, Tensor? padding_mask=None) -> Tensor",
     run,
     fake,
     transformed=partial(transformed_results, op),

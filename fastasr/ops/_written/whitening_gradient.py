@@ -15,7 +15,7 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._register import register
-from fastasr.ops._runtime import MASKS, formula_results, listed, make, promoted, transformed_results
+from fastasr.ops._runtime import BOOL, MASKS, formula_results, listed, make, promoted, transformed_results
 from fastasr.ops.whitening_gradient import _check, _launch
 from fastasr.ops.whitening_gradient import whitening_gradient as formula
 
@@ -31,6 +31,7 @@ class Arguments(NamedTuple):
     grad_scale: float | None = None
     limits: Tensor | None = None
     act: Tensor | None = None
+    padding_mask: Tensor | None = None
 
 
 # --------------------------------------------------------------------------- the public function
@@ -42,6 +43,7 @@ def whitening_gradient(
     grad_scale: float | None = None,
     limits: Tensor | None = None,
     act: Tensor | None = None,
+    padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradient of x, changed if the metric w of x reaches the limit, and whether w is below. Not
     differentiable.
@@ -53,6 +55,8 @@ def whitening_gradient(
         grad_scale: the size of the change relative to ``grad``.
         limits: the two numbers on the device of x, in place of the numbers above.
         act: one number on the device of x. If it is 0, the results are ``grad`` unchanged and False.
+        padding_mask: x's shape without channels, bool; True: the frame has no part in w and |g|, and y is ``grad``
+            there.
     Returns:
         A tensor of grad's shape and dtype, computed in float32 or better, rounded once; and a bool tensor without
         dimensions. No kernel for CUDA waits for the device.
@@ -61,24 +65,25 @@ def whitening_gradient(
         ValueError: shapes or devices do not match; num_groups does not divide the channels; limits are missing or given
             twice.
     """
-    check(grad, x, num_groups, limit, grad_scale, limits, act)
+    check(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     if is_compiling() or not (
         type(grad) in PLAIN
         and type(x) in PLAIN
         and (limits is None or type(limits) in PLAIN)
         and (act is None or type(act) in PLAIN)
+        and (padding_mask is None or type(padding_mask) in PLAIN)
     ):
-        return traced(grad, x, num_groups, limit, grad_scale, limits, act)
+        return traced(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     if transforms_active() or forward_ad._current_level >= 0:
-        return by_formula(op, Arguments(grad, x, num_groups, limit, grad_scale, limits, act))
+        return by_formula(op, Arguments(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask))
     kernels = family.kernels(x, grad)
     if kernels is None:
-        return formula(grad, x, num_groups, limit, grad_scale, limits, act)
+        return formula(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     try:
-        y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act)
+        y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     except Unlaunchable as error:
         family.give_up(error, x, grad)
-        return formula(grad, x, num_groups, limit, grad_scale, limits, act)
+        return formula(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     return y, white
 
 
@@ -90,6 +95,7 @@ def check(
     grad_scale: float | None,
     limits: Tensor | None,
     act: Tensor | None,
+    padding_mask: Tensor | None,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(num_groups) is not int:
@@ -135,24 +141,36 @@ def check(
             op.wrong_shape("act", act, f"{listed()} or {listed(1)}")
         if act.device != grad.device:
             op.wrong_device("act", act, "grad", grad)
-    _check(op, Arguments(grad, x, num_groups, limit, grad_scale, limits, act))
+    if padding_mask is not None:
+        if (
+            not isinstance(padding_mask, Tensor)
+            or padding_mask.dtype not in BOOL
+            or padding_mask.layout is not torch.strided
+        ):
+            op.wrong_tensor("padding_mask", padding_mask, "a bool tensor")
+        if padding_mask.shape != (*S,):
+            op.wrong_shape("padding_mask", padding_mask, listed(*S))
+        if padding_mask.device != grad.device:
+            op.wrong_device("padding_mask", padding_mask, "grad", grad)
+    _check(op, Arguments(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask))
 
 
-def traced(grad, x, num_groups, limit, grad_scale, limits, act):
+def traced(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("whitening_gradient", x, grad):
-        return formula(grad, x, num_groups, limit, grad_scale, limits, act)
-    y, white = operator(grad, x, num_groups, limit, grad_scale, limits, act)
+        return formula(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
+    y, white = operator(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     return y, white
 
 
-def run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act):
+def run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(grad)
     white_dtype = torch.bool
     y, white = _launch(
-        op, kernels, make(Arguments, (grad, x, num_groups, limit, grad_scale, limits, act)), y_dtype, False
-    )
+        op, kernels, make(Arguments, (grad, x, num_groups, limit, grad_scale, limits, act, padding_mask,)),
+        y_dtype, False,
+    )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
     if white.dtype is not white_dtype:
@@ -165,19 +183,19 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None):
+def run(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None, padding_mask=None):
     kernels = family.kernels(x, grad)
     if kernels is None:
-        return formula_results(op, grad, x, num_groups, limit, grad_scale, limits, act)
+        return formula_results(op, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     try:
-        y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act)
+        y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     except Unlaunchable as error:
         family.give_up(error, x, grad)
-        return formula_results(op, grad, x, num_groups, limit, grad_scale, limits, act)
+        return formula_results(op, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     return y.contiguous(), white.contiguous()
 
 
-def fake(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None):
+def fake(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None, padding_mask=None):
     S = grad.shape[:-1]
     D = grad.shape[-1]
     return torch.empty((*S, D), dtype=promoted(grad), device=grad.device), torch.empty(
@@ -188,7 +206,8 @@ def fake(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None
 backward_operator = None
 operator = register(
     "whitening_gradient(Tensor grad, Tensor x, SymInt num_groups, float? limit=None, float? "
-    "grad_scale=None, Tensor? limits=None, Tensor? act=None) -> (Tensor, Tensor)",
+    "grad_scale=None, Tensor? limits=None, Tensor? act=None, Tensor? padding_mask=None) -> (Tensor, "
+    "Tensor)",
     run,
     fake,
     transformed=partial(transformed_results, op),

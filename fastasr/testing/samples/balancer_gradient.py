@@ -19,7 +19,7 @@ from fastasr.testing.speed import (
     parameters,
     upstream_member,
 )
-from fastasr.testing.table import Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
 def _call(make: Make, shape: tuple[int, ...], channel_dim: int = -1) -> dict:
@@ -28,12 +28,31 @@ def _call(make: Make, shape: tuple[int, ...], channel_dim: int = -1) -> dict:
     return {"grad": make.normal(*shape), "x": make.normal(*shape), **limits, "channel_dim": channel_dim}
 
 
+def _padded(make: Make, *options: Any, share: float = 0.3) -> dict:
+    """Makes a call whose padding is NaN in x: nothing reads it."""
+    call = _call(make, *options)
+    x, dim = call["x"], call["channel_dim"]
+    mask = make.uniform(*x.select(dim, 0).shape) < share
+    return call | {"x": x.masked_fill(mask.unsqueeze(dim), math.nan), "padding_mask": mask}
+
+
 TABLE = OpTable(
     op="balancer_gradient",
     samples=(
         Sample("matrix", lambda m: _call(m, (2, 8))),
         Sample("tbc", lambda m: _call(m, (6, 2, 16)), thorough=True),
         Sample("channels first", lambda m: _call(m, (3, 12, 5), 1), thorough=True),
+        Sample("padded", lambda m: _padded(m, (40, 1, 16)), thorough=True),
+        Sample("channels first, padded", lambda m: _padded(m, (2, 12, 30), 1), thorough=True),
+        Sample("every frame is padding", lambda m: _padded(m, (9, 1, 8), share=2.0)),
+    ),
+    invalid=(
+        Invalid(
+            "a padding mask of another shape",
+            changed(lambda m: _call(m, (3, 12, 5), 1), padding_mask=torch.zeros(3, 12, dtype=torch.bool)),
+            ValueError,
+            "padding_mask: expected shape (3, 5), got (3, 12)",
+        ),
     ),
 )
 

@@ -28,12 +28,21 @@ def _call(make: Make, shape: tuple[int, ...], groups: int = 1) -> dict:
     return {"grad": make.normal(*shape), "x": x, "num_groups": groups, "limit": 1.0, "grad_scale": 0.02}
 
 
+def _padded(make: Make, *options: Any, share: float = 0.3) -> dict:
+    """Makes a call whose padding is NaN in x: nothing reads it."""
+    call = _call(make, *options)
+    mask = make.uniform(*call["x"].shape[:-1]) < share
+    return call | {"x": call["x"].masked_fill(mask.unsqueeze(-1), math.nan), "padding_mask": mask}
+
+
 TABLE = OpTable(
     op="whitening_gradient",
     samples=(
         Sample("matrix", lambda m: _call(m, (30, 8))),
         Sample("tbc", lambda m: _call(m, (20, 2, 24)), thorough=True),
         Sample("groups", lambda m: _call(m, (20, 2, 24), 3), thorough=True),
+        Sample("padded", lambda m: _padded(m, (60, 1, 24), 3), thorough=True),
+        Sample("every frame is padding", lambda m: _padded(m, (9, 1, 8), share=2.0)),
         Sample("white", lambda m: _call(m, (20, 2, 24)) | {"limit": 100.0}),
     ),
     invalid=(
