@@ -65,4 +65,4 @@ def configurations():
     table = dict(_recordings.TABLE)
     warps = table.pop("num_warps")
     types = {"STARTS": "i64", "OUT": "i32"}
-    yield Configuration("gated_depthwise_conv rows", _recordings.apart_kernel, types, table, warps)
+    yield Configuration("gated_depthwise_conv places", _recordings.apart_kernel, types, table, warps)
