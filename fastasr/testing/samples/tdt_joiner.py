@@ -22,10 +22,17 @@ def _call(
         "weight": make.normal(v + n, d, scale=d**-0.5 if d else 1.0),
         "bias": make.normal(v + n, scale=0.3) if bias else None,
         "symbols": torch.randint(0, v, (batch, length), generator=generator).to(make.device),
+        "starts": torch.zeros(batch, frames, dtype=torch.int64, device=make.device),
+        "s_range": length + 1,
         "durations": n,
         "termination_symbol": v - 1,
     }
     return call | more
+
+
+def _short(make: Make, batch: int, frames: int, length: int, d: int, v: int, n: int, **more: Any) -> dict:
+    """Makes windows that end before the last context. Every row then has a symbol, so all values are finite."""
+    return _call(make, batch, frames, length, d, v, n, **more) | {"s_range": length}
 
 
 def _ragged(make: Make, **more: Any) -> dict:
@@ -36,6 +43,13 @@ def _ragged(make: Make, **more: Any) -> dict:
     symbols[2, 0:] = 99
     boundary = torch.tensor([(0, 0, 6, 9), (1, 2, 4, 7), (0, 0, 0, 5)], device=make.device)
     return call | {"symbols": symbols, "boundary": boundary}
+
+
+def _windowed(make: Make, **more: Any) -> dict:
+    """Makes windows of three rows that move from the first context to the last one with a symbol."""
+    call = _call(make, 2, 7, 5, 12, 9, 3, **more)
+    starts = torch.arange(7, device=make.device) * 2 // 6
+    return call | {"starts": starts.expand(2, 7).contiguous(), "s_range": 3}
 
 
 def _random(make: Make, shape: Shape) -> dict:
@@ -59,15 +73,15 @@ def _random(make: Make, shape: Shape) -> dict:
 TABLE = OpTable(
     op="tdt_joiner",
     samples=(
-        Sample("small", lambda m: _call(m, 2, 4, 3, 8, 7, 5), thorough=True),
+        Sample("small", lambda m: _short(m, 2, 4, 3, 8, 7, 5), thorough=True),
         Sample(
             "relu, no bias",
-            lambda m: _call(m, 2, 3, 2, 12, 9, 3, bias=False, activation="relu", keep_logits=False),
+            lambda m: _short(m, 2, 3, 2, 12, 9, 3, bias=False, activation="relu", keep_logits=False),
             thorough=True,
         ),
         Sample(
             "dropout",
-            lambda m: _call(m, 2, 4, 3, 24, 7, 5, keep_logits=False, **dropout(m, 0.3, 2**45 + 11)),
+            lambda m: _short(m, 2, 4, 3, 24, 7, 5, keep_logits=False, **dropout(m, 0.3, 2**45 + 11)),
             thorough=True,
         ),
         Sample(
@@ -76,6 +90,14 @@ TABLE = OpTable(
         ),
         Sample("no symbols", lambda m: _call(m, 2, 4, 0, 8, 7, 5)),
         Sample("boundary", _ragged),
+        Sample("windows", _windowed, thorough=True),
+        Sample("windows above the last context", lambda m: _windowed(m) | {"s_range": 5}),
+        Sample(
+            "windows, boundary",
+            lambda m: _windowed(
+                m, keep_logits=False, boundary=torch.tensor([(0, 0, 5, 7), (1, 2, 4, 6)], device=m.device)
+            ),
+        ),
         Sample("boundary, computed again", lambda m: _ragged(m, keep_logits=False), large=True),
         Sample("one token, one duration", lambda m: _call(m, 2, 3, 2, 8, 1, 1)),
         Sample("model", lambda m: _call(m, 2, 40, 7, 128, 500, 5, activation="relu"), large=True),
