@@ -15,6 +15,7 @@ from fastasr.testing.table import Make, OpTable, Sample
 def _call(
     make: Make, batch: int, frames: int, length: int, d: int, v: int, n: int, bias: bool = True, **more: Any
 ) -> dict:
+    """Makes windows that end before the last context. Every row then has a symbol, so all values are finite."""
     generator = torch.Generator().manual_seed(7)
     call = {
         "am": make.normal(batch, frames, d),
@@ -23,26 +24,21 @@ def _call(
         "bias": make.normal(v + n, scale=0.3) if bias else None,
         "symbols": torch.randint(0, v, (batch, length), generator=generator).to(make.device),
         "starts": torch.zeros(batch, frames, dtype=torch.int64, device=make.device),
-        "s_range": length + 1,
+        "s_range": max(1, length),
         "durations": n,
         "termination_symbol": v - 1,
     }
     return call | more
 
 
-def _short(make: Make, batch: int, frames: int, length: int, d: int, v: int, n: int, **more: Any) -> dict:
-    """Makes windows that end before the last context. Every row then has a symbol, so all values are finite."""
-    return _call(make, batch, frames, length, d, v, n, **more) | {"s_range": length}
-
-
 def _ragged(make: Make, **more: Any) -> dict:
-    """Makes ragged sequences with invalid symbols behind the end of each."""
+    """Makes whole lattices of ragged sequences, with invalid symbols behind the end of each."""
     call = _call(make, 3, 9, 6, 16, 11, 4, **more)
     symbols = call["symbols"].clone()
     symbols[1, 4:] = -1
     symbols[2, 0:] = 99
     boundary = torch.tensor([(0, 0, 6, 9), (1, 2, 4, 7), (0, 0, 0, 5)], device=make.device)
-    return call | {"symbols": symbols, "boundary": boundary}
+    return call | {"symbols": symbols, "boundary": boundary, "s_range": 7}
 
 
 def _windowed(make: Make, **more: Any) -> dict:
@@ -73,15 +69,15 @@ def _random(make: Make, shape: Shape) -> dict:
 TABLE = OpTable(
     op="tdt_joiner",
     samples=(
-        Sample("small", lambda m: _short(m, 2, 4, 3, 8, 7, 5), thorough=True),
+        Sample("small", lambda m: _call(m, 2, 4, 3, 8, 7, 5), thorough=True),
         Sample(
             "relu, no bias",
-            lambda m: _short(m, 2, 3, 2, 12, 9, 3, bias=False, activation="relu", keep_logits=False),
+            lambda m: _call(m, 2, 3, 2, 12, 9, 3, bias=False, activation="relu", keep_logits=False),
             thorough=True,
         ),
         Sample(
             "dropout",
-            lambda m: _short(m, 2, 4, 3, 24, 7, 5, keep_logits=False, **dropout(m, 0.3, 2**45 + 11)),
+            lambda m: _call(m, 2, 4, 3, 24, 7, 5, keep_logits=False, **dropout(m, 0.3, 2**45 + 11)),
             thorough=True,
         ),
         Sample(
@@ -138,7 +134,7 @@ def _case(batch: int, frames: int, length: int, channels: int, outputs: int) -> 
 
     shape = f"{batch}x{frames}x{length + 1}x{channels}, V={outputs}"
     options: dict[str, Any] = {"result": lambda _, y: torch.cat([t.flatten() for t in y])}
-    arguments = lambda m: _call(m, batch, frames, length, channels, outputs, 5, activation="relu")  # noqa: E731
+    arguments = lambda m: _call(m, batch, frames, length + 1, channels, outputs, 5, activation="relu")  # noqa: E731
     return case("tdt_joiner", shape, arguments, costs, shape=shape, **options)
 
 
