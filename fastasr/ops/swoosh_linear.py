@@ -52,6 +52,8 @@ def _fast(
     mask_row: Tensor | None,
     shared_dim: int,
 ) -> Tensor:
+    if not fits(x, weight, bias):
+        raise NotImplementedError
     if mask is None and _reduced_weights.copies:
         return _reduced(kernels, x, weight, bias, KINDS[kind])
     return _gemm.forward(kernels.forward(x, KINDS[kind], mask, shared_dim, mask_row), weight, bias)
@@ -80,12 +82,9 @@ def _gradients(
     _swoosh.FAMILY,
     one_dtype="x weight bias",
     autocast="weight bias",  # upstream computes the activation in x's dtype
-    deciding="x",
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    fits=fits,
-    summary="activation, dropout with a shared mask, linear layer; saves only x",
 )
 def swoosh_linear(
     x: Annotated[Tensor, "*S K"],
@@ -96,8 +95,11 @@ def swoosh_linear(
     mask_row: Annotated[Tensor, "*S", torch.int64] | None = None,
     shared_dim: int = -1,
 ) -> Annotated[Tensor, "*S N", "weight"]:
-    """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``. With ``mask_row`` the
-    mask is (R, K), and the rows of x (..., K) name their rows of it."""
+    """Swoosh, dropout with a shared mask, and a linear layer, saving only x: (swoosh(x) ⊙ mask) weightᵀ + bias.
+
+    The mask is given; its size along ``shared_dim`` is 1. With ``mask_row`` it is (R, K), and the rows of x (..., K)
+    name their rows of it.
+    """
     y = _swoosh.definition(x, kind)
     if mask is not None and mask_row is not None:
         mask = mask[mask_row]
