@@ -9,9 +9,9 @@ namespace fastasr::bindings::gated_depthwise_conv {
 struct GatedDepthwiseConvForward {
   static constexpr const char* kName = "gated_depthwise_conv_forward";
   static constexpr const char* kSchema =
-      "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
-      "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, Tensor? starts, "
-      "int chunk_size, int activation, bool return_cache, int delay, int gate) -> (Tensor, Tensor)";
+      "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? "
+      "causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, Tensor? starts, int "
+      "chunk_size, int activation, bool return_cache, int delay, int gate) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
                               int64_t, int64_t, bool, int64_t, int64_t>;
 
@@ -45,11 +45,14 @@ struct GatedDepthwiseConvForward {
     const ScalarType dtype = floating_dtype(h, op, "h");
     {
       const Sizes shape = h.sizes();
-      fastasr::check(shape.size() == 3, op, "h is not (T, B, 2*C)");
-      T = shape[0];
-      B = shape[1];
-      C = shape[2] / 2;
-      fastasr::check(shape[2] % 2 == 0, op, "h is not (T, B, 2*C)");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[0];
+        B = shape[1];
+        C = shape[2] / 2;
+        right = shape[2] % 2 == 0;
+      }
+      fastasr::check(right, op, "h is not (T, B, 2*C)");
     }
     check_dense_channels(h, op, "h");
     check_dtype(weight, dtype, op, "weight");
@@ -101,9 +104,12 @@ struct GatedDepthwiseConvForward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
-        N = shape[0];
-        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
@@ -113,10 +119,10 @@ struct GatedDepthwiseConvForward {
 struct GatedDepthwiseConvBackward {
   static constexpr const char* kName = "gated_depthwise_conv_backward";
   static constexpr const char* kSchema =
-      "gated_depthwise_conv_backward(Tensor grad_y, Tensor h, Tensor weight, Tensor? bias, "
-      "Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, "
-      "Tensor? starts, int chunk_size, int activation, int delay, int gate) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "gated_depthwise_conv_backward(Tensor grad_y, Tensor h, Tensor weight, Tensor? bias, Tensor? "
+      "causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, "
+      "Tensor? starts, int chunk_size, int activation, int delay, int gate) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
                               Optional, int64_t, int64_t, int64_t, int64_t>;
 
@@ -150,11 +156,14 @@ struct GatedDepthwiseConvBackward {
     const ScalarType dtype = floating_dtype(h, op, "h");
     {
       const Sizes shape = h.sizes();
-      fastasr::check(shape.size() == 3, op, "h is not (T, B, 2*C)");
-      T = shape[0];
-      B = shape[1];
-      C = shape[2] / 2;
-      fastasr::check(shape[2] % 2 == 0, op, "h is not (T, B, 2*C)");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[0];
+        B = shape[1];
+        C = shape[2] / 2;
+        right = shape[2] % 2 == 0;
+      }
+      fastasr::check(right, op, "h is not (T, B, 2*C)");
     }
     check_dense_channels(h, op, "h");
     check_dtype(weight, dtype, op, "weight");
@@ -206,9 +215,12 @@ struct GatedDepthwiseConvBackward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
-        N = shape[0];
-        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
