@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches without padding: the frames of all recordings lie one after the other, as rows of one tensor.
 
-Products, norms and activations run on these rows as on any others. Convolutions over time and Zipformer's attention are
-one native call each, see ``packed``, and other attention is one call of the op that knows where recordings begin. If
-they cannot serve, attention runs per recording, on views; short recordings of similar length share a call. A
-convolution then runs once over all rows, with frames of zeros between the recordings. Copies are moves of rows, so that
-a backward pass takes time linear in the rows. A GPU gets as many calls for many recordings as for few, because few
+Products, norms and activations run on these rows as on any others. Convolutions over time and attention are one call
+each of an op that reads where recordings begin; Zipformer's attention is one native call on the CPU, and elsewhere runs
+per recording, on views; short recordings of similar length share a call. A convolution that no op computes runs once
+over all rows, with frames of zeros between the recordings. Copies are moves of rows, so that a backward pass takes time
+linear in the rows. A GPU gets as many calls for many recordings as for few, because few
 groups share calls of attention there, whatever the number of recordings.
 """
 
