@@ -2,9 +2,10 @@
 """The encoder on a row of fixed length, as ``models.common.row`` describes: one recorded call serves every batch.
 
 A recording's output is the same as if it were alone. Recordings begin at frames that every rate of the encoder has, so
-that downsampling is a sum over neighbours, and attention computes its weights where it needs them: those of all frames
-of the row would not fit into memory. In training each draw for sequences is made for as many recordings as the row has
-room for, and balancers and whitening see the frames that exist.
+that downsampling is a sum over neighbours. Convolutions and attention read on the device where recordings begin and
+end. Attention computes its weights where it needs them, because those of all frames of the row would not fit into
+memory. In training each draw for sequences is made for as many recordings as the row has room for, and balancers and
+whitening see the frames that exist.
 """
 
 import math
@@ -71,10 +72,10 @@ def packed(
         lengths = given.lengths
     most, longest = (-(-(n or 0) // RATE) for n in (capacity.frames, capacity.longest))
     _extend_positions(encoder, longest)
-    recordings, factor, between = capacity.recordings or 0, _factor(encoder), _between(encoder)
-    slots = (lengths + (between + factor - 1)) // factor * factor
+    recordings, factor = capacity.recordings or 0, _factor(encoder)
+    slots = (lengths + (factor - 1)) // factor * factor
     spans = Spans.laid_out(lengths, slots, recordings)
-    rows = most + recordings * (between + factor - 1)
+    rows = most + recordings * (factor - 1)
     rows = -(-rows // (factor * MULTIPLE)) * factor * MULTIPLE
     half = encoder.downsample_output.downsample
 
@@ -111,9 +112,3 @@ def _extend_positions(encoder: "Zipformer", longest: int) -> None:
 def _factor(encoder: "Zipformer") -> int:
     """Returns the frames of which every rate has a whole number."""
     return math.lcm(*encoder.downsampling_factor, encoder.downsample_output.downsample)
-
-
-def _between(encoder: "Zipformer") -> int:
-    """Returns how many frames of nobody must lie between recordings: those that a convolution sees on one side."""
-    sizes = zip(encoder.cnn_module_kernel, encoder.downsampling_factor, strict=True)
-    return max(kernel // 2 * factor for kernel, factor in sizes)
