@@ -29,12 +29,13 @@ from fastasr.ops._runtime import (
     listed,
     make,
     not_a_view,
+    operand,
     promoted,
     transformed_backward,
     transformed_gradients,
     transformed_results,
 )
-from fastasr.ops.zipformer_attention import _check, _fits, _gradients, _launch
+from fastasr.ops.zipformer_attention import _check
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
 
 op = OPS["zipformer_attention"]
@@ -147,24 +148,6 @@ def zipformer_attention(
         and type(score_limit) is float
         and (score_limit >= 0 and score_limit < 1e999)
         and not is_autocast_enabled("cpu")
-        and _fits(
-            x,
-            pos,
-            value,
-            num_heads,
-            query_head_dim,
-            value_heads,
-            key_padding_mask,
-            attn_mask,
-            starts,
-            chunk_size,
-            left_context_chunks,
-            cached_key,
-            score_penalty,
-            score_limit,
-            act,
-            equal,
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -182,7 +165,7 @@ def zipformer_attention(
                 )  # fmt: skip
             return kernels.forward(
                 x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-                (value_heads or num_heads), chunk_size, left_context_chunks,
+                (value_heads or num_heads), chunk_size, left_context_chunks, equal,
             )  # fmt: skip
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
@@ -217,7 +200,7 @@ def zipformer_attention(
             op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
             starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal),
         )  # fmt: skip
-    kernels = family.kernels(x, pos, value, cached_key)
+    kernels = family.kernels(x)
     if kernels is None:
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
@@ -235,7 +218,7 @@ def zipformer_attention(
             x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
             chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         ) = names  # fmt: skip
-        kernels = family.kernels(x, pos, value, cached_key)
+        kernels = family.kernels(x)
         if kernels is None:
             return formula(
                 x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
@@ -260,7 +243,7 @@ def zipformer_attention(
             starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x, pos, value, cached_key)
+        family.give_up(error, x)
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
@@ -437,7 +420,7 @@ def traced(
     left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("zipformer_attention", x, pos, value, cached_key):
+    if not served("zipformer_attention", x):
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
@@ -456,10 +439,11 @@ def run_kernels(
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
-    y = _launch(
-        op, kernels, make(Arguments, (x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act,
-        equal,)), y_dtype, False,
+    dtype = y_dtype if kernels.backend == "cpu" else None
+    y = kernels.forward(
+        operand(x, dtype), operand(pos, dtype), operand(value, dtype), operand(cached_key, dtype),
+        operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None), num_heads,
+        query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks, operand(equal, None),
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -507,7 +491,7 @@ class ZipformerAttention(Function):
         if direct:
             y = kernels.forward(
                 x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-                (value_heads or num_heads), chunk_size, left_context_chunks,
+                (value_heads or num_heads), chunk_size, left_context_chunks, equal,
             )  # fmt: skip
         else:
             y = run_kernels(
@@ -568,7 +552,8 @@ class ZipformerAttention(Function):
         if direct:
             d_x, d_pos, d_value, d_cached_key = kernels.backward(
                 grad_y.contiguous(), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
-                num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+                num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks, equal,
+                score_penalty, score_limit, act,
             )  # fmt: skip
             return (
                 None,
@@ -629,10 +614,12 @@ def differentiate(
     query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_pos, d_value, d_cached_key = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-        act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
-        score_limit,)), None,
+    dtype = promoted(x) if kernels.backend == "cpu" else None
+    d_x, d_pos, d_value, d_cached_key = kernels.backward(
+        operand(grad_y, dtype), operand(x, dtype), operand(pos, dtype), operand(value, dtype),
+        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
+        None), num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+        operand(equal, None), score_penalty, score_limit, operand(act, None),
     )  # fmt: skip
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
@@ -655,7 +642,7 @@ def run(
     starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
     act=None, equal=None,
 ):  # fmt: skip
-    kernels = family.kernels(x, pos, value, cached_key)
+    kernels = family.kernels(x)
     if kernels is None:
         return formula_results(
             op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
@@ -667,7 +654,7 @@ def run(
             starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x, pos, value, cached_key)
+        family.give_up(error, x)
         return formula_results(
             op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
             chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
@@ -738,7 +725,7 @@ def run_backward(
     grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
     query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
-    kernels = family.kernels(x, pos, value, cached_key)
+    kernels = family.kernels(x)
     if kernels is None:
         d_x, d_pos, d_value, d_cached_key = formula_gradients(
             op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
@@ -808,7 +795,7 @@ written = Written(
     backward_operator=backward_operator,
     apply=apply,
     result_dtypes=result_dtypes,
-    deciding=("x", "pos", "value", "cached_key"),
+    deciding=("x",),
     differentiable=("x", "pos", "value", "cached_key"),
     dense=True,
 )
