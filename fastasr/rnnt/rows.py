@@ -99,9 +99,10 @@ def backward(
             d.mul_(-(x + y))
             d[:, blank : blank + 1] += y
         if d.is_cuda:  # torch refuses scatter_add_ there when deterministic algorithms are requested
-            grad[part] = d.add_((outputs == index[part]) * x)
+            d.add_((outputs == index[part]) * x)
         else:
-            grad[part] = d.scatter_add_(1, index[part], x)
+            d.scatter_add_(1, index[part], x)
+        grad[part] = d.masked_fill_((x == 0) & (y == 0), 0.0)  # rows without a part in the loss may hold NaN
     return grad.view(logits.shape)
 
 
