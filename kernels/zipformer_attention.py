@@ -464,9 +464,11 @@ def tiles(
     hiding: bool = False,
     recordings: bool = False,
     penalty: bool = False,
+    equal: bool = False,
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a chunk window or a mask of
-    pairs, ``recordings`` whether there are several in a row, ``penalty`` whether large scores have one.
+    pairs, ``recordings`` whether there are several in a row, ``penalty`` whether large scores have one,
+    ``equal`` whether weights may be equal.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed, and need small tiles. In 16 bits each of four warps computes 16 of 64 rows of a
@@ -501,7 +503,16 @@ def tiles(
         keys |= {"BLOCK_N": 64, "num_warps": 8}
     elif not wide and generation == 120:
         queries["BLOCK_V"] = min(32, columns)
-    if recordings and not wide and generation != 90:  # 32 keys would spill
+    if equal and wide and not rounded(dtype):  # more would spill, here and below
+        keys["BLOCK_N"] = 64 if generation == 100 else 32
+    elif equal and generation != 90:
+        forward["BLOCK_N"] = 32
+        if generation == 100:
+            forward["BLOCK_V"] = min(64, columns)
+        elif generation == 120:
+            keys["BLOCK_V"] = min(32, columns)
+    tight = recordings and (generation != 90 or penalty or equal)
+    if not wide and (tight or (penalty and generation == 100)):
         queries["BLOCK_N"] = 16
     return {
         "forward": forward,
@@ -543,9 +554,8 @@ def zipformer_attention_forward(
         return y
     o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
     value_dim = value.shape[2] // value_heads
-    tile = tiles(dim, o.pos_dim, value_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)[
-        "forward"
-    ]
+    sizes = dim, o.pos_dim, value_dim, x.dtype, generation(x)
+    tile = tiles(*sizes, chunk > 0 or attn_mask is not None, equal=equal is not None)["forward"]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (value_heads * batch * blocks, cdiv(value_dim, tile["BLOCK_V"])),
         x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds, number(equal), value, y,
@@ -588,7 +598,17 @@ def zipformer_attention_backward(
     o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
     own_pos, value_dim = width // heads - 2 * dim, value.shape[2] // value_heads
     hiding = chunk > 0 or attn_mask is not None
-    shapes = tiles(dim, own_pos, value_dim, x.dtype, generation(x), hiding, starts is not None, bool(penalty))
+    shapes = tiles(
+        dim,
+        own_pos,
+        value_dim,
+        x.dtype,
+        generation(x),
+        hiding,
+        starts is not None,
+        bool(penalty),
+        equal is not None,
+    )
     dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
     dvalue = torch.empty_like(value)
     pairs = value_heads * batch

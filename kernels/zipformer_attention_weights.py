@@ -32,12 +32,12 @@ from fastasr.kernels._parts import add_tables
 from fastasr.kernels._rel_position_tiles import (
     any_alone,
     head_block,
+    in_reach,
     keys_reached,
     keys_seen,
     load_positions,
     masked_slopes,
     operands,
-    penalties,
     place,
     position_scores,
     query_key,
@@ -250,7 +250,10 @@ def queries_kernel(
                 s, P[:, None], rows, p0[:, None], p1[:, None], p2[:, None], p3[:, None], R, at, offsets,
                 POS_DIM, PACKED, X.dtype.element_ty,
             )  # fmt: skip
-            ds += penalties(s, i, j, masks, frames, keys, penalty, limit)
+            large = tl.where(s > limit, penalty, tl.where(s < -limit, -penalty, 0.0))
+            if BOUNDS is not None:
+                large = tl.where(in_reach(j, masks), large, 0.0)
+            ds += tl.where(rows & keep_j[None, :], large, 0.0)
         key = load_rows(K, j, k_time, d, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)

@@ -192,4 +192,7 @@ def sized(
 
 CASES = (_case(796, 4, 4), _case(2998, 1, 4))
 ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
-WATCH = "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row"
+WATCH = (
+    "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row; a penalty and "
+    "equal weights that numbers on the device decide"
+)

@@ -21,7 +21,7 @@ def configurations(generation: int):
         with setting(dtype) as torch_dtype:
             hiding, recordings = "mask" in label or "chunks" in label, "recordings" in label
             sizes = dim, pos_dim, value_dim, torch_dtype, generation
-            shapes = module.tiles(*sizes, hiding, recordings, "penalty" in label)
+            shapes = module.tiles(*sizes, hiding, recordings, "penalty" in label, "equal" in label)
         options = dict(shapes[name])
         warps, stages, element = options.pop("num_warps"), options.pop("num_stages"), element_type(dtype)
         packed = pos_dim == 4 and element != "fp32"
@@ -56,8 +56,9 @@ def configurations(generation: int):
                 if name == "forward":
                     yield configuration(name, "recordings, equal", dtype)
                 else:
-                    yield configuration(name, "penalty, equal", dtype)
-                    yield configuration(name, "recordings, chunks, penalty, equal", dtype)
+                    for label in ("", "recordings, ", "recordings, chunks, "):
+                        yield configuration(name, f"{label}penalty, equal", dtype)
+                yield configuration(name, "recordings, V=144, equal", dtype, value_dim=144)
             yield configuration(name, "V=144", dtype, value_dim=144)
             if name == "keys" and dtype == "bf16":
                 yield configuration(name, "padding", dtype)
