@@ -59,7 +59,6 @@ def _check(op: Op, a: Arguments) -> None:
     forward=f"{_FORWARD} equal",
     backward=f"grad {_FORWARD} equal score_penalty score_limit act -> x pos value cached_key",
     check=_check,
-    summary="softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory",
 )
 def zipformer_attention(
     x: Projection,

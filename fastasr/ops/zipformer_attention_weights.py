@@ -54,13 +54,11 @@ _FORWARD = f"{_TENSORS} num_heads query_head_dim chunk_size left_context_chunks"
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    returns="weights",
     one_dtype="x pos cached_key",
     strides={"grad": "rows", "weights": _empty},
     forward=_FORWARD,
     backward=f"grad weights {_FORWARD} score_penalty score_limit",
     check=check_recordings,
-    summary="softmax_j(q·k + p·R[j−i]) with padding, chunk and cache",
 )
 def zipformer_attention_weights(
     x: Projection,
@@ -76,7 +74,7 @@ def zipformer_attention_weights(
     cached_key: CachedKey = None,
     score_penalty: NotNegative = 0.0,
     score_limit: NotNegative = 25.0,
-) -> Annotated[Tensor, "num_heads B T T+L", "x"]:
+) -> Annotated[Tensor, "weights: num_heads B T T+L", "x"]:
     """softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]), masked scores being −1000.
 
     Args:
@@ -90,6 +88,8 @@ def zipformer_attention_weights(
         starts: int64 (N,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
             different recordings do not see each other, and frames outside of all see nothing. Their order does not
             matter, and equal numbers are recordings without frames. On a GPU nothing waits for them. There is no cache.
+            Weights, their gradients and those of scores still have H·B·T² elements each, most of them 0:
+            :func:`fastasr.ops.zipformer_attention` has none of these tensors.
         chunk_size: a query sees the keys up to the end of its chunk of this many frames; -1: all. No mask is made. With
             ``starts`` chunks count from the first frame of the recording.
         left_context_chunks: it sees keys from this many chunks before its own on; -1: from the first.

@@ -22,6 +22,10 @@ class Padded:
     def __init__(self, batch: int, frames: int) -> None:
         self.batch, self.frames = batch, frames
 
+    def recordings(self, device: torch.device) -> Tensor:
+        """Returns the recording of each frame, (N,)."""
+        return torch.arange(self.batch, device=device, dtype=torch.int64).repeat_interleave(self.frames)
+
     def repeated(self, values: Tensor) -> Tensor:
         """Returns values (B, ...) of recordings for each frame."""
         return values.unsqueeze(1).expand(self.batch, self.frames, *values.shape[1:])
@@ -60,6 +64,9 @@ class Packed(Padded):
         self.to_rows = places(begins, lengths, count, after)
         self.to_lattice = places(after, lengths, self.batch * longest, begins)
         self.recording = self.to_rows[0] // max(longest, 1)  # (N,)
+
+    def recordings(self, device: torch.device) -> Tensor:
+        return self.recording
 
     def repeated(self, values: Tensor) -> Tensor:
         return values.index_select(0, self.recording).unsqueeze(0)

@@ -77,38 +77,23 @@ class _Call:
         self.numbers = {
             found[0]: self._size(*found.groups()) for found in map(_SHAPE.fullmatch, tokens) if found
         }
-        self.members = [member for token in tokens for member in self._members(token)]
+        self.members = [self._member(token) for token in tokens]
         self.given = {name for name, _ in self.members}
         self.sizes: list[tuple[str, str]] = []  # (type, name) of the sizes that checks bind
 
-    def _members(self, token: str) -> Iterator[tuple[str, str]]:
-        """Yields (name, kind) of the arguments that a token of the declaration stands for."""
-        op = self.op
-        chosen = re.fullmatch(r"\((\w+) or \w+\)", token)
-        token = chosen[1] if chosen else token
-        arguments = {a.name: a for a in op.arguments}
-        outputs = {o.name: o for o in op.found}
-        if token in self.numbers:
-            yield self.numbers[token], "int"
-        elif token == "*needs":
-            yield from ((f"needs_{a.name}", "bool") for a in op.differentiable)
-        elif token.startswith("needs."):
-            yield token.replace(".", "_"), "bool"
-        elif token == "keep":
-            yield token, "bool"
-        elif token.startswith("*") and token[1:] in arguments:
-            yield token[1:], "pair"
-        elif token in outputs:
-            yield token, "tensor"
-        elif token.removeprefix("grad_") in outputs:
-            yield (
-                token,
-                "tensor or none" if self._may_be_none(outputs[token.removeprefix("grad_")]) else "tensor",
-            )
-        elif token in arguments:
-            yield token, _kind(arguments[token])
-        else:
+    def _member(self, token: str) -> tuple[str, str]:
+        """Returns (name, kind) of the argument that a token of the declaration stands for."""
+        op, token = self.op, re.sub(r"\((\w+) or \w+\)", r"\1", token)
+        members = {f"needs.{a.name}": (f"needs_{a.name}", "bool") for a in op.differentiable}
+        members |= {"*" * (a.kind == "pair") + a.name: (a.name, _kind(a)) for a in op.arguments}
+        members |= {token: (name, "int") for token, name in self.numbers.items()}
+        for o in op.found:
+            grad = "tensor or none" if self._may_be_none(o) else "tensor"
+            members |= {o.name: (o.name, "tensor"), f"grad_{o.name}": (f"grad_{o.name}", grad)}
+        members["keep"] = "keep", "bool"
+        if token not in members:
             raise ValueError(f"{op.name}: {token}: expected a name in the calls that C++ kernels serve")
+        return members[token]
 
     def _size(self, name: str, place: str) -> str:
         return self.op.argument(name).pattern.alternatives[0].dims[int(place)].text
@@ -204,7 +189,7 @@ class _Call:
             return "ScalarType::Long"
         if a.name in op.wide:
             return "compute_type(dtype)"
-        converted = op.op.launch is None or a.name in op.deciding
+        converted = op.op.launch is None or a.name in (op.one_dtype or op.dtype_names(op.outputs[0]))
         return "dtype" if a.kind == "floating" and converted else ""
 
     def _output_dtype(self, o: Output) -> str:
@@ -293,7 +278,7 @@ def _kind(a: Argument) -> str:
         return "tensor or none" if a.optional else "tensor"
     if a.codes:
         return "bool" if isinstance(next(iter(a.codes.values())), bool) else "int"
-    return {"int": "int", "float": "float", "flag": "bool"}[a.kind]
+    return "bool" if a.kind == "flag" else a.kind
 
 
 def _has_sizes(tensor: str, shape: Shape) -> str:

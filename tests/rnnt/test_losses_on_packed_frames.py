@@ -228,6 +228,16 @@ def test_as_on_the_padded_batch(name, case):
     )
 
 
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("name", [name for name in LOSSES if "joiner" in name])
+def test_recordings_as_one_sequence(name, case, monkeypatch):
+    monkeypatch.setattr(rnnt.tdt, "multiplies_padding", lambda am: True)
+    monkeypatch.setattr(rnnt.joiner, "multiplies_padding", lambda am: True)
+    call, options = LOSSES[name]
+    p = problem_of(name, case)
+    check_against_padded(leaves_of(p), packed(p), lambda one: call(one, **options))
+
+
 @pytest.mark.parametrize("name", ["rnnt_loss", "joiner_loss", "smoothed", "tdt_joiner_loss"])
 def test_compiled_without_a_break(name):
     call, options = LOSSES[name]
@@ -369,3 +379,31 @@ def test_refused():
     refused(rf"{name}: am.lengths: expected shape \(B,\) with B >= 1", replace(p, frames=frames))
     with pytest.raises(ValueError, match="logit_lengths: expected None, because packed frames have lengths"):
         by_lengths.joiner_losses(*p.joiner, p.lengths, p.ends, BLANK)
+
+
+@pytest.mark.parametrize("name", [*(name for name in LOSSES if "tdt" not in name), "ctc_loss"])
+def test_no_value_is_read_on_the_host(name, monkeypatch):
+    """Tensors on the device "meta" have no values. With ``longest`` losses need none, as on a GPU. There the ops run
+    their formulas, of which TDT's reads the durations."""
+    monkeypatch.setattr(rnnt.joiner, "multiplies_padding", lambda am: True)
+    monkeypatch.setattr(additive, "_batched", lambda x: True)
+    p = problem_of(name, "ragged")
+    given = {key: t.detach().to("meta") for key, t in vars(p).items()}
+    leaf = torch.empty(30, p.frames.shape[2], device="meta", requires_grad=True)
+    frames = fastasr.PackedFrames(leaf, given["lengths"])
+    if name == "ctc_loss":
+        loss = rnnt.ctc_loss(frames, given["symbols"], None, given["ends"], longest=9)
+    else:
+        call, options = LOSSES[name]
+        given |= {"lm": given["lm"].float(), "weight": given["weight"].float(), "bias": given["bias"].float()}
+        shape = 30, given["lm"].shape[1], len(given["weight"])
+        monkeypatch.setattr(
+            Problem,
+            "logits",
+            lambda self, outputs: frames._replace(
+                frames=leaf[:, :1, None].expand(*shape[:2], len(outputs)).contiguous()
+            ),
+        )
+        loss = call(replace(p, **given | {"frames": frames}), **options, longest=9)
+    loss.sum().backward()
+    assert leaf.grad.shape == leaf.shape

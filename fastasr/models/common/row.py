@@ -147,7 +147,8 @@ def all_frames(features: Tensor) -> Tensor:
 
 
 class Capacity(Protocol):
-    """What a row has room for: frames of features in all, recordings, and frames of one recording."""
+    """What a row has room for: frames of features in all, recordings, and frames of one recording. ``parts`` says that
+    the layers of the encoder are recorded one by one."""
 
     @property
     def frames(self) -> int | None: ...
@@ -155,6 +156,8 @@ class Capacity(Protocol):
     def recordings(self) -> int | None: ...
     @property
     def longest(self) -> int | None: ...
+    @property
+    def parts(self) -> bool: ...
 
 
 class Packed(NamedTuple):

@@ -49,6 +49,8 @@ def packed(
 ) -> Packed | str:
     """Returns a call of ``encoded`` for the arguments of ``Zipformer.forward``, or the reason why there is none, beside
     those of ``why_not``."""
+    if capacity.parts:
+        return "its stacks are not recorded one by one on a row"
     mask = src_key_padding_mask
     if isinstance(x, PackedFrames):
         if mask is not None or x.frames.dim() != 2:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=tdt_joiner` writes this file from fastasr/ops/tdt_joiner.py: change that one.
-"""the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × S × V logits"""
+"""the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × R × V logits"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,23 +13,17 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     INT64,
     INTEGERS,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
     wide,
 )
 from fastasr.ops.tdt_joiner import _check, _gradients, _launch
@@ -47,6 +40,8 @@ class Arguments(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     symbols: Tensor
+    starts: Tensor
+    s_range: int
     durations: int
     termination_symbol: int
     boundary: Tensor | None = None
@@ -62,21 +57,16 @@ class Saved(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     symbols: Tensor
+    starts: Tensor
     boundary: Tensor | None
     dropout_seed: Tensor | None
     normaliser: Tensor
+    s_range: int
     durations: int
     termination_symbol: int
     activation: Literal["tanh", "relu"]
     keep_logits: bool | None
     dropout_p: float
-
-
-class Needs(NamedTuple):
-    am: bool
-    lm: bool
-    weight: bool
-    bias: bool
 
 
 # --------------------------------------------------------------------------- the public function
@@ -86,7 +76,9 @@ def tdt_joiner(
     weight: Tensor,
     bias: Tensor | None,
     symbols: Tensor,
+    starts: Tensor,
     *,
+    s_range: int,
     durations: int,
     termination_symbol: int,
     boundary: Tensor | None = None,
@@ -95,28 +87,27 @@ def tdt_joiner(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × S × V logits.
+    """Returns the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × R × V logits.
 
     Args:
-        am, lm, symbols, termination_symbol, boundary, activation, dropout_p, dropout_seed: as for
+        am, lm, symbols, starts, s_range, termination_symbol, boundary, activation, dropout_p, dropout_seed: as for
             :func:`fastasr.ops.rnnt_joiner`, with V tokens.
         weight: (V + durations, D); bias: (V + durations,) or None: the output layer, in the dtype of am + lm, except
             under autocast, which casts them.
         durations: N, the number of outputs behind the tokens.
-        keep_logits: keep logits for the backward (4 B T (S + 1) (V + D) bytes) or compute them again; None: by their
-            size.
+        keep_logits: keep logits for the backward (4 B T R (V + D) bytes) or compute them again; None: by their size.
     Returns:
-        (B, T, S), (B, T, S + 1) and (B, T, S + 1, N), float32 (float64 for float64), which ``tdt_lattice`` takes. All
-        are -inf outside the boundary, symbol_logprobs at s_end too. Rows outside it, and in the backward pass
-        rows whose gradients are all 0, are not computed.
+        (B, T, R), (B, T, R) and (B, T, R, N), float32 (float64 for float64). Of the full lattice, ``tdt_lattice`` takes
+        them, the first without its last column. All are -inf outside the boundary, symbol_logprobs where s has no
+        symbol too. Rows outside it, and in the backward pass rows whose gradients are all 0, are not computed.
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or names do not match; symbols or boundary out of range, for CPU tensors outside
-            ``torch.compile`` (see ``rnnt_joiner``).
+        ValueError: shapes, devices or names do not match; symbols, starts or boundary out of range, for CPU tensors
+            outside ``torch.compile`` (see ``rnnt_joiner``).
     """
     check(
-        am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-        dropout_p, dropout_seed,
+        am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+        keep_logits, dropout_p, dropout_seed,
     )  # fmt: skip
     if is_compiling() or not (
         type(am) in PLAIN
@@ -124,41 +115,35 @@ def tdt_joiner(
         and type(weight) in PLAIN
         and (bias is None or type(bias) in PLAIN)
         and type(symbols) in PLAIN
+        and type(starts) in PLAIN
         and (boundary is None or type(boundary) in PLAIN)
         and (dropout_seed is None or type(dropout_seed) in PLAIN)
     ):
         return traced(
-            am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-            dropout_p, dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
-            op, Arguments(am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed),
+            op, Arguments(am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+            boundary, activation, keep_logits, dropout_p, dropout_seed),
         )  # fmt: skip
-    kernels = family.kernels(am, lm, weight)
+    kernels = family.kernels(am, lm, weight, bias)
     if kernels is None:
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     cast_dtype = autocast_dtype(am)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed,
-        )  # fmt: skip
-        (
-            am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-            dropout_p, dropout_seed, _,
-        ) = names  # fmt: skip
-        kernels = family.kernels(am, lm, weight)
+        weight, bias = cast(cast_dtype, weight, bias)
+        kernels = family.kernels(am, lm, weight, bias)
         if kernels is None:
             return formula(
-                am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-                boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-                dropout_seed=dropout_seed,
+                am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+                termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+                keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -168,19 +153,19 @@ def tdt_joiner(
             or (bias is not None and bias.requires_grad)
         ):
             return apply(
-                kernels, False, am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-                activation, keep_logits, dropout_p, dropout_seed,
+                kernels, False, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+                boundary, activation, keep_logits, dropout_p, dropout_seed,
             )  # fmt: skip
         symbol_logprobs, blank_logprobs, duration_logprobs, _ = run_kernels(
-            kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed, False,
+            kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, False,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, am, lm, weight)
+        family.give_up(error, am, lm, weight, bias)
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     return symbol_logprobs, blank_logprobs, duration_logprobs
 
@@ -191,6 +176,8 @@ def check(
     weight: Tensor,
     bias: Tensor | None,
     symbols: Tensor,
+    starts: Tensor,
+    s_range: int,
     durations: int,
     termination_symbol: int,
     boundary: Tensor | None,
@@ -200,6 +187,10 @@ def check(
     dropout_seed: Tensor | None,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
+    if type(s_range) is not int:
+        op.wrong_int("s_range", s_range)
+    if not (s_range >= 1):
+        op.fail("s_range", "at least 1", s_range)
     if type(durations) is not int:
         op.wrong_int("durations", durations)
     if not (durations >= 1):
@@ -219,7 +210,7 @@ def check(
     shape, right = am.shape, False
     if len(shape) == 3:
         B = shape[0]
-
+        T = shape[1]
         D = shape[2]
         right = True
     if not right:
@@ -244,6 +235,12 @@ def check(
         op.wrong_shape("lm", lm, listed(B, S + 1, D))
     if lm.device != am.device:
         op.wrong_device("lm", lm, "am", am)
+    if not isinstance(starts, Tensor) or starts.dtype not in INTEGERS or starts.layout is not torch.strided:
+        op.wrong_tensor("starts", starts, "a tensor of integers")
+    if starts.shape != (B, T):
+        op.wrong_shape("starts", starts, listed(B, T))
+    if starts.device != am.device:
+        op.wrong_device("starts", starts, "am", am)
     if boundary is not None:
         if (
             not isinstance(boundary, Tensor)
@@ -284,40 +281,41 @@ def check(
         if bias.device != am.device:
             op.wrong_device("bias", bias, "am", am)
     _check(
-        op, Arguments(am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-        keep_logits, dropout_p, dropout_seed),
+        op, Arguments(am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+        activation, keep_logits, dropout_p, dropout_seed),
     )  # fmt: skip
 
 
 def traced(
-    am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-    dropout_p, dropout_seed,
+    am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+    keep_logits, dropout_p, dropout_seed,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("rnnt_joiner", am, lm, weight):
+    if not served("rnnt_joiner", am, lm, weight, bias):
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     symbol_logprobs, blank_logprobs, duration_logprobs, _ = operator(
-        am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-        dropout_p, dropout_seed,
-        is_grad_enabled() and (am.requires_grad or lm.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+        am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+        keep_logits, dropout_p, dropout_seed, is_grad_enabled() and (am.requires_grad or lm.requires_grad or
+        weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return symbol_logprobs, blank_logprobs, duration_logprobs
 
 
 def run_kernels(
-    kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-    dropout_p, dropout_seed, keep,
+    kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+    activation, keep_logits, dropout_p, dropout_seed, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     symbol_logprobs_dtype = wide(am, lm, weight)
     normaliser_dtype = torch.float64
     symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = _launch(
-        op, kernels, make(Arguments, (am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-        activation, keep_logits, dropout_p, dropout_seed,)), symbol_logprobs_dtype, keep,
+        op, kernels, make(Arguments, (am, lm, weight, bias, symbols, starts, s_range, durations,
+        termination_symbol, boundary, activation, keep_logits, dropout_p, dropout_seed,)),
+        symbol_logprobs_dtype, keep,
     )  # fmt: skip
     if symbol_logprobs.dtype is not symbol_logprobs_dtype:
         symbol_logprobs = symbol_logprobs.to(symbol_logprobs_dtype)
@@ -334,45 +332,22 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (wide(a.am, a.lm, a.weight), wide(a.am, a.lm, a.weight), wide(a.am, a.lm, a.weight), torch.float64)
 
 
-def under_autocast(
-    dtype, am, lm, weight, bias, symbols, durations, termination_symbol, boundary=None, activation='tanh',
-    keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    weight, bias = cast(dtype, weight, bias)
-    return (
-        am,
-        lm,
-        weight,
-        bias,
-        symbols,
-        durations,
-        termination_symbol,
-        boundary,
-        activation,
-        keep_logits,
-        dropout_p,
-        dropout_seed,
-        keep,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class TdtJoiner(Function):
     @staticmethod
     def forward(
-        ctx, kernels, direct, am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-        activation, keep_logits, dropout_p, dropout_seed,
+        ctx, kernels, direct, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+        boundary, activation, keep_logits, dropout_p, dropout_seed,
     ):  # fmt: skip
         symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = run_kernels(
-            kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed, True,
+            kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, True,
         )  # fmt: skip
         symbol_logprobs = not_a_view(symbol_logprobs)
         blank_logprobs = not_a_view(blank_logprobs)
         duration_logprobs = not_a_view(duration_logprobs)
-        ctx.save_for_backward(am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser)
-        ctx.rest = kernels, direct, durations, termination_symbol, activation, keep_logits, dropout_p
+        ctx.save_for_backward(am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser)
+        ctx.rest = kernels, direct, s_range, durations, termination_symbol, activation, keep_logits, dropout_p
         return symbol_logprobs, blank_logprobs, duration_logprobs
 
     @staticmethod
@@ -380,230 +355,93 @@ class TdtJoiner(Function):
         if is_grad_enabled():
             refuse_double_backward("tdt_joiner")
         # once: a checkpoint gives them one time
-        am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser = ctx.saved_tensors
-        kernels, direct, durations, termination_symbol, activation, keep_logits, dropout_p = ctx.rest
-        if (
-            transforms_active()
-            or forward_ad._current_level >= 0
-            or is_batched(grad_symbol_logprobs)
-            or is_batched(grad_blank_logprobs)
-            or is_batched(grad_duration_logprobs)
-        ):
-            d_am, d_lm, d_weight, d_bias = transformed_gradients(
-                op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved, (am, lm,
-                weight, bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol,
-                activation, keep_logits, dropout_p,)),
-            )  # fmt: skip
-            return None, None, d_am, d_lm, d_weight, d_bias, None, None, None, None, None, None, None, None
-        needs = ctx.needs_input_grad[2:6]
-        try:
-            d_am, d_lm, d_weight, d_bias = differentiate(
-                kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-                bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol, activation,
-                keep_logits, dropout_p, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_am, d_lm, d_weight, d_bias = gradients_without(
-                error, op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved,
-                (am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser, durations,
-                termination_symbol, activation, keep_logits, dropout_p,)),
-            )  # fmt: skip
-        return None, None, d_am, d_lm, d_weight, d_bias, None, None, None, None, None, None, None, None
+        am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
+        kernels, direct, s_range, durations, termination_symbol, activation, keep_logits, dropout_p = ctx.rest
+        d_am, d_lm, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved,
+            (am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
+            termination_symbol, activation, keep_logits, dropout_p,)), ctx.needs_input_grad[2:],
+        )  # fmt: skip
+        return (
+            None,
+            None,
+            d_am,
+            d_lm,
+            d_weight,
+            d_bias,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def differentiate(
-    kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols,
-    boundary, dropout_seed, normaliser, durations, termination_symbol, activation, keep_logits, dropout_p,
-    needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_am, d_lm, d_weight, d_bias = _gradients(
-        op, kernels, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved, (am,
-        lm, weight, bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol,
-        activation, keep_logits, dropout_p,)), make(Needs, needs),
-    )  # fmt: skip
-    if d_am is not None and d_am.dtype is not am.dtype:
-        d_am = d_am.to(am.dtype)
-    if d_lm is not None and d_lm.dtype is not lm.dtype:
-        d_lm = d_lm.to(lm.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    needs = make(Arguments, needs)
+    d_am, d_lm, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
+    d_am = back(d_am, saved.am)
+    d_lm = back(d_lm, saved.lm)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_am, d_lm, d_weight, d_bias
 
 
+apply = applied(TdtJoiner)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    am, lm, weight, bias, symbols, durations, termination_symbol, boundary=None, activation='tanh',
-    keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
-):  # fmt: skip
-    kernels = family.kernels(am, lm, weight)
-    if kernels is None:
-        return formula_results(
-            op, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed,
-        )  # fmt: skip
-    try:
-        symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = run_kernels(
-            kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed, keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, am, lm, weight)
-        return formula_results(
-            op, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed,
-        )  # fmt: skip
-    if not keep:
-        normaliser = normaliser.new_empty(0)
-    return (
-        symbol_logprobs.contiguous(),
-        blank_logprobs.contiguous(),
-        duration_logprobs.contiguous(),
-        normaliser.contiguous(),
-    )
-
-
 def fake(
-    am, lm, weight, bias, symbols, durations, termination_symbol, boundary=None, activation='tanh',
-    keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
+    am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary=None,
+    activation='tanh', keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
 ):  # fmt: skip
-    keep = keep and family.kernels(am, lm, weight) is not None
+    keep = keep and family.kernels(am, lm, weight, bias) is not None
     B = am.shape[0]
     T = am.shape[1]
-
-    S = symbols.shape[1]
-
     return (
-        torch.empty((B, T, S), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1, durations), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1) if keep else (0,), dtype=torch.float64, device=am.device),
+        torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range, durations), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range) if keep else (0,), dtype=torch.float64, device=am.device),
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-        dropout_p, dropout_seed, keep,
-    ) = inputs  # fmt: skip
-    symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = output
-    ctx.mark_non_differentiable(normaliser)
-    ctx.save_for_backward(am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser)
-    ctx.rest = durations, termination_symbol, activation, keep_logits, dropout_p, keep
-
-
-def backward(ctx, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, *_):
-    am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser = ctx.saved_tensors
-    durations, termination_symbol, activation, keep_logits, dropout_p, keep = ctx.rest
-    if not keep:
-        _, _, _, normaliser = operator(
-            am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-            dropout_p, dropout_seed, True,
-        )  # fmt: skip
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
-    d_am, d_lm, d_weight, d_bias = as_tuple(
-        backward_operator(grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-        bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol, activation,
-        keep_logits, dropout_p, needs),
-    )  # fmt: skip
-    return (
-        None if not needs[0] else d_am,
-        None if not needs[1] else d_lm,
-        None if not needs[2] else d_weight,
-        None if bias is None or not needs[3] else d_bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols,
-    boundary, dropout_seed, normaliser, durations, termination_symbol, activation, keep_logits, dropout_p,
-    needs,
-):  # fmt: skip
-    kernels = family.kernels(am, lm, weight)
-    if kernels is None:
-        d_am, d_lm, d_weight, d_bias = formula_gradients(
-            op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), Saved(am, lm, weight,
-            bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol, activation,
-            keep_logits, dropout_p),
-        )  # fmt: skip
-    else:
-        try:
-            d_am, d_lm, d_weight, d_bias = differentiate(
-                kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-                bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol, activation,
-                keep_logits, dropout_p, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_am, d_lm, d_weight, d_bias = gradients_without(
-                error, op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), Saved(am, lm,
-                weight, bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol,
-                activation, keep_logits, dropout_p),
-            )  # fmt: skip
-    return (
-        am.new_empty(0) if not needs[0] or d_am is None else d_am.contiguous(),
-        am.new_empty(0) if not needs[1] or d_lm is None else d_lm.contiguous(),
-        am.new_empty(0) if not needs[2] or d_weight is None else d_weight.contiguous(),
-        am.new_empty(0) if bias is None or not needs[3] or d_bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols,
-    boundary, dropout_seed, normaliser, durations, termination_symbol, activation, keep_logits, dropout_p,
-    needs,
-):  # fmt: skip
-    return (
-        am.new_empty(0) if not needs[0] else am.new_empty(am.shape),
-        am.new_empty(0) if not needs[1] else lm.new_empty(lm.shape),
-        am.new_empty(0) if not needs[2] else weight.new_empty(weight.shape),
-        am.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    tdt_joiner,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("symbol_logprobs", "blank_logprobs", "duration_logprobs", "normaliser"),
+        deciding=("am", "lm", "weight", "bias"),
+        differentiable=("am", "lm", "weight", "bias"),
+        graded={"symbol_logprobs": "", "blank_logprobs": "", "duration_logprobs": ""},
+        saves=("am", "lm", "weight", "bias", "symbols", "starts", "boundary", "dropout_seed", "normaliser"),
+        kept=("normaliser",),
+        asks=True,
+        autocast=("weight", "bias"),
+    ),
+)
+operator = register_op(
+    op,
+    "tdt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor starts, SymInt "
+    's_range, SymInt durations, SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", '
+    "bool? keep_logits=None, float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, "
+    "Tensor, Tensor, Tensor)",
     "tdt_joiner_backward(Tensor? grad_symbol_logprobs, Tensor? grad_blank_logprobs, Tensor? "
-    "grad_duration_logprobs, Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor? "
-    "boundary, Tensor? dropout_seed, Tensor normaliser, SymInt durations, SymInt termination_symbol, str "
-    "activation, bool? keep_logits, float dropout_p, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 3),
+    "grad_duration_logprobs, Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor "
+    "starts, Tensor? boundary, Tensor? dropout_seed, Tensor normaliser, SymInt s_range, SymInt durations, "
+    "SymInt termination_symbol, str activation, bool? keep_logits, float dropout_p, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
 )
-operator = register(
-    "tdt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, SymInt durations, "
-    'SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", bool? keep_logits=None, '
-    "float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(TdtJoiner)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("am", "lm", "weight"),
-    differentiable=("am", "lm", "weight", "bias"),
-    dense=True,
-)
-op.serve(tdt_joiner, written)

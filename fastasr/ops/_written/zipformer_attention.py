@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=zipformer_attention` writes this file from fastasr/ops/zipformer_attention.py: change that one.
-"""softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory"""
+"""softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]) · value, without the weights in memory"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,26 +13,22 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.zipformer_attention import _check
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
@@ -210,14 +205,7 @@ def zipformer_attention(
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        )  # fmt: skip
-        (
-            x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        ) = names  # fmt: skip
+        x, pos, value, cached_key = cast(cast_dtype, x, pos, value, cached_key)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(
@@ -317,7 +305,6 @@ def check(
         shape, right = pos.shape, False
         if len(shape) == 3:
             S = shape[0]
-
             right = shape[2] == num_heads * (P - 2 * query_head_dim) and (S == 1 or S == B)
         if not right:
             op.wrong_shape(
@@ -454,39 +441,13 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x),)
 
 
-def under_autocast(
-    dtype, x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-    act=None, equal=None,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, pos, value, cached_key = cast(dtype, x, pos, value, cached_key)
-    return (
-        x,
-        pos,
-        value,
-        num_heads,
-        query_head_dim,
-        value_heads,
-        key_padding_mask,
-        attn_mask,
-        starts,
-        chunk_size,
-        left_context_chunks,
-        cached_key,
-        score_penalty,
-        score_limit,
-        act,
-        equal,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class ZipformerAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
+        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act,
+        equal,
     ):  # fmt: skip
         if direct:
             y = kernels.forward(
@@ -520,38 +481,23 @@ class ZipformerAttention(Function):
         # once: a checkpoint gives them one time
         x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal = ctx.saved_tensors
         (
-            kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
-            score_penalty, score_limit,
-        ) = ctx.rest  # fmt: skip
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_pos, d_value, d_cached_key = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-                act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
-                score_penalty, score_limit,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_pos,
-                d_value,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                d_cached_key,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
+            kernels,
+            direct,
+            num_heads,
+            query_head_dim,
+            value_heads,
+            chunk_size,
+            left_context_chunks,
+            score_penalty,
+            score_limit,
+        ) = ctx.rest
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_pos, d_value, d_cached_key = kernels.backward(
-                grad_y.contiguous(), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
+                operand(grad_y, None), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
                 num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks, equal,
                 score_penalty, score_limit, act,
             )  # fmt: skip
@@ -575,18 +521,11 @@ class ZipformerAttention(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
-                score_limit,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_value, d_cached_key = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
-                cached_key, act, equal, num_heads, query_head_dim, value_heads, chunk_size,
-                left_context_chunks, score_penalty, score_limit,)),
-            )  # fmt: skip
+        d_x, d_pos, d_value, d_cached_key = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
+            cached_key, act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
+            score_penalty, score_limit,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -609,59 +548,28 @@ class ZipformerAttention(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
-    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(x) if kernels.backend == "cpu" else None
+    (grad_y,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_pos, d_value, d_cached_key = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(pos, dtype), operand(value, dtype),
-        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
-        None), num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
-        operand(equal, None), score_penalty, score_limit, operand(act, None),
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.pos, dtype), operand(saved.value,
+        dtype), operand(saved.cached_key, dtype), operand(saved.key_padding_mask, None),
+        operand(saved.attn_mask, None), operand(saved.starts, None), saved.num_heads, saved.query_head_dim,
+        (saved.value_heads or saved.num_heads), saved.chunk_size, saved.left_context_chunks,
+        operand(saved.equal, None), saved.score_penalty, saved.score_limit, operand(saved.act, None),
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if pos is None:
-        d_pos = None
-    elif d_pos is not None and d_pos.dtype is not pos.dtype:
-        d_pos = d_pos.to(pos.dtype)
-    if d_value is not None and d_value.dtype is not value.dtype:
-        d_value = d_value.to(value.dtype)
-    if cached_key is None:
-        d_cached_key = None
-    elif d_cached_key is not None and d_cached_key.dtype is not cached_key.dtype:
-        d_cached_key = d_cached_key.to(cached_key.dtype)
+    d_x = back(d_x, saved.x)
+    d_pos = back(d_pos, saved.pos)
+    d_value = back(d_value, saved.value)
+    d_cached_key = back(d_cached_key, saved.cached_key)
     return d_x, d_pos, d_value, d_cached_key
 
 
+apply = applied(ZipformerAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-    act=None, equal=None,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(
-            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        )  # fmt: skip
-    try:
-        y = run_kernels(
-            kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(
-            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        )  # fmt: skip
-    return y.contiguous()
-
-
 def fake(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
     starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
@@ -669,134 +577,37 @@ def fake(
 ):  # fmt: skip
     T = x.shape[0]
     B = x.shape[1]
-
     E = value.shape[2]
     return torch.empty((T, B, E), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-    ) = inputs  # fmt: skip
-
-    ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal)
-    ctx.rest = (
-        num_heads,
-        query_head_dim,
-        value_heads,
-        chunk_size,
-        left_context_chunks,
-        score_penalty,
-        score_limit,
-    )
-
-
-def backward(ctx, grad_y, *_):
-    x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal = ctx.saved_tensors
-    (
-        num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
-    ) = ctx.rest  # fmt: skip
-    d_x, d_pos, d_value, d_cached_key = as_tuple(
-        backward_operator(grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
-        num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit),
-    )  # fmt: skip
-    return (
-        d_x,
-        None if pos is None else d_pos,
-        d_value,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None if cached_key is None else d_cached_key,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
-    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_pos, d_value, d_cached_key = formula_gradients(
-            op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
-            num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
-            score_limit),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
-                score_limit,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_value, d_cached_key = gradients_without(
-                error, op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-                act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
-                score_penalty, score_limit),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        x.new_empty(0) if pos is None else d_pos.contiguous(),
-        d_value.contiguous(),
-        x.new_empty(0) if cached_key is None else d_cached_key.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
-    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(0) if pos is None else pos.new_empty(pos.shape),
-        value.new_empty(value.shape),
-        x.new_empty(0) if cached_key is None else cached_key.new_empty(cached_key.shape),
-    )
-
-
-backward_operator = register(
-    "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor? act, Tensor? equal, "
-    "SymInt num_heads, SymInt query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt "
-    "left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    zipformer_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        differentiable=("x", "pos", "value", "cached_key"),
+        graded={"y": ""},
+        saves=("x", "pos", "value", "key_padding_mask", "attn_mask", "starts", "cached_key", "act", "equal"),
+        autocast=("x", "pos", "value", "cached_key"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "zipformer_attention(Tensor x, Tensor? pos, Tensor value, SymInt num_heads, SymInt query_head_dim, "
     "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, Tensor? "
     "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None, float "
     "score_penalty=0.0, float score_limit=25.0, Tensor? act=None, Tensor? equal=None) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor? act, Tensor? equal, "
+    "SymInt num_heads, SymInt query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt "
+    "left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(ZipformerAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "pos", "value", "cached_key"),
-    dense=True,
-)
-op.serve(zipformer_attention, written)
