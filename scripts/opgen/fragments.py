@@ -604,18 +604,18 @@ def _schemas(op: Declared) -> list[str]:
     saved = [tensors.get(name, f"Tensor {name}") for name in op.saves]
     grads = [f"Tensor{'?' * (len(op.graded) > 1)} grad_{o.name}" for o in op.graded]
     options = [a.schema.partition("=")[0] for a in op.options]
-    backward = ", ".join((*grads, *saved, *options, *["bool[] needs"] * op.asks))
-    forward = ", ".join((*(a.schema for a in op.arguments), *["bool keep=False"] * bool(op.keeps)))
-    lines = _schema(op.name, forward, len(op.found))
-    return lines + (
-        _schema(f"{op.name}_backward", backward, len(op.differentiable)) if op.differentiable else []
-    )
+    backward = [*grads, *saved, *options, *["bool[] needs"] * op.asks]
+    forward = [*(a.schema for a in op.arguments), *["bool keep=False"] * bool(op.keeps)]
+    found = [schema(op.name, forward, len(op.found))]
+    found += [schema(f"{op.name}_backward", backward, len(op.differentiable))] * bool(op.differentiable)
+    return ["\n".join(map(repr, lines)) + "," for lines in found]
 
 
-def _schema(name: str, arguments: str, count: int) -> list[str]:
-    results = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
-    lines = textwrap.wrap(f"{name}({arguments}) -> {results}", 100, break_on_hyphens=False)
-    return [*(f"{line + ' '!r}" for line in lines[:-1]), f"{lines[-1]!r},"]
+def schema(name: str, arguments: list[str], count: int) -> list[str]:
+    """Returns the lines of an operator's schema."""
+    text = f"{name}({', '.join(arguments)}) -> {_returned(count).replace('tuple[', '(').replace(']', ')')}"
+    lines = textwrap.wrap(text, 100, break_on_hyphens=False)
+    return [*(f"{line} " for line in lines[:-1]), lines[-1]]
 
 
 def parts(op: Declared) -> set[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from fastasr.testing.declared import Declared
 from fastasr.testing.declared.shapes import Pattern, Shape, condition
 from fastasr.testing.declared.signature import Argument, Output
+from opgen.fragments import schema
 
 HEAD = """// SPDX-License-Identifier: Apache-2.0
 // `make op OP={name}` writes this file from {source}: change that one.
@@ -130,14 +131,7 @@ class _Call:
             for member, kind in self.members
             for name in ((f"{member}_0", f"{member}_1") if kind == "pair" else (member,))
         ]
-        results = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
-        lines, line = [], f"{self.name}("
-        for word in [*(f"{word}, " for word in words[:-1]), f"{words[-1]}) -> ", results]:
-            if len(line) + len(word) > 105:
-                lines.append(line)
-                line = ""
-            line += word
-        return "\n".join(f'"{text}"' for text in [*lines, line])
+        return "\n".join(f'"{line}"' for line in schema(self.name, words, self.results))
 
     # ----------------------------------------------------------------------- checks
     def _checks(self) -> Iterator[str]:
@@ -240,19 +234,12 @@ class _Call:
         for _, _, _, names in found:
             known |= names
         yield f"{{\nconst Sizes shape = {read}sizes();"
-        if len(found) == 1:
-            rank, needed, bindings, _ = found[0]
-            yield f"fastasr::check({rank}, {wrong});"
+        yield "bool right = false;"
+        for i, (rank, needed, bindings, _) in enumerate(found):
+            yield f"{'else ' * bool(i)}if ({rank}) {{"
             yield from bindings
-            if needed or conditions:
-                yield f"fastasr::check({' && '.join([*needed, *conditions])}, {wrong});"
-        else:
-            yield "bool right = false;"
-            for i, (rank, needed, bindings, _) in enumerate(found):
-                yield f"{'else ' * bool(i)}if ({rank}) {{"
-                yield from bindings
-                yield f"right = {' && '.join([*needed, *conditions]) or 'true'};\n}}"
-            yield f"fastasr::check(right, {wrong});"
+            yield f"right = {' && '.join([*needed, *conditions]) or 'true'};\n}}"
+        yield f"fastasr::check(right, {wrong});"
         yield "}"
 
     def _solve(self, shape: Shape, before: set[str]) -> tuple[str, list[str], list[str], set[str]]:
