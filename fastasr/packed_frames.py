@@ -6,7 +6,7 @@ begin_b = Σ_{a < b} lengths_a. The frames behind the last recording belong to n
 nothing reads them, whatever they hold.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,10 +23,22 @@ class PackedFrames(NamedTuple):
     Attributes:
         frames: (N, ...).
         lengths: (B,), int64 on the same device, with a sum of at most N. Lengths of 0 are recordings without frames.
+            Encoders also take lengths on the CPU with frames on a GPU.
     """
 
     frames: Tensor
     lengths: Tensor
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Says what to do where a module takes it for a tensor."""
+        raise AttributeError(
+            f"PackedFrames has no attribute {name!r}. Only some encoders take it, after "
+            "fastasr.accelerate(model, ragged=True): pass others the padded batch, packed.unpacked(longest)"
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedFrames":
+        """Returns these frames and lengths on a device."""
+        return PackedFrames(*(t.to(device, non_blocking=non_blocking) for t in self))
 
     @property
     def begins(self) -> Tensor:
@@ -83,13 +95,17 @@ def begins_in_batch(batch: int, longest: int, device: torch.device) -> Tensor:
 def moved(rows: Tensor, before: Tensor, after: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Returns ``count`` rows, in which the recordings of ``lengths`` (B,), which begin at ``before`` (B,) among the
     given ones, begin at ``after``, and 0 elsewhere. Recordings do not overlap, begins are in order, the first is 0."""
-    result: Tensor = _Moved.apply(
-        rows, _places(after, lengths, count, before), _places(before, lengths, len(rows), after)
-    )
+    return taken(rows, places(after, lengths, count, before), places(before, lengths, len(rows), after))
+
+
+def taken(rows: Tensor, places: Places, back: Places) -> Tensor:
+    """Returns the rows at ``places``, and 0 where they have none. ``back`` are the places of the given rows among
+    these."""
+    result: Tensor = _Moved.apply(rows, places, back)
     return result
 
 
-def _places(begins: Tensor, lengths: Tensor, count: int, others: Tensor) -> Places:
+def places(begins: Tensor, lengths: Tensor, count: int, others: Tensor) -> Places:
     """Returns the places of ``count`` rows, in which recordings lie at ``begins``, among those where they lie at
     ``others``."""
     row = torch.arange(count, device=begins.device, dtype=torch.int64)
@@ -102,8 +118,7 @@ def _places(begins: Tensor, lengths: Tensor, count: int, others: Tensor) -> Plac
 
 
 class _Moved(Function):
-    """Returns the rows at ``places``, and 0 where they have none. ``back`` are the places of the given rows among
-    these: no two gradients of a row meet, so there is nothing to add up."""
+    """The gradient of a move is the move back: no two gradients of a row meet, so there is nothing to add up."""
 
     @staticmethod
     def formula(rows: Tensor, places: Places, back: Places) -> Tensor:

@@ -101,12 +101,12 @@ def same(found, expected, tolerance):
             close(found[name], value, tolerance, name)
 
 
-def same_gradients(found, expected):
+def same_gradients(found, expected, tolerance=1e-10):
     """Asserts that gradients by name agree in float64, relative to the largest."""
     assert found.keys() == expected.keys()
     largest = max(g.abs().max() for g in expected.values())
     for name, value in expected.items():
-        assert (found[name] - value).abs().max() < 1e-10 * largest, name
+        assert (found[name] - value).abs().max() < tolerance * largest, name
 
 
 def as_on_cpu(results, *names):

@@ -70,7 +70,7 @@ def units(machine: GPU) -> Iterator[Unit]:
     yield from (timed("B", op, 0, bfloat16) for op in ops)
     for name in whole_models.MODELS:
         yield Unit("M", "sweep", f"{name} over the batch", whole_models.sweep, (name,), 400, name)
-        for workload in whole_models.workloads(name):
+        for workload in whole_models.WORKLOADS:
             of = f"{name} {workload.case}"
             yield Unit("M", "whole model", of, whole_models.time_whole, (name, workload), 400, name)
             yield Unit("M", "profile", of, whole_models.profile, (name, workload), 200, name)

@@ -61,8 +61,9 @@ WORKLOADS = (
     Workload(False, 32, 15),
     Workload(True, 20, 30),
     Workload(True, 32, 15),
+    Workload(False, 48, None),
+    Workload(True, 48, None),
 )
-UNEQUAL = Workload(False, 48, None), Workload(True, 48, None)  # for models whose calls one recording serves
 
 
 def _never(_) -> bool:
@@ -78,6 +79,9 @@ def _zipformer(dry: bool) -> torch.nn.Module:
 
 
 def _features(workload: Workload) -> tuple:
+    if workload.seconds is None:
+        x, mask = _masked(workload)
+        return x, mask.sum(1)
     return upstream.example(workload.batch, 100 * workload.seconds)
 
 
@@ -98,10 +102,6 @@ COMPILES = {
     "fast_conformer_110m": (False, True),
     "fast_conformer_600m": (False, True),
 }
-
-
-def workloads(name: str) -> tuple[Workload, ...]:
-    return (*WORKLOADS, *(UNEQUAL if MODELS[name][1] is _masked else ()))
 
 
 class _Way:
@@ -154,8 +154,9 @@ def _made(
     if key == "reduce-overhead":
         return model, torch.compile(model, mode="reduce-overhead")
     if key == "row":
-        batch, longest = inputs[1].shape
-        room = fastasr.Graphs(frames=int(inputs[1].sum()), recordings=batch, longest=longest)
+        x, masks = inputs
+        lengths = masks if masks.dim() == 1 else masks.sum(1)
+        room = fastasr.Graphs(frames=int(lengths.sum()), recordings=len(x), longest=x.shape[1])
         fastasr.accelerate(model, ragged=True, graphs=room)
     elif key != "upstream":
         fastasr.accelerate(model, graphs=key == "recorded")
@@ -359,7 +360,7 @@ def _units(records: Iterable[dict]) -> list[Unit]:
     """Returns the units of whole models in the order of ``MODELS`` and ``WORKLOADS``."""
     messages = (m for record in records for m in record["messages"])
     found = units(Row.from_dict(row) for m in messages for row in m.get("rows", ()))
-    order = [(name, w.case) for name in MODELS for w in workloads(name)]
+    order = [(name, w.case) for name in MODELS for w in WORKLOADS]
     known = [u for u in found if (u.first.name, u.first.case) in order]
     return sorted(known, key=lambda u: order.index((u.first.name, u.first.case)))
 

@@ -160,6 +160,9 @@ void given_logits(int64_t n, bool hat) {
     for (int64_t j = 0; j < n; j++) same[j] = x[j];
     kernel.row_gradient(same, total[0], gx, gy, n, symbol, blank, hat, same);
     CHECK(same.equals(d), "symbol %ld: in place", long(symbol));
+    for (int64_t j = 0; j < n; j++) cpu::store(&same[j], std::numeric_limits<C>::quiet_NaN());
+    kernel.row_gradient(same, std::numeric_limits<C>::quiet_NaN(), 0, 0, n, symbol, blank, hat, same);
+    for (int64_t j = 0; j < n; j++) CHECK(same(j) == 0, "symbol %ld: a row without gradients", long(symbol));
   }
 }
 

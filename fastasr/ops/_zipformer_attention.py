@@ -23,6 +23,8 @@ Starts = Annotated[Tensor, "N, N >= 1", torch.int64] | None
 Count = Annotated[int, ">= 1"]
 ChunkSize = Annotated[int, "-1 or > 0"]
 LeftContext = Annotated[int, ">= -1"]
+NotNegative = Annotated[float, ">= 0 and < inf"]
+Decision = Annotated[Tensor, " | 1", "constant"] | None  # one number on the device: no where it is 0
 
 
 def check_recordings(op: Op, a: Arguments) -> None:
@@ -100,6 +102,25 @@ class Penalty(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (scores,) = ctx.saved_tensors
         return grad + ctx.penalty * (scores.sign() * (scores.abs() > ctx.limit)), None, None
+
+
+def penalised(
+    s: Tensor, hidden: Tensor | None, penalty: float, limit: float, act: Tensor | None = None
+) -> Tensor:
+    """Returns the scores, whose gradient gets the penalty unless ``act`` is 0, but not where ``hidden`` (what
+    ``separate`` returns) is True.
+    """
+    if not penalty:
+        return s
+    s = s if hidden is None else s.masked_fill(hidden, 0)
+    return Penalty.apply(s, penalty if act is None else penalty * (act != 0).to(s.dtype), limit)
+
+
+def equalised(weights: Tensor) -> Tensor:
+    """Returns [W > 0] / (number of W > 0 in the row), a constant; 0 in rows without any."""
+    seen = weights.detach() > 0
+    count = seen.sum(-1, keepdim=True).clamp(min=1)
+    return (seen / count.to(torch.promote_types(weights.dtype, torch.float32))).to(weights.dtype)
 
 
 def softmax(

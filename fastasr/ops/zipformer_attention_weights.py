@@ -24,12 +24,13 @@ from fastasr.ops._zipformer_attention import (
     ChunkSize,
     Count,
     LeftContext,
+    NotNegative,
     PaddingMask,
-    Penalty,
     Positions,
     Projection,
     Starts,
     check_recordings,
+    penalised,
     scores,
     separate,
     softmax,
@@ -73,8 +74,8 @@ def zipformer_attention_weights(
     chunk_size: ChunkSize = -1,
     left_context_chunks: LeftContext = -1,
     cached_key: CachedKey = None,
-    score_penalty: Annotated[float, ">= 0 and < inf"] = 0.0,
-    score_limit: Annotated[float, ">= 0 and < inf"] = 25.0,
+    score_penalty: NotNegative = 0.0,
+    score_limit: NotNegative = 25.0,
 ) -> Annotated[Tensor, "num_heads B T T+L", "x"]:
     """softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]), masked scores being −1000.
 
@@ -106,9 +107,7 @@ def zipformer_attention_weights(
     """
     s = scores(x, pos, cached_key, num_heads, query_head_dim)
     hidden = separate(s, pos, starts)
-    if score_penalty:
-        s = s if hidden is None else s.masked_fill(hidden, 0)  # no penalty there
-        s = Penalty.apply(s, score_penalty, score_limit)
+    s = penalised(s, hidden, score_penalty, score_limit)
     return softmax(s, x, key_padding_mask, attn_mask, chunk_size, left_context_chunks, starts, hidden)
 
 
@@ -121,7 +120,7 @@ def gradients(
     num_heads: int,
     query_head_dim: int,
     masks: dict,
-    penalty: float | Tensor,
+    penalty: float,
     limit: float,
     act: Tensor,
 ) -> Sequence[Tensor]:
@@ -134,8 +133,7 @@ def gradients(
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (x, pos)]
             s = scores(inputs[0], inputs[1], None, num_heads, query_head_dim)
-            s = Penalty.apply(s, penalty * (act != 0).to(s.dtype), limit)
-            w = softmax(s, inputs[0], **masks)
+            w = softmax(penalised(s, None, penalty, limit, act), inputs[0], **masks)
         return torch.autograd.grad(w, inputs, grad.to(w.dtype))
     hidden = [None if masks[name] is None else masks[name].contiguous() for name in _MASKS if "mask" in name]
     chunks = masks["chunk_size"], masks["left_context_chunks"]

@@ -108,12 +108,12 @@ def _refuse(op: str, name: str, expected: str, value: Tensor) -> None:
 
 
 def symbols(
-    op: str, value: object, length: int | None, classes: int, boundary: Tensor | None, like: Tensor
+    op: str, value: object, batch: int, length: int, classes: int, boundary: Tensor | None, like: Tensor
 ) -> Tensor:
     """Returns the symbols (B, S) as int64. Inside the boundary they must lie in [0, C); padding may have any value and
     is clamped into [0, C).
     """
-    value = integers(op, "symbols", value, (like.shape[0], length), like, "the scores")
+    value = integers(op, "symbols", value, (batch, length), like, "the scores")
     if has_values(value):
         if value.is_cpu:
             low, high = map(int, value.aminmax())

@@ -16,11 +16,13 @@ and dlm = e^lm ⊙ Σ_t w e^am, two matrix products; the other terms are sums of
 of e^lm.
 
 Bytes: am and lm are read once and 3 B S T numbers are written; of size (B, T, C) only one slice of frames exists at a
-time. The exponentials are shifted by their rows' maxima, and the smallest normal number is added to each sum: where the
-two models' best classes have nothing in common, N is bounded below by that number, as it is upstream.
+time. Of packed frames am (1, N, C) a slice is gathered, on a CPU without padding. The exponentials are shifted by their
+rows' maxima, and the smallest normal number is added to each sum: where the two models' best classes have nothing in
+common, N is bounded below by that number, as it is upstream.
 Upstream: ``get_rnnt_logprobs``, ``get_rnnt_logprobs_smoothed`` of k2.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,24 +30,52 @@ from torch import Tensor
 
 from fastasr.ops import _gemm
 from fastasr.ops._register import register
+from fastasr.rnnt._frames import Packed, Padded
 
 # Bytes of exponentials at a time. At 400 frames, 61 positions and 5000 classes 2 MB hold 104 frames; with fewer frames
 # the matrix products are thin.
 _SLICE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
-def _slices(am: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
-    """Returns the (sequences, frames) whose exponentials are computed at a time. If products are batched, a slice
-    holds all sequences, and one sequence if not.
+def _slices(am: Tensor, frames: Padded, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+    """Yields the (sequences, frames) whose exponentials are computed at a time. If products are batched, a slice
+    holds all sequences, and one sequence if not: then no slice holds padding of packed frames.
     """
-    batch, frames, classes = am.shape
-    together = batch if _batched(am) else 1
-    row = max(1, together * classes * dtype.itemsize)
+    together = frames.batch if _batched(am) else 1
+    row = max(1, together * am.shape[2] * dtype.itemsize)
     step = max(16, _SLICE_BYTES.get(am.device.type, 1 << 26) // row)
-    count = max(1, -(-frames // step))
-    parts = [slice(frames * i // count, frames * (i + 1) // count) for i in range(count)]
-    sequences = [slice(0, batch)] if _batched(am) else [slice(b, b + 1) for b in range(batch)]
-    return [(sequence, part) for sequence in sequences for part in parts]
+    if _batched(am):
+        sequences = [(slice(0, frames.batch), frames.frames)]
+    else:
+        own = frames.lengths.tolist() if isinstance(frames, Packed) else [frames.frames] * frames.batch
+        sequences = [(slice(b, b + 1), count) for b, count in enumerate(own)]
+    for sequence, count in sequences:
+        parts = max(1, -(-count // step))
+        for i in range(parts):
+            yield sequence, slice(count * i // parts, count * (i + 1) // parts)
+
+
+def _layout(am: Tensor, lengths: Tensor | None, longest: int) -> Padded:
+    return Padded(*am.shape[:2]) if lengths is None else Packed(lengths, am.shape[1], longest)
+
+
+def _frames_at(am: Tensor, frames: Padded, at: tuple[slice, slice]) -> Tensor:
+    """Returns a slice (b, t, C) of the frames, with zeros in place of padding that packed frames do not have."""
+    if not isinstance(frames, Packed):
+        return am[at]
+    place, missing = (t.view(frames.batch, frames.frames)[at] for t in frames.to_lattice)
+    found = am[0].index_select(0, place.flatten()).unflatten(0, place.shape)
+    return found.masked_fill_(missing.unsqueeze(2), 0.0) if _batched(am) else found
+
+
+def _put(dam: Tensor, frames: Padded, at: tuple[slice, slice], grad: Tensor) -> None:
+    """Writes the gradient of a slice of frames. That of padding goes to the row behind packed frames."""
+    if not isinstance(frames, Packed):
+        dam[at] = grad
+        return
+    place, missing = (t.view(frames.batch, frames.frames)[at].flatten() for t in frames.to_lattice)
+    place = place.masked_fill(missing, dam.shape[1] - 1)
+    dam[0].index_copy_(0, place, grad.flatten(0, 1).to(dam.dtype))
 
 
 def _compute_dtype(lm: Tensor, am: Tensor) -> torch.dtype:
@@ -90,18 +120,20 @@ def _left_rows(lm: Tensor, dtype: torch.dtype, unigram: bool) -> tuple[Tensor, T
 
 
 def forward(
-    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float,
+    lengths: Tensor | None, longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns (px (B, S, T), py (B, S+1, T), sums (B, S+1 or S+2, T) for the backward)."""
     dtype = _compute_dtype(lm, am)
     tiny = torch.finfo(dtype).tiny
-    (batch, positions, _), frames = lm.shape, am.shape[1]
+    layout = _layout(am, lengths, longest)
+    batch, positions, frames = layout.batch, lm.shape[1], layout.frames
     length = positions - 1
     left, lm_max, lm_sums = _left_rows(lm, dtype, am_scale != 0)
-    sums = am.new_empty(batch, left.shape[1], frames, dtype=dtype)
-    am_max = am.new_empty(batch, 1, frames, dtype=dtype)
-    for rows, part in _slices(am, dtype):
-        exponentials, maximum = _exponentials(am[rows, part], dtype)
+    sums = am.new_ones(batch, left.shape[1], frames, dtype=dtype)
+    am_max = am.new_zeros(batch, 1, frames, dtype=dtype)
+    for rows, part in _slices(am, layout, dtype):
+        exponentials, maximum = _exponentials(_frames_at(am, layout, (rows, part)), dtype)
         am_max[rows, 0, part] = maximum.squeeze(-1)
         _products(sums[rows, :, part], left[rows], exponentials)
     base = sums[:, :positions].add(tiny).log_().add_(lm_max).add_(am_max)  # N
@@ -110,12 +142,12 @@ def forward(
         base.sub_((lm_sums.log() + lm_max) * lm_scale)
     if am_scale:
         base.sub_((sums[:, positions:].log() + am_max) * am_scale)
-    index = symbols.unsqueeze(1).expand(batch, frames, length)
-    px = am.gather(2, index).transpose(1, 2).to(dtype) * (1.0 - lm_scale)
+    own = layout.lattice(am.gather(2, layout.repeated(symbols)))
+    px = own.transpose(1, 2).to(dtype) * (1.0 - lm_scale)
     px.add_(lm[:, :length].gather(2, symbols.unsqueeze(2)).to(dtype) * (1.0 - am_scale)).add_(
         base[:, :length]
     )
-    py = base.add_(am[:, :, blank].unsqueeze(1).to(dtype) * (1.0 - lm_scale))
+    py = base.add_(layout.lattice(am[:, :, blank]).unsqueeze(1).to(dtype) * (1.0 - lm_scale))
     py.add_(lm[:, :, blank].unsqueeze(2).to(dtype) * (1.0 - am_scale))
     if am_scale and batch:
         unigram = left[0, positions].log()
@@ -134,9 +166,12 @@ def backward(
     blank: int,
     lm_scale: float,
     am_scale: float,
+    lengths: Tensor | None,
+    longest: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns (dlm, dam)."""
     dtype = sums.dtype
+    layout = _layout(am, lengths, longest)
     tiny = torch.finfo(dtype).tiny
     (_, positions, classes), length = lm.shape, symbols.shape[1]
     left, _, lm_sums = _left_rows(lm, dtype, am_scale != 0)
@@ -150,9 +185,10 @@ def backward(
     symbol_grad = (grad_px * (1.0 - lm_scale)).transpose(1, 2)  # (B, T, S)
     blank_grad = grad_py.sum(1) * (1.0 - lm_scale)  # (B, T)
     chosen = _one_hot(symbols, classes, dtype) if _batched(lm) else None
-    dleft, dam = torch.zeros_like(left), torch.empty_like(am, memory_format=torch.contiguous_format)
-    for rows, part in _slices(am, dtype):
-        exponentials, _ = _exponentials(am[rows, part], dtype)
+    dleft = torch.zeros_like(left)
+    dam = am.new_empty(am.shape) if lengths is None else am.new_zeros(1, am.shape[1] + 1, classes)
+    for rows, part in _slices(am, layout, dtype):
+        exponentials, _ = _exponentials(_frames_at(am, layout, (rows, part)), dtype)
         w = weights[rows, :, part]
         if chosen is not None:
             dleft[rows].baddbmm_(w, exponentials)
@@ -165,10 +201,9 @@ def backward(
             index = symbols[rows].unsqueeze(1).expand(1, grad.shape[1], length)
             grad.scatter_add_(2, index, symbol_grad[rows, part].contiguous())
         grad[:, :, blank] += blank_grad[rows, part]
-        dam[rows, part] = grad
-    return _grad_lm(
-        dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, blank, lm_scale, am_scale
-    ).to(lm.dtype), dam
+        _put(dam, layout, (rows, part), grad)
+    dlm = _grad_lm(dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, blank, lm_scale, am_scale)
+    return dlm.to(lm.dtype), dam if lengths is None else dam[0, :-1].unsqueeze(0)
 
 
 def _grad_lm(
@@ -223,11 +258,15 @@ def _one_hot(symbols: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 
 
 # --------------------------------------------------------------------------- registration
+_OPTIONS = "int blank, float lm_scale, float am_scale, Tensor? lengths, SymInt longest"
+
+
 def _fake_forward(
-    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float,
+    lengths: Tensor | None, longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = _compute_dtype(lm, am)
-    batch, positions, frames = lm.shape[0], lm.shape[1], am.shape[1]
+    batch, positions, frames = lm.shape[0], lm.shape[1], am.shape[1] if lengths is None else longest
     return (
         am.new_empty(batch, positions - 1, frames, dtype=dtype),
         am.new_empty(batch, positions, frames, dtype=dtype),
@@ -235,42 +274,28 @@ def _fake_forward(
     )
 
 
-def _fake_backward(
-    grad_px: Tensor,
-    grad_py: Tensor,
-    lm: Tensor,
-    am: Tensor,
-    symbols: Tensor,
-    sums: Tensor,
-    blank: int,
-    lm_scale: float,
-    am_scale: float,
-) -> tuple[Tensor, Tensor]:
-    return lm.new_empty(lm.shape), am.new_empty(am.shape)
-
-
 _BACKWARD_OP = register(
     "rnnt_additive_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor lm, Tensor am, Tensor symbols, "
-    "Tensor sums, int blank, float lm_scale, float am_scale) -> (Tensor, Tensor)",
+    f"Tensor sums, {_OPTIONS}) -> (Tensor, Tensor)",
     backward,
-    _fake_backward,
+    lambda grad_px, grad_py, lm, am, *_: (lm.new_empty(lm.shape), am.new_empty(am.shape)),
     autocast=lambda dtype, *arguments: arguments,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    lm, am, symbols, *ctx.rest = inputs
-    ctx.save_for_backward(lm, am, symbols, output[2])
+    lm, am, symbols, *ctx.rest, lengths, ctx.longest = inputs
+    ctx.save_for_backward(lm, am, symbols, output[2], lengths)
     ctx.mark_non_differentiable(output[2])
 
 
 def _backward(ctx: Any, grad_px: Tensor, grad_py: Tensor, _: object) -> tuple[Tensor | None, ...]:
-    return *_BACKWARD_OP(grad_px, grad_py, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+    *saved, lengths = ctx.saved_tensors
+    return *_BACKWARD_OP(grad_px, grad_py, *saved, *ctx.rest, lengths, ctx.longest), *(None,) * 6
 
 
 _OP = register(
-    "rnnt_additive_logprobs(Tensor lm, Tensor am, Tensor symbols, int blank, float lm_scale, float am_scale) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"rnnt_additive_logprobs(Tensor lm, Tensor am, Tensor symbols, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     forward,
     _fake_forward,
     setup_context=_setup_context,
@@ -281,9 +306,11 @@ _OP = register(
 
 
 def _formula(
-    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float,
+    lengths: Tensor | None, longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes what ``forward`` does by operators that transforms know, with the exponentials of all frames."""
+    am = _layout(am, lengths, longest).lattice(am)
     lm, am = (t.to(_compute_dtype(lm, am)) for t in (lm, am))
     tiny, length = torch.finfo(lm.dtype).tiny, symbols.shape[1]
     lm_max, am_max = lm.amax(-1, keepdim=True), am.amax(-1, keepdim=True).mT
@@ -307,10 +334,11 @@ def _formula(
 
 
 def additive_logprobs(
-    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float = 0.0, am_scale: float = 0.0
+    lm: Tensor, am: Tensor, frames: Padded, symbols: Tensor, blank: int, lm_scale: float, am_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Returns (px (B, S, T), py (B, S+1, T)) in float32, or float64 where an input is; the caller has checked the
     arguments.
     """
-    px, py, _ = _OP(lm, am, symbols, blank, float(lm_scale), float(am_scale))
+    lengths = frames.lengths if isinstance(frames, Packed) else None
+    px, py, _ = _OP(lm, am, symbols, blank, float(lm_scale), float(am_scale), lengths, frames.frames)
     return px, py

@@ -27,6 +27,7 @@ from fastasr.ops._joiner import Activation
 from fastasr.ops._lattice_steps import RnntSteps, TdtSteps
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, joiner, lengths, logprobs, tdt
+from fastasr.rnnt._frames import Padded
 
 
 @dataclass
@@ -232,8 +233,8 @@ def ctc_align(
     batch, frames, classes = log_probs.shape
     arguments.class_index(op, "blank", blank, classes)
     length = arguments.integers(op, "targets", targets, (batch, None), log_probs, "log_probs").shape[1]
-    limits = lengths.boundary(op, input_lengths, target_lengths, batch, frames, length, log_probs)
-    targets = arguments.symbols(op, targets, length, classes, limits, log_probs)
+    limits = lengths.boundary(op, Padded(batch, frames), input_lengths, target_lengths, length, log_probs)
+    targets = arguments.symbols(op, targets, batch, length, classes, limits, log_probs)
     _, _, ends, frame_counts = limits.unbind(1)
     inside = torch.arange(length, device=targets.device, dtype=torch.int64) < ends.unsqueeze(1)
     if arguments.has_values(targets):

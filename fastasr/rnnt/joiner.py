@@ -19,14 +19,16 @@ from fastasr.ops import _activation, _weights_dropout
 from fastasr.ops._dispatch import PLAIN, forced_backend
 from fastasr.ops._joiner import ACTIVATIONS, Activation
 from fastasr.ops._register import autocast_dtype
+from fastasr.packed_frames import PackedFrames
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logits_losses, logprobs, losses
+from fastasr.rnnt._frames import Padded, frames_of
 
 SMALL = 1 << 18  # A small joiner has at most this many hidden values and logits.
 
 
 def pruned_joiner_loss(
-    am: Tensor,
+    am: Tensor | PackedFrames,
     lm: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -48,7 +50,7 @@ def pruned_joiner_loss(
     logits.
 
     Args:
-        am: (B, T, D), the encoder's output after the joiner's projection.
+        am: (B, T, D), the encoder's output after the joiner's projection, or packed frames (N, D).
         lm: (B, S + 1, D), the prediction network's output after the joiner's projection.
         weight: (V, D); bias: (V,) or None. The joiner's output layer.
         symbols: (B, S), integers in [0, V).
@@ -61,28 +63,31 @@ def pruned_joiner_loss(
         use_hat_loss: see ``get_hat_logprobs_pruned``.
     """
     op = "rnnt.pruned_joiner_loss"
-    length, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
-    starts = arguments.ranges(op, ranges, am.shape[0], am.shape[1], length, am)
+    longest = ranges.shape[1] if isinstance(am, PackedFrames) and isinstance(ranges, Tensor) else None
+    am, frames, length, symbols, boundary = _checked(
+        op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type, longest
+    )
+    starts = arguments.ranges(op, ranges, frames.batch, frames.frames, length, am)
     arguments.wide_enough(op, ranges.shape[2], length, rnnt_type)
     delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
-    px, py = negligible(
-        *ops.rnnt_joiner(
-            *(am, lm, weight, bias, symbols, starts),
-            s_range=ranges.shape[2],
-            termination_symbol=termination_symbol,
-            boundary=boundary,
-            activation=activation,
-            hat=_check.flag(op, "use_hat_loss", use_hat_loss),
-            keep_logits=keep_logits,
-        )
+    contexts, line, places, inside = frames.joined(lm, symbols, frames.rows(starts), boundary)
+    px, py = ops.rnnt_joiner(
+        *(am, contexts, weight, bias, line, places),
+        s_range=ranges.shape[2],
+        termination_symbol=termination_symbol,
+        boundary=inside,
+        activation=activation,
+        hat=_check.flag(op, "use_hat_loss", use_hat_loss),
+        keep_logits=keep_logits,
     )
+    px, py = negligible(frames.lattice(px), frames.lattice(py))
     return losses.over_band(
         op, px, py, starts, length, boundary, rnnt_type, delay_penalty, factor, reduction, zero_infinity
     )
 
 
 def joiner_loss(
-    am: Tensor,
+    am: Tensor | PackedFrames,
     lm: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -99,6 +104,7 @@ def joiner_loss(
     keep_logits: bool | None = None,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor:
     """Computes ``rnnt_loss`` of the joiner dropout(activation(am + lm)) Wᵀ + bias over the whole lattice, without its
     (B, T, S + 1, V) logits.
@@ -108,13 +114,17 @@ def joiner_loss(
 
     Args:
         dropout_p: dropout before the output layer, with random numbers of its own.
+        longest: see ``fastasr.rnnt.losses``.
         The other arguments are those of ``pruned_joiner_loss``.
     """
     op = "rnnt.joiner_loss"
     delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
     plain = rnnt_type == "regular" and delay_penalty == dropout_p == 0 and use_hat_loss is False
-    if plain and keep_logits is not False and activation in ACTIVATIONS and _is_small(am, lm, weight, bias):
-        _, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
+    may_be_small = plain and keep_logits is not False and activation in ACTIVATIONS
+    if may_be_small and not isinstance(am, PackedFrames) and _is_small(am, lm, weight, bias):
+        am, _, _, symbols, boundary = _checked(
+            op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type, longest
+        )
         if boundary is not None:
             s_begin, t_begin, s_end, t_end = boundary.unbind(1)
             am, lm = _cleared(am, t_begin, t_end - 1), _cleared(lm, s_begin, s_end)
@@ -124,7 +134,7 @@ def joiner_loss(
         return losses.reduced(op, loss, reduction, zero_infinity)
     px, py, boundary = logprobs_of_joiner(
         op, am, lm, weight, bias, symbols, termination_symbol, boundary, rnnt_type, use_hat_loss, activation,
-        keep_logits, dropout_p,
+        keep_logits, dropout_p, longest,
     )  # fmt: skip
     px, py = logprobs.lattice(op, px, py, boundary, rnnt_type, factor, delay_penalty)
     return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
@@ -152,27 +162,38 @@ def _cleared(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
 
 
 def logprobs_of_joiner(
-    op: str, am: Tensor, lm: Tensor, weight: Tensor, bias: Tensor | None, symbols: Tensor,
+    op: str, am: Tensor | PackedFrames, lm: Tensor, weight: Tensor, bias: Tensor | None, symbols: Tensor,
     termination_symbol: int, boundary: Tensor | None, rnnt_type: str, hat: bool, activation: Activation,
-    keep_logits: bool | None, dropout_p: float = 0.0,
+    keep_logits: bool | None, dropout_p: float = 0.0, longest: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Checks the arguments of the function ``op`` and returns the joiner's px (B, S, T) and py (B, S + 1, T), and the
     boundary."""
-    length, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
-    px, py = negligible(
-        *ops.rnnt_joiner(
-            *(am, lm, weight, bias, symbols, torch.zeros(am.shape[:2], dtype=torch.int64, device=am.device)),
-            s_range=length + 1,
-            termination_symbol=termination_symbol,
-            boundary=boundary,
-            activation=activation,
-            hat=_check.flag(op, "use_hat_loss", hat),
-            keep_logits=keep_logits,
-            dropout_p=float(dropout_p),
-            dropout_seed=_weights_dropout.draw_seed(am.device) if dropout_p else None,
-        )
+    am, frames, length, symbols, boundary = _checked(
+        op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type, longest
     )
+    if not _multiplies_padding(am):
+        am, frames = frames.lattice(am), Padded(frames.batch, frames.frames)
+    starts = torch.zeros(am.shape[:2], dtype=torch.int64, device=am.device)
+    contexts, line, starts, inside = frames.joined(lm, symbols, starts, boundary)
+    px, py = ops.rnnt_joiner(
+        *(am, contexts, weight, bias, line, starts),
+        s_range=length + 1,
+        termination_symbol=termination_symbol,
+        boundary=inside,
+        activation=activation,
+        hat=_check.flag(op, "use_hat_loss", hat),
+        keep_logits=keep_logits,
+        dropout_p=float(dropout_p),
+        dropout_seed=_weights_dropout.draw_seed(am.device) if dropout_p else None,
+    )
+    px, py = negligible(frames.lattice(px), frames.lattice(py))
     return px[:, :, :length].transpose(1, 2), py.transpose(1, 2), boundary
+
+
+def _multiplies_padding(am: Tensor) -> bool:
+    """Says whether matrix products over the whole lattice hold rows outside the boundary. On a CPU they do not, so
+    there packed frames are unpacked: as one sequence, recordings would have rows of labels that are padding."""
+    return am.is_cuda
 
 
 class _Negligible(Function):
@@ -210,26 +231,27 @@ negligible = _Negligible.apply
 
 def _checked(
     op: str,
-    am: Tensor,
+    am: Tensor | PackedFrames,
     lm: Tensor,
     weight: Tensor,
     symbols: Tensor,
     termination_symbol: int,
     boundary: Tensor | None,
     rnnt_type: str,
-) -> tuple[int, Tensor, Tensor | None]:
-    """Returns (S, symbols, boundary)."""
-    arguments.floating(op, "am", am, "(B, T, D)")
+    longest: int | None,
+) -> tuple[Tensor, Padded, int, Tensor, Tensor | None]:
+    """Returns (am (B, T, D) or (1, N, D), its layout, S, symbols, boundary)."""
+    am, frames = frames_of(op, "am", am, "(B, T, D)", longest)
     arguments.floating(op, "lm", lm, "(B, S + 1, D)")
     arguments.floating(op, "weight", weight, "(V, D)")
-    (batch, frames, channels), positions = am.shape, lm.shape[1]
+    batch, channels, positions = frames.batch, am.shape[2], lm.shape[1]
     fits = lm.shape[0] == batch and lm.shape[2] == channels and positions >= 1
     _check.shape(op, "lm", lm, f"({batch}, S + 1, {channels}) with S >= 0", fits)
     _check.shape(
         op, "weight", weight, f"(V, {channels}) with V >= 1", weight.shape[1] == channels and len(weight) > 0
     )
     arguments.class_index(op, "termination_symbol", termination_symbol, weight.shape[0])
-    boundary = arguments.boundary(op, boundary, batch, positions - 1, frames, am)
-    symbols = arguments.symbols(op, symbols, positions - 1, weight.shape[0], boundary, am)
+    boundary = frames.boundary(op, boundary, positions - 1, am)
+    symbols = arguments.symbols(op, symbols, batch, positions - 1, len(weight), boundary, am)
     arguments.choice(op, "rnnt_type", rnnt_type, arguments.RNNT_TYPES)
-    return positions - 1, symbols, boundary
+    return frames.owned(am), frames, positions - 1, symbols, boundary

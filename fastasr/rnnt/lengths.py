@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.ops._dispatch import forced_backend
+from fastasr.packed_frames import PackedFrames
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logits_losses, logprobs
 from fastasr.rnnt import rows as row_ops
+from fastasr.rnnt._frames import Packed, Padded, frames_of
 from fastasr.rnnt.joiner import joiner_loss
 
 REDUCTIONS = ("mean_volume", "mean_batch", "mean", "sum", "none")
@@ -50,8 +52,8 @@ def rnnt_losses(
     batch, frames, positions, classes = logits.shape
     from_end = -classes <= _check.integer(op, "blank", blank) < 0
     blank = arguments.class_index(op, "blank", blank + classes if from_end else blank, classes)
-    limits = boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, logits)
-    targets = arguments.symbols(op, targets, positions - 1, classes, limits, logits)
+    limits = boundary(op, Padded(batch, frames), logit_lengths, target_lengths, positions - 1, logits)
+    targets = arguments.symbols(op, targets, batch, positions - 1, classes, limits, logits)
     factor = 1.0 + _check.number(op, "fastemit_lambda", fastemit_lambda)
     rows = F.pad(targets, (0, 1), value=blank).unsqueeze(1).expand(batch, frames, positions)
     if forced_backend() == "eager" and clamp <= 0:
@@ -71,19 +73,23 @@ def rnnt_losses(
 
 
 def joiner_losses(
-    am: Tensor,
+    am: Tensor | PackedFrames,
     lm: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    logit_lengths: Tensor,
+    logit_lengths: Tensor | None,
     target_lengths: Tensor,
     blank: int,
+    longest: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """Returns the losses (B,) of ``joiner_loss``, which takes the other arguments, for targets (B, U)."""
-    (batch, frames), length = am.shape[:2], targets.shape[1]
-    limits = boundary("rnnt.joiner_loss", logit_lengths, target_lengths, batch, frames, length, lm)
+    """Returns the losses (B,) of ``joiner_loss``, which takes the other arguments, for targets (B, U). Packed frames
+    have their own lengths, so ``logit_lengths`` is None with them."""
+    op = "rnnt.joiner_loss"
+    rows, frames = frames_of(op, "am", am, "(B, T, D)", longest)
+    limits = boundary(op, frames, logit_lengths, target_lengths, targets.shape[1], rows)
+    options |= {"longest": frames.frames} if isinstance(am, PackedFrames) else {}
     return joiner_loss(am, lm, weight, bias, targets, blank, limits, reduction="none", **options)
 
 
@@ -101,18 +107,25 @@ def reduced(op: str, loss: Tensor, target_lengths: Tensor, reduction: str) -> Te
 
 
 def boundary(
-    op: str, logit_lengths: Tensor, target_lengths: Tensor, batch: int, frames: int, length: int, like: Tensor
+    op: str, frames: Padded, logit_lengths: Tensor | None, target_lengths: Tensor, length: int, like: Tensor
 ) -> Tensor:
-    """Returns the boundary (B, 4) of sequences of these lengths, after checking them."""
+    """Returns the boundary (B, 4) of sequences of these lengths, after checking them. Packed frames have the lengths
+    ``logit_lengths``."""
+    if isinstance(frames, Packed):
+        if logit_lengths is not None:
+            raise ValueError(
+                f"fastasr.{op}: logit_lengths: expected None, because packed frames have lengths"
+            )
+        logit_lengths = frames.lengths
     ends, numbers = [], []
     for name, value, most in (
-        ("logit_lengths", logit_lengths, frames),
+        ("logit_lengths", logit_lengths, frames.frames),
         ("target_lengths", target_lengths, length),
     ):
-        ends.append(arguments.checked_integers(op, name, value, (batch,), like, "the logits"))
-        numbers.append(arguments.between(op, name, value, most, f"lengths in [0, {most}]"))
+        ends.append(arguments.checked_integers(op, name, value, (frames.batch,), like, "the logits"))
+        numbers.append(arguments.between(op, name, ends[-1], most, f"lengths in [0, {most}]"))
     if None not in numbers:  # One small tensor costs less than the conversions.
-        rows = [(0, 0, symbols, frames) for frames, symbols in zip(*numbers, strict=True)]
+        rows = [(0, 0, symbols, stop) for stop, symbols in zip(*numbers, strict=True)]
         return torch.tensor(rows, device="cpu", dtype=torch.int64)
     stop, end = (value.to(torch.int64) for value in ends)
     zero = torch.zeros_like(stop)

@@ -21,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr._transforms import Function
+from fastasr._transforms import Function, is_transformed
+from fastasr.ops._dispatch import forced_backend
+from fastasr.packed_frames import PackedFrames
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check
+from fastasr.rnnt._frames import Padded, frames_of
 from fastasr.rnnt.additive import additive_logprobs
 from fastasr.rnnt.rows import row_logprobs
 
@@ -76,7 +79,7 @@ def get_rnnt_logprobs_smoothed(
 def additive(
     op: str,
     lm: Tensor,
-    am: Tensor,
+    am: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     lm_only_scale: float,
@@ -85,22 +88,23 @@ def additive(
     rnnt_type: str,
     symbol_gradient: float = 1.0,
     delay_penalty: float = 0.0,
+    longest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes (px, py) of the additive joiner for the function ``op``."""
     arguments.floating(op, "lm", lm, "(B, S + 1, C)")
-    arguments.floating(op, "am", am, "(B, T, C)")
-    (batch, positions, classes), frames = lm.shape, am.shape[1]
+    am, frames = frames_of(op, "am", am, "(B, T, C)", longest)
+    batch, positions, classes = lm.shape
     _check.shape(op, "lm", lm, "(B, S + 1, C) with S >= 0, C >= 1", positions >= 1 and classes >= 1)
-    fits = am.shape[0] == batch and am.shape[2] == classes
+    fits = frames.batch == batch and am.shape[2] == classes
     _check.shape(op, "am", am, f"({batch}, T, {classes})", fits)
     _check.same_device(op, "am", am, lm, "lm")
     arguments.choice(op, "rnnt_type", rnnt_type, arguments.RNNT_TYPES)
     arguments.class_index(op, "termination_symbol", termination_symbol, classes)
     lm_only_scale = _check.number(op, "lm_only_scale", lm_only_scale)
     am_only_scale = _check.number(op, "am_only_scale", am_only_scale)
-    boundary = arguments.boundary(op, boundary, batch, positions - 1, frames, lm)
-    symbols = arguments.symbols(op, symbols, positions - 1, classes, boundary, lm)
-    px, py = additive_logprobs(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale)
+    boundary = frames.boundary(op, boundary, positions - 1, lm)
+    symbols = arguments.symbols(op, symbols, batch, positions - 1, classes, boundary, lm)
+    px, py = additive_logprobs(lm, am, frames, symbols, termination_symbol, lm_only_scale, am_only_scale)
     return lattice(op, px, py, boundary, rnnt_type, symbol_gradient, delay_penalty)
 
 
@@ -123,28 +127,37 @@ def get_rnnt_logprobs_joint(
 
 def joint(
     op: str,
-    logits: Tensor,
+    logits: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     boundary: Tensor | None,
     rnnt_type: str,
     symbol_gradient: float = 1.0,
     delay_penalty: float = 0.0,
+    longest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes (px, py) of a full joiner's logits for the function ``op``."""
-    arguments.floating(op, "logits", logits, "(B, T, S + 1, C)")
-    batch, frames, positions, classes = logits.shape
-    _check.shape(
-        op, "logits", logits, "(B, T, S + 1, C) with S >= 0, C >= 1", positions >= 1 and classes >= 1
-    )
+    rows, frames = frames_of(op, "logits", logits, "(B, T, S + 1, C)", longest)
+    positions, classes = rows.shape[2:]
+    _check.shape(op, "logits", rows, "(B, T, S + 1, C) with S >= 0, C >= 1", positions >= 1 and classes >= 1)
     arguments.choice(op, "rnnt_type", rnnt_type, arguments.RNNT_TYPES)
     arguments.class_index(op, "termination_symbol", termination_symbol, classes)
-    boundary = arguments.boundary(op, boundary, batch, positions - 1, frames, logits)
-    symbols = arguments.symbols(op, symbols, positions - 1, classes, boundary, logits)
-    rows = F.pad(symbols, (0, 1), value=termination_symbol).unsqueeze(1).expand(batch, frames, positions)
-    px, py = row_logprobs(logits, rows, termination_symbol)
+    boundary = frames.boundary(op, boundary, positions - 1, rows)
+    symbols = arguments.symbols(op, symbols, frames.batch, positions - 1, classes, boundary, rows)
+    labels = frames.repeated(F.pad(symbols, (0, 1), value=termination_symbol))
+    px, py = row_scores(frames, rows, labels, termination_symbol)
     px, py = px[:, :, : positions - 1].transpose(1, 2), py.transpose(1, 2).contiguous()
     return lattice(op, px, py, boundary, rnnt_type, symbol_gradient, delay_penalty)
+
+
+def row_scores(
+    frames: Padded, rows: Tensor, labels: Tensor, blank: int, hat: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Returns ``row_logprobs`` of the logits of frames as numbers of the lattice."""
+    if forced_backend() == "eager" or is_transformed():
+        rows = frames.owned(rows)
+    px, py = row_logprobs(rows, labels, blank, hat)
+    return frames.lattice(px), frames.lattice(py)
 
 
 def get_rnnt_logprobs_pruned(
@@ -180,7 +193,7 @@ def get_hat_logprobs_pruned(
 
 def pruned(
     op: str,
-    logits: Tensor,
+    logits: Tensor | PackedFrames,
     symbols: Tensor,
     ranges: Tensor,
     termination_symbol: int,
@@ -201,7 +214,7 @@ def pruned(
 
 def pruned_rows(
     op: str,
-    logits: Tensor,
+    logits: Tensor | PackedFrames,
     symbols: Tensor,
     ranges: Tensor,
     termination_symbol: int,
@@ -210,20 +223,28 @@ def pruned_rows(
     hat: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Checks the arguments and returns (px, py, both (B, T, R), starts, boundary)."""
-    arguments.floating(op, "logits", logits, "(B, T, R, C)")
-    batch, frames, width, classes = logits.shape
-    _check.shape(op, "logits", logits, "(B, T, R, C) with C >= 1", classes >= 1)
+    longest = ranges.shape[1] if isinstance(logits, PackedFrames) and isinstance(ranges, Tensor) else None
+    rows, frames = frames_of(op, "logits", logits, "(B, T, R, C)", longest)
+    batch, (width, classes) = frames.batch, rows.shape[2:]
+    _check.shape(op, "logits", rows, "(B, T, R, C) with C >= 1", classes >= 1)
     arguments.choice(op, "rnnt_type", rnnt_type, arguments.RNNT_TYPES)
     arguments.class_index(op, "termination_symbol", termination_symbol, classes)
-    length = arguments.integers(op, "symbols", symbols, (batch, None), logits, "the scores").shape[1]
-    boundary = arguments.boundary(op, boundary, batch, length, frames, logits)
-    symbols = arguments.symbols(op, symbols, length, classes, boundary, logits)
-    starts = arguments.ranges(op, ranges, batch, frames, length, logits)
-    _check.shape(op, "logits", logits, f"({batch}, {frames}, {ranges.shape[2]}, C)", width == ranges.shape[2])
+    length = arguments.integers(op, "symbols", symbols, (batch, None), rows, "the scores").shape[1]
+    boundary = frames.boundary(op, boundary, length, rows)
+    symbols = arguments.symbols(op, symbols, batch, length, classes, boundary, rows)
+    starts = arguments.ranges(op, ranges, batch, frames.frames, length, rows)
+    _check.shape(
+        op,
+        "logits",
+        rows,
+        f"({rows.shape[0]}, {rows.shape[1]}, {ranges.shape[2]}, C)",
+        width == ranges.shape[2],
+    )
     arguments.wide_enough(op, width, length, rnnt_type)
-    index = ranges.reshape(batch, frames * width).to(torch.int64)
-    rows = F.pad(symbols, (0, 1), value=termination_symbol).gather(1, index)
-    px, py = row_logprobs(logits, rows.view(batch, frames, width), termination_symbol, hat)
+    index = ranges.reshape(batch, frames.frames * width).to(torch.int64)
+    labels = F.pad(symbols, (0, 1), value=termination_symbol).gather(1, index)
+    labels = frames.rows(labels.view(batch, frames.frames, width))
+    px, py = row_scores(frames, rows, labels, termination_symbol, hat)
     return px, py, starts, boundary
 
 

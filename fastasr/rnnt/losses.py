@@ -14,6 +14,13 @@ All of them take these arguments besides their joiner's:
 - ``fastemit_lambda`` λ: FastEmit (Yu et al., 2021): gradients through symbol arcs are multiplied by 1 + λ; the value
   of the loss does not change.
 
+In place of a padded am (B, T, C) or padded logits (B, T, ...), losses take packed frames
+(``fastasr.PackedFrames``) of (N, C) or (N, ...). Values and gradients are those of the padded batch; frames of nobody
+have no part in either, whatever they hold. Nothing as wide as the channels or the vocabulary is padded then: only the
+lattice is, (B, S, T) or (B, T, R), which holds a few numbers of each cell. ``longest`` is T there, at least the largest
+length; None is the largest length, for which the host waits on a GPU. Losses in windows take T from ``ranges``. Without
+a boundary, a recording ends with its last frame, and t_end may be at most its length.
+
 An empty transcript (S = 0) is valid; a sequence without frames has the loss 0 if it has no symbols, and +∞ if it has.
 """
 
@@ -25,13 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
+from fastasr.packed_frames import PackedFrames
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logprobs
 
 
 def rnnt_loss_simple(
     lm: Tensor,
-    am: Tensor,
+    am: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     boundary: Tensor | None = None,
@@ -42,27 +50,28 @@ def rnnt_loss_simple(
     *,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Returns the loss of the joiner whose logits are am[b, t] + lm[b, s]. Besides the gradients it allocates nothing
     of size (B, T, S, C) or (B, T, C).
 
     Args:
         lm: (B, S + 1, C).
-        am: (B, T, C).
+        am: (B, T, C), or packed frames (N, C).
         symbols: (B, S), integers in [0, C).
         termination_symbol: blank, in [0, C).
     """
     op = "rnnt.rnnt_loss_simple"
     delay_penalty, factor = _numbers(op, delay_penalty, fastemit_lambda)
     px, py = logprobs.additive(
-        op, lm, am, symbols, termination_symbol, 0.0, 0.0, boundary, rnnt_type, factor, delay_penalty
+        op, lm, am, symbols, termination_symbol, 0.0, 0.0, boundary, rnnt_type, factor, delay_penalty, longest
     )
     return over_lattice(op, px, py, boundary, reduction, return_grad, zero_infinity)
 
 
 def rnnt_loss_smoothed(
     lm: Tensor,
-    am: Tensor,
+    am: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     lm_only_scale: float = 0.1,
@@ -75,6 +84,7 @@ def rnnt_loss_smoothed(
     *,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Returns the loss of ``rnnt_loss_simple`` with log-probabilities interpolated by
     ``get_rnnt_logprobs_smoothed``.
@@ -83,13 +93,13 @@ def rnnt_loss_smoothed(
     delay_penalty, factor = _numbers(op, delay_penalty, fastemit_lambda)
     scales = lm_only_scale, am_only_scale
     px, py = logprobs.additive(
-        op, lm, am, symbols, termination_symbol, *scales, boundary, rnnt_type, factor, delay_penalty
+        op, lm, am, symbols, termination_symbol, *scales, boundary, rnnt_type, factor, delay_penalty, longest
     )
     return over_lattice(op, px, py, boundary, reduction, return_grad, zero_infinity)
 
 
 def rnnt_loss(
-    logits: Tensor,
+    logits: Tensor | PackedFrames,
     symbols: Tensor,
     termination_symbol: int,
     boundary: Tensor | None = None,
@@ -100,18 +110,19 @@ def rnnt_loss(
     *,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Returns the loss of a full joiner's logits (B, T, S + 1, C)."""
+    """Returns the loss of a full joiner's logits (B, T, S + 1, C), or packed ones (N, S + 1, C)."""
     op = "rnnt.rnnt_loss"
     delay_penalty, factor = _numbers(op, delay_penalty, fastemit_lambda)
     px, py = logprobs.joint(
-        op, logits, symbols, termination_symbol, boundary, rnnt_type, factor, delay_penalty
+        op, logits, symbols, termination_symbol, boundary, rnnt_type, factor, delay_penalty, longest
     )
     return over_lattice(op, px, py, boundary, reduction, return_grad, zero_infinity)
 
 
 def rnnt_loss_pruned(
-    logits: Tensor,
+    logits: Tensor | PackedFrames,
     symbols: Tensor,
     ranges: Tensor,
     termination_symbol: int,
@@ -125,7 +136,8 @@ def rnnt_loss_pruned(
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Returns the loss of a pruned joiner's logits (B, T, R, C) at the positions in ``ranges`` (B, T, R).
+    """Returns the loss of a pruned joiner's logits (B, T, R, C), or packed ones (N, R, C), at the positions in
+    ``ranges`` (B, T, R).
 
     Paths outside the windows have no probability. ``use_hat_loss``: see ``get_hat_logprobs_pruned``. ``return_grad``
     gives occupations over the whole lattice, (B, S, T + 1) or (B, S, T) and (B, S + 1, T).

@@ -9,13 +9,16 @@ symbol in the window.
 """
 
 import warnings
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr.packed_frames import PackedFrames
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check
+from fastasr.rnnt._frames import Packed, frames_of
 
 
 def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int) -> Tensor:
@@ -66,24 +69,41 @@ def get_rnnt_prune_ranges_deprecated(
     return _windows(best, boundary, s_range, s_range if width != frames else 2)
 
 
-def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
+@overload
+def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def do_rnnt_pruning(am: PackedFrames, lm: Tensor, ranges: Tensor) -> tuple[PackedFrames, PackedFrames]: ...
+
+
+def do_rnnt_pruning(
+    am: Tensor | PackedFrames, lm: Tensor, ranges: Tensor
+) -> tuple[Tensor, Tensor] | tuple[PackedFrames, PackedFrames]:
     """Returns am (B, T, C) and lm (B, S + 1, C) at the positions in ``ranges`` (B, T, R): both (B, T, R, C); am's is a
-    view.
+    view. Packed frames am (N, C) give packed frames (N, R, C), 0 at frames of nobody.
     """
     op = "rnnt.do_rnnt_pruning"
-    arguments.floating(op, "am", am, "(B, T, C)")
+    longest = ranges.shape[1] if isinstance(am, PackedFrames) and isinstance(ranges, Tensor) else None
+    rows, frames = frames_of(op, "am", am, "(B, T, C)", longest)
     arguments.floating(op, "lm", lm, "(B, S + 1, D)")
-    (batch, frames, channels), (_, positions, width) = am.shape, lm.shape
+    batch, (_, positions, width) = frames.batch, lm.shape
     _check.shape(op, "lm", lm, f"({batch}, S + 1, D)", lm.shape[0] == batch)
-    ranges = arguments.integers(op, "ranges", ranges, (batch, frames, None), am, "am")
+    ranges = arguments.integers(op, "ranges", ranges, (batch, frames.frames, None), rows, "am")
     if arguments.has_values(ranges):
         inside = (ranges >= 0) & (ranges < positions)
         arguments.holds(op, "ranges", inside, f"positions in [0, S] = [0, {positions - 1}]", ranges)
     s_range = ranges.shape[2]
-    index = ranges.reshape(batch, frames * s_range, 1).expand(-1, -1, width)
+    if isinstance(am, PackedFrames) and isinstance(frames, Packed):
+        index = frames.rows(ranges)[0] + frames.recording[:, None] * positions
+        contexts = lm.flatten(0, 1).index_select(0, index.flatten()).view(1, *index.shape, width)
+        found = frames.owned(rows).unsqueeze(2).expand(-1, -1, s_range, -1), frames.owned(contexts)
+        of_am, of_lm = (am._replace(frames=t[0]) for t in found)
+        return of_am, of_lm
+    index = ranges.reshape(batch, frames.frames * s_range, 1).expand(-1, -1, width)
     return (
-        am.unsqueeze(2).expand(batch, frames, s_range, channels),
-        lm.gather(1, index).view(batch, frames, s_range, width),
+        rows.unsqueeze(2).expand(-1, -1, s_range, -1),
+        lm.gather(1, index).view(batch, frames.frames, s_range, width),
     )
 
 

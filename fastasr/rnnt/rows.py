@@ -25,7 +25,7 @@ from fastasr.ops._register import register
 _SLICE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
-def _slices(rows: int, classes: int, dtype: torch.dtype, device: str) -> list[slice]:
+def slices(rows: int, classes: int, dtype: torch.dtype, device: str) -> list[slice]:
     step = max(1, _SLICE_BYTES.get(device, 1 << 26) // max(1, classes * dtype.itemsize))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
@@ -53,7 +53,7 @@ def forward(logits: Tensor, symbols: Tensor, blank: int, hat: bool) -> tuple[Ten
     dtype, classes = _wide(logits.dtype), logits.shape[-1]
     flat, index = logits.reshape(-1, classes), symbols.reshape(-1, 1)
     normaliser = flat.new_empty(flat.shape[0], dtype=dtype)
-    for part in _slices(flat.shape[0], classes, dtype, flat.device.type):
+    for part in slices(flat.shape[0], classes, dtype, flat.device.type):
         rows = flat[part].to(dtype)
         if hat:
             rows = rows.clone() if rows.dtype is flat.dtype else rows
@@ -88,7 +88,7 @@ def backward(
     gx, gy = grad_px.reshape(-1, 1).to(dtype), grad_py.reshape(-1, 1).to(dtype)
     grad = flat if in_place else torch.empty_like(flat, memory_format=torch.contiguous_format)
     outputs = torch.arange(classes, device=flat.device, dtype=torch.int64)
-    for part in _slices(flat.shape[0], classes, dtype, flat.device.type):
+    for part in slices(flat.shape[0], classes, dtype, flat.device.type):
         x, y = gx[part], gy[part]
         d = torch.sub(flat[part].to(dtype), normaliser[part]).exp_()
         if hat:
@@ -99,9 +99,10 @@ def backward(
             d.mul_(-(x + y))
             d[:, blank : blank + 1] += y
         if d.is_cuda:  # torch refuses scatter_add_ there when deterministic algorithms are requested
-            grad[part] = d.add_((outputs == index[part]) * x)
+            d.add_((outputs == index[part]) * x)
         else:
-            grad[part] = d.scatter_add_(1, index[part], x)
+            d.scatter_add_(1, index[part], x)
+        grad[part] = d.masked_fill_((x == 0) & (y == 0), 0.0)  # rows without a part in the loss may hold NaN
     return grad.view(logits.shape)
 
 

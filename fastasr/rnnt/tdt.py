@@ -19,20 +19,21 @@ from torch import Tensor
 from fastasr import ops
 from fastasr.ops import _weights_dropout
 from fastasr.ops._joiner import Activation
+from fastasr.packed_frames import PackedFrames
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, lengths, logprobs
+from fastasr.rnnt._frames import frames_of
 from fastasr.rnnt.joiner import negligible
-from fastasr.rnnt.rows import row_logprobs
 
 # px (B, T, U), py (B, T, U + 1), pd (B, T, U + 1, N), the durations and the boundary
 Logprobs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def tdt_loss(
-    token_logits: Tensor,
-    duration_logits: Tensor,
+    token_logits: Tensor | PackedFrames,
+    duration_logits: Tensor | PackedFrames,
     targets: Tensor,
-    logit_lengths: Tensor,
+    logit_lengths: Tensor | None,
     target_lengths: Tensor,
     blank_token_id: int,
     durations: Sequence[int],
@@ -41,35 +42,46 @@ def tdt_loss(
     *,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor:
     """Returns the loss of a TDT joiner's logits; ``transformers.loss.loss_tdt.tdt_loss`` has the same arguments.
 
     Args:
-        token_logits: (B, T, U + 1, V).
-        duration_logits: (B, T, U + 1, N).
+        token_logits: (B, T, U + 1, V), or packed frames (N, U + 1, V).
+        duration_logits: (B, T, U + 1, N), or packed as token_logits.
         targets: (B, U), integers in [0, V) in front of each sequence's end.
-        logit_lengths, target_lengths: (B,), integers: frames and symbols of each sequence.
+        logit_lengths, target_lengths: (B,), integers: frames and symbols of each sequence. Packed frames have lengths:
+            then logit_lengths is None.
         blank_token_id: blank, in [0, V).
         durations: N different numbers of frames, in any order.
         sigma: the constant of undernormalisation.
         reduction: mean, mean_volume, mean_batch, sum or none.
         zero_infinity: a sequence that cannot be aligned has the loss 0.
         fastemit_lambda: the gradients of symbol arcs are multiplied by 1 + λ (FastEmit).
+        longest: see ``fastasr.rnnt.losses``.
     """
     op = "rnnt.tdt_loss"
     found = logprobs_of_logits(
-        op, token_logits, duration_logits, targets, logit_lengths, target_lengths, blank_token_id, durations
+        op,
+        token_logits,
+        duration_logits,
+        targets,
+        logit_lengths,
+        target_lengths,
+        blank_token_id,
+        durations,
+        longest,
     )
     return _loss(op, *found, sigma, fastemit_lambda, reduction, zero_infinity)
 
 
 def tdt_joiner_loss(
-    am: Tensor,
+    am: Tensor | PackedFrames,
     lm: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    logit_lengths: Tensor,
+    logit_lengths: Tensor | None,
     target_lengths: Tensor,
     blank_token_id: int,
     durations: Sequence[int],
@@ -81,11 +93,13 @@ def tdt_joiner_loss(
     keep_logits: bool | None = None,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor:
     """Returns ``tdt_loss`` of the joiner dropout(activation(am + lm)) Wᵀ + bias, without its (B, T, U + 1, V) logits.
 
     Args:
-        am: (B, T, D), the encoder's output after the joiner's projection.
+        am: (B, T, D), the encoder's output after the joiner's projection, or packed frames (N, D), which are unpacked:
+            on a CPU no other padding is computed, and a GPU leaves out blocks of rows that are padding.
         lm: (B, U + 1, D), the prediction network's output after the joiner's projection.
         weight: (V + N, D); bias: (V + N,) or None. The output layer: V tokens, then N durations.
         activation: tanh or relu.
@@ -96,7 +110,7 @@ def tdt_joiner_loss(
     op = "rnnt.tdt_joiner_loss"
     px, py, pd, steps, boundary = logprobs_of_joiner(
         op, am, lm, weight, bias, targets, logit_lengths, target_lengths, blank_token_id, durations, activation,
-        dropout_p, keep_logits,
+        dropout_p, keep_logits, longest,
     )  # fmt: skip
     px, py, pd = negligible(px, py, pd)
     return _loss(op, px, py, pd, steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity)
@@ -105,51 +119,53 @@ def tdt_joiner_loss(
 # --------------------------------------------------------------------------- log-probabilities for the lattice
 def logprobs_of_logits(
     op: str,
-    token_logits: Tensor,
-    duration_logits: Tensor,
+    token_logits: Tensor | PackedFrames,
+    duration_logits: Tensor | PackedFrames,
     targets: Tensor,
-    logit_lengths: Tensor,
+    logit_lengths: Tensor | None,
     target_lengths: Tensor,
     blank_token_id: int,
     durations: Sequence[int],
+    longest: int | None = None,
 ) -> Logprobs:
     """Checks the arguments of the function ``op`` and returns px (B, T, U), py (B, T, U + 1), pd (B, T, U + 1, N), the
     durations and the boundary."""
-    arguments.floating(op, "token_logits", token_logits, "(B, T, U + 1, V)")
-    arguments.floating(op, "duration_logits", duration_logits, "(B, T, U + 1, N)")
-    batch, frames, positions, classes = token_logits.shape
-    steps = _durations(op, durations, token_logits.device)
-    expected = batch, frames, positions, len(steps)
-    _check.shape(op, "duration_logits", duration_logits, f"{expected}", duration_logits.shape == expected)
+    rows, frames = frames_of(op, "token_logits", token_logits, "(B, T, U + 1, V)", longest)
+    if isinstance(token_logits, PackedFrames):
+        longest = frames.frames
+    of_durations, _ = frames_of(op, "duration_logits", duration_logits, "(B, T, U + 1, N)", longest)
+    batch, (positions, classes) = frames.batch, rows.shape[2:]
+    steps = _durations(op, durations, rows.device)
+    expected = (*rows.shape[:3], len(steps))
+    _check.shape(op, "duration_logits", of_durations, f"{expected}", of_durations.shape == expected)
     arguments.class_index(op, "blank_token_id", blank_token_id, classes)
-    boundary = lengths.boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, token_logits)
-    targets = arguments.symbols(op, targets, positions - 1, classes, boundary, token_logits)
-    rows = F.pad(targets, (0, 1), value=blank_token_id).unsqueeze(1).expand(batch, frames, positions)
-    px, py = row_logprobs(token_logits, rows, blank_token_id)
-    wide = torch.promote_types(duration_logits.dtype, torch.float32)
-    return px[:, :, :-1], py, duration_logits.to(wide).log_softmax(-1), steps, boundary
+    boundary = lengths.boundary(op, frames, logit_lengths, target_lengths, positions - 1, rows)
+    targets = arguments.symbols(op, targets, batch, positions - 1, classes, boundary, rows)
+    labels = frames.repeated(F.pad(targets, (0, 1), value=blank_token_id))
+    px, py = logprobs.row_scores(frames, rows, labels, blank_token_id)
+    wide = torch.promote_types(of_durations.dtype, torch.float32)
+    return px[:, :, :-1], py, frames.lattice(of_durations).to(wide).log_softmax(-1), steps, boundary
 
 
 def logprobs_of_joiner(
-    op: str, am: Tensor, lm: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_lengths: Tensor,
-    target_lengths: Tensor, blank_token_id: int, durations: Sequence[int], activation: Activation,
-    dropout_p: float = 0.0, keep_logits: bool | None = None,
+    op: str, am: Tensor | PackedFrames, lm: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    logit_lengths: Tensor | None, target_lengths: Tensor, blank_token_id: int, durations: Sequence[int],
+    activation: Activation, dropout_p: float = 0.0, keep_logits: bool | None = None, longest: int | None = None,
 ) -> Logprobs:  # fmt: skip
     """Does the same as ``logprobs_of_logits`` for the joiner dropout(activation(am + lm)) Wᵀ + bias."""
-    for name, value, dims in (
-        ("am", am, "(B, T, D)"), ("lm", lm, "(B, U + 1, D)"), ("weight", weight, "(V + N, D)")
-    ):  # fmt: skip
-        arguments.floating(op, name, value, dims)
-    (batch, frames, channels), positions = am.shape, lm.shape[1]
+    am, frames = frames_of(op, "am", am, "(B, T, D)", longest)
+    arguments.floating(op, "lm", lm, "(B, U + 1, D)")
+    arguments.floating(op, "weight", weight, "(V + N, D)")
+    batch, channels, positions = frames.batch, am.shape[2], lm.shape[1]
     fits = lm.shape == (batch, positions, channels) and positions >= 1
     _check.shape(op, "lm", lm, f"({batch}, U + 1, {channels}) with U >= 0", fits)
     steps = _durations(op, durations, am.device)
     classes = weight.shape[0] - len(steps)
     arguments.class_index(op, "blank_token_id", blank_token_id, classes)
-    boundary = lengths.boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, am)
-    targets = arguments.symbols(op, targets, positions - 1, classes, boundary, am)
+    boundary = lengths.boundary(op, frames, logit_lengths, target_lengths, positions - 1, am)
+    targets = arguments.symbols(op, targets, batch, positions - 1, classes, boundary, am)
     found = ops.tdt_joiner(
-        *(am, lm, weight, bias, targets),
+        *(frames.lattice(am), lm, weight, bias, targets),
         durations=len(steps),
         termination_symbol=blank_token_id,
         boundary=boundary,

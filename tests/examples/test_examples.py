@@ -98,6 +98,24 @@ def test_fine_tune_parakeet(tmp_path, kind):
     assert (tmp_path / "losses.png").stat().st_size > 1000
 
 
+def test_train_packed(tmp_path):
+    """Packed batches train as padded ones do whose padding is left out."""
+    for name in ("transformers", "kaldi_native_fbank"):
+        pytest.importorskip(name)
+    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "asr" / "recipe"))
+    import beeps
+
+    speech = beeps.folder(tmp_path / "speech", count=16)
+    sizes = ["--seconds", "6", "--recordings", "5", "--steps", "7"]
+    printed = run("train_packed.py", tmp_path, "--speech", str(speech), *sizes)
+    assert float(re.search(r"losses at most (\S+) apart", printed)[1]) < 1e-4
+    padding = dict(re.findall(r"(\w+): loss .* computes (\d+)% padding", printed))
+    assert int(padding["padded"]) > 0
+    if not torch.cuda.is_available():
+        assert "packed: not recorded, because there is no CUDA device" in printed
+        assert (padding["ragged"], padding["packed"]) == ("0", "0")
+
+
 def test_train_transducer_and_transcribe(tmp_path):
     """A run that is killed and started again has the losses of a run without a break; its result reads a recording."""
     for name in ("kaldi_native_fbank", "kaldialign", "onnxruntime", "matplotlib"):

@@ -174,6 +174,31 @@ def kernels_of(tapes):
     return {"torch": calls.total(), "fastasr": tapes.launches}, calls
 
 
+def test_a_zipformer_on_a_row(monkeypatch):
+    monkeypatch.setattr(_linear, "MANY_ROWS", 0)
+    model, inputs = model_and_inputs("zipformer")
+    model = model.train().encoder
+    x, lengths = torch.randn(64, 2, 32), torch.tensor([64, 48])
+    inputs = x, lengths, torch.arange(64) >= lengths[:, None]
+    found = {}
+    for on_a_row in (True, False):
+        with models_on_fake_gpu() as gpu:
+            tapes = CountingTapes(gpu)
+            options = {"frames": 128, "recordings": 2, "longest": 64} if on_a_row else {}
+            model.ragged = on_a_row
+            graphs = fastasr.Graphs(recorder=lambda tapes=tapes: tapes, after=0, **options)
+            fastasr.accelerate(model, ragged=on_a_row, graphs=graphs)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(*inputs)
+        (kind,) = fastasr.graph_state(model)[""]
+        assert kind.recorded == 1, kind.reason
+        found[on_a_row] = kernels_of(tapes)
+        fastasr.restore(model)
+    (row, calls_of_row), (padded, calls) = found[True], found[False]
+    more = calls_of_row - calls
+    assert sum(row.values()) <= ROW * sum(padded.values()), f"{row}, padded {padded}\n{more.most_common(30)}"
+
+
 def test_kernels_of_a_recorded_step_do_not_grow(monkeypatch):
     monkeypatch.setattr(_linear, "MANY_ROWS", 0)  # bias gradients are added up as those of real batches
     model, inputs = model_and_inputs("zipformer")

@@ -4,16 +4,19 @@ whose branches could read values for nothing. (Fake CUDA tensors do not work in 
 """
 
 import contextlib
+import functools
 from unittest import mock
 
 import pytest
 import torch
 from test_zipformer_graphs import SIZES, at
 
+from fastasr import PackedFrames
 from fastasr._recording import recorded_by
 from fastasr.graphs import Graphs
 from fastasr.graphs.recording import Recording
-from fastasr.models.fast_conformer import FastConformerEncoder, row
+from fastasr.models import fast_conformer, zipformer
+from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
 
 
@@ -23,20 +26,31 @@ def _fast_conformer(**options):
 
 
 class OnRow(torch.nn.Module):
-    """A FastConformer on a row of fixed length, with the moves of frames to it and back."""
+    """An encoder on a row of fixed length, with the moves of frames to it and back, of a batch or PackedFrames."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, row, packed, *more):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.row, self.packed, self.more = encoder, row, packed, more
 
-    def forward(self, x, mask):
-        call = row.packed(self.encoder, Graphs(frames=80, recordings=3), x, mask, lambda hidden: (hidden,))
-        return call.unpack(row.encoded(self.encoder, *call.arguments))
+    def forward(self, x, *masks):
+        if self.packed:
+            lengths = masks[0] if len(masks) > 1 else masks[0].sum(1)
+            rows = x.flatten(0, 1)
+            x, masks = PackedFrames(rows, lengths), [lengths, None][-len(masks) :]
+        options = Graphs(frames=80, recordings=3, longest=40)
+        call = self.row.packed(self.encoder, options, x, *masks, *self.more)
+        found = call.unpack(self.row.encoded(self.encoder, *call.arguments))
+        return found[0] if isinstance(found[0], PackedFrames) else found
 
 
-def _on_row():
+def _fast_conformer_on_row(packed):
     model, inputs = _fast_conformer(layer_drop=0.0)
-    return OnRow(model), inputs
+    return OnRow(model, fast_conformer.row, packed, lambda hidden: hidden if packed else (hidden,)), inputs
+
+
+def _zipformer_on_row(packed):
+    model, inputs = _zipformer()
+    return OnRow(model, zipformer.row, packed), inputs
 
 
 def _zipformer():
@@ -74,8 +88,18 @@ def recorded(model, inputs, train, recording=True):
         torch.autograd.grad(y, list(model.parameters()), torch.empty_like(y), allow_unused=True)
 
 
+BUILDS = (
+    *(lambda: _fast_conformer(layer_drop=0.0), _zipformer, _front_end),
+    *(
+        functools.partial(build, packed)
+        for build in (_fast_conformer_on_row, _zipformer_on_row)
+        for packed in (0, 1)
+    ),
+)
+
+
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("build", [lambda: _fast_conformer(layer_drop=0.0), _on_row, _zipformer, _front_end])
+@pytest.mark.parametrize("build", BUILDS)
 def test_a_recorded_pass_waits_for_nothing(build, train):
     recorded(*build(), train)
 

@@ -69,8 +69,11 @@ def test_the_whole_lattice(rnnt_type):
 def test_operators(dtype):
     p = random_problem(3)
     lm, am = (x.to(dtype).requires_grad_() for x in (p.lm, p.am))
+    packed, lengths = am.detach().flatten(0, 1)[None].requires_grad_(), torch.full(am.shape[:1], am.shape[1])
     for scales in ((0.0, 0.0), (0.25, 0.1)):
-        torch.library.opcheck(additive._OP, (lm, am, p.symbols, p.blank, *scales))
+        for frames in ((am, None), (packed, lengths)):
+            call = lm, frames[0], p.symbols, p.blank, *scales, frames[1], am.shape[1]
+            torch.library.opcheck(additive._OP, call)
     logits = p.full.to(dtype)[:, :, :-1].detach().requires_grad_()
     symbols = p.symbols.unsqueeze(1).expand(-1, p.am.shape[1], -1).contiguous()
     for hat in (False, True):
@@ -140,16 +143,23 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return made
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("batched", [False, True], ids=["CPU", "GPU"])
-def test_nothing_of_the_size_of_am_is_made_but_its_gradient(monkeypatch, batched):
+def test_nothing_of_the_size_of_am_is_made_but_its_gradient(monkeypatch, batched, packed):
     batch, frames, length, classes = 2, 128, 6, 50
     lm, am = torch.randn(batch, length + 1, classes), torch.randn(batch, frames, classes)
     symbols = torch.randint(0, classes, (batch, length))
     monkeypatch.setattr(additive, "_batched", lambda x: batched)
     monkeypatch.setattr(additive, "_SLICE_BYTES", {"cpu": am.nbytes // 8})
+    lengths = None
+    if packed:
+        lengths = torch.tensor([frames, frames // 2])
+        am = am.flatten(0, 1)[None, : int(lengths.sum())]
+    options = 0, 0.2, 0.1, lengths, frames
     with _Largest() as forward:
-        px, py, sums = additive.forward(lm, am, symbols, 0, 0.2, 0.1)
+        px, py, sums = additive.forward(lm, am, symbols, *options)
     with _Largest() as backward:
-        additive.backward(px, py, lm, am, symbols, sums, 0, 0.2, 0.1)
+        additive.backward(px, py, lm, am, symbols, sums, *options)
     assert max(forward.sizes) < am.numel() / 3
-    assert [size for size in backward.sizes if size > am.numel() / 3] == [am.numel()]
+    large = [size for size in backward.sizes if size > am.numel() / 3]
+    assert large == [am.numel() + packed * classes]

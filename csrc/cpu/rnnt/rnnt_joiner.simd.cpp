@@ -221,6 +221,10 @@ void row_scores(const T* x, int64_t n, int64_t y, int64_t blank, bool hat, C* px
 
 template <typename T, typename C = compute_t<T>>
 void row_gradient(const T* x, C total, C gx, C gy, int64_t n, int64_t y, int64_t blank, bool hat, T* out) {
+  if (gx == 0 && gy == 0) {  // a row without a part in the loss, whatever its logits are
+    for (int64_t j = 0; j < n; j++) store(out + j, C(0));
+    return;
+  }
   const C weight = hat ? -gx : -(gx + gy);
   const auto softmax = [&](int64_t j) __attribute__((always_inline)) {
     const C a = load(x[j]) - total;

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from fastasr import ops
 from fastasr._transforms import Function
 from fastasr.models.common.ragged import Packing
+from fastasr.models.common.row import RowFrames
 from fastasr.ops import _dispatch, _gemm
 from fastasr.ops._depthwise_conv import ACTIVATIONS
 from fastasr.ops._linear import bias_grad
@@ -47,7 +48,12 @@ def convolved(
 
 
 def swoosh_linear(
-    packing: Packing, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind, mask: Tensor
+    packing: Packing | RowFrames,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: Kind,
+    mask: Tensor,
 ) -> Tensor:
     """x (N, 1, K), mask (B, K) of the recordings -> (N, 1, M): (swoosh(x) ⊙ mask) weightᵀ + bias."""
     if is_native(x, weight, bias, mask):

@@ -23,6 +23,8 @@ from torch.autograd.function import once_differentiable
 from fastasr import _left
 from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
+from fastasr.models.common.row import RowFrames
+from fastasr.packed_frames import PackedFrames, packed
 
 # Recordings shorter than SHORT whose lengths differ by at most LACKING frames share one call of attention, because a
 # call costs more than that much padding. A GPU has work for many recordings at once: there recordings share a call if
@@ -32,6 +34,8 @@ LACKING_ON_GPU = 256
 
 # Hooks that serve packed frames too: those of FSDP, and those of transformers' outputs, which record only if asked for.
 _HARMLESS = "torch.distributed.", "transformers.utils.output_capturing"
+
+REFUSED = "the call has PackedFrames, but {}: pass the padded batch, packed.unpacked(longest)"
 
 _all_padded = False
 
@@ -89,6 +93,21 @@ def lengths(
     return None
 
 
+def of_packed(
+    given: PackedFrames, encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], reason: str | None = None
+) -> PackedFrames:
+    """Returns what ``encode`` of a batch (B, T, ...) and its lengths (B,) -> (hidden states (B, T', ...), lengths (B,))
+    makes of PackedFrames: the ragged encoder leaves the padding out again. It waits for the lengths.
+
+    Raises ValueError for ``reason``, if given.
+    """
+    if reason is not None:
+        raise ValueError(REFUSED.format(reason))
+    given = given.to(given.frames.device)
+    longest = max([1, *given.lengths.tolist()])
+    return packed(*encode(given.unpacked(longest), given.lengths))
+
+
 def why_not_hooked(encoder: torch.nn.Module) -> str | None:
     """Returns which module inside the encoder has a hook that packed frames would surprise, or None."""
     for module, hooks in _hooked(encoder):
@@ -138,6 +157,15 @@ class Packing:
     @property
     def on_gpu(self) -> bool:
         return on_gpu(self.device)
+
+    @property
+    def count(self) -> int:
+        """The number of recordings."""
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
     def _lacking(self, longest: int) -> int:
         if self.on_gpu:
@@ -319,6 +347,10 @@ class Rate:
         """Returns rows (N, ...) as (N', factor, ...): a recording ends with its own last frame, repeated."""
         return _Grouped.apply(rows, self).unflatten(0, (-1, self.factor))
 
+    def averaged(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Returns Σ_i weights[i] grouped[:, i], (N', ...), for weights (factor,)."""
+        return (self.grouped(rows) * weights.view(-1, *(1,) * (rows.dim() - 1))).sum(1)
+
     def upsampled(self, rows: Tensor) -> Tensor:
         """Returns rows (N', ...) of ``slower``, repeated, as (N, ...)."""
         return _Upsampled.apply(rows, self)
@@ -408,7 +440,7 @@ class _Upsampled(Function):
 
 
 @contextmanager
-def in_use(packing: Packing | None) -> Iterator[None]:
+def in_use(packing: Packing | RowFrames | None) -> Iterator[None]:
     """Has ``current()`` return this packing, or None, in this thread, inside the block."""
     before, _local.packing = current(), packing
     try:
@@ -417,9 +449,15 @@ def in_use(packing: Packing | None) -> Iterator[None]:
         _local.packing = before
 
 
-def current() -> Packing | None:
+def current() -> Packing | RowFrames | None:
     """Returns the packing of the frames that modules in this thread get now, or None where they get padded batches."""
     return getattr(_local, "packing", None)
+
+
+def frames_of_nobody() -> Tensor | None:
+    """Returns True at frames of nobody, (1, N), where modules in this thread get a row that has some."""
+    packing = current()
+    return packing.hidden if isinstance(packing, RowFrames) else None
 
 
 def with_zeros(pieces: Sequence[Tensor], slots: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ nobody. Those between two recordings are as many as a convolution sees on one si
 0: so convolutions need not know where recordings end. Attention does, and BatchNorm's statistics leave frames out.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -75,8 +76,79 @@ class Spans(NamedTuple):
         return self.begins[:batch], (self.ends - self.begins)[:batch]
 
 
+class RowFrames:
+    """The frames of a row of ``count`` recordings at one rate, as modules ask for them by ``ragged.current()``. The
+    ``spans`` begin at multiples of every factor of ``at_rate``; no recording has more frames than ``longest``."""
+
+    def __init__(self, spans: Spans, frames: int, longest: int) -> None:
+        self.spans, self.frames, self.longest = spans, frames, longest
+        self.count = len(spans.begins)
+        self._rates: dict[int, RowRate] = {}
+
+    @functools.cached_property
+    def recording(self) -> Tensor:
+        """Returns the number of each frame's recording, (N,): of frames of nobody the one before them."""
+        frame = torch.arange(self.frames, device=self.spans.begins.device, dtype=torch.int64)
+        return torch.searchsorted(self.spans.begins, frame, right=True) - 1
+
+    @functools.cached_property
+    def left(self) -> Tensor:
+        """Returns how many frames of its recording follow each frame, (N,): below 0 for frames of nobody."""
+        frame = torch.arange(self.frames, device=self.spans.begins.device, dtype=torch.int64)
+        return self.spans.ends[self.recording] - 1 - frame
+
+    @functools.cached_property
+    def hidden(self) -> Tensor:
+        """Returns True at frames of nobody, (1, N)."""
+        return (self.left < 0)[None]
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """Returns where recordings begin and end, (2R,), as ``ops.zipformer_attention`` takes it."""
+        return torch.stack([*self.spans], 1).flatten()
+
+    def repeated(self, values: Tensor) -> Tensor:
+        """Returns values (R, ...) of the recordings, which need no gradient, repeated for their frames, (N, ...)."""
+        return values.index_select(0, self.recording)
+
+    def at_rate(self, factor: int) -> "RowRate":
+        """Returns the row after downsampling by ``factor``, and how its frames meet these."""
+        if factor not in self._rates:
+            self._rates[factor] = RowRate(self, factor)
+        return self._rates[factor]
+
+
+class RowRate:
+    """Maps frames of a row to those of ``slower``, the row after downsampling by ``factor``, and back."""
+
+    def __init__(self, row: RowFrames, factor: int) -> None:
+        self.row, self.factor = row, factor
+        begins, ends = row.spans
+        slower = Spans(begins // factor, (ends + (factor - 1)) // factor)
+        self.slower = RowFrames(slower, row.frames // factor, -(-row.longest // factor))
+
+    def averaged(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Returns Σ_i weights[i] rows[factor t + i], (N', ...), for weights (factor,): behind a recording's end, its
+        last frame counts again."""
+        left = self.row.left.view(-1, self.factor)
+        again = weights.expand(self.factor, -1).triu().sum(1)  # Σ_{j ≥ i} weights[j]
+        shares = torch.where(left > 0, weights, torch.where(left == 0, again, 0.0))
+        shares = shares.view(*shares.shape, *(1,) * (rows.dim() - 1))
+        return (rows.unflatten(0, (-1, self.factor)) * shares).sum(1)
+
+    def upsampled(self, rows: Tensor) -> Tensor:
+        """Returns rows (N', ...) of ``slower``, repeated, as (N, ...)."""
+        return rows.unsqueeze(1).expand(-1, self.factor, *rows.shape[1:]).flatten(0, 1)
+
+
+def all_frames(features: Tensor) -> Tensor:
+    """Returns the lengths (B,) of features (B, T, ...) without padding."""
+    return torch.full(features.shape[:1], features.shape[1], device=features.device, dtype=torch.int64)
+
+
 class Capacity(Protocol):
-    """What a row has room for: frames of features in all, recordings, and frames of one recording."""
+    """What a row has room for: frames of features in all, recordings, and frames of one recording. ``parts`` says that
+    the layers of the encoder are recorded one by one."""
 
     @property
     def frames(self) -> int | None: ...
@@ -84,6 +156,8 @@ class Capacity(Protocol):
     def recordings(self) -> int | None: ...
     @property
     def longest(self) -> int | None: ...
+    @property
+    def parts(self) -> bool: ...
 
 
 class Packed(NamedTuple):

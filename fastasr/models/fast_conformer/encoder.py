@@ -12,6 +12,7 @@ from fastasr.models.fast_conformer import ragged
 from fastasr.models.fast_conformer.block import FastConformerBlock, through_blocks
 from fastasr.models.fast_conformer.positions import FastConformerPositions
 from fastasr.models.fast_conformer.subsampling import FastConformerSubsampling, subsampled
+from fastasr.packed_frames import PackedFrames
 
 
 class FastConformerEncoder(torch.nn.Module):
@@ -86,12 +87,20 @@ class FastConformerEncoder(torch.nn.Module):
         )
 
     def forward(
-        self, input_features: Tensor, attention_mask: Tensor | None = None
+        self, input_features: Tensor | PackedFrames, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames, or None -> ((B, T, width), mask (B, T) or None).
 
-        T = ⌈T₀ / factor⌉. Output at padding frames is 0 only with ``ragged``; on a GPU it is not upstream's.
+        T = ⌈T₀ / factor⌉. Output at padding frames is 0 only with ``ragged``; on a GPU it is not upstream's. With
+        ``ragged`` it also takes PackedFrames (N₀, mel_bins) without a mask, and returns PackedFrames (N, width).
         """
+        if isinstance(input_features, PackedFrames):
+            reason = None if self.ragged else "encoder.ragged is False"
+
+            def encode(batch: Tensor, mask: Tensor) -> Tensor:
+                return FastConformerEncoder.forward(self, batch, mask)[0]
+
+            return ragged.of_packed(self, input_features, attention_mask, encode, reason)
         lengths = ragged.lengths(self, input_features, attention_mask) if self.ragged else None
         if lengths is not None and attention_mask is not None:
             x = ragged.encoded(self, input_features, lengths)
@@ -128,9 +137,10 @@ class FastConformerCTC(torch.nn.Module):
         self.ctc_head = torch.nn.Conv1d(encoder.subsampling.linear.out_features, vocabulary, 1)
 
     def forward(
-        self, input_features: Tensor, attention_mask: Tensor | None = None
+        self, input_features: Tensor | PackedFrames, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (log-probabilities (B, T, vocabulary), mask (B, T) or None)."""
-        x, mask = self.encoder(input_features, attention_mask)
-        logits = F.linear(x, self.ctc_head.weight[..., 0], self.ctc_head.bias)
-        return logits.log_softmax(-1), mask
+        """Returns (log-probabilities (B, T, vocabulary), mask (B, T) or None), or PackedFrames (N, vocabulary) for
+        PackedFrames."""
+        x, mask = found = self.encoder(input_features, attention_mask)
+        logits = F.linear(x, self.ctc_head.weight[..., 0], self.ctc_head.bias).log_softmax(-1)
+        return found._replace(frames=logits) if isinstance(found, PackedFrames) else (logits, mask)

@@ -6,6 +6,7 @@ A recording's output is the same as if it were alone, and 0 behind its end. In t
 the frames that exist, and each dropout draws numbers for these frames alone.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from fastasr.models.fast_conformer.subsampling import (
     in_a_row,
     subsampled,
 )
+from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
     from fastasr.models.fast_conformer.encoder import FastConformerEncoder
@@ -51,6 +53,24 @@ def lengths(
     return ragged.lengths(
         encoder, mask.to(torch.bool), lambda: reason or obstacle_of_call(encoder) or why_not(encoder)
     )
+
+
+def of_packed(
+    encoder: "FastConformerEncoder",
+    given: PackedFrames,
+    mask: Tensor | None,
+    encode: Callable[[Tensor, Tensor], Tensor],
+    reason: str | None = None,
+) -> PackedFrames:
+    """Does as ``common.ragged.of_packed`` for an ``encode`` that takes a mask (B, T₀). The call may have no ``mask``
+    beside its PackedFrames."""
+
+    def through_batch(batch: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        frame = torch.arange(batch.shape[1], device=batch.device, dtype=torch.int64)
+        hidden = encode(batch, frame < lengths[:, None])
+        return hidden, subsampled(encoder.subsampling.layers, lengths)
+
+    return ragged.of_packed(given, through_batch, reason or (None if mask is None else "a mask too"))
 
 
 def obstacle_of_call(encoder: "FastConformerEncoder") -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_watched, runs
-from fastasr.models.common.row import Capacity, Packed, Spans, why_beyond
+from fastasr.models.common.row import Capacity, Packed, Spans, all_frames, why_beyond
 from fastasr.models.fast_conformer import ragged
 from fastasr.models.fast_conformer.block import through_blocks
 from fastasr.models.fast_conformer.convolution import is_batch_norm
@@ -68,11 +68,6 @@ def packed(
     return reason or laid_out(capacity, features, lengths, encoder.subsampling.layers, convs, finish)
 
 
-def all_frames(features: Tensor) -> Tensor:
-    """Returns the lengths (B,) of features (B, T, ...) without padding."""
-    return torch.full(features.shape[:1], features.shape[1], device=features.device, dtype=torch.int64)
-
-
 def laid_out(
     capacity: Capacity,
     features: Tensor | PackedFrames,
@@ -86,6 +81,9 @@ def laid_out(
     reason = why_beyond(capacity, features, lengths)
     if reason is not None:
         return reason
+    if isinstance(features, PackedFrames):
+        features = features.to(features.frames.device, non_blocking=True)  # the lengths may be on the CPU
+        lengths = features.lengths
     batch = len(lengths)
     recordings, factor, between = capacity.recordings or 0, frames_per_output(layers), _between(convs)
     most = -(-(capacity.frames or 0) // factor) + recordings  # frames that exist

@@ -79,8 +79,8 @@ class ActivationDropoutAndLinear(torch.nn.Module):
         dropout_p = float(self.dropout_p) if self.training and not _is_without_k2(self) else 0.0
         packing = current()
         if packing is not None and dropout_p > 0.0 and self.dropout_shared_dim == 0:
-            mask = draw_mask(x.new_empty(1, len(packing.lengths), x.shape[-1]), dropout_p, 0)
-            return packed.swoosh_linear(packing, x, self.weight, self.bias, self.activation, mask[0])
+            mask = draw_mask(x.new_empty(1, packing.count, x.shape[-1]), dropout_p, 0)[0]
+            return packed.swoosh_linear(packing, x, self.weight, self.bias, self.activation, mask)
         return ops.swoosh_linear(
             x,
             self.weight,
@@ -102,8 +102,10 @@ def _recorded(self: Any, x: Tensor) -> Tensor:
     p, scale = keep_rates(self.dropout_p) if self.training and not _is_without_k2(self) else (0.0, 1.0)
     if is_zero(p):
         return with_mask(x, self.weight, self.bias, self.activation)
-    dim = self.dropout_shared_dim
+    dim, row = self.dropout_shared_dim, current()
     shape = list(x.shape)
+    if dim == 0 and row is not None:
+        shape[1] = row.count
     if dim is not None:
         shape[dim] = 1
     drawn = torch.rand(*shape, device=x.device, dtype=x.dtype)
@@ -111,4 +113,6 @@ def _recorded(self: Any, x: Tensor) -> Tensor:
         mask = _decided.mask(drawn, p, scale)
     else:
         mask = (drawn > p).to(x.dtype) * scale
+    if dim == 0 and row is not None:
+        return with_mask(x, self.weight, self.bias, self.activation, row.repeated(mask[0]).unsqueeze(1))
     return with_mask(x, self.weight, self.bias, self.activation, mask, -1 if dim is None else dim % x.dim())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastasr._recording import recording
 from fastasr.models.common.plain import runs
-from fastasr.models.common.ragged import current
+from fastasr.models.common.ragged import current, frames_of_nobody
 from fastasr.models.zipformer import score_penalty
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
@@ -147,15 +147,21 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         projected, relative, masks, penalized = _operands(
             self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
-        if not torch.compiler.is_compiling():
-            random.random()  # forward draws this to decide on logging, which would need all weights
+        draw_for_entropy(self, None)
 
         def described(projected: Tensor, relative: Tensor | None, **masks: Any) -> UnmaterialisedWeights:
-            if penalized and torch.is_grad_enabled():
+            penalty: dict[str, Any] = {}
+            if penalized and "starts" in masks:
+                act = None if penalized is True else penalized.values[:1]
+                penalty = {"score_penalty": SCORE_PENALTY, "score_limit": SCORE_LIMIT, "act": act}
+                nobody: Any = frames_of_nobody()  # their scores are 0, so that they get no penalty
+                projected = projected.masked_fill(nobody.view(-1, 1, 1), 0.0)
+            elif penalized and torch.is_grad_enabled():
                 projected, relative = score_penalty.penalized(
                     projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
                 )
-            return UnmaterialisedWeights(projected, relative, self.num_heads, self.query_head_dim, **masks)
+            sizes = self.num_heads, self.query_head_dim
+            return UnmaterialisedWeights(projected, relative, *sizes, penalty=penalty, **masks)
 
         return of_recordings(described, projected, relative, masks)
 
@@ -249,9 +255,11 @@ def plain(
     return zipformer_attention_weights(module.in_proj(x), module.linear_pos(pos_emb), *sizes, **masks)
 
 
-def draw_for_entropy(module: RelPositionMultiheadAttentionWeights, weights: Callable[[], Weights]) -> None:
-    """Draws a number that decides whether this call logs the entropy of its weights, which ``weights()`` returns. A
-    compiled call neither draws nor logs.
+def draw_for_entropy(
+    module: RelPositionMultiheadAttentionWeights, weights: Callable[[], Weights] | None
+) -> None:
+    """Draws a number that decides whether this call logs the entropy of its weights, which ``weights()`` returns; None
+    if they are not in memory: the call then draws but does not log. A compiled call neither draws nor logs.
     """
     if torch.compiler.is_compiling():
         return
@@ -259,7 +267,7 @@ def draw_for_entropy(module: RelPositionMultiheadAttentionWeights, weights: Call
     if recorded is not None:
         recorded.numbers(lambda: (random.random(), [])[1], 0)
         return
-    if random.random() >= 0.001 or module.training or current() is not None:
+    if random.random() >= 0.001 or module.training or current() is not None or weights is None:
         return
     if logging.getLogger().isEnabledFor(logging.INFO):
         entropy = torch.special.entr(weights().detach().to(torch.float32)).sum(-1).mean((1, 2))

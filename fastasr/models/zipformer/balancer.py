@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from fastasr import ops
 from fastasr._recording import recording
 from fastasr._transforms import Function
+from fastasr.models.common.ragged import frames_of_nobody
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.decisions import Numbers, changing
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
@@ -24,16 +25,20 @@ from fastasr.ops.balancer_gradient import balance_
 
 class _Balance(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *limits: Any) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, hidden: Tensor | None, *limits: Any) -> Tensor:
+        ctx.save_for_backward(x, hidden)
         ctx.limits = limits
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return ops.balancer_gradient(grad, x, *ctx.limits), *([None] * len(ctx.limits))
+        x, hidden = ctx.saved_tensors
+        if hidden is not None:
+            hidden = hidden.reshape(x.select(ctx.limits[-1], 0).shape)
+        arguments: Any = grad, x, *ctx.limits, None, None, hidden
+        y = ops.balancer_gradient(*arguments)
+        return y, None, *([None] * len(ctx.limits))
 
 
 def mean_limit(positive: float) -> float:
@@ -127,7 +132,7 @@ class Balancer(torch.nn.Module):
         recorded = recording()
         if recorded is not None:  # In a recorded call memory does not depend on the decision.
             numbers = recorded.numbers(lambda: _decided(self) or [0.0] * 6, 6)
-            return changing(x, partial(_change, numbers, self.channel_dim))
+            return changing(x, partial(_change, numbers, self.channel_dim, frames_of_nobody()))
         if x.is_cuda and decided(lambda: self.mem_cutoff(memory_of_pass(self, x.device))):
             return x
         decision = _decided(self)
@@ -138,12 +143,12 @@ class Balancer(torch.nn.Module):
                 f"Balancer: x must have {self.num_channels} elements along dimension {self.channel_dim}, "
                 f"got shape {tuple(x.shape)}"
             )
-        return _Balance.apply(x, *decision[1:], self.channel_dim)
+        return _Balance.apply(x, frames_of_nobody(), *decision[1:], self.channel_dim)
 
 
-def _change(numbers: Numbers, channel_dim: int, grad: Tensor, x: Tensor) -> None:
+def _change(numbers: Numbers, channel_dim: int, hidden: Tensor | None, grad: Tensor, x: Tensor) -> None:
     """Changes the gradient in place by numbers from the host: whether the call acts, and its five limits."""
-    balance_(grad, x, channel_dim, numbers.values[1:], numbers.values[:1])
+    balance_(grad, x, channel_dim, numbers.values[1:], numbers.values[:1], hidden)
 
 
 def _decided(self: "Balancer") -> tuple[bool, float, float, float, float, float] | None:

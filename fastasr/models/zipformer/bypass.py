@@ -14,6 +14,7 @@ from fastasr import ops
 from fastasr._recording import recording
 from fastasr.models.common import packed
 from fastasr.models.common.ragged import current
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.decisions import is_zero, rate
 from fastasr.models.zipformer.parameter_limits import limit_param_value, recorded_limit, recorded_limits
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
@@ -67,7 +68,9 @@ class BypassModule(torch.nn.Module):
 
     def forward(self, src_orig: Tensor, src: Tensor) -> Tensor:
         packing = current()
-        batch = src.shape[1] if packing is None else len(packing.lengths)
+        if isinstance(packing, RowFrames):
+            return _on_row(self, packing, src_orig, src)
+        batch = src.shape[1] if packing is None else packing.count
         if recording() is None:
             scale = self._get_bypass_scale(batch)
         else:  # Upstream's method would decide once for all replays.
@@ -75,3 +78,16 @@ class BypassModule(torch.nn.Module):
         if packing is None or scale.dim() == 1:
             return ops.bypass(src_orig, src, scale)
         return packed.bypass(packing, src_orig, src, scale)
+
+
+def _on_row(self: Any, row: RowFrames, src_orig: Tensor, src: Tensor) -> Tensor:
+    """Does as ``forward`` with one scale for all frames: where a recording skips the module, src_orig takes the place
+    of src. No sequence goes straight through."""
+    scale: Tensor = self.bypass_scale
+    if self.training:
+        scale = limit_param_value(scale, min=self.scale_min, max=self.scale_max)
+        skip_rate = rate(self.skip_rate)
+        if not is_zero(skip_rate):
+            kept = torch.rand(row.count, 1, device=scale.device) > skip_rate
+            src = torch.where(row.repeated(kept).unsqueeze(1), src, src_orig)
+    return ops.bypass(src_orig, src, scale)

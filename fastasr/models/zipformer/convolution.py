@@ -22,7 +22,8 @@ from fastasr._transforms import Function
 from fastasr.models.common import packed
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
-from fastasr.models.common.ragged import current
+from fastasr.models.common.ragged import Packing, current
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
@@ -88,7 +89,12 @@ class ConvolutionModule(torch.nn.Module):
         h = self.in_proj(x)
         weights = kernel_weights(self, h, src_key_padding_mask, chunk_size)
         if weights is None:
-            return self.out_proj(_by_submodules(self, h, src_key_padding_mask, chunk_size))
+            packing = current()
+            if isinstance(packing, Packing):
+                y = packing.over_time(lambda h, hidden: _by_submodules(self, h, hidden, chunk_size), h)
+            else:
+                y = _by_submodules(self, h, src_key_padding_mask, chunk_size)
+            return self.out_proj(y)
         options: Any = {"padding_mask": _of_batch(src_key_padding_mask, h), "chunk_size": chunk_size}
         if not _needs_gradients(h, *weights) and _is_swoosh_r_and_linear(self.out_proj):
             y = _convolved(h, weights, **options)
@@ -128,7 +134,9 @@ class ConvolutionModule(torch.nn.Module):
 
 def _convolved(h: Tensor, weights: Sequence[Any], padding_mask: Tensor | None, **options: Any) -> Tensor:
     packing = current()
-    if packing is None:
+    if isinstance(packing, RowFrames):
+        padding_mask = packing.hidden
+    if not isinstance(packing, Packing):
         return ops.gated_depthwise_conv(h, *weights, padding_mask=padding_mask, **options)
     if len(weights) == 2:
         weight, bias = weights
@@ -144,25 +152,33 @@ def kernel_weights(
     """Returns the tensors of depthwise_conv that ``gated_depthwise_conv`` takes after h. It returns None if the
     submodules must be called one by one: they have hooks, are of another class, or would raise.
     """
-    if h.ndim != 3 or chunk_size == 0 or not _fits(mask, h) or not _has_plain_parts(module):
+    if h.ndim != 3 or chunk_size == 0 or not _fits(mask, h):
         return None
-    conv, channels = module.depthwise_conv, h.shape[2] // 2
-    if type(conv) is torch.nn.Conv1d:
-        taps = conv.kernel_size[0]
-        if chunk_size > 0 or taps % 2 != 1 or not _is_depthwise(conv, channels, taps, taps // 2):
-            return None
-        found: tuple[Any, ...] = conv.weight, conv.bias
-    elif is_plain_named(conv, ("ChunkCausalDepthwiseConv1d",), module):
-        taps, inner, causal = conv.kernel_size, conv.chunkwise_conv, conv.causal_conv
-        if not _is_depthwise(inner, channels, taps, taps // 2) or not _is_depthwise(
-            causal, channels, taps // 2 + 1, 0
-        ):
-            return None
-        found = inner.weight, inner.bias, causal.weight, causal.bias, conv.chunkwise_conv_scale
-    else:
+    found = fused_weights(module, h.shape[2] // 2)
+    if found is None or (chunk_size > 0 and len(found) == 2):
         return None
     casts = torch.is_autocast_enabled(h.device.type)
     return found if casts or all(t is None or t.dtype == h.dtype for t in found) else None
+
+
+def fused_weights(module: ConvolutionModule, channels: int) -> tuple[Any, ...] | None:
+    """Returns the tensors of depthwise_conv that ``gated_depthwise_conv`` takes, or None if no call of the module can
+    use it."""
+    if not _has_plain_parts(module):
+        return None
+    conv = module.depthwise_conv
+    if type(conv) is torch.nn.Conv1d:
+        taps = conv.kernel_size[0]
+        plain = taps % 2 == 1 and _is_depthwise(conv, channels, taps, taps // 2)
+        return (conv.weight, conv.bias) if plain else None
+    if not is_plain_named(conv, ("ChunkCausalDepthwiseConv1d",), module):
+        return None
+    taps, inner, causal = conv.kernel_size, conv.chunkwise_conv, conv.causal_conv
+    if not _is_depthwise(inner, channels, taps, taps // 2) or not _is_depthwise(
+        causal, channels, taps // 2 + 1, 0
+    ):
+        return None
+    return inner.weight, inner.bias, causal.weight, causal.bias, conv.chunkwise_conv_scale
 
 
 def _is_depthwise(conv: torch.nn.Module, channels: int, taps: int, padding: int) -> bool:

@@ -19,6 +19,7 @@ from fastasr.models.zipformer.stack import (
     check_chunks,
     chunk_mask,
 )
+from fastasr.packed_frames import PackedFrames
 
 # An argument for stacks is one number for all, one for each, or these as a string, "1,2,4".
 Ints = int | Sequence[int] | str
@@ -33,7 +34,8 @@ class Zipformer(torch.nn.Module):
     With ``causal``, forward draws one of the chunk sizes and, unless it is -1, one of the left contexts; attention and
     convolutions then see whole chunks. src_key_padding_mask (batch, time) is True at padding.
 
-    With ``encoder.ragged = True`` it computes nothing for padding, see ``ragged``.
+    With ``encoder.ragged = True`` it computes nothing for padding, see ``ragged``, and takes PackedFrames (N,
+    encoder_dim[0]) without a mask too, for which it returns PackedFrames (N', max(encoder_dim)) and their lengths.
 
     Raises ValueError for arguments that do not fit each other.
     """
@@ -130,8 +132,11 @@ class Zipformer(torch.nn.Module):
         )
 
     def forward(
-        self, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor | PackedFrames, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
+        if isinstance(x, PackedFrames):
+            reason = None if self.ragged else "encoder.ragged is False"
+            return ragged.of_packed(self, x, src_key_padding_mask, reason)
         lengths = ragged.lengths(self, x, src_key_padding_mask) if self.ragged else None
         if lengths is not None:
             return ragged.encoded(self, x, lengths), (x_lens + 1) // 2

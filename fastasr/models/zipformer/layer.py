@@ -25,6 +25,7 @@ from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import current
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer import native_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.balancer import Balancer
@@ -39,6 +40,7 @@ from fastasr.models.zipformer.residuals import forked, plus
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention, Weights
 from fastasr.models.zipformer.shared_weights import FirstHead, SharedWeights
+from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _decided
 from fastasr.ops._decided import Drawn
@@ -319,13 +321,15 @@ def _is_long(layer: ZipformerEncoderLayer, src: Tensor) -> bool:
     """Says whether the consumers should compute the weights of this call, since they are too large to keep. The layer's
     attention modules must all run our code, their own or bound to them.
     """
+    packing = current()
+    if isinstance(packing, RowFrames):
+        return True
     if torch.compiler.is_compiling() or is_transformed() or recording() is not None or src.ndim != 3:
         return False
     attention, nonlin_attention = layer.self_attn_weights, layer.nonlin_attention
     if not runs(attention, RelPositionMultiheadAttentionWeights.forward):
         return False
     frames, batch, _ = src.shape
-    packing = current()
     groups = [(batch, frames)] if packing is None else [(len(g.members), g.longest) for g in packing.groups]
     weights = sum(count * longest * longest for count, longest in groups)
     size = attention.num_heads * weights * src.element_size()
@@ -354,6 +358,8 @@ def _perhaps_constant(layer: ZipformerEncoderLayer, weights: Weights) -> Weights
     if recorded is None:
         return constant_weights(weights) if random.random() < float(layer.const_attention_rate) else weights
     numbers = recorded.numbers(lambda: [random.random() < float(layer.const_attention_rate)], 1)
+    if isinstance(weights, UnmaterialisedWeights):
+        return weights.constant(numbers.values[:1])
     if isinstance(weights, FirstHead):
         return FirstHead(weights.shared, numbers)
     return _Constant.apply(weights, numbers)
@@ -416,12 +422,13 @@ def _sequence_mask(layer: ZipformerEncoderLayer, x: Tensor, rate: Tensor | float
     if is_zero(rate) or not layer.training:
         return None
     packing = current()
-    batch = x.shape[1] if packing is None else len(packing.lengths)
-    numbers = torch.rand(batch, 1, device=x.device)
+    numbers = torch.rand(x.shape[1] if packing is None else packing.count, 1, device=x.device)
+    if packing is not None:
+        numbers = packing.repeated(numbers)
     if isinstance(rate, Tensor):
         return Drawn(numbers, rate)
     mask = (numbers > rate).to(x.dtype)
-    return mask if packing is None else packing.repeated(mask).unsqueeze(1)
+    return mask if packing is None else mask.unsqueeze(1)
 
 
 def _plus_dropped(

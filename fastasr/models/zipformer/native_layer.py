@@ -27,7 +27,7 @@ from fastasr.models.common.packed_layers import (
     note_declined,
 )
 from fastasr.models.common.plain import is_plain, runs
-from fastasr.models.common.ragged import current, in_use
+from fastasr.models.common.ragged import Packing, current, in_use
 from fastasr.models.zipformer import attention, convolution
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.bypass import BypassModule
@@ -99,7 +99,7 @@ def encode(
         "chunk_size": chunk_size if chunked else -1,
         "left_context_chunks": left_context_chunks if chunked else -1,
     }
-    call = src, pos_emb, chunk_size, masks, [] if packing is None else packing.lengths
+    call = src, pos_emb, chunk_size, masks, packing.lengths if isinstance(packing, Packing) else []
     if not native.fits(*call) or (products := native.products(*call)) is None:
         return None
     y = native.run(products, *call)

@@ -3,7 +3,7 @@
 and elsewhere of each group of recordings, as tensors or unmaterialised."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
 from fastasr.models.common import packed
-from fastasr.models.common.ragged import current
+from fastasr.models.common.ragged import Packing, current
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.self_attention import Weights, weighted
 from fastasr.ops import nonlin_attention
-
-if TYPE_CHECKING:
-    from fastasr.models.common.ragged import Packing
 
 _native = torch.ops.fastasr_cpu
 # Of recordings up to this length the kernel for few columns computes weighted sums for many columns too.
@@ -30,7 +28,7 @@ class PackedWeights:
 
     def __init__(
         self,
-        packing: "Packing",
+        packing: Packing,
         parts: Sequence[Weights],
         alone: bool = False,
         first: Sequence[Tensor] | None = None,
@@ -104,6 +102,8 @@ def of_recordings(
 ) -> Weights:
     """Returns ``function(projected (T, B, C), positions, **masks)``, for packed frames (N, 1, C) as PackedWeights."""
     packing = current()
+    if isinstance(packing, RowFrames):
+        return function(projected, positions, **masks, starts=packing.starts)
     if packing is None:
         return function(projected, positions, **masks)
     parts = []
@@ -117,7 +117,7 @@ def of_recordings(
 
 
 def of_one_call(
-    packing: "Packing | None",
+    packing: Packing | RowFrames | None,
     projected: Tensor,
     positions: Tensor | None,
     heads: int,
@@ -127,7 +127,7 @@ def of_one_call(
     limit: float,
 ) -> PackedWeights | None:
     """Returns the weights of each recording by one call of the native kernel, or None where that does not serve."""
-    if packing is None or not packed.is_native(projected, positions):
+    if not isinstance(packing, Packing) or not packed.is_native(projected, positions):
         return None
     window = masks["chunk_size"], masks["left_context_chunks"]
     parts = _Weights.apply(

@@ -7,7 +7,7 @@ its own last frame, where upstream's reads frames of padding. In training balanc
 exist.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from fastasr.models.common import ragged
 from fastasr.models.common.plain import any_watched, runs
 from fastasr.models.common.ragged import Packing, in_use
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.bypass import BypassModule
@@ -26,6 +27,7 @@ from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.resampling import convert_num_channels
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.stack import check_chunks
+from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
     from fastasr.models.zipformer.encoder import Zipformer
@@ -87,27 +89,72 @@ def lengths(encoder: "Zipformer", x: Tensor, mask: Tensor | None) -> list[int] |
 
 def encoded(encoder: "Zipformer", x: Tensor, lengths: list[int]) -> Tensor:
     """x (time, batch, channels) -> ((time + 1) // 2, batch, channels), 0 behind each recording's end."""
+    rows, packing = _encoded(encoder, x, lengths)
+    return packing.batch(rows[:, 0], (len(x) + 1) // 2).transpose(0, 1)
+
+
+def of_packed(
+    encoder: "Zipformer", given: PackedFrames, mask: Tensor | None, reason: str | None = None
+) -> tuple[PackedFrames, Tensor]:
+    """Returns the encoder's output for PackedFrames (N, channels): PackedFrames (N', width), and their lengths. It
+    waits for the lengths.
+
+    Raises ValueError for a ``mask``, or a ``reason`` why the encoder cannot leave padding out.
+    """
+    reason = reason or ("a mask too" if mask is not None else None)
+    reason = reason or ragged.why_not_hooked(encoder) or why_not(encoder)
+    if reason is not None:
+        raise ValueError(ragged.REFUSED.format(reason))
+    given = given.to(given.frames.device)
+    lengths = given.lengths.tolist()
+    if min(lengths, default=0) < 0 or sum(lengths) > len(given.frames):
+        expected = f"lengths of 0 or more with a sum of at most {len(given.frames)}"
+        raise ValueError(f"PackedFrames: expected {expected}, got {lengths}")
+    used = given.frames[: sum(lengths)]
+    if not len(used):
+        empty = used.new_zeros(0, max(encoder.encoder_dim))
+        return PackedFrames(empty, given.lengths), given.lengths
+    rows, packing = _encoded(encoder, used.unsqueeze(1).expand(-1, len(lengths), -1), lengths, used)
+    return PackedFrames(rows[:, 0], packing.sizes), packing.sizes
+
+
+def _encoded(
+    encoder: "Zipformer", x: Tensor, lengths: list[int], rows: Tensor | None = None
+) -> tuple[Tensor, Packing]:
+    """Returns the output (N', 1, width) of the frames that exist of x (time, batch, channels), or of ``rows`` (N,
+    channels), and their packing."""
     feature_masks = encoder.get_feature_masks(x)
     chunk_size, left_context_chunks = encoder.get_chunk_info()
     check_chunks(encoder, chunk_size, left_context_chunks)
     # a chunk as long as the recording, or longer, ends with it
     pads = not encoder.causal or 0 < chunk_size < min(filter(None, lengths))
     packing = Packing(lengths, x.device, pads)
-    src = packing.of_batch(x).unsqueeze(1)
+    src = (packing.of_batch(x) if rows is None else rows).unsqueeze(1)
+    src = through_stacks(encoder, src, packing, chunk_size, left_context_chunks, feature_masks)
+    return src, packing.at_rate(encoder.downsample_output.downsample).slower
+
+
+def through_stacks(
+    encoder: "Zipformer",
+    src: Tensor,
+    packing: Packing | RowFrames,
+    chunk_size: int,
+    left_context_chunks: int,
+    feature_masks: Sequence[Tensor | float],
+) -> Tensor:
+    """Packed frames (N, 1, channels) -> (N', 1, width) at the encoder's output rate."""
     outputs = []
     for stack, width, feature_mask in zip(encoder.encoders, encoder.encoder_dim, feature_masks, strict=True):
         src = convert_num_channels(src, width)
         src = _stack(stack, src, packing, chunk_size, left_context_chunks, feature_mask)
         outputs.append(src)
-    src = _downsampled(encoder.downsample_output, encoder._get_full_dim_output(outputs), packing)
-    packing = packing.at_rate(encoder.downsample_output.downsample).slower
-    return packing.batch(src[:, 0], (len(x) + 1) // 2).transpose(0, 1)
+    return _downsampled(encoder.downsample_output, encoder._get_full_dim_output(outputs), packing)
 
 
 def _stack(
     stack: Any,
     src: Tensor,
-    packing: Packing,
+    packing: Packing | RowFrames,
     chunk_size: int,
     left_context_chunks: int,
     feature_mask: Tensor | float,
@@ -127,14 +174,14 @@ def _stack(
 def _layers(
     stack: Any,
     src: Tensor,
-    packing: Packing,
+    packing: Packing | RowFrames,
     chunk_size: int,
     left_context_chunks: int,
     feature_mask: Tensor | float,
 ) -> Tensor:
     if isinstance(feature_mask, Tensor):
         feature_mask = packing.repeated(feature_mask[0]).unsqueeze(1)
-    pos_emb = stack.encoder_pos(src[: max(packing.lengths)])
+    pos_emb = stack.encoder_pos(src[: packing.longest])
     chunks = {"left_context_chunks": left_context_chunks} if chunk_size > 0 else {}
     with in_use(packing):
         src = _scaled(src, feature_mask)
@@ -147,7 +194,6 @@ def _scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
     return src * feature_mask if isinstance(feature_mask, Tensor) else src
 
 
-def _downsampled(module: "SimpleDownsample", src: Tensor, packing: Packing) -> Tensor:
+def _downsampled(module: "SimpleDownsample", src: Tensor, packing: Packing | RowFrames) -> Tensor:
     """Does as SimpleDownsample for packed frames: each recording ends with its own last frame, repeated."""
-    weights = module.bias.softmax(0).view(-1, 1, 1)
-    return (packing.at_rate(module.downsample).grouped(src) * weights).sum(1)
+    return packing.at_rate(module.downsample).averaged(src, module.bias.softmax(0))

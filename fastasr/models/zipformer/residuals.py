@@ -28,6 +28,13 @@ def forked(src: Tensor, wide: int, narrow: int) -> tuple[Tensor, ...]:
 def plus(src: Tensor, y: Tensor, mask: Drawn | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns src + y * mask twice, for the stream and for the next branch. ``mask`` is None, a tensor, whose products
     with 0 and 1 are exact, or in a recorded pass ``Drawn``."""
+    if isinstance(mask, Drawn) and len(mask.numbers) != src.shape[1]:  # one for each frame of a row (N, 1, C)
+        out, branch = _plus(src.transpose(0, 1), y.transpose(0, 1), mask)
+        return out.transpose(0, 1), branch.transpose(0, 1)
+    return _plus(src, y, mask)
+
+
+def _plus(src: Tensor, y: Tensor, mask: Drawn | Tensor | None) -> tuple[Tensor, Tensor]:
     if recording() is None:
         factor: Any = mask
         out = src + y if mask is None else torch.addcmul(src, y, factor)

@@ -24,7 +24,8 @@ class UnmaterialisedWeights:
     ``fastasr.ops.zipformer_attention_weights``.
 
     ``weights[0:n]``, ``weights @ values`` and ``weighted(values)`` stay unmaterialised; anything else (comparisons,
-    sums, products, other indices, torch functions) works on ``materialised()``.
+    sums, products, other indices, torch functions) works on ``materialised()``. ``equal`` and the arguments in
+    ``penalty``, which the first weighted sum applies, are those of ``fastasr.ops.zipformer_attention``.
     """
 
     def __init__(
@@ -34,11 +35,14 @@ class UnmaterialisedWeights:
         num_heads: int,
         query_head_dim: int,
         heads: int | None = None,
+        equal: Tensor | None = None,
+        penalty: dict[str, Any] | None = None,
         **masks: Any,
     ) -> None:
         self.projected, self.positions = projected, positions
         self.num_heads, self.query_head_dim, self.masks = num_heads, query_head_dim, masks
         self.heads = num_heads if heads is None else heads
+        self.equal, self.penalty = equal, penalty or {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,9 +63,10 @@ class UnmaterialisedWeights:
 
     def weighted(self, values: Tensor) -> Tensor:
         """values (time, batch, heads * dim) -> their weighted sums, same shape."""
+        penalty, self.penalty = self.penalty, {}
         return zipformer_attention(
             self.projected, self.positions, values, self.num_heads, self.query_head_dim, value_heads=self.heads,
-            **self.masks,
+            equal=self.equal, **penalty, **self.masks,
         )  # fmt: skip
 
     def materialised(self) -> Tensor:
@@ -76,8 +81,13 @@ class UnmaterialisedWeights:
             projected, positions, self.heads, self.query_head_dim, **self.masks
         )
 
-    def constant(self) -> "EqualWeights":
-        """Returns equal weights on all sources whose weight is not 0. They pass no gradient to these weights."""
+    def constant(self, act: Tensor | None = None) -> "UnmaterialisedWeights":
+        """Returns equal weights on all sources whose weight is not 0, of a row of recordings where the number ``act``
+        is not 0 (None: always). They pass no gradient to these weights."""
+        if "starts" in self.masks:
+            act = self.projected.new_ones(1, dtype=torch.float32) if act is None else act
+            call = self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads
+            return UnmaterialisedWeights(*call, act, **self.masks)
         return EqualWeights(
             self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads, **self.masks
         )
@@ -170,7 +180,7 @@ class EqualWeights(UnmaterialisedWeights):
     def materialised(self) -> Tensor:
         return torch.cat([weights for _, _, weights in self.blocks()], dim=2)
 
-    def constant(self) -> "EqualWeights":
+    def constant(self, act: Tensor | None = None) -> "EqualWeights":
         return self
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:

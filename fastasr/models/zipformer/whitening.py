@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from fastasr import ops
 from fastasr._recording import recording
 from fastasr._transforms import Function
+from fastasr.models.common.ragged import frames_of_nobody
 from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Settled, Verdict, Verdicts
 from fastasr.models.zipformer.checkpointing import decided
@@ -27,19 +28,22 @@ from fastasr.ops.whitening_gradient import whiten_, whitening_metric
 class _Whitening(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: "Whiten") -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, frames_of_nobody())
         ctx.module = module
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, hidden = ctx.saved_tensors
         module = ctx.module
         if random.random() < 0.005:
             _log(module, x)
         limit = float(module.whitening_limit)
-        y, white = ops.whitening_gradient(grad, x, module.num_groups, limit, peek(module.grad_scale))
+        if hidden is not None:
+            hidden = hidden.reshape(x.shape[:-1])
+        numbers = module.num_groups, limit, peek(module.grad_scale)
+        y, white = ops.whitening_gradient(grad, x, *numbers, padding_mask=hidden)
         verdict = Verdict(Verdicts(white))
         if not (verdict.is_known and verdict.read()):
             float(module.grad_scale)  # reading it may draw a random number
@@ -47,7 +51,7 @@ class _Whitening(Function):
         return y, None
 
 
-def _change(module: "Whiten", acts: Any, grad: Tensor, x: Tensor) -> None:
+def _change(module: "Whiten", acts: Any, hidden: Tensor | None, grad: Tensor, x: Tensor) -> None:
     """Changes the gradient in place in a recorded pass, if ``acts``, a number from the host, is not 0."""
     recorded = acts.recording.back
 
@@ -60,7 +64,7 @@ def _change(module: "Whiten", acts: Any, grad: Tensor, x: Tensor) -> None:
 
     limits = recorded.numbers(plan, 2).values
     white = recorded.verdict(partial(_hear, module), acts)
-    whiten_(grad, x, module.num_groups, limits, acts.values[:1], white)
+    whiten_(grad, x, module.num_groups, limits, acts.values[:1], white, hidden)
 
 
 def _hear(module: "Whiten", verdict: Settled | Verdict) -> None:
@@ -120,7 +124,7 @@ class Whiten(torch.nn.Module):
         recorded = recording()
         if recorded is not None and x.requires_grad:
             numbers = recorded.numbers(lambda: [_acts(self, float(self.grad_scale))], 1)
-            return changing(x, partial(_change, self, numbers))
+            return changing(x, partial(_change, self, numbers, frames_of_nobody()))
         grad_scale = float(self.grad_scale)
         if not x.requires_grad:
             return x

@@ -18,6 +18,7 @@ from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, 
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
+    MASKS,
     NOT_MINE,
     applied,
     as_tuple,
@@ -28,13 +29,12 @@ from fastasr.ops._runtime import (
     listed,
     make,
     not_a_view,
-    operand,
     promoted,
     transformed_backward,
     transformed_gradients,
     transformed_results,
 )
-from fastasr.ops.zipformer_attention import _check
+from fastasr.ops.zipformer_attention import _check, _fits, _gradients, _launch
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
 
 op = OPS["zipformer_attention"]
@@ -54,6 +54,10 @@ class Arguments(NamedTuple):
     chunk_size: int = -1
     left_context_chunks: int = -1
     cached_key: Tensor | None = None
+    score_penalty: float = 0.0
+    score_limit: float = 25.0
+    act: Tensor | None = None
+    equal: Tensor | None = None
 
 
 class Saved(NamedTuple):
@@ -64,11 +68,15 @@ class Saved(NamedTuple):
     attn_mask: Tensor | None
     starts: Tensor | None
     cached_key: Tensor | None
+    act: Tensor | None
+    equal: Tensor | None
     num_heads: int
     query_head_dim: int
     value_heads: int | None
     chunk_size: int
     left_context_chunks: int
+    score_penalty: float
+    score_limit: float
 
 
 # --------------------------------------------------------------------------- the public function
@@ -86,6 +94,10 @@ def zipformer_attention(
     chunk_size: int = -1,
     left_context_chunks: int = -1,
     cached_key: Tensor | None = None,
+    score_penalty: float = 0.0,
+    score_limit: float = 25.0,
+    act: Tensor | None = None,
+    equal: Tensor | None = None,
 ) -> Tensor:
     """softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]) · value, without the weights in memory.
 
@@ -94,6 +106,11 @@ def zipformer_attention(
             cached_key: as for :func:`fastasr.ops.zipformer_attention_weights`.
         value: (left + T, B, value_heads·dv), of x's dtype.
         value_heads: how many of the heads, from the first on, have values; None: all.
+        score_penalty, score_limit: the gradient of every score s of these heads with |s| > score_limit, hidden or not,
+            gets score_penalty · sign(s), but for keys of other recordings; values are not changed.
+        act: one number on the device of x. If it is 0, there is no penalty.
+        equal: one number on the device of x. If it is not 0, the weights are equal on all keys whose weight, rounded to
+            the dtype of the weights, is not 0; no gradient but that of the penalty flows to x, pos and cached_key then.
     Returns:
         (T, B, value_heads·dv), of x's dtype (autocast's under autocast), accumulated in float32 or better. A query that
         sees no key gets the mean of all values, of its recording with ``starts``, and 0 if it belongs to none.
@@ -106,6 +123,7 @@ def zipformer_attention(
         kernels is not None
         and type(x) in PLAIN
         and x.is_cpu
+        and (dtype := x.dtype)
         and x.is_contiguous()
         and (pos is None or type(pos) in PLAIN)
         and type(value) in PLAIN
@@ -113,6 +131,8 @@ def zipformer_attention(
         and (attn_mask is None or type(attn_mask) in PLAIN)
         and (starts is None or type(starts) in PLAIN)
         and (cached_key is None or type(cached_key) in PLAIN)
+        and (act is None or (type(act) in PLAIN and act.dtype is dtype and not act.requires_grad))
+        and (equal is None or (type(equal) in PLAIN and equal.dtype is dtype and not equal.requires_grad))
         and type(num_heads) is int
         and (num_heads >= 1)
         and type(query_head_dim) is int
@@ -122,7 +142,29 @@ def zipformer_attention(
         and (chunk_size == -1 or chunk_size > 0)
         and type(left_context_chunks) is int
         and (left_context_chunks >= -1)
+        and type(score_penalty) is float
+        and (score_penalty >= 0 and score_penalty < 1e999)
+        and type(score_limit) is float
+        and (score_limit >= 0 and score_limit < 1e999)
         and not is_autocast_enabled("cpu")
+        and _fits(
+            x,
+            pos,
+            value,
+            num_heads,
+            query_head_dim,
+            value_heads,
+            key_padding_mask,
+            attn_mask,
+            starts,
+            chunk_size,
+            left_context_chunks,
+            cached_key,
+            score_penalty,
+            score_limit,
+            act,
+            equal,
+        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -135,7 +177,8 @@ def zipformer_attention(
             ):
                 return apply(
                     kernels, True, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-                    attn_mask, starts, chunk_size, left_context_chunks, cached_key,
+                    attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty,
+                    score_limit, act, equal,
                 )  # fmt: skip
             return kernels.forward(
                 x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
@@ -147,12 +190,12 @@ def zipformer_attention(
             # tells what is wrong with the arguments, if anything is
             check(
                 x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-                chunk_size, left_context_chunks, cached_key,
+                chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
             )  # fmt: skip
             raise
     check(
         x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
     )  # fmt: skip
     if is_compiling() or not (
         type(x) in PLAIN
@@ -162,39 +205,43 @@ def zipformer_attention(
         and (attn_mask is None or type(attn_mask) in PLAIN)
         and (starts is None or type(starts) in PLAIN)
         and (cached_key is None or type(cached_key) in PLAIN)
+        and (act is None or type(act) in PLAIN)
+        and (equal is None or type(equal) in PLAIN)
     ):
         return traced(
             x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key,
+            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key),
+            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal),
         )  # fmt: skip
-    kernels = family.kernels(x)
+    kernels = family.kernels(x, pos, value, cached_key)
     if kernels is None:
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
-            left_context_chunks=left_context_chunks, cached_key=cached_key,
+            left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+            score_limit=score_limit, act=act, equal=equal,
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         names = under_autocast(
             cast_dtype, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key,
+            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
         (
             x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key,
+            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         ) = names  # fmt: skip
-        kernels = family.kernels(x)
+        kernels = family.kernels(x, pos, value, cached_key)
         if kernels is None:
             return formula(
                 x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
                 key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
-                left_context_chunks=left_context_chunks, cached_key=cached_key,
+                left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+                score_limit=score_limit, act=act, equal=equal,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -205,18 +252,20 @@ def zipformer_attention(
         ):
             return apply(
                 kernels, False, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-                attn_mask, starts, chunk_size, left_context_chunks, cached_key,
+                attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
+                act, equal,
             )  # fmt: skip
         y = run_kernels(
             kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key,
+            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x)
+        family.give_up(error, x, pos, value, cached_key)
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
-            left_context_chunks=left_context_chunks, cached_key=cached_key,
+            left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+            score_limit=score_limit, act=act, equal=equal,
         )  # fmt: skip
     return y
 
@@ -234,6 +283,10 @@ def check(
     chunk_size: int,
     left_context_chunks: int,
     cached_key: Tensor | None,
+    score_penalty: float,
+    score_limit: float,
+    act: Tensor | None,
+    equal: Tensor | None,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
     if type(num_heads) is not int:
@@ -257,6 +310,14 @@ def check(
         op.wrong_int("left_context_chunks", left_context_chunks)
     if not (left_context_chunks >= -1):
         op.fail("left_context_chunks", "at least -1", left_context_chunks)
+    if type(score_penalty) is not float:
+        op.wrong_float("score_penalty", score_penalty)
+    if not (score_penalty >= 0 and score_penalty < 1e999):
+        op.fail("score_penalty", "at least 0 and less than inf", score_penalty)
+    if type(score_limit) is not float:
+        op.wrong_float("score_limit", score_limit)
+    if not (score_limit >= 0 and score_limit < 1e999):
+        op.fail("score_limit", "at least 0 and less than inf", score_limit)
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not torch.strided:
         op.wrong_tensor("x", x)
     shape, right = x.shape, False
@@ -340,6 +401,24 @@ def check(
             op.wrong_shape("attn_mask", attn_mask, f"{listed(T, T + L)} or {listed(B, T, T + L)}")
         if attn_mask.device != x.device:
             op.wrong_device("attn_mask", attn_mask, "x", x)
+    if act is not None:
+        if not isinstance(act, Tensor) or act.dtype not in MASKS or act.layout is not torch.strided:
+            op.wrong_tensor("act", act, "a bool or floating tensor")
+        if act.requires_grad:
+            op.fail("act", "a constant", "a tensor that requires a gradient")
+        if act.shape != () and act.shape != (1,):
+            op.wrong_shape("act", act, f"{listed()} or {listed(1)}")
+        if act.device != x.device:
+            op.wrong_device("act", act, "x", x)
+    if equal is not None:
+        if not isinstance(equal, Tensor) or equal.dtype not in MASKS or equal.layout is not torch.strided:
+            op.wrong_tensor("equal", equal, "a bool or floating tensor")
+        if equal.requires_grad:
+            op.fail("equal", "a constant", "a tensor that requires a gradient")
+        if equal.shape != () and equal.shape != (1,):
+            op.wrong_shape("equal", equal, f"{listed()} or {listed(1)}")
+        if equal.device != x.device:
+            op.wrong_device("equal", equal, "x", x)
     if autocast_dtype(x) is None:
         if pos is not None and pos.dtype != x.dtype:
             op.wrong_dtype("pos", pos, "x", x)
@@ -349,38 +428,38 @@ def check(
             op.wrong_dtype("cached_key", cached_key, "x", x)
     _check(
         op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-        starts, chunk_size, left_context_chunks, cached_key),
+        starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal),
     )  # fmt: skip
 
 
 def traced(
     x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts, chunk_size,
-    left_context_chunks, cached_key,
+    left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("zipformer_attention", x):
+    if not served("zipformer_attention", x, pos, value, cached_key):
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
-            left_context_chunks=left_context_chunks, cached_key=cached_key,
+            left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+            score_limit=score_limit, act=act, equal=equal,
         )  # fmt: skip
     return operator(
         x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
     )  # fmt: skip
 
 
 def run_kernels(
     kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-    chunk_size, left_context_chunks, cached_key,
+    chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
-    dtype = y_dtype if kernels.backend == "cpu" else None
-    y = kernels.forward(
-        operand(x, dtype), operand(pos, dtype), operand(value, dtype), operand(cached_key, dtype),
-        operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None), num_heads,
-        query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+    y = _launch(
+        op, kernels, make(Arguments, (x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
+        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act,
+        equal,)), y_dtype, False,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -393,7 +472,8 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 def under_autocast(
     dtype, x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
+    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
+    act=None, equal=None,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     x, pos, value, cached_key = cast(dtype, x, pos, value, cached_key)
@@ -410,6 +490,10 @@ def under_autocast(
         chunk_size,
         left_context_chunks,
         cached_key,
+        score_penalty,
+        score_limit,
+        act,
+        equal,
     )
 
 
@@ -418,7 +502,7 @@ class ZipformerAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-        attn_mask, starts, chunk_size, left_context_chunks, cached_key,
+        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
     ):  # fmt: skip
         if direct:
             y = kernels.forward(
@@ -428,11 +512,21 @@ class ZipformerAttention(Function):
         else:
             y = run_kernels(
                 kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-                starts, chunk_size, left_context_chunks, cached_key,
+                starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
             )  # fmt: skip
         y = not_a_view(y)
-        ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key)
-        ctx.rest = kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks
+        ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal)
+        ctx.rest = (
+            kernels,
+            direct,
+            num_heads,
+            query_head_dim,
+            value_heads,
+            chunk_size,
+            left_context_chunks,
+            score_penalty,
+            score_limit,
+        )
         return y
 
     @staticmethod
@@ -440,12 +534,16 @@ class ZipformerAttention(Function):
         if is_grad_enabled():
             refuse_double_backward("zipformer_attention")
         # once: a checkpoint gives them one time
-        x, pos, value, key_padding_mask, attn_mask, starts, cached_key = ctx.saved_tensors
-        kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks = ctx.rest
+        x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal = ctx.saved_tensors
+        (
+            kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
+            score_penalty, score_limit,
+        ) = ctx.rest  # fmt: skip
         if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
             d_x, d_pos, d_value, d_cached_key = transformed_gradients(
                 op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
+                act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
+                score_penalty, score_limit,)),
             )  # fmt: skip
             return (
                 None,
@@ -462,6 +560,10 @@ class ZipformerAttention(Function):
                 None,
                 None,
                 d_cached_key,
+                None,
+                None,
+                None,
+                None,
             )
         if direct:
             d_x, d_pos, d_value, d_cached_key = kernels.backward(
@@ -483,30 +585,54 @@ class ZipformerAttention(Function):
                 None,
                 None,
                 None if cached_key is None else d_cached_key,
+                None,
+                None,
+                None,
+                None,
             )
         try:
             d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-                query_head_dim, value_heads, chunk_size, left_context_chunks,
+                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
+                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
+                score_limit,
             )  # fmt: skip
         except Unlaunchable as error:
             d_x, d_pos, d_value, d_cached_key = gradients_without(
                 error, op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
-                cached_key, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,)),
+                cached_key, act, equal, num_heads, query_head_dim, value_heads, chunk_size,
+                left_context_chunks, score_penalty, score_limit,)),
             )  # fmt: skip
-        return None, None, d_x, d_pos, d_value, None, None, None, None, None, None, None, None, d_cached_key
+        return (
+            None,
+            None,
+            d_x,
+            d_pos,
+            d_value,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            d_cached_key,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def differentiate(
-    kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-    query_head_dim, value_heads, chunk_size, left_context_chunks,
+    kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
+    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(x) if kernels.backend == "cpu" else None
-    d_x, d_pos, d_value, d_cached_key = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(pos, dtype), operand(value, dtype),
-        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
-        None), num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+    d_x, d_pos, d_value, d_cached_key = _gradients(
+        op, kernels, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
+        act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
+        score_limit,)), None,
     )  # fmt: skip
     if d_x is not None and d_x.dtype is not x.dtype:
         d_x = d_x.to(x.dtype)
@@ -526,31 +652,33 @@ def differentiate(
 # --------------------------------------------------------------------------- the registered operator
 def run(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
+    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
+    act=None, equal=None,
 ):  # fmt: skip
-    kernels = family.kernels(x)
+    kernels = family.kernels(x, pos, value, cached_key)
     if kernels is None:
         return formula_results(
             op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key,
+            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     try:
         y = run_kernels(
             kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key,
+            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x)
+        family.give_up(error, x, pos, value, cached_key)
         return formula_results(
             op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key,
+            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     return y.contiguous()
 
 
 def fake(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None,
+    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
+    act=None, equal=None,
 ):  # fmt: skip
     T = x.shape[0]
     B = x.shape[1]
@@ -562,19 +690,29 @@ def fake(
 def set_up(ctx, inputs, output):
     (
         x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
     ) = inputs  # fmt: skip
 
-    ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key)
-    ctx.rest = num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks
+    ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal)
+    ctx.rest = (
+        num_heads,
+        query_head_dim,
+        value_heads,
+        chunk_size,
+        left_context_chunks,
+        score_penalty,
+        score_limit,
+    )
 
 
 def backward(ctx, grad_y, *_):
-    x, pos, value, key_padding_mask, attn_mask, starts, cached_key = ctx.saved_tensors
-    num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks = ctx.rest
+    x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal = ctx.saved_tensors
+    (
+        num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
+    ) = ctx.rest  # fmt: skip
     d_x, d_pos, d_value, d_cached_key = as_tuple(
-        backward_operator(grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-        query_head_dim, value_heads, chunk_size, left_context_chunks),
+        backward_operator(grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
+        num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit),
     )  # fmt: skip
     return (
         d_x,
@@ -589,29 +727,36 @@ def backward(ctx, grad_y, *_):
         None,
         None,
         None if cached_key is None else d_cached_key,
+        None,
+        None,
+        None,
+        None,
     )
 
 
 def run_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads, query_head_dim,
-    value_heads, chunk_size, left_context_chunks,
+    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
+    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
-    kernels = family.kernels(x)
+    kernels = family.kernels(x, pos, value, cached_key)
     if kernels is None:
         d_x, d_pos, d_value, d_cached_key = formula_gradients(
-            op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-            query_head_dim, value_heads, chunk_size, left_context_chunks),
+            op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
+            num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
+            score_limit),
         )  # fmt: skip
     else:
         try:
             d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads,
-                query_head_dim, value_heads, chunk_size, left_context_chunks,
+                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
+                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
+                score_limit,
             )  # fmt: skip
         except Unlaunchable as error:
             d_x, d_pos, d_value, d_cached_key = gradients_without(
                 error, op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks),
+                act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
+                score_penalty, score_limit),
             )  # fmt: skip
     return (
         d_x.contiguous(),
@@ -622,8 +767,8 @@ def run_backward(
 
 
 def fake_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, num_heads, query_head_dim,
-    value_heads, chunk_size, left_context_chunks,
+    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
+    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
 ):  # fmt: skip
     return (
         x.new_empty(x.shape),
@@ -635,9 +780,9 @@ def fake_backward(
 
 backward_operator = register(
     "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, SymInt num_heads, SymInt "
-    "query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt left_context_chunks) -> (Tensor, "
-    "Tensor, Tensor, Tensor)",
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor? act, Tensor? equal, "
+    "SymInt num_heads, SymInt query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt "
+    "left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 1),
@@ -645,7 +790,8 @@ backward_operator = register(
 operator = register(
     "zipformer_attention(Tensor x, Tensor? pos, Tensor value, SymInt num_heads, SymInt query_head_dim, "
     "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, Tensor? "
-    "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None) -> Tensor",
+    "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None, float "
+    "score_penalty=0.0, float score_limit=25.0, Tensor? act=None, Tensor? equal=None) -> Tensor",
     run,
     fake,
     setup_context=set_up,
@@ -662,7 +808,7 @@ written = Written(
     backward_operator=backward_operator,
     apply=apply,
     result_dtypes=result_dtypes,
-    deciding=("x",),
+    deciding=("x", "pos", "value", "cached_key"),
     differentiable=("x", "pos", "value", "cached_key"),
     dense=True,
 )

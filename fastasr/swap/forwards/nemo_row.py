@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fastasr.graphs import Graphs
-from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.plain import is_plain_named, is_watched, runs
-from fastasr.models.common.row import Capacity, Packed, Spans
+from fastasr.models.common.row import Capacity, Packed, Spans, all_frames
 from fastasr.models.fast_conformer.convolution import is_batch_norm
-from fastasr.models.fast_conformer.row import all_frames, laid_out
+from fastasr.models.fast_conformer.row import laid_out
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
+from fastasr.packed_frames import PackedFrames
 from fastasr.swap.forwards import attention, layers
 from fastasr.swap.forwards.subsampling import nemo_subsampling
 from fastasr.swap.rule import Upstream, own_forward, unread_code, upstream_forward
@@ -58,19 +59,27 @@ def why_not(encoder: Upstream) -> str | None:
 def packed(
     encoder: Upstream,
     capacity: Capacity,
-    audio_signal: Tensor,
+    audio_signal: Tensor | PackedFrames,
     length: Tensor | None = None,
     cache_last_channel: Tensor | None = None,
     cache_last_time: Tensor | None = None,
     cache_last_channel_len: Tensor | None = None,
     bypass_pre_encode: bool = False,
 ) -> Packed | str:
-    """Returns a call of ``encoded`` for upstream's arguments: features (B, mel_bins, T₀) and lengths (B,); or the
-    reason why there is none, beside those of ``why_not``."""
+    """Returns a call of ``encoded`` for upstream's arguments, features (B, mel_bins, T₀) and lengths (B,), or for
+    PackedFrames (N₀, mel_bins); or the reason why there is none, beside those of ``why_not``."""
     if cache_last_channel is not None or bypass_pre_encode:
         return "the call has caches of a stream, or frames that have passed the front end"
-    if audio_signal.dim() != 3 or audio_signal.shape[1] != encoder._feat_in:
+    features: Tensor | PackedFrames = audio_signal
+    if isinstance(audio_signal, PackedFrames):
+        given = audio_signal.lengths
+        if length is not None or audio_signal.frames.dim() != 2:
+            return "it has lengths beside its PackedFrames, or these have another shape"
+    elif audio_signal.dim() != 3 or audio_signal.shape[1] != encoder._feat_in:
         return "its features have another shape"
+    else:
+        features = audio_signal.transpose(1, 2)
+        given = all_frames(audio_signal.transpose(1, 2)) if length is None else length.to(torch.int64)
     if encoder.is_access_enabled(getattr(encoder, "model_guid", None)):
         return "outputs of inner layers are asked for"
     if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16:
@@ -78,13 +87,15 @@ def packed(
     shares = (attention.share_of_dropout(layer.self_attn) for layer in encoder.layers)
     if any(map(attention_dropout.forms_weights, shares)):
         return "the dropout of attention weights is drawn as upstream draws it, or has hooks"
-    features, conv = audio_signal.transpose(1, 2), encoder.pre_encode.conv
-    given = all_frames(features) if length is None else length.to(torch.int64)
-    lengths = given.clamp(max=features.shape[1])  # upstream takes longer ones for these
+    conv = encoder.pre_encode.conv
+    # upstream takes longer ones for these
+    lengths = given.clamp(max=features.shape[1]) if isinstance(features, Tensor) else given
     if encoder.pos_enc.pe.shape[1] < 2 * (capacity.longest or 0) - 1:
         encoder.set_max_audio_length(capacity.longest)
 
-    def finish(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(hidden: Tensor | PackedFrames) -> tuple[Tensor, Tensor]:
+        if isinstance(hidden, PackedFrames):
+            return hidden
         return hidden.transpose(1, 2), subsampled(conv, given)
 
     convs = [layer.conv.depthwise_conv for layer in encoder.layers]
@@ -108,16 +119,25 @@ def encoded(encoder: Upstream, features: Tensor, begins: Tensor, ends: Tensor, l
 
 
 def without_padding(
-    encoder: Upstream, audio_signal: Tensor, length: Tensor | None = None, **more: Any
+    encoder: Upstream, audio_signal: Tensor | PackedFrames, length: Tensor | None = None, **more: Any
 ) -> Any:
     """Runs a call that is not replayed: in training on a row that just fits it, because statistics over the batch then
     are those of a replay. It waits for the lengths."""
+    if isinstance(audio_signal, PackedFrames):
+
+        def encode(batch: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+            hidden, lengths = without_padding(encoder, batch.transpose(1, 2), lengths)
+            return hidden.transpose(1, 2), lengths
+
+        given = {"length": length, **more}.items()
+        others = [name for name, value in given if value is not None and value is not False]
+        return ragged.of_packed(audio_signal, encode, f"{', '.join(others)} too" if others else None)
     if encoder.training and length is not None and audio_signal.dim() == 3:
         batch, _, frames = audio_signal.shape
         used = int(length.sum())
         if 0 < used < batch * frames:
             fitted = Graphs(frames=used, recordings=batch, longest=frames)
-            given = why_not(encoder) or packed(encoder, fitted, audio_signal, length, **more)
-            if not isinstance(given, str):
-                return given.unpack(encoded(encoder, *given.arguments))
+            call = why_not(encoder) or packed(encoder, fitted, audio_signal, length, **more)
+            if not isinstance(call, str):
+                return call.unpack(encoded(encoder, *call.arguments))
     return upstream_forward(encoder, audio_signal=audio_signal, length=length, **more)

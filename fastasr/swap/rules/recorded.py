@@ -8,6 +8,7 @@ from fastasr.graphs.module import Pack
 from fastasr.models.common.row import Capacity, Packed
 from fastasr.models.fast_conformer import row
 from fastasr.models.fast_conformer.encoder import masked
+from fastasr.packed_frames import PackedFrames
 from fastasr.swap.forwards import nemo_row
 from fastasr.swap.rule import RAGGED, Upstream, recorded
 
@@ -29,11 +30,16 @@ def _why_no_row(encoder: Upstream) -> str | None:
 
 
 def _packed(
-    encoder: Upstream, capacity: Capacity, input_features: Tensor, attention_mask: Tensor | None = None
+    encoder: Upstream,
+    capacity: Capacity,
+    input_features: Tensor | PackedFrames,
+    attention_mask: Tensor | None = None,
 ) -> Packed | str:
     """Returns the call on a row of frames for a call of fastasr's FastConformerEncoder, or why there is none."""
 
-    def finish(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def finish(hidden: Tensor | PackedFrames) -> tuple[Tensor, Tensor | None]:
+        if isinstance(hidden, PackedFrames):
+            return hidden
         return hidden, masked(encoder, attention_mask, hidden)
 
     return row.packed(encoder, capacity, input_features, attention_mask, finish)

@@ -14,6 +14,7 @@ from fastasr.models import fast_conformer as models
 from fastasr.models.common.row import Capacity, Packed
 from fastasr.models.fast_conformer import positions, ragged, row
 from fastasr.models.fast_conformer.encoder import padded
+from fastasr.packed_frames import PackedFrames
 from fastasr.swap.rule import (
     Graphed,
     Known,
@@ -116,13 +117,21 @@ def encoder(
 
 def ragged_encoder(
     self: Upstream,
-    input_features: Tensor,
+    input_features: Tensor | PackedFrames,
     attention_mask: Tensor | None = None,
     output_attention_mask: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Does the same without computing anything for padding, unless outputs of every layer are asked for."""
+    """Does the same without computing anything for padding, unless outputs of every layer are asked for. The hidden
+    states of PackedFrames (N₀, mel_bins) are PackedFrames (N, width)."""
     reason = _asked(self, kwargs)
+    if isinstance(input_features, PackedFrames):
+
+        def encode(batch: Tensor, mask: Tensor) -> Tensor:
+            found: Tensor = ragged_encoder(self, batch, mask, False).last_hidden_state
+            return found
+
+        return _output(self, ragged.of_packed(self, input_features, attention_mask, encode, reason), None)
     lengths = ragged.lengths(self, input_features, attention_mask, reason)
     if lengths is None:
         return encoder(self, input_features, attention_mask, output_attention_mask, **kwargs)
@@ -130,9 +139,9 @@ def ragged_encoder(
     return _output(self, hidden, attention_mask if output_attention_mask else None)
 
 
-def _output(self: Upstream, hidden: Tensor, attention_mask: Tensor | None) -> Any:
+def _output(self: Upstream, hidden: Tensor | PackedFrames, attention_mask: Tensor | None) -> Any:
     """Returns upstream's output, with the mask of hidden states for that of the features, if given."""
-    if attention_mask is not None:
+    if isinstance(hidden, Tensor) and attention_mask is not None:
         attention_mask = self._get_output_attention_mask(attention_mask, target_length=hidden.shape[1]).int()
     output = sys.modules[upstream_class(self).__module__].ParakeetEncoderModelOutput
     return output(last_hidden_state=hidden, attention_mask=attention_mask)
@@ -141,7 +150,7 @@ def _output(self: Upstream, hidden: Tensor, attention_mask: Tensor | None) -> An
 def _packed(
     self: Upstream,
     capacity: Capacity,
-    input_features: Tensor,
+    input_features: Tensor | PackedFrames,
     attention_mask: Tensor | None = None,
     output_attention_mask: bool = True,
     **kwargs: Any,

@@ -4,16 +4,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastasr import _left
+from fastasr.graphs.module import Pack
 from fastasr.models import zipformer as models
 from fastasr.models.common.plain import any_watched
-from fastasr.models.zipformer import ragged
+from fastasr.models.zipformer import ragged, row
 from fastasr.models.zipformer.encoder import encoded
 from fastasr.models.zipformer.stack import in_windows
+from fastasr.packed_frames import PackedFrames
 from fastasr.swap.binding import bound_forward
 from fastasr.swap.rule import (
     Graphed,
@@ -93,21 +96,27 @@ def _unread_stacks(encoder: Upstream) -> str | None:
 
 
 def ragged_encoder(
-    self: Upstream, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    self: Upstream, x: Tensor | PackedFrames, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+) -> tuple[Any, Tensor]:
     """Runs on the frames that exist, or as upstream if there is no padding or it must stay."""
     return _without_padding(self, upstream_class(self).forward, x, x_lens, src_key_padding_mask)
 
 
 def ragged_causal_encoder(
-    self: Upstream, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    self: Upstream, x: Tensor | PackedFrames, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
+) -> tuple[Any, Tensor]:
     return _without_padding(self, causal_encoder, x, x_lens, src_key_padding_mask)
 
 
 def _without_padding(
-    encoder: Upstream, padded: Callable, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    encoder: Upstream,
+    padded: Callable,
+    x: Tensor | PackedFrames,
+    x_lens: Tensor,
+    src_key_padding_mask: Tensor | None,
+) -> tuple[Any, Tensor]:
+    if isinstance(x, PackedFrames):
+        return ragged.of_packed(encoder, x, src_key_padding_mask)
     lengths = ragged.lengths(encoder, x, src_key_padding_mask)
     if lengths is None:
         return padded(encoder, x, x_lens, src_key_padding_mask)
@@ -127,6 +136,12 @@ def _why_not(encoder: Upstream) -> str | None:
     return reason or ragged.why_not(encoder)
 
 
+def _why_no_row(encoder: Upstream) -> str | None:
+    if isinstance(encoder, models.Zipformer):
+        return row.why_not(encoder) if encoder.ragged else "it runs on padding: set its attribute ragged"
+    return _why_not(encoder) or row.why_not(encoder)
+
+
 def _parts(encoder: Upstream) -> list[nn.Module]:
     return list(encoder.encoders)
 
@@ -141,6 +156,8 @@ def _causal_structure(module: Upstream) -> str | None:
     return check_parameters(module, {}) or _unread_stacks(module)
 
 
+_PACK = Pack(row.encoded, row.packed, _why_no_row)
+
 CAUSAL_ENCODER = Rule(
     name="zipformer.causal_encoder",
     class_name="Zipformer",
@@ -149,7 +166,7 @@ CAUSAL_ENCODER = Rule(
     known={"a8293a774b5bf0cea0a06a0a": PACKAGE},
     companion=True,
     ragged=Ragged(ragged_causal_encoder, _why_not),
-    graphs=Graphed(choice="get_chunk_info", parts=_parts),
+    graphs=Graphed(choice="get_chunk_info", parts=_parts, pack=_PACK),
     leaves=_masked_now,
     note="makes no mask for chunks where all layers and their self_attn_weights are swapped",
 )
@@ -166,7 +183,7 @@ ENCODER = replace(
     leaves=lambda module: {},
     shallow=True,
     ragged=Ragged(ragged_encoder, _why_not),
-    graphs=Graphed(upstream_forward, parts=_parts),
+    graphs=Graphed(upstream_forward, parts=_parts, pack=_PACK),
     note="bound by ragged=True and graphs=True alone",
 )
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder on a row of fixed length, as ``models.common.row`` describes: one recorded call serves every batch.
+
+A recording's output is the same as if it were alone. Recordings begin at frames that every rate of the encoder has, so
+that downsampling is a sum over neighbours, and attention computes its weights where it needs them: those of all frames
+of the row would not fit into memory. In training each draw for sequences is made for as many recordings as the row has
+room for, and balancers and whitening see the frames that exist.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastasr.models.common.plain import runs
+from fastasr.models.common.row import Capacity, Packed, RowFrames, Spans, all_frames, why_beyond
+from fastasr.models.zipformer import ragged
+from fastasr.models.zipformer.convolution import ConvolutionModule, fused_weights
+from fastasr.packed_frames import PackedFrames
+
+if TYPE_CHECKING:
+    from fastasr.models.zipformer.encoder import Zipformer
+
+MULTIPLE = 16  # At every rate rows have a multiple of so many frames, as tensor cores like them.
+
+
+def why_not(encoder: "Zipformer") -> str | None:
+    """Returns why this encoder cannot run on a row, or None."""
+    if encoder.causal:
+        return "it is causal: its chunks begin with each recording"
+    reason = ragged.why_not(encoder)
+    if reason is not None:
+        return reason
+    for name, module in encoder.named_modules():
+        if getattr(module, "straight_through_rate", 0) != 0:
+            return f"{name} lets sequences straight through"
+        convolves = runs(module, ConvolutionModule.forward)
+        if convolves and fused_weights(module, module.out_proj.weight.shape[1]) is None:
+            return f"{name} has parts that are not upstream's, or have hooks"
+    return None
+
+
+def packed(
+    encoder: "Zipformer",
+    capacity: Capacity,
+    x: Tensor | PackedFrames,
+    x_lens: Tensor,
+    src_key_padding_mask: Tensor | None = None,
+) -> Packed | str:
+    """Returns a call of ``encoded`` for the arguments of ``Zipformer.forward``, or the reason why there is none, beside
+    those of ``why_not``."""
+    if capacity.parts:
+        return "its stacks are not recorded one by one on a row"
+    mask = src_key_padding_mask
+    if isinstance(x, PackedFrames):
+        if mask is not None or x.frames.dim() != 2:
+            return "it has a mask beside its PackedFrames, or these have another shape"
+        given: Tensor | PackedFrames = x
+        lengths = x.lengths
+    else:
+        given = x.transpose(0, 1)
+        if mask is not None and mask.shape != given.shape[:2]:
+            return "its mask is not one of lengths"
+        lengths = all_frames(given) if mask is None else (~mask.bool()).sum(-1)
+    reason = why_beyond(capacity, given, lengths)
+    if reason is not None:
+        return reason
+    if isinstance(given, PackedFrames):
+        given = given.to(given.frames.device, non_blocking=True)  # the lengths may be on the CPU
+        lengths = given.lengths
+    _extend_positions(encoder, capacity.longest or 0)
+    recordings, factor, between = capacity.recordings or 0, _factor(encoder), _between(encoder)
+    slots = (lengths + (between + factor - 1)) // factor * factor
+    spans = Spans.laid_out(lengths, slots, recordings)
+    rows = (capacity.frames or 0) + recordings * (between + factor - 1)
+    rows = -(-rows // (factor * MULTIPLE)) * factor * MULTIPLE
+    half = encoder.downsample_output.downsample
+
+    def unpack(y: Tensor) -> tuple[Tensor | PackedFrames, Tensor]:
+        after = Spans(spans.begins // half, (spans.ends + (half - 1)) // half)
+        y = y.transpose(0, 1)
+        if isinstance(given, PackedFrames):
+            found = after.without_gaps(y, len(lengths), -(-(capacity.frames or 0) // half) + recordings)
+            return found, found.lengths
+        y = after.unpacked(y, len(lengths), -(-given.shape[1] // half))
+        return y.transpose(0, 1), (x_lens + 1) // 2
+
+    row = spans.packed(given, rows).transpose(0, 1)
+    return Packed((row, *spans, capacity.longest), lengths.sum(), unpack)
+
+
+def encoded(encoder: "Zipformer", x: Tensor, begins: Tensor, ends: Tensor, longest: int) -> Tensor:
+    """Frames (N, 1, channels) of recordings, which lie at [begins, ends), both (R,), and have at most ``longest``
+    frames -> (N / 2, 1, width)."""
+    row = RowFrames(Spans(begins, ends), len(x), longest)
+    feature_masks = encoder.get_feature_masks(x.expand(-1, row.count, -1))
+    return ragged.through_stacks(encoder, x, row, *encoder.get_chunk_info(), feature_masks)
+
+
+def _extend_positions(encoder: "Zipformer", longest: int) -> None:
+    """Makes the tables of positions long enough, which a recording could not do."""
+    for stack, factor in zip(encoder.encoders, encoder.downsampling_factor, strict=True):
+        table: Any = getattr(stack, "encoder", stack).encoder_pos
+        frames = -(-longest // factor)
+        if table.pe.shape[0] < 2 * frames - 1:
+            table.extend_pe(table.pe.new_empty(1).expand(frames))
+
+
+def _factor(encoder: "Zipformer") -> int:
+    """Returns the frames of which every rate has a whole number."""
+    return math.lcm(*encoder.downsampling_factor, encoder.downsample_output.downsample)
+
+
+def _between(encoder: "Zipformer") -> int:
+    """Returns how many frames of nobody must lie between recordings: those that a convolution sees on one side."""
+    sizes = zip(encoder.cnn_module_kernel, encoder.downsampling_factor, strict=True)
+    return max(kernel // 2 * factor for kernel, factor in sizes)

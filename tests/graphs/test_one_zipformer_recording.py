@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One recording of a Zipformer serves every batch: recordings in a row of fixed length give what they give without
+padding. In training a row with room for as many recordings as the batch has draws the same random numbers."""
+
+import copy
+import random
+
+import pytest
+import torch
+from steps import close, cotangent, moved, numbers, same_gradients, seeded
+
+import fastasr
+from fastasr.graphs import module as graphs_of
+from fastasr.models.common import ragged
+from fastasr.models.zipformer import Zipformer
+from fastasr.models.zipformer.whitening import Whiten
+from fastasr.testing.tape import TapeRecorder
+
+FRAMES, RECORDINGS, LONGEST = 300, 4, 160
+SIZES = {
+    "downsampling_factor": (1, 2, 4),
+    "encoder_dim": (24, 32, 16),
+    "num_encoder_layers": 1,
+    "encoder_unmasked_dim": (16, 20, 12),
+    "query_head_dim": (8,),
+    "pos_head_dim": (4,),
+    "value_head_dim": (6,),
+    "num_heads": (2,),
+    "feedforward_dim": (32,),
+    "cnn_module_kernel": (7, 5, 3),
+    "pos_dim": 16,
+    "warmup_batches": 10.0,
+}
+KINDS = "ours", "swapped"
+ROUNDED = 1e-6  # numbers of the host are float32 on the device
+
+
+def encoder(kind, batch_count=20000.0, **options):
+    seeded(0)
+    if kind == "ours":
+        model = Zipformer(**SIZES, **options)
+    else:
+        modules = pytest.importorskip("zipformer.modules.zipformer")
+        import tiny_zipformer
+
+        with tiny_zipformer.plain_swoosh():
+            model = modules.Zipformer(**{**SIZES, "num_encoder_layers": (1, 1, 1)}, **options)
+    for module in model.modules():
+        if hasattr(module, "batch_count"):
+            module.batch_count = batch_count
+        if hasattr(module, "mem_cutoff"):
+            module.mem_cutoff = lambda _: False
+        if hasattr(module, "encoder_pos"):  # a row draws for the longest recording that it has room for
+            module.encoder_pos.dropout.p = 0.0
+    return moved(model, 0.03).double()
+
+
+def without_padding(model):
+    if isinstance(model, Zipformer):
+        model.ragged = True
+    fastasr.accelerate(model, ragged=True)
+    return model
+
+
+def recorded(model, **options):
+    """Returns the model, which leaves padding out on recorded rows, and its graphs."""
+    if isinstance(model, Zipformer):
+        model.ragged = True
+    options = {"frames": FRAMES, "recordings": RECORDINGS, "longest": LONGEST, "after": 1, **options}
+    tapes = TapeRecorder()
+    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=lambda: tapes, **options))
+    assert report.graphs[""] is None
+    return model, graphs_of.of(model)
+
+
+def batch(lengths, frames=None, seed=1):
+    """Returns frames, their numbers and the mask. Padding holds noise."""
+    frames = frames or max(lengths)
+    x = torch.randn(frames, len(lengths), SIZES["encoder_dim"][0], generator=numbers(seed)).double() * 3
+    lengths = torch.tensor(lengths)
+    return x, lengths, torch.arange(frames) >= lengths[:, None]
+
+
+def drawn(count, seed=0, recordings=None):
+    """Yields lengths of batches that fit, among them the shortest, empty ones, and a row that is exactly full."""
+    if recordings is None:
+        yield from ([100, 60], [1], [160, 140], [75] * 4, [0, 90], [1, 1, 1, 1], [90, 0, 17])
+        count -= 7
+    random = numbers(seed)
+    for _ in range(count):
+        left, lengths = FRAMES, []
+        for _ in range(recordings or int(torch.randint(1, RECORDINGS + 1, (), generator=random))):
+            lengths.append(int(torch.randint(0, min(left, LONGEST) + 1, (), generator=random)))
+            left -= lengths[-1]
+        yield lengths if max(lengths) > 3 else [20] * (recordings or 1)
+
+
+def existing(y, lengths):
+    return (torch.arange(len(y), device=y.device)[:, None] < (lengths + 1) // 2)[..., None]
+
+
+def step(model, x, lengths, mask):
+    """Returns the output and the gradients by name."""
+    x = x.clone().requires_grad_(model.training)
+    with torch.set_grad_enabled(model.training):
+        y, after = model(x, lengths, mask)
+    assert torch.equal(after, (lengths + 1) // 2)
+    if not model.training:
+        return y, {}
+    leaves = dict(model.named_parameters()) | {"frames": x}
+    loss = (y * cotangent(y.cpu()).to(y) * existing(y, lengths)).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return y.detach(), dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_recording_serves_fifty_batches(kind):
+    model = encoder(kind).eval()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model)
+    for seed, lengths in enumerate(drawn(50)):
+        inputs = batch(lengths, seed=seed)
+        y, expected = (step(m, *inputs)[0] for m in (ours, theirs))
+        close(y * existing(y, inputs[1]), expected * existing(y, inputs[1]), 1e-10)
+        assert not (y * ~existing(y, inputs[1])).any()
+    (found,) = fastasr.graph_state(ours)[""]
+    assert (found.seen, found.replayed, found.recorded, found.reason) == (50, 49, 1, None)
+    assert len(graphs.graphs) == 1
+    assert 0.1 < found.filling < 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_recording_as_alone(kind):
+    model = encoder(kind).eval()
+    alone = copy.deepcopy(model)
+    ours, _ = recorded(model, after=0)
+    lengths = [130, 1, 0, 77]
+    x, x_lens, mask = batch(lengths, frames=140)
+    with torch.no_grad():
+        found = ours(x.masked_fill(mask.T[..., None], torch.nan), x_lens, mask)[0]
+        for i, n in enumerate(lengths):
+            assert not found[(n + 1) // 2 :, i].any()
+            if n:
+                expected = alone(x[:n, i : i + 1], torch.tensor([n]), torch.zeros(1, n).bool())[0][:, 0]
+                close(found[: len(expected), i], expected, 1e-10)
+
+
+def of_whitening(model):
+    return [m.prob for m in model.modules() if isinstance(m, Whiten) or type(m).__name__ == "Whiten"]
+
+
+@pytest.mark.parametrize("batch_count", [6000.0, 60000.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_steps_as_without_padding(kind, batch_count):
+    """Values, gradients, every draw and what Whiten keeps, in one recording for all batches."""
+    model = encoder(kind, batch_count).train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model)
+    for seed, lengths in enumerate(drawn(12, recordings=RECORDINGS)):
+        inputs, results = batch(lengths, seed=seed), []
+        for each in (ours, theirs):
+            seeded(seed)
+            results.append((*step(each, *inputs), of_whitening(each), random.random(), torch.rand(())))
+        (y, gradients, *state), (expected, wanted, *states) = results
+        close(y * existing(y, inputs[1]), expected * existing(y, inputs[1]), 1e-9)
+        same_gradients(gradients, wanted, ROUNDED)
+        assert state == states
+    assert len(graphs.graphs) == 1
+    (found,) = fastasr.graph_state(ours)[""]
+    assert (found.recorded, found.replayed, found.reason) == (1, 11, None)
+
+
+def test_every_decision(monkeypatch):
+    """Layers are skipped, attention is constant and scores are penalised in some steps of one recording."""
+    import sys
+
+    attention = sys.modules["fastasr.models.zipformer.attention"]
+    monkeypatch.setattr(attention, "PENALISED_CALLS", 0.5)
+    monkeypatch.setattr(attention, "SCORE_LIMIT", 0.1)
+    monkeypatch.setattr(attention, "SCORE_PENALTY", 0.1)
+    monkeypatch.setattr(
+        ragged, "LACKING", 0
+    )  # the penalty acts on hidden scores of recordings that share a call
+    model = encoder("ours", 6000.0).train()
+    for layer in (m for m in model.modules() if hasattr(m, "const_attention_rate")):
+        del layer.const_attention_rate
+        layer.const_attention_rate = 0.5
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model, after=0)
+    for seed, lengths in enumerate(drawn(12, recordings=RECORDINGS)):
+        inputs, results = batch(lengths, seed=seed), []
+        for each in (ours, theirs):
+            seeded(seed)
+            results.append((*step(each, *inputs), random.random(), torch.rand(())))
+        (y, gradients, *state), (expected, wanted, *states) = results
+        close(y * existing(y, inputs[1]), expected * existing(y, inputs[1]), 1e-9)
+        same_gradients(gradients, wanted, ROUNDED)
+        assert state == states
+    assert len(graphs.graphs) == 1
+
+
+def test_the_first_batches_run_on_an_unrecorded_row():
+    """Positions are skipped at random in them, which no recording can decide."""
+    model = encoder("ours", 100.0).train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model, after=0)
+    for seed, lengths in enumerate(drawn(8, recordings=RECORDINGS)):
+        inputs, results = batch(lengths, seed=seed), []
+        for each in (ours, theirs):
+            seeded(seed)
+            results.append((*step(each, *inputs), random.random(), torch.rand(())))
+        (y, gradients, *state), (expected, wanted, *states) = results
+        close(y * existing(y, inputs[1]), expected * existing(y, inputs[1]), 1e-9)
+        same_gradients(gradients, wanted, ROUNDED)
+        assert state == states
+    assert not graphs.graphs
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_under_autocast(train):
+    model = encoder("ours").float().train(train)
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model, after=0)
+    for seed, lengths in enumerate(drawn(3, recordings=RECORDINGS)):
+        x, *rest = batch(lengths, seed=seed)
+        results = []
+        for each in (ours, theirs):
+            seeded(seed)
+            with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
+                y = each(x.float(), *rest)[0]
+            results.append(y.float() * existing(y, rest[0]))
+        close(*results, 0.05)
+    assert len(graphs.graphs) == 1
+
+
+TOO_LARGE = {
+    "recordings": ([20] * 5, "it has 5 recordings, and Graphs allows 4"),
+    "a recording": ([161], "it is padded to 161 frames, and Graphs allows a recording of 160"),
+    "frames": ([150, 151], "it has 301 frames, and Graphs allows 300"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_a_larger_batch_runs_without_padding(case):
+    lengths, reason = TOO_LARGE[case]
+    model = encoder("ours").eval()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model, after=0)
+    inputs = batch(lengths)
+    with torch.no_grad():
+        assert torch.equal(ours(*inputs)[0], theirs(*inputs)[0])
+        assert f"not replayed: {reason}" in str(fastasr.why(ours))
+        assert not graphs.kinds
+        ours(*batch([100]))
+    assert len(graphs.graphs) == 1
+
+
+def test_without_a_mask_all_frames_exist():
+    ours, graphs = recorded(encoder("ours").eval(), after=0)
+    x, x_lens, mask = batch([80, 80])
+    with torch.no_grad():
+        assert torch.equal(ours(x, x_lens)[0], ours(x, x_lens, mask)[0])
+    assert len(graphs.graphs) == 1
+
+
+def test_stacks_are_not_recorded_one_by_one():
+    ours, graphs = recorded(encoder("ours").eval(), after=0, parts=True)
+    theirs = without_padding(encoder("ours").eval())
+    inputs = batch([90, 0, 40])
+    with torch.no_grad():
+        assert torch.equal(ours(*inputs)[0], theirs(*inputs)[0])
+    assert not graphs.graphs
+    assert "its stacks are not recorded one by one on a row" in str(fastasr.why(ours))
+
+
+def change(model, what):
+    layer = model.encoders[0].layers[0]
+    if what == "a convolution":
+        conv = layer.conv_module1.depthwise_conv
+        layer.conv_module1.depthwise_conv = torch.nn.Sequential(conv)
+    elif what == "straight through":
+        layer.bypass.straight_through_rate = 0.1
+    else:
+        layer.norm.register_forward_hook(lambda module, inputs, y: None)
+
+
+NO_ROW = {
+    "a convolution": "encoders.0.layers.0.conv_module1 has parts that are not upstream's, or have hooks",
+    "straight through": "encoders.0.layers.0.bypass lets sequences straight through",
+}
+
+
+@pytest.mark.parametrize("what", NO_ROW)
+def test_what_no_row_can_hold(what):
+    model = encoder("ours").eval()
+    change(model, what)
+    theirs = without_padding(copy.deepcopy(model))
+    model.ragged = True
+    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, recorder=TapeRecorder)
+    report = fastasr.accelerate(model, ragged=True, graphs=options)
+    assert NO_ROW[what] in f"{report.graphs['']} {report.rows[0].reason}"
+    inputs = batch([100, 60])
+    with torch.no_grad():
+        assert torch.equal(model(*inputs)[0], theirs(*inputs)[0])
+
+
+def test_a_causal_encoder_is_recorded_by_shape():
+    model = encoder("ours", causal=True, chunk_size=(8,), left_context_frames=(32,)).eval()
+    model.ragged = True
+    report = fastasr.accelerate(
+        model, ragged=True, graphs=fastasr.Graphs(frames=FRAMES, recordings=4, recorder=TapeRecorder)
+    )
+    assert "not on a row: it is causal" in f"{report.graphs['']} {report.rows[0].reason}"
+
+
+def given_packed(x, x_lens, mask):
+    """Returns the arguments of a call with PackedFrames: NaN in the frames behind the last recording."""
+    rows = fastasr.packed(x.transpose(0, 1), x_lens).frames
+    rows = torch.cat([rows, rows.new_full((FRAMES - len(rows), rows.shape[1]), torch.nan)])
+    return fastasr.PackedFrames(rows, x_lens), x_lens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["recorded", "without padding"])
+def test_packed_frames(kind, way):
+    model = encoder(kind).eval()
+    theirs = without_padding(copy.deepcopy(model))
+    ours = recorded(model)[0] if way == "recorded" else without_padding(model)
+    for seed, lengths in enumerate(drawn(12)):
+        inputs = batch(lengths, seed=seed)
+        with torch.no_grad():
+            (found, after), (expected, _) = ours(*given_packed(*inputs)), theirs(*inputs)
+        assert torch.equal(after, (inputs[1] + 1) // 2)
+        assert torch.equal(found.lengths, after)
+        close(
+            found.unpacked(len(expected)), (expected * existing(expected, inputs[1])).transpose(0, 1), 1e-10
+        )
+    if way == "recorded":
+        (kind_of_call,) = fastasr.graph_state(ours)[""]
+        assert (kind_of_call.seen, kind_of_call.replayed, kind_of_call.recorded) == (12, 11, 1)
+
+
+def test_gradients_of_packed_frames():
+    model = encoder("ours", 60000.0).train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, _ = recorded(model, after=0)
+    for seed, lengths in enumerate(drawn(4, recordings=RECORDINGS)):
+        inputs, results = batch(lengths, seed=seed), []
+        for each in (ours, theirs):
+            seeded(seed)
+            x = inputs[0].clone().requires_grad_()
+            y = each(*given_packed(x, *inputs[1:]))[0] if each is ours else each(x, *inputs[1:])[0]
+            if each is ours:
+                y = y.unpacked((len(x) + 1) // 2).transpose(0, 1)
+            leaves = dict(each.named_parameters()) | {"frames": x}
+            loss = (y * cotangent(y) * existing(y, inputs[1])).sum()
+            found = torch.autograd.grad(
+                loss, list(leaves.values()), materialize_grads=True, allow_unused=True
+            )
+            results.append(dict(zip(leaves, found, strict=True)))
+        same_gradients(*results, ROUNDED)
+
+
+def test_packed_frames_need_an_encoder_without_padding():
+    model = encoder("ours").eval()
+    given, lengths = given_packed(*batch([20, 30]))
+    with pytest.raises(ValueError, match=r"PackedFrames, but encoder\.ragged is False"):
+        model(given, lengths)
+    model.ragged = True
+    with pytest.raises(ValueError, match="a mask too"):
+        model(given, lengths, torch.zeros(2, 30, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"a sum of at most 300, got \[200, 200\]"):
+        model(given._replace(lengths=torch.tensor([200, 200])), lengths)
+    assert model(given._replace(lengths=torch.tensor([0, 0])), lengths)[0].frames.shape == (0, 32)
+
+
+def still(model):
+    """Returns the model without random decisions."""
+    rates = "attention_skip_rate", "conv_skip_rate", "ff2_skip_rate", "ff3_skip_rate", "const_attention_rate"
+    for module in model.modules():
+        for name in (*rates, "skip_rate", "dropout_p", "prob", "grad_scale"):
+            if hasattr(module, name):
+                module._modules.pop(name, None)
+                setattr(module, name, 0.0)
+    kept = [1.0] * len(SIZES["encoder_dim"])
+    model.get_feature_masks = lambda x: kept
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def test_without_decisions_as_in_float64_on_a_cpu(kind, train, device, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["fastasr.models.zipformer.attention"], "PENALISED_CALLS", 0.0)
+    model = still(encoder(kind, 60000.0)).train(train)
+    theirs = without_padding(copy.deepcopy(model))
+    if kind == "ours":
+        model.ragged = True
+    tapes = TapeRecorder()
+    recorder = None if device == "cuda" else lambda: tapes
+    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, longest=LONGEST, recorder=recorder)
+    model = model.float().to(device)
+    fastasr.accelerate(model, ragged=True, graphs=options)
+    for seed, lengths in enumerate(drawn(12, recordings=RECORDINGS)):
+        inputs = batch(lengths, seed=seed)
+        y, gradients = step(model, inputs[0].float().to(device), *(t.to(device) for t in inputs[1:]))
+        expected, wanted = step(theirs, *inputs)
+        valid = existing(expected, inputs[1])
+        close(y.cpu().double() * valid, expected * valid, 1e-3)
+        if train:
+            same_gradients({name: g.cpu().double() for name, g in gradients.items()}, wanted, 1e-2)
+    (found,) = fastasr.graph_state(model)[""]
+    assert (found.replayed, found.recorded, found.reason) == (10, 1, None)
