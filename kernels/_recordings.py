@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recordings that lie one after the other in a sequence: the frames between two starts are one recording.
 
-``recordings_of`` compares frames with the starts where a kernel needs them once. Kernels that need them for every tile
-read them from a table, which ``bounds`` makes in one launch.
+Kernels read where the recordings of frames begin and end from a table, which ``bounds`` makes in one launch: to compare
+the frames of every tile with the starts would take longer than the tile.
+
+Backward passes store gradients of scores, dS, for a piece of the rows at a time. A block of queries has rows as long as
+the keys that it meets, and only the device knows how many these are. So a second table, which ``pieces`` makes, says
+where a block's rows lie, and which blocks are a piece. The host counts pieces as if all recordings were of the longest
+kind: if they are shorter, the last pieces are empty, and their programs end at once.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import cdiv, launch
+from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 
 RECORDINGS = tl.constexpr(32)  # starts that are read at a time
 LAST = tl.constexpr(2**31 - 1)
 TABLE = {"BLOCK": 128, "num_warps": 4}
+BLOCKS = {"MANY": 128, "num_warps": 4}  # for ``pieces_kernel``
 
 
 @triton.jit
 def recordings_of(i, STARTS, count):
-    """Returns [first, end) of the recordings of frames i, [i, i) for a frame that belongs to none."""
+    """Returns [first, end) of the recordings of frames i. A frame of none has the next start, or the last one, as both:
+    neither number decreases along the frames."""
     first = tl.full(i.shape, -1, tl.int32)
     end = tl.full(i.shape, LAST, tl.int32)
     for n in range(0, count, RECORDINGS):
@@ -28,8 +35,8 @@ def recordings_of(i, STARTS, count):
         begun = start <= i[:, None]  # [frames, RECORDINGS]
         first = tl.maximum(first, tl.max(tl.where(begun, start, -1), axis=1))
         end = tl.minimum(end, tl.min(tl.where(begun, LAST, start), axis=1))
-    none = (first < 0) | (end == LAST)
-    return tl.where(none, i, first), tl.where(none, i, end)
+    begun, ended = tl.where(first < 0, end, first), tl.where(end == LAST, first, end)
+    return begun, ended
 
 
 @triton.jit(do_not_specialize=["frames", "count"], do_not_specialize_on_alignment=["STARTS"])
@@ -37,14 +44,81 @@ def bounds_kernel(STARTS, OUT, frames, count, BLOCK: tl.constexpr):
     """Writes [first, end) of the recordings of a block of frames, two rows of ``frames`` numbers."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, end = recordings_of(i, STARTS, count)
-    tl.store(OUT + i, first, mask=i < frames)
+    tl.store(OUT + i, tl.minimum(first, frames), mask=i < frames)
     tl.store(OUT + frames + i, tl.minimum(end, frames), mask=i < frames)
 
 
 def bounds(starts: torch.Tensor, frames: int) -> torch.Tensor:
-    """Returns int32 (2, frames): the first frame of each frame's recording and the one behind its last; twice the same
-    for a frame that belongs to none.
+    """Returns int32 (2, frames): the first frame of each frame's recording and the one behind its last, which are equal
+    for a frame that belongs to none. Neither row decreases.
     """
     found = torch.empty(2, frames, dtype=torch.int32, device=starts.device)
     launch(bounds_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), **TABLE)
     return found
+
+
+@triton.jit(do_not_specialize=["frames", "blocks", "left", "right", "size", "count"])
+def pieces_kernel(
+    BOUNDS, OUT, frames, blocks, left, right, size, count,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, MANY: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Writes four rows: the first key of each block of queries, the elements of one of its rows, and of all blocks
+    before it; then the first block of each of ``count`` pieces, each of which begins behind ``size`` elements more.
+    One program does it all."""
+    p = tl.arange(0, COUNTED)
+    firsts = tl.zeros([COUNTED], tl.int64)
+    total = tl.zeros([1], tl.int64)
+    for n in range(0, blocks, MANY):
+        b = n + tl.arange(0, MANY)
+        keep = b < blocks
+        last = tl.minimum((b + 1) * BLOCK, frames) - 1
+        begin = tl.maximum(tl.load(BOUNDS + b * BLOCK, mask=keep, other=0), b * BLOCK - left)
+        end = tl.minimum(tl.load(BOUNDS + frames + last, mask=keep, other=0), last + 1 + right)
+        whole = begin // COLUMNS * COLUMNS
+        row = tl.where(begin < end, tl.cdiv(end - whole, COLUMNS) * COLUMNS, 0) + MORE
+        elements = tl.where(keep, row, 0).to(tl.int64) * BLOCK
+        before = total + tl.cumsum(elements, axis=0) - elements
+        tl.store(OUT + b, whole, mask=keep)
+        tl.store(OUT + blocks + b, row, mask=keep)
+        tl.store(OUT + 2 * blocks + b, before, mask=keep)
+        earlier = keep[None, :] & (before[None, :] < p[:, None] * size.to(tl.int64))  # [COUNTED, MANY]
+        firsts += tl.sum(earlier.to(tl.int64), axis=1)
+        total += tl.sum(elements, axis=0)
+    firsts = tl.where(p < count, firsts, blocks)
+    tl.store(OUT + 3 * blocks + p, firsts, mask=p <= count)
+
+
+@triton.jit
+def blocks_of(PIECES, piece, blocks):
+    """Returns [first, end) of the blocks of queries of a piece, of ``blocks`` in all."""
+    at = PIECES + 3 * blocks + piece
+    return tl.load(at).to(tl.int32), tl.load(at + 1).to(tl.int32)
+
+
+@triton.jit
+def rows_of(PIECES, block, first_block, blocks, COLUMNS: tl.constexpr):
+    """Returns the first key that a block of queries meets, the elements of one of its rows, and the place of the first
+    of them in a piece that begins with ``first_block``."""
+    begin = tl.load(PIECES + block).to(tl.int32)
+    row = tl.load(PIECES + blocks + block).to(tl.int32)
+    place = tl.load(PIECES + 2 * blocks + block) - tl.load(PIECES + 2 * blocks + first_block)
+    return tl.multiple_of(begin, COLUMNS), tl.multiple_of(row, COLUMNS), tl.multiple_of(place, COLUMNS)
+
+
+def pieces(
+    table: torch.Tensor, left: int, right: int, block: int, columns: int, more: int, room: int
+) -> tuple[torch.Tensor, int, int]:
+    """Returns the table that ``pieces_kernel`` writes, how many pieces there are, and the elements of one: about
+    ``room``, but those of two blocks at least. ``table`` is that of ``bounds``. Queries see keys up to ``left`` frames
+    before and ``right`` behind them. A block of ``block`` queries meets tiles of ``columns`` keys, and its rows have
+    ``more`` elements than these."""
+    frames = table.shape[1]
+    blocks = cdiv(frames, block)
+    longest = (min(cdiv(left + right + block, columns) + 1, cdiv(frames, columns)) * columns + more) * block
+    size = blocks * longest if blocks * longest <= room else max(longest, room - longest)
+    count = cdiv(blocks * longest, size)
+    found = torch.empty(3 * blocks + count + 1, dtype=torch.int64, device=table.device)
+    launch(pieces_kernel, (1,), table, found, frames, blocks, left, right, size, count,
+        BLOCK=block, COLUMNS=columns, MORE=more, COUNTED=next_power_of_2(count + 1), **BLOCKS,
+    )  # fmt: skip
+    return found, count, size if count == 1 else size + longest

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import load_rows, slopes_of, sums
+from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_attention_scores import (
     SIZES,
     UNALIGNED,
@@ -21,7 +22,7 @@ from fastasr.kernels._rel_attention_scores import (
     scores_of,
     through_cap,
 )
-from fastasr.kernels._rel_position_tiles import place
+from fastasr.kernels._rel_position_tiles import dealt, place
 from fastasr.kernels._relative_shift import by_offset, merged
 from fastasr.kernels._weights_dropout import dropped, row_words
 
@@ -76,15 +77,15 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA,
-    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, LSE, INVERSE, DELTA,
+    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
     g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries of float32."""
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    sizes = frames, keys, chunk, left, right, BOUNDS
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     lanes = tl.arange(0, BLOCK)
     i = block * BLOCK + lanes
     keep_i = i < frames
@@ -121,11 +122,12 @@ def statistics_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
+    do_not_specialize=[*SIZES, "start_row", "rows", "piece", "all_blocks"],
+    do_not_specialize_on_alignment=UNALIGNED,
 )
 def queries_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
-    DGATE, frames, keys, chunk, left, right, recordings, start_row, rows, batch, blocks, all_blocks, heads, q_time,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
+    DGATE, PIECES, frames, keys, chunk, left, right, start_row, rows, piece, batch, blocks, all_blocks, heads, q_time,
     v_time, q_batch, k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind,
     ds_row, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
@@ -134,10 +136,17 @@ def queries_kernel(
     """Writes dS k of a block of the queries [start_row, start_row + rows) and of channels and its sums, and the
     gradient of the gate. DQ has float32 if dS' R will be added. Programs of the first block of channels also store dS
     by offset, unless DS is None: one BLOCK of columns more than the keys that they
-    meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
+    meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0. With PIECES of _recordings.py,
+    DS holds one of these."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    sizes = frames, keys, chunk, left, right, BOUNDS
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    first_block = 0
+    if PIECES is not None:
+        first_block, end_block = blocks_of(PIECES, piece, blocks)
+        block += first_block
+        if block >= end_block:
+            return
     lanes = tl.arange(0, BLOCK)
     local = block * BLOCK + lanes
     i = start_row + local
@@ -165,7 +174,11 @@ def queries_kernel(
     before = tl.zeros([BLOCK, BLOCK], Q.dtype.element_ty)
     dgate = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
     if DS is not None:
-        DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
+        if PIECES is None:
+            DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
+        else:
+            _, row_size, at = rows_of(PIECES, block, first_block, blocks, BLOCK)
+            DS += (head * batch + sequence) * ds_row + at + (lanes * row_size)[:, None]
     lower = band(held[1], tensors, i, q_time, keep_i, base, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     for start in range(0, end - begin, BLOCK):
         j = begin + start + lanes
@@ -206,25 +219,35 @@ def queries_kernel(
         tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=keep_d)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
+@triton.jit(do_not_specialize=[*SIZES, "first_block", "piece", "all_blocks"])
 def offsets_kernel(
-    DS, Q, POS, EDGES, W, CONTENT, DQ, PARTS, SUMS, STARTS, frames, keys, chunk, left, right, recordings, first_block,
-    batch, blocks, all_blocks, heads, q_time, q_batch, side, r_time, r_head, before, behind, ds_row, scale,
+    DS, Q, POS, EDGES, W, CONTENT, DQ, PARTS, SUMS, BOUNDS, PIECES, frames, keys, chunk, left, right, first_block,
+    piece, batch, blocks, all_blocks, heads, q_time, q_batch, side, r_time, r_head, before, behind, ds_row, scale,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dq = CONTENT + dS' R of a block of channels and of queries, out of the ``blocks`` that DS holds, and sums
     of dS' R. With a span it also writes to SUMS what keys beyond it, those with R's first and last row, add to these.
     """
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    if PIECES is not None:
+        first_block, end_block = blocks_of(PIECES, piece, blocks)
+        if first_block + block >= end_block:
+            return
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = (first_block + block) * BLOCK + lanes
     span = (EDGES, 0, side, r_time, r_head, before, behind)
     POS += head * r_head
-    DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[:, None] * ds_row
+    if PIECES is None:
+        DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[
+            :, None
+        ] * ds_row
+    else:
+        _, row_size, at = rows_of(PIECES, first_block + block, first_block, blocks, BLOCK)
+        DS += (head * batch + sequence) * ds_row + at + (lanes * row_size)[:, None]
     first = (first_block + block) * BLOCK
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
+    sizes = frames, keys, chunk, left, right, BOUNDS
     begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
     base = frames - first - BLOCK + begin
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -270,8 +293,8 @@ def offsets_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
-    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, LSE, INVERSE, DELTA, DK, DV,
-    DKEY_BIAS, frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch,
+    G, Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, LSE, INVERSE, DELTA, DK, DV,
+    DKEY_BIAS, frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch,
     v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, s_batch, s_head, threshold,
     scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -280,8 +303,8 @@ def keys_kernel(
     also write the sums of dS over the queries, unless DKEY_BIAS is None.
     """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    sizes = frames, keys, chunk, left, right, BOUNDS
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes
     keep_j = j < keys
@@ -341,22 +364,22 @@ def keys_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "first_block", "count", "lowest", "low", "high", "each", "groups"],
+    do_not_specialize=[*SIZES, "first_block", "count", "piece", "lowest", "low", "high", "each", "groups"],
     do_not_specialize_on_alignment=["BIASES"],
 )
 def positions_kernel(
-    DS, Q, W, GATE, PARTS, BIASES, STARTS, frames, keys, chunk, left, right, recordings, first_block, count, lowest,
-    low, high, each,
-    groups, batch, blocks, heads, q_time, q_batch, p_row, p_head, ds_row, scale, DIM: tl.constexpr,
+    DS, Q, W, GATE, PARTS, BIASES, BOUNDS, PIECES, frames, keys, chunk, left, right, first_block, count, piece, lowest,
+    low, high, each, groups, batch, blocks, heads, q_time, q_batch, p_row, p_head, ds_row, scale, DIM: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes PARTS + dS'^T (q + w) of WIDE blocks of offsets and one of channels, over the ``count`` blocks of queries
-    that DS holds of each sequence of a group of ``each``; PARTS is (groups, high - low, heads, DIM) in the order of
+    that DS holds of each sequence of a group of ``each``. With PIECES a group is a share of the piece's blocks of one
+    sequence: one row has too few programs otherwise. PARTS is (groups, high - low, heads, DIM) in the order of
     its strides p_row and p_head, for the offsets from ``low`` to ``high``, or None. Programs of the first block of
     channels also write dS'^T g to BIASES, which is (groups, high - low, heads) or None. Offsets r = T + t BLOCK + c are
     block t + b + 1 of the rows of block b, counted from key 0; the first program begins with t = ``lowest``.
     """
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
+    sizes = frames, keys, chunk, left, right, BOUNDS
     head, group, number = place(tl.program_id(0), blocks, groups)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -368,18 +391,36 @@ def positions_kernel(
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
     dr = tl.zeros([WIDE * BLOCK, BLOCK_D], tl.float32)
     db = tl.zeros([WIDE * BLOCK], tl.float64 if PRECISE else tl.float32)
-    begin = tl.maximum(-t - WIDE, first_block)
-    met = tl.minimum(tl.cdiv(keys, BLOCK) - t, first_block + count) - begin
-    sequences = tl.minimum(batch - group * each, each).to(tl.int32)
+    begin, end = first_block, first_block + count
+    if PIECES is None:
+        first_sequence = group * each
+        sequences = tl.minimum(batch - first_sequence, each).to(tl.int32)
+    else:
+        first_block, end = blocks_of(PIECES, piece, count)
+        first_sequence, sequences = group % batch, 1
+        each = tl.cdiv(end - first_block, groups // batch)
+        begin = first_block + (group // batch).to(tl.int32) * each
+        end = tl.minimum(end, begin + each)
+        if begin >= end:
+            return
+    begin, end = tl.maximum(-t - WIDE, begin), tl.minimum(tl.cdiv(keys, BLOCK) - t, end)
+    met = end - begin
     for n in range(0, tl.maximum(met, 0) * sequences):
-        sequence = group * each + n // met
-        block = begin + n % met
+        sequence, block = first_sequence, begin + n
+        if PIECES is None:
+            sequence, block = first_sequence + n // met, begin + n % met
         i = block * BLOCK + lanes
-        rows = (block - first_block) * BLOCK + lanes
-        rows = ((head * batch + sequence) * count * BLOCK + rows) * ds_row
         column = (t + block + 1) * BLOCK + wide
-        first, behind = keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
-        inside = (column >= first) & (column < (tl.cdiv(behind, BLOCK) + 1) * BLOCK)  # in whole blocks
+        if PIECES is None:
+            rows = (block - first_block) * BLOCK + lanes
+            rows = ((head * batch + sequence) * count * BLOCK + rows) * ds_row
+            first, behind = keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
+            behind = (tl.cdiv(behind, BLOCK) + 1) * BLOCK  # in whole blocks
+        else:
+            first, row_size, at = rows_of(PIECES, block, first_block, count, BLOCK)
+            rows = (head * batch + sequence) * ds_row + at + lanes * row_size
+            behind = first + row_size
+        inside = (column >= first) & (column < behind)
         ds = tl.load(DS + rows[:, None] + (column - first)[None, :], mask=inside[None, :], other=0.0)
         if PARTS is not None:
             p = load_rows(Q + sequence * q_batch, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]

@@ -6,7 +6,6 @@ import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
-from fastasr.kernels._recordings import recordings_of
 from fastasr.kernels._rel_position_tiles import masked, query_key
 from fastasr.kernels._relative_shift import by_key
 
@@ -16,7 +15,6 @@ SIZES = [
     "chunk",
     "left",
     "right",
-    "recordings",
     "batch",
     "blocks",
     "heads",
@@ -24,32 +22,35 @@ SIZES = [
     "before",
     "behind",
 ]
-UNALIGNED = ["PADDING", "MASK", "STARTS", "SEED"]
+UNALIGNED = ["PADDING", "MASK", "BOUNDS", "SEED"]
 
 
 # --------------------------------------------------------------------------- the keys of a query
-# sizes: (frames, keys, chunk, left, right, STARTS, recordings); negative: no limit. Without WINDOW nothing reads what
-# follows keys; STARTS may be None.
+# sizes: (frames, keys, chunk, left, right, BOUNDS); negative: no limit. BOUNDS is the table of _recordings.py or None.
+# Without WINDOW nothing reads what follows keys.
 @triton.jit
 def context(i, sizes, WINDOW: tl.constexpr):
     """Returns [first, end) of the keys in the context of queries i; those behind the last one have its context."""
-    frames, keys, chunk, left, right, STARTS, recordings = sizes
+    frames, keys, chunk, left, right, BOUNDS = sizes
     first, end = i, i
     if WINDOW:
         i = tl.minimum(i, frames - 1)
         start = (i + (keys - frames)) // chunk * chunk
         first = tl.where(left < 0, 0, tl.maximum(start - left, 0))
         end = tl.where(right < 0, keys, tl.minimum(start + chunk + right, keys))
-        if STARTS is not None:
-            begun, ended = recordings_of(i, STARTS, recordings)
-            first, end = tl.maximum(first, begun), tl.minimum(end, ended)
+        if BOUNDS is not None:
+            first = tl.maximum(first, tl.load(BOUNDS + i))
+            end = tl.minimum(end, tl.load(BOUNDS + frames + i))
     return first, end
 
 
 @triton.jit
-def _both(first, last):
-    """Returns a tensor of two numbers."""
-    return tl.where(tl.arange(0, 2) == 0, first, last)
+def _from_block(begin, end, BOUNDS, BLOCK: tl.constexpr):
+    """Returns the range [begin, end) from the beginning of a block on, and an empty one as it is."""
+    whole = begin // BLOCK * BLOCK
+    if BOUNDS is not None:
+        end = tl.where(begin < end, end, whole)
+    return whole, end
 
 
 @triton.jit
@@ -59,13 +60,9 @@ def keys_seen(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """
     begin, end = 0, sizes[1]
     if WINDOW:
-        if sizes[5] is None:
-            begin, _ = context(first, sizes, WINDOW)
-            _, end = context(last, sizes, WINDOW)
-        else:
-            firsts, ends = context(_both(first, last), sizes, WINDOW)
-            begin, end = tl.min(firsts, axis=0), tl.max(ends, axis=0)
-        begin = begin // BLOCK * BLOCK
+        begin, _ = context(first, sizes, WINDOW)
+        _, end = context(last, sizes, WINDOW)
+        begin, end = _from_block(begin, end, sizes[5], BLOCK)
     return begin, end
 
 
@@ -74,16 +71,16 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
     """Returns [begin, end) of the queries with any of the keys [first, last] in their context; begin is a multiple of
     BLOCK.
     """
-    frames, keys, chunk, left, right, STARTS, recordings = sizes
+    frames, keys, chunk, left, right, BOUNDS = sizes
     begin, end = 0, frames
     if WINDOW:
         cached = keys - frames
         begin = tl.where(right < 0, 0, tl.maximum(tl.maximum(first - right, 0) // chunk * chunk - cached, 0))
         end = tl.where(left < 0, frames, tl.minimum((last + left) // chunk * chunk + chunk - cached, frames))
-        if STARTS is not None:  # without a cache
-            firsts, ends = recordings_of(tl.minimum(_both(first, last), frames - 1), STARTS, recordings)
-            begin, end = tl.maximum(begin, tl.min(firsts, axis=0)), tl.minimum(end, tl.max(ends, axis=0))
-        begin = begin // BLOCK * BLOCK
+        if BOUNDS is not None:  # without a cache
+            begin = tl.maximum(begin, tl.load(BOUNDS + first))
+            end = tl.minimum(end, tl.load(BOUNDS + frames + tl.minimum(last, frames - 1)))
+        begin, end = _from_block(begin, end, BOUNDS, BLOCK)
     return begin, end
 
 

@@ -30,6 +30,17 @@ def place(program, blocks, batch):
 
 
 @triton.jit
+def dealt(program, blocks, batch, BOUNDS):
+    """Returns the same. With recordings in a row, the programs of all heads follow block by block: if the longest
+    recordings come first, those with much to do begin first, and the last ones end together.
+    """
+    if BOUNDS is not None:
+        pairs = tl.num_programs(0) // blocks
+        program = program % pairs * blocks + program // pairs
+    return place(program, blocks, batch)
+
+
+@triton.jit
 def window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW: tl.constexpr):
     """Returns [low, high), [first, end): the keys of the recordings of frames i that R reaches, and the keys in their
     chunk windows; frames behind the last one see what it sees. Nothing reads the former where BOUNDS, (2, frames), is

@@ -41,6 +41,7 @@ import triton.language as tl
 from fastasr.kernels._attention_tiles import NONE, PIECE_BYTES, load_rows, mask_stride, running, sums
 from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, launch, next_power_of_2, rounded
 from fastasr.kernels._parts import add_tables
+from fastasr.kernels._recordings import bounds, pieces
 from fastasr.kernels._rel_attention_backward import (
     biases_kernel,
     delta_kernel,
@@ -61,7 +62,7 @@ from fastasr.kernels._rel_attention_scores import (
     queries,
     scores_of,
 )
-from fastasr.kernels._rel_position_tiles import head_block, place
+from fastasr.kernels._rel_position_tiles import dealt, head_block
 from fastasr.kernels._relative_shift import moved
 from fastasr.kernels._weights_dropout import constants as dropout_constants
 from fastasr.kernels._weights_dropout import dropped, row_words
@@ -70,8 +71,8 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, STARTS, SEED, Y, LSE,
-    frames, keys, chunk, left, right, recordings, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
+    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, Y, LSE,
+    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
     g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -79,8 +80,8 @@ def forward_kernel(
     """Writes y of a block of queries and of columns, and the queries' lse, which is inf without a key."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
-    sizes = frames, keys, chunk, left, right, STARTS, recordings
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    sizes = frames, keys, chunk, left, right, BOUNDS
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
@@ -141,9 +142,10 @@ def tiles(
     hiding: bool,
     dropping: bool,
     limited: bool,
+    recordings: bool = False,
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a mask of pairs, ``dropping``
-    whether there is dropout, ``limited`` whether the context is.
+    whether there is dropout, ``limited`` whether the context is, ``recordings`` whether there are several in a row.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed, and need small tiles. Heads of 65 to 128 channels fit the registers in one block only
@@ -166,7 +168,8 @@ def tiles(
     else:
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
-    crowded = {"num_stages": 1} if hiding and dropping else {}  # loads ahead would spill
+    crowding = hiding or (recordings and dim > 64)
+    crowded = {"num_stages": 1} if crowding and dropping else {}  # loads ahead would spill
     # two warps have 8 columns each of 16 x 16; four compute all of them twice
     two = {"num_warps": 2} if rounded(dtype) else {}
     return {
@@ -216,13 +219,14 @@ def rel_attention_forward(
     if not lse.numel():
         return y, lse
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
-    shapes = _tiles(q, v, attn_mask, dropout_p, window)
+    table = None if starts is None else bounds(starts, frames)
+    shapes = _tiles(q, v, attn_mask, dropout_p, window, starts is not None)
     tile, span = shapes["forward"], _span(q, pos, before, behind)
     edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
-        as_bytes(key_padding_mask), as_bytes(attn_mask), starts, dropout_seed if dropout_p else None, y, lse,
+        as_bytes(key_padding_mask), as_bytes(attn_mask), table, dropout_seed if dropout_p else None, y, lse,
         *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_shared(key_bias), *span,
         *_last(dim, dropout_p, soft_cap),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
@@ -280,10 +284,15 @@ def _last(dim: int, dropout_p: float, soft_cap: float) -> tuple[int, float, floa
 
 
 def _tiles(
-    q: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float, limited: bool
+    q: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    limited: bool,
+    recordings: bool,
 ) -> dict[str, dict]:
     hiding, dropping = attn_mask is not None, dropout_p > 0
-    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), hiding, dropping, limited)
+    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), hiding, dropping, limited, recordings)
 
 
 def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
@@ -292,18 +301,17 @@ def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor)
 
 def _sizes(
     frames: int, keys: int, left: int, right: int, chunk_size: int, starts: torch.Tensor | None
-) -> tuple[tuple[int, int, int, int, int, int], bool]:
+) -> tuple[tuple[int, int, int, int, int], bool]:
     """Returns the kernels' sizes, and whether any context is limited. No sum of them overflows."""
     limits = (min(n, keys) for n in (chunk_size, left, right))
-    recordings = 0 if starts is None else len(starts)
-    return (frames, keys, *limits, recordings), max(left, right) >= 0 or starts is not None
+    return (frames, keys, *limits), max(left, right) >= 0 or starts is not None
 
 
-def _met(sizes: tuple[int, int, int, int, int, int], block: int) -> tuple[int, int, int]:
+def _met(sizes: tuple[int, int, int, int, int], block: int) -> tuple[int, int, int]:
     """Returns (number, lowest, highest): a block of queries meets at most that many blocks of keys, and its rows of dS
     by offset lie in the blocks ``lowest`` to ``highest`` of offsets that ``positions_kernel`` counts.
     """
-    frames, keys, chunk, left, right, _ = sizes
+    frames, keys, chunk, left, right = sizes
     blocks, cached = cdiv(keys, block), keys - frames
     lowest, highest = -cdiv(frames, block), blocks - 1
     if left >= 0:
@@ -313,11 +321,11 @@ def _met(sizes: tuple[int, int, int, int, int, int], block: int) -> tuple[int, i
     return min(blocks, highest - lowest), lowest, highest
 
 
-def _each(batch: int, programs: int) -> int:
-    """Returns the sequences of a program of ``positions_kernel``, of which each sequence takes ``programs``: so many
-    that about PROGRAMS are left, as each group of sequences has a table of dR.
+def _each(units: int, programs: int) -> int:
+    """Returns the units, sequences or blocks of queries, of a program of ``positions_kernel``, of which each unit takes
+    ``programs``: so many that about PROGRAMS are left, as each group of units has a table of dR.
     """
-    return cdiv(batch, min(batch, cdiv(PROGRAMS, programs)))
+    return cdiv(units, min(units, cdiv(PROGRAMS, programs)))
 
 
 def rel_attention_backward(
@@ -355,8 +363,9 @@ def rel_attention_backward(
     )
     width, pairs, scale = heads * dim, heads * batch, dim**-0.5
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
+    table = None if starts is None else bounds(starts, frames)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
-    shapes = _tiles(q, v, attn_mask, dropout_p, window)
+    shapes = _tiles(q, v, attn_mask, dropout_p, window, starts is not None)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
     span = _span(q, pos, before, behind)
     strides = *_strides(q, k, v, grad), mask_stride(attn_mask), *_shared(key_bias), *span
@@ -364,7 +373,7 @@ def rel_attention_backward(
     edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
     operands = (
         grad, q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
-        as_bytes(key_padding_mask), as_bytes(attn_mask), starts, dropout_seed if dropout_p else None, lse,
+        as_bytes(key_padding_mask), as_bytes(attn_mask), table, dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
     if q.dtype == torch.float32:
@@ -388,11 +397,21 @@ def rel_attention_backward(
     met, lowest, highest = _met(sizes, block)
     row = (met + 1) * block  # a row of dS by offset
     step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
-    ds = q.new_empty(pairs * min(step, blocks) * block * row) if by_offset else None
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)
     groups, keys = cdiv(batch, each), k.shape[1]
+    held = [
+        (n // step, n, min(step, blocks - n)) for n in range(0, blocks, step)
+    ]  # piece, first block, blocks
+    size, of_blocks = min(step, blocks) * block * row, None
+    if table is not None and by_offset:
+        reach = (frames if n < 0 else n for n in sizes[3:])
+        room = PIECE_BYTES // (pairs * q.element_size())
+        of_blocks, count, size = pieces(table, *reach, block, block, block, room)
+        row, held = size, [(n, 0, blocks) for n in range(count)]
+        groups = batch * cdiv(blocks, _each(blocks, programs * batch))
+    ds = q.new_empty(pairs * size) if by_offset else None
     low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, frames + keys - 1)
     first_row, last_row = low, high  # the offsets of dR's rows that ``positions`` adds up
     if edges is not None:  # those between the first row and the last one
@@ -404,7 +423,7 @@ def rel_attention_backward(
     if (
         offset_bias is not None
     ):  # a table of each piece: adding to numbers that several threads read would be a race
-        shape = cdiv(blocks, step), groups, high - low, heads
+        shape = len(held), groups, high - low, heads
         bias_parts = torch.zeros(shape, dtype=shares, device=q.device)
     tables = [(parts, bias_parts, low, high)]
     if edges is not None:
@@ -416,17 +435,16 @@ def rel_attention_backward(
     sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
     edge_sums = None if edges is None else torch.empty_like(sums_of)
     columns, of_products = (cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
-    for first in range(0, blocks, step):
-        count = min(step, blocks - first)
+    for piece, first, count in held:
         rows = min(count * block, frames - first * block)
         launch(queries_kernel, (pairs * count, columns),
-            *operands, content, ds, None if bias_u is None else sums_of[0], dgate,
-            *sizes, first * block, rows, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
+            *operands, content, ds, None if bias_u is None else sums_of[0], dgate, of_blocks,
+            *sizes, first * block, rows, piece, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
         )  # fmt: skip
         if pos is not None:
             launch(offsets_kernel, (pairs * count, of_products),
-                ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, starts,
-                *sizes, first, batch, count, blocks, heads,
+                ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, table,
+                of_blocks, *sizes, first, piece, batch, count, blocks, heads,
                 q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
             )  # fmt: skip
         for found, biases, begin, end in tables:
@@ -436,15 +454,15 @@ def rel_attention_backward(
             )
             if tall > 0 and (found is not None or biases is not None):
                 launch(positions_kernel, (heads * groups * tall, 1 if found is None else of_products),
-                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[first // step], starts,
-                    *sizes, first, count, here, begin, end, each, groups, batch, tall, heads,
+                    ds, q, bias_v, offset_gate, found, None if biases is None else biases[piece], table, of_blocks,
+                    *sizes, first, count, piece, here, begin, end, each, groups, batch, tall, heads,
                     q.stride(1), q.stride(0), *order, row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
                 )  # fmt: skip
     if dpos is not None:
-        if window or edges is not None:  # the other offsets have no pair
-            dpos.zero_()
         at = first_row if edges is None else first_row - (keys - 1) + before
         inner = dpos[at : at + last_row - first_row]
+        if len(inner) + (0 if edges is None else 2) < len(dpos):  # the other offsets have no pair
+            dpos.zero_()
         if inner.numel():
             add_tables(parts, inner, parts.numel() // inner.numel())
     if dbias is not None:

@@ -435,13 +435,14 @@ class _Plan:
         return (logits if self.duration_bias is None else logits + self.duration_bias).log_softmax(1)
 
     def hide(self, durations: torch.Tensor, value: float) -> torch.Tensor:
-        """Returns numbers (rows of the whole lattice, durations) with ``value`` outside the boundary."""
-        if self.band[2] is None:
-            return durations
-        s_begin, t_begin, s_end, t_end = self.band[2][:, :, None, None].unbind(1)
-        s = torch.arange(self.s_range, device=self.am.device, dtype=torch.int64)
-        t = torch.arange(self.frames, device=self.am.device, dtype=torch.int64)[:, None]
-        outside = (s < s_begin) | (s > s_end) | (t < t_begin) | (t >= t_end)  # (batch, frames, s_range)
+        """Returns numbers (rows, durations) with ``value`` outside the boundary."""
+        starts, _symbols, boundary = self.band
+        s = starts[..., None] + torch.arange(self.s_range, device=self.am.device, dtype=torch.int64)
+        outside = s > self.length  # (batch, frames, s_range)
+        if boundary is not None:
+            s_begin, t_begin, s_end, t_end = boundary[:, :, None, None].unbind(1)
+            t = torch.arange(self.frames, device=self.am.device, dtype=torch.int64)[:, None]
+            outside = outside | (s < s_begin) | (s > s_end) | (t < t_begin) | (t >= t_end)
         return durations.masked_fill(outside.reshape(-1, 1), value)
 
 

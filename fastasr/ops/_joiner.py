@@ -40,9 +40,9 @@ def _band(
 def log_probabilities(
     am: Tensor, lm: Tensor, weight: Tensor, bias: Tensor | None, symbols: Tensor, starts: Tensor, s_range: int,
     termination_symbol: int, boundary: Tensor | None, activation: str, hat: bool, dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (symbol_logprobs, blank_logprobs), the formula of rnnt_joiner in eager PyTorch."""
+    dropout_seed: Tensor | None, durations: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (symbol_logprobs, blank_logprobs, duration_logprobs), the formula of a joiner in eager PyTorch."""
     symbols, starts = symbols.long(), starts.long()
     s, inside, has_symbol = _band(symbols, starts, boundary, s_range)
     index = s.flatten(1)
@@ -50,23 +50,25 @@ def log_probabilities(
     hidden = _activation.FUNCTIONS[activation](am.unsqueeze(2) + context)
     if dropout_p and dropout_seed is not None:
         hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
-    logits = F.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    outputs = F.linear(hidden, weight, bias)
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    logits, of_durations = outputs.split((len(weight) - durations, durations), -1)
+    pd = of_durations.log_softmax(-1).masked_fill(~inside.unsqueeze(-1), -math.inf)
     # The symbol at s = S is 0.
-    target = F.pad(symbols, (0, 1)).clamp(0, weight.shape[0] - 1).gather(1, index).view(*s.shape, 1)
+    target = F.pad(symbols, (0, 1)).clamp(0, logits.shape[-1] - 1).gather(1, index).view(*s.shape, 1)
     blank = logits[..., termination_symbol]
     if hat:
-        outputs = torch.arange(weight.shape[0], device=am.device, dtype=torch.int64)
-        others = logits.masked_fill(outputs == termination_symbol, -math.inf)
+        classes = torch.arange(logits.shape[-1], device=am.device, dtype=torch.int64)
+        others = logits.masked_fill(classes == termination_symbol, -math.inf)
         px = torch.log_softmax(others, -1).gather(-1, target).squeeze(-1) + F.logsigmoid(-blank)
         py = F.logsigmoid(blank)
     else:
         logprobs = torch.log_softmax(logits, -1)
         px, py = logprobs.gather(-1, target).squeeze(-1), logprobs[..., termination_symbol]
-    return px.masked_fill(~has_symbol, -math.inf), py.masked_fill(~inside, -math.inf)
+    return px.masked_fill(~has_symbol, -math.inf), py.masked_fill(~inside, -math.inf), pd
 
 
-def check(op: Op, a: Arguments, starts: Tensor | None, outputs: int) -> None:
+def check(op: Op, a: Arguments, starts: Tensor, outputs: int) -> None:
     """Checks what the signature of a joiner does not say; ``outputs`` are the tokens."""
     frames, length = a.am.shape[1], a.symbols.shape[1]
     joined = torch.promote_types(a.am.dtype, a.lm.dtype)
@@ -89,10 +91,8 @@ def check(op: Op, a: Arguments, starts: Tensor | None, outputs: int) -> None:
             torch.arange(frames, dtype=torch.int64, device="cpu"),
         )
         symbols = symbols[(s >= s_begin) & (s < s_end)]
-        starts = None if starts is None else starts[(t >= t_begin) & (t < t_end)]
+        starts = starts[(t >= t_begin) & (t < t_end)]
     for name, values, end in (("symbols", symbols, outputs), ("starts", starts, length + 1)):
-        if values is None:
-            continue
         least, most = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
         if least < 0 or most >= max(end, 1):
             op.fail(name, f"values in [0, {end})", least if least < 0 else most)

@@ -117,7 +117,8 @@ def rnnt_joiner(
             outside ``torch.compile``. On a GPU that check would wait for the device: there a symbol outside the
             vocabulary gives NaN, and a row whose s is outside [0, S] is -inf.
     """
-    return log_probabilities(
+    px, py, _ = log_probabilities(
         am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary, activation, hat, dropout_p,
         dropout_seed,
     )  # fmt: skip
+    return px, py

@@ -90,6 +90,8 @@ def zipformer_attention_weights(
         starts: int64 (N,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
             different recordings do not see each other, and frames outside of all see nothing. Their order does not
             matter, and equal numbers are recordings without frames. On a GPU nothing waits for them. There is no cache.
+            Weights, their gradients and those of scores still have H·B·T² elements each, most of them 0:
+            :func:`fastasr.ops.zipformer_attention` has none of these tensors.
         chunk_size: a query sees the keys up to the end of its chunk of this many frames; -1: all. No mask is made. With
             ``starts`` chunks count from the first frame of the recording.
         left_context_chunks: it sees keys from this many chunks before its own on; -1: from the first.

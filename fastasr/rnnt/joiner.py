@@ -171,7 +171,7 @@ def logprobs_of_joiner(
     am, frames, length, symbols, boundary = _checked(
         op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type, longest
     )
-    if not _multiplies_padding(am):
+    if not multiplies_padding(am):
         am, frames = frames.lattice(am), Padded(frames.batch, frames.frames)
     starts = torch.zeros(am.shape[:2], dtype=torch.int64, device=am.device)
     contexts, line, starts, inside = frames.joined(lm, symbols, starts, boundary)
@@ -190,7 +190,7 @@ def logprobs_of_joiner(
     return px[:, :, :length].transpose(1, 2), py.transpose(1, 2), boundary
 
 
-def _multiplies_padding(am: Tensor) -> bool:
+def multiplies_padding(am: Tensor) -> bool:
     """Says whether matrix products over the whole lattice hold rows outside the boundary. On a CPU they do not, so
     there packed frames are unpacked: as one sequence, recordings would have rows of labels that are padding."""
     return am.is_cuda

@@ -22,8 +22,8 @@ from fastasr.ops._joiner import Activation
 from fastasr.packed_frames import PackedFrames
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, lengths, logprobs
-from fastasr.rnnt._frames import frames_of
-from fastasr.rnnt.joiner import negligible
+from fastasr.rnnt._frames import Padded, frames_of
+from fastasr.rnnt.joiner import multiplies_padding, negligible
 
 # px (B, T, U), py (B, T, U + 1), pd (B, T, U + 1, N), the durations and the boundary
 Logprobs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -98,8 +98,7 @@ def tdt_joiner_loss(
     """Returns ``tdt_loss`` of the joiner dropout(activation(am + lm)) Wᵀ + bias, without its (B, T, U + 1, V) logits.
 
     Args:
-        am: (B, T, D), the encoder's output after the joiner's projection, or packed frames (N, D), which are unpacked:
-            on a CPU no other padding is computed, and a GPU leaves out blocks of rows that are padding.
+        am: (B, T, D), the encoder's output after the joiner's projection, or packed frames (N, D).
         lm: (B, U + 1, D), the prediction network's output after the joiner's projection.
         weight: (V + N, D); bias: (V + N,) or None. The output layer: V tokens, then N durations.
         activation: tanh or relu.
@@ -164,18 +163,23 @@ def logprobs_of_joiner(
     arguments.class_index(op, "blank_token_id", blank_token_id, classes)
     boundary = lengths.boundary(op, frames, logit_lengths, target_lengths, positions - 1, am)
     targets = arguments.symbols(op, targets, batch, positions - 1, classes, boundary, am)
+    if not multiplies_padding(am):
+        am, frames = frames.lattice(am), Padded(batch, frames.frames)
+    starts = torch.zeros(am.shape[:2], dtype=torch.int64, device=am.device)
+    contexts, line, starts, inside = frames.joined(lm, targets, starts, boundary)
     found = ops.tdt_joiner(
-        *(frames.lattice(am), lm, weight, bias, targets),
+        *(frames.owned(am), contexts, weight, bias, line, starts),
+        s_range=positions,
         durations=len(steps),
         termination_symbol=blank_token_id,
-        boundary=boundary,
+        boundary=inside,
         activation=activation,
         keep_logits=keep_logits,
         dropout_p=float(dropout_p),
         dropout_seed=_weights_dropout.draw_seed(am.device) if dropout_p else None,
     )
-    px, py, pd = found
-    return px, py, pd, steps, boundary
+    px, py, pd = (frames.lattice(t) for t in found)
+    return px[:, :, :-1], py, pd, steps, boundary
 
 
 # --------------------------------------------------------------------------- shared code

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=tdt_joiner` writes this file from fastasr/ops/tdt_joiner.py: change that one.
-"""the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × S × V logits"""
+"""the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × R × V logits"""
 
 from functools import partial
 from typing import Literal, NamedTuple
@@ -47,6 +47,8 @@ class Arguments(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     symbols: Tensor
+    starts: Tensor
+    s_range: int
     durations: int
     termination_symbol: int
     boundary: Tensor | None = None
@@ -62,9 +64,11 @@ class Saved(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     symbols: Tensor
+    starts: Tensor
     boundary: Tensor | None
     dropout_seed: Tensor | None
     normaliser: Tensor
+    s_range: int
     durations: int
     termination_symbol: int
     activation: Literal["tanh", "relu"]
@@ -86,7 +90,9 @@ def tdt_joiner(
     weight: Tensor,
     bias: Tensor | None,
     symbols: Tensor,
+    starts: Tensor,
     *,
+    s_range: int,
     durations: int,
     termination_symbol: int,
     boundary: Tensor | None = None,
@@ -95,28 +101,27 @@ def tdt_joiner(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × S × V logits.
+    """Returns the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × R × V logits.
 
     Args:
-        am, lm, symbols, termination_symbol, boundary, activation, dropout_p, dropout_seed: as for
+        am, lm, symbols, starts, s_range, termination_symbol, boundary, activation, dropout_p, dropout_seed: as for
             :func:`fastasr.ops.rnnt_joiner`, with V tokens.
         weight: (V + durations, D); bias: (V + durations,) or None: the output layer, in the dtype of am + lm, except
             under autocast, which casts them.
         durations: N, the number of outputs behind the tokens.
-        keep_logits: keep logits for the backward (4 B T (S + 1) (V + D) bytes) or compute them again; None: by their
-            size.
+        keep_logits: keep logits for the backward (4 B T R (V + D) bytes) or compute them again; None: by their size.
     Returns:
-        (B, T, S), (B, T, S + 1) and (B, T, S + 1, N), float32 (float64 for float64), which ``tdt_lattice`` takes. All
-        are -inf outside the boundary, symbol_logprobs at s_end too. Rows outside it, and in the backward pass
-        rows whose gradients are all 0, are not computed.
+        (B, T, R), (B, T, R) and (B, T, R, N), float32 (float64 for float64). Of the full lattice, ``tdt_lattice`` takes
+        them, the first without its last column. All are -inf outside the boundary, symbol_logprobs where s has no
+        symbol too. Rows outside it, and in the backward pass rows whose gradients are all 0, are not computed.
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or names do not match; symbols or boundary out of range, for CPU tensors outside
-            ``torch.compile`` (see ``rnnt_joiner``).
+        ValueError: shapes, devices or names do not match; symbols, starts or boundary out of range, for CPU tensors
+            outside ``torch.compile`` (see ``rnnt_joiner``).
     """
     check(
-        am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-        dropout_p, dropout_seed,
+        am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+        keep_logits, dropout_p, dropout_seed,
     )  # fmt: skip
     if is_compiling() or not (
         type(am) in PLAIN
@@ -124,41 +129,42 @@ def tdt_joiner(
         and type(weight) in PLAIN
         and (bias is None or type(bias) in PLAIN)
         and type(symbols) in PLAIN
+        and type(starts) in PLAIN
         and (boundary is None or type(boundary) in PLAIN)
         and (dropout_seed is None or type(dropout_seed) in PLAIN)
     ):
         return traced(
-            am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-            dropout_p, dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
-            op, Arguments(am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed),
+            op, Arguments(am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+            boundary, activation, keep_logits, dropout_p, dropout_seed),
         )  # fmt: skip
     kernels = family.kernels(am, lm, weight)
     if kernels is None:
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     cast_dtype = autocast_dtype(am)
     if cast_dtype is not None:
         names = under_autocast(
-            cast_dtype, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed,
+            cast_dtype, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+            boundary, activation, keep_logits, dropout_p, dropout_seed,
         )  # fmt: skip
         (
-            am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-            dropout_p, dropout_seed, _,
+            am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, _,
         ) = names  # fmt: skip
         kernels = family.kernels(am, lm, weight)
         if kernels is None:
             return formula(
-                am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-                boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-                dropout_seed=dropout_seed,
+                am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+                termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+                keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -168,19 +174,19 @@ def tdt_joiner(
             or (bias is not None and bias.requires_grad)
         ):
             return apply(
-                kernels, False, am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-                activation, keep_logits, dropout_p, dropout_seed,
+                kernels, False, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+                boundary, activation, keep_logits, dropout_p, dropout_seed,
             )  # fmt: skip
         symbol_logprobs, blank_logprobs, duration_logprobs, _ = run_kernels(
-            kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed, False,
+            kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, am, lm, weight)
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     return symbol_logprobs, blank_logprobs, duration_logprobs
 
@@ -191,6 +197,8 @@ def check(
     weight: Tensor,
     bias: Tensor | None,
     symbols: Tensor,
+    starts: Tensor,
+    s_range: int,
     durations: int,
     termination_symbol: int,
     boundary: Tensor | None,
@@ -200,6 +208,10 @@ def check(
     dropout_seed: Tensor | None,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
+    if type(s_range) is not int:
+        op.wrong_int("s_range", s_range)
+    if not (s_range >= 1):
+        op.fail("s_range", "at least 1", s_range)
     if type(durations) is not int:
         op.wrong_int("durations", durations)
     if not (durations >= 1):
@@ -219,7 +231,7 @@ def check(
     shape, right = am.shape, False
     if len(shape) == 3:
         B = shape[0]
-
+        T = shape[1]
         D = shape[2]
         right = True
     if not right:
@@ -244,6 +256,12 @@ def check(
         op.wrong_shape("lm", lm, listed(B, S + 1, D))
     if lm.device != am.device:
         op.wrong_device("lm", lm, "am", am)
+    if not isinstance(starts, Tensor) or starts.dtype not in INTEGERS or starts.layout is not torch.strided:
+        op.wrong_tensor("starts", starts, "a tensor of integers")
+    if starts.shape != (B, T):
+        op.wrong_shape("starts", starts, listed(B, T))
+    if starts.device != am.device:
+        op.wrong_device("starts", starts, "am", am)
     if boundary is not None:
         if (
             not isinstance(boundary, Tensor)
@@ -284,40 +302,41 @@ def check(
         if bias.device != am.device:
             op.wrong_device("bias", bias, "am", am)
     _check(
-        op, Arguments(am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-        keep_logits, dropout_p, dropout_seed),
+        op, Arguments(am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+        activation, keep_logits, dropout_p, dropout_seed),
     )  # fmt: skip
 
 
 def traced(
-    am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-    dropout_p, dropout_seed,
+    am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+    keep_logits, dropout_p, dropout_seed,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("rnnt_joiner", am, lm, weight):
         return formula(
-            am, lm, weight, bias, symbols, durations=durations, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     symbol_logprobs, blank_logprobs, duration_logprobs, _ = operator(
-        am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-        dropout_p, dropout_seed,
+        am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+        keep_logits, dropout_p, dropout_seed,
         is_grad_enabled() and (am.requires_grad or lm.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return symbol_logprobs, blank_logprobs, duration_logprobs
 
 
 def run_kernels(
-    kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-    dropout_p, dropout_seed, keep,
+    kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+    activation, keep_logits, dropout_p, dropout_seed, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     symbol_logprobs_dtype = wide(am, lm, weight)
     normaliser_dtype = torch.float64
     symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = _launch(
-        op, kernels, make(Arguments, (am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-        activation, keep_logits, dropout_p, dropout_seed,)), symbol_logprobs_dtype, keep,
+        op, kernels, make(Arguments, (am, lm, weight, bias, symbols, starts, s_range, durations,
+        termination_symbol, boundary, activation, keep_logits, dropout_p, dropout_seed,)),
+        symbol_logprobs_dtype, keep,
     )  # fmt: skip
     if symbol_logprobs.dtype is not symbol_logprobs_dtype:
         symbol_logprobs = symbol_logprobs.to(symbol_logprobs_dtype)
@@ -335,8 +354,8 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 def under_autocast(
-    dtype, am, lm, weight, bias, symbols, durations, termination_symbol, boundary=None, activation='tanh',
-    keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
+    dtype, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary=None,
+    activation='tanh', keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
 ):  # fmt: skip
     """Casts the arguments as autocast does for this dtype."""
     weight, bias = cast(dtype, weight, bias)
@@ -346,6 +365,8 @@ def under_autocast(
         weight,
         bias,
         symbols,
+        starts,
+        s_range,
         durations,
         termination_symbol,
         boundary,
@@ -361,18 +382,18 @@ def under_autocast(
 class TdtJoiner(Function):
     @staticmethod
     def forward(
-        ctx, kernels, direct, am, lm, weight, bias, symbols, durations, termination_symbol, boundary,
-        activation, keep_logits, dropout_p, dropout_seed,
+        ctx, kernels, direct, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+        boundary, activation, keep_logits, dropout_p, dropout_seed,
     ):  # fmt: skip
         symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = run_kernels(
-            kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed, True,
+            kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, True,
         )  # fmt: skip
         symbol_logprobs = not_a_view(symbol_logprobs)
         blank_logprobs = not_a_view(blank_logprobs)
         duration_logprobs = not_a_view(duration_logprobs)
-        ctx.save_for_backward(am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser)
-        ctx.rest = kernels, direct, durations, termination_symbol, activation, keep_logits, dropout_p
+        ctx.save_for_backward(am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser)
+        ctx.rest = kernels, direct, s_range, durations, termination_symbol, activation, keep_logits, dropout_p
         return symbol_logprobs, blank_logprobs, duration_logprobs
 
     @staticmethod
@@ -380,8 +401,8 @@ class TdtJoiner(Function):
         if is_grad_enabled():
             refuse_double_backward("tdt_joiner")
         # once: a checkpoint gives them one time
-        am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser = ctx.saved_tensors
-        kernels, direct, durations, termination_symbol, activation, keep_logits, dropout_p = ctx.rest
+        am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
+        kernels, direct, s_range, durations, termination_symbol, activation, keep_logits, dropout_p = ctx.rest
         if (
             transforms_active()
             or forward_ad._current_level >= 0
@@ -391,36 +412,70 @@ class TdtJoiner(Function):
         ):
             d_am, d_lm, d_weight, d_bias = transformed_gradients(
                 op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved, (am, lm,
-                weight, bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol,
-                activation, keep_logits, dropout_p,)),
+                weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
+                termination_symbol, activation, keep_logits, dropout_p,)),
             )  # fmt: skip
-            return None, None, d_am, d_lm, d_weight, d_bias, None, None, None, None, None, None, None, None
+            return (
+                None,
+                None,
+                d_am,
+                d_lm,
+                d_weight,
+                d_bias,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         needs = ctx.needs_input_grad[2:6]
         try:
             d_am, d_lm, d_weight, d_bias = differentiate(
                 kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-                bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol, activation,
-                keep_logits, dropout_p, needs,
+                bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
+                termination_symbol, activation, keep_logits, dropout_p, needs,
             )  # fmt: skip
         except Unlaunchable as error:
             d_am, d_lm, d_weight, d_bias = gradients_without(
                 error, op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved,
-                (am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser, durations,
-                termination_symbol, activation, keep_logits, dropout_p,)),
+                (am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range,
+                durations, termination_symbol, activation, keep_logits, dropout_p,)),
             )  # fmt: skip
-        return None, None, d_am, d_lm, d_weight, d_bias, None, None, None, None, None, None, None, None
+        return (
+            None,
+            None,
+            d_am,
+            d_lm,
+            d_weight,
+            d_bias,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def differentiate(
     kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols,
-    boundary, dropout_seed, normaliser, durations, termination_symbol, activation, keep_logits, dropout_p,
-    needs,
+    starts, boundary, dropout_seed, normaliser, s_range, durations, termination_symbol, activation,
+    keep_logits, dropout_p, needs,
 ):  # fmt: skip
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     d_am, d_lm, d_weight, d_bias = _gradients(
         op, kernels, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved, (am,
-        lm, weight, bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol,
-        activation, keep_logits, dropout_p,)), make(Needs, needs),
+        lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
+        termination_symbol, activation, keep_logits, dropout_p,)), make(Needs, needs),
     )  # fmt: skip
     if d_am is not None and d_am.dtype is not am.dtype:
         d_am = d_am.to(am.dtype)
@@ -437,25 +492,25 @@ def differentiate(
 
 # --------------------------------------------------------------------------- the registered operator
 def run(
-    am, lm, weight, bias, symbols, durations, termination_symbol, boundary=None, activation='tanh',
-    keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
+    am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary=None,
+    activation='tanh', keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
 ):  # fmt: skip
     kernels = family.kernels(am, lm, weight)
     if kernels is None:
         return formula_results(
-            op, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed,
+            op, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed,
         )  # fmt: skip
     try:
         symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = run_kernels(
-            kernels, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed, keep,
+            kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, keep,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, am, lm, weight)
         return formula_results(
-            op, am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation,
-            keep_logits, dropout_p, dropout_seed,
+            op, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed,
         )  # fmt: skip
     if not keep:
         normaliser = normaliser.new_empty(0)
@@ -468,47 +523,45 @@ def run(
 
 
 def fake(
-    am, lm, weight, bias, symbols, durations, termination_symbol, boundary=None, activation='tanh',
-    keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
+    am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary=None,
+    activation='tanh', keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
 ):  # fmt: skip
     keep = keep and family.kernels(am, lm, weight) is not None
     B = am.shape[0]
     T = am.shape[1]
 
-    S = symbols.shape[1]
-
     return (
-        torch.empty((B, T, S), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1, durations), dtype=wide(am, lm, weight), device=am.device),
-        torch.empty((B, T, S + 1) if keep else (0,), dtype=torch.float64, device=am.device),
+        torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range, durations), dtype=wide(am, lm, weight), device=am.device),
+        torch.empty((B, T, s_range) if keep else (0,), dtype=torch.float64, device=am.device),
     )
 
 
 def set_up(ctx, inputs, output):
     (
-        am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-        dropout_p, dropout_seed, keep,
+        am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
+        keep_logits, dropout_p, dropout_seed, keep,
     ) = inputs  # fmt: skip
     symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = output
     ctx.mark_non_differentiable(normaliser)
-    ctx.save_for_backward(am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser)
-    ctx.rest = durations, termination_symbol, activation, keep_logits, dropout_p, keep
+    ctx.save_for_backward(am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser)
+    ctx.rest = s_range, durations, termination_symbol, activation, keep_logits, dropout_p, keep
 
 
 def backward(ctx, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, *_):
-    am, lm, weight, bias, symbols, boundary, dropout_seed, normaliser = ctx.saved_tensors
-    durations, termination_symbol, activation, keep_logits, dropout_p, keep = ctx.rest
+    am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
+    s_range, durations, termination_symbol, activation, keep_logits, dropout_p, keep = ctx.rest
     if not keep:
         _, _, _, normaliser = operator(
-            am, lm, weight, bias, symbols, durations, termination_symbol, boundary, activation, keep_logits,
-            dropout_p, dropout_seed, True,
+            am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
+            activation, keep_logits, dropout_p, dropout_seed, True,
         )  # fmt: skip
     needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
     d_am, d_lm, d_weight, d_bias = as_tuple(
         backward_operator(grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-        bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol, activation,
-        keep_logits, dropout_p, needs),
+        bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations, termination_symbol,
+        activation, keep_logits, dropout_p, needs),
     )  # fmt: skip
     return (
         None if not needs[0] else d_am,
@@ -524,33 +577,35 @@ def backward(ctx, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logpr
         None,
         None,
         None,
+        None,
+        None,
     )
 
 
 def run_backward(
-    grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols,
-    boundary, dropout_seed, normaliser, durations, termination_symbol, activation, keep_logits, dropout_p,
-    needs,
+    grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols, starts,
+    boundary, dropout_seed, normaliser, s_range, durations, termination_symbol, activation, keep_logits,
+    dropout_p, needs,
 ):  # fmt: skip
     kernels = family.kernels(am, lm, weight)
     if kernels is None:
         d_am, d_lm, d_weight, d_bias = formula_gradients(
             op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), Saved(am, lm, weight,
-            bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol, activation,
-            keep_logits, dropout_p),
+            bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations, termination_symbol,
+            activation, keep_logits, dropout_p),
         )  # fmt: skip
     else:
         try:
             d_am, d_lm, d_weight, d_bias = differentiate(
                 kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-                bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol, activation,
-                keep_logits, dropout_p, needs,
+                bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
+                termination_symbol, activation, keep_logits, dropout_p, needs,
             )  # fmt: skip
         except Unlaunchable as error:
             d_am, d_lm, d_weight, d_bias = gradients_without(
                 error, op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), Saved(am, lm,
-                weight, bias, symbols, boundary, dropout_seed, normaliser, durations, termination_symbol,
-                activation, keep_logits, dropout_p),
+                weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
+                termination_symbol, activation, keep_logits, dropout_p),
             )  # fmt: skip
     return (
         am.new_empty(0) if not needs[0] or d_am is None else d_am.contiguous(),
@@ -561,9 +616,9 @@ def run_backward(
 
 
 def fake_backward(
-    grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols,
-    boundary, dropout_seed, normaliser, durations, termination_symbol, activation, keep_logits, dropout_p,
-    needs,
+    grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols, starts,
+    boundary, dropout_seed, normaliser, s_range, durations, termination_symbol, activation, keep_logits,
+    dropout_p, needs,
 ):  # fmt: skip
     return (
         am.new_empty(0) if not needs[0] else am.new_empty(am.shape),
@@ -575,17 +630,19 @@ def fake_backward(
 
 backward_operator = register(
     "tdt_joiner_backward(Tensor? grad_symbol_logprobs, Tensor? grad_blank_logprobs, Tensor? "
-    "grad_duration_logprobs, Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor? "
-    "boundary, Tensor? dropout_seed, Tensor normaliser, SymInt durations, SymInt termination_symbol, str "
-    "activation, bool? keep_logits, float dropout_p, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "grad_duration_logprobs, Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor "
+    "starts, Tensor? boundary, Tensor? dropout_seed, Tensor normaliser, SymInt s_range, SymInt durations, "
+    "SymInt termination_symbol, str activation, bool? keep_logits, float dropout_p, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
     transformed=partial(transformed_backward, op, 3),
 )
 operator = register(
-    "tdt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, SymInt durations, "
-    'SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", bool? keep_logits=None, '
-    "float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    "tdt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor starts, SymInt "
+    's_range, SymInt durations, SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", '
+    "bool? keep_logits=None, float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, "
+    "Tensor, Tensor, Tensor)",
     run,
     fake,
     setup_context=set_up,

@@ -15,6 +15,7 @@ from fastasr.testing.table import Make, OpTable, Sample
 def _call(
     make: Make, batch: int, frames: int, length: int, d: int, v: int, n: int, bias: bool = True, **more: Any
 ) -> dict:
+    """Makes windows that end before the last context. Every row then has a symbol, so all values are finite."""
     generator = torch.Generator().manual_seed(7)
     call = {
         "am": make.normal(batch, frames, d),
@@ -22,6 +23,8 @@ def _call(
         "weight": make.normal(v + n, d, scale=d**-0.5 if d else 1.0),
         "bias": make.normal(v + n, scale=0.3) if bias else None,
         "symbols": torch.randint(0, v, (batch, length), generator=generator).to(make.device),
+        "starts": torch.zeros(batch, frames, dtype=torch.int64, device=make.device),
+        "s_range": max(1, length),
         "durations": n,
         "termination_symbol": v - 1,
     }
@@ -29,13 +32,20 @@ def _call(
 
 
 def _ragged(make: Make, **more: Any) -> dict:
-    """Makes ragged sequences with invalid symbols behind the end of each."""
+    """Makes whole lattices of ragged sequences, with invalid symbols behind the end of each."""
     call = _call(make, 3, 9, 6, 16, 11, 4, **more)
     symbols = call["symbols"].clone()
     symbols[1, 4:] = -1
     symbols[2, 0:] = 99
     boundary = torch.tensor([(0, 0, 6, 9), (1, 2, 4, 7), (0, 0, 0, 5)], device=make.device)
-    return call | {"symbols": symbols, "boundary": boundary}
+    return call | {"symbols": symbols, "boundary": boundary, "s_range": 7}
+
+
+def _windowed(make: Make, **more: Any) -> dict:
+    """Makes windows of three rows that move from the first context to the last one with a symbol."""
+    call = _call(make, 2, 7, 5, 12, 9, 3, **more)
+    starts = torch.arange(7, device=make.device) * 2 // 6
+    return call | {"starts": starts.expand(2, 7).contiguous(), "s_range": 3}
 
 
 def _random(make: Make, shape: Shape) -> dict:
@@ -76,6 +86,14 @@ TABLE = OpTable(
         ),
         Sample("no symbols", lambda m: _call(m, 2, 4, 0, 8, 7, 5)),
         Sample("boundary", _ragged),
+        Sample("windows", _windowed, thorough=True),
+        Sample("windows above the last context", lambda m: _windowed(m) | {"s_range": 5}),
+        Sample(
+            "windows, boundary",
+            lambda m: _windowed(
+                m, keep_logits=False, boundary=torch.tensor([(0, 0, 5, 7), (1, 2, 4, 6)], device=m.device)
+            ),
+        ),
         Sample("boundary, computed again", lambda m: _ragged(m, keep_logits=False), large=True),
         Sample("one token, one duration", lambda m: _call(m, 2, 3, 2, 8, 1, 1)),
         Sample("model", lambda m: _call(m, 2, 40, 7, 128, 500, 5, activation="relu"), large=True),
@@ -116,7 +134,7 @@ def _case(batch: int, frames: int, length: int, channels: int, outputs: int) -> 
 
     shape = f"{batch}x{frames}x{length + 1}x{channels}, V={outputs}"
     options: dict[str, Any] = {"result": lambda _, y: torch.cat([t.flatten() for t in y])}
-    arguments = lambda m: _call(m, batch, frames, length, channels, outputs, 5, activation="relu")  # noqa: E731
+    arguments = lambda m: _call(m, batch, frames, length + 1, channels, outputs, 5, activation="relu")  # noqa: E731
     return case("tdt_joiner", shape, arguments, costs, shape=shape, **options)
 
 

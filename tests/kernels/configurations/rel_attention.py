@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/rel_attention.py."""
 
+from fastasr.kernels import _recordings
 from fastasr.kernels import rel_attention as module
 
 from .configuration import PRODUCTS, Configuration, element_type, setting
@@ -30,13 +31,14 @@ def configurations(generation: int):
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT", "EDGES"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
     strides += ["k_batch", "g_batch", "ds_row", "width", "r_time", "r_head", "p_row", "p_head"]
-    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64", "STARTS": "i64"}
+    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64", "BOUNDS": "i32", "PIECES": "i64"}
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
         hiding, dropping, element = "mask" in label, "dropout" in label, element_type(dtype)
-        limited = "context" in label or "recordings" in label
+        recordings = "recordings" in label
+        limited = "context" in label or recordings
         with setting(dtype) as torch_dtype:
-            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, limited)
+            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, limited, recordings)
         shapes["biases"] = module.BIASES
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
@@ -44,7 +46,13 @@ def configurations(generation: int):
         types |= dict.fromkeys(
             ("PARTS", "SUMS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32"
         )
-        words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"), ("STARTS", "recordings")]
+        words = [
+            ("PADDING", "padding"),
+            ("MASK", "mask"),
+            ("SEED", "dropout"),
+            ("BOUNDS", "recordings"),
+            ("PIECES", "recordings"),
+        ]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
         words += [(of, "span") for of in ("EDGES", "SUMS") if name != "edges"]
         words += [(of, "key bias") for of in ("KEY_BIAS", "DKEY_BIAS")]
@@ -107,3 +115,7 @@ def configurations(generation: int):
     for dtype in ("fp32", "bf16"):
         yield configuration("edges", "span", dtype)
         yield configuration("biases", "", dtype)
+    types, table = {"BOUNDS": "i32", "OUT": "i64"}, {"BLOCK": 32, "COLUMNS": 32, "MORE": 32, "COUNTED": 2}
+    table |= _recordings.BLOCKS
+    warps = table.pop("num_warps")
+    yield Configuration("rel_attention pieces", _recordings.pieces_kernel, types, table, warps)

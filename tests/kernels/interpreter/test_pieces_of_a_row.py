@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward passes on recordings in a row, with as many pieces of the scores' gradients, and shares of a piece, as those
+of long rows."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fastasr import ops
+from fastasr.kernels import _recordings, rel_attention
+
+FRAMES, LONGEST = 200, 60
+STARTS = torch.tensor([0, 60, 61, 80, 80, 90, 150])  # and 50 frames of no recording
+BLOCK = 32
+SIZES = [(1, 1), (20, 1 << 15), (1024, 1 << 30)]  # programs of a kernel, and bytes of a piece
+
+
+def gradients(function, leaves, g):
+    leaves = [t.double().requires_grad_() for t in leaves]
+    return torch.autograd.grad(function(*leaves), leaves, g.double())
+
+
+def agree(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize(("programs", "room"), SIZES)
+def test_rel_attention(monkeypatch, programs, room):
+    monkeypatch.setattr(rel_attention, "PROGRAMS", programs)
+    monkeypatch.setattr(rel_attention, "PIECE_BYTES", room)
+    reach, heads = LONGEST - 1, 2
+    q, k, v, g = (torch.randn(1, FRAMES, heads, 16) for _ in range(4))
+    pos, u, w = torch.randn(2 * LONGEST - 1, heads, 16), *torch.randn(2, heads, 16)
+    leaves, masks = (q, k, v, pos, u, w), (None, None, STARTS, None)
+    options = 0.0, reach, reach, 1, 0.0, reach, reach
+    y, lse = rel_attention.rel_attention_forward(*leaves, *(None,) * 3, *masks, *options)
+    found = rel_attention.rel_attention_backward(g, *leaves, *(None,) * 3, *masks, y, lse, *options)[:6]
+    given = {"starts": STARTS, "context": (reach, reach), "pos_span": (reach, reach)}
+    agree(found, gradients(lambda *t: ops.rel_attention.definition(*t, **given), leaves, g))
+
+
+def test_pieces_follow_the_recordings():
+    """A block's rows hold the keys of its recordings, and pieces that only longer recordings would need are empty."""
+    bounds = _recordings.bounds(STARTS, FRAMES)
+    reach, more, room = LONGEST - 1, 16, 1 << 14
+    table, count, size = _recordings.pieces(bounds, reach, reach, BLOCK, BLOCK, more, room)
+    begins, rows, places, firsts = table.split([-(-FRAMES // BLOCK)] * 3 + [count + 1])
+    first, end = bounds.long()
+    expected = []
+    for begin in range(0, FRAMES, BLOCK):
+        last = min(begin + BLOCK, FRAMES) - 1
+        keys = max(int(first[begin]), begin - reach), min(int(end[last]), last + 1 + reach)
+        whole = keys[0] // BLOCK * BLOCK
+        expected.append((whole, more + (-(-(keys[1] - whole) // BLOCK) * BLOCK if keys[0] < keys[1] else 0)))
+    assert list(zip(begins.tolist(), rows.tolist(), strict=True)) == expected
+    assert places.tolist() == [BLOCK * int(rows[:n].sum()) for n in range(len(rows))]
+    assert rows[-1] == more  # nothing, behind the last recording
+    assert firsts[0] == 0
+    assert firsts[-1] == len(rows)
+    used = [(n, m) for n, m in pairwise(firsts.tolist()) if n < m]
+    assert 1 < len(used) < count
+    assert all(int(places[m - 1] + BLOCK * rows[m - 1] - places[n]) <= size for n, m in used)
