@@ -121,8 +121,8 @@ def by_family() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {family: [] for family in FAMILIES.values()}
     for name in sorted(ops.NAMES, key=lambda name: (op_page(name).stem, name)):
         op = ops.OPS[name]
-        shared = {"gemm"} if "linear" in name else _folders(op.family.name)
-        found[FAMILIES[op.subject or max(_folders(_file(name)) or shared, default="")]].append(name)
+        folders = {"gemm"} if "linear" in name else _folders(_file(name)) or _folders(op.family.name)
+        found[FAMILIES[max(folders, default="")]].append(name)
     return {family: names for family, names in found.items() if names}
 
 

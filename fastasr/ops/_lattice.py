@@ -4,6 +4,7 @@ a safe log-sum, and the calls of the kernels.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -84,6 +85,9 @@ def check_boundary(op: Op, boundary: Tensor | None, symbols: int | None, frames:
             expected = f"0 <= s_begin <= s_end <= {'s_end' if symbols is None else symbols}"
             expected += f" and 0 <= t_begin <= t_end <= {frames}"
             op.fail("boundary", expected, f"{[s_begin, t_begin, s_end, t_end]} in row {row}")
+
+
+Scores = Annotated[Tensor, "scores: B", "wide symbol_logprobs + blank_logprobs"]
 
 
 # --------------------------------------------------------------------------- kernels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code that ops with a linear layer share: the condition for the shortest path, and the gradient of the bias."""
+"""Code that ops with a linear layer share: the conditions of the product, and the gradient of the bias."""
 
 import importlib
 

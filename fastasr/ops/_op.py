@@ -31,16 +31,28 @@ class Written:
     """The parts of an op's written file that functions for all ops use."""
 
     check: Callable[..., None]
-    operator: Any
-    backward_operator: Any
-    apply: Callable | None  # the node of autograd, called by kernels, direct and the arguments
-    Arguments: Any  # named tuples of the arguments, and of what is saved for the backward pass
-    Saved: Any
+    run_kernels: Callable
+    fake: Callable
     result_dtypes: Callable[[Any], tuple[torch.dtype, ...]]
-    deciding: tuple[str, ...]  # the arguments whose dtypes choose the kernels
-    differentiable: tuple[str, ...]
-    dense: bool  # whether results are contiguous
-    released: bool = False  # whether the memory of arguments is released before the backward pass
+    Arguments: Any  # named tuples of the arguments, and of what is saved for the backward pass
+    Saved: Any = None
+    results: tuple[str, ...] = ()  # the outputs, and the kept tensors behind them
+    deciding: tuple[str, ...] = ()  # the arguments whose dtypes choose the kernels
+    autocast: Any = None  # the rule (op, dtype, a) -> a, or the names of the arguments that are cast
+    dense: bool = True  # whether results are contiguous
+    strided: tuple[str, ...] = ()  # the results of kernels whose strides are declared
+
+    apply: Callable | None = None  # the node of autograd, called by kernels, direct and the arguments
+    differentiate: Any = None  # a function, where there is a node
+    differentiable: tuple[str, ...] = ()  # the arguments that have a gradient
+    graded: dict[str, str] = field(
+        default_factory=dict
+    )  # the outputs that have one -> the flag that asks for it
+    saves: tuple[str, ...] = ()  # the tensors in Saved, before the options
+    kept: tuple[str, ...] = ()
+    released: tuple[str, ...] = ()  # the arguments whose memory is released before the backward pass
+    asks: bool = False  # whether the backward pass asks which gradients are wanted
+    materialize: bool = True  # whether autograd makes zeros for outputs that have no gradient
 
 
 @dataclass(eq=False, repr=False)
@@ -48,27 +60,18 @@ class Op:
     """A declaration. Calling it on the formula records it and returns the formula.
 
     In the fields that are functions ``a`` holds the arguments by name, ``saved`` the tensors that ``saves`` names and
-    the options, and ``needs`` a bool per floating tensor, or None where kernels give all gradients at once. Each such
+    the options, and ``needs`` a bool per argument, or None where kernels give all gradients at once. Each such
     function has a name in the op's file, which the written file imports.
     """
 
     kernels: str | KernelFamily  # backends by name, the preferred first; or a family that several ops share
     _: KW_ONLY
-    returns: str = "y"  # the outputs' names
-    summary: str = ""  # the text in the table of ops; by default the docstring's first line
-    subject: str = (
-        ""  # where the table lists it: a folder of csrc/cpu, by default the one that has its kernel
-    )
 
     # dtypes and strides
     one_dtype: str = ""  # these arguments must have the first one's dtype; autocast casts them
     # Another autocast rule: names cast these arguments, a function (op, dtype, a) -> a casts by itself, and "formula"
     # does what eager does.
     autocast: str | Callable = ""
-    # The dtypes of these arguments choose the kernels and the dtype in which these read floating tensors: float64 where
-    # one argument has it, else the first one's. By default these are all floating tensors where some are "wide"; else
-    # the first output's dtype chooses, and C++ kernels read it.
-    deciding: str = ""
     # Strides by name. For an argument, a gradient "grad_y", or all gradients "grad": "any", "channels", "rows",
     # "matrix", "vector" or "int64". For an output: an argument whose strides it has, or a function (shape, dtype=,
     # device=) that allocates what kernels return. All others are contiguous.
@@ -84,11 +87,10 @@ class Op:
     # (op, kernels, grads, saved, needs) -> gradients of the floating tensors. Where it takes grads of type
     # Sequence[Tensor | None], autograd makes no zeros for outputs that have no gradient.
     gradients: Callable | None = None
-    flagged: Callable | None = None  # (op, grads, found, saved) adds the gradients of outputs behind a flag
 
     # conditions on several arguments, and those that the signature cannot express
     sizes: dict[str, Callable] | None = None  # {names: function of a}: sizes for the shapes after the first
-    check: Callable | None = None  # (op, a); the native kernels check the same, or ``fits`` does
+    check: Callable | None = None  # (op, a); the native kernels check the same, or ``fast`` does
 
     # the backward pass
     # Kernels return these besides the outputs: {name: Annotated[Tensor, shape, dtype]}. Where the shape depends on the
@@ -98,20 +100,22 @@ class Op:
     keeps: dict[str, Any] | None = None
 
     # The shortest path, to the native kernels: (native, keep, *arguments) -> outputs and keeps; by default ``forward``,
-    # and False if there is no such path.
+    # and False if there is no such path. It raises NotImplementedError for calls that it leaves to the checked path.
     fast: Callable | bool = True
-    fits: Callable | None = None  # (*arguments) -> bool: a condition beside the types, kernels check the rest
 
     name: str = field(init=False)
+    summary: str = field(init=False)  # the first sentence of the formula's docstring
     definition: Callable = field(init=False)
     family: KernelFamily = field(init=False)
     written: Written = field(init=False)  # once the written file is imported
     function: Callable = field(init=False)  # the public one, likewise
+    operator: Any = field(init=False)  # torch.ops.fastasr.<name>, likewise
+    backward_operator: Any = field(init=False, default=None)
 
     def __call__(self, formula: F) -> F:
         self.name, self.definition = formula.__name__, formula
-        doc = formula.__doc__ or ""
-        self.summary = self.summary or doc.partition("\n")[0].removeprefix("Returns ").rstrip(".")
+        first = " ".join((formula.__doc__ or "").partition("\n\n")[0].split())
+        self.summary = first.partition(". ")[0].removeprefix("Returns ").rstrip(".")
         if isinstance(self.kernels, KernelFamily):
             self.family = self.kernels
         else:

@@ -88,8 +88,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Applies autocast's rule for arguments: floating tensors except float64 take ``dtype``."""
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Applies autocast's rule for arguments: floating tensors except float64 take ``dtype``, and None stays None."""
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
         for t in tensors

@@ -2,19 +2,19 @@
 """The functions that the written files of the ops call."""
 
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor as is_batched  # noqa: F401 (of is_grads_batched=True)
-from torch.autograd import Function
+from torch._C._functorch import is_legacy_batchedtensor as is_batched  # of is_grads_batched=True
+from torch.autograd import Function, forward_ad
 
-from fastasr._transforms import by_formula, refuse
+from fastasr._transforms import refuse, refuse_unless_batched, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, Kernels
-from fastasr.ops._op import Arguments, Needs, Op, Saved
+from fastasr.ops._op import Needs, Op, Saved
 
 # Kernels decline arguments by ValueError (``decline`` in csrc/bindings/dispatch.h), and the dispatcher raises
 # NotImplementedError where it has no kernel for the tensors.
@@ -32,11 +32,14 @@ def operand(
 
 
 def back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """Returns a gradient in the dtype and shape of its tensor, and None for an absent one."""
-    if grad is None or t is None:
-        return None
-    grad = grad if grad.dtype is t.dtype else grad.to(t.dtype)
-    return grad if grad.shape == t.shape else grad.reshape(t.shape)
+    """Returns a gradient in the dtype of its tensor, and None for an absent one."""
+    return None if grad is None or t is None else grad if grad.dtype is t.dtype else grad.to(t.dtype)
+
+
+def back_in_shape(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """Returns a gradient in the dtype and shape of its tensor, which may have one of several shapes."""
+    grad = back(grad, t)
+    return grad if grad is None or t is None or grad.shape == t.shape else grad.reshape(t.shape)
 
 
 Like = namedtuple("Like", "shape dtype")  # stands for an argument whose memory is released
@@ -52,11 +55,6 @@ def listed(*sizes: object) -> str:
 def applied(function: type[Function]) -> Callable:
     """Returns the C++ call inside ``function.apply``, whose other code serves transforms and costs 1 us."""
     return super(Function, function).apply  # type: ignore[misc]  # torch declares no base
-
-
-def wanted(needs_input_grad: tuple[bool, ...], places: tuple[int, ...]) -> list[bool]:
-    """Says which floating tensors need a gradient; an argument that the dispatcher left out needs none."""
-    return [i < len(needs_input_grad) and needs_input_grad[i] for i in places]
 
 
 def stand_in(t: Tensor) -> Tensor:
@@ -90,6 +88,12 @@ def as_tuple(found: Any) -> tuple[Tensor, ...]:
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
+def result_or_results(found: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Returns the one tensor, or a tuple of several, as operators do."""
+    tensors = tuple(found)
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
 @contextmanager
 def _recording() -> Iterator[None]:
     """Lets autograd record inside the ``with`` block. An operator's implementation runs below autograd's dispatch keys,
@@ -104,33 +108,6 @@ def _recording() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------- the formula in the kernels' place
-def formula_results(op: Op, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-    """Computes the operator's results by the formula, where no kernel serves."""
-    a = op.written.Arguments(*arguments)
-    with torch.no_grad():
-        found = as_tuple(op.definition(**a._asdict()))
-    inputs = {t.untyped_storage().data_ptr() for t in a if isinstance(t, Tensor)}
-    results = [t.clone() if t.untyped_storage().data_ptr() in inputs else t for t in found]
-    return _as_registered(op, a, results)
-
-
-def transformed_results(op: Op, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-    """Computes the operator's results under a transform, from its arguments, which may end with ``keep``."""
-    Arguments = op.written.Arguments
-    a = Arguments(*arguments[: len(Arguments._fields)])
-    found = as_tuple(by_formula(op, a))
-    return _as_registered(op, a, [t.clone() if any(t is x for x in a) else t for t in found])
-
-
-def _as_registered(op: Op, a: Arguments, found: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """Returns the formula's results as the registered operator does."""
-    dtypes = op.written.result_dtypes(a)
-    found += [found[0].new_empty(0) for _ in dtypes[len(found) :]]
-    found = [t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)]
-    found = [t.contiguous() for t in found] if op.written.dense else found
-    return found[0] if len(found) == 1 else tuple(found)
-
-
 def formula_gradients(op: Op, grads: Sequence[Tensor], saved: Saved) -> tuple[Tensor | None, ...]:
     """Computes the gradients by autograd, in float32 or better."""
     values = {name: getattr(saved, name) for name in op.written.Arguments._fields}
@@ -163,23 +140,31 @@ def gradients_of_formula(
     return formula_gradients(op, grads, saved)
 
 
+def node_gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Sequence[bool] = ()
+) -> tuple[Tensor | None, ...]:
+    """Returns a node's gradients: by its kernels, or by the formula under a transform that began after the forward
+    pass, and where the device cannot launch the kernels.
+    """
+    batched = transforms_active() or forward_ad._current_level >= 0
+    for grad in grads:
+        batched = batched or (grad is not None and is_batched(grad))
+    if batched:
+        if not op.written.released:
+            return transformed_gradients(op, grads, saved)
+        refuse_unless_batched(op.name)
+    try:
+        return op.written.differentiate(kernels, grads, saved, needs)
+    except Unlaunchable as error:
+        return gradients_without(error, op, grads, saved)
+
+
 def transformed_gradients(op: Op, grads: Sequence[Tensor], saved: Saved) -> tuple[Tensor | None, ...]:
     """Computes the gradients by the formula, under a transform that began after the forward pass."""
     try:
         return formula_gradients(op, grads, saved)
     except (RuntimeError, NotImplementedError) as error:
         refuse(op.name, error)
-
-
-def transformed_backward(op: Op, outputs: int, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-    """Computes the results of the operator's backward from its arguments, as ``transformed_gradients`` does. The first
-    arguments are the gradients of the ``outputs`` outputs.
-    """
-    grads, saved = arguments[:outputs], arguments[outputs:][: len(op.written.Saved._fields)]
-    found = transformed_gradients(op, grads, op.written.Saved(*saved))
-    none = torch.empty(0, dtype=grads[0].dtype, device=grads[0].device)
-    results = tuple(none if d is None else d for d in found)
-    return results[0] if len(results) == 1 else results
 
 
 def gradients_without(

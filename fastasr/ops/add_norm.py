@@ -67,25 +67,22 @@ def _gradients(
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    returns="t y",
-    deciding="x update weight bias update_weight",
     launch=_launch,
     gradients=_gradients,
-    summary="x + scale · update, or its RMSNorm, and the norm of the sum",
 )
 def add_norm(
     x: Annotated[Tensor, "*S C, C >= 1"],
     update: Annotated[Tensor, "*S C"],
-    weight: Annotated[Tensor, "C"],
-    bias: Annotated[Tensor, "C"] | None = None,
+    weight: Annotated[Tensor, "C", "wide"],
+    bias: Annotated[Tensor, "C", "wide"] | None = None,
     eps: Annotated[float, ">= 0"] = 1e-5,
     scale: float = 1.0,
     *,
     kind: Literal["layer", "rms"] = "layer",
-    update_weight: Annotated[Tensor, "C"] | None = None,
+    update_weight: Annotated[Tensor, "C", "wide"] | None = None,
     update_limit: Annotated[float, ">= 0"] = 0.0,
     limit: Annotated[float, ">= 0"] = 0.0,
-) -> tuple[Annotated[Tensor, "*S C", "x + update"], Annotated[Tensor, "*S C", "update"]]:
+) -> tuple[Annotated[Tensor, "t: *S C", "x + update"], Annotated[Tensor, "y: *S C", "update"]]:
     """Returns x + scale · update, and its norm over the last dimension.
 
     Args:

@@ -69,39 +69,34 @@ def _operands(
     return grad.contiguous().view(shape), x.contiguous().view(shape), hidden, lambda y: y.view(x.shape)
 
 
-def _forward(kernels: Kernels, keep: bool, grad: Tensor, x: Tensor, *options: Any) -> Tensor:
+def _forward(kernels: Kernels, grad: Tensor, x: Tensor, *options: Any) -> Tensor:
     *numbers, dim, limits, act, mask = options
     native = kernels.backend == "cpu"
     grad, x, hidden, back = _operands(grad, x, dim, mask, dense=native)
     return back(kernels.forward(grad, x, *numbers, *(() if native else (limits, act, hidden))))
 
 
+def _fast(kernels: Kernels, keep: bool, grad: Tensor, x: Tensor, *options: Any) -> Tensor:
+    *numbers, dim, limits, act, padding_mask = options
+    strided = x.layout is grad.layout is torch.strided and x.shape == grad.shape and x.numel() > 0
+    fits = -x.dim() <= dim < x.dim() and limits is act is padding_mask is None and None not in numbers
+    if not (strided and fits):
+        raise NotImplementedError
+    return _forward(kernels, grad, x, *options)
+
+
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
     native = kernels.backend == "cpu"  # The C++ kernels read no number on the device and no mask.
     served = not native or (a.grad.dtype is a.x.dtype and a.limits is a.act is a.padding_mask is None)
-    return _forward(kernels, keep, *a) if served and a.x.numel() else op.definition(*a)
-
-
-def _fits(grad: Tensor, x: Tensor, *options: Any) -> bool:
-    *numbers, dim, limits, act, padding_mask = options
-    strided = x.layout is grad.layout is torch.strided and x.shape == grad.shape and x.numel() > 0
-    return (
-        strided
-        and -x.dim() <= dim < x.dim()
-        and limits is act is padding_mask is None
-        and None not in numbers
-    )
+    return _forward(kernels, *a) if served and a.x.numel() else op.definition(*a)
 
 
 # --------------------------------------------------------------------------- the op
 @op(
     FAMILY,
-    deciding="x grad",
     check=_check,
     launch=_launch,
-    fast=_forward,
-    fits=_fits,
-    summary="Gradient of Zipformer's Balancer: channels kept in a range of mean and size",
+    fast=_fast,
 )
 def balancer_gradient(
     grad: Annotated[Tensor, "*S D"],
@@ -116,7 +111,8 @@ def balancer_gradient(
     act: Annotated[Tensor, " | 1", "constant"] | None = None,
     padding_mask: Annotated[Tensor, "*M", bool] | None = None,
 ) -> Annotated[Tensor, "*S D", "grad", "constant"]:
-    """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
+    """The gradient of Zipformer's Balancer: that of x, changed so that its channels keep to the limits. Not
+    differentiable.
 
     Args:
         grad, x: the same shape, with at least one dimension. float32, bfloat16, float16 or float64.

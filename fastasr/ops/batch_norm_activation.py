@@ -20,11 +20,9 @@ from fastasr.ops._op import op
 
 @op(
     "cpu triton",
-    returns="y mean variance rate",
     keeps={"statistics": Annotated[Tensor, "4 C", "wide x + weight + bias"]},
     forward="x weight bias padding_mask eps momentum activation",
     backward="grad x weight bias padding_mask statistics activation -> x weight bias",
-    summary="BatchNorm in training, and SiLU or another activation: convolution modules",
 )
 def batch_norm_activation(
     x: Annotated[Tensor, "*S C, C >= 1"],
@@ -36,10 +34,10 @@ def batch_norm_activation(
     momentum: float = 0.1,
     activation: _activation.Activation = "silu",
 ) -> tuple[
-    Annotated[Tensor, "*S C", "x"],
-    Annotated[Tensor, "C", "wide x", "constant"],
-    Annotated[Tensor, "C", "wide x", "constant"],
-    Annotated[Tensor, "C", "wide x", "constant"],
+    Annotated[Tensor, "y: *S C", "x"],
+    Annotated[Tensor, "mean: C", "wide x", "constant"],
+    Annotated[Tensor, "variance: C", "wide x", "constant"],
+    Annotated[Tensor, "rate: C", "wide x", "constant"],
 ]:
     """The activation of BatchNorm over all dimensions but the last, by the statistics of x itself.
 

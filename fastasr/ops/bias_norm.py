@@ -53,7 +53,6 @@ def _gradients(
     backward="grad x bias log_scale -> x bias log_scale",
     launch=_launch,
     gradients=_gradients,
-    summary="x · mean((x − bias)²)^(−½) · e^log_scale",
 )
 def bias_norm(
     x: Annotated[Tensor, "*S D"],

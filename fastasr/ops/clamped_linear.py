@@ -115,13 +115,11 @@ def _clamp(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
 
 @op(
     "cpu triton",
-    subject="gemm",
     one_dtype="x weight",
     keeps={"z": Annotated[Tensor, "*S N", "y"]},
     launch=_launch,
     gradients=_gradients,
     fast=False,
-    summary="a linear layer without a bias between two clamps whose bounds are on the device, and its activation",
 )
 def clamped_linear(
     x: Annotated[Tensor, "*S K"],
@@ -135,7 +133,7 @@ def clamped_linear(
     next_min: Annotated[Tensor, ""] | None = None,
     next_max: Annotated[Tensor, ""] | None = None,
 ) -> Annotated[Tensor, "*S N", "x"]:
-    """clamp(act(clamp(clamp(x) weightᵀ))).
+    """A linear layer without a bias, clamped twice, and its activation: clamp(act(clamp(clamp(x) weightᵀ))).
 
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.

@@ -27,7 +27,6 @@ from fastasr.ops._op import op
 @op(
     "cpu triton",
     strides={"x": "channels"},
-    summary="LayerNorm of the gate, depthwise convolution, product: the gating unit of E-Branchformer's cgMLP",
 )
 def conv_spatial_gate(
     x: Annotated[Tensor, "B T 2*C, C >= 1"],
@@ -40,7 +39,7 @@ def conv_spatial_gate(
     padding_mask: Annotated[Tensor, "B T", bool] | None = None,
     activation: _activation.Activation = "identity",
 ) -> Annotated[Tensor, "B T C", "x"]:
-    """r · act(depthwise convolution over time of LayerNorm(g)) for x = (r, g).
+    """The gating unit of E-Branchformer's cgMLP: r · act(depthwise convolution over time of LayerNorm(g)), x = (r, g).
 
     Args:
         x: (B, T, 2C), the factor and the gate; float32, bfloat16, float16 or float64. Its channels are read where they

@@ -26,7 +26,6 @@ from fastasr.ops._op import op
     "cpu triton",
     one_dtype="x weight bias depthwise_weight depthwise_bias",
     backward="grad x weight bias depthwise_weight mask left needs.x",
-    summary="the first two convolutions of FastConformer's front end, without their intermediate map",
 )
 def conv_subsampling(
     x: Annotated[Tensor, "B T F, T >= 7, F >= 3"],
@@ -38,7 +37,9 @@ def conv_subsampling(
     *,
     left: Annotated[int, "1 or 2"] = 1,
 ) -> Annotated[Tensor, "B ((T-1)//2-1)//2 ((F-1)//2+left)//2 C", "x"]:
-    """A convolution with stride 2, ReLU, mask, and a depthwise convolution with stride 2, both of 3 × 3 taps.
+    """The first two convolutions of FastConformer's front end, without their intermediate map.
+
+    They are a convolution with stride 2, ReLU, mask, and a depthwise convolution with stride 2, both of 3 × 3 taps.
 
     Args:
         x: (B, T, F), frames of features, padded as the first convolution needs them; float32, bfloat16, float16 or

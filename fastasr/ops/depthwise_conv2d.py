@@ -42,7 +42,6 @@ def _padding_fits(op: Op, a: Arguments) -> None:
     forward="x weight bias *padding",
     backward="grad x weight *padding *needs",
     check=_padding_fits,
-    summary="depthwise convolution of maps, channels last, as in ConvNeXt",
 )
 def depthwise_conv2d(
     x: Annotated[Tensor, "B T F C"],

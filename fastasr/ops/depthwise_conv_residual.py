@@ -32,7 +32,6 @@ def _check(op: Op, a: Arguments) -> None:
     strides={"x": "channels"},
     backward="grad x weight padding_mask delay",
     check=_check,
-    summary="depthwise convolution over time plus its input: the merge of E-Branchformer's branches, SANM's memory",
 )
 def depthwise_conv_residual(
     x: Annotated[Tensor, "B T C, C >= 1"],
@@ -42,7 +41,7 @@ def depthwise_conv_residual(
     padding_mask: Annotated[Tensor, "B T", bool] | None = None,
     delay: int = 0,
 ) -> Annotated[Tensor, "B T C", "x"]:
-    """x plus its depthwise convolution over time, of the same length.
+    """x plus its depthwise convolution over time: the merge of E-Branchformer's branches, SANM's memory.
 
     Args:
         x: (B, T, C); float32, bfloat16, float16 or float64. Contiguous channels are read where they lie, whatever the

@@ -110,23 +110,20 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("truncation", "None with state or return_state", a.truncation)
 
 
-def _scan(parameters: str, strides: dict, summary: str) -> Op:
+def _scan(parameters: str, strides: dict) -> Op:
     """Declares an average with these parameters; the residual's is the last."""
     return op(
         "cpu cuda",
-        returns="y last",
         strides={"x": "any", "grad_y": "any", **strides},
         sizes={"B D L R": _sizes},
         forward=f"x {parameters} state padding_mask truncation direction activation layout return_state",
         check=_check,
-        summary=summary,
     )
 
 
 @_scan(
     "damping decay expansion projection residual",
     dict.fromkeys(("damping", "decay", "expansion", "projection"), "matrix"),
-    "Mega's multi-head damped moving average as a linear-time scan, with states",
 )
 def ema_scan(
     x: Annotated[Tensor, "X Y Z"],
@@ -146,10 +143,15 @@ def ema_scan(
 ) -> (
     Y
     | tuple[
-        Y, Annotated[Tensor, "B D N", "wide x + damping + decay + expansion + projection + residual + state"]
+        Y,
+        Annotated[
+            Tensor, "last: B D N", "wide x + damping + decay + expansion + projection + residual + state"
+        ],
     ]
 ):
-    """Computes the multi-head damped EMA of Mega: y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
+    """Mega's multi-head damped moving average as a linear-time scan, with states.
+
+    Computes y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
 
     Args:
         x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.
@@ -181,7 +183,6 @@ def ema_scan(
 @_scan(
     "alpha delta theta gamma omega",
     {"alpha": "matrix", "delta": "matrix", "theta": "vector", "omega": "vector"},
-    "Megalodon's complex moving average, with states",
 )
 def complex_ema_scan(
     x: Annotated[Tensor, "X Y Z"],
@@ -198,8 +199,12 @@ def complex_ema_scan(
     direction: Direction = "forward",
     activation: Activation = "identity",
     layout: Layout = "LBD",
-) -> Y | tuple[Y, Annotated[Tensor, "B D N 2", "wide x + alpha + delta + theta + gamma + omega + state"]]:
-    """Computes the complex EMA of Megalodon: y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
+) -> (
+    Y | tuple[Y, Annotated[Tensor, "last: B D N 2", "wide x + alpha + delta + theta + gamma + omega + state"]]
+):
+    """Megalodon's complex moving average as a linear-time scan, with states.
+
+    Computes y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
 
     Args:
         x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.

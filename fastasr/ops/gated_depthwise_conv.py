@@ -26,8 +26,11 @@ from torch import Tensor
 
 from fastasr.ops import _swoosh
 from fastasr.ops._depthwise_conv import ACTIVATIONS, GATES, check_delay, depthwise_conv
-from fastasr.ops._op import Arguments, Op, Saved, op
+from fastasr.ops._dispatch import Kernels
+from fastasr.ops._layout import dense_channels
+from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._register import cast
+from fastasr.ops._runtime import operand
 
 
 # --------------------------------------------------------------------------- parts
@@ -46,21 +49,6 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("delay", "0 in chunk-causal form", a.delay)
 
 
-def _fits(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    causal_weight: Tensor | None,
-    causal_bias: Tensor | None,
-    chunk_scale: Tensor | None,
-    padding_mask: Tensor | None,
-    cache: Tensor | None,
-    chunk_size: int,
-    *_: object,
-) -> bool:
-    return chunk_size == -1 or causal_weight is not None
-
-
 def _autocast(op: Op, dtype: torch.dtype, a: Arguments) -> Arguments:
     """Follows the convolution's rule, but the output is float32 where the scale is; the kernels widen a narrower h."""
     if a.chunk_scale is not None:
@@ -70,9 +58,54 @@ def _autocast(op: Op, dtype: torch.dtype, a: Arguments) -> Arguments:
     return a._replace(h=h, weight=weight, bias=bias, causal_weight=causal_weight, causal_bias=causal_bias)
 
 
-def _cache_gradient(op: Op, grads: Sequence[Tensor], found: Sequence[Tensor], saved: Saved) -> None:
-    """Returns the gradients through the new cache, which is the last frames of (cache, u)."""
-    (grad,), dh, dcache = grads, found[0], found[-1]
+def _fast(
+    kernels: Kernels,
+    keep: bool,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor | None,
+    causal_bias: Tensor | None,
+    chunk_scale: Tensor | None,
+    padding_mask: Tensor | None,
+    cache: Tensor | None,
+    chunk_size: int,
+    activation: str,
+    return_cache: bool,
+    delay: int,
+    gate: str,
+) -> tuple[Tensor, Tensor]:
+    if (chunk_size != -1 and causal_weight is None) or not (h.is_contiguous() or h.stride(-1) == 1):
+        raise NotImplementedError
+    return kernels.forward(
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+        ACTIVATIONS[activation], return_cache, delay, GATES[gate],
+    )  # fmt: skip
+
+
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], s: Saved, needs: Needs
+) -> Sequence[Tensor | None]:
+    dtype = op.written.result_dtypes(s)[0] if kernels.backend == "cpu" else None
+    parameters = s.weight, s.bias, s.causal_weight, s.causal_bias, s.chunk_scale
+    found = kernels.backward(
+        operand(grads[0], dtype, dense_channels),
+        operand(s.h, dtype, dense_channels),
+        *(operand(t, dtype) for t in parameters),
+        operand(s.padding_mask, None),
+        operand(s.cache, dtype),
+        s.chunk_size,
+        ACTIVATIONS[s.activation],
+        s.delay,
+        GATES[s.gate],
+    )
+    if s.return_cache:
+        _add_gradients_of_cache(grads[1], found[0], found[-1], s)
+    return found
+
+
+def _add_gradients_of_cache(grad: Tensor, dh: Tensor, dcache: Tensor, saved: Saved) -> None:
+    """Adds the gradients through the new cache, which is the last frames of (cache, u)."""
     frames, pad = saved.h.shape[0], grad.shape[2]
     taken = min(frames, pad)
     if saved.cache is not None and taken < pad:
@@ -113,17 +146,19 @@ def edge_scale(chunk_scale: Tensor, size: int) -> Tensor:
     return 1.0 + (F.pad(left, (0, more)) + F.pad(right, (more, 0)))
 
 
+_PARAMETERS = "weight bias causal_weight causal_bias chunk_scale"
+
+
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    returns="y new_cache",
     one_dtype="h weight bias causal_weight causal_bias",
     autocast=_autocast,
     strides={"h": "channels", "grad": "channels"},
     check=_check,
-    fits=_fits,
-    flagged=_cache_gradient,
-    summary="gate, padding mask, depthwise convolution (plain, chunk-causal, streaming), SiLU or SwooshR",
+    backward=f"grad h {_PARAMETERS} padding_mask cache chunk_size activation delay gate",
+    gradients=_gradients,
+    fast=_fast,
 )
 def gated_depthwise_conv(
     h: Annotated[Tensor, "T B 2*C"],
@@ -142,7 +177,10 @@ def gated_depthwise_conv(
     gate: Annotated[Literal["sigmoid", "silu"], GATES] = "sigmoid",
 ) -> (
     Annotated[Tensor, "T B C", "h + chunk_scale"]
-    | tuple[Annotated[Tensor, "T B C", "h + chunk_scale"], Annotated[Tensor, "B C K//2+delay", "h + cache"]]
+    | tuple[
+        Annotated[Tensor, "y: T B C", "h + chunk_scale"],
+        Annotated[Tensor, "new_cache: B C K//2+delay", "h + cache"],
+    ]
 ):
     """act of the depthwise convolution over time of x · gate(s), for h = (x, s); plain, or chunk-causal.
 

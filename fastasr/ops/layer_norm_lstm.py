@@ -39,14 +39,12 @@ def _few(x: Tensor) -> bool:
 
 
 def _fast(native: Kernels, keep: bool, x: Tensor, input_weight: Tensor, *others: Any) -> Sequence[Tensor]:
+    strided = x.layout is input_weight.layout is torch.strided
+    # The vendor's product with W_x takes dtypes that the kernel refuses.
+    if not (strided and x.dtype is torch.float32 and x.dim() == 3 and input_weight.dim() == 2):
+        raise NotImplementedError
     operands = (x, input_weight) if _few(x) else (_gemm.forward(x, input_weight, None), None)
     return native.forward(*operands, *others, keep)
-
-
-def _fits(x: Tensor, input_weight: Tensor, *_: object) -> bool:
-    """Checks the dtypes, because the vendor's product with W_x takes some that the kernel refuses."""
-    strided = x.layout is input_weight.layout is torch.strided
-    return strided and x.dtype is torch.float32 and x.dim() == 3 and input_weight.dim() == 2
 
 
 def _norms(a: Arguments) -> tuple[Tensor, ...]:
@@ -110,14 +108,11 @@ def _gradients(
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    returns="y last_hidden last_cell",
     keeps={"y": None, "kept": Annotated[Tensor, "T*B*(5*H+2)", "wide y"]},
     one_dtype="x input_weight hidden_weight",
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    fits=_fits,
-    summary="LSTM with LayerNorm on gates and cell, whole sequences and one step",
 )
 def layer_norm_lstm(
     x: Annotated[Tensor, "T B D"],
@@ -131,9 +126,9 @@ def layer_norm_lstm(
     cell: Annotated[Tensor, "B H"] | None = None,
     eps: Annotated[float, ">= 0"] = 1e-5,
 ) -> tuple[
-    Annotated[Tensor, "T B H", "x + gate_weight + gate_bias + cell_weight + cell_bias"],
-    Annotated[Tensor, "B H", "y"],
-    Annotated[Tensor, "B H", "y"],
+    Annotated[Tensor, "y: T B H", "x + gate_weight + gate_bias + cell_weight + cell_bias"],
+    Annotated[Tensor, "last_hidden: B H", "y"],
+    Annotated[Tensor, "last_cell: B H", "y"],
 ]:
     """Runs an LSTM layer with LayerNorm on gates and cell, over a whole sequence or one step.
 

@@ -56,6 +56,8 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _product(kernels: Kernels, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not takes(x, weight, bias):
+        raise NotImplementedError
     return kernels.forward(x, weight, bias)
 
 
@@ -127,8 +129,6 @@ def torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
     launch=_launch,
     gradients=_gradients,
     fast=_product,
-    fits=takes,
-    summary="a linear layer, by the matrix product that measured faster on this machine",
 )
 def linear(
     x: Annotated[Tensor, "*S K"],

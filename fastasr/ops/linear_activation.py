@@ -38,6 +38,8 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
 def _fast(
     kernels: Kernels, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
 ) -> tuple[Tensor, Tensor]:
+    if not fits(x, weight, bias):
+        raise NotImplementedError
     z = _gemm.forward(x, weight, bias)
     return kernels.forward(z, NUMBERS[activation], not keep, gated), z  # unless z is kept, y takes its place
 
@@ -65,8 +67,6 @@ def _gradients(
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    fits=fits,
-    summary="a linear layer with SiLU, GELU, ReLU or tanh, gated (SwiGLU) or not: feed-forward blocks, gated MLPs",
 )
 def linear_activation(
     x: Annotated[Tensor, "*S K"],
@@ -75,7 +75,7 @@ def linear_activation(
     activation: _activation.Activation = "silu",
     gated: bool = False,
 ) -> Annotated[Tensor, "*S N//(1+gated)", "x"]:
-    """act(x weightᵀ + bias); or a · act(g) for (a, g) = x weightᵀ + bias.
+    """A linear layer and its activation: act(x weightᵀ + bias), or gated a · act(g) for (a, g) = x weightᵀ + bias.
 
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.

@@ -40,13 +40,19 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
 
 
 def _fast(kernels: Any, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+    if not _fits(weights, projected):
+        raise NotImplementedError
+    return _pass(kernels, weights, projected)
+
+
+def _pass(kernels: Any, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
     o = _gemm.batched(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o
 
 
 def _launch(op: Op, kernels: Passes, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
-    return _fast(kernels, keep, *a)
+    return _pass(kernels, *a)
 
 
 def _gradients(
@@ -69,13 +75,11 @@ def _gradients(
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    fits=_fits,
-    summary="(W (v tanh s)) z, between the projections of Zipformer's NonlinAttention",
 )
 def nonlin_attention(
     weights: Annotated[Tensor, "B T T"], projected: Annotated[Tensor, "T B 3*D"]
 ) -> Annotated[Tensor, "T B D", "projected"]:
-    """(W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
+    """The core of Zipformer's NonlinAttention: (W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
 
     Args:
         weights: (B, T, T), any strides; float32, bfloat16, float16 or float64.

@@ -64,7 +64,6 @@ def _gradients(
     backward="grad x weight bias statistics eps kind activation limit -> x weight bias",
     launch=_launch,
     gradients=_gradients,
-    summary="LayerNorm or RMSNorm, and SiLU or another activation: convolution modules",
 )
 def norm_activation(
     x: Annotated[Tensor, "*S C, C >= 1"],

@@ -86,8 +86,6 @@ _OPTIONS = "dropout_p *context chunk_size soft_cap *pos_span"
     forward=f"{_TENSORS} {_OPTIONS}",
     backward=f"grad {_TENSORS} y lse {_OPTIONS}",
     check=_check,
-    summary="softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the "
-    "weights in memory; bias by offset with a gate, bias by key, soft cap, limited context, cache",
 )
 def rel_attention(
     q: Annotated[Tensor, "B T H D, H >= 1, D >= 1"],

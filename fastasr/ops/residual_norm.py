@@ -92,7 +92,6 @@ def _layer_norm(t: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     forward="x update candidate hidden dropout_mask weight bias eps activation",
     backward="x update candidate hidden dropout_mask weight bias statistics eps activation "
     "-> x update candidate=hidden weight bias",
-    summary="LN(x + σ(update)(act(candidate + hidden) − x))",
 )
 def gated_residual_norm(
     x: Annotated[Tensor, "*S C, C >= 1"],
@@ -130,7 +129,6 @@ def gated_residual_norm(
 @_op(
     forward="x update None None None weight bias eps 0",
     backward="x update None None None weight bias statistics eps 0 -> x=update _ _ weight bias",
-    summary="LN(x + update)",
 )
 def residual_norm(
     x: Annotated[Tensor, "*S C, C >= 1"],

@@ -62,7 +62,6 @@ def _gradients(
 # --------------------------------------------------------------------------- the op
 @op(
     FAMILY,
-    returns="symbol_logprobs blank_logprobs",
     autocast="weight bias",  # the activation is computed in the dtype that its operands have
     keeps={"normaliser": Annotated[Tensor, "B T s_range", torch.float64]},
     launch=_launch,
@@ -87,8 +86,8 @@ def rnnt_joiner(
     dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
     dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
 ) -> tuple[
-    Annotated[Tensor, "B T s_range", "wide am + lm + weight"],
-    Annotated[Tensor, "B T s_range", "wide am + lm + weight"],
+    Annotated[Tensor, "symbol_logprobs: B T s_range", "wide am + lm + weight"],
+    Annotated[Tensor, "blank_logprobs: B T s_range", "wide am + lm + weight"],
 ]:
     """Returns (symbol_logprobs, blank_logprobs) of a pruned transducer's joiner, without a tensor of B × T × R × V.
 

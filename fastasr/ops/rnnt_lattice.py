@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops._dispatch import Kernels
-from fastasr.ops._lattice import check_boundary, launch
+from fastasr.ops._lattice import Scores, check_boundary, launch
 from fastasr.ops._lattice_steps import RnntSteps
 from fastasr.ops._op import Arguments, Op, op
 
@@ -83,7 +83,6 @@ def _fast(
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    returns="scores symbol_occupation blank_occupation",
     keeps={"shares": Annotated[Tensor, _kept_shape, "wide scores"]},
     forward="symbol_logprobs blank_logprobs boundary keep",
     backward="grad scores shares boundary "
@@ -99,11 +98,11 @@ def rnnt_lattice(
     *,
     return_occupation: bool = False,
 ) -> (
-    Annotated[Tensor, "B", "wide symbol_logprobs + blank_logprobs"]
+    Scores
     | tuple[
-        Annotated[Tensor, "B", "wide symbol_logprobs + blank_logprobs"],
-        Annotated[Tensor, "B S W", "wide scores", "constant"],
-        Annotated[Tensor, "B S+1 T", "wide scores", "constant"],
+        Scores,
+        Annotated[Tensor, "symbol_occupation: B S W", "wide scores", "constant"],
+        Annotated[Tensor, "blank_occupation: B S+1 T", "wide scores", "constant"],
     ]
 ):
     """Returns the log of the summed probability of all paths through each lattice.

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastasr.ops._dispatch import Kernels
 from fastasr.ops._lattice import (
     INF,
+    Scores,
     check_boundary,
     launch,
     log_add,
@@ -194,7 +195,6 @@ def _fast(
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    returns="scores symbol_occupation blank_occupation",
     keeps={"shares": Annotated[Tensor, _kept_shape, "wide scores"]},
     forward="symbol_logprobs blank_logprobs starts boundary modified keep",
     backward="grad scores shares starts boundary symbol_logprobs.shape[2] modified",
@@ -211,11 +211,11 @@ def rnnt_pruned_lattice(
     modified: bool = False,
     return_occupation: bool = False,
 ) -> (
-    Annotated[Tensor, "B", "wide symbol_logprobs + blank_logprobs"]
+    Scores
     | tuple[
-        Annotated[Tensor, "B", "wide symbol_logprobs + blank_logprobs"],
-        Annotated[Tensor, "B T R", "wide scores", "constant"],
-        Annotated[Tensor, "B T R", "wide scores", "constant"],
+        Scores,
+        Annotated[Tensor, "symbol_occupation: B T R", "wide scores", "constant"],
+        Annotated[Tensor, "blank_occupation: B T R", "wide scores", "constant"],
     ]
 ):
     """Returns the log of the summed probability of all paths through each lattice that stay inside the band.

@@ -59,8 +59,6 @@ Size = Annotated[int, ">= 0"]
         **dict.fromkeys(("query", "key", "value", "grad"), "channels"),
         **dict.fromkeys(("lengths", "history"), "int64"),
     },
-    summary="the Emformer's attention: segments over memory, right context, left context and themselves, without a "
-    "mask",
 )
 def segment_attention(
     query: Annotated[Tensor, "N B num_heads*D, D >= 1"],
@@ -79,7 +77,7 @@ def segment_attention(
     history: Annotated[Tensor, "2", int] | None = None,
     weights_dropout: Annotated[Tensor, "B num_heads Q lanes", "constant", "wide"] | None = None,
 ) -> Annotated[Tensor, "N B num_heads*D", "query"]:
-    """Computes the attention of every segment over its memory, right context, left context and itself.
+    """The Emformer's attention: every segment over its memory, right context, left context and itself, without a mask.
 
     Args:
         query: (Q, B, D), Q = n R + T and, where there is memory, n more: right-context blocks, utterance, summaries;

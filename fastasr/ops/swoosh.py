@@ -43,7 +43,6 @@ def _op(kind: str) -> Op:
         backward=f"grad x {swoosh_r} None -1 False -> x _",
         launch=_launch,
         gradients=_gradients,
-        summary="log(1 + e^(x−a)) − 0.08 x − b",
     )
 
 

@@ -48,6 +48,8 @@ def _fast(
     mask: Tensor | None,
     shared_dim: int,
 ) -> Tensor:
+    if not fits(x, weight, bias):
+        raise NotImplementedError
     if mask is None and _reduced_weights.copies:
         return _reduced(kernels, x, weight, bias, KINDS[kind])
     return _gemm.forward(kernels.forward(x, KINDS[kind], mask, shared_dim), weight, bias)
@@ -76,12 +78,9 @@ def _gradients(
     _swoosh.FAMILY,
     one_dtype="x weight bias",
     autocast="weight bias",  # upstream computes the activation in x's dtype
-    deciding="x",
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    fits=fits,
-    summary="activation, dropout with a shared mask, linear layer; saves only x",
 )
 def swoosh_linear(
     x: Annotated[Tensor, "*S K"],
@@ -91,6 +90,9 @@ def swoosh_linear(
     mask: Annotated[Tensor, "...", "constant"] | None = None,
     shared_dim: int = -1,
 ) -> Annotated[Tensor, "*S N", "weight"]:
-    """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``."""
+    """Swoosh, dropout with a shared mask, and a linear layer, saving only x: (swoosh(x) ⊙ mask) weightᵀ + bias.
+
+    The mask is given; its size along ``shared_dim`` is 1.
+    """
     y = _swoosh.definition(x, kind)
     return F.linear(y if mask is None else y * mask, weight, bias)

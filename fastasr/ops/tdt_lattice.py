@@ -48,7 +48,6 @@ def _kept_shape(backend: str, a: Arguments) -> tuple[int, ...]:
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    returns="scores",
     keeps={"shares": Annotated[Tensor, _kept_shape, "wide scores"]},
     backward="grad scores shares durations boundary symbol_logprobs.shape[1] symbol_logprobs.shape[2]",
     check=_check,
@@ -59,7 +58,7 @@ def tdt_lattice(
     duration_logprobs: Annotated[Tensor, "B T S+1 N"],
     durations: Annotated[Tensor, "N", torch.int64],
     boundary: Annotated[Tensor, "B 4", torch.int64] | None = None,
-) -> Annotated[Tensor, "B", "wide symbol_logprobs + blank_logprobs + duration_logprobs"]:
+) -> Annotated[Tensor, "scores: B", "wide symbol_logprobs + blank_logprobs + duration_logprobs"]:
     """Returns the log of the summed probability of all paths through each lattice of tokens and durations.
 
     Args:

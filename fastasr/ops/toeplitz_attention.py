@@ -40,10 +40,6 @@ def _chunks(a: Arguments) -> tuple[int, int]:
     return chunks(len(a.query_key), a.chunk_size)
 
 
-def _fits(query_key: Tensor, *_: object) -> bool:
-    return query_key.dtype is torch.float32
-
-
 def mask_of(
     length: int, size: int, count: int, causal: bool, padding_mask: Tensor | None, device: torch.device
 ) -> Tensor | None:
@@ -101,10 +97,8 @@ def _gradients(
     strides=dict.fromkeys(("query_key", "gate", "value", "grad"), "channels"),
     keeps={"mixed": Annotated[Tensor, "L B V", "query_key + gate + value"]},
     sizes={"size count": _chunks},
-    fits=_fits,
     launch=_launch,
     gradients=_gradients,
-    summary="Mega's gated attention: softmax(q·k + β[j−i]) v · act(gate), all that lies between its products",
 )
 def toeplitz_attention(
     query_key: Annotated[Tensor, "L B D, D >= 1"],
@@ -121,9 +115,9 @@ def toeplitz_attention(
     weights_dropout: Annotated[Tensor, "B count size size", "constant", "wide"] | None = None,
     activate_value: bool = False,
 ) -> Annotated[Tensor, "L B V", "value + gate"]:
-    """softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key); queries and keys of one length.
+    """Mega's gated attention: softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key).
 
-    Decoding against a longer history of keys is another operation.
+    Queries and keys have one length: decoding against a longer history of keys is another operation.
 
     Args:
         query_key: (L, B, d), before the activation; any strides, so a slice of a projection needs no copy.

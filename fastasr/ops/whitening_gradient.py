@@ -86,12 +86,9 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
 # --------------------------------------------------------------------------- the op
 @op(
     FAMILY,
-    returns="y white",
-    deciding="x grad",
     check=_check,
     launch=_launch,
     fast=False,  # nothing here checks the operands
-    summary="Gradient of Zipformer's Whiten: the covariance of channels near a multiple of the identity",
 )
 def whitening_gradient(
     grad: Annotated[Tensor, "*S D"],
@@ -102,9 +99,11 @@ def whitening_gradient(
     limits: Annotated[Tensor, "2"] | None = None,
     act: Annotated[Tensor, " | 1", "constant"] | None = None,
     padding_mask: Annotated[Tensor, "*S", bool] | None = None,
-) -> tuple[Annotated[Tensor, "*S D", "grad", "constant"], Annotated[Tensor, "", torch.bool, "constant"]]:
-    """Returns the gradient of x, changed if the metric w of x reaches the limit, and whether w is below. Not
-    differentiable.
+) -> tuple[
+    Annotated[Tensor, "y: *S D", "grad", "constant"], Annotated[Tensor, "white: ", torch.bool, "constant"]
+]:
+    """The gradient of Zipformer's Whiten: that of x, changed if the metric w of x reaches the limit; and whether w is
+    below. Not differentiable.
 
     Args:
         grad, x: the same shape, with at least one dimension, channels last. float32, bfloat16, float16 or float64.

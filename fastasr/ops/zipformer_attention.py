@@ -57,9 +57,32 @@ def _check(op: Op, a: Arguments) -> None:
 
 
 # --------------------------------------------------------------------------- kernels
-def _fits(*arguments: object) -> bool:
-    *_, penalty, _, _, equal = arguments
-    return equal is None and not penalty
+def _fast(
+    kernels: Kernels,
+    keep: bool,
+    x: Tensor,
+    pos: Tensor | None,
+    value: Tensor,
+    num_heads: int,
+    query_head_dim: int,
+    value_heads: int | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    starts: Tensor | None,
+    chunk_size: int,
+    left_context_chunks: int,
+    cached_key: Tensor | None,
+    score_penalty: float,
+    score_limit: float,
+    act: Tensor | None,
+    equal: Tensor | None,
+) -> Tensor:
+    if score_penalty or equal is not None or not x.is_contiguous():
+        raise NotImplementedError
+    return kernels.forward(
+        x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
+        value_heads or num_heads, chunk_size, left_context_chunks,
+    )  # fmt: skip
 
 
 def _call(kernels: Kernels, a: Arguments | Saved, dtype: torch.dtype, *grads: Tensor) -> tuple:
@@ -87,14 +110,12 @@ def _gradients(
 @op(
     "cpu triton",
     one_dtype="x pos value cached_key",
-    deciding="x pos value cached_key",
     launch=_launch,
     gradients=_gradients,
-    fits=_fits,
+    fast=_fast,
     forward=_FORWARD,
     backward=f"grad {_FORWARD} -> x pos value cached_key",
     check=_check,
-    summary="softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory",
 )
 def zipformer_attention(
     x: Projection,

@@ -54,13 +54,11 @@ _FORWARD = f"{_TENSORS} num_heads query_head_dim chunk_size left_context_chunks"
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    returns="weights",
     one_dtype="x pos cached_key",
     strides={"grad": "rows", "weights": _empty},
     forward=_FORWARD,
     backward=f"grad weights {_FORWARD} score_penalty score_limit",
     check=check_recordings,
-    summary="softmax_j(q·k + p·R[j−i]) with padding, chunk and cache",
 )
 def zipformer_attention_weights(
     x: Projection,
@@ -76,7 +74,7 @@ def zipformer_attention_weights(
     cached_key: CachedKey = None,
     score_penalty: NotNegative = 0.0,
     score_limit: NotNegative = 25.0,
-) -> Annotated[Tensor, "num_heads B T T+L", "x"]:
+) -> Annotated[Tensor, "weights: num_heads B T T+L", "x"]:
     """softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]), masked scores being −1000.
 
     Args:

@@ -28,7 +28,6 @@ def write(op: Declared) -> str:
     """Returns the code of an op, behind its imports."""
     parts = [templates.TOP, templates.PUBLIC]
     parts += [templates.NODE] * bool(op.differentiable) + [templates.OPERATOR]
-    parts += [templates.OPERATOR_GRADIENTS] * bool(op.differentiable) + [templates.REGISTRATION]
     fragments = _fragments(op)
     return "\n\n".join(_render(part, fragments) for part in parts)
 
@@ -36,7 +35,6 @@ def write(op: Declared) -> str:
 def _fragments(op: Declared) -> dict[str, str | list[str]]:
     grads = [f"grad_{o.name}" for o in op.graded]
     options = [a.name for a in op.options]
-    rest = [*options, *["keep"] * bool(op.keeps)]
     gradients = [f"d_{a.name}" for a in op.differentiable]
     return {
         "name": op.name,
@@ -52,7 +50,6 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "codes": [f"{_codes(a)} = {a.codes!r}" for a in op.options if a.codes],
         "arguments_tuple": _named_tuple("Arguments", [(a.name, a.type_text, a) for a in op.arguments]),
         "saved_tuple": _saved_tuple(op),
-        "needs_tuple": _named_tuple("Needs", [(a.name, "bool", None) for a in op.differentiable if op.asks]),
         "deciding": ", ".join(op.deciding),
         "rest": ", ".join(
             ["kernels", "direct", *options, *(f"({name}.shape, {name}.dtype)" for name in op.unread)]
@@ -63,7 +60,6 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "saves_directly": ", ".join(name for name in op.saves if name not in op.unread),
         "saved": ", ".join(op.saves + options),
         "found": _names(op.found),
-        "dense_found": ", ".join(o.name + ".contiguous()" * (o.name not in op.strides) for o in op.found),
         "results": _results(op),
         "selected": _selected(op),
         "result_dtypes": f"({', '.join(_dtype(op, o, 'a.') for o in op.found)},)",
@@ -76,39 +72,16 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "keep": ", keep" * bool(op.keeps),
         "not_keeping": ", False" * bool(op.keeps),
         "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
-        "needs": ", needs" * op.asks,
-        "needs_from_autograd": [f"needs = {_needed(op)}"] * op.asks,
-        "needs_from_dispatcher": [f"needs = wanted(ctx.needs_input_grad, {_places(op)!r})"] * op.asks,
+        "needed": ", ctx.needs_input_grad[2:]" * op.asks,
         "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
-        "no_grads": _no_grads(op, grads, len(op.arguments) + bool(op.keeps)),
-        "no_grads_directly": _no_grads(op, grads, len(op.arguments) + 2),
+        "no_grads": _no_grads(op, grads),
         "checks": _checks(op),
         "launch": _launch(op),
-        "drop": [f"if not keep:\n    {o.name} = {o.name}.new_empty(0)" for o in op.keeps],
         "sizes": _sizes(op),
         "empty": ", ".join(_empty(op, o) for o in op.found),
-        "not_differentiable": _not_differentiable(op),
         "constants": _constants(op),
-        "stand_ins": _stand_ins(op),
-        "remember": [f"ctx.rest = {_tuple(rest)}"] * bool(rest),
-        "operator_rest": [f"{_tuple(rest)} = ctx.rest"] * bool(rest),
-        "compute_again": [
-            f"if not keep:\n    {', '.join('_' for _ in op.outputs)}, {_names(op.keeps)} = "
-            f"operator({_names(op.arguments)}, True)"
-        ]
-        * bool(op.keeps),
-        "flags": [f"grad_{o.name} = grad_{o.name} if {o.flag} else None" for o in op.graded if o.flag],
-        "for_the_operator": _for_the_operator(op),
-        "dense_gradients": _each_gradient(
-            op, "d_{0}" if _is_like(op) else "d_{0}.contiguous()", " or d_{0} is None"
-        ),
-        "apart": [f"d_{n} = d_{n}.clone()" for token in op.backward_results for n in token.split("=")[1:]],
-        "empty_gradients": _each_gradient(
-            op, "torch.empty_like({0})" if _is_like(op) else "{0}.new_empty({0}.shape)"
-        ),
         "differentiate": _differentiate(op, grads),
         "transformed": TRANSFORMED,
-        "under_transforms": _under_transforms(op, grads),
         "forward": _node_forward(op),
         "not_views": [f"{o.name} = not_a_view({o.name})" for o in op.outputs],
         "native_backward": _native_backward(op, grads),
@@ -117,10 +90,11 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "apply": _apply(op, False),
         "plain": " and ".join(_optional(a, f"type({a.name}) in PLAIN") for a in op.tensors),
         "formula": _formula(op),
-        "under_autocast": _under_autocast(op),
         "cast": _cast(op),
         "formula_under_autocast": _formula_under_autocast(op),
-    } | _registration(op)
+        "schemas": _schemas(op),
+        "written": _written(op),
+    }
 
 
 def _render(template: str, fragments: dict[str, str | list[str]]) -> str:
@@ -247,18 +221,6 @@ def _wanted(op: Declared) -> str:
 def _apply(op: Declared, direct: bool) -> list[str]:
     call = f"return apply(kernels, {direct}, {_names(op.arguments)})"
     return [f"if {_wanted(op)}:\n    {call}"] * bool(op.differentiable)
-
-
-def _places(op: Declared) -> tuple[int, ...]:
-    return tuple(op.arguments.index(a) for a in op.differentiable)
-
-
-def _needed(op: Declared) -> str:
-    """Returns autograd's answer for each floating tensor; the node's first two arguments are kernels and direct."""
-    places = _places(op)
-    if places == tuple(range(len(places))):
-        return f"ctx.needs_input_grad[2:{2 + len(places)}]"
-    return _tuple([f"ctx.needs_input_grad[{2 + place}]" for place in places])
 
 
 def _optional(a: Argument, condition: str) -> str:
@@ -465,32 +427,26 @@ def _node_forward(op: Declared) -> list[str]:
     return [f"if direct:\n    {found} = {_native(op, 'True')}\nelse:\n    {checked}"]
 
 
-def _saved_call(op: Declared) -> str:
-    return f"make(Saved, ({', '.join((*op.saves, *(a.name for a in op.options)))},))"
-
-
 def _differentiate(op: Declared, grads: list[str]) -> list[str]:
     found = [f"d_{a.name}" for a in op.differentiable]
-    if op.op.gradients is None:
-        lines = ["needs = make(Needs, needs)"] * op.asks
-        more, tensors = _operands(op, _dtype(op, op.outputs[0]), op.backward, op.unread)
-        lines += [*more, *_backward_call(op, _call(op, op.backward, tensors)), *_add_flagged(op)]
-        names = [a.name for a in op.differentiable] if op.asks else ()
-        lines += [f"if not needs.{name}:\n    d_{name} = None" for name in names]
+    lines = ["needs = make(Arguments, needs)"] * op.asks
+    if op.op.gradients is not None:
+        needs = "needs" if op.asks else "None"
+        lines.append(f"{_tuple(found)} = {_part(op.op.gradients)}(op, kernels, grads, saved, {needs})")
     else:
-        needs = "make(Needs, needs)" if op.asks else "None"
-        call = f"{_part(op.op.gradients)}(op, kernels, ({', '.join(grads)},), {_saved_call(op)}, {needs})"
-        lines = [f"{_tuple(found)} = {call}"]
-    return lines + [_back(d, a) for d, a in zip(found, op.differentiable, strict=True)]
+        more, tensors = _operands(op, _dtype(op, op.outputs[0]), op.backward, op.unread)
+        read = "\n".join([*more, *_backward_call(op, _call(op, op.backward, tensors))])
+        names = "|".join((*op.saves, *(a.name for a in op.options)))
+        lines += [f"{', '.join(grads)}, = grads", re.sub(rf"(?<![\w.])({names})\b", r"saved.\1", read)]
+        wanted = [a.name for a in op.differentiable] if op.asks else ()
+        lines += [f"if not needs.{name}:\n    d_{name} = None" for name in wanted]
+    return lines + [_back(a) for a in op.differentiable]
 
 
-def _back(gradient: str, a: Argument) -> str:
+def _back(a: Argument) -> str:
     """Casts a gradient to the dtype of its tensor, and to its shape where several shapes are allowed."""
-    if len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "...":
-        return f"{gradient} = back({gradient}, {a.name})"
-    differs = f"{gradient} is not None and {gradient}.dtype is not {a.name}.dtype"
-    cast = f"if {differs}:\n    {gradient} = {gradient}.to({a.name}.dtype)"
-    return f"if {a.name} is None:\n    {gradient} = None\nel{cast}" if a.optional else cast
+    several = len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "..."
+    return f"d_{a.name} = back{'_in_shape' * several}(d_{a.name}, saved.{a.name})"
 
 
 def _backward_call(op: Declared, arguments: str) -> Iterator[str]:
@@ -501,67 +457,33 @@ def _backward_call(op: Declared, arguments: str) -> Iterator[str]:
     yield from (f"d_{name} = d_{first}" for first, *others in results for name in others)
 
 
-def _add_flagged(op: Declared) -> list[str]:
-    part = op.op.flagged
-    if part is None:
-        return []
-    flags, found = [o for o in op.outputs if o.flag], ", ".join(f"d_{a.name}" for a in op.differentiable)
-    grads = ", ".join(f"grad_{o.name}" for o in flags)
-    return [f"if {flags[0].flag}:\n    {_part(part)}(op, ({grads},), ({found},), {_saved_call(op)})"]
-
-
-def _under_transforms(op: Declared, grads: list[str]) -> list[str]:
-    """Serves gradients under a transform that began after the forward pass."""
-    if op.unread:
-        return [f'refuse_unless_batched("{op.name}")']
-    found, given = [f"d_{a.name}" for a in op.differentiable], _for_autograd(op)
-    batched = " or ".join(
-        f"{grad} is not None and is_batched({grad})"
-        if o.flag or not op.materialize
-        else f"is_batched({grad})"
-        for grad, o in zip(grads, op.graded, strict=True)
-    )
-    return [
-        f"if {TRANSFORMED} or {batched}:",
-        f"    {_tuple(found)} = transformed_gradients(op, ({', '.join(grads)},), {_saved_call(op)})",
-        f"    return None, None, {given}",
-    ]
-
-
 def _for_autograd(op: Declared) -> str:
     return ", ".join(f"d_{a.name}" if a in op.differentiable else "None" for a in op.arguments)
-
-
-def _grad_operands(op: Declared, tokens: list[str]) -> dict[str, str]:
-    """Returns the outputs' gradients as the native kernels read them."""
-    found = {}
-    for o in op.graded:
-        name = f"grad_{o.name}"
-        if name in tokens:
-            plain = not (o.flag or _layout(op, name, True))
-            found[name] = f"{name}.contiguous()" if plain else _operand(op, name, "None", True)
-    return found
 
 
 def _native_backward(op: Declared, grads: list[str]) -> list[str]:
     if op.asks or op.op.fast is False:
         return []
-    call = _backward_call(op, _call(op, op.backward, _grad_operands(op, op.backward)))
+    grads = [name for name in grads if name in op.backward]
+    tensors = {name: _operand(op, name, "None", True) for name in grads}
+    call = _backward_call(op, _call(op, op.backward, tensors))
     given = ", ".join(
         "None"
         if a not in op.differentiable
         else f"None if {a.name} is None else " * a.optional + f"d_{a.name}"
         for a in op.arguments
     )
-    lines = "\n".join((*call, *_add_flagged(op), f"return None, None, {given}"))
-    return ["if direct:", indent(lines, "    ")]
+    lines = "\n".join((*call, f"return None, None, {given}"))
+    apart = {o.flag for o in op.graded if o.flag and f"grad_{o.name}" not in op.backward}
+    batched = [f"{name} is not None and is_batched({name})" for name in grads]
+    others = " or ".join((*apart, TRANSFORMED, *batched))
+    return [f"if direct and not ({others}):", indent(lines, "    ")]
 
 
-# --------------------------------------------------------------------------- gradients of the operator
-def _no_grads(op: Declared, grads: list[str], count: int) -> list[str]:
+def _no_grads(op: Declared, grads: list[str]) -> list[str]:
     if op.materialize:
         return []
-    return [f"if {' is None and '.join(grads)} is None:\n    return (None,) * {count}"]
+    return [f"if {' is None and '.join(grads)} is None:\n    return (None,) * {len(op.arguments) + 2}"]
 
 
 def _constants(op: Declared) -> list[str]:
@@ -569,49 +491,6 @@ def _constants(op: Declared) -> list[str]:
     found = [o for o in op.outputs if o.constant]
     mark = f"ctx.mark_non_differentiable({_names(found)})"
     return [f"if {found[0].flag}:\n    {mark}" if found[0].flag else mark] if found else []
-
-
-def _stand_ins(op: Declared) -> list[str]:
-    lines = [f"{name} = stand_in({name})" for name in op.unread]
-    served = f"keep and family.kernels({', '.join(op.deciding)}) is not None"
-    return [f"if {served}:", *(f"    {line}" for line in lines)] if lines else []
-
-
-def _not_differentiable(op: Declared) -> list[str]:
-    flags = [o for o in op.graded if o.flag]
-    constants = [o for o in op.found if o.constant or o in op.keeps]
-    always = [f"ctx.mark_non_differentiable({_names(constants)})"] * bool(constants)
-    absent = f"if not {flags[0].flag if flags else ''}:\n    ctx.mark_non_differentiable({_names((*flags, *op.keeps))})"
-    return always + [absent] * bool(flags)
-
-
-def _gone(op: Declared, more: str = "") -> dict[str, str]:
-    """Says for each gradient when the operator gives a tensor without elements."""
-    return {
-        a.name: " or ".join(
-            [f"{a.name} is None"] * a.optional + [f"not needs[{i}]{more.format(a.name)}"] * op.asks
-        )
-        for i, a in enumerate(op.differentiable)
-    }
-
-
-def _each_gradient(op: Declared, form: str, more: str = "") -> str:
-    nothing = f"{op.leader.name}.new_empty(0)"
-    return ", ".join(
-        (f"{nothing} if {gone} else " if gone else "") + form.format(name)
-        for name, gone in _gone(op, more).items()
-    )
-
-
-def _for_the_operator(op: Declared) -> str:
-    gone = _gone(op)
-    given = [
-        (f"None if {gone[a.name]} else " if gone.get(a.name) else "") + f"d_{a.name}"
-        if a.name in gone
-        else "None"
-        for a in op.arguments
-    ]
-    return _tuple(given + ["None"] * bool(op.keeps))
 
 
 # --------------------------------------------------------------------------- the public function
@@ -632,21 +511,19 @@ def _shortest_path(op: Declared) -> str:
 def _conditions(op: Declared) -> Iterator[str]:
     """Returns the conditions of the shortest path: plain CPU tensors, exact options. The kernels check the rest."""
     yield "kernels is not None"
-    fast, fits = callable(op.op.fast), op.op.fits
+    fast = callable(op.op.fast)
     others = [a for a in op.tensors if a is not op.leader]
-    # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product runs first, which checks nothing.
-    unchecked = bool(fast and fits)
-    told = op.deciding if op.one_work_dtype else () if unchecked else op.one_dtype
-    untold = [a for a in others if a.name not in told] if unchecked or not fast else []
-    compared = [a for a in untold if a.kind in ("constant", "floating")]
+    # Kernels check dtypes, and the dispatcher devices. A function may call another product first, which checks nothing.
+    told = op.deciding if op.one_work_dtype else () if fast else op.one_dtype
+    compared = [a for a in others if a.name not in told and a.kind in ("constant", "floating")]
     # The other path takes calls whose arguments it must convert: declining inside the kernels costs 20 us more.
-    wide = [op.leader.name] if op.outputs[0].wide else op.wide[: not op.op.launch]
+    wide = [op.leader.name] if op.outputs[0].wide else op.wide[:1]
     taken = {"": "{0}.is_contiguous()", "channels": "({0}.is_contiguous() or {0}.stride(-1) == 1)"}
     layout = _layout(op, op.leader.name)
     dense = layout in taken and (op.outputs[0].wide or not fast)
     for a in (op.leader, *others):
         parts = [f"type({a.name}) in PLAIN"]
-        parts += [f"{a.name}.is_cpu"] * (a is op.leader or unchecked)
+        parts += [f"{a.name}.is_cpu"] * (a is op.leader or fast)
         # Reading an attribute costs 40 ns, a local variable 1 ns.
         parts += [f"(dtype := {a.name}.dtype)"] * (a is op.leader and bool(compared))
         parts += [f"{a.name}.dtype is dtype"] * (a in compared)
@@ -660,7 +537,6 @@ def _conditions(op: Declared) -> Iterator[str]:
         condition += f" and {a.name} == {a.default!r}" * bool(a.dimension_of and not fast)
         yield _optional(a, _right_type(a) + condition)
     yield from ['not is_autocast_enabled("cpu")'] * (op.autocast is not None)
-    yield from [f"{_part(fits)}({_names(op.arguments)})"] if fits else []
     yield "not is_dynamo_compiling()"  # exports that trace without dynamo have no plain tensors
     yield f"not ({TRANSFORMED})"  # behind the former, because dynamo knows transforms by itself
 
@@ -676,70 +552,74 @@ def _formula_under_autocast(op: Declared) -> list[str]:
     ]
 
 
-def _under_autocast(op: Declared) -> list[str]:
-    rule = op.autocast
-    if rule is None:
-        return []
-    names, keep = _names(op.arguments), ", keep" * bool(op.keeps)
-    lines = [f"def under_autocast(dtype, {_operator_parameters(op)}):"]
-    lines.append('    """Casts the arguments as autocast does for this dtype."""')
-    if callable(rule):
-        lines.append(f"    arguments = {_part(rule)}(op, dtype, Arguments({names}))")
-        return [*lines, f"    return *arguments{keep}" if keep else "    return arguments"]
-    if rule != "formula":
-        cast = op.one_dtype if rule == "one dtype" else rule.split()
-        lines.append(f"    {_tuple(cast)} = cast(dtype, {', '.join(cast)})")
-    return [*lines, f"    return {_tuple([a.name for a in op.arguments] + ['keep'] * bool(op.keeps))}"]
-
-
 def _cast(op: Declared) -> list[str]:
-    if op.autocast in (None, "formula"):
+    rule = op.autocast
+    if rule in (None, "formula"):
         return []
-    names, deciding = _names(op.arguments), ", ".join(op.deciding)
+    if callable(rule):
+        names = _tuple([a.name for a in op.arguments])
+        line = f"{names} = {_part(rule)}(op, cast_dtype, Arguments({_names(op.arguments)}))"
+    else:
+        line = f"{_tuple(_cast_names(op))} = cast(cast_dtype, {', '.join(_cast_names(op))})"
     return [
         f"cast_dtype = autocast_dtype({op.leader.name})",
         "if cast_dtype is not None:",
-        f"    {_tuple([a.name for a in op.arguments] + ['_'] * bool(op.keeps))} = under_autocast(cast_dtype, {names})",
-        f"    kernels = family.kernels({deciding})",
+        f"    {line}",
+        f"    kernels = family.kernels({', '.join(op.deciding)})",
         "    if kernels is None:",
         f"        return {_formula(op)}",
     ]
 
 
+def _cast_names(op: Declared) -> list[str]:
+    return op.one_dtype if op.autocast == "one dtype" else op.autocast.split()
+
+
 # --------------------------------------------------------------------------- registration
-def _registration(op: Declared) -> dict[str, str | list[str]]:
-    """Returns the schemas and the other registrations of the operator. It returns every output, without elements if not
-    asked for, and the kept tensors. ``<name>_backward`` takes gradients, ``saves`` and the options.
-    """
+def _written(op: Declared) -> Iterator[str]:
+    """Returns the fields of ``Written`` that have no default, or another value."""
+    rule = op.autocast
+    same = ["Arguments", "check", "run_kernels", "fake", "result_dtypes"]
+    same += ["Saved", "apply", "differentiate"] * bool(op.differentiable)
+    values = {
+        "results": tuple(o.name for o in op.found),
+        "deciding": tuple(op.deciding),
+        "strided": tuple(o.name for o in op.found if o.name in op.strides),
+        "differentiable": tuple(a.name for a in op.differentiable),
+        "graded": {o.name: o.flag for o in op.graded},
+        "saves": tuple(op.saves) if op.differentiable else (),
+        "kept": tuple(o.name for o in op.keeps),
+        "released": tuple(op.unread),
+    }
+    flags = {"dense": not _is_like(op), "materialize": op.materialize, "asks": op.asks}
+    yield from (f"{name}={name}," for name in same)
+    yield from (f"{name}={value!r}," for name, value in values.items() if value)
+    yield from (f"{name}={value}," for name, value in flags.items() if value is (name == "asks"))
+    if rule is not None:
+        yield f"autocast={_part(rule) if callable(rule) else () if rule == 'formula' else tuple(_cast_names(op))},"
+
+
+def _schemas(op: Declared) -> list[str]:
     tensors = {a.name: f"Tensor{'?' * a.optional} {a.name}" for a in op.tensors}
     saved = [tensors.get(name, f"Tensor {name}") for name in op.saves]
     grads = [f"Tensor{'?' * (len(op.graded) > 1)} grad_{o.name}" for o in op.graded]
     options = [a.schema.partition("=")[0] for a in op.options]
-    backward = ", ".join((*grads, *saved, *options, *["bool[] needs"] * op.asks))
-    forward = ", ".join((*(a.schema for a in op.arguments), *["bool keep=False"] * bool(op.keeps)))
-    registered = ["setup_context=set_up,", "backward=backward,"] * bool(op.differentiable)
-    registered += ["autocast=under_autocast,"] * (op.autocast is not None)
-    operator = ["backward_operator = None"]
-    if op.differentiable:
-        schema = _schema(f"{op.name}_backward", backward, len(op.differentiable))
-        operator = ["backward_operator = register(", *schema, "run_backward,", "fake_backward,"]
-        if not op.unread:
-            operator.append(f"transformed=partial(transformed_backward, op, {len(grads)}),")
-        operator.append(")")
-    return {
-        "schema": _schema(op.name, forward, len(op.found)),
-        "registered": registered,
-        "backward_operator": operator,
-        "applied": f"applied({op.name.title().replace('_', '')})" if op.differentiable else "None",
-        "saved_class": "Saved" if op.differentiable else "None",
-        "deciding_names": f"({''.join(f'{name!r}, ' for name in op.deciding)})",
-        "differentiable_names": f"({''.join(f'{a.name!r}, ' for a in op.differentiable)})",
-        "released": ["released=True,"] * bool(op.unread),
-        "dense": str(not _is_like(op)),
-    }
+    backward = [*grads, *saved, *options, *["bool[] needs"] * op.asks]
+    forward = [*(a.schema for a in op.arguments), *["bool keep=False"] * bool(op.keeps)]
+    found = [schema(op.name, forward, len(op.found))]
+    found += [schema(f"{op.name}_backward", backward, len(op.differentiable))] * bool(op.differentiable)
+    return ["\n".join(map(repr, lines)) + "," for lines in found]
 
 
-def _schema(name: str, arguments: str, count: int) -> list[str]:
-    results = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
-    lines = textwrap.wrap(f"{name}({arguments}) -> {results}", 100, break_on_hyphens=False)
-    return [*(f"{line + ' '!r}" for line in lines[:-1]), f"{lines[-1]!r},"]
+def schema(name: str, arguments: list[str], count: int) -> list[str]:
+    """Returns the lines of an operator's schema."""
+    text = f"{name}({', '.join(arguments)}) -> {_returned(count).replace('tuple[', '(').replace(']', ')')}"
+    lines = textwrap.wrap(text, 100, break_on_hyphens=False)
+    return [*(f"{line} " for line in lines[:-1]), lines[-1]]
+
+
+def parts(op: Declared) -> set[str]:
+    """Returns the names of the functions that the declaration gives."""
+    values = [*vars(op.op).values(), *op.sizes.values(), *op.strides.values(), *(o.pattern for o in op.found)]
+    own = {id(op.op.definition), id(vars(op.op).get("function"))}
+    return {v.__name__ for v in values if inspect.isfunction(v) and id(v) not in own}

@@ -15,6 +15,7 @@ from pathlib import Path
 from fastasr.testing.declared import Declared
 from fastasr.testing.declared.shapes import Pattern, Shape, condition
 from fastasr.testing.declared.signature import Argument, Output
+from opgen.fragments import schema
 
 HEAD = """// SPDX-License-Identifier: Apache-2.0
 // `make op OP={name}` writes this file from {source}: change that one.
@@ -77,38 +78,23 @@ class _Call:
         self.numbers = {
             found[0]: self._size(*found.groups()) for found in map(_SHAPE.fullmatch, tokens) if found
         }
-        self.members = [member for token in tokens for member in self._members(token)]
+        self.members = [self._member(token) for token in tokens]
         self.given = {name for name, _ in self.members}
         self.sizes: list[tuple[str, str]] = []  # (type, name) of the sizes that checks bind
 
-    def _members(self, token: str) -> Iterator[tuple[str, str]]:
-        """Yields (name, kind) of the arguments that a token of the declaration stands for."""
-        op = self.op
-        chosen = re.fullmatch(r"\((\w+) or \w+\)", token)
-        token = chosen[1] if chosen else token
-        arguments = {a.name: a for a in op.arguments}
-        outputs = {o.name: o for o in op.found}
-        if token in self.numbers:
-            yield self.numbers[token], "int"
-        elif token == "*needs":
-            yield from ((f"needs_{a.name}", "bool") for a in op.differentiable)
-        elif token.startswith("needs."):
-            yield token.replace(".", "_"), "bool"
-        elif token == "keep":
-            yield token, "bool"
-        elif token.startswith("*") and token[1:] in arguments:
-            yield token[1:], "pair"
-        elif token in outputs:
-            yield token, "tensor"
-        elif token.removeprefix("grad_") in outputs:
-            yield (
-                token,
-                "tensor or none" if self._may_be_none(outputs[token.removeprefix("grad_")]) else "tensor",
-            )
-        elif token in arguments:
-            yield token, _kind(arguments[token])
-        else:
+    def _member(self, token: str) -> tuple[str, str]:
+        """Returns (name, kind) of the argument that a token of the declaration stands for."""
+        op, token = self.op, re.sub(r"\((\w+) or \w+\)", r"\1", token)
+        members = {f"needs.{a.name}": (f"needs_{a.name}", "bool") for a in op.differentiable}
+        members |= {"*" * (a.kind == "pair") + a.name: (a.name, _kind(a)) for a in op.arguments}
+        members |= {token: (name, "int") for token, name in self.numbers.items()}
+        for o in op.found:
+            grad = "tensor or none" if self._may_be_none(o) else "tensor"
+            members |= {o.name: (o.name, "tensor"), f"grad_{o.name}": (f"grad_{o.name}", grad)}
+        members["keep"] = "keep", "bool"
+        if token not in members:
             raise ValueError(f"{op.name}: {token}: expected a name in the calls that C++ kernels serve")
+        return members[token]
 
     def _size(self, name: str, place: str) -> str:
         return self.op.argument(name).pattern.alternatives[0].dims[int(place)].text
@@ -145,14 +131,7 @@ class _Call:
             for member, kind in self.members
             for name in ((f"{member}_0", f"{member}_1") if kind == "pair" else (member,))
         ]
-        results = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
-        lines, line = [], f"{self.name}("
-        for word in [*(f"{word}, " for word in words[:-1]), f"{words[-1]}) -> ", results]:
-            if len(line) + len(word) > 105:
-                lines.append(line)
-                line = ""
-            line += word
-        return "\n".join(f'"{text}"' for text in [*lines, line])
+        return "\n".join(f'"{line}"' for line in schema(self.name, words, self.results))
 
     # ----------------------------------------------------------------------- checks
     def _checks(self) -> Iterator[str]:
@@ -204,7 +183,7 @@ class _Call:
             return "ScalarType::Long"
         if a.name in op.wide:
             return "compute_type(dtype)"
-        converted = op.op.launch is None or a.name in op.deciding
+        converted = op.op.launch is None or a.name in (op.one_dtype or op.dtype_names(op.outputs[0]))
         return "dtype" if a.kind == "floating" and converted else ""
 
     def _output_dtype(self, o: Output) -> str:
@@ -255,19 +234,12 @@ class _Call:
         for _, _, _, names in found:
             known |= names
         yield f"{{\nconst Sizes shape = {read}sizes();"
-        if len(found) == 1:
-            rank, needed, bindings, _ = found[0]
-            yield f"fastasr::check({rank}, {wrong});"
+        yield "bool right = false;"
+        for i, (rank, needed, bindings, _) in enumerate(found):
+            yield f"{'else ' * bool(i)}if ({rank}) {{"
             yield from bindings
-            if needed or conditions:
-                yield f"fastasr::check({' && '.join([*needed, *conditions])}, {wrong});"
-        else:
-            yield "bool right = false;"
-            for i, (rank, needed, bindings, _) in enumerate(found):
-                yield f"{'else ' * bool(i)}if ({rank}) {{"
-                yield from bindings
-                yield f"right = {' && '.join([*needed, *conditions]) or 'true'};\n}}"
-            yield f"fastasr::check(right, {wrong});"
+            yield f"right = {' && '.join([*needed, *conditions]) or 'true'};\n}}"
+        yield f"fastasr::check(right, {wrong});"
         yield "}"
 
     def _solve(self, shape: Shape, before: set[str]) -> tuple[str, list[str], list[str], set[str]]:
@@ -293,7 +265,7 @@ def _kind(a: Argument) -> str:
         return "tensor or none" if a.optional else "tensor"
     if a.codes:
         return "bool" if isinstance(next(iter(a.codes.values())), bool) else "int"
-    return {"int": "int", "float": "float", "flag": "bool"}[a.kind]
+    return "bool" if a.kind == "flag" else a.kind
 
 
 def _has_sizes(tensor: str, shape: Shape) -> str:

@@ -15,9 +15,6 @@ family = op.family
 
 
 {saved_tuple}
-
-
-{needs_tuple}
 """
 
 PUBLIC = """
@@ -66,9 +63,6 @@ def run_kernels(kernels, {names}{keep}):
 
 def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return {result_dtypes}
-
-
-{under_autocast}
 """
 
 SHORTEST_PATH = """
@@ -109,104 +103,36 @@ class {class_name}(Function):
         {saves_directly}, = ctx.saved_tensors
         {rest_names} = ctx.rest
         {likes}
-        {no_grads_directly}
-        {under_transforms}
+        {no_grads}
         {native_backward}
-        {needs_from_autograd}
-        try:
-            {gradients}, = differentiate(kernels, {grads}, {saved}{needs})
-        except Unlaunchable as error:
-            {gradients}, = gradients_without(error, op, ({grads},), make(Saved, ({saved},)))
+        {gradients}, = node_gradients(op, kernels, ({grads},), make(Saved, ({saved},)){needed})
         return None, None, {for_autograd}
 
 
-def differentiate(kernels, {grads}, {saved}{needs}):
+def differentiate(kernels, grads, saved, needs=None):
     \"\"\"Returns the gradients by the kernels, each in its tensor's dtype.\"\"\"
     {differentiate}
     return {gradients_tuple}
+
+
+apply = applied({class_name})
 """
 
 OPERATOR = """
 # --------------------------------------------------------------------------- the registered operator
-def run({operator_parameters}):
-    kernels = family.kernels({deciding})
-    if kernels is None:
-        return formula_results(op, {names})
-    try:
-        {found} = run_kernels(kernels, {names}{keep})
-    except Unlaunchable as error:
-        family.give_up(error, {deciding})
-        return formula_results(op, {names})
-    {drop}
-    return {dense_found}
-
-
 def fake({operator_parameters}):
     {sizes}
     return {empty}
-"""
-
-OPERATOR_GRADIENTS = """
-def set_up(ctx, inputs, output):
-    {names}{keep}, = inputs
-    {found} = output
-    {not_differentiable}
-    {materialize}
-    {stand_ins}
-    ctx.save_for_backward({saves})
-    {remember}
 
 
-def backward(ctx, {grads}, *_):
-    {no_grads}
-    {saves}, = ctx.saved_tensors
-    {operator_rest}
-    {compute_again}
-    {flags}
-    {needs_from_dispatcher}
-    {gradients}, = as_tuple(backward_operator({grads}, {saved}{needs}))
-    return {for_the_operator}
-
-
-def run_backward({grads}, {saved}{needs}):
-    kernels = family.kernels({deciding})
-    if kernels is None:
-        {gradients}, = formula_gradients(op, ({grads},), Saved({saved}))
-    else:
-        try:
-            {gradients}, = differentiate(kernels, {grads}, {saved}{needs})
-        except Unlaunchable as error:
-            {gradients}, = gradients_without(error, op, ({grads},), Saved({saved}))
-        {apart}
-    return {dense_gradients}
-
-
-def fake_backward({grads}, {saved}{needs}):
-    return {empty_gradients}
-"""
-
-REGISTRATION = """
-{backward_operator}
-operator = register(
-    {schema}
-    run,
-    fake,
-    {registered}
-    transformed=partial(transformed_results, op),
+op.serve(
+    {name},
+    Written(
+        {written}
+    ),
 )
-apply = {applied}
-written = Written(
-    Arguments=Arguments,
-    Saved={saved_class},
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding={deciding_names},
-    differentiable={differentiable_names},
-    dense={dense},
-    {released}
+operator = register_op(
+    op,
+    {schemas}
 )
-op.serve({name}, written)
 """

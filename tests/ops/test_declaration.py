@@ -95,7 +95,7 @@ def test_the_operator_has_the_declared_signature(name):
     op, function = ops.OPS[name], getattr(ops, name)
     assert function.op is op
     parameters = inspect.signature(op.definition).parameters.values()
-    schema = op.written.operator._schema.arguments
+    schema = op.operator._schema.arguments
     assert [p.name for p in parameters] == [a.name for a in schema if a.name != "keep"]
     for p, a in zip(parameters, schema, strict=False):
         default = list(p.default) if isinstance(p.default, tuple) else p.default

@@ -54,7 +54,7 @@ def _copied(folder: Path) -> None:
 
 
 # A kernel for GPUs alone, of the forward pass alone.
-DECLARED = '@op("triton", subject="rows", gradients=gradients_of_formula)'
+DECLARED = '@op("triton", gradients=gradients_of_formula)'
 KERNEL = """# SPDX-License-Identifier: Apache-2.0
 import torch
 import triton

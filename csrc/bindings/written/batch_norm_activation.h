@@ -32,10 +32,13 @@ struct BatchNormActivationForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() >= 1, op, "x is not (*S, C), C >= 1");
-      S = shape.slice(0, shape.size() - 1);
-      C = shape[shape.size() - 1];
-      fastasr::check(C >= 1, op, "x is not (*S, C), C >= 1");
+      bool right = false;
+      if (shape.size() >= 1) {
+        S = shape.slice(0, shape.size() - 1);
+        C = shape[shape.size() - 1];
+        right = C >= 1;
+      }
+      fastasr::check(right, op, "x is not (*S, C), C >= 1");
     }
     check_contiguous(x, op, "x");
     check_dtype(weight, compute_type(dtype), op, "weight");
@@ -55,8 +58,8 @@ struct BatchNormActivationForward {
 struct BatchNormActivationBackward {
   static constexpr const char* kName = "batch_norm_activation_backward";
   static constexpr const char* kSchema =
-      "batch_norm_activation_backward(Tensor? grad_y, Tensor x, Tensor weight, Tensor bias, "
-      "Tensor? padding_mask, Tensor statistics, int activation) -> (Tensor, Tensor, Tensor)";
+      "batch_norm_activation_backward(Tensor? grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? "
+      "padding_mask, Tensor statistics, int activation) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Optional, Tensor, Tensor, Tensor, Optional, Tensor, int64_t>;
 
   const Optional& grad_y;
@@ -77,10 +80,13 @@ struct BatchNormActivationBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() >= 1, op, "x is not (*S, C), C >= 1");
-      S = shape.slice(0, shape.size() - 1);
-      C = shape[shape.size() - 1];
-      fastasr::check(C >= 1, op, "x is not (*S, C), C >= 1");
+      bool right = false;
+      if (shape.size() >= 1) {
+        S = shape.slice(0, shape.size() - 1);
+        C = shape[shape.size() - 1];
+        right = C >= 1;
+      }
+      fastasr::check(right, op, "x is not (*S, C), C >= 1");
     }
     check_contiguous(x, op, "x");
     check_dtype(weight, compute_type(dtype), op, "weight");

@@ -25,16 +25,24 @@ struct BiasNormForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() >= 1, op, "x is not (*S, D)");
-      S = shape.slice(0, shape.size() - 1);
-      D = shape[shape.size() - 1];
+      bool right = false;
+      if (shape.size() >= 1) {
+        S = shape.slice(0, shape.size() - 1);
+        D = shape[shape.size() - 1];
+        right = true;
+      }
+      fastasr::check(right, op, "x is not (*S, D)");
     }
     check_contiguous(x, op, "x");
     check_dtype(bias, dtype, op, "bias");
     {
       const Sizes shape = bias.sizes();
-      fastasr::check(shape.size() == 1, op, "bias is not (C)");
-      C = shape[0];
+      bool right = false;
+      if (shape.size() == 1) {
+        C = shape[0];
+        right = true;
+      }
+      fastasr::check(right, op, "bias is not (C)");
     }
     check_contiguous(bias, op, "bias");
     fastasr::check(has_sizes(log_scale, {}) || has_sizes(log_scale, {1}), op, "log_scale is not () or (1)");
@@ -45,7 +53,8 @@ struct BiasNormForward {
 struct BiasNormBackward {
   static constexpr const char* kName = "bias_norm_backward";
   static constexpr const char* kSchema =
-      "bias_norm_backward(Tensor grad_y, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, Tensor)";
+      "bias_norm_backward(Tensor grad_y, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, "
+      "Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor>;
 
   const Tensor& grad_y;
@@ -63,16 +72,24 @@ struct BiasNormBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() >= 1, op, "x is not (*S, D)");
-      S = shape.slice(0, shape.size() - 1);
-      D = shape[shape.size() - 1];
+      bool right = false;
+      if (shape.size() >= 1) {
+        S = shape.slice(0, shape.size() - 1);
+        D = shape[shape.size() - 1];
+        right = true;
+      }
+      fastasr::check(right, op, "x is not (*S, D)");
     }
     check_contiguous(x, op, "x");
     check_dtype(bias, dtype, op, "bias");
     {
       const Sizes shape = bias.sizes();
-      fastasr::check(shape.size() == 1, op, "bias is not (C)");
-      C = shape[0];
+      bool right = false;
+      if (shape.size() == 1) {
+        C = shape[0];
+        right = true;
+      }
+      fastasr::check(right, op, "bias is not (C)");
     }
     check_contiguous(bias, op, "bias");
     fastasr::check(has_sizes(log_scale, {}) || has_sizes(log_scale, {1}), op, "log_scale is not () or (1)");

@@ -13,9 +13,9 @@ void find_sizes(A& a);
 struct ComplexEmaScanForward {
   static constexpr const char* kName = "complex_ema_scan_forward";
   static constexpr const char* kSchema =
-      "complex_ema_scan_forward(Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, "
-      "Tensor? omega, Tensor? state, Tensor? padding_mask, int truncation, int direction, int activation, "
-      "int layout, bool return_state) -> (Tensor, Tensor)";
+      "complex_ema_scan_forward(Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? "
+      "omega, Tensor? state, Tensor? padding_mask, int truncation, int direction, int activation, int "
+      "layout, bool return_state) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, int64_t, int64_t,
                               int64_t, int64_t, bool>;
 
@@ -52,10 +52,14 @@ struct ComplexEmaScanForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (X, Y, Z)");
-      X = shape[0];
-      Y = shape[1];
-      Z = shape[2];
+      bool right = false;
+      if (shape.size() == 3) {
+        X = shape[0];
+        Y = shape[1];
+        Z = shape[2];
+        right = true;
+      }
+      fastasr::check(right, op, "x is not (X, Y, Z)");
     }
     find_sizes(*this);
     check_dtype(alpha, compute_type(dtype), op, "alpha");
@@ -105,8 +109,8 @@ struct ComplexEmaScanBackward {
   static constexpr const char* kName = "complex_ema_scan_backward";
   static constexpr const char* kSchema =
       "complex_ema_scan_backward(Tensor grad_y, Tensor? grad_last, Tensor x, Tensor alpha, Tensor delta, "
-      "Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, Tensor? padding_mask, int truncation, "
-      "int direction, int activation, int layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, Tensor? padding_mask, int truncation, int "
+      "direction, int activation, int layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Optional, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional,
                               int64_t, int64_t, int64_t, int64_t>;
 
@@ -144,10 +148,14 @@ struct ComplexEmaScanBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (X, Y, Z)");
-      X = shape[0];
-      Y = shape[1];
-      Z = shape[2];
+      bool right = false;
+      if (shape.size() == 3) {
+        X = shape[0];
+        Y = shape[1];
+        Z = shape[2];
+        right = true;
+      }
+      fastasr::check(right, op, "x is not (X, Y, Z)");
     }
     find_sizes(*this);
     check_dtype(alpha, compute_type(dtype), op, "alpha");

@@ -9,8 +9,8 @@ namespace fastasr::bindings::conv_spatial_gate {
 struct ConvSpatialGateForward {
   static constexpr const char* kName = "conv_spatial_gate_forward";
   static constexpr const char* kSchema =
-      "conv_spatial_gate_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, "
-      "Tensor? padding_mask, float eps, int activation) -> Tensor";
+      "conv_spatial_gate_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? "
+      "bias, Tensor? padding_mask, float eps, int activation) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, double, int64_t>;
 
   const Tensor& x;
@@ -35,11 +35,14 @@ struct ConvSpatialGateForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (B, T, 2*C), C >= 1");
-      B = shape[0];
-      T = shape[1];
-      C = shape[2] / 2;
-      fastasr::check(shape[2] % 2 == 0 && C >= 1, op, "x is not (B, T, 2*C), C >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        T = shape[1];
+        C = shape[2] / 2;
+        right = shape[2] % 2 == 0 && C >= 1;
+      }
+      fastasr::check(right, op, "x is not (B, T, 2*C), C >= 1");
     }
     check_dense_channels(x, op, "x");
     check_dtype(norm_weight, compute_type(dtype), op, "norm_weight");
@@ -78,9 +81,9 @@ struct ConvSpatialGateForward {
 struct ConvSpatialGateBackward {
   static constexpr const char* kName = "conv_spatial_gate_backward";
   static constexpr const char* kSchema =
-      "conv_spatial_gate_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
-      "Tensor? bias, Tensor? padding_mask, float eps, int activation) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "conv_spatial_gate_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor "
+      "weight, Tensor? bias, Tensor? padding_mask, float eps, int activation) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, double, int64_t>;
 
   const Tensor& grad_y;
@@ -106,11 +109,14 @@ struct ConvSpatialGateBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (B, T, 2*C), C >= 1");
-      B = shape[0];
-      T = shape[1];
-      C = shape[2] / 2;
-      fastasr::check(shape[2] % 2 == 0 && C >= 1, op, "x is not (B, T, 2*C), C >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        T = shape[1];
+        C = shape[2] / 2;
+        right = shape[2] % 2 == 0 && C >= 1;
+      }
+      fastasr::check(right, op, "x is not (B, T, 2*C), C >= 1");
     }
     check_dense_channels(x, op, "x");
     check_dtype(norm_weight, compute_type(dtype), op, "norm_weight");

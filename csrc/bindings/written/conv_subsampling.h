@@ -9,8 +9,8 @@ namespace fastasr::bindings::conv_subsampling {
 struct ConvSubsamplingForward {
   static constexpr const char* kName = "conv_subsampling_forward";
   static constexpr const char* kSchema =
-      "conv_subsampling_forward(Tensor x, Tensor weight, Tensor? bias, Tensor depthwise_weight, "
-      "Tensor? depthwise_bias, Tensor? mask, int left) -> Tensor";
+      "conv_subsampling_forward(Tensor x, Tensor weight, Tensor? bias, Tensor depthwise_weight, Tensor? "
+      "depthwise_bias, Tensor? mask, int left) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, int64_t>;
 
   const Tensor& x;
@@ -33,20 +33,25 @@ struct ConvSubsamplingForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (B, T, F), T >= 7, F >= 3");
-      B = shape[0];
-      T = shape[1];
-      F = shape[2];
-      fastasr::check(T >= 7 && F >= 3, op, "x is not (B, T, F), T >= 7, F >= 3");
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        T = shape[1];
+        F = shape[2];
+        right = T >= 7 && F >= 3;
+      }
+      fastasr::check(right, op, "x is not (B, T, F), T >= 7, F >= 3");
     }
     check_contiguous(x, op, "x");
     check_dtype(weight, dtype, op, "weight");
     {
       const Sizes shape = weight.sizes();
-      fastasr::check(shape.size() == 4, op, "weight is not (C, 1, 3, 3), C >= 1");
-      C = shape[0];
-      fastasr::check(shape[1] == 1 && shape[2] == 3 && shape[3] == 3 && C >= 1, op,
-                     "weight is not (C, 1, 3, 3), C >= 1");
+      bool right = false;
+      if (shape.size() == 4) {
+        C = shape[0];
+        right = shape[1] == 1 && shape[2] == 3 && shape[3] == 3 && C >= 1;
+      }
+      fastasr::check(right, op, "weight is not (C, 1, 3, 3), C >= 1");
     }
     check_contiguous(weight, op, "weight");
     if (bias) {
@@ -73,8 +78,8 @@ struct ConvSubsamplingForward {
 struct ConvSubsamplingBackward {
   static constexpr const char* kName = "conv_subsampling_backward";
   static constexpr const char* kSchema =
-      "conv_subsampling_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor depthwise_weight, "
-      "Tensor? mask, int left, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "conv_subsampling_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor "
+      "depthwise_weight, Tensor? mask, int left, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Tensor, Optional, int64_t, bool>;
 
   const Tensor& grad_y;
@@ -98,20 +103,25 @@ struct ConvSubsamplingBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (B, T, F), T >= 7, F >= 3");
-      B = shape[0];
-      T = shape[1];
-      F = shape[2];
-      fastasr::check(T >= 7 && F >= 3, op, "x is not (B, T, F), T >= 7, F >= 3");
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        T = shape[1];
+        F = shape[2];
+        right = T >= 7 && F >= 3;
+      }
+      fastasr::check(right, op, "x is not (B, T, F), T >= 7, F >= 3");
     }
     check_contiguous(x, op, "x");
     check_dtype(weight, dtype, op, "weight");
     {
       const Sizes shape = weight.sizes();
-      fastasr::check(shape.size() == 4, op, "weight is not (C, 1, 3, 3), C >= 1");
-      C = shape[0];
-      fastasr::check(shape[1] == 1 && shape[2] == 3 && shape[3] == 3 && C >= 1, op,
-                     "weight is not (C, 1, 3, 3), C >= 1");
+      bool right = false;
+      if (shape.size() == 4) {
+        C = shape[0];
+        right = shape[1] == 1 && shape[2] == 3 && shape[3] == 3 && C >= 1;
+      }
+      fastasr::check(right, op, "weight is not (C, 1, 3, 3), C >= 1");
     }
     check_contiguous(weight, op, "weight");
     if (bias) {

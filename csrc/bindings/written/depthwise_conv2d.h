@@ -13,7 +13,8 @@ void find_sizes(A& a);
 struct DepthwiseConv2DForward {
   static constexpr const char* kName = "depthwise_conv2d_forward";
   static constexpr const char* kSchema =
-      "depthwise_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int padding_0, int padding_1) -> Tensor";
+      "depthwise_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int padding_0, int padding_1) -> "
+      "Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, int64_t, int64_t>;
 
   const Tensor& x;
@@ -36,11 +37,15 @@ struct DepthwiseConv2DForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 4, op, "x is not (B, T, F, C)");
-      B = shape[0];
-      T = shape[1];
-      F = shape[2];
-      C = shape[3];
+      bool right = false;
+      if (shape.size() == 4) {
+        B = shape[0];
+        T = shape[1];
+        F = shape[2];
+        C = shape[3];
+        right = true;
+      }
+      fastasr::check(right, op, "x is not (B, T, F, C)");
     }
     check_contiguous(x, op, "x");
     find_sizes(*this);
@@ -71,8 +76,8 @@ struct DepthwiseConv2DForward {
 struct DepthwiseConv2DBackward {
   static constexpr const char* kName = "depthwise_conv2d_backward";
   static constexpr const char* kSchema =
-      "depthwise_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, int padding_0, int padding_1, "
-      "bool needs_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)";
+      "depthwise_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, int padding_0, int padding_1, bool "
+      "needs_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, int64_t, int64_t, bool, bool, bool>;
 
   const Tensor& grad_y;
@@ -98,11 +103,15 @@ struct DepthwiseConv2DBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 4, op, "x is not (B, T, F, C)");
-      B = shape[0];
-      T = shape[1];
-      F = shape[2];
-      C = shape[3];
+      bool right = false;
+      if (shape.size() == 4) {
+        B = shape[0];
+        T = shape[1];
+        F = shape[2];
+        C = shape[3];
+        right = true;
+      }
+      fastasr::check(right, op, "x is not (B, T, F, C)");
     }
     check_contiguous(x, op, "x");
     find_sizes(*this);

@@ -9,8 +9,8 @@ namespace fastasr::bindings::depthwise_conv_residual {
 struct DepthwiseConvResidualForward {
   static constexpr const char* kName = "depthwise_conv_residual_forward";
   static constexpr const char* kSchema =
-      "depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? padding_mask, "
-      "int delay) -> Tensor";
+      "depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? padding_mask, int "
+      "delay) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, int64_t>;
 
   const Tensor& x;
@@ -30,11 +30,14 @@ struct DepthwiseConvResidualForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (B, T, C), C >= 1");
-      B = shape[0];
-      T = shape[1];
-      C = shape[2];
-      fastasr::check(C >= 1, op, "x is not (B, T, C), C >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        T = shape[1];
+        C = shape[2];
+        right = C >= 1;
+      }
+      fastasr::check(right, op, "x is not (B, T, C), C >= 1");
     }
     check_dense_channels(x, op, "x");
     check_dtype(weight, compute_type(dtype), op, "weight");
@@ -67,8 +70,8 @@ struct DepthwiseConvResidualForward {
 struct DepthwiseConvResidualBackward {
   static constexpr const char* kName = "depthwise_conv_residual_backward";
   static constexpr const char* kSchema =
-      "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? padding_mask, "
-      "int delay) -> (Tensor, Tensor, Tensor)";
+      "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? padding_mask, int "
+      "delay) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, int64_t>;
 
   const Tensor& grad_y;
@@ -88,11 +91,14 @@ struct DepthwiseConvResidualBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (B, T, C), C >= 1");
-      B = shape[0];
-      T = shape[1];
-      C = shape[2];
-      fastasr::check(C >= 1, op, "x is not (B, T, C), C >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        T = shape[1];
+        C = shape[2];
+        right = C >= 1;
+      }
+      fastasr::check(right, op, "x is not (B, T, C), C >= 1");
     }
     check_dense_channels(x, op, "x");
     check_dtype(weight, compute_type(dtype), op, "weight");

@@ -14,8 +14,8 @@ struct EmaScanForward {
   static constexpr const char* kName = "ema_scan_forward";
   static constexpr const char* kSchema =
       "ema_scan_forward(Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, "
-      "Tensor? residual, Tensor? state, Tensor? padding_mask, int truncation, int direction, int activation, "
-      "int layout, bool return_state) -> (Tensor, Tensor)";
+      "Tensor? residual, Tensor? state, Tensor? padding_mask, int truncation, int direction, int "
+      "activation, int layout, bool return_state) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, int64_t, int64_t,
                               int64_t, int64_t, bool>;
 
@@ -52,10 +52,14 @@ struct EmaScanForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (X, Y, Z)");
-      X = shape[0];
-      Y = shape[1];
-      Z = shape[2];
+      bool right = false;
+      if (shape.size() == 3) {
+        X = shape[0];
+        Y = shape[1];
+        Z = shape[2];
+        right = true;
+      }
+      fastasr::check(right, op, "x is not (X, Y, Z)");
     }
     find_sizes(*this);
     check_dtype(damping, compute_type(dtype), op, "damping");
@@ -105,10 +109,10 @@ struct EmaScanForward {
 struct EmaScanBackward {
   static constexpr const char* kName = "ema_scan_backward";
   static constexpr const char* kSchema =
-      "ema_scan_backward(Tensor grad_y, Tensor? grad_last, Tensor x, Tensor damping, Tensor decay, "
-      "Tensor expansion, Tensor projection, Tensor? residual, Tensor? state, Tensor? padding_mask, "
-      "int truncation, int direction, int activation, int layout) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "ema_scan_backward(Tensor grad_y, Tensor? grad_last, Tensor x, Tensor damping, Tensor decay, Tensor "
+      "expansion, Tensor projection, Tensor? residual, Tensor? state, Tensor? padding_mask, int truncation, "
+      "int direction, int activation, int layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)";
   using Types = ArgumentTypes<Tensor, Optional, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional,
                               int64_t, int64_t, int64_t, int64_t>;
 
@@ -146,10 +150,14 @@ struct EmaScanBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (X, Y, Z)");
-      X = shape[0];
-      Y = shape[1];
-      Z = shape[2];
+      bool right = false;
+      if (shape.size() == 3) {
+        X = shape[0];
+        Y = shape[1];
+        Z = shape[2];
+        right = true;
+      }
+      fastasr::check(right, op, "x is not (X, Y, Z)");
     }
     find_sizes(*this);
     check_dtype(damping, compute_type(dtype), op, "damping");

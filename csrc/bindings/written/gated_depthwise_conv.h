@@ -9,9 +9,9 @@ namespace fastasr::bindings::gated_depthwise_conv {
 struct GatedDepthwiseConvForward {
   static constexpr const char* kName = "gated_depthwise_conv_forward";
   static constexpr const char* kSchema =
-      "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
-      "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, "
-      "int activation, bool return_cache, int delay, int gate) -> (Tensor, Tensor)";
+      "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? "
+      "causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int "
+      "activation, bool return_cache, int delay, int gate) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, int64_t,
                               int64_t, bool, int64_t, int64_t>;
 
@@ -43,11 +43,14 @@ struct GatedDepthwiseConvForward {
     const ScalarType dtype = floating_dtype(h, op, "h");
     {
       const Sizes shape = h.sizes();
-      fastasr::check(shape.size() == 3, op, "h is not (T, B, 2*C)");
-      T = shape[0];
-      B = shape[1];
-      C = shape[2] / 2;
-      fastasr::check(shape[2] % 2 == 0, op, "h is not (T, B, 2*C)");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[0];
+        B = shape[1];
+        C = shape[2] / 2;
+        right = shape[2] % 2 == 0;
+      }
+      fastasr::check(right, op, "h is not (T, B, 2*C)");
     }
     check_dense_channels(h, op, "h");
     check_dtype(weight, dtype, op, "weight");
@@ -101,10 +104,10 @@ struct GatedDepthwiseConvForward {
 struct GatedDepthwiseConvBackward {
   static constexpr const char* kName = "gated_depthwise_conv_backward";
   static constexpr const char* kSchema =
-      "gated_depthwise_conv_backward(Tensor grad_y, Tensor h, Tensor weight, Tensor? bias, "
-      "Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, "
-      "int chunk_size, int activation, int delay, int gate) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "gated_depthwise_conv_backward(Tensor grad_y, Tensor h, Tensor weight, Tensor? bias, Tensor? "
+      "causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int "
+      "chunk_size, int activation, int delay, int gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
                               int64_t, int64_t, int64_t, int64_t>;
 
@@ -136,11 +139,14 @@ struct GatedDepthwiseConvBackward {
     const ScalarType dtype = floating_dtype(h, op, "h");
     {
       const Sizes shape = h.sizes();
-      fastasr::check(shape.size() == 3, op, "h is not (T, B, 2*C)");
-      T = shape[0];
-      B = shape[1];
-      C = shape[2] / 2;
-      fastasr::check(shape[2] % 2 == 0, op, "h is not (T, B, 2*C)");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[0];
+        B = shape[1];
+        C = shape[2] / 2;
+        right = shape[2] % 2 == 0;
+      }
+      fastasr::check(right, op, "h is not (T, B, 2*C)");
     }
     check_dense_channels(h, op, "h");
     check_dtype(weight, dtype, op, "weight");

@@ -10,9 +10,9 @@ struct RelAttentionForward {
   static constexpr const char* kName = "rel_attention_forward";
   static constexpr const char* kSchema =
       "rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
-      "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, Tensor? attn_mask, "
-      "Tensor? starts, Tensor? dropout_seed, float dropout_p, int context_0, int context_1, int chunk_size, "
-      "float soft_cap, int pos_span_0, int pos_span_1) -> (Tensor, Tensor)";
+      "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, Tensor? "
+      "attn_mask, Tensor? starts, Tensor? dropout_seed, float dropout_p, int context_0, int context_1, int "
+      "chunk_size, float soft_cap, int pos_span_0, int pos_span_1) -> (Tensor, Tensor)";
   using Types =
       ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
                     Optional, Optional, Optional, double, int64_t, int64_t, int64_t, double, int64_t, int64_t>;
@@ -55,38 +55,50 @@ struct RelAttentionForward {
     const ScalarType dtype = floating_dtype(q, op, "q");
     {
       const Sizes shape = q.sizes();
-      fastasr::check(shape.size() == 4, op, "q is not (B, T, H, D), H >= 1, D >= 1");
-      B = shape[0];
-      T = shape[1];
-      H = shape[2];
-      D = shape[3];
-      fastasr::check(H >= 1 && D >= 1, op, "q is not (B, T, H, D), H >= 1, D >= 1");
+      bool right = false;
+      if (shape.size() == 4) {
+        B = shape[0];
+        T = shape[1];
+        H = shape[2];
+        D = shape[3];
+        right = H >= 1 && D >= 1;
+      }
+      fastasr::check(right, op, "q is not (B, T, H, D), H >= 1, D >= 1");
     }
     check_contiguous(q, op, "q");
     check_dtype(k, dtype, op, "k");
     {
       const Sizes shape = k.sizes();
-      fastasr::check(shape.size() == 4, op, "k is not (B, K, H, D), K >= T");
-      K = shape[1];
-      fastasr::check(shape[0] == B && shape[2] == H && shape[3] == D && K >= T, op, "k is not (B, K, H, D), K >= T");
+      bool right = false;
+      if (shape.size() == 4) {
+        K = shape[1];
+        right = shape[0] == B && shape[2] == H && shape[3] == D && K >= T;
+      }
+      fastasr::check(right, op, "k is not (B, K, H, D), K >= T");
     }
     check_contiguous(k, op, "k");
     check_dtype(v, dtype, op, "v");
     {
       const Sizes shape = v.sizes();
-      fastasr::check(shape.size() == 4, op, "v is not (B, K, H, E), E >= 1");
-      E = shape[3];
-      fastasr::check(shape[0] == B && shape[1] == K && shape[2] == H && E >= 1, op, "v is not (B, K, H, E), E >= 1");
+      bool right = false;
+      if (shape.size() == 4) {
+        E = shape[3];
+        right = shape[0] == B && shape[1] == K && shape[2] == H && E >= 1;
+      }
+      fastasr::check(right, op, "v is not (B, K, H, E), E >= 1");
     }
     check_contiguous(v, op, "v");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
       {
         const Sizes shape = pos->sizes();
-        fastasr::check(shape.size() == 3, op, "pos is not (R, P, D), (P == 1 or P == H)");
-        R = shape[0];
-        P = shape[1];
-        fastasr::check(shape[2] == D && (P == 1 || P == H), op, "pos is not (R, P, D), (P == 1 or P == H)");
+        bool right = false;
+        if (shape.size() == 3) {
+          R = shape[0];
+          P = shape[1];
+          right = shape[2] == D && (P == 1 || P == H);
+        }
+        fastasr::check(right, op, "pos is not (R, P, D), (P == 1 or P == H)");
       }
       check_contiguous(*pos, op, "pos");
     }
@@ -132,9 +144,12 @@ struct RelAttentionForward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
-        N = shape[0];
-        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
@@ -150,10 +165,10 @@ struct RelAttentionBackward {
   static constexpr const char* kName = "rel_attention_backward";
   static constexpr const char* kSchema =
       "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
-      "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, "
-      "Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, float dropout_p, "
-      "int context_0, int context_1, int chunk_size, float soft_cap, int pos_span_0, int pos_span_1) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
+      "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
+      "float dropout_p, int context_0, int context_1, int chunk_size, float soft_cap, int pos_span_0, int "
+      "pos_span_1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional,
                               Optional, Optional, Optional, Optional, Optional, Tensor, Tensor, double, int64_t,
                               int64_t, int64_t, double, int64_t, int64_t>;
@@ -199,38 +214,50 @@ struct RelAttentionBackward {
     const ScalarType dtype = floating_dtype(q, op, "q");
     {
       const Sizes shape = q.sizes();
-      fastasr::check(shape.size() == 4, op, "q is not (B, T, H, D), H >= 1, D >= 1");
-      B = shape[0];
-      T = shape[1];
-      H = shape[2];
-      D = shape[3];
-      fastasr::check(H >= 1 && D >= 1, op, "q is not (B, T, H, D), H >= 1, D >= 1");
+      bool right = false;
+      if (shape.size() == 4) {
+        B = shape[0];
+        T = shape[1];
+        H = shape[2];
+        D = shape[3];
+        right = H >= 1 && D >= 1;
+      }
+      fastasr::check(right, op, "q is not (B, T, H, D), H >= 1, D >= 1");
     }
     check_contiguous(q, op, "q");
     check_dtype(k, dtype, op, "k");
     {
       const Sizes shape = k.sizes();
-      fastasr::check(shape.size() == 4, op, "k is not (B, K, H, D), K >= T");
-      K = shape[1];
-      fastasr::check(shape[0] == B && shape[2] == H && shape[3] == D && K >= T, op, "k is not (B, K, H, D), K >= T");
+      bool right = false;
+      if (shape.size() == 4) {
+        K = shape[1];
+        right = shape[0] == B && shape[2] == H && shape[3] == D && K >= T;
+      }
+      fastasr::check(right, op, "k is not (B, K, H, D), K >= T");
     }
     check_contiguous(k, op, "k");
     check_dtype(v, dtype, op, "v");
     {
       const Sizes shape = v.sizes();
-      fastasr::check(shape.size() == 4, op, "v is not (B, K, H, E), E >= 1");
-      E = shape[3];
-      fastasr::check(shape[0] == B && shape[1] == K && shape[2] == H && E >= 1, op, "v is not (B, K, H, E), E >= 1");
+      bool right = false;
+      if (shape.size() == 4) {
+        E = shape[3];
+        right = shape[0] == B && shape[1] == K && shape[2] == H && E >= 1;
+      }
+      fastasr::check(right, op, "v is not (B, K, H, E), E >= 1");
     }
     check_contiguous(v, op, "v");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
       {
         const Sizes shape = pos->sizes();
-        fastasr::check(shape.size() == 3, op, "pos is not (R, P, D), (P == 1 or P == H)");
-        R = shape[0];
-        P = shape[1];
-        fastasr::check(shape[2] == D && (P == 1 || P == H), op, "pos is not (R, P, D), (P == 1 or P == H)");
+        bool right = false;
+        if (shape.size() == 3) {
+          R = shape[0];
+          P = shape[1];
+          right = shape[2] == D && (P == 1 || P == H);
+        }
+        fastasr::check(right, op, "pos is not (R, P, D), (P == 1 or P == H)");
       }
       check_contiguous(*pos, op, "pos");
     }
@@ -276,9 +303,12 @@ struct RelAttentionBackward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
-        N = shape[0];
-        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }

@@ -29,18 +29,25 @@ struct RnntLatticeForward {
     const ScalarType dtype = floating_dtype(symbol_logprobs, op, "symbol_logprobs");
     {
       const Sizes shape = symbol_logprobs.sizes();
-      fastasr::check(shape.size() == 3, op, "symbol_logprobs is not (B, S, W)");
-      B = shape[0];
-      S = shape[1];
-      W = shape[2];
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        S = shape[1];
+        W = shape[2];
+        right = true;
+      }
+      fastasr::check(right, op, "symbol_logprobs is not (B, S, W)");
     }
     check_contiguous(symbol_logprobs, op, "symbol_logprobs");
     check_dtype(blank_logprobs, dtype, op, "blank_logprobs");
     {
       const Sizes shape = blank_logprobs.sizes();
-      fastasr::check(shape.size() == 3, op, "blank_logprobs is not (B, S+1, T)");
-      T = shape[2];
-      fastasr::check(shape[0] == B && shape[1] == S + 1, op, "blank_logprobs is not (B, S+1, T)");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[2];
+        right = shape[0] == B && shape[1] == S + 1;
+      }
+      fastasr::check(right, op, "blank_logprobs is not (B, S+1, T)");
     }
     check_contiguous(blank_logprobs, op, "blank_logprobs");
     if (boundary) {
@@ -54,8 +61,8 @@ struct RnntLatticeForward {
 struct RnntLatticeBackward {
   static constexpr const char* kName = "rnnt_lattice_backward";
   static constexpr const char* kSchema =
-      "rnnt_lattice_backward(Tensor? grad_scores, Tensor scores, Tensor shares, Tensor? boundary, int S, int W, "
-      "int T) -> (Tensor, Tensor)";
+      "rnnt_lattice_backward(Tensor? grad_scores, Tensor scores, Tensor shares, Tensor? boundary, int S, "
+      "int W, int T) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Optional, Tensor, Tensor, Optional, int64_t, int64_t, int64_t>;
 
   const Optional& grad_scores;
@@ -77,8 +84,12 @@ struct RnntLatticeBackward {
     const ScalarType dtype = floating_dtype(scores, op, "scores");
     {
       const Sizes shape = scores.sizes();
-      fastasr::check(shape.size() == 1, op, "scores is not (B)");
-      B = shape[0];
+      bool right = false;
+      if (shape.size() == 1) {
+        B = shape[0];
+        right = true;
+      }
+      fastasr::check(right, op, "scores is not (B)");
     }
     check_contiguous(scores, op, "scores");
     if (grad_scores) {

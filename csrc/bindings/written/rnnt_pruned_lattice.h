@@ -9,8 +9,8 @@ namespace fastasr::bindings::rnnt_pruned_lattice {
 struct RnntPrunedLatticeForward {
   static constexpr const char* kName = "rnnt_pruned_lattice_forward";
   static constexpr const char* kSchema =
-      "rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, "
-      "Tensor? boundary, bool modified, bool keep) -> (Tensor, Tensor)";
+      "rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, Tensor? "
+      "boundary, bool modified, bool keep) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, bool, bool>;
 
   const Tensor& symbol_logprobs;
@@ -30,11 +30,14 @@ struct RnntPrunedLatticeForward {
     const ScalarType dtype = floating_dtype(symbol_logprobs, op, "symbol_logprobs");
     {
       const Sizes shape = symbol_logprobs.sizes();
-      fastasr::check(shape.size() == 3, op, "symbol_logprobs is not (B, T, R), R >= 1");
-      B = shape[0];
-      T = shape[1];
-      R = shape[2];
-      fastasr::check(R >= 1, op, "symbol_logprobs is not (B, T, R), R >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        T = shape[1];
+        R = shape[2];
+        right = R >= 1;
+      }
+      fastasr::check(right, op, "symbol_logprobs is not (B, T, R), R >= 1");
     }
     check_contiguous(symbol_logprobs, op, "symbol_logprobs");
     check_dtype(blank_logprobs, dtype, op, "blank_logprobs");
@@ -76,8 +79,12 @@ struct RnntPrunedLatticeBackward {
     const ScalarType dtype = floating_dtype(scores, op, "scores");
     {
       const Sizes shape = scores.sizes();
-      fastasr::check(shape.size() == 1, op, "scores is not (B)");
-      B = shape[0];
+      bool right = false;
+      if (shape.size() == 1) {
+        B = shape[0];
+        right = true;
+      }
+      fastasr::check(right, op, "scores is not (B)");
     }
     check_contiguous(scores, op, "scores");
     if (grad_scores) {
@@ -90,9 +97,12 @@ struct RnntPrunedLatticeBackward {
     check_dtype(starts, ScalarType::Long, op, "starts");
     {
       const Sizes shape = starts.sizes();
-      fastasr::check(shape.size() == 2, op, "starts is not (B, T)");
-      T = shape[1];
-      fastasr::check(shape[0] == B, op, "starts is not (B, T)");
+      bool right = false;
+      if (shape.size() == 2) {
+        T = shape[1];
+        right = shape[0] == B;
+      }
+      fastasr::check(right, op, "starts is not (B, T)");
     }
     check_contiguous(starts, op, "starts");
     if (boundary) {

@@ -14,8 +14,8 @@ struct SegmentAttentionForward {
   static constexpr const char* kName = "segment_attention_forward";
   static constexpr const char* kSchema =
       "segment_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? history, "
-      "Tensor? weights_dropout, int num_heads, int frames, int segment_length, int left_context_length, "
-      "int right_context_length, int max_memory_size, int past_frames, int past_memory) -> Tensor";
+      "Tensor? weights_dropout, int num_heads, int frames, int segment_length, int left_context_length, int "
+      "right_context_length, int max_memory_size, int past_frames, int past_memory) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, int64_t, int64_t, int64_t, int64_t,
                               int64_t, int64_t, int64_t, int64_t>;
 
@@ -55,11 +55,14 @@ struct SegmentAttentionForward {
     const ScalarType dtype = floating_dtype(query, op, "query");
     {
       const Sizes shape = query.sizes();
-      fastasr::check(shape.size() == 3, op, "query is not (N, B, num_heads*D), D >= 1");
-      N = shape[0];
-      B = shape[1];
-      D = shape[2] / num_heads;
-      fastasr::check(shape[2] % num_heads == 0 && D >= 1, op, "query is not (N, B, num_heads*D), D >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        N = shape[0];
+        B = shape[1];
+        D = shape[2] / num_heads;
+        right = shape[2] % num_heads == 0 && D >= 1;
+      }
+      fastasr::check(right, op, "query is not (N, B, num_heads*D), D >= 1");
     }
     check_dense_channels(query, op, "query");
     find_sizes(*this);
@@ -92,9 +95,9 @@ struct SegmentAttentionBackward {
   static constexpr const char* kName = "segment_attention_backward";
   static constexpr const char* kSchema =
       "segment_attention_backward(Tensor grad_y, Tensor query, Tensor key, Tensor value, Tensor? lengths, "
-      "Tensor? history, Tensor? weights_dropout, int num_heads, int frames, int segment_length, "
-      "int left_context_length, int right_context_length, int max_memory_size, int past_frames, "
-      "int past_memory) -> (Tensor, Tensor, Tensor)";
+      "Tensor? history, Tensor? weights_dropout, int num_heads, int frames, int segment_length, int "
+      "left_context_length, int right_context_length, int max_memory_size, int past_frames, int "
+      "past_memory) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, int64_t, int64_t, int64_t,
                               int64_t, int64_t, int64_t, int64_t, int64_t>;
 
@@ -135,11 +138,14 @@ struct SegmentAttentionBackward {
     const ScalarType dtype = floating_dtype(query, op, "query");
     {
       const Sizes shape = query.sizes();
-      fastasr::check(shape.size() == 3, op, "query is not (N, B, num_heads*D), D >= 1");
-      N = shape[0];
-      B = shape[1];
-      D = shape[2] / num_heads;
-      fastasr::check(shape[2] % num_heads == 0 && D >= 1, op, "query is not (N, B, num_heads*D), D >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        N = shape[0];
+        B = shape[1];
+        D = shape[2] / num_heads;
+        right = shape[2] % num_heads == 0 && D >= 1;
+      }
+      fastasr::check(right, op, "query is not (N, B, num_heads*D), D >= 1");
     }
     check_dense_channels(query, op, "query");
     find_sizes(*this);

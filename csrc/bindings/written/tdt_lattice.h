@@ -9,8 +9,8 @@ namespace fastasr::bindings::tdt_lattice {
 struct TdtLatticeForward {
   static constexpr const char* kName = "tdt_lattice_forward";
   static constexpr const char* kSchema =
-      "tdt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, "
-      "Tensor durations, Tensor? boundary, bool keep) -> (Tensor, Tensor)";
+      "tdt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, Tensor "
+      "durations, Tensor? boundary, bool keep) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, bool>;
 
   const Tensor& symbol_logprobs;
@@ -31,10 +31,14 @@ struct TdtLatticeForward {
     const ScalarType dtype = floating_dtype(symbol_logprobs, op, "symbol_logprobs");
     {
       const Sizes shape = symbol_logprobs.sizes();
-      fastasr::check(shape.size() == 3, op, "symbol_logprobs is not (B, T, S)");
-      B = shape[0];
-      T = shape[1];
-      S = shape[2];
+      bool right = false;
+      if (shape.size() == 3) {
+        B = shape[0];
+        T = shape[1];
+        S = shape[2];
+        right = true;
+      }
+      fastasr::check(right, op, "symbol_logprobs is not (B, T, S)");
     }
     check_contiguous(symbol_logprobs, op, "symbol_logprobs");
     check_dtype(blank_logprobs, dtype, op, "blank_logprobs");
@@ -43,10 +47,12 @@ struct TdtLatticeForward {
     check_dtype(duration_logprobs, dtype, op, "duration_logprobs");
     {
       const Sizes shape = duration_logprobs.sizes();
-      fastasr::check(shape.size() == 4, op, "duration_logprobs is not (B, T, S+1, N)");
-      N = shape[3];
-      fastasr::check(shape[0] == B && shape[1] == T && shape[2] == S + 1, op,
-                     "duration_logprobs is not (B, T, S+1, N)");
+      bool right = false;
+      if (shape.size() == 4) {
+        N = shape[3];
+        right = shape[0] == B && shape[1] == T && shape[2] == S + 1;
+      }
+      fastasr::check(right, op, "duration_logprobs is not (B, T, S+1, N)");
     }
     check_contiguous(duration_logprobs, op, "duration_logprobs");
     check_dtype(durations, ScalarType::Long, op, "durations");
@@ -63,8 +69,8 @@ struct TdtLatticeForward {
 struct TdtLatticeBackward {
   static constexpr const char* kName = "tdt_lattice_backward";
   static constexpr const char* kSchema =
-      "tdt_lattice_backward(Tensor grad_scores, Tensor scores, Tensor shares, Tensor durations, "
-      "Tensor? boundary, int T, int S) -> (Tensor, Tensor, Tensor)";
+      "tdt_lattice_backward(Tensor grad_scores, Tensor scores, Tensor shares, Tensor durations, Tensor? "
+      "boundary, int T, int S) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, int64_t, int64_t>;
 
   const Tensor& grad_scores;
@@ -86,8 +92,12 @@ struct TdtLatticeBackward {
     const ScalarType dtype = floating_dtype(scores, op, "scores");
     {
       const Sizes shape = scores.sizes();
-      fastasr::check(shape.size() == 1, op, "scores is not (B)");
-      B = shape[0];
+      bool right = false;
+      if (shape.size() == 1) {
+        B = shape[0];
+        right = true;
+      }
+      fastasr::check(right, op, "scores is not (B)");
     }
     check_contiguous(scores, op, "scores");
     check_dtype(grad_scores, compute_type(dtype), op, "grad_scores");
@@ -98,8 +108,12 @@ struct TdtLatticeBackward {
     check_dtype(durations, ScalarType::Long, op, "durations");
     {
       const Sizes shape = durations.sizes();
-      fastasr::check(shape.size() == 1, op, "durations is not (N)");
-      N = shape[0];
+      bool right = false;
+      if (shape.size() == 1) {
+        N = shape[0];
+        right = true;
+      }
+      fastasr::check(right, op, "durations is not (N)");
     }
     check_contiguous(durations, op, "durations");
     if (boundary) {

@@ -13,9 +13,9 @@ void find_sizes(A& a);
 struct ToeplitzAttentionForward {
   static constexpr const char* kName = "toeplitz_attention_forward";
   static constexpr const char* kSchema =
-      "toeplitz_attention_forward(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, "
-      "Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, bool causal, "
-      "int chunk_size, int activation, bool activate_value, bool keep) -> (Tensor, Tensor)";
+      "toeplitz_attention_forward(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, Tensor "
+      "qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, bool causal, int "
+      "chunk_size, int activation, bool activate_value, bool keep) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, bool, int64_t,
                               int64_t, bool, bool>;
 
@@ -48,20 +48,26 @@ struct ToeplitzAttentionForward {
     const ScalarType dtype = floating_dtype(query_key, op, "query_key");
     {
       const Sizes shape = query_key.sizes();
-      fastasr::check(shape.size() == 3, op, "query_key is not (L, B, D), D >= 1");
-      L = shape[0];
-      B = shape[1];
-      D = shape[2];
-      fastasr::check(D >= 1, op, "query_key is not (L, B, D), D >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        L = shape[0];
+        B = shape[1];
+        D = shape[2];
+        right = D >= 1;
+      }
+      fastasr::check(right, op, "query_key is not (L, B, D), D >= 1");
     }
     check_dense_channels(query_key, op, "query_key");
     find_sizes(*this);
     check_dtype(gate, dtype, op, "gate");
     {
       const Sizes shape = gate.sizes();
-      fastasr::check(shape.size() == 3, op, "gate is not (L, B, V)");
-      V = shape[2];
-      fastasr::check(shape[0] == L && shape[1] == B, op, "gate is not (L, B, V)");
+      bool right = false;
+      if (shape.size() == 3) {
+        V = shape[2];
+        right = shape[0] == L && shape[1] == B;
+      }
+      fastasr::check(right, op, "gate is not (L, B, V)");
     }
     check_dense_channels(gate, op, "gate");
     check_dtype(value, dtype, op, "value");
@@ -87,9 +93,12 @@ struct ToeplitzAttentionForward {
     check_dtype(position_bias, compute_type(dtype), op, "position_bias");
     {
       const Sizes shape = position_bias.sizes();
-      fastasr::check(shape.size() == 1, op, "position_bias is not (2*P-1), P >= size");
-      P = (shape[0] + 1) / 2;
-      fastasr::check((shape[0] + 1) % 2 == 0 && P >= size, op, "position_bias is not (2*P-1), P >= size");
+      bool right = false;
+      if (shape.size() == 1) {
+        P = (shape[0] + 1) / 2;
+        right = (shape[0] + 1) % 2 == 0 && P >= size;
+      }
+      fastasr::check(right, op, "position_bias is not (2*P-1), P >= size");
     }
     check_contiguous(position_bias, op, "position_bias");
   }
@@ -98,10 +107,10 @@ struct ToeplitzAttentionForward {
 struct ToeplitzAttentionBackward {
   static constexpr const char* kName = "toeplitz_attention_backward";
   static constexpr const char* kSchema =
-      "toeplitz_attention_backward(Tensor grad_y, Tensor query_key, Tensor gate, Tensor value, "
-      "Tensor qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, "
-      "Tensor mixed, bool causal, int chunk_size, int activation, bool activate_value) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "toeplitz_attention_backward(Tensor grad_y, Tensor query_key, Tensor gate, Tensor value, Tensor "
+      "qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, "
+      "Tensor mixed, bool causal, int chunk_size, int activation, bool activate_value) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Tensor, bool,
                               int64_t, int64_t, bool>;
 
@@ -135,20 +144,26 @@ struct ToeplitzAttentionBackward {
     const ScalarType dtype = floating_dtype(query_key, op, "query_key");
     {
       const Sizes shape = query_key.sizes();
-      fastasr::check(shape.size() == 3, op, "query_key is not (L, B, D), D >= 1");
-      L = shape[0];
-      B = shape[1];
-      D = shape[2];
-      fastasr::check(D >= 1, op, "query_key is not (L, B, D), D >= 1");
+      bool right = false;
+      if (shape.size() == 3) {
+        L = shape[0];
+        B = shape[1];
+        D = shape[2];
+        right = D >= 1;
+      }
+      fastasr::check(right, op, "query_key is not (L, B, D), D >= 1");
     }
     check_dense_channels(query_key, op, "query_key");
     find_sizes(*this);
     check_dtype(gate, dtype, op, "gate");
     {
       const Sizes shape = gate.sizes();
-      fastasr::check(shape.size() == 3, op, "gate is not (L, B, V)");
-      V = shape[2];
-      fastasr::check(shape[0] == L && shape[1] == B, op, "gate is not (L, B, V)");
+      bool right = false;
+      if (shape.size() == 3) {
+        V = shape[2];
+        right = shape[0] == L && shape[1] == B;
+      }
+      fastasr::check(right, op, "gate is not (L, B, V)");
     }
     check_dense_channels(gate, op, "gate");
     check_dtype(value, dtype, op, "value");
@@ -174,9 +189,12 @@ struct ToeplitzAttentionBackward {
     check_dtype(position_bias, compute_type(dtype), op, "position_bias");
     {
       const Sizes shape = position_bias.sizes();
-      fastasr::check(shape.size() == 1, op, "position_bias is not (2*P-1), P >= size");
-      P = (shape[0] + 1) / 2;
-      fastasr::check((shape[0] + 1) % 2 == 0 && P >= size, op, "position_bias is not (2*P-1), P >= size");
+      bool right = false;
+      if (shape.size() == 1) {
+        P = (shape[0] + 1) / 2;
+        right = (shape[0] + 1) % 2 == 0 && P >= size;
+      }
+      fastasr::check(right, op, "position_bias is not (2*P-1), P >= size");
     }
     check_contiguous(position_bias, op, "position_bias");
     check_dtype(grad_y, dtype, op, "grad_y");

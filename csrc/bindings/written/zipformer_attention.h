@@ -9,9 +9,9 @@ namespace fastasr::bindings::zipformer_attention {
 struct ZipformerAttentionForward {
   static constexpr const char* kName = "zipformer_attention_forward";
   static constexpr const char* kSchema =
-      "zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, "
-      "int value_heads, int chunk_size, int left_context_chunks) -> Tensor";
+      "zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, Tensor? "
+      "key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int "
+      "value_heads, int chunk_size, int left_context_chunks) -> Tensor";
   using Types = ArgumentTypes<Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t, int64_t,
                               int64_t, int64_t, int64_t>;
 
@@ -48,23 +48,27 @@ struct ZipformerAttentionForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
-      T = shape[0];
-      B = shape[1];
-      P = shape[2] / num_heads;
-      fastasr::check(shape[2] % num_heads == 0 && P >= 2 * query_head_dim, op,
-                     "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[0];
+        B = shape[1];
+        P = shape[2] / num_heads;
+        right = shape[2] % num_heads == 0 && P >= 2 * query_head_dim;
+      }
+      fastasr::check(right, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
     }
     check_contiguous(x, op, "x");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
       {
         const Sizes shape = pos->sizes();
-        fastasr::check(shape.size() == 3, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
-        S = shape[0];
-        R = shape[1];
-        fastasr::check(shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B), op,
-                       "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+        bool right = false;
+        if (shape.size() == 3) {
+          S = shape[0];
+          R = shape[1];
+          right = shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B);
+        }
+        fastasr::check(right, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
       }
       check_contiguous(*pos, op, "pos");
     }
@@ -72,9 +76,12 @@ struct ZipformerAttentionForward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
-        N = shape[0];
-        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
@@ -82,19 +89,24 @@ struct ZipformerAttentionForward {
       check_dtype(*cached_key, dtype, op, "cached_key");
       {
         const Sizes shape = cached_key->sizes();
-        fastasr::check(shape.size() == 3, op, "cached_key is not (L, B, num_heads*query_head_dim)");
-        L = shape[0];
-        fastasr::check(shape[1] == B && shape[2] == num_heads * query_head_dim, op,
-                       "cached_key is not (L, B, num_heads*query_head_dim)");
+        bool right = false;
+        if (shape.size() == 3) {
+          L = shape[0];
+          right = shape[1] == B && shape[2] == num_heads * query_head_dim;
+        }
+        fastasr::check(right, op, "cached_key is not (L, B, num_heads*query_head_dim)");
       }
       check_contiguous(*cached_key, op, "cached_key");
     }
     check_dtype(value, dtype, op, "value");
     {
       const Sizes shape = value.sizes();
-      fastasr::check(shape.size() == 3, op, "value is not (T+L, B, E)");
-      E = shape[2];
-      fastasr::check(shape[0] == T + L && shape[1] == B, op, "value is not (T+L, B, E)");
+      bool right = false;
+      if (shape.size() == 3) {
+        E = shape[2];
+        right = shape[0] == T + L && shape[1] == B;
+      }
+      fastasr::check(right, op, "value is not (T+L, B, E)");
     }
     check_contiguous(value, op, "value");
     if (key_padding_mask) {
@@ -115,8 +127,8 @@ struct ZipformerAttentionBackward {
   static constexpr const char* kName = "zipformer_attention_backward";
   static constexpr const char* kSchema =
       "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, "
-      "int value_heads, int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)";
+      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int "
+      "value_heads, int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t,
                               int64_t, int64_t, int64_t, int64_t>;
 
@@ -154,23 +166,27 @@ struct ZipformerAttentionBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
-      T = shape[0];
-      B = shape[1];
-      P = shape[2] / num_heads;
-      fastasr::check(shape[2] % num_heads == 0 && P >= 2 * query_head_dim, op,
-                     "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[0];
+        B = shape[1];
+        P = shape[2] / num_heads;
+        right = shape[2] % num_heads == 0 && P >= 2 * query_head_dim;
+      }
+      fastasr::check(right, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
     }
     check_contiguous(x, op, "x");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
       {
         const Sizes shape = pos->sizes();
-        fastasr::check(shape.size() == 3, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
-        S = shape[0];
-        R = shape[1];
-        fastasr::check(shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B), op,
-                       "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+        bool right = false;
+        if (shape.size() == 3) {
+          S = shape[0];
+          R = shape[1];
+          right = shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B);
+        }
+        fastasr::check(right, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
       }
       check_contiguous(*pos, op, "pos");
     }
@@ -178,9 +194,12 @@ struct ZipformerAttentionBackward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
-        N = shape[0];
-        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
@@ -188,19 +207,24 @@ struct ZipformerAttentionBackward {
       check_dtype(*cached_key, dtype, op, "cached_key");
       {
         const Sizes shape = cached_key->sizes();
-        fastasr::check(shape.size() == 3, op, "cached_key is not (L, B, num_heads*query_head_dim)");
-        L = shape[0];
-        fastasr::check(shape[1] == B && shape[2] == num_heads * query_head_dim, op,
-                       "cached_key is not (L, B, num_heads*query_head_dim)");
+        bool right = false;
+        if (shape.size() == 3) {
+          L = shape[0];
+          right = shape[1] == B && shape[2] == num_heads * query_head_dim;
+        }
+        fastasr::check(right, op, "cached_key is not (L, B, num_heads*query_head_dim)");
       }
       check_contiguous(*cached_key, op, "cached_key");
     }
     check_dtype(value, dtype, op, "value");
     {
       const Sizes shape = value.sizes();
-      fastasr::check(shape.size() == 3, op, "value is not (T+L, B, E)");
-      E = shape[2];
-      fastasr::check(shape[0] == T + L && shape[1] == B, op, "value is not (T+L, B, E)");
+      bool right = false;
+      if (shape.size() == 3) {
+        E = shape[2];
+        right = shape[0] == T + L && shape[1] == B;
+      }
+      fastasr::check(right, op, "value is not (T+L, B, E)");
     }
     check_contiguous(value, op, "value");
     if (key_padding_mask) {

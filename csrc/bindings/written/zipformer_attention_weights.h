@@ -10,9 +10,9 @@ namespace fastasr::bindings::zipformer_attention_weights {
 struct ZipformerAttentionWeightsForward {
   static constexpr const char* kName = "zipformer_attention_weights_forward";
   static constexpr const char* kSchema =
-      "zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, Tensor? key_padding_mask, "
-      "Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int chunk_size, "
-      "int left_context_chunks) -> Tensor";
+      "zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, Tensor? "
+      "key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int "
+      "chunk_size, int left_context_chunks) -> Tensor";
   using Types =
       ArgumentTypes<Tensor, Optional, Optional, Optional, Optional, Optional, int64_t, int64_t, int64_t, int64_t>;
 
@@ -45,23 +45,27 @@ struct ZipformerAttentionWeightsForward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
-      T = shape[0];
-      B = shape[1];
-      P = shape[2] / num_heads;
-      fastasr::check(shape[2] % num_heads == 0 && P >= 2 * query_head_dim, op,
-                     "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[0];
+        B = shape[1];
+        P = shape[2] / num_heads;
+        right = shape[2] % num_heads == 0 && P >= 2 * query_head_dim;
+      }
+      fastasr::check(right, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
     }
     check_contiguous(x, op, "x");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
       {
         const Sizes shape = pos->sizes();
-        fastasr::check(shape.size() == 3, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
-        S = shape[0];
-        R = shape[1];
-        fastasr::check(shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B), op,
-                       "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+        bool right = false;
+        if (shape.size() == 3) {
+          S = shape[0];
+          R = shape[1];
+          right = shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B);
+        }
+        fastasr::check(right, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
       }
       check_contiguous(*pos, op, "pos");
     }
@@ -69,9 +73,12 @@ struct ZipformerAttentionWeightsForward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
-        N = shape[0];
-        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
@@ -79,10 +86,12 @@ struct ZipformerAttentionWeightsForward {
       check_dtype(*cached_key, dtype, op, "cached_key");
       {
         const Sizes shape = cached_key->sizes();
-        fastasr::check(shape.size() == 3, op, "cached_key is not (L, B, num_heads*query_head_dim)");
-        L = shape[0];
-        fastasr::check(shape[1] == B && shape[2] == num_heads * query_head_dim, op,
-                       "cached_key is not (L, B, num_heads*query_head_dim)");
+        bool right = false;
+        if (shape.size() == 3) {
+          L = shape[0];
+          right = shape[1] == B && shape[2] == num_heads * query_head_dim;
+        }
+        fastasr::check(right, op, "cached_key is not (L, B, num_heads*query_head_dim)");
       }
       check_contiguous(*cached_key, op, "cached_key");
     }
@@ -104,8 +113,8 @@ struct ZipformerAttentionWeightsBackward {
   static constexpr const char* kName = "zipformer_attention_weights_backward";
   static constexpr const char* kSchema =
       "zipformer_attention_weights_backward(Tensor grad_weights, Tensor weights, Tensor x, Tensor? pos, "
-      "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, "
-      "int query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, float score_limit) -> "
+      "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int "
+      "query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, float score_limit) -> "
       "(Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, int64_t,
                               int64_t, int64_t, int64_t, double, double>;
@@ -147,23 +156,27 @@ struct ZipformerAttentionWeightsBackward {
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
-      fastasr::check(shape.size() == 3, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
-      T = shape[0];
-      B = shape[1];
-      P = shape[2] / num_heads;
-      fastasr::check(shape[2] % num_heads == 0 && P >= 2 * query_head_dim, op,
-                     "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
+      bool right = false;
+      if (shape.size() == 3) {
+        T = shape[0];
+        B = shape[1];
+        P = shape[2] / num_heads;
+        right = shape[2] % num_heads == 0 && P >= 2 * query_head_dim;
+      }
+      fastasr::check(right, op, "x is not (T, B, num_heads*P), P >= 2*query_head_dim");
     }
     check_contiguous(x, op, "x");
     if (pos) {
       check_dtype(*pos, dtype, op, "pos");
       {
         const Sizes shape = pos->sizes();
-        fastasr::check(shape.size() == 3, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
-        S = shape[0];
-        R = shape[1];
-        fastasr::check(shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B), op,
-                       "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
+        bool right = false;
+        if (shape.size() == 3) {
+          S = shape[0];
+          R = shape[1];
+          right = shape[2] == num_heads * (P - 2 * query_head_dim) && (S == 1 || S == B);
+        }
+        fastasr::check(right, op, "pos is not (S, R, num_heads*(P-2*query_head_dim)), (S == 1 or S == B)");
       }
       check_contiguous(*pos, op, "pos");
     }
@@ -171,9 +184,12 @@ struct ZipformerAttentionWeightsBackward {
       check_dtype(*starts, ScalarType::Long, op, "starts");
       {
         const Sizes shape = starts->sizes();
-        fastasr::check(shape.size() == 1, op, "starts is not (N), N >= 1");
-        N = shape[0];
-        fastasr::check(N >= 1, op, "starts is not (N), N >= 1");
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
       }
       check_contiguous(*starts, op, "starts");
     }
@@ -181,10 +197,12 @@ struct ZipformerAttentionWeightsBackward {
       check_dtype(*cached_key, dtype, op, "cached_key");
       {
         const Sizes shape = cached_key->sizes();
-        fastasr::check(shape.size() == 3, op, "cached_key is not (L, B, num_heads*query_head_dim)");
-        L = shape[0];
-        fastasr::check(shape[1] == B && shape[2] == num_heads * query_head_dim, op,
-                       "cached_key is not (L, B, num_heads*query_head_dim)");
+        bool right = false;
+        if (shape.size() == 3) {
+          L = shape[0];
+          right = shape[1] == B && shape[2] == num_heads * query_head_dim;
+        }
+        fastasr::check(right, op, "cached_key is not (L, B, num_heads*query_head_dim)");
       }
       check_contiguous(*cached_key, op, "cached_key");
     }

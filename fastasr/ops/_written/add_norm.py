@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=add_norm` writes this file from fastasr/ops/add_norm.py: change that one.
-"""x + scale · update, or its RMSNorm, and the norm of the sum"""
+"""x + scale · update, and its norm over the last dimension"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,23 +13,18 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
+    COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
 )
 from fastasr.ops.add_norm import _gradients, _launch
 from fastasr.ops.add_norm import add_norm as formula
@@ -64,14 +58,6 @@ class Saved(NamedTuple):
     kind: Literal["layer", "rms"]
     update_limit: float
     limit: float
-
-
-class Needs(NamedTuple):
-    x: bool
-    update: bool
-    weight: bool
-    bias: bool
-    update_weight: bool
 
 
 # --------------------------------------------------------------------------- the public function
@@ -114,6 +100,7 @@ def add_norm(
         and x.is_contiguous()
         and type(update) in PLAIN
         and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
         and (bias is None or type(bias) in PLAIN)
         and (update_weight is None or type(update_weight) in PLAIN)
         and type(eps) is float
@@ -322,85 +309,29 @@ class AddNorm(Function):
         kernels, direct, eps, scale, kind, update_limit, limit = ctx.rest
         if grad_t is None and grad_y is None:
             return (None,) * 12
-        if (
-            transforms_active()
-            or forward_ad._current_level >= 0
-            or (grad_t is not None and is_batched(grad_t))
-            or (grad_y is not None and is_batched(grad_y))
-        ):
-            d_x, d_update, d_weight, d_bias, d_update_weight = transformed_gradients(
-                op, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale, kind,
-                update_limit, limit,)),
-            )  # fmt: skip
-            return None, None, d_x, d_update, d_weight, d_bias, None, None, None, d_update_weight, None, None
-        needs = (
-            ctx.needs_input_grad[2],
-            ctx.needs_input_grad[3],
-            ctx.needs_input_grad[4],
-            ctx.needs_input_grad[5],
-            ctx.needs_input_grad[9],
-        )
-        try:
-            d_x, d_update, d_weight, d_bias, d_update_weight = differentiate(
-                kernels, grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind,
-                update_limit, limit, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_update, d_weight, d_bias, d_update_weight = gradients_without(
-                error, op, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale,
-                kind, update_limit, limit,)),
-            )  # fmt: skip
+        d_x, d_update, d_weight, d_bias, d_update_weight = node_gradients(
+            op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale,
+            kind, update_limit, limit,)), ctx.needs_input_grad[2:],
+        )  # fmt: skip
         return None, None, d_x, d_update, d_weight, d_bias, None, None, None, d_update_weight, None, None
 
 
-def differentiate(
-    kernels, grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind, update_limit, limit,
-    needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_update, d_weight, d_bias, d_update_weight = _gradients(
-        op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, update_weight, eps, scale, kind,
-        update_limit, limit,)), make(Needs, needs),
-    )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_update is not None and d_update.dtype is not update.dtype:
-        d_update = d_update.to(update.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
-    if update_weight is None:
-        d_update_weight = None
-    elif d_update_weight is not None and d_update_weight.dtype is not update_weight.dtype:
-        d_update_weight = d_update_weight.to(update_weight.dtype)
+    needs = make(Arguments, needs)
+    d_x, d_update, d_weight, d_bias, d_update_weight = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_update = back(d_update, saved.update)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
+    d_update_weight = back(d_update_weight, saved.update_weight)
     return d_x, d_update, d_weight, d_bias, d_update_weight
 
 
+apply = applied(AddNorm)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, update, weight, bias=None, eps=1e-05, scale=1.0, kind='layer', update_weight=None, update_limit=0.0,
-    limit=0.0,
-):  # fmt: skip
-    kernels = family.kernels(x, update, weight, bias, update_weight)
-    if kernels is None:
-        return formula_results(
-            op, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
-        )
-    try:
-        t, y = run_kernels(
-            kernels, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
-        )
-    except Unlaunchable as error:
-        family.give_up(error, x, update, weight, bias, update_weight)
-        return formula_results(
-            op, x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit
-        )
-    return t.contiguous(), y.contiguous()
-
-
 def fake(
     x, update, weight, bias=None, eps=1e-05, scale=1.0, kind='layer', update_weight=None, update_limit=0.0,
     limit=0.0,
@@ -412,112 +343,32 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    x, update, weight, bias, eps, scale, kind, update_weight, update_limit, limit = inputs
-    t, y = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, update, weight, bias, update_weight)
-    ctx.rest = eps, scale, kind, update_limit, limit
-
-
-def backward(ctx, grad_t, grad_y, *_):
-    if grad_t is None and grad_y is None:
-        return (None,) * 10
-    x, update, weight, bias, update_weight = ctx.saved_tensors
-    eps, scale, kind, update_limit, limit = ctx.rest
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 7))
-    d_x, d_update, d_weight, d_bias, d_update_weight = as_tuple(
-        backward_operator(grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind,
-        update_limit, limit, needs),
-    )  # fmt: skip
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_update,
-        None if not needs[2] else d_weight,
-        None if bias is None or not needs[3] else d_bias,
-        None,
-        None,
-        None,
-        None if update_weight is None or not needs[4] else d_update_weight,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind, update_limit, limit, needs
-):
-    kernels = family.kernels(x, update, weight, bias, update_weight)
-    if kernels is None:
-        d_x, d_update, d_weight, d_bias, d_update_weight = formula_gradients(
-            op, (grad_t, grad_y,), Saved(x, update, weight, bias, update_weight, eps, scale, kind,
-            update_limit, limit),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_update, d_weight, d_bias, d_update_weight = differentiate(
-                kernels, grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind,
-                update_limit, limit, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_update, d_weight, d_bias, d_update_weight = gradients_without(
-                error, op, (grad_t, grad_y,), Saved(x, update, weight, bias, update_weight, eps, scale, kind,
-                update_limit, limit),
-            )  # fmt: skip
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_update is None else d_update.contiguous(),
-        x.new_empty(0) if not needs[2] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0) if bias is None or not needs[3] or d_bias is None else d_bias.contiguous(),
-        x.new_empty(0)
-        if update_weight is None or not needs[4] or d_update_weight is None
-        else d_update_weight.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_t, grad_y, x, update, weight, bias, update_weight, eps, scale, kind, update_limit, limit, needs
-):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else update.new_empty(update.shape),
-        x.new_empty(0) if not needs[2] else weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape),
-        x.new_empty(0)
-        if update_weight is None or not needs[4]
-        else update_weight.new_empty(update_weight.shape),
-    )
-
-
-backward_operator = register(
-    "add_norm_backward(Tensor? grad_t, Tensor? grad_y, Tensor x, Tensor update, Tensor weight, Tensor? "
-    "bias, Tensor? update_weight, float eps, float scale, str kind, float update_limit, float limit, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 2),
+op.serve(
+    add_norm,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("t", "y"),
+        deciding=("x", "update", "weight", "bias", "update_weight"),
+        differentiable=("x", "update", "weight", "bias", "update_weight"),
+        graded={"t": "", "y": ""},
+        saves=("x", "update", "weight", "bias", "update_weight"),
+        materialize=False,
+        asks=True,
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "add_norm(Tensor x, Tensor update, Tensor weight, Tensor? bias=None, float eps=1e-05, float "
     'scale=1.0, str kind="layer", Tensor? update_weight=None, float update_limit=0.0, float limit=0.0) -> '
     "(Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "add_norm_backward(Tensor? grad_t, Tensor? grad_y, Tensor x, Tensor update, Tensor weight, Tensor? "
+    "bias, Tensor? update_weight, float eps, float scale, str kind, float update_limit, float limit, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(AddNorm)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "update", "weight", "bias", "update_weight"),
-    differentiable=("x", "update", "weight", "bias", "update_weight"),
-    dense=True,
-)
-op.serve(add_norm, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=balancer_gradient` writes this file from fastasr/ops/balancer_gradient.py: change that one.
-"""Gradient of Zipformer's Balancer: channels kept in a range of mean and size"""
+"""The gradient of Zipformer's Balancer: that of x, changed so that its channels keep to the limits"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,18 +13,9 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import register
-from fastasr.ops._runtime import (
-    BOOL,
-    MASKS,
-    NOT_MINE,
-    formula_results,
-    listed,
-    make,
-    promoted,
-    transformed_results,
-)
-from fastasr.ops.balancer_gradient import _check, _fits, _forward, _launch
+from fastasr.ops._operator import register_op
+from fastasr.ops._runtime import BOOL, MASKS, NOT_MINE, listed, make, promoted
+from fastasr.ops.balancer_gradient import _check, _fast, _launch
 from fastasr.ops.balancer_gradient import balancer_gradient as formula
 
 op = OPS["balancer_gradient"]
@@ -60,7 +50,8 @@ def balancer_gradient(
     act: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
+    """The gradient of Zipformer's Balancer: that of x, changed so that its channels keep to the limits. Not
+    differentiable.
 
     Args:
         grad, x: the same shape, with at least one dimension. float32, bfloat16, float16 or float64.
@@ -86,6 +77,7 @@ def balancer_gradient(
         and (dtype := grad.dtype)
         and type(x) in PLAIN
         and x.is_cpu
+        and x.dtype is dtype
         and (limits is None or (type(limits) in PLAIN and limits.is_cpu and limits.dtype is dtype))
         and (
             act is None
@@ -98,14 +90,11 @@ def balancer_gradient(
         and (max_rms is None or type(max_rms) is float)
         and (grad_scale is None or type(grad_scale) is float)
         and type(channel_dim) is int
-        and _fits(
-            grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
         try:
-            return _forward(
+            return _fast(
                 kernels, False, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim,
                 limits, act, padding_mask,
             )  # fmt: skip
@@ -134,7 +123,7 @@ def balancer_gradient(
             op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
             padding_mask),
         )  # fmt: skip
-    kernels = family.kernels(x, grad)
+    kernels = family.kernels(grad, x, limits)
     if kernels is None:
         return formula(
             grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
@@ -145,7 +134,7 @@ def balancer_gradient(
             padding_mask,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x, grad)
+        family.give_up(error, grad, x, limits)
         return formula(
             grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
         )
@@ -218,7 +207,6 @@ def check(
             or padding_mask.layout is not torch.strided
         ):
             op.wrong_tensor("padding_mask", padding_mask, "a bool tensor")
-
         if padding_mask.device != grad.device:
             op.wrong_device("padding_mask", padding_mask, "grad", grad)
     if type(channel_dim) is not int:
@@ -233,7 +221,7 @@ def check(
 
 def traced(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("balancer_gradient", x, grad):
+    if not served("balancer_gradient", grad, x, limits):
         return formula(
             grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
         )
@@ -261,60 +249,31 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    grad, x, min_mean=None, max_mean=None, min_rms=None, max_rms=None, grad_scale=None, channel_dim=-1,
-    limits=None, act=None, padding_mask=None,
-):  # fmt: skip
-    kernels = family.kernels(x, grad)
-    if kernels is None:
-        return formula_results(
-            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
-            padding_mask,
-        )  # fmt: skip
-    try:
-        y = run_kernels(
-            kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
-            padding_mask,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x, grad)
-        return formula_results(
-            op, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
-            padding_mask,
-        )  # fmt: skip
-    return y.contiguous()
-
-
 def fake(
     grad, x, min_mean=None, max_mean=None, min_rms=None, max_rms=None, grad_scale=None, channel_dim=-1,
     limits=None, act=None, padding_mask=None,
 ):  # fmt: skip
     S = grad.shape[:-1]
     D = grad.shape[-1]
-
     return torch.empty((*S, D), dtype=promoted(grad), device=grad.device)
 
 
-backward_operator = None
-operator = register(
+op.serve(
+    balancer_gradient,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        results=("y",),
+        deciding=("grad", "x", "limits"),
+        materialize=False,
+    ),
+)
+operator = register_op(
+    op,
     "balancer_gradient(Tensor grad, Tensor x, float? min_mean=None, float? max_mean=None, float? "
     "min_rms=None, float? max_rms=None, float? grad_scale=None, SymInt channel_dim=-1, Tensor? "
     "limits=None, Tensor? act=None, Tensor? padding_mask=None) -> Tensor",
-    run,
-    fake,
-    transformed=partial(transformed_results, op),
 )
-apply = None
-written = Written(
-    Arguments=Arguments,
-    Saved=None,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "grad"),
-    differentiable=(),
-    dense=True,
-)
-op.serve(balancer_gradient, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=batch_norm_activation` writes this file from fastasr/ops/batch_norm_activation.py: change that one.
-"""BatchNorm in training, and SiLU or another activation: convolution modules"""
+"""The activation of BatchNorm over all dimensions but the last, by the statistics of x itself"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,25 +13,21 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.batch_norm_activation import batch_norm_activation as formula
@@ -211,8 +206,8 @@ def traced(x, weight, bias, padding_mask, eps, momentum, activation):
             x, weight, bias, padding_mask=padding_mask, eps=eps, momentum=momentum, activation=activation
         )
     y, mean, variance, rate, _ = operator(
-        x, weight, bias, padding_mask, eps, momentum, activation,
-        is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad),
+        x, weight, bias, padding_mask, eps, momentum, activation, is_grad_enabled() and (x.requires_grad or
+        weight.requires_grad or bias.requires_grad),
     )  # fmt: skip
     return y, mean, variance, rate
 
@@ -276,73 +271,41 @@ class BatchNormActivation(Function):
         kernels, direct, eps, momentum, activation = ctx.rest
         if grad_y is None:
             return (None,) * 9
-        if (
+        if direct and not (
             transforms_active()
             or forward_ad._current_level >= 0
             or (grad_y is not None and is_batched(grad_y))
         ):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, statistics, eps, momentum,
-                activation,)),
-            )  # fmt: skip
-            return None, None, d_x, d_weight, d_bias, None, None, None, None
-        if direct:
             d_x, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, weight, bias, padding_mask, statistics, ACTIVATION_CODES[activation]
+                operand(grad_y, None), x, weight, bias, padding_mask, statistics, ACTIVATION_CODES[activation]
             )
             return None, None, d_x, d_weight, d_bias, None, None, None, None
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, statistics, eps, momentum,
-                activation,)),
-            )  # fmt: skip
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, padding_mask, statistics, eps, momentum,
+            activation,)),
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (weight, bias))
+    (grad_y,) = grads
+    dtype = widest(saved.x, (saved.weight, saved.bias))
     work = promote_types(dtype, torch.float32)
     d_x, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(weight, work), operand(bias, work),
-        operand(padding_mask, None), statistics, ACTIVATION_CODES[activation],
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, work), operand(saved.bias,
+        work), operand(saved.padding_mask, None), saved.statistics, ACTIVATION_CODES[saved.activation],
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 
+apply = applied(BatchNormActivation)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias, padding_mask=None, eps=1e-05, momentum=0.1, activation="silu", keep=False):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, padding_mask, eps, momentum, activation)
-    try:
-        y, mean, variance, rate, statistics = run_kernels(
-            kernels, x, weight, bias, padding_mask, eps, momentum, activation, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, x, weight, bias)
-        return formula_results(op, x, weight, bias, padding_mask, eps, momentum, activation)
-    if not keep:
-        statistics = statistics.new_empty(0)
-    return (
-        y.contiguous(),
-        mean.contiguous(),
-        variance.contiguous(),
-        rate.contiguous(),
-        statistics.contiguous(),
-    )
-
-
 def fake(x, weight, bias, padding_mask=None, eps=1e-05, momentum=0.1, activation="silu", keep=False):
     keep = keep and family.kernels(x, weight, bias) is not None
     S = x.shape[:-1]
@@ -356,80 +319,32 @@ def fake(x, weight, bias, padding_mask=None, eps=1e-05, momentum=0.1, activation
     )
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, padding_mask, eps, momentum, activation, keep = inputs
-    y, mean, variance, rate, statistics = output
-    ctx.mark_non_differentiable(mean, variance, rate, statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, padding_mask, statistics)
-    ctx.rest = eps, momentum, activation, keep
-
-
-def backward(ctx, grad_y, *_):
-    if grad_y is None:
-        return (None,) * 8
-    x, weight, bias, padding_mask, statistics = ctx.saved_tensors
-    eps, momentum, activation, keep = ctx.rest
-    if not keep:
-        _, _, _, _, statistics = operator(x, weight, bias, padding_mask, eps, momentum, activation, True)
-    d_x, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation)
-    )
-    return d_x, d_weight, d_bias, None, None, None, None, None
-
-
-def run_backward(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, weight, bias, padding_mask, statistics, eps, momentum, activation)
-        )
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, padding_mask, statistics, eps, momentum,
-                activation),
-            )  # fmt: skip
-    return d_x.contiguous(), d_weight.contiguous(), d_bias.contiguous()
-
-
-def fake_backward(grad_y, x, weight, bias, padding_mask, statistics, eps, momentum, activation):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-backward_operator = register(
-    "batch_norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? "
-    "padding_mask, Tensor statistics, float eps, float momentum, str activation) -> (Tensor, Tensor, "
-    "Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    batch_norm_activation,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "mean", "variance", "rate", "statistics"),
+        deciding=("x", "weight", "bias"),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "padding_mask", "statistics"),
+        kept=("statistics",),
+        materialize=False,
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "batch_norm_activation(Tensor x, Tensor weight, Tensor bias, Tensor? padding_mask=None, float "
     'eps=1e-05, float momentum=0.1, str activation="silu", bool keep=False) -> (Tensor, Tensor, Tensor, '
     "Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "batch_norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? "
+    "padding_mask, Tensor statistics, float eps, float momentum, str activation) -> (Tensor, Tensor, "
+    "Tensor)",
 )
-apply = applied(BatchNormActivation)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "weight", "bias"),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(batch_norm_activation, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=bias_norm` writes this file from fastasr/ops/bias_norm.py: change that one.
-"""x · mean((x − bias)²)^(−½) · e^log_scale"""
+"""x · mean((x − bias)², channel_dim)^(−1/2) · e^log_scale"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,23 +13,20 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back_in_shape,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.bias_norm import _check, _gradients, _launch
 from fastasr.ops.bias_norm import bias_norm as formula
@@ -100,7 +96,7 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
         return traced(x, bias, log_scale, channel_dim)
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(op, Arguments(x, bias, log_scale, channel_dim))
-    kernels = family.kernels(x, bias)
+    kernels = family.kernels(x, bias, log_scale)
     if kernels is None:
         return formula(x, bias, log_scale, channel_dim)
     try:
@@ -108,7 +104,7 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
             return apply(kernels, False, x, bias, log_scale, channel_dim)
         y = run_kernels(kernels, x, bias, log_scale, channel_dim)
     except Unlaunchable as error:
-        family.give_up(error, x, bias)
+        family.give_up(error, x, bias, log_scale)
         return formula(x, bias, log_scale, channel_dim)
     return y
 
@@ -150,7 +146,7 @@ def check(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> None:
 
 def traced(x, bias, log_scale, channel_dim):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("bias_norm", x, bias):
+    if not served("bias_norm", x, bias, log_scale):
         return formula(x, bias, log_scale, channel_dim)
     return operator(x, bias, log_scale, channel_dim)
 
@@ -189,114 +185,59 @@ class BiasNorm(Function):
         # once: a checkpoint gives them one time
         x, bias, log_scale = ctx.saved_tensors
         kernels, direct, channel_dim = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_bias, d_log_scale = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim))
-            )
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x, d_bias, d_log_scale = kernels.backward(operand(grad_y, None), x, bias, log_scale)
             return None, None, d_x, d_bias, d_log_scale, None
-        if direct:
-            d_x, d_bias, d_log_scale = kernels.backward(grad_y.contiguous(), x, bias, log_scale)
-            return None, None, d_x, d_bias, d_log_scale, None
-        try:
-            d_x, d_bias, d_log_scale = differentiate(kernels, grad_y, x, bias, log_scale, channel_dim)
-        except Unlaunchable as error:
-            d_x, d_bias, d_log_scale = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim))
-            )
+        d_x, d_bias, d_log_scale = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim))
+        )
         return None, None, d_x, d_bias, d_log_scale, None
 
 
-def differentiate(kernels, grad_y, x, bias, log_scale, channel_dim):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_bias, d_log_scale = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, bias, log_scale, channel_dim)), None
-    )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
-    d_log_scale = back(d_log_scale, log_scale)
+    d_x, d_bias, d_log_scale = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_bias = back(d_bias, saved.bias)
+    d_log_scale = back_in_shape(d_log_scale, saved.log_scale)
     return d_x, d_bias, d_log_scale
 
 
+apply = applied(BiasNorm)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, bias, log_scale, channel_dim=-1):
-    kernels = family.kernels(x, bias)
-    if kernels is None:
-        return formula_results(op, x, bias, log_scale, channel_dim)
-    try:
-        y = run_kernels(kernels, x, bias, log_scale, channel_dim)
-    except Unlaunchable as error:
-        family.give_up(error, x, bias)
-        return formula_results(op, x, bias, log_scale, channel_dim)
-    return y.contiguous()
-
-
 def fake(x, bias, log_scale, channel_dim=-1):
     S = x.shape[:-1]
     D = x.shape[-1]
-
     return torch.empty((*S, D), dtype=promoted(x, bias), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    x, bias, log_scale, channel_dim = inputs
-
-    ctx.save_for_backward(x, bias, log_scale)
-    ctx.rest = (channel_dim,)
-
-
-def backward(ctx, grad_y, *_):
-    x, bias, log_scale = ctx.saved_tensors
-    (channel_dim,) = ctx.rest
-    d_x, d_bias, d_log_scale = as_tuple(backward_operator(grad_y, x, bias, log_scale, channel_dim))
-    return d_x, d_bias, d_log_scale, None
-
-
-def run_backward(grad_y, x, bias, log_scale, channel_dim):
-    kernels = family.kernels(x, bias)
-    if kernels is None:
-        d_x, d_bias, d_log_scale = formula_gradients(op, (grad_y,), Saved(x, bias, log_scale, channel_dim))
-    else:
-        try:
-            d_x, d_bias, d_log_scale = differentiate(kernels, grad_y, x, bias, log_scale, channel_dim)
-        except Unlaunchable as error:
-            d_x, d_bias, d_log_scale = gradients_without(
-                error, op, (grad_y,), Saved(x, bias, log_scale, channel_dim)
-            )
-    return d_x.contiguous(), d_bias.contiguous(), d_log_scale.contiguous()
-
-
-def fake_backward(grad_y, x, bias, log_scale, channel_dim):
-    return x.new_empty(x.shape), bias.new_empty(bias.shape), log_scale.new_empty(log_scale.shape)
-
-
-backward_operator = register(
+op.serve(
+    bias_norm,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x", "bias", "log_scale"),
+        differentiable=("x", "bias", "log_scale"),
+        graded={"y": ""},
+        saves=("x", "bias", "log_scale"),
+    ),
+)
+operator = register_op(
+    op,
+    "bias_norm(Tensor x, Tensor bias, Tensor log_scale, SymInt channel_dim=-1) -> Tensor",
     "bias_norm_backward(Tensor grad_y, Tensor x, Tensor bias, Tensor log_scale, SymInt channel_dim) -> "
     "(Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "bias_norm(Tensor x, Tensor bias, Tensor log_scale, SymInt channel_dim=-1) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(BiasNorm)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "bias"),
-    differentiable=("x", "bias", "log_scale"),
-    dense=True,
-)
-op.serve(bias_norm, written)

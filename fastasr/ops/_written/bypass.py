@@ -2,7 +2,6 @@
 # `make op OP=bypass` writes this file from fastasr/ops/bypass.py: change that one.
 """x_orig + (x − x_orig) · scale"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,24 +13,20 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back_in_shape,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.bypass import _trailing
 from fastasr.ops.bypass import bypass as formula
@@ -163,104 +158,60 @@ class Bypass(Function):
         # once: a checkpoint gives them one time
         x_orig, x, scale = ctx.saved_tensors
         kernels, direct = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x_orig, d_x, d_scale = transformed_gradients(op, (grad_y,), make(Saved, (x_orig, x, scale)))
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x_orig, d_x, d_scale = kernels.backward(operand(grad_y, None), x_orig, x, scale)
             return None, None, d_x_orig, d_x, d_scale
-        if direct:
-            d_x_orig, d_x, d_scale = kernels.backward(grad_y.contiguous(), x_orig, x, scale)
-            return None, None, d_x_orig, d_x, d_scale
-        try:
-            d_x_orig, d_x, d_scale = differentiate(kernels, grad_y, x_orig, x, scale)
-        except Unlaunchable as error:
-            d_x_orig, d_x, d_scale = gradients_without(error, op, (grad_y,), make(Saved, (x_orig, x, scale)))
+        d_x_orig, d_x, d_scale = node_gradients(op, kernels, (grad_y,), make(Saved, (x_orig, x, scale)))
         return None, None, d_x_orig, d_x, d_scale
 
 
-def differentiate(kernels, grad_y, x_orig, x, scale):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(x_orig, x, scale) if kernels.backend == "cpu" else None
+    (grad_y,) = grads
+    dtype = promoted(saved.x_orig, saved.x, saved.scale) if kernels.backend == "cpu" else None
     d_x_orig, d_x, d_scale = kernels.backward(
-        operand(grad_y, dtype), operand(x_orig, dtype), operand(x, dtype), operand(scale, dtype)
-    )
-    if d_x_orig is not None and d_x_orig.dtype is not x_orig.dtype:
-        d_x_orig = d_x_orig.to(x_orig.dtype)
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    d_scale = back(d_scale, scale)
+        operand(grad_y, dtype), operand(saved.x_orig, dtype), operand(saved.x, dtype), operand(saved.scale,
+        dtype),
+    )  # fmt: skip
+    d_x_orig = back(d_x_orig, saved.x_orig)
+    d_x = back(d_x, saved.x)
+    d_scale = back_in_shape(d_scale, saved.scale)
     return d_x_orig, d_x, d_scale
 
 
+apply = applied(Bypass)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x_orig, x, scale):
-    kernels = family.kernels(x_orig, x, scale)
-    if kernels is None:
-        return formula_results(op, x_orig, x, scale)
-    try:
-        y = run_kernels(kernels, x_orig, x, scale)
-    except Unlaunchable as error:
-        family.give_up(error, x_orig, x, scale)
-        return formula_results(op, x_orig, x, scale)
-    return y.contiguous()
-
-
 def fake(x_orig, x, scale):
     S = x_orig.shape
     return torch.empty((*S,), dtype=promoted(x_orig, x, scale), device=x_orig.device)
 
 
-def set_up(ctx, inputs, output):
-    x_orig, x, scale = inputs
-
-    ctx.save_for_backward(x_orig, x, scale)
-
-
-def backward(ctx, grad_y, *_):
-    x_orig, x, scale = ctx.saved_tensors
-    d_x_orig, d_x, d_scale = as_tuple(backward_operator(grad_y, x_orig, x, scale))
-    return d_x_orig, d_x, d_scale
-
-
-def run_backward(grad_y, x_orig, x, scale):
-    kernels = family.kernels(x_orig, x, scale)
-    if kernels is None:
-        d_x_orig, d_x, d_scale = formula_gradients(op, (grad_y,), Saved(x_orig, x, scale))
-    else:
-        try:
-            d_x_orig, d_x, d_scale = differentiate(kernels, grad_y, x_orig, x, scale)
-        except Unlaunchable as error:
-            d_x_orig, d_x, d_scale = gradients_without(error, op, (grad_y,), Saved(x_orig, x, scale))
-    return d_x_orig.contiguous(), d_x.contiguous(), d_scale.contiguous()
-
-
-def fake_backward(grad_y, x_orig, x, scale):
-    return x_orig.new_empty(x_orig.shape), x.new_empty(x.shape), scale.new_empty(scale.shape)
-
-
-backward_operator = register(
-    "bypass_backward(Tensor grad_y, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    bypass,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x_orig", "x", "scale"),
+        differentiable=("x_orig", "x", "scale"),
+        graded={"y": ""},
+        saves=("x_orig", "x", "scale"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "bypass(Tensor x_orig, Tensor x, Tensor scale) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "bypass_backward(Tensor grad_y, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(Bypass)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x_orig", "x", "scale"),
-    differentiable=("x_orig", "x", "scale"),
-    dense=True,
-)
-op.serve(bypass, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=clamped_linear` writes this file from fastasr/ops/clamped_linear.py: change that one.
-"""a linear layer without a bias between two clamps whose bounds are on the device, and its activation"""
+"""A linear layer without a bias, clamped twice, and its activation: clamp(act(clamp(clamp(x) weightᵀ)))"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,23 +13,9 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
-from fastasr.ops._runtime import (
-    applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
-    listed,
-    make,
-    not_a_view,
-    promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
-)
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
+from fastasr.ops._runtime import applied, back, listed, make, node_gradients, not_a_view, promoted
 from fastasr.ops.clamped_linear import _gradients, _launch
 from fastasr.ops.clamped_linear import clamped_linear as formula
 
@@ -64,17 +49,6 @@ class Saved(NamedTuple):
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"]
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    input_min: bool
-    input_max: bool
-    output_min: bool
-    output_max: bool
-    next_min: bool
-    next_max: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def clamped_linear(
     x: Tensor,
@@ -88,7 +62,7 @@ def clamped_linear(
     next_min: Tensor | None = None,
     next_max: Tensor | None = None,
 ) -> Tensor:
-    """clamp(act(clamp(clamp(x) weightᵀ))).
+    """A linear layer without a bias, clamped twice, and its activation: clamp(act(clamp(clamp(x) weightᵀ))).
 
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.
@@ -121,7 +95,7 @@ def clamped_linear(
             op, Arguments(x, weight, activation, input_min, input_max, output_min, output_max, next_min,
             next_max),
         )  # fmt: skip
-    kernels = family.kernels(x)
+    kernels = family.kernels(x, input_min, input_max, output_min, output_max, next_min, next_max)
     if kernels is None:
         return formula(
             x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
@@ -129,11 +103,8 @@ def clamped_linear(
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, _ = under_autocast(
-            cast_dtype, x, weight, activation, input_min, input_max, output_min, output_max, next_min,
-            next_max,
-        )  # fmt: skip
-        kernels = family.kernels(x)
+        x, weight = cast(cast_dtype, x, weight)
+        kernels = family.kernels(x, input_min, input_max, output_min, output_max, next_min, next_max)
         if kernels is None:
             return formula(
                 x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
@@ -159,7 +130,7 @@ def clamped_linear(
             False,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x)
+        family.give_up(error, x, input_min, input_max, output_min, output_max, next_min, next_max)
         return formula(
             x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
             output_max=output_max, next_min=next_min, next_max=next_max,
@@ -270,14 +241,17 @@ def check(
 
 def traced(x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("clamped_linear", x):
+    if not served("clamped_linear", x, input_min, input_max, output_min, output_max, next_min, next_max):
         return formula(
             x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
             output_max=output_max, next_min=next_min, next_max=next_max,
         )  # fmt: skip
     y, _ = operator(
         x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max,
-        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (input_min is not None and input_min.requires_grad) or (input_max is not None and input_max.requires_grad) or (output_min is not None and output_min.requires_grad) or (output_max is not None and output_max.requires_grad) or (next_min is not None and next_min.requires_grad) or (next_max is not None and next_max.requires_grad)),
+        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (input_min is not None and
+        input_min.requires_grad) or (input_max is not None and input_max.requires_grad) or (output_min is not None
+        and output_min.requires_grad) or (output_max is not None and output_max.requires_grad) or (next_min is not
+        None and next_min.requires_grad) or (next_max is not None and next_max.requires_grad)),
     )  # fmt: skip
     return y
 
@@ -300,15 +274,6 @@ def run_kernels(
 
 def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x), promoted(a.x))
-
-
-def under_autocast(
-    dtype, x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
-    next_min=None, next_max=None, keep=False,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, weight = cast(dtype, x, weight)
-    return x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, keep
 
 
 # --------------------------------------------------------------------------- gradients without the dispatcher
@@ -334,53 +299,10 @@ class ClampedLinear(Function):
         # once: a checkpoint gives them one time
         x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z = ctx.saved_tensors
         kernels, direct, activation = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            names = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max, next_min,
-                next_max, z, activation,)),
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_weight,
-                None,
-                d_input_min,
-                d_input_max,
-                d_output_min,
-                d_output_max,
-                d_next_min,
-                d_next_max,
-            )
-        needs = (
-            ctx.needs_input_grad[2],
-            ctx.needs_input_grad[3],
-            ctx.needs_input_grad[5],
-            ctx.needs_input_grad[6],
-            ctx.needs_input_grad[7],
-            ctx.needs_input_grad[8],
-            ctx.needs_input_grad[9],
-            ctx.needs_input_grad[10],
-        )
-        try:
-            names = differentiate(
-                kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
-                z, activation, needs,
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
-        except Unlaunchable as error:
-            names = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
-                next_min, next_max, z, activation,)),
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
+        d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
+            next_min, next_max, z, activation,)), ctx.needs_input_grad[2:],
+        )  # fmt: skip
         return (
             None,
             None,
@@ -396,227 +318,88 @@ class ClampedLinear(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z,
-    activation, needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    names = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, input_min, input_max, output_min, output_max,
-        next_min, next_max, z, activation,)), make(Needs, needs),
-    )  # fmt: skip
-    (
-        d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-    ) = names  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if input_min is None:
-        d_input_min = None
-    elif d_input_min is not None and d_input_min.dtype is not input_min.dtype:
-        d_input_min = d_input_min.to(input_min.dtype)
-    if input_max is None:
-        d_input_max = None
-    elif d_input_max is not None and d_input_max.dtype is not input_max.dtype:
-        d_input_max = d_input_max.to(input_max.dtype)
-    if output_min is None:
-        d_output_min = None
-    elif d_output_min is not None and d_output_min.dtype is not output_min.dtype:
-        d_output_min = d_output_min.to(output_min.dtype)
-    if output_max is None:
-        d_output_max = None
-    elif d_output_max is not None and d_output_max.dtype is not output_max.dtype:
-        d_output_max = d_output_max.to(output_max.dtype)
-    if next_min is None:
-        d_next_min = None
-    elif d_next_min is not None and d_next_min.dtype is not next_min.dtype:
-        d_next_min = d_next_min.to(next_min.dtype)
-    if next_max is None:
-        d_next_max = None
-    elif d_next_max is not None and d_next_max.dtype is not next_max.dtype:
-        d_next_max = d_next_max.to(next_max.dtype)
+    needs = make(Arguments, needs)
+    d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max = _gradients(
+        op, kernels, grads, saved, needs
+    )
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_input_min = back(d_input_min, saved.input_min)
+    d_input_max = back(d_input_max, saved.input_max)
+    d_output_min = back(d_output_min, saved.output_min)
+    d_output_max = back(d_output_max, saved.output_max)
+    d_next_min = back(d_next_min, saved.next_min)
+    d_next_max = back(d_next_max, saved.next_max)
     return d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max
 
 
+apply = applied(ClampedLinear)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
-    next_min=None, next_max=None, keep=False,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(
-            op, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max
-        )
-    try:
-        y, z = run_kernels(
-            kernels, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max,
-            keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(
-            op, x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max
-        )
-    if not keep:
-        z = z.new_empty(0)
-    return y.contiguous(), z.contiguous()
-
-
 def fake(
     x, weight, activation='identity', input_min=None, input_max=None, output_min=None, output_max=None,
     next_min=None, next_max=None, keep=False,
 ):  # fmt: skip
-    keep = keep and family.kernels(x) is not None
+    keep = (
+        keep
+        and family.kernels(x, input_min, input_max, output_min, output_max, next_min, next_max) is not None
+    )
     S = x.shape[:-1]
-
     N = weight.shape[0]
     return torch.empty((*S, N), dtype=promoted(x), device=x.device), torch.empty(
         (*S, N) if keep else (0,), dtype=promoted(x), device=x.device
     )
 
 
-def set_up(ctx, inputs, output):
-    x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, keep = inputs
-    y, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.save_for_backward(x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z)
-    ctx.rest = activation, keep
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z = ctx.saved_tensors
-    activation, keep = ctx.rest
-    if not keep:
-        _, z = operator(
-            x, weight, activation, input_min, input_max, output_min, output_max, next_min, next_max, True
-        )
-    needs = wanted(ctx.needs_input_grad, (0, 1, 3, 4, 5, 6, 7, 8))
-    names = as_tuple(
-        backward_operator(grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
-        z, activation, needs),
-    )  # fmt: skip
-    (
-        d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-    ) = names  # fmt: skip
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_weight,
-        None,
-        None if input_min is None or not needs[2] else d_input_min,
-        None if input_max is None or not needs[3] else d_input_max,
-        None if output_min is None or not needs[4] else d_output_min,
-        None if output_max is None or not needs[5] else d_output_max,
-        None if next_min is None or not needs[6] else d_next_min,
-        None if next_max is None or not needs[7] else d_next_max,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z, activation, needs
-):
-    kernels = family.kernels(x)
-    if kernels is None:
-        names = formula_gradients(
-            op, (grad_y,), Saved(x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
-            z, activation),
-        )  # fmt: skip
-        (
-            d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-        ) = names  # fmt: skip
-    else:
-        try:
-            names = differentiate(
-                kernels, grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max,
-                z, activation, needs,
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
-        except Unlaunchable as error:
-            names = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, input_min, input_max, output_min, output_max, next_min,
-                next_max, z, activation),
-            )  # fmt: skip
-            (
-                d_x, d_weight, d_input_min, d_input_max, d_output_min, d_output_max, d_next_min, d_next_max,
-            ) = names  # fmt: skip
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0)
-        if input_min is None or not needs[2] or d_input_min is None
-        else d_input_min.contiguous(),
-        x.new_empty(0)
-        if input_max is None or not needs[3] or d_input_max is None
-        else d_input_max.contiguous(),
-        x.new_empty(0)
-        if output_min is None or not needs[4] or d_output_min is None
-        else d_output_min.contiguous(),
-        x.new_empty(0)
-        if output_max is None or not needs[5] or d_output_max is None
-        else d_output_max.contiguous(),
-        x.new_empty(0) if next_min is None or not needs[6] or d_next_min is None else d_next_min.contiguous(),
-        x.new_empty(0) if next_max is None or not needs[7] or d_next_max is None else d_next_max.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, x, weight, input_min, input_max, output_min, output_max, next_min, next_max, z, activation, needs
-):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
-        x.new_empty(0) if input_min is None or not needs[2] else input_min.new_empty(input_min.shape),
-        x.new_empty(0) if input_max is None or not needs[3] else input_max.new_empty(input_max.shape),
-        x.new_empty(0) if output_min is None or not needs[4] else output_min.new_empty(output_min.shape),
-        x.new_empty(0) if output_max is None or not needs[5] else output_max.new_empty(output_max.shape),
-        x.new_empty(0) if next_min is None or not needs[6] else next_min.new_empty(next_min.shape),
-        x.new_empty(0) if next_max is None or not needs[7] else next_max.new_empty(next_max.shape),
-    )
-
-
-backward_operator = register(
-    "clamped_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? input_min, Tensor? "
-    "input_max, Tensor? output_min, Tensor? output_max, Tensor? next_min, Tensor? next_max, Tensor z, str "
-    "activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    clamped_linear,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "z"),
+        deciding=("x", "input_min", "input_max", "output_min", "output_max", "next_min", "next_max"),
+        differentiable=(
+            "x",
+            "weight",
+            "input_min",
+            "input_max",
+            "output_min",
+            "output_max",
+            "next_min",
+            "next_max",
+        ),
+        graded={"y": ""},
+        saves=(
+            "x",
+            "weight",
+            "input_min",
+            "input_max",
+            "output_min",
+            "output_max",
+            "next_min",
+            "next_max",
+            "z",
+        ),
+        kept=("z",),
+        asks=True,
+        autocast=("x", "weight"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     'clamped_linear(Tensor x, Tensor weight, str activation="identity", Tensor? input_min=None, Tensor? '
     "input_max=None, Tensor? output_min=None, Tensor? output_max=None, Tensor? next_min=None, Tensor? "
     "next_max=None, bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "clamped_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? input_min, Tensor? "
+    "input_max, Tensor? output_min, Tensor? output_max, Tensor? next_min, Tensor? next_max, Tensor z, str "
+    "activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(ClampedLinear)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=(
-        "x",
-        "weight",
-        "input_min",
-        "input_max",
-        "output_min",
-        "output_max",
-        "next_min",
-        "next_max",
-    ),
-    dense=True,
-)
-op.serve(clamped_linear, written)

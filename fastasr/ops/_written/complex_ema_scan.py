@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=complex_ema_scan` writes this file from fastasr/ops/ema_scan.py: change that one.
-"""Megalodon's complex moving average, with states"""
+"""Megalodon's complex moving average as a linear-time scan, with states"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -15,26 +14,22 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._layout import as_it_is, as_matrix, as_vector
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back_in_shape,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.ema_scan import _check, _sizes
@@ -147,7 +142,9 @@ def complex_ema_scan(
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity",
     layout: Literal["LBD", "BLD", "BDL"] = "LBD",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Computes the complex EMA of Megalodon: y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
+    """Megalodon's complex moving average as a linear-time scan, with states.
+
+    Computes y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
 
     Args:
         x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.
@@ -454,34 +451,12 @@ class ComplexEmaScan(Function):
         # once: a checkpoint gives them one time
         x, alpha, delta, theta, gamma, omega, state, padding_mask = ctx.saved_tensors
         kernels, direct, return_state, truncation, direction, activation, layout = ctx.rest
-        if (
+        if direct and not (
             transforms_active()
             or forward_ad._current_level >= 0
-            or is_batched(grad_y)
+            or (grad_y is not None and is_batched(grad_y))
             or (grad_last is not None and is_batched(grad_last))
         ):
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = transformed_gradients(
-                op, (grad_y, grad_last,), make(Saved, (x, alpha, delta, theta, gamma, omega, state,
-                padding_mask, return_state, truncation, direction, activation, layout,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_alpha,
-                d_delta,
-                d_theta,
-                d_gamma,
-                d_omega,
-                d_state,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
             d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = kernels.backward(
                 operand(grad_y, None, as_it_is), operand(grad_last, None), x, alpha, delta, theta, gamma,
                 omega, state, padding_mask, truncation or 0, DIRECTION_CODES[direction],
@@ -504,16 +479,10 @@ class ComplexEmaScan(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = differentiate(
-                kernels, grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask,
-                return_state, truncation, direction, activation, layout,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = gradients_without(
-                error, op, (grad_y, grad_last,), make(Saved, (x, alpha, delta, theta, gamma, omega, state,
-                padding_mask, return_state, truncation, direction, activation, layout,)),
-            )  # fmt: skip
+        d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = node_gradients(
+            op, kernels, (grad_y, grad_last,), make(Saved, (x, alpha, delta, theta, gamma, omega, state,
+            padding_mask, return_state, truncation, direction, activation, layout,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -533,59 +502,32 @@ class ComplexEmaScan(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask, return_state,
-    truncation, direction, activation, layout,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (alpha, delta, theta, gamma, omega, state))
+    grad_y, grad_last = grads
+    dtype = widest(saved.x, (saved.alpha, saved.delta, saved.theta, saved.gamma, saved.omega, saved.state))
     work = promote_types(dtype, torch.float32)
     d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = kernels.backward(
-        operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(x, dtype, as_it_is),
-        operand(alpha, work, as_matrix), operand(delta, work, as_matrix), operand(theta, work, as_vector),
-        operand(gamma, work), operand(omega, work, as_vector), operand(state, work), operand(padding_mask,
-        None), truncation or 0, DIRECTION_CODES[direction], ACTIVATION_CODES[activation], LAYOUT_CODES[layout],
+        operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(saved.x, dtype, as_it_is),
+        operand(saved.alpha, work, as_matrix), operand(saved.delta, work, as_matrix), operand(saved.theta,
+        work, as_vector), operand(saved.gamma, work), operand(saved.omega, work, as_vector),
+        operand(saved.state, work), operand(saved.padding_mask, None), saved.truncation or 0,
+        DIRECTION_CODES[saved.direction], ACTIVATION_CODES[saved.activation], LAYOUT_CODES[saved.layout],
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    d_alpha = back(d_alpha, alpha)
-    d_delta = back(d_delta, delta)
-    d_theta = back(d_theta, theta)
-    if d_gamma is not None and d_gamma.dtype is not gamma.dtype:
-        d_gamma = d_gamma.to(gamma.dtype)
-    d_omega = back(d_omega, omega)
-    if state is None:
-        d_state = None
-    elif d_state is not None and d_state.dtype is not state.dtype:
-        d_state = d_state.to(state.dtype)
+    d_x = back(d_x, saved.x)
+    d_alpha = back_in_shape(d_alpha, saved.alpha)
+    d_delta = back_in_shape(d_delta, saved.delta)
+    d_theta = back_in_shape(d_theta, saved.theta)
+    d_gamma = back(d_gamma, saved.gamma)
+    d_omega = back_in_shape(d_omega, saved.omega)
+    d_state = back(d_state, saved.state)
     return d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state
 
 
+apply = applied(ComplexEmaScan)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, alpha, delta, theta, gamma, omega=None, state=None, return_state=False, padding_mask=None,
-    truncation=None, direction='forward', activation='identity', layout='LBD',
-):  # fmt: skip
-    kernels = family.kernels(x, alpha, delta, theta, gamma, omega, state)
-    if kernels is None:
-        return formula_results(
-            op, x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
-            direction, activation, layout,
-        )  # fmt: skip
-    try:
-        y, last = run_kernels(
-            kernels, x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
-            direction, activation, layout,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x, alpha, delta, theta, gamma, omega, state)
-        return formula_results(
-            op, x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation,
-            direction, activation, layout,
-        )  # fmt: skip
-    return y.contiguous(), last.contiguous()
-
-
 def fake(
     x, alpha, delta, theta, gamma, omega=None, state=None, return_state=False, padding_mask=None,
     truncation=None, direction='forward', activation='identity', layout='LBD',
@@ -606,121 +548,32 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, alpha, delta, theta, gamma, omega, state, return_state, padding_mask, truncation, direction,
-        activation, layout,
-    ) = inputs  # fmt: skip
-    y, last = output
-    if not return_state:
-        ctx.mark_non_differentiable(last)
-    ctx.save_for_backward(x, alpha, delta, theta, gamma, omega, state, padding_mask)
-    ctx.rest = return_state, truncation, direction, activation, layout
-
-
-def backward(ctx, grad_y, grad_last, *_):
-    x, alpha, delta, theta, gamma, omega, state, padding_mask = ctx.saved_tensors
-    return_state, truncation, direction, activation, layout = ctx.rest
-    grad_last = grad_last if return_state else None
-    d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = as_tuple(
-        backward_operator(grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask,
-        return_state, truncation, direction, activation, layout),
-    )  # fmt: skip
-    return (
-        d_x,
-        d_alpha,
-        d_delta,
-        d_theta,
-        d_gamma,
-        None if omega is None else d_omega,
-        None if state is None else d_state,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask, return_state, truncation,
-    direction, activation, layout,
-):  # fmt: skip
-    kernels = family.kernels(x, alpha, delta, theta, gamma, omega, state)
-    if kernels is None:
-        d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = formula_gradients(
-            op, (grad_y, grad_last,), Saved(x, alpha, delta, theta, gamma, omega, state, padding_mask,
-            return_state, truncation, direction, activation, layout),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = differentiate(
-                kernels, grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask,
-                return_state, truncation, direction, activation, layout,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = gradients_without(
-                error, op, (grad_y, grad_last,), Saved(x, alpha, delta, theta, gamma, omega, state,
-                padding_mask, return_state, truncation, direction, activation, layout),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        d_alpha.contiguous(),
-        d_delta.contiguous(),
-        d_theta.contiguous(),
-        d_gamma.contiguous(),
-        x.new_empty(0) if omega is None else d_omega.contiguous(),
-        x.new_empty(0) if state is None else d_state.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, grad_last, x, alpha, delta, theta, gamma, omega, state, padding_mask, return_state, truncation,
-    direction, activation, layout,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        alpha.new_empty(alpha.shape),
-        delta.new_empty(delta.shape),
-        theta.new_empty(theta.shape),
-        gamma.new_empty(gamma.shape),
-        x.new_empty(0) if omega is None else omega.new_empty(omega.shape),
-        x.new_empty(0) if state is None else state.new_empty(state.shape),
-    )
-
-
-backward_operator = register(
-    "complex_ema_scan_backward(Tensor? grad_y, Tensor? grad_last, Tensor x, Tensor alpha, Tensor delta, "
-    "Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, Tensor? padding_mask, bool return_state, "
-    "SymInt? truncation, str direction, str activation, str layout) -> (Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 2),
+op.serve(
+    complex_ema_scan,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "last"),
+        deciding=("x", "alpha", "delta", "theta", "gamma", "omega", "state"),
+        differentiable=("x", "alpha", "delta", "theta", "gamma", "omega", "state"),
+        graded={"y": "", "last": "return_state"},
+        saves=("x", "alpha", "delta", "theta", "gamma", "omega", "state", "padding_mask"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "complex_ema_scan(Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? "
     "omega=None, Tensor? state=None, bool return_state=False, Tensor? padding_mask=None, SymInt? "
     'truncation=None, str direction="forward", str activation="identity", str layout="LBD") -> (Tensor, '
     "Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "complex_ema_scan_backward(Tensor? grad_y, Tensor? grad_last, Tensor x, Tensor alpha, Tensor delta, "
+    "Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, Tensor? padding_mask, bool return_state, "
+    "SymInt? truncation, str direction, str activation, str layout) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor)",
 )
-apply = applied(ComplexEmaScan)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "alpha", "delta", "theta", "gamma", "omega", "state"),
-    differentiable=("x", "alpha", "delta", "theta", "gamma", "omega", "state"),
-    dense=True,
-)
-op.serve(complex_ema_scan, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=conv_spatial_gate` writes this file from fastasr/ops/conv_spatial_gate.py: change that one.
-"""LayerNorm of the gate, depthwise convolution, product: the gating unit of E-Branchformer's cgMLP"""
+"""The gating unit of E-Branchformer's cgMLP: r · act(depthwise convolution over time of LayerNorm(g)), x = (r, g)"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,26 +14,22 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._layout import dense_channels
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back_in_shape,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.conv_spatial_gate import conv_spatial_gate as formula
 
@@ -77,7 +72,7 @@ def conv_spatial_gate(
     padding_mask: Tensor | None = None,
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity",
 ) -> Tensor:
-    """r · act(depthwise convolution over time of LayerNorm(g)) for x = (r, g).
+    """The gating unit of E-Branchformer's cgMLP: r · act(depthwise convolution over time of LayerNorm(g)), x = (r, g).
 
     Args:
         x: (B, T, 2C), the factor and the gate; float32, bfloat16, float16 or float64. Its channels are read where they
@@ -302,15 +297,13 @@ class ConvSpatialGate(Function):
         # once: a checkpoint gives them one time
         x, norm_weight, norm_bias, weight, bias, padding_mask = ctx.saved_tensors
         kernels, direct, eps, activation = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
-                activation,)),
-            )  # fmt: skip
-            return None, None, d_x, d_norm_weight, d_norm_bias, d_weight, d_bias, None, None, None
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
+                operand(grad_y, None), x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
                 ACTIVATION_CODES[activation],
             )  # fmt: skip
             return (
@@ -325,141 +318,65 @@ class ConvSpatialGate(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation
-            )
-        except Unlaunchable as error:
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
-                activation,)),
-            )  # fmt: skip
+        d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
+            activation,)),
+        )  # fmt: skip
         return None, None, d_x, d_norm_weight, d_norm_bias, d_weight, d_bias, None, None, None
 
 
-def differentiate(kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (norm_weight, norm_bias, weight, bias))
+    (grad_y,) = grads
+    dtype = widest(saved.x, (saved.norm_weight, saved.norm_bias, saved.weight, saved.bias))
     work = promote_types(dtype, torch.float32)
     d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype, dense_channels), operand(norm_weight, work),
-        operand(norm_bias, work), operand(weight, work), operand(bias, work), operand(padding_mask, None),
-        eps, ACTIVATION_CODES[activation],
+        operand(grad_y, dtype), operand(saved.x, dtype, dense_channels), operand(saved.norm_weight, work),
+        operand(saved.norm_bias, work), operand(saved.weight, work), operand(saved.bias, work),
+        operand(saved.padding_mask, None), saved.eps, ACTIVATION_CODES[saved.activation],
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_norm_weight is not None and d_norm_weight.dtype is not norm_weight.dtype:
-        d_norm_weight = d_norm_weight.to(norm_weight.dtype)
-    if d_norm_bias is not None and d_norm_bias.dtype is not norm_bias.dtype:
-        d_norm_bias = d_norm_bias.to(norm_bias.dtype)
-    d_weight = back(d_weight, weight)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, saved.x)
+    d_norm_weight = back(d_norm_weight, saved.norm_weight)
+    d_norm_bias = back(d_norm_bias, saved.norm_bias)
+    d_weight = back_in_shape(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias
 
 
+apply = applied(ConvSpatialGate)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, norm_weight, norm_bias, weight, bias=None, eps=1e-05, padding_mask=None, activation="identity"):
-    kernels = family.kernels(x, norm_weight, norm_bias, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
-    try:
-        y = run_kernels(kernels, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
-    except Unlaunchable as error:
-        family.give_up(error, x, norm_weight, norm_bias, weight, bias)
-        return formula_results(op, x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation)
-    return y.contiguous()
-
-
 def fake(x, norm_weight, norm_bias, weight, bias=None, eps=1e-05, padding_mask=None, activation="identity"):
     B = x.shape[0]
     T = x.shape[1]
     C = x.shape[2] // 2
-
     return torch.empty((B, T, C), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    x, norm_weight, norm_bias, weight, bias, eps, padding_mask, activation = inputs
-
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, padding_mask)
-    ctx.rest = eps, activation
-
-
-def backward(ctx, grad_y, *_):
-    x, norm_weight, norm_bias, weight, bias, padding_mask = ctx.saved_tensors
-    eps, activation = ctx.rest
-    d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation)
-    )
-    return d_x, d_norm_weight, d_norm_bias, d_weight, None if bias is None else d_bias, None, None, None
-
-
-def run_backward(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
-    kernels = family.kernels(x, norm_weight, norm_bias, weight, bias)
-    if kernels is None:
-        d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation)
-        )
-    else:
-        try:
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation
-            )
-        except Unlaunchable as error:
-            d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, norm_weight, norm_bias, weight, bias, padding_mask, eps,
-                activation),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        d_norm_weight.contiguous(),
-        d_norm_bias.contiguous(),
-        d_weight.contiguous(),
-        x.new_empty(0) if bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(grad_y, x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation):
-    return (
-        x.new_empty(x.shape),
-        norm_weight.new_empty(norm_weight.shape),
-        norm_bias.new_empty(norm_bias.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    conv_spatial_gate,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x", "norm_weight", "norm_bias", "weight", "bias"),
+        differentiable=("x", "norm_weight", "norm_bias", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "norm_weight", "norm_bias", "weight", "bias", "padding_mask"),
+    ),
+)
+operator = register_op(
+    op,
+    "conv_spatial_gate(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias=None, "
+    'float eps=1e-05, Tensor? padding_mask=None, str activation="identity") -> Tensor',
     "conv_spatial_gate_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor "
     "weight, Tensor? bias, Tensor? padding_mask, float eps, str activation) -> (Tensor, Tensor, Tensor, "
     "Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "conv_spatial_gate(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias=None, "
-    'float eps=1e-05, Tensor? padding_mask=None, str activation="identity") -> Tensor',
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(ConvSpatialGate)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "norm_weight", "norm_bias", "weight", "bias"),
-    differentiable=("x", "norm_weight", "norm_bias", "weight", "bias"),
-    dense=True,
-)
-op.serve(conv_spatial_gate, written)

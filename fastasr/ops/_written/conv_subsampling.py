@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=conv_subsampling` writes this file from fastasr/ops/conv_subsampling.py: change that one.
-"""the first two convolutions of FastConformer's front end, without their intermediate map"""
+"""The first two convolutions of FastConformer's front end, without their intermediate map"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,25 +13,19 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
 )
 from fastasr.ops.conv_subsampling import conv_subsampling as formula
 
@@ -60,14 +53,6 @@ class Saved(NamedTuple):
     left: int
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-    depthwise_weight: bool
-    depthwise_bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def conv_subsampling(
     x: Tensor,
@@ -79,7 +64,9 @@ def conv_subsampling(
     *,
     left: int = 1,
 ) -> Tensor:
-    """A convolution with stride 2, ReLU, mask, and a depthwise convolution with stride 2, both of 3 × 3 taps.
+    """The first two convolutions of FastConformer's front end, without their intermediate map.
+
+    They are a convolution with stride 2, ReLU, mask, and a depthwise convolution with stride 2, both of 3 × 3 taps.
 
     Args:
         x: (B, T, F), frames of features, padded as the first convolution needs them; float32, bfloat16, float16 or
@@ -149,8 +136,8 @@ def conv_subsampling(
         return formula(x, weight, bias, depthwise_weight, depthwise_bias, mask, left=left)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, bias, depthwise_weight, depthwise_bias, mask, left = under_autocast(
-            cast_dtype, x, weight, bias, depthwise_weight, depthwise_bias, mask, left
+        x, weight, bias, depthwise_weight, depthwise_bias = cast(
+            cast_dtype, x, weight, bias, depthwise_weight, depthwise_bias
         )
         kernels = family.kernels(x)
         if kernels is None:
@@ -275,14 +262,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x),)
 
 
-def under_autocast(dtype, x, weight, bias, depthwise_weight, depthwise_bias=None, mask=None, left=1):
-    """Casts the arguments as autocast does for this dtype."""
-    x, weight, bias, depthwise_weight, depthwise_bias = cast(
-        dtype, x, weight, bias, depthwise_weight, depthwise_bias
-    )
-    return x, weight, bias, depthwise_weight, depthwise_bias, mask, left
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class ConvSubsampling(Function):
     @staticmethod
@@ -303,31 +282,21 @@ class ConvSubsampling(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, depthwise_weight, depthwise_bias, mask = ctx.saved_tensors
         kernels, direct, left = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, depthwise_weight, depthwise_bias, mask, left))
-            )
-            return None, None, d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias, None, None
-        needs = ctx.needs_input_grad[2:7]
-        try:
-            d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = differentiate(
-                kernels, grad_y, x, weight, bias, depthwise_weight, depthwise_bias, mask, left, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, depthwise_weight, depthwise_bias, mask,
-                left,)),
-            )  # fmt: skip
+        d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, depthwise_weight, depthwise_bias, mask,
+            left,)), ctx.needs_input_grad[2:],
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, depthwise_weight, depthwise_bias, mask, left, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
-    dtype = promoted(x) if kernels.backend == "cpu" else None
+    needs = make(Arguments, needs)
+    (grad_y,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(weight, dtype), operand(bias, dtype),
-        operand(depthwise_weight, dtype), operand(mask, None), left, needs.x,
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, dtype), operand(saved.bias,
+        dtype), operand(saved.depthwise_weight, dtype), operand(saved.mask, None), saved.left, needs.x,
     )  # fmt: skip
     if not needs.x:
         d_x = None
@@ -339,36 +308,18 @@ def differentiate(kernels, grad_y, x, weight, bias, depthwise_weight, depthwise_
         d_depthwise_weight = None
     if not needs.depthwise_bias:
         d_depthwise_bias = None
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
-    if d_depthwise_weight is not None and d_depthwise_weight.dtype is not depthwise_weight.dtype:
-        d_depthwise_weight = d_depthwise_weight.to(depthwise_weight.dtype)
-    if depthwise_bias is None:
-        d_depthwise_bias = None
-    elif d_depthwise_bias is not None and d_depthwise_bias.dtype is not depthwise_bias.dtype:
-        d_depthwise_bias = d_depthwise_bias.to(depthwise_bias.dtype)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
+    d_depthwise_weight = back(d_depthwise_weight, saved.depthwise_weight)
+    d_depthwise_bias = back(d_depthwise_bias, saved.depthwise_bias)
     return d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias
 
 
+apply = applied(ConvSubsampling)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias, depthwise_weight, depthwise_bias=None, mask=None, left=1):
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
-    try:
-        y = run_kernels(kernels, x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(op, x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
-    return y.contiguous()
-
-
 def fake(x, weight, bias, depthwise_weight, depthwise_bias=None, mask=None, left=1):
     B = x.shape[0]
     T = x.shape[1]
@@ -379,98 +330,31 @@ def fake(x, weight, bias, depthwise_weight, depthwise_bias=None, mask=None, left
     )
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, depthwise_weight, depthwise_bias, mask, left = inputs
-
-    ctx.save_for_backward(x, weight, bias, depthwise_weight, depthwise_bias, mask)
-    ctx.rest = (left,)
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias, depthwise_weight, depthwise_bias, mask = ctx.saved_tensors
-    (left,) = ctx.rest
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4))
-    d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = as_tuple(
-        backward_operator(grad_y, x, weight, bias, depthwise_weight, depthwise_bias, mask, left, needs)
-    )
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_weight,
-        None if bias is None or not needs[2] else d_bias,
-        None if not needs[3] else d_depthwise_weight,
-        None if depthwise_bias is None or not needs[4] else d_depthwise_bias,
-        None,
-        None,
-    )
-
-
-def run_backward(grad_y, x, weight, bias, depthwise_weight, depthwise_bias, mask, left, needs):
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = formula_gradients(
-            op, (grad_y,), Saved(x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
-        )
-    else:
-        try:
-            d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = differentiate(
-                kernels, grad_y, x, weight, bias, depthwise_weight, depthwise_bias, mask, left, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias, d_depthwise_weight, d_depthwise_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, depthwise_weight, depthwise_bias, mask, left)
-            )
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
-        x.new_empty(0) if not needs[3] or d_depthwise_weight is None else d_depthwise_weight.contiguous(),
-        x.new_empty(0)
-        if depthwise_bias is None or not needs[4] or d_depthwise_bias is None
-        else d_depthwise_bias.contiguous(),
-    )
-
-
-def fake_backward(grad_y, x, weight, bias, depthwise_weight, depthwise_bias, mask, left, needs):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
-        x.new_empty(0) if not needs[3] else depthwise_weight.new_empty(depthwise_weight.shape),
-        x.new_empty(0)
-        if depthwise_bias is None or not needs[4]
-        else depthwise_bias.new_empty(depthwise_bias.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    conv_subsampling,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        differentiable=("x", "weight", "bias", "depthwise_weight", "depthwise_bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "depthwise_weight", "depthwise_bias", "mask"),
+        asks=True,
+        autocast=("x", "weight", "bias", "depthwise_weight", "depthwise_bias"),
+    ),
+)
+operator = register_op(
+    op,
+    "conv_subsampling(Tensor x, Tensor weight, Tensor? bias, Tensor depthwise_weight, Tensor? "
+    "depthwise_bias=None, Tensor? mask=None, SymInt left=1) -> Tensor",
     "conv_subsampling_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor "
     "depthwise_weight, Tensor? depthwise_bias, Tensor? mask, SymInt left, bool[] needs) -> (Tensor, "
     "Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "conv_subsampling(Tensor x, Tensor weight, Tensor? bias, Tensor depthwise_weight, Tensor? "
-    "depthwise_bias=None, Tensor? mask=None, SymInt left=1) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(ConvSubsampling)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "weight", "bias", "depthwise_weight", "depthwise_bias"),
-    dense=True,
-)
-op.serve(conv_subsampling, written)

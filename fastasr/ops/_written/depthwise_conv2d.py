@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=depthwise_conv2d` writes this file from fastasr/ops/depthwise_conv2d.py: change that one.
-"""depthwise convolution of maps, channels last, as in ConvNeXt"""
+"""Convolves every channel of the maps x with taps of its own, stride 1, zeros around x; channels last"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,25 +13,19 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
+    back_in_shape,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
 )
 from fastasr.ops.depthwise_conv2d import _padding, _padding_fits
 from fastasr.ops.depthwise_conv2d import depthwise_conv2d as formula
@@ -53,12 +46,6 @@ class Saved(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     padding: tuple[int, int]
-
-
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
 
 
 # --------------------------------------------------------------------------- the public function
@@ -119,7 +106,7 @@ def depthwise_conv2d(
         return formula(x, weight, bias, padding=padding)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, bias, padding = under_autocast(cast_dtype, x, weight, bias, padding)
+        x, weight, bias = cast(cast_dtype, x, weight, bias)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(x, weight, bias, padding=padding)
@@ -199,12 +186,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x),)
 
 
-def under_autocast(dtype, x, weight, bias=None, padding=(0, 0)):
-    """Casts the arguments as autocast does for this dtype."""
-    x, weight, bias = cast(dtype, x, weight, bias)
-    return x, weight, bias, padding
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class DepthwiseConv2D(Function):
     @staticmethod
@@ -226,57 +207,37 @@ class DepthwiseConv2D(Function):
         # once: a checkpoint gives them one time
         x, weight, bias = ctx.saved_tensors
         kernels, direct, padding = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, padding))
-            )
-            return None, None, d_x, d_weight, d_bias, None
-        needs = ctx.needs_input_grad[2:5]
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding, needs)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, padding))
-            )
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, padding)), ctx.needs_input_grad[2:]
+        )
         return None, None, d_x, d_weight, d_bias, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, padding, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    needs = make(Needs, needs)
-    dtype = promoted(x) if kernels.backend == "cpu" else None
+    needs = make(Arguments, needs)
+    (grad_y,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype), operand(weight, dtype), *padding, *needs
-    )
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, dtype), *saved.padding,
+        needs.x, needs.weight, needs.bias,
+    )  # fmt: skip
     if not needs.x:
         d_x = None
     if not needs.weight:
         d_weight = None
     if not needs.bias:
         d_bias = None
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    d_weight = back(d_weight, weight)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, saved.x)
+    d_weight = back_in_shape(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 
+apply = applied(DepthwiseConv2D)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, padding=(0, 0)):
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, padding)
-    try:
-        y = run_kernels(kernels, x, weight, bias, padding)
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(op, x, weight, bias, padding)
-    return y.contiguous()
-
-
 def fake(x, weight, bias=None, padding=(0, 0)):
     B = x.shape[0]
     T = x.shape[1]
@@ -292,77 +253,29 @@ def fake(x, weight, bias=None, padding=(0, 0)):
     return torch.empty((B, T + 2 * P - K + 1, F + 2 * Q - L + 1, C), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, padding = inputs
-
-    ctx.save_for_backward(x, weight, bias)
-    ctx.rest = (padding,)
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias = ctx.saved_tensors
-    (padding,) = ctx.rest
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2))
-    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, padding, needs))
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_weight,
-        None if bias is None or not needs[2] else d_bias,
-        None,
-    )
-
-
-def run_backward(grad_y, x, weight, bias, padding, needs):
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, padding))
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding, needs)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), Saved(x, weight, bias, padding))
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(grad_y, x, weight, bias, padding, needs):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    depthwise_conv2d,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias"),
+        asks=True,
+        autocast=("x", "weight", "bias"),
+    ),
+)
+operator = register_op(
+    op,
+    "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias=None, SymInt[2] padding=[0, 0]) -> Tensor",
     "depthwise_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, SymInt[2] padding, "
     "bool[] needs) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias=None, SymInt[2] padding=[0, 0]) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(DepthwiseConv2D)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(depthwise_conv2d, written)

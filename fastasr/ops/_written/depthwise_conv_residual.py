@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=depthwise_conv_residual` writes this file from fastasr/ops/depthwise_conv_residual.py: change that one.
-"""depthwise convolution over time plus its input: the merge of E-Branchformer's branches, SANM's memory"""
+"""x plus its depthwise convolution over time: the merge of E-Branchformer's branches, SANM's memory"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,26 +14,22 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._layout import dense_channels
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back_in_shape,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.depthwise_conv_residual import _check
 from fastasr.ops.depthwise_conv_residual import depthwise_conv_residual as formula
@@ -68,7 +63,7 @@ def depthwise_conv_residual(
     padding_mask: Tensor | None = None,
     delay: int = 0,
 ) -> Tensor:
-    """x plus its depthwise convolution over time, of the same length.
+    """x plus its depthwise convolution over time: the merge of E-Branchformer's branches, SANM's memory.
 
     Args:
         x: (B, T, C); float32, bfloat16, float16 or float64. Contiguous channels are read where they lie, whatever the
@@ -228,125 +223,67 @@ class DepthwiseConvResidual(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, padding_mask = ctx.saved_tensors
         kernels, direct, delay = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, delay))
-            )
-            return None, None, d_x, d_weight, d_bias, None, None
-        if direct:
-            d_x, d_weight, d_bias = kernels.backward(grad_y.contiguous(), x, weight, padding_mask, delay)
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x, d_weight, d_bias = kernels.backward(operand(grad_y, None), x, weight, padding_mask, delay)
             return None, None, d_x, d_weight, None if bias is None else d_bias, None, None
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, padding_mask, delay))
-            )
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, padding_mask, delay))
+        )
         return None, None, d_x, d_weight, d_bias, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (weight, bias))
+    (grad_y,) = grads
+    dtype = widest(saved.x, (saved.weight, saved.bias))
     work = promote_types(dtype, torch.float32)
     d_x, d_weight, d_bias = kernels.backward(
-        operand(grad_y, dtype), operand(x, dtype, dense_channels), operand(weight, work),
-        operand(padding_mask, None), delay,
+        operand(grad_y, dtype), operand(saved.x, dtype, dense_channels), operand(saved.weight, work),
+        operand(saved.padding_mask, None), saved.delay,
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    d_weight = back(d_weight, weight)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x = back(d_x, saved.x)
+    d_weight = back_in_shape(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 
+apply = applied(DepthwiseConvResidual)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, padding_mask=None, delay=0):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, padding_mask, delay)
-    try:
-        y = run_kernels(kernels, x, weight, bias, padding_mask, delay)
-    except Unlaunchable as error:
-        family.give_up(error, x, weight, bias)
-        return formula_results(op, x, weight, bias, padding_mask, delay)
-    return y.contiguous()
-
-
 def fake(x, weight, bias=None, padding_mask=None, delay=0):
     B = x.shape[0]
     T = x.shape[1]
     C = x.shape[2]
-
     return torch.empty((B, T, C), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, padding_mask, delay = inputs
-
-    ctx.save_for_backward(x, weight, bias, padding_mask)
-    ctx.rest = (delay,)
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias, padding_mask = ctx.saved_tensors
-    (delay,) = ctx.rest
-    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, padding_mask, delay))
-    return d_x, d_weight, None if bias is None else d_bias, None, None
-
-
-def run_backward(grad_y, x, weight, bias, padding_mask, delay):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, padding_mask, delay))
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, padding_mask, delay)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, padding_mask, delay)
-            )
-    return d_x.contiguous(), d_weight.contiguous(), x.new_empty(0) if bias is None else d_bias.contiguous()
-
-
-def fake_backward(grad_y, x, weight, bias, padding_mask, delay):
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? "
-    "padding_mask, SymInt delay) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    depthwise_conv_residual,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x", "weight", "bias"),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "padding_mask"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "depthwise_conv_residual(Tensor x, Tensor weight, Tensor? bias=None, Tensor? padding_mask=None, "
     "SymInt delay=0) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? "
+    "padding_mask, SymInt delay) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(DepthwiseConvResidual)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "weight", "bias"),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(depthwise_conv_residual, written)

@@ -2,7 +2,6 @@
 # `make op OP=ema_scan` writes this file from fastasr/ops/ema_scan.py: change that one.
 """Mega's multi-head damped moving average as a linear-time scan, with states"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -15,26 +14,22 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._layout import as_it_is, as_matrix
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back_in_shape,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.ema_scan import _check, _sizes
@@ -147,7 +142,9 @@ def ema_scan(
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "identity",
     layout: Literal["LBD", "BLD", "BDL"] = "LBD",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Computes the multi-head damped EMA of Mega: y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
+    """Mega's multi-head damped moving average as a linear-time scan, with states.
+
+    Computes y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
 
     Args:
         x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.
@@ -471,34 +468,12 @@ class EmaScan(Function):
         # once: a checkpoint gives them one time
         x, damping, decay, expansion, projection, residual, state, padding_mask = ctx.saved_tensors
         kernels, direct, return_state, truncation, direction, activation, layout = ctx.rest
-        if (
+        if direct and not (
             transforms_active()
             or forward_ad._current_level >= 0
-            or is_batched(grad_y)
+            or (grad_y is not None and is_batched(grad_y))
             or (grad_last is not None and is_batched(grad_last))
         ):
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = transformed_gradients(
-                op, (grad_y, grad_last,), make(Saved, (x, damping, decay, expansion, projection, residual,
-                state, padding_mask, return_state, truncation, direction, activation, layout,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_damping,
-                d_decay,
-                d_expansion,
-                d_projection,
-                d_residual,
-                d_state,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
             d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = kernels.backward(
                 operand(grad_y, None, as_it_is), operand(grad_last, None), x, damping, decay, expansion,
                 projection, residual, state, padding_mask, truncation or 0, DIRECTION_CODES[direction],
@@ -521,16 +496,10 @@ class EmaScan(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = differentiate(
-                kernels, grad_y, grad_last, x, damping, decay, expansion, projection, residual, state,
-                padding_mask, return_state, truncation, direction, activation, layout,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = gradients_without(
-                error, op, (grad_y, grad_last,), make(Saved, (x, damping, decay, expansion, projection,
-                residual, state, padding_mask, return_state, truncation, direction, activation, layout,)),
-            )  # fmt: skip
+        d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = node_gradients(
+            op, kernels, (grad_y, grad_last,), make(Saved, (x, damping, decay, expansion, projection,
+            residual, state, padding_mask, return_state, truncation, direction, activation, layout,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -550,62 +519,36 @@ class EmaScan(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, grad_last, x, damping, decay, expansion, projection, residual, state, padding_mask,
-    return_state, truncation, direction, activation, layout,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = widest(x, (damping, decay, expansion, projection, residual, state))
+    grad_y, grad_last = grads
+    dtype = widest(
+        saved.x, (saved.damping, saved.decay, saved.expansion, saved.projection, saved.residual, saved.state,
+        ),
+    )  # fmt: skip
     work = promote_types(dtype, torch.float32)
     d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = kernels.backward(
-        operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(x, dtype, as_it_is),
-        operand(damping, work, as_matrix), operand(decay, work, as_matrix), operand(expansion, work,
-        as_matrix), operand(projection, work, as_matrix), operand(residual, work), operand(state, work),
-        operand(padding_mask, None), truncation or 0, DIRECTION_CODES[direction],
-        ACTIVATION_CODES[activation], LAYOUT_CODES[layout],
+        operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(saved.x, dtype, as_it_is),
+        operand(saved.damping, work, as_matrix), operand(saved.decay, work, as_matrix),
+        operand(saved.expansion, work, as_matrix), operand(saved.projection, work, as_matrix),
+        operand(saved.residual, work), operand(saved.state, work), operand(saved.padding_mask, None),
+        saved.truncation or 0, DIRECTION_CODES[saved.direction], ACTIVATION_CODES[saved.activation],
+        LAYOUT_CODES[saved.layout],
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    d_damping = back(d_damping, damping)
-    d_decay = back(d_decay, decay)
-    d_expansion = back(d_expansion, expansion)
-    d_projection = back(d_projection, projection)
-    if residual is None:
-        d_residual = None
-    elif d_residual is not None and d_residual.dtype is not residual.dtype:
-        d_residual = d_residual.to(residual.dtype)
-    if state is None:
-        d_state = None
-    elif d_state is not None and d_state.dtype is not state.dtype:
-        d_state = d_state.to(state.dtype)
+    d_x = back(d_x, saved.x)
+    d_damping = back_in_shape(d_damping, saved.damping)
+    d_decay = back_in_shape(d_decay, saved.decay)
+    d_expansion = back_in_shape(d_expansion, saved.expansion)
+    d_projection = back_in_shape(d_projection, saved.projection)
+    d_residual = back(d_residual, saved.residual)
+    d_state = back(d_state, saved.state)
     return d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state
 
 
+apply = applied(EmaScan)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, damping, decay, expansion, projection, residual=None, state=None, return_state=False,
-    padding_mask=None, truncation=None, direction='forward', activation='identity', layout='LBD',
-):  # fmt: skip
-    kernels = family.kernels(x, damping, decay, expansion, projection, residual, state)
-    if kernels is None:
-        return formula_results(
-            op, x, damping, decay, expansion, projection, residual, state, return_state, padding_mask,
-            truncation, direction, activation, layout,
-        )  # fmt: skip
-    try:
-        y, last = run_kernels(
-            kernels, x, damping, decay, expansion, projection, residual, state, return_state, padding_mask,
-            truncation, direction, activation, layout,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x, damping, decay, expansion, projection, residual, state)
-        return formula_results(
-            op, x, damping, decay, expansion, projection, residual, state, return_state, padding_mask,
-            truncation, direction, activation, layout,
-        )  # fmt: skip
-    return y.contiguous(), last.contiguous()
-
-
 def fake(
     x, damping, decay, expansion, projection, residual=None, state=None, return_state=False,
     padding_mask=None, truncation=None, direction='forward', activation='identity', layout='LBD',
@@ -626,121 +569,32 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, damping, decay, expansion, projection, residual, state, return_state, padding_mask, truncation,
-        direction, activation, layout,
-    ) = inputs  # fmt: skip
-    y, last = output
-    if not return_state:
-        ctx.mark_non_differentiable(last)
-    ctx.save_for_backward(x, damping, decay, expansion, projection, residual, state, padding_mask)
-    ctx.rest = return_state, truncation, direction, activation, layout
-
-
-def backward(ctx, grad_y, grad_last, *_):
-    x, damping, decay, expansion, projection, residual, state, padding_mask = ctx.saved_tensors
-    return_state, truncation, direction, activation, layout = ctx.rest
-    grad_last = grad_last if return_state else None
-    d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = as_tuple(
-        backward_operator(grad_y, grad_last, x, damping, decay, expansion, projection, residual, state,
-        padding_mask, return_state, truncation, direction, activation, layout),
-    )  # fmt: skip
-    return (
-        d_x,
-        d_damping,
-        d_decay,
-        d_expansion,
-        d_projection,
-        None if residual is None else d_residual,
-        None if state is None else d_state,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, grad_last, x, damping, decay, expansion, projection, residual, state, padding_mask, return_state,
-    truncation, direction, activation, layout,
-):  # fmt: skip
-    kernels = family.kernels(x, damping, decay, expansion, projection, residual, state)
-    if kernels is None:
-        d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = formula_gradients(
-            op, (grad_y, grad_last,), Saved(x, damping, decay, expansion, projection, residual, state,
-            padding_mask, return_state, truncation, direction, activation, layout),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = differentiate(
-                kernels, grad_y, grad_last, x, damping, decay, expansion, projection, residual, state,
-                padding_mask, return_state, truncation, direction, activation, layout,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = gradients_without(
-                error, op, (grad_y, grad_last,), Saved(x, damping, decay, expansion, projection, residual,
-                state, padding_mask, return_state, truncation, direction, activation, layout),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        d_damping.contiguous(),
-        d_decay.contiguous(),
-        d_expansion.contiguous(),
-        d_projection.contiguous(),
-        x.new_empty(0) if residual is None else d_residual.contiguous(),
-        x.new_empty(0) if state is None else d_state.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, grad_last, x, damping, decay, expansion, projection, residual, state, padding_mask, return_state,
-    truncation, direction, activation, layout,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        damping.new_empty(damping.shape),
-        decay.new_empty(decay.shape),
-        expansion.new_empty(expansion.shape),
-        projection.new_empty(projection.shape),
-        x.new_empty(0) if residual is None else residual.new_empty(residual.shape),
-        x.new_empty(0) if state is None else state.new_empty(state.shape),
-    )
-
-
-backward_operator = register(
-    "ema_scan_backward(Tensor? grad_y, Tensor? grad_last, Tensor x, Tensor damping, Tensor decay, Tensor "
-    "expansion, Tensor projection, Tensor? residual, Tensor? state, Tensor? padding_mask, bool "
-    "return_state, SymInt? truncation, str direction, str activation, str layout) -> (Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 2),
+op.serve(
+    ema_scan,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "last"),
+        deciding=("x", "damping", "decay", "expansion", "projection", "residual", "state"),
+        differentiable=("x", "damping", "decay", "expansion", "projection", "residual", "state"),
+        graded={"y": "", "last": "return_state"},
+        saves=("x", "damping", "decay", "expansion", "projection", "residual", "state", "padding_mask"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "ema_scan(Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, Tensor? "
     "residual=None, Tensor? state=None, bool return_state=False, Tensor? padding_mask=None, SymInt? "
     'truncation=None, str direction="forward", str activation="identity", str layout="LBD") -> (Tensor, '
     "Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "ema_scan_backward(Tensor? grad_y, Tensor? grad_last, Tensor x, Tensor damping, Tensor decay, Tensor "
+    "expansion, Tensor projection, Tensor? residual, Tensor? state, Tensor? padding_mask, bool "
+    "return_state, SymInt? truncation, str direction, str activation, str layout) -> (Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(EmaScan)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "damping", "decay", "expansion", "projection", "residual", "state"),
-    differentiable=("x", "damping", "decay", "expansion", "projection", "residual", "state"),
-    dense=True,
-)
-op.serve(ema_scan, written)

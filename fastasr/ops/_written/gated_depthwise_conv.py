@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=gated_depthwise_conv` writes this file from fastasr/ops/gated_depthwise_conv.py: change that one.
-"""gate, padding mask, depthwise convolution (plain, chunk-causal, streaming), SiLU or SwooshR"""
+"""act of the depthwise convolution over time of x · gate(s), for h = (x, s); plain, or chunk-causal"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -15,27 +14,23 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._layout import dense_channels
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back_in_shape,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
-from fastasr.ops.gated_depthwise_conv import _autocast, _cache_gradient, _check, _fits
+from fastasr.ops.gated_depthwise_conv import _autocast, _check, _fast, _gradients
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv as formula
 
 op = OPS["gated_depthwise_conv"]
@@ -178,14 +173,24 @@ def gated_depthwise_conv(
         and type(h) in PLAIN
         and h.is_cpu
         and (dtype := h.dtype)
-        and (h.is_contiguous() or h.stride(-1) == 1)
         and type(weight) in PLAIN
-        and (bias is None or type(bias) in PLAIN)
-        and (causal_weight is None or type(causal_weight) in PLAIN)
-        and (causal_bias is None or type(causal_bias) in PLAIN)
-        and (chunk_scale is None or (type(chunk_scale) in PLAIN and chunk_scale.dtype is dtype))
-        and (padding_mask is None or type(padding_mask) in PLAIN)
-        and (cache is None or (type(cache) in PLAIN and cache.dtype is dtype))
+        and weight.is_cpu
+        and weight.dtype is dtype
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype))
+        and (
+            causal_weight is None
+            or (type(causal_weight) in PLAIN and causal_weight.is_cpu and causal_weight.dtype is dtype)
+        )
+        and (
+            causal_bias is None
+            or (type(causal_bias) in PLAIN and causal_bias.is_cpu and causal_bias.dtype is dtype)
+        )
+        and (
+            chunk_scale is None
+            or (type(chunk_scale) in PLAIN and chunk_scale.is_cpu and chunk_scale.dtype is dtype)
+        )
+        and (padding_mask is None or (type(padding_mask) in PLAIN and padding_mask.is_cpu))
+        and (cache is None or (type(cache) in PLAIN and cache.is_cpu and cache.dtype is dtype))
         and type(chunk_size) is int
         and (chunk_size == -1 or chunk_size >= 1)
         and type(activation) is str
@@ -195,21 +200,6 @@ def gated_depthwise_conv(
         and type(gate) is str
         and gate in GATE_CODES
         and not is_autocast_enabled("cpu")
-        and _fits(
-            h,
-            weight,
-            bias,
-            causal_weight,
-            causal_bias,
-            chunk_scale,
-            padding_mask,
-            cache,
-            chunk_size,
-            activation,
-            return_cache,
-            delay,
-            gate,
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -227,9 +217,9 @@ def gated_depthwise_conv(
                     kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
                     cache, chunk_size, activation, return_cache, delay, gate,
                 )  # fmt: skip
-            y, new_cache = kernels.forward(
-                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
+            y, new_cache = _fast(
+                kernels, False, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+                chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
             return (y, new_cache) if return_cache else y
         except NOT_MINE:
@@ -264,7 +254,7 @@ def gated_depthwise_conv(
             op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
             chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
-    kernels = family.kernels(h, chunk_scale)
+    kernels = family.kernels(h, chunk_scale, cache)
     if kernels is None:
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
@@ -272,15 +262,11 @@ def gated_depthwise_conv(
         )  # fmt: skip
     cast_dtype = autocast_dtype(h)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay, gate,
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate = _autocast(
+            op, cast_dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
+            cache, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
-        (
-            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay, gate,
-        ) = names  # fmt: skip
-        kernels = family.kernels(h, chunk_scale)
+        kernels = family.kernels(h, chunk_scale, cache)
         if kernels is None:
             return formula(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
@@ -306,7 +292,7 @@ def gated_depthwise_conv(
             chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, h, chunk_scale)
+        family.give_up(error, h, chunk_scale, cache)
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
             chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
@@ -445,7 +431,7 @@ def traced(
     return_cache, delay, gate,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("gated_depthwise_conv", h, chunk_scale):
+    if not served("gated_depthwise_conv", h, chunk_scale, cache):
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
             chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
@@ -482,17 +468,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.h, a.chunk_scale), promoted(a.h, a.cache))
 
 
-def under_autocast(
-    dtype, h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    return _autocast(
-        op, dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-        chunk_size, activation, return_cache, delay, gate),
-    )  # fmt: skip
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class GatedDepthwiseConv(Function):
     @staticmethod
@@ -501,9 +476,9 @@ class GatedDepthwiseConv(Function):
         chunk_size, activation, return_cache, delay, gate,
     ):  # fmt: skip
         if direct:
-            y, new_cache = kernels.forward(
-                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
+            y, new_cache = _fast(
+                kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+                chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         else:
             y, new_cache = run_kernels(
@@ -523,45 +498,17 @@ class GatedDepthwiseConv(Function):
         # once: a checkpoint gives them one time
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
         kernels, direct, chunk_size, activation, return_cache, delay, gate = ctx.rest
-        if (
-            transforms_active()
+        if direct and not (
+            return_cache
+            or transforms_active()
             or forward_ad._current_level >= 0
-            or is_batched(grad_y)
-            or (grad_new_cache is not None and is_batched(grad_new_cache))
+            or (grad_y is not None and is_batched(grad_y))
         ):
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = transformed_gradients(
-                op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_h,
-                d_weight,
-                d_bias,
-                d_causal_weight,
-                d_causal_bias,
-                d_chunk_scale,
-                None,
-                d_cache,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
                 operand(grad_y, None, dense_channels), h, weight, bias, causal_weight, causal_bias,
                 chunk_scale, padding_mask, cache, chunk_size, ACTIVATION_CODES[activation], delay,
                 GATE_CODES[gate],
             )  # fmt: skip
-            if return_cache:
-                _cache_gradient(
-                    op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias,
-                    d_chunk_scale, d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-                    chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
-                )  # fmt: skip
             return (
                 None,
                 None,
@@ -579,17 +526,10 @@ class GatedDepthwiseConv(Function):
                 None,
                 None,
             )
-        try:
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
-                kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-                padding_mask, cache, chunk_size, activation, return_cache, delay, gate,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
-                error, op, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight,
-                causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay,
-                gate,)),
-            )  # fmt: skip
+        d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = node_gradients(
+            op, kernels, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
+            chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -609,72 +549,25 @@ class GatedDepthwiseConv(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-    cache, chunk_size, activation, return_cache, delay, gate,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(h, chunk_scale) if kernels.backend == "cpu" else None
-    d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
-        operand(grad_y, dtype, dense_channels), operand(h, dtype, dense_channels), operand(weight, dtype),
-        operand(bias, dtype), operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale,
-        dtype), operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
-        delay, GATE_CODES[gate],
-    )  # fmt: skip
-    if return_cache:
-        _cache_gradient(
-            op, (grad_new_cache,), (d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale,
-            d_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-            cache, chunk_size, activation, return_cache, delay, gate,)),
-        )  # fmt: skip
-    if d_h is not None and d_h.dtype is not h.dtype:
-        d_h = d_h.to(h.dtype)
-    d_weight = back(d_weight, weight)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
-    d_causal_weight = back(d_causal_weight, causal_weight)
-    if causal_bias is None:
-        d_causal_bias = None
-    elif d_causal_bias is not None and d_causal_bias.dtype is not causal_bias.dtype:
-        d_causal_bias = d_causal_bias.to(causal_bias.dtype)
-    if chunk_scale is None:
-        d_chunk_scale = None
-    elif d_chunk_scale is not None and d_chunk_scale.dtype is not chunk_scale.dtype:
-        d_chunk_scale = d_chunk_scale.to(chunk_scale.dtype)
-    if cache is None:
-        d_cache = None
-    elif d_cache is not None and d_cache.dtype is not cache.dtype:
-        d_cache = d_cache.to(cache.dtype)
+    d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = _gradients(
+        op, kernels, grads, saved, None
+    )
+    d_h = back(d_h, saved.h)
+    d_weight = back_in_shape(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
+    d_causal_weight = back_in_shape(d_causal_weight, saved.causal_weight)
+    d_causal_bias = back(d_causal_bias, saved.causal_bias)
+    d_chunk_scale = back(d_chunk_scale, saved.chunk_scale)
+    d_cache = back(d_cache, saved.cache)
     return d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache
 
 
+apply = applied(GatedDepthwiseConv)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
-):  # fmt: skip
-    kernels = family.kernels(h, chunk_scale)
-    if kernels is None:
-        return formula_results(
-            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay, gate,
-        )  # fmt: skip
-    try:
-        y, new_cache = run_kernels(
-            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay, gate,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, h, chunk_scale)
-        return formula_results(
-            op, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-            activation, return_cache, delay, gate,
-        )  # fmt: skip
-    return y.contiguous(), new_cache.contiguous()
-
-
 def fake(
     h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
     cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
@@ -691,122 +584,33 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay, gate,
-    ) = inputs  # fmt: skip
-    y, new_cache = output
-    if not return_cache:
-        ctx.mark_non_differentiable(new_cache)
-    ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
-    ctx.rest = chunk_size, activation, return_cache, delay, gate
-
-
-def backward(ctx, grad_y, grad_new_cache, *_):
-    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
-    chunk_size, activation, return_cache, delay, gate = ctx.rest
-    grad_new_cache = grad_new_cache if return_cache else None
-    d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = as_tuple(
-        backward_operator(grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-        padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
-    )  # fmt: skip
-    return (
-        d_h,
-        d_weight,
-        None if bias is None else d_bias,
-        None if causal_weight is None else d_causal_weight,
-        None if causal_bias is None else d_causal_bias,
-        None if chunk_scale is None else d_chunk_scale,
-        None,
-        None if cache is None else d_cache,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-    chunk_size, activation, return_cache, delay, gate,
-):  # fmt: skip
-    kernels = family.kernels(h, chunk_scale)
-    if kernels is None:
-        d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = formula_gradients(
-            op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias, chunk_scale,
-            padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
-        )  # fmt: skip
-    else:
-        try:
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = differentiate(
-                kernels, grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale,
-                padding_mask, cache, chunk_size, activation, return_cache, delay, gate,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = gradients_without(
-                error, op, (grad_y, grad_new_cache,), Saved(h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate),
-            )  # fmt: skip
-    return (
-        d_h.contiguous(),
-        d_weight.contiguous(),
-        h.new_empty(0) if bias is None else d_bias.contiguous(),
-        h.new_empty(0) if causal_weight is None else d_causal_weight.contiguous(),
-        h.new_empty(0) if causal_bias is None else d_causal_bias.contiguous(),
-        h.new_empty(0) if chunk_scale is None else d_chunk_scale.contiguous(),
-        h.new_empty(0) if cache is None else d_cache.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, grad_new_cache, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-    chunk_size, activation, return_cache, delay, gate,
-):  # fmt: skip
-    return (
-        h.new_empty(h.shape),
-        weight.new_empty(weight.shape),
-        h.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-        h.new_empty(0) if causal_weight is None else causal_weight.new_empty(causal_weight.shape),
-        h.new_empty(0) if causal_bias is None else causal_bias.new_empty(causal_bias.shape),
-        h.new_empty(0) if chunk_scale is None else chunk_scale.new_empty(chunk_scale.shape),
-        h.new_empty(0) if cache is None else cache.new_empty(cache.shape),
-    )
-
-
-backward_operator = register(
-    "gated_depthwise_conv_backward(Tensor? grad_y, Tensor? grad_new_cache, Tensor h, Tensor weight, "
-    "Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, "
-    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay, str gate) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 2),
+op.serve(
+    gated_depthwise_conv,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "new_cache"),
+        deciding=("h", "chunk_scale", "cache"),
+        differentiable=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
+        graded={"y": "", "new_cache": "return_cache"},
+        saves=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "padding_mask", "cache"),
+        autocast=_autocast,
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "gated_depthwise_conv(Tensor h, Tensor weight, Tensor? bias=None, Tensor? causal_weight=None, Tensor? "
     "causal_bias=None, Tensor? chunk_scale=None, Tensor? padding_mask=None, Tensor? cache=None, SymInt "
     'chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt delay=0, str '
     'gate="sigmoid") -> (Tensor, Tensor)',
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "gated_depthwise_conv_backward(Tensor? grad_y, Tensor? grad_new_cache, Tensor h, Tensor weight, "
+    "Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, "
+    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay, str gate) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(GatedDepthwiseConv)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("h", "chunk_scale"),
-    differentiable=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
-    dense=True,
-)
-op.serve(gated_depthwise_conv, written)

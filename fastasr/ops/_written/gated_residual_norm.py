@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=gated_residual_norm` writes this file from fastasr/ops/residual_norm.py: change that one.
-"""LN(x + σ(update)(act(candidate + hidden) − x))"""
+"""LayerNorm(x + σ(update) · (act(candidate + hidden) · dropout_mask − x)) over the last dimension"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,23 +13,21 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
+    COMPUTE,
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.residual_norm import _gradients, _launch
@@ -104,6 +101,7 @@ def gated_residual_norm(
         and type(candidate) in PLAIN
         and type(hidden) in PLAIN
         and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
         and type(bias) in PLAIN
         and (
             dropout_mask is None
@@ -267,8 +265,9 @@ def traced(x, update, candidate, hidden, weight, bias, eps, activation, dropout_
             x, update, candidate, hidden, weight, bias, eps, activation=activation, dropout_mask=dropout_mask
         )
     y, _ = operator(
-        x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask,
-        is_grad_enabled() and (x.requires_grad or update.requires_grad or candidate.requires_grad or hidden.requires_grad or weight.requires_grad or bias.requires_grad),
+        x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, is_grad_enabled() and
+        (x.requires_grad or update.requires_grad or candidate.requires_grad or hidden.requires_grad or
+        weight.requires_grad or bias.requires_grad),
     )  # fmt: skip
     return y
 
@@ -322,74 +321,40 @@ class GatedResidualNorm(Function):
         # once: a checkpoint gives them one time
         x, update, candidate, hidden, weight, bias, dropout_mask, statistics = ctx.saved_tensors
         kernels, direct, eps, activation = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
-                statistics, eps, activation,)),
-            )  # fmt: skip
-            return None, None, d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_update, d_candidate, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, update, candidate, hidden, dropout_mask, weight, bias, statistics,
+                operand(grad_y, None), x, update, candidate, hidden, dropout_mask, weight, bias, statistics,
                 eps, ACTIVATION_CODES[activation],
             )  # fmt: skip
             d_hidden = d_candidate
             return None, None, d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None
-        try:
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps,
-                activation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
-                statistics, eps, activation,)),
-            )  # fmt: skip
+        d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
+            statistics, eps, activation,)),
+        )  # fmt: skip
         return None, None, d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None
 
 
-def differentiate(
-    kernels, grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps, activation
-):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, update, candidate, hidden, weight, bias, dropout_mask,
-        statistics, eps, activation,)), None,
-    )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_update is not None and d_update.dtype is not update.dtype:
-        d_update = d_update.to(update.dtype)
-    if d_candidate is not None and d_candidate.dtype is not candidate.dtype:
-        d_candidate = d_candidate.to(candidate.dtype)
-    if d_hidden is not None and d_hidden.dtype is not hidden.dtype:
-        d_hidden = d_hidden.to(hidden.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_update = back(d_update, saved.update)
+    d_candidate = back(d_candidate, saved.candidate)
+    d_hidden = back(d_hidden, saved.hidden)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_update, d_candidate, d_hidden, d_weight, d_bias
 
 
+apply = applied(GatedResidualNorm)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, update, candidate, hidden, weight, bias, eps=1e-05, activation="silu", dropout_mask=None, keep=False
-):
-    kernels = family.kernels(x, update, candidate, hidden, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask)
-    try:
-        y, statistics = run_kernels(
-            kernels, x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, x, update, candidate, hidden, weight, bias)
-        return formula_results(op, x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask)
-    if not keep:
-        statistics = statistics.new_empty(0)
-    return y.contiguous(), statistics.contiguous()
-
-
 def fake(
     x, update, candidate, hidden, weight, bias, eps=1e-05, activation="silu", dropout_mask=None, keep=False
 ):
@@ -401,101 +366,31 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, keep = inputs
-    y, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(x, update, candidate, hidden, weight, bias, dropout_mask, statistics)
-    ctx.rest = eps, activation, keep
-
-
-def backward(ctx, grad_y, *_):
-    x, update, candidate, hidden, weight, bias, dropout_mask, statistics = ctx.saved_tensors
-    eps, activation, keep = ctx.rest
-    if not keep:
-        _, statistics = operator(
-            x, update, candidate, hidden, weight, bias, eps, activation, dropout_mask, True
-        )
-    d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps,
-        activation),
-    )  # fmt: skip
-    return d_x, d_update, d_candidate, d_hidden, d_weight, d_bias, None, None, None, None
-
-
-def run_backward(
-    grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps, activation
-):
-    kernels = family.kernels(x, update, candidate, hidden, weight, bias)
-    if kernels is None:
-        d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps,
-            activation),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps,
-                activation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_update, d_candidate, d_hidden, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, update, candidate, hidden, weight, bias, dropout_mask,
-                statistics, eps, activation),
-            )  # fmt: skip
-        d_hidden = d_hidden.clone()
-    return (
-        d_x.contiguous(),
-        d_update.contiguous(),
-        d_candidate.contiguous(),
-        d_hidden.contiguous(),
-        d_weight.contiguous(),
-        d_bias.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, x, update, candidate, hidden, weight, bias, dropout_mask, statistics, eps, activation
-):
-    return (
-        x.new_empty(x.shape),
-        update.new_empty(update.shape),
-        candidate.new_empty(candidate.shape),
-        hidden.new_empty(hidden.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "gated_residual_norm_backward(Tensor grad_y, Tensor x, Tensor update, Tensor candidate, Tensor "
-    "hidden, Tensor weight, Tensor bias, Tensor? dropout_mask, Tensor statistics, float eps, str "
-    "activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    gated_residual_norm,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "statistics"),
+        deciding=("x", "update", "candidate", "hidden", "weight", "bias"),
+        differentiable=("x", "update", "candidate", "hidden", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "update", "candidate", "hidden", "weight", "bias", "dropout_mask", "statistics"),
+        kept=("statistics",),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "gated_residual_norm(Tensor x, Tensor update, Tensor candidate, Tensor hidden, Tensor weight, Tensor "
     'bias, float eps=1e-05, str activation="silu", Tensor? dropout_mask=None, bool keep=False) -> '
     "(Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "gated_residual_norm_backward(Tensor grad_y, Tensor x, Tensor update, Tensor candidate, Tensor "
+    "hidden, Tensor weight, Tensor bias, Tensor? dropout_mask, Tensor statistics, float eps, str "
+    "activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(GatedResidualNorm)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "update", "candidate", "hidden", "weight", "bias"),
-    differentiable=("x", "update", "candidate", "hidden", "weight", "bias"),
-    dense=True,
-)
-op.serve(gated_residual_norm, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=layer_norm_lstm` writes this file from fastasr/ops/layer_norm_lstm.py: change that one.
-"""LSTM with LayerNorm on gates and cell, whole sequences and one step"""
+"""Runs an LSTM layer with LayerNorm on gates and cell, over a whole sequence or one step"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,26 +13,20 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
     wide,
 )
-from fastasr.ops.layer_norm_lstm import _fast, _fits, _gradients, _launch
+from fastasr.ops.layer_norm_lstm import _fast, _gradients, _launch
 from fastasr.ops.layer_norm_lstm import layer_norm_lstm as formula
 
 op = OPS["layer_norm_lstm"]
@@ -66,18 +59,6 @@ class Saved(NamedTuple):
     y: Tensor
     kept: Tensor
     eps: float
-
-
-class Needs(NamedTuple):
-    x: bool
-    input_weight: bool
-    hidden_weight: bool
-    gate_weight: bool
-    gate_bias: bool
-    cell_weight: bool
-    cell_bias: bool
-    hidden: bool
-    cell: bool
 
 
 # --------------------------------------------------------------------------- the public function
@@ -138,9 +119,6 @@ def layer_norm_lstm(
         and type(eps) is float
         and (eps >= 0)
         and not is_autocast_enabled("cpu")
-        and _fits(
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -194,22 +172,15 @@ def layer_norm_lstm(
             op, Arguments(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias,
             hidden, cell, eps),
         )  # fmt: skip
-    kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
+    kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell)
     if kernels is None:
         return formula(
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
         )
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias,
-            hidden, cell, eps,
-        )  # fmt: skip
-        (
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,
-            _,
-        ) = names  # fmt: skip
-        kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
+        x, input_weight, hidden_weight = cast(cast_dtype, x, input_weight, hidden_weight)
+        kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell)
         if kernels is None:
             return formula(
                 x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell,
@@ -236,7 +207,7 @@ def layer_norm_lstm(
             cell, eps, False,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x, gate_weight, gate_bias, cell_weight, cell_bias)
+        family.give_up(error, x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell)
         return formula(
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
         )
@@ -360,13 +331,16 @@ def check(
 
 def traced(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("layer_norm_lstm", x, gate_weight, gate_bias, cell_weight, cell_bias):
+    if not served("layer_norm_lstm", x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell):
         return formula(
             x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
         )
     y, last_hidden, last_cell, _ = operator(
         x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,
-        is_grad_enabled() and (x.requires_grad or input_weight.requires_grad or hidden_weight.requires_grad or gate_weight.requires_grad or gate_bias.requires_grad or cell_weight.requires_grad or cell_bias.requires_grad or (hidden is not None and hidden.requires_grad) or (cell is not None and cell.requires_grad)),
+        is_grad_enabled() and (x.requires_grad or input_weight.requires_grad or hidden_weight.requires_grad or
+        gate_weight.requires_grad or gate_bias.requires_grad or cell_weight.requires_grad or
+        cell_bias.requires_grad or (hidden is not None and hidden.requires_grad) or (cell is not None and
+        cell.requires_grad)),
     )  # fmt: skip
     return y, last_hidden, last_cell
 
@@ -399,27 +373,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
         promoted(a.x, a.gate_weight, a.gate_bias, a.cell_weight, a.cell_bias),
         promoted(a.x, a.gate_weight, a.gate_bias, a.cell_weight, a.cell_bias),
         wide(a.x, a.gate_weight, a.gate_bias, a.cell_weight, a.cell_bias),
-    )
-
-
-def under_autocast(
-    dtype, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden=None,
-    cell=None, eps=1e-05, keep=False,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, input_weight, hidden_weight = cast(dtype, x, input_weight, hidden_weight)
-    return (
-        x,
-        input_weight,
-        hidden_weight,
-        gate_weight,
-        gate_bias,
-        cell_weight,
-        cell_bias,
-        hidden,
-        cell,
-        eps,
-        keep,
     )
 
 
@@ -457,60 +410,26 @@ class LayerNormLstm(Function):
             refuse_double_backward("layer_norm_lstm")
         # once: a checkpoint gives them one time
         (
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y,
+            x,
+            input_weight,
+            hidden_weight,
+            gate_weight,
+            gate_bias,
+            cell_weight,
+            cell_bias,
+            hidden,
+            cell,
+            y,
             kept,
-        ) = ctx.saved_tensors  # fmt: skip
+        ) = ctx.saved_tensors
         kernels, direct, eps = ctx.rest
         if grad_y is None and grad_last_hidden is None and grad_last_cell is None:
             return (None,) * 12
-        if (
-            transforms_active()
-            or forward_ad._current_level >= 0
-            or (grad_y is not None and is_batched(grad_y))
-            or (grad_last_hidden is not None and is_batched(grad_last_hidden))
-            or (grad_last_cell is not None and is_batched(grad_last_cell))
-        ):
-            names = transformed_gradients(
-                op, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight, hidden_weight,
-                gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)),
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_input_weight,
-                d_hidden_weight,
-                d_gate_weight,
-                d_gate_bias,
-                d_cell_weight,
-                d_cell_bias,
-                d_hidden,
-                d_cell,
-                None,
-            )
-        needs = ctx.needs_input_grad[2:11]
-        try:
-            names = differentiate(
-                kernels, grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight,
-                gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
-        except Unlaunchable as error:
-            names = gradients_without(
-                error, op, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight,
-                hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)),
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
+        d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias, d_hidden, d_cell = node_gradients(
+            op, kernels, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight,
+            hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)),
+            ctx.needs_input_grad[2:],
+        )  # fmt: skip
         return (
             None,
             None,
@@ -527,41 +446,29 @@ class LayerNormLstm(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight, gate_weight, gate_bias,
-    cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    names = _gradients(
-        op, kernels, (grad_y, grad_last_hidden, grad_last_cell,), make(Saved, (x, input_weight, hidden_weight,
-        gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps,)), make(Needs, needs),
-    )  # fmt: skip
+    needs = make(Arguments, needs)
     (
-        d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-        d_hidden, d_cell,
-    ) = names  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_input_weight is not None and d_input_weight.dtype is not input_weight.dtype:
-        d_input_weight = d_input_weight.to(input_weight.dtype)
-    if d_hidden_weight is not None and d_hidden_weight.dtype is not hidden_weight.dtype:
-        d_hidden_weight = d_hidden_weight.to(hidden_weight.dtype)
-    if d_gate_weight is not None and d_gate_weight.dtype is not gate_weight.dtype:
-        d_gate_weight = d_gate_weight.to(gate_weight.dtype)
-    if d_gate_bias is not None and d_gate_bias.dtype is not gate_bias.dtype:
-        d_gate_bias = d_gate_bias.to(gate_bias.dtype)
-    if d_cell_weight is not None and d_cell_weight.dtype is not cell_weight.dtype:
-        d_cell_weight = d_cell_weight.to(cell_weight.dtype)
-    if d_cell_bias is not None and d_cell_bias.dtype is not cell_bias.dtype:
-        d_cell_bias = d_cell_bias.to(cell_bias.dtype)
-    if hidden is None:
-        d_hidden = None
-    elif d_hidden is not None and d_hidden.dtype is not hidden.dtype:
-        d_hidden = d_hidden.to(hidden.dtype)
-    if cell is None:
-        d_cell = None
-    elif d_cell is not None and d_cell.dtype is not cell.dtype:
-        d_cell = d_cell.to(cell.dtype)
+        d_x,
+        d_input_weight,
+        d_hidden_weight,
+        d_gate_weight,
+        d_gate_bias,
+        d_cell_weight,
+        d_cell_bias,
+        d_hidden,
+        d_cell,
+    ) = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_input_weight = back(d_input_weight, saved.input_weight)
+    d_hidden_weight = back(d_hidden_weight, saved.hidden_weight)
+    d_gate_weight = back(d_gate_weight, saved.gate_weight)
+    d_gate_bias = back(d_gate_bias, saved.gate_bias)
+    d_cell_weight = back(d_cell_weight, saved.cell_weight)
+    d_cell_bias = back(d_cell_bias, saved.cell_bias)
+    d_hidden = back(d_hidden, saved.hidden)
+    d_cell = back(d_cell, saved.cell)
     return (
         d_x,
         d_input_weight,
@@ -575,41 +482,19 @@ def differentiate(
     )
 
 
+apply = applied(LayerNormLstm)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden=None, cell=None,
-    eps=1e-05, keep=False,
-):  # fmt: skip
-    kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
-    if kernels is None:
-        return formula_results(
-            op, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell,
-            eps,
-        )  # fmt: skip
-    try:
-        y, last_hidden, last_cell, kept = run_kernels(
-            kernels, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden,
-            cell, eps, keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x, gate_weight, gate_bias, cell_weight, cell_bias)
-        return formula_results(
-            op, x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell,
-            eps,
-        )  # fmt: skip
-    if not keep:
-        kept = kept.new_empty(0)
-    return y.contiguous(), last_hidden.contiguous(), last_cell.contiguous(), kept.contiguous()
-
-
 def fake(
     x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden=None, cell=None,
     eps=1e-05, keep=False,
 ):  # fmt: skip
-    keep = keep and family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias) is not None
+    keep = (
+        keep and family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell) is not None
+    )
     T = x.shape[0]
     B = x.shape[1]
-
     H = input_weight.shape[0] // 4
     return (
         torch.empty(
@@ -629,160 +514,57 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,
-        keep,
-    ) = inputs  # fmt: skip
-    y, last_hidden, last_cell, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept
-    )
-    ctx.rest = eps, keep
-
-
-def backward(ctx, grad_y, grad_last_hidden, grad_last_cell, *_):
-    if grad_y is None and grad_last_hidden is None and grad_last_cell is None:
-        return (None,) * 11
-    (
-        x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept,
-    ) = ctx.saved_tensors  # fmt: skip
-    eps, keep = ctx.rest
-    if not keep:
-        _, _, _, kept = operator(
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps,
-            True,
-        )  # fmt: skip
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4, 5, 6, 7, 8))
-    names = as_tuple(
-        backward_operator(grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight,
-        gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps, needs),
-    )  # fmt: skip
-    (
-        d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-        d_hidden, d_cell,
-    ) = names  # fmt: skip
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_input_weight,
-        None if not needs[2] else d_hidden_weight,
-        None if not needs[3] else d_gate_weight,
-        None if not needs[4] else d_gate_bias,
-        None if not needs[5] else d_cell_weight,
-        None if not needs[6] else d_cell_bias,
-        None if hidden is None or not needs[7] else d_hidden,
-        None if cell is None or not needs[8] else d_cell,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight, gate_weight, gate_bias,
-    cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-):  # fmt: skip
-    kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias)
-    if kernels is None:
-        names = formula_gradients(
-            op, (grad_y, grad_last_hidden, grad_last_cell,), Saved(x, input_weight, hidden_weight,
-            gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps),
-        )  # fmt: skip
-        (
-            d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-            d_hidden, d_cell,
-        ) = names  # fmt: skip
-    else:
-        try:
-            names = differentiate(
-                kernels, grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight,
-                gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
-        except Unlaunchable as error:
-            names = gradients_without(
-                error, op, (grad_y, grad_last_hidden, grad_last_cell,), Saved(x, input_weight, hidden_weight,
-                gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, y, kept, eps),
-            )  # fmt: skip
-            (
-                d_x, d_input_weight, d_hidden_weight, d_gate_weight, d_gate_bias, d_cell_weight, d_cell_bias,
-                d_hidden, d_cell,
-            ) = names  # fmt: skip
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_input_weight is None else d_input_weight.contiguous(),
-        x.new_empty(0) if not needs[2] or d_hidden_weight is None else d_hidden_weight.contiguous(),
-        x.new_empty(0) if not needs[3] or d_gate_weight is None else d_gate_weight.contiguous(),
-        x.new_empty(0) if not needs[4] or d_gate_bias is None else d_gate_bias.contiguous(),
-        x.new_empty(0) if not needs[5] or d_cell_weight is None else d_cell_weight.contiguous(),
-        x.new_empty(0) if not needs[6] or d_cell_bias is None else d_cell_bias.contiguous(),
-        x.new_empty(0) if hidden is None or not needs[7] or d_hidden is None else d_hidden.contiguous(),
-        x.new_empty(0) if cell is None or not needs[8] or d_cell is None else d_cell.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, grad_last_hidden, grad_last_cell, x, input_weight, hidden_weight, gate_weight, gate_bias,
-    cell_weight, cell_bias, hidden, cell, y, kept, eps, needs,
-):  # fmt: skip
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else input_weight.new_empty(input_weight.shape),
-        x.new_empty(0) if not needs[2] else hidden_weight.new_empty(hidden_weight.shape),
-        x.new_empty(0) if not needs[3] else gate_weight.new_empty(gate_weight.shape),
-        x.new_empty(0) if not needs[4] else gate_bias.new_empty(gate_bias.shape),
-        x.new_empty(0) if not needs[5] else cell_weight.new_empty(cell_weight.shape),
-        x.new_empty(0) if not needs[6] else cell_bias.new_empty(cell_bias.shape),
-        x.new_empty(0) if hidden is None or not needs[7] else hidden.new_empty(hidden.shape),
-        x.new_empty(0) if cell is None or not needs[8] else cell.new_empty(cell.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    layer_norm_lstm,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "last_hidden", "last_cell", "kept"),
+        deciding=("x", "gate_weight", "gate_bias", "cell_weight", "cell_bias", "hidden", "cell"),
+        differentiable=(
+            "x",
+            "input_weight",
+            "hidden_weight",
+            "gate_weight",
+            "gate_bias",
+            "cell_weight",
+            "cell_bias",
+            "hidden",
+            "cell",
+        ),
+        graded={"y": "", "last_hidden": "", "last_cell": ""},
+        saves=(
+            "x",
+            "input_weight",
+            "hidden_weight",
+            "gate_weight",
+            "gate_bias",
+            "cell_weight",
+            "cell_bias",
+            "hidden",
+            "cell",
+            "y",
+            "kept",
+        ),
+        kept=("kept",),
+        materialize=False,
+        asks=True,
+        autocast=("x", "input_weight", "hidden_weight"),
+    ),
+)
+operator = register_op(
+    op,
+    "layer_norm_lstm(Tensor x, Tensor input_weight, Tensor hidden_weight, Tensor gate_weight, Tensor "
+    "gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden=None, Tensor? cell=None, float "
+    "eps=1e-05, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
     "layer_norm_lstm_backward(Tensor? grad_y, Tensor? grad_last_hidden, Tensor? grad_last_cell, Tensor x, "
     "Tensor input_weight, Tensor hidden_weight, Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, "
     "Tensor cell_bias, Tensor? hidden, Tensor? cell, Tensor y, Tensor kept, float eps, bool[] needs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 3),
 )
-operator = register(
-    "layer_norm_lstm(Tensor x, Tensor input_weight, Tensor hidden_weight, Tensor gate_weight, Tensor "
-    "gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden=None, Tensor? cell=None, float "
-    "eps=1e-05, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(LayerNormLstm)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "gate_weight", "gate_bias", "cell_weight", "cell_bias"),
-    differentiable=(
-        "x",
-        "input_weight",
-        "hidden_weight",
-        "gate_weight",
-        "gate_bias",
-        "cell_weight",
-        "cell_bias",
-        "hidden",
-        "cell",
-    ),
-    dense=True,
-)
-op.serve(layer_norm_lstm, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=linear` writes this file from fastasr/ops/linear.py: change that one.
-"""a linear layer, by the matrix product that measured faster on this machine"""
+"""x weightᵀ + bias: ``torch.nn.functional.linear``, faster where another matrix product is"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,25 +13,10 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
-from fastasr.ops._runtime import (
-    NOT_MINE,
-    applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
-    listed,
-    make,
-    not_a_view,
-    promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
-)
-from fastasr.ops.linear import _gradients, _launch, _product, takes
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
+from fastasr.ops._runtime import NOT_MINE, applied, back, listed, make, node_gradients, not_a_view, promoted
+from fastasr.ops.linear import _gradients, _launch, _product
 from fastasr.ops.linear import linear as formula
 
 op = OPS["linear"]
@@ -49,12 +33,6 @@ class Saved(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None
-
-
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
 
 
 # --------------------------------------------------------------------------- the public function
@@ -81,7 +59,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and weight.dtype is dtype
         and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype))
         and not is_autocast_enabled("cpu")
-        and takes(x, weight, bias)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -109,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return formula(x, weight, bias)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, bias = under_autocast(cast_dtype, x, weight, bias)
+        x, weight, bias = cast(cast_dtype, x, weight, bias)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(x, weight, bias)
@@ -179,12 +156,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x),)
 
 
-def under_autocast(dtype, x, weight, bias=None):
-    """Casts the arguments as autocast does for this dtype."""
-    x, weight, bias = cast(dtype, x, weight, bias)
-    return x, weight, bias
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class Linear(Function):
     @staticmethod
@@ -202,121 +173,55 @@ class Linear(Function):
         # once: a checkpoint gives them one time
         x, weight, bias = ctx.saved_tensors
         kernels, direct = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(op, (grad_y,), make(Saved, (x, weight, bias)))
-            return None, None, d_x, d_weight, d_bias
-        needs = ctx.needs_input_grad[2:5]
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, needs)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), make(Saved, (x, weight, bias)))
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias)), ctx.needs_input_grad[2:]
+        )
         return None, None, d_x, d_weight, d_bias
 
 
-def differentiate(kernels, grad_y, x, weight, bias, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias)), make(Needs, needs)
-    )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    needs = make(Arguments, needs)
+    d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 
+apply = applied(Linear)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None):
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(op, x, weight, bias)
-    try:
-        y = run_kernels(kernels, x, weight, bias)
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(op, x, weight, bias)
-    return y.contiguous()
-
-
 def fake(x, weight, bias=None):
     S = x.shape[:-1]
-
     N = weight.shape[0]
     return torch.empty((*S, N), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias = inputs
-
-    ctx.save_for_backward(x, weight, bias)
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias = ctx.saved_tensors
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2))
-    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, needs))
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_weight,
-        None if bias is None or not needs[2] else d_bias,
-    )
-
-
-def run_backward(grad_y, x, weight, bias, needs):
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias))
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(kernels, grad_y, x, weight, bias, needs)
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(error, op, (grad_y,), Saved(x, weight, bias))
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(grad_y, x, weight, bias, needs):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    linear,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias"),
+        asks=True,
+        autocast=("x", "weight", "bias"),
+    ),
+)
+operator = register_op(
+    op,
+    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     "linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, bool[] needs) -> (Tensor, "
     "Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(Linear)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(linear, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=linear_activation` writes this file from fastasr/ops/linear_activation.py: change that one.
-"""a linear layer with SiLU, GELU, ReLU or tanh, gated (SwiGLU) or not: feed-forward blocks, gated MLPs"""
+"""A linear layer and its activation: act(x weightᵀ + bias), or gated a · act(g) for (a, g) = x weightᵀ + bias"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,25 +13,10 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
-from fastasr.ops._runtime import (
-    NOT_MINE,
-    applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
-    listed,
-    make,
-    not_a_view,
-    promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
-)
-from fastasr.ops.linear_activation import _check, _fast, _gradients, _launch, fits
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
+from fastasr.ops._runtime import NOT_MINE, applied, back, listed, make, node_gradients, not_a_view, promoted
+from fastasr.ops.linear_activation import _check, _fast, _gradients, _launch
 from fastasr.ops.linear_activation import linear_activation as formula
 
 op = OPS["linear_activation"]
@@ -57,12 +41,6 @@ class Saved(NamedTuple):
     gated: bool
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def linear_activation(
     x: Tensor,
@@ -71,7 +49,7 @@ def linear_activation(
     activation: Literal["identity", "silu", "relu", "tanh", "gelu"] = "silu",
     gated: bool = False,
 ) -> Tensor:
-    """act(x weightᵀ + bias); or a · act(g) for (a, g) = x weightᵀ + bias.
+    """A linear layer and its activation: act(x weightᵀ + bias), or gated a · act(g) for (a, g) = x weightᵀ + bias.
 
     Args:
         x: (..., K); float32, bfloat16, float16 or float64.
@@ -98,7 +76,6 @@ def linear_activation(
         and activation in ACTIVATION_CODES
         and type(gated) is bool
         and not is_autocast_enabled("cpu")
-        and fits(x, weight, bias, activation, gated)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -127,7 +104,7 @@ def linear_activation(
         return formula(x, weight, bias, activation, gated)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, bias, activation, gated, _ = under_autocast(cast_dtype, x, weight, bias, activation, gated)
+        x, weight, bias = cast(cast_dtype, x, weight, bias)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(x, weight, bias, activation, gated)
@@ -193,8 +170,8 @@ def traced(x, weight, bias, activation, gated):
     if not served("linear_activation", x):
         return formula(x, weight, bias, activation, gated)
     y, _ = operator(
-        x, weight, bias, activation, gated,
-        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+        x, weight, bias, activation, gated, is_grad_enabled() and (x.requires_grad or weight.requires_grad or
+        (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return y
 
@@ -212,12 +189,6 @@ def run_kernels(kernels, x, weight, bias, activation, gated, keep):
 
 def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x), promoted(a.x))
-
-
-def under_autocast(dtype, x, weight, bias=None, activation="silu", gated=False, keep=False):
-    """Casts the arguments as autocast does for this dtype."""
-    x, weight, bias = cast(dtype, x, weight, bias)
-    return x, weight, bias, activation, gated, keep
 
 
 # --------------------------------------------------------------------------- gradients without the dispatcher
@@ -240,145 +211,61 @@ class LinearActivation(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, z = ctx.saved_tensors
         kernels, direct, activation, gated = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated))
-            )
-            return None, None, d_x, d_weight, d_bias, None, None
-        needs = ctx.needs_input_grad[2:5]
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, z, activation, gated, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated))
-            )
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated,)),
+            ctx.needs_input_grad[2:],
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, z, activation, gated, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias, z, activation, gated)), make(Needs, needs)
-    )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    needs = make(Arguments, needs)
+    d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 
+apply = applied(LinearActivation)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, activation="silu", gated=False, keep=False):
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, activation, gated)
-    try:
-        y, z = run_kernels(kernels, x, weight, bias, activation, gated, keep)
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(op, x, weight, bias, activation, gated)
-    if not keep:
-        z = z.new_empty(0)
-    return y.contiguous(), z.contiguous()
-
-
 def fake(x, weight, bias=None, activation="silu", gated=False, keep=False):
     keep = keep and family.kernels(x) is not None
     S = x.shape[:-1]
-
     N = weight.shape[0]
     return torch.empty((*S, N // (1 + gated)), dtype=promoted(x), device=x.device), torch.empty(
         (*S, N) if keep else (0,), dtype=promoted(x), device=x.device
     )
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, activation, gated, keep = inputs
-    y, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.save_for_backward(x, weight, bias, z)
-    ctx.rest = activation, gated, keep
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias, z = ctx.saved_tensors
-    activation, gated, keep = ctx.rest
-    if not keep:
-        _, z = operator(x, weight, bias, activation, gated, True)
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2))
-    d_x, d_weight, d_bias = as_tuple(backward_operator(grad_y, x, weight, bias, z, activation, gated, needs))
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_weight,
-        None if bias is None or not needs[2] else d_bias,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(grad_y, x, weight, bias, z, activation, gated, needs):
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(op, (grad_y,), Saved(x, weight, bias, z, activation, gated))
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, z, activation, gated, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, z, activation, gated)
-            )
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(grad_y, x, weight, bias, z, activation, gated, needs):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "linear_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor z, str "
-    "activation, bool gated, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    linear_activation,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "z"),
+        deciding=("x",),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "z"),
+        kept=("z",),
+        asks=True,
+        autocast=("x", "weight", "bias"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     'linear_activation(Tensor x, Tensor weight, Tensor? bias=None, str activation="silu", bool '
     "gated=False, bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "linear_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor z, str "
+    "activation, bool gated, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(LinearActivation)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(linear_activation, written)

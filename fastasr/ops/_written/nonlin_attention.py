@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=nonlin_attention` writes this file from fastasr/ops/nonlin_attention.py: change that one.
-"""(W (v tanh s)) z, between the projections of Zipformer's NonlinAttention"""
+"""The core of Zipformer's NonlinAttention: (W (v tanh(s))) z, with s, v, z the thirds of ``projected``"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,25 +13,10 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
-from fastasr.ops._runtime import (
-    NOT_MINE,
-    applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
-    listed,
-    make,
-    not_a_view,
-    promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
-)
-from fastasr.ops.nonlin_attention import _fast, _fits, _gradients, _launch
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, refuse_double_backward
+from fastasr.ops._runtime import NOT_MINE, applied, back, listed, make, node_gradients, not_a_view, promoted
+from fastasr.ops.nonlin_attention import _fast, _gradients, _launch
 from fastasr.ops.nonlin_attention import nonlin_attention as formula
 
 op = OPS["nonlin_attention"]
@@ -50,14 +34,9 @@ class Saved(NamedTuple):
     o: Tensor
 
 
-class Needs(NamedTuple):
-    weights: bool
-    projected: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
-    """(W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
+    """The core of Zipformer's NonlinAttention: (W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
 
     Args:
         weights: (B, T, T), any strides; float32, bfloat16, float16 or float64.
@@ -78,7 +57,6 @@ def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
         and weights.is_cpu
         and weights.dtype is dtype
         and not is_autocast_enabled("cpu")
-        and _fits(weights, projected)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -126,7 +104,6 @@ def check(weights: Tensor, projected: Tensor) -> None:
     if len(shape) == 3:
         T = shape[0]
         B = shape[1]
-
         right = shape[2] % 3 == 0
     if not right:
         op.wrong_shape("projected", projected, listed("T", "B", "3*D"))
@@ -169,11 +146,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.projected), promoted(a.projected))
 
 
-def under_autocast(dtype, weights, projected, keep=False):
-    """Casts the arguments as autocast does for this dtype."""
-    return weights, projected, keep
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class NonlinAttention(Function):
     @staticmethod
@@ -194,48 +166,25 @@ class NonlinAttention(Function):
         # once: a checkpoint gives them one time
         weights, projected, o = ctx.saved_tensors
         kernels, direct = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_weights, d_projected = transformed_gradients(
-                op, (grad_y,), make(Saved, (weights, projected, o))
-            )
-            return None, None, d_weights, d_projected
-        needs = ctx.needs_input_grad[2:4]
-        try:
-            d_weights, d_projected = differentiate(kernels, grad_y, weights, projected, o, needs)
-        except Unlaunchable as error:
-            d_weights, d_projected = gradients_without(
-                error, op, (grad_y,), make(Saved, (weights, projected, o))
-            )
+        d_weights, d_projected = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (weights, projected, o)), ctx.needs_input_grad[2:]
+        )
         return None, None, d_weights, d_projected
 
 
-def differentiate(kernels, grad_y, weights, projected, o, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_weights, d_projected = _gradients(
-        op, kernels, (grad_y,), make(Saved, (weights, projected, o)), make(Needs, needs)
-    )
-    if d_weights is not None and d_weights.dtype is not weights.dtype:
-        d_weights = d_weights.to(weights.dtype)
-    if d_projected is not None and d_projected.dtype is not projected.dtype:
-        d_projected = d_projected.to(projected.dtype)
+    needs = make(Arguments, needs)
+    d_weights, d_projected = _gradients(op, kernels, grads, saved, needs)
+    d_weights = back(d_weights, saved.weights)
+    d_projected = back(d_projected, saved.projected)
     return d_weights, d_projected
 
 
+apply = applied(NonlinAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(weights, projected, keep=False):
-    kernels = family.kernels(projected)
-    if kernels is None:
-        return formula_results(op, weights, projected)
-    try:
-        y, o = run_kernels(kernels, weights, projected, keep)
-    except Unlaunchable as error:
-        family.give_up(error, projected)
-        return formula_results(op, weights, projected)
-    if not keep:
-        o = o.new_empty(0)
-    return y.contiguous(), o.contiguous()
-
-
 def fake(weights, projected, keep=False):
     keep = keep and family.kernels(projected) is not None
     T = projected.shape[0]
@@ -246,73 +195,30 @@ def fake(weights, projected, keep=False):
     )
 
 
-def set_up(ctx, inputs, output):
-    weights, projected, keep = inputs
-    y, o = output
-    ctx.mark_non_differentiable(o)
-    ctx.save_for_backward(weights, projected, o)
-    ctx.rest = (keep,)
-
-
-def backward(ctx, grad_y, *_):
-    weights, projected, o = ctx.saved_tensors
-    (keep,) = ctx.rest
-    if not keep:
-        _, o = operator(weights, projected, True)
-    needs = wanted(ctx.needs_input_grad, (0, 1))
-    d_weights, d_projected = as_tuple(backward_operator(grad_y, weights, projected, o, needs))
-    return None if not needs[0] else d_weights, None if not needs[1] else d_projected, None
-
-
-def run_backward(grad_y, weights, projected, o, needs):
-    kernels = family.kernels(projected)
-    if kernels is None:
-        d_weights, d_projected = formula_gradients(op, (grad_y,), Saved(weights, projected, o))
-    else:
-        try:
-            d_weights, d_projected = differentiate(kernels, grad_y, weights, projected, o, needs)
-        except Unlaunchable as error:
-            d_weights, d_projected = gradients_without(error, op, (grad_y,), Saved(weights, projected, o))
-    return projected.new_empty(0) if not needs[
-        0
-    ] or d_weights is None else d_weights.contiguous(), projected.new_empty(0) if not needs[
-        1
-    ] or d_projected is None else d_projected.contiguous()
-
-
-def fake_backward(grad_y, weights, projected, o, needs):
-    return projected.new_empty(0) if not needs[0] else weights.new_empty(weights.shape), projected.new_empty(
-        0
-    ) if not needs[1] else projected.new_empty(projected.shape)
-
-
-backward_operator = register(
+op.serve(
+    nonlin_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "o"),
+        deciding=("projected",),
+        differentiable=("weights", "projected"),
+        graded={"y": ""},
+        saves=("weights", "projected", "o"),
+        kept=("o",),
+        asks=True,
+        autocast=(),
+    ),
+)
+operator = register_op(
+    op,
+    "nonlin_attention(Tensor weights, Tensor projected, bool keep=False) -> (Tensor, Tensor)",
     "nonlin_attention_backward(Tensor grad_y, Tensor weights, Tensor projected, Tensor o, bool[] needs) "
     "-> (Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
 )
-operator = register(
-    "nonlin_attention(Tensor weights, Tensor projected, bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(NonlinAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("projected",),
-    differentiable=("weights", "projected"),
-    dense=True,
-)
-op.serve(nonlin_attention, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=norm_activation` writes this file from fastasr/ops/norm_activation.py: change that one.
-"""LayerNorm or RMSNorm, and SiLU or another activation: convolution modules"""
+"""The activation of LayerNorm or RMSNorm over the last dimension"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,22 +13,20 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
+    COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.norm_activation import _gradients, _launch
@@ -94,6 +91,7 @@ def norm_activation(
         and type(x) in PLAIN
         and x.is_cpu
         and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
         and (bias is None or type(bias) in PLAIN)
         and type(eps) is float
         and (eps >= 0)
@@ -193,8 +191,8 @@ def traced(x, weight, bias, eps, kind, activation, limit):
     if not served("norm_activation", x, weight, bias):
         return formula(x, weight, bias, eps=eps, kind=kind, activation=activation, limit=limit)
     y, _ = operator(
-        x, weight, bias, eps, kind, activation, limit,
-        is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+        x, weight, bias, eps, kind, activation, limit, is_grad_enabled() and (x.requires_grad or
+        weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return y
 
@@ -239,61 +237,35 @@ class NormActivation(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, statistics = ctx.saved_tensors
         kernels, direct, eps, kind, activation, limit = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit))
-            )
-            return None, None, d_x, d_weight, d_bias, None, None, None, None
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, weight, bias, statistics, eps, KIND_CODES[kind],
+                operand(grad_y, None), x, weight, bias, statistics, eps, KIND_CODES[kind],
                 ACTIVATION_CODES[activation], limit,
             )  # fmt: skip
             return None, None, d_x, d_weight, None if bias is None else d_bias, None, None, None, None
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation, limit
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation,
-                limit,)),
-            )  # fmt: skip
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit))
+        )
         return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, statistics, eps, kind, activation, limit):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias, statistics, eps, kind, activation, limit,)),
-        None,
-    )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 
+apply = applied(NormActivation)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", limit=0.0, keep=False):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, eps, kind, activation, limit)
-    try:
-        y, statistics = run_kernels(kernels, x, weight, bias, eps, kind, activation, limit, keep)
-    except Unlaunchable as error:
-        family.give_up(error, x, weight, bias)
-        return formula_results(op, x, weight, bias, eps, kind, activation, limit)
-    if not keep:
-        statistics = statistics.new_empty(0)
-    return y.contiguous(), statistics.contiguous()
-
-
 def fake(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", limit=0.0, keep=False):
     keep = keep and family.kernels(x, weight, bias) is not None
     S = x.shape[:-1]
@@ -303,78 +275,29 @@ def fake(x, weight, bias=None, eps=1e-05, kind="layer", activation="silu", limit
     )
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, eps, kind, activation, limit, keep = inputs
-    y, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(x, weight, bias, statistics)
-    ctx.rest = eps, kind, activation, limit, keep
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias, statistics = ctx.saved_tensors
-    eps, kind, activation, limit, keep = ctx.rest
-    if not keep:
-        _, statistics = operator(x, weight, bias, eps, kind, activation, limit, True)
-    d_x, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, weight, bias, statistics, eps, kind, activation, limit)
-    )
-    return d_x, d_weight, None if bias is None else d_bias, None, None, None, None, None
-
-
-def run_backward(grad_y, x, weight, bias, statistics, eps, kind, activation, limit):
-    kernels = family.kernels(x, weight, bias)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, weight, bias, statistics, eps, kind, activation, limit)
-        )
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, statistics, eps, kind, activation, limit
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, statistics, eps, kind, activation, limit)
-            )
-    return d_x.contiguous(), d_weight.contiguous(), x.new_empty(0) if bias is None else d_bias.contiguous()
-
-
-def fake_backward(grad_y, x, weight, bias, statistics, eps, kind, activation, limit):
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor statistics, "
-    "float eps, str kind, str activation, float limit) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    norm_activation,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "statistics"),
+        deciding=("x", "weight", "bias"),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "statistics"),
+        kept=("statistics",),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     'norm_activation(Tensor x, Tensor weight, Tensor? bias=None, float eps=1e-05, str kind="layer", str '
     'activation="silu", float limit=0.0, bool keep=False) -> (Tensor, Tensor)',
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "norm_activation_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor statistics, "
+    "float eps, str kind, str activation, float limit) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(NormActivation)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "weight", "bias"),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(norm_activation, written)

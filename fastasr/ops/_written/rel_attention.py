@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=rel_attention` writes this file from fastasr/ops/rel_attention.py: change that one.
-"""softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the weights in memory; bias by offset with a gate, bias by key, soft cap, limited context, cache"""
+"""softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,26 +13,22 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
     NOT_MINE,
     applied,
-    as_tuple,
     back,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back_in_shape,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.rel_attention import _check
@@ -247,14 +242,9 @@ def rel_attention(
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
-        )  # fmt: skip
-        (
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, _,
-        ) = names  # fmt: skip
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
+            cast_dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias
+        )
         kernels = family.kernels(q)
         if kernels is None:
             return formula(
@@ -519,8 +509,11 @@ def traced(
         )  # fmt: skip
     y, _ = operator(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
-        is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, is_grad_enabled() and
+        (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or
+        (bias_u is not None and bias_u.requires_grad) or (bias_v is not None and bias_v.requires_grad) or
+        (offset_bias is not None and offset_bias.requires_grad) or (offset_gate is not None and
+        offset_gate.requires_grad) or (key_bias is not None and key_bias.requires_grad)),
     )  # fmt: skip
     return y
 
@@ -548,38 +541,6 @@ def run_kernels(
 
 def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.q), wide(a.q))
-
-
-def under_autocast(
-    dtype, q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
-    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias = cast(
-        dtype, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias
-    )
-    return (
-        q,
-        k,
-        v,
-        pos,
-        bias_u,
-        bias_v,
-        offset_bias,
-        offset_gate,
-        key_bias,
-        key_padding_mask,
-        attn_mask,
-        starts,
-        dropout_p,
-        dropout_seed,
-        context,
-        chunk_size,
-        soft_cap,
-        pos_span,
-        keep,
-    )
 
 
 # --------------------------------------------------------------------------- gradients without the dispatcher
@@ -613,41 +574,30 @@ class RelAttention(Function):
             refuse_double_backward("rel_attention")
         # once: a checkpoint gives them one time
         (
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_seed, y, lse,
-        ) = ctx.saved_tensors  # fmt: skip
+            q,
+            k,
+            v,
+            pos,
+            bias_u,
+            bias_v,
+            offset_bias,
+            offset_gate,
+            key_bias,
+            key_padding_mask,
+            attn_mask,
+            starts,
+            dropout_seed,
+            y,
+            lse,
+        ) = ctx.saved_tensors
         kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_q,
-                d_k,
-                d_v,
-                d_pos,
-                d_bias_u,
-                d_bias_v,
-                d_offset_bias,
-                d_offset_gate,
-                d_key_bias,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
-                grad_y.contiguous(), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+                operand(grad_y, None), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
                 key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, *context, chunk_size,
                 soft_cap, *pos_span,
             )  # fmt: skip
@@ -673,18 +623,11 @@ class RelAttention(Function):
                 None,
                 None,
             )
-        try:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
-                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-                key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context,
-                chunk_size, soft_cap, pos_span,)),
-            )  # fmt: skip
+        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
+            key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context,
+            chunk_size, soft_cap, pos_span,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -709,77 +652,34 @@ class RelAttention(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-    attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(q) if kernels.backend == "cpu" else None
+    (grad_y,) = grads
+    dtype = promoted(saved.q) if kernels.backend == "cpu" else None
     d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
-        operand(grad_y, dtype), operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype),
-        operand(bias_u, dtype), operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate,
-        dtype), operand(key_bias, dtype), operand(key_padding_mask, None), operand(attn_mask, None),
-        operand(starts, None), operand(dropout_seed, None), y, lse, dropout_p, *context, chunk_size, soft_cap,
-        *pos_span,
+        operand(grad_y, dtype), operand(saved.q, dtype), operand(saved.k, dtype), operand(saved.v, dtype),
+        operand(saved.pos, dtype), operand(saved.bias_u, dtype), operand(saved.bias_v, dtype),
+        operand(saved.offset_bias, dtype), operand(saved.offset_gate, dtype), operand(saved.key_bias, dtype),
+        operand(saved.key_padding_mask, None), operand(saved.attn_mask, None), operand(saved.starts, None),
+        operand(saved.dropout_seed, None), saved.y, saved.lse, saved.dropout_p, *saved.context,
+        saved.chunk_size, saved.soft_cap, *saved.pos_span,
     )  # fmt: skip
-    if d_q is not None and d_q.dtype is not q.dtype:
-        d_q = d_q.to(q.dtype)
-    if d_k is not None and d_k.dtype is not k.dtype:
-        d_k = d_k.to(k.dtype)
-    if d_v is not None and d_v.dtype is not v.dtype:
-        d_v = d_v.to(v.dtype)
-    if pos is None:
-        d_pos = None
-    elif d_pos is not None and d_pos.dtype is not pos.dtype:
-        d_pos = d_pos.to(pos.dtype)
-    if bias_u is None:
-        d_bias_u = None
-    elif d_bias_u is not None and d_bias_u.dtype is not bias_u.dtype:
-        d_bias_u = d_bias_u.to(bias_u.dtype)
-    if bias_v is None:
-        d_bias_v = None
-    elif d_bias_v is not None and d_bias_v.dtype is not bias_v.dtype:
-        d_bias_v = d_bias_v.to(bias_v.dtype)
-    if offset_bias is None:
-        d_offset_bias = None
-    elif d_offset_bias is not None and d_offset_bias.dtype is not offset_bias.dtype:
-        d_offset_bias = d_offset_bias.to(offset_bias.dtype)
-    if offset_gate is None:
-        d_offset_gate = None
-    elif d_offset_gate is not None and d_offset_gate.dtype is not offset_gate.dtype:
-        d_offset_gate = d_offset_gate.to(offset_gate.dtype)
-    d_key_bias = back(d_key_bias, key_bias)
+    d_q = back(d_q, saved.q)
+    d_k = back(d_k, saved.k)
+    d_v = back(d_v, saved.v)
+    d_pos = back(d_pos, saved.pos)
+    d_bias_u = back(d_bias_u, saved.bias_u)
+    d_bias_v = back(d_bias_v, saved.bias_v)
+    d_offset_bias = back(d_offset_bias, saved.offset_bias)
+    d_offset_gate = back(d_offset_gate, saved.offset_gate)
+    d_key_bias = back_in_shape(d_key_bias, saved.key_bias)
     return d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias
 
 
+apply = applied(RelAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
-    key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
-    chunk_size=1, soft_cap=0.0, pos_span=(-1, -1), keep=False,
-):  # fmt: skip
-    kernels = family.kernels(q)
-    if kernels is None:
-        return formula_results(
-            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
-        )  # fmt: skip
-    try:
-        y, lse = run_kernels(
-            kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-            attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, q)
-        return formula_results(
-            op, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
-        )  # fmt: skip
-    if not keep:
-        lse = lse.new_empty(0)
-    return y.contiguous(), lse.contiguous()
-
-
 def fake(
     q, k, v, pos=None, bias_u=None, bias_v=None, offset_bias=None, offset_gate=None, key_bias=None,
     key_padding_mask=None, attn_mask=None, starts=None, dropout_p=0.0, dropout_seed=None, context=(-1, -1),
@@ -789,155 +689,58 @@ def fake(
     B = q.shape[0]
     T = q.shape[1]
     H = q.shape[2]
-
     E = v.shape[3]
-
     return torch.empty((B, T, H, E), dtype=promoted(q), device=q.device), torch.empty(
         (B, H, T) if keep else (0,), dtype=wide(q), device=q.device
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, keep,
-    ) = inputs  # fmt: skip
-    y, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_seed, y, lse,
-    )  # fmt: skip
-    ctx.rest = dropout_p, context, chunk_size, soft_cap, pos_span, keep
-
-
-def backward(ctx, grad_y, *_):
-    (
-        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
-        dropout_seed, y, lse,
-    ) = ctx.saved_tensors  # fmt: skip
-    dropout_p, context, chunk_size, soft_cap, pos_span, keep = ctx.rest
-    if not keep:
-        _, lse = operator(
-            q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
-        )  # fmt: skip
-    d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = as_tuple(
-        backward_operator(grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-        key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap,
-        pos_span),
-    )  # fmt: skip
-    return (
-        d_q,
-        d_k,
-        d_v,
-        None if pos is None else d_pos,
-        None if bias_u is None else d_bias_u,
-        None if bias_v is None else d_bias_v,
-        None if offset_bias is None else d_offset_bias,
-        None if offset_gate is None else d_offset_gate,
-        None if key_bias is None else d_key_bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
-):  # fmt: skip
-    kernels = family.kernels(q)
-    if kernels is None:
-        d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = formula_gradients(
-            op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-            key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-            soft_cap, pos_span),
-        )  # fmt: skip
-    else:
-        try:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = differentiate(
-                kernels, grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = gradients_without(
-                error, op, (grad_y,), Saved(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context, chunk_size,
-                soft_cap, pos_span),
-            )  # fmt: skip
-    return (
-        d_q.contiguous(),
-        d_k.contiguous(),
-        d_v.contiguous(),
-        q.new_empty(0) if pos is None else d_pos.contiguous(),
-        q.new_empty(0) if bias_u is None else d_bias_u.contiguous(),
-        q.new_empty(0) if bias_v is None else d_bias_v.contiguous(),
-        q.new_empty(0) if offset_bias is None else d_offset_bias.contiguous(),
-        q.new_empty(0) if offset_gate is None else d_offset_gate.contiguous(),
-        q.new_empty(0) if key_bias is None else d_key_bias.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-    starts, dropout_seed, y, lse, dropout_p, context, chunk_size, soft_cap, pos_span,
-):  # fmt: skip
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty(0) if pos is None else pos.new_empty(pos.shape),
-        q.new_empty(0) if bias_u is None else bias_u.new_empty(bias_u.shape),
-        q.new_empty(0) if bias_v is None else bias_v.new_empty(bias_v.shape),
-        q.new_empty(0) if offset_bias is None else offset_bias.new_empty(offset_bias.shape),
-        q.new_empty(0) if offset_gate is None else offset_gate.new_empty(offset_gate.shape),
-        q.new_empty(0) if key_bias is None else key_bias.new_empty(key_bias.shape),
-    )
-
-
-backward_operator = register(
-    "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
-    "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
-    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    rel_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "lse"),
+        deciding=("q",),
+        differentiable=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
+        graded={"y": ""},
+        saves=(
+            "q",
+            "k",
+            "v",
+            "pos",
+            "bias_u",
+            "bias_v",
+            "offset_bias",
+            "offset_gate",
+            "key_bias",
+            "key_padding_mask",
+            "attn_mask",
+            "starts",
+            "dropout_seed",
+            "y",
+            "lse",
+        ),
+        kept=("lse",),
+        autocast=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "rel_attention(Tensor q, Tensor k, Tensor v, Tensor? pos=None, Tensor? bias_u=None, Tensor? "
     "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_bias=None, Tensor? "
     "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, float dropout_p=0.0, Tensor? "
     "dropout_seed=None, SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, SymInt[2] "
     "pos_span=[-1, -1], bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
+    "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
+    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(RelAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("q",),
-    differentiable=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
-    dense=True,
-)
-op.serve(rel_attention, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=residual_norm` writes this file from fastasr/ops/residual_norm.py: change that one.
-"""LN(x + update)"""
+"""LayerNorm(x + update) over the last dimension"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,22 +13,20 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
+    COMPUTE,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
     wide,
 )
 from fastasr.ops.residual_norm import _gradients, _launch
@@ -77,6 +74,7 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: 
         and x.is_cpu
         and type(update) in PLAIN
         and type(weight) in PLAIN
+        and weight.dtype in COMPUTE
         and type(bias) in PLAIN
         and type(eps) is float
         and (eps >= 0)
@@ -158,8 +156,8 @@ def traced(x, update, weight, bias, eps):
     if not served("residual_norm", x, update, weight, bias):
         return formula(x, update, weight, bias, eps)
     y, _ = operator(
-        x, update, weight, bias, eps,
-        is_grad_enabled() and (x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad),
+        x, update, weight, bias, eps, is_grad_enabled() and (x.requires_grad or update.requires_grad or
+        weight.requires_grad or bias.requires_grad),
     )  # fmt: skip
     return y
 
@@ -200,59 +198,36 @@ class ResidualNorm(Function):
         # once: a checkpoint gives them one time
         x, update, weight, bias, statistics = ctx.saved_tensors
         kernels, direct, eps = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_update, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps))
-            )
-            return None, None, d_x, d_update, d_weight, d_bias, None
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, _, _, d_weight, d_bias = kernels.backward(
-                grad_y.contiguous(), x, update, None, None, None, weight, bias, statistics, eps, 0
+                operand(grad_y, None), x, update, None, None, None, weight, bias, statistics, eps, 0
             )
             d_update = d_x
             return None, None, d_x, d_update, d_weight, d_bias, None
-        try:
-            d_x, d_update, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, update, weight, bias, statistics, eps
-            )
-        except Unlaunchable as error:
-            d_x, d_update, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps))
-            )
+        d_x, d_update, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps))
+        )
         return None, None, d_x, d_update, d_weight, d_bias, None
 
 
-def differentiate(kernels, grad_y, x, update, weight, bias, statistics, eps):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_update, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, update, weight, bias, statistics, eps)), None
-    )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_update is not None and d_update.dtype is not update.dtype:
-        d_update = d_update.to(update.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    d_x, d_update, d_weight, d_bias = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_update = back(d_update, saved.update)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_update, d_weight, d_bias
 
 
+apply = applied(ResidualNorm)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, update, weight, bias, eps=1e-05, keep=False):
-    kernels = family.kernels(x, update, weight, bias)
-    if kernels is None:
-        return formula_results(op, x, update, weight, bias, eps)
-    try:
-        y, statistics = run_kernels(kernels, x, update, weight, bias, eps, keep)
-    except Unlaunchable as error:
-        family.give_up(error, x, update, weight, bias)
-        return formula_results(op, x, update, weight, bias, eps)
-    if not keep:
-        statistics = statistics.new_empty(0)
-    return y.contiguous(), statistics.contiguous()
-
-
 def fake(x, update, weight, bias, eps=1e-05, keep=False):
     keep = keep and family.kernels(x, update, weight, bias) is not None
     S = x.shape[:-1]
@@ -262,80 +237,29 @@ def fake(x, update, weight, bias, eps=1e-05, keep=False):
     )
 
 
-def set_up(ctx, inputs, output):
-    x, update, weight, bias, eps, keep = inputs
-    y, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(x, update, weight, bias, statistics)
-    ctx.rest = eps, keep
-
-
-def backward(ctx, grad_y, *_):
-    x, update, weight, bias, statistics = ctx.saved_tensors
-    eps, keep = ctx.rest
-    if not keep:
-        _, statistics = operator(x, update, weight, bias, eps, True)
-    d_x, d_update, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, update, weight, bias, statistics, eps)
-    )
-    return d_x, d_update, d_weight, d_bias, None, None
-
-
-def run_backward(grad_y, x, update, weight, bias, statistics, eps):
-    kernels = family.kernels(x, update, weight, bias)
-    if kernels is None:
-        d_x, d_update, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, update, weight, bias, statistics, eps)
-        )
-    else:
-        try:
-            d_x, d_update, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, update, weight, bias, statistics, eps
-            )
-        except Unlaunchable as error:
-            d_x, d_update, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, update, weight, bias, statistics, eps)
-            )
-        d_update = d_update.clone()
-    return d_x.contiguous(), d_update.contiguous(), d_weight.contiguous(), d_bias.contiguous()
-
-
-def fake_backward(grad_y, x, update, weight, bias, statistics, eps):
-    return (
-        x.new_empty(x.shape),
-        update.new_empty(update.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "residual_norm_backward(Tensor grad_y, Tensor x, Tensor update, Tensor weight, Tensor bias, Tensor "
-    "statistics, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    residual_norm,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "statistics"),
+        deciding=("x", "update", "weight", "bias"),
+        differentiable=("x", "update", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "update", "weight", "bias", "statistics"),
+        kept=("statistics",),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "residual_norm(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps=1e-05, bool keep=False) "
     "-> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "residual_norm_backward(Tensor grad_y, Tensor x, Tensor update, Tensor weight, Tensor bias, Tensor "
+    "statistics, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(ResidualNorm)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "update", "weight", "bias"),
-    differentiable=("x", "update", "weight", "bias"),
-    dense=True,
-)
-op.serve(residual_norm, written)

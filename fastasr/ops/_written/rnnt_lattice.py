@@ -2,7 +2,6 @@
 # `make op OP=rnnt_lattice` writes this file from fastasr/ops/rnnt_lattice.py: change that one.
 """the log of the summed probability of all paths through each lattice"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -10,27 +9,25 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastasr._transforms import by_formula, refuse_unless_batched, transforms_active
+from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     COMPUTE,
     INT64,
     NOT_MINE,
     Like,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
+    is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
-    stand_in,
-    transformed_results,
     wide,
 )
 from fastasr.ops.rnnt_lattice import _check, _fast, _kept_shape, _launch
@@ -113,10 +110,13 @@ def rnnt_lattice(
         kernels is not None
         and type(symbol_logprobs) in PLAIN
         and symbol_logprobs.is_cpu
+        and (dtype := symbol_logprobs.dtype)
         and symbol_logprobs.dtype in COMPUTE
         and symbol_logprobs.is_contiguous()
         and type(blank_logprobs) in PLAIN
-        and (boundary is None or type(boundary) in PLAIN)
+        and blank_logprobs.is_cpu
+        and blank_logprobs.dtype is dtype
+        and (boundary is None or (type(boundary) in PLAIN and boundary.is_cpu))
         and type(return_occupation) is bool
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
@@ -174,7 +174,6 @@ def check(
     if len(shape) == 3:
         B = shape[0]
         S = shape[1]
-
         right = True
     if not right:
         op.wrong_shape("symbol_logprobs", symbol_logprobs, listed("B", "S", "W"))
@@ -210,8 +209,8 @@ def traced(symbol_logprobs, blank_logprobs, boundary, return_occupation):
     if not served("rnnt_lattice", symbol_logprobs, blank_logprobs):
         return formula(symbol_logprobs, blank_logprobs, boundary, return_occupation=return_occupation)
     scores, symbol_occupation, blank_occupation, _ = operator(
-        symbol_logprobs, blank_logprobs, boundary, return_occupation,
-        is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad),
+        symbol_logprobs, blank_logprobs, boundary, return_occupation, is_grad_enabled() and
+        (symbol_logprobs.requires_grad or blank_logprobs.requires_grad),
     )  # fmt: skip
     return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
 
@@ -279,64 +278,40 @@ class RnntLattice(Function):
         kernels, direct, return_occupation, symbol_logprobs, blank_logprobs = ctx.rest
         symbol_logprobs = make(Like, symbol_logprobs)
         blank_logprobs = make(Like, blank_logprobs)
-        refuse_unless_batched("rnnt_lattice")
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_scores is not None and is_batched(grad_scores))
+        ):
             d_symbol_logprobs, d_blank_logprobs = kernels.backward(
-                grad_scores.contiguous(), scores, shares, boundary, symbol_logprobs.shape[1],
+                operand(grad_scores, None), scores, shares, boundary, symbol_logprobs.shape[1],
                 symbol_logprobs.shape[2], blank_logprobs.shape[2],
             )  # fmt: skip
             return None, None, d_symbol_logprobs, d_blank_logprobs, None, None
-        try:
-            d_symbol_logprobs, d_blank_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares,
-                return_occupation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs = gradients_without(
-                error, op, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, boundary, scores,
-                shares, return_occupation,)),
-            )  # fmt: skip
+        d_symbol_logprobs, d_blank_logprobs = node_gradients(
+            op, kernels, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, boundary, scores,
+            shares, return_occupation,)),
+        )  # fmt: skip
         return None, None, d_symbol_logprobs, d_blank_logprobs, None, None
 
 
-def differentiate(
-    kernels, grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares, return_occupation
-):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = wide(symbol_logprobs, blank_logprobs) if kernels.backend == "cpu" else None
+    (grad_scores,) = grads
+    dtype = wide(saved.symbol_logprobs, saved.blank_logprobs) if kernels.backend == "cpu" else None
     d_symbol_logprobs, d_blank_logprobs = kernels.backward(
-        operand(grad_scores, dtype), scores, shares, operand(boundary, None), symbol_logprobs.shape[1],
-        symbol_logprobs.shape[2], blank_logprobs.shape[2],
+        operand(grad_scores, dtype), saved.scores, saved.shares, operand(saved.boundary, None),
+        saved.symbol_logprobs.shape[1], saved.symbol_logprobs.shape[2], saved.blank_logprobs.shape[2],
     )  # fmt: skip
-    if d_symbol_logprobs is not None and d_symbol_logprobs.dtype is not symbol_logprobs.dtype:
-        d_symbol_logprobs = d_symbol_logprobs.to(symbol_logprobs.dtype)
-    if d_blank_logprobs is not None and d_blank_logprobs.dtype is not blank_logprobs.dtype:
-        d_blank_logprobs = d_blank_logprobs.to(blank_logprobs.dtype)
+    d_symbol_logprobs = back(d_symbol_logprobs, saved.symbol_logprobs)
+    d_blank_logprobs = back(d_blank_logprobs, saved.blank_logprobs)
     return d_symbol_logprobs, d_blank_logprobs
 
 
+apply = applied(RnntLattice)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(symbol_logprobs, blank_logprobs, boundary=None, return_occupation=False, keep=False):
-    kernels = family.kernels(symbol_logprobs, blank_logprobs)
-    if kernels is None:
-        return formula_results(op, symbol_logprobs, blank_logprobs, boundary, return_occupation)
-    try:
-        scores, symbol_occupation, blank_occupation, shares = run_kernels(
-            kernels, symbol_logprobs, blank_logprobs, boundary, return_occupation, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, symbol_logprobs, blank_logprobs)
-        return formula_results(op, symbol_logprobs, blank_logprobs, boundary, return_occupation)
-    if not keep:
-        shares = shares.new_empty(0)
-    return (
-        scores.contiguous(),
-        symbol_occupation.contiguous(),
-        blank_occupation.contiguous(),
-        shares.contiguous(),
-    )
-
-
 def fake(symbol_logprobs, blank_logprobs, boundary=None, return_occupation=False, keep=False):
     keep = keep and family.kernels(symbol_logprobs, blank_logprobs) is not None
     B = symbol_logprobs.shape[0]
@@ -368,81 +343,30 @@ def fake(symbol_logprobs, blank_logprobs, boundary=None, return_occupation=False
     )
 
 
-def set_up(ctx, inputs, output):
-    symbol_logprobs, blank_logprobs, boundary, return_occupation, keep = inputs
-    scores, symbol_occupation, blank_occupation, shares = output
-    ctx.mark_non_differentiable(symbol_occupation, blank_occupation, shares)
-    if keep and family.kernels(symbol_logprobs, blank_logprobs) is not None:
-        symbol_logprobs = stand_in(symbol_logprobs)
-        blank_logprobs = stand_in(blank_logprobs)
-    ctx.save_for_backward(symbol_logprobs, blank_logprobs, boundary, scores, shares)
-    ctx.rest = return_occupation, keep
-
-
-def backward(ctx, grad_scores, *_):
-    symbol_logprobs, blank_logprobs, boundary, scores, shares = ctx.saved_tensors
-    return_occupation, keep = ctx.rest
-    if not keep:
-        _, _, _, shares = operator(symbol_logprobs, blank_logprobs, boundary, return_occupation, True)
-    d_symbol_logprobs, d_blank_logprobs = as_tuple(
-        backward_operator(grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares,
-        return_occupation),
-    )  # fmt: skip
-    return d_symbol_logprobs, d_blank_logprobs, None, None, None
-
-
-def run_backward(grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares, return_occupation):
-    kernels = family.kernels(symbol_logprobs, blank_logprobs)
-    if kernels is None:
-        d_symbol_logprobs, d_blank_logprobs = formula_gradients(
-            op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, boundary, scores, shares,
-            return_occupation),
-        )  # fmt: skip
-    else:
-        try:
-            d_symbol_logprobs, d_blank_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares,
-                return_occupation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs = gradients_without(
-                error, op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, boundary, scores, shares,
-                return_occupation),
-            )  # fmt: skip
-    return d_symbol_logprobs.contiguous(), d_blank_logprobs.contiguous()
-
-
-def fake_backward(grad_scores, symbol_logprobs, blank_logprobs, boundary, scores, shares, return_occupation):
-    return symbol_logprobs.new_empty(symbol_logprobs.shape), blank_logprobs.new_empty(blank_logprobs.shape)
-
-
-backward_operator = register(
-    "rnnt_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? "
-    "boundary, Tensor scores, Tensor shares, bool return_occupation) -> (Tensor, Tensor)",
-    run_backward,
-    fake_backward,
+op.serve(
+    rnnt_lattice,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("scores", "symbol_occupation", "blank_occupation", "shares"),
+        deciding=("symbol_logprobs", "blank_logprobs"),
+        differentiable=("symbol_logprobs", "blank_logprobs"),
+        graded={"scores": ""},
+        saves=("symbol_logprobs", "blank_logprobs", "boundary", "scores", "shares"),
+        kept=("shares",),
+        released=("symbol_logprobs", "blank_logprobs"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "rnnt_lattice(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? boundary=None, bool "
     "return_occupation=False, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "rnnt_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? "
+    "boundary, Tensor scores, Tensor shares, bool return_occupation) -> (Tensor, Tensor)",
 )
-apply = applied(RnntLattice)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("symbol_logprobs", "blank_logprobs"),
-    differentiable=("symbol_logprobs", "blank_logprobs"),
-    dense=True,
-    released=True,
-)
-op.serve(rnnt_lattice, written)

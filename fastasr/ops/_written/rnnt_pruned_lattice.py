@@ -2,7 +2,6 @@
 # `make op OP=rnnt_pruned_lattice` writes this file from fastasr/ops/rnnt_pruned_lattice.py: change that one.
 """the log of the summed probability of all paths through each lattice that stay inside the band"""
 
-from functools import partial
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -10,27 +9,25 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastasr._transforms import by_formula, refuse_unless_batched, transforms_active
+from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     COMPUTE,
     INT64,
     NOT_MINE,
     Like,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
+    is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
-    stand_in,
-    transformed_results,
     wide,
 )
 from fastasr.ops.rnnt_pruned_lattice import _check, _fast, _kept_shape, _launch
@@ -125,11 +122,15 @@ def rnnt_pruned_lattice(
         kernels is not None
         and type(symbol_logprobs) in PLAIN
         and symbol_logprobs.is_cpu
+        and (dtype := symbol_logprobs.dtype)
         and symbol_logprobs.dtype in COMPUTE
         and symbol_logprobs.is_contiguous()
         and type(blank_logprobs) in PLAIN
+        and blank_logprobs.is_cpu
+        and blank_logprobs.dtype is dtype
         and type(starts) in PLAIN
-        and (boundary is None or type(boundary) in PLAIN)
+        and starts.is_cpu
+        and (boundary is None or (type(boundary) in PLAIN and boundary.is_cpu))
         and type(modified) is bool
         and type(return_occupation) is bool
         and not is_dynamo_compiling()
@@ -251,8 +252,8 @@ def traced(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_o
             return_occupation=return_occupation,
         )  # fmt: skip
     scores, symbol_occupation, blank_occupation, _ = operator(
-        symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation,
-        is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad),
+        symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, is_grad_enabled() and
+        (symbol_logprobs.requires_grad or blank_logprobs.requires_grad),
     )  # fmt: skip
     return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
 
@@ -325,71 +326,40 @@ class RnntPrunedLattice(Function):
         kernels, direct, modified, return_occupation, symbol_logprobs, blank_logprobs = ctx.rest
         symbol_logprobs = make(Like, symbol_logprobs)
         blank_logprobs = make(Like, blank_logprobs)
-        refuse_unless_batched("rnnt_pruned_lattice")
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_scores is not None and is_batched(grad_scores))
+        ):
             d_symbol_logprobs, d_blank_logprobs = kernels.backward(
-                grad_scores.contiguous(), scores, shares, starts, boundary, symbol_logprobs.shape[2], modified
-            )
+                operand(grad_scores, None), scores, shares, starts, boundary, symbol_logprobs.shape[2],
+                modified,
+            )  # fmt: skip
             return None, None, d_symbol_logprobs, d_blank_logprobs, None, None, None, None
-        try:
-            d_symbol_logprobs, d_blank_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
-                modified, return_occupation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs = gradients_without(
-                error, op, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, starts, boundary,
-                scores, shares, modified, return_occupation,)),
-            )  # fmt: skip
+        d_symbol_logprobs, d_blank_logprobs = node_gradients(
+            op, kernels, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, starts, boundary,
+            scores, shares, modified, return_occupation,)),
+        )  # fmt: skip
         return None, None, d_symbol_logprobs, d_blank_logprobs, None, None, None, None
 
 
-def differentiate(
-    kernels, grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares, modified,
-    return_occupation,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = wide(symbol_logprobs, blank_logprobs) if kernels.backend == "cpu" else None
+    (grad_scores,) = grads
+    dtype = wide(saved.symbol_logprobs, saved.blank_logprobs) if kernels.backend == "cpu" else None
     d_symbol_logprobs, d_blank_logprobs = kernels.backward(
-        operand(grad_scores, dtype), scores, shares, operand(starts, None), operand(boundary, None),
-        symbol_logprobs.shape[2], modified,
+        operand(grad_scores, dtype), saved.scores, saved.shares, operand(saved.starts, None),
+        operand(saved.boundary, None), saved.symbol_logprobs.shape[2], saved.modified,
     )  # fmt: skip
-    if d_symbol_logprobs is not None and d_symbol_logprobs.dtype is not symbol_logprobs.dtype:
-        d_symbol_logprobs = d_symbol_logprobs.to(symbol_logprobs.dtype)
-    if d_blank_logprobs is not None and d_blank_logprobs.dtype is not blank_logprobs.dtype:
-        d_blank_logprobs = d_blank_logprobs.to(blank_logprobs.dtype)
+    d_symbol_logprobs = back(d_symbol_logprobs, saved.symbol_logprobs)
+    d_blank_logprobs = back(d_blank_logprobs, saved.blank_logprobs)
     return d_symbol_logprobs, d_blank_logprobs
 
 
+apply = applied(RnntPrunedLattice)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    symbol_logprobs, blank_logprobs, starts, boundary=None, modified=False, return_occupation=False,
-    keep=False,
-):  # fmt: skip
-    kernels = family.kernels(symbol_logprobs, blank_logprobs)
-    if kernels is None:
-        return formula_results(
-            op, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
-        )
-    try:
-        scores, symbol_occupation, blank_occupation, shares = run_kernels(
-            kernels, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, symbol_logprobs, blank_logprobs)
-        return formula_results(
-            op, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
-        )
-    if not keep:
-        shares = shares.new_empty(0)
-    return (
-        scores.contiguous(),
-        symbol_occupation.contiguous(),
-        blank_occupation.contiguous(),
-        shares.contiguous(),
-    )
-
-
 def fake(
     symbol_logprobs, blank_logprobs, starts, boundary=None, modified=False, return_occupation=False,
     keep=False,
@@ -423,91 +393,32 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, keep = inputs
-    scores, symbol_occupation, blank_occupation, shares = output
-    ctx.mark_non_differentiable(symbol_occupation, blank_occupation, shares)
-    if keep and family.kernels(symbol_logprobs, blank_logprobs) is not None:
-        symbol_logprobs = stand_in(symbol_logprobs)
-        blank_logprobs = stand_in(blank_logprobs)
-    ctx.save_for_backward(symbol_logprobs, blank_logprobs, starts, boundary, scores, shares)
-    ctx.rest = modified, return_occupation, keep
-
-
-def backward(ctx, grad_scores, *_):
-    symbol_logprobs, blank_logprobs, starts, boundary, scores, shares = ctx.saved_tensors
-    modified, return_occupation, keep = ctx.rest
-    if not keep:
-        _, _, _, shares = operator(
-            symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation, True
-        )
-    d_symbol_logprobs, d_blank_logprobs = as_tuple(
-        backward_operator(grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
-        modified, return_occupation),
-    )  # fmt: skip
-    return d_symbol_logprobs, d_blank_logprobs, None, None, None, None, None
-
-
-def run_backward(
-    grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares, modified,
-    return_occupation,
-):  # fmt: skip
-    kernels = family.kernels(symbol_logprobs, blank_logprobs)
-    if kernels is None:
-        d_symbol_logprobs, d_blank_logprobs = formula_gradients(
-            op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
-            modified, return_occupation),
-        )  # fmt: skip
-    else:
-        try:
-            d_symbol_logprobs, d_blank_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares,
-                modified, return_occupation,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs = gradients_without(
-                error, op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, starts, boundary, scores,
-                shares, modified, return_occupation),
-            )  # fmt: skip
-    return d_symbol_logprobs.contiguous(), d_blank_logprobs.contiguous()
-
-
-def fake_backward(
-    grad_scores, symbol_logprobs, blank_logprobs, starts, boundary, scores, shares, modified,
-    return_occupation,
-):  # fmt: skip
-    return symbol_logprobs.new_empty(symbol_logprobs.shape), blank_logprobs.new_empty(blank_logprobs.shape)
-
-
-backward_operator = register(
-    "rnnt_pruned_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, "
-    "Tensor starts, Tensor? boundary, Tensor scores, Tensor shares, bool modified, bool "
-    "return_occupation) -> (Tensor, Tensor)",
-    run_backward,
-    fake_backward,
+op.serve(
+    rnnt_pruned_lattice,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("scores", "symbol_occupation", "blank_occupation", "shares"),
+        deciding=("symbol_logprobs", "blank_logprobs"),
+        differentiable=("symbol_logprobs", "blank_logprobs"),
+        graded={"scores": ""},
+        saves=("symbol_logprobs", "blank_logprobs", "starts", "boundary", "scores", "shares"),
+        kept=("shares",),
+        released=("symbol_logprobs", "blank_logprobs"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "rnnt_pruned_lattice(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, Tensor? "
     "boundary=None, bool modified=False, bool return_occupation=False, bool keep=False) -> (Tensor, "
     "Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "rnnt_pruned_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, "
+    "Tensor starts, Tensor? boundary, Tensor scores, Tensor shares, bool modified, bool "
+    "return_occupation) -> (Tensor, Tensor)",
 )
-apply = applied(RnntPrunedLattice)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("symbol_logprobs", "blank_logprobs"),
-    differentiable=("symbol_logprobs", "blank_logprobs"),
-    dense=True,
-    released=True,
-)
-op.serve(rnnt_pruned_lattice, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=segment_attention` writes this file from fastasr/ops/segment_attention.py: change that one.
-"""the Emformer's attention: segments over memory, right context, left context and themselves, without a mask"""
+"""The Emformer's attention: every segment over its memory, right context, left context and itself, without a mask"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,26 +14,22 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._layout import as_int64, dense_channels
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     COMPUTE,
     INTEGERS,
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.segment_attention import _query_rows, _sizes
 from fastasr.ops.segment_attention import segment_attention as formula
@@ -95,7 +90,7 @@ def segment_attention(
     history: Tensor | None = None,
     weights_dropout: Tensor | None = None,
 ) -> Tensor:
-    """Computes the attention of every segment over its memory, right context, left context and itself.
+    """The Emformer's attention: every segment over its memory, right context, left context and itself, without a mask.
 
     Args:
         query: (Q, B, D), Q = n R + T and, where there is memory, n more: right-context blocks, utterance, summaries;
@@ -209,14 +204,7 @@ def segment_attention(
         )  # fmt: skip
     cast_dtype = autocast_dtype(query)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        )  # fmt: skip
-        (
-            query, key, value, num_heads, frames, segment_length, left_context_length, right_context_length,
-            max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        ) = names  # fmt: skip
+        query, key, value = cast(cast_dtype, query, key, value)
         kernels = family.kernels(query)
         if kernels is None:
             return formula(
@@ -234,7 +222,8 @@ def segment_attention(
             )  # fmt: skip
         y = run_kernels(
             kernels, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
+            right_context_length, max_memory_size, past_frames, past_memory, lengths, history,
+            weights_dropout,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, query)
@@ -408,31 +397,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.query),)
 
 
-def under_autocast(
-    dtype, query, key, value, num_heads, frames, segment_length, left_context_length=0,
-    right_context_length=0, max_memory_size=0, past_frames=0, past_memory=0, lengths=None, history=None,
-    weights_dropout=None,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    query, key, value = cast(dtype, query, key, value)
-    return (
-        query,
-        key,
-        value,
-        num_heads,
-        frames,
-        segment_length,
-        left_context_length,
-        right_context_length,
-        max_memory_size,
-        past_frames,
-        past_memory,
-        lengths,
-        history,
-        weights_dropout,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class SegmentAttention(Function):
     @staticmethod
@@ -474,34 +438,22 @@ class SegmentAttention(Function):
         # once: a checkpoint gives them one time
         query, key, value, lengths, history, weights_dropout = ctx.saved_tensors
         (
-            kernels, direct, num_heads, frames, segment_length, left_context_length, right_context_length,
-            max_memory_size, past_frames, past_memory,
-        ) = ctx.rest  # fmt: skip
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_query, d_key, d_value = transformed_gradients(
-                op, (grad_y,), make(Saved, (query, key, value, lengths, history, weights_dropout, num_heads,
-                frames, segment_length, left_context_length, right_context_length, max_memory_size,
-                past_frames, past_memory,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_query,
-                d_key,
-                d_value,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
+            kernels,
+            direct,
+            num_heads,
+            frames,
+            segment_length,
+            left_context_length,
+            right_context_length,
+            max_memory_size,
+            past_frames,
+            past_memory,
+        ) = ctx.rest
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_query, d_key, d_value = kernels.backward(
                 operand(grad_y, None, dense_channels), query, key, value, lengths, history, weights_dropout,
                 num_heads, frames, segment_length, left_context_length, right_context_length, max_memory_size,
@@ -525,18 +477,11 @@ class SegmentAttention(Function):
                 None,
                 None,
             )
-        try:
-            d_query, d_key, d_value = differentiate(
-                kernels, grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames,
-                segment_length, left_context_length, right_context_length, max_memory_size, past_frames,
-                past_memory,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_query, d_key, d_value = gradients_without(
-                error, op, (grad_y,), make(Saved, (query, key, value, lengths, history, weights_dropout,
-                num_heads, frames, segment_length, left_context_length, right_context_length, max_memory_size,
-                past_frames, past_memory,)),
-            )  # fmt: skip
+        d_query, d_key, d_value = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (query, key, value, lengths, history, weights_dropout,
+            num_heads, frames, segment_length, left_context_length, right_context_length, max_memory_size,
+            past_frames, past_memory,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -557,53 +502,29 @@ class SegmentAttention(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames, segment_length,
-    left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(query) if kernels.backend == "cpu" else None
-    work = promote_types(promoted(query), torch.float32)
+    (grad_y,) = grads
+    dtype = promoted(saved.query) if kernels.backend == "cpu" else None
+    work = promote_types(promoted(saved.query), torch.float32)
     d_query, d_key, d_value = kernels.backward(
-        operand(grad_y, dtype, dense_channels), operand(query, dtype, dense_channels), operand(key, dtype,
-        dense_channels), operand(value, dtype, dense_channels), operand(lengths, None, as_int64),
-        operand(history, None, as_int64), operand(weights_dropout, work), num_heads, frames, segment_length,
-        left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
+        operand(grad_y, dtype, dense_channels), operand(saved.query, dtype, dense_channels),
+        operand(saved.key, dtype, dense_channels), operand(saved.value, dtype, dense_channels),
+        operand(saved.lengths, None, as_int64), operand(saved.history, None, as_int64),
+        operand(saved.weights_dropout, work), saved.num_heads, saved.frames, saved.segment_length,
+        saved.left_context_length, saved.right_context_length, saved.max_memory_size, saved.past_frames,
+        saved.past_memory,
     )  # fmt: skip
-    if d_query is not None and d_query.dtype is not query.dtype:
-        d_query = d_query.to(query.dtype)
-    if d_key is not None and d_key.dtype is not key.dtype:
-        d_key = d_key.to(key.dtype)
-    if d_value is not None and d_value.dtype is not value.dtype:
-        d_value = d_value.to(value.dtype)
+    d_query = back(d_query, saved.query)
+    d_key = back(d_key, saved.key)
+    d_value = back(d_value, saved.value)
     return d_query, d_key, d_value
 
 
+apply = applied(SegmentAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    query, key, value, num_heads, frames, segment_length, left_context_length=0, right_context_length=0,
-    max_memory_size=0, past_frames=0, past_memory=0, lengths=None, history=None, weights_dropout=None,
-):  # fmt: skip
-    kernels = family.kernels(query)
-    if kernels is None:
-        return formula_results(
-            op, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        )  # fmt: skip
-    try:
-        y = run_kernels(
-            kernels, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, query)
-        return formula_results(
-            op, query, key, value, num_heads, frames, segment_length, left_context_length,
-            right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-        )  # fmt: skip
-    return y.contiguous()
-
-
 def fake(
     query, key, value, num_heads, frames, segment_length, left_context_length=0, right_context_length=0,
     max_memory_size=0, past_frames=0, past_memory=0, lengths=None, history=None, weights_dropout=None,
@@ -618,104 +539,33 @@ def fake(
     return torch.empty((N, B, num_heads * D), dtype=promoted(query), device=query.device)
 
 
-def set_up(ctx, inputs, output):
-    (
-        query, key, value, num_heads, frames, segment_length, left_context_length, right_context_length,
-        max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,
-    ) = inputs  # fmt: skip
-
-    ctx.save_for_backward(query, key, value, lengths, history, weights_dropout)
-    ctx.rest = (
-        num_heads,
-        frames,
-        segment_length,
-        left_context_length,
-        right_context_length,
-        max_memory_size,
-        past_frames,
-        past_memory,
-    )
-
-
-def backward(ctx, grad_y, *_):
-    query, key, value, lengths, history, weights_dropout = ctx.saved_tensors
-    (
-        num_heads, frames, segment_length, left_context_length, right_context_length, max_memory_size,
-        past_frames, past_memory,
-    ) = ctx.rest  # fmt: skip
-    d_query, d_key, d_value = as_tuple(
-        backward_operator(grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames,
-        segment_length, left_context_length, right_context_length, max_memory_size, past_frames, past_memory),
-    )  # fmt: skip
-    return d_query, d_key, d_value, None, None, None, None, None, None, None, None, None, None, None
-
-
-def run_backward(
-    grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames, segment_length,
-    left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
-):  # fmt: skip
-    kernels = family.kernels(query)
-    if kernels is None:
-        d_query, d_key, d_value = formula_gradients(
-            op, (grad_y,), Saved(query, key, value, lengths, history, weights_dropout, num_heads, frames,
-            segment_length, left_context_length, right_context_length, max_memory_size, past_frames,
-            past_memory),
-        )  # fmt: skip
-    else:
-        try:
-            d_query, d_key, d_value = differentiate(
-                kernels, grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames,
-                segment_length, left_context_length, right_context_length, max_memory_size, past_frames,
-                past_memory,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_query, d_key, d_value = gradients_without(
-                error, op, (grad_y,), Saved(query, key, value, lengths, history, weights_dropout, num_heads,
-                frames, segment_length, left_context_length, right_context_length, max_memory_size,
-                past_frames, past_memory),
-            )  # fmt: skip
-    return d_query.contiguous(), d_key.contiguous(), d_value.contiguous()
-
-
-def fake_backward(
-    grad_y, query, key, value, lengths, history, weights_dropout, num_heads, frames, segment_length,
-    left_context_length, right_context_length, max_memory_size, past_frames, past_memory,
-):  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-backward_operator = register(
-    "segment_attention_backward(Tensor grad_y, Tensor query, Tensor key, Tensor value, Tensor? lengths, "
-    "Tensor? history, Tensor? weights_dropout, SymInt num_heads, SymInt frames, SymInt segment_length, "
-    "SymInt left_context_length, SymInt right_context_length, SymInt max_memory_size, SymInt past_frames, "
-    "SymInt past_memory) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    segment_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("query",),
+        differentiable=("query", "key", "value"),
+        graded={"y": ""},
+        saves=("query", "key", "value", "lengths", "history", "weights_dropout"),
+        autocast=("query", "key", "value"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "segment_attention(Tensor query, Tensor key, Tensor value, SymInt num_heads, SymInt frames, SymInt "
     "segment_length, SymInt left_context_length=0, SymInt right_context_length=0, SymInt "
     "max_memory_size=0, SymInt past_frames=0, SymInt past_memory=0, Tensor? lengths=None, Tensor? "
     "history=None, Tensor? weights_dropout=None) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "segment_attention_backward(Tensor grad_y, Tensor query, Tensor key, Tensor value, Tensor? lengths, "
+    "Tensor? history, Tensor? weights_dropout, SymInt num_heads, SymInt frames, SymInt segment_length, "
+    "SymInt left_context_length, SymInt right_context_length, SymInt max_memory_size, SymInt past_frames, "
+    "SymInt past_memory) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(SegmentAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("query",),
-    differentiable=("query", "key", "value"),
-    dense=True,
-)
-op.serve(segment_attention, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=swoosh_l` writes this file from fastasr/ops/swoosh.py: change that one.
-"""log(1 + e^(x−a)) − 0.08 x − b"""
+"""SwooshL(x) = log(1 + e^(x-4)) − 0.08 x − 0.035, elementwise"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,21 +13,18 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.swoosh import _gradients, _launch
 from fastasr.ops.swoosh import swoosh_l as formula
@@ -137,98 +133,52 @@ class SwooshL(Function):
         # once: a checkpoint gives them one time
         (x,) = ctx.saved_tensors
         kernels, direct = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            (d_x,) = transformed_gradients(op, (grad_y,), make(Saved, (x,)))
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
+            d_x, _ = kernels.backward(operand(grad_y, None), x, False, None, -1, False)
             return None, None, d_x
-        if direct:
-            d_x, _ = kernels.backward(grad_y.contiguous(), x, False, None, -1, False)
-            return None, None, d_x
-        try:
-            (d_x,) = differentiate(kernels, grad_y, x)
-        except Unlaunchable as error:
-            (d_x,) = gradients_without(error, op, (grad_y,), make(Saved, (x,)))
+        (d_x,) = node_gradients(op, kernels, (grad_y,), make(Saved, (x,)))
         return None, None, d_x
 
 
-def differentiate(kernels, grad_y, x):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    (d_x,) = _gradients(op, kernels, (grad_y,), make(Saved, (x,)), None)
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
+    (d_x,) = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
     return (d_x,)
+
+
+apply = applied(SwooshL)
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(x):
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(op, x)
-    try:
-        y = run_kernels(kernels, x)
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(op, x)
-    return y
-
-
 def fake(x):
-
     return torch.empty_like(x, dtype=promoted(x))
 
 
-def set_up(ctx, inputs, output):
-    (x,) = inputs
-
-    ctx.save_for_backward(x)
-
-
-def backward(ctx, grad_y, *_):
-    (x,) = ctx.saved_tensors
-    (d_x,) = as_tuple(backward_operator(grad_y, x))
-    return (d_x,)
-
-
-def run_backward(grad_y, x):
-    kernels = family.kernels(x)
-    if kernels is None:
-        (d_x,) = formula_gradients(op, (grad_y,), Saved(x))
-    else:
-        try:
-            (d_x,) = differentiate(kernels, grad_y, x)
-        except Unlaunchable as error:
-            (d_x,) = gradients_without(error, op, (grad_y,), Saved(x))
-    return d_x
-
-
-def fake_backward(grad_y, x):
-    return torch.empty_like(x)
-
-
-backward_operator = register(
-    "swoosh_l_backward(Tensor grad_y, Tensor x) -> Tensor",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    swoosh_l,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        strided=("y",),
+        differentiable=("x",),
+        graded={"y": ""},
+        saves=("x",),
+        dense=False,
+    ),
 )
-operator = register(
-    "swoosh_l(Tensor x) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+operator = register_op(
+    op, "swoosh_l(Tensor x) -> Tensor", "swoosh_l_backward(Tensor grad_y, Tensor x) -> Tensor"
 )
-apply = applied(SwooshL)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x",),
-    dense=False,
-)
-op.serve(swoosh_l, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=swoosh_linear` writes this file from fastasr/ops/swoosh_linear.py: change that one.
-"""activation, dropout with a shared mask, linear layer; saves only x"""
+"""Swoosh, dropout with a shared mask, and a linear layer, saving only x: (swoosh(x) ⊙ mask) weightᵀ + bias"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,26 +13,20 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
 )
-from fastasr.ops.swoosh_linear import _fast, _gradients, _launch, fits
+from fastasr.ops.swoosh_linear import _fast, _gradients, _launch
 from fastasr.ops.swoosh_linear import swoosh_linear as formula
 
 op = OPS["swoosh_linear"]
@@ -59,12 +52,6 @@ class Saved(NamedTuple):
     shared_dim: int
 
 
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def swoosh_linear(
     x: Tensor,
@@ -74,7 +61,10 @@ def swoosh_linear(
     mask: Tensor | None = None,
     shared_dim: int = -1,
 ) -> Tensor:
-    """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``."""
+    """Swoosh, dropout with a shared mask, and a linear layer, saving only x: (swoosh(x) ⊙ mask) weightᵀ + bias.
+
+    The mask is given; its size along ``shared_dim`` is 1.
+    """
     kernels = family.native
     if (
         kernels is not None
@@ -93,7 +83,6 @@ def swoosh_linear(
         and kind in KIND_CODES
         and type(shared_dim) is int
         and not is_autocast_enabled("cpu")
-        and fits(x, weight, bias, kind, mask, shared_dim)
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -124,9 +113,7 @@ def swoosh_linear(
         return formula(x, weight, bias, kind, mask, shared_dim)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        x, weight, bias, kind, mask, shared_dim = under_autocast(
-            cast_dtype, x, weight, bias, kind, mask, shared_dim
-        )
+        weight, bias = cast(cast_dtype, weight, bias)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(x, weight, bias, kind, mask, shared_dim)
@@ -214,12 +201,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.weight),)
 
 
-def under_autocast(dtype, x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
-    """Casts the arguments as autocast does for this dtype."""
-    weight, bias = cast(dtype, weight, bias)
-    return x, weight, bias, kind, mask, shared_dim
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class SwooshLinear(Function):
     @staticmethod
@@ -240,141 +221,57 @@ class SwooshLinear(Function):
         # once: a checkpoint gives them one time
         x, weight, bias, mask = ctx.saved_tensors
         kernels, direct, kind, shared_dim = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_weight, d_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim))
-            )
-            return None, None, d_x, d_weight, d_bias, None, None, None
-        needs = ctx.needs_input_grad[2:5]
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim))
-            )
+        d_x, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim,)),
+            ctx.needs_input_grad[2:],
+        )  # fmt: skip
         return None, None, d_x, d_weight, d_bias, None, None, None
 
 
-def differentiate(kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs):
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_weight, d_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim)), make(Needs, needs)
-    )
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    needs = make(Arguments, needs)
+    d_x, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
+    d_x = back(d_x, saved.x)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_x, d_weight, d_bias
 
 
+apply = applied(SwooshLinear)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(op, x, weight, bias, kind, mask, shared_dim)
-    try:
-        y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(op, x, weight, bias, kind, mask, shared_dim)
-    return y.contiguous()
-
-
 def fake(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
     S = x.shape[:-1]
-
     N = weight.shape[0]
     return torch.empty((*S, N), dtype=promoted(weight), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    x, weight, bias, kind, mask, shared_dim = inputs
-
-    ctx.save_for_backward(x, weight, bias, mask)
-    ctx.rest = kind, shared_dim
-
-
-def backward(ctx, grad_y, *_):
-    x, weight, bias, mask = ctx.saved_tensors
-    kind, shared_dim = ctx.rest
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2))
-    d_x, d_weight, d_bias = as_tuple(
-        backward_operator(grad_y, x, weight, bias, mask, kind, shared_dim, needs)
-    )
-    return (
-        None if not needs[0] else d_x,
-        None if not needs[1] else d_weight,
-        None if bias is None or not needs[2] else d_bias,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(grad_y, x, weight, bias, mask, kind, shared_dim, needs):
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_weight, d_bias = formula_gradients(
-            op, (grad_y,), Saved(x, weight, bias, mask, kind, shared_dim)
-        )
-    else:
-        try:
-            d_x, d_weight, d_bias = differentiate(
-                kernels, grad_y, x, weight, bias, mask, kind, shared_dim, needs
-            )
-        except Unlaunchable as error:
-            d_x, d_weight, d_bias = gradients_without(
-                error, op, (grad_y,), Saved(x, weight, bias, mask, kind, shared_dim)
-            )
-    return (
-        x.new_empty(0) if not needs[0] or d_x is None else d_x.contiguous(),
-        x.new_empty(0) if not needs[1] or d_weight is None else d_weight.contiguous(),
-        x.new_empty(0) if bias is None or not needs[2] or d_bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(grad_y, x, weight, bias, mask, kind, shared_dim, needs):
-    return (
-        x.new_empty(0) if not needs[0] else x.new_empty(x.shape),
-        x.new_empty(0) if not needs[1] else weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None or not needs[2] else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
-    "swoosh_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, str kind, "
-    "SymInt shared_dim, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    swoosh_linear,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        differentiable=("x", "weight", "bias"),
+        graded={"y": ""},
+        saves=("x", "weight", "bias", "mask"),
+        asks=True,
+        autocast=("weight", "bias"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     'swoosh_linear(Tensor x, Tensor weight, Tensor? bias=None, str kind="SwooshL", Tensor? mask=None, '
     "SymInt shared_dim=-1) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "swoosh_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, str kind, "
+    "SymInt shared_dim, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(SwooshLinear)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "weight", "bias"),
-    dense=True,
-)
-op.serve(swoosh_linear, written)

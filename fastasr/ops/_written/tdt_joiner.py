@@ -2,7 +2,6 @@
 # `make op OP=tdt_joiner` writes this file from fastasr/ops/tdt_joiner.py: change that one.
 """the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × R × V logits"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,23 +13,17 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     INT64,
     INTEGERS,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
     wide,
 )
 from fastasr.ops.tdt_joiner import _check, _gradients, _launch
@@ -74,13 +67,6 @@ class Saved(NamedTuple):
     activation: Literal["tanh", "relu"]
     keep_logits: bool | None
     dropout_p: float
-
-
-class Needs(NamedTuple):
-    am: bool
-    lm: bool
-    weight: bool
-    bias: bool
 
 
 # --------------------------------------------------------------------------- the public function
@@ -142,7 +128,7 @@ def tdt_joiner(
             op, Arguments(am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
             boundary, activation, keep_logits, dropout_p, dropout_seed),
         )  # fmt: skip
-    kernels = family.kernels(am, lm, weight)
+    kernels = family.kernels(am, lm, weight, bias)
     if kernels is None:
         return formula(
             am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
@@ -151,15 +137,8 @@ def tdt_joiner(
         )  # fmt: skip
     cast_dtype = autocast_dtype(am)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
-            boundary, activation, keep_logits, dropout_p, dropout_seed,
-        )  # fmt: skip
-        (
-            am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
-            activation, keep_logits, dropout_p, dropout_seed, _,
-        ) = names  # fmt: skip
-        kernels = family.kernels(am, lm, weight)
+        weight, bias = cast(cast_dtype, weight, bias)
+        kernels = family.kernels(am, lm, weight, bias)
         if kernels is None:
             return formula(
                 am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
@@ -182,7 +161,7 @@ def tdt_joiner(
             activation, keep_logits, dropout_p, dropout_seed, False,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, am, lm, weight)
+        family.give_up(error, am, lm, weight, bias)
         return formula(
             am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
             termination_symbol=termination_symbol, boundary=boundary, activation=activation,
@@ -312,7 +291,7 @@ def traced(
     keep_logits, dropout_p, dropout_seed,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("rnnt_joiner", am, lm, weight):
+    if not served("rnnt_joiner", am, lm, weight, bias):
         return formula(
             am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
             termination_symbol=termination_symbol, boundary=boundary, activation=activation,
@@ -320,8 +299,8 @@ def traced(
         )  # fmt: skip
     symbol_logprobs, blank_logprobs, duration_logprobs, _ = operator(
         am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
-        keep_logits, dropout_p, dropout_seed,
-        is_grad_enabled() and (am.requires_grad or lm.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)),
+        keep_logits, dropout_p, dropout_seed, is_grad_enabled() and (am.requires_grad or lm.requires_grad or
+        weight.requires_grad or (bias is not None and bias.requires_grad)),
     )  # fmt: skip
     return symbol_logprobs, blank_logprobs, duration_logprobs
 
@@ -353,31 +332,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (wide(a.am, a.lm, a.weight), wide(a.am, a.lm, a.weight), wide(a.am, a.lm, a.weight), torch.float64)
 
 
-def under_autocast(
-    dtype, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary=None,
-    activation='tanh', keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    weight, bias = cast(dtype, weight, bias)
-    return (
-        am,
-        lm,
-        weight,
-        bias,
-        symbols,
-        starts,
-        s_range,
-        durations,
-        termination_symbol,
-        boundary,
-        activation,
-        keep_logits,
-        dropout_p,
-        dropout_seed,
-        keep,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class TdtJoiner(Function):
     @staticmethod
@@ -403,49 +357,11 @@ class TdtJoiner(Function):
         # once: a checkpoint gives them one time
         am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
         kernels, direct, s_range, durations, termination_symbol, activation, keep_logits, dropout_p = ctx.rest
-        if (
-            transforms_active()
-            or forward_ad._current_level >= 0
-            or is_batched(grad_symbol_logprobs)
-            or is_batched(grad_blank_logprobs)
-            or is_batched(grad_duration_logprobs)
-        ):
-            d_am, d_lm, d_weight, d_bias = transformed_gradients(
-                op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved, (am, lm,
-                weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
-                termination_symbol, activation, keep_logits, dropout_p,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_am,
-                d_lm,
-                d_weight,
-                d_bias,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        needs = ctx.needs_input_grad[2:6]
-        try:
-            d_am, d_lm, d_weight, d_bias = differentiate(
-                kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-                bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
-                termination_symbol, activation, keep_logits, dropout_p, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_am, d_lm, d_weight, d_bias = gradients_without(
-                error, op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved,
-                (am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range,
-                durations, termination_symbol, activation, keep_logits, dropout_p,)),
-            )  # fmt: skip
+        d_am, d_lm, d_weight, d_bias = node_gradients(
+            op, kernels, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved,
+            (am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
+            termination_symbol, activation, keep_logits, dropout_p,)), ctx.needs_input_grad[2:],
+        )  # fmt: skip
         return (
             None,
             None,
@@ -466,70 +382,28 @@ class TdtJoiner(Function):
         )
 
 
-def differentiate(
-    kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols,
-    starts, boundary, dropout_seed, normaliser, s_range, durations, termination_symbol, activation,
-    keep_logits, dropout_p, needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_am, d_lm, d_weight, d_bias = _gradients(
-        op, kernels, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), make(Saved, (am,
-        lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
-        termination_symbol, activation, keep_logits, dropout_p,)), make(Needs, needs),
-    )  # fmt: skip
-    if d_am is not None and d_am.dtype is not am.dtype:
-        d_am = d_am.to(am.dtype)
-    if d_lm is not None and d_lm.dtype is not lm.dtype:
-        d_lm = d_lm.to(lm.dtype)
-    if d_weight is not None and d_weight.dtype is not weight.dtype:
-        d_weight = d_weight.to(weight.dtype)
-    if bias is None:
-        d_bias = None
-    elif d_bias is not None and d_bias.dtype is not bias.dtype:
-        d_bias = d_bias.to(bias.dtype)
+    needs = make(Arguments, needs)
+    d_am, d_lm, d_weight, d_bias = _gradients(op, kernels, grads, saved, needs)
+    d_am = back(d_am, saved.am)
+    d_lm = back(d_lm, saved.lm)
+    d_weight = back(d_weight, saved.weight)
+    d_bias = back(d_bias, saved.bias)
     return d_am, d_lm, d_weight, d_bias
 
 
+apply = applied(TdtJoiner)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary=None,
-    activation='tanh', keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
-):  # fmt: skip
-    kernels = family.kernels(am, lm, weight)
-    if kernels is None:
-        return formula_results(
-            op, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
-            activation, keep_logits, dropout_p, dropout_seed,
-        )  # fmt: skip
-    try:
-        symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = run_kernels(
-            kernels, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
-            activation, keep_logits, dropout_p, dropout_seed, keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, am, lm, weight)
-        return formula_results(
-            op, am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
-            activation, keep_logits, dropout_p, dropout_seed,
-        )  # fmt: skip
-    if not keep:
-        normaliser = normaliser.new_empty(0)
-    return (
-        symbol_logprobs.contiguous(),
-        blank_logprobs.contiguous(),
-        duration_logprobs.contiguous(),
-        normaliser.contiguous(),
-    )
-
-
 def fake(
     am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary=None,
     activation='tanh', keep_logits=None, dropout_p=0.0, dropout_seed=None, keep=False,
 ):  # fmt: skip
-    keep = keep and family.kernels(am, lm, weight) is not None
+    keep = keep and family.kernels(am, lm, weight, bias) is not None
     B = am.shape[0]
     T = am.shape[1]
-
     return (
         torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
         torch.empty((B, T, s_range), dtype=wide(am, lm, weight), device=am.device),
@@ -538,129 +412,36 @@ def fake(
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary, activation,
-        keep_logits, dropout_p, dropout_seed, keep,
-    ) = inputs  # fmt: skip
-    symbol_logprobs, blank_logprobs, duration_logprobs, normaliser = output
-    ctx.mark_non_differentiable(normaliser)
-    ctx.save_for_backward(am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser)
-    ctx.rest = s_range, durations, termination_symbol, activation, keep_logits, dropout_p, keep
-
-
-def backward(ctx, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, *_):
-    am, lm, weight, bias, symbols, starts, boundary, dropout_seed, normaliser = ctx.saved_tensors
-    s_range, durations, termination_symbol, activation, keep_logits, dropout_p, keep = ctx.rest
-    if not keep:
-        _, _, _, normaliser = operator(
-            am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
-            activation, keep_logits, dropout_p, dropout_seed, True,
-        )  # fmt: skip
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3))
-    d_am, d_lm, d_weight, d_bias = as_tuple(
-        backward_operator(grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-        bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations, termination_symbol,
-        activation, keep_logits, dropout_p, needs),
-    )  # fmt: skip
-    return (
-        None if not needs[0] else d_am,
-        None if not needs[1] else d_lm,
-        None if not needs[2] else d_weight,
-        None if bias is None or not needs[3] else d_bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols, starts,
-    boundary, dropout_seed, normaliser, s_range, durations, termination_symbol, activation, keep_logits,
-    dropout_p, needs,
-):  # fmt: skip
-    kernels = family.kernels(am, lm, weight)
-    if kernels is None:
-        d_am, d_lm, d_weight, d_bias = formula_gradients(
-            op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), Saved(am, lm, weight,
-            bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations, termination_symbol,
-            activation, keep_logits, dropout_p),
-        )  # fmt: skip
-    else:
-        try:
-            d_am, d_lm, d_weight, d_bias = differentiate(
-                kernels, grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight,
-                bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
-                termination_symbol, activation, keep_logits, dropout_p, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_am, d_lm, d_weight, d_bias = gradients_without(
-                error, op, (grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs,), Saved(am, lm,
-                weight, bias, symbols, starts, boundary, dropout_seed, normaliser, s_range, durations,
-                termination_symbol, activation, keep_logits, dropout_p),
-            )  # fmt: skip
-    return (
-        am.new_empty(0) if not needs[0] or d_am is None else d_am.contiguous(),
-        am.new_empty(0) if not needs[1] or d_lm is None else d_lm.contiguous(),
-        am.new_empty(0) if not needs[2] or d_weight is None else d_weight.contiguous(),
-        am.new_empty(0) if bias is None or not needs[3] or d_bias is None else d_bias.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_symbol_logprobs, grad_blank_logprobs, grad_duration_logprobs, am, lm, weight, bias, symbols, starts,
-    boundary, dropout_seed, normaliser, s_range, durations, termination_symbol, activation, keep_logits,
-    dropout_p, needs,
-):  # fmt: skip
-    return (
-        am.new_empty(0) if not needs[0] else am.new_empty(am.shape),
-        am.new_empty(0) if not needs[1] else lm.new_empty(lm.shape),
-        am.new_empty(0) if not needs[2] else weight.new_empty(weight.shape),
-        am.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    tdt_joiner,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("symbol_logprobs", "blank_logprobs", "duration_logprobs", "normaliser"),
+        deciding=("am", "lm", "weight", "bias"),
+        differentiable=("am", "lm", "weight", "bias"),
+        graded={"symbol_logprobs": "", "blank_logprobs": "", "duration_logprobs": ""},
+        saves=("am", "lm", "weight", "bias", "symbols", "starts", "boundary", "dropout_seed", "normaliser"),
+        kept=("normaliser",),
+        asks=True,
+        autocast=("weight", "bias"),
+    ),
+)
+operator = register_op(
+    op,
+    "tdt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor starts, SymInt "
+    's_range, SymInt durations, SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", '
+    "bool? keep_logits=None, float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, "
+    "Tensor, Tensor, Tensor)",
     "tdt_joiner_backward(Tensor? grad_symbol_logprobs, Tensor? grad_blank_logprobs, Tensor? "
     "grad_duration_logprobs, Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor "
     "starts, Tensor? boundary, Tensor? dropout_seed, Tensor normaliser, SymInt s_range, SymInt durations, "
     "SymInt termination_symbol, str activation, bool? keep_logits, float dropout_p, bool[] needs) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 3),
 )
-operator = register(
-    "tdt_joiner(Tensor am, Tensor lm, Tensor weight, Tensor? bias, Tensor symbols, Tensor starts, SymInt "
-    's_range, SymInt durations, SymInt termination_symbol, Tensor? boundary=None, str activation="tanh", '
-    "bool? keep_logits=None, float dropout_p=0.0, Tensor? dropout_seed=None, bool keep=False) -> (Tensor, "
-    "Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(TdtJoiner)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("am", "lm", "weight"),
-    differentiable=("am", "lm", "weight", "bias"),
-    dense=True,
-)
-op.serve(tdt_joiner, written)

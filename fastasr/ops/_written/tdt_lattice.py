@@ -2,7 +2,6 @@
 # `make op OP=tdt_lattice` writes this file from fastasr/ops/tdt_lattice.py: change that one.
 """the log of the summed probability of all paths through each lattice of tokens and durations"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,27 +9,25 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastasr._transforms import by_formula, refuse_unless_batched, transforms_active
+from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     COMPUTE,
     INT64,
     NOT_MINE,
     Like,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
+    is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
-    stand_in,
-    transformed_results,
     wide,
 )
 from fastasr.ops.tdt_lattice import _check, _kept_shape
@@ -227,8 +224,8 @@ def traced(symbol_logprobs, blank_logprobs, duration_logprobs, durations, bounda
     if not served("tdt_lattice", symbol_logprobs, blank_logprobs, duration_logprobs):
         return formula(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
     scores, _ = operator(
-        symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary,
-        is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad or duration_logprobs.requires_grad),
+        symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, is_grad_enabled() and
+        (symbol_logprobs.requires_grad or blank_logprobs.requires_grad or duration_logprobs.requires_grad),
     )  # fmt: skip
     return scores
 
@@ -290,66 +287,48 @@ class TdtLattice(Function):
         symbol_logprobs = make(Like, symbol_logprobs)
         blank_logprobs = make(Like, blank_logprobs)
         duration_logprobs = make(Like, duration_logprobs)
-        refuse_unless_batched("tdt_lattice")
-        if direct:
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_scores is not None and is_batched(grad_scores))
+        ):
             d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = kernels.backward(
-                grad_scores.contiguous(), scores, shares, durations, boundary, symbol_logprobs.shape[1],
+                operand(grad_scores, None), scores, shares, durations, boundary, symbol_logprobs.shape[1],
                 symbol_logprobs.shape[2],
             )  # fmt: skip
             return None, None, d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs, None, None
-        try:
-            d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary,
-                scores, shares,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = gradients_without(
-                error, op, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, duration_logprobs,
-                durations, boundary, scores, shares,)),
-            )  # fmt: skip
+        d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = node_gradients(
+            op, kernels, (grad_scores,), make(Saved, (symbol_logprobs, blank_logprobs, duration_logprobs,
+            durations, boundary, scores, shares,)),
+        )  # fmt: skip
         return None, None, d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs, None, None
 
 
-def differentiate(
-    kernels, grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores,
-    shares,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = wide(symbol_logprobs, blank_logprobs, duration_logprobs) if kernels.backend == "cpu" else None
+    (grad_scores,) = grads
+    dtype = (
+        wide(saved.symbol_logprobs, saved.blank_logprobs, saved.duration_logprobs)
+        if kernels.backend == "cpu"
+        else None
+    )
     d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = kernels.backward(
-        operand(grad_scores, dtype), scores, shares, operand(durations, None), operand(boundary, None),
-        symbol_logprobs.shape[1], symbol_logprobs.shape[2],
+        operand(grad_scores, dtype), saved.scores, saved.shares, operand(saved.durations, None),
+        operand(saved.boundary, None), saved.symbol_logprobs.shape[1], saved.symbol_logprobs.shape[2],
     )  # fmt: skip
-    if d_symbol_logprobs is not None and d_symbol_logprobs.dtype is not symbol_logprobs.dtype:
-        d_symbol_logprobs = d_symbol_logprobs.to(symbol_logprobs.dtype)
-    if d_blank_logprobs is not None and d_blank_logprobs.dtype is not blank_logprobs.dtype:
-        d_blank_logprobs = d_blank_logprobs.to(blank_logprobs.dtype)
-    if d_duration_logprobs is not None and d_duration_logprobs.dtype is not duration_logprobs.dtype:
-        d_duration_logprobs = d_duration_logprobs.to(duration_logprobs.dtype)
+    d_symbol_logprobs = back(d_symbol_logprobs, saved.symbol_logprobs)
+    d_blank_logprobs = back(d_blank_logprobs, saved.blank_logprobs)
+    d_duration_logprobs = back(d_duration_logprobs, saved.duration_logprobs)
     return d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs
 
 
+apply = applied(TdtLattice)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary=None, keep=False):
-    kernels = family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs)
-    if kernels is None:
-        return formula_results(op, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
-    try:
-        scores, shares = run_kernels(
-            kernels, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, keep
-        )
-    except Unlaunchable as error:
-        family.give_up(error, symbol_logprobs, blank_logprobs, duration_logprobs)
-        return formula_results(op, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
-    if not keep:
-        shares = shares.new_empty(0)
-    return scores.contiguous(), shares.contiguous()
-
-
 def fake(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary=None, keep=False):
     keep = keep and family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs) is not None
     B = symbol_logprobs.shape[0]
-
     return torch.empty(
         (B,), dtype=wide(symbol_logprobs, blank_logprobs, duration_logprobs), device=symbol_logprobs.device
     ), torch.empty(
@@ -364,95 +343,39 @@ def fake(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary
     )
 
 
-def set_up(ctx, inputs, output):
-    symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, keep = inputs
-    scores, shares = output
-    ctx.mark_non_differentiable(shares)
-    if keep and family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs) is not None:
-        symbol_logprobs = stand_in(symbol_logprobs)
-        blank_logprobs = stand_in(blank_logprobs)
-        duration_logprobs = stand_in(duration_logprobs)
-    ctx.save_for_backward(
-        symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores, shares
-    )
-    ctx.rest = (keep,)
-
-
-def backward(ctx, grad_scores, *_):
-    symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores, shares = (
-        ctx.saved_tensors
-    )
-    (keep,) = ctx.rest
-    if not keep:
-        _, shares = operator(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, True)
-    d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = as_tuple(
-        backward_operator(grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations,
-        boundary, scores, shares),
-    )  # fmt: skip
-    return d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs, None, None, None
-
-
-def run_backward(
-    grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores, shares
-):
-    kernels = family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs)
-    if kernels is None:
-        d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = formula_gradients(
-            op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary,
-            scores, shares),
-        )  # fmt: skip
-    else:
-        try:
-            d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = differentiate(
-                kernels, grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary,
-                scores, shares,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_symbol_logprobs, d_blank_logprobs, d_duration_logprobs = gradients_without(
-                error, op, (grad_scores,), Saved(symbol_logprobs, blank_logprobs, duration_logprobs,
-                durations, boundary, scores, shares),
-            )  # fmt: skip
-    return d_symbol_logprobs.contiguous(), d_blank_logprobs.contiguous(), d_duration_logprobs.contiguous()
-
-
-def fake_backward(
-    grad_scores, symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary, scores, shares
-):
-    return (
-        symbol_logprobs.new_empty(symbol_logprobs.shape),
-        blank_logprobs.new_empty(blank_logprobs.shape),
-        duration_logprobs.new_empty(duration_logprobs.shape),
-    )
-
-
-backward_operator = register(
+op.serve(
+    tdt_lattice,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("scores", "shares"),
+        deciding=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
+        differentiable=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
+        graded={"scores": ""},
+        saves=(
+            "symbol_logprobs",
+            "blank_logprobs",
+            "duration_logprobs",
+            "durations",
+            "boundary",
+            "scores",
+            "shares",
+        ),
+        kept=("shares",),
+        released=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
+    ),
+)
+operator = register_op(
+    op,
+    "tdt_lattice(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, Tensor "
+    "durations, Tensor? boundary=None, bool keep=False) -> (Tensor, Tensor)",
     "tdt_lattice_backward(Tensor grad_scores, Tensor symbol_logprobs, Tensor blank_logprobs, Tensor "
     "duration_logprobs, Tensor durations, Tensor? boundary, Tensor scores, Tensor shares) -> (Tensor, "
     "Tensor, Tensor)",
-    run_backward,
-    fake_backward,
 )
-operator = register(
-    "tdt_lattice(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, Tensor "
-    "durations, Tensor? boundary=None, bool keep=False) -> (Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
-)
-apply = applied(TdtLattice)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
-    differentiable=("symbol_logprobs", "blank_logprobs", "duration_logprobs"),
-    dense=True,
-    released=True,
-)
-op.serve(tdt_lattice, written)

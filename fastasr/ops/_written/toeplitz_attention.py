@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=toeplitz_attention` writes this file from fastasr/ops/toeplitz_attention.py: change that one.
-"""Mega's gated attention: softmax(q·k + β[j−i]) v · act(gate), all that lies between its products"""
+"""Mega's gated attention: softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key)"""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,27 +13,22 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
+    COMPUTE,
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
-    is_batched,
+    back,
     listed,
     make,
+    node_gradients,
     not_a_view,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
-    wanted,
 )
-from fastasr.ops.toeplitz_attention import _chunks, _fits, _gradients, _launch
+from fastasr.ops.toeplitz_attention import _chunks, _gradients, _launch
 from fastasr.ops.toeplitz_attention import toeplitz_attention as formula
 
 op = OPS["toeplitz_attention"]
@@ -73,15 +67,6 @@ class Saved(NamedTuple):
     activate_value: bool
 
 
-class Needs(NamedTuple):
-    query_key: bool
-    gate: bool
-    value: bool
-    qk_weight: bool
-    qk_bias: bool
-    position_bias: bool
-
-
 # --------------------------------------------------------------------------- the public function
 def toeplitz_attention(
     query_key: Tensor,
@@ -98,9 +83,9 @@ def toeplitz_attention(
     weights_dropout: Tensor | None = None,
     activate_value: bool = False,
 ) -> Tensor:
-    """softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key); queries and keys of one length.
+    """Mega's gated attention: softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key).
 
-    Decoding against a longer history of keys is another operation.
+    Queries and keys have one length: decoding against a longer history of keys is another operation.
 
     Args:
         query_key: (L, B, d), before the activation; any strides, so a slice of a projection needs no copy.
@@ -131,6 +116,7 @@ def toeplitz_attention(
         and type(gate) in PLAIN
         and type(value) in PLAIN
         and type(qk_weight) in PLAIN
+        and qk_weight.dtype in COMPUTE
         and type(qk_bias) in PLAIN
         and type(position_bias) in PLAIN
         and (padding_mask is None or type(padding_mask) in PLAIN)
@@ -147,20 +133,6 @@ def toeplitz_attention(
         and type(activation) is str
         and activation in ACTIVATION_CODES
         and type(activate_value) is bool
-        and _fits(
-            query_key,
-            gate,
-            value,
-            qk_weight,
-            qk_bias,
-            position_bias,
-            causal,
-            padding_mask,
-            chunk_size,
-            activation,
-            weights_dropout,
-            activate_value,
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -378,8 +350,9 @@ def traced(
         )  # fmt: skip
     y, _ = operator(
         query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-        activation, weights_dropout, activate_value,
-        is_grad_enabled() and (query_key.requires_grad or gate.requires_grad or value.requires_grad or qk_weight.requires_grad or qk_bias.requires_grad or position_bias.requires_grad),
+        activation, weights_dropout, activate_value, is_grad_enabled() and (query_key.requires_grad or
+        gate.requires_grad or value.requires_grad or qk_weight.requires_grad or qk_bias.requires_grad or
+        position_bias.requires_grad),
     )  # fmt: skip
     return y
 
@@ -435,42 +408,15 @@ class ToeplitzAttention(Function):
         if is_grad_enabled():
             refuse_double_backward("toeplitz_attention")
         # once: a checkpoint gives them one time
-        (
-            query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed,
-        ) = ctx.saved_tensors  # fmt: skip
+        query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed = (
+            ctx.saved_tensors
+        )
         kernels, direct, causal, chunk_size, activation, activate_value = ctx.rest
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = transformed_gradients(
-                op, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
-                padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_query_key,
-                d_gate,
-                d_value,
-                d_qk_weight,
-                d_qk_bias,
-                d_position_bias,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        needs = ctx.needs_input_grad[2:8]
-        try:
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = differentiate(
-                kernels, grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask,
-                weights_dropout, mixed, causal, chunk_size, activation, activate_value, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = gradients_without(
-                error, op, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
-                padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)),
-            )  # fmt: skip
+        d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
+            padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)),
+            ctx.needs_input_grad[2:],
+        )  # fmt: skip
         return (
             None,
             None,
@@ -489,58 +435,25 @@ class ToeplitzAttention(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout,
-    mixed, causal, chunk_size, activation, activate_value, needs,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
+    needs = make(Arguments, needs)
     d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = _gradients(
-        op, kernels, (grad_y,), make(Saved, (query_key, gate, value, qk_weight, qk_bias, position_bias,
-        padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value,)), make(Needs,
-        needs),
-    )  # fmt: skip
-    if d_query_key is not None and d_query_key.dtype is not query_key.dtype:
-        d_query_key = d_query_key.to(query_key.dtype)
-    if d_gate is not None and d_gate.dtype is not gate.dtype:
-        d_gate = d_gate.to(gate.dtype)
-    if d_value is not None and d_value.dtype is not value.dtype:
-        d_value = d_value.to(value.dtype)
-    if d_qk_weight is not None and d_qk_weight.dtype is not qk_weight.dtype:
-        d_qk_weight = d_qk_weight.to(qk_weight.dtype)
-    if d_qk_bias is not None and d_qk_bias.dtype is not qk_bias.dtype:
-        d_qk_bias = d_qk_bias.to(qk_bias.dtype)
-    if d_position_bias is not None and d_position_bias.dtype is not position_bias.dtype:
-        d_position_bias = d_position_bias.to(position_bias.dtype)
+        op, kernels, grads, saved, needs
+    )
+    d_query_key = back(d_query_key, saved.query_key)
+    d_gate = back(d_gate, saved.gate)
+    d_value = back(d_value, saved.value)
+    d_qk_weight = back(d_qk_weight, saved.qk_weight)
+    d_qk_bias = back(d_qk_bias, saved.qk_bias)
+    d_position_bias = back(d_position_bias, saved.position_bias)
     return d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias
 
 
+apply = applied(ToeplitzAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    query_key, gate, value, qk_weight, qk_bias, position_bias, causal=True, padding_mask=None, chunk_size=0,
-    activation='silu', weights_dropout=None, activate_value=False, keep=False,
-):  # fmt: skip
-    kernels = family.kernels(query_key, gate, value, qk_weight, qk_bias, position_bias)
-    if kernels is None:
-        return formula_results(
-            op, query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-            activation, weights_dropout, activate_value,
-        )  # fmt: skip
-    try:
-        y, mixed = run_kernels(
-            kernels, query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask,
-            chunk_size, activation, weights_dropout, activate_value, keep,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, query_key, gate, value, qk_weight, qk_bias, position_bias)
-        return formula_results(
-            op, query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-            activation, weights_dropout, activate_value,
-        )  # fmt: skip
-    if not keep:
-        mixed = mixed.new_empty(0)
-    return y.contiguous(), mixed.contiguous()
-
-
 def fake(
     query_key, gate, value, qk_weight, qk_bias, position_bias, causal=True, padding_mask=None, chunk_size=0,
     activation='silu', weights_dropout=None, activate_value=False, keep=False,
@@ -548,139 +461,54 @@ def fake(
     keep = keep and family.kernels(query_key, gate, value, qk_weight, qk_bias, position_bias) is not None
     L = query_key.shape[0]
     B = query_key.shape[1]
-
     size, count = _chunks(
         Arguments(query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
         activation, weights_dropout, activate_value),
     )  # fmt: skip
     V = gate.shape[2]
-
     return torch.empty((L, B, V), dtype=promoted(value, gate), device=query_key.device), torch.empty(
         (L, B, V) if keep else (0,), dtype=promoted(query_key, gate, value), device=query_key.device
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-        activation, weights_dropout, activate_value, keep,
-    ) = inputs  # fmt: skip
-    y, mixed = output
-    ctx.mark_non_differentiable(mixed)
-    ctx.save_for_backward(
-        query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed
-    )
-    ctx.rest = causal, chunk_size, activation, activate_value, keep
-
-
-def backward(ctx, grad_y, *_):
-    (
-        query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed,
-    ) = ctx.saved_tensors  # fmt: skip
-    causal, chunk_size, activation, activate_value, keep = ctx.rest
-    if not keep:
-        _, mixed = operator(
-            query_key, gate, value, qk_weight, qk_bias, position_bias, causal, padding_mask, chunk_size,
-            activation, weights_dropout, activate_value, True,
-        )  # fmt: skip
-    needs = wanted(ctx.needs_input_grad, (0, 1, 2, 3, 4, 5))
-    d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = as_tuple(
-        backward_operator(grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask,
-        weights_dropout, mixed, causal, chunk_size, activation, activate_value, needs),
-    )  # fmt: skip
-    return (
-        None if not needs[0] else d_query_key,
-        None if not needs[1] else d_gate,
-        None if not needs[2] else d_value,
-        None if not needs[3] else d_qk_weight,
-        None if not needs[4] else d_qk_bias,
-        None if not needs[5] else d_position_bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed,
-    causal, chunk_size, activation, activate_value, needs,
-):  # fmt: skip
-    kernels = family.kernels(query_key, gate, value, qk_weight, qk_bias, position_bias)
-    if kernels is None:
-        d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = formula_gradients(
-            op, (grad_y,), Saved(query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask,
-            weights_dropout, mixed, causal, chunk_size, activation, activate_value),
-        )  # fmt: skip
-    else:
-        try:
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = differentiate(
-                kernels, grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask,
-                weights_dropout, mixed, causal, chunk_size, activation, activate_value, needs,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_query_key, d_gate, d_value, d_qk_weight, d_qk_bias, d_position_bias = gradients_without(
-                error, op, (grad_y,), Saved(query_key, gate, value, qk_weight, qk_bias, position_bias,
-                padding_mask, weights_dropout, mixed, causal, chunk_size, activation, activate_value),
-            )  # fmt: skip
-    return (
-        query_key.new_empty(0) if not needs[0] or d_query_key is None else d_query_key.contiguous(),
-        query_key.new_empty(0) if not needs[1] or d_gate is None else d_gate.contiguous(),
-        query_key.new_empty(0) if not needs[2] or d_value is None else d_value.contiguous(),
-        query_key.new_empty(0) if not needs[3] or d_qk_weight is None else d_qk_weight.contiguous(),
-        query_key.new_empty(0) if not needs[4] or d_qk_bias is None else d_qk_bias.contiguous(),
-        query_key.new_empty(0) if not needs[5] or d_position_bias is None else d_position_bias.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, weights_dropout, mixed,
-    causal, chunk_size, activation, activate_value, needs,
-):  # fmt: skip
-    return (
-        query_key.new_empty(0) if not needs[0] else query_key.new_empty(query_key.shape),
-        query_key.new_empty(0) if not needs[1] else gate.new_empty(gate.shape),
-        query_key.new_empty(0) if not needs[2] else value.new_empty(value.shape),
-        query_key.new_empty(0) if not needs[3] else qk_weight.new_empty(qk_weight.shape),
-        query_key.new_empty(0) if not needs[4] else qk_bias.new_empty(qk_bias.shape),
-        query_key.new_empty(0) if not needs[5] else position_bias.new_empty(position_bias.shape),
-    )
-
-
-backward_operator = register(
-    "toeplitz_attention_backward(Tensor grad_y, Tensor query_key, Tensor gate, Tensor value, Tensor "
-    "qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, "
-    "Tensor mixed, bool causal, SymInt chunk_size, str activation, bool activate_value, bool[] needs) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    toeplitz_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y", "mixed"),
+        deciding=("query_key", "gate", "value", "qk_weight", "qk_bias", "position_bias"),
+        differentiable=("query_key", "gate", "value", "qk_weight", "qk_bias", "position_bias"),
+        graded={"y": ""},
+        saves=(
+            "query_key",
+            "gate",
+            "value",
+            "qk_weight",
+            "qk_bias",
+            "position_bias",
+            "padding_mask",
+            "weights_dropout",
+            "mixed",
+        ),
+        kept=("mixed",),
+        asks=True,
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "toeplitz_attention(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, Tensor qk_bias, "
     "Tensor position_bias, bool causal=True, Tensor? padding_mask=None, SymInt chunk_size=0, str "
     'activation="silu", Tensor? weights_dropout=None, bool activate_value=False, bool keep=False) -> '
     "(Tensor, Tensor)",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    transformed=partial(transformed_results, op),
+    "toeplitz_attention_backward(Tensor grad_y, Tensor query_key, Tensor gate, Tensor value, Tensor "
+    "qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, "
+    "Tensor mixed, bool causal, SymInt chunk_size, str activation, bool activate_value, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(ToeplitzAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("query_key", "gate", "value", "qk_weight", "qk_bias", "position_bias"),
-    differentiable=("query_key", "gate", "value", "qk_weight", "qk_bias", "position_bias"),
-    dense=True,
-)
-op.serve(toeplitz_attention, written)

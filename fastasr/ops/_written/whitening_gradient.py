@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=whitening_gradient` writes this file from fastasr/ops/whitening_gradient.py: change that one.
-"""Gradient of Zipformer's Whiten: the covariance of channels near a multiple of the identity"""
+"""The gradient of Zipformer's Whiten: that of x, changed if the metric w of x reaches the limit; and whether w is below"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,8 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import register
-from fastasr.ops._runtime import BOOL, MASKS, formula_results, listed, make, promoted, transformed_results
+from fastasr.ops._operator import register_op
+from fastasr.ops._runtime import BOOL, MASKS, listed, make, promoted
 from fastasr.ops.whitening_gradient import _check, _launch
 from fastasr.ops.whitening_gradient import whitening_gradient as formula
 
@@ -45,8 +44,8 @@ def whitening_gradient(
     act: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradient of x, changed if the metric w of x reaches the limit, and whether w is below. Not
-    differentiable.
+    """The gradient of Zipformer's Whiten: that of x, changed if the metric w of x reaches the limit; and whether w is
+    below. Not differentiable.
 
     Args:
         grad, x: the same shape, with at least one dimension, channels last. float32, bfloat16, float16 or float64.
@@ -76,13 +75,13 @@ def whitening_gradient(
         return traced(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(op, Arguments(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask))
-    kernels = family.kernels(x, grad)
+    kernels = family.kernels(grad, x, limits)
     if kernels is None:
         return formula(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     try:
         y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     except Unlaunchable as error:
-        family.give_up(error, x, grad)
+        family.give_up(error, grad, x, limits)
         return formula(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     return y, white
 
@@ -157,7 +156,7 @@ def check(
 
 def traced(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("whitening_gradient", x, grad):
+    if not served("whitening_gradient", grad, x, limits):
         return formula(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     y, white = operator(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     return y, white
@@ -183,18 +182,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 
 
 # --------------------------------------------------------------------------- the registered operator
-def run(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None, padding_mask=None):
-    kernels = family.kernels(x, grad)
-    if kernels is None:
-        return formula_results(op, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
-    try:
-        y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
-    except Unlaunchable as error:
-        family.give_up(error, x, grad)
-        return formula_results(op, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
-    return y.contiguous(), white.contiguous()
-
-
 def fake(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None, padding_mask=None):
     S = grad.shape[:-1]
     D = grad.shape[-1]
@@ -203,26 +190,22 @@ def fake(grad, x, num_groups, limit=None, grad_scale=None, limits=None, act=None
     )
 
 
-backward_operator = None
-operator = register(
+op.serve(
+    whitening_gradient,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        results=("y", "white"),
+        deciding=("grad", "x", "limits"),
+        materialize=False,
+    ),
+)
+operator = register_op(
+    op,
     "whitening_gradient(Tensor grad, Tensor x, SymInt num_groups, float? limit=None, float? "
     "grad_scale=None, Tensor? limits=None, Tensor? act=None, Tensor? padding_mask=None) -> (Tensor, "
     "Tensor)",
-    run,
-    fake,
-    transformed=partial(transformed_results, op),
 )
-apply = None
-written = Written(
-    Arguments=Arguments,
-    Saved=None,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "grad"),
-    differentiable=(),
-    dense=True,
-)
-op.serve(whitening_gradient, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=zipformer_attention` writes this file from fastasr/ops/zipformer_attention.py: change that one.
-"""softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory"""
+"""softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]) · value, without the weights in memory"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,27 +13,24 @@ from fastasr._transforms import by_formula, transforms_active
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
     MASKS,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
+    operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
-from fastasr.ops.zipformer_attention import _check, _fits, _gradients, _launch
+from fastasr.ops.zipformer_attention import _check, _fast, _gradients, _launch
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
 
 op = OPS["zipformer_attention"]
@@ -124,15 +120,25 @@ def zipformer_attention(
         and type(x) in PLAIN
         and x.is_cpu
         and (dtype := x.dtype)
-        and x.is_contiguous()
-        and (pos is None or type(pos) in PLAIN)
+        and (pos is None or (type(pos) in PLAIN and pos.is_cpu and pos.dtype is dtype))
         and type(value) in PLAIN
-        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
-        and (attn_mask is None or type(attn_mask) in PLAIN)
-        and (starts is None or type(starts) in PLAIN)
-        and (cached_key is None or type(cached_key) in PLAIN)
-        and (act is None or (type(act) in PLAIN and act.dtype is dtype and not act.requires_grad))
-        and (equal is None or (type(equal) in PLAIN and equal.dtype is dtype and not equal.requires_grad))
+        and value.is_cpu
+        and value.dtype is dtype
+        and (key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_cpu))
+        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_cpu))
+        and (starts is None or (type(starts) in PLAIN and starts.is_cpu))
+        and (
+            cached_key is None
+            or (type(cached_key) in PLAIN and cached_key.is_cpu and cached_key.dtype is dtype)
+        )
+        and (
+            act is None
+            or (type(act) in PLAIN and act.is_cpu and act.dtype is dtype and not act.requires_grad)
+        )
+        and (
+            equal is None
+            or (type(equal) in PLAIN and equal.is_cpu and equal.dtype is dtype and not equal.requires_grad)
+        )
         and type(num_heads) is int
         and (num_heads >= 1)
         and type(query_head_dim) is int
@@ -147,24 +153,6 @@ def zipformer_attention(
         and type(score_limit) is float
         and (score_limit >= 0 and score_limit < 1e999)
         and not is_autocast_enabled("cpu")
-        and _fits(
-            x,
-            pos,
-            value,
-            num_heads,
-            query_head_dim,
-            value_heads,
-            key_padding_mask,
-            attn_mask,
-            starts,
-            chunk_size,
-            left_context_chunks,
-            cached_key,
-            score_penalty,
-            score_limit,
-            act,
-            equal,
-        )
         and not is_dynamo_compiling()
         and not (transforms_active() or forward_ad._current_level >= 0)
     ):
@@ -180,9 +168,10 @@ def zipformer_attention(
                     attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty,
                     score_limit, act, equal,
                 )  # fmt: skip
-            return kernels.forward(
-                x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-                (value_heads or num_heads), chunk_size, left_context_chunks,
+            return _fast(
+                kernels, False, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
+                attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
+                act, equal,
             )  # fmt: skip
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
@@ -217,7 +206,7 @@ def zipformer_attention(
             op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
             starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal),
         )  # fmt: skip
-    kernels = family.kernels(x, pos, value, cached_key)
+    kernels = family.kernels(x)
     if kernels is None:
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
@@ -227,15 +216,8 @@ def zipformer_attention(
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        )  # fmt: skip
-        (
-            x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        ) = names  # fmt: skip
-        kernels = family.kernels(x, pos, value, cached_key)
+        x, pos, value, cached_key = cast(cast_dtype, x, pos, value, cached_key)
+        kernels = family.kernels(x)
         if kernels is None:
             return formula(
                 x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
@@ -260,7 +242,7 @@ def zipformer_attention(
             starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, x, pos, value, cached_key)
+        family.give_up(error, x)
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
@@ -334,7 +316,6 @@ def check(
         shape, right = pos.shape, False
         if len(shape) == 3:
             S = shape[0]
-
             right = shape[2] == num_heads * (P - 2 * query_head_dim) and (S == 1 or S == B)
         if not right:
             op.wrong_shape(
@@ -437,7 +418,7 @@ def traced(
     left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("zipformer_attention", x, pos, value, cached_key):
+    if not served("zipformer_attention", x):
         return formula(
             x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
@@ -470,44 +451,19 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x),)
 
 
-def under_autocast(
-    dtype, x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-    act=None, equal=None,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, pos, value, cached_key = cast(dtype, x, pos, value, cached_key)
-    return (
-        x,
-        pos,
-        value,
-        num_heads,
-        query_head_dim,
-        value_heads,
-        key_padding_mask,
-        attn_mask,
-        starts,
-        chunk_size,
-        left_context_chunks,
-        cached_key,
-        score_penalty,
-        score_limit,
-        act,
-        equal,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class ZipformerAttention(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
+        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act,
+        equal,
     ):  # fmt: skip
         if direct:
-            y = kernels.forward(
-                x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-                (value_heads or num_heads), chunk_size, left_context_chunks,
+            y = _fast(
+                kernels, True, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
+                attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
+                act, equal,
             )  # fmt: skip
         else:
             y = run_kernels(
@@ -536,38 +492,23 @@ class ZipformerAttention(Function):
         # once: a checkpoint gives them one time
         x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal = ctx.saved_tensors
         (
-            kernels, direct, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
-            score_penalty, score_limit,
-        ) = ctx.rest  # fmt: skip
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_y):
-            d_x, d_pos, d_value, d_cached_key = transformed_gradients(
-                op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-                act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
-                score_penalty, score_limit,)),
-            )  # fmt: skip
-            return (
-                None,
-                None,
-                d_x,
-                d_pos,
-                d_value,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                d_cached_key,
-                None,
-                None,
-                None,
-                None,
-            )
-        if direct:
+            kernels,
+            direct,
+            num_heads,
+            query_head_dim,
+            value_heads,
+            chunk_size,
+            left_context_chunks,
+            score_penalty,
+            score_limit,
+        ) = ctx.rest
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_y is not None and is_batched(grad_y))
+        ):
             d_x, d_pos, d_value, d_cached_key = kernels.backward(
-                grad_y.contiguous(), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
+                operand(grad_y, None), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
                 num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
             )  # fmt: skip
             return (
@@ -590,18 +531,11 @@ class ZipformerAttention(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
-                score_limit,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_value, d_cached_key = gradients_without(
-                error, op, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
-                cached_key, act, equal, num_heads, query_head_dim, value_heads, chunk_size,
-                left_context_chunks, score_penalty, score_limit,)),
-            )  # fmt: skip
+        d_x, d_pos, d_value, d_cached_key = node_gradients(
+            op, kernels, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
+            cached_key, act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
+            score_penalty, score_limit,)),
+        )  # fmt: skip
         return (
             None,
             None,
@@ -624,57 +558,20 @@ class ZipformerAttention(Function):
         )
 
 
-def differentiate(
-    kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
-    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_pos, d_value, d_cached_key = _gradients(
-        op, kernels, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-        act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
-        score_limit,)), None,
-    )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if pos is None:
-        d_pos = None
-    elif d_pos is not None and d_pos.dtype is not pos.dtype:
-        d_pos = d_pos.to(pos.dtype)
-    if d_value is not None and d_value.dtype is not value.dtype:
-        d_value = d_value.to(value.dtype)
-    if cached_key is None:
-        d_cached_key = None
-    elif d_cached_key is not None and d_cached_key.dtype is not cached_key.dtype:
-        d_cached_key = d_cached_key.to(cached_key.dtype)
+    d_x, d_pos, d_value, d_cached_key = _gradients(op, kernels, grads, saved, None)
+    d_x = back(d_x, saved.x)
+    d_pos = back(d_pos, saved.pos)
+    d_value = back(d_value, saved.value)
+    d_cached_key = back(d_cached_key, saved.cached_key)
     return d_x, d_pos, d_value, d_cached_key
 
 
+apply = applied(ZipformerAttention)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
-    starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-    act=None, equal=None,
-):  # fmt: skip
-    kernels = family.kernels(x, pos, value, cached_key)
-    if kernels is None:
-        return formula_results(
-            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        )  # fmt: skip
-    try:
-        y = run_kernels(
-            kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-            starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x, pos, value, cached_key)
-        return formula_results(
-            op, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-            chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-        )  # fmt: skip
-    return y.contiguous()
-
-
 def fake(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
     starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
@@ -682,134 +579,37 @@ def fake(
 ):  # fmt: skip
     T = x.shape[0]
     B = x.shape[1]
-
     E = value.shape[2]
     return torch.empty((T, B, E), dtype=promoted(x), device=x.device)
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
-    ) = inputs  # fmt: skip
-
-    ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal)
-    ctx.rest = (
-        num_heads,
-        query_head_dim,
-        value_heads,
-        chunk_size,
-        left_context_chunks,
-        score_penalty,
-        score_limit,
-    )
-
-
-def backward(ctx, grad_y, *_):
-    x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal = ctx.saved_tensors
-    (
-        num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
-    ) = ctx.rest  # fmt: skip
-    d_x, d_pos, d_value, d_cached_key = as_tuple(
-        backward_operator(grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
-        num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit),
-    )  # fmt: skip
-    return (
-        d_x,
-        None if pos is None else d_pos,
-        d_value,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None if cached_key is None else d_cached_key,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
-    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
-    kernels = family.kernels(x, pos, value, cached_key)
-    if kernels is None:
-        d_x, d_pos, d_value, d_cached_key = formula_gradients(
-            op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
-            num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
-            score_limit),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_pos, d_value, d_cached_key = differentiate(
-                kernels, grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal,
-                num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty,
-                score_limit,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_value, d_cached_key = gradients_without(
-                error, op, (grad_y,), Saved(x, pos, value, key_padding_mask, attn_mask, starts, cached_key,
-                act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
-                score_penalty, score_limit),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        x.new_empty(0) if pos is None else d_pos.contiguous(),
-        d_value.contiguous(),
-        x.new_empty(0) if cached_key is None else d_cached_key.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_y, x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, num_heads,
-    query_head_dim, value_heads, chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(0) if pos is None else pos.new_empty(pos.shape),
-        value.new_empty(value.shape),
-        x.new_empty(0) if cached_key is None else cached_key.new_empty(cached_key.shape),
-    )
-
-
-backward_operator = register(
-    "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor? act, Tensor? equal, "
-    "SymInt num_heads, SymInt query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt "
-    "left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    zipformer_attention,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("y",),
+        deciding=("x",),
+        differentiable=("x", "pos", "value", "cached_key"),
+        graded={"y": ""},
+        saves=("x", "pos", "value", "key_padding_mask", "attn_mask", "starts", "cached_key", "act", "equal"),
+        autocast=("x", "pos", "value", "cached_key"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "zipformer_attention(Tensor x, Tensor? pos, Tensor value, SymInt num_heads, SymInt query_head_dim, "
     "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, Tensor? "
     "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None, float "
     "score_penalty=0.0, float score_limit=25.0, Tensor? act=None, Tensor? equal=None) -> Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor? act, Tensor? equal, "
+    "SymInt num_heads, SymInt query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt "
+    "left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-apply = applied(ZipformerAttention)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x", "pos", "value", "cached_key"),
-    differentiable=("x", "pos", "value", "cached_key"),
-    dense=True,
-)
-op.serve(zipformer_attention, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make op OP=zipformer_attention_weights` writes this file from fastasr/ops/zipformer_attention_weights.py: change that one.
-"""softmax_j(q·k + p·R[j−i]) with padding, chunk and cache"""
+"""softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]), masked scores being −1000"""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,25 +14,21 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._layout import rows
 from fastasr.ops._op import OPS, Written
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._operator import register_op
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
     INT64,
     NOT_MINE,
     applied,
-    as_tuple,
-    formula_gradients,
-    formula_results,
-    gradients_without,
+    back,
     is_batched,
     listed,
     make,
+    node_gradients,
     not_a_view,
     operand,
     promoted,
-    transformed_backward,
-    transformed_gradients,
-    transformed_results,
 )
 from fastasr.ops.zipformer_attention_weights import _empty, check_recordings
 from fastasr.ops.zipformer_attention_weights import zipformer_attention_weights as formula
@@ -199,14 +194,7 @@ def zipformer_attention_weights(
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
-        names = under_autocast(
-            cast_dtype, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        )  # fmt: skip
-        (
-            x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        ) = names  # fmt: skip
+        x, pos, cached_key = cast(cast_dtype, x, pos, cached_key)
         kernels = family.kernels(x)
         if kernels is None:
             return formula(
@@ -293,7 +281,6 @@ def check(
         shape, right = pos.shape, False
         if len(shape) == 3:
             S = shape[0]
-
             right = shape[2] == num_heads * (P - 2 * query_head_dim) and (S == 1 or S == B)
         if not right:
             op.wrong_shape(
@@ -400,28 +387,6 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
     return (promoted(a.x),)
 
 
-def under_autocast(
-    dtype, x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None,
-    chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-):  # fmt: skip
-    """Casts the arguments as autocast does for this dtype."""
-    x, pos, cached_key = cast(dtype, x, pos, cached_key)
-    return (
-        x,
-        pos,
-        num_heads,
-        query_head_dim,
-        key_padding_mask,
-        attn_mask,
-        starts,
-        chunk_size,
-        left_context_chunks,
-        cached_key,
-        score_penalty,
-        score_limit,
-    )
-
-
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class ZipformerAttentionWeights(Function):
     @staticmethod
@@ -460,20 +425,24 @@ class ZipformerAttentionWeights(Function):
         # once: a checkpoint gives them one time
         x, pos, key_padding_mask, attn_mask, starts, cached_key, weights = ctx.saved_tensors
         (
-            kernels, direct, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+            kernels,
+            direct,
+            num_heads,
+            query_head_dim,
+            chunk_size,
+            left_context_chunks,
+            score_penalty,
             score_limit,
-        ) = ctx.rest  # fmt: skip
-        if transforms_active() or forward_ad._current_level >= 0 or is_batched(grad_weights):
-            d_x, d_pos, d_cached_key = transformed_gradients(
-                op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, starts, cached_key,
-                weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
-                score_limit,)),
-            )  # fmt: skip
-            return None, None, d_x, d_pos, None, None, None, None, None, None, None, d_cached_key, None, None
-        if direct:
+        ) = ctx.rest
+        if direct and not (
+            transforms_active()
+            or forward_ad._current_level >= 0
+            or (grad_weights is not None and is_batched(grad_weights))
+        ):
             d_x, d_pos, d_cached_key = kernels.backward(
                 operand(grad_weights, None, rows), weights, x, pos, cached_key, key_padding_mask, attn_mask,
-                starts, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
+                starts, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+                score_limit,
             )  # fmt: skip
             return (
                 None,
@@ -491,187 +460,74 @@ class ZipformerAttentionWeights(Function):
                 None,
                 None,
             )
-        try:
-            d_x, d_pos, d_cached_key = differentiate(
-                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
-                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_cached_key = gradients_without(
-                error, op, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, starts,
-                cached_key, weights, num_heads, query_head_dim, chunk_size, left_context_chunks,
-                score_penalty, score_limit,)),
-            )  # fmt: skip
+        d_x, d_pos, d_cached_key = node_gradients(
+            op, kernels, (grad_weights,), make(Saved, (x, pos, key_padding_mask, attn_mask, starts,
+            cached_key, weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
+            score_limit,)),
+        )  # fmt: skip
         return None, None, d_x, d_pos, None, None, None, None, None, None, None, d_cached_key, None, None
 
 
-def differentiate(
-    kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads,
-    query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
+def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    dtype = promoted(x) if kernels.backend == "cpu" else None
+    (grad_weights,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_pos, d_cached_key = kernels.backward(
-        operand(grad_weights, dtype, rows), weights, operand(x, dtype), operand(pos, dtype),
-        operand(cached_key, dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts,
-        None), num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
+        operand(grad_weights, dtype, rows), saved.weights, operand(saved.x, dtype), operand(saved.pos, dtype),
+        operand(saved.cached_key, dtype), operand(saved.key_padding_mask, None), operand(saved.attn_mask,
+        None), operand(saved.starts, None), saved.num_heads, saved.query_head_dim, saved.chunk_size,
+        saved.left_context_chunks, saved.score_penalty, saved.score_limit,
     )  # fmt: skip
-    if d_x is not None and d_x.dtype is not x.dtype:
-        d_x = d_x.to(x.dtype)
-    if pos is None:
-        d_pos = None
-    elif d_pos is not None and d_pos.dtype is not pos.dtype:
-        d_pos = d_pos.to(pos.dtype)
-    if cached_key is None:
-        d_cached_key = None
-    elif d_cached_key is not None and d_cached_key.dtype is not cached_key.dtype:
-        d_cached_key = d_cached_key.to(cached_key.dtype)
+    d_x = back(d_x, saved.x)
+    d_pos = back(d_pos, saved.pos)
+    d_cached_key = back(d_cached_key, saved.cached_key)
     return d_x, d_pos, d_cached_key
 
 
+apply = applied(ZipformerAttentionWeights)
+
+
 # --------------------------------------------------------------------------- the registered operator
-def run(
-    x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None, chunk_size=-1,
-    left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        return formula_results(
-            op, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        )  # fmt: skip
-    try:
-        weights = run_kernels(
-            kernels, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        )  # fmt: skip
-    except Unlaunchable as error:
-        family.give_up(error, x)
-        return formula_results(
-            op, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-            left_context_chunks, cached_key, score_penalty, score_limit,
-        )  # fmt: skip
-    return weights
-
-
 def fake(
     x, pos, num_heads, query_head_dim, key_padding_mask=None, attn_mask=None, starts=None, chunk_size=-1,
     left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
 ):  # fmt: skip
     T = x.shape[0]
     B = x.shape[1]
-
     L = cached_key.shape[0] if cached_key is not None else 0
     return (torch.empty if family.kernels(x) is None else _empty)(
         (num_heads, B, T, T + L), dtype=promoted(x), device=x.device
     )
 
 
-def set_up(ctx, inputs, output):
-    (
-        x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-        left_context_chunks, cached_key, score_penalty, score_limit,
-    ) = inputs  # fmt: skip
-    weights = output
-    ctx.save_for_backward(x, pos, key_padding_mask, attn_mask, starts, cached_key, weights)
-    ctx.rest = num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit
-
-
-def backward(ctx, grad_weights, *_):
-    x, pos, key_padding_mask, attn_mask, starts, cached_key, weights = ctx.saved_tensors
-    num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit = ctx.rest
-    d_x, d_pos, d_cached_key = as_tuple(
-        backward_operator(grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
-        num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
-    )  # fmt: skip
-    return (
-        d_x,
-        None if pos is None else d_pos,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None if cached_key is None else d_cached_key,
-        None,
-        None,
-    )
-
-
-def run_backward(
-    grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads, query_head_dim,
-    chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
-    kernels = family.kernels(x)
-    if kernels is None:
-        d_x, d_pos, d_cached_key = formula_gradients(
-            op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
-            num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit),
-        )  # fmt: skip
-    else:
-        try:
-            d_x, d_pos, d_cached_key = differentiate(
-                kernels, grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights,
-                num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty, score_limit,
-            )  # fmt: skip
-        except Unlaunchable as error:
-            d_x, d_pos, d_cached_key = gradients_without(
-                error, op, (grad_weights,), Saved(x, pos, key_padding_mask, attn_mask, starts, cached_key,
-                weights, num_heads, query_head_dim, chunk_size, left_context_chunks, score_penalty,
-                score_limit),
-            )  # fmt: skip
-    return (
-        d_x.contiguous(),
-        x.new_empty(0) if pos is None else d_pos.contiguous(),
-        x.new_empty(0) if cached_key is None else d_cached_key.contiguous(),
-    )
-
-
-def fake_backward(
-    grad_weights, x, pos, key_padding_mask, attn_mask, starts, cached_key, weights, num_heads, query_head_dim,
-    chunk_size, left_context_chunks, score_penalty, score_limit,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(0) if pos is None else pos.new_empty(pos.shape),
-        x.new_empty(0) if cached_key is None else cached_key.new_empty(cached_key.shape),
-    )
-
-
-backward_operator = register(
-    "zipformer_attention_weights_backward(Tensor grad_weights, Tensor x, Tensor? pos, Tensor? "
-    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor weights, SymInt "
-    "num_heads, SymInt query_head_dim, SymInt chunk_size, SymInt left_context_chunks, float "
-    "score_penalty, float score_limit) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-    transformed=partial(transformed_backward, op, 1),
+op.serve(
+    zipformer_attention_weights,
+    Written(
+        Arguments=Arguments,
+        check=check,
+        run_kernels=run_kernels,
+        fake=fake,
+        result_dtypes=result_dtypes,
+        Saved=Saved,
+        apply=apply,
+        differentiate=differentiate,
+        results=("weights",),
+        deciding=("x",),
+        strided=("weights",),
+        differentiable=("x", "pos", "cached_key"),
+        graded={"weights": ""},
+        saves=("x", "pos", "key_padding_mask", "attn_mask", "starts", "cached_key", "weights"),
+        autocast=("x", "pos", "cached_key"),
+    ),
 )
-operator = register(
+operator = register_op(
+    op,
     "zipformer_attention_weights(Tensor x, Tensor? pos, SymInt num_heads, SymInt query_head_dim, Tensor? "
     "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, SymInt chunk_size=-1, SymInt "
     "left_context_chunks=-1, Tensor? cached_key=None, float score_penalty=0.0, float score_limit=25.0) -> "
     "Tensor",
-    run,
-    fake,
-    setup_context=set_up,
-    backward=backward,
-    autocast=under_autocast,
-    transformed=partial(transformed_results, op),
+    "zipformer_attention_weights_backward(Tensor grad_weights, Tensor x, Tensor? pos, Tensor? "
+    "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor weights, SymInt "
+    "num_heads, SymInt query_head_dim, SymInt chunk_size, SymInt left_context_chunks, float "
+    "score_penalty, float score_limit) -> (Tensor, Tensor, Tensor)",
 )
-apply = applied(ZipformerAttentionWeights)
-written = Written(
-    Arguments=Arguments,
-    Saved=Saved,
-    check=check,
-    operator=operator,
-    backward_operator=backward_operator,
-    apply=apply,
-    result_dtypes=result_dtypes,
-    deciding=("x",),
-    differentiable=("x", "pos", "cached_key"),
-    dense=True,
-)
-op.serve(zipformer_attention_weights, written)

@@ -29,16 +29,17 @@ class Declared:
         self.one_dtype, self.wide = op.one_dtype.split(), [a.name for a in self.tensors if a.wide]
         self.autocast = op.autocast or ("one dtype" if op.one_dtype else None)
         self.leader = self.argument(self.one_dtype[0]) if self.one_dtype else self.tensors[0]
-        self.outputs = signature.outputs(formula, op.returns.split())
+        self.outputs = signature.outputs(formula)
         self.keeps = tuple(signature.output(name, hint) for name, hint in (op.keeps or {}).items() if hint)
         self.found = (*self.outputs, *self.keeps)
         self.graded = tuple(o for o in self.outputs if not o.constant)
         floating = tuple(a for a in self.tensors if a.kind == "floating")
         self.differentiable = floating if self.graded else ()
-        widened = [a.name for a in floating] if any(a.wide for a in floating) else []
-        self.deciding = op.deciding.split() or widened or self.dtype_names(self.outputs[0])
-        # whether one dtype, which the deciding arguments have, holds for all floating operands
-        self.one_work_dtype = bool(op.deciding or widened)
+        # Their dtypes choose the kernels. The others have the leader's, or are cast to it.
+        others = [a.name for a in floating if a.name not in (self.leader.name, *self.one_dtype)]
+        self.deciding = [self.leader.name, *others]
+        # whether these give the dtype in which kernels read all floating operands, in place of the first output
+        self.one_work_dtype = any(a.wide for a in floating)
         self.sizes: dict[str, Callable] = op.sizes or {}
         self.strides = op.strides or {}
         # The kernels' call, or the part for gradients, asks which gradients are wanted; other calls give all of them.
@@ -53,13 +54,19 @@ class Declared:
 
     def _read_kernel_calls(self) -> None:
         tensors, options = [a.name for a in self.tensors], [a.name for a in self.options]
-        always = [f"grad_{o.name}" for o in self.graded if not o.flag or self.op.flagged is None]
+        always = [f"grad_{o.name}" for o in self.graded]
         self.forward = words(self.op.forward) or [*tensors, *options, *["keep"] * bool(self.keeps)]
         backward, _, results = self.op.backward.partition("->")
         self.backward_results = results.split() or [a.name for a in self.differentiable]
         # Only the forward call has the flags that ask for outputs.
         options = [name for name in options if not name.startswith("return_")]
-        tokens = words(backward) or [*always, *tensors, *(o.name for o in self.keeps), *options]
+        needs = " ".join(f"needs.{a.name}" for a in self.differentiable)
+        tokens = words(backward.replace("*needs", needs)) or [
+            *always,
+            *tensors,
+            *(o.name for o in self.keeps),
+            *options,
+        ]
         self.backward = [always[0] if always and token == "grad" else token for token in tokens]
         shapes = any(".shape[" in token for token in tokens)
         self.unread = [a.name for a in self.differentiable if shapes and a.name not in tokens]

@@ -17,6 +17,7 @@ return_cache: bool                                   a flag; ``return_...`` asks
 -> Annotated[Tensor, "T B C", "h + scale"]           an output, in the promoted dtype of these arguments;
                               "wide h + scale"       and at least float32; or a dtype, whatever the arguments have
 -> Annotated[Tensor, "T B C", "h", "constant"]       an output without a gradient, after those that have one
+-> Annotated[Tensor, "mean: C", "wide h"]            an output with a name; by default it is y
 """
 
 import inspect
@@ -149,21 +150,23 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return hint, True
 
 
-def outputs(formula: Callable, names: list[str]) -> tuple[Output, ...]:
-    """Returns the outputs by name. In ``A | tuple[A, B]`` the flag ``return_...`` asks for B."""
+def outputs(formula: Callable) -> tuple[Output, ...]:
+    """Returns the outputs. In ``A | tuple[A, B]`` the flag ``return_...`` asks for B."""
     hints = get_type_hints(formula, include_extras=True)
     union = get_origin(hints["return"]) in (Union, UnionType)
     forms = get_args(hints["return"]) if union else (hints["return"],)
     sorted_forms = sorted((get_args(f) if get_origin(f) is tuple else (f,) for f in forms), key=len)
     flag = next((name for name in hints if name.startswith("return_")), "")
     return tuple(
-        output(name, hint, flag if i >= len(sorted_forms[0]) else "")
-        for i, (name, hint) in enumerate(zip(names, sorted_forms[-1], strict=True))
+        output("y", hint, flag if i >= len(sorted_forms[0]) else "")
+        for i, hint in enumerate(sorted_forms[-1])
     )
 
 
 def output(name: str, hint: Any, flag: str = "") -> Output:
     _, shape, dtype, *constant = get_args(hint)
+    if isinstance(shape, str) and ":" in shape:
+        name, _, shape = shape.partition(":")
     pattern = shape if callable(shape) else Pattern.parse(shape)
     if isinstance(dtype, torch.dtype):
         return Output(name, pattern, dtype, False, flag, bool(constant))
