@@ -48,7 +48,7 @@ class PackedFrames(NamedTuple):
     def unpacked(self, longest: int) -> Tensor:
         """Returns the padded batch (B, longest, ...), 0 behind each recording's end. No length may be above
         ``longest``."""
-        _require("PackedFrames.unpacked", self.lengths, longest, len(self.frames))
+        require_lengths("PackedFrames.unpacked", self.lengths, longest, len(self.frames))
         batch = len(self.lengths)
         after = begins_in_batch(batch, longest, self.lengths.device)
         return moved(self.frames, self.begins, after, self.lengths, batch * longest).unflatten(
@@ -81,7 +81,7 @@ def packed(batch: Tensor, lengths: Tensor, frames: int | None = None) -> PackedF
         frames = int(lengths.sum())
     elif isinstance(frames, bool) or not isinstance(frames, int | torch.SymInt):
         raise TypeError(f"fastasr.packed: frames: expected an int or None, got {type(frames).__name__}")
-    _require("packed", lengths, batch.shape[1], frames)
+    require_lengths("packed", lengths, batch.shape[1], frames)
     begins = lengths.cumsum(0) - lengths
     before = begins_in_batch(len(batch), batch.shape[1], lengths.device)
     return PackedFrames(moved(batch.flatten(0, 1), before, begins, lengths, frames), lengths)
@@ -159,7 +159,7 @@ def _check_lengths(batch: Tensor, lengths: object) -> None:
         )
 
 
-def _require(name: str, lengths: Tensor, longest: int, frames: int) -> None:
+def require_lengths(name: str, lengths: Tensor, longest: int, frames: int) -> None:
     """Requires lengths in [0, longest] that fit into ``frames``. A GPU asserts it, so that the host does not wait."""
     if torch.compiler.is_compiling() or transforms_active() or lengths.device.type not in ("cpu", "cuda"):
         return

@@ -8,6 +8,8 @@ Backward passes store gradients of scores, dS, for a piece of the rows at a time
 the keys that it meets, and only the device knows how many these are. So a second table, which ``pieces`` makes, says
 where a block's rows lie, and which blocks are a piece. The host counts pieces as if all recordings were of the longest
 kind: if they are shorter, the last pieces are empty, and their programs end at once.
+
+A kernel that keeps recordings apart by rows of zeros has a table of the frames of its rows, which ``apart`` makes.
 """
 
 import torch
@@ -54,6 +56,29 @@ def bounds(starts: torch.Tensor, frames: int) -> torch.Tensor:
     """
     found = torch.empty(2, frames, dtype=torch.int32, device=starts.device)
     launch(bounds_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), **TABLE)
+    return found
+
+
+@triton.jit(do_not_specialize=["frames", "count", "gap"], do_not_specialize_on_alignment=["STARTS", "OUT"])
+def apart_kernel(STARTS, OUT, frames, count, gap, BLOCK: tl.constexpr):
+    """Writes the numbers of a block of frames to their rows: ``gap`` rows more for every start up to the frame."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    begun = tl.zeros([BLOCK], tl.int32)
+    for n in range(0, count, RECORDINGS):
+        r = n + tl.arange(0, RECORDINGS)
+        start = tl.load(STARTS + r, mask=r < count, other=0)
+        before = (start[None, :] <= i[:, None]) & (r < count)[None, :]  # [BLOCK, RECORDINGS]
+        begun += tl.sum(before.to(tl.int32), axis=1)
+    tl.store(OUT + i + begun * gap, i, mask=i < frames)
+
+
+def apart(starts: torch.Tensor, frames: int, gap: int) -> torch.Tensor:
+    """Returns the frames of rows, int32 (frames + gap len(starts)), with at least ``gap`` rows of no frame, -1, between
+    two recordings.
+    """
+    rows = frames + gap * len(starts)
+    found = torch.full((rows,), -1, dtype=torch.int32, device=starts.device)
+    launch(apart_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), gap, **TABLE)
     return found
 
 

@@ -13,8 +13,11 @@
 The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels, both in
 tiles of channels. In the others a thread has groups of at most eight frames, which share each row of u and each tap's
 weights from registers (_sliding_taps.py). A group lies in one chunk, so that sums within the chunk mask whole rows.
+Recordings that lie one after the other in a sequence are kept apart in these tiles by as many rows of zeros as the taps
+reach: the other kernels convolve all rows, and a table has the frame of each.
 Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per channel need channel-major
-memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7 in chunk-causal form.
+memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7 in chunk-causal form. With
+recordings 4 and 7.
 
 Bytes per element of u, of e bytes: forward 3e and 2e for u; backward 5e, 2e for u and 2e for q (chunk-causal: 6e for
 q, r and q e). A 1500x20x192 bf16 tensor at 2.9 TB/s: 20 us forward, 35 us backward. The weights' gradients are
@@ -28,6 +31,7 @@ import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._launch import as_bytes, cdiv, launch
+from fastasr.kernels._recordings import apart
 from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
 
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
@@ -54,13 +58,14 @@ def _logistic(x, SHORT: tl.constexpr):
     return tl.where(x > 0.0, 1.0, u) * r
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "past", "gate_programs"])
+@triton.jit(do_not_specialize=["length", "frames", "batch", "past", "gate_programs"])
 def gate_kernel(
-    H, MASK, CACHE, WEIGHT, CAUSAL_WEIGHT, CHUNK_SCALE, U, TABLE,
-    time_stride, batch_stride, frames, batch, C, taps, past, gate_programs,
+    H, MASK, CACHE, FRAMES, WEIGHT, CAUSAL_WEIGHT, CHUNK_SCALE, U, TABLE,
+    time_stride, batch_stride, length, frames, batch, C, taps, past, gate_programs,
     GATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # U, tiles of P + T frames: P of the cache, or zeros, then u. TABLE: rows of w (K), v (P + 1), L (K), R (K).
+    # With FRAMES, here as in the other kernels, ``frames`` are rows: FRAMES has the frame of ``length`` of each, or -1.
     pid = tl.program_id(0)
     if pid < gate_programs:
         SHORT: tl.constexpr = U.dtype.element_ty.primitive_bitwidth == 16
@@ -70,10 +75,14 @@ def gate_kernel(
         c = tile * BLOCK_C + lane
         t, b = row // batch - past, row % batch
         valid = (t >= 0) & (t < frames)
+        frame = t
+        if FRAMES is not None:
+            frame = tl.load(FRAMES + t, mask=valid, other=-1)
+            valid = frame >= 0
         if MASK is not None:
-            valid = valid & (tl.load(MASK + b * frames + t, mask=valid, other=1) == 0)
+            valid = valid & (tl.load(MASK + b * length + frame, mask=valid, other=1) == 0)
         keep = valid[:, None] & (c < C)[None, :]
-        at = t[:, None].to(tl.int64) * time_stride + b[:, None].to(tl.int64) * batch_stride + c[None, :]
+        at = frame[:, None].to(tl.int64) * time_stride + b[:, None].to(tl.int64) * batch_stride + c[None, :]
         x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
         s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
         gate = _logistic(s, SHORT)
@@ -121,6 +130,19 @@ def _place(
     last = tl.maximum(tl.minimum(first + chunk, frames), first)
     last = tl.where(t < 0, first, last)
     return t, first, last, b, pid % c_tiles
+
+
+@triton.jit
+def _frame(FRAMES, at, t, n, last, step):
+    """Returns the frame of row t + n, whether there is one, and where it lies if frame t lies at ``at``."""
+    frame = t + n
+    there = frame < last
+    here = at + n * step
+    if FRAMES is not None:
+        frame = tl.load(FRAMES + frame, mask=there, other=-1)
+        there = frame >= 0
+        here = at + (frame - t)[:, None] * step
+    return frame, there, here
 
 
 @triton.jit
@@ -185,7 +207,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def forward_kernel(
-    U, TABLE, BIAS, CAUSAL_BIAS, Y, y_time_stride, y_batch_stride, frames, batch, C, chunk, taps, past,
+    U, TABLE, BIAS, CAUSAL_BIAS, FRAMES, Y, y_time_stride, y_batch_stride, frames, batch, C, chunk, taps, past,
     CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -214,14 +236,14 @@ def forward_kernel(
                 z *= _logistic(z, SHORT)
             results += (z.to(Y.dtype.element_ty),)
         for n in tl.static_range(min(GROUP, BATCH)):
-            keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
-            tl.store(at + (r + n) * step, results[n], mask=keep)
+            _, there, here = _frame(FRAMES, at, t, r + n, last, step)
+            tl.store(here, results[n], mask=there[:, None] & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def output_gradient_kernel(
-    GRAD, U, TABLE, BIAS, CAUSAL_BIAS, Q, R, V, grad_time_stride, grad_batch_stride, frames, batch, C, chunk, taps,
-    past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
+    GRAD, U, TABLE, BIAS, CAUSAL_BIAS, FRAMES, Q, R, V, grad_time_stride, grad_batch_stride, frames, batch, C, chunk,
+    taps, past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
     # Tiles of Q = q; in chunk-causal form of R = q scale and V = q e.
@@ -246,14 +268,17 @@ def output_gradient_kernel(
                 of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, chunk,
                 taps, CHUNKED, BLOCK_C,
             )  # fmt: skip
-            keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
-            q = tl.load(at + (r + n) * step, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
+            _, there, here = _frame(FRAMES, at, t, r + n, last, step)
+            keep = there[:, None] & (c < C)[None, :]
+            q = tl.load(here, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
             if ACTIVATION == SWOOSH_R:
                 shifted, u = exp_minus_abs(z, True, SHORT)
                 q *= swoosh_slope(shifted, u, SHORT)
             elif ACTIVATION == SILU:
                 s = _logistic(z, SHORT)
                 q *= s * tl.fma(z, 1.0 - s, 1.0)
+            if FRAMES is not None:
+                q = tl.where(keep, q, 0.0)  # z of rows between recordings may be NaN
             results += (q.to(Q.dtype.element_ty),)
             if CHUNKED:
                 results += ((q * scale).to(R.dtype.element_ty), (q * e).to(V.dtype.element_ty))
@@ -267,10 +292,10 @@ def output_gradient_kernel(
                 tl.store(Q + out + (r + n) * BLOCK_C, results[n], mask=keep)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
+@triton.jit(do_not_specialize=["length", "frames", "batch", "chunk", "taps", "past"])
 def input_gradient_kernel(
-    Q, R, H, MASK, TABLE, DH, DCACHE, q_time_stride, q_batch_stride, time_stride, batch_stride, dh_time_stride,
-    dh_batch_stride, frames, batch, C, chunk, taps, past,
+    Q, R, H, MASK, TABLE, FRAMES, DH, DCACHE, q_time_stride, q_batch_stride, time_stride, batch_stride, dh_time_stride,
+    dh_batch_stride, length, frames, batch, C, chunk, taps, past,
     GATE: tl.constexpr, CHUNKED: tl.constexpr, TILED: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -323,12 +348,13 @@ def input_gradient_kernel(
                 tl.store(
                     DCACHE + column * past + past + now[:, None], du.to(DCACHE.dtype.element_ty), mask=before
                 )
-            valid = (now >= 0) & (now < last)
+            frame, there, here = _frame(FRAMES, at, t, r + n, last, step)
+            valid = (now >= 0) & there
             if MASK is not None:
-                valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + now, mask=valid, other=1) == 0)
+                valid = valid & (tl.load(MASK + b.to(tl.int64) * length + frame, mask=valid, other=1) == 0)
             keep = valid[:, None] & in_row[None, :]
-            x = tl.load(at + (r + n) * step, mask=keep, other=0.0).to(tl.float32)
-            s = tl.load(at + (r + n) * step + C, mask=keep, other=0.0).to(tl.float32)
+            x = tl.load(here, mask=keep, other=0.0).to(tl.float32)
+            s = tl.load(here + C, mask=keep, other=0.0).to(tl.float32)
             gate = _logistic(s, SHORT)
             du = tl.where(keep, du, 0.0)
             ds = du * (x * gate)
@@ -339,10 +365,10 @@ def input_gradient_kernel(
                 ds *= 1.0 - gate
             results += ((du * gate).to(DH.dtype.element_ty), ds.to(DH.dtype.element_ty))
         for n in tl.static_range(min(GROUP, BATCH)):
-            now = t + (r + n)
-            keep = ((now >= 0) & (now < last))[:, None] & in_row[None, :]
-            tl.store(out + (r + n) * out_step, results[2 * n], mask=keep)
-            tl.store(out + (r + n) * out_step + C, results[2 * n + 1], mask=keep)
+            _, there, here = _frame(FRAMES, out, t, r + n, last, out_step)
+            keep = ((t + (r + n) >= 0) & there)[:, None] & in_row[None, :]
+            tl.store(here, results[2 * n], mask=keep)
+            tl.store(here + C, results[2 * n + 1], mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
@@ -390,10 +416,14 @@ def convolving(taps: int, chunk: int, chunked: bool) -> dict[str, int]:
 class _Call:
     """The sizes of a call, u and the weights' table, which forward and backward share."""
 
-    def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay, gate):
-        self.frames, self.batch, self.channels = h.shape[0], h.shape[1], h.shape[2] // 2
+    def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, starts, chunk_size, delay, gate):
+        self.length, self.batch, self.channels = h.shape[0], h.shape[1], h.shape[2] // 2
         self.taps = weight.shape[-1]
         self.past = self.taps // 2 + delay
+        self.rows, self.frames = None, self.length
+        if starts is not None:
+            self.rows = apart(starts, self.length, max(self.past, self.taps - 1 - self.past))
+            self.frames = len(self.rows)
         self.chunked = causal_weight is not None
         whole = self.chunked and 0 < chunk_size < self.frames
         self.chunk = chunk_size if whole else self.frames
@@ -407,13 +437,13 @@ class _Call:
         self.like = h.new_empty(0, dtype=dtype)
         self.form = convolving(self.taps, self.chunk, self.chunked) | {"num_warps": NUM_WARPS}
         self.u, self.u_steps = self.tiles(self.past + self.frames)
-        rows = 4 * self.taps + 1 if self.chunked else self.taps
-        self.table = torch.empty(self.c_tiles, rows, BLOCK_C, dtype=torch.float32, device=h.device)
+        table_rows = 4 * self.taps + 1 if self.chunked else self.taps
+        self.table = torch.empty(self.c_tiles, table_rows, BLOCK_C, dtype=torch.float32, device=h.device)
         gates = cdiv((self.frames + self.past) * self.batch, BLOCK_T) * self.c_tiles
         tables = cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
         launch(gate_kernel, (gates + tables,),
-            h, as_bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
-            h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, self.past, gates,
+            h, as_bytes(mask), cache, self.rows, weight, causal_weight, chunk_scale, self.u, self.table,
+            h.stride(0), h.stride(1), self.length, self.frames, self.batch, self.channels, self.taps, self.past, gates,
             GATE=gate, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
         )  # fmt: skip
 
@@ -452,6 +482,7 @@ def gated_depthwise_conv_forward(
     chunk_scale,
     mask,
     cache,
+    starts,
     chunk_size: int,
     activation: int,
     need_cache: bool,
@@ -466,10 +497,10 @@ def gated_depthwise_conv_forward(
         past = weight.shape[-1] // 2 + delay
         before = h.new_zeros(h.shape[1], h.shape[2] // 2, past) if cache is None else cache.clone()
         return y, before if need_cache else h.new_empty(0)
-    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay, gate)
+    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, starts, chunk_size, delay, gate)
     y = _as_laid(h, call.channels, call.like.dtype)
     launch(forward_kernel, call.grid(),
-        call.u, call.table, bias, causal_bias, y, y.stride(0), y.stride(1), *call.sizes(),
+        call.u, call.table, bias, causal_bias, call.rows, y, y.stride(0), y.stride(1), *call.sizes(),
         ACTIVATION=activation, **call.form,
     )  # fmt: skip
     return y, call.cache() if need_cache else h.new_empty(0)
@@ -485,6 +516,7 @@ def gated_depthwise_conv_backward(
     chunk_scale,
     mask,
     cache,
+    starts,
     chunk_size: int,
     activation: int,
     delay: int = 0,
@@ -501,16 +533,16 @@ def gated_depthwise_conv_backward(
     dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache = found
     if dcache is not None and not dcache.shape[-1]:
         dcache = None  # a cache of no frames has no gradient
-    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay, gate)
+    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, starts, chunk_size, delay, gate)
     frames, batch, channels, _, taps, past = call.sizes()
     q = r = v = None
-    tiled = call.chunked or activation != 0
+    tiled = call.chunked or activation != 0 or starts is not None
     if tiled:
         q, q_steps = call.tiles(frames)
         if call.chunked:
             r, v = torch.empty_like(q), torch.empty_like(q)
         launch(output_gradient_kernel, call.grid(),
-            grad, call.u, call.table, bias, causal_bias, q, r, v, grad.stride(0), grad.stride(1),
+            grad, call.u, call.table, bias, causal_bias, call.rows, q, r, v, grad.stride(0), grad.stride(1),
             *call.sizes(), ACTIVATION=activation, **call.form,
         )  # fmt: skip
     else:
@@ -518,8 +550,9 @@ def gated_depthwise_conv_backward(
     if r is None:
         r = q
     launch(input_gradient_kernel, call.grid(0 if dcache is None else past),
-        q, r, h, as_bytes(mask), call.table, dh, dcache, grad.stride(0), grad.stride(1), h.stride(0), h.stride(1),
-        dh.stride(0), dh.stride(1), *call.sizes(), GATE=gate, TILED=tiled, **call.form,
+        q, r, h, as_bytes(mask), call.table, call.rows, dh, dcache, grad.stride(0), grad.stride(1),
+        h.stride(0), h.stride(1), dh.stride(0), dh.stride(1), call.length, *call.sizes(),
+        GATE=gate, TILED=tiled, **call.form,
     )  # fmt: skip
     count = call.form["TAPS"]
     skip = (taps - count) // 2

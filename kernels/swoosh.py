@@ -31,7 +31,7 @@ from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
 BLOCK = 2048
 NUM_WARPS = 4
 
-NO_MASK, FULL_MASK, ROW_MASK, COLUMN_MASK = 0, 1, 2, 3
+NO_MASK, FULL_MASK, ROW_MASK, COLUMN_MASK, NAMED_MASK = 0, 1, 2, 3, 4  # NAMED: each row of x names its row
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT: tl.constexpr, OUTPU
 
 @triton.jit
 def _tile_range(
-    MASK, rows, columns, row_tiles, column_tiles,
+    MASK, MASK_ROW, rows, columns, row_tiles, column_tiles,
     KIND: tl.constexpr, GROUPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Returns offsets, bounds and mask values of this program's tile of x viewed as (group, rows,
@@ -76,7 +76,10 @@ def _tile_range(
     c = column_tile.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     offsets = (group * rows + r)[:, None] * columns + c[None, :]  # [BLOCK_R, BLOCK_C]
     keep = (r < rows)[:, None] & (c < columns)[None, :]
-    if KIND == 3:  # COLUMN_MASK: (group, columns)
+    if KIND == 4:  # NAMED_MASK: (any, columns)
+        row = tl.load(MASK_ROW + r, mask=r < rows, other=0)
+        mask = tl.load(MASK + row[:, None] * columns + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    elif KIND == 3:  # COLUMN_MASK: (group, columns)
         mask = tl.load(MASK + group * columns + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
     else:  # ROW_MASK: (rows,)
         mask = tl.load(MASK + r, mask=r < rows, other=0.0).to(tl.float32)[:, None]
@@ -102,12 +105,12 @@ def forward_flat(
 
 @triton.jit(do_not_specialize=["rows", "row_tiles", "column_tiles"])
 def forward_tile(
-    X, MASK, Y, rows, columns, row_tiles, column_tiles,
+    X, MASK, MASK_ROW, Y, rows, columns, row_tiles, column_tiles,
     RIGHT: tl.constexpr, KIND: tl.constexpr, GROUPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C:
     tl.constexpr,
 ):  # fmt: skip
     offsets, keep, mask = _tile_range(
-        MASK, rows, columns, row_tiles, column_tiles, KIND, GROUPED, BLOCK_R, BLOCK_C
+        MASK, MASK_ROW, rows, columns, row_tiles, column_tiles, KIND, GROUPED, BLOCK_R, BLOCK_C
     )
     _forward_at(X, Y, offsets, keep, mask, RIGHT)
 
@@ -132,12 +135,12 @@ def backward_flat(
 
 @triton.jit(do_not_specialize=["rows", "row_tiles", "column_tiles"])
 def backward_tile(
-    GRAD, X, MASK, DX, Y, rows, columns, row_tiles, column_tiles,
+    GRAD, X, MASK, MASK_ROW, DX, Y, rows, columns, row_tiles, column_tiles,
     RIGHT: tl.constexpr, KIND: tl.constexpr, OUTPUT: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     offsets, keep, mask = _tile_range(
-        MASK, rows, columns, row_tiles, column_tiles, KIND, GROUPED, BLOCK_R, BLOCK_C
+        MASK, MASK_ROW, rows, columns, row_tiles, column_tiles, KIND, GROUPED, BLOCK_R, BLOCK_C
     )
     _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT, OUTPUT)
 
@@ -150,12 +153,12 @@ def _view(shape: torch.Size, shared_dim: int) -> tuple[int, int, int, int]:
     return outer, size, inner, COLUMN_MASK
 
 
-def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) -> None:
-    """Runs ``flat`` or ``tile`` on (*before, mask, *after): ``tile`` when the mask is shared over a
-    dimension.
+def _launch(flat, tile, before, mask, after, shape, shared_dim: int, mask_row, **options) -> None:
+    """Runs ``flat`` on (*before, mask, *after), or ``tile`` on (*before, mask, mask_row, *after) when rows share the
+    mask.
     """
     numel = shape.numel()
-    if mask is None or shared_dim < 0:
+    if mask is None or (shared_dim < 0 and mask_row is None):
         options |= {
             "KIND": NO_MASK if mask is None else FULL_MASK,
             "TAIL": numel % 16 != 0,
@@ -164,27 +167,35 @@ def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) 
         grid = (max(1, cdiv(numel // 16 * 16, BLOCK)),)
         launch(flat, grid, *before, mask, *after, numel // 16, numel % 16, num_warps=NUM_WARPS, **options)
         return
-    groups, rows, columns, kind = _view(shape, shared_dim)
+    if mask_row is None:
+        groups, rows, columns, kind = _view(shape, shared_dim)
+    else:
+        groups, rows, columns, kind = 1, mask_row.numel(), shape[-1], NAMED_MASK
     block_c = 32 if columns <= 32 else 256
     block_r = BLOCK // block_c
     tiles = cdiv(rows, block_r), cdiv(columns, block_c)
     options |= {"KIND": kind, "GROUPED": groups > 1, "BLOCK_R": block_r, "BLOCK_C": block_c}
     grid = (groups * tiles[0] * tiles[1],)
-    launch(tile, grid, *before, mask, *after, rows, columns, *tiles, num_warps=NUM_WARPS, **options)
+    launch(tile, grid, *before, mask, mask_row, *after, rows, columns, *tiles, num_warps=NUM_WARPS, **options)
 
 
 def swoosh_forward(
-    x: torch.Tensor, swoosh_r: bool, mask: torch.Tensor | None, shared_dim: int
+    x: torch.Tensor,
+    swoosh_r: bool,
+    mask: torch.Tensor | None,
+    shared_dim: int,
+    mask_row: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns swoosh(x), times ``mask`` if there is one.
 
     ``swoosh_r`` chooses SwooshR, else SwooshL. ``mask`` has x's shape, or size 1 in the non-negative ``shared_dim``
-    (-1: full size or no mask). The result has x's shape and the promoted dtype of x and mask.
+    (-1: full size or no mask), or with ``mask_row`` (...), int64, it is (R, K), and the rows of x (..., K) name theirs.
+    The result has x's shape and the promoted dtype of x and mask.
     """
     dtype = x.dtype if mask is None else torch.promote_types(x.dtype, mask.dtype)
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        _launch(forward_flat, forward_tile, (x,), mask, (y,), x.shape, shared_dim, RIGHT=swoosh_r)
+        _launch(forward_flat, forward_tile, (x,), mask, (y,), x.shape, shared_dim, mask_row, RIGHT=swoosh_r)
     return y
 
 
@@ -194,6 +205,7 @@ def swoosh_backward(
     swoosh_r: bool,
     mask: torch.Tensor | None,
     shared_dim: int,
+    mask_row: torch.Tensor | None,
     need_output: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (grad * mask * swoosh'(x) in x's dtype, swoosh(x) * mask as the forward returns it).
@@ -206,5 +218,7 @@ def swoosh_backward(
     if x.numel():
         after = (dx, y if need_output else None)
         options = {"RIGHT": swoosh_r, "OUTPUT": need_output}
-        _launch(backward_flat, backward_tile, (grad, x), mask, after, x.shape, shared_dim, **options)
+        _launch(
+            backward_flat, backward_tile, (grad, x), mask, after, x.shape, shared_dim, mask_row, **options
+        )
     return dx, y

@@ -23,7 +23,8 @@ void multiply(cpu::ReducedGemm g, const Tensor& packed);
 }  // namespace reduced_gemm
 
 namespace swoosh {
-Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int64_t shared_dim);
+Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int64_t shared_dim,
+                      const Optional& mask_row);
 }  // namespace swoosh
 
 namespace bypass {
@@ -57,8 +58,6 @@ std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optiona
 namespace gated_depthwise_conv {
 struct GatedDepthwiseConvForward;
 std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConvForward& a);
-Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
-                                           std::vector<int64_t> lengths, int64_t activation, int64_t delay);
 }  // namespace gated_depthwise_conv
 
 }  // namespace fastasr::bindings

@@ -63,7 +63,8 @@ struct Layer {
   const Tensor &src, &positions;
   const Tensors& tables;  // the convolutions' tensors, then those of the bypasses and the norm
   const Optional &padding, &mask;
-  const Ints& lengths;  // of recordings, the rows of src (N, 1, channels); none: src is a padded batch
+  const Ints& lengths;     // of recordings, the rows of src (N, 1, channels); none: src is a padded batch
+  const Optional& starts;  // of the recordings
   int64_t chunk, left_chunks, conv_chunk;
   Tensor x = src;
   Tensors attention = {};  // of the batch, or of each recording that has frames
@@ -133,7 +134,7 @@ struct Layer {
       return onto ? plus(*onto, y) : y;
     }
     if (f != cpu::ReducedInput::x)
-      return multiplied(p, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1), onto);
+      return multiplied(p, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1, {}), onto);
     return multiplied(p, x, onto);
   }
 
@@ -223,9 +224,7 @@ struct Layer {
     const Optional bias = at(1), causal = at(2), causal_bias = at(3), scale = at(4);
     constexpr auto kSwooshR = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
     constexpr auto kSigmoid = static_cast<int64_t>(cpu::Gate::sigmoid);
-    if (!lengths.empty() && !causal)
-      return gated_depthwise_conv_packed_forward(h, tables[first], bias, lengths, kSwooshR, 0);
-    const auto of = [&](const Tensor& rows) {
+    const auto of = [&](const Tensor& rows, const Optional& bounds) {
       return std::get<0>(gated_depthwise_conv_forward(checked(GatedDepthwiseConvForward{rows,
                                                                                         tables[first],
                                                                                         bias,
@@ -234,15 +233,16 @@ struct Layer {
                                                                                         scale,
                                                                                         padding,
                                                                                         {},
+                                                                                        bounds,
                                                                                         conv_chunk,
                                                                                         kSwooshR,
                                                                                         false,
                                                                                         0,
                                                                                         kSigmoid})));
     };
-    if (lengths.empty()) return of(h);
+    if (lengths.empty() || !causal) return of(h, starts);
     const Tensor y = new_pooled(h, {h.size(0), 1, sizes.dim});
-    each_recording(h, y, [&](const Tensor& rows, size_t) { return of(rows); });
+    each_recording(h, y, [&](const Tensor& rows, size_t) { return of(rows, {}); });
     return y;
   }
 };
@@ -263,7 +263,12 @@ Tensor zipformer_layer(Ints numbers, const Tensor& src, const Tensor& positions,
   check(positions.dim() == 3 && positions.is_contiguous() && dtype_of(positions) == ScalarType::Float, kOp,
         "positions");
   check(lengths.empty() || (!padding && !mask), kOp, "recordings have no masks");
-  if (!lengths.empty()) packed_starts(lengths, src.size(0), kOp);
+  Optional starts;
+  if (!lengths.empty()) {
+    const Ints rows = packed_starts(lengths, src.size(0), kOp);
+    starts = new_contiguous(src, {static_cast<int64_t>(rows.size())}, ScalarType::Long);
+    std::copy(rows.begin(), rows.end(), mutable_data<int64_t>(*starts));
+  }
   for (const Tensors* list : {&weights, &biases, &tables})
     for (const Tensor& t : *list)
       check(t.is_cpu() && t.is_contiguous() && dtype_of(t) == ScalarType::Float, kOp, "a parameter");
@@ -282,8 +287,8 @@ Tensor zipformer_layer(Ints numbers, const Tensor& src, const Tensor& positions,
   products.each_product(n, read);
   Product of_positions{};
   read("self_attn_weights.linear_pos", of_positions, positions.size(2), n.heads * n.pos);
-  Layer layer{n,       products, of_positions, ways.back(), src,         positions, tables,
-              padding, mask,     lengths,      chunk,       left_chunks, conv_chunk};
+  Layer layer{n,       products, of_positions, ways.back(), src,   positions,   tables,
+              padding, mask,     lengths,      starts,      chunk, left_chunks, conv_chunk};
   cpu::run_zipformer_layer(layer);
   return layer.x;
 }

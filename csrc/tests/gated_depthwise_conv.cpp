@@ -12,6 +12,9 @@ struct Shape {
   bool mask, cache, biases;
   int64_t delay = 0;
   cpu::Gate gate = cpu::Gate::sigmoid;
+  std::vector<int64_t> starts = {};  // of recordings in every sequence, and the end of the last; empty: one
+
+  int64_t recordings() const { return std::max<int64_t>(1, static_cast<int64_t>(starts.size()) - 1); }
 };
 
 // Adds the product of two sums to a third, with the sizes of its errors.
@@ -26,7 +29,8 @@ struct Case {
   using C = compute_t<T>;
   Shape s;
   bool chunked = s.chunk > 0;
-  int64_t P = s.taps / 2 + s.delay, groups = std::min(s.batch, cpu::kGatedGroups), n = s.frames * s.batch * s.channels;
+  int64_t P = s.taps / 2 + s.delay, groups = std::min(s.batch * s.recordings(), cpu::kGatedGroups),
+          n = s.frames * s.batch * s.channels;
   int64_t chunk = chunked ? std::min(s.chunk, s.frames) : s.frames;
   Random random{static_cast<uint64_t>(s.frames * 1000 + s.channels * 10 + s.taps)};
   Buffer<T> h{2 * n, 3, random, 1.5}, grad{n, 1, random}, y{n, 5}, dh{2 * n, 2};
@@ -59,11 +63,13 @@ struct Case {
                                           P,
                                           chunk,
                                           s.activation,
-                                          s.gate};
+                                          s.gate,
+                                          s.recordings(),
+                                          given(!s.starts.empty(), s.starts)};
     std::vector<C> parts(static_cast<size_t>(groups * conv.sums() * s.channels));
     const auto& backward = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
     const int64_t stripes = (s.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
-    in_pieces(stripes * s.batch, step, [&](int64_t begin, int64_t end) {
+    in_pieces(stripes * conv.count(), step, [&](int64_t begin, int64_t end) {
       cpu::kernels<cpu::GatedDepthwiseConvForward<T>>().run(conv, y, new_cache, begin, end);
     });
     in_pieces(stripes * groups, step, [&](int64_t begin, int64_t end) {
@@ -119,7 +125,11 @@ struct Reference {
 
   int64_t at(int64_t t) const { return (t * k.s.batch + b) * 2 * k.s.channels + c; }
   bool padded(int64_t t) const { return k.s.mask && k.mask[b * L + t]; }
-  bool within(int64_t t, int64_t other) const { return other >= 0 && other < L && other / S == t / S; }
+  bool within(int64_t t, int64_t other) const {
+    for (const int64_t start : k.s.starts)
+      if ((t < start) != (other < start)) return false;
+    return other >= 0 && other < L && other / S == t / S;
+  }
   // Plain form: the convolution sees the cache too.
   bool seen(int64_t t, int64_t other) const { return within(t, other) || (!k.chunked && other < 0); }
   long double slope(long double z_) const {
@@ -170,7 +180,7 @@ void values(const Shape& s) {
         if (p < K) add_product(dl[p], q, ref.e[t]);
         if (p >= S - K) add_product(dr[p - S + K], q, ref.e[t]);
       }
-      for (int64_t p = 0; p < P; p++) {
+      for (int64_t p = 0; p < P && s.starts.empty(); p++) {
         const int64_t i = (b * s.channels + c) * P + p;
         EXPECT_SUM(k.new_cache, i, ref.u[s.frames + p]);
         if (s.cache) EXPECT_SUM(k.dcache, i, ref.du[p]);
@@ -197,6 +207,11 @@ TEST_CASE("gated_depthwise_conv") {
   for_each_type([]<typename T>() {
     for (const int64_t channels : {1, 7, 16, 33, 64})
       for (const int64_t taps : {1, 5, 15}) values<T>({70, 3, channels, taps, 0, swoosh_r, true, false, true});
+    for (const int64_t batch : {1, 3})
+      for (const auto activation : {identity, swoosh_r})
+        values<T>(
+            {133, batch, 33, 9, 0, activation, batch == 3, false, true, 0, cpu::Gate::sigmoid, {0, 1, 4, 70, 133}});
+    values<T>({70, 1, 17, 4, 0, silu, false, false, false, -1, cpu::Gate::silu, {0, 64, 70}});
     for (const int64_t chunk : {1, 2, 5, 8, 40, 64, 65, 100, 200})
       values<T>({133, 2, 18, 15, chunk, swoosh_r, true, true, true});
     for (const int64_t frames : {1, 3, 63, 64, 65}) {

@@ -179,14 +179,13 @@ def balance_(
     hidden: Tensor | None = None,
 ) -> None:
     """Writes ``balancer_gradient`` over grad. On CUDA, where ``act`` is 0, its kernels return at once. ``hidden`` is
-    padding_mask in any shape.
+    padding_mask.
     """
-    mask = None if hidden is None else hidden.reshape(_without(x.shape, channel_dim))
     kernels = FAMILY.kernels(x, grad)
     if kernels is not None and kernels.backend == "triton" and x.numel():
-        seen, x_seen, frames, _ = _operands(grad, x, channel_dim, mask, dense=False)
+        seen, x_seen, frames, _ = _operands(grad, x, channel_dim, hidden, dense=False)
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
             kernels.forward(seen, x_seen, *[None] * 5, limits, act, frames, in_place=True)
             return
     public = OPS["balancer_gradient"].function
-    grad.copy_(public(grad, x, channel_dim=channel_dim, limits=limits, act=act, padding_mask=mask))
+    grad.copy_(public(grad, x, channel_dim=channel_dim, limits=limits, act=act, padding_mask=hidden))

@@ -10,7 +10,9 @@ function or SiLU; per channel, with P = K // 2 + delay frames of the past (delay
 
 where the last sum is over the frames of t's chunk of S frames alone, and scale[p] = 1 + L[p] (p < K) + R[p − (S − K)]
 (p ≥ S − K) for chunk_scale = (L, R). y = z, SiLU(z) or SwooshR(z). Upstream: ``ConvolutionModule`` in
-``zipformer.modules.zipformer``, ``ChunkCausalDepthwiseConv1d`` in ``zipformer.modules.scaling``.
+``zipformer.modules.zipformer``, ``ChunkCausalDepthwiseConv1d`` in ``zipformer.modules.scaling``. Recordings may lie one
+after the other in one sequence: in plain form, a frame then sees u of its own recording alone. Kernels read the
+boundaries where they lie.
 
 With q = dy · act'(z), r = q · scale: du[t] = Σ_k w[k] r[t − k + P] (within chunks) + Σ_j v[j] q[t − j + P],
 dx = du · gate(s), ds = du · x · gate'(s), and the weights' gradients are sums of q and r against u.
@@ -47,6 +49,11 @@ def _check(op: Op, a: Arguments) -> None:
     check_delay(op, taps, a.delay)
     if a.causal_weight is not None and a.delay:
         op.fail("delay", "0 in chunk-causal form", a.delay)
+    for name in ("causal_weight", "cache"):
+        if a.starts is not None and getattr(a, name) is not None:
+            op.fail(name, "None with starts", tuple(getattr(a, name).shape))
+    if a.starts is not None and a.return_cache:
+        op.fail("return_cache", "False with starts", a.return_cache)
 
 
 def _autocast(op: Op, dtype: torch.dtype, a: Arguments) -> Arguments:
@@ -69,6 +76,7 @@ def _fast(
     chunk_scale: Tensor | None,
     padding_mask: Tensor | None,
     cache: Tensor | None,
+    starts: Tensor | None,
     chunk_size: int,
     activation: str,
     return_cache: bool,
@@ -78,7 +86,7 @@ def _fast(
     if (chunk_size != -1 and causal_weight is None) or not (h.is_contiguous() or h.stride(-1) == 1):
         raise NotImplementedError
     return kernels.forward(
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
         ACTIVATIONS[activation], return_cache, delay, GATES[gate],
     )  # fmt: skip
 
@@ -94,6 +102,7 @@ def _gradients(
         *(operand(t, dtype) for t in parameters),
         operand(s.padding_mask, None),
         operand(s.cache, dtype),
+        operand(s.starts, None),
         s.chunk_size,
         ACTIVATIONS[s.activation],
         s.delay,
@@ -121,6 +130,14 @@ def _add_gradients_of_cache(grad: Tensor, dh: Tensor, dcache: Tensor, saved: Sav
     if saved.gate == "silu":
         rest, factor = 1.0 + s * rest, s * gate
     dh[frames - taken :] += torch.cat([du * factor, du * x * gate * rest], dim=-1).to(dh.dtype)
+
+
+def _spread(u: Tensor, starts: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """Returns u (B, C, T) with at least taps − 1 zeros between recordings, and the places (T,) of its frames there."""
+    batch, channels, frames = u.shape
+    frame = torch.arange(frames, device=u.device, dtype=torch.int64)
+    places = frame + (starts <= frame[:, None]).sum(1) * (taps - 1)
+    return u.new_zeros(batch, channels, frames + len(starts) * (taps - 1)).index_copy(2, places, u), places
 
 
 def _within_chunks(
@@ -156,7 +173,7 @@ _PARAMETERS = "weight bias causal_weight causal_bias chunk_scale"
     autocast=_autocast,
     strides={"h": "channels", "grad": "channels"},
     check=_check,
-    backward=f"grad h {_PARAMETERS} padding_mask cache chunk_size activation delay gate",
+    backward=f"grad h {_PARAMETERS} padding_mask cache starts chunk_size activation delay gate",
     gradients=_gradients,
     fast=_fast,
 )
@@ -170,6 +187,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Annotated[Tensor, "B T", bool] | None = None,
     cache: Annotated[Tensor, "B C K//2+delay"] | None = None,
+    starts: Annotated[Tensor, "N, N >= 1", torch.int64] | None = None,
     chunk_size: Annotated[int, "-1 or >= 1"] = -1,
     activation: Annotated[Literal["swoosh_r", "silu", "identity"], ACTIVATIONS] = "swoosh_r",
     return_cache: bool = False,
@@ -197,6 +215,9 @@ def gated_depthwise_conv(
             from the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
         cache: (B, C, K // 2 + delay): x · gate(s) of the frames before the first; None: zeros.
+        starts: plain form without caches: int64 (N,): where recordings begin and end in every sequence. The convolution
+            of a frame sees none beyond these bounds. Their order does not matter, and equal numbers are recordings
+            without frames. On a GPU nothing waits for them.
         chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
         activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).
@@ -208,14 +229,17 @@ def gated_depthwise_conv(
     Raises:
         TypeError: an argument is of the wrong type, or a tensor not floating (padding_mask: not bool).
         ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; a tap would not reach the
-            frame itself because of delay; an argument of the chunk-causal form is given without the others.
+            frame itself because of delay; an argument of the chunk-causal form is given without the others; starts are
+            given in that form or with a cache.
     """
     x, s = h.chunk(2, dim=-1)
     u = (x * (torch.sigmoid(s) if gate == "sigmoid" else F.silu(s))).permute(1, 2, 0)  # [B, C, T]
     if padding_mask is not None:
         u = u.masked_fill(padding_mask.unsqueeze(1), 0.0)
-    frames, taps = u.shape[2], weight.shape[-1]
-    past = taps // 2 + delay
+    places, taps = None, weight.shape[-1]
+    if starts is not None:
+        u, places = _spread(u, starts, taps)
+    frames, past = u.shape[2], taps // 2 + delay
     context = F.pad(u, (past, 0)) if cache is None else torch.cat([cache, u], dim=2)
     new_cache = context[..., frames:]
     context = context.to(u.dtype)
@@ -224,7 +248,7 @@ def gated_depthwise_conv(
     else:
         z = depthwise_conv(context, causal_weight, causal_bias)
         z = z + _within_chunks(u, weight, bias, chunk_scale, chunk_size)
-    y = z.permute(2, 0, 1)  # [T, B, C]
+    y = (z if places is None else z.index_select(2, places)).permute(2, 0, 1)  # [T, B, C]
     if activation == "swoosh_r":
         y = _swoosh.definition(y, "SwooshR")
     elif activation == "silu":

@@ -20,7 +20,7 @@ from fastasr.ops._swoosh import FAMILY, KINDS, definition
 # --------------------------------------------------------------------------- kernels
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
     swoosh_r = op.name == "swoosh_r"
-    return _layout.elementwise(lambda t: kernels.forward(t, swoosh_r, None, -1), a.x)
+    return _layout.elementwise(lambda t: kernels.forward(t, swoosh_r, None, -1, None), a.x)
 
 
 def _gradients(
@@ -29,7 +29,7 @@ def _gradients(
     swoosh_r = op.name == "swoosh_r"
 
     def gradient(x: Tensor, grad: Tensor) -> Tensor:
-        return kernels.backward(grad, x, swoosh_r, None, -1, False)[0]
+        return kernels.backward(grad, x, swoosh_r, None, -1, None, False)[0]
 
     return (_layout.elementwise(gradient, saved.x, *grads),)
 
@@ -39,8 +39,8 @@ def _op(kind: str) -> Op:
     return op(
         FAMILY,
         strides={"y": "x"},
-        forward=f"x {swoosh_r} None -1",
-        backward=f"grad x {swoosh_r} None -1 False -> x _",
+        forward=f"x {swoosh_r} None -1 None",
+        backward=f"grad x {swoosh_r} None -1 None False -> x _",
         launch=_launch,
         gradients=_gradients,
     )

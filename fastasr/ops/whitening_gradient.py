@@ -164,18 +164,17 @@ def whiten_(
     hidden: Tensor | None = None,
 ) -> None:
     """Writes ``whitening_gradient`` over grad, and to ``white``, bool (), whether w is below the limit. On CUDA, where
-    ``act`` is 0, its kernels return at once. ``hidden`` is padding_mask in any shape.
+    ``act`` is 0, its kernels return at once. ``hidden`` is padding_mask.
     """
-    mask = None if hidden is None else hidden.reshape(x.shape[:-1])
     kernels = FAMILY.kernels(x, grad)
     if kernels is not None and kernels.backend == "triton" and x.numel():
         seen, rows, order = _operands(grad, x, False)
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
-            hidden = _hidden(order, mask)
-            kernels.forward(seen, rows, num_groups, None, None, limits, act, hidden, white)
+            flat = _hidden(order, hidden)
+            kernels.forward(seen, rows, num_groups, None, None, limits, act, flat, white)
             return
     y, found = OPS["whitening_gradient"].function(
-        grad, x, num_groups, limits=limits, act=act, padding_mask=mask
+        grad, x, num_groups, limits=limits, act=act, padding_mask=hidden
     )
     grad.copy_(y)
     white.copy_(found)

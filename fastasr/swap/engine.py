@@ -5,7 +5,7 @@ undo."""
 import contextlib
 import fnmatch
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -224,6 +224,7 @@ def _bind_recorded(
 ) -> None:
     own = _is_own(module)
     parts = graphs.parts(module)
+    options = options if parts else replace(options, parts=False)
     if pack is not None or not (options.parts and parts):
         forward, replay = (upstream_forward, rule.replay_part) if own else (rule.recorded, rule.replay)
         if pack is not None and rule.ragged is not None and rule.replay_row is not None:

@@ -34,9 +34,9 @@ class OnRow(torch.nn.Module):
 
     def forward(self, x, *masks):
         if self.packed:
-            lengths = masks[0] if len(masks) > 1 else masks[0].sum(1)
+            lengths = masks[0] if masks[0].dim() == 1 else masks[0].sum(1)
             rows = x.flatten(0, 1)
-            x, masks = PackedFrames(rows, lengths), [lengths, None][-len(masks) :]
+            x, masks = PackedFrames(rows, lengths), [mask if mask.dim() == 1 else None for mask in masks]
         options = Graphs(frames=80, recordings=3, longest=40)
         call = self.row.packed(self.encoder, options, x, *masks, *self.more)
         found = call.unpack(self.row.encoded(self.encoder, *call.arguments))
@@ -62,7 +62,12 @@ def _zipformer():
 
 
 def _front_end():
-    return at(Conv2dSubsampling(80, 24), 20000), (torch.randn(2, 47, 80), torch.tensor([47, 40]))
+    return at(Conv2dSubsampling(80, 24), 20000), (torch.randn(2, 40, 80), torch.tensor([40, 33]))
+
+
+def _front_end_on_row(packed):
+    model, inputs = _front_end()
+    return OnRow(model, zipformer.subsampling, packed), inputs
 
 
 def _no(*_):
@@ -92,7 +97,7 @@ BUILDS = (
     *(lambda: _fast_conformer(layer_drop=0.0), _zipformer, _front_end),
     *(
         functools.partial(build, packed)
-        for build in (_fast_conformer_on_row, _zipformer_on_row)
+        for build in (_fast_conformer_on_row, _zipformer_on_row, _front_end_on_row)
         for packed in (0, 1)
     ),
 )

@@ -16,7 +16,8 @@ from fastasr.models.zipformer import Zipformer
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.testing.tape import TapeRecorder
 
-FRAMES, RECORDINGS, LONGEST = 300, 4, 160
+FRAMES, RECORDINGS, LONGEST = 300, 4, 160  # of the encoder's input
+ROOM = {"frames": 2 * FRAMES - 1, "recordings": RECORDINGS, "longest": 2 * LONGEST - 1}  # of features
 SIZES = {
     "downsampling_factor": (1, 2, 4),
     "encoder_dim": (24, 32, 16),
@@ -66,7 +67,7 @@ def recorded(model, **options):
     """Returns the model, which leaves padding out on recorded rows, and its graphs."""
     if isinstance(model, Zipformer):
         model.ragged = True
-    options = {"frames": FRAMES, "recordings": RECORDINGS, "longest": LONGEST, "after": 1, **options}
+    options = {**ROOM, "after": 1, **options}
     tapes = TapeRecorder()
     report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=lambda: tapes, **options))
     assert report.graphs[""] is None
@@ -235,8 +236,8 @@ def test_under_autocast(train):
 
 TOO_LARGE = {
     "recordings": ([20] * 5, "it has 5 recordings, and Graphs allows 4"),
-    "a recording": ([161], "it is padded to 161 frames, and Graphs allows a recording of 160"),
-    "frames": ([150, 151], "it has 301 frames, and Graphs allows 300"),
+    "a recording": ([161], "it is padded to 161 frames, and Graphs allows a recording of 319 / 2"),
+    "frames": ([150, 151], "it has 301 frames, and Graphs allows 599 / 2"),
 }
 
 
@@ -296,7 +297,7 @@ def test_what_no_row_can_hold(what):
     change(model, what)
     theirs = without_padding(copy.deepcopy(model))
     model.ragged = True
-    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, recorder=TapeRecorder)
+    options = fastasr.Graphs(**ROOM, recorder=TapeRecorder)
     report = fastasr.accelerate(model, ragged=True, graphs=options)
     assert NO_ROW[what] in f"{report.graphs['']} {report.rows[0].reason}"
     inputs = batch([100, 60])
@@ -307,9 +308,7 @@ def test_what_no_row_can_hold(what):
 def test_a_causal_encoder_is_recorded_by_shape():
     model = encoder("ours", causal=True, chunk_size=(8,), left_context_frames=(32,)).eval()
     model.ragged = True
-    report = fastasr.accelerate(
-        model, ragged=True, graphs=fastasr.Graphs(frames=FRAMES, recordings=4, recorder=TapeRecorder)
-    )
+    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(**ROOM, recorder=TapeRecorder))
     assert "not on a row: it is causal" in f"{report.graphs['']} {report.rows[0].reason}"
 
 
@@ -400,7 +399,7 @@ def test_without_decisions_as_in_float64_on_a_cpu(kind, train, device, monkeypat
         model.ragged = True
     tapes = TapeRecorder()
     recorder = None if device == "cuda" else lambda: tapes
-    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, longest=LONGEST, recorder=recorder)
+    options = fastasr.Graphs(**ROOM, recorder=recorder)
     model = model.float().to(device)
     fastasr.accelerate(model, ragged=True, graphs=options)
     for seed, lengths in enumerate(drawn(12, recordings=RECORDINGS)):

@@ -230,8 +230,8 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
     Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk. Where
     depthwise convolutions have many taps (kernels/_sliding_taps.py), a thread has two or four channels, and 8 to 16
     frames or taps of them in registers: a warp still reads 128 or 256 neighbouring bytes, and few for each product.
-    Limits are those of one parameter of any alignment. The second row of a table of bounds begins anywhere, and one
-    of pieces is short.
+    Limits are those of one parameter of any alignment. The second row of a table of bounds begins anywhere, one of
+    pieces is short, and the places of recordings are anywhere.
     """
     others = (
         "one column",
@@ -245,6 +245,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "lattice",
         "bounds",
         "pieces",
+        "places",
         "decided limit",
     )
     others += "gated_depthwise_conv weight gradient", "depthwise_conv2d weight gradient"

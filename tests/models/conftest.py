@@ -2,14 +2,15 @@
 import pytest
 from ragged_cases import WAYS
 
-from fastasr.models.common import packed, ragged
+from fastasr.models.common import ragged
+from fastasr.models.zipformer import packed_weights
 
 
 @pytest.fixture(params=WAYS)
 def one_call_or_copies(request, monkeypatch):
     """Runs a test of packed frames with the native kernels that know the lengths, and with copies for other kernels."""
     if request.param != "one call":
-        monkeypatch.setattr(packed, "is_native", lambda *tensors: False)
+        monkeypatch.setattr(packed_weights, "_is_native", lambda *tensors: False)
     if request.param.endswith("GPU"):
         monkeypatch.setattr(ragged.Packing, "on_gpu", True)
     if request.param.startswith("groups"):

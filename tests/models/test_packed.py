@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations on packed frames that one native call does for all recordings: values and gradients are those of the same
+"""Operations on packed frames that one call does for all recordings: values and gradients are those of the same
 operation on each recording alone."""
 
 import pytest
@@ -7,7 +7,6 @@ import torch
 from steps import close, numbers
 
 from fastasr import ops
-from fastasr.models.common import packed
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.attention import of_recordings
 from fastasr.models.zipformer.packed_weights import of_one_call
@@ -49,9 +48,10 @@ def test_convolution(dtype, taps, delay, activation, bias):
     h, weight = drawn(sum(LENGTHS), 1, 88, dtype=dtype), drawn(44, 1, taps, dtype=dtype, seed=1)
     parameters = [weight, drawn(44, dtype=dtype, seed=2)] if bias else [weight]
     options = {"activation": activation, "delay": delay}
-    assert packed.is_native(h, *parameters)
-    found = packed.convolved(PACKING, h, weight, parameters[1] if bias else None, **options)
+    found = ops.gated_depthwise_conv(h, *parameters, starts=PACKING.starts, **options)
     expected = torch.cat([ops.gated_depthwise_conv(one, *parameters, **options) for one in recordings(h)])
+    if dtype is torch.float32:
+        assert torch.equal(found, expected)  # A recording's bits do not depend on the others.
     same(found, expected, [h, *parameters], TOLERANCES[dtype])
 
 
@@ -90,24 +90,17 @@ def test_dropout_of_attention():
 
 
 @of_every_dtype
-def test_activation_with_a_mask_for_each_recording(dtype):
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_activation_with_a_mask_for_each_recording(dtype, backend):
     x, weight, bias = (drawn(*shape, dtype=dtype) for shape in ((sum(LENGTHS), 1, 40), (24, 40), (24,)))
     mask = (torch.rand(len(LENGTHS), 40, generator=numbers(3)) > 0.4).to(dtype) * 1.5
-    found = packed.swoosh_linear(PACKING, x, weight, bias, "SwooshL", mask)
+    with _dispatch.backend(backend):
+        found = with_mask(x, weight, bias, "SwooshL", mask, PACKING.recording.unsqueeze(1))
     parts = zip(x.split(LENGTHS), mask, strict=True)
     expected = torch.cat(
         [with_mask(one, weight, bias, "SwooshL", m.repeat(len(one), 1, 1)) for one, m in parts]
     )
     same(found, expected, [x, weight, bias], TOLERANCES[dtype])
-
-
-@of_every_dtype
-def test_bypass(dtype):
-    x_orig, x = (drawn(sum(LENGTHS), 1, 24, dtype=dtype, seed=i) for i in (0, 1))
-    scale = drawn(len(LENGTHS), 24, dtype=dtype, seed=2)
-    found = packed.bypass(PACKING, x_orig, x, scale)
-    parts = zip(x_orig.split(LENGTHS), x.split(LENGTHS), scale, strict=True)
-    same(found, torch.cat([ops.bypass(*part) for part in parts]), [x_orig, x, scale], TOLERANCES[dtype])
 
 
 @of_every_dtype
@@ -145,18 +138,10 @@ def test_the_number_of_threads_changes_nothing():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            y = packed.convolved(PACKING, h, weight, None, "silu")
+            y = ops.gated_depthwise_conv(h, weight, starts=PACKING.starts)
             z = of_recordings(PACKING, q, q, q, pos, bias, bias, 0.0)
             grads = torch.autograd.grad(y.sin().sum() + z.sin().sum(), [h, weight, q, pos, bias])
             results.append((y, z, *grads))
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
-
-
-def test_without_the_kernels_the_copies_give_the_same():
-    h, weight = drawn(sum(LENGTHS), 1, 88), drawn(44, 1, 9, seed=1)
-    found = packed.convolved(PACKING, h, weight, None, "silu", 1)
-    with _dispatch.backend("eager"):
-        assert not packed.is_native(h, weight)
-        same(packed.convolved(PACKING, h, weight, None, "silu", 1), found, [h, weight], 1e-5)

@@ -142,7 +142,7 @@ def test_gradients_through_the_cache():
 def test_registered_op_with_cache():
     module = _upstream(6, 5, True)
     h, mask = _inputs(4, 2, 6)
-    arguments = (h, *_parameters(module), mask, torch.randn(2, 6, 2), -1, "swoosh_r", True)
+    arguments = (h, *_parameters(module), mask, torch.randn(2, 6, 2), None, -1, "swoosh_r", True)
     torch.library.opcheck(torch.ops.fastasr.gated_depthwise_conv.default, arguments)
 
 

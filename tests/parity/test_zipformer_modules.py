@@ -12,7 +12,7 @@ pytest.importorskip("zipformer", reason="upstream's package is not installed")
 from zipformer.modules import scaling, subsampling, zipformer
 
 from fastasr import models
-from fastasr.models.zipformer import subsampling as front_end
+from fastasr.models.zipformer import convnext
 
 
 def _twins(name, arguments, options):
@@ -99,7 +99,7 @@ def _convnext(channels=8):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
 @pytest.mark.parametrize("shape", [(2, 8, 13, 5), (1, 8, 1, 1), (3, 8, 40, 19), (1, 8, 2, 1), (0, 8, 4, 3)])
 def test_convnext_inference(shape, layout, monkeypatch):
-    monkeypatch.setattr(front_end, "BLOCK_ROWS", 100)  # several blocks, with a shorter last one
+    monkeypatch.setattr(convnext, "BLOCK_ROWS", 100)  # several blocks, with a shorter last one
     upstream = _convnext()
     x = torch.randn(shape)
     if layout == "channels_last":
@@ -127,7 +127,7 @@ def test_convnext_block_size_does_not_matter(monkeypatch):
     ours = swapped(_convnext())
     results = []
     for rows in (1, 64, 10**6):
-        monkeypatch.setattr(front_end, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(convnext, "BLOCK_ROWS", rows)
         with torch.no_grad():
             results.append(ours(x))
     assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)

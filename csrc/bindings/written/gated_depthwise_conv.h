@@ -10,10 +10,10 @@ struct GatedDepthwiseConvForward {
   static constexpr const char* kName = "gated_depthwise_conv_forward";
   static constexpr const char* kSchema =
       "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? "
-      "causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int "
-      "activation, bool return_cache, int delay, int gate) -> (Tensor, Tensor)";
-  using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, int64_t,
-                              int64_t, bool, int64_t, int64_t>;
+      "causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, Tensor? starts, int "
+      "chunk_size, int activation, bool return_cache, int delay, int gate) -> (Tensor, Tensor)";
+  using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
+                              int64_t, int64_t, bool, int64_t, int64_t>;
 
   const Tensor& h;
   const Tensor& weight;
@@ -23,6 +23,7 @@ struct GatedDepthwiseConvForward {
   const Optional& chunk_scale;
   const Optional& padding_mask;
   const Optional& cache;
+  const Optional& starts;
   int64_t chunk_size;
   int64_t activation;
   bool return_cache;
@@ -34,6 +35,7 @@ struct GatedDepthwiseConvForward {
   int64_t B{};
   int64_t C{};
   int64_t K{};
+  int64_t N{};
 
   // Declines the call if an argument does not fit the declaration.
   void check(const char* op = kName) {
@@ -98,6 +100,19 @@ struct GatedDepthwiseConvForward {
       fastasr::check(has_sizes(*cache, {B, C, K / 2 + delay}), op, "cache is not (B, C, K//2+delay)");
       check_contiguous(*cache, op, "cache");
     }
+    if (starts) {
+      check_dtype(*starts, ScalarType::Long, op, "starts");
+      {
+        const Sizes shape = starts->sizes();
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
+      }
+      check_contiguous(*starts, op, "starts");
+    }
   }
 };
 
@@ -105,11 +120,11 @@ struct GatedDepthwiseConvBackward {
   static constexpr const char* kName = "gated_depthwise_conv_backward";
   static constexpr const char* kSchema =
       "gated_depthwise_conv_backward(Tensor grad_y, Tensor h, Tensor weight, Tensor? bias, Tensor? "
-      "causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int "
-      "chunk_size, int activation, int delay, int gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)";
+      "causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, "
+      "Tensor? starts, int chunk_size, int activation, int delay, int gate) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
-                              int64_t, int64_t, int64_t, int64_t>;
+                              Optional, int64_t, int64_t, int64_t, int64_t>;
 
   const Tensor& grad_y;
   const Tensor& h;
@@ -120,6 +135,7 @@ struct GatedDepthwiseConvBackward {
   const Optional& chunk_scale;
   const Optional& padding_mask;
   const Optional& cache;
+  const Optional& starts;
   int64_t chunk_size;
   int64_t activation;
   int64_t delay;
@@ -130,6 +146,7 @@ struct GatedDepthwiseConvBackward {
   int64_t B{};
   int64_t C{};
   int64_t K{};
+  int64_t N{};
 
   // Declines the call if an argument does not fit the declaration.
   void check(const char* op = kName) {
@@ -193,6 +210,19 @@ struct GatedDepthwiseConvBackward {
       check_dtype(*cache, dtype, op, "cache");
       fastasr::check(has_sizes(*cache, {B, C, K / 2 + delay}), op, "cache is not (B, C, K//2+delay)");
       check_contiguous(*cache, op, "cache");
+    }
+    if (starts) {
+      check_dtype(*starts, ScalarType::Long, op, "starts");
+      {
+        const Sizes shape = starts->sizes();
+        bool right = false;
+        if (shape.size() == 1) {
+          N = shape[0];
+          right = N >= 1;
+        }
+        fastasr::check(right, op, "starts is not (N), N >= 1");
+      }
+      check_contiguous(*starts, op, "starts");
     }
     check_dtype(grad_y, dtype, op, "grad_y");
     fastasr::check(has_sizes(grad_y, {T, B, C}), op, "grad_y is not (T, B, C)");

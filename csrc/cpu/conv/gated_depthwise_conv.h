@@ -32,16 +32,13 @@ struct GatedDepthwiseConv {
   int64_t chunk;                                       // S, 1 <= S <= max(T, 1)
   GatedActivation activation;
   Gate gate = Gate::sigmoid;
-  // (B + 1) or null. Sequence b is rows [starts[b], starts[b + 1]) of h, y and their gradients, which then have no
-  // batch, and frames is unused: plain form alone, without mask and cache.
+  // Recordings in every sequence, which do not see each other: frames [starts[r], starts[r + 1]). Null: one of all
+  // frames. With more than one: plain form alone, without cache.
+  int64_t recordings = 1;
   const int64_t* starts = nullptr;
 
-  FASTASR_MEMBER int64_t frames_of(int64_t b) const { return starts ? starts[b + 1] - starts[b] : frames; }
-  // Where frame t of sequence b lies in a tensor of these strides, and the row of y and dh that it is.
-  FASTASR_MEMBER int64_t offset(int64_t t, int64_t b, int64_t time, int64_t batch_stride) const {
-    return starts ? (starts[b] + t) * time : t * time + b * batch_stride;
-  }
-  FASTASR_MEMBER int64_t row(int64_t t, int64_t b) const { return offset(t, b, starts ? 1 : batch, 1); }
+  // Recordings of all sequences, sequence by sequence.
+  FASTASR_MEMBER int64_t count() const { return batch * recordings; }
   FASTASR_MEMBER bool chunked() const { return causal_weight != nullptr; }
   // Each channel has these sums: dbias, dweight; in chunk-causal form also dcausal_bias, dcausal_weight, dL, dR.
   FASTASR_MEMBER int64_t sums() const { return chunked() ? 2 + taps + past + 1 + 2 * taps : 1 + taps; }
@@ -50,12 +47,12 @@ struct GatedDepthwiseConv {
 // Work is cut into stripes of kGatedStripe channels.
 constexpr int64_t kGatedStripe = 32;
 
-// Backward cuts the batch into this many groups of neighbours, whatever the number of threads.
+// Backward cuts the recordings into this many groups of neighbours, whatever the number of threads.
 constexpr int64_t kGatedGroups = 4;
 
 template <typename T>
 struct GatedDepthwiseConvForward {
-  // Computes tasks [begin, end) of stripes x batch. y (T, B, C) is contiguous. new_cache (B, C, P), unless null,
+  // Computes tasks [begin, end) of stripes x count(). y (T, B, C) is contiguous. new_cache (B, C, P), unless null,
   // receives u of the last P frames.
   void (*run)(const GatedDepthwiseConv<T>& conv, T* y, T* new_cache, int64_t begin, int64_t end);
 };

@@ -48,9 +48,9 @@ class Forward : Convolution<T> {
 
   void run(T* y, T* new_cache, int64_t begin, int64_t end) {
     for (int64_t task = begin, staged = -1; task < end; task++) {
-      const Stripe<T> stripe(conv_, task / conv_.batch, task % conv_.batch);
+      const Stripe<T> stripe(conv_, task / conv_.count(), task % conv_.count());
       if (staged != stripe.first) this->stage_weights(stripe), staged = stripe.first;
-      sequence(stripe, y);
+      recording(stripe, y);
       if (new_cache) keep(stripe, new_cache);
     }
   }
@@ -58,9 +58,9 @@ class Forward : Convolution<T> {
  private:
   static constexpr C* none = nullptr;  // of gates and slopes
 
-  void sequence(const Stripe<T>& stripe, T* y) {
+  void recording(const Stripe<T>& stripe, T* y) {
     const int64_t frames = stripe.frames, reach = conv_.taps - 1, future = reach - pad_;
-    const int64_t y_row = (conv_.starts ? 1 : conv_.batch) * conv_.channels;
+    const int64_t y_row = conv_.batch * conv_.channels;
     constexpr decltype(&finish<GatedActivation::identity, T, C>) writes[] = {finish<GatedActivation::identity, T, C>,
                                                                              finish<GatedActivation::swoosh_r, T, C>,
                                                                              finish<GatedActivation::silu, T, C>};
@@ -69,7 +69,7 @@ class Forward : Convolution<T> {
     for (int64_t t = 0; t < frames;) {  // row r of the ring: frame t - pad + r
       const int64_t end = block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()), n = end - t;
       stage<false>(stripe, t + future, n, ring_[reach], none, none);
-      T* to = y + conv_.row(t, stripe.batch) * conv_.channels + stripe.first;
+      T* to = y + stripe.row(t) * conv_.channels + stripe.first;
       this->convolve_block(ring_[0], t, end, [&](int64_t i) {
         stripe.prefetch(end + future + i, kTile);
         for (int64_t j = i; j < std::min(i + kTile, n); j++) prefetch_row(to + j * y_row);

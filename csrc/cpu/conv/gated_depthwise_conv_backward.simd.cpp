@@ -103,21 +103,21 @@ class Backward : Convolution<T> {
   };
 
   void run(const Gradient& g, C* parts, int64_t groups, int64_t begin, int64_t end) {
-    const int64_t each = (conv_.batch + groups - 1) / groups;
+    const int64_t each = (conv_.count() + groups - 1) / groups;
     for (int64_t task = begin, staged = -1; task < end; task++) {
       const int64_t group = task % groups;
       const Stripe<T> stripe(conv_, task / groups, 0);
       if (staged != stripe.first) this->stage_weights(stripe), staged = stripe.first;
       sums_.clear();
-      for (int64_t b = group * each; b < std::min(conv_.batch, (group + 1) * each); b++)
-        sequence(Stripe<T>(conv_, task / groups, b), g);
+      for (int64_t i = group * each; i < std::min(conv_.count(), (group + 1) * each); i++)
+        recording(Stripe<T>(conv_, task / groups, i), g);
       write_sums(stripe, parts + group * conv_.sums() * conv_.channels);
     }
   }
 
  private:
   // Row r of u_, gate_ and slope_ is frame t - P + r; row r of q_ and r_ is frame t - (K - 1) + r.
-  void sequence(const Stripe<T>& stripe, const Gradient& g) {
+  void recording(const Stripe<T>& stripe, const Gradient& g) {
     const int64_t frames = stripe.frames, reach = reach_, future = reach - pad_;
     stage<true>(stripe, -pad_, reach, u_[0], gate_[0], slopes(0));
     clear_rows(q_[0], reach);
@@ -154,11 +154,11 @@ class Backward : Convolution<T> {
   C* slopes(int64_t row) { return conv_.gate == Gate::silu ? slope_[row] : nullptr; }
 
   const T* row_of(const Gradient& g, const Stripe<T>& stripe, int64_t t) const {
-    return g.grad + conv_.offset(t, stripe.batch, g.time, g.batch) + stripe.first;
+    return g.grad + stripe.offset(t, g.time, g.batch) + stripe.first;
   }
 
   T* output(const Stripe<T>& stripe, const Gradient& g, int64_t t) const {
-    return g.dh + conv_.row(t, stripe.batch) * 2 * conv_.channels + stripe.first;
+    return g.dh + stripe.row(t) * 2 * conv_.channels + stripe.first;
   }
 
   void output_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {

@@ -15,24 +15,32 @@ static_assert(kStripe == kGatedStripe);
 // A block has this many frames: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
 constexpr int64_t kBlock = 64;
 
-// One stripe of the channels of one sequence.
+// One stripe of the channels of one recording, whose frames count from its first one.
 template <typename T>
 struct Stripe {
   const GatedDepthwiseConv<T>& conv;
-  int64_t batch, frames;
-  int64_t first, channels;  // channels [first, first + channels), at most kStripe
-  const T* origin;          // of the inputs
+  int64_t batch, begin, frames;  // begin: of the recording in its sequence
+  int64_t first, channels;       // channels [first, first + channels), at most kStripe
+  const T* origin;               // of the inputs
 
-  Stripe(const GatedDepthwiseConv<T>& conv_, int64_t stripe, int64_t batch_)
+  Stripe(const GatedDepthwiseConv<T>& conv_, int64_t stripe, int64_t recording)
       : conv(conv_),
-        batch(batch_),
-        frames(conv_.frames_of(batch_)),
+        batch(recording / conv_.recordings),
+        begin(conv_.starts ? conv_.starts[recording % conv_.recordings] : 0),
+        frames(conv_.starts ? conv_.starts[recording % conv_.recordings + 1] - begin : conv_.frames),
         first(stripe * kStripe),
         channels(std::min(kStripe, conv_.channels - first)),
-        origin(conv_.h + conv_.offset(0, batch_, conv_.h_time, conv_.h_batch) + first) {}
+        origin(conv_.h + offset(0, conv_.h_time, conv_.h_batch) + first) {}
 
-  bool valid(int64_t t) const { return t >= 0 && t < frames && !(conv.mask && conv.mask[batch * frames + t]); }
+  bool valid(int64_t t) const {
+    return t >= 0 && t < frames && !(conv.mask && conv.mask[batch * conv.frames + begin + t]);
+  }
   const T* input(int64_t t) const { return origin + t * conv.h_time; }
+  // Where frame t lies in a tensor of these strides, and the row of y and dh that it is.
+  int64_t offset(int64_t t, int64_t time, int64_t batch_stride) const {
+    return (begin + t) * time + batch * batch_stride;
+  }
+  int64_t row(int64_t t) const { return offset(t, conv.batch, 1); }
 
   // of the inputs of frames [t, t + n)
   void prefetch(int64_t t, int64_t n) const {

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches without padding: the frames of all recordings lie one after the other, as rows of one tensor.
 
-Products, norms and activations run on these rows as on any others. Convolutions over time and Zipformer's attention are
-one native call each, see ``packed``, and other attention is one call of the op that knows where recordings begin. If
-they cannot serve, attention runs per recording, on views; short recordings of similar length share a call. A
-convolution then runs once over all rows, with frames of zeros between the recordings. Copies are moves of rows, so that
-a backward pass takes time linear in the rows. A GPU gets as many calls for many recordings as for few, because few
+Products, norms and activations run on these rows as on any others. Convolutions over time and attention are one call
+each of an op that reads where recordings begin; Zipformer's attention is one native call on the CPU, and elsewhere runs
+per recording, on views; short recordings of similar length share a call. A convolution that no op computes runs once
+over all rows, with frames of zeros between the recordings. Copies are moves of rows, so that a backward pass takes time
+linear in the rows. A GPU gets as many calls for many recordings as for few, because few
 groups share calls of attention there, whatever the number of recordings.
 """
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -454,10 +455,15 @@ def current() -> Packing | RowFrames | None:
     return getattr(_local, "packing", None)
 
 
-def frames_of_nobody() -> Tensor | None:
-    """Returns True at frames of nobody, (1, N), where modules in this thread get a row that has some."""
+def frames_of_nobody(x: Tensor, channel_dim: int = -1) -> Tensor | None:
+    """Returns True at frames of nobody, where modules in this thread get a row that has some: in the shape of x without
+    the dimension of the channels. Before that of the frames x has no other, or dimensions of size 1."""
     packing = current()
-    return packing.hidden if isinstance(packing, RowFrames) else None
+    if not isinstance(packing, RowFrames):
+        return None
+    shape = list(x.shape)
+    del shape[channel_dim]
+    return packing.hidden.view(-1, 1).expand(-1, math.prod(shape) // packing.frames).reshape(shape)
 
 
 def with_zeros(pieces: Sequence[Tensor], slots: Sequence[int]) -> Tensor:

@@ -160,20 +160,33 @@ class Capacity(Protocol):
     def parts(self) -> bool: ...
 
 
+class Room(NamedTuple):
+    """The Capacity of a row for one call that is not recorded."""
+
+    frames: int
+    recordings: int
+    longest: int
+    parts: bool = False
+
+
 class Packed(NamedTuple):
     """A call on a row: the arguments of the function that takes the row, which have the same shapes for every batch;
-    the frames () of its recordings; and what makes the call's result of that function's."""
+    the frames of features () of its recordings; and what makes the call's result of that function's."""
 
     arguments: tuple[Any, ...]
     used: Tensor
     unpack: Callable[[Any], Any]
 
 
-def why_beyond(capacity: Capacity, given: Tensor | PackedFrames, lengths: Tensor) -> str | None:
+def why_beyond(
+    capacity: Capacity, given: Tensor | PackedFrames, lengths: Tensor, factor: int = 1
+) -> str | None:
     """Returns what of a batch (B, T, ...) of these lengths (B,), or of PackedFrames (N, ...), the row has no room for,
-    or None. On a GPU it waits for the lengths only where B · T or N frames would be too many. That no recording among
-    N frames is too long, the GPU asserts itself."""
-    most, recordings, longest = capacity.frames or 0, capacity.recordings or 0, capacity.longest or 0
+    or None. ``factor``: how many frames of features each of these stands for. On a GPU it waits for the lengths only
+    where B · T or N frames would be too many. That no recording among N frames is too long, the GPU asserts itself."""
+    recordings = capacity.recordings or 0
+    most, longest = (-(-(n or 0) // factor) for n in (capacity.frames, capacity.longest))
+    per = "" if factor == 1 else f" / {factor}"
     packed, batch = isinstance(given, PackedFrames), len(lengths)
     frames = len(given.frames) if isinstance(given, PackedFrames) else given.shape[1]
     if not batch * frames:
@@ -181,10 +194,10 @@ def why_beyond(capacity: Capacity, given: Tensor | PackedFrames, lengths: Tensor
     if batch > recordings:
         return f"it has {batch} recordings, and Graphs allows {recordings}"
     if frames > longest and not packed:
-        return f"it is padded to {frames} frames, and Graphs allows a recording of {longest}"
+        return f"it is padded to {frames} frames, and Graphs allows a recording of {capacity.longest}{per}"
     if frames > longest and lengths.is_cpu and (most_of_one := int(lengths.max())) > longest:
-        return f"it has a recording of {most_of_one} frames, and Graphs allows {longest}"
+        return f"it has a recording of {most_of_one} frames, and Graphs allows {capacity.longest}{per}"
     if frames > longest and lengths.is_cuda:
         torch._assert_async((lengths <= longest).all(), f"a recording has more than {longest} frames")
     used = int(lengths.sum()) if frames * (1 if packed else batch) > most else 0
-    return f"it has {used} frames, and Graphs allows {most}" if used > most else None
+    return f"it has {used} frames, and Graphs allows {capacity.frames}{per}" if used > most else None

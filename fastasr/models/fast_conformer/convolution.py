@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.models.common import activations, packed, plumbing
+from fastasr.models.common import activations, plumbing
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
@@ -111,10 +111,10 @@ def convolved(
         fused = folded and activations.fused_name(activation) == "silu"
         h = h.transpose(0, 1)
         options: Any = {"delay": delay, "activation": "silu" if fused else "identity"}
-        if packing is None:
-            z = ops.gated_depthwise_conv(h, weight, bias, padding_mask=hidden, cache=cache, **options)
-        else:
-            z = packed.convolved(packing, h, weight, bias, **options)  # [T, B, C]
+        starts = None if packing is None else packing.starts
+        z = ops.gated_depthwise_conv(
+            h, weight, bias, padding_mask=hidden, cache=cache, starts=starts, **options
+        )
         z = z[::stride].transpose(0, 1)
         if by_frame:
             return activations.norm_activated(norm, activation, z)

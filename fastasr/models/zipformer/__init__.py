@@ -12,6 +12,7 @@ from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.checkpointing import checkpoint
 from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
+from fastasr.models.zipformer.convnext import ConvNeXt
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.dropout import Dropout2, Dropout3
 from fastasr.models.zipformer.encoder import Zipformer, convert_num_channels
@@ -31,7 +32,7 @@ from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.softmax import softmax
 from fastasr.models.zipformer.stack import DownsampledZipformerEncoder, ZipformerEncoder
 from fastasr.models.zipformer.stream_states import stack_states, unstack_states
-from fastasr.models.zipformer.subsampling import Conv2dSubsampling, ConvNeXt
+from fastasr.models.zipformer.subsampling import Conv2dSubsampling
 from fastasr.models.zipformer.whitening import Whiten
 
 __all__ = [

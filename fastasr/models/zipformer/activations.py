@@ -6,15 +6,13 @@ SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
 """
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastasr import ops
 from fastasr._recording import recording
-from fastasr.models.common import packed
-from fastasr.models.common.packed import Kind
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.decisions import is_zero, keep_rates
 from fastasr.models.zipformer.initial_scale import ScaledLinear
@@ -22,6 +20,8 @@ from fastasr.models.zipformer.schedules import FloatLike
 from fastasr.ops import _decided
 from fastasr.ops._dropout import draw_mask
 from fastasr.ops._wrapped.swoosh_linear import with_mask
+
+Kind = Literal["SwooshL", "SwooshR"]
 
 
 class SwooshL(torch.nn.Module):
@@ -80,7 +80,8 @@ class ActivationDropoutAndLinear(torch.nn.Module):
         packing = current()
         if packing is not None and dropout_p > 0.0 and self.dropout_shared_dim == 0:
             mask = draw_mask(x.new_empty(1, packing.count, x.shape[-1]), dropout_p, 0)[0]
-            return packed.swoosh_linear(packing, x, self.weight, self.bias, self.activation, mask)
+            number = packing.recording.unsqueeze(1)
+            return with_mask(x, self.weight, self.bias, self.activation, mask, number)
         return ops.swoosh_linear(
             x,
             self.weight,
@@ -114,5 +115,7 @@ def _recorded(self: Any, x: Tensor) -> Tensor:
     else:
         mask = (drawn > p).to(x.dtype) * scale
     if dim == 0 and row is not None:
-        return with_mask(x, self.weight, self.bias, self.activation, row.repeated(mask[0]).unsqueeze(1))
-    return with_mask(x, self.weight, self.bias, self.activation, mask, -1 if dim is None else dim % x.dim())
+        return with_mask(x, self.weight, self.bias, self.activation, mask[0], row.recording.unsqueeze(1))
+    return with_mask(
+        x, self.weight, self.bias, self.activation, mask, None, -1 if dim is None else dim % x.dim()
+    )

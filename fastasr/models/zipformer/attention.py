@@ -154,8 +154,8 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
             if penalized and "starts" in masks:
                 act = None if penalized is True else penalized.values[:1]
                 penalty = {"score_penalty": SCORE_PENALTY, "score_limit": SCORE_LIMIT, "act": act}
-                nobody: Any = frames_of_nobody()  # their scores are 0, so that they get no penalty
-                projected = projected.masked_fill(nobody.view(-1, 1, 1), 0.0)
+                nobody: Any = frames_of_nobody(projected)  # their scores are 0, so that they get no penalty
+                projected = projected.masked_fill(nobody.unsqueeze(-1), 0.0)
             elif penalized and torch.is_grad_enabled():
                 projected, relative = score_penalty.penalized(
                     projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT

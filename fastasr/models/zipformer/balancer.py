@@ -34,8 +34,6 @@ class _Balance(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden = ctx.saved_tensors
-        if hidden is not None:
-            hidden = hidden.reshape(x.select(ctx.limits[-1], 0).shape)
         arguments: Any = grad, x, *ctx.limits, None, None, hidden
         y = ops.balancer_gradient(*arguments)
         return y, None, *([None] * len(ctx.limits))
@@ -132,7 +130,8 @@ class Balancer(torch.nn.Module):
         recorded = recording()
         if recorded is not None:  # In a recorded call memory does not depend on the decision.
             numbers = recorded.numbers(lambda: _decided(self) or [0.0] * 6, 6)
-            return changing(x, partial(_change, numbers, self.channel_dim, frames_of_nobody()))
+            hidden = frames_of_nobody(x, self.channel_dim)
+            return changing(x, partial(_change, numbers, self.channel_dim, hidden))
         if x.is_cuda and decided(lambda: self.mem_cutoff(memory_of_pass(self, x.device))):
             return x
         decision = _decided(self)
@@ -143,7 +142,7 @@ class Balancer(torch.nn.Module):
                 f"Balancer: x must have {self.num_channels} elements along dimension {self.channel_dim}, "
                 f"got shape {tuple(x.shape)}"
             )
-        return _Balance.apply(x, frames_of_nobody(), *decision[1:], self.channel_dim)
+        return _Balance.apply(x, frames_of_nobody(x, self.channel_dim), *decision[1:], self.channel_dim)
 
 
 def _change(numbers: Numbers, channel_dim: int, hidden: Tensor | None, grad: Tensor, x: Tensor) -> None:

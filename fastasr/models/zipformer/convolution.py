@@ -19,7 +19,6 @@ from torch import Tensor
 from fastasr import ops
 from fastasr._recording import recording
 from fastasr._transforms import Function
-from fastasr.models.common import packed
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import Packing, current
@@ -139,8 +138,7 @@ def _convolved(h: Tensor, weights: Sequence[Any], padding_mask: Tensor | None, *
     if not isinstance(packing, Packing):
         return ops.gated_depthwise_conv(h, *weights, padding_mask=padding_mask, **options)
     if len(weights) == 2:
-        weight, bias = weights
-        return packed.convolved(packing, h, weight, bias, options.get("activation", "swoosh_r"))
+        return ops.gated_depthwise_conv(h, *weights, starts=packing.starts, **options)
     return packing.over_time(
         lambda h, hidden: ops.gated_depthwise_conv(h, *weights, padding_mask=hidden, **options), h
     )

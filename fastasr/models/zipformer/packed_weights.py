@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
-from fastasr.models.common import packed
 from fastasr.models.common.ragged import Packing, current
 from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.self_attention import Weights, weighted
-from fastasr.ops import nonlin_attention
+from fastasr.ops import _dispatch, nonlin_attention
 
 _native = torch.ops.fastasr_cpu
 # Of recordings up to this length the kernel for few columns computes weighted sums for many columns too.
@@ -127,7 +126,7 @@ def of_one_call(
     limit: float,
 ) -> PackedWeights | None:
     """Returns the weights of each recording by one call of the native kernel, or None where that does not serve."""
-    if not isinstance(packing, Packing) or not packed.is_native(projected, positions):
+    if not isinstance(packing, Packing) or not _is_native(projected, positions):
         return None
     window = masks["chunk_size"], masks["left_context_chunks"]
     parts = _Weights.apply(
@@ -135,6 +134,19 @@ def of_one_call(
     )
     count = len(parts) // 2
     return PackedWeights(packing, parts[:count], True, parts[count:])
+
+
+def _is_native(first: Tensor, *more: Tensor | None) -> bool:
+    """Says whether the native kernels serve these tensors, of one dtype, as they lie in memory."""
+    return (
+        _dispatch.direct(first, *more)
+        and all(
+            t is None or (t.is_cpu and t.is_contiguous() and t.dtype is first.dtype) for t in (first, *more)
+        )
+        and not torch.is_autocast_enabled("cpu")
+        and _dispatch.forced_backend() in ("auto", "cpu")
+        and not _dispatch.why_not_cpu("zipformer_attention_weights_packed_forward")
+    )
 
 
 class _Weights(Function):

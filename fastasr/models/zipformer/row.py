@@ -21,6 +21,7 @@ from fastasr.packed_frames import PackedFrames
 if TYPE_CHECKING:
     from fastasr.models.zipformer.encoder import Zipformer
 
+RATE = 2  # Frames of features, which Graphs counts, for one of the encoder's.
 MULTIPLE = 16  # At every rate rows have a multiple of so many frames, as tensor cores like them.
 
 
@@ -62,17 +63,18 @@ def packed(
         if mask is not None and mask.shape != given.shape[:2]:
             return "its mask is not one of lengths"
         lengths = all_frames(given) if mask is None else (~mask.bool()).sum(-1)
-    reason = why_beyond(capacity, given, lengths)
+    reason = why_beyond(capacity, given, lengths, RATE)
     if reason is not None:
         return reason
     if isinstance(given, PackedFrames):
         given = given.to(given.frames.device, non_blocking=True)  # the lengths may be on the CPU
         lengths = given.lengths
-    _extend_positions(encoder, capacity.longest or 0)
+    most, longest = (-(-(n or 0) // RATE) for n in (capacity.frames, capacity.longest))
+    _extend_positions(encoder, longest)
     recordings, factor, between = capacity.recordings or 0, _factor(encoder), _between(encoder)
     slots = (lengths + (between + factor - 1)) // factor * factor
     spans = Spans.laid_out(lengths, slots, recordings)
-    rows = (capacity.frames or 0) + recordings * (between + factor - 1)
+    rows = most + recordings * (between + factor - 1)
     rows = -(-rows // (factor * MULTIPLE)) * factor * MULTIPLE
     half = encoder.downsample_output.downsample
 
@@ -80,13 +82,13 @@ def packed(
         after = Spans(spans.begins // half, (spans.ends + (half - 1)) // half)
         y = y.transpose(0, 1)
         if isinstance(given, PackedFrames):
-            found = after.without_gaps(y, len(lengths), -(-(capacity.frames or 0) // half) + recordings)
+            found = after.without_gaps(y, len(lengths), -(-most // half) + recordings)
             return found, found.lengths
         y = after.unpacked(y, len(lengths), -(-given.shape[1] // half))
         return y.transpose(0, 1), (x_lens + 1) // 2
 
     row = spans.packed(given, rows).transpose(0, 1)
-    return Packed((row, *spans, capacity.longest), lengths.sum(), unpack)
+    return Packed((row, *spans, longest), lengths.sum() * RATE, unpack)
 
 
 def encoded(encoder: "Zipformer", x: Tensor, begins: Tensor, ends: Tensor, longest: int) -> Tensor:

@@ -4,12 +4,15 @@
     h = ConvNeXt(conv(x))                                   x as one channel of (time, frequency)
     y = dropout(BiasNorm(whiten(W rows(h) + b)))            rows: channels and frequencies of a frame
 
-with conv three times SwooshR(Conv2d(x)), and ConvNeXt(x) = x + pointwise2(SwooshL(pointwise1(depthwise(x)))).
+with conv three times SwooshR(Conv2d(x)). Channels are last in memory, in inference and training: the convolutions then
+need no reordering.
 
-Channels are last in memory, in inference and training. The convolutions then need no reordering, the depthwise
-convolution is ``ops.depthwise_conv2d``, and a pointwise convolution is a matrix product over rows of C channels.
-Inference on the CPU takes the rows in blocks, so that the hidden rows of 3 C channels stay in cache instead of crossing
-memory four times.
+On a row of fixed length, as ``models.common.row`` describes, one recorded call serves every batch. A recording's output
+is the same as if it were alone: in a padded batch the ConvNeXt layer sees 3 frames behind a recording's end that were
+computed from padding, and on a row zeros. Recordings begin at even frames. The first frame of the output, at begin / 2,
+sees the features begin … begin + 6. A recording of T frames gives max(0, (T − 7) // 2), and its place has ⌈T / 2⌉: at
+least 4 are left for the zeros. In training balancers and whitening see the frames that exist behind the
+convolution before them, and layerdrop and dropout draw for as many recordings as the row has room for.
 """
 
 from typing import Any, TypeGuard
@@ -22,23 +25,24 @@ from torch.autograd.function import once_differentiable
 from fastasr import ops
 from fastasr._recording import recording
 from fastasr._transforms import Function, is_transformed
-from fastasr.models.common import plumbing
-from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.linear import Linear
-from fastasr.models.common.plain import any_watched, is_plain, is_plain_named
-from fastasr.models.zipformer.activations import SwooshL, SwooshR
+from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
+from fastasr.models.common.ragged import REFUSED, current, in_use
+from fastasr.models.common.row import Capacity, Packed, Room, RowFrames, Spans, why_beyond
+from fastasr.models.zipformer.activations import SwooshR
 from fastasr.models.zipformer.balancer import Balancer
-from fastasr.models.zipformer.decisions import is_zero, rate
+from fastasr.models.zipformer.convnext import ConvNeXt, has_plain_parts, runs_by_rows
 from fastasr.models.zipformer.dropout import Dropout3
 from fastasr.models.zipformer.gradient_scale import ScaleGrad
-from fastasr.models.zipformer.initial_scale import ScaledConv2d
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _gemm, _reduced_weights
+from fastasr.packed_frames import PackedFrames, require_lengths
 
-# Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
-BLOCK_ROWS = 1024
+MULTIPLE = 16  # The output has a multiple of so many frames, as tensor cores like them.
+OVER_TIME = [(3, 1, 0), (3, 2, 0), (3, 1, 0)]  # taps, stride and padding of the convolutions
+BETWEEN = 4  # frames of nobody between recordings where the ConvNeXt layer sees them
 
 _SHORT = (torch.float16, torch.bfloat16)
 
@@ -50,8 +54,11 @@ class Conv2dSubsampling(torch.nn.Module):
     calls each of them. conv gets its input in channels_last order, the same values with other strides, unless the call
     is compiled or a module has hooks; on a GPU only 16-bit types are reordered. The result is always contiguous.
 
-    Raises ValueError for fewer than 7 in_channels, AssertionError if the largest length is not the number of output
-    frames, which a compiled call does not check.
+    For PackedFrames (N, features) it returns PackedFrames (N // 2, channels) and their lengths, each recording as if it
+    were alone, and does not read x_lens.
+
+    Raises ValueError for fewer than 7 in_channels, and for PackedFrames if the front end cannot run on a row;
+    AssertionError if the largest length is not the number of output frames, which a compiled call does not check.
     """
 
     def __init__(
@@ -91,16 +98,16 @@ class Conv2dSubsampling(torch.nn.Module):
         self.out_norm = BiasNorm(out_channels)
         self.dropout = Dropout3(dropout, shared_dim=1)
 
-    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.unsqueeze(1)
-        if _runs_channels_last(self, x):
-            # With one channel, contiguous(memory_format=...) would return x itself and conv would stay in NCHW.
-            x = x.to(memory_format=torch.channels_last)
-            x = _convolved(self.conv, x)
+    def forward(self, x: Tensor | PackedFrames, x_lens: Tensor) -> tuple[Any, Tensor]:
+        if isinstance(x, PackedFrames):
+            return of_packed(self, x)
+        h = x.unsqueeze(1)
+        if _runs_channels_last(self, h):
+            # With one channel, contiguous(memory_format=...) would return h itself and conv would stay in NCHW.
+            h = _convolved(self.conv, h.to(memory_format=torch.channels_last))
         else:
-            x = self.conv(x)
-        x = self.convnext(x)
-        y = _dropped(self, self.out_norm(self.out_whiten(_projected(self.out, x))))
+            h = self.conv(h)
+        y = _finished(self, h)
         return y, _lengths(y, (x_lens - 7) // 2)
 
     def streaming_forward(
@@ -142,6 +149,12 @@ class _Convolution(Function):
         stride, padding = ctx.sizes
         needs = ctx.needs_input_grad[:3]
         return *_gemm.conv2d_grads(grad, x, weight, stride, padding, needs), None, None
+
+
+def _finished(front_end: Any, x: Tensor) -> Tensor:
+    """Returns the output (batch, time, channels) for that of the three convolutions."""
+    y = front_end.out_norm(front_end.out_whiten(_projected(front_end.out, front_end.convnext(x))))
+    return _dropped(front_end, y)
 
 
 def _convolved(modules: torch.nn.Module, x: Tensor) -> Tensor:
@@ -188,9 +201,11 @@ def _projected(out: Any, x: Tensor) -> Tensor:
 
 
 def _dropped(front_end: Conv2dSubsampling, y: Tensor) -> Tensor:
-    """Runs the dropout; while the call is recorded by our code, which leaves the rate to the host."""
+    """Runs the dropout; by our code while the call is recorded, which leaves the rate to the host, or on a row."""
     dropout = front_end.dropout
-    if recording() is not None and is_plain_named(dropout, ("Dropout3",), front_end):
+    if (recording() is not None or current() is not None) and is_plain_named(
+        dropout, ("Dropout3",), front_end
+    ):
         return Dropout3.forward(dropout, y)
     return dropout(y)
 
@@ -206,7 +221,7 @@ def _lengths(y: Tensor, lengths: Tensor) -> Tensor:
 
 def _runs_channels_last(embed: Conv2dSubsampling, x: Tensor) -> bool:
     weight = next(embed.conv.parameters(), None)  # conv may have been replaced
-    if weight is None or not _runs_by_rows(x, weight):
+    if weight is None or not runs_by_rows(x, weight):
         return False
     if any_watched((*embed.conv.modules(), *embed.convnext.modules())):  # these would see the layout
         return False
@@ -214,163 +229,109 @@ def _runs_channels_last(embed: Conv2dSubsampling, x: Tensor) -> bool:
     return x.is_cpu or cast in _SHORT
 
 
-class ConvNeXt(torch.nn.Module):
-    """x (batch, channels, time, frequency) -> same shape.
+# --------------------------------------------------------------------------- on a row
+def why_no_row(front_end: Any) -> str | None:
+    """Returns why this front end cannot run on a row, or None."""
+    conv, convnext = front_end.conv, front_end.convnext
+    if not is_plain(conv, torch.nn.Sequential):
+        return "conv is not a Sequential, or has hooks"
+    for i, part in enumerate(conv):
+        of_one_frame = is_plain_named(part, ("ScaleGrad", "SwooshR", "Identity"), front_end)
+        if not (_is_simple(part) or of_one_frame or _is_ours(part, Balancer)):
+            return f"conv.{i} is not swapped or not upstream's, or has hooks"
+    convs = [part for part in conv if _is_simple(part)]
+    if [(c.kernel_size[0], c.stride[0], c.padding[0]) for c in convs] != OVER_TIME:
+        return "its convolutions see other frames than upstream's"
+    if not runs(convnext, ConvNeXt.forward) or not has_plain_parts(convnext):
+        return "convnext is not swapped, or has parts that are not upstream's, or hooks"
+    if convnext.depthwise_conv.padding[0] > BETWEEN:
+        return f"convnext sees more than {BETWEEN} frames on one side"
+    for name in ("convnext.hidden_balancer", "convnext.out_balancer", "convnext.out_whiten", "out_whiten"):
+        part = front_end.get_submodule(name)
+        identity = is_plain_named(part, ("Identity",), front_end)
+        if not (identity or _is_ours(part, Balancer) or _is_ours(part, Whiten)):
+            return f"{name} is not swapped, or has hooks"
+    dropout = front_end.dropout
+    if not is_plain_named(dropout, ("Dropout3",), front_end) or dropout.shared_dim != 1:
+        return "dropout is not upstream's Dropout3 over time, or has hooks"
+    return None
 
-    ``forward`` is written for layers with the submodules depthwise_conv, pointwise_conv1, hidden_balancer,
-    activation, pointwise_conv2, out_balancer and out_whiten, and ``layerdrop_rate``; activation is a SwooshL. The
-    balancers and the whitening act on gradients only and are left out if no gradient is needed.
+
+def _is_ours(part: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
+    return runs(part, cls.forward) and is_plain(part, type(part))
+
+
+def packed(front_end: Any, capacity: Capacity, x: Tensor | PackedFrames, x_lens: Tensor) -> Packed | str:
+    """Returns a call of ``encoded`` for features (B, T, features) and their lengths (B,), or PackedFrames (N,
+    features), or the reason why there is none, beside those of ``why_no_row``."""
+    lengths = x_lens
+    if isinstance(x, PackedFrames):
+        lengths = x.lengths
+        if x.frames.dim() != 2:
+            return "its PackedFrames have another shape"
+    elif x.dim() != 3 or x.shape[1] < 9:
+        return "its features have another shape, or too few frames for one of output"
+    return why_beyond(capacity, x, lengths) or _laid_out(capacity, x, x_lens)
+
+
+def _laid_out(capacity: Capacity, x: Tensor | PackedFrames, x_lens: Tensor) -> Packed:
+    if isinstance(x, PackedFrames):
+        x = x.to(x.frames.device, non_blocking=True)  # the lengths may be on the CPU
+        lengths = x.lengths
+    else:
+        lengths = x_lens.to(x.device, torch.int64, non_blocking=True)
+    most, recordings, batch = capacity.frames or 0, capacity.recordings or 0, len(lengths)
+    spans = Spans.laid_out(lengths, (lengths + 1) // 2 * 2, recordings)
+    rows = -(-max(1, most + recordings) // (2 * MULTIPLE)) * MULTIPLE
+
+    def unpack(y: Tensor) -> tuple[Tensor | PackedFrames, Tensor]:
+        begins = spans.begins // 2
+        after = Spans(begins, begins + ((spans.ends - spans.begins - 7) // 2).clamp(min=0))
+        if isinstance(x, PackedFrames):
+            found = after.without_gaps(y, batch, most // 2)
+            return found, found.lengths
+        return after.unpacked(y, batch, (x.shape[1] - 7) // 2), (x_lens - 7) // 2
+
+    return Packed((spans.packed(x, 2 * rows + 7), *spans), lengths.sum(), unpack)
+
+
+def encoded(front_end: Any, x: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
+    """Features (1, 2 N + 7, features) of recordings, which lie at [begins, ends), both (R,) -> (1, N, channels)."""
+    row = RowFrames(Spans(begins, ends), x.shape[1], x.shape[1])
+    x = x.unsqueeze(1)
+    if _runs_channels_last(front_end, x):
+        x = x.to(memory_format=torch.channels_last)
+    for module in front_end.conv:
+        if isinstance(module, torch.nn.Conv2d):
+            row = _behind(row, module)
+        with in_use(row):
+            x = module(x)
+    # The ConvNeXt layer must not see frames that upstream would compute from padding.
+    x = x.masked_fill(row.hidden[:, None, :, None], 0.0)
+    with in_use(row):
+        return _finished(front_end, x)
+
+
+def _behind(row: RowFrames, conv: torch.nn.Conv2d) -> RowFrames:
+    """Returns the frames behind a convolution over the valid ones of each recording."""
+    taps, stride = conv.kernel_size[0], conv.stride[0]
+    begins, ends = row.spans
+    lengths = ((ends - begins - taps) // stride + 1).clamp(min=0)
+    begins = begins // stride
+    return RowFrames(Spans(begins, begins + lengths), (row.frames - taps) // stride + 1, row.longest)
+
+
+def of_packed(front_end: Any, given: PackedFrames) -> tuple[PackedFrames, Tensor]:
+    """Returns the front end's output for PackedFrames (N, features): PackedFrames (N // 2, channels), and their
+    lengths, on a row that just fits.
+
+    Raises ValueError if the front end cannot run on a row.
     """
-
-    def __init__(
-        self,
-        channels: int,
-        hidden_ratio: int = 3,
-        kernel_size: tuple[int, int] = (7, 7),
-        layerdrop_rate: FloatLike | None = None,
-    ) -> None:
-        super().__init__()
-        self.padding = (kernel_size[0] - 1) // 2, (kernel_size[1] - 1) // 2
-        hidden_channels = channels * hidden_ratio
-        if layerdrop_rate is None:
-            layerdrop_rate = ScheduledFloat((0.0, 0.2), (20000.0, 0.015))
-        self.layerdrop_rate = layerdrop_rate
-        self.depthwise_conv = torch.nn.Conv2d(
-            channels, channels, kernel_size, groups=channels, padding=self.padding
-        )
-        self.pointwise_conv1 = torch.nn.Conv2d(channels, hidden_channels, 1)
-        self.hidden_balancer = Balancer(
-            hidden_channels, channel_dim=1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0
-        )
-        self.activation = SwooshL()
-        self.pointwise_conv2 = ScaledConv2d(hidden_channels, channels, 1, initial_scale=0.01)
-        self.out_balancer = Balancer(
-            channels, channel_dim=1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0
-        )
-        self.out_whiten = Whiten(num_groups=1, whitening_limit=5.0, prob=(0.025, 0.25), grad_scale=0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask = _layerdrop_mask(self, x) if self.training else None
-        if not _has_plain_parts(self):
-            return _by_submodules(self, x, mask)
-        if is_plain_inference(self, x, self.pointwise_conv1.weight, 4):
-            return _in_blocks(self, x)
-        if x.dim() == 4 and _runs_by_rows(x, self.pointwise_conv1.weight):
-            return _by_rows(self, x, mask)
-        return _by_submodules(self, x, mask)
-
-    def streaming_forward(self, x: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, channels, time, frequency), cached_left_pad (batch, channels, padding, frequency) of the frames
-        before it -> (batch, channels, time - padding, frequency), the cache for the next chunk.
-
-        Raises ValueError for a cache of another length.
-        """
-        pad = self.padding[0]
-        if cached_left_pad.shape[2] != pad:
-            raise ValueError(
-                f"ConvNeXt: cached_left_pad must hold {pad} frames, got {cached_left_pad.shape[2]}"
-            )
-        frames = x.shape[2] - pad
-        extended = torch.cat([cached_left_pad, x], dim=2)
-        cache = extended[:, :, frames : frames + pad]
-        padding = (0, self.padding[1])
-        if (
-            x.dtype == cached_left_pad.dtype
-            and _has_plain_parts(self)
-            and _runs_by_rows(x, self.pointwise_conv1.weight)
-        ):
-            y = _contracted(self, _hidden_rows(self, extended.permute(0, 2, 3, 1), padding))
-        else:
-            conv = self.depthwise_conv
-            h = F.conv2d(extended, conv.weight, conv.bias, padding=padding, groups=conv.groups)
-            y = self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(h))))
-        return x[:, :, :frames] + y, cache
-
-
-def _layerdrop_mask(layer: ConvNeXt, x: Tensor) -> Tensor | None:
-    """Returns booleans (batch, 1, 1, 1), False where the layer is dropped; None at rate 0."""
-    share = rate(layer.layerdrop_rate)
-    if is_zero(share):
-        return None
-    return torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > share
-
-
-def _by_submodules(layer: ConvNeXt, x: Tensor, mask: Tensor | None) -> Tensor:
-    hidden = layer.hidden_balancer(layer.pointwise_conv1(layer.depthwise_conv(x)))
-    return _residual(layer, x, layer.pointwise_conv2(layer.activation(hidden)), mask)
-
-
-def _residual(layer: ConvNeXt, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    y = layer.out_balancer(x + y if mask is None else torch.addcmul(x, y, mask.to(y.dtype)))
-    if y.requires_grad:  # the whitening works on the last dimension
-        y = layer.out_whiten(y.transpose(1, 3)).transpose(1, 3)
-    return y
-
-
-def _has_plain_parts(layer: ConvNeXt) -> bool:
-    """Says whether all parts are upstream's, without hooks: then they need not be called."""
-    return (
-        plumbing.is_depthwise_conv2d(layer.depthwise_conv)
-        and all(map(plumbing.is_pointwise_conv2d, (layer.pointwise_conv1, layer.pointwise_conv2)))
-        and is_plain_named(layer.activation, ("SwooshL",), layer)
-        and all(
-            is_plain_named(part, ("Balancer", "Whiten", "Identity"), layer)
-            for part in (layer.hidden_balancer, layer.out_balancer, layer.out_whiten)
-        )
-    )
-
-
-def _runs_by_rows(x: Tensor, weight: Tensor) -> bool:
-    """Says whether the kernels compute this call and neither transforms nor a compiler see its layout."""
-    plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
-    return (
-        ((x.is_cpu and plain) or x.is_cuda)
-        and x.device == weight.device
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not is_transformed()
-    )
-
-
-def _by_rows(layer: ConvNeXt, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Runs the layer with channels last. The balancers and the whitening get the same values with other strides."""
-    hidden = _hidden_rows(layer, x.permute(0, 2, 3, 1), layer.depthwise_conv.padding)
-    hidden = layer.hidden_balancer(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return _residual(layer, x, _contracted(layer, hidden), mask)
-
-
-def _hidden_rows(layer: ConvNeXt, rows: Tensor, padding: Any) -> Tensor:
-    """(batch, time, frequency, channels) -> the hidden channels before the activation, in the same order"""
-    conv, expand = layer.depthwise_conv, layer.pointwise_conv1
-    y = ops.depthwise_conv2d(rows, conv.weight, conv.bias, padding=tuple(padding))
-    return ops.linear(y, expand.weight.flatten(1), expand.bias)
-
-
-def _contracted(layer: ConvNeXt, hidden: Tensor) -> Tensor:
-    """Hidden rows -> (batch, channels, time, frequency), channels last in memory"""
-    contract = layer.pointwise_conv2
-    y = ops.swoosh_linear(hidden, contract.weight.flatten(1), contract.bias, kind="SwooshL")
-    return y.permute(0, 3, 1, 2)
-
-
-def _in_blocks(layer: ConvNeXt, x: Tensor) -> Tensor:
-    batch, channels, time, frequency = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    conv: Any = layer.depthwise_conv
-    maps = x.permute(0, 2, 3, 1)
-    conv_rows = ops.depthwise_conv2d(maps, conv.weight, conv.bias, padding=tuple(conv.padding)).view(
-        -1, channels
-    )
-    x_rows = maps.view(-1, channels)  # [N*T*F, C]
-
-    expand, contract = layer.pointwise_conv1, layer.pointwise_conv2
-    w1 = expand.weight.view(-1, channels)  # [3C, C]
-    w2 = contract.weight.view(channels, -1)  # [C, 3C]
-
-    step = max(1, BLOCK_ROWS // frequency) * frequency
-    for first in range(0, len(x_rows), step):
-        rows = slice(first, first + step)
-        hidden = ops.linear(conv_rows[rows], w1, expand.bias)  # [rows, 3C]
-        y = ops.swoosh_linear(hidden, w2, contract.bias, kind="SwooshL")  # [rows, C]
-        torch.add(x_rows[rows], y, out=conv_rows[rows])  # Nothing reads these rows again.
-    return conv_rows.view(batch, time, frequency, channels).permute(0, 3, 1, 2)
+    count = len(given.frames)
+    require_lengths("PackedFrames", given.lengths, count, count)
+    reason = why_no_row(front_end)
+    if reason is not None:
+        raise ValueError(REFUSED.format(reason))
+    call = _laid_out(Room(count, len(given.lengths), count), given, given.lengths)
+    found: tuple[PackedFrames, Tensor] = call.unpack(encoded(front_end, *call.arguments))
+    return found

@@ -28,7 +28,7 @@ from fastasr.ops.whitening_gradient import whiten_, whitening_metric
 class _Whitening(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: "Whiten") -> Tensor:
-        ctx.save_for_backward(x, frames_of_nobody())
+        ctx.save_for_backward(x, frames_of_nobody(x))
         ctx.module = module
         return x.view_as(x)
 
@@ -40,8 +40,6 @@ class _Whitening(Function):
         if random.random() < 0.005:
             _log(module, x)
         limit = float(module.whitening_limit)
-        if hidden is not None:
-            hidden = hidden.reshape(x.shape[:-1])
         numbers = module.num_groups, limit, peek(module.grad_scale)
         y, white = ops.whitening_gradient(grad, x, *numbers, padding_mask=hidden)
         verdict = Verdict(Verdicts(white))
@@ -124,7 +122,7 @@ class Whiten(torch.nn.Module):
         recorded = recording()
         if recorded is not None and x.requires_grad:
             numbers = recorded.numbers(lambda: [_acts(self, float(self.grad_scale))], 1)
-            return changing(x, partial(_change, self, numbers, frames_of_nobody()))
+            return changing(x, partial(_change, self, numbers, frames_of_nobody(x)))
         grad_scale = float(self.grad_scale)
         if not x.requires_grad:
             return x

@@ -47,9 +47,9 @@ def swoosh_linear(
         if dropout_shared_dim is not None:
             _dimension(dropout_shared_dim, x)
         return with_mask(x, weight, bias, kind)
-    op.written.check(x, weight, bias, kind, None, -1)
+    op.written.check(x, weight, bias, kind, None, None, -1)
     dim = None if dropout_shared_dim is None else _dimension(dropout_shared_dim, x)
-    return with_mask(x, weight, bias, kind, draw_mask(x, dropout_p, dim), -1 if dim is None else dim)
+    return with_mask(x, weight, bias, kind, draw_mask(x, dropout_p, dim), None, -1 if dim is None else dim)
 
 
 def _dimension(value: Any, x: Tensor) -> int:

@@ -18,6 +18,7 @@ from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, refuse_double_backward
 from fastasr.ops._runtime import (
     BOOL,
+    INT64,
     NOT_MINE,
     applied,
     back,
@@ -48,6 +49,7 @@ class Arguments(NamedTuple):
     chunk_scale: Tensor | None = None
     padding_mask: Tensor | None = None
     cache: Tensor | None = None
+    starts: Tensor | None = None
     chunk_size: int = -1
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r"
     return_cache: bool = False
@@ -64,6 +66,7 @@ class Saved(NamedTuple):
     chunk_scale: Tensor | None
     padding_mask: Tensor | None
     cache: Tensor | None
+    starts: Tensor | None
     chunk_size: int
     activation: Literal["swoosh_r", "silu", "identity"]
     return_cache: bool
@@ -83,6 +86,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: Literal[False] = False,
@@ -100,6 +104,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: Literal[True],
@@ -117,6 +122,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: bool,
@@ -133,6 +139,7 @@ def gated_depthwise_conv(
     *,
     padding_mask: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = -1,
     activation: Literal["swoosh_r", "silu", "identity"] = "swoosh_r",
     return_cache: bool = False,
@@ -154,6 +161,9 @@ def gated_depthwise_conv(
             from the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
         cache: (B, C, K // 2 + delay): x · gate(s) of the frames before the first; None: zeros.
+        starts: plain form without caches: int64 (N,): where recordings begin and end in every sequence. The convolution
+            of a frame sees none beyond these bounds. Their order does not matter, and equal numbers are recordings
+            without frames. On a GPU nothing waits for them.
         chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
         activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).
@@ -165,7 +175,8 @@ def gated_depthwise_conv(
     Raises:
         TypeError: an argument is of the wrong type, or a tensor not floating (padding_mask: not bool).
         ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; a tap would not reach the
-            frame itself because of delay; an argument of the chunk-causal form is given without the others.
+            frame itself because of delay; an argument of the chunk-causal form is given without the others; starts are
+            given in that form or with a cache.
     """
     kernels = family.native
     if (
@@ -191,6 +202,7 @@ def gated_depthwise_conv(
         )
         and (padding_mask is None or (type(padding_mask) in PLAIN and padding_mask.is_cpu))
         and (cache is None or (type(cache) in PLAIN and cache.is_cpu and cache.dtype is dtype))
+        and (starts is None or (type(starts) in PLAIN and starts.is_cpu))
         and type(chunk_size) is int
         and (chunk_size == -1 or chunk_size >= 1)
         and type(activation) is str
@@ -215,11 +227,11 @@ def gated_depthwise_conv(
             ):
                 return apply(
                     kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-                    cache, chunk_size, activation, return_cache, delay, gate,
+                    cache, starts, chunk_size, activation, return_cache, delay, gate,
                 )  # fmt: skip
             y, new_cache = _fast(
                 kernels, False, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-                chunk_size, activation, return_cache, delay, gate,
+                starts, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
             return (y, new_cache) if return_cache else y
         except NOT_MINE:
@@ -227,13 +239,13 @@ def gated_depthwise_conv(
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
             check(
-                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-                activation, return_cache, delay, gate,
+                h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
+                chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
             raise
     check(
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay, gate,
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
+        activation, return_cache, delay, gate,
     )  # fmt: skip
     if is_compiling() or not (
         type(h) in PLAIN
@@ -244,34 +256,36 @@ def gated_depthwise_conv(
         and (chunk_scale is None or type(chunk_scale) in PLAIN)
         and (padding_mask is None or type(padding_mask) in PLAIN)
         and (cache is None or type(cache) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
     ):
         return traced(
-            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
             activation, return_cache, delay, gate,
         )  # fmt: skip
     if transforms_active() or forward_ad._current_level >= 0:
         return by_formula(
             op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-            chunk_size, activation, return_cache, delay, gate),
+            starts, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
     kernels = family.kernels(h, chunk_scale, cache)
     if kernels is None:
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
+            starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
+            delay=delay, gate=gate,
         )  # fmt: skip
     cast_dtype = autocast_dtype(h)
     if cast_dtype is not None:
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate = _autocast(
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate = _autocast(
             op, cast_dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-            cache, chunk_size, activation, return_cache, delay, gate),
+            cache, starts, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
         kernels = family.kernels(h, chunk_scale, cache)
         if kernels is None:
             return formula(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
-                cache=cache, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
-                delay=delay, gate=gate,
+                cache=cache, starts=starts, chunk_size=chunk_size, activation=activation,
+                return_cache=return_cache, delay=delay, gate=gate,
             )  # fmt: skip
     try:
         if is_grad_enabled() and (
@@ -285,17 +299,18 @@ def gated_depthwise_conv(
         ):
             return apply(
                 kernels, False, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-                chunk_size, activation, return_cache, delay, gate,
+                starts, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         y, new_cache = run_kernels(
-            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+            kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
             chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, h, chunk_scale, cache)
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
+            starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
+            delay=delay, gate=gate,
         )  # fmt: skip
     return (y, new_cache) if return_cache else y
 
@@ -309,6 +324,7 @@ def check(
     chunk_scale: Tensor | None,
     padding_mask: Tensor | None,
     cache: Tensor | None,
+    starts: Tensor | None,
     chunk_size: int,
     activation: Literal["swoosh_r", "silu", "identity"],
     return_cache: bool,
@@ -411,6 +427,17 @@ def check(
             op.wrong_shape("cache", cache, listed(B, C, K // 2 + delay))
         if cache.device != h.device:
             op.wrong_device("cache", cache, "h", h)
+    if starts is not None:
+        if not isinstance(starts, Tensor) or starts.dtype not in INT64 or starts.layout is not torch.strided:
+            op.wrong_tensor("starts", starts, "an int64 tensor")
+        shape, right = starts.shape, False
+        if len(shape) == 1:
+            N = shape[0]
+            right = N >= 1
+        if not right:
+            op.wrong_shape("starts", starts, f"{listed('N')}, N >= 1")
+        if starts.device != h.device:
+            op.wrong_device("starts", starts, "h", h)
     if autocast_dtype(h) is None:
         if weight.dtype != h.dtype:
             op.wrong_dtype("weight", weight, "h", h)
@@ -421,31 +448,32 @@ def check(
         if causal_bias is not None and causal_bias.dtype != h.dtype:
             op.wrong_dtype("causal_bias", causal_bias, "h", h)
     _check(
-        op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+        op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
         chunk_size, activation, return_cache, delay, gate),
     )  # fmt: skip
 
 
 def traced(
-    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-    return_cache, delay, gate,
+    h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
+    activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("gated_depthwise_conv", h, chunk_scale, cache):
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            chunk_size=chunk_size, activation=activation, return_cache=return_cache, delay=delay, gate=gate,
+            starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
+            delay=delay, gate=gate,
         )  # fmt: skip
     y, new_cache = operator(
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, activation,
-        return_cache, delay, gate,
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
+        activation, return_cache, delay, gate,
     )  # fmt: skip
     return (y, new_cache) if return_cache else y
 
 
 def run_kernels(
-    kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size,
-    activation, return_cache, delay, gate,
+    kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
+    chunk_size, activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(h, chunk_scale)
@@ -454,8 +482,8 @@ def run_kernels(
     y, new_cache = kernels.forward(
         operand(h, dtype, dense_channels), operand(weight, dtype), operand(bias, dtype),
         operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale, dtype),
-        operand(padding_mask, None), operand(cache, dtype), chunk_size, ACTIVATION_CODES[activation],
-        return_cache, delay, GATE_CODES[gate],
+        operand(padding_mask, None), operand(cache, dtype), operand(starts, None), chunk_size,
+        ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -473,21 +501,23 @@ class GatedDepthwiseConv(Function):
     @staticmethod
     def forward(
         ctx, kernels, direct, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-        chunk_size, activation, return_cache, delay, gate,
+        starts, chunk_size, activation, return_cache, delay, gate,
     ):  # fmt: skip
         if direct:
             y, new_cache = _fast(
                 kernels, True, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-                chunk_size, activation, return_cache, delay, gate,
+                starts, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         else:
             y, new_cache = run_kernels(
                 kernels, h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
-                chunk_size, activation, return_cache, delay, gate,
+                starts, chunk_size, activation, return_cache, delay, gate,
             )  # fmt: skip
         y = not_a_view(y)
         new_cache = not_a_view(new_cache)
-        ctx.save_for_backward(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache)
+        ctx.save_for_backward(
+            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts
+        )
         ctx.rest = kernels, direct, chunk_size, activation, return_cache, delay, gate
         return (y, new_cache) if return_cache else y
 
@@ -496,7 +526,9 @@ class GatedDepthwiseConv(Function):
         if is_grad_enabled():
             refuse_double_backward("gated_depthwise_conv")
         # once: a checkpoint gives them one time
-        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache = ctx.saved_tensors
+        h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts = (
+            ctx.saved_tensors
+        )
         kernels, direct, chunk_size, activation, return_cache, delay, gate = ctx.rest
         if direct and not (
             return_cache
@@ -506,7 +538,7 @@ class GatedDepthwiseConv(Function):
         ):
             d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = kernels.backward(
                 operand(grad_y, None, dense_channels), h, weight, bias, causal_weight, causal_bias,
-                chunk_scale, padding_mask, cache, chunk_size, ACTIVATION_CODES[activation], delay,
+                chunk_scale, padding_mask, cache, starts, chunk_size, ACTIVATION_CODES[activation], delay,
                 GATE_CODES[gate],
             )  # fmt: skip
             return (
@@ -525,10 +557,11 @@ class GatedDepthwiseConv(Function):
                 None,
                 None,
                 None,
+                None,
             )
         d_h, d_weight, d_bias, d_causal_weight, d_causal_bias, d_chunk_scale, d_cache = node_gradients(
             op, kernels, (grad_y, grad_new_cache,), make(Saved, (h, weight, bias, causal_weight, causal_bias,
-            chunk_scale, padding_mask, cache, chunk_size, activation, return_cache, delay, gate,)),
+            chunk_scale, padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate,)),
         )  # fmt: skip
         return (
             None,
@@ -541,6 +574,7 @@ class GatedDepthwiseConv(Function):
             d_chunk_scale,
             None,
             d_cache,
+            None,
             None,
             None,
             None,
@@ -570,7 +604,8 @@ apply = applied(GatedDepthwiseConv)
 # --------------------------------------------------------------------------- the registered operator
 def fake(
     h, weight, bias=None, causal_weight=None, causal_bias=None, chunk_scale=None, padding_mask=None,
-    cache=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0, gate='sigmoid',
+    cache=None, starts=None, chunk_size=-1, activation='swoosh_r', return_cache=False, delay=0,
+    gate='sigmoid',
 ):  # fmt: skip
     T = h.shape[0]
     B = h.shape[1]
@@ -599,18 +634,28 @@ op.serve(
         deciding=("h", "chunk_scale", "cache"),
         differentiable=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
         graded={"y": "", "new_cache": "return_cache"},
-        saves=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "padding_mask", "cache"),
+        saves=(
+            "h",
+            "weight",
+            "bias",
+            "causal_weight",
+            "causal_bias",
+            "chunk_scale",
+            "padding_mask",
+            "cache",
+            "starts",
+        ),
         autocast=_autocast,
     ),
 )
 operator = register_op(
     op,
     "gated_depthwise_conv(Tensor h, Tensor weight, Tensor? bias=None, Tensor? causal_weight=None, Tensor? "
-    "causal_bias=None, Tensor? chunk_scale=None, Tensor? padding_mask=None, Tensor? cache=None, SymInt "
-    'chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt delay=0, str '
-    'gate="sigmoid") -> (Tensor, Tensor)',
+    "causal_bias=None, Tensor? chunk_scale=None, Tensor? padding_mask=None, Tensor? cache=None, Tensor? "
+    'starts=None, SymInt chunk_size=-1, str activation="swoosh_r", bool return_cache=False, SymInt '
+    'delay=0, str gate="sigmoid") -> (Tensor, Tensor)',
     "gated_depthwise_conv_backward(Tensor? grad_y, Tensor? grad_new_cache, Tensor h, Tensor weight, "
     "Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, "
-    "Tensor? cache, SymInt chunk_size, str activation, bool return_cache, SymInt delay, str gate) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? cache, Tensor? starts, SymInt chunk_size, str activation, bool return_cache, SymInt delay, "
+    "str gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

@@ -65,7 +65,7 @@ def swoosh_l(x: Tensor) -> Tensor:
         try:
             if is_grad_enabled() and (x.requires_grad):
                 return apply(kernels, True, x)
-            return kernels.forward(x, False, None, -1)
+            return kernels.forward(x, False, None, -1, None)
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
@@ -120,7 +120,7 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 class SwooshL(Function):
     @staticmethod
     def forward(ctx, kernels, direct, x):
-        y = kernels.forward(x, False, None, -1) if direct else run_kernels(kernels, x)
+        y = kernels.forward(x, False, None, -1, None) if direct else run_kernels(kernels, x)
         y = not_a_view(y)
         ctx.save_for_backward(x)
         ctx.rest = kernels, direct
@@ -138,7 +138,7 @@ class SwooshL(Function):
             or forward_ad._current_level >= 0
             or (grad_y is not None and is_batched(grad_y))
         ):
-            d_x, _ = kernels.backward(operand(grad_y, None), x, False, None, -1, False)
+            d_x, _ = kernels.backward(operand(grad_y, None), x, False, None, -1, None, False)
             return None, None, d_x
         (d_x,) = node_gradients(op, kernels, (grad_y,), make(Saved, (x,)))
         return None, None, d_x

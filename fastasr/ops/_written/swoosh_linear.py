@@ -16,6 +16,7 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import (
+    INT64,
     MASKS,
     NOT_MINE,
     applied,
@@ -40,6 +41,7 @@ class Arguments(NamedTuple):
     bias: Tensor | None = None
     kind: Literal["SwooshL", "SwooshR"] = "SwooshL"
     mask: Tensor | None = None
+    mask_row: Tensor | None = None
     shared_dim: int = -1
 
 
@@ -48,6 +50,7 @@ class Saved(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     mask: Tensor | None
+    mask_row: Tensor | None
     kind: Literal["SwooshL", "SwooshR"]
     shared_dim: int
 
@@ -59,11 +62,13 @@ def swoosh_linear(
     bias: Tensor | None = None,
     kind: Literal["SwooshL", "SwooshR"] = "SwooshL",
     mask: Tensor | None = None,
+    mask_row: Tensor | None = None,
     shared_dim: int = -1,
 ) -> Tensor:
     """Swoosh, dropout with a shared mask, and a linear layer, saving only x: (swoosh(x) ⊙ mask) weightᵀ + bias.
 
-    The mask is given; its size along ``shared_dim`` is 1.
+    The mask is given; its size along ``shared_dim`` is 1. With ``mask_row`` it is (R, K), and the rows of x (..., K)
+    name their rows of it.
     """
     kernels = family.native
     if (
@@ -79,6 +84,7 @@ def swoosh_linear(
             mask is None
             or (type(mask) in PLAIN and mask.is_cpu and mask.dtype is dtype and not mask.requires_grad)
         )
+        and (mask_row is None or (type(mask_row) in PLAIN and mask_row.is_cpu))
         and type(kind) is str
         and kind in KIND_CODES
         and type(shared_dim) is int
@@ -90,42 +96,43 @@ def swoosh_linear(
             if is_grad_enabled() and (
                 x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
             ):
-                return apply(kernels, True, x, weight, bias, kind, mask, shared_dim)
-            return _fast(kernels, False, x, weight, bias, kind, mask, shared_dim)
+                return apply(kernels, True, x, weight, bias, kind, mask, mask_row, shared_dim)
+            return _fast(kernels, False, x, weight, bias, kind, mask, mask_row, shared_dim)
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
             # tells what is wrong with the arguments, if anything is
-            check(x, weight, bias, kind, mask, shared_dim)
+            check(x, weight, bias, kind, mask, mask_row, shared_dim)
             raise
-    check(x, weight, bias, kind, mask, shared_dim)
+    check(x, weight, bias, kind, mask, mask_row, shared_dim)
     if is_compiling() or not (
         type(x) in PLAIN
         and type(weight) in PLAIN
         and (bias is None or type(bias) in PLAIN)
         and (mask is None or type(mask) in PLAIN)
+        and (mask_row is None or type(mask_row) in PLAIN)
     ):
-        return traced(x, weight, bias, kind, mask, shared_dim)
+        return traced(x, weight, bias, kind, mask, mask_row, shared_dim)
     if transforms_active() or forward_ad._current_level >= 0:
-        return by_formula(op, Arguments(x, weight, bias, kind, mask, shared_dim))
+        return by_formula(op, Arguments(x, weight, bias, kind, mask, mask_row, shared_dim))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x, weight, bias, kind, mask, shared_dim)
+        return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         weight, bias = cast(cast_dtype, weight, bias)
         kernels = family.kernels(x)
         if kernels is None:
-            return formula(x, weight, bias, kind, mask, shared_dim)
+            return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
     try:
         if is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return apply(kernels, False, x, weight, bias, kind, mask, shared_dim)
-        y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+            return apply(kernels, False, x, weight, bias, kind, mask, mask_row, shared_dim)
+        y = run_kernels(kernels, x, weight, bias, kind, mask, mask_row, shared_dim)
     except Unlaunchable as error:
         family.give_up(error, x)
-        return formula(x, weight, bias, kind, mask, shared_dim)
+        return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
     return y
 
 
@@ -135,6 +142,7 @@ def check(
     bias: Tensor | None,
     kind: Literal["SwooshL", "SwooshR"],
     mask: Tensor | None,
+    mask_row: Tensor | None,
     shared_dim: int,
 ) -> None:
     """Raises if the arguments do not fit the declaration."""
@@ -146,6 +154,7 @@ def check(
         op.wrong_tensor("x", x)
     shape, right = x.shape, False
     if len(shape) >= 1:
+        S = shape[:-1]
         K = shape[-1]
         right = True
     if not right:
@@ -174,6 +183,17 @@ def check(
             op.fail("mask", "a constant", "a tensor that requires a gradient")
         if mask.device != x.device:
             op.wrong_device("mask", mask, "x", x)
+    if mask_row is not None:
+        if (
+            not isinstance(mask_row, Tensor)
+            or mask_row.dtype not in INT64
+            or mask_row.layout is not torch.strided
+        ):
+            op.wrong_tensor("mask_row", mask_row, "an int64 tensor")
+        if mask_row.shape != (*S,):
+            op.wrong_shape("mask_row", mask_row, listed(*S))
+        if mask_row.device != x.device:
+            op.wrong_device("mask_row", mask_row, "x", x)
     if autocast_dtype(x) is None:
         if weight.dtype != x.dtype:
             op.wrong_dtype("weight", weight, "x", x)
@@ -181,17 +201,19 @@ def check(
             op.wrong_dtype("bias", bias, "x", x)
 
 
-def traced(x, weight, bias, kind, mask, shared_dim):
+def traced(x, weight, bias, kind, mask, mask_row, shared_dim):
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
     if not served("swoosh", x):
-        return formula(x, weight, bias, kind, mask, shared_dim)
-    return operator(x, weight, bias, kind, mask, shared_dim)
+        return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
+    return operator(x, weight, bias, kind, mask, mask_row, shared_dim)
 
 
-def run_kernels(kernels, x, weight, bias, kind, mask, shared_dim):
+def run_kernels(kernels, x, weight, bias, kind, mask, mask_row, shared_dim):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(weight)
-    y = _launch(op, kernels, make(Arguments, (x, weight, bias, kind, mask, shared_dim)), y_dtype, False)
+    y = _launch(
+        op, kernels, make(Arguments, (x, weight, bias, kind, mask, mask_row, shared_dim)), y_dtype, False
+    )
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
     return y
@@ -204,13 +226,13 @@ def result_dtypes(a) -> tuple[torch.dtype, ...]:
 # --------------------------------------------------------------------------- gradients without the dispatcher
 class SwooshLinear(Function):
     @staticmethod
-    def forward(ctx, kernels, direct, x, weight, bias, kind, mask, shared_dim):
+    def forward(ctx, kernels, direct, x, weight, bias, kind, mask, mask_row, shared_dim):
         if direct:
-            y = _fast(kernels, True, x, weight, bias, kind, mask, shared_dim)
+            y = _fast(kernels, True, x, weight, bias, kind, mask, mask_row, shared_dim)
         else:
-            y = run_kernels(kernels, x, weight, bias, kind, mask, shared_dim)
+            y = run_kernels(kernels, x, weight, bias, kind, mask, mask_row, shared_dim)
         y = not_a_view(y)
-        ctx.save_for_backward(x, weight, bias, mask)
+        ctx.save_for_backward(x, weight, bias, mask, mask_row)
         ctx.rest = kernels, direct, kind, shared_dim
         return y
 
@@ -219,13 +241,13 @@ class SwooshLinear(Function):
         if is_grad_enabled():
             refuse_double_backward("swoosh_linear")
         # once: a checkpoint gives them one time
-        x, weight, bias, mask = ctx.saved_tensors
+        x, weight, bias, mask, mask_row = ctx.saved_tensors
         kernels, direct, kind, shared_dim = ctx.rest
         d_x, d_weight, d_bias = node_gradients(
-            op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, kind, shared_dim,)),
+            op, kernels, (grad_y,), make(Saved, (x, weight, bias, mask, mask_row, kind, shared_dim,)),
             ctx.needs_input_grad[2:],
         )  # fmt: skip
-        return None, None, d_x, d_weight, d_bias, None, None, None
+        return None, None, d_x, d_weight, d_bias, None, None, None, None
 
 
 def differentiate(kernels, grads, saved, needs=None):
@@ -242,7 +264,7 @@ apply = applied(SwooshLinear)
 
 
 # --------------------------------------------------------------------------- the registered operator
-def fake(x, weight, bias=None, kind="SwooshL", mask=None, shared_dim=-1):
+def fake(x, weight, bias=None, kind="SwooshL", mask=None, mask_row=None, shared_dim=-1):
     S = x.shape[:-1]
     N = weight.shape[0]
     return torch.empty((*S, N), dtype=promoted(weight), device=x.device)
@@ -263,7 +285,7 @@ op.serve(
         deciding=("x",),
         differentiable=("x", "weight", "bias"),
         graded={"y": ""},
-        saves=("x", "weight", "bias", "mask"),
+        saves=("x", "weight", "bias", "mask", "mask_row"),
         asks=True,
         autocast=("weight", "bias"),
     ),
@@ -271,7 +293,7 @@ op.serve(
 operator = register_op(
     op,
     'swoosh_linear(Tensor x, Tensor weight, Tensor? bias=None, str kind="SwooshL", Tensor? mask=None, '
-    "SymInt shared_dim=-1) -> Tensor",
-    "swoosh_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, str kind, "
-    "SymInt shared_dim, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "Tensor? mask_row=None, SymInt shared_dim=-1) -> Tensor",
+    "swoosh_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? "
+    "mask_row, str kind, SymInt shared_dim, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )

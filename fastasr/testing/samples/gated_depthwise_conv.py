@@ -47,6 +47,14 @@ def _past(make: Make, frames: int, batch: int, channels: int, taps: int, delay: 
     return _plain(make, frames, batch, channels, taps, cache=cache, delay=delay, **options)
 
 
+def _recordings(
+    make: Make, frames: int, batch: int, channels: int, taps: int, *starts: int, **options: Any
+) -> dict:
+    """Returns a call on recordings that lie one after the other in every sequence."""
+    bounds = torch.tensor(starts, dtype=torch.int64)
+    return _plain(make, frames, batch, channels, taps, starts=bounds, **options)
+
+
 def _causal(
     make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1, **options: Any
 ) -> dict:
@@ -71,6 +79,11 @@ def _without(name: str, partner: str, make: Make) -> dict:
     return {k: v for k, v in call.items() if k == name or k not in needed}
 
 
+def _with_starts(form: Callable[..., dict], options: dict, make: Make) -> dict:
+    """Returns a call of a form that takes no starts, with starts."""
+    return form(make, 12, 2, 10, 5) | options | {"starts": torch.tensor([4], dtype=torch.int64)}
+
+
 def _random(make: Make, shape: Shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), shape.size()
     taps = shape.choice((1, 3, 7, 15, 31))
@@ -78,9 +91,12 @@ def _random(make: Make, shape: Shape) -> dict:
         "activation": shape.choice(tuple(ACTIVATIONS)),
         "gate": shape.choice(tuple(GATES)),
     }
-    form = shape.choice(("plain", "past", "causal", "stream"))
+    form = shape.choice(("plain", "recordings", "past", "causal", "stream"))
     if form == "plain":
         return _plain(make, frames, batch, channels, taps) | options
+    if form == "recordings":
+        starts = [shape.choice(range(-2, frames + 3)) for _ in range(shape.choice((1, 2, 5)))]
+        return _recordings(make, frames, batch, channels, taps, *starts) | options
     if form == "past":
         taps = shape.choice((1, 2, 4, 9, 15, 32))
         delay = shape.choice((-(taps // 2), 0, (taps - 1) // 2))
@@ -146,6 +162,26 @@ TABLE = OpTable(
         Sample("one tap, causal", lambda m: _stream(m, 40, 2, 24, 1, 5)),
         Sample("shorter than the kernel", lambda m: _plain(m, 7, 3, 80, 31)),
         Sample("one frame, causal", lambda m: _stream(m, 1, 8, 33, 15)),
+        Sample("recordings", lambda m: _recordings(m, 30, 2, 12, 7, 0, 11, 13, 30), thorough=True),
+        Sample(
+            "recordings, SiLU, even, starts in any order and some equal",
+            lambda m: _recordings(m, 45, 2, 10, 4, 20, 3, 40, 20, 20, delay=1, activation="silu"),
+            thorough=True,
+        ),
+        Sample(
+            "recordings, identity, no mask, gate of SiLU",
+            lambda m: (
+                _recordings(m, 90, 1, 40, 31, 0, 33, 70, 90, activation="identity", gate="silu")
+                | {"bias": None, "padding_mask": None}
+            ),
+        ),
+        Sample(
+            "starts outside of the frames",
+            lambda m: _recordings(m, 20, 3, 66, 5, 2**40, -3, 9, delay=-2, activation="identity"),
+        ),
+        Sample("no frames, recordings", lambda m: _recordings(m, 0, 3, 8, 5, 0, 0)),
+        Sample("one tap, recordings", lambda m: _recordings(m, 12, 2, 24, 1, 4, 7)),
+        Sample("encoder, recordings", lambda m: _recordings(m, 600, 1, 96, 31, 0, 250, 420, 600), large=True),
         Sample("encoder", lambda m: _plain(m, 150, 4, 192, 31), large=True),
         Sample("encoder, identity", lambda m: _plain(m, 100, 5, 96, 15, activation="identity"), large=True),
         Sample("encoder, chunks of 32", lambda m: _causal(m, 150, 3, 64, 31, 32), large=True),
@@ -172,6 +208,11 @@ TABLE = OpTable(
             lambda m: _one_bad_frame(m, _causal(m, 20, 2, 8, 5, 4), float("nan")),
             exact=False,
         ),
+        Sample(
+            "NaN in one frame, recordings",
+            lambda m: _one_bad_frame(m, _recordings(m, 20, 2, 8, 5, 10), float("nan")),
+            exact=False,
+        ),
     ),
     unread=("weight", "causal_weight"),  # some taps reach no frame of a short sequence
     random=_random,
@@ -181,6 +222,19 @@ TABLE = OpTable(
         for match in [
             f"fastasr.gated_depthwise_conv: {name}: expected it together with {partner}, got no {partner}"
         ]
+    )
+    + tuple(
+        Invalid(
+            f"starts and {name}",
+            partial(_with_starts, form, options),
+            ValueError,
+            f"{name}: expected {expected}",
+        )
+        for name, form, options, expected in (
+            ("causal_weight", _causal, {}, "None with starts"),
+            ("cache", partial(_past, delay=1), {}, "None with starts"),
+            ("return_cache", _plain, {"return_cache": True}, "False with starts"),
+        )
     ),
 )
 
@@ -263,4 +317,7 @@ ON_DEVICE = (
     *(_case((FRAMES, BATCH, 192), 31, chunk) for chunk in (None, 32)),
     *(_case((188, BATCH, 512), 15, chunk) for chunk in (None, 4)),
 )
-WATCH = "`ex2` of the gate and its correction; groups of eight frames; the chunk-causal form; seven launches backward"
+WATCH = (
+    "`ex2` of the gate and its correction; groups of eight frames; the chunk-causal form; seven launches backward; "
+    "recordings in a row"
+)

@@ -49,7 +49,7 @@ def _registered(a: dict) -> tuple:
     if a.get("training") and a.get("dropout_p"):
         mask = draw_mask(a["x"].detach(), a["dropout_p"], a["dropout_shared_dim"])
         shared_dim = -1 if a["dropout_shared_dim"] is None else a["dropout_shared_dim"] % a["x"].dim()
-    return a["x"], a["weight"], a["bias"], a.get("kind", "SwooshL"), mask, shared_dim
+    return a["x"], a["weight"], a["bias"], a.get("kind", "SwooshL"), mask, None, shared_dim
 
 
 def _training(

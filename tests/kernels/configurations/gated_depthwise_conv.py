@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/gated_depthwise_conv.py."""
 
+from fastasr.kernels import _recordings
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels import gated_depthwise_conv as conv
 
@@ -13,17 +14,18 @@ def configurations():
     between = ("U", "Q", "R", "V", "G", "X")
     outputs = ("Y", "DH", "DCACHE", "DWEIGHT", "DBIAS", "DCAUSAL_WEIGHT", "DCAUSAL_BIAS", "DCHUNK_SCALE")
     chunk_causal = ("CACHE", "CAUSAL_WEIGHT", "CHUNK_SCALE", "CAUSAL_BIAS", "DCACHE", "DCAUSAL_WEIGHT")
-    absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS"))
+    absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS", "FRAMES"))
     strides = (f"{of}{by}_stride" for of in ("", "grad_", "y_", "q_", "dh_") for by in ("time", "batch"))
     divisible = ("C", *strides)
     block_c = {"BLOCK_C": conv.BLOCK_C}
     for dtype in ("fp32", "bf16"):
         types = dict.fromkeys((*inputs, *between, *outputs), dtype)
-        types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32"}
-        for form, none in (("plain", absent), ("chunks", {})):
+        types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32", "FRAMES": "i32"}
+        of_rows = {name: None for name in absent if name != "FRAMES"}
+        for form, none in (("plain", absent), ("recordings", of_rows), ("chunks", {"FRAMES": None})):
             chunked = form == "chunks"
             outer = none | conv.convolving(31, 32 if chunked else 1500, chunked)
-            only_q = dict.fromkeys(("R", "V")) if form == "plain" else {}
+            only_q = {} if chunked else dict.fromkeys(("R", "V"))
             for kernel, constants in (
                 ("gate", block_c | none | {"GATE": 0, "BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}),
                 ("forward", outer | {"ACTIVATION": 1}),
@@ -31,9 +33,13 @@ def configurations():
                 ("input_gradient", outer | {"GATE": 0, "TILED": True}),
                 ("add_taps", block_c | none | {"BLOCK_P": sliding.MAX_PARTS}),
             ):
+                if form == "recordings" and kernel == "add_taps":
+                    continue  # the same as in plain form
                 name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
                 function = getattr(sliding if kernel == "add_taps" else conv, f"{kernel}_kernel")
                 yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
+            if form == "recordings":
+                continue
             name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
             strides = ("C", "g_batch", "g_time", "x_batch", "x_time")
             yield taps_gradients(name, types, 31, sliding.LINE, strides, (True, True), chunked)
@@ -56,3 +62,7 @@ def configurations():
         name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
         constants = block_c | {"BLOCK_R": conv.BLOCK_R}
         yield Configuration(name, conv.edge_gradient_kernel, types, constants, conv.EDGE_WARPS, divisible)
+    table = dict(_recordings.TABLE)
+    warps = table.pop("num_warps")
+    types = {"STARTS": "i64", "OUT": "i32"}
+    yield Configuration("gated_depthwise_conv places", _recordings.apart_kernel, types, table, warps)

@@ -7,9 +7,9 @@ from .configuration import Configuration, reduce_tile
 
 
 def configurations():
-    kinds = {"no mask": 0, "full mask": 1, "row mask": 2, "column mask": 3}
+    kinds = {"no mask": 0, "full mask": 1, "row mask": 2, "column mask": 3, "named mask": 4}
     for dtype in ("fp32", "bf16", "fp16"):
-        types = dict.fromkeys(("X", "MASK", "Y", "GRAD", "DX"), dtype)
+        types = dict.fromkeys(("X", "MASK", "Y", "GRAD", "DX"), dtype) | {"MASK_ROW": "i64"}
         for label, kind in kinds.items():
             if dtype == "fp16" and label != "column mask":
                 continue
@@ -20,6 +20,7 @@ def configurations():
                 forward, backward = swoosh.forward_flat, swoosh.backward_flat
                 tile = {"TAIL": False, "BLOCK": swoosh.BLOCK}
             common = {"RIGHT": False, "KIND": kind, **tile, **({"MASK": None} if kind == 0 else {})}
+            common |= {} if kind == 4 else {"MASK_ROW": None}
             divisible = ("columns",)
             yield Configuration(f"swoosh forward, {label}, {dtype}", forward, types, common, 4, divisible)
             for output in (False, True):
@@ -40,8 +41,16 @@ def configurations():
     base = {"RIGHT": True, "KIND": 0, "MASK": None, "BLOCK": swoosh.BLOCK}
     yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)
     types = dict.fromkeys(("X", "Y", "MASK"), "bf16")
-    narrow = {"RIGHT": True, "KIND": 3, "GROUPED": True, "BLOCK_R": 64, "BLOCK_C": 32}
+    narrow = {"RIGHT": True, "KIND": 3, "GROUPED": True, "BLOCK_R": 64, "BLOCK_C": 32, "MASK_ROW": None}
     name = "swooshR forward, groups, column mask of 32, bf16"
     yield Configuration(name, swoosh.forward_tile, types, narrow, 4, ("columns",))
-    one = {"RIGHT": True, "KIND": 2, "GROUPED": False, "BLOCK_R": 64, "BLOCK_C": 32, "columns": 1}
+    one = {
+        "RIGHT": True,
+        "KIND": 2,
+        "GROUPED": False,
+        "BLOCK_R": 64,
+        "BLOCK_C": 32,
+        "columns": 1,
+        "MASK_ROW": None,
+    }
     yield Configuration("swooshR forward, row mask, one column, bf16", swoosh.forward_tile, types, one, 4)

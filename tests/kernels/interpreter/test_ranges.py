@@ -56,7 +56,7 @@ def test_swoosh(dtype, right):
     big = 3e4 if dtype is torch.float16 else 1e38
     x = torch.tensor([INF, -INF, NAN, 1e4, -1e4, big, -big, 0.0, -0.0]).to(dtype)
     y = swoosh_forward(x, right, None, -1)
-    dx, _ = swoosh_backward(torch.ones_like(x), x, right, None, -1, False)
+    dx, _ = swoosh_backward(torch.ones_like(x), x, right, None, -1, None, False)
     wide = x.double()
     shift, offset = (1.0, 0.313261687) if right else (4.0, 0.035)
     expected = torch.logaddexp(torch.zeros_like(wide), wide - shift) - 0.08 * wide - offset

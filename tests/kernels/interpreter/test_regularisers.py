@@ -133,7 +133,7 @@ def test_balancer_of_padding(call, dtype, small):
     with backend("triton"):
         found = ops.balancer_gradient(grad, x, *LIMITS, dim, padding_mask=mask)
         again = grad.clone()
-        balance_(again, x, dim, torch.tensor(LIMITS), None, mask.flatten())
+        balance_(again, x, dim, torch.tensor(LIMITS), None, mask)
     definition = ops.balancer_gradient.definition
     exact, eager = (
         definition(*t, *LIMITS, dim, padding_mask=mask) for t in ((grad.double(), x.double()), (grad, x))
@@ -217,7 +217,7 @@ def test_whitening_of_padding(call, dtype, small):
     with backend("triton"):
         found, white = ops.whitening_gradient(grad, x, groups, *WHITENING, padding_mask=mask)
         again, verdict = grad.clone(), torch.zeros((), dtype=torch.bool)
-        whiten_(again, x, groups, torch.tensor(WHITENING), None, verdict, mask.flatten())
+        whiten_(again, x, groups, torch.tensor(WHITENING), None, verdict, mask)
     assert bool(white) is bool(verdict) is (visible == "none")
     torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
     definition = ops.whitening_gradient.definition

@@ -21,7 +21,8 @@ CASES = [
     *(((17, 2, 260), d) for d in (0, 1, 2)),
     *(((3, 1), d) for d in (0, 1)),
     *(((2, 5, 1), d) for d in (-1, 1, 2)),
-    *(((0, 3, 4), d) for d in (None, 0)),
+    *(((0, 3, 4), d) for d in (None, 0, "named")),
+    *((shape, "named") for shape in ((9, 3, 40), (17, 2, 260), (70, 1))),
     ((3, 4, 0), 2),
 ]
 
@@ -32,10 +33,14 @@ def _formula(x, right):
 
 
 def _mask(shape, shared_dim, dtype):
+    """Returns a mask and the rows that x's rows have there, or None."""
     if shared_dim is None:
-        return None
+        return None, None
+    if shared_dim == "named":
+        row = torch.randint(3, shape[:-1])
+        return ((torch.rand(3, shape[-1]) > 0.25) / 0.75).to(dtype), row
     size = [1 if d == shared_dim else n for d, n in enumerate(shape)]
-    return ((torch.rand(size) > 0.25) / 0.75).to(dtype)
+    return ((torch.rand(size) > 0.25) / 0.75).to(dtype), None
 
 
 @pytest.mark.parametrize(
@@ -46,12 +51,13 @@ def _mask(shape, shared_dim, dtype):
 def test_values_and_gradients(case, dtype, right):
     """Of the pairs of a case, a dtype and a side each occurs once."""
     shape, shared_dim = case
-    x, mask = (torch.randn(shape) * 4).to(dtype), _mask(shape, shared_dim, dtype)
+    x, (mask, row) = (torch.randn(shape) * 4).to(dtype), _mask(shape, shared_dim, dtype)
     grad = torch.randn(shape).to(dtype)
-    index = -1 if shared_dim is None else shared_dim
-    y = swoosh_forward(x, right, mask, index)
-    dx, again = swoosh_backward(grad, x, right, mask, index, True)
-    dx_alone, nothing = swoosh_backward(grad, x, right, mask, index, False)
+    index = shared_dim if isinstance(shared_dim, int) else -1
+    y = swoosh_forward(x, right, mask, index, row)
+    dx, again = swoosh_backward(grad, x, right, mask, index, row, True)
+    dx_alone, nothing = swoosh_backward(grad, x, right, mask, index, row, False)
+    mask = mask if row is None else mask[row]
     wide = x.double().requires_grad_()
     expected = _formula(wide, right) * (1.0 if mask is None else mask.double())
     (expected_dx,) = torch.autograd.grad(expected, wide, grad.double())
@@ -73,7 +79,7 @@ def test_error_is_not_above_that_of_eager(scale, right):
     x, grad = (torch.randn(20000) * scale).requires_grad_(), torch.randn(20000)
     wide = x.detach().double().requires_grad_()
     eager, truth = _formula(x, right), _formula(wide, right)
-    y, (dx, _) = swoosh_forward(x, right, None, -1), swoosh_backward(grad, x, right, None, -1, False)
+    y, (dx, _) = swoosh_forward(x, right, None, -1), swoosh_backward(grad, x, right, None, -1, None, False)
     for ours, theirs, exact in (
         (y, eager, truth),
         (dx, torch.autograd.grad(eager, x, grad)[0], torch.autograd.grad(truth, wide, grad.double())[0]),
@@ -84,7 +90,7 @@ def test_error_is_not_above_that_of_eager(scale, right):
 
 def test_mask_of_another_type():
     x = (torch.randn(9, 2, 40) * 4).bfloat16()
-    mask = _mask((9, 2, 40), 0, torch.float32)
+    mask, _ = _mask((9, 2, 40), 0, torch.float32)
     y = swoosh_forward(x, False, mask, 0)
     assert y.dtype == torch.float32
     expected = _formula(x.double(), False) * mask.double()
