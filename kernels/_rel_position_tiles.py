@@ -234,6 +234,35 @@ def query_key(
 
 
 @triton.jit
+def raw_scores(
+    query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Returns scores of queries i and keys j before the masks. P points at rows i."""
+    _padding, _mask, BOUNDS, _low, _high, _first, _end = masks
+    keep_i, keep_j = i < frames, j < keys
+    scores = query_key(query, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
+    at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
+    return position_scores(
+        scores, P[:, None], keep_i[:, None], p0[:, None], p1[:, None], p2[:, None], p3[:, None], R, at, offsets,
+        POS_DIM, PACKED, Q.dtype.element_ty,
+    )  # fmt: skip
+
+
+@triton.jit
+def masked_scores(scores, i, j, masks, frames, keys, WINDOW: tl.constexpr):
+    """Returns the scores as masks leave them, -inf behind the last key and in other recordings."""
+    PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    scores = masked(
+        scores, MASKED, PADDING, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
+    )  # fmt: skip
+    if BOUNDS is not None:
+        scores = tl.where(in_reach(j, masks), scores, NONE)
+    return tl.where((j < keys)[None, :], scores, NONE)
+
+
+@triton.jit
 def scores_of(
     query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
@@ -242,20 +271,21 @@ def scores_of(
     """Returns masked scores of queries i and keys j, -inf behind the last key and in other recordings. P points at rows
     i; masks: (PADDING, MASK, BOUNDS, and what ``window`` returns), the first three or None.
     """
-    PADDING, MASK, BOUNDS, _low, _high, first, end = masks
-    keep_i, keep_j = i < frames, j < keys
-    scores = query_key(query, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
-    at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
-    scores = position_scores(
-        scores, P[:, None], keep_i[:, None], p0[:, None], p1[:, None], p2[:, None], p3[:, None], R, at, offsets,
-        POS_DIM, PACKED, Q.dtype.element_ty,
+    scores = raw_scores(
+        query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+        DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    scores = masked(
-        scores, MASKED, PADDING, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
-    )  # fmt: skip
+    return masked_scores(scores, i, j, masks, frames, keys, WINDOW)
+
+
+@triton.jit
+def penalties(scores, i, j, masks, frames, keys, penalty, limit):
+    """Returns what the penalty adds to the gradients of the scores, which are those before the masks."""
+    _padding, _mask, BOUNDS, _low, _high, _first, _end = masks
+    large = tl.where(scores > limit, penalty, tl.where(scores < -limit, -penalty, 0.0))
     if BOUNDS is not None:
-        scores = tl.where(in_reach(j, masks), scores, NONE)
-    return tl.where(keep_j[None, :], scores, NONE)
+        large = tl.where(in_reach(j, masks), large, 0.0)
+    return tl.where((i < frames)[:, None] & (j < keys)[None, :], large, 0.0)
 
 
 # --------------------------------------------------------------------------- launching

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradient of a balancer (fastasr/ops/balancer_gradient.py) in two launches: sums per channel, then the change.
 
-    s1 = sum(x - shift)    s2 = sum((x - shift)^2)    shift: the mean of eight elements, so that nothing cancels
+    s1 = sum(x - shift)    s2 = sum((x - shift)^2)    shift: the mean of a few elements, so that nothing cancels
     y = grad + |grad| (offset + slope (x - mean))
 
 x is seen as (outer, inner, channels): rows of channels are (1, rows, channels) with channels side by side, and maps
-with the channels in the middle are (outer, inner, channels) with the inner elements side by side.
+with the channels in the middle are (outer, inner, channels) with the inner elements side by side. Rows that are
+hidden, by a byte for each (outer, inner), are in no sum, and their gradient stays.
 
 Bytes per element of e bytes: e for the sums, 3e for the change. A 1500x20x192 bf16 tensor takes 3 + 8 us at 4.3 TB/s.
 
@@ -18,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
+from fastasr.kernels._hidden import samples, visible
+from fastasr.kernels._launch import as_bytes, cdiv, launch, next_power_of_2, processors
 
 BYTES = 16384  # A tile has this many bytes: 32 in each thread.
 WARPS = 16
@@ -30,13 +32,14 @@ FLOOR = tl.constexpr(1.0e-20)  # as in fastasr/ops/balancer_gradient.py
 
 
 @triton.jit
-def _shift(X, c, in_x, inner, count, x_row, outer_stride, channel_stride):
-    """Returns the mean of eight elements of each channel, from all over it."""
-    at = (count.to(tl.int64) * tl.arange(0, 8)) // 8
+def _shift(X, HIDDEN, c, in_x, inner, count, x_row, outer_stride, channel_stride):
+    """Returns the mean of a few elements of each channel, from all over it."""
+    at, seen, share = samples(HIDDEN, count)
     outer = at // inner
     offsets = outer * outer_stride + (at - outer * inner) * x_row
-    x = tl.load(X + offsets[:, None] + (c * channel_stride)[None, :], mask=in_x[None, :], other=0.0)
-    return tl.sum(x.to(tl.float32), axis=0) * 0.125  # [BLOCK_C]
+    keep = seen[:, None] & in_x[None, :]
+    x = tl.load(X + offsets[:, None] + (c * channel_stride)[None, :], mask=keep, other=0.0)
+    return tl.sum(x.to(tl.float32), axis=0) * share  # [BLOCK_C]
 
 
 @triton.jit
@@ -50,39 +53,51 @@ def _place(channels, tiles, tiles_per_part, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _tile(tile, tiles_of_run, inner, BLOCK_R: tl.constexpr):
-    """Returns the outer index of a tile and its inner ones."""
+def _tile(HIDDEN, tile, tiles_of_run, inner, BLOCK_R: tl.constexpr):
+    """Returns the outer index of a tile, its inner ones, which of these there are, and which are not hidden."""
     outer = tile // tiles_of_run
     r = (tile - outer * tiles_of_run).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    return outer.to(tl.int64), r, r < inner
+    outer = outer.to(tl.int64)
+    if HIDDEN is not None:
+        HIDDEN += outer * inner
+    return outer, r, r < inner, visible(HIDDEN, r, inner)
 
 
 @triton.jit(do_not_specialize=["count", "tiles", "tiles_of_run", "tiles_per_part"])
 def sums_kernel(
-    X, ACT, TABLE, channels, inner, count, tiles, tiles_of_run, tiles_per_part, x_row, outer_stride, channel_stride,
+    X, HIDDEN, ACT, TABLE,
+    channels, inner, count, tiles, tiles_of_run, tiles_per_part, x_row, outer_stride, channel_stride,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # TABLE: (parts, 2, channels)
+    # TABLE: (parts, 2, channels), or (parts, 3, channels) with the number of rows that are not hidden
+    TABLE_ROWS: tl.constexpr = 2 if HIDDEN is None else 3
     part, tile, end, c = _place(channels, tiles, tiles_per_part, BLOCK_C)
     if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
         if tl.load(ACT).to(tl.float32) == 0.0:
             return
     in_x = c < channels
-    shift = _shift(X, c, in_x, inner, count, x_row, outer_stride, channel_stride)
+    shift = _shift(X, HIDDEN, c, in_x, inner, count, x_row, outer_stride, channel_stride)
     s1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     s2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    number = tl.zeros([BLOCK_R], tl.int32)
     while tile < end:
-        outer, r, in_run = _tile(tile, tiles_of_run, inner, BLOCK_R)
-        keep = in_run[:, None] & in_x[None, :]
+        outer, r, in_run, seen = _tile(HIDDEN, tile, tiles_of_run, inner, BLOCK_R)
+        keep = (
+            in_run[:, None] & in_x[None, :]
+        )  # hidden rows too, because a mask with holes makes narrow loads
         offsets = outer * outer_stride + (r * x_row)[:, None] + (c * channel_stride)[None, :]
         x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
-        d = tl.where(keep, x - shift[None, :], 0.0)
+        d = tl.where(seen[:, None] & in_x[None, :], x - shift[None, :], 0.0)
         s1 += d
         s2 = tl.fma(d, d, s2)
+        number += seen.to(tl.int32)
         tile += 1
-    out = TABLE + part.to(tl.int64) * 2 * channels + c
+    out = TABLE + part.to(tl.int64) * TABLE_ROWS * channels + c
     tl.store(out, tl.sum(s1, axis=0), mask=in_x)
     tl.store(out + channels, tl.sum(s2, axis=0), mask=in_x)
+    if HIDDEN is not None:
+        rows = tl.sum(number, axis=0).to(tl.float32)
+        tl.store(out + 2 * channels, tl.zeros([BLOCK_C], tl.float32) + rows, mask=in_x)
 
 
 @triton.jit
@@ -107,10 +122,11 @@ def _coefficients(mu, centred, count, min_mean, max_mean, min_rms, max_rms, grad
 
 @triton.jit(do_not_specialize=["count", "tiles", "tiles_of_run", "tiles_per_part", "parts"])
 def change_kernel(
-    GRAD, X, TABLE, LIMITS, ACT, Y, min_mean, max_mean, min_rms, max_rms, grad_scale, parts,
+    GRAD, X, HIDDEN, TABLE, LIMITS, ACT, Y, min_mean, max_mean, min_rms, max_rms, grad_scale, parts,
     channels, inner, count, tiles, tiles_of_run, tiles_per_part, grad_row, x_row, y_row, outer_stride, channel_stride,
     IN_PLACE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    TABLE_ROWS: tl.constexpr = 2 if HIDDEN is None else 3
     _, tile, end, c = _place(channels, tiles, tiles_per_part, BLOCK_C)
     changed = channels  # those before this one
     if ACT is not None:
@@ -129,28 +145,35 @@ def change_kernel(
     in_x, acts = c < channels, c < changed
     s1 = tl.zeros([BLOCK_C], tl.float64)
     s2 = tl.zeros([BLOCK_C], tl.float64)
+    number = tl.zeros([BLOCK_C], tl.float64)
     for first in range(0, parts, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P).to(tl.int64)
         keep = (p < parts)[:, None] & in_x[None, :]
-        at = TABLE + p[:, None] * 2 * channels + c[None, :]  # [BLOCK_P, BLOCK_C]
+        at = TABLE + p[:, None] * TABLE_ROWS * channels + c[None, :]  # [BLOCK_P, BLOCK_C]
         s1 += tl.sum(tl.load(at, mask=keep, other=0.0).to(tl.float64), axis=0)
         s2 += tl.sum(tl.load(at + channels, mask=keep, other=0.0).to(tl.float64), axis=0)
-    shift = _shift(X, c, acts, inner, count, x_row, outer_stride, channel_stride)
-    share = 1.0 / count.to(tl.float64)
+        if HIDDEN is not None:
+            number += tl.sum(tl.load(at + 2 * channels, mask=keep, other=0.0).to(tl.float64), axis=0)
+    shift = _shift(X, HIDDEN, c, acts, inner, count, x_row, outer_stride, channel_stride)
+    rows = count
+    if HIDDEN is not None:
+        rows = tl.maximum(number, 1.0)
+    share = 1.0 / rows.to(tl.float64)
     mean, square = s1 * share, s2 * share
     centred = tl.maximum(square - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float32)
     mu = (mean + shift.to(tl.float64)).to(tl.float32)
     offset, slope = _coefficients(
-        mu, centred, count.to(tl.float32), min_mean, max_mean, min_rms, max_rms, grad_scale
+        mu, centred, rows.to(tl.float32), min_mean, max_mean, min_rms, max_rms, grad_scale
     )
     while tile < end:
-        outer, r, in_run = _tile(tile, tiles_of_run, inner, BLOCK_R)
+        outer, r, in_run, seen = _tile(HIDDEN, tile, tiles_of_run, inner, BLOCK_R)
         keep, read = in_run[:, None] & in_x[None, :], in_run[:, None] & acts[None, :]
         base, across = outer * outer_stride, (c * channel_stride)[None, :]
         x = tl.load(X + base + (r * x_row)[:, None] + across, mask=read, other=0.0).to(tl.float32)
         grad = tl.load(GRAD + base + (r * grad_row)[:, None] + across, mask=keep, other=0.0).to(tl.float32)
         change = tl.fma(slope[None, :], x - mu[None, :], offset[None, :])
-        y = tl.where(acts[None, :], tl.fma(tl.abs(grad), change, grad), grad)
+        changes = acts[None, :] if HIDDEN is None else seen[:, None] & acts[None, :]
+        y = tl.where(changes, tl.fma(tl.abs(grad), change, grad), grad)
         tl.store(Y + base + (r * y_row)[:, None] + across, y.to(Y.dtype.element_ty), mask=keep)
         tile += 1
 
@@ -172,12 +195,14 @@ def balancer_gradient_forward(
     grad_scale: float | None,
     limits: torch.Tensor | None = None,
     act: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
     """Returns the changed gradient, written over ``grad`` if ``in_place``, for x (rows, channels), whose rows may lie
     apart, or contiguous x (outer, channels, inner).
 
-    grad: as x. limits: (5,), in place of the five numbers. act: one number; if it is 0, the result is grad.
+    grad: as x. limits: (5,), in place of the five numbers. act: one number; if it is 0, the result is grad. hidden:
+    (rows,) or (outer * inner,), bool.
     """
     by_row = x.dim() == 2
     outer, channels, inner = (1, *x.shape[::-1]) if by_row else x.shape
@@ -192,14 +217,16 @@ def balancer_gradient_forward(
     count = outer * tiles_of_run
     per_part = cdiv(count, max(1, RESIDENT * processors(x) // column_tiles))
     parts = cdiv(count, per_part)
-    table = x.new_empty((parts, 2, channels), dtype=torch.float32)
+    table = x.new_empty((parts, 2 if hidden is None else 3, channels), dtype=torch.float32)
+    hidden = as_bytes(hidden)
     sizes = channels, inner, outer * inner, count, tiles_of_run, per_part
     tile = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
     grid = (parts * column_tiles,)
-    launch(sums_kernel, grid, x, act, table, *sizes, x_row, outer_stride, channel_stride, **tile)
+    launch(sums_kernel, grid, x, hidden, act, table, *sizes, x_row, outer_stride, channel_stride, **tile)
     numbers = (0.0,) * 5 if limits is not None else (min_mean, max_mean, min_rms, max_rms, grad_scale)
     launch(change_kernel, grid,
-        grad, x, table, limits, act, y, *numbers, parts, *sizes, grad_row, x_row, y_row, outer_stride, channel_stride,
+        grad, x, hidden, table, limits, act, y, *numbers, parts, *sizes,
+        grad_row, x_row, y_row, outer_stride, channel_stride,
         IN_PLACE=in_place, BLOCK_P=PARTS, **tile,
     )  # fmt: skip
     return y

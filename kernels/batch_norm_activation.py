@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._hidden import visible
 from fastasr.kernels._launch import as_bytes, cdiv, launch, next_power_of_2
 from fastasr.kernels._layer_norm import inverse_root, load_tile
 from fastasr.kernels._parts import ELEMENTS, WARPS, split_rows
@@ -41,15 +42,6 @@ def _place(rows_per_part, rows, C, BLOCK_C: tl.constexpr):
     return part, first, tl.minimum(first + rows_per_part, rows), c
 
 
-@triton.jit
-def _seen(HIDDEN, r, end):
-    """Returns which rows there are and are not hidden."""
-    seen = r < end
-    if HIDDEN is not None:
-        seen = seen & (tl.load(HIDDEN + r, mask=seen, other=1) == 0)
-    return seen
-
-
 @triton.jit(do_not_specialize=["rows", "rows_per_part", "parts"])
 def statistics_kernel(
     X, HIDDEN, TABLE, rows, rows_per_part, parts, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
@@ -62,7 +54,7 @@ def statistics_kernel(
     count = tl.full([], 0.0, tl.float32)
     while first < end:
         r = first + tl.arange(0, BLOCK_R)
-        seen = _seen(HIDDEN, r, end)
+        seen = visible(HIDDEN, r, end)
         x = load_tile(X, r, c, C, seen[:, None] & (c < C)[None, :])  # [BLOCK_R, BLOCK_C]
         here = tl.sum(tl.where(seen, 1.0, 0.0), axis=0)
         if count == 0.0:
@@ -151,7 +143,7 @@ def normalise_kernel(
     w, b = _parameters(WEIGHT, BIAS, c, C)
     while first < end:
         r = first + tl.arange(0, BLOCK_R)
-        seen = _seen(HIDDEN, r, end)
+        seen = visible(HIDDEN, r, end)
         x = load_tile(X, r, c, C, seen[:, None] & (c < C)[None, :])  # [BLOCK_R, BLOCK_C]
         z = tl.fma(_normalised(x, high, low, scale, PRECISE), w[None, :], b[None, :])
         y, _ = activate_with_slope(z, ACTIVATION, PRECISE)
@@ -194,7 +186,7 @@ def sums_kernel(
     dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     while first < end:
         r = first + tl.arange(0, BLOCK_R)
-        seen = _seen(HIDDEN, r, end)
+        seen = visible(HIDDEN, r, end)
         q, n = _gradient(GRAD, X, r, c, C, seen, high, low, scale, w, b, ACTIVATION, PRECISE)
         dweight = tl.fma(q, n, dweight)
         dbias += q
@@ -230,7 +222,7 @@ def backward_kernel(
     along, common, factor = dweight * share, dbias * share, scale * w
     while first < end:
         r = first + tl.arange(0, BLOCK_R)
-        seen = _seen(HIDDEN, r, end)
+        seen = visible(HIDDEN, r, end)
         q, n = _gradient(GRAD, X, r, c, C, seen, high, low, scale, w, b, ACTIVATION, PRECISE)
         d = tl.fma(-n, along[None, :], q - common[None, :]) * factor[None, :]
         d = tl.where(seen[:, None], d, 0.0).to(DX.dtype.element_ty)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradient of a whitening (fastasr/ops/whitening_gradient.py) in four launches.
 
-x has N rows and G groups of c channels. Shifted rows f = x - shift have the column means m, and
+x has N rows, those that are not hidden, and G groups of c channels. Shifted rows f = x - shift have the column means m,
+and
 
     products   f^T f and sums of columns, by parts of the rows
     covariance S = f^T f - N m m^T of each group, and sums for the metric w and the mean d of the diagonals
@@ -11,7 +12,7 @@ x has N rows and G groups of c channels. Shifted rows f = x - shift have the col
 So v = (f - m) A is neither stored nor computed twice: its norm follows from matrices of c x c. Where w is below the
 limit, the last two kernels return at once, the last one after a copy if y is not grad.
 
-The shift is the mean of eight rows in float32, so that nothing cancels, and 0 for 16-bit x, whose products are exact.
+The shift is the mean of a few rows in float32, so that nothing cancels, and 0 for 16-bit x, whose products are exact.
 16-bit x has A rounded to its type, which is small beside the rounding of y; |v|^2 takes two bfloat16 numbers for each
 element of S.
 
@@ -24,7 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
+from fastasr.kernels._hidden import samples, visible
+from fastasr.kernels._launch import as_bytes, cdiv, launch, next_power_of_2, processors
 
 SUM_COLUMNS = 64  # columns of a program that adds them up
 PART_ROWS = 256  # A part has at least this many rows.
@@ -36,12 +38,12 @@ EPS = tl.constexpr(1.0e-20)  # as in fastasr/ops/whitening_gradient.py
 
 
 @triton.jit
-def _shift(X, c, in_x, rows, x_row):
-    """Returns the mean of eight rows, from all over x, of columns of float32; 0 of others."""
+def _shift(X, HIDDEN, c, in_x, rows, x_row):
+    """Returns the mean of a few rows, from all over x, of columns of float32; 0 of others."""
     if X.dtype.element_ty == tl.float32:
-        r = (rows.to(tl.int64) * tl.arange(0, 8)) // 8
-        x = tl.load(X + r[:, None] * x_row + c[None, :], mask=in_x[None, :], other=0.0)
-        return tl.sum(x, axis=0) * 0.125
+        r, seen, share = samples(HIDDEN, rows)
+        x = tl.load(X + r[:, None] * x_row + c[None, :], mask=seen[:, None] & in_x[None, :], other=0.0)
+        return tl.sum(x, axis=0) * share
     return tl.zeros(c.shape, tl.float32)
 
 
@@ -72,10 +74,10 @@ def _total(TABLE, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part", "groups", "tiles"])
 def products_kernel(
-    X, ACT, PRODUCTS, SUMS, SHIFT, rows, rows_per_part, groups, width, tiles, x_row,
+    X, HIDDEN, ACT, PRODUCTS, SUMS, COUNTS, SHIFT, rows, rows_per_part, groups, width, tiles, x_row,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    # PRODUCTS: (parts, groups * tiles, BLOCK, BLOCK), SUMS: (parts, channels), SHIFT: (channels)
+    # PRODUCTS: (parts, groups * tiles, BLOCK, BLOCK), SUMS: (parts, channels), COUNTS: (parts), SHIFT: (channels)
     if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
         if tl.load(ACT).to(tl.float32) == 0.0:
             return
@@ -92,15 +94,13 @@ def products_kernel(
         i = i * BLOCK + tl.arange(0, BLOCK)
         j = j * BLOCK + tl.arange(0, BLOCK)
         ci, cj = group * width + i, group * width + j
-        shift_i = _shift(X, ci, i < width, rows, x_row)
-        shift_j = _shift(X, cj, j < width, rows, x_row)
+        shift_i = _shift(X, HIDDEN, ci, i < width, rows, x_row)
+        shift_j = _shift(X, HIDDEN, cj, j < width, rows, x_row)
         total = tl.zeros([BLOCK, BLOCK], tl.float32)
         for start in range(first, end, BLOCK_K):
             r = (start + k).to(tl.int64)
-            keep_i, keep_j = (
-                (r < end)[:, None] & (i < width)[None, :],
-                (r < end)[:, None] & (j < width)[None, :],
-            )
+            seen = visible(HIDDEN, r, end)[:, None]
+            keep_i, keep_j = seen & (i < width)[None, :], seen & (j < width)[None, :]
             a = tl.load(X + r[:, None] * x_row + ci[None, :], mask=keep_i, other=0.0)  # [BLOCK_K, BLOCK]
             b = tl.load(X + r[:, None] * x_row + cj[None, :], mask=keep_j, other=0.0)
             a, b = _shifted(a, shift_i, keep_i), _shifted(b, shift_j, keep_j)
@@ -116,20 +116,26 @@ def products_kernel(
     else:
         c = (unit - groups * tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
         in_x = c < channels
-        shift = _shift(X, c, in_x, rows, x_row)
+        shift = _shift(X, HIDDEN, c, in_x, rows, x_row)
         sums = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
+        count = tl.zeros([BLOCK_K], tl.int32)
         for start in range(first, end, BLOCK_K):
             r = (start + k).to(tl.int64)
-            keep = (r < end)[:, None] & in_x[None, :]
+            seen = visible(HIDDEN, r, end)
+            keep = seen[:, None] & in_x[None, :]
             x = tl.load(X + r[:, None] * x_row + c[None, :], mask=keep, other=0.0)  # [BLOCK_K, BLOCK_S]
             sums += _shifted(x, shift, keep).to(tl.float32)
+            count += seen.to(tl.int32)
         tl.store(SUMS + part.to(tl.int64) * channels + c, tl.sum(sums, axis=0), mask=in_x)
         if part == 0:
             tl.store(SHIFT + c, shift, mask=in_x)
+        if HIDDEN is not None:  # noqa: SIM102, likewise
+            if unit == groups * tiles:
+                tl.store(COUNTS + part, tl.sum(count, axis=0).to(tl.float32))
 
 
 @triton.jit
-def _mean(SUMS, c, in_x, parts, rows, channels, BLOCK_P: tl.constexpr):
+def _mean(SUMS, c, in_x, parts, count, channels, BLOCK_P: tl.constexpr):
     """Returns the means of columns in float64 from the sums of the parts."""
     total = tl.zeros(c.shape, tl.float64)
     for first in range(0, parts, BLOCK_P):
@@ -137,12 +143,12 @@ def _mean(SUMS, c, in_x, parts, rows, channels, BLOCK_P: tl.constexpr):
         keep = (p < parts)[:, None] & in_x[None, :]
         table = tl.load(SUMS + p[:, None] * channels + c[None, :], mask=keep, other=0.0)  # [BLOCK_P, columns]
         total += tl.sum(table.to(tl.float64), axis=0)
-    return total * (1.0 / rows.to(tl.float64))
+    return total * (1.0 / count)
 
 
 @triton.jit(do_not_specialize=["parts", "rows", "groups", "tiles"])
 def covariance_kernel(
-    PRODUCTS, SUMS, ACT, COVARIANCE, MEAN, STATISTICS, parts, rows, groups, width, tiles,
+    PRODUCTS, SUMS, COUNTS, ACT, COVARIANCE, MEAN, STATISTICS, parts, rows, groups, width, tiles,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     # COVARIANCE: (groups, width, width), MEAN: (channels), STATISTICS: (2, programs), sums of diagonals and of squares
@@ -157,8 +163,11 @@ def covariance_kernel(
     inside = chunk * CHUNK + tl.arange(0, CHUNK)
     i, j = tile_i * BLOCK + inside, tile_j * BLOCK + tl.arange(0, BLOCK)
     channels = groups * width
-    mean_i = _mean(SUMS, group * width + i, i < width, parts, rows, channels, BLOCK_P)
-    mean_j = _mean(SUMS, group * width + j, j < width, parts, rows, channels, BLOCK_P)
+    count = rows.to(tl.float64)
+    if COUNTS is not None:
+        count = tl.maximum(_total(COUNTS, parts, BLOCK_P), 1.0)
+    mean_i = _mean(SUMS, group * width + i, i < width, parts, count, channels, BLOCK_P)
+    mean_j = _mean(SUMS, group * width + j, j < width, parts, count, channels, BLOCK_P)
     total = tl.zeros([CHUNK, BLOCK], tl.float64)
     at = inside[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [CHUNK, BLOCK]
     for first in range(0, parts, BLOCK_P):
@@ -170,7 +179,7 @@ def covariance_kernel(
         )
         product = tl.load(table, mask=(p < parts)[:, None, None], other=0.0)  # [BLOCK_P, CHUNK, BLOCK]
         total += tl.sum(product.to(tl.float64), axis=0)
-    total -= mean_i[:, None] * mean_j[None, :] * rows.to(tl.float64)
+    total -= mean_i[:, None] * mean_j[None, :] * count
     s = total.to(tl.float32)
     keep = (i < width)[:, None] & (j < width)[None, :]
     out = COVARIANCE + group.to(tl.int64) * width * width
@@ -219,7 +228,7 @@ def _split(x):
     do_not_specialize=["limit", "statistics", "rows", "groups", "tiles", "grad_tiles", "grad_tiles_per_part"]
 )
 def norms_kernel(
-    GRAD, COVARIANCE, MEAN, STATISTICS, LIMITS, ACT, WHITE, CHANGE, BIAS, NORMS, limit,
+    GRAD, HIDDEN, COVARIANCE, MEAN, STATISTICS, LIMITS, ACT, WHITE, CHANGE, BIAS, NORMS, limit,
     statistics, rows, groups, width, tiles, grad_tiles, grad_tiles_per_part, grad_row,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, GRAD_R: tl.constexpr, GRAD_C: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +297,7 @@ def norms_kernel(
         for tile in range(first, end):
             r = (tile // columns).to(tl.int64) * GRAD_R + tl.arange(0, GRAD_R)
             c = tile % columns * GRAD_C + tl.arange(0, GRAD_C)
-            keep = (r < rows)[:, None] & (c < channels)[None, :]
+            keep = visible(HIDDEN, r, rows)[:, None] & (c < channels)[None, :]
             grad = tl.load(GRAD + r[:, None] * grad_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
             squares = tl.fma(grad, grad, squares)  # [GRAD_R, GRAD_C]
         tl.store(NORMS + unit, tl.sum(squares))
@@ -298,7 +307,7 @@ def norms_kernel(
     do_not_specialize=["grad_scale", "statistics", "rows", "groups", "products", "grad_parts", "biases"]
 )
 def change_kernel(
-    GRAD, X, SHIFT, STATISTICS, WHITE, LIMITS, ACT, CHANGE, BIAS, NORMS, Y, grad_scale,
+    GRAD, X, HIDDEN, SHIFT, STATISTICS, WHITE, LIMITS, ACT, CHANGE, BIAS, NORMS, Y, grad_scale,
     statistics, rows, groups, width, products, grad_parts, biases, grad_row, x_row, y_row,
     IN_PLACE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -334,12 +343,13 @@ def change_kernel(
     # v = factor (f A - b)
     factor = tl.div_rn(4.0 * d, channels.to(tl.float32) * tl.fma(d, d, EPS))
     scale = grad_scale * tl.div_rn(grad_size * factor, tl.fma(factor, size, EPS))
+    seen = visible(HIDDEN, r, rows)[:, None]
     total = tl.zeros([BLOCK_R, BLOCK], tl.float32)
     a = CHANGE + group.to(tl.int64) * width * width
     for first in range(0, width, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         ck = group * width + k
-        keep_x = (r < rows)[:, None] & (k < width)[None, :]
+        keep_x = seen & (k < width)[None, :]
         x = tl.load(X + r[:, None] * x_row + ck[None, :], mask=keep_x, other=0.0)  # [BLOCK_R, BLOCK_K]
         keep_a = (k < width)[:, None] & (j < width)[None, :]
         change = tl.load(a + k[:, None] * width + j[None, :], mask=keep_a, other=0.0)  # [BLOCK_K, BLOCK]
@@ -353,6 +363,8 @@ def change_kernel(
     bias = tl.sum(tl.load(BIAS + p[:, None] * channels + cj[None, :], mask=keep_b, other=0.0), axis=0)
     grad = tl.load(GRAD + r[:, None] * grad_row + cj[None, :], mask=keep, other=0.0).to(tl.float32)
     y = tl.fma(total - bias[None, :], scale, grad)
+    if HIDDEN is not None:
+        y = tl.where(seen, y, grad)
     tl.store(Y + r[:, None] * y_row + cj[None, :], y.to(Y.dtype.element_ty), mask=keep)
 
 
@@ -401,12 +413,13 @@ def whitening_gradient_forward(
     grad_scale: float | None,
     limits: torch.Tensor | None = None,
     act: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
     white: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the changed gradient and whether w is below the limit: written over ``grad`` and to ``white``, if given.
 
     grad, x: (rows, channels), whose rows may lie apart. limits: (limit, grad_scale), in place of the numbers. act: one
-    number; if it is 0, the results are grad and False.
+    number; if it is 0, the results are grad and False. hidden: (rows,), bool.
     """
     (rows, channels), width, in_place = x.shape, x.shape[1] // groups, white is not None
     kinds = tiles(width, x.dtype)
@@ -424,16 +437,17 @@ def whitening_gradient_forward(
     per_part = max(PART_ROWS, cdiv(rows, max(1, programs // units)))
     parts = cdiv(rows, per_part)
     products, sums, shift = made(parts, groups * upper, block, block), made(parts, channels), made(channels)
+    hidden, counts = as_bytes(hidden), None if hidden is None else made(parts)
     x_row, grad_row = x.stride(0), grad.stride(0)
     launch(products_kernel, (parts * units,),
-        x, act, products, sums, shift, rows, per_part, groups, width, upper, x_row, **kinds["products"],
+        x, hidden, act, products, sums, counts, shift, rows, per_part, groups, width, upper, x_row, **kinds["products"],
     )  # fmt: skip
 
     statistics = groups * upper * (block // kinds["covariance"]["CHUNK"])
     covariance, mean = made(groups, width, width), made(channels)
     table = made(2, statistics, dtype=torch.float64)
     launch(covariance_kernel, (statistics,),
-        products, sums, act, covariance, mean, table, parts, rows, groups, width, upper, **kinds["covariance"],
+        products, sums, counts, act, covariance, mean, table, parts, rows, groups, width, upper, **kinds["covariance"],
     )  # fmt: skip
 
     upper, block = triangle("norms"), kinds["norms"]["BLOCK"]
@@ -444,14 +458,15 @@ def whitening_gradient_forward(
     change = made(groups, width, width, dtype=x.dtype)
     bias, norms = made(blocks, channels), made(groups * upper + grad_parts)
     launch(norms_kernel, (groups * upper + grad_parts,),
-        grad, covariance, mean, table, limits, act, white, change, bias, norms, 0.0 if limit is None else limit,
+        grad, hidden, covariance, mean, table, limits, act, white, change, bias, norms, 0.0 if limit is None else limit,
         statistics, rows, groups, width, upper, grad_tiles, tiles_per_part, grad_row, **kinds["norms"],
     )  # fmt: skip
 
     y = grad if in_place else made(rows, channels, dtype=grad.dtype)
     kind = kinds["change"]
     launch(change_kernel, (cdiv(rows, kind["BLOCK_R"]) * groups * cdiv(width, kind["BLOCK"]),),
-        grad, x, shift, table, white, limits, act, change, bias, norms, y, 0.0 if grad_scale is None else grad_scale,
+        grad, x, hidden, shift, table, white, limits, act, change, bias, norms, y,
+        0.0 if grad_scale is None else grad_scale,
         statistics, rows, groups, width, groups * upper, grad_parts, blocks, grad_row, x_row, y.stride(0),
         IN_PLACE=in_place, **kind,
     )  # fmt: skip

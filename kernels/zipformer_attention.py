@@ -5,6 +5,10 @@
     With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta), 0 where masked; then dq, dk, dp and dR
     as in zipformer_attention_weights.py
 
+Where a number on the device says so, W is [W > 0] / n, n being the number of W > 0 in a row: forward sweeps the keys
+once more, ``queries`` counts, and dW is 0. The penalty on large scores joins dS; masked scores have it too, so no key
+is skipped then.
+
 Per score, with d channels of q, P of p, V of v:
 
     kernel      program                               FLOPs
@@ -54,9 +58,12 @@ from fastasr.kernels._rel_position_tiles import (
     keys_reached,
     keys_seen,
     load_positions,
+    masked_scores,
     masked_slopes,
     operands,
+    penalties,
     place,
+    raw_scores,
     rows_of_positions,
     scores_of,
     settled,
@@ -93,9 +100,43 @@ def _weighted(
     return maximum, total, y
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit
+def has_weight(w, ELEMENT: tl.constexpr):
+    """Says where weights, rounded to ELEMENT, are not 0."""
+    return w.to(ELEMENT).to(tl.float32) > 0.0
+
+
+@triton.jit
+def _equally_weighted(
+    query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, q_time, k_time, v_time,
+    maximum, total,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Returns (number of the keys [begin, end) that have weight, or 1; sum of their v)."""
+    number = tl.zeros([BLOCK_M], tl.float32)
+    y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    inverse = tl.div_rn(1.0, total.to(tl.float32))
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        scores = scores_of(
+            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+            DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        w = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
+        one = has_weight(w, V.dtype.element_ty).to(tl.float32)
+        number += tl.sum(one, axis=1)
+        value = load_rows(V, j, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        if PRECISE:  # see ``_weighted``
+            y = tl.fma(tl.dot(one, value), 1.0, y)
+        else:
+            y = tl.dot(one.to(value.dtype), value, y)
+    return tl.maximum(number, 1.0).to(total.dtype), y
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*UNALIGNED, "EQUAL"])
 def forward_kernel(
-    X, K, R, PADDING, MASK, BOUNDS, V, Y,
+    X, K, R, PADDING, MASK, BOUNDS, EQUAL, V, Y,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
@@ -136,7 +177,14 @@ def forward_kernel(
                 frames, keys, offsets, x_time, k_time, v_time,
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
-    _, total = settled(maximum, total, masks)
+    maximum, total = settled(maximum, total, masks)
+    if EQUAL is not None:  # noqa: SIM102, the inner condition is known on the device alone
+        if tl.load(EQUAL) != 0:
+            total, y = _equally_weighted(
+                query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c,
+                frames, keys, offsets, x_time, k_time, v_time, maximum, total,
+                DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
+            )  # fmt: skip
     y = y * tl.div_rn(1.0, total.to(tl.float32))[:, None]
     out = Y + sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
     tl.store(out, y.to(Y.dtype.element_ty), mask=keep_i[:, None] & (c < VALUE_DIM)[None, :])
@@ -169,17 +217,29 @@ def _statistics(
     return maximum, total, along
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first", "rows"], do_not_specialize_on_alignment=[*UNALIGNED, "DX"])
+@triton.jit
+def _acting(penalty, ACT):
+    """Returns the penalty, 0 where it does not act."""
+    if ACT is not None:
+        penalty = tl.where(tl.load(ACT) != 0, penalty, 0.0)
+    return penalty
+
+
+@triton.jit(
+    do_not_specialize=[*SIZES, "first", "rows", "penalty", "limit"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DX"],
+)
 def queries_kernel(
-    G, X, K, R, PADDING, MASK, BOUNDS, V, DX, DS, MAXIMUM, INVERSE, DELTA,
+    G, X, K, R, PADDING, MASK, BOUNDS, ACT, EQUAL, V, DX, DS, MAXIMUM, INVERSE, DELTA,
     frames, keys, left, first, rows, batch, blocks, heads, offsets, chunk, left_chunks,
-    x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, ds_row,
+    x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, ds_row, penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     WIDE_POS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of the queries [first, first + rows) and of channels; programs of the first block of
-    channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp."""
+    channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp. Equal weights have 1 /
+    number in place of delta. ``penalty`` and ``limit`` are None without a penalty."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -225,7 +285,14 @@ def queries_kernel(
     row = (head * batch + sequence) * frames + i
     tl.store(MAXIMUM + row, maximum, mask=keep_i & once)
     tl.store(INVERSE + row, inverse, mask=keep_i & once)
-    tl.store(DELTA + row, delta, mask=keep_i & once)
+    if EQUAL is None:
+        tl.store(DELTA + row, delta, mask=keep_i & once)
+    number = tl.zeros([BLOCK_M], tl.float32)
+    if penalty is not None:
+        penalty = _acting(penalty, ACT)
+        if WINDOW:  # it reaches masked scores too
+            all_begin, all_end = keys_reached(masks, keys, BLOCK_N)
+            begin, end = tl.where(penalty != 0.0, all_begin, begin), tl.where(penalty != 0.0, all_end, end)
 
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -237,13 +304,19 @@ def queries_kernel(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
-        scores = scores_of(
+        raw = raw_scores(
             query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
-            DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+            DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+        scores = masked_scores(raw, i, j, masks, frames, keys, WINDOW)
         slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
         w = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
         ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
+        if EQUAL is not None:
+            number += tl.sum(has_weight(w, X.dtype.element_ty).to(tl.float32), axis=1)
+            ds = tl.where(tl.load(EQUAL) != 0, 0.0, ds)
+        if penalty is not None:
+            ds += penalties(raw, i, j, masks, frames, keys, penalty, limit)
         key = load_rows(K, j, k_time, d, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
@@ -255,6 +328,9 @@ def queries_kernel(
                 tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & (j < ds_row)[None, :] & once)
             else:
                 tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & in_reach(j, masks) & once)
+    if EQUAL is not None:
+        delta = tl.where(tl.load(EQUAL) != 0, tl.div_rn(1.0, tl.maximum(number, 1.0)), delta)
+        tl.store(DELTA + row, delta, mask=keep_i & once)
     if WINDOW and DS is not None:
         zeros = tl.zeros([BLOCK_M, BLOCK_N], DS.dtype.element_ty)
         if BOUNDS is None:
@@ -280,15 +356,18 @@ def queries_kernel(
     tl.store(out, dp.to(DX.dtype.element_ty), mask=keep_i[:, None] & (c < WIDE_POS) & once)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*UNALIGNED, "DK"])
+@triton.jit(
+    do_not_specialize=[*SIZES, "penalty", "limit"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DK"],
+)
 def keys_kernel(
-    G, X, K, R, PADDING, MASK, BOUNDS, V, MAXIMUM, INVERSE, DELTA, DK, DV,
+    G, X, K, R, PADDING, MASK, BOUNDS, ACT, EQUAL, V, MAXIMUM, INVERSE, DELTA, DK, DV,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
-    x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch,
+    x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes dS^T q and W^T G of a block of keys and of their channels."""
+    """Writes dS^T q and W^T G of a block of keys and of their channels; see ``queries``."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -309,6 +388,8 @@ def keys_kernel(
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if penalty is not None:
+        penalty = _acting(penalty, ACT)
     begin, end = 0, frames
     if BOUNDS is not None:  # keys see the queries that see them, but for chunks
         own = (PADDING, MASK, BOUNDS)
@@ -325,6 +406,8 @@ def keys_kernel(
             first, last = keys_seen(masks, keys, 1, WINDOW)
             inside = (first < (block + 1) * BLOCK_N) & (last > block * BLOCK_N)
             needed = inside | (tl.min(maximum) <= ALONE)
+            if penalty is not None:
+                needed = needed | (penalty != 0.0)
         if needed:
             inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)  # W is 0 behind the last query
             delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
@@ -332,14 +415,21 @@ def keys_kernel(
             query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)  # [BLOCK_M, BLOCK_D]
             g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)  # [BLOCK_M, BLOCK_V]
             p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
-            scores = scores_of(
+            raw = raw_scores(
                 query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
-                DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+                DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+            scores = masked_scores(raw, i, j, masks, frames, keys, WINDOW)
             slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
             x = tl.where(keep_i[:, None], scores - maximum[:, None], NONE)
             w = exp_nonpositive(x, PRECISE) * inverse[:, None]
             ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
+            if EQUAL is not None:  # delta is 1 / number
+                equal = tl.load(EQUAL) != 0
+                w = tl.where(equal, tl.where(has_weight(w, X.dtype.element_ty), delta[:, None], 0.0), w)
+                ds = tl.where(equal, 0.0, ds)
+            if penalty is not None:
+                ds += penalties(raw, i, j, masks, frames, keys, penalty, limit)
             if DIM > BLOCK_D:
                 query = load_rows(Q, i, x_time, d, keep_i, DIM)
             if VALUE_DIM > BLOCK_V:
@@ -373,9 +463,12 @@ def tiles(
     generation: int,
     hiding: bool = False,
     recordings: bool = False,
+    penalty: bool = False,
+    equal: bool = False,
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a chunk window or a mask of
-    pairs, ``recordings`` whether there are several in a row.
+    pairs, ``recordings`` whether there are several in a row, ``penalty`` whether large scores have one,
+    ``equal`` whether weights may be equal.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed, and need small tiles. In 16 bits each of four warps computes 16 of 64 rows of a
@@ -410,7 +503,16 @@ def tiles(
         keys |= {"BLOCK_N": 64, "num_warps": 8}
     elif not wide and generation == 120:
         queries["BLOCK_V"] = min(32, columns)
-    if recordings and not wide and generation != 90:  # 32 keys would spill
+    if equal and wide and not rounded(dtype):  # more would spill, here and below
+        keys["BLOCK_N"] = 64 if generation == 100 else 32
+    elif equal and generation != 90:
+        forward["BLOCK_N"] = 32
+        if generation == 100:
+            forward["BLOCK_V"] = min(64, columns)
+        elif generation == 120:
+            keys["BLOCK_V"] = min(32, columns)
+    tight = recordings and (generation != 90 or penalty or equal)
+    if not wide and (tight or (penalty and generation == 100)):
         queries["BLOCK_N"] = 16
     return {
         "forward": forward,
@@ -420,6 +522,11 @@ def tiles(
             "BLOCK_O": 64, "BLOCK_M": 32 if wide else 64, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3
         },
     }  # fmt: skip
+
+
+def number(t: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns a bool, float32 or other number as kernels read it."""
+    return as_bytes(t) if t is not None and t.dtype is torch.bool else t
 
 
 def zipformer_attention_forward(
@@ -435,20 +542,23 @@ def zipformer_attention_forward(
     value_heads: int,
     chunk: int,
     left_chunks: int,
+    equal: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns y (frames, batch, value_heads * dv). All tensors are contiguous."""
+    """Returns y (frames, batch, value_heads * dv). All tensors are contiguous.
+
+    equal: one number; if it is not 0, the weights are equal.
+    """
     frames, batch, _ = x.shape
     y = x.new_empty(frames, batch, value.shape[2])
     if not y.numel():
         return y
     o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
     value_dim = value.shape[2] // value_heads
-    tile = tiles(dim, o.pos_dim, value_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)[
-        "forward"
-    ]
+    sizes = dim, o.pos_dim, value_dim, x.dtype, generation(x)
+    tile = tiles(*sizes, chunk > 0 or attn_mask is not None, equal=equal is not None)["forward"]
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (value_heads * batch * blocks, cdiv(value_dim, tile["BLOCK_V"])),
-        x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds, value, y,
+        x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds, number(equal), value, y,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
         mask_stride(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
@@ -470,9 +580,15 @@ def zipformer_attention_backward(
     value_heads: int,
     chunk: int,
     left_chunks: int,
+    equal: torch.Tensor | None = None,
+    penalty: float = 0.0,
+    limit: float = 0.0,
+    act: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dx, dpos, dvalue, dcached_key), without elements where the argument is None. All tensors
     are contiguous.
+
+    act: one number; if it is 0, there is no penalty.
     """
     frames, batch, width = x.shape
     none = x.new_empty(0)
@@ -482,7 +598,17 @@ def zipformer_attention_backward(
     o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
     own_pos, value_dim = width // heads - 2 * dim, value.shape[2] // value_heads
     hiding = chunk > 0 or attn_mask is not None
-    shapes = tiles(dim, own_pos, value_dim, x.dtype, generation(x), hiding, starts is not None)
+    shapes = tiles(
+        dim,
+        own_pos,
+        value_dim,
+        x.dtype,
+        generation(x),
+        hiding,
+        starts is not None,
+        bool(penalty),
+        equal is not None,
+    )
     dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
     dvalue = torch.empty_like(value)
     pairs = value_heads * batch
@@ -492,6 +618,8 @@ def zipformer_attention_backward(
         mask_stride(attn_mask),
     )  # fmt: skip
     masks = as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds
+    numbers = (number(act) if penalty else None), number(equal)
+    large = (float(penalty), float(limit)) if penalty else (None, None)
     constants = o.constants | {"VALUE_DIM": value_dim}
 
     tile = shapes["queries"]
@@ -509,9 +637,9 @@ def zipformer_attention_backward(
         count = min(rows, frames - first)
         blocks = cdiv(count, tile["BLOCK_M"])
         launch(queries_kernel, (pairs * blocks, columns),
-            grad, x, o.key, o.r, *masks, value, dx, pieces.ds if pieces else None, maximum, inverse, delta,
+            grad, x, o.key, o.r, *masks, *numbers, value, dx, pieces.ds if pieces else None, maximum, inverse, delta,
             frames, o.keys, o.left, first, count, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-            *strides, row, **constants, WIDE_POS=own_pos, **tile,
+            *strides, row, *large, **constants, WIDE_POS=own_pos, **tile,
         )  # fmt: skip
         if pieces:
             pieces.add(first, count)
@@ -523,9 +651,9 @@ def zipformer_attention_backward(
     blocks = cdiv(o.keys, tile["BLOCK_N"])
     columns = max(columns, cdiv(value_dim, tile["BLOCK_V"]))
     launch(keys_kernel, (pairs * blocks, columns),
-        grad, x, o.key, o.r, *masks, value, maximum, inverse, delta, dkey, dvalue,
+        grad, x, o.key, o.r, *masks, *numbers, value, maximum, inverse, delta, dkey, dvalue,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-        *strides, **constants, **tile,
+        *strides, *large, **constants, **tile,
     )  # fmt: skip
     dcached = none if cached_key is None else torch.empty_like(cached_key)
     if o.left:

@@ -11,9 +11,18 @@
 namespace fastasr::bindings::zipformer_attention {
 namespace {
 
+// Says whether a number is not 0, and `otherwise` without one.
+bool decided(const Optional& number, bool otherwise, const char* op) {
+  if (!number) return otherwise;
+  if (dtype_of(*number) == ScalarType::Bool) return *data<uint8_t>(*number) != 0;
+  bool found = false;
+  with_kernel_type(dtype_of(*number), op, [&]<typename T>() { found = cpu::load(*data<T>(*number)) != 0; });
+  return found;
+}
+
 cpu::ValueShape value_shape(const auto& a) {
   check(a.value_heads <= a.num_heads && a.E % a.value_heads == 0, a.kName, "value_heads");
-  return {a.value_heads, a.E / a.value_heads};
+  return {a.value_heads, a.E / a.value_heads, decided(a.equal, false, a.kName)};
 }
 
 Tensor zipformer_attention_forward(const ZipformerAttentionForward& call) {
@@ -58,7 +67,8 @@ Tensor zipformer_attention_forward(const ZipformerAttentionForward& call) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(const ZipformerAttentionBackward& call) {
   const auto& [x, pos, value, cached_key, grad] = std::tie(call.x, call.pos, call.value, call.cached_key, call.grad_y);
   const std::vector<cpu::Recording> recordings = recordings_of(call);
-  const AttentionProblem a = problem_of(call, recordings);
+  AttentionProblem a = problem_of(call, recordings);
+  if (decided(call.act, true, call.kName)) a.penalty = call.score_penalty, a.limit = call.score_limit;
   const cpu::ValueShape v = value_shape(call);
   Tensor dx = new_like(x), dvalue = new_like(value);
   Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/zipformer_attention.h"
 
+#include <algorithm>
+#include <numeric>
+
 #include "tests/attention_case.h"
 
 namespace fastasr::test {
@@ -24,6 +27,7 @@ struct Weighted {
     const AttentionProblem& a = c.a;
     y.assign(size_t(grad.size()), 0), dvalue.assign(size_t(value.size()), 0);
     std::fill(c.dw.begin(), c.dw.end(), 0);  // heads without values have no gradient
+    if (v.equal) equalise();
     for (int64_t h = 0; h < v.heads; h++)
       for (int64_t b = 0; b < a.batch; b++)
         for (int64_t i = 0; i < a.frames; i++)
@@ -34,10 +38,24 @@ struct Weighted {
               const int64_t out = ((i * a.batch + b) * v.heads + h) * v.dim + d;
               y[out] += c.w[at] * value(in);
               dvalue[in] += c.w[at] * grad(out);
-              c.dw[at] += grad(out) * value(in);
+              if (!v.equal) c.dw[at] += grad(out) * value(in);
             }
           }
     c.reference();
+  }
+
+  // Sets the weights of each row to 1 / n on the n keys whose weight, rounded to T, is not 0.
+  void equalise() {
+    for (auto row = c.w.begin(); row != c.w.end(); row += c.a.keys()) {
+      const auto end = row + c.a.keys();
+      std::for_each(row, end, [](long double& w) {
+        T rounded;
+        cpu::store(&rounded, static_cast<compute_t<T>>(w));
+        w = cpu::load(rounded) > 0;
+      });
+      const long double number = std::max<long double>(1, std::accumulate(row, end, 0.0L));
+      std::for_each(row, end, [&](long double& w) { w /= number; });
+    }
   }
 };
 
@@ -84,12 +102,20 @@ TEST_CASE("zipformer_attention") {
     AttentionShape shape;
     ValueShape values;
   } cases[] = {
-      {{1, 1, 1, 1, 1, 0, 1, 0, -1, 0, 0}, {1, 1}},         {{7, 2, 2, 8, 4, 0, 1, 0, -1, 1, 0}, {2, 12}},
-      {{33, 3, 1, 32, 4, 0, 3, 0, -1, 3, 0}, {1, 48}},      {{40, 2, 3, 5, 3, 0, 1, 8, 1, 0, 0}, {1, 64}},
-      {{21, 2, 2, 33, 5, 13, 2, 5, 2, 1, 0}, {1, 17}},      {{19, 1, 1, 4, 2, 70, 1, 4, 0, 4, 0}, {1, 12}},
-      {{50, 2, 1, 16, 0, 0, 0, 16, -1, 5, 0}, {1, 3}},      {{300, 1, 1, 4, 4, 5, 1, 7, 1, 1, 0}, {1, 12}},
-      {{21, 2, 2, 8, 4, 0, 2, 0, -1, 0, 0, 9, 9}, {2, 12}}, {{140, 1, 1, 4, 3, 0, 1, 5, 1, 3, 0, 67, 67}, {1, 12}},
+      {{1, 1, 1, 1, 1, 0, 1, 0, -1, 0, 0}, {1, 1}},
+      {{7, 2, 2, 8, 4, 0, 1, 0, -1, 1, 0}, {2, 12}},
+      {{33, 3, 1, 32, 4, 0, 3, 0, -1, 3, 0}, {1, 48}},
+      {{40, 2, 3, 5, 3, 0, 1, 8, 1, 0, 0}, {1, 64}},
+      {{21, 2, 2, 33, 5, 13, 2, 5, 2, 1, 0}, {1, 17}},
+      {{19, 1, 1, 4, 2, 70, 1, 4, 0, 4, 0}, {1, 12}},
+      {{50, 2, 1, 16, 0, 0, 0, 16, -1, 5, 0}, {1, 3}},
+      {{300, 1, 1, 4, 4, 5, 1, 7, 1, 1, 0}, {1, 12}},
+      {{21, 2, 2, 8, 4, 0, 2, 0, -1, 0, 0, 9, 9}, {2, 12}},
+      {{140, 1, 1, 4, 3, 0, 1, 5, 1, 3, 0, 67, 67}, {1, 12}},
       {{50, 1, 1, 4, 3, 0, 1, 0, -1, 1, 0, 40, 6}, {1, 5}},
+      {{40, 2, 2, 8, 4, 5, 1, 8, 1, 1, 0.5}, {2, 12}},
+      {{40, 2, 2, 8, 4, 0, 1, 8, 1, 3, 0}, {1, 12, true}},
+      {{70, 1, 2, 4, 3, 0, 1, 5, 0, 1, 0.5, 31, 24}, {2, 40, true}},
   };
   uint64_t seed = 1;
   for (const auto& c : cases) {

@@ -78,6 +78,10 @@ class ChannelRows:
         rows = t.permute(self.order).reshape(self.rows.shape)
         return rows.contiguous() if dense or rows.stride(1) != 1 else rows
 
+    def mask(self, mask: Tensor) -> Tensor:
+        """Returns ``mask``, of x's shape without ``dim``, as a contiguous vector in the same order."""
+        return mask.unsqueeze(self.order[-1]).permute(self.order).flatten().contiguous()
+
     def back(self, rows: Tensor) -> Tensor:
         """Returns contiguous rows as a tensor of x's shape."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)

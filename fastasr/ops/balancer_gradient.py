@@ -55,24 +55,25 @@ def _without(shape: torch.Size, dim: int) -> torch.Size:
 
 # --------------------------------------------------------------------------- kernels
 def _operands(
-    grad: Tensor, x: Tensor, dim: int, dense: bool
-) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Returns grad and x as kernels see them, and a function that gives their result x's shape. Rows of grad may lie
-    apart unless ``dense``.
+    grad: Tensor, x: Tensor, dim: int, mask: Tensor | None, dense: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """Returns grad, x and the padding mask as kernels see them, and a function that gives their result x's shape. Rows
+    of grad may lie apart unless ``dense``.
     """
     if x.stride(dim) == 1 or x.shape[dim] == 1:
         seen = ChannelRows(x, dim)
-        return seen.of(grad, dense), seen.rows, seen.back
+        return seen.of(grad, dense), seen.rows, None if mask is None else seen.mask(mask), seen.back
     dim %= x.dim()
     shape = (x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel())
-    return grad.contiguous().view(shape), x.contiguous().view(shape), lambda y: y.view(x.shape)
+    hidden = None if mask is None else mask.flatten().contiguous()
+    return grad.contiguous().view(shape), x.contiguous().view(shape), hidden, lambda y: y.view(x.shape)
 
 
 def _forward(kernels: Kernels, grad: Tensor, x: Tensor, *options: Any) -> Tensor:
-    *numbers, dim, limits, act, _ = options
+    *numbers, dim, limits, act, mask = options
     native = kernels.backend == "cpu"
-    grad, x, back = _operands(grad, x, dim, dense=native)
-    return back(kernels.forward(grad, x, *numbers, *(() if native else (limits, act))))
+    grad, x, hidden, back = _operands(grad, x, dim, mask, dense=native)
+    return back(kernels.forward(grad, x, *numbers, *(() if native else (limits, act, hidden))))
 
 
 def _fast(kernels: Kernels, keep: bool, grad: Tensor, x: Tensor, *options: Any) -> Tensor:
@@ -85,9 +86,8 @@ def _fast(kernels: Kernels, keep: bool, grad: Tensor, x: Tensor, *options: Any) 
 
 
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
-    native = kernels.backend == "cpu"  # The C++ kernels read no number on the device.
-    served = not native or (a.grad.dtype is a.x.dtype and a.limits is a.act is None)
-    served = served and a.padding_mask is None
+    native = kernels.backend == "cpu"  # The C++ kernels read no number on the device and no mask.
+    served = not native or (a.grad.dtype is a.x.dtype and a.limits is a.act is a.padding_mask is None)
     return _forward(kernels, *a) if served and a.x.numel() else op.definition(*a)
 
 
@@ -182,10 +182,10 @@ def balance_(
     padding_mask.
     """
     kernels = FAMILY.kernels(x, grad)
-    if kernels is not None and kernels.backend == "triton" and x.numel() and hidden is None:
-        seen, x_seen, _ = _operands(grad, x, channel_dim, dense=False)
+    if kernels is not None and kernels.backend == "triton" and x.numel():
+        seen, x_seen, frames, _ = _operands(grad, x, channel_dim, hidden, dense=False)
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
-            kernels.forward(seen, x_seen, *[None] * 5, limits, act, in_place=True)
+            kernels.forward(seen, x_seen, *[None] * 5, limits, act, frames, in_place=True)
             return
     public = OPS["balancer_gradient"].function
     grad.copy_(public(grad, x, channel_dim=channel_dim, limits=limits, act=act, padding_mask=hidden))

@@ -57,6 +57,10 @@ def _operands(grad: Tensor, x: Tensor, dense: bool) -> tuple[Tensor, Tensor, Cha
     return seen.of(grad, dense), rows, seen
 
 
+def _hidden(seen: ChannelRows, mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else seen.mask(mask)
+
+
 def _native(kernels: Kernels, a: Arguments) -> tuple[Tensor, Tensor]:
     """Computes two thirds of the covariance, which is symmetric, and no more if x is white."""
     grad, rows, seen = _operands(a.grad.to(torch.float32), a.x.to(torch.float32), True)
@@ -69,11 +73,12 @@ def _native(kernels: Kernels, a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
-    if a.x.numel() and kernels.backend == "triton" and a.padding_mask is None:
+    if a.x.numel() and kernels.backend == "triton":
         grad, rows, seen = _operands(a.grad, a.x, False)
-        y, white = kernels.forward(grad, rows, *a[2:])
+        y, white = kernels.forward(grad, rows, *a[2:-1], _hidden(seen, a.padding_mask))
         return seen.back(y), white
-    if kernels.backend == "cpu" and a.x.numel() and a.limits is a.act is a.padding_mask is None:
+    # The native kernels read no number from a tensor, and no mask.
+    if a.x.numel() and a.limits is a.act is a.padding_mask is None:
         return _native(kernels, a)
     return op.definition(*a)
 
@@ -162,10 +167,11 @@ def whiten_(
     ``act`` is 0, its kernels return at once. ``hidden`` is padding_mask.
     """
     kernels = FAMILY.kernels(x, grad)
-    if kernels is not None and kernels.backend == "triton" and x.numel() and hidden is None:
-        seen, rows, _ = _operands(grad, x, False)
+    if kernels is not None and kernels.backend == "triton" and x.numel():
+        seen, rows, order = _operands(grad, x, False)
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
-            kernels.forward(seen, rows, num_groups, None, None, limits, act, white)
+            flat = _hidden(order, hidden)
+            kernels.forward(seen, rows, num_groups, None, None, limits, act, flat, white)
             return
     y, found = OPS["whitening_gradient"].function(
         grad, x, num_groups, limits=limits, act=act, padding_mask=hidden

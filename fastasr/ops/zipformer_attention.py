@@ -11,15 +11,12 @@ Zipformer's training gives dS the penalty of large scores on some calls, and rep
 others, which is a constant: dW is 0 there, and dV = Wᵀ G with the new W.
 """
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fastasr.ops._dispatch import Kernels
-from fastasr.ops._op import Arguments, Needs, Op, Saved, op
-from fastasr.ops._runtime import formula_gradients, operand
+from fastasr.ops._op import Arguments, Op, op
 from fastasr.ops._zipformer_attention import (
     AttentionMask,
     CachedKey,
@@ -56,65 +53,11 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("value", f"shape ({keys}, {batch}, a multiple of {heads})", tuple(a.value.shape))
 
 
-# --------------------------------------------------------------------------- kernels
-def _fast(
-    kernels: Kernels,
-    keep: bool,
-    x: Tensor,
-    pos: Tensor | None,
-    value: Tensor,
-    num_heads: int,
-    query_head_dim: int,
-    value_heads: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    starts: Tensor | None,
-    chunk_size: int,
-    left_context_chunks: int,
-    cached_key: Tensor | None,
-    score_penalty: float,
-    score_limit: float,
-    act: Tensor | None,
-    equal: Tensor | None,
-) -> Tensor:
-    if score_penalty or equal is not None or not x.is_contiguous():
-        raise NotImplementedError
-    return kernels.forward(
-        x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-        value_heads or num_heads, chunk_size, left_context_chunks,
-    )  # fmt: skip
-
-
-def _call(kernels: Kernels, a: Arguments | Saved, dtype: torch.dtype, *grads: Tensor) -> tuple:
-    """Returns the arguments of the kernels."""
-    work = dtype if kernels.backend == "cpu" else None
-    floating, others = (a.x, a.pos, a.value, a.cached_key), (a.key_padding_mask, a.attn_mask, a.starts)
-    tensors = *(operand(t, work) for t in (*grads, *floating)), *(operand(t, None) for t in others)
-    sizes = a.num_heads, a.query_head_dim, a.value_heads or a.num_heads
-    return *tensors, *sizes, a.chunk_size, a.left_context_chunks
-
-
-def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
-    return op.definition(**a._asdict()) if a.equal is not None else kernels.forward(*_call(kernels, a, dtype))
-
-
-def _gradients(
-    op: Op, kernels: Kernels, grads: Sequence[Tensor], s: Saved, needs: Needs
-) -> Sequence[Tensor | None]:
-    if s.equal is not None or s.score_penalty:
-        return formula_gradients(op, grads, s)
-    return kernels.backward(*_call(kernels, s, s.x.dtype, *grads))
-
-
-# --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
     one_dtype="x pos value cached_key",
-    launch=_launch,
-    gradients=_gradients,
-    fast=_fast,
-    forward=_FORWARD,
-    backward=f"grad {_FORWARD} -> x pos value cached_key",
+    forward=f"{_FORWARD} equal",
+    backward=f"grad {_FORWARD} equal score_penalty score_limit act -> x pos value cached_key",
     check=_check,
 )
 def zipformer_attention(

@@ -33,7 +33,8 @@ def _of_first_heads(x: Tensor, pos: Tensor, heads: int) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("equal", [None, 0.0, 1.0])
 @pytest.mark.parametrize("act", [None, 0.0, 1.0])
 @pytest.mark.parametrize("heads", [1, HEADS])
-def test_as_with_weights_in_memory(heads, act, equal, masks):
+@pytest.mark.parametrize("device_backend", ["eager", "cpu"])
+def test_as_with_weights_in_memory(device_backend, heads, act, equal, masks):
     given = MASKS[masks]()
     double = {"dtype": torch.float64, "requires_grad": True}
     x = torch.randn(FRAMES, 2, HEADS * (2 * DIM + POS_DIM), **double)
@@ -41,7 +42,10 @@ def test_as_with_weights_in_memory(heads, act, equal, masks):
     pos = torch.randn(1, 2 * reach - 1, HEADS * POS_DIM, **double)
     value = torch.randn(FRAMES, 2, heads * VALUE_DIM, **double)
     numbers = {"act": _number(act), "equal": _number(equal)}
-    found = zipformer_attention(x, pos, value, HEADS, DIM, value_heads=heads, **given, **PENALTY, **numbers)
+    with backend(device_backend):
+        found = zipformer_attention(
+            x, pos, value, HEADS, DIM, value_heads=heads, **given, **PENALTY, **numbers
+        )
 
     penalty = PENALTY if act != 0 else {}
     with backend("eager"):
@@ -51,8 +55,10 @@ def test_as_with_weights_in_memory(heads, act, equal, masks):
     by_head = value.reshape(FRAMES, 2, heads, VALUE_DIM).permute(2, 1, 0, 3)
     expected = (weights @ by_head).permute(2, 1, 0, 3).flatten(2)
     grad, leaves = torch.randn_like(expected), (x, pos, value)
+    with backend(device_backend):
+        gradients = torch.autograd.grad(found, leaves, grad)
     for a, b in zip(
-        (found, *torch.autograd.grad(found, leaves, grad)),
+        (found, *gradients),
         (expected, *torch.autograd.grad(expected, leaves, grad)),
         strict=True,
     ):

@@ -11,9 +11,9 @@ struct ZipformerAttentionForward {
   static constexpr const char* kSchema =
       "zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, Tensor? "
       "key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int "
-      "value_heads, int chunk_size, int left_context_chunks) -> Tensor";
+      "value_heads, int chunk_size, int left_context_chunks, Tensor? equal) -> Tensor";
   using Types = ArgumentTypes<Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t, int64_t,
-                              int64_t, int64_t, int64_t>;
+                              int64_t, int64_t, int64_t, Optional>;
 
   const Tensor& x;
   const Optional& pos;
@@ -27,6 +27,7 @@ struct ZipformerAttentionForward {
   int64_t value_heads;
   int64_t chunk_size;
   int64_t left_context_chunks;
+  const Optional& equal;
 
   // The sizes, once the arguments are checked.
   int64_t T{};
@@ -120,6 +121,10 @@ struct ZipformerAttentionForward {
                      "attn_mask is not (T, T+L) or (B, T, T+L)");
       check_contiguous(*attn_mask, op, "attn_mask");
     }
+    if (equal) {
+      fastasr::check(has_sizes(*equal, {}) || has_sizes(*equal, {1}), op, "equal is not () or (1)");
+      check_contiguous(*equal, op, "equal");
+    }
   }
 };
 
@@ -128,9 +133,10 @@ struct ZipformerAttentionBackward {
   static constexpr const char* kSchema =
       "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
       "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int "
-      "value_heads, int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)";
+      "value_heads, int chunk_size, int left_context_chunks, Tensor? equal, float score_penalty, float "
+      "score_limit, Tensor? act) -> (Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t,
-                              int64_t, int64_t, int64_t, int64_t>;
+                              int64_t, int64_t, int64_t, int64_t, Optional, double, double, Optional>;
 
   const Tensor& grad_y;
   const Tensor& x;
@@ -145,6 +151,10 @@ struct ZipformerAttentionBackward {
   int64_t value_heads;
   int64_t chunk_size;
   int64_t left_context_chunks;
+  const Optional& equal;
+  double score_penalty;
+  double score_limit;
+  const Optional& act;
 
   // The sizes, once the arguments are checked.
   int64_t T{};
@@ -163,6 +173,10 @@ struct ZipformerAttentionBackward {
     fastasr::check(value_heads >= 1, op, "value_heads: expected at least 1");
     fastasr::check(chunk_size == -1 || chunk_size > 0, op, "chunk_size: expected -1 or more than 0");
     fastasr::check(left_context_chunks >= -1, op, "left_context_chunks: expected at least -1");
+    fastasr::check(score_penalty >= 0 && score_penalty < std::numeric_limits<double>::infinity(), op,
+                   "score_penalty: expected at least 0 and less than inf");
+    fastasr::check(score_limit >= 0 && score_limit < std::numeric_limits<double>::infinity(), op,
+                   "score_limit: expected at least 0 and less than inf");
     const ScalarType dtype = floating_dtype(x, op, "x");
     {
       const Sizes shape = x.sizes();
@@ -237,6 +251,14 @@ struct ZipformerAttentionBackward {
       fastasr::check(has_sizes(*attn_mask, {T, T + L}) || has_sizes(*attn_mask, {B, T, T + L}), op,
                      "attn_mask is not (T, T+L) or (B, T, T+L)");
       check_contiguous(*attn_mask, op, "attn_mask");
+    }
+    if (act) {
+      fastasr::check(has_sizes(*act, {}) || has_sizes(*act, {1}), op, "act is not () or (1)");
+      check_contiguous(*act, op, "act");
+    }
+    if (equal) {
+      fastasr::check(has_sizes(*equal, {}) || has_sizes(*equal, {1}), op, "equal is not () or (1)");
+      check_contiguous(*equal, op, "equal");
     }
     check_dtype(grad_y, dtype, op, "grad_y");
     fastasr::check(has_sizes(grad_y, {T, B, E}), op, "grad_y is not (T, B, E)");

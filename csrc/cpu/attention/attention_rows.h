@@ -49,6 +49,8 @@ struct AttentionRows {
   void (*drop)(C* w, int64_t n, DropoutRow row, int64_t key, int32_t threshold, C scale);
   // ds[j] += penalty sign(s[j]) where |s[j]| > limit
   void (*penalty)(const C* s, C* ds, int64_t n, C penalty, C limit);
+  // Sets w[j] = 1 where w[j] / sum, rounded to T, is more than 0, else 0, and returns the sum. n is a multiple of 32.
+  C (*equalised)(C* w, C sum, int64_t n);
   // out[j] = s[j] / sum
   void (*divided)(const C* s, C sum, T* out, int64_t n);
   // ds[j] = w[j] (g[j] - sum w g)

@@ -128,6 +128,23 @@ void divided(const compute_t<T>* __restrict s, compute_t<T> sum, T* __restrict o
   for (int64_t j = 0; j < n; j++) store(&out[j], s[j] * inverse + s[j] * rest);
 }
 
+template <typename T>
+compute_t<T> equalised(compute_t<T>* __restrict w, compute_t<T> sum, int64_t n) {
+  using C = compute_t<T>;
+  const C inverse = 1 / sum, rest = std::fma(-sum, inverse, C(1)) * inverse;
+  C lanes[kLanes] = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) {
+      T rounded;
+      store(&rounded, w[j + l] * inverse + w[j + l] * rest);
+      w[j + l] = load(rounded) > 0 ? C(1) : C(0);
+      lanes[l] += w[j + l];
+    }
+  }
+  return sum_of_lanes(lanes);
+}
+
 template <typename C>
 void attention_gradient(const C* __restrict w, C sum, C* __restrict g, int64_t n) {
   C lanes[kLanes] = {};
@@ -173,6 +190,7 @@ FASTASR_KERNELS(AttentionRows, .fill_where = fill_where<compute_t<T>>, .maximum 
                 .soft_cap = soft_cap<compute_t<T>>, .soft_cap_gradient = soft_cap_gradient<compute_t<T>>,
                 .sum = sum<compute_t<T>>, .dot = dot<compute_t<T>>,
                 .attention_gradient = attention_gradient<compute_t<T>>, .drop = drop<compute_t<T>>,
-                .penalty = penalty<compute_t<T>>, .divided = divided<T>, .softmax_gradient = softmax_gradient<T>)
+                .penalty = penalty<compute_t<T>>, .equalised = equalised<T>, .divided = divided<T>,
+                .softmax_gradient = softmax_gradient<T>)
 
 }  // namespace fastasr::cpu

@@ -60,9 +60,84 @@ void walk(const Block<C>& b, StripState<C>* states, int count) {
     }
 }
 
+// The weights of one strip, by row, times `sum`: exponentials, or 1 and 0 for equal weights.
+template <typename C>
+struct StripWeights {
+  C *q, *p;   // working memory, by channel
+  C* rows;    // padded_keys apart
+  C* scores;  // of all keys before the masks, likewise; null without a penalty
+  C sum[kAttentionRows];
+  bool seen[kAttentionRows];  // false: hidden keys have some weight
+
+  // Computes them, and returns the keys that may have weight or, with a penalty, a gradient of the score.
+  template <typename T>
+  Window compute(const AttentionProblem& a, const ValueShape& v, const KeyRange& range, const Strip& t, const T* x,
+                 const C* kt, const C* rt) {
+    const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+    const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
+    const int64_t padded = a.padded_keys();
+    load_queries(a, t, x, q, p);
+    const Window all = strip_reached(a, t);
+    Window w = scores ? all : strip_window(a, t, range);  // the penalty reaches masked scores too
+    for (;;) {
+      const size_t bytes = sizeof(C) * static_cast<size_t>(w.end - w.begin);
+      tiles.scores(q, kt, padded, a.query_dim, p, rt ? rt + kAttentionMargin + a.center() - t.begin : nullptr,
+                   a.padded_offsets(), a.pos_batch ? a.pos_dim : 0, w.begin, w.end, rows, padded, nullptr, 0);
+      bool narrow = true;
+      for (int m = 0; m < t.stored; m++) {
+        C* row = rows + m * padded + w.begin;
+        if (sees_nothing(a, t.begin + m)) {
+          std::memset(row, 0, bytes);
+          sum[m] = 1, seen[m] = true;
+          continue;
+        }
+        if (scores) std::memcpy(scores + m * padded + w.begin, row, bytes);
+        mask_scores(a, t, m, range, w.begin, w.end, row);
+        const C top = row_kernels.maximum(row, w.end - w.begin);
+        sum[m] = row_kernels.exponentials(row, w.end - w.begin, top);
+        seen[m] = top > kNarrowAbove<C> && sum[m] == sum[m];
+        narrow = narrow && seen[m];
+      }
+      if (narrow || (w.begin == all.begin && w.end == all.end)) break;
+      w = all;
+    }
+    for (int m = 0; v.equal && m < t.stored; m++)
+      if (!sees_nothing(a, t.begin + m))
+        sum[m] = std::max(C(1), row_kernels.equalised(rows + m * padded + w.begin, sum[m], w.end - w.begin));
+    return w;
+  }
+};
+
+// Computes rows of y with equal weights. Each row needs all of its weights before the first product.
+template <typename T, typename C = compute_t<T>>
+void forward_equal(const AttentionProblem& a, const ValueShape& v, const KeyRange& range, const T* x, const C* kt,
+                   const C* rt, const C* values, int64_t pair, int64_t begin, int64_t end, T* y, C* scratch) {
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
+  const int64_t depth = v.padded_dim(), padded = a.padded_keys();
+  const auto weigh = depth % kAttentionPad ? tiles.narrow : tiles.queries;
+  C *rows = scratch, *total = rows + kAttentionRows * padded, *part = total + kAttentionRows * depth;
+  C* q = part + kAttentionRows * depth;
+  StripWeights<C> weights{q, q + kAttentionRows * a.query_dim, rows, nullptr, {}, {}};
+  for_each_strip<C>(a, pair, begin, end, [&](const Strip& t) {
+    const Window w = weights.compute(a, v, range, t, x, kt, rt);
+    for (int m = t.stored; m < t.rows; m++)
+      std::memset(rows + m * padded + w.begin, 0, sizeof(C) * static_cast<size_t>(w.end - w.begin));
+    std::memset(total, 0, sizeof(C) * static_cast<size_t>(t.rows * depth));
+    for (int64_t j = w.begin; j < w.end; j += kValueBlock) {
+      weigh(rows, padded, values, depth, j, std::min(j + kValueBlock, w.end), part);
+      row_kernels.add(total, part, t.rows * depth);
+    }
+    for (int m = 0; m < t.stored; m++)
+      row_kernels.divided(total + m * depth, weights.sum[m],
+                          y + ((t.begin + m) * a.batch + t.sequence) * v.heads * v.dim + t.head * v.dim, v.dim);
+  });
+}
+
 template <typename T, typename C = compute_t<T>>
 void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* x, const C* kt,
              const C* rt, const C* values, int64_t pair, int64_t begin, int64_t end, T* y, C* scratch) {
+  if (v.equal) return forward_equal(a, v, ranges[pair % a.batch], x, kt, rt, values, pair, begin, end, y, scratch);
   const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const int64_t depth = v.padded_dim(), h = pair / a.batch, sequence = pair % a.batch;
   const Block<C> block = {a, ranges[sequence], kt, rt, values, depth, scratch, scratch + kAttentionRows * kKeyBlock};
@@ -128,82 +203,71 @@ void transpose_values(const AttentionProblem& a, const ValueShape& v, const T* v
 template <typename C>
 struct BackwardStrip {
   StripGradients<C> gradients;
-  C *q, *p;           // by channel
+  StripWeights<C> weights;
   C *columns, *rows;  // of the gradient: (dim, strip rows) and (strip rows, padded dim), those by 1 / sum
-  C *weights, *ds;    // rows padded_keys and ds_stride apart
+  C* ds;              // rows ds_stride apart
   int64_t depth, ds_stride;
 
   BackwardStrip(const AttentionProblem& a, const ValueShape& v, C* memory)
       : gradients(a, memory), depth(v.padded_dim()), ds_stride(a.padded_keys() + 2 * kAttentionMargin) {
-    q = memory + StripGradients<C>::size(a);
-    p = q + a.query_dim * kAttentionRows;
-    columns = p + a.padded_pos_dim() * kAttentionRows;
+    const int64_t strip = kAttentionRows * a.padded_keys();
+    weights.q = memory + StripGradients<C>::size(a);
+    weights.p = weights.q + a.query_dim * kAttentionRows;
+    columns = weights.p + a.padded_pos_dim() * kAttentionRows;
     rows = columns + v.dim * kAttentionRows;
-    weights = memory + before(a, v);
-    ds = weights + kAttentionRows * a.padded_keys() + kAttentionMargin;
+    weights.rows = memory + before(a, v);
+    ds = weights.rows + strip + kAttentionMargin;
+    weights.scores = a.penalty != 0 ? weights.rows + 2 * strip + 2 * kAttentionRows * kAttentionMargin : nullptr;
   }
   static int64_t before(const AttentionProblem& a, const ValueShape& v) {
     const int64_t channels = a.query_dim + a.padded_pos_dim() + v.dim + v.padded_dim();
     return StripGradients<C>::size(a) + round_up(channels * kAttentionRows, 16);
   }
   static int64_t size(const AttentionProblem& a, const ValueShape& v) {
-    return before(a, v) + kAttentionRows * (2 * a.padded_keys() + 2 * kAttentionMargin);
+    return before(a, v) + kAttentionRows * ((a.penalty != 0 ? 3 : 2) * a.padded_keys() + 2 * kAttentionMargin);
   }
 };
 
 template <typename T, typename C = compute_t<T>>
 void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRange& range, const Strip& t,
                     const T* grad, const T* x, const C* kt, const C* key_rows, const C* rt, const C* vt, T* dx, C* dk,
-                    C* drt, C* dv, const BackwardStrip<C>& s) {
+                    C* drt, C* dv, BackwardStrip<C>& s) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const int64_t padded = a.padded_keys(), keys = a.keys();
-  load_queries(a, t, x, s.q, s.p);
-  C sum[kAttentionRows];
-  bool seen[kAttentionRows];  // false: hidden keys have some weight
-  Window w = strip_window(a, t, range);
-  const Window all = strip_reached(a, t);
-  for (;;) {
-    tiles.scores(s.q, kt, padded, a.query_dim, s.p, rt ? rt + kAttentionMargin + a.center() - t.begin : nullptr,
-                 a.padded_offsets(), a.pos_batch ? a.pos_dim : 0, w.begin, w.end, s.weights, padded, nullptr, 0);
-    bool narrow = true;
-    for (int m = 0; m < t.stored; m++) {
-      C* row = s.weights + m * padded;
-      if (sees_nothing(a, t.begin + m)) {
-        std::memset(row + w.begin, 0, sizeof(C) * static_cast<size_t>(w.end - w.begin));
-        sum[m] = 1, seen[m] = true;
-        continue;
-      }
-      mask_scores(a, t, m, range, w.begin, w.end, row + w.begin);
-      const C top = row_kernels.maximum(row + w.begin, w.end - w.begin);
-      sum[m] = row_kernels.exponentials(row + w.begin, w.end - w.begin, top);
-      seen[m] = top > kNarrowAbove<C> && sum[m] == sum[m];
-      narrow = narrow && seen[m];
-    }
-    if (narrow || (w.begin == all.begin && w.end == all.end)) break;
-    w = all;
-  }
+  const Window w = s.weights.compute(a, v, range, t, x, kt, rt);
+  C* const weights = s.weights.rows;
+  const C* const sum = s.weights.sum;
   const int64_t end = std::min(w.end, keys), width = v.heads * v.dim;
   for (int m = 0; m < t.rows; m++) {
     const T* g = grad + (t.frame(a, m) * a.batch + t.sequence) * width + t.head * v.dim;
     const bool stored = m < t.stored;
     for (int64_t d = 0; d < v.dim; d++) s.columns[d * t.rows + m] = load(g[d]);
     for (int64_t d = 0; d < s.depth; d++) s.rows[m * s.depth + d] = stored && d < v.dim ? load(g[d]) / sum[m] : C(0);
-    if (!stored) std::memset(s.weights + m * padded + w.begin, 0, sizeof(C) * static_cast<size_t>(w.end - w.begin));
+    if (!stored) std::memset(weights + m * padded + w.begin, 0, sizeof(C) * static_cast<size_t>(w.end - w.begin));
   }
   if (s.depth % kAttentionPad)
-    tiles.narrow_keys(s.weights, padded, t.rows, s.rows, s.depth, w.begin, w.end, dv);
+    tiles.narrow_keys(weights, padded, t.rows, s.rows, s.depth, w.begin, w.end, dv);
   else
-    tiles.keys(s.weights, padded, t.rows, s.rows, s.depth, w.begin, w.end, dv, nullptr, nullptr, 0);
-  tiles.scores(s.columns, vt, padded, v.dim, nullptr, nullptr, 0, 0, w.begin, w.end, s.ds, s.ds_stride, nullptr, 0);
+    tiles.keys(weights, padded, t.rows, s.rows, s.depth, w.begin, w.end, dv, nullptr, nullptr, 0);
+  if (!v.equal)
+    tiles.scores(s.columns, vt, padded, v.dim, nullptr, nullptr, 0, 0, w.begin, w.end, s.ds, s.ds_stride, nullptr, 0);
   for (int m = 0; m < t.rows; m++) {
     C* row = s.ds + m * s.ds_stride;
     if (m >= t.stored) {
       std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(s.ds_stride));
       continue;
     }
-    row_kernels.attention_gradient(s.weights + m * padded + w.begin, sum[m], row + w.begin, w.end - w.begin);
-    if (!seen[m]) fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, C(0));
+    if (v.equal)
+      std::memset(row + w.begin, 0, sizeof(C) * static_cast<size_t>(w.end - w.begin));
+    else
+      row_kernels.attention_gradient(weights + m * padded + w.begin, sum[m], row + w.begin, w.end - w.begin);
+    if (!s.weights.seen[m]) fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, C(0));
+    if (s.weights.scores && !sees_nothing(a, t.begin + m)) {
+      const Window own = reached(a, t.begin + m);
+      row_kernels.penalty(s.weights.scores + m * padded + own.begin, row + own.begin, own.end - own.begin,
+                          static_cast<C>(a.penalty), static_cast<C>(a.limit));
+    }
     std::memset(row + w.begin - kAttentionMargin, 0, sizeof(C) * kAttentionMargin);
     std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(w.end + kAttentionMargin - end));
   }
@@ -230,7 +294,7 @@ void backward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ra
   std::memset(dk, 0, sizeof(C) * static_cast<size_t>(a.key_rows_size()));
   std::memset(dv, 0, sizeof(C) * static_cast<size_t>(attention_values_size(a, v)));
   if (a.pos_batch) std::memset(drt, 0, sizeof(C) * static_cast<size_t>(a.positions_size()));
-  const BackwardStrip<C> strip(a, v, scratch);
+  BackwardStrip<C> strip(a, v, scratch);
   for_each_strip<C>(a, pair, begin, end, [&](const Strip& t) {
     backward_strip(a, v, ranges[t.sequence], t, grad, x, keys_transposed, key_rows, positions, values_transposed, dx,
                    dk, drt, dv, strip);
@@ -246,6 +310,7 @@ int64_t attention_values_size(const AttentionProblem& a, const ValueShape& v) {
 }
 
 int64_t attention_values_scratch(const AttentionProblem& a, const ValueShape& v) {
+  if (v.equal) return kAttentionRows * (a.padded_keys() + 2 * v.padded_dim() + a.query_dim + a.padded_pos_dim());
   return kAttentionRows * (kKeyBlock + v.padded_dim()) +
          (kAttentionQueries + kAttentionRows) * (v.padded_dim() + a.query_dim + a.padded_pos_dim());
 }

@@ -12,6 +12,7 @@
 // few queries meet all keys; the strip's weights and their gradient stay in the second cache, so that nothing but the
 // inputs is needed of the forward pass:
 //   dV = W^T G, dW = G V^T, and from dW as there.
+// Equal weights, 1 / n on the n keys of a row whose weight is not 0, are constants: dW is 0.
 // Memory is O(keys): packed operands and the parts of dk, dV and dR.
 namespace fastasr::cpu {
 
@@ -21,6 +22,7 @@ inline constexpr int64_t kAttentionQueries = 64;
 struct ValueShape {
   int64_t heads;  // the first of the problem's heads
   int64_t dim;    // channels of each
+  bool equal = false;
   int64_t padded_dim() const;
 };
 

@@ -30,7 +30,7 @@ from fastasr.ops._runtime import (
     operand,
     promoted,
 )
-from fastasr.ops.zipformer_attention import _check, _fast, _gradients, _launch
+from fastasr.ops.zipformer_attention import _check
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
 
 op = OPS["zipformer_attention"]
@@ -120,25 +120,15 @@ def zipformer_attention(
         and type(x) in PLAIN
         and x.is_cpu
         and (dtype := x.dtype)
-        and (pos is None or (type(pos) in PLAIN and pos.is_cpu and pos.dtype is dtype))
+        and x.is_contiguous()
+        and (pos is None or type(pos) in PLAIN)
         and type(value) in PLAIN
-        and value.is_cpu
-        and value.dtype is dtype
-        and (key_padding_mask is None or (type(key_padding_mask) in PLAIN and key_padding_mask.is_cpu))
-        and (attn_mask is None or (type(attn_mask) in PLAIN and attn_mask.is_cpu))
-        and (starts is None or (type(starts) in PLAIN and starts.is_cpu))
-        and (
-            cached_key is None
-            or (type(cached_key) in PLAIN and cached_key.is_cpu and cached_key.dtype is dtype)
-        )
-        and (
-            act is None
-            or (type(act) in PLAIN and act.is_cpu and act.dtype is dtype and not act.requires_grad)
-        )
-        and (
-            equal is None
-            or (type(equal) in PLAIN and equal.is_cpu and equal.dtype is dtype and not equal.requires_grad)
-        )
+        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
+        and (attn_mask is None or type(attn_mask) in PLAIN)
+        and (starts is None or type(starts) in PLAIN)
+        and (cached_key is None or type(cached_key) in PLAIN)
+        and (act is None or (type(act) in PLAIN and act.dtype is dtype and not act.requires_grad))
+        and (equal is None or (type(equal) in PLAIN and equal.dtype is dtype and not equal.requires_grad))
         and type(num_heads) is int
         and (num_heads >= 1)
         and type(query_head_dim) is int
@@ -168,10 +158,9 @@ def zipformer_attention(
                     attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty,
                     score_limit, act, equal,
                 )  # fmt: skip
-            return _fast(
-                kernels, False, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-                attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
-                act, equal,
+            return kernels.forward(
+                x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
+                (value_heads or num_heads), chunk_size, left_context_chunks, equal,
             )  # fmt: skip
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
@@ -437,10 +426,11 @@ def run_kernels(
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
-    y = _launch(
-        op, kernels, make(Arguments, (x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act,
-        equal,)), y_dtype, False,
+    dtype = y_dtype if kernels.backend == "cpu" else None
+    y = kernels.forward(
+        operand(x, dtype), operand(pos, dtype), operand(value, dtype), operand(cached_key, dtype),
+        operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None), num_heads,
+        query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks, operand(equal, None),
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -460,10 +450,9 @@ class ZipformerAttention(Function):
         equal,
     ):  # fmt: skip
         if direct:
-            y = _fast(
-                kernels, True, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
-                attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
-                act, equal,
+            y = kernels.forward(
+                x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
+                (value_heads or num_heads), chunk_size, left_context_chunks, equal,
             )  # fmt: skip
         else:
             y = run_kernels(
@@ -509,7 +498,8 @@ class ZipformerAttention(Function):
         ):
             d_x, d_pos, d_value, d_cached_key = kernels.backward(
                 operand(grad_y, None), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
-                num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks,
+                num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks, equal,
+                score_penalty, score_limit, act,
             )  # fmt: skip
             return (
                 None,
@@ -560,7 +550,15 @@ class ZipformerAttention(Function):
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    d_x, d_pos, d_value, d_cached_key = _gradients(op, kernels, grads, saved, None)
+    (grad_y,) = grads
+    dtype = promoted(saved.x) if kernels.backend == "cpu" else None
+    d_x, d_pos, d_value, d_cached_key = kernels.backward(
+        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.pos, dtype), operand(saved.value,
+        dtype), operand(saved.cached_key, dtype), operand(saved.key_padding_mask, None),
+        operand(saved.attn_mask, None), operand(saved.starts, None), saved.num_heads, saved.query_head_dim,
+        (saved.value_heads or saved.num_heads), saved.chunk_size, saved.left_context_chunks,
+        operand(saved.equal, None), saved.score_penalty, saved.score_limit, operand(saved.act, None),
+    )  # fmt: skip
     d_x = back(d_x, saved.x)
     d_pos = back(d_pos, saved.pos)
     d_value = back(d_value, saved.value)

@@ -87,4 +87,4 @@ def sized(T: int = 796, B: int = 4, D: int = 192) -> Case:
 
 CASES = (_case(-1, 796, 4, 192), _case(1, 4, 32, 798, 39))
 ON_DEVICE = (*(_case(-1, FRAMES, BATCH, c) for c in (192, 512)), _case(1, BATCH, 32, FRAMES, 39))
-WATCH = "sums of channels whose mean is far larger than their deviation; maps with channels in the middle"
+WATCH = "sums of channels whose mean is far larger than their deviation; maps with channels in the middle; padding"

@@ -87,4 +87,4 @@ def sized(T: int = 796, B: int = 4, D: int = 192, num_groups: int = 1) -> Case:
 
 CASES = (_case(796, 4, 192), _case(100, 4, 512), _case(796, 4, 128, groups=4))
 ON_DEVICE = (_case(FRAMES, BATCH, 192), _case(188, BATCH, 512), _case(FRAMES, BATCH, 128, groups=4))
-WATCH = "float32 products without TF32; w of channels whose mean is tens of times their deviation"
+WATCH = "float32 products without TF32; w of channels whose mean is tens of times their deviation; padding"

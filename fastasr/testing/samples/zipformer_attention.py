@@ -3,13 +3,15 @@
 self-attention of Zipformer-M's stack 0 with 16 s of four utterances, and 60 s of one."""
 
 from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.samples import zipformer_attention_weights as weights
 from fastasr.testing.speed import BATCH, FRAMES, Case
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
-
-_PENALTY = ("score_penalty", "score_limit")
 
 
 def _valued(make: Make, arguments: dict, heads: int | None = None, dim: int = 3) -> dict:
@@ -38,20 +40,93 @@ def _sample(sample: Sample) -> Sample:
 _with = partial(changed, lambda m: _valued(m, weights._call(m, 5, 2)))
 
 
+def _decision(yes: bool | None) -> Tensor | None:
+    return None if yes is None else torch.tensor([yes])
+
+
 def _random(make: Make, shape: Shape) -> dict:
-    arguments = {k: v for k, v in weights._random(make, shape).items() if k not in _PENALTY}
+    arguments = weights._random(make, shape)
+    arguments["x"] = arguments["x"] * 0.7  # no weight that is seen rounds to 0 in float16
+    if shape.choice((True, False)):
+        arguments |= {
+            "score_penalty": 0.02,
+            "score_limit": shape.choice((0.0, 1.5)),
+            "act": _decision(shape.choice((None, False, True))),
+        }
+    arguments["equal"] = _decision(shape.choice((None, False, True)))
     heads = shape.choice((None, 1, arguments["num_heads"]))
     return _valued(make, arguments, heads, min(max(shape.size(), 1), 40))
 
 
+def _trained(
+    name: str, decisions: tuple[bool | None, bool | None], sizes: tuple[int, ...], **rest: Any
+) -> Sample:
+    """Returns a sample of training, with the decisions on the penalty and on equal weights."""
+    thorough = rest.pop("thorough", False)
+
+    def arguments(make: Make) -> dict:
+        act, equal = map(_decision, decisions)
+        given = {key: value(make) if callable(value) else value for key, value in rest.items()}
+        heads = given.pop("value_heads", None)
+        call = weights._call(make, *sizes, scale=0.5, **given) | {"act": act, "equal": equal}
+        return _valued(make, call, heads)
+
+    return Sample(name, arguments, thorough=thorough)
+
+
+_PENALTY = {"score_penalty": 0.02, "score_limit": 1.0}
+_ROW = {"starts": (4, 31, 31, 47), "longest": 27}
+_TRAINED = (
+    _trained("equal weights", (None, True), (20, 2, 3, 5, 2), value_heads=1, thorough=True),
+    _trained("weights that are not equal", (None, False), (17, 2, 2, 4, 2)),
+    _trained("no penalty", (False, None), (17, 2, 2, 4, 2), **_PENALTY),
+    _trained(
+        "equal weights and a penalty under masks",
+        (True, True),
+        (45, 3),
+        chunk_size=7,
+        left_context_chunks=1,
+        key_padding_mask=lambda m: m.padding(45, [45, 20, 3]),
+        attn_mask=lambda m: weights._random_mask(m, 3, 45, 45),
+        **_PENALTY,
+    ),
+    _trained(
+        "a penalty behind a cache",
+        (True, False),
+        (24, 2),
+        left=19,
+        chunk_size=8,
+        left_context_chunks=1,
+        **_PENALTY,
+    ),
+    _trained("recordings, equal weights", (None, True), (50, 2), chunk_size=8, left_context_chunks=1, **_ROW),
+    _trained(
+        "recordings, equal weights and a penalty under masks",
+        (True, True),
+        (50, 2),
+        key_padding_mask=lambda m: weights._random_mask(m, 2, 50),
+        **_ROW,
+        **_PENALTY,
+    ),
+    _trained(
+        "recordings, a penalty outside of chunks", (True, False), (50, 2), chunk_size=4, **_ROW, **_PENALTY
+    ),
+    _trained(
+        "recordings, two of three heads",
+        (True, None),
+        (23, 2, 3, 4, 3),
+        starts=(0, 9, 13, 20),
+        longest=9,
+        pos_batch=2,
+        value_heads=2,
+        **_PENALTY,
+    ),
+)
+
 TABLE = OpTable(
     op="zipformer_attention",
     samples=(
-        *(
-            _sample(s)
-            for s in weights.TABLE.samples
-            if "penalty" not in s.name and s.name != "several blocks of keys"
-        ),
+        *(_sample(s) for s in weights.TABLE.samples if s.name != "several blocks of keys"),
         Sample(
             "the first head, wide values",
             lambda m: _valued(m, weights._call(m, 20, 2, 4, 4, 2, scale=0.4), 1, 144),
@@ -61,6 +136,7 @@ TABLE = OpTable(
             lambda m: _valued(m, weights._call(m, 9, 2, 3, 4, 2, left=3, scale=0.4), 2, 5),
             thorough=True,
         ),
+        *_TRAINED,
         Sample("values of 48 channels", lambda m: _valued(m, weights._call(m, 40, 1, 2, 8, 4), None, 48)),
         Sample(
             "several blocks of keys",
@@ -82,6 +158,7 @@ TABLE = OpTable(
         Invalid("value does not divide", _with(value=lambda m: m.normal(5, 2, 7)), ValueError, "value"),
         Invalid("values of three heads", _with(value_heads=3), ValueError, "value_heads"),
     ),
+    penalties=("score_penalty",),
     unread=("value",),  # the op may skip hidden keys
     random=_random,
 )
@@ -115,4 +192,7 @@ def sized(
 
 CASES = (_case(796, 4, 4), _case(2998, 1, 4))
 ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
-WATCH = "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row"
+WATCH = (
+    "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row; a penalty and "
+    "equal weights that numbers on the device decide"
+)

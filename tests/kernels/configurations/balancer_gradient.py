@@ -14,12 +14,14 @@ KINDS = {  # inner elements, channels, whether channels are side by side
 
 
 def configurations():
-    """The numbers of a recorded pass are on the device, those of others are not."""
+    """The numbers of a recorded pass are on the device, those of others are not. It may have padding."""
     for dtype in DTYPES:
         for label, (inner, channels, by_row) in KINDS.items():
             if dtype == "fp16" and label != "192 channels":
                 continue
-            for recorded in (False, True) if label == "192 channels" else (False,):
+            kinds = {"192 channels": ("", "recorded", "padded"), "8 channels": ("",)}
+            for kind in kinds.get(label, ("", "padded")):
+                recorded = kind != ""
                 block_r, block_c, warps = balancer_gradient.tiles(
                     inner, channels, by_row, DTYPES[dtype].itemsize
                 )
@@ -32,6 +34,7 @@ def configurations():
                     "Y": dtype,
                     "LIMITS": "fp32",
                     "ACT": "fp32",
+                    "HIDDEN": "u8",
                 }
                 strides = (
                     "channels",
@@ -42,8 +45,9 @@ def configurations():
                     "grad_row",
                     "y_row",
                 )
-                name = f"{label}{', recorded' * recorded}, {dtype}"
+                name = ", ".join(filter(None, (label, kind, dtype)))
                 given = {} if recorded else {"ACT": None}
+                given |= {} if kind == "padded" else {"HIDDEN": None}
                 yield Configuration(
                     f"balancer_gradient sums, {name}",
                     balancer_gradient.sums_kernel, types, own | given, warps, _of(strides, "sums", own),

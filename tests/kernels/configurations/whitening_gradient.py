@@ -7,10 +7,11 @@ from .configuration import DTYPES, Configuration
 
 WIDTHS = (32, 192, 512)  # heads of keys, and channels
 TENSORS = {
-    "products": ("X", "ACT", "PRODUCTS", "SUMS", "SHIFT"),
-    "covariance": ("PRODUCTS", "SUMS", "ACT", "COVARIANCE", "MEAN", "STATISTICS"),
+    "products": ("X", "HIDDEN", "ACT", "PRODUCTS", "SUMS", "COUNTS", "SHIFT"),
+    "covariance": ("PRODUCTS", "SUMS", "COUNTS", "ACT", "COVARIANCE", "MEAN", "STATISTICS"),
     "norms": (
         "GRAD",
+        "HIDDEN",
         "COVARIANCE",
         "MEAN",
         "STATISTICS",
@@ -21,32 +22,52 @@ TENSORS = {
         "BIAS",
         "NORMS",
     ),
-    "change": ("GRAD", "X", "SHIFT", "STATISTICS", "WHITE", "LIMITS", "ACT", "CHANGE", "BIAS", "NORMS", "Y"),
+    "change": (
+        "GRAD",
+        "X",
+        "HIDDEN",
+        "SHIFT",
+        "STATISTICS",
+        "WHITE",
+        "LIMITS",
+        "ACT",
+        "CHANGE",
+        "BIAS",
+        "NORMS",
+        "Y",
+    ),
 }
 
 
 def configurations():
-    """The numbers of a recorded pass are on the device, those of others are not."""
+    """The numbers of a recorded pass are on the device, those of others are not. It may have padding."""
     for dtype, torch_dtype in DTYPES.items():
         for width in WIDTHS if dtype != "fp16" else (192,):
             kinds = whitening_gradient.tiles(width, torch_dtype)
             for kind, names in TENSORS.items():
-                for recorded in (False, True) if width == 192 and dtype == "bf16" else (False,):
-                    yield _configuration(kind, names, dict(kinds[kind]), dtype, width, recorded)
+                labels = ("",)
+                if width == 192 and dtype != "fp16":
+                    labels = ("", "recorded", "padded") if dtype == "bf16" else ("", "padded")
+                for label in labels:
+                    yield _configuration(kind, names, dict(kinds[kind]), dtype, width, label)
 
 
-def _configuration(kind, names, tile, dtype, width, recorded):
+def _configuration(kind, names, tile, dtype, width, label):
+    recorded = label != ""
     own = ("X", "GRAD", "CHANGE", "Y")
     types = {name: dtype if name in own else "fp32" for name in names}
-    types |= {name: found for name, found in (("STATISTICS", "fp64"), ("WHITE", "i1")) if name in names}
+    others = ("STATISTICS", "fp64"), ("WHITE", "i1"), ("HIDDEN", "u8")
+    types |= {name: found for name, found in others if name in names}
     warps = tile.pop("num_warps")
     if not recorded:
         tile |= {name: None for name in ("LIMITS", "ACT") if name in names}
+    if label != "padded":
+        tile |= {name: None for name in ("HIDDEN", "COUNTS") if name in names}
     if kind == "change":
         tile["IN_PLACE"] = recorded
     divisible = tuple(n for n in ("width", "x_row", "grad_row", "y_row") if n in _names(kind))
     floats = tuple(n for n in ("limit", "grad_scale") if n in _names(kind))
-    name = f"whitening_gradient {kind}, {width} channels{', recorded' * recorded}, {dtype}"
+    name = ", ".join(filter(None, (f"whitening_gradient {kind}", f"{width} channels", label, dtype)))
     return Configuration(name, _kernel(kind), types, tile, warps, divisible, floats)
 
 

@@ -11,15 +11,17 @@ def configurations(generation: int):
     like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
     wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA"), "fp32")
     strides = [f"{name}_{of}" for name in ("x", "k", "v") for of in ("time", "batch")] + ["ds_row"]
-    masked = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32"}
-    words = {"PADDING": "padding", "MASK": "mask", "BOUNDS": "recordings"}
+    given = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32", "ACT": "fp32", "EQUAL": "fp32"}
+    words = {"PADDING": "padding", "MASK": "mask", "BOUNDS": "recordings", "EQUAL": "equal"}
+    words |= dict.fromkeys(("ACT", "penalty", "limit"), "penalty")
 
     def configuration(
         name: str, label: str, dtype: str, dim: int = 32, pos_dim: int = 4, value_dim: int = 12
     ):
         with setting(dtype) as torch_dtype:
             hiding, recordings = "mask" in label or "chunks" in label, "recordings" in label
-            shapes = module.tiles(dim, pos_dim, value_dim, torch_dtype, generation, hiding, recordings)
+            sizes = dim, pos_dim, value_dim, torch_dtype, generation
+            shapes = module.tiles(*sizes, hiding, recordings, "penalty" in label, "equal" in label)
         options = dict(shapes[name])
         warps, stages, element = options.pop("num_warps"), options.pop("num_stages"), element_type(dtype)
         packed = pos_dim == 4 and element != "fp32"
@@ -32,13 +34,14 @@ def configurations(generation: int):
             getattr(module, f"{name}_kernel"),
             dict.fromkeys(like, element)
             | wide
-            | masked
+            | given
             | {"PARTS": "fp64" if element == "fp32" else "fp32"}
             | ({"R": "i64"} if packed else {}),
             fixed | options,
             warps,
             strides,
-            stages=stages,
+            ("penalty", "limit"),
+            stages,
         )
 
     for dtype in (*PRODUCTS, "fp16"):
@@ -50,6 +53,12 @@ def configurations(generation: int):
             if dtype != "tf32":
                 yield configuration(name, "recordings", dtype)
                 yield configuration(name, "recordings, chunks", dtype)
+                if name == "forward":
+                    yield configuration(name, "recordings, equal", dtype)
+                else:
+                    for label in ("", "recordings, ", "recordings, chunks, "):
+                        yield configuration(name, f"{label}penalty, equal", dtype)
+                yield configuration(name, "recordings, V=144, equal", dtype, value_dim=144)
             yield configuration(name, "V=144", dtype, value_dim=144)
             if name == "keys" and dtype == "bf16":
                 yield configuration(name, "padding", dtype)

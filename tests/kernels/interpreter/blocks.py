@@ -5,7 +5,10 @@ The tiles of a GPU hold 64 frames or more. With these, kernels walk over several
 several parts of a sum and several pieces of a workspace, and masks hide something in the last of each.
 """
 
+import triton.language as tl
+
 from fastasr.kernels import (
+    _hidden,
     _maps,
     _parts,
     _sliding_taps,
@@ -68,6 +71,7 @@ def shrink(monkeypatch) -> None:
         monkeypatch.setattr(module, "processors", lambda t: 2)
     monkeypatch.setattr(balancer_gradient, "BYTES", 512)
     monkeypatch.setattr(balancer_gradient, "PARTS", 2)
+    monkeypatch.setattr(_hidden, "SCANNED", tl.constexpr(16))
     monkeypatch.setattr(batch_norm_activation, "ELEMENTS", 256)
     monkeypatch.setattr(batch_norm_activation, "PARTS", 2)
     monkeypatch.setattr(batch_norm_activation, "FORWARD", 8)

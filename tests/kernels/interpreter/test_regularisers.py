@@ -93,6 +93,70 @@ def test_balancer(call, dtype, small):
     assert torch.equal(found, again)
 
 
+# A random half, a frame behind those that a kernel looks at first, and no frame.
+VISIBLE = {
+    "half": lambda n: torch.rand(n) < 0.5,
+    "few": lambda n: torch.arange(n) % 35 == 33,
+    "none": lambda n: torch.zeros(n) > 0,
+}
+
+
+def _masked(grad, x, dim, visible):
+    """Returns a padding mask, and operands that are NaN where it hides a frame."""
+    shape = x.select(dim, 0).shape
+    mask = ~VISIBLE[visible](shape.numel()).view(shape)
+    return mask, *(t.masked_fill(mask.unsqueeze(dim), float("nan")) for t in (grad, x))
+
+
+def _frames(t, dim, mask):
+    return t.movedim(dim, -1)[mask]
+
+
+def _judge_frames(found, grad, eager, exact, dim, mask):
+    """Hidden frames keep their gradients, NaN here, and the others pass ``_judge``."""
+    assert _frames(found, dim, mask).isnan().all()
+    _judge(*(_frames(t, dim, ~mask) for t in (found, grad, eager, exact)))
+
+
+@each_call(
+    *((_dense, (70, 1, 24), (-1, v)) for v in VISIBLE),
+    *((_dense, (1, 24, 70), (1, v)) for v in VISIBLE),
+    *((layout, (2, 8, 9, 11), (1, "half")) for layout in (_dense, _maps)),
+    (_dense, (700, 33), (1, "few")),
+    (_dense, (40, 20), (0, "half")),
+    (_slices, (50, 2, 40), (-1, "half")),
+)
+def test_balancer_of_padding(call, dtype, small):
+    layout, shape, (dim, visible) = call
+    grad, x = _tensors(layout, shape, dtype)
+    mask, grad, x = _masked(grad, x, dim, visible)
+    with backend("triton"):
+        found = ops.balancer_gradient(grad, x, *LIMITS, dim, padding_mask=mask)
+        again = grad.clone()
+        balance_(again, x, dim, torch.tensor(LIMITS), None, mask)
+    definition = ops.balancer_gradient.definition
+    exact, eager = (
+        definition(*t, *LIMITS, dim, padding_mask=mask) for t in ((grad.double(), x.double()), (grad, x))
+    )
+    _judge_frames(found, grad, eager, exact, dim, mask)
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_balancer_of_distant_channels_and_padding(dim, visible, small_blocks):
+    grad, x = torch.randn(2, 1, 70, 70)
+    mask, grad, x = _masked(grad, 1000.0 + 0.1 * x, dim, visible)
+    limits = (0.6, 0.7, 0.0, 9.0, 0.1)
+    with backend("triton"):
+        found = ops.balancer_gradient(grad, x, *limits, dim, padding_mask=mask)
+    definition = ops.balancer_gradient.definition
+    exact, eager = (
+        definition(*t, *limits, dim, padding_mask=mask) for t in ((grad.double(), x.double()), (grad, x))
+    )
+    _judge_frames(found, grad, eager, exact, dim, mask)
+
+
 @pytest.mark.parametrize("limits", [(-9.0, 9.0, 2.5, 3.0, 0.04), (0.6, 0.7, 0.0, 9.0, 0.1), LIMITS])
 def test_balancer_of_constant_and_distant_channels(limits):
     grad, x = torch.randn(2, 300, 6)
@@ -138,6 +202,45 @@ def test_whitening(call, dtype, small):
     assert torch.equal(found, again)
     if x.shape[-1] > groups:  # else the change has no direction
         _judge(found, grad, definition(grad, x, groups, limit, 0.1)[0], exact)
+
+
+@each_call(
+    *((_dense, (70, 1, 24), (groups, v)) for groups in (1, 3) for v in VISIBLE),
+    (_dense, (700, 33), (1, "few")),
+    (_slices, (50, 2, 40), (1, "half")),
+    (lambda *a: _maps(*a).transpose(1, 3), (2, 8, 9, 11), (1, "half")),
+)
+def test_whitening_of_padding(call, dtype, small):
+    layout, shape, (groups, visible) = call
+    grad, x = _tensors(layout, shape, dtype, mix=True)
+    mask, grad, x = _masked(grad, x, -1, visible)
+    with backend("triton"):
+        found, white = ops.whitening_gradient(grad, x, groups, *WHITENING, padding_mask=mask)
+        again, verdict = grad.clone(), torch.zeros((), dtype=torch.bool)
+        whiten_(again, x, groups, torch.tensor(WHITENING), None, verdict, mask)
+    assert bool(white) is bool(verdict) is (visible == "none")
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+    definition = ops.whitening_gradient.definition
+    exact, eager = (
+        definition(*t, groups, *WHITENING, padding_mask=mask)[0]
+        for t in ((grad.double(), x.double()), (grad, x))
+    )
+    if (~mask).sum() > 2:  # else the change has no direction
+        _judge_frames(found, grad, eager, exact, -1, mask)
+    assert _frames(found, -1, ~mask).isfinite().all()
+
+
+def test_whitening_of_distant_channels_and_padding(small_blocks):
+    """The visible frames are not those that float32 is shifted by at first."""
+    grad, x = _tensors(_dense, (300, 24), torch.float32, mix=True)
+    mask, grad, x = _masked(grad, x + 100.0, -1, "few")
+    with backend("triton"):
+        found, _ = ops.whitening_gradient(grad, x, 1, *WHITENING, padding_mask=mask)
+    definition = ops.whitening_gradient.definition
+    exact, eager = (
+        definition(*t, 1, *WHITENING, padding_mask=mask)[0] for t in ((grad.double(), x.double()), (grad, x))
+    )
+    _judge_frames(found, grad, eager, exact, -1, mask)
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(140, torch.float32), (200, torch.bfloat16)], ids=str)
