@@ -186,9 +186,8 @@ def test_a_zipformer_on_a_row(monkeypatch):
     for on_a_row in (True, False):
         with models_on_fake_gpu() as gpu:
             tapes = CountingTapes(gpu)
-            options = (
-                {"frames": 256, "recordings": 2, "longest": 128} if on_a_row else {}
-            )  # frames of features
+            room = {"frames": 256, "recordings": 2, "longest": 128}  # of features, two for a frame of x
+            options = room if on_a_row else {}
             model.ragged = on_a_row
             graphs = fastasr.Graphs(recorder=lambda tapes=tapes: tapes, after=0, **options)
             fastasr.accelerate(model, ragged=on_a_row, graphs=graphs)
