@@ -169,7 +169,7 @@ class Room(NamedTuple):
     parts: bool = False
 
 
-class Packed(NamedTuple):
+class RowCall(NamedTuple):
     """A call on a row: the arguments of the function that takes the row, which have the same shapes for every batch;
     the frames of features () of its recordings; and what makes the call's result of that function's."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastasr.models.common.plain import runs
-from fastasr.models.common.row import Capacity, Packed, RowFrames, Spans, all_frames, why_beyond
+from fastasr.models.common.row import Capacity, RowCall, RowFrames, Spans, all_frames, why_beyond
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.convolution import ConvolutionModule, fused_weights
 from fastasr.packed_frames import PackedFrames
@@ -48,7 +48,7 @@ def packed(
     x: Tensor | PackedFrames,
     x_lens: Tensor,
     src_key_padding_mask: Tensor | None = None,
-) -> Packed | str:
+) -> RowCall | str:
     """Returns a call of ``encoded`` for the arguments of ``Zipformer.forward``, or the reason why there is none, beside
     those of ``why_not``."""
     if capacity.parts:
@@ -89,7 +89,7 @@ def packed(
         return y.transpose(0, 1), (x_lens + 1) // 2
 
     row = spans.packed(given, rows).transpose(0, 1)
-    return Packed((row, *spans, longest), lengths.sum() * RATE, unpack)
+    return RowCall((row, *spans, longest), lengths.sum() * RATE, unpack)
 
 
 def encoded(encoder: "Zipformer", x: Tensor, begins: Tensor, ends: Tensor, longest: int) -> Tensor:
