@@ -28,7 +28,7 @@ from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import REFUSED, current, in_use
-from fastasr.models.common.row import Capacity, RowCall, Room, RowFrames, Spans, why_beyond
+from fastasr.models.common.row import Capacity, Room, RowCall, RowFrames, Spans, why_beyond
 from fastasr.models.zipformer.activations import SwooshR
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.convnext import ConvNeXt, has_plain_parts, runs_by_rows
