@@ -11,8 +11,8 @@ def configurations(generation: int):
     like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
     wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA"), "fp32")
     strides = [f"{name}_{of}" for name in ("x", "k", "v") for of in ("time", "batch")] + ["ds_row"]
-    masked = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32"}
-    words = {"PADDING": "padding", "MASK": "mask", "BOUNDS": "recordings"}
+    masked = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32", "PIECES": "i64"}
+    words = {"PADDING": "padding", "MASK": "mask", "BOUNDS": "recordings", "PIECES": "recordings"}
 
     def configuration(
         name: str, label: str, dtype: str, dim: int = 32, pos_dim: int = 4, value_dim: int = 12
@@ -25,6 +25,7 @@ def configurations(generation: int):
         packed = pos_dim == 4 and element != "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "VALUE_DIM": value_dim}
         fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
+        fixed |= {"COLUMNS": shapes["queries"]["BLOCK_N"]}
         absent = [tensor for tensor, word in words.items() if word not in label]
         fixed |= {"ADD": True, "WINDOW": "chunks" in label} | dict.fromkeys(absent)
         return Configuration(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastasr import ops
-from fastasr.kernels import _recordings, rel_attention
+from fastasr.kernels import _recordings, rel_attention, zipformer_attention
 
 FRAMES, LONGEST = 200, 60
 STARTS = torch.tensor([0, 60, 61, 80, 80, 90, 150])  # and 50 frames of no recording
@@ -39,6 +39,25 @@ def test_rel_attention(monkeypatch, programs, room):
     found = rel_attention.rel_attention_backward(g, *leaves, *(None,) * 3, *masks, y, lse, *options)[:6]
     given = {"starts": STARTS, "context": (reach, reach), "pos_span": (reach, reach)}
     agree(found, gradients(lambda *t: ops.rel_attention.definition(*t, **given), leaves, g))
+
+
+@pytest.mark.parametrize(("programs", "room"), SIZES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_zipformer_attention(monkeypatch, programs, room, shared):
+    """Sequences have positions of their own, or share them."""
+    monkeypatch.setattr(zipformer_attention, "PROGRAMS", programs)
+    monkeypatch.setattr(zipformer_attention, "PIECE_BYTES", room)
+    batch, heads, dim, pos_dim = 2, 2, 16, 4
+    x = 0.5 * torch.randn(FRAMES, batch, heads * (2 * dim + pos_dim))
+    pos = torch.randn(1 if shared else batch, 2 * LONGEST - 1, heads * pos_dim)
+    value, g = torch.randn(2, FRAMES, batch, heads * 16)
+    sizes = None, None, None, STARTS, heads, dim, heads, -1, -1
+    found = zipformer_attention.zipformer_attention_backward(g, x, pos, value, *sizes)[:3]
+
+    def definition(x, pos, value):
+        return ops.zipformer_attention.definition(x, pos, value, heads, dim, starts=STARTS)
+
+    agree(found, gradients(definition, (x, pos, value), g))
 
 
 def test_pieces_follow_the_recordings():
