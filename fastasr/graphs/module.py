@@ -31,7 +31,7 @@ from fastasr.graphs.recording import Recorder, Unrecordable
 from fastasr.models.common import attention_dropout
 from fastasr.models.common.plain import any_global_hook
 from fastasr.models.common.ragged import are_all_padded
-from fastasr.models.common.row import Packed
+from fastasr.models.common.row import RowCall
 from fastasr.ops import _dispatch
 
 LONGEST = 4096  # frames of a recording in a row, unless Graphs says otherwise: about 40 s
@@ -133,16 +133,16 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Pack:
+class OnRow:
     """How calls of an encoder become calls on a row of frames (:mod:`fastasr.models.common.row`): ``forward`` runs on
     the row and is recorded. ``why_not(module)`` returns the reason why all calls run as they are, or None. Then
-    ``call(module, options, *args, **kwargs)`` returns the arguments for a call, a Packed, or the reason against it.
+    ``call(module, options, *args, **kwargs)`` returns the arguments for a call, a RowCall, or the reason against it.
     ``of(module)`` says whether this is the class that it knows, and not another of the same name. ``instead`` runs the
     calls that are not replayed; None: the forward that the module has without graphs.
     """
 
     forward: Forward
-    call: Callable[..., Packed | str]
+    call: Callable[..., RowCall | str]
     why_not: Callable[[Any], str | None]
     of: Callable[[Any], bool] = field(default=lambda module: True)
     instead: Forward | None = None
@@ -205,7 +205,7 @@ class ModuleGraphs:
 
     ``choice`` names a method of the module without arguments that draws how a call runs, such as the size of its
     chunks: calls for which it returns different values are of different kinds. If a part ``has_whole``, its calls are
-    recorded only if the encoder around it cannot be. With ``pack`` its forward is recorded in place of ``forward``.
+    recorded only if the encoder around it cannot be. With ``on_row`` its forward is recorded in place of ``forward``.
     """
 
     def __init__(
@@ -215,12 +215,12 @@ class ModuleGraphs:
         options: Graphs,
         choice: str | None = None,
         whole: bool = False,
-        pack: Pack | None = None,
+        on_row: OnRow | None = None,
     ) -> None:
         self._module = weakref.ref(module)  # The graphs do not keep it alive.
         self.forward, self.options, self.choice, self.has_whole = forward, options, choice, whole
-        self.pack = pack
-        self.recorded = forward if pack is None else pack.forward
+        self.on_row = on_row
+        self.recorded = forward if on_row is None else on_row.forward
         self.kinds: OrderedDict[Hashable, Kind] = OrderedDict()
         self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self.used: dict[Hashable, Tensor] = {}  # frames () in the replays of each kind on a row
@@ -252,7 +252,7 @@ class ModuleGraphs:
             if reason:
                 _left.note(module, reason, level=logging.INFO)
             return self.forward(module, *args, **kwargs)
-        packed = None if self.pack is None else self._packed(self.pack, module, args, kwargs)
+        packed = None if self.on_row is None else self._packed(self.on_row, module, args, kwargs)
         if isinstance(packed, str):
             _left.note(module, f"not replayed: {packed}", level=logging.INFO)
             return self.forward(module, *args, **kwargs)
@@ -283,14 +283,14 @@ class ModuleGraphs:
         return packed.unpack(found)
 
     def _packed(
-        self, pack: Pack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Packed | str:
+        self, on_row: OnRow, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RowCall | str:
         tensors = (a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor))
         if self.options.recorder is None and all(t.is_cpu for t in tensors):
             return "its tensors are on a CPU"
         if are_all_padded():
             return "the call wants the padded batch"
-        return self._unsuited(module) or pack.call(module, self.options, *args, **kwargs)
+        return self._unsuited(module) or on_row.call(module, self.options, *args, **kwargs)
 
     def _unsuited(self, module: nn.Module) -> str:
         """Returns why the module runs on no row, or "". All layers answer, so a module is asked once as long as it
@@ -298,7 +298,7 @@ class ModuleGraphs:
         if self.suits and not self.structure.stays():
             self._begin(module)
         if self.suits is None:
-            self.suits = "" if self.pack is None else self.pack.why_not(module) or ""
+            self.suits = "" if self.on_row is None else self.on_row.why_not(module) or ""
         return self.suits
 
     def _graph(

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from fastasr.graphs import Graphs
 from fastasr.graphs import module as recording
-from fastasr.graphs.module import Pack
+from fastasr.graphs.module import OnRow
 from fastasr.models.common.plain import hooks_of
 from fastasr.models.common.ragged import why_not_hooked
 from fastasr.ops import _kept
@@ -196,23 +196,23 @@ def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
         if bound is rule.replay_part and type(module).__name__ != rule.class_name:
             continue  # It is a part of a recorded encoder, from an earlier call.
         fits = row.status == REPLACED or (made is decision.later and made.apply) or _is_own(module)
-        pack = rule.graphs.pack_of(module) if options.frames is not None else None
-        no_row = pack.why_not(module) if pack is not None and fits else None
-        pack = None if no_row is not None else pack
-        why_not = rule.graphs.why_not(module) if pack is None else None
+        on_row = rule.graphs.on_row_of(module) if options.frames is not None else None
+        no_row = on_row.why_not(module) if on_row is not None and fits else None
+        on_row = None if no_row is not None else on_row
+        why_not = rule.graphs.why_not(module) if on_row is None else None
         reason = (missing or why_not) if fits else made.reason
         inside = f"{path}." if path else ""
         packs = any(why is None and other.startswith(inside) for other, why in (report.ragged or {}).items())
         runs_ragged = rule.ragged is not None and bound is rule.ragged.forward
-        if reason is None and pack is None and (packs or runs_ragged):
+        if reason is None and on_row is None and (packs or runs_ragged):
             reason = RAGGED
-        if reason == RAGGED and rule.graphs.pack_of(module) is not None:
+        if reason == RAGGED and rule.graphs.on_row_of(module) is not None:
             reason += ON_ROWS if no_row is None else f", and not on a row: {no_row}"
         whole = (f"{other}." if other else "" for other, why in report.graphs.items() if why is None)
         if reason is not None and path.startswith(tuple(whole)):
             continue  # It is a part of a recorded encoder.
         if reason is None:
-            _bind_recorded(module, rule, rule.graphs, options, pack)
+            _bind_recorded(module, rule, rule.graphs, options, on_row)
             row.rule, row.status = rule.name, REPLACED
         by_shape = "" if no_row is None else f" by shape, not on a row: {no_row}"
         row.reason += f"; its calls are recorded{by_shape}" if reason is None else f"; not recorded: {reason}"
@@ -220,18 +220,18 @@ def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
 
 
 def _bind_recorded(
-    module: nn.Module, rule: Rule, graphs: Graphed, options: Graphs, pack: Pack | None
+    module: nn.Module, rule: Rule, graphs: Graphed, options: Graphs, on_row: OnRow | None
 ) -> None:
     own = _is_own(module)
     parts = graphs.parts(module)
     options = options if parts else replace(options, parts=False)
-    if pack is not None or not (options.parts and parts):
+    if on_row is not None or not (options.parts and parts):
         forward, replay = (upstream_forward, rule.replay_part) if own else (rule.recorded, rule.replay)
-        if pack is not None and rule.ragged is not None and rule.replay_row is not None:
+        if on_row is not None and rule.ragged is not None and rule.replay_row is not None:
             forward, replay = rule.ragged.forward, rule.replay_row
-        elif pack is not None and pack.instead is not None:
-            forward = pack.instead
-        recording.keep(module, forward, options, graphs.choice, pack=pack)
+        elif on_row is not None and on_row.instead is not None:
+            forward = on_row.instead
+        recording.keep(module, forward, options, graphs.choice, on_row=on_row)
         binding.bind(module, replay, () if own else rule.methods)
     rules = rules_by_forward()
     for part in parts:

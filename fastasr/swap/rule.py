@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastasr.graphs.module import Pack, replaying
+from fastasr.graphs.module import OnRow, replaying
 from fastasr.swap import binding
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
@@ -71,18 +71,18 @@ class Graphed:
     that draws how a call runs, if there is one. ``parts(module)`` returns its submodules that are recorded one by one
     if the whole is not: because layers are dropped at random, or gradients must be ready part by part.
     ``caller`` is the rule's forward if it calls the module's graphs itself, with other arguments than its own.
-    ``pack`` says how calls become calls on a row of frames, with ``Graphs(frames=...)``."""
+    ``on_row`` says how calls become calls on a row of frames, with ``Graphs(frames=...)``."""
 
     forward: Callable | None = None
     why_not: Callable = field(default=lambda module: None)
     choice: str | None = None
     parts: Callable = field(default=lambda module: ())
     caller: Callable | None = None
-    pack: Pack | None = None
+    on_row: OnRow | None = None
 
-    def pack_of(self, module: nn.Module) -> Pack | None:
-        """Returns ``pack`` if it knows the module."""
-        return self.pack if self.pack is not None and self.pack.of(module) else None
+    def on_row_of(self, module: nn.Module) -> OnRow | None:
+        """Returns ``on_row`` if it knows the module."""
+        return self.on_row if self.on_row is not None and self.on_row.of(module) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +154,7 @@ class Rule:
     @functools.cached_property
     def replay_row(self) -> Callable | None:
         """Returns the forward that replays the recorded calls on a row of frames, of an encoder without padding."""
-        if self.ragged is None or self.graphs is None or self.graphs.pack is None:
+        if self.ragged is None or self.graphs is None or self.graphs.on_row is None:
             return None
         return replaying(self.ragged.forward, f"{self.name} {self.class_name}, row")
 

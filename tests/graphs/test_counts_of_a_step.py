@@ -66,6 +66,8 @@ RECORDED = {"torch": 1460, "fastasr": 2956}
 # The same of a FastConformer, and how many more a row may have than a padded batch: its attention leaves out frames of
 # nobody by kernels of its own, and each pass of a layer first writes tables of where recordings lie.
 PADDED, ROW = {"torch": 1185, "fastasr": 622}, 1.06
+# The same of a Zipformer, each of whose three consumers of attention weights computes them on a row.
+ZIPFORMER_ROW = 1.17
 
 
 class CountingTapes(TapeRecorder):
@@ -197,7 +199,8 @@ def test_a_zipformer_on_a_row(monkeypatch):
         fastasr.restore(model)
     (row, calls_of_row), (padded, calls) = found[True], found[False]
     more = calls_of_row - calls
-    assert sum(row.values()) <= ROW * sum(padded.values()), f"{row}, padded {padded}\n{more.most_common(30)}"
+    limit = ZIPFORMER_ROW * sum(padded.values())
+    assert sum(row.values()) <= limit, f"{row}, padded {padded}\n{more.most_common(30)}"
 
 
 def test_kernels_of_a_recorded_step_do_not_grow(monkeypatch):

@@ -3,8 +3,9 @@
 and behind them. Where they begin and end is known on the device alone, so that one recorded call serves every batch.
 
 Products, norms and activations run on these frames as on any others, and nobody reads what they give for the frames of
-nobody. Those between two recordings are as many as a convolution sees on one side, and the gate before it sets them to
-0: so convolutions need not know where recordings end. Attention does, and BatchNorm's statistics leave frames out.
+nobody. Attention and Zipformer's convolutions know where recordings begin and end, and statistics leave frames of
+nobody out. In a FastConformer as many frames of nobody lie between two recordings as a convolution sees on one side,
+and the gate before it sets them to 0: so its convolutions need not know.
 """
 
 import functools
@@ -26,8 +27,7 @@ class Row(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """The frames [begins, ends) of recordings that lie one after the other, both (R,), with a frame or more between.
-    ``begins`` does not decrease."""
+    """The frames [begins, ends) of recordings that lie one after the other, both (R,). ``begins`` does not decrease."""
 
     begins: Tensor
     ends: Tensor
@@ -169,7 +169,7 @@ class Room(NamedTuple):
     parts: bool = False
 
 
-class Packed(NamedTuple):
+class RowCall(NamedTuple):
     """A call on a row: the arguments of the function that takes the row, which have the same shapes for every batch;
     the frames of features () of its recordings; and what makes the call's result of that function's."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastasr.models.common import plumbing
 from fastasr.models.common.plain import is_watched, runs
-from fastasr.models.common.row import Capacity, Packed, Spans, all_frames, why_beyond
+from fastasr.models.common.row import Capacity, RowCall, Spans, all_frames, why_beyond
 from fastasr.models.fast_conformer import ragged
 from fastasr.models.fast_conformer.block import through_blocks
 from fastasr.models.fast_conformer.convolution import is_batch_norm
@@ -51,7 +51,7 @@ def packed(
     features: Tensor | PackedFrames,
     mask: Tensor | None,
     finish: Callable[[Any], Any],
-) -> Packed | str:
+) -> RowCall | str:
     """Returns a call of ``encoded`` for features (B, T₀, mel_bins) and a mask (B, T₀), 1 at valid frames, or None, or
     for PackedFrames (N₀, mel_bins); or the reason why there is none, beside those of ``why_not``. ``finish`` gets the
     hidden states (B, T, width), 0 behind each recording's end, or PackedFrames (N, width)."""
@@ -75,7 +75,7 @@ def laid_out(
     layers: Layers,
     convs: Sequence[Any],
     finish: Callable[[Any], Any],
-) -> Packed | str:
+) -> RowCall | str:
     """Returns the call on a row of features (B, T₀, mel_bins) of these lengths (B,), or of PackedFrames (N₀, mel_bins),
     for a front end of ``layers`` and blocks with these convolutions over time, or what of them is too large."""
     reason = why_beyond(capacity, features, lengths)
@@ -99,7 +99,7 @@ def laid_out(
         return finish(after.unpacked(hidden, batch, subsampled(layers, features.shape[1])))
 
     arguments = before.packed(features, rows * factor), *before, capacity.longest
-    return Packed(arguments, lengths.sum(), unpack)
+    return RowCall(arguments, lengths.sum(), unpack)
 
 
 def encoded(

@@ -22,7 +22,6 @@ from fastasr._transforms import Function
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import Packing, current
-from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
@@ -133,11 +132,9 @@ class ConvolutionModule(torch.nn.Module):
 
 def _convolved(h: Tensor, weights: Sequence[Any], padding_mask: Tensor | None, **options: Any) -> Tensor:
     packing = current()
-    if isinstance(packing, RowFrames):
-        padding_mask = packing.hidden
-    if not isinstance(packing, Packing):
+    if packing is None:
         return ops.gated_depthwise_conv(h, *weights, padding_mask=padding_mask, **options)
-    if len(weights) == 2:
+    if len(weights) == 2 or not isinstance(packing, Packing):
         return ops.gated_depthwise_conv(h, *weights, starts=packing.starts, **options)
     return packing.over_time(
         lambda h, hidden: ops.gated_depthwise_conv(h, *weights, padding_mask=hidden, **options), h

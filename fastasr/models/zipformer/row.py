@@ -2,9 +2,10 @@
 """The encoder on a row of fixed length, as ``models.common.row`` describes: one recorded call serves every batch.
 
 A recording's output is the same as if it were alone. Recordings begin at frames that every rate of the encoder has, so
-that downsampling is a sum over neighbours, and attention computes its weights where it needs them: those of all frames
-of the row would not fit into memory. In training each draw for sequences is made for as many recordings as the row has
-room for, and balancers and whitening see the frames that exist.
+that downsampling is a sum over neighbours. Convolutions and attention read on the device where recordings begin and
+end. Attention computes its weights where it needs them, because those of all frames of the row would not fit into
+memory. In training each draw for sequences is made for as many recordings as the row has room for, and balancers and
+whitening see the frames that exist.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastasr.models.common.plain import runs
-from fastasr.models.common.row import Capacity, Packed, RowFrames, Spans, all_frames, why_beyond
+from fastasr.models.common.row import Capacity, RowCall, RowFrames, Spans, all_frames, why_beyond
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.convolution import ConvolutionModule, fused_weights
 from fastasr.packed_frames import PackedFrames
@@ -47,7 +48,7 @@ def packed(
     x: Tensor | PackedFrames,
     x_lens: Tensor,
     src_key_padding_mask: Tensor | None = None,
-) -> Packed | str:
+) -> RowCall | str:
     """Returns a call of ``encoded`` for the arguments of ``Zipformer.forward``, or the reason why there is none, beside
     those of ``why_not``."""
     if capacity.parts:
@@ -71,10 +72,10 @@ def packed(
         lengths = given.lengths
     most, longest = (-(-(n or 0) // RATE) for n in (capacity.frames, capacity.longest))
     _extend_positions(encoder, longest)
-    recordings, factor, between = capacity.recordings or 0, _factor(encoder), _between(encoder)
-    slots = (lengths + (between + factor - 1)) // factor * factor
+    recordings, factor = capacity.recordings or 0, _factor(encoder)
+    slots = (lengths + (factor - 1)) // factor * factor
     spans = Spans.laid_out(lengths, slots, recordings)
-    rows = most + recordings * (between + factor - 1)
+    rows = most + recordings * (factor - 1)
     rows = -(-rows // (factor * MULTIPLE)) * factor * MULTIPLE
     half = encoder.downsample_output.downsample
 
@@ -88,7 +89,7 @@ def packed(
         return y.transpose(0, 1), (x_lens + 1) // 2
 
     row = spans.packed(given, rows).transpose(0, 1)
-    return Packed((row, *spans, longest), lengths.sum() * RATE, unpack)
+    return RowCall((row, *spans, longest), lengths.sum() * RATE, unpack)
 
 
 def encoded(encoder: "Zipformer", x: Tensor, begins: Tensor, ends: Tensor, longest: int) -> Tensor:
@@ -111,9 +112,3 @@ def _extend_positions(encoder: "Zipformer", longest: int) -> None:
 def _factor(encoder: "Zipformer") -> int:
     """Returns the frames of which every rate has a whole number."""
     return math.lcm(*encoder.downsampling_factor, encoder.downsample_output.downsample)
-
-
-def _between(encoder: "Zipformer") -> int:
-    """Returns how many frames of nobody must lie between recordings: those that a convolution sees on one side."""
-    sizes = zip(encoder.cnn_module_kernel, encoder.downsampling_factor, strict=True)
-    return max(kernel // 2 * factor for kernel, factor in sizes)

@@ -28,7 +28,7 @@ from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import REFUSED, current, in_use
-from fastasr.models.common.row import Capacity, Packed, Room, RowFrames, Spans, why_beyond
+from fastasr.models.common.row import Capacity, Room, RowCall, RowFrames, Spans, why_beyond
 from fastasr.models.zipformer.activations import SwooshR
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.convnext import ConvNeXt, has_plain_parts, runs_by_rows
@@ -261,7 +261,7 @@ def _is_ours(part: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     return runs(part, cls.forward) and is_plain(part, type(part))
 
 
-def packed(front_end: Any, capacity: Capacity, x: Tensor | PackedFrames, x_lens: Tensor) -> Packed | str:
+def packed(front_end: Any, capacity: Capacity, x: Tensor | PackedFrames, x_lens: Tensor) -> RowCall | str:
     """Returns a call of ``encoded`` for features (B, T, features) and their lengths (B,), or PackedFrames (N,
     features), or the reason why there is none, beside those of ``why_no_row``."""
     lengths = x_lens
@@ -274,7 +274,7 @@ def packed(front_end: Any, capacity: Capacity, x: Tensor | PackedFrames, x_lens:
     return why_beyond(capacity, x, lengths) or _laid_out(capacity, x, x_lens)
 
 
-def _laid_out(capacity: Capacity, x: Tensor | PackedFrames, x_lens: Tensor) -> Packed:
+def _laid_out(capacity: Capacity, x: Tensor | PackedFrames, x_lens: Tensor) -> RowCall:
     if isinstance(x, PackedFrames):
         x = x.to(x.frames.device, non_blocking=True)  # the lengths may be on the CPU
         lengths = x.lengths
@@ -292,7 +292,7 @@ def _laid_out(capacity: Capacity, x: Tensor | PackedFrames, x_lens: Tensor) -> P
             return found, found.lengths
         return after.unpacked(y, batch, (x.shape[1] - 7) // 2), (x_lens - 7) // 2
 
-    return Packed((spans.packed(x, 2 * rows + 7), *spans), lengths.sum(), unpack)
+    return RowCall((spans.packed(x, 2 * rows + 7), *spans), lengths.sum(), unpack)
 
 
 def encoded(front_end: Any, x: Tensor, begins: Tensor, ends: Tensor) -> Tensor:

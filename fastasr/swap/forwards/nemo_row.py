@@ -10,7 +10,7 @@ from torch import Tensor
 from fastasr.graphs import Graphs
 from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.plain import is_plain_named, is_watched, runs
-from fastasr.models.common.row import Capacity, Packed, Spans, all_frames
+from fastasr.models.common.row import Capacity, RowCall, Spans, all_frames
 from fastasr.models.fast_conformer.convolution import is_batch_norm
 from fastasr.models.fast_conformer.row import laid_out
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
@@ -65,7 +65,7 @@ def packed(
     cache_last_time: Tensor | None = None,
     cache_last_channel_len: Tensor | None = None,
     bypass_pre_encode: bool = False,
-) -> Packed | str:
+) -> RowCall | str:
     """Returns a call of ``encoded`` for upstream's arguments, features (B, mel_bins, T₀) and lengths (B,), or for
     PackedFrames (N₀, mel_bins); or the reason why there is none, beside those of ``why_not``."""
     if cache_last_channel is not None or bypass_pre_encode:

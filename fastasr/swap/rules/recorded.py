@@ -4,8 +4,8 @@ upstream's, whose code stays."""
 
 from torch import Tensor, nn
 
-from fastasr.graphs.module import Pack
-from fastasr.models.common.row import Capacity, Packed
+from fastasr.graphs.module import OnRow
+from fastasr.models.common.row import Capacity, RowCall
 from fastasr.models.fast_conformer import row
 from fastasr.models.fast_conformer.encoder import masked
 from fastasr.packed_frames import PackedFrames
@@ -34,7 +34,7 @@ def _packed(
     capacity: Capacity,
     input_features: Tensor | PackedFrames,
     attention_mask: Tensor | None = None,
-) -> Packed | str:
+) -> RowCall | str:
     """Returns the call on a row of frames for a call of fastasr's FastConformerEncoder, or why there is none."""
 
     def finish(hidden: Tensor | PackedFrames) -> tuple[Tensor, Tensor | None]:
@@ -45,9 +45,9 @@ def _packed(
     return row.packed(encoder, capacity, input_features, attention_mask, finish)
 
 
-_PACKS = {
-    "FastConformerEncoder": Pack(row.encoded, _packed, _why_no_row),
-    "ConformerEncoder": Pack(
+_ON_ROWS = {
+    "FastConformerEncoder": OnRow(row.encoded, _packed, _why_no_row),
+    "ConformerEncoder": OnRow(
         nemo_row.encoded, nemo_row.packed, nemo_row.why_not, nemo_row.is_nemos, nemo_row.without_padding
     ),
 }
@@ -79,6 +79,6 @@ CLASSES = {
 }
 
 RULES = tuple(
-    recorded(f"recorded.{name}", name, padded, why_not=_why_not, parts=layers, pack=_PACKS.get(name))
+    recorded(f"recorded.{name}", name, padded, why_not=_why_not, parts=layers, on_row=_ON_ROWS.get(name))
     for name, (_, padded) in CLASSES.items()
 )

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastasr.graphs.module import Pack
+from fastasr.graphs.module import OnRow
 from fastasr.graphs.recording import Unrecordable
 from fastasr.models import fast_conformer as models
-from fastasr.models.common.row import Capacity, Packed
+from fastasr.models.common.row import Capacity, RowCall
 from fastasr.models.fast_conformer import positions, ragged, row
 from fastasr.models.fast_conformer.encoder import padded
 from fastasr.packed_frames import PackedFrames
@@ -154,7 +154,7 @@ def _packed(
     attention_mask: Tensor | None = None,
     output_attention_mask: bool = True,
     **kwargs: Any,
-) -> Packed | str:
+) -> RowCall | str:
     """Returns the call on a row of frames for a call of the encoder, or why there is none."""
     wanted = attention_mask if output_attention_mask else None
     return _asked(self, kwargs) or row.packed(
@@ -295,7 +295,7 @@ ENCODER = Rule(
         recorded_encoder,
         _ragged_obstacle,
         parts=lambda encoder: list(encoder.layers),
-        pack=Pack(row.encoded, _packed, _row_obstacle),
+        on_row=OnRow(row.encoded, _packed, _row_obstacle),
     ),
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastasr import _left
-from fastasr.graphs.module import Pack
+from fastasr.graphs.module import OnRow
 from fastasr.models import zipformer as models
 from fastasr.models.common.plain import any_watched
 from fastasr.models.zipformer import ragged, row
@@ -156,7 +156,7 @@ def _causal_structure(module: Upstream) -> str | None:
     return check_parameters(module, {}) or _unread_stacks(module)
 
 
-_PACK = Pack(row.encoded, row.packed, _why_no_row)
+_ON_ROW = OnRow(row.encoded, row.packed, _why_no_row)
 
 CAUSAL_ENCODER = Rule(
     name="zipformer.causal_encoder",
@@ -166,7 +166,7 @@ CAUSAL_ENCODER = Rule(
     known={"a8293a774b5bf0cea0a06a0a": PACKAGE},
     companion=True,
     ragged=Ragged(ragged_causal_encoder, _why_not),
-    graphs=Graphed(choice="get_chunk_info", parts=_parts, pack=_PACK),
+    graphs=Graphed(choice="get_chunk_info", parts=_parts, on_row=_ON_ROW),
     leaves=_masked_now,
     note="makes no mask for chunks where all layers and their self_attn_weights are swapped",
 )
@@ -183,7 +183,7 @@ ENCODER = replace(
     leaves=lambda module: {},
     shallow=True,
     ragged=Ragged(ragged_encoder, _why_not),
-    graphs=Graphed(upstream_forward, parts=_parts, pack=_PACK),
+    graphs=Graphed(upstream_forward, parts=_parts, on_row=_ON_ROW),
     note="bound by ragged=True and graphs=True alone",
 )
 

@@ -3,7 +3,7 @@
 
 import torch
 
-from fastasr.graphs.module import Pack
+from fastasr.graphs.module import OnRow
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer import subsampling
 from fastasr.swap.binding import foreign_forward
@@ -131,5 +131,5 @@ CONV2D_SUBSAMPLING = Rule(
         "536b01a8fe378cfdf7853b9c": Known("icefall before pull request 1108"),  # nothing of tracing
     },
     note="gives its convolutions channels_last memory",
-    graphs=Graphed(pack=Pack(subsampling.encoded, subsampling.packed, subsampling.why_no_row)),
+    graphs=Graphed(on_row=OnRow(subsampling.encoded, subsampling.packed, subsampling.why_no_row)),
 )
