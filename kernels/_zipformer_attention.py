@@ -75,8 +75,9 @@ def positions_kernel(
         first_block, end_block = blocks_of(PIECES, piece, held)
         each = tl.cdiv(end_block - first_block, shares)
         share = first_block + (group // batch).to(tl.int32) * each
-        if share >= end_block:
-            return
+        if ADD:  # noqa: SIM102, the inner condition is known on the device alone
+            if share >= end_block:
+                return
         begin = tl.maximum(begin // BLOCK_M, share) * BLOCK_M
         end = tl.minimum(end, tl.minimum(share + each, end_block) * BLOCK_M)
     dr = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)

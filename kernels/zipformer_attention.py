@@ -686,7 +686,7 @@ class _Diagonals:
     def __init__(self, x: torch.Tensor, o, pairs: int, shapes: dict[str, dict]):
         self.x, self.o, self.pairs, self.tile = x, o, pairs, shapes["positions"]
         self.block, self.columns = shapes["queries"]["BLOCK_M"], shapes["queries"]["BLOCK_N"]
-        self.blocks, self.shares, self.pieces = cdiv(o.frames, self.block), 1, None
+        self.blocks, self.shares, self.pieces, self.several = cdiv(o.frames, self.block), 1, None, True
         room = PIECE_BYTES // (pairs * x.element_size())
         if o.bounds is None:
             self.row = row_size(o.keys)
@@ -701,20 +701,23 @@ class _Diagonals:
             self.pieces, count, size = pieces(o.bounds, reach, reach, self.block, self.columns, 0, room)
             self.row, self.rows, self.turns = size, o.frames, [(piece, 0) for piece in range(count)]
             self.shares = min(self.blocks, cdiv(PROGRAMS, pairs * cdiv(o.offsets, self.tile["BLOCK_O"])))
+            self.several = count > 1 or pairs < o.pairs  # else the shares of one piece write whole tables
         self.ds = x.new_empty(pairs * size)
         dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
         shape = self.shares, o.batch, o.offsets, o.heads * o.pos_dim
-        self.parts = torch.zeros(shape, dtype=dtype, device=x.device)
+        self.parts = (torch.zeros if self.several else torch.empty)(shape, dtype=dtype, device=x.device)
 
     def add(self, piece: int | None, first: int, rows: int) -> None:
         o, x = self.o, self.x
-        base, end = max(0, o.center + 1 - first - rows), min(o.offsets, o.center - first + o.keys)
-        blocks = cdiv(end - base, self.tile["BLOCK_O"])  # offsets that meet these rows
+        base, end = 0, o.offsets
+        if self.several:  # offsets that meet these rows
+            base, end = max(0, o.center + 1 - first - rows), min(o.offsets, o.center - first + o.keys)
+        blocks = cdiv(end - base, self.tile["BLOCK_O"])
         own = (None,) * 3 if piece is None else (piece, self.blocks, self.shares)
         launch(positions_kernel, (self.pairs * self.shares * blocks,),
             self.ds, x, o.bounds, self.pieces, self.parts, o.center, o.frames, o.keys, first, rows, base, *own,
             o.batch, blocks, o.heads, o.offsets, self.row, x.stride(0), x.stride(1),
-            DIM=o.dim, POS_DIM=o.pos_dim, ADD=True, COLUMNS=self.columns, **self.tile,
+            DIM=o.dim, POS_DIM=o.pos_dim, ADD=self.several, COLUMNS=self.columns, **self.tile,
         )  # fmt: skip
 
     def total(self, sequences: int) -> torch.Tensor:
