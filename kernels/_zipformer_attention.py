@@ -6,6 +6,7 @@ import triton.language as tl
 
 from fastasr.kernels._attention_tiles import load_rows
 from fastasr.kernels._launch import cdiv
+from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_position_tiles import place, unpacked
 
 ROW = 16  # rows of W and dS are padded to this many elements
@@ -41,44 +42,63 @@ def _diagonals(dr, at, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM: tl.
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "center", "first", "rows", "base"], do_not_specialize_on_alignment=["X"]
+    do_not_specialize=[*SIZES, "center", "first", "rows", "base", "piece", "held", "shares"],
+    do_not_specialize_on_alignment=["X"],
 )
 def positions_kernel(
-    DS, X, BOUNDS, PARTS,
-    center, frames, keys, first, rows, base, batch, blocks, heads, offsets, ds_row, x_time, x_batch,
-    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr,
+    DS, X, BOUNDS, PIECES, PARTS,
+    center, frames, keys, first, rows, base, piece, held, shares, batch, blocks, heads, offsets, ds_row,
+    x_time, x_batch,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Writes sum_i dS[i, i - center + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first +
-    rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS. With BOUNDS,
-    (2, frames), DS is by offset, and holds what ``queries`` wrote: the keys of a row's recording.
+    rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS. With PIECES of
+    _recordings.py, for ``held`` blocks of BLOCK_M rows, DS holds one of these, and a program adds up one of ``shares``
+    of its blocks: PARTS is then (shares, batch, offsets, heads POS_DIM).
     """
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, group, block = place(tl.program_id(0), blocks, batch if PIECES is None else batch * shares)
+    sequence = group if PIECES is None else group % batch
     r = base + block * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_P)
     X += sequence * x_batch + first.to(tl.int64) * x_time + 2 * heads * DIM + head * POS_DIM
-    DS += (head * batch + sequence) * rows * ds_row
+    if PIECES is None:
+        DS += (head * batch + sequence) * rows * ds_row
+    else:
+        DS += (head * batch + sequence) * ds_row
     shift = center - first  # row i and offset r are key r - shift + i
     low = shift - base - block * BLOCK_O  # the row whose key 0 the first offset is
     begin = tl.maximum(low - (BLOCK_O - 1), 0)
     end = tl.minimum(low + keys, rows)
+    first_block = 0
+    if PIECES is not None:
+        first_block, end_block = blocks_of(PIECES, piece, held)
+        each = tl.cdiv(end_block - first_block, shares)
+        share = first_block + (group // batch).to(tl.int32) * each
+        if ADD:  # noqa: SIM102, the inner condition is known on the device alone
+            if share >= end_block:
+                return
+        begin = tl.maximum(begin // BLOCK_M, share) * BLOCK_M
+        end = tl.minimum(end, tl.minimum(share + each, end_block) * BLOCK_M)
     dr = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
     for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         keep_i = i < rows
         j = (r - shift)[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
-        if BOUNDS is None:
+        if PIECES is None:
             inside = (j >= 0) & (j < keys) & keep_i[None, :]
             dr = _diagonals(dr, j, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM)
         else:
-            begun = tl.load(BOUNDS + first + i, mask=keep_i, other=0)
-            ended = tl.load(BOUNDS + frames + first + i, mask=keep_i, other=0)
+            begun = tl.load(BOUNDS + i, mask=keep_i, other=0)
+            ended = tl.load(BOUNDS + frames + i, mask=keep_i, other=0)
             own = i + (base + block * BLOCK_O - shift)  # the key of the first of these offsets
             met = tl.maximum(own, begun) < tl.minimum(own + BLOCK_O, ended)
             if tl.max(met.to(tl.int32)) > 0:
                 inside = (j >= begun[None, :]) & (j < ended[None, :]) & (r < offsets)[:, None]
-                dr = _diagonals(dr, r[:, None], inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM)
-    out = PARTS + sequence * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
+                key, size, before = rows_of(PIECES, start // BLOCK_M, first_block, held, COLUMNS)
+                at = before - key - size.to(tl.int64) * start + j
+                dr = _diagonals(dr, at, inside, DS, i, size, X, x_time, c, keep_i, POS_DIM)
+    out = PARTS + group * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
     out += head * POS_DIM + c[None, :]
     whole = (r < offsets)[:, None] & (c < POS_DIM)[None, :]
     dr = dr.to(PARTS.dtype.element_ty)

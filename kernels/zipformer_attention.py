@@ -50,11 +50,12 @@ from fastasr.kernels._launch import (
     rounded,
 )
 from fastasr.kernels._parts import add_tables
+from fastasr.kernels._recordings import blocks_of, pieces, rows_of
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     any_alone,
+    dealt,
     head_block,
-    in_reach,
     keys_reached,
     keys_seen,
     load_positions,
@@ -62,7 +63,6 @@ from fastasr.kernels._rel_position_tiles import (
     masked_slopes,
     operands,
     penalties,
-    place,
     raw_scores,
     rows_of_positions,
     scores_of,
@@ -144,7 +144,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes y of a block of queries and of columns."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
@@ -226,22 +226,29 @@ def _acting(penalty, ACT):
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "first", "rows", "penalty", "limit"],
+    do_not_specialize=[*SIZES, "first", "rows", "piece", "penalty", "limit"],
     do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DX"],
 )
 def queries_kernel(
-    G, X, K, R, PADDING, MASK, BOUNDS, ACT, EQUAL, V, DX, DS, MAXIMUM, INVERSE, DELTA,
-    frames, keys, left, first, rows, batch, blocks, heads, offsets, chunk, left_chunks,
+    G, X, K, R, PADDING, MASK, BOUNDS, PIECES, ACT, EQUAL, V, DX, DS, MAXIMUM, INVERSE, DELTA,
+    frames, keys, left, first, rows, piece, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, ds_row, penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     WIDE_POS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of the queries [first, first + rows) and of channels; programs of the first block of
-    channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp. Equal weights have 1 /
-    number in place of delta. ``penalty`` and ``limit`` are None without a penalty."""
+    channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp. With PIECES of
+    _recordings.py DS holds one of these, number ``piece``. Equal weights have 1 / number in place of delta. What an
+    absent tensor would need is None too: ``piece``, and ``penalty`` and ``limit`` without a penalty."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    first_block = 0
+    if PIECES is not None:
+        first_block, end_block = blocks_of(PIECES, piece, blocks)
+        block += first_block
+        if block >= end_block:
+            return
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = first + local
     keep_i = local < rows
@@ -298,9 +305,16 @@ def queries_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     if DS is not None:
-        DS += ((head * batch + sequence) * rows + local)[:, None] * ds_row
-        if BOUNDS is not None:  # by offset
-            DS += (offsets // 2 - i)[:, None]
+        if PIECES is None:
+            DS += ((head * batch + sequence) * rows + local)[:, None] * ds_row
+        else:
+            first_key, size, before = rows_of(PIECES, block, first_block, blocks, BLOCK_N)
+            DS += (
+                (head * batch + sequence) * ds_row
+                + before
+                + (tl.arange(0, BLOCK_M) * size)[:, None]
+                - first_key
+            )
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
@@ -324,10 +338,10 @@ def queries_kernel(
             at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
             dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
         if DS is not None:
-            if BOUNDS is None:
+            if PIECES is None:
                 tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & (j < ds_row)[None, :] & once)
             else:
-                tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & in_reach(j, masks) & once)
+                tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & once)
     if EQUAL is not None:
         delta = tl.where(tl.load(EQUAL) != 0, tl.div_rn(1.0, tl.maximum(number, 1.0)), delta)
         tl.store(DELTA + row, delta, mask=keep_i & once)
@@ -343,10 +357,10 @@ def queries_kernel(
             first_reached, end_reached = keys_reached(masks, keys, BLOCK_N)
             for start in range(first_reached, begin, BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)
-                tl.store(DS + j[None, :], zeros, mask=keep_i[:, None] & in_reach(j, masks) & once)
+                tl.store(DS + j[None, :], zeros, mask=keep_i[:, None] & once)
             for start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, end_reached, BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)
-                tl.store(DS + j[None, :], zeros, mask=keep_i[:, None] & in_reach(j, masks) & once)
+                tl.store(DS + j[None, :], zeros, mask=keep_i[:, None] & once)
     DX += sequence * x_batch + i.to(tl.int64)[:, None] * x_time
     tl.store(
         DX + head * DIM + d[None, :], dq.to(DX.dtype.element_ty), mask=keep_i[:, None] & (d < DIM)[None, :]
@@ -369,7 +383,7 @@ def keys_kernel(
 ):  # fmt: skip
     """Writes dS^T q and W^T G of a block of keys and of their channels; see ``queries``."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     keep_j = j < keys
     Q = X + sequence * x_batch + head * DIM
@@ -455,6 +469,9 @@ def blocks_of_piece(blocks: int, pairs: int, most: int, places: int) -> int:
     return min(range(max(1, min(most, blocks)), 0, -1), key=turns)
 
 
+PROGRAMS = 1024  # for ``positions_kernel`` with recordings in a row
+
+
 def tiles(
     dim: int,
     pos_dim: int,
@@ -519,7 +536,11 @@ def tiles(
         "queries": queries,
         "keys": keys,
         "positions": dot_options(dtype) | {
-            "BLOCK_O": 64, "BLOCK_M": 32 if wide else 64, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3
+            "BLOCK_O": 64,
+            "BLOCK_M": queries["BLOCK_M"] if recordings else 32 if wide else 64,
+            "BLOCK_P": block_p,
+            "num_warps": 4,
+            "num_stages": 3,
         },
     }  # fmt: skip
 
@@ -624,25 +645,19 @@ def zipformer_attention_backward(
 
     tile = shapes["queries"]
     columns = cdiv(dim, tile["BLOCK_D"])
-    row = row_size(o.keys if starts is None else o.offsets)
-    rows = frames
-    if o.pos_dim:
-        most = PIECE_BYTES // (pairs * row * x.element_size() * tile["BLOCK_M"])
-        blocks = cdiv(frames, tile["BLOCK_M"])
-        # a multiprocessor holds two programs of 16 bits, one of float32 (tests/kernels/budgets.toml: registers)
-        places = processors(x) * (2 if x.dtype.itemsize == 2 else 1)
-        rows = min(frames, tile["BLOCK_M"] * blocks_of_piece(blocks, pairs, most, places))
-    pieces = _Diagonals(x, o, rows, pairs, row, shapes["positions"]) if o.pos_dim else None
-    for first in range(0, frames, rows):
+    diagonals = _Diagonals(x, o, pairs, shapes) if o.pos_dim else None
+    rows = diagonals.rows if diagonals else frames
+    for piece, first in diagonals.turns if diagonals else [(None, 0)]:
         count = min(rows, frames - first)
         blocks = cdiv(count, tile["BLOCK_M"])
         launch(queries_kernel, (pairs * blocks, columns),
-            grad, x, o.key, o.r, *masks, *numbers, value, dx, pieces.ds if pieces else None, maximum, inverse, delta,
-            frames, o.keys, o.left, first, count, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-            *strides, row, *large, **constants, WIDE_POS=own_pos, **tile,
+            grad, x, o.key, o.r, *masks, diagonals and diagonals.pieces, *numbers, value, dx,
+            diagonals and diagonals.ds, maximum, inverse, delta,
+            frames, o.keys, o.left, first, count, piece, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+            *strides, diagonals.row if diagonals else 0, *large, **constants, WIDE_POS=own_pos, **tile,
         )  # fmt: skip
-        if pieces:
-            pieces.add(first, count)
+        if diagonals:
+            diagonals.add(piece, first, count)
 
     tile = shapes["keys"]
     dkey = dx[..., heads * dim : 2 * heads * dim]
@@ -659,30 +674,54 @@ def zipformer_attention_backward(
     if o.left:
         dcached.copy_(dkey[: o.left])
         dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
-    dpos = pieces.total(pos.shape[0]) if pieces else none if pos is None else torch.zeros_like(pos)
+    dpos = diagonals.total(pos.shape[0]) if diagonals else none if pos is None else torch.zeros_like(pos)
     return dx, dpos, dvalue, dcached
 
 
 class _Diagonals:
-    """Computes dR from dS, one piece of its rows after the other."""
+    """Computes dR from dS, one piece of its rows after the other. ``turns`` has (None, the first of a piece's ``rows``)
+    or, with recordings in a row, (the number of a piece of _recordings.py, 0).
+    """
 
-    def __init__(self, x: torch.Tensor, o, rows: int, pairs: int, row: int, tile: dict):
-        self.x, self.o, self.pairs, self.row, self.tile = x, o, pairs, row, tile
-        self.ds = x.new_empty(pairs * rows * row)
+    def __init__(self, x: torch.Tensor, o, pairs: int, shapes: dict[str, dict]):
+        self.x, self.o, self.pairs, self.tile = x, o, pairs, shapes["positions"]
+        self.block, self.columns = shapes["queries"]["BLOCK_M"], shapes["queries"]["BLOCK_N"]
+        self.blocks, self.shares, self.pieces, self.several = cdiv(o.frames, self.block), 1, None, True
+        room = PIECE_BYTES // (pairs * x.element_size())
+        if o.bounds is None:
+            self.row = row_size(o.keys)
+            # a multiprocessor holds two programs of 16 bits, one of float32 (tests/kernels/budgets.toml: registers)
+            places = processors(x) * (2 if x.dtype.itemsize == 2 else 1)
+            most = room // (self.row * self.block)
+            self.rows = min(o.frames, self.block * blocks_of_piece(self.blocks, pairs, most, places))
+            self.turns = [(None, first) for first in range(0, o.frames, self.rows)]
+            size = self.rows * self.row
+        else:
+            reach = o.offsets // 2
+            self.pieces, count, size = pieces(o.bounds, reach, reach, self.block, self.columns, 0, room)
+            self.row, self.rows, self.turns = size, o.frames, [(piece, 0) for piece in range(count)]
+            self.shares = min(self.blocks, cdiv(PROGRAMS, pairs * cdiv(o.offsets, self.tile["BLOCK_O"])))
+            self.several = count > 1 or pairs < o.pairs  # else the shares of one piece write whole tables
+        self.ds = x.new_empty(pairs * size)
         dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
-        self.parts = torch.zeros(o.batch, o.offsets, o.heads * o.pos_dim, dtype=dtype, device=x.device)
+        shape = self.shares, o.batch, o.offsets, o.heads * o.pos_dim
+        self.parts = (torch.zeros if self.several else torch.empty)(shape, dtype=dtype, device=x.device)
 
-    def add(self, first: int, rows: int) -> None:
+    def add(self, piece: int | None, first: int, rows: int) -> None:
         o, x = self.o, self.x
-        base, end = max(0, o.center + 1 - first - rows), min(o.offsets, o.center - first + o.keys)
-        blocks = cdiv(end - base, self.tile["BLOCK_O"])  # offsets that meet these rows
-        launch(positions_kernel, (self.pairs * blocks,),
-            self.ds, x, o.bounds, self.parts, o.center, o.frames, o.keys, first, rows, base, o.batch, blocks, o.heads,
-            o.offsets, self.row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=True, **self.tile,
+        base, end = 0, o.offsets
+        if self.several:  # offsets that meet these rows
+            base, end = max(0, o.center + 1 - first - rows), min(o.offsets, o.center - first + o.keys)
+        blocks = cdiv(end - base, self.tile["BLOCK_O"])
+        own = (None,) * 3 if piece is None else (piece, self.blocks, self.shares)
+        launch(positions_kernel, (self.pairs * self.shares * blocks,),
+            self.ds, x, o.bounds, self.pieces, self.parts, o.center, o.frames, o.keys, first, rows, base, *own,
+            o.batch, blocks, o.heads, o.offsets, self.row, x.stride(0), x.stride(1),
+            DIM=o.dim, POS_DIM=o.pos_dim, ADD=self.several, COLUMNS=self.columns, **self.tile,
         )  # fmt: skip
 
     def total(self, sequences: int) -> torch.Tensor:
         """Returns dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
-        dpos = self.x.new_empty(sequences, *self.parts.shape[1:])
-        add_tables(self.parts, dpos, self.o.batch // sequences)
+        dpos = self.x.new_empty(sequences, *self.parts.shape[2:])
+        add_tables(self.parts, dpos, self.parts.numel() // dpos.numel())
         return dpos

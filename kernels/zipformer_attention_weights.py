@@ -31,6 +31,7 @@ from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, lau
 from fastasr.kernels._parts import add_tables
 from fastasr.kernels._rel_position_tiles import (
     any_alone,
+    dealt,
     head_block,
     in_reach,
     keys_reached,
@@ -38,7 +39,6 @@ from fastasr.kernels._rel_position_tiles import (
     load_positions,
     masked_slopes,
     operands,
-    place,
     position_scores,
     query_key,
     rows_of_positions,
@@ -89,7 +89,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes W of a block of queries. WHOLE: one block holds all keys."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_i = i < frames
     Q = X + sequence * x_batch + head * DIM
@@ -177,7 +177,7 @@ def queries_kernel(
     if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
         if (tl.load(ACT) != 0.0) != PENALTY:
             return
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_i = i < frames
     once = tl.program_id(1) == 0
@@ -281,7 +281,7 @@ def keys_kernel(
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it, unless ACT is not."""
-    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     X += sequence * x_batch + head * DIM
@@ -466,8 +466,8 @@ def position_gradients(
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
     blocks = cdiv(o.offsets, tile["BLOCK_O"])
     launch(positions_kernel, (o.pairs * blocks,),
-        ds, x, None, parts, o.center, o.frames, o.keys, 0, o.frames, 0, o.batch, blocks, o.heads, o.offsets, row,
-        x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, **tile,
+        ds, x, None, None, parts, o.center, o.frames, o.keys, 0, o.frames, 0, None, None, None, o.batch, blocks,
+        o.heads, o.offsets, row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, COLUMNS=1, **tile,
     )  # fmt: skip
     if not shared:
         return parts

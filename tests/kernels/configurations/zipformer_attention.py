@@ -11,8 +11,9 @@ def configurations(generation: int):
     like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
     wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA"), "fp32")
     strides = [f"{name}_{of}" for name in ("x", "k", "v") for of in ("time", "batch")] + ["ds_row"]
-    given = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32", "ACT": "fp32", "EQUAL": "fp32"}
-    words = {"PADDING": "padding", "MASK": "mask", "BOUNDS": "recordings", "EQUAL": "equal"}
+    given = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32", "PIECES": "i64", "ACT": "fp32", "EQUAL": "fp32"}
+    words = {"PADDING": "padding", "MASK": "mask", "EQUAL": "equal"}
+    words |= dict.fromkeys(("BOUNDS", "PIECES", "piece"), "recordings")
     words |= dict.fromkeys(("ACT", "penalty", "limit"), "penalty")
 
     def configuration(
@@ -27,6 +28,7 @@ def configurations(generation: int):
         packed = pos_dim == 4 and element != "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "VALUE_DIM": value_dim}
         fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
+        fixed |= {"COLUMNS": shapes["queries"]["BLOCK_N"]}
         absent = [tensor for tensor, word in words.items() if word not in label]
         fixed |= {"ADD": True, "WINDOW": "chunks" in label} | dict.fromkeys(absent)
         return Configuration(

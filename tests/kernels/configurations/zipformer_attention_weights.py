@@ -32,6 +32,7 @@ def configurations(generation: int):
         pointers = dict.fromkeys(like, element) | masked | ({"R": "i64"} if packed else {})
         pointers["PARTS"] = "fp64" if element == "fp32" else "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "PACKED": packed, "WIDE_POS": pos_dim, "PENALTY": False}
+        fixed |= {"ADD": False, "COLUMNS": 1} | dict.fromkeys(("PIECES", "piece", "held", "shares"))
         if "recorded" in label:
             pointers["ACT"] = "fp32"
         else:

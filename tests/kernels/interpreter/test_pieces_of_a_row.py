@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastasr import ops
-from fastasr.kernels import _recordings, rel_attention
+from fastasr import backend, ops
+from fastasr.kernels import _recordings, rel_attention, zipformer_attention
 
 FRAMES, LONGEST = 200, 60
 STARTS = torch.tensor([0, 60, 61, 80, 80, 90, 150])  # and 50 frames of no recording
@@ -16,9 +16,28 @@ BLOCK = 32
 SIZES = [(1, 1), (20, 1 << 15), (1024, 1 << 30)]  # programs of a kernel, and bytes of a piece
 
 
-def gradients(function, leaves, g):
-    leaves = [t.double().requires_grad_() for t in leaves]
-    return torch.autograd.grad(function(*leaves), leaves, g.double())
+CHUNKS = {"chunk_size": 8, "left_context_chunks": 1}
+PENALTY = {"score_penalty": 0.5, "score_limit": 2.01, "act": torch.ones(1)}
+EQUAL = {"equal": torch.ones(1)}
+
+
+@pytest.fixture
+def memory_of_nan():
+    """torch.empty returns NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def results(function, leaves, g):
+    """Returns the value and the gradients."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = function(*leaves)
+    return y, *torch.autograd.grad(y, leaves, g)
+
+
+def exact(function, leaves, g):
+    return results(function, [t.double() for t in leaves], g.double())
 
 
 def agree(found, expected):
@@ -38,7 +57,29 @@ def test_rel_attention(monkeypatch, programs, room):
     y, lse = rel_attention.rel_attention_forward(*leaves, *(None,) * 3, *masks, *options)
     found = rel_attention.rel_attention_backward(g, *leaves, *(None,) * 3, *masks, y, lse, *options)[:6]
     given = {"starts": STARTS, "context": (reach, reach), "pos_span": (reach, reach)}
-    agree(found, gradients(lambda *t: ops.rel_attention.definition(*t, **given), leaves, g))
+    agree((y, *found), exact(lambda *t: ops.rel_attention.definition(*t, **given), leaves, g))
+
+
+@pytest.mark.parametrize(("programs", "room"), SIZES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"value_heads": 1}, CHUNKS, PENALTY, CHUNKS | PENALTY, EQUAL, CHUNKS | PENALTY | EQUAL],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+def test_zipformer_attention(memory_of_nan, monkeypatch, programs, room, shared, options):
+    """Sequences have positions of their own, or share them. Scores are multiples of 1/64: rounding puts none on another
+    side of the limit."""
+    monkeypatch.setattr(zipformer_attention, "PROGRAMS", programs)
+    monkeypatch.setattr(zipformer_attention, "PIECE_BYTES", room)
+    batch, heads, dim, pos_dim = 2, 2, 16, 4
+    x = (4 * torch.randn(FRAMES, batch, heads * (2 * dim + pos_dim))).round() / 8
+    pos = (8 * torch.randn(1 if shared else batch, 2 * LONGEST - 1, heads * pos_dim)).round() / 8
+    value, g = torch.randn(2, FRAMES, batch, heads * 16)
+    leaves, sizes, given = (x, pos, value), (heads, dim), options | {"starts": STARTS}
+    with backend("triton"):
+        found = results(lambda *t: ops.zipformer_attention(*t, *sizes, **given), leaves, g)
+    agree(found, exact(lambda *t: ops.zipformer_attention.definition(*t, *sizes, **given), leaves, g))
 
 
 def test_pieces_follow_the_recordings():
