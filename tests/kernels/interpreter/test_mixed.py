@@ -15,8 +15,8 @@ def test_gated_depthwise_conv_of_bfloat16_with_parameters_of_float32():
     tensors += [0.3 * torch.randn(2, channels, taps)]
     mask = torch.arange(frames) >= torch.tensor([frames, frames - 2])[:, None]
     grad = torch.randn(frames, batch, channels)
-    y, _ = gated_depthwise_conv.gated_depthwise_conv_forward(*tensors, mask, None, chunk, True, True)
-    found = gated_depthwise_conv.gated_depthwise_conv_backward(grad, *tensors, mask, None, chunk, True)
+    y, _ = gated_depthwise_conv.gated_depthwise_conv_forward(*tensors, mask, None, None, chunk, True, True)
+    found = gated_depthwise_conv.gated_depthwise_conv_backward(grad, *tensors, mask, None, None, chunk, True)
     wide = [t.double().requires_grad_() for t in tensors]
     truth = ops.gated_depthwise_conv.definition(
         *wide, padding_mask=mask, chunk_size=chunk, activation="swoosh_r"
