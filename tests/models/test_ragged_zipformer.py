@@ -171,6 +171,19 @@ def test_a_training_step_of_unequal_lengths(causal):
     assert packing.repeated(torch.tensor([[1.0], [5.0], [2.0]])).flatten().tolist() == [1, 1, 1, 2, 2]
 
 
+def test_a_convolution_of_another_class():
+    """It is called for each recording, and sees no frames of its neighbours."""
+    model = encoder().double()
+    for stack in model.encoders:
+        layer = getattr(stack, "encoder", stack).layers[0]
+        layer.conv_module1.depthwise_conv = torch.nn.Sequential(layer.conv_module1.depthwise_conv)
+    x, x_lens, mask = batch(LENGTHS["mixed"])
+    with torch.no_grad():
+        found, counts = without_padding(model)(x, x_lens, mask)
+        for i, n in enumerate(LENGTHS["mixed"]):
+            close(found[: counts[i], i], alone(model, x[:, i : i + 1], n)[:, 0], 1e-11)
+
+
 def test_autocast():
     """The error of bfloat16 is that of the padded batch."""
     model = encoder()
