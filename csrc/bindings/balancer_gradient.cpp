@@ -101,9 +101,6 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"balancer_gradient(Tensor grad, Tensor x, float min_mean, float max_mean, float min_rms, float max_rms, float "
-     "grad_scale) -> Tensor",
-     Boxed<balancer_gradient>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(balancer_gradient))
 
 }  // namespace fastasr::bindings::balancer_gradient

@@ -127,8 +127,20 @@ void wrong_count(uint64_t arguments, uint64_t results) {
                            std::to_string(results) + " results, its function others");
 }
 
+std::string schema_of(const char* name, SchemaTypes arguments, SchemaTypes results) {
+  std::string text = std::string(name) + "(", comma;
+  char letter = 'a';
+  for (std::string type : arguments) {
+    if (type.back() == '!') type.replace(type.size() - 1, 1, std::string("(") + letter + "!)");
+    text += comma + type + ' ' + letter++, comma = ", ";
+  }
+  text += ") -> (", comma.clear();
+  for (const std::string type : results) text += comma + type, comma = ", ";
+  return text + ')';
+}
+
 void define(Library& library, std::initializer_list<Operator> operators) {
-  for (const Operator& o : operators) library.def(o.schema);
+  for (const Operator& o : operators) library.def(o.complete ? o.complete(o.schema).c_str() : o.schema);
 }
 
 void implement(Library& library, std::initializer_list<Operator> operators) {

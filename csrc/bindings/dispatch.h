@@ -175,15 +175,40 @@ void reduce_blocks(const C* parts, int64_t blocks, int64_t width, const Tensor& 
 // Raises an error: a schema has as many arguments or results.
 [[noreturn]] void wrong_count(uint64_t arguments, uint64_t results);
 
+// The type of an argument or result in a schema. An argument `Tensor`, taken by value, is written to: "Tensor!".
+template <typename T>
+constexpr const char* kSchemaType = kSchemaType<std::remove_cvref_t<T>>;
+// clang-format off
+template <> inline constexpr const char* kSchemaType<Tensor> = "Tensor";
+template <> inline constexpr const char* kSchemaType<Optional> = "Tensor?";
+template <> inline constexpr const char* kSchemaType<bool> = "bool";
+template <> inline constexpr const char* kSchemaType<int64_t> = "int";
+template <> inline constexpr const char* kSchemaType<double> = "float";
+template <> inline constexpr const char* kSchemaType<std::string> = "str";
+template <> inline constexpr const char* kSchemaType<std::vector<int64_t>> = "int[]";
+template <> inline constexpr const char* kSchemaType<std::vector<double>> = "float[]";
+template <> inline constexpr const char* kSchemaType<std::vector<Tensor>> = "Tensor[]";
+// clang-format on
+template <typename T>
+constexpr const char* kArgumentType = std::is_same_v<T, Tensor> ? "Tensor!" : kSchemaType<T>;
+using SchemaTypes = std::initializer_list<const char*>;
+std::string schema_of(const char* name, SchemaTypes arguments, SchemaTypes results);
+
 // Puts a function's results on the stack.
 template <typename R>
 struct Results {
   static constexpr uint64_t kCount = 1;
+  static std::string schema(const char* name, SchemaTypes arguments) {
+    return schema_of(name, arguments, {kSchemaType<R>});
+  }
   static void put(StableIValue* stack, R&& result) { *stack = torch::stable::detail::from(std::move(result)); }
 };
 template <typename... T>
 struct Results<std::tuple<T...>> {
   static constexpr uint64_t kCount = sizeof...(T);
+  static std::string schema(const char* name, SchemaTypes arguments) {
+    return schema_of(name, arguments, {kSchemaType<T>...});
+  }
   static void put(StableIValue* stack, std::tuple<T...>&& results) {
     std::apply([&](T&... result) { ((*stack++ = torch::stable::detail::from(std::move(result))), ...); }, results);
   }
@@ -191,6 +216,7 @@ struct Results<std::tuple<T...>> {
 template <>
 struct Results<void> {
   static constexpr uint64_t kCount = 0;
+  static std::string schema(const char* name, SchemaTypes arguments) { return schema_of(name, arguments, {}); }
 };
 
 // What torch's dispatcher calls in place of a function: it takes arguments from the stack and puts the results there.
@@ -203,6 +229,7 @@ struct Boxed<kFunction> {
     if (arguments != sizeof...(A) || results != Results<R>::kCount) wrong_count(arguments, results);
     on(stack, std::index_sequence_for<A...>());
   }
+  static std::string schema(const char* name) { return Results<R>::schema(name, {kArgumentType<A>...}); }
 
  private:
   template <size_t... I>
@@ -215,11 +242,16 @@ struct Boxed<kFunction> {
   }
 };
 
-// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and Boxed<function>::call.
+// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, or the name alone and Boxed::schema.
 struct Operator {
   const char* schema;
   void (*boxed)(StableIValue*, uint64_t, uint64_t);
+  std::string (*complete)(const char* name) = nullptr;
 };
+template <auto kFunction>
+constexpr Operator typed(const char* name) {
+  return {name, Boxed<kFunction>::call, Boxed<kFunction>::schema};
+}
 using Library = torch::stable::detail::StableLibrary;
 void define(Library& library, std::initializer_list<Operator> operators);
 void implement(Library& library, std::initializer_list<Operator> operators);
@@ -227,10 +259,13 @@ void implement(Library& library, std::initializer_list<Operator> operators);
 }  // namespace fastasr
 
 // A file ends with this in namespace fastasr: the operators that kernels of a declared op consist of. `written<f>`
-// stands for the schema and function of one whose arguments the declaration describes.
-#define FASTASR_OPERATORS(...)                                                            \
-  STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, library) { define(library, {__VA_ARGS__}); } \
-  STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, library) { implement(library, {__VA_ARGS__}); }
+// stands for one whose arguments the declaration describes, FASTASR_TYPED(f) for one that is called by position: its
+// schema follows from the types of f.
+#define FASTASR_OPERATORS(...) FASTASR_OPERATORS_ON(fastasr_cpu, CPU, __VA_ARGS__)
+#define FASTASR_OPERATORS_ON(name, key, ...)                                       \
+  STABLE_TORCH_LIBRARY_FRAGMENT(name, library) { define(library, {__VA_ARGS__}); } \
+  STABLE_TORCH_LIBRARY_IMPL(name, key, library) { implement(library, {__VA_ARGS__}); }
+#define FASTASR_TYPED(f) typed<f>(#f)
 
 // Operators outside every declaration. The first argument says why they need no fake function, autocast rule and
 // contract; tests/ops/test_native_operators.py reads it.

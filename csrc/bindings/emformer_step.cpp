@@ -68,9 +68,10 @@ Tensor rows_of(const Tensor& t, int64_t begin, int64_t end) {
 // Takes utterance (S, B, D), right_context (R, B, D), mems (1, B, D), which is ignored without memory; states (M, B,
 // D), (L, B, D) twice and (1, B) int32; lengths (B,) or none, history (2,) and kept (L,) as in cpu::EmformerSegment.
 // Returns the encoded utterance and right context, the next layer's mems and the four states after it.
-std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vector<double> eps, Tensor packed,
-                                        Tensor utterance, Tensor right_context, Tensor mems, std::vector<Tensor> states,
-                                        std::optional<Tensor> lengths, Tensor history, Tensor kept, int64_t threads) {
+std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vector<double> eps, const Tensor& packed,
+                                        const Tensor& utterance, const Tensor& right_context, const Tensor& mems,
+                                        std::vector<Tensor> states, const Optional& lengths, const Tensor& history,
+                                        const Tensor& kept, int64_t threads) {
   const EmformerLayout l = layout_of(numbers, eps);
   const int64_t dim = l.shape.dim;
   check_floats(packed, l.total, "packed");
@@ -132,12 +133,6 @@ std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vecto
 
 FASTASR_UNDECLARED(
     "fastasr/models/emformer/packed_step.py calls it without gradients, with tensors of a layer that it checked",
-    {"emformer_layer_pack(int[] numbers, float[] eps, Tensor[] weights, Tensor[] biases, "
-     "Tensor[] norms) -> Tensor",
-     Boxed<emformer_layer_pack>::call},
-    {"emformer_layer_step(int[] numbers, float[] eps, Tensor packed, Tensor utterance, "
-     "Tensor right_context, Tensor mems, Tensor[] states, Tensor? lengths, Tensor history, "
-     "Tensor kept, int threads) -> Tensor[]",
-     Boxed<emformer_layer_step>::call})
+    FASTASR_TYPED(emformer_layer_pack), FASTASR_TYPED(emformer_layer_step))
 
 }  // namespace fastasr::bindings::emformer_step

@@ -73,10 +73,10 @@ bool is_integers(const Tensor& t, std::initializer_list<int64_t> sizes) {
 // encoded (batch, frames, joint) with dense channels, lengths (batch,), state (batch, floats) and counters (batch,
 // fields), which are updated; rules: blank, skipped, most_symbols, together, most_steps. Returns tokens, moves and
 // scores (batch, most_steps), of which a sequence has the first steps (batch,), and these; no scores unless asked for.
-std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<double> eps, Tensor packed,
-                                  Tensor embedding, Tensor encoded, Tensor lengths, std::vector<int64_t> durations,
-                                  std::vector<int64_t> rules, double penalty, Tensor state, Tensor counters,
-                                  bool scored, int64_t threads) {
+std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<double> eps, const Tensor& packed,
+                                  const Tensor& embedding, const Tensor& encoded, const Tensor& lengths,
+                                  std::vector<int64_t> durations, std::vector<int64_t> rules, double penalty,
+                                  Tensor state, Tensor counters, bool scored, int64_t threads) {
   const GreedyLayout l = layout_of(numbers, eps);
   const cpu::GreedyShape& s = l.shape;
   check_floats(packed, l.bytes / 4, "packed");
@@ -134,14 +134,7 @@ std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<doub
 
 }  // namespace
 
-FASTASR_UNDECLARED(
-    "fastasr/models/transducer/label_looping.py calls it under no_grad, with tensors that it made",
-
-    {"greedy_pack(int[] numbers, float[] eps, Tensor[] lstm, Tensor[] linear, Tensor[] vectors) -> Tensor",
-     Boxed<greedy_pack>::call},
-    {"greedy_search(int[] numbers, float[] eps, Tensor packed, Tensor embedding, Tensor encoded, "
-     "Tensor lengths, int[] durations, int[] rules, float penalty, Tensor state, Tensor counters, "
-     "bool scored, int threads) -> Tensor[]",
-     Boxed<greedy_search>::call})
+FASTASR_UNDECLARED("fastasr/models/transducer/label_looping.py calls it under no_grad, with tensors that it made",
+                   FASTASR_TYPED(greedy_pack), FASTASR_TYPED(greedy_search))
 
 }  // namespace fastasr::bindings::greedy_search

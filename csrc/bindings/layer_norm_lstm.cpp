@@ -169,14 +169,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
 
 }  // namespace
 
-FASTASR_OPERATORS({"layer_norm_lstm_forward(Tensor input, Tensor? input_weight, Tensor hidden_weight, "
-                   "Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden, "
-                   "Tensor? cell, float eps, bool keep) -> (Tensor,Tensor, Tensor, Tensor)",
-                   Boxed<layer_norm_lstm_forward>::call},
-                  {"layer_norm_lstm_backward(Tensor? grad_y, Tensor? grad_hidden, Tensor? grad_cell, "
-                   "Tensor hidden_weight, Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, "
-                   "Tensor cell_bias, Tensor? cell, Tensor kept, int steps, int batch, float eps, bool need_state) "
-                   " -> (Tensor,Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   Boxed<layer_norm_lstm_backward>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(layer_norm_lstm_forward), FASTASR_TYPED(layer_norm_lstm_backward))
 
 }  // namespace fastasr::bindings::layer_norm_lstm

@@ -170,8 +170,8 @@ struct Scratch {
 // where there is none. lengths: nothing, or per block how many of the T rows each sequence has, the last ones; then the
 // caller handles the chunk's end. Returns (B, 1, D), then per block the new average, keys and values; nothing if this
 // step does not serve the arguments (the caller then takes the other path, which reports errors).
-std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor bias, Tensor embed, Tensor labels,
-                              std::vector<Tensor> states, std::vector<Tensor> lengths) {
+std::vector<Tensor> mega_step(const Tensor& packed, std::vector<int64_t> shape, const Tensor& bias, const Tensor& embed,
+                              const Tensor& labels, std::vector<Tensor> states, std::vector<Tensor> lengths) {
   const MegaLayout l = layout_of(shape, "mega_step");
   const auto [size, orders, key, value, inner, blocks] = l.shape;
   const int64_t chunk = shape[6];
@@ -336,10 +336,6 @@ Tensor mega_stack(std::vector<Tensor> states) {
 }  // namespace
 
 FASTASR_UNDECLARED("fastasr/models/mega/decoding.py calls it under no_grad, with tensors of a decoder that it checked",
-                   {"mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Tensor", Boxed<mega_pack>::call},
-                   {"mega_step(Tensor packed, int[] shape, Tensor bias, Tensor embed, Tensor labels, "
-                    "Tensor[] states, Tensor[] lengths) -> Tensor[]",
-                    Boxed<mega_step>::call},
-                   {"mega_stack(Tensor[] states) -> Tensor", Boxed<mega_stack>::call})
+                   FASTASR_TYPED(mega_pack), FASTASR_TYPED(mega_step), FASTASR_TYPED(mega_stack))
 
 }  // namespace fastasr::bindings::mega_step

@@ -32,7 +32,7 @@ void over_rows(const cpu::NonlinAttentionRows& rows, F f) {
 
 }  // namespace
 
-Tensor gate(const Tensor& p) {
+Tensor nonlin_attention_gate(const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_gate");
   Tensor x = make(p, rows, rows.width);
   with_kernel_type(dtype_of(p), "nonlin_attention_gate", [&]<typename T>() {
@@ -44,7 +44,7 @@ Tensor gate(const Tensor& p) {
   return x;
 }
 
-Tensor product(const Tensor& p, const Tensor& o) {
+Tensor nonlin_attention_product(const Tensor& p, const Tensor& o) {
   const auto rows = checked(p, "nonlin_attention_product");
   check_rows(o, p, true, "nonlin_attention_product", "o");
   Tensor y = make(p, rows, rows.width);
@@ -59,7 +59,7 @@ Tensor product(const Tensor& p, const Tensor& o) {
 
 namespace {
 
-std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
+std::tuple<Tensor, Tensor> nonlin_attention_operands(const Tensor& grad, const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_operands");
   check_rows(grad, p, false, "nonlin_attention_operands", "grad");
   Tensor x = new_like(grad), u = new_like(grad);
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
   return {x, u};
 }
 
-Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Tensor& o) {
+Tensor nonlin_attention_gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Tensor& o) {
   const auto rows = checked(p, "nonlin_attention_gradient");
   check_rows(dx, p, true, "nonlin_attention_gradient", "dx");
   check_rows(grad, p, false, "nonlin_attention_gradient", "grad");
@@ -89,11 +89,7 @@ Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Ten
 
 }  // namespace
 
-FASTASR_OPERATORS({"nonlin_attention_gate(Tensor projected) -> Tensor", Boxed<gate>::call},
-                  {"nonlin_attention_product(Tensor projected, Tensor o) -> Tensor", Boxed<product>::call},
-                  {"nonlin_attention_operands(Tensor grad, Tensor projected) -> (Tensor, Tensor)",
-                   Boxed<operands>::call},
-                  {"nonlin_attention_gradient(Tensor dx, Tensor grad, Tensor projected, Tensor o) -> Tensor",
-                   Boxed<gradient>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(nonlin_attention_gate), FASTASR_TYPED(nonlin_attention_product),
+                  FASTASR_TYPED(nonlin_attention_operands), FASTASR_TYPED(nonlin_attention_gradient))
 
 }  // namespace fastasr::bindings::nonlin_attention

@@ -123,12 +123,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
 
 }  // namespace
 
-FASTASR_OPERATORS({"residual_norm_forward(Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, "
-                   "Tensor weight, Tensor bias, float eps, int activation, bool keep_statistics) -> (Tensor, Tensor)",
-                   Boxed<residual_norm_forward>::call},
-                  {"residual_norm_backward(Tensor grad, Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, "
-                   "Tensor? mask, Tensor weight, Tensor bias, Tensor? statistics, float eps, int activation) -> "
-                   "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   Boxed<residual_norm_backward>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(residual_norm_forward), FASTASR_TYPED(residual_norm_backward))
 
 }  // namespace fastasr::bindings::residual_norm

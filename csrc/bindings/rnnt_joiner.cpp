@@ -212,23 +212,8 @@ void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, co
 
 }  // namespace
 
-FASTASR_OPERATORS({"rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boundary, int s_range, int outputs, "
-                   "Tensor? grad_symbol, Tensor? grad_blank) -> Tensor",
-                   Boxed<rnnt_joiner_rows>::call},
-                  {"rnnt_joiner_hidden(Tensor am, Tensor lm, Tensor rows, int activation, Tensor(a!) out) -> ()",
-                   Boxed<rnnt_joiner_hidden>::call},
-                  {"rnnt_joiner_dropout(Tensor rows, Tensor seed, float p, Tensor(a!) x) -> ()",
-                   Boxed<rnnt_joiner_dropout>::call},
-                  {"rnnt_joiner_scores(Tensor logits, Tensor rows, int termination_symbol, bool hat, "
-                   "Tensor(a!) symbol_logprobs, Tensor(b!) blank_logprobs, Tensor(c!) duration_logprobs, "
-                   "Tensor(d!) normaliser) -> ()",
-                   Boxed<rnnt_joiner_scores>::call},
-                  {"rnnt_joiner_logits_gradient(Tensor logits, Tensor rows, Tensor normaliser, Tensor grad_symbol, "
-                   "Tensor grad_blank, Tensor grad_durations, int termination_symbol, bool hat, Tensor(a!) out, "
-                   "Tensor(b!) dbias) -> ()",
-                   Boxed<rnnt_joiner_logits_gradient>::call},
-                  {"rnnt_joiner_hidden_gradient(Tensor dhidden, Tensor hidden, Tensor rows, int activation, "
-                   "Tensor(a!) dam, Tensor(b!) dlm) -> ()",
-                   Boxed<rnnt_joiner_hidden_gradient>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(rnnt_joiner_rows), FASTASR_TYPED(rnnt_joiner_hidden),
+                  FASTASR_TYPED(rnnt_joiner_dropout), FASTASR_TYPED(rnnt_joiner_scores),
+                  FASTASR_TYPED(rnnt_joiner_logits_gradient), FASTASR_TYPED(rnnt_joiner_hidden_gradient))
 
 }  // namespace fastasr::bindings::rnnt_joiner

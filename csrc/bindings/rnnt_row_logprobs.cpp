@@ -109,11 +109,6 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
 }  // namespace
 
 FASTASR_UNDECLARED("fastasr/rnnt/rows.py registers the operator over it, with its fake function and gradients",
-                   {"rnnt_row_logprobs_forward(Tensor logits, Tensor symbols, int blank, bool hat) -> "
-                    "(Tensor, Tensor, Tensor)",
-                    Boxed<rnnt_row_logprobs_forward>::call},
-                   {"rnnt_row_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor(a!) logits, Tensor symbols, "
-                    "Tensor normaliser, int blank, bool hat, bool in_place) -> Tensor",
-                    Boxed<rnnt_row_logprobs_backward>::call})
+                   FASTASR_TYPED(rnnt_row_logprobs_forward), FASTASR_TYPED(rnnt_row_logprobs_backward))
 
 }  // namespace fastasr::bindings::rnnt_row_logprobs

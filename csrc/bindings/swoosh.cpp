@@ -120,11 +120,6 @@ std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, 
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"swoosh_forward(Tensor x, bool swoosh_r, Tensor? mask, int shared_dim, Tensor? mask_row) -> Tensor",
-     Boxed<swoosh_forward>::call},
-    {"swoosh_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor? mask, int shared_dim, Tensor? mask_row, "
-     "bool need_output) -> (Tensor, Tensor)",
-     Boxed<swoosh_backward>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(swoosh_forward), FASTASR_TYPED(swoosh_backward))
 
 }  // namespace fastasr::bindings::swoosh

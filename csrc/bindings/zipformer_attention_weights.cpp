@@ -169,9 +169,9 @@ struct PackedProblem {
 }  // namespace
 
 // Returns W (heads, 1, T, T) of each sequence that has rows.
-std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optional pos, std::vector<int64_t> lengths,
-                                                               int64_t heads, int64_t query_dim, int64_t chunk,
-                                                               int64_t left_chunks) {
+std::vector<Tensor> zipformer_attention_weights_packed_forward(const Tensor& x, const Optional& pos,
+                                                               std::vector<int64_t> lengths, int64_t heads,
+                                                               int64_t query_dim, int64_t chunk, int64_t left_chunks) {
   const char* op = "zipformer_attention_weights_packed_forward";
   const PackedProblem problem(x, pos, lengths, heads, query_dim, chunk, left_chunks, op);
   const int64_t count = problem.count();
@@ -218,9 +218,9 @@ void add_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_
 // Returns dx and dpos, which has no elements without positions. `first` holds a second gradient of the first head's
 // weights, (1, 1, T, T) of each sequence, or nothing.
 std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
-    std::vector<Tensor> grads, std::vector<Tensor> first_head, std::vector<Tensor> weights, Tensor x, Optional pos,
-    std::vector<int64_t> lengths, int64_t heads, int64_t query_dim, int64_t chunk, int64_t left_chunks, double penalty,
-    double limit) {
+    std::vector<Tensor> grads, std::vector<Tensor> first_head, std::vector<Tensor> weights, const Tensor& x,
+    const Optional& pos, std::vector<int64_t> lengths, int64_t heads, int64_t query_dim, int64_t chunk,
+    int64_t left_chunks, double penalty, double limit) {
   const char* op = "zipformer_attention_weights_packed_backward";
   PackedProblem problem(x, pos, lengths, heads, query_dim, chunk, left_chunks, op);
   const int64_t count = problem.count();
@@ -308,12 +308,7 @@ FASTASR_OPERATORS(written<zipformer_attention_weights_forward>, written<zipforme
 FASTASR_UNDECLARED(
     "fastasr/models/zipformer/packed_weights.py calls it in a node of autograd, for plain tensors outside autocast and "
     "tracing",
-    {"zipformer_attention_weights_packed_forward(Tensor x, Tensor? pos, int[] lengths, int num_heads, "
-     "int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor[]",
-     Boxed<zipformer_attention_weights_packed_forward>::call},
-    {"zipformer_attention_weights_packed_backward(Tensor[] grads, Tensor[] first_head, Tensor[] weights, Tensor x, "
-     "Tensor? pos, int[] lengths, int num_heads, int query_head_dim, int chunk_size, "
-     "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor)",
-     Boxed<zipformer_attention_weights_packed_backward>::call})
+    FASTASR_TYPED(zipformer_attention_weights_packed_forward),
+    FASTASR_TYPED(zipformer_attention_weights_packed_backward))
 
 }  // namespace fastasr::bindings::zipformer_attention_weights
