@@ -22,8 +22,7 @@ Tensor clamped_linear_forward(Tensor z, double low, double high, int64_t activat
   const char* op = "clamped_linear_forward";
   check_clamped(z, activation, op);
   Tensor y = in_place ? z : new_pooled_like(z);
-  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ClampKernels<T>>();
+  with_kernels<cpu::ClampKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const auto inner = bounds<T>(low, high), outer = bounds<T>(next_low, next_high);
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
@@ -41,8 +40,7 @@ Tensor clamped_linear_backward(const Tensor& grad, const Tensor& z, double low, 
   check_clamped(z, activation, op);
   check_same_size(grad, z, op, "grad");
   Tensor dz = new_pooled_like(z);
-  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ClampKernels<T>>();
+  with_kernels<cpu::ClampKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const auto inner = bounds<T>(low, high), outer = bounds<T>(next_low, next_high);
     const T *g = data<T>(grad), *from = data<T>(z);
     T* to = mutable_data<T>(dz);

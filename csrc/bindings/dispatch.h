@@ -30,6 +30,7 @@ namespace fastasr {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Returns Tensor::scalar_type(), which would be compiled into every file that calls it.
 ScalarType dtype_of(const Tensor& t);
@@ -45,6 +46,10 @@ const T* data_or_null(const Optional& t) {
 template <typename T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+template <typename T>
+T* mutable_or_null(const Tensor& t) {  // null without elements
+  return t.numel() ? mutable_data<T>(t) : nullptr;
 }
 
 // Declines the call: throws std::invalid_argument with the operator's name and the reason, pieces of text and numbers.
@@ -95,6 +100,17 @@ void with_compute_type(ScalarType dtype, const char* op, F&& f) {
   f.template operator()<float>();
 }
 
+// Calls f.template operator()<T>(kernels) with t's kernel type T and the kernels K of it; of all types, or of float and
+// double.
+template <template <typename> typename K, typename F>
+void with_kernels(const Tensor& t, const char* op, F&& f) {
+  with_kernel_type(dtype_of(t), op, [&]<typename T>() { f.template operator()<T>(cpu::kernels<K<T>>()); });
+}
+template <template <typename> typename K, typename F>
+void with_wide_kernels(const Tensor& t, const char* op, F&& f) {
+  with_compute_type(dtype_of(t), op, [&]<typename T>() { f.template operator()<T>(cpu::kernels<K<T>>()); });
+}
+
 // The dtype that a tensor, or a kernel type, is computed in; parameters are passed in it.
 constexpr ScalarType compute_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -104,20 +120,21 @@ constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Doub
 
 // Makes a new tensor of t's device, and of its dtype unless another one is given. torch::stable::empty_like looks its
 // op up by name at every call, which costs more than a small kernel.
-Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides,
-                   std::optional<ScalarType> dtype = {});
-Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = {});
+Tensor new_strided(const Tensor& t, Sizes sizes, Sizes strides, std::optional<ScalarType> dtype = {});
+Tensor new_contiguous(const Tensor& t, Sizes sizes, std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t);  // of t's sizes
 Tensor new_like(const Tensor& t);        // with t's sizes and strides
 Tensor new_without_elements(const Tensor& t);
+Tensor new_like(const Optional& t, const Tensor& other);  // like t; or without elements, of the other's dtype
+std::vector<int64_t> contiguous_strides(Sizes sizes);
 
 // Returns the elements from one row to the next of a tensor seen as rows of its last dimension: slices of a wider
 // tensor qualify.
 int64_t row_stride(const Tensor& t, const char* op, const char* name);
 
-bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes);
+bool has_sizes(const Tensor& t, Sizes sizes);
 // Says whether t is contiguous and has this dtype and these sizes.
-bool is_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes);
+bool is_dense(const Tensor& t, ScalarType dtype, Sizes sizes);
 void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name);
 void check_same_size(const Tensor& t, const Tensor& reference, const char* op, const char* name);
 

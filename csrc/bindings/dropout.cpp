@@ -2,8 +2,6 @@
 #include "cpu/rows/dropout.h"
 
 #include <cstring>
-#include <tuple>
-#include <vector>
 
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
@@ -54,8 +52,7 @@ class GeneratorState {
 
 Tensor new_mask(const Tensor& like, const Tensor& bytes) {
   // of the generator's dtype, which is that of the mask
-  const int64_t size = like.numel(), stride = 1;
-  return new_strided(bytes, 1, &size, &stride);
+  return new_contiguous(bytes, {like.numel()});
 }
 
 const cpu::DropoutKernels& kernels() { return cpu::kernels<cpu::DropoutKernels>(); }

@@ -2,9 +2,6 @@
 #ifdef FASTASR_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include <initializer_list>
-#include <tuple>
-
 #include "bindings/dispatch.h"
 #include "cuda/ema_scan.h"
 

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <tuple>
-#include <vector>
-
 #include "bindings/dispatch.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/reduced_gemm.h"

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/streaming/mega_step.h"
 
-#include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <memory>
-#include <vector>
 
 #include "bindings/packed_weights.h"
 #include "cpu/support/history.h"
@@ -45,35 +44,16 @@ Tensor mega_pack(std::vector<int64_t> shape, std::vector<Tensor> weights, std::v
   float* arena = mutable_data<float>(packed);
   parallel_range(l.shape.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
-      const float* p[kParameters];
-      for (int64_t i = 0; i < kParameters; i++) p[i] = data<float>(weights[static_cast<size_t>(b * kParameters + i)]);
+      const float* pointers[kParameters];
+      for (int64_t i = 0; i < kParameters; i++)
+        pointers[i] = data<float>(weights[static_cast<size_t>(b * kParameters + i)]);
+      cpu::MegaParameters p;
+      static_assert(offsetof(cpu::MegaParameters, norm_eps) == sizeof(pointers));
+      std::memcpy(&p, pointers, sizeof(pointers));
       const auto e = static_cast<size_t>(2 * b);
+      p.norm_eps = static_cast<float>(eps[e]), p.outer_norm_eps = static_cast<float>(eps[e + 1]);
       std::memset(arena + b * l.block, 0, static_cast<size_t>(l.weight[0]) * 4);
-      cpu::mega_pack_block(l,
-                           {p[0],
-                            p[1],
-                            p[2],
-                            p[3],
-                            p[4],
-                            p[5],
-                            p[6],
-                            p[7],
-                            p[8],
-                            p[9],
-                            p[10],
-                            p[11],
-                            p[12],
-                            p[13],
-                            p[14],
-                            p[15],
-                            p[16],
-                            p[17],
-                            p[18],
-                            p[19],
-                            p[20],
-                            static_cast<float>(eps[e]),
-                            static_cast<float>(eps[e + 1])},
-                           arena + b * l.block);
+      cpu::mega_pack_block(l, p, arena + b * l.block);
     }
   });
   cpu::mega_pack_final(l, data<float>(weights[weights.size() - 2]), data<float>(weights[weights.size() - 1]),

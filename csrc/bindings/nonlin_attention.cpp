@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/nonlin_attention.h"
 
-#include <tuple>
-
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 
@@ -35,8 +33,7 @@ void over_rows(const cpu::NonlinAttentionRows& rows, F f) {
 Tensor nonlin_attention_gate(const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_gate");
   Tensor x = make(p, rows, rows.width);
-  with_kernel_type(dtype_of(p), "nonlin_attention_gate", [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
+  with_kernels<cpu::NonlinAttentionKernels>(p, "nonlin_attention_gate", [&]<typename T>(const auto& kernel) {
     const T* pp = data<T>(p);
     T* xp = mutable_data<T>(x);
     over_rows(rows, [&](int64_t b, int64_t e) { kernel.gate(pp, xp, rows, b, e); });
@@ -48,8 +45,7 @@ Tensor nonlin_attention_product(const Tensor& p, const Tensor& o) {
   const auto rows = checked(p, "nonlin_attention_product");
   check_rows(o, p, true, "nonlin_attention_product", "o");
   Tensor y = make(p, rows, rows.width);
-  with_kernel_type(dtype_of(p), "nonlin_attention_product", [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
+  with_kernels<cpu::NonlinAttentionKernels>(p, "nonlin_attention_product", [&]<typename T>(const auto& kernel) {
     const T *pp = data<T>(p), *op = data<T>(o);
     T* yp = mutable_data<T>(y);
     over_rows(rows, [&](int64_t b, int64_t e) { kernel.product(pp, op, yp, rows, b, e); });
@@ -63,8 +59,7 @@ std::tuple<Tensor, Tensor> nonlin_attention_operands(const Tensor& grad, const T
   const auto rows = checked(p, "nonlin_attention_operands");
   check_rows(grad, p, false, "nonlin_attention_operands", "grad");
   Tensor x = new_like(grad), u = new_like(grad);
-  with_kernel_type(dtype_of(p), "nonlin_attention_operands", [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
+  with_kernels<cpu::NonlinAttentionKernels>(p, "nonlin_attention_operands", [&]<typename T>(const auto& kernel) {
     const T *gp = data<T>(grad), *pp = data<T>(p);
     T *xp = mutable_data<T>(x), *up = mutable_data<T>(u);
     over_rows(rows, [&](int64_t b, int64_t e) { kernel.operands(gp, pp, xp, up, rows, b, e); });
@@ -78,8 +73,7 @@ Tensor nonlin_attention_gradient(const Tensor& dx, const Tensor& grad, const Ten
   check_rows(grad, p, false, "nonlin_attention_gradient", "grad");
   check_rows(o, p, true, "nonlin_attention_gradient", "o");
   Tensor dp = make(p, rows, 3 * rows.width);
-  with_kernel_type(dtype_of(p), "nonlin_attention_gradient", [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
+  with_kernels<cpu::NonlinAttentionKernels>(p, "nonlin_attention_gradient", [&]<typename T>(const auto& kernel) {
     const T *dxp = data<T>(dx), *gp = data<T>(grad), *pp = data<T>(p), *op = data<T>(o);
     T* dpp = mutable_data<T>(dp);
     over_rows(rows, [&](int64_t b, int64_t e) { kernel.gradient(dxp, gp, pp, op, dpp, rows, b, e); });

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/swoosh.h"
 
-#include <tuple>
-
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/weighted_values.h"
 
-#include <algorithm>
 #include <memory>
-#include <tuple>
-#include <vector>
 
 #include "bindings/attention_work.h"
 #include "bindings/layer_parts.h"

@@ -3,8 +3,6 @@
 
 #include <cmath>
 #include <numeric>
-#include <tuple>
-#include <vector>
 
 #include "bindings/column_sums.h"
 #include "bindings/layer_parts.h"

@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/streaming/zipformer_chunk.h"
 
-#include <algorithm>
-#include <string>
-#include <vector>
-
 #include "bindings/packed_weights.h"
 #include "bindings/pooled.h"
 

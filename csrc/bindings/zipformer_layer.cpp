@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
 #include <array>
-#include <vector>
 
 #include "bindings/layer_parts.h"
 #include "bindings/packed.h"
