@@ -14,13 +14,14 @@ constexpr int64_t kChain = 2;  // panels in a chain of sums: 64 terms cost 2 % o
 template <int R, int N, bool kColumns, typename C>
 FASTASR_INLINE void piece(const C* __restrict a, int64_t a_block, const C* __restrict b, int64_t depth, C* __restrict c,
                           bool add) {
+  constexpr int64_t kStep = kColumns ? kChain * kPanel : kPanel;
   for (int64_t first = 0; first == 0 || first < depth; first += kChain * kPanel) {  // no terms: zeros
     const int64_t end = first + kChain * kPanel < depth ? first + kChain * kPanel : depth;
     alignas(64) C acc[R][N];
     UNROLL for (int m = 0; m < R; m++) SIMD for (int n = 0; n < N; n++) acc[m][n] = 0;
-    for (int64_t i = first; i < end; i += kPanel) {
-      const C* __restrict ai = a + i / kPanel * a_block, * __restrict bi = b + i * kPanel;
-      const int64_t terms = end - i < kPanel ? end - i : kPanel;
+    for (int64_t i = first; i < end; i += kStep) {
+      const C* __restrict ai = kColumns ? a + i * kPanel : a + i / kPanel * a_block, * __restrict bi = b + i * kPanel;
+      const int64_t terms = end - i < kStep ? end - i : kStep;
       for (int64_t k = 0; k < terms; k++) {
         UNROLL for (int m = 0; m < R; m++) {
           const C v = ai[kColumns ? k * kPanel + m : m * kPanel + k];
@@ -78,7 +79,7 @@ void rows(const C* a, int64_t a_block, const C* b, int64_t depth, C* c, bool add
 }
 template <typename C>
 void columns(const C* a, const C* b, int64_t depth, C* c, bool add, TilePart part) {
-  tile<C, true>(a, kPanel * kPanel, b, depth, c, add, part);
+  tile<C, true>(a, 0, b, depth, c, add, part);
 }
 
 }  // namespace
