@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
                                            channels / 2);
                      return;
                    }
-                   if (dropped.mask) dropped.apply<T>(g, to, at, e - b * channels);
+                   if (dropped.mask) dropped.apply<T>(g, to, at, (e - b) * channels);
                    const T* dy = dropped.mask ? to : g;
                    kernel.backward(static_cast<int>(activation), dy + at, from + at, to + at, part, e - b, channels);
                  });
