@@ -257,7 +257,11 @@ def offsets_kernel(
         ds = tl.load(DS + (start + lanes)[None, :])  # [BLOCK, BLOCK]
         r = base + start + lanes
         if EDGES is None:
-            pos = load_rows(POS, r, r_time, d, (r >= 0) & (r < frames + keys - 1), DIM)  # [BLOCK, BLOCK_D]
+            inside = (r >= 0) & (r < frames + keys - 1)
+            if BOUNDS is not None:
+                r -= keys - 1 - before
+                inside = (r >= 0) & (r <= before + behind)
+            pos = load_rows(POS, r, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
             dq = tl.dot(ds, pos, dq)
         else:
             distance = r - (keys - 1)

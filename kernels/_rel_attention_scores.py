@@ -88,10 +88,10 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 # tensors: (Q, K, V, POS, U, W, head, span); the first three begin at a head of a sequence, the others may be None,
 # because a function returns no None. span: (EDGES, row, side, r_time, r_head, before, behind) with the strides of POS
 # between rows and heads, and how many frames before and behind a query have rows; EDGES + row + i is the product of
-# query i and the first row, ``side`` further that of the last one; EDGES is None where every key has a row. masks:
-# (PADDING, MASK, sequence, mask_batch, first and end of the keys in the queries' context), either or None. biases:
-# (BIAS, GATE, KEY_BIAS, head, row, heads, c_batch, c_head), where ``row`` is the sequence's first of (sequence, frame),
-# and the last two are strides of KEY_BIAS; each may be None
+# query i and the first row, ``side`` further that of the last one; EDGES is None where no query sees keys beyond.
+# masks: (PADDING, MASK, sequence, mask_batch, first and end of the keys in the queries' context), either or None.
+# biases: (BIAS, GATE, KEY_BIAS, head, row, heads, c_batch, c_head), where ``row`` is the sequence's first of (sequence,
+# frame), and the last two are strides of KEY_BIAS; each may be None
 @triton.jit
 def of_head(
     Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
@@ -178,6 +178,9 @@ def band(
         r = start + tl.arange(0, BLOCK_N)
         if EDGES is None:
             keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
+            if sizes[5] is not None:
+                r -= sizes[1] - 1 - before
+                keep_r = (r >= 0) & (r <= before + behind)
             scores = query_key(
                 rows, Q, i, q_time, keep_i, POS, r, r_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W
             )  # fmt: skip

@@ -221,8 +221,8 @@ def rel_attention_forward(
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
     table = None if starts is None else bounds(starts, frames)
     shapes = _tiles(q, v, attn_mask, dropout_p, window, starts is not None)
-    tile, span = shapes["forward"], _span(q, pos, before, behind)
-    edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
+    tile, span = shapes["forward"], _span(q, k, pos, before, behind)
+    edges = _edges(q, pos, bias_v, span, sizes, starts is not None, shapes["edges"])
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
@@ -248,12 +248,14 @@ def _shared(key_bias: torch.Tensor | None) -> tuple[int, int]:
 
 
 def _span(
-    q: torch.Tensor, pos: torch.Tensor | None, before: int, behind: int
+    q: torch.Tensor, k: torch.Tensor, pos: torch.Tensor | None, before: int, behind: int
 ) -> tuple[int, int, int, int, int]:
     """Returns the kernels' (side, r_time, r_head, before, behind), see ``scores_of``."""
     batch, frames, heads, _ = q.shape
     if pos is None:
         return 0, 0, 0, 0, 0
+    if before < 0:
+        before, behind = k.shape[1] - 1, frames - 1
     return batch * heads * frames, pos.stride(0), pos.stride(1) * (pos.shape[1] > 1), before, behind
 
 
@@ -262,13 +264,18 @@ def _edges(
     pos: torch.Tensor | None,
     bias_v: torch.Tensor | None,
     span: tuple[int, int, int, int, int],
-    before: int,
+    sizes: tuple[int, int, int, int, int],
+    recordings: bool,
     tile: dict[str, int],
 ) -> torch.Tensor | None:
-    """Returns the products (2, B, H, T) with the first and the last row of R, None where every key has a row."""
-    if pos is None or before < 0:
-        return None
+    """Returns the products (2, B, H, T) with the first and the last row of R, None where every key that a query sees
+    has a row."""
     batch, frames, heads, dim = q.shape
+    _, keys, _, left, right = sizes
+    *_, before, behind = span
+    every = (before, behind) == (keys - 1, frames - 1)
+    if pos is None or every or (recordings and 0 <= left <= before and 0 <= right <= behind):
+        return None
     edges = q.new_empty(2, batch, heads, frames, dtype=torch.float32)
     blocks = cdiv(frames, tile["BLOCK"])
     launch(edges_kernel, (heads * batch * blocks,),
@@ -367,10 +374,10 @@ def rel_attention_backward(
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p, window, starts is not None)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
-    span = _span(q, pos, before, behind)
+    span = _span(q, k, pos, before, behind)
     strides = *_strides(q, k, v, grad), mask_stride(attn_mask), *_shared(key_bias), *span
     last = _last(dim, dropout_p, soft_cap)
-    edges = _edges(q, pos, bias_v, span, before, shapes["edges"])
+    edges = _edges(q, pos, bias_v, span, sizes, starts is not None, shapes["edges"])
     operands = (
         grad, q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
         as_bytes(key_padding_mask), as_bytes(attn_mask), table, dropout_seed if dropout_p else None, lse,
@@ -414,9 +421,10 @@ def rel_attention_backward(
     ds = q.new_empty(pairs * size) if by_offset else None
     low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, frames + keys - 1)
     first_row, last_row = low, high  # the offsets of dR's rows that ``positions`` adds up
-    if edges is not None:  # those between the first row and the last one
-        first_row = max(low, keys - before)
-        last_row = max(first_row, min(high, keys - 1 + behind))
+    *_, before, behind = span
+    if pos is not None:  # with edges those between the first row and the last one
+        first_row = max(low, keys - 1 - before + (edges is not None))
+        last_row = max(first_row, min(high, keys + behind - (edges is not None)))
     parts, bias_parts = None, None
     if pos is not None:
         parts = torch.zeros(groups, last_row - first_row, width, dtype=shares, device=q.device)
@@ -426,7 +434,7 @@ def rel_attention_backward(
         shape = len(held), groups, high - low, heads
         bias_parts = torch.zeros(shape, dtype=shares, device=q.device)
     tables = [(parts, bias_parts, low, high)]
-    if edges is not None:
+    if (first_row, last_row) != (low, high):
         tables = [(parts, None, first_row, last_row), (None, bias_parts, low, high)]
     shared = (
         pos is not None and pos.shape[1] < heads
@@ -459,7 +467,7 @@ def rel_attention_backward(
                     q.stride(1), q.stride(0), *order, row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
                 )  # fmt: skip
     if dpos is not None:
-        at = first_row if edges is None else first_row - (keys - 1) + before
+        at = first_row - (keys - 1) + before
         inner = dpos[at : at + last_row - first_row]
         if len(inner) + (0 if edges is None else 2) < len(dpos):  # the other offsets have no pair
             dpos.zero_()
