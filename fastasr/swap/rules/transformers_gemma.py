@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from operator import attrgetter
 
-from fastasr.swap import forwards as models
+from fastasr.swap.forwards import gemma as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules.conformer import attention_rule, norm_convolution_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU
@@ -16,8 +16,9 @@ _LINEARS = ("q_proj", "k_proj", "v_proj")
 
 
 def _structure(module: Upstream, children: tuple[str, ...], buffers: tuple[str, ...]) -> str | None:
-    reason = check_parameters(module, {"per_dim_scale": (module.head_dim,)}, allowed_buffers=buffers)
-    reason = reason or check_child_names(module, (*_LINEARS, *children))
+    reason = check_parameters(
+        module, {"per_dim_scale": (module.head_dim,)}, allowed_buffers=buffers
+    ) or check_child_names(module, (*_LINEARS, *children))
     if reason is None and module.max_future_horizon:
         return f"the queries see {module.max_future_horizon} frames behind them, expected 0"
     return reason
@@ -65,7 +66,7 @@ def _part(*children: str) -> Callable:
         reason = check_parameters(module, {}, allowed_buffers=("gradient_clipping",))  # Gemma 3n's have it.
         reason = reason or check_child_names(module, children)
         for name in children:
-            reason = reason or unread_child(module, name, "SiLUActivation", SILU)
+            reason = reason or unread_child(module, name, *SILU)
             for class_name, code in _READ.items():
                 reason = reason or unread_child(module, name, class_name, {code})
         return reason or (_plain_conv(module.conv) if "conv" in children else _clipped(module))

@@ -2,11 +2,9 @@
 """Rules for the Conformers of transformers' Granite Speech 3.3 to 4.1, their Plus, and Granite Speech 5."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
+from fastasr.swap.forwards import granite as models
+from fastasr.swap.rule import Known, Rule, Upstream, holds, unread_child
 from fastasr.swap.rules import transformers_parakeet as parakeet
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 
@@ -24,13 +22,9 @@ _PRINTS = {
 }  # fmt: skip
 
 
-def _children(*names: Any) -> Callable[[Upstream], str | None]:
-    return lambda module: check_parameters(module, {}) or check_child_names(module, names)
-
-
 def _convolution_structure(module: Upstream) -> str | None:
     children = ("norm", "up_conv", "glu", "depth_conv", "silu", "batch_norm", "down_conv", "dropout")
-    reason = _children(*children)(module)
+    reason = holds(*children)(module)
     for name, prints in _PRINTS.items():
         reason = reason or unread_child(module, "depth_conv", f"{name}ConformerDepthWiseConv1d", {prints[-1]})
     if reason is None and module.glu.dim != 1:
@@ -41,7 +35,7 @@ def _convolution_structure(module: Upstream) -> str | None:
 def _attention5_structure(module: Upstream) -> str | None:
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
-    return _children("q_proj", "k_proj", "v_proj", "o_proj", "rel_pos_emb")(module)
+    return holds("q_proj", "k_proj", "v_proj", "o_proj", "rel_pos_emb")(module)
 
 
 def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: object) -> tuple[Rule, ...]:
@@ -50,7 +44,7 @@ def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: ob
             name=f"transformers.{name}_attention",
             class_name=f"{name}ConformerAttention",
             forward=models.granite_speech_attention,
-            structure=_children("pre_norm", "to_q", "to_kv", "to_out", "rel_pos_emb", "dropout"),
+            structure=holds("pre_norm", "to_q", "to_kv", "to_out", "rel_pos_emb", "dropout"),
             known={attention: _FROM_5_18},
             hooks=parakeet.CAPTURING,
         ),
@@ -65,7 +59,7 @@ def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: ob
             name=f"transformers.{name}_feed_forward",
             class_name=f"{name}ConformerFeedForward",
             forward=models.granite_speech_feed_forward,
-            structure=_children("pre_norm", "up_proj", "silu", "dropout", "down_proj"),
+            structure=holds("pre_norm", "up_proj", "silu", "dropout", "down_proj"),
             known={feed_forward: _FROM_5_18},
         ),
     )
@@ -84,7 +78,7 @@ CONVOLUTION5 = convolution_rule(
     name="transformers.granite_speech5_convolution",
     class_name="GraniteSpeech5EncoderConvolutionModule",
     forward=models.granite_speech5_convolution,
-    structure=_children("pointwise_lin1", "depthwise_conv", "norm", "pointwise_lin2"),
+    structure=holds("pointwise_lin1", "depthwise_conv", "norm", "pointwise_lin2"),
     known={"dc7857452d902eb170a9092f": _FROM_5_18},
 )
 FEED_FORWARD5 = dataclasses.replace(

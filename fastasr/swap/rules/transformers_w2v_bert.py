@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the attention and the causal convolution of transformers' SeamlessM4T v2 and w2v-BERT 2.0."""
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters
+from fastasr.swap.forwards import layers
+from fastasr.swap.forwards import transformers_conformer as models
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts
 from fastasr.swap.rules import transformers_conformer as conformer
 from fastasr.swap.rules.conformer import attention_rule, layer_rule, norm_convolution_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
@@ -17,7 +18,7 @@ def _attention_structure(module: Upstream) -> str | None:
         return conformer.attention_structure(module)
     if kind != "relative_key":
         return f"position_embeddings_type is {kind!r}, expected 'relative_key' or 'relative'"
-    reason = check_parameters(module, {}) or check_child_names(module, (*_LINEARS, "distance_embedding"))
+    reason = check_parts(module, (*_LINEARS, "distance_embedding"))
     if reason is not None:
         return reason
     rows = module.left_max_position_embeddings + module.right_max_position_embeddings + 1
@@ -57,7 +58,7 @@ def _convolution(class_name: str, name: str, fingerprint: str) -> Rule:
 
 def _layer(class_name: str, name: str, fingerprint: str) -> Rule:
     return layer_rule(
-        f"transformers.{name}_layer", class_name, models.seamless_layer, {fingerprint: _FROM_5_18}
+        f"transformers.{name}_layer", class_name, layers.seamless_layer, {fingerprint: _FROM_5_18}
     )
 
 
