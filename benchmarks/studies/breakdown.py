@@ -14,6 +14,7 @@ import sys
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import device_name, stamp
 from fastasr.benchmarks.harness import Variant
+from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.studies import results
 
 PRODUCTS, ATTENTION, COPIES = "products of linear layers", "attention", "copies"
@@ -149,7 +150,6 @@ def _of_machine(found):
     passes = found["passes"]
     heads = [f"{pass_}: {name}, ms" for pass_ in passes for name in ("upstream", "fastasr")]
     heads = [head for pair in zip(heads[::2], heads[1::2], strict=True) for head in (*pair, "share")]
-    lines = [f"| Zipformer {found['size']} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     totals = {
         pass_: {name: sum(of[name].values()) for name in ("upstream", "fastasr")}
         for pass_, of in passes.items()
@@ -159,12 +159,12 @@ def _of_machine(found):
         cells = []
         for pass_, (theirs, ours) in values.items():
             cells += [f"{theirs:.1f}", f"{ours:.1f}", f"{ours / totals[pass_]['fastasr']:.0%}"]
-        return f"| {label} | {' | '.join(cells)} |"
+        return [label, *cells]
 
-    for part in (*(part for part in PARTS), PYTHON):
-        lines.append(
-            line(part, {pass_: (of["upstream"][part], of["fastasr"][part]) for pass_, of in passes.items()})
-        )
+    lines = [
+        line(part, {pass_: (of["upstream"][part], of["fastasr"][part]) for pass_, of in passes.items()})
+        for part in (*PARTS, PYTHON)
+    ]
     lines.append(line("**all**", {pass_: tuple(total.values()) for pass_, total in totals.items()}))
     place = found["environment"]
     limits = "; ".join(
@@ -173,6 +173,7 @@ def _of_machine(found):
         for pass_, of in passes.items()
     )
     where = f"{place['device_name']}, {place['threads']} thread(s), torch {place['torch']}, commit {place['commit']}"
+    lines = grid((f"Zipformer {found['size']}", *heads), lines, len(heads))
     return "\n".join([*lines, "", f"{limits[0].upper()}{limits[1:]}. {where}, {place['date'][:10]}."])
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from tiny_runs import TINY, trainer
 
 from fastasr.asr.recipe import checkpoints
-from fastasr.benchmarks.markdown import END, START
+from fastasr.benchmarks.markdown import marks
 from fastasr.benchmarks.studies import recipe
 
 
@@ -69,7 +69,7 @@ def test_the_page_and_the_picture(found, tmp_path, capsys):
     page, data, plot = tmp_path / "page.md", tmp_path / "recipe.json", tmp_path / "plots" / "curves.png"
     arguments = ["--json", str(data), "--page", str(page), "--plot", str(plot)]
     assert recipe.main(arguments) == 2
-    page.write_text(f"# title\n{START}\nold\n{END}\nafter\n")
+    page.write_text("# title\n{}\nold\n{}\nafter\n".format(*marks()))
     assert recipe.main(arguments) == 0
     assert "No run is committed yet." in page.read_text()
     assert not plot.exists()
@@ -100,7 +100,7 @@ def test_a_run_that_has_not_ended(tmp_path, speech_sets):
 
 def test_runs_of_other_encoders_stand_beside_it(found, trained, tmp_path, speech_sets, capsys):
     page, data = tmp_path / "page.md", tmp_path / "recipe.json"
-    page.write_text(f"{START}\n{END}\n")
+    page.write_text("\n".join(marks()) + "\n")
     data.write_text(json.dumps(found))
     arguments = ["--json", str(data), "--page", str(page), "--plot", str(tmp_path / "curves.png")]
     trainer(tmp_path / "emformer", speech_sets, steps=2, evaluate_every=1, encoder="emformer").run()
