@@ -4,7 +4,7 @@
 import copy
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -134,6 +134,10 @@ class Rule:
     padded: str = ""
     graphs: Graphed | None = None
     leaves: Callable = field(default=lambda module: {})
+
+    def like(self, name: str, class_name: str, known: dict[str, Known]) -> "Rule":
+        """Returns this rule for another class that has the same code."""
+        return replace(self, name=name, class_name=class_name, known=known)
 
     @property
     def is_optional(self) -> bool:

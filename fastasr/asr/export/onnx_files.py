@@ -53,7 +53,6 @@ def export_onnx(model, folder, suffix="", feature_dim=None, int8=False, reduce_r
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     channels = feature_dim or _channels(model)
-    causal = model.encoder.causal
     ending = f"-{suffix}.onnx" if suffix else ".onnx"
     written = {}
     parts = model.encoder, model.encoder_embed
@@ -62,23 +61,15 @@ def export_onnx(model, folder, suffix="", feature_dim=None, int8=False, reduce_r
         written[name] = folder / f"{name}{ending}"
         return written[name]
 
+    whole = wrappers.OnnxEncoderWrapper, wrappers.OnnxCtcWrapper, _write_whole
+    streaming = wrappers.OnnxStreamingEncoderWrapper, wrappers.OnnxStreamingCtcWrapper, _write_streaming
+    encoder_of, ctc_of, write = streaming if model.encoder.causal else whole
     if model.decoder is not None:
-        projection = model.joiner.encoder_proj
-        if causal:
-            _write_streaming(
-                wrappers.OnnxStreamingEncoderWrapper(*parts, projection), path("encoder"), channels, False
-            )
-        else:
-            _write_whole(wrappers.OnnxEncoderWrapper(*parts, projection), path("encoder"), channels, False)
+        write(encoder_of(*parts, model.joiner.encoder_proj), path("encoder"), channels, False)
         _write_decoder(model, path("decoder"))
         _write_joiner(model, path("joiner"))
     if model.ctc_output is not None:
-        if causal:
-            _write_streaming(
-                wrappers.OnnxStreamingCtcWrapper(*parts, model.ctc_output), path("ctc"), channels, True
-            )
-        else:
-            _write_whole(wrappers.OnnxCtcWrapper(*parts, model.ctc_output), path("ctc"), channels, True)
+        write(ctc_of(*parts, model.ctc_output), path("ctc"), channels, True)
     if quantise is not None:
         for name, file in list(written.items()):
             written[f"{name}.int8"] = file.with_suffix(".int8.onnx")

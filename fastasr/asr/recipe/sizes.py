@@ -17,7 +17,6 @@ _COMMON = {
     "pos_dim": 32,
     "causal": True,
     "use_ctc": True,
-    "context_size": 2,
 }
 _ZIPFORMERS = {
     "tiny": {  # for tests; it trains in seconds
@@ -29,8 +28,6 @@ _ZIPFORMERS = {
         "num_heads": "2,2",
         "feedforward_dim": "32,48",
         "cnn_module_kernel": "9,9",
-        "decoder_dim": 32,
-        "joiner_dim": 48,
     },
     "small": {  # 2 million parameters: learns 25 minutes of speech on two cores
         **_COMMON,
@@ -41,8 +38,6 @@ _ZIPFORMERS = {
         "num_heads": "4,4,4,4",
         "feedforward_dim": "192,256,384,256",
         "cnn_module_kernel": "15,15,9,15",
-        "decoder_dim": 128,
-        "joiner_dim": 192,
     },
 }
 
@@ -55,9 +50,6 @@ _EMFORMERS = {
         "segment_length": 4,
         "left_context_length": 8,
         "right_context_length": 1,
-        "decoder_dim": 32,
-        "joiner_dim": 48,
-        "context_size": 2,
     },
     "small": {
         "front_dim": 80,
@@ -67,9 +59,6 @@ _EMFORMERS = {
         "segment_length": 8,  # 0.32 s after 1.28 s, as the Zipformer streams, and 0.08 s ahead
         "left_context_length": 32,
         "right_context_length": 2,
-        "decoder_dim": 128,
-        "joiner_dim": 192,
-        "context_size": 2,
     },
 }
 _E_BRANCHFORMERS = {
@@ -80,9 +69,6 @@ _E_BRANCHFORMERS = {
         "cgmlp_conv_kernel": 7,
         "linear_units": 48,
         "num_blocks": 2,
-        "decoder_dim": 32,
-        "joiner_dim": 48,
-        "context_size": 2,
     },
     "small": {
         "output_size": 128,
@@ -91,12 +77,20 @@ _E_BRANCHFORMERS = {
         "cgmlp_conv_kernel": 15,
         "linear_units": 384,
         "num_blocks": 5,
-        "decoder_dim": 128,
-        "joiner_dim": 192,
-        "context_size": 2,
     },
 }
-SIZES = {ZIPFORMER: _ZIPFORMERS, "emformer": _EMFORMERS, "e_branchformer": _E_BRANCHFORMERS}
+_TRANSDUCERS = {
+    "tiny": {"decoder_dim": 32, "joiner_dim": 48, "context_size": 2},
+    "small": {"decoder_dim": 128, "joiner_dim": 192, "context_size": 2},
+}
+SIZES = {
+    encoder: {size: arguments | _TRANSDUCERS[size] for size, arguments in sizes.items()}
+    for encoder, sizes in (
+        (ZIPFORMER, _ZIPFORMERS),
+        ("emformer", _EMFORMERS),
+        ("e_branchformer", _E_BRANCHFORMERS),
+    )
+}
 
 
 def config(

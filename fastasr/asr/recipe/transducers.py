@@ -80,16 +80,11 @@ class EmformerTransducer(Transducer):
         feature_dim,
         vocab_size,
         front_dim,
-        num_heads,
-        ffn_dim,
-        num_layers,
-        segment_length,
-        left_context_length,
-        right_context_length,
         decoder_dim,
         joiner_dim,
         context_size,
         dropout=0.1,
+        **emformer,
     ):
         width = 2 * front_dim
         super().__init__(width, vocab_size, decoder_dim, joiner_dim, context_size)
@@ -97,17 +92,7 @@ class EmformerTransducer(Transducer):
             feature_dim, front_dim, dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
         )
         self.reduction = TimeReduction(2)
-        self._arguments = {
-            "input_dim": width,
-            "num_heads": num_heads,
-            "ffn_dim": ffn_dim,
-            "num_layers": num_layers,
-            "segment_length": segment_length,
-            "dropout": dropout,
-            "activation": "gelu",
-            "left_context_length": left_context_length,
-            "right_context_length": right_context_length,
-        }
+        self._arguments = {"input_dim": width, "dropout": dropout, "activation": "gelu", **emformer}
         self.encoder = Emformer(**self._arguments)
 
     def forward_encoder(self, x, x_lens):
@@ -168,25 +153,17 @@ class EBranchformerTransducer(Transducer):
         feature_dim,
         vocab_size,
         output_size,
-        attention_heads,
-        cgmlp_linear_units,
-        cgmlp_conv_kernel,
-        linear_units,
-        num_blocks,
         decoder_dim,
         joiner_dim,
         context_size,
         dropout=0.1,
+        **e_branchformer,
     ):
         super().__init__(output_size, vocab_size, decoder_dim, joiner_dim, context_size)
         self._arguments = {
             "input_size": feature_dim,
             "output_size": output_size,
-            "attention_heads": attention_heads,
-            "cgmlp_linear_units": cgmlp_linear_units,
-            "cgmlp_conv_kernel": cgmlp_conv_kernel,
-            "linear_units": linear_units,
-            "num_blocks": num_blocks,
+            **e_branchformer,
             "dropout_rate": dropout,
             "positional_dropout_rate": dropout,
             "attention_dropout_rate": dropout,

@@ -2,14 +2,18 @@
 """Rules for transformers' other Conformers: Wav2Vec2Conformer and FastSpeech2Conformer, and for modules of
 SeamlessM4T and w2v-BERT that have Wav2Vec2Conformer's code."""
 
-import dataclasses
-
 import torch
 
 from fastasr.swap.forwards import layers
 from fastasr.swap.forwards import transformers_conformer as models
 from fastasr.swap.rule import Known, Upstream, check_parts, holds, unread_child
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule, layer_rule
+from fastasr.swap.rules.conformer import (
+    FROM_5_18,
+    attention_rule,
+    convolution_rule,
+    feed_forward_rule,
+    layer_rule,
+)
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
 
 _TRANSFORMERS = Known("transformers 5.6 to 5.24")
@@ -99,13 +103,10 @@ def seamless_convolution_structure(module: Upstream, norm: str = "batch_norm") -
     return _wav2vec2_convolution_structure(module, norm)
 
 
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
-
-SEAMLESS_ATTENTION = dataclasses.replace(
-    WAV2VEC2_ATTENTION,
-    name="transformers.seamless_m4t_attention",
-    class_name="SeamlessM4TConformerSelfAttention",
-    known={"30f4f4dfea92885aac1cbe3f": _FROM_5_18},
+SEAMLESS_ATTENTION = WAV2VEC2_ATTENTION.like(
+    "transformers.seamless_m4t_attention",
+    "SeamlessM4TConformerSelfAttention",
+    {"30f4f4dfea92885aac1cbe3f": FROM_5_18},
 )
 
 SEAMLESS_CONVOLUTION = convolution_rule(
@@ -113,14 +114,14 @@ SEAMLESS_CONVOLUTION = convolution_rule(
     class_name="SeamlessM4TConformerConvolutionModule",
     forward=models.seamless_convolution,
     structure=seamless_convolution_structure,
-    known={"d01c2bcc9da4dfcbfefc8604": _FROM_5_18},
+    known={"d01c2bcc9da4dfcbfefc8604": FROM_5_18},
 )
 
 SEAMLESS_LAYER = layer_rule(
     "transformers.seamless_m4t_layer",
     "SeamlessM4TConformerEncoderLayer",
     layers.seamless_layer,
-    {"32a2d50d48a0b71aeeb02221": _FROM_5_18},
+    {"32a2d50d48a0b71aeeb02221": FROM_5_18},
 )
 
 # Class -> the fingerprint of its forward, the code of which is Wav2Vec2Conformer's
@@ -130,9 +131,7 @@ _FEED_FORWARDS = {
     "Wav2Vec2BertFeedForward": "7c259bd1671ef63e28af4104",
 }
 FEED_FORWARDS = tuple(
-    dataclasses.replace(
-        WAV2VEC2_FEED_FORWARD, name=f"transformers.{name}", class_name=name, known={value: _FROM_5_18}
-    )
+    WAV2VEC2_FEED_FORWARD.like(f"transformers.{name}", name, {value: FROM_5_18})
     for name, value in _FEED_FORWARDS.items()
 )
 

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the Conformers of transformers' Granite Speech 3.3 to 4.1, their Plus, and Granite Speech 5."""
 
-import dataclasses
-
 from fastasr.swap.forwards import granite as models
-from fastasr.swap.rule import Known, Rule, Upstream, holds, unread_child
+from fastasr.swap.rule import Rule, Upstream, holds, unread_child
 from fastasr.swap.rules import transformers_parakeet as parakeet
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, convolution_rule, feed_forward_rule
 
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
 # Name -> the fingerprints of its attention, convolution, feed-forward, and of the depthwise convolution inside
 _PRINTS = {
     "GraniteSpeech": (
@@ -45,7 +42,7 @@ def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: ob
             class_name=f"{name}ConformerAttention",
             forward=models.granite_speech_attention,
             structure=holds("pre_norm", "to_q", "to_kv", "to_out", "rel_pos_emb", "dropout"),
-            known={attention: _FROM_5_18},
+            known={attention: FROM_5_18},
             hooks=parakeet.CAPTURING,
         ),
         convolution_rule(
@@ -53,14 +50,14 @@ def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: ob
             class_name=f"{name}ConformerConvModule",
             forward=models.granite_speech_convolution,
             structure=_convolution_structure,
-            known={convolution: _FROM_5_18},
+            known={convolution: FROM_5_18},
         ),
         feed_forward_rule(
             name=f"transformers.{name}_feed_forward",
             class_name=f"{name}ConformerFeedForward",
             forward=models.granite_speech_feed_forward,
             structure=holds("pre_norm", "up_proj", "silu", "dropout", "down_proj"),
-            known={feed_forward: _FROM_5_18},
+            known={feed_forward: FROM_5_18},
         ),
     )
 
@@ -70,7 +67,7 @@ ATTENTION5 = attention_rule(
     class_name="GraniteSpeech5EncoderAttention",
     forward=models.granite_speech5_attention,
     structure=_attention5_structure,
-    known={"738ec6ae78e0667af6c0f0f0": _FROM_5_18},
+    known={"738ec6ae78e0667af6c0f0f0": FROM_5_18},
     shared=lambda result: result[0],
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )
@@ -79,13 +76,12 @@ CONVOLUTION5 = convolution_rule(
     class_name="GraniteSpeech5EncoderConvolutionModule",
     forward=models.granite_speech5_convolution,
     structure=holds("pointwise_lin1", "depthwise_conv", "norm", "pointwise_lin2"),
-    known={"dc7857452d902eb170a9092f": _FROM_5_18},
+    known={"dc7857452d902eb170a9092f": FROM_5_18},
 )
-FEED_FORWARD5 = dataclasses.replace(
-    parakeet.FEED_FORWARD,
-    name="transformers.granite_speech5_feed_forward",
-    class_name="GraniteSpeech5EncoderFeedForward",
-    known={"0b2fd325bffc6a1fb93811be": _FROM_5_18},
+FEED_FORWARD5 = parakeet.FEED_FORWARD.like(
+    "transformers.granite_speech5_feed_forward",
+    "GraniteSpeech5EncoderFeedForward",
+    {"0b2fd325bffc6a1fb93811be": FROM_5_18},
 )
 
 RULES = (

@@ -3,21 +3,11 @@
 bias of the positions."""
 
 from fastasr.swap.forwards import phi4 as models
-from fastasr.swap.rule import (
-    Graphed,
-    Known,
-    Rule,
-    Upstream,
-    check_child_names,
-    check_parts,
-    holds,
-    unread_child,
-)
+from fastasr.swap.rule import Graphed, Rule, Upstream, check_child_names, check_parts, holds, unread_child
 from fastasr.swap.rules import recorded
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, convolution_rule, feed_forward_rule
 from fastasr.swap.rules.transformers_parakeet import SILU
 
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
 _CODE = {
     "Phi4MultimodalAudioConformerEncoderLayer": {"ca7006f6633794673e370e5c"},
     "Phi4MultimodalAudioDepthWiseSeparableConv1d": {"e8f1a6058ea89d942b026dfb"},
@@ -75,14 +65,14 @@ RULES = (
         forward=models.phi4_subsampling,
         kernels=("conv_subsampling", "linear_activation", "linear"),
         structure=_subsampling_structure,
-        known={"c3d771b28703db5e8fbda107": _FROM_5_18},
+        known={"c3d771b28703db5e8fbda107": FROM_5_18},
     ),
     attention_rule(
         name="transformers.phi4_attention",
         class_name="Phi4MultimodalAudioAttention",
         forward=models.phi4_attention,
         structure=holds("q_proj", "k_proj", "v_proj", "o_proj"),
-        known={"b2152b4f7df28a5d05aaec32": _FROM_5_18},
+        known={"b2152b4f7df28a5d05aaec32": FROM_5_18},
         note="padding is not hidden: upstream adds its mask to the scores as 0 and 1; "
         "in training the kernel draws the dropout of its weights itself, see upstream_draws",
     ),
@@ -92,21 +82,21 @@ RULES = (
         forward=models.phi4_convolution,
         kernels=("linear", "gated_depthwise_conv", "linear_activation"),
         structure=_convolution_structure,
-        known={"5f7ad552406dde7839c5c6e4": _FROM_5_18},
+        known={"5f7ad552406dde7839c5c6e4": FROM_5_18},
     ),
     feed_forward_rule(
         name="transformers.phi4_feed_forward",
         class_name="Phi4MultimodalAudioMLP",
         forward=models.phi4_feed_forward,
         structure=holds("layer_norm", "act_fn", "gate_up_proj", "down_proj", "dropout", act_fn=SILU),
-        known={"1f6200083efe67a043268247": _FROM_5_18},
+        known={"1f6200083efe67a043268247": FROM_5_18},
     ),
     Rule(
         name="transformers.phi4_encoder",
         class_name="Phi4MultimodalAudioModel",
         forward=models.phi4_encoder,
         structure=_encoder_structure,
-        known={"540c4ad419aea3d5b22ce712": _FROM_5_18},
+        known={"540c4ad419aea3d5b22ce712": FROM_5_18},
         companion=True,
         padded="its attention does not hide padding, but adds 1 to scores",
         graphs=Graphed(parts=recorded.layers),
