@@ -2,6 +2,8 @@
 """The models of the recipe: causal Zipformers, Emformers and E-Branchformers with a transducer and CTC. The encoder is
 ours or an upstream package's."""
 
+from typing import Any
+
 import torch
 
 from fastasr.asr import recogniser
@@ -94,13 +96,13 @@ SIZES = {
 
 
 def config(
-    size,
-    vocabulary,
-    bins,
-    chunk_size="16,32,-1",
-    left_context_frames="64,128,-1",
-    encoder=ZIPFORMER,
-):
+    size: str,
+    vocabulary: int,
+    bins: int,
+    chunk_size: str = "16,32,-1",
+    left_context_frames: str = "64,128,-1",
+    encoder: str = ZIPFORMER,
+) -> dict[str, Any]:
     """Returns the arguments of ``build``. chunk_size and left_context_frames apply to the Zipformer only."""
     if encoder not in SIZES:
         raise ValueError(f"encoder must be one of {', '.join(SIZES)}, got {encoder!r}")
@@ -112,19 +114,19 @@ def config(
     return {**arguments, "chunk_size": chunk_size, "left_context_frames": left_context_frames}
 
 
-def encoder_of(arguments):
+def encoder_of(arguments: dict[str, Any]) -> str:
     """Returns the name of the encoder that ``arguments`` describe."""
     return arguments.get("encoder", ZIPFORMER)
 
 
-def streaming(arguments):
+def streaming(arguments: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of the same model with the single chunk size that it streams with."""
     if encoder_of(arguments) != ZIPFORMER:
         return arguments
     return {**arguments, "chunk_size": str(CHUNK), "left_context_frames": str(LEFT_CONTEXT)}
 
 
-def build(arguments, upstream=False):
+def build(arguments: dict[str, Any], upstream: bool = False) -> Any:
     """Returns our model, or one from an upstream package with the same parameters. The Zipformer is then entirely
     upstream's; of the other models only the encoder is.
     """
@@ -139,7 +141,7 @@ def build(arguments, upstream=False):
     return AsrModel(**arguments)
 
 
-def _other(upstream, encoder, **arguments):
+def _other(upstream: bool, encoder: str, **arguments: Any) -> Any:
     model = TRANSDUCERS[encoder](**arguments)
     if upstream:
         try:
@@ -149,7 +151,7 @@ def _other(upstream, encoder, **arguments):
     return model
 
 
-def without_regularisers(model):
+def without_regularisers(model: Any) -> torch.nn.Module:
     """Turns off dropout, skipping, balancers and whitening, so that a training step draws no random numbers."""
     model.eval()
     for module in model.modules():
@@ -164,11 +166,11 @@ def without_regularisers(model):
     return model
 
 
-def parameters_of(model):
+def parameters_of(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def on(device):
+def on(device: torch.device | str) -> torch.device:
     """Returns a torch device. Raises ValueError if this machine has no such device."""
     made = torch.device(device)
     if made.type == "cuda" and not torch.cuda.is_available():
