@@ -3,11 +3,12 @@
 
 A step reads from the device a decision that the host writes before a replay: a rate, or whether the step acts. Its
 uniform random numbers come from torch and are drawn before. Tensors are seen as rows of channels, (frames, batch,
-channels); row r belongs to sequence r % batch.
+channels); row r belongs to sequence r % batch, or as a table says.
 
     kernel      reads                          writes              bytes per element of a float32 stream, bf16 branches
     plus        src, y, number per sequence    sum, sum in bf16    12
     gradients   up to 5 gradients of a tensor  their sum, that of y  8 for the sum of two, 2 for y
+    choose      x, other                       one of them; gradients of both
     mask        numbers                        mask
     limit       gradient of each sequence      gradient of all
     either      weights                        weights or equal ones  4
@@ -35,20 +36,22 @@ def _tile(columns, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _kept(DRAWN, RATE, r, batch):
-    """Returns 1 for rows of sequences that are kept, 0 for the others."""
-    drawn = tl.load(DRAWN + r % batch).to(tl.float32)
-    return tl.where(drawn > tl.load(RATE).to(tl.float32), 1.0, 0.0)[:, None]  # [BLOCK_R, 1]
+def _kept(DRAWN, RATE, OF, r, rows, batch):
+    """Says which rows belong to sequences that are kept."""
+    sequence = r % batch
+    if OF is not None:
+        sequence = tl.load(OF + r, mask=r < rows, other=0)
+    return (tl.load(DRAWN + sequence).to(tl.float32) > tl.load(RATE).to(tl.float32))[:, None]  # [BLOCK_R, 1]
 
 
 @triton.jit(do_not_specialize=["rows", "batch"], do_not_specialize_on_alignment=["DRAWN", "RATE"])
 def plus_kernel(
-    SRC, Y, DRAWN, RATE, OUT, NARROW, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    SRC, Y, DRAWN, RATE, OF, OUT, NARROW, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     r, at, keep = _tile(columns, rows, BLOCK_R, BLOCK_C)
     y = tl.load(Y + at, mask=keep, other=0.0).to(tl.float32)
     if DRAWN is not None:
-        y *= _kept(DRAWN, RATE, r, batch)
+        y *= _kept(DRAWN, RATE, OF, r, rows, batch).to(tl.float32)
     out = (tl.load(SRC + at, mask=keep, other=0.0).to(tl.float32) + y).to(OUT.dtype.element_ty)
     tl.store(OUT + at, out, mask=keep)
     if NARROW is not None:
@@ -57,7 +60,21 @@ def plus_kernel(
 
 @triton.jit(do_not_specialize=["rows", "batch"], do_not_specialize_on_alignment=["DRAWN", "RATE"])
 def gradients_kernel(
-    A, B, C, D, E, DRAWN, RATE, TOTAL, DY, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    A,
+    B,
+    C,
+    D,
+    E,
+    DRAWN,
+    RATE,
+    OF,
+    TOTAL,
+    DY,
+    rows,
+    batch,
+    columns,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Adds up to five gradients; DY is their sum where the sequence was kept."""
     r, at, keep = _tile(columns, rows, BLOCK_R, BLOCK_C)
@@ -74,8 +91,26 @@ def gradients_kernel(
         tl.store(TOTAL + at, total.to(TOTAL.dtype.element_ty), mask=keep)
     if DY is not None:
         if DRAWN is not None:
-            total *= _kept(DRAWN, RATE, r, batch)
+            total *= _kept(DRAWN, RATE, OF, r, rows, batch).to(tl.float32)
         tl.store(DY + at, total.to(DY.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["rows", "batch"], do_not_specialize_on_alignment=["DRAWN", "RATE"])
+def choose_kernel(
+    X, OTHER, DRAWN, RATE, OF, OUT, REST, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Writes x to OUT where the sequence was kept, elsewhere OTHER. With REST it writes 0 there, and to REST it writes
+    OTHER, plus x where the sequence was not kept."""
+    r, at, keep = _tile(columns, rows, BLOCK_R, BLOCK_C)
+    kept = _kept(DRAWN, RATE, OF, r, rows, batch)
+    x = tl.load(X + at, mask=keep, other=0.0).to(tl.float32)
+    other = tl.load(OTHER + at, mask=keep, other=0.0).to(tl.float32)
+    if REST is None:
+        tl.store(OUT + at, tl.where(kept, x, other).to(OUT.dtype.element_ty), mask=keep)
+    else:
+        tl.store(OUT + at, tl.where(kept, x, 0.0).to(OUT.dtype.element_ty), mask=keep)
+        rest = tl.where(kept, other, other + x)
+        tl.store(REST + at, rest.to(REST.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize_on_alignment=["RATE", "SCALE"])
@@ -177,24 +212,40 @@ def _tiled(kernel, pointers, like: torch.Tensor) -> None:
     )  # fmt: skip
 
 
-def plus(src: torch.Tensor, y: torch.Tensor, drawn, rate, narrow: torch.dtype | None):
+def plus(src: torch.Tensor, y: torch.Tensor, drawn, rate, of, narrow: torch.dtype | None):
     """Returns src + y (contiguous), without y where a sequence is dropped, and that in ``narrow`` (None: itself)."""
     out = torch.empty_like(src, dtype=torch.promote_types(src.dtype, y.dtype))
     also = None if narrow is None else torch.empty_like(out, dtype=narrow)
     if out.numel():
-        _tiled(plus_kernel, (src, y, drawn, rate, out, also), out)
+        _tiled(plus_kernel, (src, y, drawn, rate, of, out, also), out)
     return out, out if narrow is None else also
 
 
-def gradients(grads: list, drawn, rate, dtype: torch.dtype | None, narrow: torch.dtype | None):
+def gradients(grads: list, drawn, rate, of, dtype: torch.dtype | None, narrow: torch.dtype | None):
     """Returns the sum of one to five contiguous gradients, and the same where a sequence is kept, each None if its
     dtype is.
     """
     total, dy = (None if d is None else torch.empty_like(grads[0], dtype=d) for d in (dtype, narrow))
     if grads[0].numel():
         given = [*grads, *[None] * (5 - len(grads))]
-        _tiled(gradients_kernel, (*given, drawn, rate, total, dy), grads[0])
+        _tiled(gradients_kernel, (*given, drawn, rate, of, total, dy), grads[0])
     return total, dy
+
+
+def chosen(x: torch.Tensor, other: torch.Tensor, drawn, rate, of) -> torch.Tensor:
+    """Returns contiguous x, or contiguous ``other`` where a sequence is dropped."""
+    out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, other.dtype))
+    if out.numel():
+        _tiled(choose_kernel, (x, other, drawn, rate, of, out, None), out)
+    return out
+
+
+def parted(grad: torch.Tensor, more: torch.Tensor, drawn, rate, of, dtypes) -> tuple[torch.Tensor, ...]:
+    """Returns contiguous grad where a sequence is kept, else 0, and contiguous ``more`` plus the rest of it."""
+    kept, rest = (torch.empty_like(grad, dtype=dtype) for dtype in dtypes)
+    if grad.numel():
+        _tiled(choose_kernel, (grad, more, drawn, rate, of, kept, rest), grad)
+    return kept, rest
 
 
 def mask(drawn: torch.Tensor, rate: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

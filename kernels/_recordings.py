@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr._tables import table
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 
 RECORDINGS = tl.constexpr(32)  # starts that are read at a time
@@ -54,9 +55,13 @@ def bounds(starts: torch.Tensor, frames: int) -> torch.Tensor:
     """Returns int32 (2, frames): the first frame of each frame's recording and the one behind its last, which are equal
     for a frame that belongs to none. Neither row decreases.
     """
-    found = torch.empty(2, frames, dtype=torch.int32, device=starts.device)
-    launch(bounds_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), **TABLE)
-    return found
+
+    def made() -> torch.Tensor:
+        found = torch.empty(2, frames, dtype=torch.int32, device=starts.device)
+        launch(bounds_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), **TABLE)
+        return found
+
+    return table(starts, ("bounds", frames), made)
 
 
 @triton.jit(do_not_specialize=["frames", "count", "gap"], do_not_specialize_on_alignment=["STARTS", "OUT"])
@@ -76,10 +81,16 @@ def apart(starts: torch.Tensor, frames: int, gap: int) -> torch.Tensor:
     """Returns the frames of rows, int32 (frames + gap len(starts)), with at least ``gap`` rows of no frame, -1, between
     two recordings.
     """
-    rows = frames + gap * len(starts)
-    found = torch.full((rows,), -1, dtype=torch.int32, device=starts.device)
-    launch(apart_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), gap, **TABLE)
-    return found
+
+    def made() -> torch.Tensor:
+        rows = frames + gap * len(starts)
+        found = torch.full((rows,), -1, dtype=torch.int32, device=starts.device)
+        launch(
+            apart_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), gap, **TABLE
+        )
+        return found
+
+    return table(starts, ("apart", frames, gap), made)
 
 
 @triton.jit(do_not_specialize=["frames", "blocks", "left", "right", "size", "count"])
@@ -131,19 +142,31 @@ def rows_of(PIECES, block, first_block, blocks, COLUMNS: tl.constexpr):
 
 
 def pieces(
-    table: torch.Tensor, left: int, right: int, block: int, columns: int, more: int, room: int
+    starts: torch.Tensor,
+    bounds: torch.Tensor,
+    left: int,
+    right: int,
+    block: int,
+    columns: int,
+    more: int,
+    room: int,
 ) -> tuple[torch.Tensor, int, int]:
     """Returns the table that ``pieces_kernel`` writes, how many pieces there are, and the elements of one: about
-    ``room``, but those of two blocks at least. ``table`` is that of ``bounds``. Queries see keys up to ``left`` frames
-    before and ``right`` behind them. A block of ``block`` queries meets tiles of ``columns`` keys, and its rows have
-    ``more`` elements than these."""
-    frames = table.shape[1]
+    ``room``, but those of two blocks at least. ``bounds`` is that table of ``starts``. Queries see keys up to ``left``
+    frames before and ``right`` behind them. A block of ``block`` queries meets tiles of ``columns`` keys, and its rows
+    have ``more`` elements than these."""
+    frames = bounds.shape[1]
     blocks = cdiv(frames, block)
     longest = (min(cdiv(left + right + block, columns) + 1, cdiv(frames, columns)) * columns + more) * block
     size = blocks * longest if blocks * longest <= room else max(longest, room - longest)
     count = cdiv(blocks * longest, size)
-    found = torch.empty(3 * blocks + count + 1, dtype=torch.int64, device=table.device)
-    launch(pieces_kernel, (1,), table, found, frames, blocks, left, right, size, count,
-        BLOCK=block, COLUMNS=columns, MORE=more, COUNTED=next_power_of_2(count + 1), **BLOCKS,
-    )  # fmt: skip
+
+    def made() -> torch.Tensor:
+        found = torch.empty(3 * blocks + count + 1, dtype=torch.int64, device=bounds.device)
+        launch(pieces_kernel, (1,), bounds, found, frames, blocks, left, right, size, count,
+            BLOCK=block, COLUMNS=columns, MORE=more, COUNTED=next_power_of_2(count + 1), **BLOCKS,
+        )  # fmt: skip
+        return found
+
+    found = table(starts, ("pieces", frames, left, right, size, count, block, columns, more), made)
     return found, count, size if count == 1 else size + longest

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr._tables import table
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
 from fastasr.kernels._launch import next_power_of_2
 from fastasr.kernels._recordings import bounds
@@ -342,21 +343,28 @@ def operands(x, pos, cached_key, starts, heads: int, dim: int, chunk: int, left_
     key = own if not left else torch.cat([cached_key, own])
     r, r_batch, packed = None, 0, False
     if pos_dim:
-        apart = pos.view(*pos.shape[:2], heads, pos_dim)
         packed = pos_dim == 4 and x.dtype.itemsize == 2
-        if packed:
-            r = apart.transpose(1, 2).contiguous().view(torch.int64)  # (1 or B, H, offsets, 1)
-        else:
-            r = apart.permute(0, 2, 3, 1).contiguous()
+        r = table(pos, ("by head", heads, packed), lambda: _by_head(pos, heads, packed))
         r_batch = r.stride(0) if pos.shape[0] > 1 else 0
     if chunk > 0:  # all windows are the same beyond; clamping avoids overflow
         chunk = min(chunk, max(frames, left, 1))
         left_chunks = min(left_chunks, (left + frames) // chunk + 1)
     offsets = 2 * frames - 1 + left if pos is None else pos.shape[1]
-    table = None if starts is None else bounds(starts, frames)
+    of_row = None if starts is None else bounds(starts, frames)
     return Operands(
-        frames, batch, heads, dim, pos_dim, left, offsets, chunk, left_chunks, key, r, r_batch, packed, table
+        frames, batch, heads, dim, pos_dim, left, offsets, chunk, left_chunks, key, r, r_batch, packed, of_row
     )  # fmt: skip
+
+
+def _by_head(pos: torch.Tensor, heads: int, packed: bool) -> torch.Tensor:
+    """Returns R as (1 or B, H, offsets, 1) with four 16-bit numbers in each element, or as (1 or B, H, pos_dim,
+    offsets)."""
+    apart = pos.unflatten(2, (heads, -1))
+    return (
+        apart.transpose(1, 2).contiguous().view(torch.int64)
+        if packed
+        else apart.permute(0, 2, 3, 1).contiguous()
+    )
 
 
 def head_block(dim: int, dtype: torch.dtype) -> int:

@@ -462,7 +462,7 @@ class _Call:
     def cache(self) -> torch.Tensor:
         """Returns u of the last frames, (B, C, P)."""
         last = self.u[:, :, self.frames :].permute(1, 0, 3, 2)
-        return last.reshape(self.batch, -1, self.past)[:, : self.channels].contiguous()
+        return last.flatten(1, 2)[:, : self.channels].contiguous()
 
 
 def _as_laid(h: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:

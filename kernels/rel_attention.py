@@ -408,7 +408,7 @@ def rel_attention_backward(
     if table is not None and by_offset:
         reach = (frames if n < 0 else n for n in sizes[3:])
         room = PIECE_BYTES // (pairs * q.element_size())
-        of_blocks, count, size = pieces(table, *reach, block, block, block, room)
+        of_blocks, count, size = pieces(starts, table, *reach, block, block, block, room)
         row, held = size, [(n, 0, blocks) for n in range(count)]
         groups = batch * cdiv(blocks, _each(blocks, programs * batch))
     ds = q.new_empty(pairs * size) if by_offset else None

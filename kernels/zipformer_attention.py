@@ -645,7 +645,7 @@ def zipformer_attention_backward(
 
     tile = shapes["queries"]
     columns = cdiv(dim, tile["BLOCK_D"])
-    diagonals = _Diagonals(x, o, pairs, shapes) if o.pos_dim else None
+    diagonals = _Diagonals(x, o, starts, pairs, shapes) if o.pos_dim else None
     rows = diagonals.rows if diagonals else frames
     for piece, first in diagonals.turns if diagonals else [(None, 0)]:
         count = min(rows, frames - first)
@@ -683,12 +683,12 @@ class _Diagonals:
     or, with recordings in a row, (the number of a piece of _recordings.py, 0).
     """
 
-    def __init__(self, x: torch.Tensor, o, pairs: int, shapes: dict[str, dict]):
+    def __init__(self, x: torch.Tensor, o, starts: torch.Tensor | None, pairs: int, shapes: dict[str, dict]):
         self.x, self.o, self.pairs, self.tile = x, o, pairs, shapes["positions"]
         self.block, self.columns = shapes["queries"]["BLOCK_M"], shapes["queries"]["BLOCK_N"]
         self.blocks, self.shares, self.pieces, self.several = cdiv(o.frames, self.block), 1, None, True
         room = PIECE_BYTES // (pairs * x.element_size())
-        if o.bounds is None:
+        if starts is None:
             self.row = row_size(o.keys)
             # a multiprocessor holds two programs of 16 bits, one of float32 (tests/kernels/budgets.toml: registers)
             places = processors(x) * (2 if x.dtype.itemsize == 2 else 1)
@@ -698,7 +698,9 @@ class _Diagonals:
             size = self.rows * self.row
         else:
             reach = o.offsets // 2
-            self.pieces, count, size = pieces(o.bounds, reach, reach, self.block, self.columns, 0, room)
+            self.pieces, count, size = pieces(
+                starts, o.bounds, reach, reach, self.block, self.columns, 0, room
+            )
             self.row, self.rows, self.turns = size, o.frames, [(piece, 0) for piece in range(count)]
             self.shares = min(self.blocks, cdiv(PROGRAMS, pairs * cdiv(o.offsets, self.tile["BLOCK_O"])))
             self.several = count > 1 or pairs < o.pairs  # else the shares of one piece write whole tables

@@ -2,7 +2,6 @@
 #include "cpu/rows/add_norm.h"
 
 #include <memory>
-#include <tuple>
 
 #include "bindings/norm_rows.h"
 #include "bindings/pooled.h"
@@ -14,24 +13,18 @@ namespace {
 template <typename T, typename A>
 cpu::AddNorm<T> problem(const A& a) {
   using C = cpu::compute_t<T>;
-  return {data<T>(a.x),
-          data<T>(a.update),
-          data_or_null<C>(a.update_weight),
-          data<C>(a.weight),
-          data_or_null<C>(a.bias),
-          a.eps,
-          static_cast<C>(a.scale),
-          limit_of<T>(a.update_limit),
-          limit_of<T>(a.limit),
-          a.kind == 0,
-          a.C};
+  cpu::AddNorm<T> p{};
+  p.x = data<T>(a.x), p.update = data<T>(a.update), p.update_weight = data_or_null<C>(a.update_weight);
+  p.weight = data<C>(a.weight), p.bias = data_or_null<C>(a.bias), p.eps = a.eps, p.scale = static_cast<C>(a.scale);
+  p.update_limit = limit_of<T>(a.update_limit), p.limit = limit_of<T>(a.limit);
+  p.centred = a.kind == 0, p.channels = a.C;
+  return p;
 }
 
 // Returns (t, y).
 std::tuple<Tensor, Tensor> add_norm_forward(const AddNormForward& a) {
   Tensor t = new_pooled_like(a.x), y = new_pooled_like(a.x);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::AddNormKernels<T>>();
+  with_kernels<cpu::AddNormKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const auto p = problem<T>(a);
     T *sums = mutable_data<T>(t), *out = mutable_data<T>(y);
@@ -47,28 +40,18 @@ std::tuple<Tensor, Tensor> add_norm_forward(const AddNormForward& a) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_backward(const AddNormBackward& a) {
   check(a.grad_y.has_value(), a.kName, "grad_y is missing");
   Tensor dx = new_pooled_like(a.x), dupdate = new_pooled_like(a.x), dweight = new_like(a.weight);
-  Tensor dbias = a.bias ? new_like(*a.bias) : new_without_elements(a.weight);
-  Tensor dupdate_weight = a.update_weight ? new_like(*a.update_weight) : new_without_elements(a.weight);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::AddNormKernels<T>>();
-    using C = cpu::compute_t<T>;
+  Tensor dbias = new_like(a.bias, a.weight);
+  Tensor dupdate_weight = new_like(a.update_weight, a.weight);
+  with_kernels<cpu::AddNormKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a);
     const int64_t n = p.channels;
     const T *gt = data_or_null<T>(a.grad_t), *gy = data<T>(*a.grad_y);
     T *ox = mutable_data<T>(dx), *ou = mutable_data<T>(dupdate);
-    const RowBlocks blocks(product(a.S), n);
-    Scratch<C> parts(blocks.count * 3 * n);  // every block is written
-    blocks.parallel(8 * n, [&](int64_t b, int64_t e) {
-      const std::unique_ptr<C[]> scratch(new C[cpu::add_norm_scratch(n)]);
-      for (int64_t k = b; k < e; k++) {
-        C* part = parts.data() + k * 3 * n;
-        kernel.backward(p, gt, gy, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou, part, part + n,
-                        part + 2 * n, scratch.get());
-      }
-    });
-    reduce_blocks(parts.data(), blocks.count, 3 * n, dweight);
-    if (a.bias) reduce_blocks(parts.data() + n, blocks.count, 3 * n, dbias);
-    if (a.update_weight) reduce_blocks(parts.data() + 2 * n, blocks.count, 3 * n, dupdate_weight);
+    sum_parts<T>(RowBlocks(product(a.S), n), n,
+                 {&dweight, a.bias ? &dbias : nullptr, a.update_weight ? &dupdate_weight : nullptr}, 8 * n,
+                 cpu::add_norm_scratch(n), [&](int64_t b, int64_t e, auto* d, auto* scratch) {
+                   kernel.backward(p, gt, gy, b, e, ox, ou, d, d + n, d + 2 * n, scratch);
+                 });
   });
   return {dx, dupdate, dweight, dbias, dupdate_weight};
 }

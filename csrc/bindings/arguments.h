@@ -11,12 +11,14 @@
 // The structs in bindings/written need these: a struct holds the arguments of one operator and checks them.
 namespace fastasr {
 
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
 // What an operator's arguments are on the stack.
 template <typename... T>
 struct ArgumentTypes {
   static constexpr uint64_t kCount = sizeof...(T);
+  template <typename R>
+  static std::string schema(const char* name) {
+    return Results<R>::schema(name, {kSchemaType<T>...});
+  }
 };
 
 inline int64_t product(Sizes sizes) {
@@ -44,11 +46,11 @@ struct BoxedStruct;
 template <typename R, typename A, R (*kFunction)(const A&)>
 struct BoxedStruct<kFunction> {
   using Types = typename A::Types;
-  static constexpr const char* kSchema = A::kSchema;
   static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
     if (arguments != Types::kCount || results != Results<R>::kCount) wrong_count(arguments, results);
     on(stack, Types(), std::make_index_sequence<Types::kCount>());
   }
+  static constexpr Operator kOperator{A::kName, call, Types::template schema<R>};
 
  private:
   template <typename... T, size_t... I>
@@ -59,6 +61,6 @@ struct BoxedStruct<kFunction> {
   }
 };
 template <auto kFunction>
-inline constexpr Operator written{BoxedStruct<kFunction>::kSchema, BoxedStruct<kFunction>::call};
+inline constexpr Operator written = BoxedStruct<kFunction>::kOperator;
 
 }  // namespace fastasr

@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
-#include <optional>
-#include <vector>
-
 #include "bindings/pooled.h"
 #include "cpu/attention/zipformer_attention_weights.h"
 

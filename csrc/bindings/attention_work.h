@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
 #include "bindings/dispatch.h"
 #include "cpu/attention/attention_tiles.h"
 

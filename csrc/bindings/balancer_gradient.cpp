@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/balancer_gradient.h"
 
-#include <type_traits>
-#include <vector>
-
 #include "bindings/column_sums.h"
 
 namespace fastasr::bindings::balancer_gradient {
@@ -55,17 +52,14 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
                          double max_rms, double grad_scale) {
   constexpr const char* kOp = "balancer_gradient";
   check(x.dim() == 2 || x.dim() == 3, kOp, "x must be (rows, channels) or (outer, channels, inner)");
-  check(grad.dim() == x.dim() && grad.is_contiguous(), kOp, "grad is not contiguous, or of another shape");
-  check(dtype_of(grad) == dtype_of(x), kOp, "grad has another dtype");
-  for (int64_t d = 0; d < x.dim(); d++) check(grad.size(d) == x.size(d), kOp, "grad has another shape");
+  check(is_dense(grad, dtype_of(x), x.sizes()), kOp, "grad is not contiguous, or of another dtype or shape");
   check(x.is_contiguous() || (x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1)), kOp,
         "x is not contiguous, or not along its channels");
   const cpu::BalancerLimits limits{min_mean, max_mean, min_rms, max_rms, grad_scale};
   const Layout l(x);
   Tensor y = new_like(grad);
   if (grad.numel() == 0) return y;
-  with_kernel_type(dtype_of(x), kOp, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::BalancerKernels<T>>();
+  with_kernels<cpu::BalancerKernels>(x, kOp, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x);
     T* yp = mutable_data<T>(y);
@@ -101,9 +95,6 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"balancer_gradient(Tensor grad, Tensor x, float min_mean, float max_mean, float min_rms, float max_rms, float "
-     "grad_scale) -> Tensor",
-     Boxed<balancer_gradient>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(balancer_gradient))
 
 }  // namespace fastasr::bindings::balancer_gradient

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/batch_norm_activation.h"
 
-#include <algorithm>
 #include <memory>
-#include <tuple>
-#include <vector>
 
 #include "bindings/norm_rows.h"
 #include "bindings/pooled.h"
@@ -24,13 +21,11 @@ cpu::ChannelStatistics<C> rows_of(C* statistics, int64_t channels) {
 template <typename T>
 cpu::BatchNormActivation<T> problem(const auto& a, const Tensor& statistics) {
   using C = cpu::compute_t<T>;
-  return {data<T>(a.x),
-          data_or_null<bool>(a.padding_mask),
-          data<C>(a.weight),
-          data<C>(a.bias),
-          rows_of(data<C>(statistics), a.C),
-          static_cast<int>(a.activation),
-          a.C};
+  cpu::BatchNormActivation<T> p{};
+  p.x = data<T>(a.x), p.hidden = data_or_null<bool>(a.padding_mask), p.weight = data<C>(a.weight);
+  p.bias = data<C>(a.bias), p.of = rows_of(data<C>(statistics), a.C);
+  p.activation = static_cast<int>(a.activation), p.channels = a.C;
+  return p;
 }
 
 // Writes shift, s1 and s2 of rows [begin, end), and returns how many of them are not hidden: these lie in runs, between
@@ -75,8 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_activation_forward
   Tensor y = new_pooled_like(a.x), statistics = new_contiguous(a.x, {4, n}, wide);
   Tensor mean = new_contiguous(a.x, {n}, wide), variance = new_contiguous(a.x, {n}, wide);
   Tensor rate = new_contiguous(a.x, {n}, wide);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::BatchNormActivationKernels<T>>();
+  with_kernels<cpu::BatchNormActivationKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const auto p = problem<T>(a, statistics);
     const int64_t size = std::max<int64_t>(1, blocks * n);
@@ -110,16 +104,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_activation_backward(const BatchNor
   const int64_t n = a.C, rows = product(a.S);
   check(a.grad_y.has_value(), a.kName, "y has no gradient");
   Tensor dx = new_pooled_like(a.x), dweight = new_like(a.weight), dbias = new_like(a.bias);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::BatchNormActivationKernels<T>>();
+  with_kernels<cpu::BatchNormActivationKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const auto p = problem<T>(a, a.statistics);
     const T* g = data<T>(*a.grad_y);
     T* out = mutable_data<T>(dx);
     const int64_t room = cpu::batch_norm_activation_scratch(n);
-    sum_pairs<T>(RowBlocks(rows, n), n, room, dweight, &dbias, [&](int64_t b, int64_t e, C* dw, C* db, C* scratch) {
-      kernel.sums(p, g, b, e, out, dw, db, scratch);
-    });
+    sum_parts<T>(RowBlocks(rows, n), n, {&dweight, &dbias}, 4 * n, room,
+                 [&](int64_t b, int64_t e, C* d, C* scratch) { kernel.sums(p, g, b, e, out, d, d + n, scratch); });
     const C *dw = data<C>(dweight), *db = data<C>(dbias);
     parallel_tasks(rows, 2 * n, [&](int64_t b, int64_t e) {
       const std::unique_ptr<C[]> scratch(new C[room]);

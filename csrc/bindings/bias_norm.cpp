@@ -2,8 +2,6 @@
 #include "cpu/rows/bias_norm.h"
 
 #include <cmath>
-#include <tuple>
-#include <vector>
 
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
@@ -27,8 +25,7 @@ Tensor bias_norm_forward(const BiasNormForward& a) {
   check(a.C == a.D, a.kName, "bias does not match the last dimension");
   const int64_t rows = a.C ? product(a.S) : 0, channels = a.C;
   Tensor y = new_pooled_like(a.x);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
+  with_kernels<cpu::BiasNormKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *xp = data<T>(a.x), *bp = data<T>(a.bias);
     T* yp = mutable_data<T>(y);
     const double scale = scale_of(a.log_scale);
@@ -45,16 +42,15 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const BiasNormBackward& a)
   check(a.C == a.D, a.kName, "bias does not match the last dimension");
   const int64_t rows = a.C ? product(a.S) : 0, channels = a.C;
   Tensor dx = new_pooled_like(a.x), dbias = new_like(a.bias), dlog_scale = new_like(a.log_scale);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
+  with_kernels<cpu::BiasNormKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *gp = data<T>(a.grad_y), *xp = data<T>(a.x), *bp = data<T>(a.bias);
     T* dp = mutable_data<T>(dx);
     const double scale = scale_of(a.log_scale);
     const RowBlocks blocks(rows, channels);
     std::vector<double> scale_parts(blocks.count);
-    sum_parts<T>(blocks, channels, &dbias, [&](int64_t k, auto* part) {
-      const int64_t at = blocks.begin(k) * channels;
-      kernel.backward(gp + at, xp + at, bp, scale, dp + at, part, &scale_parts[k], blocks.size(k), channels);
+    sum_parts<T>(blocks, channels, {&dbias}, channels, 0, [&](int64_t b, int64_t e, auto* part, auto*) {
+      const int64_t at = b * channels, k = b / blocks.rows_per_block;
+      kernel.backward(gp + at, xp + at, bp, scale, dp + at, part, &scale_parts[k], e - b, channels);
     });
     double sum = 0;
     for (double v : scale_parts) sum += v;

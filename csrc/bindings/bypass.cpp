@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/bypass.h"
 
-#include <algorithm>
-#include <tuple>
-
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 #include "bindings/row_sums.h"
@@ -25,10 +22,9 @@ int64_t rows_of(const Tensor& x, const Tensor& scale, const char* op) {
 Tensor bypass_forward(const BypassForward& a) {
   const int64_t rows = rows_of(a.x, a.scale, a.kName), period = a.scale.numel();
   Tensor y = new_pooled_like(a.x);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
+  with_kernels<cpu::BypassKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *op = data<T>(a.x_orig), *xp = data<T>(a.x), *sp = data<T>(a.scale);
     T* yp = mutable_data<T>(y);
-    const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
     parallel_tasks(rows, period, [&](int64_t b, int64_t e) {
       kernel.forward(op + b * period, xp + b * period, sp, yp + b * period, e - b, period);
     });
@@ -41,14 +37,12 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> bypass_backward(const BypassBackward& a) {
   const int64_t rows = rows_of(a.x, a.scale, a.kName), period = a.scale.numel();
   Tensor dx_orig = new_pooled_like(a.x), dx = new_pooled_like(a.x), dscale = new_like(a.scale);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
+  with_kernels<cpu::BypassKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *gp = data<T>(a.grad_y), *op = data<T>(a.x_orig), *xp = data<T>(a.x), *sp = data<T>(a.scale);
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);
-    const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
-    const RowBlocks blocks(rows, period);
-    sum_parts<T>(blocks, period, &dscale, [&](int64_t k, auto* part) {
-      const int64_t at = blocks.begin(k) * period;
-      kernel.backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at, part, blocks.size(k), period);
+    sum_parts<T>(RowBlocks(rows, period), period, {&dscale}, period, 0, [&](int64_t b, int64_t e, auto* part, auto*) {
+      const int64_t at = b * period;
+      kernel.backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at, part, e - b, period);
     });
   });
   return {dx_orig, dx, dscale};

@@ -17,13 +17,12 @@ void check_clamped(const Tensor& z, int64_t activation, const char* op) {
 }
 
 // Returns clamp(act(clamp(z, low, high)), next_low, next_high); in z's own memory where the caller asks for that.
-Tensor clamped_linear_forward(const Tensor& z, double low, double high, int64_t activation, double next_low,
-                              double next_high, bool in_place) {
+Tensor clamped_linear_forward(Tensor z, double low, double high, int64_t activation, double next_low, double next_high,
+                              bool in_place) {
   const char* op = "clamped_linear_forward";
   check_clamped(z, activation, op);
   Tensor y = in_place ? z : new_pooled_like(z);
-  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ClampKernels<T>>();
+  with_kernels<cpu::ClampKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const auto inner = bounds<T>(low, high), outer = bounds<T>(next_low, next_high);
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
@@ -41,8 +40,7 @@ Tensor clamped_linear_backward(const Tensor& grad, const Tensor& z, double low, 
   check_clamped(z, activation, op);
   check_same_size(grad, z, op, "grad");
   Tensor dz = new_pooled_like(z);
-  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ClampKernels<T>>();
+  with_kernels<cpu::ClampKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const auto inner = bounds<T>(low, high), outer = bounds<T>(next_low, next_high);
     const T *g = data<T>(grad), *from = data<T>(z);
     T* to = mutable_data<T>(dz);
@@ -55,11 +53,6 @@ Tensor clamped_linear_backward(const Tensor& grad, const Tensor& z, double low, 
 
 }  // namespace
 
-FASTASR_OPERATORS({"clamped_linear_forward(Tensor(a!) z, float low, float high, int activation, float next_low, "
-                   "float next_high, bool in_place) -> Tensor",
-                   Boxed<clamped_linear_forward>::call},
-                  {"clamped_linear_backward(Tensor grad, Tensor z, float low, float high, int activation, "
-                   "float next_low, float next_high) -> Tensor",
-                   Boxed<clamped_linear_backward>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(clamped_linear_forward), FASTASR_TYPED(clamped_linear_backward))
 
 }  // namespace fastasr::bindings::clamped_linear

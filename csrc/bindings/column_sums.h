@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <vector>
-
 #include "bindings/dispatch.h"
 #include "cpu/rows/balancer_gradient.h"
 

@@ -2,11 +2,9 @@
 #include "cpu/conv/conv_spatial_gate.h"
 
 #include <memory>
-#include <tuple>
-#include <type_traits>
-#include <vector>
 
 #include "bindings/pooled.h"
+#include "bindings/row_sums.h"
 #include "bindings/written/conv_spatial_gate.h"
 
 namespace fastasr::bindings::conv_spatial_gate {
@@ -17,20 +15,13 @@ using cpu::ConvSpatialGate;
 template <typename T>
 ConvSpatialGate<T> problem(const auto& a) {
   using C = cpu::compute_t<T>;
-  return {data<T>(a.x),
-          a.x.stride(0),
-          a.x.stride(1),
-          data<C>(a.norm_weight),
-          data<C>(a.norm_bias),
-          data<C>(a.weight),
-          data_or_null<C>(a.bias),
-          data_or_null<bool>(a.padding_mask),
-          a.B,
-          a.T,
-          a.C,
-          a.K,
-          a.eps,
-          static_cast<int>(a.activation)};
+  ConvSpatialGate<T> p{};
+  p.x = data<T>(a.x), p.x_batch = a.x.stride(0), p.x_time = a.x.stride(1);
+  p.norm_weight = data<C>(a.norm_weight), p.norm_bias = data<C>(a.norm_bias);
+  p.weight = data<C>(a.weight), p.bias = data_or_null<C>(a.bias), p.mask = data_or_null<bool>(a.padding_mask);
+  p.batch = a.B, p.frames = a.T, p.channels = a.C, p.taps = a.K, p.eps = a.eps;
+  p.activation = static_cast<int>(a.activation);
+  return p;
 }
 
 template <typename T, typename C = cpu::compute_t<T>>
@@ -56,8 +47,7 @@ int64_t stripes(const ConvSpatialGate<T>& p) {
 
 Tensor conv_spatial_gate_forward(const ConvSpatialGateForward& a) {
   Tensor y = new_pooled(a.x, {a.B, a.T, a.C});
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
+  with_kernels<cpu::ConvSpatialGateKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a);
     T* out = mutable_data<T>(y);
     const auto statistics = statistics_of(p);
@@ -71,8 +61,7 @@ Tensor conv_spatial_gate_forward(const ConvSpatialGateForward& a) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(const ConvSpatialGateBackward& a) {
   Tensor dx = new_contiguous(a.x), dnorm_weight = new_like(a.norm_weight), dnorm_bias = new_like(a.norm_bias),
          dweight = new_like(a.weight), dbias = new_like(a.norm_bias);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
+  with_kernels<cpu::ConvSpatialGateKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const auto p = problem<T>(a);
     const int64_t n = p.channels;
@@ -90,17 +79,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(co
     parallel_range(stripes(p), grain(3 * p.rows(), p.taps), [&](int64_t b, int64_t e) {
       kernel.backward(p, statistics.data(), g, out, du, du_row, dw, db, b, e);
     });
-    const RowBlocks blocks(p.rows(), n);
-    const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(blocks.count * 2 * n)]);  // every block is written
-    blocks.parallel(4 * n, [&](int64_t b, int64_t e) {
-      for (int64_t k = b; k < e; k++) {
-        C* part = parts.get() + k * 2 * n;
-        kernel.norm_backward(p, statistics.data(), du, du_row, out, part, part + n, blocks.begin(k),
-                             blocks.begin(k) + blocks.size(k));
-      }
-    });
-    reduce_blocks(parts.get(), blocks.count, 2 * n, dnorm_weight);
-    reduce_blocks(parts.get() + n, blocks.count, 2 * n, dnorm_bias);
+    sum_parts<T>(RowBlocks(p.rows(), n), n, {&dnorm_weight, &dnorm_bias}, 4 * n, 0,
+                 [&](int64_t b, int64_t e, auto* d, auto*) {
+                   kernel.norm_backward(p, statistics.data(), du, du_row, out, d, d + n, b, e);
+                 });
   });
   return {dx, dnorm_weight, dnorm_bias, dweight, dbias};
 }

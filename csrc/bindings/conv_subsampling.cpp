@@ -2,7 +2,6 @@
 #include "cpu/conv/conv_subsampling.h"
 
 #include <memory>
-#include <tuple>
 
 #include "bindings/pooled.h"
 #include "bindings/written/conv_subsampling.h"
@@ -45,8 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_subsampling_backward(con
   Tensor dx = need_x ? new_like(a.x) : new_without_elements(a.x);
   Tensor dweight = new_like(a.weight), dbias = new_contiguous(a.x, {s.channels});
   Tensor ddepthwise_weight = new_like(a.weight), ddepthwise_bias = new_contiguous(a.x, {s.channels});
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ConvSubsamplingKernels<T>>();
+  with_kernels<cpu::ConvSubsamplingKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const cpu::SubsamplingInputs<T> in{
         data<T>(a.x), data<T>(a.weight),         data_or_null<T>(a.bias), data<T>(a.depthwise_weight),
         nullptr,      data_or_null<bool>(a.mask)};

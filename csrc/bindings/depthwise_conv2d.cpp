@@ -2,7 +2,6 @@
 #include "cpu/conv/depthwise_conv2d.h"
 
 #include <memory>
-#include <tuple>
 
 #include "bindings/pooled.h"
 #include "bindings/written/depthwise_conv2d.h"
@@ -33,8 +32,7 @@ int64_t grain(const DepthwiseSizes& s) {
 Tensor depthwise_conv2d_forward(const DepthwiseConv2DForward& a) {
   const DepthwiseSizes s = checked_sizes(a);
   Tensor y = new_pooled(a.x, {s.batch, s.out_frames(), s.out_width(), s.channels});
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
+  with_kernels<cpu::DepthwiseConv2dKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *xp = data<T>(a.x), *wp = data<T>(a.weight), *bp = data_or_null<T>(a.bias);
     T* yp = mutable_data<T>(y);
     parallel_range(cpu::depthwise_blocks(s), grain(s),
@@ -50,8 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const DepthwiseConv
   Tensor dx = need_x ? new_pooled_like(a.x) : new_without_elements(a.x);
   Tensor dweight = need_weight ? new_like(a.weight) : new_without_elements(a.x);
   Tensor dbias = need_bias ? new_contiguous(a.x, {s.channels}) : new_without_elements(a.x);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
+  with_kernels<cpu::DepthwiseConv2dKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *gp = data<T>(a.grad_y), *xp = data<T>(a.x), *wp = data<T>(a.weight);
     if (need_x) {
       T* dp = mutable_data<T>(dx);

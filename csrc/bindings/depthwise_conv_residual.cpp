@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv/depthwise_conv_residual.h"
 
-#include <tuple>
-
 #include "bindings/pooled.h"
 #include "bindings/written/depthwise_conv_residual.h"
 
@@ -33,8 +31,7 @@ int64_t grain(int64_t rows, int64_t taps) {
 
 Tensor depthwise_conv_residual_forward(const DepthwiseConvResidualForward& a) {
   Tensor y = new_pooled(a.x, {a.B, a.T, a.C});
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
+  with_kernels<cpu::DepthwiseConvResidualKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a, a.bias);
     T* out = mutable_data<T>(y);
     parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
@@ -44,11 +41,9 @@ Tensor depthwise_conv_residual_forward(const DepthwiseConvResidualForward& a) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const DepthwiseConvResidualBackward& a) {
-  const int64_t one = 1;
   Tensor dx = new_pooled(a.x, {a.B, a.T, a.C}), dweight = new_like(a.weight);
-  Tensor dbias = new_strided(a.weight, 1, &a.C, &one);
-  with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
+  Tensor dbias = new_contiguous(a.weight, {a.C});
+  with_kernels<cpu::DepthwiseConvResidualKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const auto p = problem<T>(a, {});
     const T* g = data<T>(a.grad_y);

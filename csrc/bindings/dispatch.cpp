@@ -18,8 +18,7 @@ void out_of_memory(size_t bytes) {
 
 ScalarType dtype_of(const Tensor& t) { return t.scalar_type(); }
 
-Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides,
-                   std::optional<ScalarType> dtype) {
+Tensor new_strided(const Tensor& t, Sizes sizes, Sizes strides, std::optional<ScalarType> dtype) {
   int32_t number, device_type, device_index;
   if (dtype)
     number = static_cast<int32_t>(*dtype);
@@ -28,27 +27,26 @@ Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, number, device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), number, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
-static Tensor new_contiguous(const Tensor& t, int64_t dim, const int64_t* sizes, std::optional<ScalarType> dtype = {}) {
-  std::vector<int64_t> strides(static_cast<size_t>(dim));
+std::vector<int64_t> contiguous_strides(Sizes sizes) {
+  std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
-  for (int64_t d = dim - 1; d >= 0; d--) strides[d] = stride, stride *= std::max<int64_t>(1, sizes[d]);
-  return new_strided(t, dim, sizes, strides.data(), dtype);
+  for (size_t d = sizes.size(); d-- > 0;) strides[d] = stride, stride *= std::max<int64_t>(1, sizes[d]);
+  return strides;
 }
 
-Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype) {
-  return new_contiguous(t, static_cast<int64_t>(sizes.size()), sizes.begin(), dtype);
+Tensor new_contiguous(const Tensor& t, Sizes sizes, std::optional<ScalarType> dtype) {
+  return new_strided(t, sizes, contiguous_strides(sizes), dtype);
 }
 
-Tensor new_contiguous(const Tensor& t) { return new_contiguous(t, t.dim(), t.sizes().data()); }
-
-Tensor new_like(const Tensor& t) { return new_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
-
-Tensor new_without_elements(const Tensor& t) { return new_contiguous(t, {0}); }
+Tensor new_contiguous(const Tensor& t) { return new_contiguous(t, t.sizes()); }
+Tensor new_like(const Tensor& t) { return new_strided(t, t.sizes(), t.strides()); }
+Tensor new_like(const Optional& t, const Tensor& other) { return t ? new_like(*t) : new_without_elements(other); }
+Tensor new_without_elements(const Tensor& t) { return new_strided(t, {0}, {1}); }
 
 int64_t row_stride(const Tensor& t, const char* op, const char* name) {
   const int64_t last = t.dim() - 1;
@@ -65,11 +63,9 @@ int64_t row_stride(const Tensor& t, const char* op, const char* name) {
   return stride;
 }
 
-bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  return t.dim() == static_cast<int64_t>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.sizes().data());
-}
+bool has_sizes(const Tensor& t, Sizes sizes) { return t.sizes() == sizes; }
 
-bool is_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+bool is_dense(const Tensor& t, ScalarType dtype, Sizes sizes) {
   return dtype_of(t) == dtype && t.is_contiguous() && has_sizes(t, sizes);
 }
 
@@ -127,8 +123,20 @@ void wrong_count(uint64_t arguments, uint64_t results) {
                            std::to_string(results) + " results, its function others");
 }
 
+std::string schema_of(const char* name, SchemaTypes arguments, SchemaTypes results) {
+  std::string text = std::string(name) + "(", comma;
+  char letter = 'a';
+  for (std::string type : arguments) {
+    if (type.back() == '!') type.replace(type.size() - 1, 1, std::string("(") + letter + "!)");
+    text += comma + type + ' ' + letter++, comma = ", ";
+  }
+  text += ") -> (", comma.clear();
+  for (const std::string type : results) text += comma + type, comma = ", ";
+  return text + ')';
+}
+
 void define(Library& library, std::initializer_list<Operator> operators) {
-  for (const Operator& o : operators) library.def(o.schema);
+  for (const Operator& o : operators) library.def(o.complete ? o.complete(o.schema).c_str() : o.schema);
 }
 
 void implement(Library& library, std::initializer_list<Operator> operators) {

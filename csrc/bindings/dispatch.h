@@ -30,6 +30,7 @@ namespace fastasr {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Returns Tensor::scalar_type(), which would be compiled into every file that calls it.
 ScalarType dtype_of(const Tensor& t);
@@ -45,6 +46,10 @@ const T* data_or_null(const Optional& t) {
 template <typename T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+template <typename T>
+T* mutable_or_null(const Tensor& t) {  // null without elements
+  return t.numel() ? mutable_data<T>(t) : nullptr;
 }
 
 // Declines the call: throws std::invalid_argument with the operator's name and the reason, pieces of text and numbers.
@@ -95,6 +100,17 @@ void with_compute_type(ScalarType dtype, const char* op, F&& f) {
   f.template operator()<float>();
 }
 
+// Calls f.template operator()<T>(kernels) with t's kernel type T and the kernels K of it; of all types, or of float and
+// double.
+template <template <typename> typename K, typename F>
+void with_kernels(const Tensor& t, const char* op, F&& f) {
+  with_kernel_type(dtype_of(t), op, [&]<typename T>() { f.template operator()<T>(cpu::kernels<K<T>>()); });
+}
+template <template <typename> typename K, typename F>
+void with_wide_kernels(const Tensor& t, const char* op, F&& f) {
+  with_compute_type(dtype_of(t), op, [&]<typename T>() { f.template operator()<T>(cpu::kernels<K<T>>()); });
+}
+
 // The dtype that a tensor, or a kernel type, is computed in; parameters are passed in it.
 constexpr ScalarType compute_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -104,20 +120,21 @@ constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Doub
 
 // Makes a new tensor of t's device, and of its dtype unless another one is given. torch::stable::empty_like looks its
 // op up by name at every call, which costs more than a small kernel.
-Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides,
-                   std::optional<ScalarType> dtype = {});
-Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = {});
+Tensor new_strided(const Tensor& t, Sizes sizes, Sizes strides, std::optional<ScalarType> dtype = {});
+Tensor new_contiguous(const Tensor& t, Sizes sizes, std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t);  // of t's sizes
 Tensor new_like(const Tensor& t);        // with t's sizes and strides
 Tensor new_without_elements(const Tensor& t);
+Tensor new_like(const Optional& t, const Tensor& other);  // like t; or without elements, of the other's dtype
+std::vector<int64_t> contiguous_strides(Sizes sizes);
 
 // Returns the elements from one row to the next of a tensor seen as rows of its last dimension: slices of a wider
 // tensor qualify.
 int64_t row_stride(const Tensor& t, const char* op, const char* name);
 
-bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes);
+bool has_sizes(const Tensor& t, Sizes sizes);
 // Says whether t is contiguous and has this dtype and these sizes.
-bool is_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes);
+bool is_dense(const Tensor& t, ScalarType dtype, Sizes sizes);
 void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name);
 void check_same_size(const Tensor& t, const Tensor& reference, const char* op, const char* name);
 
@@ -175,15 +192,40 @@ void reduce_blocks(const C* parts, int64_t blocks, int64_t width, const Tensor& 
 // Raises an error: a schema has as many arguments or results.
 [[noreturn]] void wrong_count(uint64_t arguments, uint64_t results);
 
+// The type of an argument or result in a schema. An argument `Tensor`, taken by value, is written to: "Tensor!".
+template <typename T>
+constexpr const char* kSchemaType = kSchemaType<std::remove_cvref_t<T>>;
+// clang-format off
+template <> inline constexpr const char* kSchemaType<Tensor> = "Tensor";
+template <> inline constexpr const char* kSchemaType<Optional> = "Tensor?";
+template <> inline constexpr const char* kSchemaType<bool> = "bool";
+template <> inline constexpr const char* kSchemaType<int64_t> = "int";
+template <> inline constexpr const char* kSchemaType<double> = "float";
+template <> inline constexpr const char* kSchemaType<std::string> = "str";
+template <> inline constexpr const char* kSchemaType<std::vector<int64_t>> = "int[]";
+template <> inline constexpr const char* kSchemaType<std::vector<double>> = "float[]";
+template <> inline constexpr const char* kSchemaType<std::vector<Tensor>> = "Tensor[]";
+// clang-format on
+template <typename T>
+constexpr const char* kArgumentType = std::is_same_v<T, Tensor> ? "Tensor!" : kSchemaType<T>;
+using SchemaTypes = std::initializer_list<const char*>;
+std::string schema_of(const char* name, SchemaTypes arguments, SchemaTypes results);
+
 // Puts a function's results on the stack.
 template <typename R>
 struct Results {
   static constexpr uint64_t kCount = 1;
+  static std::string schema(const char* name, SchemaTypes arguments) {
+    return schema_of(name, arguments, {kSchemaType<R>});
+  }
   static void put(StableIValue* stack, R&& result) { *stack = torch::stable::detail::from(std::move(result)); }
 };
 template <typename... T>
 struct Results<std::tuple<T...>> {
   static constexpr uint64_t kCount = sizeof...(T);
+  static std::string schema(const char* name, SchemaTypes arguments) {
+    return schema_of(name, arguments, {kSchemaType<T>...});
+  }
   static void put(StableIValue* stack, std::tuple<T...>&& results) {
     std::apply([&](T&... result) { ((*stack++ = torch::stable::detail::from(std::move(result))), ...); }, results);
   }
@@ -191,6 +233,7 @@ struct Results<std::tuple<T...>> {
 template <>
 struct Results<void> {
   static constexpr uint64_t kCount = 0;
+  static std::string schema(const char* name, SchemaTypes arguments) { return schema_of(name, arguments, {}); }
 };
 
 // What torch's dispatcher calls in place of a function: it takes arguments from the stack and puts the results there.
@@ -203,6 +246,7 @@ struct Boxed<kFunction> {
     if (arguments != sizeof...(A) || results != Results<R>::kCount) wrong_count(arguments, results);
     on(stack, std::index_sequence_for<A...>());
   }
+  static std::string schema(const char* name) { return Results<R>::schema(name, {kArgumentType<A>...}); }
 
  private:
   template <size_t... I>
@@ -215,11 +259,16 @@ struct Boxed<kFunction> {
   }
 };
 
-// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and Boxed<function>::call.
+// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, or the name alone and Boxed::schema.
 struct Operator {
   const char* schema;
   void (*boxed)(StableIValue*, uint64_t, uint64_t);
+  std::string (*complete)(const char* name) = nullptr;
 };
+template <auto kFunction>
+constexpr Operator typed(const char* name) {
+  return {name, Boxed<kFunction>::call, Boxed<kFunction>::schema};
+}
 using Library = torch::stable::detail::StableLibrary;
 void define(Library& library, std::initializer_list<Operator> operators);
 void implement(Library& library, std::initializer_list<Operator> operators);
@@ -227,10 +276,13 @@ void implement(Library& library, std::initializer_list<Operator> operators);
 }  // namespace fastasr
 
 // A file ends with this in namespace fastasr: the operators that kernels of a declared op consist of. `written<f>`
-// stands for the schema and function of one whose arguments the declaration describes.
-#define FASTASR_OPERATORS(...)                                                            \
-  STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, library) { define(library, {__VA_ARGS__}); } \
-  STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, library) { implement(library, {__VA_ARGS__}); }
+// stands for one whose arguments the declaration describes, FASTASR_TYPED(f) for one that is called by position: its
+// schema follows from the types of f.
+#define FASTASR_OPERATORS(...) FASTASR_OPERATORS_ON(fastasr_cpu, CPU, __VA_ARGS__)
+#define FASTASR_OPERATORS_ON(name, key, ...)                                       \
+  STABLE_TORCH_LIBRARY_FRAGMENT(name, library) { define(library, {__VA_ARGS__}); } \
+  STABLE_TORCH_LIBRARY_IMPL(name, key, library) { implement(library, {__VA_ARGS__}); }
+#define FASTASR_TYPED(f) typed<f>(#f)
 
 // Operators outside every declaration. The first argument says why they need no fake function, autocast rule and
 // contract; tests/ops/test_native_operators.py reads it.

@@ -2,8 +2,6 @@
 #include "cpu/rows/dropout.h"
 
 #include <cstring>
-#include <tuple>
-#include <vector>
 
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
@@ -54,8 +52,7 @@ class GeneratorState {
 
 Tensor new_mask(const Tensor& like, const Tensor& bytes) {
   // of the generator's dtype, which is that of the mask
-  const int64_t size = like.numel(), stride = 1;
-  return new_strided(bytes, 1, &size, &stride);
+  return new_contiguous(bytes, {like.numel()});
 }
 
 const cpu::DropoutKernels& kernels() { return cpu::kernels<cpu::DropoutKernels>(); }
@@ -76,8 +73,7 @@ void apply(const Tensor& x, const Tensor& keep, double p, const Optional& residu
 
 // Returns x plus residual, with each element of x set to 0 with probability p or divided by 1 - p; and a mask of the
 // kept. It advances the generator's state in place.
-std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& residual, const Tensor& generator,
-                                           double p) {
+std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& residual, Tensor generator, double p) {
   const char* op = "dropout_forward";
   check_like(x, x, op, "x");
   check(dtype_of(x) == ScalarType::Float, op, "x is not float32");
@@ -92,7 +88,7 @@ std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& resi
 }
 
 // Draws which elements of a tensor like `like` dropout keeps.
-Tensor dropout_keep(const Tensor& like, const Tensor& generator, double p) {
+Tensor dropout_keep(const Tensor& like, Tensor generator, double p) {
   const char* op = "dropout_keep";
   check_like(like, like, op, "like");
   check_probability(p, op);
@@ -117,8 +113,8 @@ Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
 
 // Returns factors of dropout for the weights that are seen, (sequences, queries, lanes) like `like`: of `sequences`
 // dense (queries, keys) tensors of draws those at columns `places` (queries, lanes) of each row.
-Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& generator, int64_t sequences,
-                       int64_t keys, double p) {
+Tensor dropout_windows(const Tensor& like, const Tensor& places, Tensor generator, int64_t sequences, int64_t keys,
+                       double p) {
   const char* op = "dropout_windows";
   check(dtype_of(like) == ScalarType::Float, op, "not float32");
   check(places.dim() == 2 && dtype_of(places) == ScalarType::Long && places.is_contiguous(), op, "places");
@@ -141,12 +137,7 @@ Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& g
 
 FASTASR_UNDECLARED(
     "fastasr/ops/_dropout.py calls it in a node of autograd, for plain tensors; random numbers have no formula",
-
-    {"dropout_forward(Tensor x, Tensor? residual, Tensor(a!) generator, float p) -> (Tensor, Tensor)",
-     Boxed<dropout_forward>::call},
-    {"dropout_keep(Tensor like, Tensor(a!) generator, float p) -> Tensor", Boxed<dropout_keep>::call},
-    {"dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor", Boxed<dropout_backward>::call},
-    {"dropout_windows(Tensor like, Tensor places, Tensor(a!) generator, int sequences, int keys, float p) -> Tensor",
-     Boxed<dropout_windows>::call})
+    FASTASR_TYPED(dropout_forward), FASTASR_TYPED(dropout_keep), FASTASR_TYPED(dropout_backward),
+    FASTASR_TYPED(dropout_windows))
 
 }  // namespace fastasr::bindings::dropout

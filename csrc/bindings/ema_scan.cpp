@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/ema/ema_scan.h"
 
-#include <tuple>
-
 #include "bindings/pooled.h"
 #include "bindings/written/complex_ema_scan.h"
 #include "bindings/written/ema_scan.h"
@@ -102,8 +100,8 @@ Gradients backward(const A& a) {
   Tensor dx = new_pooled(x, {x.size(0), x.size(1), x.size(2)});
   Tensor ddamping = new_like(p.damping), ddecay = new_like(p.decay), dexpansion = new_like(p.expansion);
   Tensor dprojection = new_like(p.projection);
-  Tensor dresidual = p.residual ? new_like(*p.residual) : new_without_elements(p.damping);
-  Tensor dstate = a.state ? new_like(*a.state) : new_without_elements(p.damping);
+  Tensor dresidual = new_like(p.residual, p.damping);
+  Tensor dstate = new_like(a.state, p.damping);
   with_kernel_type(dtype_of(x), a.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const cpu::EmaGradients<C> gradients{mutable_data<C>(ddamping),

@@ -2,9 +2,6 @@
 #ifdef FASTASR_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include <initializer_list>
-#include <tuple>
-
 #include "bindings/dispatch.h"
 #include "cuda/ema_scan.h"
 
@@ -212,26 +209,10 @@ Gradients registered_backward(const Tensor& grad, Optional grad_state, const Ten
 
 }  // namespace
 
-#define FASTASR_OPTIONS "Tensor? state, Tensor? mask, int truncation, int direction, int activation, int layout"
-#define FASTASR_REAL \
-  "Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, Tensor? residual, " FASTASR_OPTIONS
-#define FASTASR_COMPLEX \
-  "Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? omega, " FASTASR_OPTIONS
-#define FASTASR_GRADIENTS "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cuda, m) {
-  m.def("ema_scan_forward(" FASTASR_REAL ", bool need_state) -> (Tensor, Tensor)");
-  m.def("ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_REAL ") -> " FASTASR_GRADIENTS);
-  m.def("complex_ema_scan_forward(" FASTASR_COMPLEX ", bool need_state) -> (Tensor, Tensor)");
-  m.def("complex_ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_COMPLEX ") -> " FASTASR_GRADIENTS);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cuda, CUDA, m) {
-  m.impl("ema_scan_forward", Boxed<registered_forward<false>>::call);
-  m.impl("ema_scan_backward", Boxed<registered_backward<false>>::call);
-  m.impl("complex_ema_scan_forward", Boxed<registered_forward<true>>::call);
-  m.impl("complex_ema_scan_backward", Boxed<registered_backward<true>>::call);
-}
+FASTASR_OPERATORS_ON(fastasr_cuda, CUDA, typed<registered_forward<false>>("ema_scan_forward"),
+                     typed<registered_backward<false>>("ema_scan_backward"),
+                     typed<registered_forward<true>>("complex_ema_scan_forward"),
+                     typed<registered_backward<true>>("complex_ema_scan_backward"))
 
 }  // namespace fastasr::bindings::ema_scan_cuda
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/streaming/emformer_step.h"
 
-#include <vector>
-
 #include "bindings/packed_weights.h"
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
@@ -68,9 +66,10 @@ Tensor rows_of(const Tensor& t, int64_t begin, int64_t end) {
 // Takes utterance (S, B, D), right_context (R, B, D), mems (1, B, D), which is ignored without memory; states (M, B,
 // D), (L, B, D) twice and (1, B) int32; lengths (B,) or none, history (2,) and kept (L,) as in cpu::EmformerSegment.
 // Returns the encoded utterance and right context, the next layer's mems and the four states after it.
-std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vector<double> eps, Tensor packed,
-                                        Tensor utterance, Tensor right_context, Tensor mems, std::vector<Tensor> states,
-                                        std::optional<Tensor> lengths, Tensor history, Tensor kept, int64_t threads) {
+std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vector<double> eps, const Tensor& packed,
+                                        const Tensor& utterance, const Tensor& right_context, const Tensor& mems,
+                                        std::vector<Tensor> states, const Optional& lengths, const Tensor& history,
+                                        const Tensor& kept, int64_t threads) {
   const EmformerLayout l = layout_of(numbers, eps);
   const int64_t dim = l.shape.dim;
   check_floats(packed, l.total, "packed");
@@ -97,29 +96,18 @@ std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vecto
   for (size_t i = 0; i < 3; i++) out.push_back(new_contiguous(utterance, {states[i].size(0), streams, dim}));
   out.push_back(next_past);
 
-  cpu::EmformerSegment segment{l,
-                               data<float>(packed),
-                               streams,
-                               frames,
-                               right,
-                               left,
-                               memory,
-                               sequence(utterance, frames, streams, dim, "utterance"),
-                               sequence(right_context, right, streams, dim, "right_context"),
-                               {},
-                               data<float>(states[0]),
-                               data<float>(states[1]),
-                               data<float>(states[2]),
-                               lengths ? integers(*lengths, streams, "lengths") : nullptr,
-                               integers(history, 2, "history"),
-                               rows_kept,
-                               mutable_data<float>(y),
-                               mutable_data<float>(next_mems),
-                               mutable_data<float>(out[3]),
-                               mutable_data<float>(out[4]),
-                               mutable_data<float>(out[5]),
-                               nullptr,
-                               {threads, run_parts}};
+  cpu::EmformerSegment segment{.layout = l};
+  segment.arena = data<float>(packed), segment.streams = streams, segment.frames = frames, segment.right = right;
+  segment.left = left, segment.memory = memory;
+  segment.utterance = sequence(utterance, frames, streams, dim, "utterance");
+  segment.right_context = sequence(right_context, right, streams, dim, "right_context");
+  segment.old_memory = data<float>(states[0]), segment.old_key = data<float>(states[1]);
+  segment.old_value = data<float>(states[2]);
+  segment.lengths = lengths ? integers(*lengths, streams, "lengths") : nullptr;
+  segment.history = integers(history, 2, "history"), segment.kept = rows_kept;
+  segment.y = mutable_data<float>(y), segment.next_mems = mutable_data<float>(next_mems);
+  segment.new_memory = mutable_data<float>(out[3]), segment.new_key = mutable_data<float>(out[4]);
+  segment.new_value = mutable_data<float>(out[5]), segment.workers = {threads, run_parts};
   if (memory) segment.mems = sequence(mems, 1, streams, dim, "mems");
   const auto& kernel = cpu::kernels<cpu::EmformerKernels>();
   const Scratch<float> scratch(kernel.scratch_floats(segment));
@@ -132,12 +120,6 @@ std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vecto
 
 FASTASR_UNDECLARED(
     "fastasr/models/emformer/packed_step.py calls it without gradients, with tensors of a layer that it checked",
-    {"emformer_layer_pack(int[] numbers, float[] eps, Tensor[] weights, Tensor[] biases, "
-     "Tensor[] norms) -> Tensor",
-     Boxed<emformer_layer_pack>::call},
-    {"emformer_layer_step(int[] numbers, float[] eps, Tensor packed, Tensor utterance, "
-     "Tensor right_context, Tensor mems, Tensor[] states, Tensor? lengths, Tensor history, "
-     "Tensor kept, int threads) -> Tensor[]",
-     Boxed<emformer_layer_step>::call})
+    FASTASR_TYPED(emformer_layer_pack), FASTASR_TYPED(emformer_layer_step))
 
 }  // namespace fastasr::bindings::emformer_step

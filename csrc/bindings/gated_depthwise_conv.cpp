@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv/gated_depthwise_conv.h"
 
-#include <algorithm>
 #include <memory>
-#include <tuple>
-#include <vector>
 
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
@@ -37,30 +34,16 @@ GatedDepthwiseConv<T> problem(const auto& a, const std::vector<int64_t>& starts)
   check(!a.starts || (!chunked && !a.cache), a.kName, "starts in chunk-causal form or with a cache");
   const int64_t past = a.K / 2 + a.delay, whole = std::max<int64_t>(1, a.T);
   check(past >= 0 && past < a.K, a.kName, "delay");
-  return {data<T>(a.h),
-          a.h.stride(0),
-          a.h.stride(1),
-          data<T>(a.weight),
-          data_or_null<T>(a.bias),
-          data_or_null<T>(a.causal_weight),
-          data_or_null<T>(a.causal_bias),
-          data_or_null<T>(a.chunk_scale),
-          data_or_null<bool>(a.padding_mask),
-          data_or_null<T>(a.cache),
-          a.T,
-          a.B,
-          a.C,
-          a.K,
-          past,
-          chunked && a.chunk_size > 0 ? std::min(a.chunk_size, whole) : whole,
-          static_cast<cpu::GatedActivation>(a.activation),
-          static_cast<cpu::Gate>(a.gate),
-          static_cast<int64_t>(starts.size()) - 1,
-          starts.data()};
-}
-
-Tensor new_like_if(const Optional& t, const Tensor& h) {
-  return t.has_value() ? new_like(*t) : new_without_elements(h);
+  GatedDepthwiseConv<T> p{};
+  p.h = data<T>(a.h), p.h_time = a.h.stride(0), p.h_batch = a.h.stride(1);
+  p.weight = data<T>(a.weight), p.bias = data_or_null<T>(a.bias), p.causal_weight = data_or_null<T>(a.causal_weight);
+  p.causal_bias = data_or_null<T>(a.causal_bias), p.chunk_scale = data_or_null<T>(a.chunk_scale);
+  p.mask = data_or_null<bool>(a.padding_mask), p.cache = data_or_null<T>(a.cache);
+  p.frames = a.T, p.batch = a.B, p.channels = a.C, p.taps = a.K, p.past = past;
+  p.chunk = chunked && a.chunk_size > 0 ? std::min(a.chunk_size, whole) : whole;
+  p.activation = static_cast<cpu::GatedActivation>(a.activation), p.gate = static_cast<cpu::Gate>(a.gate);
+  p.recordings = static_cast<int64_t>(starts.size()) - 1, p.starts = starts.data();
+  return p;
 }
 
 template <typename T>
@@ -105,9 +88,9 @@ Gradients gated_depthwise_conv_backward(const GatedDepthwiseConvBackward& a) {
   const Tensor &h = a.h, &grad = a.grad_y;
   const std::vector<int64_t> starts = bounds_of(a);
   Tensor dh = new_without_elements(h);
-  Tensor dweight = new_like(a.weight), dbias = new_like_if(a.bias, h), dcausal_weight = new_like_if(a.causal_weight, h),
-         dcausal_bias = new_like_if(a.causal_bias, h), dchunk_scale = new_like_if(a.chunk_scale, h),
-         dcache = new_like_if(a.cache, h);
+  Tensor dweight = new_like(a.weight), dbias = new_like(a.bias, h), dcausal_weight = new_like(a.causal_weight, h),
+         dcausal_bias = new_like(a.causal_bias, h), dchunk_scale = new_like(a.chunk_scale, h),
+         dcache = new_like(a.cache, h);
   with_kernel_type(dtype_of(h), a.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const GatedDepthwiseConv<T> conv = problem<T>(a, starts);

@@ -115,8 +115,6 @@ void gemm_add(Tensor c, const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", Boxed<gemm>::call},
-                  {"gemm_add(Tensor(a!) c, Tensor a, Tensor b) -> ()", Boxed<gemm_add>::call},
-                  {"linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", Boxed<linear_few_rows>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(gemm), FASTASR_TYPED(gemm_add), FASTASR_TYPED(linear_few_rows))
 
 }  // namespace fastasr::bindings::gemm

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/decoding/greedy_search.h"
 
-#include <vector>
-
 #include "bindings/packed_weights.h"
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
@@ -73,10 +71,10 @@ bool is_integers(const Tensor& t, std::initializer_list<int64_t> sizes) {
 // encoded (batch, frames, joint) with dense channels, lengths (batch,), state (batch, floats) and counters (batch,
 // fields), which are updated; rules: blank, skipped, most_symbols, together, most_steps. Returns tokens, moves and
 // scores (batch, most_steps), of which a sequence has the first steps (batch,), and these; no scores unless asked for.
-std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<double> eps, Tensor packed,
-                                  Tensor embedding, Tensor encoded, Tensor lengths, std::vector<int64_t> durations,
-                                  std::vector<int64_t> rules, double penalty, Tensor state, Tensor counters,
-                                  bool scored, int64_t threads) {
+std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<double> eps, const Tensor& packed,
+                                  const Tensor& embedding, const Tensor& encoded, const Tensor& lengths,
+                                  std::vector<int64_t> durations, std::vector<int64_t> rules, double penalty,
+                                  Tensor state, Tensor counters, bool scored, int64_t threads) {
   const GreedyLayout l = layout_of(numbers, eps);
   const cpu::GreedyShape& s = l.shape;
   check_floats(packed, l.bytes / 4, "packed");
@@ -103,28 +101,15 @@ std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<doub
   for (int i = 0; i < 2; i++) out.push_back(new_contiguous(lengths, {batch, rules[4]}));
   out.push_back(new_contiguous(encoded, {batch, scored ? rules[4] : 0}));
   out.push_back(new_contiguous(lengths, {batch}));
-  cpu::GreedyBatch b{l,
-                     reinterpret_cast<const char*>(data<float>(packed)),
-                     data<float>(embedding),
-                     {data<float>(encoded), encoded.stride(1), encoded.stride(0)},
-                     batch,
-                     frames,
-                     data<int64_t>(lengths),
-                     durations.data(),
-                     rules[0],
-                     rules[1],
-                     rules[2],
-                     static_cast<float>(penalty),
-                     rules[3] != 0,
-                     mutable_data<float>(state),
-                     mutable_data<int64_t>(counters),
-                     rules[4],
-                     mutable_data<int64_t>(out[0]),
-                     mutable_data<int64_t>(out[1]),
-                     scored ? mutable_data<float>(out[2]) : nullptr,
-                     mutable_data<int64_t>(out[3]),
-                     nullptr,
-                     {threads, run_parts}};
+  cpu::GreedyBatch b{.layout = l};
+  b.arena = reinterpret_cast<const char*>(data<float>(packed)), b.embedding = data<float>(embedding);
+  b.encoded = {data<float>(encoded), encoded.stride(1), encoded.stride(0)}, b.batch = batch, b.frames = frames;
+  b.lengths = data<int64_t>(lengths), b.durations = durations.data();
+  b.blank = rules[0], b.skipped = rules[1], b.most_symbols = rules[2], b.together = rules[3] != 0;
+  b.penalty = static_cast<float>(penalty), b.state = mutable_data<float>(state);
+  b.counters = mutable_data<int64_t>(counters), b.most_steps = rules[4], b.tokens = mutable_data<int64_t>(out[0]);
+  b.moves = mutable_data<int64_t>(out[1]), b.scores = scored ? mutable_data<float>(out[2]) : nullptr;
+  b.steps = mutable_data<int64_t>(out[3]), b.workers = {threads, run_parts};
   const auto& kernel = cpu::kernels<cpu::GreedyKernels>();
   const Scratch<float> scratch(kernel.scratch_floats(b));
   b.scratch = scratch.data();
@@ -134,14 +119,7 @@ std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<doub
 
 }  // namespace
 
-FASTASR_UNDECLARED(
-    "fastasr/models/transducer/label_looping.py calls it under no_grad, with tensors that it made",
-
-    {"greedy_pack(int[] numbers, float[] eps, Tensor[] lstm, Tensor[] linear, Tensor[] vectors) -> Tensor",
-     Boxed<greedy_pack>::call},
-    {"greedy_search(int[] numbers, float[] eps, Tensor packed, Tensor embedding, Tensor encoded, "
-     "Tensor lengths, int[] durations, int[] rules, float penalty, Tensor state, Tensor counters, "
-     "bool scored, int threads) -> Tensor[]",
-     Boxed<greedy_search>::call})
+FASTASR_UNDECLARED("fastasr/models/transducer/label_looping.py calls it under no_grad, with tensors that it made",
+                   FASTASR_TYPED(greedy_pack), FASTASR_TYPED(greedy_search))
 
 }  // namespace fastasr::bindings::greedy_search

@@ -42,8 +42,6 @@ int64_t kept_digest(const Tensor& mask) {
 }  // namespace
 
 FASTASR_UNDECLARED("fastasr/ops/_kept.py compares the bytes of tensors: nothing is computed from them",
-                   {"kept_digest(Tensor mask) -> int", Boxed<kept_digest>::call},
-                   {"kept_pieces(Tensor spans, int part, int parts) -> Tensor", Boxed<kept_pieces>::call},
-                   {"kept_unchanged(Tensor pieces) -> bool", Boxed<kept_unchanged>::call})
+                   FASTASR_TYPED(kept_digest), FASTASR_TYPED(kept_pieces), FASTASR_TYPED(kept_unchanged))
 
 }  // namespace fastasr::bindings::kept

@@ -2,8 +2,6 @@
 #include "cpu/rnnt/layer_norm_lstm.h"
 
 #include <cstring>
-#include <tuple>
-#include <vector>
 
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
@@ -102,8 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   Tensor y = new_pooled(input, {s.steps, s.batch, s.hidden});
   Tensor last_hidden = new_pooled(input, {s.batch, s.hidden}), last_cell = new_pooled(input, {s.batch, s.hidden});
   Tensor kept = keep ? new_pooled(input, {s.kept()}) : new_without_elements(input);
-  with_compute_type(dtype_of(input), op, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
+  with_wide_kernels<cpu::LayerNormLstmKernels>(input, op, [&]<typename C>(const auto& kernel) {
     auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
     p.input = data<C>(input), p.input_weight = data_or_null<C>(input_weight);
     C *yp = mutable_data<C>(y), *hp = mutable_data<C>(last_hidden), *cp = mutable_data<C>(last_cell);
@@ -143,8 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
   Tensor dgate_weight = new_contiguous(gate_weight), dgate_bias = new_contiguous(gate_bias);
   Tensor dcell_weight = new_contiguous(cell_weight), dcell_bias = new_contiguous(cell_bias);
   Tensor dhidden = new_pooled(hidden_weight, {batch, s.hidden}), dcell = new_pooled(hidden_weight, {batch, s.hidden});
-  with_compute_type(dtype_of(hidden_weight), op, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
+  with_wide_kernels<cpu::LayerNormLstmKernels>(hidden_weight, op, [&]<typename C>(const auto& kernel) {
     const auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
     const auto given = [](const Optional& t) { return data_or_null<C>(t); };
     const cpu::LayerNormLstmGradients<C> grad{given(grad_y),
@@ -169,14 +165,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
 
 }  // namespace
 
-FASTASR_OPERATORS({"layer_norm_lstm_forward(Tensor input, Tensor? input_weight, Tensor hidden_weight, "
-                   "Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden, "
-                   "Tensor? cell, float eps, bool keep) -> (Tensor,Tensor, Tensor, Tensor)",
-                   Boxed<layer_norm_lstm_forward>::call},
-                  {"layer_norm_lstm_backward(Tensor? grad_y, Tensor? grad_hidden, Tensor? grad_cell, "
-                   "Tensor hidden_weight, Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, "
-                   "Tensor cell_bias, Tensor? cell, Tensor kept, int steps, int batch, float eps, bool need_state) "
-                   " -> (Tensor,Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   Boxed<layer_norm_lstm_backward>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(layer_norm_lstm_forward), FASTASR_TYPED(layer_norm_lstm_backward))
 
 }  // namespace fastasr::bindings::layer_norm_lstm

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <tuple>
-#include <vector>
-
 #include "bindings/dispatch.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/reduced_gemm.h"
@@ -38,21 +35,21 @@ Tensor bias_norm_forward(const BiasNormForward& a);
 }  // namespace bias_norm
 
 namespace nonlin_attention {
-Tensor gate(const Tensor& projected);
-Tensor product(const Tensor& projected, const Tensor& o);
+Tensor nonlin_attention_gate(const Tensor& projected);
+Tensor nonlin_attention_product(const Tensor& projected, const Tensor& o);
 }  // namespace nonlin_attention
 
 namespace weighted_values {
-Tensor weighted_values(Tensor weights, Tensor values);  // returns (rows, batch, width)
-Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values);
+Tensor weighted_values(const Tensor& weights, const Tensor& values);  // returns (rows, batch, width)
+Tensor weighted_values_packed(std::vector<Tensor> weights, const Tensor& values);
 }  // namespace weighted_values
 
 namespace zipformer_attention_weights {
 struct ZipformerAttentionWeightsForward;
 Tensor zipformer_attention_weights_forward(const ZipformerAttentionWeightsForward& a);
-std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optional pos, std::vector<int64_t> lengths,
-                                                               int64_t heads, int64_t query_dim, int64_t chunk,
-                                                               int64_t left_chunks);
+std::vector<Tensor> zipformer_attention_weights_packed_forward(const Tensor& x, const Optional& pos,
+                                                               std::vector<int64_t> lengths, int64_t heads,
+                                                               int64_t query_dim, int64_t chunk, int64_t left_chunks);
 }  // namespace zipformer_attention_weights
 
 namespace gated_depthwise_conv {

@@ -27,24 +27,8 @@ int64_t cuda_devices() { return 0; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("machine_problem() -> str");
-  m.def("setting_problem() -> str");
-  m.def("simd_name() -> str");
-  m.def("simd_level() -> str");
-  m.def("bf16_gains() -> bool");
-  m.def("cuda_architectures() -> str");
-  m.def("cuda_devices() -> int");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
-  m.impl("machine_problem", Boxed<machine_problem>::call);
-  m.impl("setting_problem", Boxed<setting_problem>::call);
-  m.impl("simd_name", Boxed<simd_name>::call);
-  m.impl("simd_level", Boxed<simd_level>::call);
-  m.impl("bf16_gains", Boxed<bf16_gains>::call);
-  m.impl("cuda_architectures", Boxed<cuda_architectures>::call);
-  m.impl("cuda_devices", Boxed<cuda_devices>::call);
-}
+FASTASR_OPERATORS_ON(fastasr_cpu, CompositeExplicitAutograd, FASTASR_TYPED(machine_problem),
+                     FASTASR_TYPED(setting_problem), FASTASR_TYPED(simd_name), FASTASR_TYPED(simd_level),
+                     FASTASR_TYPED(bf16_gains), FASTASR_TYPED(cuda_architectures), FASTASR_TYPED(cuda_devices))
 
 }  // namespace fastasr::bindings::library

@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/linear_activation.h"
 
-#include <algorithm>
-#include <tuple>
-#include <type_traits>
-#include <vector>
-
 #include "bindings/pooled.h"
 #include "bindings/row_sums.h"
 #include "cpu/math/activation.h"
@@ -47,12 +42,10 @@ int64_t half_of(const Tensor& z, const Optional& keep, const char* op) {
 }
 
 Tensor gated_forward(const Tensor& z, int64_t activation, int64_t channels, const char* op) {
-  std::vector<int64_t> sizes(z.sizes().begin(), z.sizes().end()), strides(sizes.size(), 1);
+  std::vector<int64_t> sizes = z.sizes().vec();
   sizes.back() = channels;
-  for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
-  Tensor y = new_pooled(z, sizes.size(), sizes.data(), strides.data());
-  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
+  Tensor y = new_pooled(z, sizes);
+  with_kernels<cpu::LinearActivationKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
     const int64_t rows = channels ? y.numel() / channels : 0;
@@ -72,8 +65,7 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
   if (gated) return gated_forward(z, activation, half_of(z, keep, op), op);
   const Dropped dropped(keep, p, z, op);
   Tensor y = in_place ? z : new_pooled_like(z);
-  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
+  with_kernels<cpu::LinearActivationKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
     const int64_t piece = dropped.mask ? 2048 : z.numel();  // the first cache holds a piece between both passes
@@ -104,26 +96,23 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
   const Dropped dropped(keep, p, z, op);
   Tensor dz = new_pooled_like(z), dbias = new_without_elements(z);
   const int64_t channels = z.size(z.dim() - 1), rows = channels ? z.numel() / channels : 0;
-  if (need_bias) {
-    const int64_t one = 1;
-    dbias = new_strided(z, 1, &channels, &one);
-  }
-  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
+  if (need_bias) dbias = new_contiguous(z, {channels});
+  with_kernels<cpu::LinearActivationKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const T *g = data<T>(grad), *from = data<T>(z);
     T* to = mutable_data<T>(dz);
-    const RowBlocks blocks(rows, channels);
-    sum_parts<T>(blocks, channels, need_bias ? &dbias : nullptr, [&](int64_t k, auto* part) {
-      const int64_t at = blocks.begin(k) * channels;
-      if (gated) {
-        kernel.gated_backward(static_cast<int>(activation), g + at / 2, from + at, to + at, part, blocks.size(k),
-                              channels / 2);
-        return;
-      }
-      if (dropped.mask) dropped.apply<T>(g, to, at, blocks.size(k) * channels);
-      const T* dy = dropped.mask ? to : g;
-      kernel.backward(static_cast<int>(activation), dy + at, from + at, to + at, part, blocks.size(k), channels);
-    });
+    const Tensor* sums = need_bias ? &dbias : nullptr;
+    sum_parts<T>(RowBlocks(rows, channels), channels, {sums}, channels, 0,
+                 [&](int64_t b, int64_t e, auto* part, auto*) {
+                   const int64_t at = b * channels;
+                   if (gated) {
+                     kernel.gated_backward(static_cast<int>(activation), g + at / 2, from + at, to + at, part, e - b,
+                                           channels / 2);
+                     return;
+                   }
+                   if (dropped.mask) dropped.apply<T>(g, to, at, e - b * channels);
+                   const T* dy = dropped.mask ? to : g;
+                   kernel.backward(static_cast<int>(activation), dy + at, from + at, to + at, part, e - b, channels);
+                 });
   });
   return {dz, dbias};
 }

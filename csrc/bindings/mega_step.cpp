@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/streaming/mega_step.h"
 
-#include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <memory>
-#include <vector>
 
 #include "bindings/packed_weights.h"
 #include "cpu/support/history.h"
@@ -45,35 +44,16 @@ Tensor mega_pack(std::vector<int64_t> shape, std::vector<Tensor> weights, std::v
   float* arena = mutable_data<float>(packed);
   parallel_range(l.shape.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
-      const float* p[kParameters];
-      for (int64_t i = 0; i < kParameters; i++) p[i] = data<float>(weights[static_cast<size_t>(b * kParameters + i)]);
+      const float* pointers[kParameters];
+      for (int64_t i = 0; i < kParameters; i++)
+        pointers[i] = data<float>(weights[static_cast<size_t>(b * kParameters + i)]);
+      cpu::MegaParameters p;
+      static_assert(offsetof(cpu::MegaParameters, norm_eps) == sizeof(pointers));
+      std::memcpy(&p, pointers, sizeof(pointers));
       const auto e = static_cast<size_t>(2 * b);
+      p.norm_eps = static_cast<float>(eps[e]), p.outer_norm_eps = static_cast<float>(eps[e + 1]);
       std::memset(arena + b * l.block, 0, static_cast<size_t>(l.weight[0]) * 4);
-      cpu::mega_pack_block(l,
-                           {p[0],
-                            p[1],
-                            p[2],
-                            p[3],
-                            p[4],
-                            p[5],
-                            p[6],
-                            p[7],
-                            p[8],
-                            p[9],
-                            p[10],
-                            p[11],
-                            p[12],
-                            p[13],
-                            p[14],
-                            p[15],
-                            p[16],
-                            p[17],
-                            p[18],
-                            p[19],
-                            p[20],
-                            static_cast<float>(eps[e]),
-                            static_cast<float>(eps[e + 1])},
-                           arena + b * l.block);
+      cpu::mega_pack_block(l, p, arena + b * l.block);
     }
   });
   cpu::mega_pack_final(l, data<float>(weights[weights.size() - 2]), data<float>(weights[weights.size() - 1]),
@@ -170,8 +150,8 @@ struct Scratch {
 // where there is none. lengths: nothing, or per block how many of the T rows each sequence has, the last ones; then the
 // caller handles the chunk's end. Returns (B, 1, D), then per block the new average, keys and values; nothing if this
 // step does not serve the arguments (the caller then takes the other path, which reports errors).
-std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor bias, Tensor embed, Tensor labels,
-                              std::vector<Tensor> states, std::vector<Tensor> lengths) {
+std::vector<Tensor> mega_step(const Tensor& packed, std::vector<int64_t> shape, const Tensor& bias, const Tensor& embed,
+                              const Tensor& labels, std::vector<Tensor> states, std::vector<Tensor> lengths) {
   const MegaLayout l = layout_of(shape, "mega_step");
   const auto [size, orders, key, value, inner, blocks] = l.shape;
   const int64_t chunk = shape[6];
@@ -336,10 +316,6 @@ Tensor mega_stack(std::vector<Tensor> states) {
 }  // namespace
 
 FASTASR_UNDECLARED("fastasr/models/mega/decoding.py calls it under no_grad, with tensors of a decoder that it checked",
-                   {"mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Tensor", Boxed<mega_pack>::call},
-                   {"mega_step(Tensor packed, int[] shape, Tensor bias, Tensor embed, Tensor labels, "
-                    "Tensor[] states, Tensor[] lengths) -> Tensor[]",
-                    Boxed<mega_step>::call},
-                   {"mega_stack(Tensor[] states) -> Tensor", Boxed<mega_stack>::call})
+                   FASTASR_TYPED(mega_pack), FASTASR_TYPED(mega_step), FASTASR_TYPED(mega_stack))
 
 }  // namespace fastasr::bindings::mega_step

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/nonlin_attention.h"
 
-#include <tuple>
-
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 
@@ -32,11 +30,10 @@ void over_rows(const cpu::NonlinAttentionRows& rows, F f) {
 
 }  // namespace
 
-Tensor gate(const Tensor& p) {
+Tensor nonlin_attention_gate(const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_gate");
   Tensor x = make(p, rows, rows.width);
-  with_kernel_type(dtype_of(p), "nonlin_attention_gate", [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
+  with_kernels<cpu::NonlinAttentionKernels>(p, "nonlin_attention_gate", [&]<typename T>(const auto& kernel) {
     const T* pp = data<T>(p);
     T* xp = mutable_data<T>(x);
     over_rows(rows, [&](int64_t b, int64_t e) { kernel.gate(pp, xp, rows, b, e); });
@@ -44,12 +41,11 @@ Tensor gate(const Tensor& p) {
   return x;
 }
 
-Tensor product(const Tensor& p, const Tensor& o) {
+Tensor nonlin_attention_product(const Tensor& p, const Tensor& o) {
   const auto rows = checked(p, "nonlin_attention_product");
   check_rows(o, p, true, "nonlin_attention_product", "o");
   Tensor y = make(p, rows, rows.width);
-  with_kernel_type(dtype_of(p), "nonlin_attention_product", [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
+  with_kernels<cpu::NonlinAttentionKernels>(p, "nonlin_attention_product", [&]<typename T>(const auto& kernel) {
     const T *pp = data<T>(p), *op = data<T>(o);
     T* yp = mutable_data<T>(y);
     over_rows(rows, [&](int64_t b, int64_t e) { kernel.product(pp, op, yp, rows, b, e); });
@@ -59,12 +55,11 @@ Tensor product(const Tensor& p, const Tensor& o) {
 
 namespace {
 
-std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
+std::tuple<Tensor, Tensor> nonlin_attention_operands(const Tensor& grad, const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_operands");
   check_rows(grad, p, false, "nonlin_attention_operands", "grad");
   Tensor x = new_like(grad), u = new_like(grad);
-  with_kernel_type(dtype_of(p), "nonlin_attention_operands", [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
+  with_kernels<cpu::NonlinAttentionKernels>(p, "nonlin_attention_operands", [&]<typename T>(const auto& kernel) {
     const T *gp = data<T>(grad), *pp = data<T>(p);
     T *xp = mutable_data<T>(x), *up = mutable_data<T>(u);
     over_rows(rows, [&](int64_t b, int64_t e) { kernel.operands(gp, pp, xp, up, rows, b, e); });
@@ -72,14 +67,13 @@ std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
   return {x, u};
 }
 
-Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Tensor& o) {
+Tensor nonlin_attention_gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Tensor& o) {
   const auto rows = checked(p, "nonlin_attention_gradient");
   check_rows(dx, p, true, "nonlin_attention_gradient", "dx");
   check_rows(grad, p, false, "nonlin_attention_gradient", "grad");
   check_rows(o, p, true, "nonlin_attention_gradient", "o");
   Tensor dp = make(p, rows, 3 * rows.width);
-  with_kernel_type(dtype_of(p), "nonlin_attention_gradient", [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
+  with_kernels<cpu::NonlinAttentionKernels>(p, "nonlin_attention_gradient", [&]<typename T>(const auto& kernel) {
     const T *dxp = data<T>(dx), *gp = data<T>(grad), *pp = data<T>(p), *op = data<T>(o);
     T* dpp = mutable_data<T>(dp);
     over_rows(rows, [&](int64_t b, int64_t e) { kernel.gradient(dxp, gp, pp, op, dpp, rows, b, e); });
@@ -89,11 +83,7 @@ Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Ten
 
 }  // namespace
 
-FASTASR_OPERATORS({"nonlin_attention_gate(Tensor projected) -> Tensor", Boxed<gate>::call},
-                  {"nonlin_attention_product(Tensor projected, Tensor o) -> Tensor", Boxed<product>::call},
-                  {"nonlin_attention_operands(Tensor grad, Tensor projected) -> (Tensor, Tensor)",
-                   Boxed<operands>::call},
-                  {"nonlin_attention_gradient(Tensor dx, Tensor grad, Tensor projected, Tensor o) -> Tensor",
-                   Boxed<gradient>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(nonlin_attention_gate), FASTASR_TYPED(nonlin_attention_product),
+                  FASTASR_TYPED(nonlin_attention_operands), FASTASR_TYPED(nonlin_attention_gradient))
 
 }  // namespace fastasr::bindings::nonlin_attention

@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
 #include <limits>
-#include <memory>
-#include <type_traits>
 
-#include "bindings/pooled.h"
+#include "bindings/row_sums.h"
 #include "cpu/rows/row_statistics.h"
 
 // What the bindings of norms over the last dimension share.
@@ -15,10 +12,11 @@ namespace fastasr {
 template <typename T>
 using StatisticsOf = cpu::RowStatistics<cpu::compute_t<T>>;
 
-// Makes a tensor for the statistics of x's rows, without elements unless they are kept.
+// Makes a tensor for the statistics of x's rows (..., 3), without elements unless they are kept.
 inline Tensor new_statistics(const Tensor& x, bool keep) {
-  const int64_t channels = x.size(x.dim() - 1), kept = keep && channels ? 3 * (x.numel() / channels) : 0, one = 1;
-  return new_strided(x, 1, &kept, &one, compute_type(dtype_of(x)));
+  std::vector<int64_t> sizes = keep ? x.sizes().vec() : std::vector<int64_t>{0};
+  if (keep) sizes.back() = 3;
+  return new_contiguous(x, sizes, compute_type(dtype_of(x)));
 }
 
 // Returns where a forward pass writes the statistics; null if they are not kept.
@@ -42,24 +40,6 @@ cpu::compute_t<T> limit_of(double limit) {
   if (limit == 0) return std::numeric_limits<C>::infinity();
   if constexpr (std::is_same_v<T, cpu::float16>) return static_cast<C>(std::min(limit, 65504.0));
   return static_cast<C>(std::min(limit, static_cast<double>(std::numeric_limits<C>::max())));
-}
-
-// Runs f(begin, end, first, second, scratch) for each block of rows; f writes two numbers per channel, and their sums
-// over the blocks go to `first` and `second`, unless that is null. scratch has `scratch_elements` numbers.
-template <typename T, typename F>
-void sum_pairs(const RowBlocks& blocks, int64_t channels, int64_t scratch_elements, const Tensor& first,
-               const Tensor* second, const F& f) {
-  using C = cpu::compute_t<T>;
-  Scratch<C> parts(blocks.count * 2 * channels);  // every block is written
-  blocks.parallel(4 * channels, [&](int64_t b, int64_t e) {
-    const std::unique_ptr<C[]> scratch(new C[scratch_elements]);
-    for (int64_t k = b; k < e; k++) {
-      C* part = parts.data() + k * 2 * channels;
-      f(blocks.begin(k), blocks.begin(k) + blocks.size(k), part, part + channels, scratch.get());
-    }
-  });
-  reduce_blocks(parts.data(), blocks.count, 2 * channels, first);
-  if (second) reduce_blocks(parts.data() + channels, blocks.count, 2 * channels, *second);
 }
 
 }  // namespace fastasr

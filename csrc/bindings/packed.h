@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <vector>
-
 #include "bindings/dispatch.h"
 
 // The bindings of sequences that lie one after the other as the rows of one tensor share this.

@@ -9,9 +9,9 @@ namespace fastasr {
 // Makes a tensor of t's dtype, or of float32. From 64 KiB on it takes its memory from the pool and gives it back when
 // it is freed: fresh memory costs a page fault every 4 KiB. On one Zen 5 core of a virtual machine SwooshL of 46 MB
 // takes 24 ms into fresh memory and 2.7 ms into a buffer that was used before. The first stride is the largest one.
-Tensor new_pooled(const Tensor& t, size_t dim, const int64_t* sizes, const int64_t* strides, bool floats = false);
-// Makes a contiguous tensor of 1 to 4 dimensions in the same way.
-Tensor new_pooled(const Tensor& t, std::initializer_list<int64_t> sizes, bool floats = false);
+Tensor new_pooled(const Tensor& t, Sizes sizes, Sizes strides, bool floats = false);
+// Makes a contiguous tensor of one dimension or more in the same way.
+Tensor new_pooled(const Tensor& t, Sizes sizes, bool floats = false);
 // Does the same with a contiguous tensor's sizes.
 Tensor new_pooled_like(const Tensor& t);
 

@@ -96,8 +96,6 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
 
 FASTASR_UNDECLARED(
     "linear's product calls it for weights stored in bf16 or int8; linear has the fake function and the autocast rule",
-    {"reduced_pack(Tensor weight, int format) -> Tensor", Boxed<reduced_pack>::call},
-    {"reduced_linear(Tensor x, Tensor packed, Tensor? bias, int n, int format, int input) -> Tensor",
-     Boxed<reduced_linear>::call})
+    FASTASR_TYPED(reduced_pack), FASTASR_TYPED(reduced_linear))
 
 }  // namespace fastasr::bindings::reduced_gemm

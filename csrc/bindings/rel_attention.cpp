@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/rel_attention.h"
 
-#include <algorithm>
 #include <limits>
-#include <tuple>
-#include <utility>
-#include <vector>
 
 #include "bindings/attention_problem.h"
 #include "bindings/attention_work.h"
@@ -21,50 +17,30 @@ using cpu::RelAttentionSums;
 
 template <typename T>
 RelAttentionOperands<T> operands(const auto& a) {
-  return {data<T>(a.q),
-          data<T>(a.k),
-          data<T>(a.v),
-          data_or_null<T>(a.pos),
-          data_or_null<T>(a.bias_u),
-          data_or_null<T>(a.bias_v),
-          data_or_null<T>(a.offset_bias),
-          data_or_null<T>(a.offset_gate),
-          data_or_null<T>(a.key_bias)};
+  const auto given = [](const Optional& t) { return data_or_null<T>(t); };
+  return {data<T>(a.q),    data<T>(a.k),         data<T>(a.v),         given(a.pos),     given(a.bias_u),
+          given(a.bias_v), given(a.offset_bias), given(a.offset_gate), given(a.key_bias)};
 }
 
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Makes the gradients of the operands; those of absent ones have no elements.
+Nine new_results(const auto& a) {
+  const auto given = [&](const Optional& t) { return new_like(t, a.q); };
+  return {new_like(a.q),   new_like(a.k),        new_like(a.v),        given(a.pos),     given(a.bias_u),
+          given(a.bias_v), given(a.offset_bias), given(a.offset_gate), given(a.key_bias)};
+}
+
 void zero(Tensor t) { torch::stable::zero_(t); }
 
-// The gradients of the operands; those of absent ones have no elements.
-struct RelAttentionResults {
-  Tensor q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias;
+void clear(const Nine& results) {
+  std::apply([](const auto&... t) { (zero(t), ...); }, results);
+}
 
-  explicit RelAttentionResults(const auto& a)
-      : q(new_like(a.q)),
-        k(new_like(a.k)),
-        v(new_like(a.v)),
-        pos(like(a.q, a.pos)),
-        bias_u(like(a.q, a.bias_u)),
-        bias_v(like(a.q, a.bias_v)),
-        offset_bias(like(a.q, a.offset_bias)),
-        offset_gate(like(a.q, a.offset_gate)),
-        key_bias(like(a.q, a.key_bias)) {}
-  static Tensor like(const Tensor& q, const Optional& x) {
-    return x.has_value() ? new_like(*x) : new_without_elements(q);
-  }
-
-  Nine all() const { return {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias}; }
-  void clear() const {
-    for (const Tensor& t : {q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias}) zero(t);
-  }
-  template <typename T>
-  RelAttentionGradients<T> gradients() const {
-    const auto pointer = [](const Tensor& t) { return t.numel() ? mutable_data<T>(t) : nullptr; };
-    return {pointer(q),      pointer(k),           pointer(v),           pointer(pos),     pointer(bias_u),
-            pointer(bias_v), pointer(offset_bias), pointer(offset_gate), pointer(key_bias)};
-  }
-};
+template <typename T>
+RelAttentionGradients<T> pointers(const Nine& results) {
+  return std::apply([](const auto&... t) { return RelAttentionGradients<T>{mutable_or_null<T>(t)...}; }, results);
+}
 
 // Returns the problem that checked arguments describe.
 RelAttention problem(const auto& a) {
@@ -147,9 +123,8 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call
   Tensor lse = new_contiguous(call.q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(call.q)));
   if (y.numel() == 0) return {y, lse};
   const Parts parts(call, r);
-  with_kernel_type(dtype_of(call.q), call.kName, [&]<typename T>() {
+  with_kernels<cpu::RelAttentionKernels>(call.q, call.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = operands<T>(call);
     T* const yp = mutable_data<T>(y);
     C* const lp = mutable_data<C>(lse);
@@ -197,15 +172,14 @@ Nine rel_attention_backward(const RelAttentionBackward& call) {
   const RelAttention r = problem(call);
   const AttentionProblem& a = r.problem;
   const Tensor& grad = call.grad_y;
-  const RelAttentionResults results(call);
-  if (call.pos && r.span.rows() < call.R) zero(results.pos);
+  const Nine results = new_results(call);
+  if (call.pos && r.span.rows() < call.R) zero(std::get<3>(results));
   const Parts parts(call, r);
   const int64_t count = grad.numel() ? parts.count() : 0;
-  if (!count || parts.frames < a.batch * a.frames) results.clear();
-  if (!count) return results.all();
-  with_kernel_type(dtype_of(call.q), call.kName, [&]<typename T>() {
+  if (!count || parts.frames < a.batch * a.frames) clear(results);
+  if (!count) return results;
+  with_kernels<cpu::RelAttentionKernels>(call.q, call.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = operands<T>(call);
     // Groups of parts have sums of their own: enough of them for many threads. Their number depends on the shape.
     const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, count);
@@ -220,7 +194,7 @@ Nine rel_attention_backward(const RelAttentionBackward& call) {
     C* const sums = workspace.data();
     std::fill_n(by_key, a.heads * a.batch * c_size, 0.0);
     const T* gp = data<T>(grad);
-    const RelAttentionGradients<T> gradients = results.gradients<T>();
+    const RelAttentionGradients<T> gradients = pointers<T>(results);
     parallel_tasks(tasks, parts.work(backward_channels(r)) / groups, [&](int64_t begin, int64_t end) {
       const int64_t scratch_size = parts[0].backward_scratch();
       const Scratch<C> scratch(scratch_size + rt_size + r_size);  // one buffer: large ones lie in large pages
@@ -248,7 +222,7 @@ Nine rel_attention_backward(const RelAttentionBackward& call) {
     });
     if (call.key_bias) kernel.store_key_bias(r, by_key, gradients.key_bias);
   });
-  return results.all();
+  return results;
 }
 
 }  // namespace

@@ -2,8 +2,6 @@
 #include "cpu/rows/residual_norm.h"
 
 #include <memory>
-#include <tuple>
-#include <vector>
 
 #include "bindings/norm_rows.h"
 #include "bindings/pooled.h"
@@ -21,18 +19,11 @@ struct Call {
   std::vector<cpu::compute_t<T>> parameters{};
 };
 
-void check_shape_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-  bool ok = t.dim() == x.dim();
-  for (int64_t d = 0; ok && d < x.dim(); d++) ok = t.size(d) == x.size(d);
-  check(ok, op, name, " has another shape than x");
-}
-
 Tensor new_result(const Tensor& x) { return x.is_contiguous() ? new_pooled_like(x) : new_contiguous(x); }
 
 template <typename T>
 cpu::Rows<T> rows_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-  check(dtype_of(t) == dtype_of(x), op, name, " is not of x's dtype");
-  check_shape_of(t, x, op, name);
+  check(dtype_of(t) == dtype_of(x) && has_sizes(t, x.sizes()), op, name, " has another dtype or shape than x");
   return {data<T>(t), row_stride(t, op, name)};
 }
 
@@ -51,15 +42,13 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
   check(eps >= 0, op, "eps");
   check(activation >= 0 && activation < cpu::kActivations, op, "activation");
   call.rows = channels ? x.numel() / channels : 0;
-  call.p.x = rows_of<T>(x, x, op, "x");
-  call.p.update = rows_of<T>(update, x, op, "update");
+  call.p.x = rows_of<T>(x, x, op, "x"), call.p.update = rows_of<T>(update, x, op, "update");
   if (candidate) {
     call.p.candidate = rows_of<T>(*candidate, x, op, "candidate");
     call.p.hidden = rows_of<T>(*hidden, x, op, "hidden");
   }
   if (mask) {
-    check(dtype_of(*mask) == kComputeType<T> && mask->is_contiguous(), op, "mask");
-    check_shape_of(*mask, x, op, "mask");
+    check(is_dense(*mask, kComputeType<T>, x.sizes()), op, "mask");
     call.p.mask = data<C>(*mask);
   }
   if (narrow) {
@@ -81,8 +70,7 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
   const char* op = "residual_norm_forward";
   check(x.dim() >= 1, op, "x has no dimensions");
   Tensor y = new_result(x), statistics = new_statistics(x, keep_statistics);
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
+  with_kernels<cpu::ResidualNormKernels>(x, op, [&]<typename T>(const auto& kernel) {
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
     T* out = mutable_data<T>(y);
     auto* kept_rows = written_statistics<T>(statistics);
@@ -106,16 +94,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
   Tensor dupdate = candidate ? new_result(x) : new_without_elements(x);
   Tensor dsum = candidate ? new_result(x) : new_without_elements(x);
   Tensor dweight = new_like(weight), dbias = new_like(bias);
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
+  with_kernels<cpu::ResidualNormKernels>(x, op, [&]<typename T>(const auto& kernel) {
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
     const int64_t n = call.p.channels;
     const T* g = data<T>(grad);
     const auto* rows = kept_statistics<T>(statistics, call.rows, op);
     T *ox = mutable_data<T>(dx), *ou = mutable_data<T>(dupdate), *os = mutable_data<T>(dsum);
-    sum_pairs<T>(RowBlocks(call.rows, n), n, cpu::residual_norm_scratch(n), dweight, &dbias,
-                 [&](int64_t b, int64_t e, auto* dw, auto* db, auto* scratch) {
-                   kernel.backward(call.p, g, rows, b, e, ox, ou, os, dw, db, scratch);
+    sum_parts<T>(RowBlocks(call.rows, n), n, {&dweight, &dbias}, 4 * n, cpu::residual_norm_scratch(n),
+                 [&](int64_t b, int64_t e, auto* d, auto* scratch) {
+                   kernel.backward(call.p, g, rows, b, e, ox, ou, os, d, d + n, scratch);
                  });
   });
   return {dx, dupdate, dsum, dweight, dbias};
@@ -123,12 +110,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
 
 }  // namespace
 
-FASTASR_OPERATORS({"residual_norm_forward(Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, "
-                   "Tensor weight, Tensor bias, float eps, int activation, bool keep_statistics) -> (Tensor, Tensor)",
-                   Boxed<residual_norm_forward>::call},
-                  {"residual_norm_backward(Tensor grad, Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, "
-                   "Tensor? mask, Tensor weight, Tensor bias, Tensor? statistics, float eps, int activation) -> "
-                   "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   Boxed<residual_norm_backward>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(residual_norm_forward), FASTASR_TYPED(residual_norm_backward))
 
 }  // namespace fastasr::bindings::residual_norm

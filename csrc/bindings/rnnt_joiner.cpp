@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rnnt/rnnt_joiner.h"
 
-#include <vector>
-
 #include "bindings/dispatch.h"
 #include "cpu/math/activation.h"
 
@@ -88,8 +86,7 @@ void rnnt_joiner_hidden(const Tensor& am, const Tensor& lm, const Tensor& rows, 
   const bool tanh = is_tanh(activation, op);
   const int64_t channels = am.size(2), frames = am.size(0) * am.size(1), contexts = lm.size(0) * lm.size(1);
   const JoinerRow* table = checked_rows(rows, kAny, frames, contexts, kAny, op);
-  with_kernel_type(dtype_of(am), op, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
+  with_kernels<cpu::JoinerKernels>(am, op, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     check_plain<C>(out, rows.size(0) * channels, op, "out");
     const T *left = data<T>(am), *right = data<T>(lm);
@@ -109,8 +106,7 @@ void rnnt_joiner_dropout(const Tensor& rows, const Tensor& seed, double p, Tenso
   const JoinerRow* table = checked_rows(rows, kAny, kAny, kAny, kAny, op);
   const cpu::WeightsDropout dropout{static_cast<uint64_t>(*data<int64_t>(seed)), static_cast<int32_t>(p * 0x1p31),
                                     1 / (1 - p)};
-  with_compute_type(dtype_of(x), op, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
+  with_wide_kernels<cpu::JoinerKernels>(x, op, [&]<typename C>(const auto& kernel) {
     check_plain<C>(x, count * channels, op, "x");
     C* to = mutable_data<C>(x);
     parallel_tasks(count, channels,
@@ -135,8 +131,7 @@ void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank,
   const int64_t count = rows.size(0);
   const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs.tokens, op);
   check_plain<double>(normaliser, places, op, "normaliser");
-  with_compute_type(dtype_of(logits), op, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
+  with_wide_kernels<cpu::JoinerKernels>(logits, op, [&]<typename C>(const auto& kernel) {
     check_plain<C>(logits, count * outputs.all, op, "logits");
     check_plain<C>(symbol_logprobs, places, op, "symbol_logprobs");
     check_plain<C>(blank_logprobs, places, op, "blank_logprobs");
@@ -160,8 +155,7 @@ void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const
   const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs.tokens, op);
   check_plain<double>(normaliser, places, op, "normaliser");
   check_plain<double>(dbias, all, op, "dbias");
-  with_compute_type(dtype_of(logits), op, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
+  with_wide_kernels<cpu::JoinerKernels>(logits, op, [&]<typename C>(const auto& kernel) {
     check_plain<C>(logits, count * all, op, "logits");
     check_plain<C>(out, count * all, op, "out");
     check_plain<C>(grad_symbol, places, op, "grad_symbol");
@@ -192,8 +186,7 @@ void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, co
   const int64_t channels = dam.size(2), count = rows.size(0);
   const int64_t frames = dam.size(0) * dam.size(1), contexts = dlm.size(0) * dlm.size(1);
   const JoinerRow* table = checked_rows(rows, kAny, frames, contexts, kAny, op);
-  with_compute_type(dtype_of(dhidden), op, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
+  with_wide_kernels<cpu::JoinerKernels>(dhidden, op, [&]<typename C>(const auto& kernel) {
     check_plain<C>(dhidden, count * channels, op, "dhidden");
     check_plain<C>(hidden, count * channels, op, "hidden");
     check_plain<C>(dam, frames * channels, op, "dam");
@@ -212,23 +205,8 @@ void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, co
 
 }  // namespace
 
-FASTASR_OPERATORS({"rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boundary, int s_range, int outputs, "
-                   "Tensor? grad_symbol, Tensor? grad_blank) -> Tensor",
-                   Boxed<rnnt_joiner_rows>::call},
-                  {"rnnt_joiner_hidden(Tensor am, Tensor lm, Tensor rows, int activation, Tensor(a!) out) -> ()",
-                   Boxed<rnnt_joiner_hidden>::call},
-                  {"rnnt_joiner_dropout(Tensor rows, Tensor seed, float p, Tensor(a!) x) -> ()",
-                   Boxed<rnnt_joiner_dropout>::call},
-                  {"rnnt_joiner_scores(Tensor logits, Tensor rows, int termination_symbol, bool hat, "
-                   "Tensor(a!) symbol_logprobs, Tensor(b!) blank_logprobs, Tensor(c!) duration_logprobs, "
-                   "Tensor(d!) normaliser) -> ()",
-                   Boxed<rnnt_joiner_scores>::call},
-                  {"rnnt_joiner_logits_gradient(Tensor logits, Tensor rows, Tensor normaliser, Tensor grad_symbol, "
-                   "Tensor grad_blank, Tensor grad_durations, int termination_symbol, bool hat, Tensor(a!) out, "
-                   "Tensor(b!) dbias) -> ()",
-                   Boxed<rnnt_joiner_logits_gradient>::call},
-                  {"rnnt_joiner_hidden_gradient(Tensor dhidden, Tensor hidden, Tensor rows, int activation, "
-                   "Tensor(a!) dam, Tensor(b!) dlm) -> ()",
-                   Boxed<rnnt_joiner_hidden_gradient>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(rnnt_joiner_rows), FASTASR_TYPED(rnnt_joiner_hidden),
+                  FASTASR_TYPED(rnnt_joiner_dropout), FASTASR_TYPED(rnnt_joiner_scores),
+                  FASTASR_TYPED(rnnt_joiner_logits_gradient), FASTASR_TYPED(rnnt_joiner_hidden_gradient))
 
 }  // namespace fastasr::bindings::rnnt_joiner

@@ -2,7 +2,6 @@
 #include "cpu/rnnt/rnnt_lattice.h"
 
 #include <cmath>
-#include <tuple>
 
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
@@ -24,8 +23,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const RnntLatticeForward& a) {
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   Tensor scores = new_pooled(x, {batch});
   Tensor shares = a.keep ? new_pooled(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
-  with_compute_type(dtype_of(x), a.kName, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
+  with_wide_kernels<cpu::LatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = a.keep && slab ? mutable_data<C>(shares) : nullptr;
     parallel_tasks(batch, slab, [&](int64_t begin, int64_t end) {
@@ -70,8 +68,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const RnntLatticeBackward& a) {
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   check(shares.numel() == batch * slab, a.kName, "shares");
   Tensor dx = new_pooled(scores, {batch, symbols, width}), dy = new_pooled(scores, {batch, symbols + 1, frames});
-  with_compute_type(dtype_of(scores), a.kName, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
+  with_wide_kernels<cpu::LatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
     parallel_tasks(batch, slab, [&](int64_t begin, int64_t end) {

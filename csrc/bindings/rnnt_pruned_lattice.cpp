@@ -2,7 +2,6 @@
 #include "cpu/rnnt/rnnt_pruned_lattice.h"
 
 #include <array>
-#include <tuple>
 
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
@@ -67,8 +66,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const RnntPrunedLatticeFo
   const std::vector<Boundary> boundaries = checked_band(a);
   Tensor scores = new_pooled(x, {a.B});
   Tensor shares = a.keep ? new_pooled(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
-  with_compute_type(dtype_of(x), a.kName, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
+  with_wide_kernels<cpu::PrunedLatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = a.keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
     const int64_t *start = data<int64_t>(a.starts), elements = frames * window;
@@ -96,8 +94,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const RnntPrunedLatticeB
   const std::vector<Boundary> boundaries = checked_band(a);
   check(window >= 1 && shares.numel() == groups * cpu::band_shares(size), a.kName, "shares");
   Tensor dx = new_pooled(scores, {a.B, frames, window}), dy = new_pooled(scores, {a.B, frames, window});
-  with_compute_type(dtype_of(scores), a.kName, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
+  with_wide_kernels<cpu::PrunedLatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
     const int64_t *start = data<int64_t>(a.starts), elements = frames * window;

@@ -2,7 +2,6 @@
 #include "cpu/rnnt/rnnt_joiner.h"
 
 #include <array>
-#include <tuple>
 
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
@@ -48,22 +47,14 @@ Rows checked_rows(const Tensor& logits, const Tensor& symbols, int64_t blank, co
   return rows;
 }
 
-template <typename C>
-Tensor new_results(const Tensor& logits, const Rows& rows) {
-  const int64_t c = std::max<int64_t>(1, rows.sizes[2]);
-  const Three strides{std::max<int64_t>(1, rows.sizes[1]) * c, c, 1};
-  return new_strided(logits, 3, rows.sizes.data(), strides.data(), kComputeType<C>);
-}
-
 std::tuple<Tensor, Tensor, Tensor> rnnt_row_logprobs_forward(const Tensor& logits, const Tensor& symbols, int64_t blank,
                                                              bool hat) {
   const char* op = "rnnt_row_logprobs_forward";
   const Rows rows = checked_rows(logits, symbols, blank, op);
-  Tensor px, py, normaliser;
-  with_kernel_type(dtype_of(logits), op, [&]<typename T>() {
+  const auto make = [&] { return new_contiguous(logits, rows.sizes, compute_type(dtype_of(logits))); };
+  Tensor px = make(), py = make(), normaliser = make();
+  with_kernels<cpu::JoinerKernels>(logits, op, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
-    for (Tensor* t : {&px, &py, &normaliser}) *t = new_results<C>(logits, rows);
     const Places logits_at(logits), symbols_at(symbols);
     const T* x = data<T>(logits);
     const int64_t* y = data<int64_t>(symbols);
@@ -84,9 +75,8 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
   const char* op = "rnnt_row_logprobs_backward";
   const Rows rows = checked_rows(logits, symbols, blank, op);
   Tensor found = in_place ? logits : new_pooled(logits, {rows.sizes[0], rows.sizes[1], rows.sizes[2], rows.outputs});
-  with_kernel_type(dtype_of(logits), op, [&]<typename T>() {
+  with_kernels<cpu::JoinerKernels>(logits, op, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
     for (const Tensor* t : {&grad_px, &grad_py, &normaliser})
       check(rows.fit(*t, kComputeType<T>), op, "gradients, normaliser");
     const Places logits_at(logits), symbols_at(symbols), gx_at(grad_px), gy_at(grad_py), normaliser_at(normaliser);
@@ -109,11 +99,6 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
 }  // namespace
 
 FASTASR_UNDECLARED("fastasr/rnnt/rows.py registers the operator over it, with its fake function and gradients",
-                   {"rnnt_row_logprobs_forward(Tensor logits, Tensor symbols, int blank, bool hat) -> "
-                    "(Tensor, Tensor, Tensor)",
-                    Boxed<rnnt_row_logprobs_forward>::call},
-                   {"rnnt_row_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor(a!) logits, Tensor symbols, "
-                    "Tensor normaliser, int blank, bool hat, bool in_place) -> Tensor",
-                    Boxed<rnnt_row_logprobs_backward>::call})
+                   FASTASR_TYPED(rnnt_row_logprobs_forward), FASTASR_TYPED(rnnt_row_logprobs_backward))
 
 }  // namespace fastasr::bindings::rnnt_row_logprobs

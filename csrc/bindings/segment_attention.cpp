@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/segment_attention.h"
 
-#include <tuple>
-
 #include "bindings/pooled.h"
 #include "bindings/written/segment_attention.h"
 
@@ -44,8 +42,7 @@ void for_units(const cpu::SegmentAttention<T>& p, bool backward, const F& f) {
 
 Tensor segment_attention_forward(const SegmentAttentionForward& a) {
   Tensor y = new_contiguous(a.query);
-  with_kernel_type(dtype_of(a.query), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
+  with_kernels<cpu::SegmentAttentionKernels>(a.query, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a);
     T* out = mutable_data<T>(y);
     for_units(p, false, [&](int64_t unit, auto* scratch) { kernel.forward(p, unit, out, scratch); });
@@ -55,8 +52,7 @@ Tensor segment_attention_forward(const SegmentAttentionForward& a) {
 
 std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(const SegmentAttentionBackward& a) {
   Tensor dquery = new_contiguous(a.query), dkey = new_contiguous(a.key), dvalue = new_contiguous(a.value);
-  with_kernel_type(dtype_of(a.query), a.kName, [&]<typename T>() {
-    const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
+  with_kernels<cpu::SegmentAttentionKernels>(a.query, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a);
     const auto g = sequence<T>(a.grad_y);
     T *dq = mutable_data<T>(dquery), *dk = mutable_data<T>(dkey), *dv = mutable_data<T>(dvalue);

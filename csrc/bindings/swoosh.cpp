@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/swoosh.h"
 
-#include <tuple>
-
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 
@@ -120,11 +118,6 @@ std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, 
 
 }  // namespace
 
-FASTASR_OPERATORS(
-    {"swoosh_forward(Tensor x, bool swoosh_r, Tensor? mask, int shared_dim, Tensor? mask_row) -> Tensor",
-     Boxed<swoosh_forward>::call},
-    {"swoosh_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor? mask, int shared_dim, Tensor? mask_row, "
-     "bool need_output) -> (Tensor, Tensor)",
-     Boxed<swoosh_backward>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(swoosh_forward), FASTASR_TYPED(swoosh_backward))
 
 }  // namespace fastasr::bindings::swoosh

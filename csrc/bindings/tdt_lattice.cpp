@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rnnt/tdt_lattice.h"
 
-#include <algorithm>
 #include <cmath>
-#include <tuple>
 
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
@@ -33,8 +31,7 @@ std::tuple<Tensor, Tensor> tdt_lattice_forward(const TdtLatticeForward& a) {
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
   Tensor scores = new_pooled(x, {batch});
   Tensor shares = a.keep ? new_pooled(x, {batch, frames, 2 * count, cpu::tdt_row(row)}) : new_without_elements(x);
-  with_compute_type(dtype_of(x), a.kName, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
+  with_wide_kernels<cpu::TdtLatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y), *zp = data<C>(z);
     C *sp = mutable_data<C>(scores), *kept = a.keep && slab ? mutable_data<C>(shares) : nullptr;
     parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {
@@ -62,8 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const TdtLatticeBackward
   check(shares.numel() == batch * slab, a.kName, "shares");
   Tensor dx = new_pooled(scores, {batch, frames, row - 1}), dy = new_pooled(scores, {batch, frames, row});
   Tensor dz = new_pooled(scores, {batch, frames, row, count});
-  with_compute_type(dtype_of(scores), a.kName, [&]<typename C>() {
-    const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
+  with_wide_kernels<cpu::TdtLatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy), *dzp = mutable_data<C>(dz);
     parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {

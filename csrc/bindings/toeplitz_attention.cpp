@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/toeplitz_attention.h"
 
-#include <tuple>
-#include <vector>
-
 #include "bindings/pooled.h"
 #include "bindings/written/toeplitz_attention.h"
 
@@ -98,9 +95,8 @@ void pack_units(const Tasks<T>& all, bool backward, int64_t first, int64_t units
 
 std::tuple<Tensor, Tensor> toeplitz_attention_forward(const ToeplitzAttentionForward& a) {
   Tensor y = new_contiguous(a.gate), mixed = a.keep ? new_contiguous(a.gate) : new_without_elements(a.gate);
-  with_kernel_type(dtype_of(a.query_key), a.kName, [&]<typename T>() {
+  with_kernels<cpu::ToeplitzAttentionKernels>(a.query_key, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
     const auto p = problem<T>(a);
     T *yp = mutable_data<T>(y), *hp = a.keep ? mutable_data<T>(mixed) : nullptr;
     const int64_t blocks = p.blocks();
@@ -118,9 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
     const ToeplitzAttentionBackward& a) {
   Tensor dquery_key = new_contiguous(a.query_key), dgate = new_contiguous(a.gate), dvalue = new_contiguous(a.value);
   Tensor dqk_weight = new_like(a.qk_weight), dqk_bias = new_like(a.qk_bias), dposition_bias = new_like(a.position_bias);
-  with_kernel_type(dtype_of(a.query_key), a.kName, [&]<typename T>() {
+  with_kernels<cpu::ToeplitzAttentionKernels>(a.query_key, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
     const auto p = problem<T>(a);
     cpu::ToeplitzGradients<T> g{sequence<T>(a.grad_y), sequence<T>(a.mixed), mutable_data<T>(dquery_key),
                                 mutable_data<T>(dgate), mutable_data<T>(dvalue)};

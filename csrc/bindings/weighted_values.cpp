@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/weighted_values.h"
 
-#include <algorithm>
 #include <memory>
-#include <tuple>
-#include <vector>
 
 #include "bindings/attention_work.h"
 #include "bindings/layer_parts.h"
@@ -36,7 +33,7 @@ struct Shape {
 
 }  // namespace
 
-Tensor weighted_values(Tensor weights, Tensor values) {
+Tensor weighted_values(const Tensor& weights, const Tensor& values) {
   const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   const auto [heads, batch, rows, sources, width, columns] = Shape(weights, values, "weighted_values");
   const Tensor out = new_pooled(values, {rows, batch, width});
@@ -107,7 +104,7 @@ auto scratch(int64_t size) { return std::make_unique<Scratch<float>>(std::max<in
 
 }  // namespace
 
-Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values) {
+Tensor weighted_values_packed(std::vector<Tensor> weights, const Tensor& values) {
   const PackedSums sums(weights, values, "weighted_values_packed");
   const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   const Tensor out = new_contiguous(values);
@@ -157,7 +154,7 @@ struct Gradients {
 };
 
 // Returns the gradients of weights (heads, batch, targets, sources) and values (sources, batch, width).
-std::tuple<Tensor, Tensor> weighted_values_backward(Tensor grad, Tensor weights, Tensor values) {
+std::tuple<Tensor, Tensor> weighted_values_backward(const Tensor& grad, const Tensor& weights, const Tensor& values) {
   const char* op = "weighted_values_backward";
   const Shape s(weights, values, op);
   check(grad.is_contiguous() && dtype_of(grad) == ScalarType::Float && has_sizes(grad, {s.rows, s.batch, s.width}), op,
@@ -180,8 +177,8 @@ std::tuple<Tensor, Tensor> weighted_values_backward(Tensor grad, Tensor weights,
 }
 
 // Returns the gradient of the values and, for each sequence, that of the weights, contiguous.
-std::tuple<Tensor, std::vector<Tensor>> weighted_values_packed_backward(Tensor grad, std::vector<Tensor> weights,
-                                                                        Tensor values) {
+std::tuple<Tensor, std::vector<Tensor>> weighted_values_packed_backward(const Tensor& grad, std::vector<Tensor> weights,
+                                                                        const Tensor& values) {
   const char* op = "weighted_values_packed_backward";
   const PackedSums sums(weights, values, op);
   check_same_size(grad, values, op, "grad");
@@ -206,12 +203,7 @@ std::tuple<Tensor, std::vector<Tensor>> weighted_values_packed_backward(Tensor g
 FASTASR_UNDECLARED(
     "Zipformer's self_attention.py and packed_weights.py call it in nodes of autograd, for plain tensors outside "
     "autocast and tracing",
-
-    {"weighted_values(Tensor weights, Tensor values) -> Tensor", Boxed<weighted_values>::call},
-    {"weighted_values_backward(Tensor grad, Tensor weights, Tensor values) -> (Tensor, Tensor)",
-     Boxed<weighted_values_backward>::call},
-    {"weighted_values_packed(Tensor[] weights, Tensor values) -> Tensor", Boxed<weighted_values_packed>::call},
-    {"weighted_values_packed_backward(Tensor grad, Tensor[] weights, Tensor values) -> (Tensor, Tensor[])",
-     Boxed<weighted_values_packed_backward>::call})
+    FASTASR_TYPED(weighted_values), FASTASR_TYPED(weighted_values_backward), FASTASR_TYPED(weighted_values_packed),
+    FASTASR_TYPED(weighted_values_packed_backward))
 
 }  // namespace fastasr::bindings::weighted_values

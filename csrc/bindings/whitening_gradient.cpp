@@ -3,8 +3,6 @@
 
 #include <cmath>
 #include <numeric>
-#include <tuple>
-#include <vector>
 
 #include "bindings/column_sums.h"
 #include "bindings/layer_parts.h"
@@ -123,10 +121,6 @@ Tensor whitening_change(const Tensor& grad, const Tensor& frames, Tensor s, doub
 
 }  // namespace
 
-FASTASR_OPERATORS({"whitening_covariance(Tensor x, int groups) -> (Tensor, Tensor, Tensor)",
-                   Boxed<whitening_covariance>::call},
-                  {"whitening_change(Tensor grad, Tensor frames, Tensor(a!) covariance, float w, float d, float "
-                   "grad_scale) -> Tensor",
-                   Boxed<whitening_change>::call})
+FASTASR_OPERATORS(FASTASR_TYPED(whitening_covariance), FASTASR_TYPED(whitening_change))
 
 }  // namespace fastasr::bindings::whitening

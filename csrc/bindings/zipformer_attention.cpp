@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/zipformer_attention.h"
 
-#include <tuple>
-#include <vector>
-
 #include "bindings/attention_problem.h"
 #include "bindings/attention_work.h"
 #include "bindings/written/zipformer_attention.h"
@@ -34,9 +31,8 @@ Tensor zipformer_attention_forward(const ZipformerAttentionForward& call) {
   if (y.numel() == 0) return y;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(x), call.kName, [&]<typename T>() {
+  with_kernels<cpu::ZipformerAttentionKernels>(x, call.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
     const WorkspaceLayout<C> layout(a, false);
     const int64_t pairs = v.heads * a.batch, values_at = layout.total;
     const Scratch<C> workspace(values_at + pairs * attention_values_size(a, v));
@@ -71,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(const Zi
   if (decided(call.act, true, call.kName)) a.penalty = call.score_penalty, a.limit = call.score_limit;
   const cpu::ValueShape v = value_shape(call);
   Tensor dx = new_like(x), dvalue = new_like(value);
-  Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
-  Tensor dcached = cached_key.has_value() ? new_like(*cached_key) : new_without_elements(x);
+  Tensor dpos = new_like(pos, x);
+  Tensor dcached = new_like(cached_key, x);
   const bool any = grad.numel() > 0;
   if (!any || v.heads < a.heads || a.pos_batch == 0)  // no head with values writes these parts
     torch::stable::zero_(dx), torch::stable::zero_(dpos), torch::stable::zero_(dcached);
@@ -82,9 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(const Zi
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(x), call.kName, [&]<typename T>() {
+  with_kernels<cpu::ZipformerAttentionKernels>(x, call.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
     const auto& shared = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const WorkspaceLayout<C> layout(a, true);
     const int64_t pairs = v.heads * a.batch, dk_size = a.key_rows_size(), dv_size = attention_values_size(a, v);

@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/zipformer_attention_weights.h"
 
-#include <algorithm>
-#include <tuple>
-#include <vector>
-
 #include "bindings/attention_problem.h"
 #include "bindings/attention_work.h"
 #include "bindings/layer_parts.h"
@@ -29,9 +25,8 @@ void check_weights(const Tensor& w, const AttentionProblem& a, const Tensor& x, 
 // Makes a new W. Its memory comes from the pool and goes back to it with the tensor.
 Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
   const int64_t stride = (a.keys() + kRowPadding - 1) / kRowPadding * kRowPadding;
-  const int64_t sizes[4] = {a.heads, a.batch, a.frames, a.keys()};
-  const int64_t strides[4] = {a.batch * a.frames * stride, a.frames * stride, stride, 1};
-  return new_pooled(x, 4, sizes, strides);
+  return new_pooled(x, {a.heads, a.batch, a.frames, a.keys()},
+                    {a.batch * a.frames * stride, a.frames * stride, stride, 1});
 }
 
 }  // namespace
@@ -44,9 +39,8 @@ Tensor zipformer_attention_weights_forward(const ZipformerAttentionWeightsForwar
   if (weights.numel() == 0) return weights;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(x), call.kName, [&]<typename T>() {
+  with_kernels<cpu::AttentionWeightsKernels>(x, call.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const WorkspaceLayout<C> layout(a, false);
     const Scratch<C> workspace(layout.total);
     C* const w = workspace.data();
@@ -78,17 +72,16 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(const Zi
   AttentionProblem a = problem_of(call, recordings);
   a.penalty = call.score_penalty, a.limit = call.score_limit;
   Tensor dx = new_like(x);
-  Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
-  Tensor dcached = cached_key.has_value() ? new_like(*cached_key) : new_without_elements(x);
+  Tensor dpos = new_like(pos, x);
+  Tensor dcached = new_like(cached_key, x);
   if (grad.numel() == 0) {
     torch::stable::zero_(dx), torch::stable::zero_(dpos), torch::stable::zero_(dcached);
     return {dx, dpos, dcached};
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(dtype_of(x), call.kName, [&]<typename T>() {
+  with_kernels<cpu::AttentionWeightsKernels>(x, call.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const WorkspaceLayout<C> layout(a, true);
     const int64_t pairs = a.heads * a.batch;
     const QueryParts parts(a, pairs, a.key_rows_size() + a.positions_size());
@@ -169,17 +162,16 @@ struct PackedProblem {
 }  // namespace
 
 // Returns W (heads, 1, T, T) of each sequence that has rows.
-std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optional pos, std::vector<int64_t> lengths,
-                                                               int64_t heads, int64_t query_dim, int64_t chunk,
-                                                               int64_t left_chunks) {
+std::vector<Tensor> zipformer_attention_weights_packed_forward(const Tensor& x, const Optional& pos,
+                                                               std::vector<int64_t> lengths, int64_t heads,
+                                                               int64_t query_dim, int64_t chunk, int64_t left_chunks) {
   const char* op = "zipformer_attention_weights_packed_forward";
   const PackedProblem problem(x, pos, lengths, heads, query_dim, chunk, left_chunks, op);
   const int64_t count = problem.count();
   std::vector<Tensor> weights(static_cast<size_t>(count), x);
   for (const auto& one : problem.all) weights[static_cast<size_t>(one.index)] = new_weights(one.a, x);
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+  with_kernels<cpu::AttentionWeightsKernels>(x, op, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const AttentionProblem& longest = problem.longest();
     const T *xp = data<T>(x), *pp = longest.pos_batch ? data<T>(*pos) : nullptr;
     const int64_t channels = longest.query_dim + longest.pos_dim;
@@ -218,9 +210,9 @@ void add_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_
 // Returns dx and dpos, which has no elements without positions. `first` holds a second gradient of the first head's
 // weights, (1, 1, T, T) of each sequence, or nothing.
 std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
-    std::vector<Tensor> grads, std::vector<Tensor> first_head, std::vector<Tensor> weights, Tensor x, Optional pos,
-    std::vector<int64_t> lengths, int64_t heads, int64_t query_dim, int64_t chunk, int64_t left_chunks, double penalty,
-    double limit) {
+    std::vector<Tensor> grads, std::vector<Tensor> first_head, std::vector<Tensor> weights, const Tensor& x,
+    const Optional& pos, std::vector<int64_t> lengths, int64_t heads, int64_t query_dim, int64_t chunk,
+    int64_t left_chunks, double penalty, double limit) {
   const char* op = "zipformer_attention_weights_packed_backward";
   PackedProblem problem(x, pos, lengths, heads, query_dim, chunk, left_chunks, op);
   const int64_t count = problem.count();
@@ -236,10 +228,9 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
     head.heads = 1;
     check_weights(first_head[static_cast<size_t>(one.index)], head, x, op, "gradient of the first head");
   }
-  Tensor dx = new_like(x), dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
-  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
+  Tensor dx = new_like(x), dpos = new_like(pos, x);
+  with_kernels<cpu::AttentionWeightsKernels>(x, op, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
-    const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const AttentionProblem& longest = problem.longest();
     const T *xp = data<T>(x), *pp = longest.pos_batch ? data<T>(*pos) : nullptr;
     T* dxp = mutable_data<T>(dx);
@@ -308,12 +299,7 @@ FASTASR_OPERATORS(written<zipformer_attention_weights_forward>, written<zipforme
 FASTASR_UNDECLARED(
     "fastasr/models/zipformer/packed_weights.py calls it in a node of autograd, for plain tensors outside autocast and "
     "tracing",
-    {"zipformer_attention_weights_packed_forward(Tensor x, Tensor? pos, int[] lengths, int num_heads, "
-     "int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor[]",
-     Boxed<zipformer_attention_weights_packed_forward>::call},
-    {"zipformer_attention_weights_packed_backward(Tensor[] grads, Tensor[] first_head, Tensor[] weights, Tensor x, "
-     "Tensor? pos, int[] lengths, int num_heads, int query_head_dim, int chunk_size, "
-     "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor)",
-     Boxed<zipformer_attention_weights_packed_backward>::call})
+    FASTASR_TYPED(zipformer_attention_weights_packed_forward),
+    FASTASR_TYPED(zipformer_attention_weights_packed_backward))
 
 }  // namespace fastasr::bindings::zipformer_attention_weights

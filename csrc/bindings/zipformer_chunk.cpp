@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/streaming/zipformer_chunk.h"
 
-#include <algorithm>
-#include <string>
-#include <vector>
-
 #include "bindings/packed_weights.h"
 #include "bindings/pooled.h"
 
@@ -97,8 +93,9 @@ std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> sizes, int64_t fra
 }
 
 // states (slots, floats), counters (slots, 2) of int64; slots: one per stream, in the order of features.
-Tensor zipformer_chunk_step(std::vector<int64_t> sizes, Tensor weights, Tensor vectors, Tensor states, Tensor counters,
-                            Tensor scratch, Tensor features, std::vector<int64_t> slots, int64_t threads) {
+Tensor zipformer_chunk_step(std::vector<int64_t> sizes, const Tensor& weights, const Tensor& vectors, Tensor states,
+                            Tensor counters, Tensor scratch, const Tensor& features, std::vector<int64_t> slots,
+                            int64_t threads) {
   const ChunkPlan plan = plan_of(sizes);
   const auto streams = static_cast<int64_t>(slots.size());
   check_floats(weights, weight_floats(plan), "weights");
@@ -141,9 +138,9 @@ Tensor zipformer_chunk_step(std::vector<int64_t> sizes, Tensor weights, Tensor v
 
 // Takes x (frames, streams, dim), the six states as cpu::kLayerStates has them, and masked (streams, left + frames) or
 // none. Returns y and the six states after it.
-std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> sizes, int64_t left, Tensor weights, Tensor vectors,
-                                         Tensor x, std::vector<Tensor> states, std::optional<Tensor> masked,
-                                         int64_t threads) {
+std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> sizes, int64_t left, const Tensor& weights,
+                                         const Tensor& vectors, const Tensor& x, std::vector<Tensor> states,
+                                         const Optional& masked, int64_t threads) {
   check(x.dim() == 3, "zipformer_layer_step", "x");
   const int64_t frames = x.size(0), streams = x.size(1);
   const ChunkPlan plan = plan_of(sizes, frames, left);
@@ -208,25 +205,11 @@ void zipformer_chunk_states(std::vector<int64_t> sizes, Tensor states, Tensor co
 
 FASTASR_UNDECLARED(
     "the streaming engine and native_layer.py call it without gradients, with weights that it packed itself",
-    {"zipformer_chunk_names() -> str", Boxed<zipformer_chunk_names>::call},
-    {"zipformer_chunk_floats(int[] sizes, int streams) -> int[]", Boxed<zipformer_chunk_floats>::call},
-    {"zipformer_chunk_pack(int[] sizes, int frames, int left, Tensor[] weights, Tensor[] biases, Tensor[] tables)"
-     " -> Tensor[]",
-     Boxed<zipformer_chunk_pack>::call},
-    {"zipformer_chunk_step(int[] sizes, Tensor weights, Tensor vectors, Tensor(a!) states, "
-     "Tensor(b!) counters, Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor",
-     Boxed<zipformer_chunk_step>::call},
-    {"zipformer_chunk_states(int[] sizes, Tensor(a!) states, Tensor(b!) counters, int slot, "
-     "Tensor[] tensors, bool restore) -> ()",
-     Boxed<zipformer_chunk_states>::call},
-    {"zipformer_layer_step(int[] sizes, int left, Tensor weights, Tensor vectors, Tensor x, "
-     "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
-     Boxed<zipformer_layer_step>::call})
+    FASTASR_TYPED(zipformer_chunk_pack), FASTASR_TYPED(zipformer_chunk_step), FASTASR_TYPED(zipformer_chunk_states),
+    FASTASR_TYPED(zipformer_layer_step))
 
 // They take no tensor, so the dispatcher cannot tell that they run on the CPU.
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
-  m.impl("zipformer_chunk_names", Boxed<zipformer_chunk_names>::call);
-  m.impl("zipformer_chunk_floats", Boxed<zipformer_chunk_floats>::call);
-}
+FASTASR_OPERATORS_ON(fastasr_cpu, CompositeExplicitAutograd, FASTASR_TYPED(zipformer_chunk_names),
+                     FASTASR_TYPED(zipformer_chunk_floats))
 
 }  // namespace fastasr::bindings::zipformer_chunk

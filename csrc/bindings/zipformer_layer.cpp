@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
 #include <array>
-#include <vector>
 
 #include "bindings/layer_parts.h"
 #include "bindings/packed.h"
@@ -91,9 +89,10 @@ struct Layer {
 
   void nonlin_attention() {
     const Tensor projected = linear(products.nonlin.in, x);
-    const Tensor gated = bindings::nonlin_attention::gate(projected);
+    const Tensor gated = bindings::nonlin_attention::nonlin_attention_gate(projected);
     const Tensor o = lengths.empty() ? of_first_head(gated) : of_first_heads(gated);
-    x = linear(products.nonlin.out, bindings::nonlin_attention::product(projected, o), cpu::ReducedInput::x, x);
+    x = linear(products.nonlin.out, bindings::nonlin_attention::nonlin_attention_product(projected, o),
+               cpu::ReducedInput::x, x);
   }
 
   void self_attention(int i) {
@@ -297,10 +296,6 @@ Tensor zipformer_layer(Ints numbers, const Tensor& src, const Tensor& positions,
 
 FASTASR_UNDECLARED(
     "fastasr/models/zipformer/native_layer.py calls it without gradients, with tensors of a layer that it checked",
-
-    {"zipformer_layer(int[] sizes, Tensor src, Tensor positions, Tensor? key_padding_mask, Tensor? attn_mask, "
-     "int[] lengths, Tensor[] weights, Tensor[] biases, int[] ways, Tensor[] tables, int chunk_size, "
-     "int left_context_chunks, int conv_chunk_size) -> Tensor",
-     Boxed<zipformer_layer>::call})
+    FASTASR_TYPED(zipformer_layer))
 
 }  // namespace fastasr::bindings::zipformer_layer

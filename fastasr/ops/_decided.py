@@ -31,20 +31,26 @@ def _kernels(x: Tensor, *others: Tensor | None) -> Any:
 
 
 class Drawn(NamedTuple):
-    """A uniform number for each sequence, (batch, 1), and the rate on the device."""
+    """A uniform number for each sequence, (batch, 1), and the rate on the device. ``of`` (N,) has the sequence of each
+    frame where x (N, 1, C) holds those of all sequences."""
 
     numbers: Tensor
     rate: Tensor
+    of: Tensor | None = None
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        return (self.numbers > self.rate).to(dtype)
+        kept = (self.numbers > self.rate).to(dtype)
+        return kept if self.of is None else kept.index_select(0, self.of).unsqueeze(1)
+
+
+NOT_DRAWN = None, None, None
 
 
 def plus(src: Tensor, y: Tensor, drawn: Drawn | None, narrow: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """Returns src + y (T, B, C), without y in dropped sequences, and this sum in ``narrow`` (None: the sum itself)."""
     kernels = _kernels(src, y)
     if kernels is not None:
-        return kernels.plus(src.contiguous(), y.contiguous(), *(drawn or (None, None)), narrow)
+        return kernels.plus(src.contiguous(), y.contiguous(), *(drawn or NOT_DRAWN), narrow)
     out = src + y if drawn is None else torch.addcmul(src, y, drawn.mask(y.dtype))
     return out, out if narrow is None else out.to(narrow)
 
@@ -57,7 +63,7 @@ def gradients(
     """
     kernels = _kernels(*grads)
     if kernels is not None:
-        return kernels.gradients([g.contiguous() for g in grads], *(drawn or (None, None)), dtype, narrow)
+        return kernels.gradients([g.contiguous() for g in grads], *(drawn or NOT_DRAWN), dtype, narrow)
     total = grads[0]
     for g in grads[1:]:
         total = total + g
@@ -66,6 +72,25 @@ def gradients(
         dy = (total if drawn is None else total * drawn.mask(total.dtype)).to(narrow)
         dy = dy.clone() if dy is total else dy
     return None if dtype is None else total.clone() if total is grads[0] else total.to(dtype), dy
+
+
+def chosen(x: Tensor, other: Tensor, drawn: Drawn) -> Tensor:
+    """Returns x (T, B, C), and in dropped sequences ``other``."""
+    kernels = _kernels(x, other)
+    if kernels is not None:
+        return kernels.chosen(x.contiguous(), other.contiguous(), *drawn)
+    return torch.where(drawn.mask(torch.bool), x, other)
+
+
+def parted(
+    grad: Tensor, more: Tensor, drawn: Drawn, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of x and ``other`` of :func:`chosen`, of these ``dtypes``, the latter plus ``more``."""
+    kernels = _kernels(grad, more)
+    if kernels is not None:
+        return kernels.parted(grad.contiguous(), more.contiguous(), *drawn, dtypes)
+    kept = drawn.mask(torch.bool)
+    return torch.where(kept, grad, 0.0).to(dtypes[0]), torch.where(kept, more, more + grad).to(dtypes[1])
 
 
 def mask(drawn: Tensor, rate: Tensor, scale: Tensor) -> Tensor:
@@ -80,7 +105,7 @@ def scaled(x: Tensor, drawn: Drawn) -> Tensor:
     """Returns (B, C): x (C,) for the kept sequences, 0 for the others."""
     kernels = _kernels(x)
     if kernels is not None:
-        return kernels.scaled(x.contiguous(), *drawn)
+        return kernels.scaled(x.contiguous(), drawn.numbers, drawn.rate)
     return x * (drawn.numbers > drawn.rate)
 
 
@@ -90,7 +115,7 @@ def limited(grad: Tensor, x: Tensor, limits: Tensor, drawn: Drawn | None = None)
     """
     kernels = _kernels(x[None], grad)
     if kernels is not None:
-        return kernels.limited(grad.contiguous(), x.contiguous(), limits, *(drawn or (None, None)))
+        return kernels.limited(grad.contiguous(), x.contiguous(), limits, *(drawn or NOT_DRAWN)[:2])
     if drawn is not None:
         grad = (grad * (drawn.numbers > drawn.rate)).sum(0)
     apply, low, high = limits.unbind()

@@ -43,8 +43,8 @@ def _options(a: Arguments) -> tuple[float, int, int, float]:
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
     y, statistics = kernels.forward(*_operands(kernels, a, dtype), *_options(a), keep)
     if statistics is None:  # Triton's kernels compute them again.
-        statistics = a.weight.new_empty(3 * y[..., 0].numel(), dtype=torch.float32)
-    return y, statistics.view(*y.shape[:-1], 3) if keep else statistics
+        statistics = a.weight.new_empty(*y.shape[:-1], 3, dtype=torch.float32)
+    return y, statistics
 
 
 def _gradients(

@@ -278,6 +278,14 @@ def _sliced(t: Tensor) -> Tensor:
     return view
 
 
+def _rows_of_wider_ones(name: str, t: Tensor) -> Tensor:
+    # Rows of different arguments lie apart by different strides.
+    if t.dim() == 0:
+        return t
+    wide = (*t.shape[:-1], t.shape[-1] + 1 + sum(name.encode()) % 11)
+    return torch.full(wide, float("nan"), dtype=t.dtype, device=t.device)[..., : t.shape[-1]].copy_(t)
+
+
 def _offset(t: Tensor) -> Tensor:
     # The data begins one element after an aligned address, because vector loads must not assume alignment.
     buffer = torch.full((t.numel() + 1,), float("nan"), dtype=t.dtype, device=t.device)
@@ -334,7 +342,7 @@ def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> 
 
     layouts = (_transposed, _sliced, _offset, _reversed_order)
     changes: dict[str, Layout] = {f.__name__: partial(_of_tensor, f) for f in layouts}
-    _agree(table, make, dtype, sample.draws, changes)
+    _agree(table, make, dtype, sample.draws, changes | {"rows of wider ones": _rows_of_wider_ones})
 
 
 def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:

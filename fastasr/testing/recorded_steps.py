@@ -16,11 +16,15 @@ def launch(device: str) -> None:
     rate, scale, act = (torch.tensor(n, dtype=torch.float32, device=device) for n in ([0.5], [2.0], [1.0]))
     limits = torch.tensor([1.0, 0.2, 0.8], dtype=torch.float32, device=device)
     drawn = _decided.Drawn(uniform(2, 1), rate)
+    of_row = drawn._replace(of=torch.arange(9, device=device, dtype=torch.int64) // 5)
     for dtype in (torch.float32, torch.bfloat16):
         src, y = uniform(9, 2, 70), uniform(9, 2, 70, dtype=dtype)
         for kept in (None, drawn):
             _decided.plus(src, y, kept, dtype)
             _decided.gradients([src, src, src, y, y], kept, torch.float32, dtype)
+        row, branch = src[:, :1].contiguous(), y[:, :1].contiguous()
+        _decided.plus(row, branch, of_row, dtype)
+        _decided.parted(_decided.chosen(branch, row, of_row), row, of_row, (dtype, torch.float32))
         _decided.mask(y, rate, scale)
         _decided.either(uniform(1, 2, 9, 16, dtype=dtype)[..., :9], act)
         by_head = _decided.split_heads(y, 5, 16)

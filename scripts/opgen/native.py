@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the C++ side of an op: for each pass a struct of the arguments, which checks them, and the schema.
+"""Writes the C++ side of an op: for each pass a struct of the arguments, which checks them.
 
 A file in ``csrc/bindings`` asks for it by including ``bindings/written/<op>.h``. The checks guard memory, so they
 repeat in C++ what the annotations say of ranks, sizes, dtypes and strides.
@@ -15,7 +15,6 @@ from pathlib import Path
 from fastasr.testing.declared import Declared
 from fastasr.testing.declared.shapes import Pattern, Shape, condition
 from fastasr.testing.declared.signature import Argument, Output
-from opgen.fragments import schema
 
 HEAD = """// SPDX-License-Identifier: Apache-2.0
 // `make op OP={name}` writes this file from {source}: change that one.
@@ -30,14 +29,14 @@ SIZES = """
 template <typename A>
 void find_sizes(A& a);
 """
-# kind of an argument -> its type on the stack, as a member, and in the schema
+# kind of an argument -> its type on the stack, and as a member
 TYPES = {
-    "tensor": ("Tensor", "const Tensor&", "Tensor"),
-    "tensor or none": ("Optional", "const Optional&", "Tensor?"),
-    "int": ("int64_t", "int64_t", "int"),
-    "float": ("double", "double", "float"),
-    "bool": ("bool", "bool", "bool"),
-    "pair": ("int64_t, int64_t", "std::array<int64_t, 2>", "int"),
+    "tensor": ("Tensor", "const Tensor&"),
+    "tensor or none": ("Optional", "const Optional&"),
+    "int": ("int64_t", "int64_t"),
+    "float": ("double", "double"),
+    "bool": ("bool", "bool"),
+    "pair": ("int64_t, int64_t", "std::array<int64_t, 2>"),
 }
 
 _SHAPE = re.compile(r"(\w+)\.shape\[(\d)\]")
@@ -49,11 +48,9 @@ def write(op: Declared) -> str:
     parts = [HEAD.format(name=op.name, source=source)]
     if op.sizes:
         parts.append(SIZES.format(names=", ".join(_given(op))))
-    # The backward kernel computes outputs that are gradients.
-    found = [o for o in op.found if not (o.flag and o.constant)]
-    parts.append(_Call(op, "forward", op.forward, len(found)).struct())
+    parts.append(_Call(op, "forward", op.forward).struct())
     if op.differentiable and (op.op.backward or op.op.gradients is None or op.op.fast is not False):
-        parts.append(_Call(op, "backward", op.backward, len(op.backward_results)).struct())
+        parts.append(_Call(op, "backward", op.backward).struct())
     return "\n".join([*parts, f"}}  // namespace fastasr::bindings::{op.name}\n"])
 
 
@@ -70,8 +67,8 @@ def _given(op: Declared) -> list[str]:
 class _Call:
     """One pass: its arguments in the kernels' order."""
 
-    def __init__(self, op: Declared, which: str, tokens: list[str], results: int):
-        self.op, self.results = op, results
+    def __init__(self, op: Declared, which: str, tokens: list[str]):
+        self.op = op
         self.name = f"{op.name}_{which}"
         self.tokens = tokens
         # a token ``x.shape[1]`` -> the name of this size
@@ -112,7 +109,6 @@ class _Call:
         lines = [
             f"struct {self.name.title().replace('_', '')} {{",
             f'static constexpr const char* kName = "{self.name}";',
-            f"static constexpr const char* kSchema = {self._schema()};",
             f"using Types = ArgumentTypes<{', '.join(TYPES[kind][0] for _, kind in self.members)}>;",
             "",
             *members,
@@ -124,14 +120,6 @@ class _Call:
             "};",
         ]
         return "\n".join(["", *lines, ""])
-
-    def _schema(self) -> str:
-        words = [
-            f"{TYPES[kind][2]} {name}"
-            for member, kind in self.members
-            for name in ((f"{member}_0", f"{member}_1") if kind == "pair" else (member,))
-        ]
-        return "\n".join(f'"{line}"' for line in schema(self.name, words, self.results))
 
     # ----------------------------------------------------------------------- checks
     def _checks(self) -> Iterator[str]:

@@ -9,7 +9,17 @@ import sources
 
 # The layers start with the lowest: a package imports itself and those before it. "fastasr" is the package's own file.
 CORE = (
-    *("_transforms", "packed_frames", "_left", "_recording", "_nearest", "files", "processor", "kernels"),
+    *(
+        "_transforms",
+        "packed_frames",
+        "_left",
+        "_recording",
+        "_tables",
+        "_nearest",
+        "files",
+        "processor",
+        "kernels",
+    ),
     *("ops", "rnnt", "compat", "testing", "models", "graphs", "swap"),
     *("_registration", "fastasr"),
 )

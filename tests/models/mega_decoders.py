@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import fastasr
-from fastasr.models.mega import MEGA, MEGADecoder, NormalizedPositionwiseFeedForward, decoding
-from fastasr.swap import binding
+from fastasr.models.mega import MEGADecoder, decoding
 
 SIZES = {"vocab_size": 50, "block_size": 40, "linear_size": 72, "qk_size": 24, "v_size": 100, "num_blocks": 3}
 KINDS = [
@@ -43,15 +42,6 @@ def espnet(**options):
     pytest.importorskip("typeguard", reason="upstream's packages are not installed")
     module = pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
     return randomised(module.MEGADecoder(**SIZES | options))
-
-
-def swapped(upstream):
-    """Returns a copy whose blocks run fastasr's forward, as after fastasr.accelerate."""
-    decoder = copy.deepcopy(upstream)
-    for mega, feed_forward in decoder.mega_blocks:
-        binding.bind(mega, MEGA.forward)
-        binding.bind(feed_forward, NormalizedPositionwiseFeedForward.forward)
-    return decoder
 
 
 def labels_of(batch=1):

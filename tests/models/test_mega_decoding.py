@@ -5,7 +5,6 @@ import copy
 import io
 import random
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,15 +16,13 @@ from mega_decoders import (
     bits,
     block_by_block,
     copied,
-    espnet,
     labels_of,
     ours,
     same,
-    swapped,
     unbatched,
 )
 
-from fastasr.models.mega import MEGADecoder, decoding
+from fastasr.models.mega import decoding
 from fastasr.ops import _dispatch, _gemm
 
 pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason=_dispatch.why_not_native())
@@ -38,35 +35,6 @@ def _no_gradients():
 
 
 # --------------------------------------------------------------------------- values
-@pytest.mark.parametrize("options", KINDS, ids=KIND_IDS)
-@pytest.mark.parametrize("batch", [1, 2, 7, 16])
-def test_steps_are_espnets(batch, options):
-    upstream = espnet(**options)
-    decoder = swapped(upstream)
-    states = upstream.create_batch_states([unbatched(upstream.init_state())] * batch)
-    mine = states
-    for _ in range(12):
-        labels = labels_of(batch)
-        mine_and_out = decoding.step(decoder, labels, mine)
-        theirs = upstream.inference(labels, states)
-        same(mine_and_out, theirs)
-        mine, states = mine_and_out[1], theirs[1]
-
-
-@pytest.mark.parametrize("options", KINDS, ids=KIND_IDS)
-def test_our_decoder_with_a_phantom_is_espnets(options):
-    upstream = espnet(**options)
-    ours = MEGADecoder(**SIZES | options, phantom_first_step=True).eval()
-    ours.load_state_dict(upstream.state_dict())
-    states, theirs, sequence = ours.init_state(), upstream.init_state(), []
-    for _ in range(9):
-        sequence.append(random.randrange(1, SIZES["vocab_size"]))
-        assert decoding.why_not(ours) == ""
-        out, states = ours.score(sequence, states)
-        expected, theirs = upstream.score(sequence, theirs)
-        same((out, states), (expected, theirs))
-
-
 @pytest.mark.parametrize("options", KINDS, ids=KIND_IDS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_streaming_is_the_whole_sequence(batch, options):
@@ -119,24 +87,6 @@ def test_hypotheses_of_a_batch_do_not_see_the_padding_of_others():
     out, after = decoding.step(decoder, torch.full((3, 1), 7), decoder.create_batch_states(states))
     torch.testing.assert_close(out[:, 0], torch.cat(expected), **TOLERANCE)
     assert after[0]["prev_length"].tolist() == [2, 5, 10]
-
-
-def test_batch_score_is_espnets():
-    upstream = espnet()
-    decoder = MEGADecoder(**SIZES, phantom_first_step=True).eval()
-    decoder.load_state_dict(upstream.state_dict())
-
-    def hypotheses(model):
-        found = []
-        for length in (1, 3, 6):
-            state, sequence = model.init_state(), []
-            for label in range(1, length + 1):
-                sequence.append(label)
-                _, state = model.score(sequence, state)
-            found.append(SimpleNamespace(yseq=[*sequence, 9], dec_state=model.select_state(state, 0)))
-        return found
-
-    same(decoder.batch_score(hypotheses(decoder)), upstream.batch_score(hypotheses(upstream)))
 
 
 def test_error_is_no_worse_than_torchs(monkeypatch):

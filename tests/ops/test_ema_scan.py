@@ -251,45 +251,6 @@ def test_error_is_not_above_that_of_the_fft(average, dtype):
         assert error(our_grads[name], grad) <= 1.1 * error(their_grads[name], grad), name
 
 
-@pytest.mark.parametrize("truncation", [None, 20])
-def test_upstream(truncation):
-    module = pytest.importorskip("espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema")
-    upstream = module.MultiHeadDampedEMA(24, 4, torch.nn.SiLU(), truncation_length=truncation)
-    names = (
-        "damping_factor",
-        "decay_factor",
-        "ema_expansion_matrix",
-        "kernel_projection_matrix",
-        "residual_weight",
-    )
-    mask = Make(seed=3).uniform(2, 70) > 0.7
-    x = torch.randn(70, 2, 24, requires_grad=True)
-    ours = x.detach().clone().requires_grad_()
-    cotangent = torch.randn(70, 2, 24)
-    y, _ = upstream(x, mask=mask.unsqueeze(1))
-    y.backward(cotangent)
-    parameters = [getattr(upstream, name).detach().clone().requires_grad_() for name in names]
-    z = ops.ema_scan(ours, *parameters, padding_mask=mask, truncation=truncation, activation="silu")
-    z.backward(cotangent)
-    _close(z, y, 3e-6)
-    _close(ours.grad, x.grad, 3e-6)
-    for name, p in zip(names, parameters, strict=True):
-        _close(p.grad, getattr(upstream, name).grad, 2e-5)
-
-
-def test_upstream_step():
-    module = pytest.importorskip("espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema")
-    upstream = module.MultiHeadDampedEMA(24, 4, torch.nn.SiLU())
-    x, state = torch.randn(1, 3, 24), torch.randn(3, 24, 4)
-    with torch.no_grad():
-        y, after = upstream(x, state={"ema_state": state})
-        tensors = (upstream.damping_factor, upstream.decay_factor, upstream.ema_expansion_matrix)
-        tensors += (upstream.kernel_projection_matrix, upstream.residual_weight)
-        ours, ours_after = ops.ema_scan(x, *tensors, state=state, return_state=True, activation="silu")
-    _close(ours.reshape(3, 24), y.reshape(3, 24), 1e-6)
-    _close(ours_after, after, 1e-6)
-
-
 @both
 def test_lengths_do_not_recompile(average):
     from torch._dynamo.testing import CompileCounterWithBackend

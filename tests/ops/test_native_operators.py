@@ -28,7 +28,7 @@ def _undeclared() -> dict[str, str]:
         for block in re.findall(r"^FASTASR_UNDECLARED\((.*?)\)\n\n", text, re.M | re.S):
             reason, operators = re.match(r'\s*((?:"[^"]*"\s*)+),(.*)', block, re.S).groups()
             reason = "".join(re.findall(r'"([^"]*)"', reason))
-            reasons |= dict.fromkeys(re.findall(r'\{\s*"(\w+)\(', operators), reason)
+            reasons |= dict.fromkeys(re.findall(r"FASTASR_TYPED\((\w+)\)", operators), reason)
     return reasons
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rel_attention beyond its samples: memory, dropout, recordings in a row, scores that are infinite or not a number."""
+"""rel_attention beyond its samples: memory, dropout, scores that are infinite or not a number."""
 
 import subprocess
 import sys
-from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -120,26 +119,3 @@ def test_scores_of_negative_infinity_alone_are_not_a_number(frames):
     assert rel_attention(**call).isnan().all()
     hidden = torch.ones(2, frames, dtype=torch.bool)
     assert (rel_attention(**call, key_padding_mask=hidden) == 0).all()
-
-
-@pytest.mark.parametrize("lengths", [(7, 0, 12, 1), (20,), (1, 1, 1), (64, 3, 33)])
-def test_recordings_in_a_row_are_as_alone(lengths):
-    """Frames behind the last recording are not used. The middle rows of pos belong to a shorter recording."""
-    rows, heads, width = sum(lengths) + 5, 2, 8
-    double = {"dtype": torch.float64, "requires_grad": True}
-    leaves = [torch.randn(1, rows, heads, width, **double) for _ in range(3)]
-    leaves += [torch.randn(2 * rows - 1, heads, width, **double)]
-    leaves += [torch.randn(heads, width, **double) for _ in range(2)]
-    q, k, v, pos, *biases = leaves
-    starts = [0, *accumulate(lengths)]
-    y = rel_attention(*leaves, starts=torch.tensor(starts))
-    alone = [
-        rel_attention(*(t[:, a:b] for t in (q, k, v)), pos[rows - b + a : rows + b - a - 1], *biases)
-        for a, b in pairwise(starts)
-        if a < b
-    ]
-    expected = torch.cat([*alone, torch.zeros_like(v[:, : rows - starts[-1]])], 1)
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    g = torch.randn_like(y)
-    found, wanted = (torch.autograd.grad(out, leaves, g) for out in (y, expected))
-    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)

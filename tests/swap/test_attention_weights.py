@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upstream's attention weights by the op: inference, seeded training, streaming; which are bound,
-compared, declined.
-"""
+"""Upstream's attention weights by the op: which are bound, compared, declined; a whole encoder in chunks.
+``tests/parity/test_zipformer_weights.py`` has their values, gradients and draws."""
 
 import copy
-import random
 
 import pytest
 import torch
-from steps import numbers, seeded
+from steps import seeded
 
 import fastasr
 from fastasr.models.zipformer import RelPositionMultiheadAttentionWeights as Ours
@@ -31,23 +29,6 @@ def inputs(left=0, scale=1.0):
     return torch.randn(FRAMES, BATCH, CHANNELS) * scale, torch.randn(1, 2 * FRAMES - 1 + left, 16)
 
 
-def padding(keys):
-    return torch.arange(keys) >= torch.tensor([[keys], [keys - 7]])
-
-
-def train(module, seed, *args):
-    random.seed(seed)
-    seeded(seed)
-    leaves = [t.clone().requires_grad_() for t in args[:2]]
-    weights = module(*leaves, *args[2:])
-    generator = numbers(9)
-    wanted = [*leaves, *module.parameters()]
-    grads = torch.autograd.grad(
-        weights, wanted, torch.randn(weights.shape, generator=generator), allow_unused=True
-    )
-    return weights, grads, (random.random(), torch.rand(()).item())
-
-
 def test_methods_bound_and_undone():
     model = attention()
     report = fastasr.accelerate(model)
@@ -56,55 +37,6 @@ def test_methods_bound_and_undone():
     assert binding.bound_function(model["weights"], "streaming_forward") is Ours.streaming_forward
     fastasr.restore(model)
     assert not {"forward", "streaming_forward"} & set(vars(model["weights"]))
-
-
-def test_inference():
-    model = attention().eval()
-    mask = torch.rand(FRAMES, FRAMES) > 0.7
-    arguments = *inputs(), padding(FRAMES), mask
-    with torch.no_grad():
-        expected = model["weights"](*arguments)
-        fastasr.accelerate(model)
-        torch.testing.assert_close(model["weights"](*arguments), expected, rtol=2e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("options", [{"pos_emb_skip_rate": 0.4}, {"dropout": 0.2, "pos_emb_skip_rate": 0.4}])
-def test_seeded_training(options):
-    """Skipped positions, the penalty on large scores, Balancer, Whiten and dropout occur as upstream draws them."""
-    theirs = attention(**options).train()
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
-    arguments = *inputs(scale=8.0), padding(FRAMES)
-    for seed in range(20):
-        expected, expected_grads, expected_draws = train(theirs["weights"], seed, *arguments)
-        actual, grads, draws = train(ours["weights"], seed, *arguments)
-        assert draws == expected_draws
-        assert torch.equal(actual > 1e-30, expected > 1e-30)  # dropout keeps the same weights
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
-        for a, e in zip(grads, expected_grads, strict=True):
-            assert (a is None) == (e is None)
-            if a is not None:
-                torch.testing.assert_close(a, e, rtol=2e-3, atol=2e-4 * e.abs().max().item() + 1e-6)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_streaming(masked):
-    left = 12
-    model = attention().eval()
-    x, pos_emb = inputs(left)
-    mask = padding(left + FRAMES) if masked else None
-    caches = [torch.randn(left, BATCH, 16)] * 2
-    ours = copy.deepcopy(model)
-    fastasr.accelerate(ours)
-    for _ in range(3):
-        results = []
-        for i, side in enumerate((model, ours)):
-            with torch.no_grad():
-                weights, caches[i] = side["weights"].streaming_forward(x, pos_emb, caches[i], left, mask)
-            results.append(weights)
-        torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=1e-7)
-        assert torch.equal(*caches)
-        x = x.flip(0)
 
 
 def test_streaming_is_compared_by_verify():
@@ -145,22 +77,6 @@ def test_chunks_of_the_whole_encoder():
         y, y_lengths = ours(x, lengths, hidden)
         assert torch.equal(y_lengths, expected_lengths)
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_streaming_of_the_whole_encoder():
-    theirs, ours = encoders()
-    states = [side.get_init_states(BATCH) for side in (theirs, ours)]
-    seeded(2)
-    for chunk in torch.randn(3, 8, BATCH, 24):
-        lengths, mask = torch.full((BATCH,), 8), torch.zeros(BATCH, 16 + 8, dtype=torch.bool)
-        outputs = []
-        for i, side in enumerate((theirs, ours)):
-            with torch.no_grad():
-                y, _, states[i] = side.streaming_forward(chunk, lengths, states[i], mask)
-            outputs.append(y)
-        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
-        for a, b in zip(states[1], states[0], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 class OtherStreaming(zipformer.RelPositionMultiheadAttentionWeights):

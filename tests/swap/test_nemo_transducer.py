@@ -250,11 +250,3 @@ def test_hooks_and_restore(made):
     assert not computed
     assert fastasr.restore(joint) == len(report.replaced)
     assert torch.equal(of(joint, batch())[0], expected)
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-def test_verify(made, kind):
-    joint, _ = made(kind)
-    fastasr.accelerate(joint)
-    report = fastasr.verify(joint, batch())
-    assert not report.rolled_back, str(report)

@@ -72,16 +72,6 @@ def same_training_of(model):
     same_training(model, tuple(batch().values()), lambda y: y.last_hidden_state)
 
 
-def test_a_training_step_of_the_swapped_model():
-    rates = {"dropout": 0.1, "activation_dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.3}
-    with fastasr.upstream_draws():
-        same_training_of(encoder(**rates).train())
-
-
-def test_a_training_step_without_dropout():
-    same_training_of(encoder(**STILL).train())
-
-
 def test_gradient_checkpointing():
     model = encoder(**STILL).train()
     model.gradient_checkpointing_enable()

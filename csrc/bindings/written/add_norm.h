@@ -8,9 +8,6 @@ namespace fastasr::bindings::add_norm {
 
 struct AddNormForward {
   static constexpr const char* kName = "add_norm_forward";
-  static constexpr const char* kSchema =
-      "add_norm_forward(Tensor x, Tensor update, Tensor weight, Tensor? bias, Tensor? update_weight, float "
-      "eps, float scale, int kind, float update_limit, float limit) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, double, double, int64_t, double, double>;
 
   const Tensor& x;
@@ -67,10 +64,6 @@ struct AddNormForward {
 
 struct AddNormBackward {
   static constexpr const char* kName = "add_norm_backward";
-  static constexpr const char* kSchema =
-      "add_norm_backward(Tensor? grad_t, Tensor? grad_y, Tensor x, Tensor update, Tensor weight, Tensor? "
-      "bias, Tensor? update_weight, float eps, float scale, int kind, float update_limit, float limit) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Optional, Optional, Tensor, Tensor, Tensor, Optional, Optional, double, double, int64_t,
                               double, double>;
 

@@ -8,9 +8,6 @@ namespace fastasr::bindings::batch_norm_activation {
 
 struct BatchNormActivationForward {
   static constexpr const char* kName = "batch_norm_activation_forward";
-  static constexpr const char* kSchema =
-      "batch_norm_activation_forward(Tensor x, Tensor weight, Tensor bias, Tensor? padding_mask, float eps, "
-      "float momentum, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, double, double, int64_t>;
 
   const Tensor& x;
@@ -57,9 +54,6 @@ struct BatchNormActivationForward {
 
 struct BatchNormActivationBackward {
   static constexpr const char* kName = "batch_norm_activation_backward";
-  static constexpr const char* kSchema =
-      "batch_norm_activation_backward(Tensor? grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? "
-      "padding_mask, Tensor statistics, int activation) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Optional, Tensor, Tensor, Tensor, Optional, Tensor, int64_t>;
 
   const Optional& grad_y;

@@ -8,7 +8,6 @@ namespace fastasr::bindings::bias_norm {
 
 struct BiasNormForward {
   static constexpr const char* kName = "bias_norm_forward";
-  static constexpr const char* kSchema = "bias_norm_forward(Tensor x, Tensor bias, Tensor log_scale) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor>;
 
   const Tensor& x;
@@ -52,9 +51,6 @@ struct BiasNormForward {
 
 struct BiasNormBackward {
   static constexpr const char* kName = "bias_norm_backward";
-  static constexpr const char* kSchema =
-      "bias_norm_backward(Tensor grad_y, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, "
-      "Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor>;
 
   const Tensor& grad_y;

@@ -8,7 +8,6 @@ namespace fastasr::bindings::bypass {
 
 struct BypassForward {
   static constexpr const char* kName = "bypass_forward";
-  static constexpr const char* kSchema = "bypass_forward(Tensor x_orig, Tensor x, Tensor scale) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor>;
 
   const Tensor& x_orig;
@@ -33,8 +32,6 @@ struct BypassForward {
 
 struct BypassBackward {
   static constexpr const char* kName = "bypass_backward";
-  static constexpr const char* kSchema =
-      "bypass_backward(Tensor grad_y, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor>;
 
   const Tensor& grad_y;

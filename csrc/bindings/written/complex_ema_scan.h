@@ -12,10 +12,6 @@ void find_sizes(A& a);
 
 struct ComplexEmaScanForward {
   static constexpr const char* kName = "complex_ema_scan_forward";
-  static constexpr const char* kSchema =
-      "complex_ema_scan_forward(Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? "
-      "omega, Tensor? state, Tensor? padding_mask, int truncation, int direction, int activation, int "
-      "layout, bool return_state) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, int64_t, int64_t,
                               int64_t, int64_t, bool>;
 
@@ -107,10 +103,6 @@ struct ComplexEmaScanForward {
 
 struct ComplexEmaScanBackward {
   static constexpr const char* kName = "complex_ema_scan_backward";
-  static constexpr const char* kSchema =
-      "complex_ema_scan_backward(Tensor grad_y, Tensor? grad_last, Tensor x, Tensor alpha, Tensor delta, "
-      "Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, Tensor? padding_mask, int truncation, int "
-      "direction, int activation, int layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Optional, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional,
                               int64_t, int64_t, int64_t, int64_t>;
 

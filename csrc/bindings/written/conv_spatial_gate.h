@@ -8,9 +8,6 @@ namespace fastasr::bindings::conv_spatial_gate {
 
 struct ConvSpatialGateForward {
   static constexpr const char* kName = "conv_spatial_gate_forward";
-  static constexpr const char* kSchema =
-      "conv_spatial_gate_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? "
-      "bias, Tensor? padding_mask, float eps, int activation) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, double, int64_t>;
 
   const Tensor& x;
@@ -80,10 +77,6 @@ struct ConvSpatialGateForward {
 
 struct ConvSpatialGateBackward {
   static constexpr const char* kName = "conv_spatial_gate_backward";
-  static constexpr const char* kSchema =
-      "conv_spatial_gate_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor "
-      "weight, Tensor? bias, Tensor? padding_mask, float eps, int activation) -> (Tensor, Tensor, Tensor, "
-      "Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, double, int64_t>;
 
   const Tensor& grad_y;

@@ -8,9 +8,6 @@ namespace fastasr::bindings::conv_subsampling {
 
 struct ConvSubsamplingForward {
   static constexpr const char* kName = "conv_subsampling_forward";
-  static constexpr const char* kSchema =
-      "conv_subsampling_forward(Tensor x, Tensor weight, Tensor? bias, Tensor depthwise_weight, Tensor? "
-      "depthwise_bias, Tensor? mask, int left) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, int64_t>;
 
   const Tensor& x;
@@ -77,9 +74,6 @@ struct ConvSubsamplingForward {
 
 struct ConvSubsamplingBackward {
   static constexpr const char* kName = "conv_subsampling_backward";
-  static constexpr const char* kSchema =
-      "conv_subsampling_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor "
-      "depthwise_weight, Tensor? mask, int left, bool needs_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Tensor, Optional, int64_t, bool>;
 
   const Tensor& grad_y;

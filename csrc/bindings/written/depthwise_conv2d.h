@@ -12,9 +12,6 @@ void find_sizes(A& a);
 
 struct DepthwiseConv2DForward {
   static constexpr const char* kName = "depthwise_conv2d_forward";
-  static constexpr const char* kSchema =
-      "depthwise_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int padding_0, int padding_1) -> "
-      "Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, int64_t, int64_t>;
 
   const Tensor& x;
@@ -75,9 +72,6 @@ struct DepthwiseConv2DForward {
 
 struct DepthwiseConv2DBackward {
   static constexpr const char* kName = "depthwise_conv2d_backward";
-  static constexpr const char* kSchema =
-      "depthwise_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, int padding_0, int padding_1, bool "
-      "needs_x, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, int64_t, int64_t, bool, bool, bool>;
 
   const Tensor& grad_y;

@@ -8,9 +8,6 @@ namespace fastasr::bindings::depthwise_conv_residual {
 
 struct DepthwiseConvResidualForward {
   static constexpr const char* kName = "depthwise_conv_residual_forward";
-  static constexpr const char* kSchema =
-      "depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? padding_mask, int "
-      "delay) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, int64_t>;
 
   const Tensor& x;
@@ -69,9 +66,6 @@ struct DepthwiseConvResidualForward {
 
 struct DepthwiseConvResidualBackward {
   static constexpr const char* kName = "depthwise_conv_residual_backward";
-  static constexpr const char* kSchema =
-      "depthwise_conv_residual_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? padding_mask, int "
-      "delay) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, int64_t>;
 
   const Tensor& grad_y;

@@ -12,10 +12,6 @@ void find_sizes(A& a);
 
 struct EmaScanForward {
   static constexpr const char* kName = "ema_scan_forward";
-  static constexpr const char* kSchema =
-      "ema_scan_forward(Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, "
-      "Tensor? residual, Tensor? state, Tensor? padding_mask, int truncation, int direction, int "
-      "activation, int layout, bool return_state) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, int64_t, int64_t,
                               int64_t, int64_t, bool>;
 
@@ -108,11 +104,6 @@ struct EmaScanForward {
 
 struct EmaScanBackward {
   static constexpr const char* kName = "ema_scan_backward";
-  static constexpr const char* kSchema =
-      "ema_scan_backward(Tensor grad_y, Tensor? grad_last, Tensor x, Tensor damping, Tensor decay, Tensor "
-      "expansion, Tensor projection, Tensor? residual, Tensor? state, Tensor? padding_mask, int truncation, "
-      "int direction, int activation, int layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)";
   using Types = ArgumentTypes<Tensor, Optional, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional,
                               int64_t, int64_t, int64_t, int64_t>;
 

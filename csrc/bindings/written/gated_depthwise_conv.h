@@ -8,10 +8,6 @@ namespace fastasr::bindings::gated_depthwise_conv {
 
 struct GatedDepthwiseConvForward {
   static constexpr const char* kName = "gated_depthwise_conv_forward";
-  static constexpr const char* kSchema =
-      "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? "
-      "causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, Tensor? starts, int "
-      "chunk_size, int activation, bool return_cache, int delay, int gate) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
                               int64_t, int64_t, bool, int64_t, int64_t>;
 
@@ -118,11 +114,6 @@ struct GatedDepthwiseConvForward {
 
 struct GatedDepthwiseConvBackward {
   static constexpr const char* kName = "gated_depthwise_conv_backward";
-  static constexpr const char* kSchema =
-      "gated_depthwise_conv_backward(Tensor grad_y, Tensor h, Tensor weight, Tensor? bias, Tensor? "
-      "causal_weight, Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, "
-      "Tensor? starts, int chunk_size, int activation, int delay, int gate) -> (Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
                               Optional, int64_t, int64_t, int64_t, int64_t>;
 

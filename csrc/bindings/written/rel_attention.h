@@ -8,11 +8,6 @@ namespace fastasr::bindings::rel_attention {
 
 struct RelAttentionForward {
   static constexpr const char* kName = "rel_attention_forward";
-  static constexpr const char* kSchema =
-      "rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, Tensor? bias_v, "
-      "Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? key_padding_mask, Tensor? "
-      "attn_mask, Tensor? starts, Tensor? dropout_seed, float dropout_p, int context_0, int context_1, int "
-      "chunk_size, float soft_cap, int pos_span_0, int pos_span_1) -> (Tensor, Tensor)";
   using Types =
       ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
                     Optional, Optional, Optional, double, int64_t, int64_t, int64_t, double, int64_t, int64_t>;
@@ -163,12 +158,6 @@ struct RelAttentionForward {
 
 struct RelAttentionBackward {
   static constexpr const char* kName = "rel_attention_backward";
-  static constexpr const char* kSchema =
-      "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
-      "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
-      "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
-      "float dropout_p, int context_0, int context_1, int chunk_size, float soft_cap, int pos_span_0, int "
-      "pos_span_1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional,
                               Optional, Optional, Optional, Optional, Optional, Tensor, Tensor, double, int64_t,
                               int64_t, int64_t, double, int64_t, int64_t>;

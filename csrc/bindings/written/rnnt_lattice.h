@@ -8,9 +8,6 @@ namespace fastasr::bindings::rnnt_lattice {
 
 struct RnntLatticeForward {
   static constexpr const char* kName = "rnnt_lattice_forward";
-  static constexpr const char* kSchema =
-      "rnnt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? boundary, bool keep) -> "
-      "(Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, bool>;
 
   const Tensor& symbol_logprobs;
@@ -60,9 +57,6 @@ struct RnntLatticeForward {
 
 struct RnntLatticeBackward {
   static constexpr const char* kName = "rnnt_lattice_backward";
-  static constexpr const char* kSchema =
-      "rnnt_lattice_backward(Tensor? grad_scores, Tensor scores, Tensor shares, Tensor? boundary, int S, "
-      "int W, int T) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Optional, Tensor, Tensor, Optional, int64_t, int64_t, int64_t>;
 
   const Optional& grad_scores;

@@ -8,9 +8,6 @@ namespace fastasr::bindings::rnnt_pruned_lattice {
 
 struct RnntPrunedLatticeForward {
   static constexpr const char* kName = "rnnt_pruned_lattice_forward";
-  static constexpr const char* kSchema =
-      "rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, Tensor? "
-      "boundary, bool modified, bool keep) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, bool, bool>;
 
   const Tensor& symbol_logprobs;
@@ -56,9 +53,6 @@ struct RnntPrunedLatticeForward {
 
 struct RnntPrunedLatticeBackward {
   static constexpr const char* kName = "rnnt_pruned_lattice_backward";
-  static constexpr const char* kSchema =
-      "rnnt_pruned_lattice_backward(Tensor? grad_scores, Tensor scores, Tensor shares, Tensor starts, "
-      "Tensor? boundary, int R, bool modified) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Optional, Tensor, Tensor, Tensor, Optional, int64_t, bool>;
 
   const Optional& grad_scores;

@@ -12,10 +12,6 @@ void find_sizes(A& a);
 
 struct SegmentAttentionForward {
   static constexpr const char* kName = "segment_attention_forward";
-  static constexpr const char* kSchema =
-      "segment_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? history, "
-      "Tensor? weights_dropout, int num_heads, int frames, int segment_length, int left_context_length, int "
-      "right_context_length, int max_memory_size, int past_frames, int past_memory) -> Tensor";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, int64_t, int64_t, int64_t, int64_t,
                               int64_t, int64_t, int64_t, int64_t>;
 
@@ -93,11 +89,6 @@ struct SegmentAttentionForward {
 
 struct SegmentAttentionBackward {
   static constexpr const char* kName = "segment_attention_backward";
-  static constexpr const char* kSchema =
-      "segment_attention_backward(Tensor grad_y, Tensor query, Tensor key, Tensor value, Tensor? lengths, "
-      "Tensor? history, Tensor? weights_dropout, int num_heads, int frames, int segment_length, int "
-      "left_context_length, int right_context_length, int max_memory_size, int past_frames, int "
-      "past_memory) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, int64_t, int64_t, int64_t,
                               int64_t, int64_t, int64_t, int64_t, int64_t>;
 

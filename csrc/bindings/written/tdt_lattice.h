@@ -8,9 +8,6 @@ namespace fastasr::bindings::tdt_lattice {
 
 struct TdtLatticeForward {
   static constexpr const char* kName = "tdt_lattice_forward";
-  static constexpr const char* kSchema =
-      "tdt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, Tensor "
-      "durations, Tensor? boundary, bool keep) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, bool>;
 
   const Tensor& symbol_logprobs;
@@ -68,9 +65,6 @@ struct TdtLatticeForward {
 
 struct TdtLatticeBackward {
   static constexpr const char* kName = "tdt_lattice_backward";
-  static constexpr const char* kSchema =
-      "tdt_lattice_backward(Tensor grad_scores, Tensor scores, Tensor shares, Tensor durations, Tensor? "
-      "boundary, int T, int S) -> (Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, int64_t, int64_t>;
 
   const Tensor& grad_scores;

@@ -12,10 +12,6 @@ void find_sizes(A& a);
 
 struct ToeplitzAttentionForward {
   static constexpr const char* kName = "toeplitz_attention_forward";
-  static constexpr const char* kSchema =
-      "toeplitz_attention_forward(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, Tensor "
-      "qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, bool causal, int "
-      "chunk_size, int activation, bool activate_value, bool keep) -> (Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, bool, int64_t,
                               int64_t, bool, bool>;
 
@@ -106,11 +102,6 @@ struct ToeplitzAttentionForward {
 
 struct ToeplitzAttentionBackward {
   static constexpr const char* kName = "toeplitz_attention_backward";
-  static constexpr const char* kSchema =
-      "toeplitz_attention_backward(Tensor grad_y, Tensor query_key, Tensor gate, Tensor value, Tensor "
-      "qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? weights_dropout, "
-      "Tensor mixed, bool causal, int chunk_size, int activation, bool activate_value) -> (Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Tensor, bool,
                               int64_t, int64_t, bool>;
 

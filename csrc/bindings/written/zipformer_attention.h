@@ -8,10 +8,6 @@ namespace fastasr::bindings::zipformer_attention {
 
 struct ZipformerAttentionForward {
   static constexpr const char* kName = "zipformer_attention_forward";
-  static constexpr const char* kSchema =
-      "zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, Tensor? "
-      "key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int "
-      "value_heads, int chunk_size, int left_context_chunks, Tensor? equal) -> Tensor";
   using Types = ArgumentTypes<Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t, int64_t,
                               int64_t, int64_t, int64_t, Optional>;
 
@@ -130,11 +126,6 @@ struct ZipformerAttentionForward {
 
 struct ZipformerAttentionBackward {
   static constexpr const char* kName = "zipformer_attention_backward";
-  static constexpr const char* kSchema =
-      "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int "
-      "value_heads, int chunk_size, int left_context_chunks, Tensor? equal, float score_penalty, float "
-      "score_limit, Tensor? act) -> (Tensor, Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t,
                               int64_t, int64_t, int64_t, int64_t, Optional, double, double, Optional>;
 

@@ -9,10 +9,6 @@ namespace fastasr::bindings::zipformer_attention_weights {
 
 struct ZipformerAttentionWeightsForward {
   static constexpr const char* kName = "zipformer_attention_weights_forward";
-  static constexpr const char* kSchema =
-      "zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, Tensor? "
-      "key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int query_head_dim, int "
-      "chunk_size, int left_context_chunks) -> Tensor";
   using Types =
       ArgumentTypes<Tensor, Optional, Optional, Optional, Optional, Optional, int64_t, int64_t, int64_t, int64_t>;
 
@@ -111,11 +107,6 @@ struct ZipformerAttentionWeightsForward {
 
 struct ZipformerAttentionWeightsBackward {
   static constexpr const char* kName = "zipformer_attention_weights_backward";
-  static constexpr const char* kSchema =
-      "zipformer_attention_weights_backward(Tensor grad_weights, Tensor weights, Tensor x, Tensor? pos, "
-      "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? starts, int num_heads, int "
-      "query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, float score_limit) -> "
-      "(Tensor, Tensor, Tensor)";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, int64_t,
                               int64_t, int64_t, int64_t, double, double>;
 

@@ -278,14 +278,10 @@ template <typename T, typename C = compute_t<T>>
 void statistics(const ConvSpatialGate<T>& p, RowStatistics<C>* out, int64_t begin, int64_t end, C* __restrict scratch) {
   for (int64_t i = begin; i < end; i++) {
     const T* __restrict g = p.gate(i);
-#pragma omp simd
-    for (int64_t j = 0; j < p.channels; j++) scratch[j] = load(g[j]);
+    convert(g, scratch, p.channels);
     out[i] = centre(scratch, p.channels, p.eps);
   }
 }
-
-// Chains have kTerms terms in the compute type; they are then added in double.
-constexpr int64_t kTerms = 256;
 
 template <typename T, typename C = compute_t<T>>
 void norm_backward(const ConvSpatialGate<T>& p, const RowStatistics<C>* statistics, const C* du, int64_t du_row, T* dx,
@@ -302,26 +298,12 @@ void norm_backward(const ConvSpatialGate<T>& p, const RowStatistics<C>* statisti
       continue;
     }
     const C high = statistics[i].high, low = statistics[i].low, scale = statistics[i].scale;
-    double sum = 0, product = 0;
-    for (int64_t first = 0; first < n; first += kTerms) {
-      const int64_t last = std::min(first + kTerms, n);
-      C a = 0, b = 0;
-#pragma omp simd reduction(+ : a, b)
-      for (int64_t j = first; j < last; j++) {
-        const C nj = ((load(g[j]) - high) - low) * scale, dj = d[j] * w[j];
-        dweight[j] += d[j] * nj;
-        dbias[j] += d[j];
-        a += dj;
-        b += dj * nj;
-      }
-      sum += static_cast<double>(a), product += static_cast<double>(b);
-    }
-    const C mean = static_cast<C>(sum / static_cast<double>(n)),
-            along = static_cast<C>(product / static_cast<double>(n));
+    const auto gate = [&](int64_t j) __attribute__((always_inline)) { return load(g[j]); };
+    const Means<C> mean = project<C>(w, n, statistics[i], d, gate, [](int64_t, C, C) {}, dweight, dbias);
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
       const C nj = ((load(g[j]) - high) - low) * scale;
-      store(&out[j], (d[j] * w[j] - mean - nj * along) * scale);
+      store(&out[j], (d[j] * w[j] - mean.d - nj * mean.along) * scale);
     }
   }
 }

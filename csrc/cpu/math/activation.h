@@ -129,4 +129,14 @@ FASTASR_INLINE bool activate_with_slope(int activation, C* x, C* slope, int64_t 
   return kernels<ActivationKernels<C>>().values_and_slopes(activation, x, slope, n);
 }
 
+// Computes y = act(t) of a row, whose t is written by fill(t): to y where that has the compute type, else to `room`.
+template <typename T, typename F, typename C = compute_t<T>>
+FASTASR_INLINE void put_activated(int activation, T* y, C* room, int64_t n, const F& fill) {
+  C* t = room;
+  if constexpr (std::is_same_v<T, C>) t = y;
+  fill(t);
+  activate(activation, t, n);
+  if constexpr (!std::is_same_v<T, C>) convert(t, y, n);
+}
+
 }  // namespace fastasr::cpu

@@ -74,20 +74,31 @@ FASTASR_INLINE void store(bfloat16* p, float v) {
   p->bits = v != v ? static_cast<uint16_t>(0x7fc0) : static_cast<uint16_t>(rounded);
 }
 
+// Converts n numbers.
+template <typename From, typename To>
+FASTASR_INLINE void convert(const From* __restrict from, To* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) store(&to[i], load(from[i]));
+}
+
+// Returns n numbers in the compute type: themselves, or their values in `room`.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE const C* widened(const T* from, C* room, int64_t n) {
+  if constexpr (std::is_same_v<T, C>) return from;
+  if constexpr (!std::is_same_v<T, C>) convert(from, room, n);
+  return room;
+}
+
 // Copies n <= kWhole numbers and converts them. The compiler knows the length of a whole row, whose copy is then not a
 // call of memmove.
 template <int64_t kWhole, typename From, typename To>
 FASTASR_INLINE void copy_row(const From* __restrict from, To* __restrict to, int64_t n) {
-  const auto convert = [&](int64_t count) __attribute__((always_inline)) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) store(&to[i], load(from[i]));
-  };
   if (n < kWhole)
-    convert(n);
+    convert(from, to, n);
   else if constexpr (std::is_same_v<From, To>)
     std::memcpy(to, from, sizeof(To) * kWhole);
   else
-    convert(kWhole);
+    convert(from, to, kWhole);
 }
 
 }  // namespace fastasr::cpu

@@ -17,8 +17,7 @@ FASTASR_INLINE C normalised_update(const AddNorm<T>& p, int64_t row, C* __restri
   const int64_t n = p.channels;
   const T* __restrict update = p.update + row * n;
   if (!p.update_weight) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; j++) u[j] = load(update[j]);
+    convert(update, u, n);
     return 1;
   }
   const C limit = p.update_limit;
@@ -47,11 +46,6 @@ FASTASR_INLINE void add(const AddNorm<T>& p, int64_t row, const C* __restrict u,
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE RowStatistics<C> statistics_of(const AddNorm<T>& p, C* t) {
-  return p.centred ? centre(t, p.channels, p.eps) : root_mean_square(t, p.channels, p.eps);
-}
-
-template <typename T, typename C = compute_t<T>>
 void forward(const AddNorm<T>& p, int64_t begin, int64_t end, T* t, T* y, C* scratch) {
   const int64_t n = p.channels;
   C *u = scratch, *__restrict row = scratch + n;
@@ -66,7 +60,7 @@ void forward(const AddNorm<T>& p, int64_t begin, int64_t end, T* t, T* y, C* scr
       store(&sum[j], row[j]);
       row[j] = limited<C>(row[j], limit);
     }
-    const C scale = statistics_of<T>(p, row).scale;
+    const C scale = statistics_of(p, row).scale;
     if (b) {
 #pragma omp simd
       for (int64_t j = 0; j < n; j++) store(&out[j], row[j] * scale * w[j] + b[j]);
@@ -91,7 +85,7 @@ void backward(const AddNorm<T>& p, const T* grad_t, const T* grad_y, int64_t beg
     const auto bounded = [&](int64_t j) __attribute__((always_inline)) { return limited<C>(t[j], limit); };
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) d[j] = bounded(j);
-    const RowStatistics<C> row = statistics_of<T>(p, d);
+    const RowStatistics<C> row = statistics_of(p, d);
     const T* __restrict g = grad_y + i * n;
     Means<C> mean = project<T>(w, n, row, g, bounded, [](int64_t, C, C) {}, dweight, dbias);
     if (!p.centred) mean.d = 0;

@@ -82,15 +82,7 @@ void forward(const BatchNormActivation<T>& p, int64_t begin, int64_t end, T* y, 
       row_of_zeros(y + i * n, n);
       continue;
     }
-    C* t = scratch;
-    if constexpr (std::is_same_v<T, C>) t = y + i * n;
-    normalise<T>(p, i, t);
-    activate(p.activation, t, n);
-    if constexpr (!std::is_same_v<T, C>) {
-      T* __restrict out = y + i * n;
-#pragma omp simd
-      for (int64_t j = 0; j < n; j++) store(&out[j], t[j]);
-    }
+    put_activated(p.activation, y + i * n, scratch, n, [&](C* t) { normalise<T>(p, i, t); });
   }
 }
 
@@ -99,15 +91,7 @@ template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void gradient_of_z(const BatchNormActivation<T>& p, const T* grad, int64_t row, C* q, C* sums, C* room) {
   const int64_t n = p.channels;
   normalise<T>(p, row, q);
-  const C* g = room;
-  if constexpr (std::is_same_v<T, C>) {
-    g = grad + row * n;
-  } else {
-    const T* __restrict from = grad + row * n;
-#pragma omp simd
-    for (int64_t j = 0; j < n; j++) room[j] = load(from[j]);
-  }
-  activation_gradients<C>(p.activation, g, q, q, sums, n);
+  activation_gradients<C>(p.activation, widened(grad + row * n, room, n), q, q, sums, n);
 }
 
 template <typename T, typename C = compute_t<T>>

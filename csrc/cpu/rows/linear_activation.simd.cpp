@@ -16,17 +16,9 @@ void forward(int activation, const T* z, T* y, int64_t n) {
   C piece[kPiece];
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t m = std::min(kPiece, n - i);
-    C* values = piece;
-    if constexpr (std::is_same_v<T, C>) values = y + i;
-    if (static_cast<const void*>(values) != static_cast<const void*>(z + i)) {
-#pragma omp simd
-      for (int64_t j = 0; j < m; j++) values[j] = load(z[i + j]);
-    }
-    activate(activation, values, m);
-    if constexpr (!std::is_same_v<T, C>) {
-#pragma omp simd
-      for (int64_t j = 0; j < m; j++) store(&y[i + j], values[j]);
-    }
+    put_activated(activation, y + i, piece, m, [&](C* values) {
+      if (static_cast<const void*>(values) != static_cast<const void*>(z + i)) convert(z + i, values, m);
+    });
   }
 }
 
@@ -41,11 +33,9 @@ void backward(int activation, const T* grad, const T* z, T* dz, C* dbias, int64_
       if constexpr (std::is_same_v<T, C>) {
         activation_gradients(activation, grad + i, z + i, dz + i, sums, m);
       } else {
-#pragma omp simd
-        for (int64_t j = 0; j < m; j++) values[j] = load(z[i + j]), gradients[j] = load(grad[i + j]);
+        convert(z + i, values, m), convert(grad + i, gradients, m);
         activation_gradients(activation, gradients, values, gradients, sums, m);
-#pragma omp simd
-        for (int64_t j = 0; j < m; j++) store(&dz[i + j], gradients[j]);
+        convert(gradients, dz + i, m);
       }
     }
 }
@@ -58,8 +48,7 @@ void gated_forward(int activation, const T* z, T* y, int64_t rows, int64_t chann
       const int64_t m = std::min(kPiece, channels - c);
       const T *a = z + c, *g = a + channels;
       T* out = y + c;
-#pragma omp simd
-      for (int64_t j = 0; j < m; j++) gate[j] = load(g[j]);
+      convert(g, gate, m);
       activate(activation, gate, m);
 #pragma omp simd
       for (int64_t j = 0; j < m; j++) store(&out[j], load(a[j]) * gate[j]);
@@ -86,8 +75,7 @@ void gated_backward(int activation, const T* grad, const T* z, T* dz, C* dbias, 
       const int64_t m = std::min(kPiece, channels - c);
       const T *a = z + c, *g = a + channels;
       C* const sums = dbias ? dbias + c : nullptr;
-#pragma omp simd
-      for (int64_t j = 0; j < m; j++) gate[j] = load(g[j]);
+      convert(g, gate, m);
       activate_with_slope(activation, gate, slope, m);
 #pragma omp simd
       for (int64_t j = 0; j < m; j++) slope[j] *= load(a[j]);

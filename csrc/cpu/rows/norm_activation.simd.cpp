@@ -9,23 +9,11 @@ namespace fastasr::cpu {
 namespace {
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void widen(const T* __restrict from, C* __restrict to, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; j++) to[j] = load(from[j]);
-}
-
-template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void widen_limited(const NormActivation<T>& p, int64_t row, C* __restrict to) {
   const T* __restrict x = p.x + row * p.channels;
   const C limit = p.limit;
 #pragma omp simd
   for (int64_t j = 0; j < p.channels; j++) to[j] = limited<C>(load(x[j]), limit);
-}
-
-// Computes t = t - mean(t), or leaves t as it is if the norm is not centred.
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE RowStatistics<C> statistics_of(const NormActivation<T>& p, C* t) {
-  return p.centred ? centre(t, p.channels, p.eps) : root_mean_square(t, p.channels, p.eps);
 }
 
 // Computes z = t scale weight + bias, in place.
@@ -44,20 +32,13 @@ FASTASR_INLINE void scale_and_shift(const NormActivation<T>& p, C scale, C* __re
 template <typename T, typename C = compute_t<T>>
 void forward(const NormActivation<T>& p, int64_t begin, int64_t end, T* y, RowStatistics<C>* statistics, C* scratch) {
   const int64_t n = p.channels;
-  for (int64_t i = begin; i < end; i++) {
-    C* t = scratch;
-    if constexpr (std::is_same_v<T, C>) t = y + i * n;
-    widen_limited<T>(p, i, t);
-    const RowStatistics<C> row = statistics_of<T>(p, t);
-    if (statistics) statistics[i] = row;
-    scale_and_shift<T>(p, row.scale, t);
-    activate(p.activation, t, n);
-    if constexpr (!std::is_same_v<T, C>) {
-      T* __restrict out = y + i * n;
-#pragma omp simd
-      for (int64_t j = 0; j < n; j++) store(&out[j], t[j]);
-    }
-  }
+  for (int64_t i = begin; i < end; i++)
+    put_activated(p.activation, y + i * n, scratch, n, [&](C* t) {
+      widen_limited<T>(p, i, t);
+      const RowStatistics<C> row = statistics_of(p, t);
+      if (statistics) statistics[i] = row;
+      scale_and_shift<T>(p, row.scale, t);
+    });
 }
 
 // Only the row's statistics are kept: z and the normalised row are computed again from x, which the first cache holds.
@@ -77,18 +58,13 @@ void backward(const NormActivation<T>& p, const T* grad, const RowStatistics<C>*
       row = statistics[i];
     } else {
       widen_limited<T>(p, i, q);
-      row = statistics_of<T>(p, q);
+      row = statistics_of(p, q);
     }
     const C high = row.high, low = row.low, scale = row.scale;
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) q[j] = (t(j) - high) - low;
     scale_and_shift<T>(p, scale, q);
-    if constexpr (std::is_same_v<T, C>) {
-      activation_gradients<C>(p.activation, grad + i * n, q, q, nullptr, n);
-    } else {
-      widen<T>(grad + i * n, g, n);
-      activation_gradients<C>(p.activation, g, q, q, nullptr, n);
-    }
+    activation_gradients<C>(p.activation, widened(grad + i * n, g, n), q, q, nullptr, n);
     Means<C> mean = project<C>(w, n, row, q, t, [](int64_t, C, C) {}, dweight, dbias);
     if (!p.centred) mean.d = 0;
     T* __restrict out = dx + i * n;

@@ -141,14 +141,8 @@ void backward(const ResidualNorm<T>& p, const T* __restrict grad, const RowStati
   }
 }
 
-template <typename T, typename C = compute_t<T>>
-void widen(const T* __restrict from, C* __restrict to, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; j++) to[j] = load(from[j]);
-}
-
 }  // namespace
 
-FASTASR_KERNELS(ResidualNormKernels, .forward = forward<T>, .backward = backward<T>, .widen = widen<T>)
+FASTASR_KERNELS(ResidualNormKernels, .forward = forward<T>, .backward = backward<T>, .widen = convert<T, compute_t<T>>)
 
 }  // namespace fastasr::cpu

@@ -70,6 +70,12 @@ FASTASR_INLINE RowStatistics<C> root_mean_square(const C* __restrict t, int64_t 
   return {0, 0, static_cast<C>(1 / std::sqrt(square / static_cast<double>(n) + eps))};
 }
 
+// Computes t = t - mean(t), or leaves t as it is if the norm is not centred.
+template <typename P, typename C>
+FASTASR_INLINE RowStatistics<C> statistics_of(const P& p, C* t) {
+  return p.centred ? centre(t, p.channels, p.eps) : root_mean_square(t, p.channels, p.eps);
+}
+
 // Chains have kTerms terms in the compute type; they are then added in double.
 constexpr int64_t kTerms = 256;
 

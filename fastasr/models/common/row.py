@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastasr._tables import share
 from fastasr.packed_frames import PackedFrames, begins_in_batch, moved
 
 
@@ -50,7 +51,7 @@ class Spans(NamedTuple):
     def row(self, frames: int) -> Row:
         """Returns the Row of these frames."""
         hidden = ~self.inside(0, frames, self.begins.device)
-        return Row(hidden, torch.stack([self.begins, self.ends], 1).flatten())
+        return Row(hidden, _starts(*self))
 
     def packed(self, given: Tensor | PackedFrames, frames: int) -> Tensor:
         """Returns the row (1, ``frames``, ...) of a batch (B, T, ...) or of PackedFrames, 0 at frames of nobody."""
@@ -86,26 +87,28 @@ class RowFrames:
         self._rates: dict[int, RowRate] = {}
 
     @functools.cached_property
+    def _frame(self) -> Tensor:
+        return torch.arange(self.frames, device=self.spans.begins.device, dtype=torch.int64)
+
+    @functools.cached_property
     def recording(self) -> Tensor:
         """Returns the number of each frame's recording, (N,): of frames of nobody the one before them."""
-        frame = torch.arange(self.frames, device=self.spans.begins.device, dtype=torch.int64)
-        return torch.searchsorted(self.spans.begins, frame, right=True) - 1
+        return torch.searchsorted(self.spans.begins[1:], self._frame, right=True)
 
     @functools.cached_property
     def left(self) -> Tensor:
-        """Returns how many frames of its recording follow each frame, (N,): below 0 for frames of nobody."""
-        frame = torch.arange(self.frames, device=self.spans.begins.device, dtype=torch.int64)
-        return self.spans.ends[self.recording] - 1 - frame
+        """Returns how many frames of its recording begin with each frame, (N,): 0 or less for frames of nobody."""
+        return self.spans.ends.index_select(0, self.recording) - self._frame
 
     @functools.cached_property
     def hidden(self) -> Tensor:
         """Returns True at frames of nobody, (1, N)."""
-        return (self.left < 0)[None]
+        return (self.left <= 0)[None]
 
     @functools.cached_property
     def starts(self) -> Tensor:
         """Returns where recordings begin and end, (2R,), as ``ops.zipformer_attention`` takes it."""
-        return torch.stack([*self.spans], 1).flatten()
+        return _starts(*self.spans)
 
     def repeated(self, values: Tensor) -> Tensor:
         """Returns values (R, ...) of the recordings, which need no gradient, repeated for their frames, (N, ...)."""
@@ -127,18 +130,30 @@ class RowRate:
         slower = Spans(begins // factor, (ends + (factor - 1)) // factor)
         self.slower = RowFrames(slower, row.frames // factor, -(-row.longest // factor))
 
+    @functools.cached_property
+    def counted(self) -> Tensor:
+        """Returns whether weight j counts for frame i of each group, (N', factor, factor): frame j is the recording's,
+        or else i is its last one."""
+        number = torch.arange(1, self.factor + 1, device=self.row.spans.begins.device, dtype=torch.int64)
+        left = self.row.left[:: self.factor]
+        return torch.minimum(number, left[:, None])[:, None] == number[:, None]
+
     def averaged(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Returns Σ_i weights[i] rows[factor t + i], (N', ...), for weights (factor,): behind a recording's end, its
         last frame counts again."""
-        left = self.row.left.view(-1, self.factor)
-        again = weights.expand(self.factor, -1).triu().sum(1)  # Σ_{j ≥ i} weights[j]
-        shares = torch.where(left > 0, weights, torch.where(left == 0, again, 0.0))
+        shares = (self.counted * weights).sum(-1)
         shares = shares.view(*shares.shape, *(1,) * (rows.dim() - 1))
         return (rows.unflatten(0, (-1, self.factor)) * shares).sum(1)
 
     def upsampled(self, rows: Tensor) -> Tensor:
         """Returns rows (N', ...) of ``slower``, repeated, as (N, ...)."""
         return rows.unsqueeze(1).expand(-1, self.factor, *rows.shape[1:]).flatten(0, 1)
+
+
+def _starts(begins: Tensor, ends: Tensor) -> Tensor:
+    starts = torch.stack([begins, ends], 1).flatten()
+    share(starts)
+    return starts
 
 
 def all_frames(features: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastasr._recording import recording
+from fastasr._tables import share
 from fastasr.models.common.plain import runs
 from fastasr.models.common.ragged import current, frames_of_nobody
 from fastasr.models.zipformer import score_penalty
@@ -28,6 +29,7 @@ from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.packed_weights import dropped, of_one_call, of_recordings
+from fastasr.models.zipformer.residuals import forked
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.score_blocks import ScoreBlocks
 from fastasr.models.zipformer.self_attention import Weights, check_cache
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 SCORE_LIMIT = 25.0
 SCORE_PENALTY = 1.0e-04
 PENALISED_CALLS = 0.1
+CONSUMERS = 3  # of the weights in a layer
 
 
 class RelPositionMultiheadAttentionWeights(torch.nn.Module):
@@ -114,6 +117,8 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         sizes = self.num_heads, self.query_head_dim
         weights: Weights
         if penalized and recording() is not None:
+            relative = relative.view_as(relative)
+            share(relative)  # both passes read them
             limit = SCORE_PENALTY, SCORE_LIMIT
             weights = score_penalty.recorded_weights(projected, relative, penalized, sizes, *limit, masks)
             draw_for_entropy(self, lambda: weights)
@@ -161,7 +166,8 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
                     projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
                 )
             sizes = self.num_heads, self.query_head_dim
-            return UnmaterialisedWeights(projected, relative, *sizes, penalty=penalty, **masks)
+            *first, last = _of_consumers(projected, relative)
+            return UnmaterialisedWeights(*last, *sizes, penalty=penalty, first=first[::-1], **masks)
 
         return of_recordings(described, projected, relative, masks)
 
@@ -253,6 +259,16 @@ def plain(
     """Returns the weights of a call in inference, without random numbers."""
     sizes = module.num_heads, module.query_head_dim
     return zipformer_attention_weights(module.in_proj(x), module.linear_pos(pos_emb), *sizes, **masks)
+
+
+def _of_consumers(projected: Tensor, relative: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Returns the operands for each consumer of the weights. Consumers share the tables that kernels make of the
+    positions; in a recorded pass one kernel adds up the gradients of a tensor."""
+    if relative is None:
+        return [(t, None) for t in forked(projected, wide=CONSUMERS, narrow=0)]
+    positions = forked(relative.view_as(relative), wide=CONSUMERS, narrow=0)
+    share(*positions)
+    return [*zip(forked(projected, wide=CONSUMERS, narrow=0), positions, strict=True)]
 
 
 def draw_for_entropy(

@@ -16,6 +16,7 @@ from fastasr.models.common.ragged import current
 from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.decisions import is_zero, rate
 from fastasr.models.zipformer.parameter_limits import limit_param_value, recorded_limit, recorded_limits
+from fastasr.models.zipformer.residuals import chosen
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.ops._decided import Drawn
 
@@ -88,6 +89,9 @@ def _on_row(self: Any, row: RowFrames, src_orig: Tensor, src: Tensor) -> Tensor:
         scale = limit_param_value(scale, min=self.scale_min, max=self.scale_max)
         skip_rate = rate(self.skip_rate)
         if not is_zero(skip_rate):
-            kept = torch.rand(row.count, 1, device=scale.device) > skip_rate
-            src = torch.where(row.repeated(kept).unsqueeze(1), src, src_orig)
+            drawn = torch.rand(row.count, 1, device=scale.device)
+            if isinstance(skip_rate, Tensor):
+                src, src_orig = chosen(src, src_orig, Drawn(drawn, skip_rate, row.recording))
+            else:
+                src = torch.where(row.repeated(drawn > skip_rate).unsqueeze(1), src, src_orig)
     return ops.bypass(src_orig, src, scale)

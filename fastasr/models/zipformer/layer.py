@@ -418,17 +418,16 @@ def _plus_convolved(
 
 def _sequence_mask(layer: ZipformerEncoderLayer, x: Tensor, rate: Tensor | float) -> Drawn | Tensor | None:
     """Draws (batch, 1), 0 for dropped sequences and 1 for the others, from torch's generator; None at rate 0. For
-    packed frames it returns (frames, 1, 1), while a call is recorded the numbers and the rate."""
+    packed frames it returns (frames, 1, 1), while a call is recorded the numbers, the rate and whose frames there
+    are."""
     if is_zero(rate) or not layer.training:
         return None
     packing = current()
     numbers = torch.rand(x.shape[1] if packing is None else packing.count, 1, device=x.device)
-    if packing is not None:
-        numbers = packing.repeated(numbers)
     if isinstance(rate, Tensor):
-        return Drawn(numbers, rate)
+        return Drawn(numbers, rate, packing.recording if isinstance(packing, RowFrames) else None)
     mask = (numbers > rate).to(x.dtype)
-    return mask if packing is None else mask.unsqueeze(1)
+    return mask if packing is None else packing.repeated(mask).unsqueeze(1)
 
 
 def _plus_dropped(

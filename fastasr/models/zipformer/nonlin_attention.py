@@ -7,14 +7,18 @@ out     = out_proj(W (v tanh(s)) y)
 ``fastasr.ops.nonlin_attention`` computes everything between the projections. Identity submodules are not called.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastasr._recording import recording
+from fastasr._transforms import Function
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import is_plain, is_plain_named, runs
+from fastasr.models.common.ragged import current
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.decisions import on_columns
@@ -26,6 +30,7 @@ from fastasr.models.zipformer.self_attention import Weights, check_cache, check_
 from fastasr.models.zipformer.shared_weights import FirstHead
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import nonlin_attention
+from fastasr.ops._nonlin_attention import passes
 
 if TYPE_CHECKING:
     pass
@@ -87,13 +92,18 @@ class NonlinAttention(torch.nn.Module):
         else:
             after = self.balancer(s), self.whiten1(v), y
         packed = isinstance(attn_weights, PackedWeights | FirstHead) and attn_weights.in_memory
-        if len(attn_weights) != 1 or not (packed or isinstance(attn_weights, Tensor)):
+        in_memory = len(attn_weights) == 1 and (packed or isinstance(attn_weights, Tensor))
+        on_row = isinstance(current(), RowFrames)
+        if not (in_memory or on_row):
             s, v, y = after
             y = weighted(attn_weights, v * torch.tanh(s)) * y
         else:
             if not all(map(is_same, after, parts)):
                 projected = torch.cat(after, -1)
-            y = attn_weights.gated(projected) if packed else nonlin_attention(attn_weights[0], projected)
+            if on_row:
+                y = _gated(attn_weights, projected)
+            else:
+                y = attn_weights.gated(projected) if packed else nonlin_attention(attn_weights[0], projected)
         return self.whiten2(self.out_proj(y))
 
     def streaming_forward(
@@ -111,6 +121,60 @@ class NonlinAttention(torch.nn.Module):
         cached_x = v[:, :, v.shape[2] - left_context_len :]
         v = (attn_weights @ v).permute(2, 1, 0, 3).flatten(2)
         return self.out_proj(v * y), cached_x
+
+
+class _Kept:
+    """What the backward pass of the product leaves for that of the gate."""
+
+    grad: Tensor | None = None
+    o: Tensor
+
+
+class _Gate(Function):
+    """projected (N, 1, 3 channels) -> v tanh(s), and ``projected`` for the product behind the weighted sum."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, kept: _Kept) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(projected)
+        ctx.set_materialize_grads(False)
+        ctx.kept = kept
+        return passes(projected, projected).forward(projected, len(projected)), projected.view_as(projected)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        (projected,), kept = ctx.saved_tensors, ctx.kept
+        if kept.grad is None:
+            return None, None
+        dx = torch.zeros_like(kept.o) if dx is None else dx
+        gradient = passes(projected, projected).gradient
+        return gradient(dx.transpose(0, 1), kept.grad, projected, kept.o), None
+
+
+class _Product(Function):
+    """o (N, 1, channels), projected -> o y. The gradient of ``projected`` is left to the gate's backward pass, which
+    needs this one's result and writes all of it at once."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, projected: Tensor, kept: _Kept) -> Tensor:
+        o = o.to(projected.dtype).transpose(0, 1)
+        ctx.save_for_backward(o, projected)
+        ctx.kept = kept
+        return passes(projected, projected).product(projected, o)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        o, projected = ctx.saved_tensors
+        ctx.kept.grad, ctx.kept.o = grad.contiguous(), o
+        return passes(projected, projected).product(projected, ctx.kept.grad.transpose(0, 1)), None, None
+
+
+def _gated(attn_weights: Weights, projected: Tensor) -> Tensor:
+    """Returns the result of ``ops.nonlin_attention`` for a row, whose weights are not in memory."""
+    kept = _Kept()
+    x, projected = _Gate.apply(projected.contiguous(), kept)
+    return _Product.apply(weighted(attn_weights, x), projected, kept)
 
 
 def is_plain_gate(module: NonlinAttention) -> bool:

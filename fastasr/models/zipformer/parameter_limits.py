@@ -71,7 +71,7 @@ def recorded_limit(x: Tensor, limits: Tensor, drawn: Drawn | None = None) -> Ten
     """Returns x (C,), limited. With ``drawn`` it returns x for each sequence that is kept and 0 for the others, (batch,
     C).
     """
-    return _Limited.apply(x, limits) if drawn is None else _LimitedRows.apply(x, limits, *drawn)
+    return _Limited.apply(x, limits) if drawn is None else _LimitedRows.apply(x, limits, *drawn[:2])
 
 
 class _Limited(Function):

@@ -28,21 +28,19 @@ def forked(src: Tensor, wide: int, narrow: int) -> tuple[Tensor, ...]:
 def plus(src: Tensor, y: Tensor, mask: Drawn | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns src + y * mask twice, for the stream and for the next branch. ``mask`` is None, a tensor, whose products
     with 0 and 1 are exact, or in a recorded pass ``Drawn``."""
-    if isinstance(mask, Drawn) and len(mask.numbers) != src.shape[1]:  # one for each frame of a row (N, 1, C)
-        out, branch = _plus(src.transpose(0, 1), y.transpose(0, 1), mask)
-        return out.transpose(0, 1), branch.transpose(0, 1)
-    return _plus(src, y, mask)
-
-
-def _plus(src: Tensor, y: Tensor, mask: Drawn | Tensor | None) -> tuple[Tensor, Tensor]:
     if recording() is None:
         factor: Any = mask
         out = src + y if mask is None else torch.addcmul(src, y, factor)
         return out, out
-    numbers: Any = mask or (None, None)
+    drawn: Any = mask or _decided.NOT_DRAWN
     return _Plus.apply(
-        src, y, *numbers, _narrow(src) if src.dtype == torch.promote_types(src.dtype, y.dtype) else None
+        src, y, *drawn, _narrow(src) if src.dtype == torch.promote_types(src.dtype, y.dtype) else None
     )
+
+
+def chosen(x: Tensor, other: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
+    """Returns x, and in dropped sequences ``other``; and ``other`` for a further consumer, in a recorded pass."""
+    return _Chosen.apply(x, other, *drawn)
 
 
 def _narrow(src: Tensor) -> torch.dtype | None:
@@ -59,25 +57,40 @@ class _Plus(Function):
         y: Tensor,
         numbers: Any,
         rate: Any,
+        of: Any,
         narrow: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(numbers, rate)
+        ctx.save_for_backward(numbers, rate, of)
         ctx.dtypes = src.dtype, y.dtype
         ctx.set_materialize_grads(False)
-        out, branch = _decided.plus(src, y, None if numbers is None else Drawn(numbers, rate), narrow)
+        out, branch = _decided.plus(src, y, None if numbers is None else Drawn(numbers, rate, of), narrow)
         return out, branch.view_as(branch)
 
     @staticmethod
     def backward(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = [g for g in found if g is not None]
         if not grads:
-            return None, None, None, None, None
-        numbers, rate = ctx.saved_tensors
+            return None, None, None, None, None, None
+        numbers, rate, of = ctx.saved_tensors
         of_src, of_y = ctx.dtypes
         passed = len(grads) == 1 and grads[0].dtype is of_src
-        drawn = None if numbers is None else Drawn(numbers, rate)
+        drawn = None if numbers is None else Drawn(numbers, rate, of)
         total, dy = _decided.gradients(grads, drawn, None if passed else of_src, of_y)
-        return grads[0] if passed else total, dy, None, None, None
+        return grads[0] if passed else total, dy, None, None, None, None
+
+
+class _Chosen(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, other: Tensor, numbers: Tensor, rate: Tensor, of: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(numbers, rate, of)
+        ctx.dtypes = x.dtype, other.dtype
+        return _decided.chosen(x, other, Drawn(numbers, rate, of)), other.view_as(other)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, of_other: Tensor) -> tuple[Tensor | None, ...]:
+        return *_decided.parted(grad, of_other, Drawn(*ctx.saved_tensors), ctx.dtypes), None, None, None
 
 
 class _Forked(Function):

@@ -25,7 +25,8 @@ class UnmaterialisedWeights:
 
     ``weights[0:n]``, ``weights @ values`` and ``weighted(values)`` stay unmaterialised; anything else (comparisons,
     sums, products, other indices, torch functions) works on ``materialised()``. ``equal`` and the arguments in
-    ``penalty``, which the first weighted sum applies, are those of ``fastasr.ops.zipformer_attention``.
+    ``penalty``, which the first weighted sum applies, are those of ``fastasr.ops.zipformer_attention``. The first
+    weighted sums take their projection and positions from the end of ``first``, and leave the rest to later ones.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class UnmaterialisedWeights:
         heads: int | None = None,
         equal: Tensor | None = None,
         penalty: dict[str, Any] | None = None,
+        first: list[tuple[Tensor, Tensor | None]] | None = None,
         **masks: Any,
     ) -> None:
-        self.projected, self.positions = projected, positions
+        self.projected, self.positions, self.first = projected, positions, [] if first is None else first
         self.num_heads, self.query_head_dim, self.masks = num_heads, query_head_dim, masks
         self.heads = num_heads if heads is None else heads
         self.equal, self.penalty = equal, penalty or {}
@@ -64,8 +66,9 @@ class UnmaterialisedWeights:
     def weighted(self, values: Tensor) -> Tensor:
         """values (time, batch, heads * dim) -> their weighted sums, same shape."""
         penalty, self.penalty = self.penalty, {}
+        projected, positions = self.first.pop() if self.first else (self.projected, self.positions)
         return zipformer_attention(
-            self.projected, self.positions, values, self.num_heads, self.query_head_dim, value_heads=self.heads,
+            projected, positions, values, self.num_heads, self.query_head_dim, value_heads=self.heads,
             equal=self.equal, **penalty, **self.masks,
         )  # fmt: skip
 
@@ -86,11 +89,13 @@ class UnmaterialisedWeights:
         is not 0 (None: always). They pass no gradient to these weights."""
         if "starts" in self.masks:
             act = self.projected.new_ones(1, dtype=torch.float32) if act is None else act
-            call = self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads
-            return UnmaterialisedWeights(*call, act, **self.masks)
-        return EqualWeights(
-            self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads, **self.masks
-        )
+            return self._of(UnmaterialisedWeights, self.heads, act)
+        return self._of(EqualWeights, self.heads)
+
+    def _of(self, cls: type["UnmaterialisedWeights"], heads: int, equal: Tensor | None = None) -> Any:
+        """Returns weights of the first ``heads`` heads, without the penalty."""
+        call = self.projected, self.positions, self.num_heads, self.query_head_dim, heads, equal
+        return cls(*call, first=self.first, **self.masks)
 
     def _parts(self) -> Iterable:
         """Returns q, k and p of the first ``heads`` heads."""
@@ -103,9 +108,7 @@ class UnmaterialisedWeights:
         if isinstance(index, slice) and index.step in (None, 1) and not index.start:
             heads = len(range(self.heads)[index])
             if heads > 0:
-                return type(self)(
-                    self.projected, self.positions, self.num_heads, self.query_head_dim, heads, **self.masks
-                )
+                return self._of(type(self), heads)
         return self.materialised()[index]
 
     def __matmul__(self, values: Tensor) -> Tensor:

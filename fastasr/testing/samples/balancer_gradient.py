@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of balancer_gradient, and its benchmark at the sizes of Zipformer-M's stack 0 and of its front-end, where
-channels are in the middle. It is not the gradient of a function: it has tests of its own too."""
+channels are in the middle. tests/ops/test_regularisers.py holds the formula itself."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,59 @@ def _call(make: Make, shape: tuple[int, ...], channel_dim: int = -1) -> dict:
     return {"grad": make.normal(*shape), "x": make.normal(*shape), **limits, "channel_dim": channel_dim}
 
 
+LIMITS = {
+    "the mean alone": (-0.1, 0.1, 0.0, 9.0),
+    "the size alone": (-9.0, 9.0, 2.0, 3.0),
+    "both": (0.3, 0.4, 0.2, 0.5),
+    "nothing": (-99.0, 99.0, 0.0, 99.0),
+}
+
+
+def _mixed(make: Make, shape: tuple[int, ...], channel_dim: int = -1, limits: str = "both") -> dict:
+    """Makes a call whose channels have several means and sizes, one of them constant."""
+    call, channels = _call(make, shape, channel_dim), shape[channel_dim]
+    broadcast = [1] * len(shape)
+    broadcast[channel_dim] = channels
+    mean, size = (make.normal(channels).view(broadcast) for _ in range(2))
+    x = call["x"] * size + 3 * mean
+    x.select(channel_dim, -1).fill_(0.75)
+    names = ("min_mean", "max_mean", "min_rms", "max_rms")
+    return call | {"x": x} | dict(zip(names, LIMITS[limits], strict=True))
+
+
+def _distant(make: Make, *arguments: Any) -> dict:
+    """Makes a call where all channels are far from 0 beside their size."""
+    call = _mixed(make, *arguments)
+    return call | {"x": 1000.0 + 0.1 * make.normal(*call["x"].shape), "min_mean": 0.6, "max_mean": 0.7}
+
+
+def _channels_last(call: dict) -> dict:
+    """Puts channels, dimension 1, last in x's memory."""
+    return call | {"x": call["x"].transpose(1, -1).contiguous().transpose(1, -1)}
+
+
+def _few_visible(call: dict) -> dict:
+    """Shows a frame in 35, which is behind those that a kernel looks at first."""
+    x, dim = call["x"], call["channel_dim"]
+    shape = x.select(dim, 0).shape
+    mask = (torch.arange(math.prod(shape)) % 35 != 33).view(shape)
+    return call | {"x": x.masked_fill(mask.unsqueeze(dim).to(x.device), math.nan), "padding_mask": mask}
+
+
+def _in_tensors(call: dict, act: float | None) -> dict:
+    names = ("min_mean", "max_mean", "min_rms", "max_rms", "grad_scale")
+    numbers = torch.tensor([call[name] for name in names])
+    return (
+        call | dict.fromkeys(names) | {"limits": numbers, "act": None if act is None else torch.tensor(act)}
+    )
+
+
+def _not_finite(make: Make) -> dict:
+    call = _mixed(make, (30, 6))
+    call["x"][3, 2], call["x"][5, 4] = math.nan, math.inf
+    return call
+
+
 def _padded(make: Make, *options: Any, share: float = 0.3) -> dict:
     """Makes a call whose padding is NaN in x: nothing reads it."""
     call = _call(make, *options)
@@ -45,8 +99,43 @@ TABLE = OpTable(
         Sample("padded", lambda m: _padded(m, (40, 1, 16)), thorough=True),
         Sample("channels first, padded", lambda m: _padded(m, (2, 12, 30), 1), thorough=True),
         Sample("every frame is padding", lambda m: _padded(m, (9, 1, 8), share=2.0)),
+        *(Sample(name, partial(_mixed, shape=(40, 3, 24), limits=name)) for name in LIMITS),
+        Sample("a map", lambda m: _mixed(m, (2, 5, 6, 7), 1)),
+        Sample("channels first, few", lambda m: _mixed(m, (9, 4), 0)),
+        Sample("many frames", lambda m: _mixed(m, (700, 33), 1)),
+        Sample("one frame", lambda m: _call(m, (1, 6))),
+        Sample("one channel", lambda m: _call(m, (17, 1))),
+        Sample("no frames", lambda m: _call(m, (0, 6))),
+        Sample("distant channels", lambda m: _distant(m, (300, 6))),
+        Sample("distant channels, few frames", lambda m: _few_visible(_distant(m, (1, 70, 70), 1))),
+        Sample("a map, padded", lambda m: _padded(m, (2, 8, 9, 11), 1)),
+        Sample("channels last in memory", lambda m: _channels_last(_mixed(m, (2, 8, 9, 11), 1))),
+        Sample("channels last in memory, padded", lambda m: _channels_last(_padded(m, (2, 8, 9, 11), 1))),
+        Sample("few frames", lambda m: _few_visible(_mixed(m, (700, 33)))),
+        Sample("numbers in tensors", lambda m: _in_tensors(_mixed(m, (40, 3, 24)), None), exact=False),
+        Sample("numbers in tensors, act", lambda m: _in_tensors(_padded(m, (40, 3, 24)), 1.0), exact=False),
+        Sample(
+            "numbers in tensors, do not act",
+            lambda m: _in_tensors(_padded(m, (4, 24, 9), 1), 0.0),
+            exact=False,
+        ),
+        Sample("not finite", _not_finite, exact=False),
+        Sample("large", lambda m: _mixed(m, (3000, 64)), large=True),
+        Sample("large, channels first", lambda m: _mixed(m, (6, 40, 300), 1), large=True),
     ),
     invalid=(
+        Invalid(
+            "no limits",
+            lambda m: _call(m, (3, 5)) | {"max_rms": None},
+            ValueError,
+            "limits: expected a tensor (5,), or five numbers, got None",
+        ),
+        Invalid(
+            "limits given twice",
+            changed(lambda m: _call(m, (3, 5)), limits=torch.zeros(5)),
+            ValueError,
+            "limits: expected either a tensor or five numbers, got both",
+        ),
         Invalid(
             "a padding mask of another shape",
             changed(lambda m: _call(m, (3, 12, 5), 1), padding_mask=torch.zeros(3, 12, dtype=torch.bool)),

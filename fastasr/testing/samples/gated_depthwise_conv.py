@@ -69,7 +69,7 @@ def _causal(
 
 def _stream(make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1) -> dict:
     cache = make.normal(batch, channels, taps // 2)
-    return _causal(make, frames, batch, channels, taps, chunk, cache=cache)
+    return _causal(make, frames, batch, channels, taps, chunk, cache=cache, return_cache=True)
 
 
 def _without(name: str, partner: str, make: Make) -> dict:
@@ -154,10 +154,17 @@ TABLE = OpTable(
         Sample(
             "causal by delay, cached", lambda m: _past(m, 12, 2, 10, 9, 4, activation="silu"), thorough=True
         ),
-        Sample("even, cached", lambda m: _past(m, 13, 2, 10, 4, 0, activation="identity"), thorough=True),
+        Sample(
+            "even, cached",
+            lambda m: _past(m, 13, 2, 10, 4, 0, activation="identity", return_cache=True),
+            thorough=True,
+        ),
         Sample("even, none of the past", lambda m: _plain(m, 70, 2, 33, 4, delay=-2)),
         Sample("causal by delay, longer than a block", lambda m: _past(m, 150, 2, 40, 31, 15)),
-        Sample("causal by delay, shorter than the kernel", lambda m: _past(m, 3, 2, 40, 31, 15)),
+        Sample(
+            "causal by delay, shorter than the kernel",
+            lambda m: _past(m, 3, 2, 40, 31, 15, return_cache=True),
+        ),
         Sample("one tap", lambda m: _plain(m, 160, 3, 64, 1)),
         Sample("one tap, causal", lambda m: _stream(m, 40, 2, 24, 1, 5)),
         Sample("shorter than the kernel", lambda m: _plain(m, 7, 3, 80, 31)),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of whitening_gradient, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3 and of the keys of
-stack 0. It is not the gradient of a function: it has tests of its own too."""
+stack 0. tests/ops/test_regularisers.py holds the formula itself."""
 
 import math
 from typing import Any
@@ -24,8 +24,36 @@ from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 def _call(make: Make, shape: tuple[int, ...], groups: int = 1) -> dict:
     # Channels of different sizes put w above 1, so every call changes the gradient.
-    x = make.normal(*shape) * make.uniform(shape[-1], low=0.2, high=1.0)
+    x = 2.0 + make.normal(*shape) * make.uniform(shape[-1], low=0.2, high=1.0)
     return {"grad": make.normal(*shape), "x": x, "num_groups": groups, "limit": 1.0, "grad_scale": 0.02}
+
+
+def _distant(make: Make, *arguments: Any) -> dict:
+    call = _call(make, *arguments)
+    return call | {"x": call["x"] + 100.0}
+
+
+def _not_a_number(make: Make) -> dict:
+    call = _call(make, (40, 8))
+    call["x"][3, 2] = math.nan
+    return call
+
+
+def _channels_first(call: dict) -> dict:
+    """Puts dimension 1 last in x's memory, in the place of the channels."""
+    return call | {"x": call["x"].transpose(1, -1).contiguous().transpose(1, -1)}
+
+
+def _few_visible(call: dict) -> dict:
+    """Shows a frame in 35, which is behind those that a kernel shifts float32 by at first."""
+    mask = (torch.arange(math.prod(call["x"].shape[:-1])) % 35 != 33).view(call["x"].shape[:-1])
+    return call | {"x": call["x"].masked_fill(mask.unsqueeze(-1), math.nan), "padding_mask": mask}
+
+
+def _in_tensors(call: dict, act: float | None) -> dict:
+    numbers = torch.tensor([call["limit"], call["grad_scale"]])
+    more = {"limits": numbers, "act": None if act is None else torch.tensor([act])}
+    return call | {"limit": None, "grad_scale": None} | more
 
 
 def _padded(make: Make, *options: Any, share: float = 0.3) -> dict:
@@ -43,9 +71,42 @@ TABLE = OpTable(
         Sample("groups", lambda m: _call(m, (20, 2, 24), 3), thorough=True),
         Sample("padded", lambda m: _padded(m, (60, 1, 24), 3), thorough=True),
         Sample("every frame is padding", lambda m: _padded(m, (9, 1, 8), share=2.0)),
-        Sample("white", lambda m: _call(m, (20, 2, 24)) | {"limit": 100.0}),
+        Sample("white", lambda m: _call(m, (20, 2, 24)) | {"limit": 100.0}, thorough=True),
+        Sample("a map", lambda m: _call(m, (2, 9, 7, 30), 5)),
+        Sample("many frames", lambda m: _call(m, (700, 33))),
+        Sample("several tiles", lambda m: _call(m, (300, 200)), thorough=True),  # of both kinds
+        Sample("one frame", lambda m: _call(m, (1, 1, 8), 2) | {"limit": 1.5}),
+        Sample("no frames", lambda m: _call(m, (0, 3, 8), 2)),
+        Sample("a map, padded", lambda m: _padded(m, (2, 8, 9, 12), 3)),
+        Sample("channels first in memory", lambda m: _channels_first(_call(m, (2, 9, 11, 8), 2))),
+        Sample("channels first in memory, padded", lambda m: _channels_first(_padded(m, (2, 9, 11, 8), 2))),
+        Sample("few frames", lambda m: _few_visible(_call(m, (700, 33)))),
+        Sample("distant channels, few frames", lambda m: _few_visible(_distant(m, (300, 24)))),
+        Sample("numbers in tensors", lambda m: _in_tensors(_call(m, (40, 3, 20), 2), None), exact=False),
+        Sample(
+            "numbers in tensors, act", lambda m: _in_tensors(_padded(m, (40, 3, 20), 2), 1.0), exact=False
+        ),
+        Sample(
+            "numbers in tensors, do not act",
+            lambda m: _in_tensors(_padded(m, (40, 3, 20), 2), 0.0),
+            exact=False,
+        ),
+        Sample("not a number", _not_a_number, exact=False),
+        Sample("large", lambda m: _call(m, (3000, 64), 2), large=True),
     ),
     invalid=(
+        Invalid(
+            "no limits",
+            lambda m: _call(m, (4, 6)) | {"limit": None},
+            ValueError,
+            "limits: expected a tensor (2,), or two numbers, got None",
+        ),
+        Invalid(
+            "limits given twice",
+            changed(lambda m: _call(m, (4, 6)), limits=torch.zeros(2)),
+            ValueError,
+            "limits: expected either a tensor or two numbers, got both",
+        ),
         Invalid(
             "groups that do not divide",
             changed(lambda m: _call(m, (4, 6)), num_groups=4),

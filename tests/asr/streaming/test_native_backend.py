@@ -187,28 +187,6 @@ def test_threads_change_no_bit(threads, weights):
         torch.set_num_threads(before)
 
 
-def test_states_move():
-    """States move to another slot, or to upstream's wrapper and back, in the middle of a stream, which goes on as if it
-    had stayed.
-    """
-    model, chunk_size, left = _odd(), 4, 8
-    backend = NativeBackend(model, chunk_size, left, max_streams=2)
-    chunks = zipformers.features(1, 12, chunk_size)
-    for x in chunks[:5]:
-        backend.step(x, [0])
-    states = backend.export_states(0)
-    backend.import_states(1, states)
-    for x in chunks[5:7]:
-        assert torch.equal(backend.step(x, [0]), backend.step(x, [1]))
-    outputs, later = _reference(model, chunk_size, left, chunks[5:9], states)
-    assert _error(backend.step(chunks[7], [1]), outputs[2]) <= LIMIT
-    backend.import_states(0, later)
-    backend.step(chunks[8], [1])
-    assert _error(backend.step(chunks[9], [1]), backend.step(chunks[9], [0]).double()) <= LIMIT
-    with pytest.raises(ValueError, match="import_states: expected"):
-        backend.import_states(0, states[:-1])
-
-
 @every_format
 def test_not_a_number_stays_in_its_stream(weights):
     model = _odd()

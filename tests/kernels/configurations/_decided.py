@@ -8,8 +8,8 @@ from .configuration import Configuration
 
 def decided():
     tile = {"BLOCK_R": steps.ROWS, "BLOCK_C": steps.COLUMNS}
-    numbers = dict.fromkeys(("DRAWN", "RATE", "SCALE", "LIMITS", "ACT"), "fp32")
-    none = dict.fromkeys(("DRAWN", "RATE"))
+    numbers = dict.fromkeys(("DRAWN", "RATE", "SCALE", "LIMITS", "ACT"), "fp32") | {"OF": "i64"}
+    none = dict.fromkeys(("DRAWN", "RATE", "OF"))
 
     def configuration(name, kernel, types, constants, divisible=("columns",)):
         function = getattr(steps, f"{kernel}_kernel")
@@ -18,13 +18,22 @@ def decided():
     stream = {"SRC": "fp32", "OUT": "fp32", "TOTAL": "fp32", "Y": "bf16", "NARROW": "bf16", "DY": "bf16"}
     stream |= {"A": "fp32", "B": "bf16"}
     alone = dict.fromkeys(stream, "fp32")
-    for masked in (False, True):
-        given, label = (tile, ", masked") if masked else (tile | none, "")
+    for label, given in {"": tile | none, ", masked": tile | {"OF": None}, ", of a row": tile}.items():
         yield configuration(f"plus{label}, bf16 branch", "plus", stream, given)
         yield configuration(f"plus{label}, fp32", "plus", alone, given | {"NARROW": None})
         few = given | dict.fromkeys("CDE")
         yield configuration(f"gradients{label}, bf16 branch", "gradients", stream, few)
         yield configuration(f"gradients{label}, fp32", "gradients", alone, few)
+        if label:
+            for name, types in (
+                ("bf16 branch", {"X": "bf16", "OTHER": "fp32"}),
+                ("fp32", {"X": "fp32", "OTHER": "fp32"}),
+            ):
+                yield configuration(
+                    f"choose{label}, {name}", "choose", types | {"OUT": "fp32"}, given | {"REST": None}
+                )
+                back = {"X": "fp32", "OTHER": "fp32", "OUT": types["X"], "REST": "fp32"}
+                yield configuration(f"choose{label}, {name}, gradients", "choose", back, given)
     five = {"A": "fp32", "B": "fp32", "C": "fp32", "D": "bf16", "E": "bf16", "TOTAL": "fp32"}
     yield configuration("gradients of five", "gradients", five, tile | none | {"DY": None})
     flat = {"BLOCK": steps.BLOCK}

@@ -49,6 +49,20 @@ def test_plus(shape, masked, of_src, of_y, narrow):
     same(lambda: _decided.plus(src, y, kept, narrow))
 
 
+@pytest.mark.parametrize("frames", [5, 70])
+@pytest.mark.parametrize("of_x", [F32, BF16], ids=str)
+def test_frames_of_a_row(frames, of_x):
+    """A table has the sequence of each frame of a row."""
+    kept = drawn(4)._replace(of=torch.randint(4, (frames,)).sort().values)
+    x, other = torch.randn(frames, 1, 130).to(of_x), torch.randn(frames, 1, 130)
+    same(lambda: _decided.plus(other, x, kept, of_x))
+    same(lambda: _decided.gradients([other], kept, F32, of_x))
+    same(lambda: [_decided.chosen(x, other, kept)])
+    same(lambda: _decided.parted(other, 2 * other, kept, (of_x, F32)))
+    stays = (kept.numbers > kept.rate)[kept.of, 0]
+    assert torch.equal(_decided.chosen(x, other, kept)[~stays], other[~stays])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastasr import backend, ops
+from fastasr._tables import share
 from fastasr.kernels import _recordings, rel_attention, zipformer_attention
 
 FRAMES, LONGEST = 200, 60
@@ -86,7 +87,7 @@ def test_pieces_follow_the_recordings():
     """A block's rows hold the keys of its recordings, and pieces that only longer recordings would need are empty."""
     bounds = _recordings.bounds(STARTS, FRAMES)
     reach, more, room = LONGEST - 1, 16, 1 << 14
-    table, count, size = _recordings.pieces(bounds, reach, reach, BLOCK, BLOCK, more, room)
+    table, count, size = _recordings.pieces(STARTS, bounds, reach, reach, BLOCK, BLOCK, more, room)
     begins, rows, places, firsts = table.split([-(-FRAMES // BLOCK)] * 3 + [count + 1])
     first, end = bounds.long()
     expected = []
@@ -103,3 +104,14 @@ def test_pieces_follow_the_recordings():
     used = [(n, m) for n, m in pairwise(firsts.tolist()) if n < m]
     assert 1 < len(used) < count
     assert all(int(places[m - 1] + BLOCK * rows[m - 1] - places[n]) <= size for n, m in used)
+
+
+def test_tables_are_made_once_for_marked_starts_alone():
+    marked, plain = STARTS.clone(), STARTS.clone()
+    share(marked)
+    first = _recordings.bounds(marked, FRAMES)
+    assert _recordings.bounds(marked, FRAMES) is first
+    assert _recordings.apart(marked, FRAMES, 3) is not _recordings.apart(marked, FRAMES, 4)
+    assert torch.equal(_recordings.bounds(plain, FRAMES), first)
+    plain[1] += 1
+    assert not torch.equal(_recordings.bounds(plain, FRAMES), first)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Zipformer's layer in the form in which it is recorded, by kernels, beside the same layer as it is, in eager."""
+"""A Zipformer's layer in the form in which it is recorded, by kernels, beside the same layer as it is, in eager: on a
+padded batch, and on a row of the same recordings."""
 
 import importlib
 import random
@@ -11,6 +12,8 @@ import torch
 from fastasr import backend
 from fastasr._recording import recorded_by
 from fastasr.graphs.recording import Recording
+from fastasr.models.common.ragged import in_use
+from fastasr.models.common.row import RowFrames, Spans
 from fastasr.models.zipformer import attention
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
@@ -54,30 +57,38 @@ def layer():
     return made
 
 
-def run(made, seed, recorded, kernels, autocast=False):
+def run(made, seed, recorded, kernels, autocast=False, on_row=False):
     torch.manual_seed(seed)
     random.seed(seed)
-    x = (3 * torch.randn(13, 2, 24)).requires_grad_()
+    x = (3 * torch.randn(*((32, 1) if on_row else (13, 2)), 24)).requires_grad_()
     positions, padding = torch.randn(1, 25, 8), torch.arange(13) >= torch.tensor([[13], [9]])
+    row = None
+    if on_row:
+        row, padding = RowFrames(Spans(torch.tensor([0, 16]), torch.tensor([13, 25])), 32, 13), None
     ahead = AtOnce(x.device, AtOnce(x.device)) if recorded else None
     # that of kernels has linear's bias gradient by our own sum too, which it has in recorded calls alone
     sums = mock.patch.object(
         importlib.import_module("fastasr.ops.linear"), "recording", return_value=kernels or None
     )
     with backend("triton" if kernels else "eager"):
-        with recorded_by(ahead), sums, torch.autocast("cpu", torch.bfloat16, autocast):
+        with recorded_by(ahead), sums, torch.autocast("cpu", torch.bfloat16, autocast), in_use(row):
             y = made(x, positions, src_key_padding_mask=padding)
         inputs = [x, *(p for p in made.parameters() if p is not made.bypass_scale)]
-        grads = torch.autograd.grad(y, inputs, torch.randn(y.shape), allow_unused=True)
+        cotangent = torch.randn(y.shape)
+        if row is not None:
+            y = y.masked_fill(row.hidden.T.unsqueeze(-1), 0.0)
+        grads = torch.autograd.grad(y, inputs, cotangent, allow_unused=True)
     return [y, *grads], (random.random(), torch.rand(()).item())
 
 
+@pytest.mark.parametrize("on_row", [False, True], ids=["padded", "on a row"])
 @pytest.mark.parametrize("seed", range(6))
-def test_it_is_the_layer_itself(seed, monkeypatch):
+def test_it_is_the_layer_itself(seed, on_row, monkeypatch):
     monkeypatch.setattr(attention, "PENALISED_CALLS", 0.5)
     monkeypatch.setattr(attention, "SCORE_PENALTY", 0.05)
     monkeypatch.setattr(attention, "SCORE_LIMIT", 1.0)
-    (expected, drawn), (found, again) = (run(layer(), seed, recorded, recorded) for recorded in (False, True))
+    ways = ((False, False), (True, True))
+    (expected, drawn), (found, again) = (run(layer(), seed, *way, on_row=on_row) for way in ways)
     assert drawn == again
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
