@@ -300,7 +300,7 @@ def check_rates(module: nn.Module, names: Iterable[str]) -> str | None:
 def check_ints(module: nn.Module, names: Iterable[str]) -> str | None:
     """Returns a reason unless these attributes are ints, else None."""
     for name in names:
-        if not isinstance(value := getattr(module, name, None), int):
+        if not isinstance(value := getattr(module, name), int):
             return f"{name} is {value!r}, expected an int"
     return None
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from fastasr.asr.export import plain
 from fastasr.models.common.sequences import make_pad_mask
 
-PAD_LENGTH = (
-    7 + 2 * 3
-)  # features of a chunk beyond 2 chunk_size: the convolutions' 7, 3 frames of future at half the rate
+# features of a chunk beyond 2 chunk_size: the convolutions' 7, 3 frames of future at half the rate
+PAD_LENGTH = 7 + 2 * 3
 
 
 def _encode(wrapper: Any, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,13 +52,11 @@ class EncoderWrapper(torch.nn.Module):
         return _encode(self, features, feature_lengths)
 
 
-class OnnxEncoderWrapper(torch.nn.Module):
+class OnnxEncoderWrapper(EncoderWrapper):
     """An EncoderWrapper whose output is projected for the joiner."""
 
     def __init__(self, encoder: Any, encoder_embed: Any, encoder_proj: Any) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.encoder_embed = encoder_embed
+        super().__init__(encoder, encoder_embed)
         self.encoder_proj = encoder_proj
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,13 +64,11 @@ class OnnxEncoderWrapper(torch.nn.Module):
         return _linear(self.encoder_proj, y), y_lens
 
 
-class OnnxCtcWrapper(torch.nn.Module):
+class OnnxCtcWrapper(EncoderWrapper):
     """x (batch, time, channels), x_lens -> CTC's log_probs (batch, frames, vocabulary), lengths."""
 
     def __init__(self, encoder: Any, encoder_embed: Any, ctc_output: Any) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.encoder_embed = encoder_embed
+        super().__init__(encoder, encoder_embed)
         self.ctc_output = ctc_output
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
