@@ -41,6 +41,12 @@ class Case:
     tolerance: float = 1e-4
 
 
+def beside(ours, theirs, run, key, reason, gradients=False, **more):
+    """Returns the case of ``run(model)`` for a model beside upstream's."""
+    run = run if gradients else torch.no_grad()(run)
+    return Case(ours, lambda: run(ours), lambda: run(theirs), key, reason, **more)
+
+
 def leaves(result):
     """Returns the tensors of a result."""
     found = tree_flatten(dict(result) if hasattr(result, "keys") else result)[0]

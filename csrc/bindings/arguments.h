@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "bindings/dispatch.h"
+#include "cpu/support/sequence.h"
 
 // The structs in bindings/written need these: a struct holds the arguments of one operator and checks them.
 namespace fastasr {
@@ -23,6 +24,11 @@ struct ArgumentTypes {
 
 inline int64_t product(Sizes sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
+}
+
+template <typename T>
+cpu::Sequence<const T> sequence(const Tensor& t) {
+  return {data<T>(t), t.stride(0), t.stride(1)};
 }
 
 // Returns t's dtype if kernels compute it.

@@ -77,9 +77,9 @@ template <typename T>
 void pack(const AttentionProblem& a, const Tensor& x, const Optional& pos, const Optional& cached_key,
           const WorkspaceLayout<cpu::compute_t<T>>& layout, cpu::compute_t<T>* w, bool backward) {
   const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
-  const int64_t pairs = a.heads * a.batch, grain = std::max<int64_t>(1, kGrain / (a.padded_keys() * a.query_dim));
+  const int64_t pairs = a.heads * a.batch, work = a.padded_keys() * a.query_dim;
   const T *xp = data<T>(x), *cp = a.left ? data<T>(*cached_key) : nullptr, *pp = a.pos_batch ? data<T>(*pos) : nullptr;
-  parallel_range(pairs + a.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
+  parallel_tasks(pairs + a.heads * a.pos_batch, work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (i < pairs) {
         kernel.pack_keys(a, xp, cp, i, w + layout.kt + i * a.keys_transposed_size(),

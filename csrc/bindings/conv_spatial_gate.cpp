@@ -35,11 +35,6 @@ std::vector<cpu::RowStatistics<C>> statistics_of(const ConvSpatialGate<T>& p) {
   return statistics;
 }
 
-// A thread of its own pays off for this many tasks of `rows` frames.
-int64_t grain(int64_t rows, int64_t taps) {
-  return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, rows * cpu::kSpatialGateStripe * (taps / 8 + 1)));
-}
-
 template <typename T>
 int64_t stripes(const ConvSpatialGate<T>& p) {
   return (p.channels + cpu::kSpatialGateStripe - 1) / cpu::kSpatialGateStripe;
@@ -51,7 +46,7 @@ Tensor conv_spatial_gate_forward(const ConvSpatialGateForward& a) {
     const auto p = problem<T>(a);
     T* out = mutable_data<T>(y);
     const auto statistics = statistics_of(p);
-    parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
+    parallel_tasks(stripes(p) * p.batch, depthwise_work(p.frames * cpu::kSpatialGateStripe, p.taps),
                    [&](int64_t b, int64_t e) { kernel.forward(p, statistics.data(), out, b, e); });
   });
   return y;
@@ -76,9 +71,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(co
       scratch.reset(new C[static_cast<size_t>(p.rows() * n)]), du = scratch.get();
     const auto statistics = statistics_of(p);
     C *dw = mutable_data<C>(dweight), *db = mutable_data<C>(dbias);
-    parallel_range(stripes(p), grain(3 * p.rows(), p.taps), [&](int64_t b, int64_t e) {
-      kernel.backward(p, statistics.data(), g, out, du, du_row, dw, db, b, e);
-    });
+    parallel_tasks(
+        stripes(p), depthwise_work(3 * p.rows() * cpu::kSpatialGateStripe, p.taps),
+        [&](int64_t b, int64_t e) { kernel.backward(p, statistics.data(), g, out, du, du_row, dw, db, b, e); });
     sum_parts<T>(RowBlocks(p.rows(), n), n, {&dnorm_weight, &dnorm_bias}, 4 * n, 0,
                  [&](int64_t b, int64_t e, auto* d, auto*) {
                    kernel.norm_backward(p, statistics.data(), du, du_row, out, d, d + n, b, e);

@@ -13,11 +13,8 @@ using cpu::SubsamplingSizes;
 
 SubsamplingSizes sizes_of(const auto& a) { return {a.B, a.T, a.F, a.C, a.left}; }
 
-// A thread of its own pays off for this many blocks.
-int64_t grain(const SubsamplingSizes& s) {
-  const int64_t block = cpu::kSubsamplingFrames * s.out_width() * s.channels;
-  return std::max<int64_t>(1, kGrain / 4 / block);
-}
+// The work of a block.
+int64_t work_of(const SubsamplingSizes& s) { return 4 * cpu::kSubsamplingFrames * s.out_width() * s.channels; }
 
 Tensor conv_subsampling_forward(const ConvSubsamplingForward& a) {
   const SubsamplingSizes s = sizes_of(a);
@@ -30,7 +27,7 @@ Tensor conv_subsampling_forward(const ConvSubsamplingForward& a) {
                                        data_or_null<T>(a.depthwise_bias),
                                        data_or_null<bool>(a.mask)};
     T* out = mutable_data<T>(y);
-    parallel_range(cpu::subsampling_blocks(s), grain(s), [&](int64_t b, int64_t e) {
+    parallel_tasks(cpu::subsampling_blocks(s), work_of(s), [&](int64_t b, int64_t e) {
       cpu::kernels<cpu::ConvSubsamplingKernels<T>>().forward(s, in, out, b, e);
     });
   });
@@ -53,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_subsampling_backward(con
     const auto parts = numbers(groups * cpu::kSubsamplingSums * s.channels);
     const auto dx_parts = numbers(need_x ? blocks * cpu::kSubsamplingRows * s.bins : 0);
     const int64_t per_group = (blocks + groups - 1) / std::max<int64_t>(1, groups);
-    parallel_range(groups, std::max<int64_t>(1, grain(s) / std::max<int64_t>(1, per_group)), [&](int64_t b, int64_t e) {
+    parallel_tasks(groups, per_group * work_of(s), [&](int64_t b, int64_t e) {
       kernel.backward(s, in, data<T>(a.grad_y), parts.get(), need_x ? dx_parts.get() : nullptr, b, e);
     });
     kernel.reduce(s, parts.get(), mutable_data<T>(dweight), mutable_data<T>(dbias), mutable_data<T>(ddepthwise_weight),

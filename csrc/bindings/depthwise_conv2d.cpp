@@ -23,10 +23,9 @@ DepthwiseSizes checked_sizes(const auto& a) {
   return {a.B, a.T, a.F, a.C, a.K, a.L, a.P, a.Q};
 }
 
-// A thread of its own pays off for this many blocks.
-int64_t grain(const DepthwiseSizes& s) {
-  const int64_t block = cpu::kDepthwiseFrames * s.out_width() * s.channels * (s.taps() / 8 + 1);
-  return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, block));
+// The work of a block.
+int64_t work_of(const DepthwiseSizes& s) {
+  return depthwise_work(cpu::kDepthwiseFrames * s.out_width() * s.channels, s.taps());
 }
 
 Tensor depthwise_conv2d_forward(const DepthwiseConv2DForward& a) {
@@ -35,7 +34,7 @@ Tensor depthwise_conv2d_forward(const DepthwiseConv2DForward& a) {
   with_kernels<cpu::DepthwiseConv2dKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *xp = data<T>(a.x), *wp = data<T>(a.weight), *bp = data_or_null<T>(a.bias);
     T* yp = mutable_data<T>(y);
-    parallel_range(cpu::depthwise_blocks(s), grain(s),
+    parallel_tasks(cpu::depthwise_blocks(s), work_of(s),
                    [&](int64_t b, int64_t e) { kernel.forward(s, xp, wp, bp, false, yp, b, e); });
   });
   return y;
@@ -53,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const DepthwiseConv
     if (need_x) {
       T* dp = mutable_data<T>(dx);
       const DepthwiseSizes back = s.transposed();
-      parallel_range(cpu::depthwise_blocks(back), grain(back), [&](int64_t b, int64_t e) {
+      parallel_tasks(cpu::depthwise_blocks(back), work_of(back), [&](int64_t b, int64_t e) {
         kernel.forward(back, gp, wp, static_cast<const T*>(nullptr), true, dp, b, e);
       });
     }
@@ -63,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const DepthwiseConv
     const std::unique_ptr<double[]> parts(
         new double[static_cast<size_t>(std::max<int64_t>(1, groups * rows * s.channels))]);
     const int64_t per_group = (blocks + groups - 1) / std::max<int64_t>(1, groups);
-    parallel_range(groups, std::max<int64_t>(1, grain(s) / std::max<int64_t>(1, per_group)),
+    parallel_tasks(groups, per_group * work_of(s),
                    [&](int64_t b, int64_t e) { kernel.weight_gradient(s, gp, xp, parts.get(), b, e); });
     const std::unique_ptr<T[]> unwanted(need_weight ? nullptr : new T[static_cast<size_t>(s.taps() * s.channels)]);
     kernel.reduce(s, parts.get(), need_weight ? mutable_data<T>(dweight) : unwanted.get(),

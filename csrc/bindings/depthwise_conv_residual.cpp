@@ -24,17 +24,12 @@ int64_t stripes(const DepthwiseConvResidual<T>& p) {
   return (p.channels + cpu::kResidualStripe - 1) / cpu::kResidualStripe;
 }
 
-// A thread of its own pays off for this many tasks of `rows` frames.
-int64_t grain(int64_t rows, int64_t taps) {
-  return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, rows * cpu::kResidualStripe * (taps / 8 + 1)));
-}
-
 Tensor depthwise_conv_residual_forward(const DepthwiseConvResidualForward& a) {
   Tensor y = new_pooled(a.x, {a.B, a.T, a.C});
   with_kernels<cpu::DepthwiseConvResidualKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a, a.bias);
     T* out = mutable_data<T>(y);
-    parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
+    parallel_tasks(stripes(p) * p.batch, depthwise_work(p.frames * cpu::kResidualStripe, p.taps),
                    [&](int64_t b, int64_t e) { kernel.forward(p, out, b, e); });
   });
   return y;
@@ -49,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const Depthw
     const T* g = data<T>(a.grad_y);
     T* out = mutable_data<T>(dx);
     C *dw = mutable_data<C>(dweight), *db = mutable_data<C>(dbias);
-    parallel_range(stripes(p), grain(2 * p.batch * p.frames, p.taps),
+    parallel_tasks(stripes(p), depthwise_work(2 * p.batch * p.frames * cpu::kResidualStripe, p.taps),
                    [&](int64_t b, int64_t e) { kernel.backward(p, g, out, dw, db, b, e); });
   });
   return {dx, dweight, dbias};

@@ -160,6 +160,9 @@ void parallel_range(int64_t n, int64_t grain, RangeFunction f);
 // Runs f(begin, end) over [0, n), which cost `work` elements each.
 void parallel_tasks(int64_t n, int64_t work, RangeFunction f);
 
+// The elements that so many outputs of a depthwise convolution cost.
+constexpr int64_t depthwise_work(int64_t outputs, int64_t taps) { return outputs * (taps / 8 + 1) / 2; }
+
 // Splits rows into blocks for deterministic reductions: their number depends on the shape alone, never on the thread
 // count. At most 16 rows are added in a chain of floats; the blocks are then added in double.
 struct RowBlocks {

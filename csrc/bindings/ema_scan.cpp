@@ -45,25 +45,20 @@ template <typename A>
 EmaShape checked_shape(const A& a, bool with_state) {
   check(!(with_state || a.state) || (a.direction != 2 && a.truncation == 0), a.kName,
         "no state with a truncation or in both directions");
-  return {a.L,
-          a.B,
-          a.D,
-          a.N,
-          a.truncation,
-          static_cast<cpu::EmaDirection>(a.direction),
-          static_cast<cpu::EmaActivation>(a.activation),
-          kComplex<A>};
+  EmaShape s{};
+  s.length = a.L, s.batch = a.B, s.channels = a.D, s.states = a.N, s.truncation = a.truncation;
+  s.direction = static_cast<cpu::EmaDirection>(a.direction), s.complex = kComplex<A>;
+  s.activation = static_cast<cpu::EmaActivation>(a.activation);
+  return s;
 }
 
 template <typename C>
 cpu::EmaParameters<C> pointers(const Parameters& p, const Optional& state, const Optional& padding_mask) {
-  return {data<C>(p.damping),
-          data<C>(p.decay),
-          data<C>(p.expansion),
-          data<C>(p.projection),
-          data_or_null<C>(p.residual),
-          data_or_null<C>(state),
-          data_or_null<uint8_t>(padding_mask)};
+  cpu::EmaParameters<C> found{};
+  found.damping = data<C>(p.damping), found.decay = data<C>(p.decay), found.expansion = data<C>(p.expansion);
+  found.projection = data<C>(p.projection), found.residual = data_or_null<C>(p.residual);
+  found.state = data_or_null<C>(state), found.mask = data_or_null<uint8_t>(padding_mask);
+  return found;
 }
 
 template <typename A>
@@ -104,12 +99,9 @@ Gradients backward(const A& a) {
   Tensor dstate = new_like(a.state, p.damping);
   with_kernel_type(dtype_of(x), a.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
-    const cpu::EmaGradients<C> gradients{mutable_data<C>(ddamping),
-                                         mutable_data<C>(ddecay),
-                                         mutable_data<C>(dexpansion),
-                                         mutable_data<C>(dprojection),
-                                         p.residual ? mutable_data<C>(dresidual) : nullptr,
-                                         a.state ? mutable_data<C>(dstate) : nullptr};
+    const cpu::EmaGradients<C> gradients{mutable_data<C>(ddamping),     mutable_data<C>(ddecay),
+                                         mutable_data<C>(dexpansion),   mutable_data<C>(dprojection),
+                                         mutable_or_null<C>(dresidual), mutable_or_null<C>(dstate)};
     cpu::kernels<cpu::EmaScanKernels<T>>().backward(
         s, pointers<C>(p, a.state, a.padding_mask), data<T>(x), strides_of(x, a.layout), data<T>(a.grad_y),
         strides_of(a.grad_y, a.layout), data_or_null<C>(a.grad_last), mutable_data<T>(dx), strides_of(dx, a.layout),

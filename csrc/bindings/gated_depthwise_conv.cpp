@@ -51,12 +51,11 @@ T* mutable_or_null(const Tensor& t, bool wanted) {
   return wanted ? mutable_data<T>(t) : nullptr;
 }
 
-// A thread of its own pays off for this many of the tasks into which all frames are cut.
+// The work of each of the tasks into which all frames of a stripe are cut.
 template <typename T>
-int64_t grain(const GatedDepthwiseConv<T>& conv, int64_t tasks_of_a_stripe, int64_t passes) {
-  const int64_t frames = conv.frames * conv.batch / std::max<int64_t>(1, tasks_of_a_stripe);
-  return std::max<int64_t>(
-      1, 2 * kGrain / std::max<int64_t>(1, passes * frames * cpu::kGatedStripe * (conv.taps / 8 + 1)));
+int64_t work_of(const GatedDepthwiseConv<T>& conv, int64_t tasks, int64_t passes) {
+  const int64_t frames = conv.frames * conv.batch / std::max<int64_t>(1, tasks);
+  return depthwise_work(passes * frames * cpu::kGatedStripe, conv.taps);
 }
 
 }  // namespace
@@ -74,7 +73,7 @@ std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConv
     T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
     const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvForward<T>>();
     const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
-    parallel_range(stripes * conv.count(), grain(conv, conv.count(), 1),
+    parallel_tasks(stripes * conv.count(), work_of(conv, conv.count(), 1),
                    [&](int64_t b, int64_t e) { kernel.run(conv, yp, cp, b, e); });
   });
   return {y, new_cache};
@@ -101,7 +100,7 @@ Gradients gated_depthwise_conv_backward(const GatedDepthwiseConvBackward& a) {
     const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
     const int64_t groups = std::min(conv.count(), cpu::kGatedGroups);
     const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(groups * conv.sums() * conv.channels)]);
-    parallel_range(stripes * groups, grain(conv, groups, 2), [&](int64_t b, int64_t e) {
+    parallel_tasks(stripes * groups, work_of(conv, groups, 2), [&](int64_t b, int64_t e) {
       kernel.run(conv, gp, grad.stride(0), grad.stride(1), dp, dcp, parts.get(), groups, b, e);
     });
     kernel.reduce(conv, parts.get(), groups, mutable_data<T>(dweight), mutable_or_null<T>(dbias, a.bias.has_value()),

@@ -143,15 +143,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
   with_wide_kernels<cpu::LayerNormLstmKernels>(hidden_weight, op, [&]<typename C>(const auto& kernel) {
     const auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
     const auto given = [](const Optional& t) { return data_or_null<C>(t); };
-    const cpu::LayerNormLstmGradients<C> grad{given(grad_y),
-                                              mutable_data<C>(dhidden),
-                                              mutable_data<C>(dcell),
-                                              mutable_data<C>(dgates),
-                                              mutable_data<C>(dgate_weight),
-                                              mutable_data<C>(dgate_bias),
-                                              mutable_data<C>(dcell_weight),
-                                              mutable_data<C>(dcell_bias),
-                                              need_state};
+    cpu::LayerNormLstmGradients<C> grad{};
+    grad.y = given(grad_y), grad.hidden = mutable_data<C>(dhidden), grad.cell = mutable_data<C>(dcell);
+    grad.gates = mutable_data<C>(dgates), grad.gate_weight = mutable_data<C>(dgate_weight);
+    grad.gate_bias = mutable_data<C>(dgate_bias), grad.cell_weight = mutable_data<C>(dcell_weight);
+    grad.cell_bias = mutable_data<C>(dcell_bias), grad.first_state = need_state;
     copy_or_clear(grad.hidden, given(grad_hidden), batch * s.hidden);
     copy_or_clear(grad.cell, given(grad_cell), batch * s.hidden);
     std::vector<double> sums(static_cast<size_t>(10 * s.hidden));

@@ -49,7 +49,7 @@ Tensor gated_forward(const Tensor& z, int64_t activation, int64_t channels, cons
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
     const int64_t rows = channels ? y.numel() / channels : 0;
-    parallel_range(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)), [&](int64_t b, int64_t e) {
+    parallel_tasks(rows, channels, [&](int64_t b, int64_t e) {
       kernel.gated_forward(static_cast<int>(activation), from + b * 2 * channels, to + b * channels, e - b, channels);
     });
   });
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
                                            channels / 2);
                      return;
                    }
-                   if (dropped.mask) dropped.apply<T>(g, to, at, e - b * channels);
+                   if (dropped.mask) dropped.apply<T>(g, to, at, (e - b) * channels);
                    const T* dy = dropped.mask ? to : g;
                    kernel.backward(static_cast<int>(activation), dy + at, from + at, to + at, part, e - b, channels);
                  });

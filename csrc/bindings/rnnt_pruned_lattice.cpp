@@ -14,10 +14,6 @@ using cpu::kBandLanes;
 
 int64_t groups_of(int64_t batch) { return (batch + kBandLanes - 1) / kBandLanes; }
 
-int64_t band_grain(const cpu::BandSize& size) {
-  return std::max<int64_t>(1, kGrain / (4 * std::max<int64_t>(1, size.frames * size.window)));
-}
-
 // Returns every sequence's boundary; without one it reaches from (0, 0) to the top of the last window. starts must not
 // decrease.
 std::vector<Boundary> checked_band(const auto& a) {
@@ -44,17 +40,12 @@ int64_t fill_group(Group<C>& group, int64_t index, const std::vector<Boundary>& 
   const int64_t count = std::min(kBandLanes, batch - first);
   for (int64_t l = 0; l < count; l++) {
     const Boundary& at = boundaries[static_cast<size_t>(first + l)];
-    group[static_cast<size_t>(l)] = {starts + (first + l) * frames,
-                                     at.s_begin,
-                                     at.t_begin,
-                                     at.s_end,
-                                     at.t_end,
-                                     nullptr,
-                                     nullptr,
-                                     0,
-                                     1,
-                                     nullptr,
-                                     nullptr};
+    group[static_cast<size_t>(l)] = {.starts = starts + (first + l) * frames,
+                                     .s_begin = at.s_begin,
+                                     .t_begin = at.t_begin,
+                                     .s_end = at.s_end,
+                                     .t_end = at.t_end,
+                                     .grad = 1};
   }
   return count;
 }
@@ -70,7 +61,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const RnntPrunedLatticeFo
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = a.keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
     const int64_t *start = data<int64_t>(a.starts), elements = frames * window;
-    parallel_range(groups, band_grain(size), [&](int64_t begin, int64_t end) {
+    parallel_tasks(groups, 4 * frames * window, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::band_scratch(size));
       Group<C> group;
       for (int64_t i = begin; i < end; i++) {
@@ -98,7 +89,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const RnntPrunedLatticeB
     const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
     const int64_t *start = data<int64_t>(a.starts), elements = frames * window;
-    parallel_range(groups, band_grain(size), [&](int64_t begin, int64_t end) {
+    parallel_tasks(groups, 4 * frames * window, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::band_scratch(size));
       Group<C> group;
       for (int64_t i = begin; i < end; i++) {

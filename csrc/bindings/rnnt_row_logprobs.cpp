@@ -25,7 +25,6 @@ struct Rows {
 
   int64_t count() const { return sizes[0] * sizes[1] * sizes[2]; }
   Three index(int64_t i) const { return {i / sizes[2] / sizes[1], i / sizes[2] % sizes[1], i % sizes[2]}; }
-  int64_t grain() const { return std::max<int64_t>(1, kGrain / outputs); }
   bool fit(const Tensor& t, ScalarType dtype) const {
     return dtype_of(t) == dtype && has_sizes(t, {sizes[0], sizes[1], sizes[2]});
   }
@@ -59,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> rnnt_row_logprobs_forward(const Tensor& logit
     const T* x = data<T>(logits);
     const int64_t* y = data<int64_t>(symbols);
     C *xp = mutable_data<C>(px), *yp = mutable_data<C>(py), *lp = mutable_data<C>(normaliser);
-    parallel_range(rows.count(), rows.grain(), [&](int64_t begin, int64_t end) {
+    parallel_tasks(rows.count(), rows.outputs, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const Three at = rows.index(i);
         kernel.row_scores(x + logits_at[at], rows.outputs, y[symbols_at[at]], blank, hat, xp + i, yp + i, lp + i);
@@ -85,7 +84,7 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
     const int64_t* y = data<int64_t>(symbols);
     const C *gx = data<C>(grad_px), *gy = data<C>(grad_py), *l = data<C>(normaliser);
     T* out = mutable_data<T>(found);
-    parallel_range(rows.count(), rows.grain(), [&](int64_t begin, int64_t end) {
+    parallel_tasks(rows.count(), rows.outputs, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const Three at = rows.index(i);
         kernel.row_gradient(x + logits_at[at], l[normaliser_at[at]], gx[gx_at[at]], gy[gy_at[at]], rows.outputs,

@@ -18,11 +18,6 @@ cpu::SegmentAttention<T> sizes_of(const auto& a) {
 }
 
 template <typename T>
-cpu::Sequence<const T> sequence(const Tensor& t) {
-  return {data<T>(t), t.stride(0), t.stride(1)};
-}
-
-template <typename T>
 cpu::SegmentAttention<T> problem(const auto& a) {
   auto p = sizes_of<T>(a);
   p.query = sequence<T>(a.query), p.key = sequence<T>(a.key), p.value = sequence<T>(a.value);
@@ -34,7 +29,7 @@ cpu::SegmentAttention<T> problem(const auto& a) {
 template <typename T, typename F>
 void for_units(const cpu::SegmentAttention<T>& p, bool backward, const F& f) {
   const int64_t work = p.blocks() * cpu::kPanel * p.score_rows() * p.width * (backward ? 5 : 2);
-  parallel_range(p.units(), std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, work)), [&](int64_t b, int64_t e) {
+  parallel_tasks(p.units(), work / 16, [&](int64_t b, int64_t e) {
     Scratch<cpu::compute_t<T>> scratch(cpu::segment_attention_scratch(p, backward));
     for (int64_t unit = b; unit < e; unit++) f(unit, scratch.data());
   });

@@ -21,8 +21,6 @@ std::vector<int64_t> checked_durations(const Tensor& durations, const char* op) 
   return found;
 }
 
-int64_t tdt_grain(int64_t frames, int64_t row) { return std::max<int64_t>(1, kGrain / (frames * row + 1)); }
-
 std::tuple<Tensor, Tensor> tdt_lattice_forward(const TdtLatticeForward& a) {
   const Tensor &x = a.symbol_logprobs, &y = a.blank_logprobs, &z = a.duration_logprobs;
   const int64_t batch = a.B, frames = a.T, row = a.S + 1, count = a.N;
@@ -34,7 +32,7 @@ std::tuple<Tensor, Tensor> tdt_lattice_forward(const TdtLatticeForward& a) {
   with_wide_kernels<cpu::TdtLatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y), *zp = data<C>(z);
     C *sp = mutable_data<C>(scores), *kept = a.keep && slab ? mutable_data<C>(shares) : nullptr;
-    parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {
+    parallel_tasks(batch, frames * row, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::tdt_scratch({row - 1, frames, row, steps.data(), count}));
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = dealt(i, batch);
@@ -62,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const TdtLatticeBackward
   with_wide_kernels<cpu::TdtLatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy), *dzp = mutable_data<C>(dz);
-    parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {
+    parallel_tasks(batch, frames * row, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::tdt_scratch({row - 1, frames, row, steps.data(), count}));
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = dealt(i, batch);

@@ -12,11 +12,6 @@ namespace {
 constexpr int64_t kWorkspaceBytes = int64_t{16} << 20;
 
 template <typename T>
-cpu::Sequence<const T> sequence(const Tensor& t) {
-  return {data<T>(t), t.stride(0), t.stride(1)};
-}
-
-template <typename T>
 cpu::ToeplitzAttention<T> problem(const auto& a) {
   using C = cpu::compute_t<T>;
   cpu::ToeplitzAttention<T> p{};
@@ -43,8 +38,7 @@ struct Tasks {
       for (int64_t t = begin; t < end; t++) f(t / tasks, t % tasks, scratch);
     };
     if (own) return some(0, units * tasks, own);
-    const int64_t grain = std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, work));
-    parallel_range(units * tasks, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(units * tasks, work / 16, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::toeplitz_scratch_elements(p));
       some(begin, end, scratch.data());
     });

@@ -47,8 +47,7 @@ Tensor weighted_values(const Tensor& weights, const Tensor& values) {
                   packed.data() + i * size);
   });
   const int64_t blocks = (rows + kRows - 1) / kRows;
-  const int64_t grain = std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, kRows * sources));
-  parallel_range(heads * batch * blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_tasks(heads * batch * blocks, kRows * sources / 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t matrix = i / blocks, head = matrix / batch, b = matrix % batch, first = i % blocks * kRows;
       kernel.run(w + head * weights.stride(0) + b * weights.stride(1) + first * weights.stride(2), weights.stride(2),

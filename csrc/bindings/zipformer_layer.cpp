@@ -224,20 +224,9 @@ struct Layer {
     constexpr auto kSwooshR = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
     constexpr auto kSigmoid = static_cast<int64_t>(cpu::Gate::sigmoid);
     const auto of = [&](const Tensor& rows, const Optional& bounds) {
-      return std::get<0>(gated_depthwise_conv_forward(checked(GatedDepthwiseConvForward{rows,
-                                                                                        tables[first],
-                                                                                        bias,
-                                                                                        causal,
-                                                                                        causal_bias,
-                                                                                        scale,
-                                                                                        padding,
-                                                                                        {},
-                                                                                        bounds,
-                                                                                        conv_chunk,
-                                                                                        kSwooshR,
-                                                                                        false,
-                                                                                        0,
-                                                                                        kSigmoid})));
+      GatedDepthwiseConvForward a{rows, tables[first], bias,       causal,   causal_bias, scale, padding,
+                                  {},   bounds,        conv_chunk, kSwooshR, false,       0,     kSigmoid};
+      return std::get<0>(gated_depthwise_conv_forward(checked(a)));
     };
     if (lengths.empty() || !causal) return of(h, starts);
     const Tensor y = new_pooled(h, {h.size(0), 1, sizes.dim});

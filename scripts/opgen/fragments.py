@@ -41,11 +41,11 @@ def _fragments(op: Declared) -> dict[str, str | list[str]]:
         "class_name": op.name.title().replace("_", ""),
         "family": op.op.family.name,
         "names": _names(op.arguments),
-        "typed_parameters": _typed(op.arguments),
+        "typed_parameters": _with_keywords(op.arguments, [*map(_parameter, op.arguments)]),
         "typed_arguments": ", ".join(f"{a.name}: {a.type_text}" for a in op.arguments),
         "operator_parameters": _operator_parameters(op),
         "overloads": _overloads(op),
-        "return_type": _return_type(op),
+        "return_type": " | ".join(_forms(op)),
         "docstring": _docstring(op.op.definition),
         "codes": [f"{_codes(a)} = {a.codes!r}" for a in op.options if a.codes],
         "arguments_tuple": _named_tuple("Arguments", [(a.name, a.type_text, a) for a in op.arguments]),
@@ -128,8 +128,8 @@ def _codes(a: Argument) -> str:
     return f"{a.name.upper()}_CODES"
 
 
-def _parameter(a: Argument, type_text: str = "") -> str:
-    text = f"{a.name}: {type_text or a.type_text}"
+def _parameter(a: Argument) -> str:
+    text = f"{a.name}: {a.type_text}"
     return text if a.required else f"{text} = {a.default!r}"
 
 
@@ -138,10 +138,6 @@ def _with_keywords(arguments: Iterable[Argument], parts: list[str]) -> str:
     if any(keywords):
         parts.insert(keywords.index(True), "*")
     return ", ".join(parts)
-
-
-def _typed(arguments: tuple[Argument, ...]) -> str:
-    return _with_keywords(arguments, [_parameter(a) for a in arguments])
 
 
 def _operator_parameters(op: Declared) -> str:
@@ -159,16 +155,12 @@ def _forms(op: Declared) -> list[str]:
     return [_returned(count) for count in dict.fromkeys((always, len(op.outputs)))]
 
 
-def _return_type(op: Declared) -> str:
-    return " | ".join(_forms(op))
-
-
 def _overloads(op: Declared) -> Iterator[str]:
     flag = op.outputs[-1].flag
     if not flag:
         return
     answers = ("Literal[False]", " = False"), ("Literal[True]", ""), ("bool", "")
-    for (type_text, default), returned in zip(answers, (*_forms(op), _return_type(op)), strict=True):
+    for (type_text, default), returned in zip(answers, (*_forms(op), " | ".join(_forms(op))), strict=True):
         parts = [f"{a.name}: {type_text}{default}" if a.name == flag else _parameter(a) for a in op.arguments]
         yield f"@overload\ndef {op.name}({_with_keywords(op.arguments, parts)}) -> {returned}: ..."
 
@@ -180,8 +172,6 @@ def _docstring(formula: Callable) -> str:
 
 
 def _named_tuple(name: str, fields: list[tuple[str, str, Argument | None]]) -> list[str]:
-    if not fields:
-        return []
     required = [a is None or a.required for _, _, a in fields]
     trailing = True not in required[required.index(False) :] if False in required else False
     lines = [f"class {name}(NamedTuple):"]
@@ -318,11 +308,6 @@ def _sizes(op: Declared) -> list[str]:
     return lines
 
 
-def _is_like(op: Declared) -> bool:
-    """Says whether all results have the strides of an argument."""
-    return all(op.like(o) for o in op.outputs)
-
-
 def _empty(op: Declared, output: Output) -> str:
     asked = output.flag or ("keep" if output in op.keeps else "")
     dtype, device = _dtype(op, output), f"device={op.leader.name}.device"
@@ -357,13 +342,8 @@ def _call(op: Declared, tokens: list[str], renamed: dict[str, str] | None = None
     return ", ".join(names.get(token, token) for token in tokens)
 
 
-def _layout(op: Declared, name: str, grad: bool = False) -> str:
-    """Returns the name of strides, or "" for contiguous memory."""
-    return op.strides.get(name) or (grad and op.strides.get("grad")) or ""
-
-
-def _operand(op: Declared, name: str, dtype: str, grad: bool = False) -> str:
-    layout = _layout(op, name, grad)
+def _operand(op: Declared, name: str, dtype: str) -> str:
+    layout = op.layout(name)
     return f"operand({name}, {dtype}" + (f", {LAYOUTS[layout]})" if layout else ")")
 
 
@@ -388,7 +368,7 @@ def _operands(
         if not grad and tensor is None:
             continue
         floating = grad or tensor.kind == "floating"
-        found[name] = _operand(op, name, "work" if name in wide else "dtype" if floating else "None", grad)
+        found[name] = _operand(op, name, "work" if name in wide else "dtype" if floating else "None")
     return lines, found
 
 
@@ -465,7 +445,7 @@ def _native_backward(op: Declared, grads: list[str]) -> list[str]:
     if op.asks or op.op.fast is False:
         return []
     grads = [name for name in grads if name in op.backward]
-    tensors = {name: _operand(op, name, "None", True) for name in grads}
+    tensors = {name: _operand(op, name, "None") for name in grads}
     call = _backward_call(op, _call(op, op.backward, tensors))
     given = ", ".join(
         "None"
@@ -519,7 +499,7 @@ def _conditions(op: Declared) -> Iterator[str]:
     # The other path takes calls whose arguments it must convert: declining inside the kernels costs 20 us more.
     wide = [op.leader.name] if op.outputs[0].wide else op.wide[:1]
     taken = {"": "{0}.is_contiguous()", "channels": "({0}.is_contiguous() or {0}.stride(-1) == 1)"}
-    layout = _layout(op, op.leader.name)
+    layout = op.layout(op.leader.name)
     dense = layout in taken and (op.outputs[0].wide or not fast)
     for a in (op.leader, *others):
         parts = [f"type({a.name}) in PLAIN"]
@@ -591,7 +571,7 @@ def _written(op: Declared) -> Iterator[str]:
         "kept": tuple(o.name for o in op.keeps),
         "released": tuple(op.unread),
     }
-    flags = {"dense": not _is_like(op), "materialize": op.materialize, "asks": op.asks}
+    flags = {"dense": not all(map(op.like, op.outputs)), "materialize": op.materialize, "asks": op.asks}
     yield from (f"{name}={name}," for name in same)
     yield from (f"{name}={value!r}," for name, value in values.items() if value)
     yield from (f"{name}={value}," for name, value in flags.items() if value is (name == "asks"))

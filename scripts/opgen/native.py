@@ -195,8 +195,7 @@ class _Call:
         yield from [f"if ({name}) {{", *lines, "}"] if optional else lines
 
     def _layout(self, name: str, tensor: str) -> Iterator[str]:
-        grad = name.startswith("grad_") and self.op.strides.get("grad")
-        layout = self.op.strides.get(name) or grad or ""
+        layout = self.op.layout(name)
         if callable(layout) or layout in ("channels", "rows"):
             yield f'check_dense_channels({tensor}, op, "{name}");'
         elif layout != "any":

@@ -236,30 +236,6 @@ def test_copies_and_pickles():
 
 
 # --------------------------------------------------------------------------- regularisers
-def _balancer_loss(x, limits, channel_dim):
-    """Returns the loss whose gradient the balancer adds, from the formula in its docstring."""
-    dims = [i for i in range(x.ndim) if i != channel_dim % x.ndim]
-    min_mean, max_mean, min_rms, max_rms = limits
-    mu, square = x.mean(dims), (x**2).mean(dims)
-    m, r = mu / (square - mu**2).sqrt(), square.sqrt()
-    return (m - m.clamp(min_mean, max_mean)).abs() + (r.clamp(min_rms, max_rms) / r).log().abs()
-
-
-@pytest.mark.parametrize("channel_dim", [-1, 1])
-@pytest.mark.parametrize(
-    "limits", [(-0.1, 0.1, 0.0, 9.0), (-9.0, 9.0, 2.0, 3.0), (0.3, 0.5, 0.1, 0.2)], ids=str
-)
-def test_balancer_gradient_is_that_of_its_loss(limits, channel_dim):
-    x = torch.randn(7, 5, 6, 5, dtype=torch.float64, requires_grad=True) + 0.2
-    grad = torch.randn_like(x)
-    (slope,) = torch.autograd.grad(_balancer_loss(x, limits, channel_dim).sum(), x)
-    dims = [i for i in range(x.ndim) if i != channel_dim % x.ndim]
-    rms = slope.square().mean(dims, keepdim=True).sqrt().clamp(min=1e-20)
-    expected = grad + grad.abs() * slope * 0.04 / rms
-    found = balancer_gradient(grad, x, *limits, 0.04, channel_dim)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
 def test_regularisers_do_not_synchronise():
     """On the meta device reading a value raises."""
     x, grad = torch.randn(5, 4, 6, device="meta"), torch.randn(5, 4, 6, device="meta")

@@ -9,53 +9,90 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 from families import TAPS, WIDTH
-from leaving import Case, check, unreached
-from test_conformer import ATTENTION, call, pair
+from leaving import beside, check, unreached
+from test_conformer import ATTENTION, pair
 
 import fastasr
 
-LENGTHS = torch.tensor([21, 13, 5])
-
-# the hooked part of a model, the block that leaves, the reason
-HOOKED = {
-    "wav2vec2 glu": ("layers.0.conv_module.glu", "layers.0.conv_module", "glu is not a plain GLU"),
-    "wav2vec2 dropout": (
-        "layers.0.self_attn.dropout",
-        "layers.0.self_attn",
-        "the dropout of attention weights has hooks",
-    ),
-    "fastspeech2 dropout": (
-        "conformer_layers.0.self_attn.dropout",
-        "conformer_layers.0.self_attn",
-        "the dropout of attention weights has hooks",
-    ),
-    "torchaudio glu": (
-        "conformer_layers.0.conv_module.sequential.1",
+REL_ATTENTION = "an input, a mask or positions that rel_attention does not take"
+WEIGHTS_DROPOUT = "the dropout of attention weights has hooks"
+# family, the block that leaves, the part of it that has a hook, the reason
+HOOKED = (
+    ("wav2vec2 conformer", "layers.0.conv_module", "glu", "glu is not a plain GLU"),
+    ("wav2vec2 conformer", "layers.0.self_attn", "dropout", WEIGHTS_DROPOUT),
+    ("fastspeech2 conformer", "conformer_layers.0.self_attn", "dropout", WEIGHTS_DROPOUT),
+    (
+        "torchaudio conformer",
         "conformer_layers.0.conv_module",
+        "sequential.1",
         "sequential or its glu is not a plain one",
     ),
-    "torchaudio sequence": (
-        "conformer_layers.0.ffn1.sequential",
-        "conformer_layers.0.ffn1",
-        "sequential is not a plain Sequential",
+    ("torchaudio conformer", "conformer_layers.0.ffn1", "sequential", "sequential is not a plain Sequential"),
+    ("speechbrain conformer", "layers.0.ffn_module1.1", "ffn", "ffn is not a plain Sequential"),
+    ("speechbrain conformer", "layers.0.convolution_module", "after_conv", "a part has hooks"),
+    ("nemo conformer", "layers.0.self_attn", "dropout", WEIGHTS_DROPOUT),
+    ("nemo conformer", "pre_encode", "conv.0", "conv or one of its layers has hooks"),
+    ("nemo transformer", "layers.0.ffn", "net", "net is not a plain Sequential"),
+    ("fireredasr", "layer_stack.0.ffn1", "net", "net is not a plain Sequential"),
+    ("seamless m4t", "layers.0.conv_module", "glu", "glu or pointwise_conv1 is no plain one"),
+    ("phi-4", "embed", "conv.0", "conv or one of its layers has hooks or is no plain one"),
+    (
+        "phi-4",
+        "encoders.0.conv",
+        "glu.ext_pw_conv_1d",
+        "a part has hooks or is no plain one, or an activation is not SiLU",
     ),
-    "speechbrain ffn": (
-        "layers.0.ffn_module1.1.ffn",
-        "layers.0.ffn_module1.1",
-        "ffn is not a plain Sequential",
+    ("funasr", "encoders.0.self_attn", "fsmn_block", "fsmn_block or pad_fn has hooks or is no plain one"),
+    (
+        "fun-asr-nano",
+        "layers.0.self_attn.fsmn",
+        "conv",
+        "conv or pad has hooks, or has an even number of taps",
     ),
-    "speechbrain after_conv": (
-        "layers.0.convolution_module.after_conv",
-        "layers.0.convolution_module",
-        "a part has hooks",
+    ("granite speech", "layers.0.conv", "glu", "glu is not a plain GLU"),
+    ("granite speech", "layers.0.attn", "rel_pos_emb", REL_ATTENTION),
+    ("granite speech 5", "layers.0.self_attn", "rel_pos_emb", REL_ATTENTION),
+    # the second layer runs upstream's code on the bias of every pair, the third ours again
+    ("wavlm", "layers.1.attention", "", "attention weights are asked for"),
+    ("gemma 4", "layers.1.self_attn", "", "attention weights are asked for"),
+    ("gemma 4", "layers.0.feed_forward1.ffw_layer_1", "linear", "linear has hooks or is no plain one"),
+    ("gemma 4", "layers.0.feed_forward1", "pre_layer_norm", "a norm has hooks or is no plain one"),
+    (
+        "gemma 4",
+        "layers.0.lconv1d",
+        "depthwise_conv1d",
+        "a norm or depthwise_conv1d has hooks or is no plain one",
     ),
-    "nemo dropout": (
-        "layers.0.self_attn.dropout",
-        "layers.0.self_attn",
-        "the dropout of attention weights has hooks",
+    ("gemma 4", "layers.1", "norm_out", "a part has hooks or is no plain one"),
+    (
+        "gemma 4",
+        "subsample_conv_projection.layer0",
+        "norm",
+        "conv, norm or act has hooks or is no plain one",
     ),
-    "nemo subsampling": ("pre_encode.conv.0", "pre_encode", "conv or one of its layers has hooks"),
-}
+    ("gemma 3n", "conformer.1", "norm", "a part has hooks or is no plain one"),
+    (
+        "gemma 3n",
+        "subsample_conv_projection.conv_0",
+        "conv",
+        "conv, norm or activation has hooks or is no plain one",
+    ),
+    ("gemma 3n", "conformer.0.attention.attn", "relative_position_embedding", REL_ATTENTION),
+)
+
+
+def copies(family, **options):
+    """Returns the swapped model, upstream's, and a call of them."""
+    theirs, run = families.make(family)
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours, **options)
+    return ours, theirs, run
+
+
+def hooked(family, block, part, reason):
+    ours, theirs, run = copies(family)
+    ours.get_submodule(f"{block}.{part}".rstrip(".")).register_forward_hook(lambda *_: None)
+    return beside(ours, theirs, run, f"{block}.forward", reason)
 
 
 def nets(name, **options):
@@ -63,25 +100,12 @@ def nets(name, **options):
     return ours.float(), theirs.float()  # SpeechBrain's attention has float32 weights whatever the dtype
 
 
-def case(ours, theirs, run, block, reason, **options):
-    run = torch.no_grad()(run)
-    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{block}.forward", reason, **options)
-
-
-def hooked(name):
-    framework, (part, block, reason) = name.split()[0], HOOKED[name]
-    ours, theirs = nets(framework)
-    ours.get_submodule(part).register_forward_hook(lambda *_: None)
-    x = torch.randn(3, 21, WIDTH)
-    return case(ours, theirs, lambda net: call(framework, net, x, LENGTHS), block, reason)
-
-
 def of_attention(name, reason, run, change=lambda ours, theirs: None):
     """Returns the case of an attention module. ``run(module, x)``; ``change(ours, theirs)`` changes the models."""
     ours, theirs = nets(name)
     change(ours, theirs)
     x, block = torch.randn(3, 21, WIDTH), ATTENTION[name]
-    return case(ours, theirs, lambda net: run(net.get_submodule(block), x), block, reason)
+    return beside(ours, theirs, lambda net: run(net.get_submodule(block), x), f"{block}.forward", reason)
 
 
 def table(batch=1):
@@ -109,8 +133,7 @@ def a_query_without_keys():
 
 
 def positions_of_each_sequence():
-    reason = "an input, a mask or positions that rel_attention does not take"
-    return of_attention("wav2vec2", reason, lambda module, x: module(x, None, table(3))[0])
+    return of_attention("wav2vec2", REL_ATTENTION, lambda module, x: module(x, None, table(3))[0])
 
 
 def weights_of_fastspeech2():
@@ -121,81 +144,20 @@ def weights_of_fastspeech2():
 
 
 def other_keys_of_nemo():
-    def run(module, x):
-        return module(x, x.flip(0), x.flip(0), None, table())
-
-    return of_attention("nemo", "an input, a mask or positions that rel_attention does not take", run)
-
-
-def cache_of_a_hooked_convolution():
-    ours, theirs = nets("nemo", conv_context_size="causal", conv_norm_type="layer_norm")
-    ours.layers[0].conv.depthwise_conv.register_forward_hook(lambda *_: None)
-    x, cache = torch.randn(3, 21, WIDTH), torch.randn(3, WIDTH, TAPS - 1)
-    reason = "a cache, and a convolution or norm that is no plain one or has hooks"
-    return case(ours, theirs, lambda net: net.layers[0].conv(x, cache=cache), "layers.0.conv", reason)
-
-
-def glu_of_seamless():
-    theirs, run = families.make("seamless m4t")
-    ours = copy.deepcopy(theirs.eval())
-    fastasr.accelerate(ours)
-    ours.layers[0].conv_module.glu.register_forward_hook(lambda *_: None)
-    return case(ours, theirs, run, "layers.0.conv_module", "glu or pointwise_conv1 is no plain one")
-
-
-def of_nemo_transformer(reason, change, path, run=None):
-    theirs, call = families.make("nemo transformer")
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
-    change(ours)
-    return case(ours, theirs, run or call, path, reason)
-
-
-def sequence_of_nemo_transformer():
-    def change(ours):
-        ours.layers[0].ffn.net.register_forward_hook(lambda *_: None)
-
-    return of_nemo_transformer("net is not a plain Sequential", change, "layers.0.ffn")
-
-
-def mask_of_nemo_transformer():
-    flex = torch.nn.attention.flex_attention
-
-    def run(model):
-        mask = flex.create_block_mask(
-            lambda b, h, q, k: (q - k).abs() < 3, B=2, H=1, Q_LEN=5, KV_LEN=5, device="cpu"
-        )
-        x, positions = torch.linspace(-1, 1, 2 * 5 * 32).sin().view(2, 5, 32), torch.ones(1, 9, 32)
-        return model.layers[0].attn(x, mask, positions)
-
-    reason = "an input, a mask or positions that rel_attention does not take"
-    return of_nemo_transformer(reason, lambda ours: None, "layers.0.attn", run)
-
-
-def with_a_hook(family, reason, part, block):
-    theirs, run = families.make(family)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
-    ours.get_submodule(f"{block}.{part}").register_forward_hook(lambda *_: None)
-    return case(ours, theirs, run, block, reason)
-
-
-def sequence_of_firered():
-    return with_a_hook("fireredasr", "net is not a plain Sequential", "net", "layer_stack.0.ffn1")
+    return of_attention(
+        "nemo", REL_ATTENTION, lambda module, x: module(x, x.flip(0), x.flip(0), None, table())
+    )
 
 
 def with_other_keys(family, path):
-    theirs, _ = families.make(family)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours, theirs, _ = copies(family)
     x, keys = torch.randn(2, 3, 21, WIDTH)
 
     def run(model):
         found = model.get_submodule(path)(x, keys, keys, table())
         return found[0] if isinstance(found, tuple) else found
 
-    reason = "an input, a mask or positions that rel_attention does not take"
-    return case(ours, theirs, run, path, reason)
+    return beside(ours, theirs, run, f"{path}.forward", REL_ATTENTION)
 
 
 def other_keys_of_firered():
@@ -206,82 +168,46 @@ def other_keys_of_gigaam():
     return with_other_keys("gigaam", "layers.0.self_attn")
 
 
-def front_end_of_phi4():
-    reason = "conv or one of its layers has hooks or is no plain one"
-    return with_a_hook("phi-4", reason, "conv.0", "embed")
+def cache_of_a_hooked_convolution():
+    ours, theirs = nets("nemo", conv_context_size="causal", conv_norm_type="layer_norm")
+    ours.layers[0].conv.depthwise_conv.register_forward_hook(lambda *_: None)
+    x, cache = torch.randn(3, 21, WIDTH), torch.randn(3, WIDTH, TAPS - 1)
+    reason = "a cache, and a convolution or norm that is no plain one or has hooks"
+    return beside(
+        ours, theirs, lambda net: net.layers[0].conv(x, cache=cache), "layers.0.conv.forward", reason
+    )
 
 
-def gate_of_phi4():
-    reason = "a part has hooks or is no plain one, or an activation is not SiLU"
-    return with_a_hook("phi-4", reason, "glu.ext_pw_conv_1d", "encoders.0.conv")
+def mask_of_nemo_transformer():
+    ours, theirs, _ = copies("nemo transformer")
+    flex = torch.nn.attention.flex_attention
+
+    def run(model):
+        mask = flex.create_block_mask(
+            lambda b, h, q, k: (q - k).abs() < 3, B=2, H=1, Q_LEN=5, KV_LEN=5, device="cpu"
+        )
+        x, positions = torch.linspace(-1, 1, 2 * 5 * 32).sin().view(2, 5, 32), torch.ones(1, 9, 32)
+        return model.layers[0].attn(x, mask, positions)
+
+    return beside(ours, theirs, run, "layers.0.attn.forward", REL_ATTENTION)
 
 
 def pairs_of_phi4():
-    theirs, run = families.make("phi-4")
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours, theirs, run = copies("phi-4")
     ours.relative_attention_bias_layer.register_forward_hook(lambda *_: None)
-    return case(ours, theirs, run, "encoders.0.self_attn", "the bias has every pair of frames")
-
-
-def memory_of_funasr():
-    reason = "fsmn_block or pad_fn has hooks or is no plain one"
-    return with_a_hook("funasr", reason, "fsmn_block", "encoders.0.self_attn")
+    return beside(ours, theirs, run, "encoders.0.self_attn.forward", "the bias has every pair of frames")
 
 
 def chunks_of_funasr():
-    theirs, _ = families.make("funasr")
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours, theirs, _ = copies("funasr")
     x, mask, seen = torch.randn(2, 9, WIDTH), torch.ones(2, 1, 9), torch.ones(9, 9).tril()
-
-    def run(model):
-        return model.encoders[0].self_attn(x, mask, None, seen)
-
+    run = lambda model: model.encoders[0].self_attn(x, mask, None, seen)  # noqa: E731
     reason = "masks of chunks, or a mask that is not (B, 1, T)"
-    return case(ours, theirs, run, "encoders.0.self_attn", reason)
-
-
-def memory_of_fun_asr():
-    reason = "conv or pad has hooks, or has an even number of taps"
-    return with_a_hook("fun-asr-nano", reason, "conv", "layers.0.self_attn.fsmn")
-
-
-def glu_of_granite_speech():
-    return with_a_hook("granite speech", "glu is not a plain GLU", "glu", "layers.0.conv")
-
-
-def table_of_granite_speech():
-    reason = "an input, a mask or positions that rel_attention does not take"
-    return with_a_hook("granite speech", reason, "rel_pos_emb", "layers.0.attn")
-
-
-def table_of_granite_speech5():
-    reason = "an input, a mask or positions that rel_attention does not take"
-    return with_a_hook("granite speech 5", reason, "rel_pos_emb", "layers.0.self_attn")
-
-
-def weights_of_wavlm():
-    """The second layer runs upstream's code on the bias of every pair, the third ours again."""
-    theirs, run = families.make("wavlm")
-    ours = copy.deepcopy(theirs.eval())
-    fastasr.accelerate(ours)
-    ours.layers[1].attention.register_forward_hook(lambda *_: None)
-    return case(ours, theirs, run, "layers.1.attention", "attention weights are asked for")
-
-
-def weights_of_gemma4():
-    theirs, run = families.make("gemma 4")
-    ours = copy.deepcopy(theirs.eval())
-    fastasr.accelerate(ours)
-    ours.layers[1].self_attn.register_forward_hook(lambda *_: None)
-    return case(ours, theirs, run, "layers.1.self_attn", "attention weights are asked for")
+    return beside(ours, theirs, run, "encoders.0.self_attn.forward", reason)
 
 
 def mask_of_gemma4():
-    theirs, _ = families.make("gemma 4")
-    ours = copy.deepcopy(theirs.eval())
-    fastasr.accelerate(ours)
+    ours, theirs, _ = copies("gemma 4")
 
     def run(model):
         mask = torch.zeros(1, 1, 2, 12, 24)
@@ -289,97 +215,36 @@ def mask_of_gemma4():
         x, positions = torch.linspace(-1, 1, 20 * WIDTH).sin().view(1, 20, WIDTH), torch.ones(1, 13, WIDTH)
         return model.layers[0].self_attn(x, positions, mask)
 
-    reason = "an input, a mask or positions that rel_attention does not take"
-    return case(ours, theirs, run, "layers.0.self_attn", reason)
-
-
-def product_of_gemma4():
-    reason = "linear has hooks or is no plain one"
-    return with_a_hook("gemma 4", reason, "linear", "layers.0.feed_forward1.ffw_layer_1")
-
-
-def norm_of_gemma4():
-    reason = "a norm has hooks or is no plain one"
-    return with_a_hook("gemma 4", reason, "pre_layer_norm", "layers.0.feed_forward1")
-
-
-def convolution_of_gemma4():
-    reason = "a norm or depthwise_conv1d has hooks or is no plain one"
-    return with_a_hook("gemma 4", reason, "depthwise_conv1d", "layers.0.lconv1d")
-
-
-def layer_of_gemma4():
-    return with_a_hook("gemma 4", "a part has hooks or is no plain one", "norm_out", "layers.1")
-
-
-def layer_of_gemma3n():
-    return with_a_hook("gemma 3n", "a part has hooks or is no plain one", "norm", "conformer.1")
-
-
-def front_end_of_gemma4():
-    reason = "conv, norm or act has hooks or is no plain one"
-    return with_a_hook("gemma 4", reason, "norm", "subsample_conv_projection.layer0")
-
-
-def front_end_of_gemma3n():
-    reason = "conv, norm or activation has hooks or is no plain one"
-    return with_a_hook("gemma 3n", reason, "conv", "subsample_conv_projection.conv_0")
-
-
-def positions_of_gemma3n():
-    reason = "an input, a mask or positions that rel_attention does not take"
-    return with_a_hook("gemma 3n", reason, "relative_position_embedding", "conformer.0.attention.attn")
+    return beside(ours, theirs, run, "layers.0.self_attn.forward", REL_ATTENTION)
 
 
 def bias_of_pairs_of_wavlm():
     """Without a swap of the first layer's attention, the others get upstream's bias."""
-    theirs, run = families.make("wavlm")
-    ours = copy.deepcopy(theirs.eval())
-    fastasr.accelerate(ours, exclude=["layers.0.attention"])
+    ours, theirs, run = copies("wavlm", exclude=["layers.0.attention"])
     reason = "the position bias has every pair of frames"
-    return case(ours, theirs, run, "layers.1.attention", reason)
+    return beside(ours, theirs, run, "layers.1.attention.forward", reason)
 
 
 OTHERS = (
-    weights_of_gemma4,
-    mask_of_gemma4,
-    product_of_gemma4,
-    norm_of_gemma4,
-    convolution_of_gemma4,
-    layer_of_gemma4,
-    layer_of_gemma3n,
-    front_end_of_gemma4,
-    front_end_of_gemma3n,
-    positions_of_gemma3n,
-    weights_of_wavlm,
-    bias_of_pairs_of_wavlm,
-    sequence_of_firered,
-    other_keys_of_firered,
-    other_keys_of_gigaam,
-    front_end_of_phi4,
-    gate_of_phi4,
-    pairs_of_phi4,
-    memory_of_fun_asr,
-    memory_of_funasr,
-    chunks_of_funasr,
-    glu_of_granite_speech,
-    table_of_granite_speech,
-    table_of_granite_speech5,
-    sequence_of_nemo_transformer,
-    mask_of_nemo_transformer,
-    glu_of_seamless,
     weights_of_wav2vec2,
     a_query_without_keys,
     positions_of_each_sequence,
     weights_of_fastspeech2,
     other_keys_of_nemo,
+    other_keys_of_firered,
+    other_keys_of_gigaam,
     cache_of_a_hooked_convolution,
+    mask_of_nemo_transformer,
+    pairs_of_phi4,
+    chunks_of_funasr,
+    mask_of_gemma4,
+    bias_of_pairs_of_wavlm,
 )
 
 
-@pytest.mark.parametrize("name", HOOKED)
-def test_hooks(name, caplog):
-    check(hooked(name), caplog)
+@pytest.mark.parametrize("row", HOOKED, ids=lambda row: " ".join(row[:3]))
+def test_hooks(row, caplog):
+    check(hooked(*row), caplog)
 
 
 @pytest.mark.parametrize("make", OTHERS)
@@ -388,5 +253,5 @@ def test_a_way_back(make, caplog):
 
 
 def test_no_way_back_is_missing(monkeypatch):
-    made = [*map(hooked, HOOKED), *(make() for make in OTHERS)]
+    made = [*(hooked(*row) for row in HOOKED), *(make() for make in OTHERS)]
     assert unreached(made, monkeypatch, conformers=True) == set()

@@ -204,18 +204,9 @@ def test_what_ends_with_a_length_of_zero(native):
     assert len(native) == 1
 
 
-class _Stop(transformers.StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), input_ids.shape[1] > 4)
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {"eos_token_id": 3},
-        {"stopping_criteria": transformers.StoppingCriteriaList([_Stop()])},
-        {"suppress_tokens": [1, *range(12, 17)]},
-        {"repetition_penalty": 1.3},
         {"use_cache": False},
         {"max_time": 100.0},
         {"output_hidden_states": True, "return_dict_in_generate": True},
@@ -224,6 +215,7 @@ class _Stop(transformers.StoppingCriteria):
     ids=lambda options: next(iter(options)),
 )
 def test_what_goes_upstreams_way(options, native):
+    """``test_ways_back.py`` has the options for which ``fastasr.why`` names a reason."""
     seeded(6)
     model, inputs = parakeet(), batch()
     only_generate(model)
@@ -235,50 +227,17 @@ def test_what_goes_upstreams_way(options, native):
     assert not native
 
 
-def test_a_streamer_gets_the_tokens(native):
-    seeded(7)
-
-    class Streamer:
-        def __init__(self):
-            self.tokens, self.ended = [], False
-
-        def put(self, tokens):
-            self.tokens += tokens.tolist()
-
-        def end(self):
-            self.ended = True
-
-    model, inputs = parakeet(), batch(1)
-    only_generate(model)
-    streamer = Streamer()
-    found = model.generate(**inputs, streamer=streamer)
-    assert streamer.ended
-    assert not native
-    flat = [token for put in streamer.tokens for token in (put if isinstance(put, list) else [put])]
-    assert flat == found.sequences[0].tolist()
-
-
-@pytest.mark.parametrize("kind", ["double", "hook", "autocast", "gelu", "training"])
-def test_models_that_the_native_call_does_not_serve(kind, native):
-    if kind == "autocast":
-        try:
-            with torch.autocast("cpu"), torch.no_grad():
-                torch.nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
-        except RuntimeError as reason:  # oneDNN has no such LSTM without AVX-512
-            pytest.skip(f"torch has no LSTM in bfloat16 here: {reason}")
+def test_autocast_is_not_served(native):
+    try:
+        with torch.autocast("cpu"), torch.no_grad():
+            torch.nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
+    except RuntimeError as reason:  # oneDNN has no such LSTM without AVX-512
+        pytest.skip(f"torch has no LSTM in bfloat16 here: {reason}")
     seeded(8)
-    model = parakeet(hidden_act="gelu" if kind == "gelu" else "relu")
-    inputs = batch()
+    model = parakeet()
     only_generate(model)
-    if kind == "double":
-        model.double()
-        inputs["input_features"] = inputs["input_features"].double()
-    if kind == "hook":
-        model.joint.register_forward_hook(lambda module, args, result: result + 1)
-    if kind == "training":
-        model.decoder.train()
-    with torch.autocast("cpu", enabled=kind == "autocast"):
-        same(model, inputs)
+    with torch.autocast("cpu"):
+        same(model, batch())
     assert not native
 
 

@@ -12,7 +12,7 @@ import nemo_encoder
 import pytest
 import tiny_emformer_rnnt
 import torch
-from leaving import Case, check, unreached
+from leaving import Case, beside, check, unreached
 from steps import moved, numbers, seeded
 from test_parakeet_generate import batch, parakeet
 from tiny_parakeet import SIZES, STILL
@@ -263,14 +263,13 @@ def declined(name, theirs, run, arguments, unread, layer, watched, method):
         reason = f"{watched.removeprefix(layer).lstrip('.')} {reason}"
     if name == "switch":
         ours.get_submodule(layer).packed_streaming = False
-    if name != "gradients":
-        run = torch.no_grad()(run)
-    return Case(
+    return beside(
         ours,
-        lambda: run(ours, *arguments),
-        lambda: run(theirs, *arguments),
+        theirs,
+        lambda model: run(model, *arguments),
         f"{layer}.{method}".lstrip("."),
         reason,
+        gradients=name == "gradients",
         level=level,
         around=around,
         tolerance=0.1 if name == "autocast" else 1e-4,
@@ -343,9 +342,12 @@ def segment_of_emformer_layers(name):
 def zipformer_layer_with_upstreams_attention():
     theirs = causal_layer()
     ours = swapped(theirs, exclude="self_attn1")
-    run = torch.no_grad()(lambda layer: layer(*whole(layer)))
-    return Case(
-        ours, lambda: run(ours), lambda: run(theirs), "forward", "self_attn1 runs other code than fastasr's"
+    return beside(
+        ours,
+        theirs,
+        lambda layer: layer(*whole(layer)),
+        "forward",
+        "self_attn1 runs other code than fastasr's",
     )
 
 
@@ -358,10 +360,9 @@ def zipformer_layer_of_old_icefall():
     binding.bind(
         ours, constant_attention_in_eval, (("streaming_forward", ZipformerEncoderLayer.streaming_forward),)
     )
-    run = torch.no_grad()(lambda layer: layer(*whole(layer)))
     reason = "this version of icefall may draw constant attention weights"
-    return Case(
-        ours, lambda: run(ours), lambda: run(theirs), "forward", reason, known=True, level=logging.INFO
+    return beside(
+        ours, theirs, lambda layer: layer(*whole(layer)), "forward", reason, known=True, level=logging.INFO
     )
 
 
@@ -372,9 +373,10 @@ def causal_encoder(what):
     ours = swapped(theirs, exclude="encoders.0.layers.0" if what == "unswapped" else None)
     if what == "hooks":
         ours.encoders[0].register_forward_hook(lambda *_: None)
-    run = torch.no_grad()(lambda model: model(source(), LENGTHS, PADDING))
     reason = "encoders.0.layers.0 is not swapped" if what == "unswapped" else "encoders.0 has a hook"
-    return Case(ours, lambda: run(ours), lambda: run(theirs), "forward", reason, known=True)
+    return beside(
+        ours, theirs, lambda model: model(source(), LENGTHS, PADDING), "forward", reason, known=True
+    )
 
 
 @cases("hooks", "mask")
@@ -386,9 +388,10 @@ def encoder_without_padding(what):
         ours.encoders[0].layers[0].norm.register_forward_hook(lambda *_: None)
     else:
         mask[0, 3] = True
-    run = torch.no_grad()(lambda model: model(source(), LENGTHS, mask))
     reason = "encoders.0.layers.0.norm has a hook" if what == "hooks" else "its mask is not one of lengths"
-    return Case(ours, lambda: run(ours), lambda: run(theirs), "forward", reason, known=what == "hooks")
+    return beside(
+        ours, theirs, lambda model: model(source(), LENGTHS, mask), "forward", reason, known=what == "hooks"
+    )
 
 
 # --------------------------------------------------------------------------- FastConformers
@@ -412,7 +415,6 @@ def parakeet_encoder(what):
         if what in ("draws", "all dropped"):
             model.layers[0].self_attn.train().attention_dropout = 0.5 if what == "draws" else 1.0
 
-    @torch.no_grad()
     def run(model):
         seeded("dropout")
         if what == "subsampling":
@@ -428,10 +430,10 @@ def parakeet_encoder(what):
         "positions": "each sequence has position embeddings of its own",
         "mask": "an input, a mask or positions that rel_attention does not take",
     }[what]
-    return Case(
+    return beside(
         ours,
-        lambda: run(ours),
-        lambda: run(theirs),
+        theirs,
+        run,
         key,
         reason,
         level=logging.INFO if what == "draws" else logging.WARNING,
@@ -457,7 +459,6 @@ def nemotron(what):
     if what == "chunk":
         layer, reason = "", "upstream's forward makes a mask of pairs"
 
-    @torch.no_grad()
     def run(model):
         if what != "chunk":
             return model(x, num_lookahead_tokens=3).last_hidden_state
@@ -468,7 +469,7 @@ def nemotron(what):
             x[:, 25:57], attention_mask=torch.ones(2, 32, dtype=torch.int64), **options
         ).last_hidden_state
 
-    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward".lstrip("."), reason)
+    return beside(ours, theirs, run, f"{layer}.forward".lstrip("."), reason)
 
 
 # --------------------------------------------------------------------------- MEGA
@@ -483,8 +484,6 @@ def mega_decoder(what):
     labels, states = torch.tensor([[1]]), theirs.init_state()
     if what == "states":
         states = [{name: torch.nn.Parameter(t, False) for name, t in state.items()} for state in states]
-    run = lambda model: model.inference(labels, states)  # noqa: E731
-    run = run if what == "gradients" else torch.no_grad()(run)
     reason, around, level = {
         "autocast": ("autocast is on", bfloat16, logging.WARNING),
         "eager": ("backend 'eager' is forced", eager, logging.INFO),
@@ -496,12 +495,13 @@ def mega_decoder(what):
         "states": ("states that the step does not read", torch.no_grad, logging.WARNING),
         "transform": DECLINED["transform"],
     }[what]
-    return Case(
+    return beside(
         ours,
-        lambda: run(ours),
-        lambda: run(theirs),
+        theirs,
+        lambda model: model.inference(labels, states),
         "inference",
         reason,
+        gradients=what == "gradients",
         known=what in ("autocast", "eager", "switch", "transform"),
         level=level,
         around=around,
@@ -529,8 +529,7 @@ def lstm(what):
         "bias": "x2g has a bias before a norm",
         "eps": "g_norm and c_norm differ in eps",
     }[what]
-    run = torch.no_grad()(lambda model: model(labels, lengths))
-    return Case(ours, lambda: run(ours), lambda: run(theirs), f"{layer}.forward", reason, known=True)
+    return beside(ours, theirs, lambda model: model(labels, lengths), f"{layer}.forward", reason, known=True)
 
 
 # --------------------------------------------------------------------------- searches and engines
@@ -634,14 +633,8 @@ def hook_of_all_modules():
     theirs = module.Emformer(12, 3, 20, 1, 4).eval()
     ours = swapped(theirs, only=lambda path, _: path == "")
     call = torch.randn(2, 8, 12, generator=numbers(1)), torch.tensor([8, 8])
-    return Case(
-        ours,
-        lambda: ours(*call)[0],
-        lambda: theirs(*call)[0],
-        "forward",
-        "hooks of all modules are registered",
-        around=_hook_of_all_modules,
-    )
+    reason = "hooks of all modules are registered"
+    return beside(ours, theirs, lambda model: model(*call)[0], "forward", reason, around=_hook_of_all_modules)
 
 
 # --------------------------------------------------------------------------- Emformer's attention
@@ -653,12 +646,11 @@ def emformer_attention(method):
     ours.emformer_layers[0].attention.register_forward_hook(lambda *_: None)
     call = torch.randn(2, 4, 12, generator=numbers(1)), torch.tensor([4, 4])
 
-    @torch.no_grad()
     def run(model):
         return getattr(model, method)(*call)[0]
 
     reason = "its attention has hooks or another forward"
-    return Case(ours, lambda: run(ours), lambda: run(theirs), f"emformer_layers.0.{method}", reason)
+    return beside(ours, theirs, run, f"emformer_layers.0.{method}", reason)
 
 
 # --------------------------------------------------------------------------- Zipformer's loss
@@ -668,8 +660,7 @@ def joiner():
     ours = swapped(theirs, only=lambda path, _: path == "")
     ours.joiner.output_linear.register_forward_hook(lambda *_: None)
     reason = "the joiner has hooks or is no plain one: its logits are formed"
-    with_losses = torch.no_grad()(run)
-    return Case(ours, lambda: with_losses(ours), lambda: with_losses(theirs), "forward_transducer", reason)
+    return beside(ours, theirs, run, "forward_transducer", reason)
 
 
 # --------------------------------------------------------------------------- NeMo's loss and joint
@@ -687,7 +678,7 @@ def nemo_loss():
         "target_lengths": torch.tensor([3, 2]),
     }
     reason = "its loss has hooks or another forward"
-    return Case(ours, lambda: ours(**call), lambda: theirs(**call), "forward", reason)
+    return beside(ours, theirs, lambda model: model(**call), "forward", reason)
 
 
 @cases("hooks", "clamp", "temperature", "draws")
@@ -727,12 +718,13 @@ def nemo_joint(what):
         "temperature": "temperature is 1.5, expected 1",
         "draws": "upstream_draws is on",
     }[what]
-    return Case(
+    return beside(
         ours,
-        lambda: run(ours),
-        lambda: run(theirs),
+        theirs,
+        run,
         "forward",
         reason,
+        gradients=True,
         known=what != "draws",
         level=logging.INFO if what == "draws" else logging.WARNING,
         around=fastasr.upstream_draws,
@@ -748,25 +740,25 @@ def reduced_weights():
     ours = swapped(theirs, weights="int8")
     weight = ours[0].weight
     x = torch.randn(4, 160)
-    run = torch.no_grad()(lambda model: fastasr.ops.linear(x, model[0].weight[:80], model[0].bias[:80]))
     assert weight.numel() > 2**14
-    return Case(
+    return beside(
         ours,
-        lambda: run(ours),
-        lambda: run(theirs),
+        theirs,
+        lambda model: fastasr.ops.linear(x, model[0].weight[:80], model[0].bias[:80]),
         "0.weight.product",
         "float32 weights multiply a part of it",
     )
 
 
 # --------------------------------------------------------------------------- recorded calls
+ROW = {"mel_bins": 16, "width": 16, "layers": 1, "heads": 2, "hidden": 16, "channels": 4, "layer_drop": 0.0}
+
+
 @cases("part", "saved")
 def recorded(what):
     """A hook on a part, and hooks on saved tensors, as checkpointing has them."""
     seeded(0)
-    theirs = FastConformerEncoder(
-        mel_bins=16, width=16, layers=1, heads=2, hidden=16, channels=4, layer_drop=0.0
-    ).eval()
+    theirs = FastConformerEncoder(**ROW).eval()
     ours = swapped(theirs, graphs=fastasr.Graphs(after=0, recorder=TapeRecorder))
     if what == "part":
         ours.layers[0].register_forward_hook(lambda *_: None)
@@ -778,27 +770,21 @@ def recorded(what):
             return model(x)[0]
 
     reason = {"part": "submodules have hooks", "saved": "saved tensors have hooks"}[what]
-    return Case(
-        ours,
-        lambda: run(ours),
-        lambda: run(theirs),
-        "forward",
-        reason,
-        level=logging.INFO if what == "saved" else logging.WARNING,
-    )
+    level = logging.INFO if what == "saved" else logging.WARNING
+    return beside(ours, theirs, run, "forward", reason, gradients=True, level=level)
 
 
 @cases()
 def larger_than_a_row():
     seeded(0)
-    theirs = FastConformerEncoder(
-        mel_bins=16, width=16, layers=1, heads=2, hidden=16, channels=4, layer_drop=0.0
-    ).eval()
+    theirs = FastConformerEncoder(**ROW).eval()
     theirs.ragged = True
     row = fastasr.Graphs(frames=40, recordings=2, recorder=TapeRecorder)
     ours, x = swapped(theirs, ragged=True, graphs=row), torch.randn(2, 24, 16)
     reason = "it has 48 frames, and Graphs allows 40"
-    return Case(ours, lambda: ours(x)[0], lambda: theirs(x)[0], "forward", reason, level=logging.INFO)
+    return beside(
+        ours, theirs, lambda model: model(x)[0], "forward", reason, gradients=True, level=logging.INFO
+    )
 
 
 # --------------------------------------------------------------------------- the tests

@@ -190,11 +190,7 @@ class GateBackward : GateStripe<T> {
       this->take(stripe);
       sums_.clear();
       for (int64_t b = 0; b < p_.batch; b++) sequence(b);
-      for (int64_t c = 0; c < channels_; c++) {
-        g_.dbias[first_ + c] = static_cast<C>(sums_.total(0)[c]);
-        for (int64_t k = 0; k < p_.taps; k++)
-          g_.dweight[(first_ + c) * p_.taps + k] = static_cast<C>(sums_.total(1 + k)[c]);
-      }
+      sums_.store(first_, channels_, p_.taps, g_.dweight, g_.dbias);
     }
   }
 

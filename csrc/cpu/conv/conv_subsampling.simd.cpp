@@ -35,12 +35,7 @@ template <typename C, typename T>
 FASTASR_INLINE Vector<C> read(const T* p, int64_t n) {
   constexpr int64_t kLanes = Lanes<C>::count;
   alignas(64) C lanes[kLanes] = {};
-  if (n == kLanes) {
-#pragma omp simd
-    for (int64_t c = 0; c < kLanes; c++) lanes[c] = load(p[c]);
-  } else {
-    for (int64_t c = 0; c < n; c++) lanes[c] = load(p[c]);
-  }
+  copy_row<kLanes>(p, lanes, n);
   return at(lanes);
 }
 template <typename C, typename T>
@@ -48,12 +43,7 @@ FASTASR_INLINE void write(T* p, Vector<C> v, int64_t n) {
   constexpr int64_t kLanes = Lanes<C>::count;
   alignas(64) C lanes[kLanes];
   put(lanes, v);
-  if (n == kLanes) {
-#pragma omp simd
-    for (int64_t c = 0; c < kLanes; c++) store(&p[c], lanes[c]);
-  } else {
-    for (int64_t c = 0; c < n; c++) store(&p[c], lanes[c]);
-  }
+  copy_row<kLanes>(lanes, p, n);
 }
 
 template <typename C>
@@ -201,11 +191,8 @@ class Block {
     if constexpr (std::is_same_v<T, C>) {
       x_ = x;
     } else {
-      const int64_t n = (4 * (last_ - first_) + 3) * s_.bins;
-      C* to = copy_.data();
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) to[i] = load(x[i]);
-      x_ = to;
+      convert(x, copy_.data(), (4 * (last_ - first_) + 3) * s_.bins);
+      x_ = copy_.data();
     }
   }
   int64_t sequence() const { return b_; }

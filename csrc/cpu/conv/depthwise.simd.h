@@ -182,6 +182,13 @@ class Sums {
   }
   C* part(int64_t row) { return part_[row]; }
   const double* total(int64_t row) { return total_[row]; }
+  // Writes the sums of the first row to channels [first, first + n) of dbias, those of the K behind it to dweight's.
+  void store(int64_t first, int64_t n, int64_t K, C* dweight, C* dbias) {
+    for (int64_t c = 0; c < n; c++) {
+      dbias[first + c] = static_cast<C>(total(0)[c]);
+      for (int64_t k = 0; k < K; k++) dweight[(first + c) * K + k] = static_cast<C>(total(1 + k)[c]);
+    }
+  }
   __attribute__((noinline)) void carry(int64_t first, int64_t rows) {
     C* __restrict part = part_[first];
     double* __restrict total = total_[first];

@@ -40,15 +40,7 @@ class Cleared {
 template <int64_t kLanes, typename T, typename C>
 FASTASR_INLINE void stage_pixels(const T* __restrict from, int64_t stride, int64_t pixels, int64_t channels,
                                  C* __restrict to) {
-  if (channels == kLanes) {
-    for (int64_t f = 0; f < pixels; f++, from += stride, to += kLanes) {
-#pragma omp simd
-      for (int64_t c = 0; c < kLanes; c++) to[c] = load(from[c]);
-    }
-    return;
-  }
-  for (int64_t f = 0; f < pixels; f++, from += stride, to += kLanes)
-    for (int64_t c = 0; c < channels; c++) to[c] = load(from[c]);
+  for (int64_t f = 0; f < pixels; f++, from += stride, to += kLanes) copy_row<kLanes>(from, to, channels);
 }
 
 template <int64_t kLanes, typename T, typename C>

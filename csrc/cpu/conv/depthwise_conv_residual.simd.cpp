@@ -101,12 +101,7 @@ class ResidualConvolution {
     sums_.carry(1, p_.taps);
   }
 
-  void end_backward(C* dweight, C* dbias) {
-    for (int64_t c = 0; c < channels_; c++) {
-      dbias[first_ + c] = static_cast<C>(sums_.total(0)[c]);
-      for (int64_t k = 0; k < p_.taps; k++) dweight[(first_ + c) * p_.taps + k] = static_cast<C>(sums_.total(1 + k)[c]);
-    }
-  }
+  void end_backward(C* dweight, C* dbias) { sums_.store(first_, channels_, p_.taps, dweight, dbias); }
 
  private:
   void take(int64_t stripe) {

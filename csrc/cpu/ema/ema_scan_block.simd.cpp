@@ -24,123 +24,8 @@ FASTASR_INLINE void by_groups(int64_t states, const F& f) {
 template <typename C>
 constexpr bool kDifference = sizeof(C) == 4;
 
-template <typename C, int kStates, bool kLate, bool kOther, bool kStart>
-void convolution_group(const EmaConvolution<C>& a, int64_t first) {
-  using V = Vector<C>;
-  const int64_t base = first * kEmaLanes, end = a.steps * kEmaLanes;
-  for (int64_t j = 0; j < a.lanes; j += Lanes<C>::count) {
-    V g[kStates], h[kStates], d[kStates], in[kStates], out[kStates], late[kStates], sum[kStates];
-#pragma GCC unroll 4
-    for (int n = 0; n < kStates; n++) {
-      const int64_t i = base + n * kEmaLanes + j;
-      g[n] = at(a.g + i), d[n] = at(a.decay + i), in[n] = at(a.in + i);
-      out[n] = at(a.out + i), h[n] = V{}, sum[n] = V{};
-      if constexpr (kLate) late[n] = at(a.late_gain + i);
-    }
-    for (int64_t t = j; t < end; t += kEmaLanes) {
-      const V x = at(a.x + t);
-      // the group's sum is added first, then that of earlier groups: less rounding
-      V y = V{}, x_late = V{}, other = V{};
-      if constexpr (kLate) x_late = at(a.x_late + t);
-      if constexpr (kOther) other = at(a.other + t);
-#pragma GCC unroll 4
-      for (int n = 0; n < kStates; n++) {
-        h[n] = g[n] + in[n] * x;
-        if constexpr (kLate) h[n] -= late[n] * x_late;
-        y += out[n] * h[n];
-        if constexpr (kOther) sum[n] += h[n] * other;
-        g[n] = kDifference<C> ? h[n] - d[n] * h[n] : d[n] * h[n];
-      }
-      if constexpr (!kStart) y += at(a.y + t);
-      put(a.y + t, y);
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < kStates; n++) {
-      const int64_t i = base + n * kEmaLanes + j;
-      put(a.g + i, g[n]);
-      if (a.last) put(a.last + i, h[n]);
-      if constexpr (kOther) put(a.sum + i, sum[n]);
-    }
-  }
-}
-
-template <typename C, int kStates, bool kLate>
-void gradient_group(const EmaGradient<C>& a, int64_t first) {
-  using V = Vector<C>;
-  const int64_t base = first * kEmaLanes, end = a.steps * kEmaLanes;
-  for (int64_t j = 0; j < a.lanes; j += Lanes<C>::count) {
-    V g[kStates], v[kStates], d[kStates], in[kStates], late[kStates], slope[kStates], dc[kStates], dq[kStates];
-    V last[kStates];
-#pragma GCC unroll 4
-    for (int n = 0; n < kStates; n++) {
-      const int64_t i = base + n * kEmaLanes + j;
-      g[n] = at(a.g + i), v[n] = at(a.v + i), d[n] = at(a.decay + i), in[n] = at(a.in + i);
-      dc[n] = V{}, dq[n] = V{}, last[n] = V{};
-      if constexpr (kLate) late[n] = at(a.late_gain + i), slope[n] = at(a.late_slope + i);
-    }
-    for (int64_t t = j; t < end; t += kEmaLanes) {
-      const V x = at(a.x + t), dy = at(a.dy + t);
-      V x_late = V{};
-      if constexpr (kLate) x_late = at(a.x_late + t);
-#pragma GCC unroll 4
-      for (int n = 0; n < kStates; n++) {
-        V h = g[n] + in[n] * x;
-        if constexpr (kLate) h -= late[n] * x_late, v[n] -= slope[n] * x_late;
-        dc[n] += dy * h;
-        dq[n] += dy * v[n];
-        last[n] = v[n];
-        v[n] = (kDifference<C> ? v[n] - d[n] * v[n] : d[n] * v[n]) + h;
-        g[n] = kDifference<C> ? h - d[n] * h : d[n] * h;
-      }
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < kStates; n++) {
-      const int64_t i = base + n * kEmaLanes + j;
-      put(a.g + i, g[n]), put(a.v + i, v[n]), put(a.last_v + i, last[n]);
-      put(a.dc + i, dc[n]), put(a.dq + i, dq[n]);
-    }
-  }
-}
-
-template <typename C, int kStates>
-void convolution_of(const EmaConvolution<C>& a, int64_t first, bool start) {
-  if (a.x_late) {
-    start ? convolution_group<C, kStates, true, false, true>(a, first)
-          : convolution_group<C, kStates, true, false, false>(a, first);
-  } else if (a.other) {
-    start ? convolution_group<C, kStates, false, true, true>(a, first)
-          : convolution_group<C, kStates, false, true, false>(a, first);
-  } else {
-    start ? convolution_group<C, kStates, false, false, true>(a, first)
-          : convolution_group<C, kStates, false, false, false>(a, first);
-  }
-}
-
-template <typename C, int kStates>
-void gradient_of(const EmaGradient<C>& a, int64_t first) {
-  a.x_late ? gradient_group<C, kStates, true>(a, first) : gradient_group<C, kStates, false>(a, first);
-}
-
-// This many states fit the registers of the instruction set.
-constexpr int kGroup = kRegisters == 32 ? 4 : 2;
-
-template <typename C>
-void convolution(const EmaConvolution<C>& a) {
-  by_groups<kGroup>(a.states,
-                    [&]<int kStates>(int64_t first) { convolution_of<C, kStates>(a, first, a.start && first == 0); });
-}
-
-template <typename C>
-void gradient(const EmaGradient<C>& a) {
-  by_groups<kGroup>(a.states, [&]<int kStates>(int64_t first) { gradient_of<C, kStates>(a, first); });
-}
-
-// --------------------------------------------------------------------------- complex numbers
-// A state is two vectors, its real and its imaginary part. Groups have two states: 14 multiply-adds per step, a little
-// more than the latency of the three that a state waits for.
-constexpr int kComplexGroup = 2;
-
-// Computes q (r + i sqrt(-1)), from q as EmaBlocks defines it for complex numbers.
+// Computes the real and the imaginary part of q (r + i sqrt(-1)), from q as EmaBlocks defines it; a real one has no low
+// part.
 template <typename C>
 FASTASR_INLINE Vector<C> turned_re(Vector<C> d, Vector<C> e, Vector<C> d_low, Vector<C> e_low, Vector<C> r,
                                    Vector<C> i) {
@@ -152,151 +37,168 @@ FASTASR_INLINE Vector<C> turned_im(Vector<C> d, Vector<C> e, Vector<C> d_low, Ve
   return kDifference<C> ? i - d * i - e * r : d_low * i + e_low * r + d * i + e * r;
 }
 template <typename C>
-FASTASR_INLINE Vector<C> low(const C* p, int64_t i) {
-  if constexpr (kDifference<C>) return Vector<C>{};
-  return at(p + i);
+FASTASR_INLINE Vector<C> scaled(Vector<C> d, Vector<C> h) {
+  return kDifference<C> ? h - d * h : d * h;
 }
 
-// kTurned says that the input coefficient is complex. Else its imaginary part is 0.
-template <typename C, int kStates, bool kLate, bool kOther, bool kStart, bool kTurned>
-void complex_convolution_group(const EmaConvolution<C>& a, int64_t first) {
+// How a scan reads a state's numbers, and in which way. Of complex numbers, `real` says that the input coefficient has
+// no imaginary part: it has one only in the adjoint of a scan with a state, which is never truncated, and which alone
+// has a second factor.
+struct Kind {
+  bool complex, late, other, start, real;
+};
+
+// A state is one vector or, of complex numbers, two: names that end with _i are its imaginary part, a row behind.
+template <typename C, int kStates, Kind kind>
+void convolution_group(const EmaConvolution<C>& a, int64_t first) {
   using V = Vector<C>;
-  constexpr int64_t kPart = kEmaLanes, kState = 2 * kEmaLanes;
+  constexpr bool kComplex = kind.complex, kLow = kComplex && !kDifference<C>;
+  constexpr int64_t kPart = kEmaLanes, kState = kComplex ? 2 * kEmaLanes : kEmaLanes;
   const int64_t base = first * kState, end = a.steps * kEmaLanes;
   for (int64_t j = 0; j < a.lanes; j += Lanes<C>::count) {
-    V gr[kStates], gi[kStates], hr[kStates], hi[kStates], d[kStates], e[kStates], in[kStates], in_i[kStates];
-    V cr[kStates], ci[kStates], late[kStates], late_i[kStates], sum[kStates], d_low[kStates], e_low[kStates];
-#pragma GCC unroll 2
+    V g[kStates], g_i[kStates], h[kStates], h_i[kStates], d[kStates], d_i[kStates], in[kStates], in_i[kStates];
+    V out[kStates], out_i[kStates], late[kStates], late_i[kStates], sum[kStates], low[kStates], low_i[kStates];
+#pragma GCC unroll 4
     for (int n = 0; n < kStates; n++) {
-      const int64_t i = base + n * kState + j;
-      gr[n] = at(a.g + i), gi[n] = at(a.g + i + kPart), d[n] = at(a.decay + i);
-      e[n] = at(a.decay + i + kPart), in[n] = at(a.in + i), cr[n] = at(a.out + i);
-      ci[n] = at(a.out + i + kPart), hr[n] = V{}, hi[n] = V{}, sum[n] = V{};
-      d_low[n] = low<C>(a.low, i), e_low[n] = low<C>(a.low, i + kPart);
-      if constexpr (kTurned) in_i[n] = at(a.in + i + kPart);
-      if constexpr (kLate) late[n] = at(a.late_gain + i), late_i[n] = at(a.late_gain + i + kPart);
+      const int64_t i = base + n * kState + j, k = i + kPart;
+      g[n] = at(a.g + i), d[n] = at(a.decay + i), in[n] = at(a.in + i), out[n] = at(a.out + i);
+      h[n] = h_i[n] = sum[n] = low[n] = low_i[n] = V{};
+      if constexpr (kComplex) g_i[n] = at(a.g + k), d_i[n] = at(a.decay + k), out_i[n] = at(a.out + k);
+      if constexpr (kLow) low[n] = at(a.low + i), low_i[n] = at(a.low + k);
+      if constexpr (kComplex && !kind.real) in_i[n] = at(a.in + k);
+      if constexpr (kind.late) late[n] = at(a.late_gain + i);
+      if constexpr (kComplex && kind.late) late_i[n] = at(a.late_gain + k);
     }
     for (int64_t t = j; t < end; t += kEmaLanes) {
       const V x = at(a.x + t);
       // the group's sum is added first, then that of earlier groups: less rounding
       V y = V{}, x_late = V{}, other = V{};
-      if constexpr (kLate) x_late = at(a.x_late + t);
-      if constexpr (kOther) other = at(a.other + t);
-#pragma GCC unroll 2
+      if constexpr (kind.late) x_late = at(a.x_late + t);
+      if constexpr (kind.other) other = at(a.other + t);
+#pragma GCC unroll 4
       for (int n = 0; n < kStates; n++) {
-        hr[n] = gr[n] + in[n] * x, hi[n] = gi[n];
-        if constexpr (kTurned) hi[n] += in_i[n] * x;
-        if constexpr (kLate) hr[n] -= late[n] * x_late, hi[n] -= late_i[n] * x_late;
-        y += cr[n] * hr[n];
-        y -= ci[n] * hi[n];
-        if constexpr (kOther) sum[n] += hr[n] * other;
-        gr[n] = turned_re<C>(d[n], e[n], d_low[n], e_low[n], hr[n], hi[n]);
-        gi[n] = turned_im<C>(d[n], e[n], d_low[n], e_low[n], hr[n], hi[n]);
+        h[n] = g[n] + in[n] * x;
+        if constexpr (kComplex) h_i[n] = g_i[n];
+        if constexpr (kComplex && !kind.real) h_i[n] += in_i[n] * x;
+        if constexpr (kind.late) h[n] -= late[n] * x_late;
+        if constexpr (kComplex && kind.late) h_i[n] -= late_i[n] * x_late;
+        y += out[n] * h[n];
+        if constexpr (kComplex) y -= out_i[n] * h_i[n];
+        if constexpr (kind.other) sum[n] += h[n] * other;
+        if constexpr (kComplex) {
+          g[n] = turned_re<C>(d[n], d_i[n], low[n], low_i[n], h[n], h_i[n]);
+          g_i[n] = turned_im<C>(d[n], d_i[n], low[n], low_i[n], h[n], h_i[n]);
+        } else {
+          g[n] = scaled<C>(d[n], h[n]);
+        }
       }
-      if constexpr (!kStart) y += at(a.y + t);
+      if constexpr (!kind.start) y += at(a.y + t);
       put(a.y + t, y);
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int n = 0; n < kStates; n++) {
       const int64_t i = base + n * kState + j;
-      put(a.g + i, gr[n]), put(a.g + i + kPart, gi[n]);
-      if (a.last) put(a.last + i, hr[n]), put(a.last + i + kPart, hi[n]);
-      if constexpr (kOther) put(a.sum + i, sum[n]);
+      put(a.g + i, g[n]);
+      if constexpr (kComplex) put(a.g + i + kPart, g_i[n]);
+      if (a.last) put(a.last + i, h[n]);
+      if (kComplex && a.last) put(a.last + i + kPart, h_i[n]);
+      if constexpr (kind.other) put(a.sum + i, sum[n]);
     }
   }
 }
 
-template <typename C, int kStates, bool kLate>
-void complex_gradient_group(const EmaGradient<C>& a, int64_t first) {
+template <typename C, int kStates, bool kComplex, bool kLate>
+void gradient_group(const EmaGradient<C>& a, int64_t first) {
   using V = Vector<C>;
-  constexpr int64_t kPart = kEmaLanes, kState = 2 * kEmaLanes;
+  constexpr bool kLow = kComplex && !kDifference<C>;
+  constexpr int64_t kPart = kEmaLanes, kState = kComplex ? 2 * kEmaLanes : kEmaLanes;
   const int64_t base = first * kState, end = a.steps * kEmaLanes;
   for (int64_t j = 0; j < a.lanes; j += Lanes<C>::count) {
-    V gr[kStates], gi[kStates], vr[kStates], vi[kStates], d[kStates], e[kStates], in[kStates];
-    V d_low[kStates], e_low[kStates], late[kStates], late_i[kStates], slope[kStates], slope_i[kStates];
+    V g[kStates], g_i[kStates], v[kStates], v_i[kStates], d[kStates], d_i[kStates], in[kStates], low[kStates];
+    V low_i[kStates], late[kStates], late_i[kStates], slope[kStates], slope_i[kStates];
     V c[kStates], c_i[kStates], q[kStates], q_i[kStates], last[kStates], last_i[kStates];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int n = 0; n < kStates; n++) {
-      const int64_t i = base + n * kState + j;
-      gr[n] = at(a.g + i), gi[n] = at(a.g + i + kPart);
-      vr[n] = at(a.v + i), vi[n] = at(a.v + i + kPart);
-      d[n] = at(a.decay + i), e[n] = at(a.decay + i + kPart), in[n] = at(a.in + i);
-      d_low[n] = low<C>(a.low, i), e_low[n] = low<C>(a.low, i + kPart);
-      c[n] = V{}, c_i[n] = V{}, q[n] = V{}, q_i[n] = V{}, last[n] = V{}, last_i[n] = V{};
-      if constexpr (kLate) {
-        late[n] = at(a.late_gain + i), late_i[n] = at(a.late_gain + i + kPart);
-        slope[n] = at(a.late_slope + i), slope_i[n] = at(a.late_slope + i + kPart);
-      }
+      const int64_t i = base + n * kState + j, k = i + kPart;
+      g[n] = at(a.g + i), v[n] = at(a.v + i), d[n] = at(a.decay + i), in[n] = at(a.in + i);
+      c[n] = c_i[n] = q[n] = q_i[n] = last[n] = last_i[n] = low[n] = low_i[n] = V{};
+      if constexpr (kComplex) g_i[n] = at(a.g + k), v_i[n] = at(a.v + k), d_i[n] = at(a.decay + k);
+      if constexpr (kLow) low[n] = at(a.low + i), low_i[n] = at(a.low + k);
+      if constexpr (kLate) late[n] = at(a.late_gain + i), slope[n] = at(a.late_slope + i);
+      if constexpr (kLate && kComplex) late_i[n] = at(a.late_gain + k), slope_i[n] = at(a.late_slope + k);
     }
     for (int64_t t = j; t < end; t += kEmaLanes) {
       const V x = at(a.x + t), dy = at(a.dy + t);
       V x_late = V{};
       if constexpr (kLate) x_late = at(a.x_late + t);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int n = 0; n < kStates; n++) {
-        V r = gr[n] + in[n] * x, i = gi[n];
-        if constexpr (kLate) {
-          r -= late[n] * x_late, i -= late_i[n] * x_late;
-          vr[n] -= slope[n] * x_late, vi[n] -= slope_i[n] * x_late;
+        V h = g[n] + in[n] * x, h_i = V{};
+        if constexpr (kComplex) h_i = g_i[n];
+        if constexpr (kLate) h -= late[n] * x_late, v[n] -= slope[n] * x_late;
+        if constexpr (kLate && kComplex) h_i -= late_i[n] * x_late, v_i[n] -= slope_i[n] * x_late;
+        c[n] += dy * h, q[n] += dy * v[n], last[n] = v[n];
+        if constexpr (kComplex) {
+          c_i[n] += dy * h_i, q_i[n] += dy * v_i[n], last_i[n] = v_i[n];
+          v[n] = turned_re<C>(d[n], d_i[n], low[n], low_i[n], last[n], last_i[n]) + h;
+          v_i[n] = turned_im<C>(d[n], d_i[n], low[n], low_i[n], last[n], last_i[n]) + h_i;
+          g[n] = turned_re<C>(d[n], d_i[n], low[n], low_i[n], h, h_i);
+          g_i[n] = turned_im<C>(d[n], d_i[n], low[n], low_i[n], h, h_i);
+        } else {
+          v[n] = scaled<C>(d[n], v[n]) + h;
+          g[n] = scaled<C>(d[n], h);
         }
-        c[n] += dy * r, c_i[n] += dy * i;
-        q[n] += dy * vr[n], q_i[n] += dy * vi[n];
-        last[n] = vr[n], last_i[n] = vi[n];
-        vr[n] = turned_re<C>(d[n], e[n], d_low[n], e_low[n], last[n], last_i[n]) + r;
-        vi[n] = turned_im<C>(d[n], e[n], d_low[n], e_low[n], last[n], last_i[n]) + i;
-        gr[n] = turned_re<C>(d[n], e[n], d_low[n], e_low[n], r, i);
-        gi[n] = turned_im<C>(d[n], e[n], d_low[n], e_low[n], r, i);
       }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int n = 0; n < kStates; n++) {
       const int64_t i = base + n * kState + j, k = i + kPart;
-      put(a.g + i, gr[n]), put(a.g + k, gi[n]);
-      put(a.v + i, vr[n]), put(a.v + k, vi[n]);
-      put(a.last_v + i, last[n]), put(a.last_v + k, last_i[n]);
-      put(a.dc + i, c[n]), put(a.dc + k, c_i[n]);
-      put(a.dq + i, q[n]), put(a.dq + k, q_i[n]);
+      put(a.g + i, g[n]), put(a.v + i, v[n]), put(a.last_v + i, last[n]);
+      put(a.dc + i, c[n]), put(a.dq + i, q[n]);
+      if constexpr (kComplex) {
+        put(a.g + k, g_i[n]), put(a.v + k, v_i[n]), put(a.last_v + k, last_i[n]);
+        put(a.dc + k, c_i[n]), put(a.dq + k, q_i[n]);
+      }
     }
   }
 }
 
-// The input coefficient is complex only in the adjoint of a scan with a state. That scan is never truncated, and it
-// alone has a second factor.
-template <typename C, int kStates, bool kStart>
-void complex_convolution_of(const EmaConvolution<C>& a, int64_t first) {
+template <typename C, int kStates, bool kComplex, bool kStart>
+void convolution_of(const EmaConvolution<C>& a, int64_t first) {
   if (a.x_late)
-    complex_convolution_group<C, kStates, true, false, kStart, false>(a, first);
+    convolution_group<C, kStates, Kind{kComplex, true, false, kStart, true}>(a, first);
   else if (a.other)
-    complex_convolution_group<C, kStates, false, true, kStart, true>(a, first);
+    convolution_group<C, kStates, Kind{kComplex, false, true, kStart, false}>(a, first);
+  else if (!kComplex || a.real)
+    convolution_group<C, kStates, Kind{kComplex, false, false, kStart, true}>(a, first);
   else
-    complex_convolution_group<C, kStates, false, false, kStart, true>(a, first);
-}
-template <typename C, int kStates>
-void complex_convolution_from(const EmaConvolution<C>& a, int64_t first, bool start) {
-  if (a.real && !a.x_late && !a.other)
-    start ? complex_convolution_group<C, kStates, false, false, true, false>(a, first)
-          : complex_convolution_group<C, kStates, false, false, false, false>(a, first);
-  else
-    start ? complex_convolution_of<C, kStates, true>(a, first) : complex_convolution_of<C, kStates, false>(a, first);
+    convolution_group<C, kStates, Kind{kComplex, false, false, kStart, false}>(a, first);
 }
 
-template <typename C>
-void complex_convolution(const EmaConvolution<C>& a) {
-  by_groups<kComplexGroup>(a.states, [&]<int kStates>(int64_t first) {
-    complex_convolution_from<C, kStates>(a, first, a.start && first == 0);
+// This many states fit the registers of the instruction set. Complex numbers take two vectors; two states have 14
+// multiply-adds per step, a little more than the latency of the three that a state waits for.
+template <bool kComplex>
+constexpr int kGroup = kRegisters == 32 && !kComplex ? 4 : 2;
+
+template <typename C, bool kComplex>
+void convolution(const EmaConvolution<C>& a) {
+  by_groups<kGroup<kComplex>>(a.states, [&]<int kStates>(int64_t first) {
+    a.start&& first == 0 ? convolution_of<C, kStates, kComplex, true>(a, first)
+                         : convolution_of<C, kStates, kComplex, false>(a, first);
   });
 }
 
-template <typename C>
-void complex_gradient(const EmaGradient<C>& a) {
-  by_groups<kComplexGroup>(a.states, [&]<int kStates>(int64_t first) {
-    a.x_late ? complex_gradient_group<C, kStates, true>(a, first) : complex_gradient_group<C, kStates, false>(a, first);
+template <typename C, bool kComplex>
+void gradient(const EmaGradient<C>& a) {
+  by_groups<kGroup<kComplex>>(a.states, [&]<int kStates>(int64_t first) {
+    a.x_late ? gradient_group<C, kStates, kComplex, true>(a, first)
+             : gradient_group<C, kStates, kComplex, false>(a, first);
   });
 }
 
 }  // namespace
 
-FASTASR_KERNELS_COMPUTE(EmaBlocks, .real = {convolution<T>, gradient<T>},
-                        .complex = {complex_convolution<T>, complex_gradient<T>})
+FASTASR_KERNELS_COMPUTE(EmaBlocks, .real = {convolution<T, false>, gradient<T, false>},
+                        .complex = {convolution<T, true>, gradient<T, true>})
 
 }  // namespace fastasr::cpu

@@ -10,20 +10,21 @@ constexpr int64_t kChain = 2;  // panels in a chain of sums: 64 terms cost 2 % o
 #define SIMD _Pragma("omp simd")
 
 // R rows by N columns of accumulators: what an instruction set has registers for. They start at zero and are added to c
-// at the end, else they would live on the stack.
-template <int R, int N, typename C>
-FASTASR_INLINE void rows_piece(const C* __restrict a, int64_t a_block, const C* __restrict b, int64_t depth,
-                               C* __restrict c, bool add) {
+// at the end, else they would live on the stack. kColumns: a holds columns in place of rows.
+template <int R, int N, bool kColumns, typename C>
+FASTASR_INLINE void piece(const C* __restrict a, int64_t a_block, const C* __restrict b, int64_t depth, C* __restrict c,
+                          bool add) {
+  constexpr int64_t kStep = kColumns ? kChain * kPanel : kPanel;
   for (int64_t first = 0; first == 0 || first < depth; first += kChain * kPanel) {  // no terms: zeros
     const int64_t end = first + kChain * kPanel < depth ? first + kChain * kPanel : depth;
     alignas(64) C acc[R][N];
     UNROLL for (int m = 0; m < R; m++) SIMD for (int n = 0; n < N; n++) acc[m][n] = 0;
-    for (int64_t i = first; i < end; i += kPanel) {
-      const C* __restrict ai = a + i / kPanel * a_block, * __restrict bi = b + i * kPanel;
-      const int64_t terms = end - i < kPanel ? end - i : kPanel;
+    for (int64_t i = first; i < end; i += kStep) {
+      const C* __restrict ai = kColumns ? a + i * kPanel : a + i / kPanel * a_block, * __restrict bi = b + i * kPanel;
+      const int64_t terms = end - i < kStep ? end - i : kStep;
       for (int64_t k = 0; k < terms; k++) {
         UNROLL for (int m = 0; m < R; m++) {
-          const C v = ai[m * kPanel + k];
+          const C v = ai[kColumns ? k * kPanel + m : m * kPanel + k];
           SIMD for (int n = 0; n < N; n++) acc[m][n] += v * bi[k * kPanel + n];
         }
       }
@@ -37,43 +38,15 @@ FASTASR_INLINE void rows_piece(const C* __restrict a, int64_t a_block, const C* 
   }
 }
 
-template <int R, int N, typename C>
-FASTASR_INLINE void columns_piece(const C* __restrict a, const C* __restrict b, int64_t depth, C* __restrict c,
-                                  bool add) {
-  for (int64_t first = 0; first == 0 || first < depth; first += kChain * kPanel) {
-    const int64_t end = first + kChain * kPanel < depth ? first + kChain * kPanel : depth;
-    alignas(64) C acc[R][N];
-    UNROLL for (int m = 0; m < R; m++) SIMD for (int n = 0; n < N; n++) acc[m][n] = 0;
-    for (int64_t k = first; k < end; k++) {
-      UNROLL for (int m = 0; m < R; m++) {
-        const C v = a[k * kPanel + m];
-        SIMD for (int n = 0; n < N; n++) acc[m][n] += v * b[k * kPanel + n];
-      }
-    }
-    if (add) {
-      UNROLL for (int m = 0; m < R; m++) SIMD for (int n = 0; n < N; n++) c[m * kPanel + n] += acc[m][n];
-    } else {
-      UNROLL for (int m = 0; m < R; m++) SIMD for (int n = 0; n < N; n++) c[m * kPanel + n] = acc[m][n];
-    }
-    add = true;
-  }
-}
-
 // Each microkernel has its own function: several inlined into one would spill. Pieces have R rows by `bytes` of
 // columns.
-template <typename C, int R, int bytes>
-__attribute__((noinline)) void rows_in_pieces(const C* a, int64_t a_block, const C* b, int64_t depth, C* c, bool add,
-                                              TilePart part) {
+template <typename C, int R, int bytes, bool kColumns>
+__attribute__((noinline)) void in_pieces(const C* a, int64_t a_block, const C* b, int64_t depth, C* c, bool add,
+                                         TilePart part) {
   constexpr int N = bytes / sizeof(C);
   for (int m = 0; m < part.rows; m += R)
     for (int n = 0; n < part.columns; n += N)
-      rows_piece<R, N>(a + m * kPanel, a_block, b + n, depth, c + m * kPanel + n, add);
-}
-template <typename C, int R, int bytes>
-__attribute__((noinline)) void columns_in_pieces(const C* a, const C* b, int64_t depth, C* c, bool add, TilePart part) {
-  constexpr int N = bytes / sizeof(C);
-  for (int m = 0; m < part.rows; m += R)
-    for (int n = 0; n < part.columns; n += N) columns_piece<R, N>(a + m, b + n, depth, c + m * kPanel + n, add);
+      piece<R, N, kColumns>(a + (kColumns ? m : m * kPanel), a_block, b + n, depth, c + m * kPanel + n, add);
 }
 
 // Calls f<R, bytes>() with the piece that this part of a tile takes.
@@ -94,13 +67,19 @@ FASTASR_INLINE void with_piece([[maybe_unused]] TilePart part, const F& f) {
 #endif
 }
 
+template <typename C, bool kColumns>
+FASTASR_INLINE void tile(const C* a, int64_t a_block, const C* b, int64_t depth, C* c, bool add, TilePart part) {
+  with_piece<C>(part,
+                [&]<int R, int bytes>() { in_pieces<C, R, bytes, kColumns>(a, a_block, b, depth, c, add, part); });
+}
+
 template <typename C>
 void rows(const C* a, int64_t a_block, const C* b, int64_t depth, C* c, bool add, TilePart part) {
-  with_piece<C>(part, [&]<int R, int bytes>() { rows_in_pieces<C, R, bytes>(a, a_block, b, depth, c, add, part); });
+  tile<C, false>(a, a_block, b, depth, c, add, part);
 }
 template <typename C>
 void columns(const C* a, const C* b, int64_t depth, C* c, bool add, TilePart part) {
-  with_piece<C>(part, [&]<int R, int bytes>() { columns_in_pieces<C, R, bytes>(a, b, depth, c, add, part); });
+  tile<C, true>(a, 0, b, depth, c, add, part);
 }
 
 }  // namespace

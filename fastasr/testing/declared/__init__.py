@@ -74,9 +74,14 @@ class Declared:
     def argument(self, name: str) -> Argument:
         return next(a for a in self.arguments if a.name == name)
 
+    def layout(self, name: str) -> str | Callable:
+        """Returns the strides of an argument, an output or a gradient, or "" for contiguous memory."""
+        grad = name.startswith("grad_") and name not in {a.name for a in self.arguments}
+        return self.strides.get(name) or (self.strides.get("grad") if grad else None) or ""
+
     def like(self, output: Output) -> str:
         """Returns the argument whose strides an output has, or ""."""
-        like = self.strides.get(output.name, "")
+        like = self.layout(output.name)
         return like if isinstance(like, str) else ""
 
     def known_sizes(self) -> set[str]:
