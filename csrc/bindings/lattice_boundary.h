@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <limits>
-
-#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
 
 // The lattices' bindings share boundaries and the values outside them.
 namespace fastasr {
@@ -30,10 +28,18 @@ inline std::vector<Boundary> checked_boundaries(const Optional& boundary, int64_
   return out;
 }
 
-// Returns the i-th sequence to work on: neighbours, which are often alike in length, go to different threads.
-inline int64_t dealt(int64_t i, int64_t batch) {
-  const int64_t even = (batch + 1) / 2;
-  return i < even ? 2 * i : 2 * (i - even) + 1;
+// Calls run(b, boundary, scratch) for every sequence. Neighbours, which are often alike in length, go to different
+// threads.
+template <typename C>
+void each_sequence(const auto& a, int64_t work, int64_t scratch_size, const auto& run) {
+  const std::vector<Boundary> boundaries = checked_boundaries(a.boundary, a.B, a.S, a.T, a.kName);
+  parallel_tasks(a.B, work, [&](int64_t begin, int64_t end) {
+    const Scratch<C> scratch(scratch_size);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t even = (a.B + 1) / 2, b = i < even ? 2 * i : 2 * (i - even) + 1;
+      run(b, boundaries[static_cast<size_t>(b)], scratch.data());
+    }
+  });
 }
 
 }  // namespace fastasr

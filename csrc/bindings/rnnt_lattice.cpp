@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "bindings/lattice_boundary.h"
-#include "bindings/pooled.h"
 #include "bindings/written/rnnt_lattice.h"
 
 namespace fastasr::bindings::rnnt_lattice {
@@ -19,26 +18,20 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const RnntLatticeForward& a) {
   const Tensor &x = a.symbol_logprobs, &y = a.blank_logprobs;
   const int64_t batch = a.B, symbols = a.S, width = a.W, frames = a.T;
   const cpu::LatticeSize whole = size_of(a);
-  const std::vector<Boundary> boundaries = checked_boundaries(a.boundary, batch, symbols, frames, a.kName);
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   Tensor scores = new_pooled(x, {batch});
   Tensor shares = a.keep ? new_pooled(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
   with_wide_kernels<cpu::LatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = a.keep && slab ? mutable_data<C>(shares) : nullptr;
-    parallel_tasks(batch, slab, [&](int64_t begin, int64_t end) {
-      const Scratch<C> scratch(cpu::lattice_scratch(symbols));
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t b = dealt(i, batch);
-        const Boundary& at = boundaries[static_cast<size_t>(b)];
-        const cpu::LatticeSize size{at.symbols(), at.frames(), whole.regular};
-        sp[b] = kernel.forward(size, xp + (b * symbols + at.s_begin) * width + at.t_begin, width,
-                               yp + (b * (symbols + 1) + at.s_begin) * frames + at.t_begin, frames,
-                               kept ? kept + b * slab : nullptr, scratch.data());
-        if (kept) {
-          const int64_t used = size.steps() * cpu::lattice_row(size);
-          std::fill(kept + b * slab + used, kept + (b + 1) * slab, C(0));
-        }
+    each_sequence<C>(a, slab, cpu::lattice_scratch(symbols), [&](int64_t b, const Boundary& at, C* scratch) {
+      const cpu::LatticeSize size{at.symbols(), at.frames(), whole.regular};
+      sp[b] = kernel.forward(size, xp + (b * symbols + at.s_begin) * width + at.t_begin, width,
+                             yp + (b * (symbols + 1) + at.s_begin) * frames + at.t_begin, frames,
+                             kept ? kept + b * slab : nullptr, scratch);
+      if (kept) {
+        const int64_t used = size.steps() * cpu::lattice_row(size);
+        std::fill(kept + b * slab + used, kept + (b + 1) * slab, C(0));
       }
     });
   });
@@ -64,30 +57,23 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const RnntLatticeBackward& a) {
   const Tensor &scores = a.scores, &shares = a.shares;
   const int64_t batch = a.B, symbols = a.S, width = a.W, frames = a.T;
   const cpu::LatticeSize whole = size_of(a);
-  const std::vector<Boundary> boundaries = checked_boundaries(a.boundary, batch, symbols, frames, a.kName);
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   check(shares.numel() == batch * slab, a.kName, "shares");
   Tensor dx = new_pooled(scores, {batch, symbols, width}), dy = new_pooled(scores, {batch, symbols + 1, frames});
   with_wide_kernels<cpu::LatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
-    parallel_tasks(batch, slab, [&](int64_t begin, int64_t end) {
-      const Scratch<C> scratch(cpu::lattice_scratch(symbols));
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t b = dealt(i, batch);
-        const Boundary& at = boundaries[static_cast<size_t>(b)];
-        C *const x = dxp + b * symbols * width, *const y = dyp + b * (symbols + 1) * frames;
-        const C g = gp ? gp[b] : C(1), constant = std::isnan(sp[b]) ? sp[b] : C(0);
-        const bool done = !std::isfinite(sp[b]) || g == 0;
-        fill_outside(x, symbols, width, at.s_begin, at.s_end, at.t_begin, at.t_end + (whole.regular ? 1 : 0),
-                     done ? &constant : nullptr);
-        fill_outside(y, symbols + 1, frames, at.s_begin, at.s_end + 1, at.t_begin, at.t_end,
-                     done ? &constant : nullptr);
-        if (done) continue;
-        kernel.backward({at.symbols(), at.frames(), whole.regular}, g, kept + b * slab,
-                        x + at.s_begin * width + at.t_begin, width, y + at.s_begin * frames + at.t_begin, frames,
-                        scratch.data());
-      }
+    each_sequence<C>(a, slab, cpu::lattice_scratch(symbols), [&](int64_t b, const Boundary& at, C* scratch) {
+      C *const x = dxp + b * symbols * width, *const y = dyp + b * (symbols + 1) * frames;
+      const C g = gp ? gp[b] : C(1), constant = std::isnan(sp[b]) ? sp[b] : C(0);
+      const bool done = !std::isfinite(sp[b]) || g == 0;
+      fill_outside(x, symbols, width, at.s_begin, at.s_end, at.t_begin, at.t_end + (whole.regular ? 1 : 0),
+                   done ? &constant : nullptr);
+      fill_outside(y, symbols + 1, frames, at.s_begin, at.s_end + 1, at.t_begin, at.t_end, done ? &constant : nullptr);
+      if (done) return;
+      kernel.backward({at.symbols(), at.frames(), whole.regular}, g, kept + b * slab,
+                      x + at.s_begin * width + at.t_begin, width, y + at.s_begin * frames + at.t_begin, frames,
+                      scratch);
     });
   });
   return {dx, dy};

@@ -4,7 +4,6 @@
 #include <array>
 
 #include "bindings/lattice_boundary.h"
-#include "bindings/pooled.h"
 #include "bindings/written/rnnt_pruned_lattice.h"
 
 namespace fastasr::bindings::rnnt_pruned_lattice {
@@ -30,79 +29,74 @@ std::vector<Boundary> checked_band(const auto& a) {
   return out;
 }
 
+// Calls run(i, group, count, scratch) for every group of sequences, after fill(b, sequence) for each of them.
 template <typename C>
-using Group = std::array<cpu::BandSequence<C>, kBandLanes>;
-
-template <typename C>
-int64_t fill_group(Group<C>& group, int64_t index, const std::vector<Boundary>& boundaries, const int64_t* starts,
-                   int64_t frames) {
-  const int64_t first = index * kBandLanes, batch = static_cast<int64_t>(boundaries.size());
-  const int64_t count = std::min(kBandLanes, batch - first);
-  for (int64_t l = 0; l < count; l++) {
-    const Boundary& at = boundaries[static_cast<size_t>(first + l)];
-    group[static_cast<size_t>(l)] = {.starts = starts + (first + l) * frames,
-                                     .s_begin = at.s_begin,
-                                     .t_begin = at.t_begin,
-                                     .s_end = at.s_end,
-                                     .t_end = at.t_end,
-                                     .grad = 1};
-  }
-  return count;
+void run_groups(const auto& a, const cpu::BandSize& size, const auto& fill, const auto& run) {
+  const std::vector<Boundary> boundaries = checked_band(a);
+  const int64_t* const starts = data<int64_t>(a.starts);
+  const int64_t batch = a.B, frames = a.T;
+  parallel_tasks(groups_of(batch), 4 * frames * a.R, [&](int64_t begin, int64_t end) {
+    const Scratch<C> scratch(cpu::band_scratch(size));
+    std::array<cpu::BandSequence<C>, kBandLanes> group;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t first = i * kBandLanes, count = std::min(kBandLanes, batch - first);
+      for (int64_t l = 0; l < count; l++) {
+        const Boundary& at = boundaries[static_cast<size_t>(first + l)];
+        auto& sequence = group[static_cast<size_t>(l)];
+        sequence = {.starts = starts + (first + l) * frames,
+                    .s_begin = at.s_begin,
+                    .t_begin = at.t_begin,
+                    .s_end = at.s_end,
+                    .t_end = at.t_end,
+                    .grad = 1};
+        fill(first + l, sequence);
+      }
+      run(i, group.data(), count, scratch.data());
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const RnntPrunedLatticeForward& a) {
   const Tensor &x = a.symbol_logprobs, &y = a.blank_logprobs;
-  const int64_t frames = a.T, window = a.R, groups = groups_of(a.B);
+  const int64_t frames = a.T, window = a.R;
   const cpu::BandSize size{frames, window, a.modified};
-  const std::vector<Boundary> boundaries = checked_band(a);
   Tensor scores = new_pooled(x, {a.B});
-  Tensor shares = a.keep ? new_pooled(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
+  Tensor shares = a.keep ? new_pooled(x, {groups_of(a.B), frames, window + 1, kBandLanes}) : new_without_elements(x);
   with_wide_kernels<cpu::PrunedLatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = a.keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
-    const int64_t *start = data<int64_t>(a.starts), elements = frames * window;
-    parallel_tasks(groups, 4 * frames * window, [&](int64_t begin, int64_t end) {
-      const Scratch<C> scratch(cpu::band_scratch(size));
-      Group<C> group;
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t first = i * kBandLanes, count = fill_group(group, i, boundaries, start, frames);
-        for (int64_t l = 0; l < count; l++) {
-          auto& sequence = group[static_cast<size_t>(l)];
-          sequence.x = xp + (first + l) * elements, sequence.y = yp + (first + l) * elements;
-        }
-        kernel.forward(size, group.data(), count, kept ? kept + i * cpu::band_shares(size) : nullptr, scratch.data());
-        for (int64_t l = 0; l < count; l++) sp[first + l] = group[static_cast<size_t>(l)].score;
-      }
-    });
+    run_groups<C>(
+        a, size,
+        [&](int64_t b, auto& sequence) {
+          sequence.x = xp + b * frames * window, sequence.y = yp + b * frames * window;
+        },
+        [&](int64_t i, auto* group, int64_t count, C* scratch) {
+          kernel.forward(size, group, count, kept ? kept + i * cpu::band_shares(size) : nullptr, scratch);
+          for (int64_t l = 0; l < count; l++) sp[i * kBandLanes + l] = group[l].score;
+        });
   });
   return {scores, shares};
 }
 
 std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const RnntPrunedLatticeBackward& a) {
   const Tensor &scores = a.scores, &shares = a.shares;
-  const int64_t frames = a.T, window = a.R, groups = groups_of(a.B);
+  const int64_t frames = a.T, window = a.R;
   const cpu::BandSize size{frames, window, a.modified};
-  const std::vector<Boundary> boundaries = checked_band(a);
-  check(window >= 1 && shares.numel() == groups * cpu::band_shares(size), a.kName, "shares");
+  check(window >= 1 && shares.numel() == groups_of(a.B) * cpu::band_shares(size), a.kName, "shares");
   Tensor dx = new_pooled(scores, {a.B, frames, window}), dy = new_pooled(scores, {a.B, frames, window});
   with_wide_kernels<cpu::PrunedLatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
-    const int64_t *start = data<int64_t>(a.starts), elements = frames * window;
-    parallel_tasks(groups, 4 * frames * window, [&](int64_t begin, int64_t end) {
-      const Scratch<C> scratch(cpu::band_scratch(size));
-      Group<C> group;
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t first = i * kBandLanes, count = fill_group(group, i, boundaries, start, frames);
-        for (int64_t l = 0; l < count; l++) {
-          auto& sequence = group[static_cast<size_t>(l)];
-          sequence.dx = dxp + (first + l) * elements, sequence.dy = dyp + (first + l) * elements;
-          sequence.score = sp[first + l];
-          if (gp) sequence.grad = gp[first + l];
-        }
-        kernel.backward(size, group.data(), count, kept + i * cpu::band_shares(size), scratch.data());
-      }
-    });
+    run_groups<C>(
+        a, size,
+        [&](int64_t b, auto& sequence) {
+          sequence.dx = dxp + b * frames * window, sequence.dy = dyp + b * frames * window;
+          sequence.score = sp[b];
+          if (gp) sequence.grad = gp[b];
+        },
+        [&](int64_t i, auto* group, int64_t count, C* scratch) {
+          kernel.backward(size, group, count, kept + i * cpu::band_shares(size), scratch);
+        });
   });
   return {dx, dy};
 }

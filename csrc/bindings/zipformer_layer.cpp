@@ -8,8 +8,8 @@
 #include "bindings/written/bypass.h"
 #include "bindings/written/gated_depthwise_conv.h"
 #include "bindings/written/zipformer_attention_weights.h"
+#include "cpu/attention/attention_rows.h"
 #include "cpu/conv/gated_depthwise_conv.h"
-#include "cpu/rows/add.h"
 #include "cpu/streaming/zipformer_layer.h"
 
 // A whole layer of Zipformer's encoder in inference, in float32: the kernels of its ops one after the other, as
@@ -44,11 +44,11 @@ Tensor by_torch(const char* name, std::array<StableIValue, 3> stack) {
 // Adds x to y and returns it.
 Tensor plus(const Tensor& x, Tensor y) {
   check_same_size(x, y, kOp, "a sum");
-  const auto& kernel = cpu::kernels<cpu::AddKernel>();
+  const auto& kernel = cpu::kernels<cpu::AttentionRows<float>>();
   const float* const xp = data<float>(x);
   float* const yp = mutable_data<float>(y);
   parallel_range(y.numel(), kGrain,
-                 [&](int64_t begin, int64_t end) { kernel.run(xp + begin, yp + begin, end - begin); });
+                 [&](int64_t begin, int64_t end) { kernel.add_scaled(yp + begin, xp + begin, end - begin, 1); });
   return y;
 }
 

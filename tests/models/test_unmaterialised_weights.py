@@ -14,12 +14,13 @@ import fastasr
 from fastasr import ops
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer import layer as layer_module
-from fastasr.models.zipformer import native_layer, score_blocks, score_penalty
+from fastasr.models.zipformer import native_layer, unmaterialised
 from fastasr.models.zipformer import stack as stack_module
 from fastasr.models.zipformer.attention import SCORE_LIMIT
 from fastasr.models.zipformer.packed_weights import constant_weights
 from fastasr.models.zipformer.self_attention import weighted
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
+from fastasr.ops._zipformer_attention import scores
 
 FRAMES, BATCH, HEADS, DIM, POS_DIM = 23, 2, 4, 8, 4
 
@@ -82,10 +83,8 @@ def test_everything_else_materialises():
     assert found == (torch.float64, tensor.device, 4, HEADS)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 100])
-def test_constant_attention(monkeypatch, rows):
-    """It compares fastasr's constant attention, in blocks of rows, and upstream's own operations on the handle."""
-    monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", rows * BATCH * FRAMES)
+def test_constant_attention():
+    """It compares fastasr's constant attention, and upstream's own operations on the handle."""
     weights, tensor = handle()[0:1], handle().materialised()[0:1]
     equal, expected = constant_weights(weights), constant_weights(tensor)
     assert isinstance(equal, UnmaterialisedWeights)
@@ -141,10 +140,8 @@ def test_gradients_of_every_consumer(case):
         close(found, expected)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize("pos_batch", [0, 1, BATCH])
-def test_the_penalty_on_scores_comes_once(monkeypatch, rows, pos_batch):
-    monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", rows * HEADS * BATCH * FRAMES)
+def test_the_penalty_on_scores_comes_once(pos_batch):
     seeded(0)
     x = torch.randn(FRAMES, BATCH, HEADS * (2 * DIM + POS_DIM), dtype=torch.float64, requires_grad=True)
     pos = torch.randn(pos_batch, 2 * FRAMES - 1, HEADS * POS_DIM, dtype=torch.float64, requires_grad=True)
@@ -156,10 +153,9 @@ def test_the_penalty_on_scores_comes_once(monkeypatch, rows, pos_batch):
         x, pos, HEADS, DIM, attn_mask=mask, score_penalty=0.1, score_limit=2.0
     )
     expected = torch.autograd.grad(2 * weighted(weights, values).sum(), inputs)
-    unmaterialised = UnmaterialisedWeights(
-        *score_penalty.penalized(x, pos, HEADS, DIM, 0.1, 2.0), HEADS, DIM, attn_mask=mask
-    )
-    y = weighted(unmaterialised, values).sum() + weighted(unmaterialised, values).sum()
+    penalty = {"score_penalty": 0.1, "score_limit": 2.0}
+    weights = UnmaterialisedWeights(x, pos, HEADS, DIM, penalty=penalty, attn_mask=mask)
+    y = weighted(weights, values).sum() + weighted(weights, values).sum()
     for a, b in zip(torch.autograd.grad(y, inputs), expected, strict=True):
         close(a, b)
 
@@ -219,7 +215,6 @@ def training_step(layer, x, pos_emb, seed):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_layer_in_training(monkeypatch, dtype):
     """The same seed gives the same step, with constant attention, skipped positions and penalised scores."""
-    monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", 5000)
     frames, batch = 120, 2
     layer = small_layer(dtype, const_attention_rate=0.5).train()
     # scores beyond the limit; in float32 their gradients would be noise
@@ -228,18 +223,15 @@ def test_a_layer_in_training(monkeypatch, dtype):
         layer.self_attn_weights.in_proj.weight *= factor
     x, pos_emb = torch.randn(frames, batch, 16, dtype=dtype), torch.randn(1, 2 * frames - 1, 16, dtype=dtype)
     with torch.no_grad():
-        blocks = score_blocks.ScoreBlocks(layer.self_attn_weights.in_proj(x), None, 2, 8)
-        beyond = max(scores.abs().max() for _, _, scores in blocks) > SCORE_LIMIT
+        beyond = scores(layer.self_attn_weights.in_proj(x), None, None, 2, 8).abs().max() > SCORE_LIMIT
         assert beyond == (dtype is torch.float64)
     happened = set()
-    for name, module in (("constant", UnmaterialisedWeights), ("penalized", score_penalty)):
-        original = getattr(module, name)
 
-        def noted(*args, _name=name, _original=original):
-            happened.add(_name)
-            return _original(*args)
+    def noted(*args, **options):
+        happened.update(name for name in ("equal", "score_penalty") if options.get(name) is not None)
+        return ops.zipformer_attention(*args, **options)
 
-        monkeypatch.setattr(module, name, noted)
+    monkeypatch.setattr(unmaterialised, "zipformer_attention", noted)
     for seed in itertools.count():
         monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 1 << 40)
         y, grads, size, draws = training_step(layer, x, pos_emb, seed)
@@ -255,7 +247,7 @@ def test_a_layer_in_training(monkeypatch, dtype):
             scale = grad.abs().max() + 1e-3 * grads["x"].abs().max()
             error = (found_grads[name] - grad).abs().max()
             assert error <= tolerance * scale, f"{name}, seed {seed}: {error} of {scale}"
-        if happened == {"constant", "penalized"} and seed >= 3:
+        if happened == {"equal", "score_penalty"} and seed >= 3:
             break
 
 

@@ -105,22 +105,29 @@ __attribute__((noinline)) void convolve(const X* const* x, const Vector<C>* taps
   for (; f < width; f++) pixels<1, kRelu, C>(x, f, w, bias, y);
 }
 
-// Adds an output frame's share to the gradients of the second convolution: sums (10, lanes).
-template <typename C>
-__attribute__((noinline)) void second_sums(const Vector<C>* const* h, const Vector<C>* g, int64_t width, double* sums) {
+// Adds a row's share to the gradients of a convolution: sums (10, lanes). gradient(f) is that of pixel f, which comes
+// from three rows of x.
+template <typename C, typename X>
+FASTASR_INLINE void row_sums(const X* const* x, int64_t width, double* sums, const auto& gradient) {
   constexpr int64_t kLanes = Lanes<C>::count;
   for (int64_t from = 0; from < width; from += kChainPixels) {
     Vector<C> a[9] = {}, bias = {};
     for (int64_t f = from; f < std::min(from + kChainPixels, width); f++) {
-      bias += g[f];
+      const Vector<C> g = gradient(f);
+      bias += g;
 #pragma GCC unroll 3
       for (int i = 0; i < 3; i++)
 #pragma GCC unroll 3
-        for (int j = 0; j < 3; j++) a[3 * i + j] += g[f] * h[i][2 * f + j];
+        for (int j = 0; j < 3; j++) a[3 * i + j] += g * x[i][2 * f + j];
     }
     for (int k = 0; k < 9; k++) add_to<C>(sums + k * kLanes, a[k]);
     add_to<C>(sums + 9 * kLanes, bias);
   }
+}
+
+template <typename C>
+__attribute__((noinline)) void second_sums(const Vector<C>* const* h, const Vector<C>* g, int64_t width, double* sums) {
+  row_sums<C>(h, width, sums, [&](int64_t f) { return g[f]; });
 }
 
 // Writes the share of an output frame to row i of dh, or adds it.
@@ -137,25 +144,12 @@ __attribute__((noinline)) void spread(const Vector<C>* g, const Vector<C>* v, in
   dh[2 * width] = kAdd ? dh[2 * width] + v2 * before : v2 * before;
 }
 
-// Turns a row of dh into dz, and adds its share to the gradients of the first convolution: sums (10, lanes).
+// Turns a row of dh into dz as well.
 template <typename C>
 __attribute__((noinline)) void first_sums(const C* x, int64_t bins, const Vector<C>* h, Vector<C>* dh, int64_t width,
                                           double* sums) {
-  constexpr int64_t kLanes = Lanes<C>::count;
-  for (int64_t from = 0; from < width; from += kChainPixels) {
-    Vector<C> a[9] = {}, bias = {};
-    for (int64_t f = from; f < std::min(from + kChainPixels, width); f++) {
-      const Vector<C> dz = h[f] <= C(0) ? Vector<C>{} : dh[f];
-      dh[f] = dz;
-      bias += dz;
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; i++)
-#pragma GCC unroll 3
-        for (int j = 0; j < 3; j++) a[3 * i + j] += dz * x[i * bins + 2 * f + j];
-    }
-    for (int k = 0; k < 9; k++) add_to<C>(sums + k * kLanes, a[k]);
-    add_to<C>(sums + 9 * kLanes, bias);
-  }
+  const C* const rows[] = {x, x + bins, x + 2 * bins};
+  row_sums<C>(rows, width, sums, [&](int64_t f) { return dh[f] = h[f] <= C(0) ? Vector<C>{} : dh[f]; });
 }
 
 // Adds a row of dz to the three rows of dx that it comes from.

@@ -60,26 +60,8 @@ FASTASR_INLINE void normal_pair(double x, double* cumulative, double* density) {
   *density = std::exp(-0.5 * x * x) * 0.39894228040143267794;
 }
 
-// e is exactly 0 far out, so silu and gelu of -inf are NaN, as torch's are.
-template <Activation A, typename C>
-FASTASR_INLINE C activate(C x) {
-  if constexpr (A == Activation::silu) {
-    const C e = exp_or_zero(x < 0 ? x : -x);
-    return (x < 0 ? x * e : x) / (1 + e);
-  } else if constexpr (A == Activation::relu) {
-    return x < 0 ? C(0) : x;  // keeps a NaN
-  } else if constexpr (A == Activation::tanh) {
-    return tanh(x);
-  } else if constexpr (A == Activation::gelu) {
-    C cumulative, density;
-    normal_pair(x, &cumulative, &density);
-    return x * cumulative;
-  } else {
-    return x;
-  }
-}
-
-// Returns the value, and the derivative in *slope.
+// Returns the value, and the derivative in *slope. e is exactly 0 far out, so silu and gelu of -inf are NaN, as torch's
+// are.
 template <Activation A, typename C>
 FASTASR_INLINE C activate(C x, C* slope) {
   if constexpr (A == Activation::silu) {
@@ -90,7 +72,7 @@ FASTASR_INLINE C activate(C x, C* slope) {
     return (x < 0 ? x * e : x) / (1 + e);  // one rounding less than x s
   } else if constexpr (A == Activation::relu) {
     *slope = x > 0 ? C(1) : C(0);
-    return x < 0 ? C(0) : x;
+    return x < 0 ? C(0) : x;  // keeps a NaN
   } else if constexpr (A == Activation::tanh) {
     const C y = tanh(x), e = exp_nonpositive(x < 0 ? 2 * x : -2 * x), d = 1 + e;
     *slope = x * x < C(0.7) ? 1 - y * y : 4 * e / (d * d);  // sech^2 where 1 - y^2 cancels
@@ -104,6 +86,11 @@ FASTASR_INLINE C activate(C x, C* slope) {
     *slope = 1;
     return x;
   }
+}
+template <Activation A, typename C>
+FASTASR_INLINE C activate(C x) {
+  C slope;
+  return activate<A>(x, &slope);
 }
 
 template <typename C>

@@ -31,11 +31,11 @@ from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.packed_weights import dropped, of_one_call, of_recordings
 from fastasr.models.zipformer.residuals import forked
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat, whitening_schedule
-from fastasr.models.zipformer.score_blocks import ScoreBlocks
 from fastasr.models.zipformer.self_attention import Weights, check_cache
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import zipformer_attention_weights
+from fastasr.ops._zipformer_attention import scores
 
 if TYPE_CHECKING:
     pass
@@ -156,15 +156,12 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
 
         def described(projected: Tensor, relative: Tensor | None, **masks: Any) -> UnmaterialisedWeights:
             penalty: dict[str, Any] = {}
-            if penalized and "starts" in masks:
+            if penalized:
                 act = None if penalized is True else penalized.values[:1]
                 penalty = {"score_penalty": SCORE_PENALTY, "score_limit": SCORE_LIMIT, "act": act}
-                nobody: Any = frames_of_nobody(projected)  # their scores are 0, so that they get no penalty
-                projected = projected.masked_fill(nobody.unsqueeze(-1), 0.0)
-            elif penalized and torch.is_grad_enabled():
-                projected, relative = score_penalty.penalized(
-                    projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
-                )
+                nobody = frames_of_nobody(projected)
+                if nobody is not None:  # their scores are 0, so that they get no penalty
+                    projected = projected.masked_fill(nobody.unsqueeze(-1), 0.0)
             sizes = self.num_heads, self.query_head_dim
             *first, last = _of_consumers(projected, relative)
             return UnmaterialisedWeights(*last, *sizes, penalty=penalty, first=first[::-1], **masks)
@@ -322,10 +319,16 @@ def _with_gradient_changes(module: RelPositionMultiheadAttentionWeights, project
     return torch.cat(after, -1)
 
 
-def _log_penalty(module: RelPositionMultiheadAttentionWeights, projected: Tensor, relative: Tensor) -> None:
+def _log_penalty(
+    module: RelPositionMultiheadAttentionWeights, projected: Tensor, relative: Tensor | None
+) -> None:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         with torch.no_grad():
-            blocks = ScoreBlocks(projected, relative, module.num_heads, module.query_head_dim)
-            excess = sum((s.abs() - SCORE_LIMIT).clamp_(min=0).sum().item() for _, _, s in blocks)
+            excess = 0.0
+            for n in range(projected.shape[1]):
+                of = slice(n, n + 1)
+                row = relative if relative is None or len(relative) == 1 else relative[of]
+                found = scores(projected[:, of], row, None, module.num_heads, module.query_head_dim)
+                excess += (found.abs() - SCORE_LIMIT).clamp_(min=0).sum().item()
         loss = SCORE_PENALTY * excess
         logging.debug("attention scores: name=%s, penalty=%.3e", module.name, loss)

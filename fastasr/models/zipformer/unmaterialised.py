@@ -7,16 +7,15 @@ other operation on the weights works too, but materialises them for its own dura
 to the projection and the positions.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastasr._transforms import Function
-from fastasr.models.zipformer.score_blocks import ScoreBlocks, fill_hidden
 from fastasr.models.zipformer.self_attention import Weights
 from fastasr.ops import zipformer_attention, zipformer_attention_weights
+from fastasr.ops._zipformer_attention import equalised
 
 
 class UnmaterialisedWeights:
@@ -80,22 +79,21 @@ class UnmaterialisedWeights:
             projected = torch.cat([q, k, p], -1)
             if positions is not None:
                 positions = positions[..., : p.shape[-1]]
-        return zipformer_attention_weights(
+        weights = zipformer_attention_weights(
             projected, positions, self.heads, self.query_head_dim, **self.masks
         )
+        return weights if self.equal is None else torch.where(self.equal != 0, equalised(weights), weights)
 
     def constant(self, act: Tensor | None = None) -> "UnmaterialisedWeights":
-        """Returns equal weights on all sources whose weight is not 0, of a row of recordings where the number ``act``
-        is not 0 (None: always). They pass no gradient to these weights."""
-        if "starts" in self.masks:
-            act = self.projected.new_ones(1, dtype=torch.float32) if act is None else act
-            return self._of(UnmaterialisedWeights, self.heads, act)
-        return self._of(EqualWeights, self.heads)
+        """Returns equal weights on all sources whose weight is not 0, where the number ``act`` is not 0 (None:
+        always). They pass no gradient to these weights."""
+        act = self.projected.new_ones(1, dtype=torch.float32) if act is None else act
+        return self._of(self.heads, act)
 
-    def _of(self, cls: type["UnmaterialisedWeights"], heads: int, equal: Tensor | None = None) -> Any:
+    def _of(self, heads: int, equal: Tensor | None) -> "UnmaterialisedWeights":
         """Returns weights of the first ``heads`` heads, without the penalty."""
         call = self.projected, self.positions, self.num_heads, self.query_head_dim, heads, equal
-        return cls(*call, first=self.first, **self.masks)
+        return UnmaterialisedWeights(*call, first=self.first, **self.masks)
 
     def _parts(self) -> Iterable:
         """Returns q, k and p of the first ``heads`` heads."""
@@ -108,7 +106,7 @@ class UnmaterialisedWeights:
         if isinstance(index, slice) and index.step in (None, 1) and not index.start:
             heads = len(range(self.heads)[index])
             if heads > 0:
-                return self._of(type(self), heads)
+                return self._of(heads, self.equal)
         return self.materialised()[index]
 
     def __matmul__(self, values: Tensor) -> Tensor:
@@ -171,53 +169,3 @@ for _name in (
     "pow",
 ):
     setattr(UnmaterialisedWeights, f"__{_name}__", _on_tensors(f"__{_name}__"))
-
-
-class EqualWeights(UnmaterialisedWeights):
-    """[W > 0] / (number of W > 0 in the row), for weights W that are not in memory."""
-
-    def weighted(self, values: Tensor) -> Tensor:
-        """values (time, batch, heads * dim) -> their weighted sums, same shape. Gradients flow to the values only."""
-        return _EquallyWeighted.apply(values, self)
-
-    def materialised(self) -> Tensor:
-        return torch.cat([weights for _, _, weights in self.blocks()], dim=2)
-
-    def constant(self, act: Tensor | None = None) -> "EqualWeights":
-        return self
-
-    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields (first row, end row, weights (heads, batch, rows, time)), some rows at a time."""
-        with torch.no_grad():
-            scores = ScoreBlocks(
-                self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads
-            )
-            for first, end, block in scores:
-                weights = fill_hidden(block, first, **self.masks).softmax(-1).to(self.dtype)
-                weights = (weights > 0).to(self.dtype)
-                yield first, end, weights * (1.0 / weights.sum(-1, keepdim=True))
-
-
-class _EquallyWeighted(Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, equal: EqualWeights) -> Tensor:
-        ctx.equal, ctx.dtype = equal, values.dtype
-        out = torch.empty_like(values)
-        by_head = _heads_first(values, equal.heads)
-        for first, end, weights in equal.blocks():
-            y = torch.matmul(weights.to(values.dtype), by_head)
-            out[first:end] = y.permute(2, 1, 0, 3).flatten(2)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_head = _heads_first(grad, ctx.equal.heads)
-        total = torch.zeros_like(by_head, memory_format=torch.contiguous_format)
-        for first, end, weights in ctx.equal.blocks():
-            total += torch.matmul(weights.to(grad.dtype).mT, by_head[:, :, first:end])
-        return total.permute(2, 1, 0, 3).flatten(2).to(ctx.dtype), None
-
-
-def _heads_first(values: Tensor, heads: int) -> Tensor:
-    frames, batch, channels = values.shape
-    return values.reshape(frames, batch, heads, channels // heads).permute(2, 1, 0, 3)
