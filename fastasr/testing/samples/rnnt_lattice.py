@@ -40,7 +40,8 @@ def _lattice(
     y = make.normal(batch, symbols + 1, frames, scale=scale, mean=mean / 2)
     arguments = {"symbol_logprobs": x, "blank_logprobs": y}
     if boundary is not None:
-        arguments["boundary"] = torch.tensor(boundary, device=make.device).reshape(batch, 4)
+        rows = torch.tensor(boundary, dtype=torch.int64, device=make.device)
+        arguments["boundary"] = rows.reshape(batch, 4)
     return arguments | rest
 
 
@@ -63,19 +64,21 @@ def _special(value: float, modified: bool = False, **rest: Any) -> Callable[[Mak
     return arguments
 
 
+def random_boundary(shape: Shape, batch: int, symbols: int, frames: int) -> list | None:
+    """Draws whether there is a boundary, and its rows."""
+    if not shape.choice((False, True)):
+        return None
+    rows = []
+    for _ in range(batch):
+        s, t = (sorted(shape.choice(range(n + 1)) for _ in "12") for n in (symbols, frames))
+        rows.append([s[0], t[0], s[1], t[1]])
+    return rows
+
+
 def _random(make: Make, shape: Shape) -> dict:
-    batch, symbols, frames = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), min(shape.size(), 40)
-    arguments = _lattice(make, batch, symbols, frames, modified=shape.choice((False, True)))
-    if shape.choice((False, True)):
-        rows = []
-        for _ in range(batch):
-            s, t = (
-                sorted(shape.choice(range(symbols + 1)) for _ in "12"),
-                sorted(shape.choice(range(frames + 1)) for _ in "12"),
-            )
-            rows.append([s[0], t[0], s[1], t[1]])
-        arguments["boundary"] = torch.tensor(rows, dtype=torch.int64, device=make.device).reshape(batch, 4)
-    return arguments
+    sizes = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), min(shape.size(), 40)
+    modified = shape.choice((False, True))
+    return _lattice(make, *sizes, modified=modified, boundary=random_boundary(shape, *sizes))
 
 
 _RAGGED = [[0, 0, 4, 7], [1, 2, 3, 6], [0, 0, 0, 4]]
